@@ -1,0 +1,40 @@
+"""Merge LoRA adapters and checkpoints by streaming tensors; train the sparse adapters to merge.
+
+merge(recipe, out)     a recipe in mergekit's language to a model folder
+plan(recipe)           what that would do, from headers alone
+methods                the methods as functions on plain tensors
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paft_merge import methods as methods
+    from paft_merge.api import merge as merge
+    from paft_merge.api import plan as plan
+    from paft_merge.errors import PaftMergeError as PaftMergeError
+    from paft_merge.recipe import load_recipe as load_recipe
+
+# Found on first use, so that `import paft_merge` (and `paft --help`) does not import torch.
+_HOMES = {
+    "PaftMergeError": "errors",
+    "load_recipe": "recipe",
+    "merge": "api",
+    "plan": "api",
+}
+
+__all__ = ["PaftMergeError", "load_recipe", "merge", "methods", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"paft_merge.{_HOMES[name]}"), name)
+    if name == "methods":
+        return import_module("paft_merge.methods")
+    raise AttributeError(f"module 'paft_merge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

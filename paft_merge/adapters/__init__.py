@@ -1,0 +1,206 @@
+"""A LoRA folder as float32 deltas of the tensors of a base, exactly as PEFT's `merge_and_unload` would add them.
+
+The main path: `read_settings` judges adapter_config.json, `sort_keys` takes the tensor names apart, `Binder` finds the
+tensor of the base that each belongs to (asking transformers for the architecture only where names do not suffice),
+`untie` looks after tied embeddings, and what is left is one `Patch` per tensor. Whatever has no exact delta is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paft_merge.adapters.binding import Binder, vocabulary_of
+from paft_merge.adapters.config import Settings, read_settings
+from paft_merge.adapters.keys import Keys, sort_keys
+from paft_merge.adapters.patches import Patch
+from paft_merge.adapters.ties import may_be_tied, untie
+from paft_merge.checkpoint import Checkpoint
+from paft_merge.errors import AdapterError, Problem, Problems
+from paft_merge.headers import capped
+
+__all__ = ["Adapter", "Patch"]
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+class Adapter:
+    """One adapter, bound to one base. Holds its factors in memory, and its file and the base's for what is read later.
+
+    Attributes:
+        folder: where it lies.
+        config: `adapter_config.json`.
+        patches: by the base's tensor names, plus those of `unties`; in the order of the base.
+        unties: tensors that were tied to another one, are adapted unlike it, and must be written by themselves: each
+            with the checkpoint tensor that holds its old value (its own name if it was stored all along). When not
+            empty, the output's config.json must say `tie_word_embeddings: false`, at the top and wherever it says true.
+            A name without a patch keeps its old value.
+        vocab_size: rows of the embeddings when the adapter resizes the vocabulary, else None. The output's config.json
+            must say so too.
+        warnings: what is odd but does not stop a merge.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], file: Checkpoint) -> None:
+        self.folder, self.config = folder, config
+        self.patches: dict[str, Patch] = {}
+        self.unties: dict[str, str] = {}
+        self.vocab_size: int | None = None
+        self.warnings: list[Problem] = []
+        self._file = file
+
+    @classmethod
+    def open(cls, folder: Path, base: Checkpoint) -> Adapter:
+        """Read an adapter as PEFT saves it, and bind every tensor of it to `base`.
+
+        Args:
+            folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+            base: what the adapter is added to; must stay open as long as the patches are used, since PiSSA, OLoRA and
+                DoRA on columns look at whole tensors of it when they are first asked.
+
+        Raises:
+            AdapterError: every fault at once. ADAPTER_CONFIG, ADAPTER_UNSUPPORTED, ADAPTER_SHAPE, ADAPTER_TARGET (not in
+                the base), ADAPTER_UNUSED (would be left out), NONFINITE, DTYPE_UNSUPPORTED, PICKLE_REFUSED, and the
+                faults of a safetensors file.
+        """
+        folder, problems = Path(folder), Problems()
+        file: Checkpoint | None = None
+        settings: Settings | None = None
+        with problems.catching():
+            settings = read_settings(folder)
+        with problems.catching():
+            file = _open_weights(folder)
+        try:
+            if settings is None or file is None:
+                problems.raise_as(AdapterError)
+                raise AssertionError("a fault was noted")
+            adapter = cls(folder, settings.raw, file)
+            adapter._bind(settings, base, problems)
+        except BaseException:
+            if file is not None:
+                file.close()
+            raise
+        return adapter
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the adapter's file; patches that replace whole tensors cannot be used any more."""
+        self._file.close()
+
+    def fingerprint(self) -> dict[str, dict[str, int | str]]:
+        """Size, mtime_ns and header digest of the file with the factors, as `Checkpoint.fingerprint`."""
+        return self._file.fingerprint()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file with the factors."""
+        return sum(file.size for file in self._file.files)
+
+    def check_unchanged(self) -> None:
+        """Compare the file with what it was at opening.
+
+        Raises:
+            CheckpointError: INPUT_CHANGED.
+        """
+        self._file.check_unchanged()
+
+    def _bind(self, settings: Settings, base: Checkpoint, problems: Problems) -> None:
+        keys = sort_keys(self._file.tensors, self.folder, problems)
+        binder = Binder(settings, keys, self._file, base, problems)
+        binder.bind()
+        if not self._file.tensors:
+            problems.add("ADAPTER_SHAPE", self.folder / _WEIGHTS, "holds no tensors")
+        if not problems.found:
+            with problems.catching():
+                self._untie(settings, base, binder)
+            with problems.catching():
+                self.vocab_size = _new_vocabulary(base, binder, self.folder)
+        if problems.found:
+            raise AdapterError(capped(problems.found, self.folder))
+        order = {name: at for at, name in enumerate(base.tensors)}
+        drafts = sorted(binder.drafts.items(), key=lambda item: order.get(item[0], len(order)))
+        self.patches = {name: draft.finish(base) for name, draft in drafts}
+        self.warnings = [*_other_base(settings, base, self.folder), *_untrained(settings, keys, self.folder)]
+
+    def _untie(self, settings: Settings, base: Checkpoint, binder: Binder) -> None:
+        if not may_be_tied(base.config, binder.drafts.values()):
+            return
+        architecture = binder.architecture.get()
+        if architecture is not None:
+            self.unties = untie(binder.drafts, architecture, settings, self.folder)
+        elif base.config:
+            what = (
+                "adapts the vocabulary, and transformers does not know this architecture, which says what is tied to it"
+            )
+            fix = "set tie_word_embeddings in the base's config.json, if nothing is"
+            raise AdapterError.of("ADAPTER_UNSUPPORTED", self.folder, what, fix)
+
+
+def _open_weights(folder: Path) -> Checkpoint:
+    path = folder / _WEIGHTS
+    if not path.exists() and not path.is_symlink():
+        if (folder / "adapter_model.bin").exists():
+            fix = "load it where you trust it, and save it again with PEFT's save_pretrained"
+            raise AdapterError.of(
+                "PICKLE_REFUSED", folder / "adapter_model.bin", "is a pickle, which can run code", fix
+            )
+        raise AdapterError.of(
+            "ADAPTER_CONFIG", path, "no such file", "give the folder that PEFT's save_pretrained wrote"
+        )
+    return Checkpoint.open(path)
+
+
+def _new_vocabulary(base: Checkpoint, binder: Binder, where: Path) -> int | None:
+    """The number of rows that the adapter gives the embeddings, if it is another one; all of them must agree."""
+    rows = {name: draft.shape[0] for name, draft in binder.drafts.items() if _is_resized(base, draft.name, draft)}
+    if not rows:
+        return None
+    architecture = binder.architecture.get()
+    for known in architecture.vocabulary() if architecture else ():
+        place = architecture.place(known) if architecture else None
+        if place and place.stored in base.tensors and not (place.beneath and place.sites[0].name not in binder.drafts):
+            rows.setdefault(place.sites[0].name, place.shape[0])
+    if len(set(rows.values())) > 1:
+        sizes = ", ".join(f"{name!r} {count:,}" for name, count in rows.items())
+        what = f"resizes some embeddings and not others: {sizes} rows"
+        raise AdapterError.of("ADAPTER_SHAPE", where, what, "save it with save_embedding_layers=True")
+    return next(iter(rows.values()))
+
+
+def _is_resized(base: Checkpoint, name: str, draft: Any) -> bool:
+    return bool(draft.shape != base.tensors[draft.beneath or name].shape)
+
+
+def _other_base(settings: Settings, base: Checkpoint, where: Path) -> list[Problem]:
+    """A warning when the adapter names another base; a name proves nothing, so it is no more than that."""
+    named = str(settings.raw.get("base_model_name_or_path") or "")
+    known = {_last_part(str(base.folder)), _last_part(str(base.config.get("_name_or_path") or ""))}
+    if not named or _last_part(named) in known:
+        return []
+    what = f"says that it was trained on {named!r}; the base is {base.folder}"
+    return [Problem("ADAPTER_BASE", str(where), what, "shapes agree; check that the weights do")]
+
+
+def _last_part(name: str) -> str:
+    """The model's own name in a path, a Hub id, or a folder of the Hub's cache."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part]
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    return (cached.split("--")[-1] if cached else parts[-1] if parts else "").lower()
+
+
+def _untrained(settings: Settings, keys: Keys, where: Path) -> list[Problem]:
+    """A warning for targets without factors: PEFT leaves those layers as they are, and so does a merge."""
+    targets = settings.raw.get("target_modules")
+    if not isinstance(targets, list):
+        return []
+    paths = [f".{path}" for path, _ in keys.modules]
+    unmet = [target for target in targets if not any(path.endswith(f".{target}") for path in paths)]
+    if not unmet or settings.names("target_parameters"):
+        return []
+    what = f"target_modules names {', '.join(map(repr, sorted(unmet)[:5]))}, for which there are no factors"
+    return [Problem("ADAPTER_TARGET", str(where), what, "nothing is added there; was the adapter saved whole?")]

@@ -1,0 +1,111 @@
+"""Tied embeddings: what an adapter on one of several parameters that share memory means for the others.
+
+PEFT's `merge_and_unload` adds to the shared memory in place, so that a delta on the input embedding also changes the
+output head (and two deltas, one on each, are both added to both), although the forward pass that was trained changed only
+the layer that was adapted. Here each parameter gets what was trained for it, and the tie is cut when that differs. Where
+PEFT does keep the parameters apart (`modules_to_save`) or together (`trainable_token_indices`), this agrees with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from paft_merge.adapters.architecture import Architecture, Place
+from paft_merge.adapters.binding import Draft, vocabulary_of
+from paft_merge.adapters.config import Settings
+from paft_merge.adapters.patches import Once, Pair
+from paft_merge.errors import AdapterError
+
+
+def may_be_tied(config: Mapping[str, Any], drafts: Iterable[Draft]) -> bool:
+    """Can tied parameters be concerned? Asked first, since the answer in full needs the model's class.
+
+    An absent `tie_word_embeddings` is a true one for many classes.
+    """
+    inner = [part.get("tie_word_embeddings") for part in config.values() if isinstance(part, dict)]
+    if config.get("tie_word_embeddings") is False and True not in inner:
+        return False
+    rows = vocabulary_of(config)
+    return any(draft.beneath or draft.new is not None or draft.shape[:1] == (rows,) for draft in drafts)
+
+
+def untie(drafts: dict[str, Draft], architecture: Architecture, settings: Settings, where: object) -> dict[str, str]:
+    """Give every tied parameter the draft that was trained for it, in place.
+
+    Args:
+        drafts: by checkpoint tensor; drafts of tied parameters are added, or dropped when they are stored once.
+        architecture: of the base.
+        settings: of the adapter.
+        where: the adapter's folder, for messages.
+
+    Returns:
+        The tensors that were tied to another and must now be written by themselves, each with the checkpoint tensor that
+        holds its old value. Empty when everything that was tied still is.
+
+    Raises:
+        AdapterError: ADAPTER_UNSUPPORTED when the architecture has no way to untie them.
+    """
+    cut: dict[str, str] = {}
+    for name in list(drafts):
+        known = architecture.name_of(name)
+        if known is None or name in cut or not (twins := architecture.tied_to(known)):
+            continue
+        group = {twin: place for twin in sorted({known, *twins}) if (place := architecture.place(twin))}
+        _share(group, drafts, settings)
+        names = [place.sites[0].name for place in group.values()]
+        if _all_equal([drafts.get(name) for name in names]):
+            for place in group.values():
+                if place.beneath:
+                    drafts.pop(place.sites[0].name, None)
+            continue
+        if architecture.tied_to(known, always=True):
+            what = f"adapts {name!r} unlike {', '.join(map(repr, sorted(twins)))}, which shares its memory in this architecture"
+            raise AdapterError.of("ADAPTER_UNSUPPORTED", where, what)
+        source = architecture.source_of(known)
+        cut |= {place.sites[0].name: place.stored for twin, place in group.items() if twin != source}
+    return cut
+
+
+def _share(group: Mapping[str, Place], drafts: dict[str, Draft], settings: Settings) -> None:
+    """Hand on what was trained in shared memory: whole values, and the rows of `trainable_token_indices`."""
+    own = [draft for place in group.values() if (draft := drafts.get(place.sites[0].name))]
+    tying = settings.flag("ensure_weight_tying")
+    new = next((d for d in own if d.new is not None and (d.shared or tying)), None)
+    tokens = [d for d in own if d.tokens is not None]
+    for place in group.values():
+        name = place.sites[0].name
+        draft = drafts.get(name) or Draft(name, place.shape, place.row, place.beneath)
+        if new is not None and draft.new is None:
+            draft = replace(draft, new=new.new, shape=new.shape)
+        if len(tokens) == 1 and draft.tokens is None and tokens[0].beneath is None:
+            draft = replace(draft, tokens=tokens[0].tokens)
+        if draft.new is not None or draft.tokens is not None or draft.low is not None:
+            drafts[name] = draft
+
+
+def _all_equal(drafts: list[Draft | None]) -> bool:
+    """Do all these do the same to a tensor? (Two that would have to be worked out first count as different.)"""
+    first = drafts[0]
+    return all(one is first or (one is not None and first is not None and _equal(one, first)) for one in drafts)
+
+
+def _equal(a: Draft, b: Draft) -> bool:
+    if a.shape != b.shape or (a.new is None) != (b.new is None) or (a.tokens is None) != (b.tokens is None):
+        return False
+    if not (_equal_pairs(a.low, b.low) and a.magnitude is None and b.magnitude is None):
+        return False
+    if a.tokens is not None and b.tokens is not None and a.tokens is not b.tokens:
+        same = torch.equal(a.tokens.indices, b.tokens.indices) and torch.equal(a.tokens.values, b.tokens.values)
+        if not same:
+            return False
+    return a.new is None or b.new is None or a.new is b.new or a.new.same(b.new)
+
+
+def _equal_pairs(a: Pair | Once[Pair] | None, b: Pair | Once[Pair] | None) -> bool:
+    if a is None or b is None or isinstance(a, Once) or isinstance(b, Once):
+        return a is None and b is None
+    return all(one.shape == other.shape and torch.equal(one, other) for one, other in zip(a, b, strict=True))

@@ -1,0 +1,220 @@
+"""A block of a tensor, and what can be computed on one: the operations that a method is built from.
+
+A tensor is walked in *tiles* that depend on its shape alone; a block is one tile's elements from the base and from every
+source. Sums are taken tile by tile and added in tile order, and each low-rank product is one call per tile, so the merged
+bits do not depend on threads, memory, shards or how many tiles somebody handles at a time.
+
+Shapes: E elements of a block, n sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paft_merge import kernels
+
+T = TypeVar("T")
+Counts = NDArray[np.int64]
+Sums = NDArray[np.float64]
+
+TILE = 1 << 19
+"""Elements of a tile, about: 2 MiB of float32, small beside a shared cache and large beside the cost of a call."""
+
+
+def tile_bounds(numel: int, row: int) -> list[tuple[int, int]]:
+    """Flat `[start, stop)` of every tile of a tensor of `numel` elements in rows of `row`.
+
+    A tile is a whole number of rows, and of 16 rows where it can be, which keeps every factor of a low-rank product aligned.
+    """
+    rows = max(1, TILE // row)
+    rows = rows // 16 * 16 if rows >= 16 else rows
+    step = rows * row
+    return [(start, min(start + step, numel)) for start in range(0, numel, step)]
+
+
+@dataclass(slots=True)
+class Block:
+    """One tile of the base and of the sources, as bits (see `kernels`) or, on another device, as float32 tensors."""
+
+    index: int
+    """Flat index of the first element in its tensor."""
+    base: Any
+    """`[E]`, or `[0]` where the merge has no base."""
+    sources: Any
+    """`[n, E]`: values, or deltas."""
+    subtract: bool
+    """The sources are values and the method wants their deltas."""
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Which entries of one delta survive, and what becomes of them. The default keeps everything as it is.
+
+    An entry survives when its magnitude (float32 bits) is above `low`, or equal to it at a flat index below `low_cut`;
+    unless it passes `high` in the same way; and when its hash stays below `keep`.
+    """
+
+    low: int = 0
+    low_cut: int = 0
+    high: int = 0xFFFFFFFF
+    high_cut: int = 0
+    keep: int = 1 << 32
+    key: int = 0
+    shrink: float = 0.0
+    scale: float = 1.0
+
+
+NOTHING = Survival(low=0xFFFFFFFF)
+
+
+@dataclass
+class Tally:
+    """What a merge saw of each source's delta of one tensor, gathered block by block (columns: `kernels.COUNTS`, `SUMS`)."""
+
+    counts: Counts
+    sums: list[Sums] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, sources: int) -> Tally:
+        return cls(np.zeros((sources, len(kernels.COUNTS)), np.int64))
+
+    def add(self, counts: Counts, sums: Sums) -> None:
+        """Add one block; blocks must come in tile order, because their sums are rounded."""
+        largest = np.maximum(self.counts[:, -1], counts[:, -1])
+        self.counts += counts
+        self.counts[:, -1] = largest
+        self.sums.append(sums)
+
+    def total(self) -> Sums:
+        """`[n, 4]` float64: the correctly rounded sum over the blocks, so that their order cannot matter."""
+        if not self.sums:
+            return np.zeros((len(self.counts), len(kernels.SUMS)))
+        stacked = np.stack(self.sums)
+        return np.array([[math.fsum(stacked[:, i, k]) for k in range(stacked.shape[2])] for i in range(stacked.shape[1])])
+
+
+@dataclass(frozen=True)
+class Election:
+    """How what survives of the deltas becomes one delta; see `methods.Consensus` for the words."""
+
+    weights: tuple[float, ...]
+    elect: str
+    tie_positive: bool
+    normalize: str
+    factor: float
+
+
+class Ops(Protocol):
+    """The operations on a block, for one kind of device."""
+
+    def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]: ...
+    def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]: ...
+    def locate(self, block: Block, source: int, bits: int, nth: int) -> int: ...
+    def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums: ...
+    def gram(self, block: Block) -> Sums: ...
+    def blend(self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool) -> Outcome: ...
+    def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What writing one block showed: how many results are not finite, and the block's share of the tally."""
+
+    bad: int
+    counts: Counts
+    sums: Sums
+
+
+class Each(Protocol):
+    """Runs a function on every block of a tensor and returns the results in tile order."""
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the tensor has."""
+
+    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+        """`sample`: on about a sixteenth of each tile's rows only. `tiles`: on these tiles only."""
+
+
+class CpuOps:
+    """The operations by `kernels`: blocks are NumPy bits."""
+
+    def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
+        """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""
+        n = len(block.sources)
+        counts = np.zeros((n, kernels.BINS), np.int64)
+        low = np.zeros((n, kernels.BINS if lows else 0), np.int64)
+        kernels.histogram(block.base, block.sources, block.subtract, counts, low)
+        return counts, low
+
+    def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
+        """Per source: how many magnitudes lie inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
+        n, size = block.sources.shape
+        found, counts = np.empty((n, size), np.uint32), np.empty((n, 2), np.int64)
+        bounds = np.array(low, np.uint32), np.array(width, np.uint32)
+        kernels.collect(block.base, block.sources, block.subtract, *bounds, found, counts)
+        return counts, [row[:inside].copy() for row, inside in zip(found, counts[:, 0], strict=True)]
+
+    def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
+        """Flat index in the tensor of the `nth` entry (from 0) of the block whose magnitude is exactly `bits`."""
+        row = block.sources[source]
+        if block.subtract:
+            delta = _as_float32(row) - _as_float32(block.base)
+            row = delta.view(np.uint32)
+        return block.index + int(np.flatnonzero((row & np.uint32(0x7FFFFFFF)) == bits)[nth])
+
+    def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums:
+        """`[n, 2]`: the sums of |delta| before and after the random drop of each survival."""
+        sums = np.empty((len(block.sources), 2))
+        keep = np.array([s.keep for s in survivals], np.uint64)
+        keys = np.array([s.key for s in survivals], np.uint64)
+        kernels.dropped_l1(block.base, block.sources, block.subtract, block.index, keep, keys, sums)
+        return sums
+
+    def gram(self, block: Block) -> Sums:
+        """`[n, n]`: inner products of the sources (or deltas)."""
+        out = np.empty((len(block.sources),) * 2)
+        kernels.gram(block.base, block.sources, block.subtract, out)
+        return out
+
+    def blend(self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool) -> Outcome:
+        """Write `base_weight * base + sum weights_i * source_i` (see `kernels.blend`)."""
+        outcome = _no_outcome(len(block.sources))
+        outcome.bad = kernels.blend(
+            out, block.base, block.sources, base_weight, np.array(weights, np.float32), block.subtract, block.index,
+            np.uint64(key), tally, outcome.counts, outcome.sums,
+        )  # fmt: skip
+        return outcome
+
+    def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome:
+        """Write the base plus the elected delta (see `kernels.consensus`)."""
+        outcome = _no_outcome(len(block.sources))
+
+        def column(name: str, dtype: Any) -> Any:
+            return np.array([getattr(s, name) for s in survivals], dtype)
+
+        outcome.bad = kernels.consensus(
+            out, block.base, block.sources, block.subtract, block.index,
+            np.array(election.weights, np.float32), column("scale", np.float32),
+            column("low", np.uint32), column("low_cut", np.int64), column("high", np.uint32), column("high_cut", np.int64),
+            column("shrink", np.float32), column("keep", np.uint64), column("key", np.uint64),
+            kernels.ELECT[election.elect], election.tie_positive, kernels.NORMALIZE[election.normalize], election.factor,
+            np.uint64(key), outcome.counts, outcome.sums,
+        )  # fmt: skip
+        return outcome
+
+
+def _no_outcome(sources: int) -> Outcome:
+    counts = np.zeros((sources, len(kernels.COUNTS)), np.int64)
+    return Outcome(0, counts, np.zeros((sources, len(kernels.SUMS))))
+
+
+def _as_float32(bits: Any) -> NDArray[np.float32]:
+    wide = bits if bits.dtype == np.uint32 else bits.astype(np.uint32) << np.uint32(16)
+    return wide.view(np.float32)  # type: ignore[no-any-return]

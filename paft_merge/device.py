@@ -1,0 +1,27 @@
+"""Where blocks are computed: the CPU's kernels, or torch on another device."""
+
+from __future__ import annotations
+
+from paft_merge.blocks import CpuOps, Ops
+from paft_merge.errors import MergeError
+
+
+def ops_for(device: str) -> Ops:
+    """The operations for a device, `cpu` or `cuda[:index]`.
+
+    Raises:
+        MergeError: DEVICE, it is unknown or not there.
+    """
+    if device == "cpu":
+        return CpuOps()
+    import torch
+
+    from paft_merge.torch_ops import TorchOps
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise MergeError.of("DEVICE", device, "is no device", "use cpu, cuda or cuda:1") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise MergeError.of("DEVICE", device, "there is no CUDA device here, or this torch is built without CUDA", "use --device cpu")
+    return TorchOps(wanted)

@@ -1,0 +1,190 @@
+"""The main path: read -> delta -> method -> write, tensor by tensor, a block at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from paft_merge import kernels
+from paft_merge.blocks import Block, CpuOps, Ops, Outcome, Tally
+from paft_merge.checkpoint import DTYPES
+from paft_merge.errors import MergeError
+from paft_merge.output import Finished, Output
+from paft_merge.plan import MergePlan, PlannedTensor
+from paft_merge.reading import RAW
+from paft_merge.rules import Combine, Walk
+from paft_merge.scratch import SCRATCH
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a merge has done so far; tensors of a resumed merge that were already there count as done."""
+
+    tensors: int
+    tensors_total: int
+    bytes_done: int
+    """Bytes of finished tensors in the output."""
+    bytes_total: int
+    name: str
+    """The tensor that was finished last."""
+
+
+def merge_checkpoint(
+    plan: MergePlan,
+    output: Output,
+    *,
+    threads: int,
+    ops: Ops | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> None:
+    """Merge every planned tensor into `output`, which must be open. This is the main path.
+
+    Args:
+        plan: every output tensor with its inputs and its rule, in output order.
+        output: the folder being written; tensors that it already holds (a resumed merge) are passed over.
+        threads: blocks computed at a time, each on one core. Changes no bit of the result.
+        ops: operations of the device; the CPU's by default.
+        progress: called after every finished tensor, from the calling thread.
+
+    Raises:
+        MergeError: an input or a result is not finite; names the tensor and the source.
+        CheckpointError: an input changed while it was read.
+        OutputError: the output cannot be written.
+    """
+    todo = [tensor for tensor in plan.tensors if tensor.name not in output.finished]
+    total, count = sum(t.nbytes for t in plan.tensors), len(plan.tensors)
+    done, first = total - sum(t.nbytes for t in todo), count - len(todo) + 1
+    with _single_threaded_torch(), ThreadPoolExecutor(threads) as blocks, ThreadPoolExecutor(threads + 1) as tensors:
+        worker = _Worker(output, blocks, ops or CpuOps(), plan.allow_nonfinite)
+        for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
+            output.finish_tensor(finished)
+            done += todo[at - first].nbytes
+            progress(Progress(at, count, done, total, finished.name))
+    plan.check_inputs_unchanged()
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Merges one tensor at a time; the blocks of several tensors share one pool."""
+
+    output: Output
+    pool: ThreadPoolExecutor
+    ops: Ops
+    allow_nonfinite: bool
+
+    def merge(self, tensor: PlannedTensor) -> Finished:
+        """Read -> delta -> method -> write, for one tensor."""
+        tiles = _Tiles(tensor, self.pool)
+        sources = tensor.inputs.active
+        combine = tensor.rule.prepare(Walk(tensor.numel, tiles, self.ops, sources), tensor.inputs.deltas)
+        tally = Tally.empty(len(sources))
+        digest = xxhash.xxh3_128()
+        for block_digest, outcome in tiles(lambda block: self._write(tensor, combine, block)):
+            digest.update(block_digest)
+            tally.add(outcome.counts, outcome.sums)
+        tensor.release()
+        return Finished(tensor.name, digest.hexdigest(), sources, tally.counts, tally.total())
+
+    def _write(self, tensor: PlannedTensor, combine: Combine, block: Block) -> tuple[bytes, Outcome]:
+        """Merge one block, check it, write it where it belongs."""
+        size = block.sources.shape[1]
+        out = SCRATCH.array("out", size, RAW.get(tensor.dtype, np.uint32))
+        outcome = combine(block, out, tensor.rounding_key)
+        largest = int(outcome.counts[:, -1].max(initial=0))
+        if (outcome.bad or largest >= kernels.INFINITY) and not self.allow_nonfinite:
+            raise _not_finite(tensor, block.index, block.index + size)
+        stored = out if tensor.dtype in RAW else _cast(out, tensor)
+        self.output.write(tensor.name, block.index * tensor.width, stored)
+        return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Walks the blocks of one planned tensor on a pool (see `blocks.Each`)."""
+
+    tensor: PlannedTensor
+    pool: ThreadPoolExecutor
+
+    @property
+    def tiles(self) -> int:
+        return len(self.tensor.bounds)
+
+    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+        def run(bounds: tuple[int, int]) -> T:
+            return work(self.tensor.inputs.block(*bounds))
+
+        bounds = [self.tensor.bounds[i] for i in tiles] if tiles is not None else self.tensor.bounds
+        if sample:
+            row = self.tensor.row
+            bounds = [(a, a + max(1, (b - a) // row // 16) * row) for a, b in bounds]
+        return list(_in_order(self.pool, run, bounds, ahead=len(bounds)))
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[S], ahead: int) -> Iterator[T]:
+    """`work` of every item on the pool, at most `ahead` started before their turn, results in the items' order.
+
+    The first failure cancels what has not begun and is raised once what has begun is over.
+    """
+    waiting = deque()
+    feed = iter(items)
+    try:
+        for item in feed:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    """One core a product: the pool is the parallelism, and a product's bits must not depend on its threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cast(out: Any, tensor: PlannedTensor) -> Any:
+    """Round a float32 block into a storage type that the kernels do not write themselves."""
+    import torch
+
+    kind = DTYPES[tensor.dtype]
+    rounded = torch.from_numpy(out.view(np.float32)).to(getattr(torch, str(kind.torch)))
+    if not bool(torch.isfinite(rounded.float()).all()):
+        raise MergeError.of(
+            "OVERFLOW", tensor.name, f"a merged value is too large for {kind.torch}", "write out_dtype: bfloat16 or float32"
+        )
+    return rounded.view(torch.uint8).numpy()
+
+
+def _not_finite(tensor: PlannedTensor, start: int, stop: int) -> MergeError:
+    """Say which input brought NaN or infinity into a block."""
+    values = np.empty(stop - start, np.float32)
+    for read in tensor.inputs.reads:
+        read.value(start, stop, values)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            return MergeError.of(
+                "NONFINITE", f"{read.source}: {read.name}",
+                f"{bad.size} of {bad.size and stop - start} elements from {start} on are NaN or infinite, the first at flat index {start + int(bad[0])}",
+                "mend the source, or pass --allow-nonfinite to merge it as it is",
+            )  # fmt: skip
+    return MergeError.of("OVERFLOW", tensor.name, "the merged values overflow float32", "use smaller weights or lambda")

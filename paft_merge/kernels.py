@@ -1,0 +1,458 @@
+"""The fused float32 loops that a CPU merge spends its time in: numba, one block of a tensor at a time, no lock held.
+
+A block is a run of consecutive elements of one tensor, as bits: `uint16` holds bfloat16, `uint32` holds float32.
+
+    base     [E]     the base's elements
+    sources  [n, E]  the sources' elements, or (float32 only) their deltas
+    out      [E]     where the merged elements go
+
+Every loop walks the block in strips that stay in the L1 cache and keeps each step a plain vector loop over the strip.
+Nothing here depends on where a block begins or ends, so the same bits come out for any block size and thread: counts are
+integers, and sums are float64 in `STRIP` lanes that the caller adds block by block in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+from numpy.typing import NDArray
+
+Bits = NDArray[np.uint16] | NDArray[np.uint32]
+
+STRIP = 1024
+"""Elements of a strip: 4 KiB of float32, so that a handful of strips fill the L1 cache."""
+
+BINS = 1 << 15
+"""Bins of a histogram of magnitudes: the upper 15 bits of a float32 without its sign (8 of exponent, 7 of mantissa)."""
+
+ELECT = {"none": 0, "weighted": 1, "unweighted": 2, "count": 3}
+"""How the sign of an entry is elected; see `methods.Consensus`."""
+
+NORMALIZE = {"none": 0, "weights": 1, "count": 2}
+"""What the kept entries are divided by; see `methods.Consensus`."""
+
+COUNTS = ("zeros", "below_1e-06", "below_1e-05", "below_1e-04", "below_1e-03", "kept", "elected", "max_bits")
+"""The integer columns of a tally, one row a source."""
+
+SUMS = ("abs", "square", "kept_square", "elected_square")
+"""The float64 columns of a tally, one row a source: what the delta holds, and what trimming and election leave of it."""
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+INFINITY = 0x7F800000
+"""Bits of infinity: every finite magnitude is below."""
+_INFINITY = np.uint32(INFINITY)
+_E6, _E5, _E4, _E3 = (np.float32(e).view(np.uint32) for e in (1e-6, 1e-5, 1e-4, 1e-3))
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+
+def _load(x: Any, bits: Any) -> Any:
+    """Put the elements of `x` into `bits` as float32 bits."""
+
+
+@overload(_load, inline="always")
+def _load_impl(x: Any, bits: Any) -> Any:
+    if x.dtype == types.uint16:
+
+        def widen(x: Any, bits: Any) -> Any:
+            for j in range(x.size):
+                bits[j] = np.uint32(x[j]) << np.uint32(16)
+
+        return widen
+
+    def copy(x: Any, bits: Any) -> Any:
+        for j in range(x.size):
+            bits[j] = x[j]
+
+    return copy
+
+
+def _store(bits: Any, out: Any, key: Any, index: Any) -> Any:
+    """Round the float32 of `bits` into `out`: to nearest even, or stochastically when `key` is not 0."""
+
+
+@overload(_store, inline="always")
+def _store_impl(bits: Any, out: Any, key: Any, index: Any) -> Any:
+    if out.dtype == types.uint16:
+
+        def narrow(bits: Any, out: Any, key: Any, index: Any) -> Any:
+            if key != np.uint64(0):
+                for j in range(out.size):
+                    # A uniform 16-bit number added below the cut carries with the probability that the cut-off part has.
+                    noise = np.uint32(_hash(key, index + j) >> np.uint64(48))
+                    out[j] = np.uint16((bits[j] + noise) >> np.uint32(16))
+            else:
+                for j in range(out.size):
+                    u = bits[j]
+                    odd = (u >> np.uint32(16)) & np.uint32(1)
+                    out[j] = np.uint16((u + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+        return narrow
+
+    def copy(bits: Any, out: Any, key: Any, index: Any) -> Any:
+        for j in range(out.size):
+            out[j] = bits[j]
+
+    return copy
+
+
+@njit(inline="always")
+def _hash(key: np.uint64, index: int) -> np.uint64:
+    """The `index`-th number of SplitMix64 started at `key` (Steele, Lea, Flood 2014)."""
+    z = key + np.uint64(index + 1) * _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * _MIX1
+    z = (z ^ (z >> np.uint64(27))) * _MIX2
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(inline="always")
+def _load_delta(strip: Any, base_f: Any, subtract: bool, bits: Any, values: Any) -> None:
+    """Put a strip of one source's delta into `values` (whose bits are `bits`)."""
+    _load(strip, bits)
+    if subtract:
+        for j in range(strip.size):
+            values[j] = values[j] - base_f[j]
+
+
+@jit
+def histogram(base: Any, sources: Any, subtract: bool, counts: Any, lows: Any) -> None:
+    """Count magnitudes by their upper bits, exactly.
+
+    Args:
+        base: `[E]` bits; read only with `subtract`.
+        sources: `[n, E]` bits.
+        subtract: sources are values, and their deltas are meant.
+        counts: `[n, BINS]` int64; entries of each bin are added.
+        lows: `[n, BINS]` int64; the sum of the entries' lower 16 bits is added. With `counts` it gives the L1 norm of a
+            bin without rounding (see `sparsify.l1_of_bins`). May be `[n, 0]` when it is not wanted.
+    """
+    n, size = sources.shape
+    base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if subtract:
+            _load(base[start : start + m], base_u)
+        for i in range(n):
+            _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
+            row, low = counts[i], lows[i]
+            if low.size:
+                for j in range(m):
+                    u = bits[j] & _MAGNITUDE
+                    row[u >> np.uint32(16)] += 1
+                    low[u >> np.uint32(16)] += np.int64(u & np.uint32(0xFFFF))
+            else:
+                for j in range(m):
+                    row[(bits[j] & _MAGNITUDE) >> np.uint32(16)] += 1
+
+
+@jit
+def collect(base: Any, sources: Any, subtract: bool, low: Any, width: Any, found: Any, counts: Any) -> None:
+    """Gather the magnitudes inside a bracket and count those above it.
+
+    Args:
+        base, sources, subtract: as in `histogram`.
+        low: `[n]` uint32, the lowest magnitude (bits) of each source's bracket.
+        width: `[n]` uint32, the number of bit patterns in the bracket; 0 skips the source.
+        found: `[n, E]` uint32; row i receives the magnitudes inside, in order of position.
+        counts: `[n, 2]` int64; receives how many are inside and how many above.
+    """
+    n, size = sources.shape
+    base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    for i in range(n):
+        counts[i, 0] = 0
+        counts[i, 1] = 0
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if subtract:
+            _load(base[start : start + m], base_u)
+        for i in range(n):
+            if width[i] == 0:
+                continue
+            _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
+            lo, span, row, at = low[i], width[i], found[i], counts[i, 0]
+            high = lo + span
+            inside, above = 0, 0
+            for j in range(m):
+                u = bits[j] & _MAGNITUDE
+                bits[j] = u - lo
+                above += u >= high
+                inside += (u - lo) < span
+            if inside:
+                for j in range(m):
+                    if bits[j] < span:
+                        row[at] = bits[j] + lo
+                        at += 1
+            counts[i, 0] = at
+            counts[i, 1] += above
+
+
+@jit
+def dropped_l1(base: Any, sources: Any, subtract: bool, index: int, keep: Any, keys: Any, sums: Any) -> None:
+    """Add up |delta| before and after a random drop.
+
+    Args:
+        base, sources, subtract: as in `histogram`.
+        index: flat index of the block's first element in its tensor.
+        keep: `[n]` uint64, an entry stays when the upper 32 bits of its hash are below this.
+        keys: `[n]` uint64, the stream of each source.
+        sums: `[n, 2]` float64; receives the sums before and after.
+    """
+    n, size = sources.shape
+    base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    before, after = np.zeros((n, STRIP)), np.zeros((n, STRIP))
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if subtract:
+            _load(base[start : start + m], base_u)
+        for i in range(n):
+            _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
+            key, bound, lanes_before, lanes_after = keys[i], keep[i], before[i], after[i]
+            for j in range(m):
+                size_j = abs(np.float64(values[j]))
+                lanes_before[j] += size_j
+                stays = (_hash(key, index + start + j) >> np.uint64(32)) < bound
+                lanes_after[j] += size_j if stays else 0.0
+    for i in range(n):
+        sums[i, 0] = before[i].sum()
+        sums[i, 1] = after[i].sum()
+
+
+@jit
+def gram(base: Any, sources: Any, subtract: bool, out: Any) -> None:
+    """Inner products of the sources (or of their deltas) over one block.
+
+    Args:
+        base, sources, subtract: as in `histogram`.
+        out: `[n, n]` float64; receives the symmetric matrix.
+    """
+    n, size = sources.shape
+    base_u = np.empty(STRIP, np.uint32)
+    base_f = base_u.view(np.float32)
+    bits = np.empty((n, STRIP), np.uint32)
+    values = bits.view(np.float32)
+    lanes = np.zeros((n, n, STRIP))
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if subtract:
+            _load(base[start : start + m], base_u)
+        for i in range(n):
+            _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
+        for i in range(n):
+            for k in range(i + 1):
+                left, right, lane = values[i], values[k], lanes[i, k]
+                for j in range(m):
+                    lane[j] += np.float64(left[j]) * np.float64(right[j])
+    for i in range(n):
+        for k in range(i + 1):
+            out[i, k] = lanes[i, k].sum()
+            out[k, i] = out[i, k]
+
+
+@njit(inline="always")
+def _tally(bits: Any, values: Any, count: int, counts: Any, absolute: Any, square: Any) -> None:
+    """Count one strip of a delta into its row of the tally."""
+    largest, zeros, e6, e5, e4, e3 = np.uint32(0), 0, 0, 0, 0, 0
+    for j in range(count):
+        u = bits[j] & _MAGNITUDE
+        largest = max(largest, u)
+        zeros += u == np.uint32(0)
+        e6 += u < _E6
+        e5 += u < _E5
+        e4 += u < _E4
+        e3 += u < _E3
+    for j in range(count):
+        size = abs(np.float64(values[j]))
+        absolute[j] += size
+        square[j] += size * size
+    counts[0] += zeros
+    counts[1] += e6
+    counts[2] += e5
+    counts[3] += e4
+    counts[4] += e3
+    counts[7] = max(counts[7], np.int64(largest))
+
+
+@jit
+def blend(
+    out: Any, base: Any, sources: Any, base_weight: float, weights: Any, subtract: bool, index: int, key: np.uint64,
+    tally: bool, counts: Any, sums: Any,
+) -> int:  # fmt: skip
+    """Weighted sum: `base_weight * base + sum_i weights_i * source_i`, in that order, in float32, rounded once.
+
+    Args:
+        out: `[E]` bits, written.
+        base: `[E]` bits, or empty when `base_weight` is 0.
+        sources: `[n, E]` bits.
+        base_weight: float32.
+        weights: `[n]` float32.
+        subtract: a source stands for its delta, `source_i - base`.
+        index: flat index of the block's first element in its tensor.
+        key: stream of stochastic rounding, 0 for rounding to nearest.
+        tally: whether to count the sources as deltas into `counts` `[n, 8]` and `sums` `[n, 4]`.
+
+    Returns:
+        The number of elements of `out` that are not finite.
+    """
+    n, size = sources.shape
+    base_u, bits, total_u = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    base_f, values, total = base_u.view(np.float32), bits.view(np.float32), total_u.view(np.float32)
+    absolute, square = np.zeros((n, STRIP)), np.zeros((n, STRIP))
+    wb = np.float32(base_weight)
+    bad = 0
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if base.size:
+            _load(base[start : start + m], base_u)
+            for j in range(m):
+                total[j] = wb * base_f[j]
+        else:
+            for j in range(m):
+                total[j] = np.float32(0)
+        for i in range(n):
+            _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
+            if tally:
+                _tally(bits, values, m, counts[i], absolute[i], square[i])
+            w = weights[i]
+            for j in range(m):
+                total[j] = total[j] + w * values[j]
+        for j in range(m):
+            bad += (total_u[j] & _MAGNITUDE) >= _INFINITY
+        _store(total_u, out[start : start + m], key, index + start)
+    for i in range(n):
+        sums[i, 0] += absolute[i].sum()
+        sums[i, 1] += square[i].sum()
+        # Nothing is trimmed and no sign is elected here: all that is not zero is kept.
+        counts[i, 5] += size - counts[i, 0]
+    return bad
+
+
+@jit
+def consensus(
+    out: Any, base: Any, sources: Any, subtract: bool, index: int, weights: Any, scales: Any,
+    low: Any, low_cut: Any, high: Any, high_cut: Any, shrink: Any, keep: Any, keys: Any,
+    elect: int, tie_positive: bool, normalize: int, factor: float, key: np.uint64, counts: Any, sums: Any,
+) -> int:  # fmt: skip
+    """Trim or drop each delta, elect a sign per entry, and add what agrees to the base.
+
+    Args:
+        out, base, sources, subtract, index, key: as in `blend`.
+        weights: `[n]` float32, the scalar of each source.
+        scales: `[n]` float32, what survives of a delta is multiplied by this (rescaling).
+        low, low_cut: `[n]` uint32 and int64: an entry survives when its magnitude (bits) is above `low`, or equal to it
+            with a flat index below `low_cut`.
+        high, high_cut: likewise, and an entry that passes this one is dropped again (outliers); `high` of 0xFFFFFFFF
+            drops none.
+        shrink: `[n]` float32, taken off the magnitude of each survivor (soft thresholding).
+        keep, keys: as in `dropped_l1`; `keep` of 2**32 or more drops nothing.
+        elect: a value of ELECT.
+        tie_positive: an election that ends in zero elects + (else nothing agrees there).
+        normalize: a value of NORMALIZE; a divisor of zero is taken as one.
+        factor: float32, multiplies the merged delta.
+        counts, sums: `[n, 8]` int64 and `[n, 4]` float64, the tally (COUNTS, SUMS), added to.
+
+    Returns:
+        The number of elements of `out` that are not finite.
+    """
+    n, size = sources.shape
+    base_u, result_u = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
+    base_f, result = base_u.view(np.float32), result_u.view(np.float32)
+    bits = np.empty((n, STRIP), np.uint32)
+    values = bits.view(np.float32)
+    vote, divisor = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
+    stays = np.empty(STRIP, np.bool_)
+    lanes = np.zeros((4, n, STRIP))
+    lam = np.float32(factor)
+    zero, one = np.float32(0), np.float32(1)
+    everything = np.uint64(1) << np.uint64(32)
+    bad = 0
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        _load(base[start : start + m], base_u)
+        for j in range(m):
+            vote[j] = zero
+        for i in range(n):
+            delta_u, delta = bits[i], values[i]
+            _load_delta(sources[i, start : start + m], base_f, subtract, delta_u, delta)
+            _tally(delta_u, delta, m, counts[i], lanes[0, i], lanes[1, i])
+            first = index + start
+            lo, lo_cut, hi, hi_cut = low[i], low_cut[i], high[i], high_cut[i]
+            if first + m <= lo_cut and first >= hi_cut:
+                for j in range(m):
+                    u = delta_u[j] & _MAGNITUDE
+                    stays[j] = (u >= lo) & (u <= hi)
+            elif first >= lo_cut and first >= hi_cut:
+                for j in range(m):
+                    u = delta_u[j] & _MAGNITUDE
+                    stays[j] = (u > lo) & (u <= hi)
+            else:
+                for j in range(m):
+                    u = delta_u[j] & _MAGNITUDE
+                    at = first + j
+                    stays[j] = ((u > lo) | ((u == lo) & (at < lo_cut))) & ~((u > hi) | ((u == hi) & (at < hi_cut)))
+            if keep[i] < everything:
+                for j in range(m):
+                    stays[j] &= (_hash(keys[i], first + j) >> np.uint64(32)) < keep[i]
+            soft, scale, w = shrink[i], scales[i], weights[i]
+            kept, lane = 0, lanes[2, i]
+            for j in range(m):
+                v = delta[j] if stays[j] else zero
+                v = v - soft if v > zero else (v + soft if v < zero else v)
+                delta[j] = v * scale
+                kept += v != zero
+                wide = np.float64(v)
+                lane[j] += wide * wide
+            counts[i, 5] += kept
+            if elect == 1:
+                for j in range(m):
+                    delta[j] = delta[j] * w
+                    vote[j] += delta[j]
+            elif elect == 2:
+                for j in range(m):
+                    vote[j] += delta[j]
+            elif elect == 3:
+                for j in range(m):
+                    vote[j] += one if delta[j] > zero else (-one if delta[j] < zero else zero)
+        for j in range(m):
+            result[j] = zero
+            divisor[j] = zero
+        for i in range(n):
+            delta, w, lane, elected = values[i], weights[i], lanes[3, i], 0
+            coefficient = one if elect == 1 else w
+            share = w if normalize == 1 else one
+            for j in range(m):
+                v, s = delta[j], vote[j]
+                plus = (s > zero) | (tie_positive & (s == zero))
+                minus = s < zero
+                agrees = (v != zero) if elect == 0 else ((plus & (v > zero)) | (minus & (v < zero)))
+                result[j] += v * coefficient if agrees else zero
+                divisor[j] += share if agrees else zero
+                elected += agrees
+                wide = np.float64(v) if agrees else 0.0
+                lane[j] += wide * wide
+            counts[i, 6] += elected
+        if normalize != 0:
+            for j in range(m):
+                d = divisor[j]
+                result[j] = result[j] / (d if d != zero else one)
+        for j in range(m):
+            result[j] = base_f[j] + lam * result[j]
+        for j in range(m):
+            bad += (result_u[j] & _MAGNITUDE) >= _INFINITY
+        _store(result_u, out[start : start + m], key, index + start)
+    for i in range(n):
+        # The elected lane holds weight * scale * delta; the tally is about the delta.
+        unit = np.float64(scales[i]) * (np.float64(weights[i]) if elect == 1 else 1.0)
+        for k in range(3):
+            sums[i, k] += lanes[k, i].sum()
+        if unit != 0.0:
+            sums[i, 3] += lanes[3, i].sum() / (unit * unit)
+    return bad

@@ -1,0 +1,208 @@
+"""One merged tensor's inputs, and the blocks they make: bytes from checkpoints, and adapters' deltas computed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from paft_merge.blocks import Block
+from paft_merge.checkpoint import DTYPES, Checkpoint
+from paft_merge.scratch import SCRATCH
+
+if TYPE_CHECKING:
+    from paft_merge.adapters import Patch
+
+RAW = {"BF16": np.uint16, "F32": np.uint32}
+"""Storage types that a block holds as they are."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One tensor as one source has it: a checkpoint's tensor, and what an adapter does to it."""
+
+    source: str
+    """The model reference, as messages and the manifest show it."""
+    checkpoint: Checkpoint = field(compare=False, repr=False)
+    name: str
+    patch: Patch | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def dtype(self) -> str:
+        return self.checkpoint.tensors[self.name].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.patch.shape if self.patch else self.checkpoint.tensors[self.name].shape
+
+    def same_weight(self, other: Read) -> bool:
+        """Whether both begin with the very same stored tensor."""
+        return self.checkpoint.folder == other.checkpoint.folder and self.name == other.name
+
+    def raw(self, start: int, stop: int, out: Any) -> None:
+        """Read elements `[start, stop)` into `out`, an array of the storage type's size."""
+        width = DTYPES[self.dtype].bits // 8
+        self.checkpoint.read_into(self.name, start * width, out.view(np.uint8))
+
+    def weight(self, start: int, stop: int, out: Any) -> None:
+        """Elements `[start, stop)` of the stored tensor as float32 into `out` `[stop - start]`; zero beyond its end.
+
+        A vocabulary that an adapter has extended has rows that the checkpoint lacks; nothing is there to be added to.
+        """
+        stored = self.checkpoint.tensors[self.name]
+        end = min(stop, stored.numel)
+        if end < stop:
+            out[max(end - start, 0) :] = 0
+        if end <= start:
+            return
+        if self.dtype == "F32":
+            self.raw(start, end, out[: end - start])
+            return
+        import torch
+
+        kind = DTYPES[self.dtype]
+        held = SCRATCH.array("stored", (end - start) * kind.bits // 8, np.uint8)
+        self.checkpoint.read_into(self.name, start * kind.bits // 8, held)
+        torch.from_numpy(out[: end - start]).copy_(torch.from_numpy(held).view(getattr(torch, str(kind.torch))))
+
+    def value(self, start: int, stop: int, out: Any) -> None:
+        """Elements `[start, stop)` as this source has them, float32 into `out`."""
+        self.weight(start, stop, out)
+        if self.patch:
+            delta = SCRATCH.array("value_delta", stop - start, np.float32)
+            self.delta_of_patch(start, stop, delta, out)
+            out += delta
+
+    def delta_of_patch(self, start: int, stop: int, out: Any, weight: Any = None) -> None:
+        """The adapter's delta of elements `[start, stop)`, whole rows, float32 into `out`; `weight`: what it is added to."""
+        import torch
+
+        assert self.patch is not None
+        row = self.patch.row
+        if weight is None and self.patch.needs_weight:
+            weight = SCRATCH.array("patch_weight", stop - start, np.float32)
+            self.weight(start, stop, weight)
+        below = torch.from_numpy(weight).view(-1, row) if self.patch.needs_weight else None
+        self.patch.delta(start // row, stop // row, below, torch.from_numpy(out).view(-1, row))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The base and the sources of one merged tensor, and in which form its blocks hold them.
+
+    `raw`     values as stored; every input is a plain tensor of the same type, bfloat16 or float32.
+    `deltas`  float32 deltas from the base; a source that does not differ from it has none and is not `active`.
+    `values`  float32 values.
+    """
+
+    base: Read | None
+    sources: tuple[Read, ...]
+    form: Literal["raw", "deltas", "values"]
+    subtract: bool
+    """With `raw`: the rule wants deltas."""
+
+    @classmethod
+    def one(cls, read: Read) -> Inputs:
+        """One tensor, as it is."""
+        return cls(read, (), "deltas", subtract=False)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether every input is the same tensor."""
+        reads = self.reads
+        return all(r.same_weight(reads[0]) and r.patch is reads[0].patch for r in reads)
+
+    @property
+    def deltas(self) -> bool:
+        """Whether a block's sources are deltas, or stand for them."""
+        return self.form == "deltas" or self.subtract
+
+    @property
+    def reads(self) -> list[Read]:
+        """The base, if there is one, and every source."""
+        return [*([self.base] if self.base else []), *self.sources]
+
+    @property
+    def active(self) -> list[int]:
+        """Indices of the sources that a block's rows hold."""
+        return [i for i, s in enumerate(self.sources) if self.form != "deltas" or not self._idle(s)]
+
+    def _idle(self, source: Read) -> bool:
+        assert self.base is not None
+        return source.same_weight(self.base) and source.patch is self.base.patch
+
+    def block(self, start: int, stop: int) -> Block:
+        """Read elements `[start, stop)`; the arrays belong to this thread until its next block."""
+        rows = [self.sources[i] for i in self.active]
+        size = stop - start
+        if self.form == "raw":
+            dtype = RAW[self.reads[0].dtype]
+            base = SCRATCH.array("base", size if self.base else 0, dtype)
+            sources = SCRATCH.array("sources", (len(rows), size), dtype)
+            if self.base:
+                self.base.raw(start, stop, base)
+            for read, row in zip(rows, sources, strict=True):
+                read.raw(start, stop, row)
+            return Block(start, base, sources, self.subtract)
+        values = SCRATCH.array("sources", (len(rows), size), np.float32)
+        base_f = self._base(start, stop)
+        for read, row in zip(rows, values, strict=True):
+            if self.form == "values":
+                read.value(start, stop, row)
+            else:
+                self._delta(read, start, stop, row)
+        base_bits = base_f if base_f.dtype == np.uint16 else base_f.view(np.uint32)
+        return Block(start, base_bits, values.view(np.uint32), subtract=False)
+
+    def _base(self, start: int, stop: int) -> Any:
+        """The base's part of a block: stored bits where they can be used as they are, else float32."""
+        if self.base is None:
+            return SCRATCH.array("base", 0, np.float32)
+        if self.base.dtype == "BF16" and not self.base.patch and not self._extended:
+            base = SCRATCH.array("base", stop - start, np.uint16)
+            self.base.raw(start, stop, base)
+            return base
+        base = SCRATCH.array("base", stop - start, np.float32)
+        self.base.value(start, stop, base)
+        return base
+
+    @property
+    def _extended(self) -> bool:
+        assert self.base is not None
+        return any(s.shape != self.base.shape for s in self.sources)
+
+    def _delta(self, source: Read, start: int, stop: int, out: Any) -> None:
+        """`source - base` in float32. What both share is never subtracted, so an adapter's delta is exact."""
+        base = self.base
+        assert base is not None
+        if source.same_weight(base):
+            if source.patch:
+                source.delta_of_patch(start, stop, out)
+            else:
+                out[:] = 0
+            if base.patch and base.patch is not source.patch:
+                other = SCRATCH.array("base_delta", stop - start, np.float32)
+                base.delta_of_patch(start, stop, other)
+                out -= other
+            return
+        source.value(start, stop, out)
+        other = SCRATCH.array("base_value", stop - start, np.float32)
+        base.value(start, stop, other)
+        out -= other
+
+
+def inputs_for(base: Read | None, sources: Sequence[Read], wants: Literal["values", "deltas", "either"]) -> Inputs:
+    """Choose the form of the blocks: stored values where no arithmetic is needed to get them, deltas where adapters give them."""
+    if wants == "either" and all(s.same_weight(sources[0]) for s in sources):
+        # Values that share their checkpoint: the shared part is read once and the adapters are added to it.
+        plain = Read(sources[0].source, sources[0].checkpoint, sources[0].name)
+        return Inputs(plain, tuple(sources), "deltas", subtract=False)
+    reads = [*([base] if base and wants == "deltas" else []), *sources]
+    if all(r.patch is None and r.dtype == reads[0].dtype and r.dtype in RAW and r.shape == reads[0].shape for r in reads):
+        if wants != "deltas":
+            return Inputs(None, tuple(sources), "raw", subtract=False)
+        if not all(s.same_weight(sources[0]) for s in reads):
+            return Inputs(base, tuple(sources), "raw", subtract=True)
+    return Inputs(base, tuple(sources), "deltas", False) if wants == "deltas" else Inputs(None, tuple(sources), "values", False)

@@ -1,0 +1,222 @@
+"""What a recipe asks of its method: sources it can take, parameters it knows, values they can have.
+
+Everything here is known from the recipe alone, before any file is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from paft_merge.methods import REQUIRED, Method, Parameter
+from paft_merge.recipe.outline import OutputModule, OutputSlice, Source, all_levels
+from paft_merge.recipe.report import Report
+from paft_merge.recipe.settings import TRIM_RULES, Condition, Level, Setting, SettingError, rivals, typed
+from paft_merge.recipe.text import did_you_mean, show
+
+
+def find_method(name: str, methods: Mapping[str, Method], report: Report) -> Method | None:
+    """The method that `merge_method` names; an unknown one is noted."""
+    if name not in methods:
+        fix = did_you_mean(name, methods) or f"known are {', '.join(sorted(methods))}"
+        report.error(report.located.spot(("merge_method",)), f"Unimplemented merge method {show(name)}", fix)
+    return methods.get(name)
+
+
+def check(
+    modules: tuple[OutputModule, ...],
+    method: Method,
+    methods: Mapping[str, Method],
+    report: Report,
+    faulty: Collection[str],
+) -> None:
+    """Note in `report` everything that `method` cannot do as asked, and what it would ignore.
+
+    Args:
+        methods: all of them, to say whose parameter an ignored one is.
+        faulty: keys whose values were already refused, so that what follows from that is not told again.
+    """
+    slices = [output for module in modules for output in module.slices]
+    if not {"model", "base_model"} & set(faulty):
+        _check_base_given(slices, method, report)
+        for output in slices:
+            _check_sources(output, method, report)
+    for module in modules:
+        _check_ends(module, report)
+    for level in all_levels(modules):
+        _check_names(level, method, methods, report)
+        _check_rivals(level, method, report)
+    for output in slices:
+        for source in output.sources:
+            _check_source_level(source, output, method, report)
+        _check_required(output, method, report, faulty)
+
+
+def _check_base_given(slices: Sequence[OutputSlice], method: Method, report: Report) -> None:
+    if method.base == "required" and any(output.base is None for output in slices):
+        what = f"missing, and {method.name} merges what the others changed of it"
+        report.error(report.located.spot(("base_model",)), what, "add base_model: ...")
+
+
+def _check_sources(output: OutputSlice, method: Method, report: Report) -> None:
+    """Whether the method can take these models: the base among them, none twice, not too few or many."""
+    refs = [source.ref for source in output.sources]
+    has_base = output.base in refs and method.base != "ignored"
+    for i, source in enumerate(output.sources):
+        if source.ref in refs[:i]:
+            first = output.sources[refs.index(source.ref)].spot
+            report.error(source.spot, f"{source.ref} is already listed at {first.path or first}", "list it once")
+    if method.base != "ignored" and output.base and not has_base:
+        what = f"base_model {output.base} is not among the sources of this slice, and {method.name} needs it there"
+        report.error(output.spot, what, "add it to sources, with its layer_range")
+    elif method.base != "required" or has_base:
+        _check_count(len(refs) - has_base, output, method, report)
+
+
+def _check_count(count: int, output: OutputSlice, method: Method, report: Report) -> None:
+    least, most = method.min_sources, method.max_sources
+    if count >= least and (most is None or count <= most):
+        return
+    wanted = f"exactly {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
+    besides = "" if method.base == "ignored" else " besides the base"
+    implicit = any(source.implicit for source in output.sources) and method.base == "ignored"
+    note = " with the base_model, which is not listed and counts as one" if implicit else ""
+    report.error(
+        output.spot, f"{method.name} takes {wanted} source{'s' * (wanted[-2:] != ' 1')}{besides}, got {count}{note}"
+    )
+
+
+def _check_ends(module: OutputModule, report: Report) -> None:
+    first, last = module.slices[0], module.slices[-1]
+    if len(last.sources) > len(first.sources):
+        what = (
+            f"the last slice has {len(last.sources)} sources and the first {len(first.sources)}: "
+            f"mergekit would make the last norm and the head of {last.sources[0].ref} alone"
+            if len(first.sources) == 1
+            else f"the last slice has {len(last.sources)} sources and the first {len(first.sources)}: "
+            f"mergekit would make the last norm and the head of {len(first.sources)} of them"
+        )
+        report.error(last.spot, what, "give the first and the last slice equally many sources", "SLICES_UNEVEN")
+
+
+def _check_names(level: Level, method: Method, methods: Mapping[str, Method], report: Report) -> None:
+    """Parameters of other methods, and of none."""
+    known = [p.name for p in method.parameters]
+    for name, setting in level.settings.items():
+        if name in known:
+            continue
+        owners = [other.name for other in methods.values() if other.parameter(name)]
+        if owners:
+            what = f"{method.name} does not use {name}, so it is ignored"
+            fix = f"it belongs to {', '.join(owners[:3])}; remove it"
+            report.warn(setting.spot, what, fix, "IGNORED")
+        else:
+            fix = did_you_mean(name, [*known, "trim"]) or f"{method.name} has {', '.join(known) or 'no parameters'}"
+            report.warn(setting.spot, f"unknown parameter {name}, so it is ignored", fix)
+
+
+def _check_values(setting: Setting, parameter: Parameter, report: Report) -> None:
+    for condition in setting.conditions:
+        for value in condition.scalars:
+            try:
+                typed(parameter, value)
+            except SettingError as refusal:
+                report.error(condition.spot, f"{parameter.name} {refusal.what}", refusal.fix)
+
+
+def _check_rivals(level: Level, method: Method, report: Report) -> None:
+    """Two ways to trim in one place. Where every condition has a filter, `resolve` sees whether they ever meet."""
+    given = [name for name in rivals(method) if name in level.settings and level.settings[name].conditions]
+    open_ended = [name for name in given if level.settings[name].always or _last_is_open(level.settings[name])]
+    if len(given) > 1 and open_ended:
+        spot = level.settings[given[1]].spot
+        report.error(
+            spot, f"{' and '.join(given)} are both given here", f"keep one of {', '.join(TRIM_RULES)} at a level"
+        )
+
+
+def _last_is_open(setting: Setting) -> bool:
+    return any(condition.filter in (None, "*") for condition in setting.conditions)
+
+
+def _check_source_level(source: Source, output: OutputSlice, method: Method, report: Report) -> None:
+    """What stands under one source: its own parameters, unless it is the base, and none that is shared."""
+    own = source.levels[0] if source.levels and source.levels[0].kind == "source" else None
+    is_base = method.base != "ignored" and source.ref == output.base
+    for parameter, setting in _given(own, method):
+        if parameter.scope == "shared":
+            _check_misplaced(parameter, setting, output, method, report)
+        elif is_base:
+            what = f"ignored, because the base has no {parameter.name} in {method.name}"
+            report.warn(setting.spot, what, "remove it", "IGNORED")
+        else:
+            _check_values(setting, parameter, report)
+    for level in output.levels:
+        for parameter, setting in _given(level, method):
+            _check_values(setting, parameter, report)
+
+
+def _given(level: Level | None, method: Method) -> Iterator[tuple[Parameter, Setting]]:
+    for name, setting in level.settings.items() if level else ():
+        parameter = method.parameter(name)
+        if parameter:
+            yield parameter, setting
+
+
+def _check_misplaced(
+    parameter: Parameter, setting: Setting, output: OutputSlice, method: Method, report: Report
+) -> None:
+    """A shared parameter under one source has no effect in mergekit: harmless where it says what holds anyway."""
+    what = f"{parameter.name} is one value for all sources of {method.name}, so mergekit ignores it under one of them"
+    if _says(setting.always, parameter) == _in_force(output.levels, parameter):
+        report.warn(setting.spot, what, "move it to the recipe's parameters", "IGNORED")
+    else:
+        report.error(setting.spot, what, "move it to the recipe's parameters, or remove it", "MISPLACED")
+
+
+_UNKNOWN = object()
+
+
+def _says(condition: Condition | None, parameter: Parameter) -> Any:
+    """The one value of a condition; something unlike any value when it has none or many."""
+    if condition is None or isinstance(condition.value, tuple):
+        return object()
+    try:
+        return typed(parameter, condition.value)
+    except SettingError:
+        return object()
+
+
+def _in_force(levels: Sequence[Level], parameter: Parameter) -> Any:
+    setting = next((s for level in levels if (s := level.settings.get(parameter.name))), None)
+    return parameter.default if setting is None else _says(setting.always, parameter)
+
+
+def _check_required(output: OutputSlice, method: Method, report: Report, faulty: Collection[str]) -> None:
+    """Required parameters that no place gives. Whether filters leave a tensor out is seen when tensors are known."""
+    for parameter in method.parameters:
+        if parameter.default is not REQUIRED or parameter.name in faulty:
+            continue
+        if parameter.scope == "shared":
+            if not _is_given(output.levels, parameter):
+                what = f"Missing required parameter {parameter.name} of {method.name}"
+                report.error(output.spot, what, f"write parameters: {{{parameter.name}: ...}} at the top")
+            continue
+        for source in output.sources:
+            is_base = method.base != "ignored" and source.ref == output.base
+            if not is_base and not _is_given(source.levels, parameter):
+                _report_missing(source, parameter, method, report)
+
+
+def _report_missing(source: Source, parameter: Parameter, method: Method, report: Report) -> None:
+    what = f"Missing required parameter {parameter.name} for {source.ref}"
+    if source.implicit:
+        what += f", which {method.name} merges like any other model although it is not listed"
+        report.error(source.spot, what, f"list it under models with its {parameter.name}")
+    else:
+        report.error(source.spot, what, f"write parameters: {{{parameter.name}: ...}} here, or once at the top")
+
+
+def _is_given(levels: Sequence[Level], parameter: Parameter) -> bool:
+    settings = (level.settings.get(parameter.name) for level in levels)
+    return any(setting.conditions for setting in settings if setting)

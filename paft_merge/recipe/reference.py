@@ -1,0 +1,141 @@
+"""What a recipe calls a model: a folder or Hub repository, at a revision, perhaps with an adapter on top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from paft_merge.errors import RecipeError
+from paft_merge.recipe.text import show
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model as a recipe names it; two that are spelt differently are two models.
+
+    `str()` gives `path@revision+lora@revision`. `written()` gives that, or the object form where only that can say it.
+    """
+
+    path: str
+    revision: str | None = None
+    lora: str | None = None
+    lora_revision: str | None = None
+    override_architecture: str | None = None
+
+    @classmethod
+    def parse(cls, value: ModelRef | str | Mapping[str, Any]) -> ModelRef:
+        """Read `path@revision+lora@revision` or `{model: ..., lora: ..., override_architecture: ...}`.
+
+        A `model:` before the path (old model cards) is dropped.
+
+        Raises:
+            RecipeError: anything else, with its reason.
+        """
+        try:
+            return _ADAPTER.validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            context = first.get("ctx", {})
+            what = context.get("what") or f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+            raise RecipeError.of("RECIPE", "", what, context.get("fix", "")) from None
+
+    def __str__(self) -> str:
+        text = _part(self.path, self.revision)
+        return f"{text}+{_part(self.lora, self.lora_revision)}" if self.lora else text
+
+    @property
+    def base(self) -> ModelRef:
+        """The same model without its adapter."""
+        return ModelRef(self.path, self.revision, override_architecture=self.override_architecture)
+
+    def written(self) -> str | dict[str, Any]:
+        """The form that `parse` reads back as an equal reference."""
+        places = [self.path, self.revision, self.lora, self.lora_revision]
+        plain = not any(mark in place for place in places if place for mark in "+@") and not self.path.startswith(
+            "model:"
+        )
+        if plain and self.override_architecture is None:
+            return str(self)
+        form: dict[str, Any] = {"model": {"path": self.path, "revision": self.revision}}
+        if self.lora:
+            form["lora"] = {"path": self.lora, "revision": self.lora_revision}
+        return form | {"override_architecture": self.override_architecture}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            _Form.reference,
+            handler.generate_schema(_Form),
+            serialization=core_schema.plain_serializer_function_ser_schema(ModelRef.written),
+        )
+
+
+def _part(path: str, revision: str | None) -> str:
+    return f"{path}@{revision}" if revision else path
+
+
+def refused(what: str, fix: str = "") -> PydanticCustomError:
+    """A fault that a validator found, in the words the user will read."""
+    return PydanticCustomError("recipe", "{what}", {"what": what, "fix": fix})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Place(_Strict):
+    """`path@revision`, or `{path, revision}` for a path that has an `@` or `+` in it."""
+
+    path: str
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            path, *revision = value.split("@")
+            if len(revision) > 1:
+                raise refused(f"more than one '@' in {show(value)}", "write {path: ..., revision: ...}")
+            value = {"path": path, "revision": revision[0]} if revision else {"path": path}
+        if isinstance(value, Mapping) and "" in (value.get("path"), value.get("revision")):
+            raise refused("a model reference with an empty path or revision", "write PATH or PATH@REVISION")
+        return value
+
+
+class _Form(_Strict):
+    """The object form, which is also what the string form is read into."""
+
+    model: _Place
+    lora: _Place | None = None
+    override_architecture: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def split(cls, value: Any) -> Any:
+        if isinstance(value, ModelRef):
+            lora = {"path": value.lora, "revision": value.lora_revision} if value.lora else None
+            model = {"path": value.path, "revision": value.revision}
+            return {"model": model, "lora": lora, "override_architecture": value.override_architecture}
+        if isinstance(value, str):
+            parts = value.removeprefix("model:").split("+")
+            if len(parts) > 2:
+                raise refused(f"more than one '+' in {show(value)}", "write {model: {path: ...}, lora: {path: ...}}")
+            return dict(zip(("model", "lora"), parts, strict=False))
+        if isinstance(value, Mapping) and "path" in value and "model" not in value:
+            raise refused("a model reference needs the key model", "write {model: {path: ..., revision: ...}}")
+        if not isinstance(value, Mapping):
+            context = {"what": f"must name a model, got {show(value)}", "fix": "write PATH or PATH@REVISION"}
+            raise PydanticCustomError("reference", "{what}", context)
+        return value
+
+    def reference(self) -> ModelRef:
+        """The flat form."""
+        lora, lora_revision = (self.lora.path, self.lora.revision) if self.lora else (None, None)
+        return ModelRef(self.model.path, self.model.revision, lora, lora_revision, self.override_architecture)
+
+
+_ADAPTER: TypeAdapter[ModelRef] = TypeAdapter(ModelRef)

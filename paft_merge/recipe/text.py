@@ -1,0 +1,380 @@
+"""YAML text as plain data that knows its lines: what can go wrong in a file is said with the line it is on.
+
+The rules are those of PyYAML's safe loader (YAML 1.1: `yes` is a bool, `<<` merges), so that a file means here what it
+means in mergekit, but for the traps: `1e-4` is a number, a key is always text (`on:` is not `True:`), a date is text, a
+key may not occur twice, and neither nesting nor aliases can exhaust the machine.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import yaml
+
+from paft_merge.errors import Problem, RecipeError
+
+Steps: TypeAlias = tuple[str | int, ...]
+"""A way into nested data: `("models", 0, "parameters")`."""
+
+MAX_BYTES = 4 << 20
+MAX_DEPTH = 64
+MAX_ALIASED = 100_000
+"""Bounds of a recipe: its text, its nesting, and the values that its aliases stand for."""
+
+_NO_FILE = "<text>"
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A place in a recipe; `str()` is `file:line: models[0].weight`, as far as each is known."""
+
+    file: str
+    line: int | None
+    path: str
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return ": ".join(part for part in (place, self.path) if part)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Plain data (dict, list, str, bool, int, float, None) and the lines it came from."""
+
+    data: Any
+    file: str = ""
+    """As the user wrote it; empty when the data came from Python."""
+    text: str = field(default="", repr=False)
+    """The file as written, when this is all of it."""
+    prefix: Steps = ()
+    """Where `data` lies in its document; every way below starts there."""
+    warnings: tuple[Problem, ...] = ()
+    lines: Mapping[Steps, int] = field(default_factory=dict, repr=False)
+    spellings: Mapping[Steps, str] = field(default_factory=dict, repr=False)
+    """The text of what is a number here and text in YAML 1.1 (`1e5`), for a place that wants text."""
+
+    @classmethod
+    def of(cls, data: Any) -> Located:
+        """Data made in Python, copied; RecipeError where a key is not text, or the data contains itself."""
+        return cls(_plain(data, (), 0))
+
+    def line(self, steps: Steps = ()) -> int | None:
+        """The line (from 1) of the key or item at `steps`, or of the nearest thing around it; None without a file."""
+        way = self.prefix + steps
+        return next((self.lines[way[:n]] for n in range(len(way), -1, -1) if way[:n] in self.lines), None)
+
+    def spot(self, steps: Steps = ()) -> Spot:
+        """Where `steps` is, for a message."""
+        return Spot(self.file, self.line(steps), dotted(self.prefix + steps))
+
+    def spelling(self, steps: Steps) -> str | None:
+        """The text of the number at `steps` when mergekit would read it as text."""
+        return self.spellings.get(self.prefix + steps)
+
+    def sub(self, *steps: str | int) -> Located:
+        """The part at `steps`, which still knows its lines."""
+        data = self.data
+        for step in steps:
+            data = data[step]
+        return replace(self, data=data, prefix=self.prefix + steps, text="")
+
+
+def load_yaml(source: Path | str) -> Located:
+    """Read the one document of a file (`Path`, or a str that is no YAML mapping) or of YAML text.
+
+    Raises:
+        RecipeError: the file cannot be read or is not YAML, with line and column; it holds several documents.
+    """
+    documents = load_documents(source)
+    if len(documents) > 1:
+        line = documents[1].line()
+        raise RecipeError.of(
+            "RECIPE", Spot(documents[1].file, line, ""), "a second document begins here", "keep one recipe in a file"
+        )
+    return documents[0]
+
+
+def load_documents(source: Path | str) -> tuple[Located, ...]:
+    """Read every non-empty document of a YAML stream (`---` between them); an empty stream is one empty document."""
+    text, file = _text_of(source)
+    documents = tuple(_documents(text, file))
+    if len(documents) > 1:
+        # The text of one of several is not cut out: comments between them belong to either.
+        return tuple(replace(document, text="") for document in documents)
+    return documents or (Located(None, file, text, lines={(): 1}),)
+
+
+def dotted(steps: Sequence[str | int]) -> str:
+    """`("models", 0, "model")` as `models[0].model`; a key that is no plain word is quoted in brackets."""
+    text = ""
+    for step in steps:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif re.fullmatch(r"[\w-]+", step):
+            text += f".{step}" if text else step
+        else:
+            text += f'["{step}"]'
+    return text
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """`did you mean 'density'?`, or nothing when no known word is near."""
+    near = difflib.get_close_matches(str(word), sorted(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else ""
+
+
+def show(value: object) -> str:
+    """A value for a message: short, and a container only by its kind."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _text_of(source: Path | str) -> tuple[str, str]:
+    """The text and the name of its file."""
+    if isinstance(source, str) and ("\n" in source or ": " in source or source[:1] in "{["):
+        return source, _NO_FILE
+    path = Path(source)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError.of(
+            "RECIPE", path, f"cannot be read: {error.strerror}", "name an existing YAML file"
+        ) from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError.of("RECIPE", path, f"larger than {MAX_BYTES >> 20} MiB", "is this a recipe?")
+    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return raw.decode("utf-16" if utf16 else "utf-8-sig"), str(path)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError.of("RECIPE", f"{path}:{line}", "not UTF-8 text", "is this a recipe?") from error
+
+
+def _documents(text: str, file: str) -> Iterator[Located]:
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        _refuse_character(error, text, file)
+    try:
+        while loader.check_node():
+            loader.aliased.clear()
+            node = loader.get_node()
+            builder = _Builder(loader, file)
+            data = builder.build(node, ()) if node else None
+            if data is not None:
+                yield Located(data, file, text, (), tuple(builder.warnings), builder.lines, builder.spellings)
+    except yaml.reader.ReaderError as error:
+        _refuse_character(error, text, file)
+    except yaml.MarkedYAMLError as error:
+        _refuse_syntax(error, file)
+    finally:
+        loader.dispose()
+
+
+def _refuse_character(error: yaml.reader.ReaderError, text: str, file: str) -> NoReturn:
+    line = text.count("\n", 0, error.position) + 1
+    raise RecipeError.of(
+        "RECIPE", f"{file}:{line}", "a control character is not allowed", "is this a recipe?"
+    ) from error
+
+
+_FIXES = {
+    "found character '\\t'": "indent with spaces",
+    "mapping values are not allowed": "quote text that contains ': ', and check the indentation",
+    "while scanning an alias": "quote a '*' that is meant as text",
+    "while scanning an anchor": "quote a '&' that is meant as text",
+    "while parsing a block": "check the indentation",
+    "could not find expected ':'": "check the indentation, and the ':' after the key",
+    "found undefined alias": "define it with '&' above, or quote the '*'",
+    "while parsing a flow": "check the brackets and commas",
+}
+
+
+def _refuse_syntax(error: yaml.MarkedYAMLError, file: str) -> NoReturn:
+    mark = error.problem_mark or error.context_mark
+    where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+    what = " ".join(part for part in (error.context, error.problem) if part)
+    fix = next((fix for words, fix in _FIXES.items() if words in what), "")
+    kind = "" if isinstance(error, yaml.constructor.ConstructorError) else "not YAML: "
+    raise RecipeError.of("RECIPE", where, kind + what.replace("\n", " "), fix or (error.note or "")) from error
+
+
+def _refuse(node: Any, what: str, fix: str = "") -> NoReturn:
+    """Refuse a node or event that a recipe may not contain; told like a syntax error, with its line and column."""
+    raise yaml.constructor.ConstructorError(None, None, what, node.start_mark, fix)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader up to nodes, with shallow nesting, numbers such as `1e-4`, and no dates."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.aliased: set[int] = set()
+        """The ids of nodes that an alias repeats."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth >= MAX_DEPTH:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            _refuse(event, f"nested deeper than {MAX_DEPTH} levels", "a recipe needs about ten")
+        is_alias = self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if is_alias:
+            self.aliased.add(id(node))
+        return node
+
+
+_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != f"{_TAG}timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_TAG}float#exponent", re.compile(rf"^(?:{_EXPONENT.pattern})$"), list("-+0123456789."))
+
+
+class _Builder:
+    """Makes plain data of one document's nodes and notes every line on the way."""
+
+    def __init__(self, loader: _Loader, file: str) -> None:
+        self.loader, self.file = loader, file
+        self.lines: dict[Steps, int] = {}
+        self.spellings: dict[Steps, str] = {}
+        self.warnings: list[Problem] = []
+        self.open: set[int] = set()
+        self.from_alias = 0
+
+    def build(self, node: yaml.Node, steps: Steps, repeated: bool = False) -> Any:
+        """The data of `node` at `steps`; `repeated` inside what an alias may stand for."""
+        self.lines.setdefault(steps, node.start_mark.line + 1)
+        repeated = repeated or id(node) in self.loader.aliased
+        self.count(node, repeated)
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node, steps)
+        if len(steps) > MAX_DEPTH:
+            _refuse(node, f"nested deeper than {MAX_DEPTH} levels", "a recipe needs about ten")
+        with self.inside(node):
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(node, steps, repeated)
+            return self.items(node, steps, repeated)
+
+    def count(self, node: yaml.Node, values: int) -> None:
+        """Count values that stem from an alias, so that a few lines cannot stand for billions."""
+        self.from_alias += values
+        if self.from_alias > MAX_ALIASED:
+            _refuse(node, f"aliases stand for more than {MAX_ALIASED:,} values", "write them out, or use fewer")
+
+    @contextmanager
+    def inside(self, node: yaml.Node) -> Iterator[None]:
+        """Refuse a node inside itself."""
+        if id(node) in self.open:
+            _refuse(node, "an alias stands for something that contains it", "write the value out")
+        self.open.add(id(node))
+        yield
+        self.open.remove(id(node))
+
+    def items(self, node: yaml.Node, steps: Steps, repeated: bool) -> list[Any]:
+        self.expect(node, "seq")
+        return [self.build(item, (*steps, i), repeated) for i, item in enumerate(node.value)]
+
+    def mapping(self, node: yaml.MappingNode, steps: Steps, repeated: bool) -> dict[str, Any]:
+        data = {}
+        for key, (key_node, value) in self.pairs(node).items():
+            self.lines[(*steps, key)] = key_node.start_mark.line + 1
+            data[key] = self.build(value, (*steps, key), repeated)
+        return data
+
+    def pairs(self, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """A mapping's own pairs, and those that `<<` adds beneath them."""
+        self.expect(node, "map")
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key_node, value in node.value:
+            if key_node.tag == f"{_TAG}merge":
+                for pairs in reversed(self.merged(value)):
+                    merged.update(pairs)
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                _refuse(key_node, "a key must be text", "quote it")
+            if key_node.value in own:
+                first = own[key_node.value][0].start_mark.line + 1
+                _refuse(key_node, f"the key '{key_node.value}' is already on line {first}", "keep one of the two")
+            own[key_node.value] = key_node, value
+        return merged | own
+
+    def merged(self, node: yaml.Node) -> list[dict[str, tuple[yaml.Node, yaml.Node]]]:
+        """What one `<<` merges: the earlier mapping of a list wins."""
+        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        found = []
+        for source in sources:
+            if not isinstance(source, yaml.MappingNode):
+                _refuse(source, "'<<' merges a mapping or a list of mappings", "name one by its alias: '<<: *name'")
+            with self.inside(source):
+                found.append(self.pairs(source))
+            self.count(source, len(found[-1]))
+        return found
+
+    def scalar(self, node: yaml.ScalarNode, steps: Steps) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        if kind == "float#exponent":
+            self.spellings[steps] = node.value
+            return float(node.value.replace("_", ""))
+        if kind in ("str", "value", "merge"):
+            return node.value
+        make = {
+            "null": self.loader.construct_yaml_null,
+            "bool": self.loader.construct_yaml_bool,
+            "int": self.loader.construct_yaml_int,
+            "float": self.loader.construct_yaml_float,
+        }.get(kind)
+        if make is None:
+            self.expect(node, "str")
+        try:
+            value = make(node) if make else None
+        except (ValueError, KeyError, IndexError):
+            _refuse(node, f"{show(node.value)} cannot be read as {kind}", "quote text, or write a plain number")
+        self.warn_of_traps(node, steps, value)
+        return value
+
+    def warn_of_traps(self, node: yaml.ScalarNode, steps: Steps, value: Any) -> None:
+        """`012` is ten and `1:30` is ninety in YAML 1.1: say so."""
+        if re.fullmatch(r"[-+]?0[0-7_]+", node.value) or (":" in node.value and isinstance(value, int | float)):
+            where = Spot(self.file, node.start_mark.line + 1, dotted(steps))
+            what = f"{node.value} is {value} in YAML 1.1"
+            self.warnings.append(Problem("NUMBER", str(where), what, f"write {value}, or quote it if it is text"))
+
+    def expect(self, node: yaml.Node, kind: str) -> None:
+        """Refuse `!!python/...` and every other tag that makes an object."""
+        if node.tag != _TAG + kind:
+            shown = node.tag.replace(_TAG, "!!")
+            _refuse(node, f"the tag {shown} is not allowed", "a recipe holds plain data; remove the tag")
+
+
+def _plain(data: Any, steps: Steps, depth: int) -> Any:
+    """A copy of containers as dict and list; everything else as it is."""
+    if depth > MAX_DEPTH:
+        raise RecipeError.of("RECIPE", dotted(steps[:4]) + "...", f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(data, Mapping):
+        wrong = next((key for key in data if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise RecipeError.of("RECIPE", dotted(steps), f"a key must be text, got {show(wrong)}", "quote it")
+        return {key: _plain(value, (*steps, key), depth + 1) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value, (*steps, i), depth + 1) for i, value in enumerate(data)]
+    return str(data) if isinstance(data, Path) else data

@@ -1,0 +1,126 @@
+"""What the terminal shows of plans and methods."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from paft_merge.errors import RecipeError
+from paft_merge.methods import METHODS, REQUIRED, Parameter
+from paft_merge.plan import COPY, MergePlan, PlannedTensor
+
+
+def plan_json(planned: MergePlan, out: Path | None) -> dict[str, Any]:
+    """The whole plan: totals, files, and every tensor with its inputs and resolved parameters."""
+    return {
+        "recipe": planned.recipe.resolved(),
+        "arithmetic": planned.recipe.arithmetic,
+        "bytes_read": planned.bytes_read,
+        "bytes_written": planned.bytes_written,
+        "bytes_free": _free(out),
+        "files": {s.file: s.size for s in planned.shards},
+        "config": dict(planned.config),
+        "warnings": [str(w) for w in planned.warnings],
+        "tensors": [_tensor_json(t) for t in planned.tensors],
+    }
+
+
+def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
+    inputs = tensor.inputs
+    return {
+        "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "method": tensor.method, "form": inputs.form,
+        "base": inputs.base.source if inputs.base else None,
+        "sources": [r.source for r in inputs.sources],
+        "adapters": {r.source: r.patch.kind for r in inputs.sources if r.patch},
+        "parameters": dict(tensor.parameters),
+    }  # fmt: skip
+
+
+def plan_table(planned: MergePlan, out: Path | None) -> None:
+    """The plan as a person reads it: what will be done, with what, and what it takes."""
+    console = Console()
+    recipe = planned.recipe
+    console.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models, base and side files from [bold]{planned.donor.ref}[/]")
+    where = "float32, rounded once" if recipe.arithmetic == "float32" else "as mergekit does it, in the storage type"
+    console.print(f"arithmetic {where} ({recipe.rounding}), seed {recipe.seed}")
+    table = Table(box=box.SIMPLE)
+    for heading, side in (("tensors", "right"), ("method", "left"), ("inputs", "left"), ("output", "left"), ("parameters", "left")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    groups = Counter(_kind(t) for t in planned.tensors)
+    for (method, inputs, dtype, parameters), count in groups.most_common(12):
+        table.add_row(f"{count:,}", method, inputs, dtype, parameters)
+    if len(groups) > 12:
+        rest = sum(count for _, count in groups.most_common()[12:])
+        table.add_row(f"{rest:,}", "...", "", "", "other parameters: see --json")
+    console.print(table)
+    free = _free(out)
+    console.print(f"reads {_size(planned.bytes_read)}, writes {_size(planned.bytes_written)} in {len(planned.shards)} files; {_size(free)} free")
+
+
+def _kind(tensor: PlannedTensor) -> tuple[str, str, str, str]:
+    adapters = Counter(r.patch.kind for r in tensor.inputs.sources if r.patch)
+    inputs = ", ".join(f"{n} x {kind}" for kind, n in sorted(adapters.items())) or tensor.inputs.form
+    if tensor.method == COPY:
+        return COPY, "", tensor.dtype, ""
+    shared = {k: v for k, v in tensor.parameters.items() if k != "sources"}
+    sources = tensor.parameters.get("sources", [])
+    per_source = {k: [s[k] for s in sources] for k in (sources[0] if sources else {})}
+    return tensor.method, inputs, tensor.dtype, " ".join(f"{k}={_short(v)}" for k, v in {**per_source, **shared}.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _free(out: Path | None) -> int:
+    folder = (out or Path()).resolve()
+    return shutil.disk_usage(next(p for p in [folder, *folder.parents] if p.exists())).free
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def method_table() -> None:
+    """Every method with its paper and parameters."""
+    table = Table(box=box.SIMPLE)
+    for heading in ("method", "what", "paper", "parameters"):
+        table.add_column(heading)
+    for name, method in METHODS.items():
+        table.add_row(f"[bold]{name}[/]", method.title, method.paper, ", ".join(p.name for p in method.parameters))
+    Console().print(table)
+
+
+def method_details(name: str) -> None:
+    """One method's parameters: type, default, scope and meaning."""
+    if name not in METHODS:
+        raise RecipeError.of("RECIPE", name, "is no method of ours", f"one of {', '.join(METHODS)}")
+    method, console = METHODS[name], Console()
+    console.print(f"[bold]{name}[/]: {method.title}, {method.paper}; base {method.base}")
+    table = Table(box=box.SIMPLE)
+    for heading in ("parameter", "value", "default", "given", "meaning"):
+        table.add_column(heading)
+    for p in method.parameters:
+        default = "required" if p.default is REQUIRED else "-" if p.default is None else _short(p.default)
+        table.add_row(f"[bold]{p.name}[/]", _values(p), default, "per source" if p.scope == "source" else "once", p.doc)
+    console.print(table)
+
+
+def _values(parameter: Parameter) -> str:
+    if parameter.choices:
+        return " | ".join(parameter.choices)
+    bounds = f" {parameter.low:g}..{parameter.high:g}" if parameter.high < float("inf") else ""
+    return parameter.type.__name__ + bounds

@@ -1,0 +1,160 @@
+"""What a method does to one tensor, in two steps: *measure* it block by block, then *combine* block by block.
+
+A rule knows its numbers (weights, densities, keys of random streams) and nothing of files or recipes. `prepare` reads
+whatever it must know of the whole tensor and returns a function that writes one merged block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from paft_merge.blocks import Block, Each, Election, Ops, Outcome, Survival
+from paft_merge.sparsify import EVERYTHING, Trim, drop_survival, rescale_drops, trim_survivals
+
+Combine = Callable[[Block, Any, int], Outcome]
+"""`combine(block, out, key)`: write the merged block into `out`; `key` is the stream of stochastic rounding, or 0."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Random sparsification: each entry stays with probability `density`, by its own stream (DARE, arXiv:2311.03099)."""
+
+    density: float
+    key: int
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One tensor as a rule sees it: its size, how to walk its blocks and what to compute on them."""
+
+    numel: int
+    each: Each
+    ops: Ops
+    active: Sequence[int]
+    """Which sources the rows of a block's `sources` are, as indices into the rule's own tuples."""
+
+
+class Rule(Protocol):
+    """The law of one merged tensor."""
+
+    @property
+    def wants(self) -> Literal["values", "deltas", "either"]:
+        """What a block's sources have to be; with `either` the engine may give deltas where they are what it has."""
+
+    @property
+    def keeps_equals(self) -> bool:
+        """Whether sources that are all equal (to the base too, where there is one) come out as they went in."""
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        """Measure the tensor. `deltas`: the blocks hold deltas or, with `subtract`, stand for them."""
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Sum of weight times source, over values (linear) or over deltas on top of the base (task arithmetic)."""
+
+    weights: tuple[float, ...]
+    of: Literal["values", "deltas"]
+
+    @property
+    def wants(self) -> Literal["values", "deltas", "either"]:
+        return "either" if self.of == "values" else "deltas"
+
+    @property
+    def keeps_equals(self) -> bool:
+        return self.of == "deltas" or abs(math.fsum(self.weights) - 1) < 1e-6
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        weights = [self.weights[i] for i in walk.active]
+        # A sum of values that share a base is that base times all weights, plus the weighted deltas.
+        base = 1.0 if self.of == "deltas" else math.fsum(self.weights) if deltas else 0.0
+
+        def combine(block: Block, out: Any, key: int) -> Outcome:
+            return walk.ops.blend(block, out, base, weights, key, deltas)
+
+        return combine
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """Trim or drop each delta, elect a sign for every entry, and add what agrees with it to the base.
+
+    elect      `weighted`    sign of the sum of weight * delta (mergekit)
+               `unweighted`  sign of the sum of deltas (the TIES paper, and PEFT)
+               `count`       sign of the sum of signs (PAFT's formula; PEFT's "frequency")
+               `none`        every surviving entry is kept
+    normalize  `weights`     divide by the weights of what was kept at that entry (mergekit)
+               `count`       divide by how many were kept (the TIES paper, and PEFT)
+               `none`        plain sum
+
+    With `weighted` an entry agrees when weight * delta has the elected sign, with the others when the delta itself has it.
+    """
+
+    weights: tuple[float, ...]
+    thin: tuple[Trim | Drop, ...]
+    elect: Literal["weighted", "unweighted", "count", "none"] = "weighted"
+    tie_positive: bool = True
+    normalize: Literal["weights", "count", "none"] = "weights"
+    factor: float = 1.0
+    rescale: bool = False
+    fixed: tuple[Survival, ...] | None = None
+    """Thresholds that were found over the whole model (`trim_scope: global`); they stand in for `thin`."""
+
+    wants: Literal["deltas"] = "deltas"
+    keeps_equals: bool = True
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        survivals = self._survivals(walk)
+        election = Election(
+            tuple(self.weights[i] for i in walk.active), self.elect, self.tie_positive, self.normalize, self.factor
+        )
+
+        def combine(block: Block, out: Any, key: int) -> Outcome:
+            return walk.ops.consensus(block, out, survivals, election, key)
+
+        return combine
+
+    def _survivals(self, walk: Walk) -> list[Survival]:
+        if self.fixed is not None:
+            return [self.fixed[i] for i in walk.active]
+        thin = [self.thin[i] for i in walk.active]
+        drops = [drop_survival(t.density, t.key) if isinstance(t, Drop) else Survival() for t in thin]
+        if any(isinstance(t, Drop) and t.density < 1 for t in thin):
+            return rescale_drops(drops, walk.each, walk.ops) if self.rescale else drops
+        trims = [t if isinstance(t, Trim) else EVERYTHING for t in thin]
+        if all(t.value >= 1 and t.rule != "epsilon" for t in trims):
+            return drops
+        return trim_survivals(trims, walk.numel, walk.each, walk.ops, rescale=self.rescale)
+
+
+@dataclass(frozen=True)
+class Slerp:
+    """Spherical interpolation from the first value to the second by `t`, each tensor one vector; by their Gram matrix.
+
+    Nearly parallel or opposite vectors (|cos| > 0.9995) are interpolated linearly, and a norm under 1e-8 counts as one, as in
+    mergekit.
+    """
+
+    t: float
+    wants: Literal["values"] = "values"
+    keeps_equals: bool = True
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        blocks = np.stack(walk.each(walk.ops.gram))
+        dots = [[math.fsum(blocks[:, i, j]) for j in range(2)] for i in range(2)]
+        lengths = [math.sqrt(dots[i][i]) if math.sqrt(dots[i][i]) > 1e-8 else 1.0 for i in range(2)]
+        cosine = min(max(dots[0][1] / (lengths[0] * lengths[1]), -1.0), 1.0)
+        weights = (1 - self.t, self.t)
+        if abs(cosine) <= 0.9995:
+            angle = math.acos(cosine)
+            weights = (math.sin((1 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle))
+
+        def combine(block: Block, out: Any, key: int) -> Outcome:
+            return walk.ops.blend(block, out, 0.0, weights, key, False)
+
+        return combine

@@ -1,0 +1,318 @@
+"""Which entries of a delta survive: thresholds by rank, by L1 mass or fixed, random drops, and the rescaling after them.
+
+Magnitudes are compared as the bits of a float32 without its sign, which order like the magnitudes themselves. A threshold
+is exact: the k-th largest of a whole tensor, found in two streaming passes (a histogram, from a sample where that is
+enough, and the few magnitudes that fall into the bracket it gives), never by sorting the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+
+from paft_merge.blocks import NOTHING, Counts, Each, Ops, Survival
+from paft_merge.kernels import BINS
+
+_ALL_BITS = 0x7F800000
+"""Bits of infinity: every finite magnitude is below."""
+
+_SAMPLE_MARGIN = 0.01
+"""Half the width of a bracket that is guessed from a sample, as a share of the entries. A miss costs one more pass."""
+
+
+@dataclass(frozen=True)
+class Trim:
+    """What survives of one delta by its magnitude.
+
+    `density`  the `kept_count(numel, value)` largest entries (TIES-Merging, arXiv:2306.01708, sec. 3.1; their k / 100).
+    `l1_mass`  the fewest largest entries that hold the share `value` of the delta's L1 norm.
+    `epsilon`  the entries with |delta| > `value` (PAFT, arXiv:2406.17923, sec. 2.2 calls the others sparse).
+    `outliers` as `density`, after the largest `int(gamma * numel)` are dropped (Breadcrumbs, arXiv:2312.06795), or
+               fewer where that many cannot be dropped without missing the density.
+    """
+
+    rule: Literal["density", "l1_mass", "epsilon", "outliers"]
+    value: float
+    gamma: float = 0.0
+    soft: bool = False
+    """Take the threshold's magnitude off the survivors too: the proximal step of the L1 norm."""
+
+
+EVERYTHING = Trim("density", 1.0)
+
+
+def kept_count(numel: int, density: float) -> int:
+    """How many of `numel` entries a density keeps: `int(density * numel)`, at least one; all from 1 up, none from 0 down.
+
+    mergekit's rule. PEFT may keep none of a small tensor, and other tools keep every tie of the last one.
+    """
+    if density >= 1:
+        return numel
+    return 0 if density <= 0 or numel == 0 else max(1, int(density * numel))
+
+
+def stream_key(seed: int, source: str, name: str, purpose: str) -> int:
+    """The 64-bit key of the random numbers for one source's tensor: the same in any order, on any shard and thread."""
+    return xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{name}\0{purpose}".encode()) or 1
+
+
+def drop_survival(density: float, key: int) -> Survival:
+    """Keep each entry with probability `density`, by SplitMix64 of (`key`, flat index); resolution 2**-32."""
+    return Survival(keep=min(max(round(density * 2**32), 0), 2**32), key=key)
+
+
+def rescale_drops(survivals: Sequence[Survival], each: Each, ops: Ops) -> list[Survival]:
+    """Scale what a random drop leaves by (L1 norm before / L1 norm after), as mergekit's DARE does.
+
+    The DARE paper (arXiv:2311.03099) divides by the density instead; the two agree in expectation. Norms under 1e-7 are
+    left alone, as mergekit leaves them.
+    """
+    blocks = np.stack(each(lambda block: ops.dropped_l1(block, survivals)))
+    return [
+        replace(s, scale=_ratio(math.fsum(blocks[:, i, 0]), math.fsum(blocks[:, i, 1]))) for i, s in enumerate(survivals)
+    ]
+
+
+def trim_survivals(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, rescale: bool = False) -> list[Survival]:
+    """Resolve every source's trim of one tensor into a threshold, reading the tensor at most three times.
+
+    Args:
+        trims: one a source.
+        numel: entries of the tensor.
+        each, ops: how to walk its blocks, and what to compute there.
+        rescale: scale the survivors so that the delta keeps its L1 norm.
+
+    Returns:
+        One `Survival` a source. Ties at a threshold keep the lowest flat indices.
+    """
+    search = _Search(trims, numel, each, ops, norms=rescale or any(t.rule == "l1_mass" for t in trims))
+    survivals = [search.survival(i) for i in range(len(trims))]
+    return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
+
+
+def l1_of_bins(counts: Counts, lows: Counts) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The L1 norm of each bin of a histogram with `lows`: exact integers, rounded once to float64.
+
+    Every magnitude of bin `b` is `(lead(b) + low) * 2**exponent(b)`, so their sum needs the count and the sum of lows only.
+    """
+    bins = np.arange(BINS, dtype=np.int64)
+    exponent, high = bins >> 7, (bins & 0x7F) << 16
+    lead = np.where(exponent > 0, high | 0x800000, high)
+    mantissas = counts * lead + lows
+    return np.ldexp(mantissas.astype(np.float64), np.maximum(exponent, 1).astype(np.int32) - 150)
+
+
+def _ratio(before: float, after: float) -> float:
+    return 1.0 if before < 1e-7 or after < 1e-7 else before / after
+
+
+def _value(bits: int) -> float:
+    return float(np.uint32(bits).view(np.float32))
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))
+
+
+@dataclass
+class _Bracket:
+    """The magnitudes of one source in a range of bits: distinct bits and their counts, tile by tile; zero is never inside."""
+
+    low: int
+    width: int
+    above: int = 0
+    tiles: Sequence[tuple[Any, Any]] = ()
+
+    def merged(self) -> tuple[Any, Any]:
+        """Distinct bits, largest first, and how often each occurs in the tensor."""
+        bits = np.concatenate([b for b, _ in self.tiles])
+        counts = np.concatenate([c for _, c in self.tiles])
+        order = np.argsort(bits, kind="stable")[::-1]
+        bits, counts = bits[order], counts[order]
+        if not bits.size:
+            return bits, counts
+        first = np.flatnonzero(np.concatenate([[True], bits[1:] != bits[:-1]]))
+        return bits[first], np.add.reduceat(counts, first)
+
+    def holds(self, rank: int) -> bool:
+        """Whether the `rank`-th largest magnitude is inside, or no entry that is not zero is left below."""
+        inside = sum(int(c.sum()) for _, c in self.tiles)
+        return self.above < rank and (rank <= self.above + inside or self.low == 1)
+
+
+class _Search:
+    """Exact thresholds of all sources of one tensor, sharing the passes over it.
+
+    A source asks for ranks (1 = the largest magnitude): the last entry kept and, for outliers, the last one dropped. A
+    rank's threshold is found inside a bracket of magnitudes that is guessed from a sample, or taken from a full histogram
+    when L1 norms are wanted anyway or the guess missed.
+    """
+
+    def __init__(self, trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, norms: bool) -> None:
+        self.trims, self.numel, self.each, self.ops = trims, numel, each, ops
+        self.full = self._histogram(norms=True) if norms else None
+        self.brackets: dict[tuple[int, int], _Bracket] = {}
+        self.ranks = [self._ranks(i) for i in range(len(trims))]
+        for i, rank in self._mass_ranks().items():
+            self.ranks[i] = [rank]
+        for place in (0, 1):
+            self._find({i: ranks[place] for i, ranks in enumerate(self.ranks) if len(ranks) > place})
+
+    def survival(self, i: int) -> Survival:
+        """The threshold of source `i`."""
+        trim = self.trims[i]
+        if trim.rule == "epsilon":
+            return Survival(low=_bits(trim.value), shrink=_value(_bits(trim.value)) if trim.soft else 0.0)
+        if not self.ranks[i]:
+            return NOTHING if trim.value <= 0 else Survival()
+        low, low_cut = self._threshold(i, self.ranks[i][0])
+        survival = Survival(low=low, low_cut=low_cut, shrink=_value(low) if trim.soft else 0.0)
+        if len(self.ranks[i]) == 2:
+            high, high_cut = self._threshold(i, self.ranks[i][1])
+            survival = replace(survival, high=high, high_cut=high_cut)
+        return survival
+
+    def rescaled(self, i: int, survival: Survival) -> Survival:
+        """`survival` with the scale that gives source `i` its L1 norm back."""
+        assert self.full is not None
+        before = math.fsum(l1_of_bins(self.full[0][i], self.full[1][i]))
+        if survival in (Survival(), NOTHING):
+            return survival
+        kept, mass = self._above(i, survival.low, self.ranks[i][0] if self.ranks[i] else None)
+        if len(self.ranks[i]) == 2:
+            dropped, lost = self._above(i, survival.high, self.ranks[i][1])
+            kept, mass = kept - dropped, mass - lost
+        return replace(survival, scale=_ratio(before, mass - kept * survival.shrink))
+
+    def _ranks(self, i: int) -> list[int]:
+        trim = self.trims[i]
+        if trim.rule in ("epsilon", "l1_mass") or not 0 < trim.value < 1 or not self.numel:
+            return []
+        if trim.rule == "density":
+            return [kept_count(self.numel, trim.value)]
+        wanted, top = int(trim.value * self.numel), int(trim.gamma * self.numel)
+        dropped = self.numel - max(0, self.numel - wanted - top) - wanted
+        return [wanted + dropped, *([dropped] if dropped else [])] if wanted else []
+
+    def _mass_ranks(self) -> dict[int, int]:
+        """How many of the largest entries of each `l1_mass` source it takes to hold that share (at least one)."""
+        goals, ranges, heads = {}, {}, {}
+        for i, trim in enumerate(self.trims):
+            if trim.rule == "l1_mass" and 0 < trim.value < 1 and self.numel:
+                assert self.full is not None
+                norms = l1_of_bins(self.full[0][i], self.full[1][i])
+                held = np.cumsum(norms[::-1])
+                goals[i] = trim.value * float(held[-1])
+                place = int(np.searchsorted(held, goals[i]))
+                heads[i] = float(held[place - 1]) if place else 0.0
+                ranges[i] = _bin_range(BINS - 1 - place)
+        ranks = {}
+        for i, bracket in self._gather(ranges).items():
+            bits, often = bracket.merged()
+            values = bits.view(np.float32).astype(np.float64)
+            running = np.concatenate([[heads[i]], heads[i] + np.cumsum(values * often)])
+            at = max(min(int(np.searchsorted(running, goals[i])) - 1, len(bits) - 1), 0)
+            part = math.ceil((goals[i] - running[at]) / values[at]) if len(bits) else 0
+            last = min(max(part, 1), int(often[at])) if len(bits) else 0
+            ranks[i] = max(1, bracket.above + int(often[:at].sum()) + last)
+            self.brackets[i, ranks[i]] = bracket
+        return ranks
+
+    def _threshold(self, i: int, rank: int) -> tuple[int, int]:
+        """Bits and cut of the `rank`-th largest magnitude of source `i`; (0, 0) when that is zero."""
+        bracket = self.brackets[i, rank]
+        bits, often = bracket.merged()
+        running = bracket.above + np.cumsum(often)
+        at = int(np.searchsorted(running, rank))
+        if at == len(bits):
+            return 0, 0
+        spare = int(running[at]) - rank
+        if not spare:
+            return int(bits[at]), self.numel
+        return int(bits[at]), self._cut(i, bracket, int(bits[at]), int(often[at]) - spare)
+
+    def _cut(self, i: int, bracket: _Bracket, bits: int, kept: int) -> int:
+        """The flat index below which entries equal to the threshold are kept, so that `kept` of them are."""
+        for tile, (values, counts) in enumerate(bracket.tiles):
+            at = int(np.searchsorted(values, bits))
+            here = int(counts[at]) if at < len(values) and values[at] == bits else 0
+            if here >= kept:
+                nth = kept - 1
+                return self.each(lambda block: self.ops.locate(block, i, bits, nth), tiles=[tile])[0] + 1
+            kept -= here
+        raise AssertionError("the ties of a threshold were counted and then not found")
+
+    def _above(self, i: int, low: int, rank: int | None) -> tuple[int, float]:
+        """How many entries of source `i` pass a threshold, and their L1 norm; `rank` says how many where ties are cut."""
+        assert self.full is not None
+        norms, top = l1_of_bins(self.full[0][i], self.full[1][i]), low >> 16
+        bracket = self.brackets[i, rank] if rank else self._gather({i: _bin_range(top)})[i]
+        bits, often = bracket.merged()
+        over = bits > low
+        count = int(self.full[0][i][top + 1 :].sum()) + int(often[over].sum())
+        mass = math.fsum([*norms[top + 1 :], *(bits[over].view(np.float32).astype(np.float64) * often[over])])
+        ties = min(rank - count, int(often[bits == low].sum())) if rank else 0
+        return count + ties, mass + ties * _value(low)
+
+    def _histogram(self, *, sample: bool = False, norms: bool = False) -> tuple[Counts, Counts]:
+        parts = self.each(lambda block: self.ops.histogram(block, norms), sample=sample)
+        return np.sum([c for c, _ in parts], axis=0), np.sum([w for _, w in parts], axis=0)
+
+    def _find(self, ranks: dict[int, int]) -> None:
+        """Gather a bracket that holds the rank, for one rank a source."""
+        ranks = {i: rank for i, rank in ranks.items() if (i, rank) not in self.brackets}
+        if ranks and self.full is None:
+            for i, bracket in self._gather(self._guess(ranks)).items():
+                if bracket.holds(ranks[i]):
+                    self.brackets[i, ranks.pop(i)] = bracket
+        if not ranks:
+            return
+        self.full = self.full or self._histogram()
+        ranges = {i: _bin_range(_bin_of(self.full[0][i], rank)) for i, rank in ranks.items()}
+        for i, bracket in self._gather(ranges).items():
+            self.brackets[i, ranks[i]] = bracket
+
+    def _guess(self, ranks: dict[int, int]) -> dict[int, tuple[int, int]]:
+        """A range of bits for each rank: from a sample, or all of them where the tensor is no larger than two tiles."""
+        if self.each.tiles <= 2:
+            return {i: (1, _ALL_BITS - 1) for i in ranks}
+        counts, _ = self._histogram(sample=True)
+        ranges = {}
+        for i, rank in ranks.items():
+            seen, share = int(counts[i].sum()), rank / self.numel
+            high = _bin_of(counts[i], max(1, math.floor((share - _SAMPLE_MARGIN) * seen)))
+            low = _bin_of(counts[i], math.ceil((share + _SAMPLE_MARGIN) * seen))
+            start = _bin_range(low)[0]
+            ranges[i] = start, sum(_bin_range(high)) - start
+        return ranges
+
+    def _gather(self, ranges: dict[int, tuple[int, int]]) -> dict[int, _Bracket]:
+        """Read the tensor once and collect, for some sources, the magnitudes in a range of bits."""
+        if not ranges:
+            return {}
+        low, width = zip(*(ranges.get(i, (0, 0)) for i in range(len(self.trims))), strict=True)
+
+        def work(block: Any) -> tuple[Counts, list[tuple[Any, Any]]]:
+            counts, found = self.ops.collect(block, low, width)
+            return counts, [np.unique(f, return_counts=True) for f in found]
+
+        parts = self.each(work)
+        return {
+            i: _Bracket(low[i], width[i], sum(int(c[i, 1]) for c, _ in parts), [found[i] for _, found in parts])
+            for i in ranges
+        }
+
+
+def _bin_of(counts: Any, rank: int) -> int:
+    """The bin that holds the `rank`-th largest magnitude; the lowest bin when there are fewer."""
+    return max(BINS - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), rank)), 0)
+
+
+def _bin_range(index: int) -> tuple[int, int]:
+    """First bits and number of bits of a bin, without the zero in the lowest."""
+    return (index << 16, 1 << 16) if index else (1, (1 << 16) - 1)

@@ -1,0 +1,62 @@
+"""Run a rule on tensors that are in memory, block by block as a merge does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from paft_merge.blocks import Block, CpuOps, tile_bounds
+from paft_merge.rules import Rule, Walk
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Walks the blocks of float32 tensors (`base` `[E]` or `[0]`, `sources` `[n, E]`, as bits)."""
+
+    base: np.ndarray
+    sources: np.ndarray
+
+    @property
+    def tiles(self) -> int:
+        return len(tile_bounds(self.sources.shape[1], 1))
+
+    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+        bounds = tile_bounds(self.sources.shape[1], 1)
+        results = []
+        for start, stop in bounds if tiles is None else [bounds[i] for i in tiles]:
+            end = start + max(1, (stop - start) // 16) if sample else stop
+            sources = np.ascontiguousarray(self.sources[:, start:end])
+            results.append(work(Block(start, self.base[start:end], sources, subtract=False)))
+        return results
+
+
+def merge_tensors(rule: Rule, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Apply `rule` to whole tensors.
+
+    Args:
+        rule: one that wants values gets `tensors` as values, one that wants deltas gets them as deltas.
+        tensors: each `[*shape]`, any float dtype; not modified. At least one.
+
+    Returns:
+        `[*shape]` float32: the merged tensor, or the merged delta.
+
+    Raises:
+        ValueError: no tensors, or shapes that differ.
+    """
+    if not tensors or any(t.shape != tensors[0].shape for t in tensors):
+        raise ValueError(f"a merge needs tensors of one shape, got {[tuple(t.shape) for t in tensors]}")
+    sources = np.stack([t.detach().cpu().to(torch.float32).reshape(-1).numpy().view(np.uint32) for t in tensors])
+    deltas = rule.wants == "deltas"
+    base = np.zeros(sources.shape[1] if deltas else 0, np.uint32)
+    each, ops = InMemory(base, sources), CpuOps()
+    combine = rule.prepare(Walk(sources.shape[1], each, ops, range(len(tensors))), deltas)
+    out = torch.empty(sources.shape[1], dtype=torch.float32)
+    bits = out.numpy().view(np.uint32)
+    each(lambda block: combine(block, bits[block.index : block.index + block.sources.shape[1]], 0))
+    return out.reshape(tensors[0].shape)

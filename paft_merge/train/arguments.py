@@ -1,0 +1,119 @@
+"""From a section to the objects TRL and PEFT take, with every field checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paft_merge.errors import Problems, TrainError
+from paft_merge.train.spec import AdapterSpec, did_you_mean
+
+NOT_FOR: dict[str, dict[str, str]] = {
+    "orpo": {
+        "beta": "use orpo: {beta: ...}",
+        "loss_type": "the objective is the loss",
+        "precompute_ref_log_probs": "ORPO has no reference",
+    },
+    "ift": {
+        "packing": "its weights are per sequence",
+        "padding_free": "its weights are per sequence",
+        "loss_type": "the objective is the loss",
+    },
+    "rwr": {"packing": "its weights are per sequence", "padding_free": "its weights are per sequence"},
+}
+"""Fields of the TRL config that an objective leaves without a meaning, and why."""
+
+
+UNMEASURED = {
+    "use_dora": "DoRA's update is no product of two factors: no L1 and no measure of sparsity here knows it",
+    "target_parameters": "fused parameters have no measure of sparsity here",
+}
+"""Fields of LoraConfig that this trainer does not take, and why."""
+
+
+def training_arguments(spec: AdapterSpec, output_dir: Path, name: str) -> Any:
+    """Build the TRL config of an adapter.
+
+    Ours beneath the user's: float32 where there is no GPU (TRL's default is bf16 everywhere), no report, no bar, and no
+    filter that hides a NaN in the logs.
+
+    Raises:
+        TrainError: TRAINING, with every field that the config does not know or does not take.
+    """
+    from paft_merge.train.trainers import CONFIGS, DPO_LOSSES
+
+    config, problems = CONFIGS[spec.objective], Problems()
+    known = [field.name for field in dataclasses.fields(config) if field.init]
+    for key in spec.training:
+        where = f"{name}: training.{key}"
+        if key not in known:
+            hint = did_you_mean(key, known)
+            problems.add("TRAINING", where, f"TRL's {config.__name__} has no such field", hint)
+        elif key in NOT_FOR.get(spec.objective, {}):
+            problems.add("TRAINING", where, f"has no meaning for {spec.objective}", NOT_FOR[spec.objective][key])
+    if spec.objective in ("dpo", "on_policy"):
+        given = spec.training.get("loss_type", [])
+        for kind in [given] if isinstance(given, str) else given:
+            if kind not in DPO_LOSSES:
+                hint = did_you_mean(str(kind), list(DPO_LOSSES))
+                problems.add("TRAINING", f"{name}: training.loss_type", f"TRL has no DPO loss {kind!r}", hint)
+    problems.raise_as(TrainError)
+    ours = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False, "output_dir": str(output_dir)}
+    if not torch.cuda.is_available() and not spec.training.get("fp16"):
+        ours["bf16"] = False
+    if spec.objective in ("rwr",):
+        ours["remove_unused_columns"] = False  # the weights are a column of the rows
+    try:
+        return config(**_renamed({**ours, **spec.training}, known))
+    except (TypeError, ValueError) as error:
+        raise TrainError.of("TRAINING", f"{name}: training", str(error), "see TRL's documentation of the field") from error
+
+
+def _renamed(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
+    """Say `activation_checkpointing` where transformers knows it: the old name warns, TRL's own default included."""
+    if "activation_checkpointing" not in known:
+        return given
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    moved = {(key.replace(old, new) if key.startswith(old) else key): value for key, value in given.items()}
+    return {new: True, **moved}
+
+
+def lora_config(spec: AdapterSpec) -> Any:
+    """Build PEFT's config of an adapter; TrainError LORA for a field under `extra` that PEFT does not know."""
+    from peft import LoraConfig
+
+    lora = spec.lora
+    known = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+    problems = Problems()
+    for key in lora.extra:
+        if key not in known:
+            problems.add("LORA", f"lora.extra.{key}", "peft.LoraConfig has no such field", did_you_mean(key, known))
+    for key, why in UNMEASURED.items():
+        if lora.extra.get(key):
+            problems.add("LORA", f"lora.extra.{key}", why, "remove it")
+    problems.raise_as(TrainError)
+    plain = lora.model_dump(exclude={"extra"})
+    return LoraConfig(**plain, **lora.extra, task_type="CAUSAL_LM")
+
+
+def check_targets(spec: AdapterSpec, model: Any) -> None:
+    """Raise TrainError TARGET when the section names modules that the base does not have."""
+    targets = spec.lora.target_modules
+    if isinstance(targets, str):
+        return  # `all-linear`, or a regular expression, which PEFT checks
+    leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if not list(module.children())})
+    names = [name for name, _ in model.named_modules()]
+    problems = Problems()
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            hint = did_you_mean(target, leaves)
+            problems.add("TARGET", f"lora.target_modules: {target}", "the base has no such module", hint)
+    if any(target.rsplit(".", 1)[-1] == "lm_head" for target in targets):
+        problems.add(
+            "TARGET", "lora.target_modules: lm_head", "TRL's fused head reads lm_head.weight, so it would never be trained",
+            "remove it, or use modules_to_save: [lm_head]",
+        )  # fmt: skip
+    problems.raise_as(TrainError)

@@ -1,0 +1,169 @@
+"""What happens around a training step: the L1 strength over time, the proximal step, the measures, the alarms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from paft_merge.errors import TrainError
+from paft_merge.train.sparsity import Controller, Factors, adapted, factor_l1, glance, product_l1, prox_step_, ramp
+from paft_merge.train.spec import L1Spec
+
+LOOKS = 50
+"""A run is measured about this often: a look costs about as much as one product penalty."""
+
+DEFAULT_WARMUP = {"penalty": 0.0, "prox": 0.1}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One optimizer step, for whoever draws a progress bar."""
+
+    name: str
+    step: int
+    steps: int
+    logs: dict[str, float]
+    """What was logged last; empty between logs."""
+
+
+class L1:
+    """The L1 term of one run: what it acts on and how strong it is at which step."""
+
+    def __init__(self, spec: L1Spec) -> None:
+        self.spec = spec
+        self.controller = Controller(spec.target, spec.strength) if spec.target is not None else None
+
+    @property
+    def strength(self) -> float:
+        """Strength in force without the ramp."""
+        return self.controller.strength if self.controller else self.spec.strength
+
+    def warmup_steps(self, steps: int) -> int:
+        """Length of the ramp in optimizer steps, in a run of `steps`."""
+        warmup = DEFAULT_WARMUP[self.spec.mode] if self.spec.warmup is None else self.spec.warmup
+        return int(warmup) if warmup >= 1 else math.ceil(warmup * steps)
+
+    def at(self, step: int, steps: int) -> float:
+        """Strength at optimizer step `step` (0-based) of `steps`."""
+        return self.strength * ramp(step, self.warmup_steps(steps))
+
+    def penalty(self, factors: tuple[Factors, ...]) -> torch.Tensor:
+        """The L1 norm that the strength multiplies: scalar, differentiable."""
+        return product_l1(factors) if self.spec.penalises == "product" else factor_l1(factors)
+
+
+class ProxCallback(TrainerCallback):  # type: ignore[misc]
+    """Shrinks the factors after each optimizer step, in the metric of that step."""
+
+    def __init__(self, l1: L1) -> None:
+        self.l1 = l1
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Apply the proximal operator with the learning rate and the second moment just used."""
+        optimizer = kwargs["optimizer"]
+        strength = self.l1.at(state.global_step, state.max_steps)
+        if strength == 0 or getattr(optimizer, "step_was_skipped", False):
+            return
+        shrunk = {id(p) for f in adapted(kwargs["model"]) for p in (_owner(f.a_RI), _owner(f.b_OR))}
+        moments = getattr(optimizer, "optimizer", optimizer).state
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in shrunk:
+                    moment, eps = _second_moment(moments[parameter], group)
+                    cap = self.l1.spec.cap
+                    prox_step_(parameter, lr=group["lr"], strength=strength, second_moment=moment, eps=eps, cap=cap)
+
+
+def _owner(factor: torch.Tensor) -> torch.Tensor:
+    """The parameter of which a factor is a flattened view."""
+    return factor._base if factor._base is not None else factor
+
+
+def _second_moment(moments: dict[str, Any], group: dict[str, Any]) -> tuple[torch.Tensor | None, float]:
+    """Bias-corrected Adam `v` of one parameter and Adam's epsilon; None for optimizers without one."""
+    raw = moments.get("exp_avg_sq", moments.get("state2"))
+    if raw is None or not raw.is_floating_point():
+        return None, 0.0
+    return raw / (1 - group["betas"][1] ** float(moments["step"])), float(group["eps"])
+
+
+class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Measures the adapter a few dozen times in a run, moves the strength, and stops a collapsed run.
+
+    Its state is part of the trainer's checkpoints, so a resumed run goes on with the strength it had.
+    """
+
+    def __init__(self, name: str, l1: L1 | None, progress: Callable[[Progress], None] | None = None) -> None:
+        self.name, self.l1, self.progress = name, l1, progress
+        self.latest: dict[str, float] = {}
+        self.faint = 0
+
+    def state(self) -> dict[str, Any]:
+        """For `trainer_state.json`."""
+        controller = self.l1.controller.state() if self.l1 and self.l1.controller else None
+        return {"args": {}, "attributes": {"controller": controller, "faint": self.faint, "latest": self.latest}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up the state of a checkpoint, if the run was resumed from one."""
+        saved = state.stateful_callbacks.get("Watch")
+        if state.global_step == 0 or not isinstance(saved, dict):
+            return
+        attributes = saved["attributes"]
+        self.faint, self.latest = attributes["faint"], attributes["latest"]
+        if self.l1 and attributes["controller"]:
+            self.l1.controller = Controller(**attributes["controller"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the adapter when it is time."""
+        every = max(1, state.max_steps // LOOKS)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            self._look(state, kwargs["model"], kwargs["optimizer"])
+        if self.progress:
+            self.progress(Progress(self.name, state.global_step, state.max_steps, {}))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Hand what is logged to whoever draws."""
+        if self.progress:
+            self.progress(Progress(self.name, state.global_step, state.max_steps, dict(logs or {})))
+
+    def _look(self, state: Any, model: torch.nn.Module, optimizer: Any) -> None:
+        factors = adapted(getattr(model, "module", model))
+        lr = max(float(group["lr"]) for group in optimizer.param_groups)
+        penalised = self.l1 is not None and self.l1.spec.mode == "penalty"
+        seen = glance(factors, lr if penalised else 0.0)
+        self.latest = {
+            "sparsity/below_1e-5": seen.below_epsilon,
+            "sparsity/exact_zero": seen.exact_zero,
+            "sparsity/below_tenth_rms": seen.below_tenth_rms,
+            "delta/norm": seen.norm,
+        }
+        if self.l1 is None:
+            return
+        if state.global_step > self.l1.warmup_steps(state.max_steps):
+            self._alarm(factors, seen.norm, lr, state)
+            if self.l1.controller:
+                self.l1.controller.update(seen.settled, state.global_step / state.max_steps)
+
+    def _alarm(self, factors: tuple[Factors, ...], norm: float, lr: float, state: Any) -> None:
+        """Stop a run whose factors are all zero, or no larger than what an Adam step moves them to and fro."""
+        faint = norm == 0 or (norm < 1e-30 or all(_rms(factors, side) <= 3 * lr for side in ("a_RI", "b_OR")))
+        self.faint = self.faint + 1 if faint else 0
+        if self.faint >= 2 and self.l1 is not None:
+            raise TrainError.of(
+                "L1_COLLAPSE",
+                self.name,
+                f"the L1 strength {self.l1.strength:.3g} has driven the adapter to zero by step {state.global_step} of "
+                f"{state.max_steps}; A = B = 0 has no gradient, so it would never recover",
+                "use a strength about ten times smaller, a longer l1.warmup, or l1.target",
+            )
+
+
+def _rms(factors: tuple[Factors, ...], side: str) -> float:
+    tensors = [getattr(f, side).detach().float() for f in factors]
+    return math.sqrt(sum(float(t.square().sum()) for t in tensors) / sum(t.numel() for t in tensors))

@@ -1,0 +1,131 @@
+"""What scores a completion: a Python function, a reward model or a rule, all called as TRL calls reward functions."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from paft_merge.errors import TrainError
+from paft_merge.train.spec import RewardSpec
+
+Reward = Callable[..., list[float]]
+"""`f(prompts=[...], completions=[...], **columns of the rows) -> one number per completion`."""
+
+
+def text(completion: Any) -> str:
+    """A completion's text, whether it is a string or a list of chat turns."""
+    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
+
+
+def _length(completions: Sequence[Any], **_: Any) -> list[float]:
+    return [float(len(text(c).split())) for c in completions]
+
+
+def _short(completions: Sequence[Any], **_: Any) -> list[float]:
+    return [-float(len(text(c).split())) for c in completions]
+
+
+def _match(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    return [float(text(c).strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+def _contains(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    return [float(a in text(c)) for c, a in zip(completions, answer, strict=True)]
+
+
+RULES: dict[str, Reward] = {"length": _length, "short": _short, "match": _match, "contains": _contains}
+
+
+def imported(name: str) -> Reward:
+    """Import `module:function`; the working directory is searched too.
+
+    Raises:
+        TrainError: REWARD.
+    """
+    module, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TrainError.of("REWARD", name, f"cannot be imported: {error}", "write module:function, importable here") from error
+    if not callable(found):
+        raise TrainError.of("REWARD", name, "is not callable", "name a function")
+    return found  # type: ignore[no-any-return]
+
+
+def model_reward(name: str) -> Reward:
+    """Score with a sequence-classification model: its first logit for prompt and completion."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1).eval()
+    except (OSError, ValueError) as error:
+        what = f"the reward model cannot be loaded: {str(error).splitlines()[0]}"
+        raise TrainError.of("REWARD", name, what, "give a sequence-classification model") from error
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+
+    @torch.no_grad()
+    def score(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        texts = [_joined(p, c, tokenizer) for p, c in zip(prompts, completions, strict=True)]
+        scores = []
+        for one in texts:  # one at a time: a reward must not depend on its batch's padding
+            ids = tokenizer(one, return_tensors="pt", truncation=True).to(model.device)
+            scores.append(float(model(**ids).logits[0, 0]))
+        return scores
+
+    score.__name__ = Path(name).name
+    return score
+
+
+def _joined(prompt: Any, completion: Any, tokenizer: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt + text(completion)
+    turns = [*prompt, *(completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}])]
+    joined: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    return joined
+
+
+def reward_functions(specs: Sequence[RewardSpec], tokenizer: Any = None) -> list[Reward]:
+    """Resolve the section `reward:` to functions, weights folded in."""
+    return [_weighted(_resolve(spec), spec.weight) for spec in specs]
+
+
+def _resolve(spec: RewardSpec) -> Reward:
+    if spec.function:
+        return imported(spec.function)
+    return model_reward(spec.model) if spec.model else RULES[str(spec.rule)]
+
+
+def _weighted(reward: Reward, weight: float) -> Reward:
+    def scored(**given: Any) -> list[float]:
+        return [weight * float(score) for score in reward(**given)]
+
+    scored.__name__ = getattr(reward, "__name__", "reward").lstrip("_")
+    return scored
+
+
+def total(functions: Sequence[Reward], **given: Any) -> list[float]:
+    """Sum several rewards; TrainError REWARD for a wrong number of scores, NONFINITE for a NaN."""
+    count = len(given["completions"])
+    sums = [0.0] * count
+    for function in functions:
+        try:
+            scores = list(function(**given))
+        except TypeError as error:
+            fix = "it is called with prompts=, completions= and the columns of the rows"
+            raise TrainError.of("REWARD", function.__name__, f"cannot be called: {error}", fix) from error
+        if len(scores) != count:
+            what = f"gave {len(scores)} scores for {count} completions"
+            raise TrainError.of("REWARD", function.__name__, what, "return one number per completion")
+        if not all(math.isfinite(score) for score in scores):
+            raise TrainError.of("NONFINITE", function.__name__, "gave a score that is not finite", "return finite numbers")
+        sums = [s + score for s, score in zip(sums, scores, strict=True)]
+    return sums

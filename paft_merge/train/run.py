@@ -1,0 +1,325 @@
+"""One adapter from its section to its folder: check, lend the base to a TRL trainer, train, measure, write."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paft_merge.errors import TrainError
+from paft_merge.train import data as sets
+from paft_merge.train.arguments import check_targets, lora_config, training_arguments
+from paft_merge.train.callbacks import L1, Progress, ProxCallback, Watch
+from paft_merge.train.loading import digest_of, lent, load_base, load_tokenizer
+from paft_merge.train.place import Place, write_json
+from paft_merge.train.record import write_card, write_record, write_trimmed
+from paft_merge.train.sparsity import Stats, adapted, measure
+from paft_merge.train.spec import SAMPLING, AdapterSpec, read_adapter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """Everything that one adapter's training works with."""
+
+    name: str
+    spec: AdapterSpec
+    place: Place
+    base: Any
+    """The model, without adapters."""
+    base_name: str
+    tokenizer: Any
+    arguments: Any
+    """The TRL config."""
+    rows: Any
+    eval_rows: Any
+    resume: bool = False
+    progress: Callable[[Progress], None] | None = None
+    callbacks: tuple[Any, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What is known of the data."""
+    warnings: list[str] = field(default_factory=list)
+    """What is worth telling, for the log and the record."""
+
+    def warn(self, text: str) -> None:
+        """Log a warning and keep it for the record."""
+        log.warning("%s: %s", self.name, text)
+        self.warnings.append(text)
+
+
+def train(
+    base: Any,
+    spec: AdapterSpec | Mapping[str, Any],
+    out: Path | str,
+    *,
+    name: str = "adapter",
+    rows: Any = None,
+    eval_rows: Any = None,
+    tokenizer: Any = None,
+    resume: bool = False,
+    folder: Path = Path(),
+    base_name: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Path:
+    """Train one adapter and write it to `out`; returns that folder.
+
+    Args:
+        base: A folder, a Hub name, or a causal language model in memory (given back bit for bit as it was).
+        spec: The adapter's section of a recipe.
+        out: Folder to write; must not exist. The run works in `<out>.part`.
+        name: What messages call the adapter.
+        rows: A `datasets.Dataset` instead of `spec.data`; `eval_rows` instead of `spec.eval_data`.
+        tokenizer: Instead of the base's own.
+        resume: Go on from the last checkpoint of an interrupted run; a finished adapter is left alone.
+        folder: Where relative paths of the section start.
+        base_name: What the adapter's files call a base given in memory.
+        progress: Called after every optimizer step and with every log.
+        callbacks: Further `transformers.TrainerCallback`s.
+
+    Raises:
+        TrainError, RecipeError: with everything that is wrong, before the first step where that can be known.
+    """
+    spec = spec if isinstance(spec, AdapterSpec) else read_adapter(spec, name)
+    place = Place(Path(out))
+    if resume and place.finished:
+        return place.final
+    named = base_name or str(base if isinstance(base, str | Path) else base.config._name_or_path)
+    arguments = training_arguments(spec, place.checkpoints, name)
+    _check_alone(spec, name)
+    tokenizer = tokenizer or load_tokenizer(named, spec, folder)
+    rows = rows if rows is not None else sets.load_rows(spec.data, folder)
+    eval_rows = eval_rows if eval_rows is not None or not spec.eval_data else sets.load_rows(spec.eval_data, folder)
+    sets.check_rows(rows, spec, tokenizer)
+    if eval_rows is not None:
+        sets.check_rows(eval_rows, spec, tokenizer, "eval_data")
+    model = load_base(named, spec.base) if isinstance(base, str | Path) else base
+    check_targets(spec, model)
+    job = Job(name, spec, place, model, named, tokenizer, arguments, rows, eval_rows, resume, progress, tuple(callbacks))
+    _look_at_data(job)
+    if _main_process():
+        place.open(_plan(job), resume)
+    _everyone()
+    with lent(model):
+        if spec.objective in SAMPLING:
+            from paft_merge.train.onpolicy import train_in_rounds
+
+            train_in_rounds(job)
+        else:
+            trainer = make_trainer(job)
+            run_trainer(job, trainer)
+            finish(job, trainer)
+    return place.final
+
+
+def _check_alone(spec: AdapterSpec, name: str) -> None:
+    from accelerate import PartialState
+
+    if spec.objective in SAMPLING and PartialState().num_processes > 1:
+        fix = "use processes: 1, or rloo/grpo, which TRL spreads over GPUs"
+        raise TrainError.of("PROCESSES", name, f"{spec.objective} generates on one device", fix)
+
+
+def _main_process() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def _everyone() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
+def _plan(job: Job) -> dict[str, Any]:
+    """What a resumed run has to have in common with the one it goes on with."""
+    spec = job.spec.model_dump(mode="json", by_alias=True, exclude={"processes", "accelerate_config"})
+    return {"base": job.base_name, "spec": spec, "data": job.facts["fingerprint"]}
+
+
+def _look_at_data(job: Job) -> None:
+    """Shorten prompts where asked, count what the length limit cuts, and tell what is unusual."""
+    job.facts = {"fingerprint": sets.fingerprint(job.rows), "rows": len(job.rows)}
+    spec, tokenizer = job.spec, job.tokenizer
+    if tokenizer.pad_token is None:
+        job.warn(f"the tokenizer has no pad token; its eos token {tokenizer.eos_token!r} is used")
+    if spec.max_prompt_tokens and sets.kind_of(spec) == "preference":
+        job.rows, cut = sets.shorten_prompts(job.rows, tokenizer, spec.max_prompt_tokens)
+        job.facts["prompts_cut"] = cut
+        if cut:
+            job.warn(f"{cut} of {len(job.rows)} prompts were cut from the left to {spec.max_prompt_tokens} tokens")
+    packed = getattr(job.arguments, "packing", False)
+    limit = None if packed else getattr(job.arguments, "max_length", None)
+    counts = sets.count_cut(job.rows, tokenizer, limit, getattr(job.arguments, "dataset_text_field", "text"))
+    job.facts.update(counts)
+    if counts.get("rows_cut"):
+        job.warn(
+            f"{counts['rows_cut']} of {counts['rows_looked_at']} rows looked at are longer than max_length "
+            f"{counts['max_length']} and will be cut (the longest has {counts['longest_tokens']} tokens)"
+        )
+    if spec.l1 and str(getattr(job.arguments.lr_scheduler_type, "value", "")).startswith("constant"):
+        job.warn("L1 with a constant learning rate leaves noise where zeros should be; use cosine or linear")
+
+
+def make_trainer(job: Job, *, rows: Any = None, arguments: Any = None, adapter: Path | None = None) -> Any:
+    """Build the objective's trainer on the job's base, with a fresh adapter or the weights of `adapter`.
+
+    Raises:
+        TrainError: TARGET, when PEFT or TRL cannot adapt the base as asked; PROX_ZERO under DeepSpeed.
+    """
+    from paft_merge.train import trainers
+
+    spec, arguments = job.spec, arguments or job.arguments
+    l1 = L1(spec.l1) if spec.l1 else None
+    options: dict[str, Any] = {}
+    if spec.objective in ("rloo", "grpo"):
+        from paft_merge.train.rewards import reward_functions
+
+        options["reward_funcs"] = reward_functions(spec.reward, job.tokenizer)
+    if spec.objective == "rwr":
+        job.tokenizer.pad_token = job.tokenizer.pad_token or job.tokenizer.eos_token
+        options["data_collator"] = trainers.weighted_collator(job.tokenizer)
+    watch = Watch(job.name, l1, job.progress)
+    callbacks = [watch, *([ProxCallback(l1)] if l1 and l1.spec.mode == "prox" else []), *job.callbacks]
+    try:
+        trainer = trainers.TRAINERS[spec.objective](
+            model=job.base,
+            args=arguments,
+            train_dataset=job.rows if rows is None else rows,
+            eval_dataset=job.eval_rows if rows is None else None,
+            processing_class=job.tokenizer,
+            peft_config=lora_config(spec),
+            callbacks=callbacks,
+            **options,
+        )
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        code = "TARGET" if "target" in str(error).lower() and "module" in str(error).lower() else "DATA"
+        raise TrainError.of(code, job.name, f"TRL cannot start: {str(error).strip()}", "") from error
+    _quiet(trainer)
+    trainer.l1, trainer.watch, trainer.where = l1, watch, job.name
+    trainer.orpo, trainer.ift = spec.orpo, spec.ift
+    _widen(trainer.model)
+    if adapter is not None:
+        _load_adapter(trainer.model, adapter)
+    _check_sharding(job, trainer)
+    return trainer
+
+
+def _quiet(trainer: Any) -> None:
+    """Without a bar transformers prints its logs to stdout, where only results belong."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _widen(model: Any) -> None:
+    """Keep adapters in float32: TRL narrows them to bf16 on quantised bases, where steps of a small rate are lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def _load_adapter(model: Any, adapter: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(model, load_file(str(adapter / "adapter_model.safetensors")))
+    if result.unexpected_keys:
+        raise TrainError.of("ADAPTER", adapter, f"unexpected tensors {result.unexpected_keys[:3]}", "use the same lora:")
+
+
+def _check_sharding(job: Job, trainer: Any) -> None:
+    l1 = job.spec.l1
+    if not (l1 and trainer.is_deepspeed_enabled):
+        return
+    if l1.mode == "prox":
+        raise TrainError.of(
+            "PROX_ZERO", job.name, "ZeRO keeps its own float32 copies and would overwrite what the proximal step shrinks",
+            "use mode: penalty, or DDP or FSDP instead of DeepSpeed",
+        )  # fmt: skip
+    if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3 and l1.penalises == "product":
+        fix = "use l1: {on: factors}, or ZeRO-2, DDP or FSDP"
+        raise TrainError.of("PROX_ZERO", job.name, "ZeRO-3 shards the factors, so their product is never whole", fix)
+
+
+def run_trainer(job: Job, trainer: Any) -> None:
+    """Train, from the last complete checkpoint when the job resumes; TrainError EMPTY without a single row left."""
+    if len(trainer.train_dataset) == 0:
+        fix = "raise training.max_length, or check that completions are not empty"
+        raise TrainError.of("DATA", job.name, "no row is left: every one is masked or cut away", fix)
+    checkpoint = job.place.last_checkpoint() if job.resume else None
+    if checkpoint:
+        log.info("%s: going on from %s", job.name, checkpoint.name)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    job.facts.setdefault("rows_trained_on", len(trainer.train_dataset))
+    job.facts["train_loss"] = result.training_loss
+
+
+def finish(job: Job, trainer: Any, **run: Any) -> Stats:
+    """Measure the adapter, write it with its record and card, and give its folder the final name."""
+    place, spec = job.place, job.spec
+    stats = measure(adapted(trainer.accelerator.unwrap_model(trainer.model)))
+    trainer.save_model(str(place.part))
+    if _main_process():
+        (place.part / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in words
+        _name_base(place.part, job.base_name)
+        run = {**_run_facts(job, trainer, stats), **run}
+        if spec.trim:
+            run["trimmed_density"] = _trim(job, trainer)
+        facts = {k: v for k, v in job.facts.items() if k != "train_loss"}
+        base = {"name": job.base_name, "digest": digest_of_base(job, trainer)}
+        record = write_record(place.part, spec, stats, base=base, data=facts, run=run)
+        write_card(place.part, job.name, record)
+        place.finish()
+    _everyone()
+    return stats
+
+
+def _name_base(folder: Path, base: str) -> None:
+    """Say in the adapter's config which base it belongs to: PEFT knows no name for a model in memory."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, config | {"base_model_name_or_path": base})
+
+
+def digest_of_base(job: Job, trainer: Any) -> str | None:
+    """Digest of the frozen weights as the caller measured it, if it did."""
+    return job.facts.get("base_digest")
+
+
+def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
+    state, l1 = trainer.state, trainer.l1
+    target = job.spec.l1.target if job.spec.l1 else None
+    missed = target is not None and abs(stats.below_epsilon - target) > 0.02
+    if missed:
+        job.warn(f"the sparsity is {stats.below_epsilon:.3f}, the target was {target}; raise or lower l1.strength")
+    if stats.norm == 0:
+        job.warn("the delta is zero: nothing was learned")
+    return {
+        "steps": state.global_step,
+        "train_loss": job.facts.get("train_loss"),
+        "eval_loss": next((e["eval_loss"] for e in reversed(state.log_history) if "eval_loss" in e), None),
+        "l1_strength": l1.strength if l1 else None,
+        "l1_on": l1.spec.penalises if l1 else None,
+        "warnings": list(job.warnings),
+        "log": state.log_history,
+    }
+
+
+def _trim(job: Job, trainer: Any) -> float:
+    """Move the LoRA to `untrimmed/` and put the pruned delta in its place."""
+    assert job.spec.trim is not None
+    part = job.place.part
+    (part / "untrimmed").mkdir(exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.move(str(part / name), str(part / "untrimmed" / name))
+    factors = adapted(trainer.accelerator.unwrap_model(trainer.model))
+    return write_trimmed(part, factors, job.spec.trim.density, job.base_name)

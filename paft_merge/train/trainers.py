@@ -1,0 +1,246 @@
+"""TRL's trainers with our objectives and the L1 term: `compute_loss` is overridden, and `log` to add lines."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from paft_merge.errors import TrainError
+from paft_merge.train.callbacks import L1, Watch
+from paft_merge.train.losses import ift_loss, orpo_loss, residual_embeddings, weighted_nll
+from paft_merge.train.sparsity import adapted
+from paft_merge.train.spec import IftSpec, Objective, OrpoSpec
+
+_ARGMAX_TOKENS = 1024
+"""Tokens whose logits exist at the same time when the greedy prediction is taken."""
+
+
+class L1Mixin:
+    """Adds the L1 penalty to any TRL trainer's loss, and what was measured to its logs.
+
+    The penalty enters once per optimizer step, with its last micro-batch, and not at all in evaluation. The value of the
+    loss stays the task's alone (the penalty adds its gradient only), so train and eval loss remain comparable.
+    """
+
+    l1: L1 | None = None
+    watch: Watch | None = None
+    where: str = "adapter"
+
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the task's loss, with the penalty's gradient attached where it is due."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if not self.model.training:
+            return result
+        loss = result[0] if return_outputs else result
+        self._check_finite("loss", loss)
+        if self.l1 is not None and self.l1.spec.mode == "penalty" and self.accelerator.sync_gradients:
+            loss = loss + self._penalty(model, num_items_in_batch)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _penalty(self: Any, model: Any, num_items_in_batch: Any) -> torch.Tensor:
+        """A zero whose gradient is that of strength * L1, in the scale of this micro-batch's loss."""
+        strength = self.l1.at(self.state.global_step, self.state.max_steps)
+        penalty = self.l1.penalty(adapted(self.accelerator.unwrap_model(model)))
+        self._check_finite("l1 penalty", penalty)
+        self.extra_logs["l1/strength"].append(strength)
+        self.extra_logs["l1/norm"].append(penalty.item())
+        self.extra_logs["l1/loss"].append(strength * penalty.item())
+        # transformers divides a loss by the number of micro-batches unless it says that it is scaled already
+        # (SFTTrainer's is, DPOTrainer's is not); the penalty is a term of the step, so that division is undone.
+        undo = 1 if self._scaled_already(num_items_in_batch) else self.current_gradient_accumulation_steps
+        return undo * strength * (penalty - penalty.detach())
+
+    def _scaled_already(self: Any, num_items_in_batch: Any) -> bool:
+        """Repeat the rule by which `Trainer.training_step` decides whether to divide a loss."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _check_finite(self: Any, what: str, value: torch.Tensor) -> None:
+        if not bool(torch.isfinite(value.detach()).all()):
+            step = self.state.global_step + 1
+            raise TrainError.of(
+                "NONFINITE",
+                self.where,
+                f"the {what} is {value.detach().float().mean().item()} in optimizer step {step}",
+                "lower training.learning_rate, check the data near that step, or train in bf16/fp32 instead of fp16",
+            )
+
+    @property
+    def extra_logs(self) -> defaultdict[str, list[float]]:
+        """Values gathered since the last log, by name; logged as their mean."""
+        if "_extra_logs" not in self.__dict__:
+            self.__dict__["_extra_logs"] = defaultdict(list)
+        found: defaultdict[str, list[float]] = self.__dict__["_extra_logs"]
+        return found
+
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, plus the L1 terms and the latest measures of sparsity on training lines."""
+        if "loss" in logs:
+            logs.update({key: sum(values) / len(values) for key, values in self.extra_logs.items()})
+            logs.update(self.watch.latest if self.watch else {})
+            self.extra_logs.clear()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+class PaftSFTTrainer(L1Mixin, SFTTrainer):  # type: ignore[misc]
+    """Supervised fine-tuning, sparse on demand."""
+
+
+class PaftDPOTrainer(L1Mixin, DPOTrainer):  # type: ignore[misc]
+    """Direct preference optimisation against the base, sparse on demand."""
+
+
+class PaftRLOOTrainer(L1Mixin, RLOOTrainer):  # type: ignore[misc]
+    """TRL's leave-one-out policy gradient as it is, sparse on demand."""
+
+
+class PaftGRPOTrainer(L1Mixin, GRPOTrainer):  # type: ignore[misc]
+    """TRL's group-relative policy gradient as it is, sparse on demand."""
+
+
+class _Orpo(DPOTrainer):  # type: ignore[misc]
+    """The odds-ratio objective on TRL's preference batches: one forward, no reference."""
+
+    loss_is_scaled_for_ga = False
+    orpo = OrpoSpec()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return NLL of the chosen plus beta times the odds-ratio term."""
+        mask = inputs["attention_mask"]
+        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+        fused = model(
+            input_ids=inputs["input_ids"], attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True
+        )
+        spec = self.orpo
+        terms = orpo_loss(fused.log_probs, inputs["completion_mask"][:, 1:], mask[:, 1:], beta=spec.beta, nll=spec.nll)
+        if self.model.training:
+            wins = (terms.chosen > terms.rejected).float().mean()
+            shown = {"nll": terms.nll, "odds_loss": terms.odds, "rewards/accuracies": wins}
+            for key, value in shown.items():
+                self.extra_logs[key].append(value.item())
+        return terms.loss
+
+
+class PaftORPOTrainer(L1Mixin, _Orpo):
+    """ORPO, sparse on demand."""
+
+
+class _Ift(SFTTrainer):  # type: ignore[misc]
+    """Intuitive Fine-Tuning on TRL's batches: a greedy look ahead without gradient, then the weighted loss."""
+
+    loss_is_scaled_for_ga = False
+    ift = IftSpec()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return the mean over sequences of the weighted losses on residual embeddings."""
+        ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
+        embed = self.accelerator.unwrap_model(model).get_input_embeddings()
+        with torch.no_grad():
+            predicted = ids.clone()
+            predicted[:, 1:] = self._greedy(model, ids, mask)[:, :-1]
+            response = (labels != -100) & (torch.arange(ids.shape[1], device=ids.device) > 0)
+            mixed = residual_embeddings(embed(ids), embed(predicted), response, self.ift.lam).detach()
+        if self.args.gradient_checkpointing:
+            mixed.requires_grad_()  # or reentrant checkpointing cuts the graph
+        fused = model(inputs_embeds=mixed, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
+        if self.model.training:
+            agreed = ((predicted == ids) & response).sum() / response.sum().clamp(min=1)
+            self.extra_logs["greedy_agreement"].append(agreed.item())
+        return ift_loss(
+            -fused.log_probs.float(), fused.label_mask, gamma=self.ift.gamma, detach_weights=self.ift.detach_weights
+        )
+
+    def _greedy(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The most likely next token after every position, `[B, T + 1]`; dropout off."""
+        was = model.training
+        model.eval()
+        try:
+            if self.is_fsdp_enabled:  # only a forward of the root gathers the shards
+                return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.argmax(-1)  # type: ignore[no-any-return]
+            causal = self.accelerator.unwrap_model(model).get_base_model()
+            hidden = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            flat = hidden.flatten(0, 1).split(_ARGMAX_TOKENS)
+            return torch.cat([causal.get_output_embeddings()(part).argmax(-1) for part in flat]).view_as(ids)
+        finally:
+            model.train(was)
+
+
+class PaftIFTTrainer(L1Mixin, _Ift):
+    """IFT, sparse on demand."""
+
+
+class _WeightedCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
+    """TRL's collator, plus the `weight` column."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        batch["weight"] = torch.tensor([example["weight"] for example in examples])
+        return batch
+
+
+class _Rwr(SFTTrainer):  # type: ignore[misc]
+    """Likelihood of sampled completions, weighted by their rewards."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return the mean over sequences of weight times token-mean negative log-likelihood."""
+        weight = inputs.pop("weight")
+        fused = model(**inputs, use_cache=False, fused_lm_head=True)
+        return weighted_nll(fused.log_probs, fused.label_mask, weight)
+
+
+class PaftRWRTrainer(L1Mixin, _Rwr):
+    """Reward-weighted regression, sparse on demand."""
+
+
+CONFIGS: dict[Objective, type[Any]] = {
+    "sft": SFTConfig,
+    "ift": SFTConfig,
+    "best_of_n": SFTConfig,
+    "rwr": SFTConfig,
+    "dpo": DPOConfig,
+    "orpo": DPOConfig,
+    "on_policy": DPOConfig,
+    "rloo": RLOOConfig,
+    "grpo": GRPOConfig,
+}
+"""The TRL config whose fields `training:` takes, by objective."""
+
+TRAINERS: dict[Objective, type[Any]] = {
+    "sft": PaftSFTTrainer,
+    "ift": PaftIFTTrainer,
+    "best_of_n": PaftSFTTrainer,
+    "rwr": PaftRWRTrainer,
+    "dpo": PaftDPOTrainer,
+    "orpo": PaftORPOTrainer,
+    "on_policy": PaftDPOTrainer,
+    "rloo": PaftRLOOTrainer,
+    "grpo": PaftGRPOTrainer,
+}
+
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""TRL 1.16's `loss_type` of DPO; a test compares the list with TRL's own."""
+
+
+def weighted_collator(tokenizer: Any) -> Any:
+    """The collator of `rwr`."""
+    return _WeightedCollator(pad_token_id=tokenizer.pad_token_id)
+
+
