@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from paft_merge.blocks import Block, Each, Election, Ops, Outcome, Survival
 from paft_merge.sparsify import EVERYTHING, Trim, drop_survival, rescale_drops, trim_survivals
 
@@ -145,8 +143,8 @@ class Slerp:
     keeps_equals: bool = True
 
     def prepare(self, walk: Walk, deltas: bool) -> Combine:
-        blocks = np.stack(walk.each(walk.ops.gram))
-        dots = [[math.fsum(blocks[:, i, j]) for j in range(2)] for i in range(2)]
+        blocks = walk.each(walk.ops.gram)
+        dots = [[math.fsum(block[i, j] for block in blocks) for j in range(2)] for i in range(2)]
         lengths = [math.sqrt(dots[i][i]) if math.sqrt(dots[i][i]) > 1e-8 else 1.0 for i in range(2)]
         cosine = min(max(dots[0][1] / (lengths[0] * lengths[1]), -1.0), 1.0)
         weights = (1 - self.t, self.t)

@@ -137,14 +137,14 @@ def _nbytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:
-    """The content of `model.safetensors.index.json`, keys in transformers' order; None where one file needs no index.
+    """The content of `model.safetensors.index.json`, as transformers fills it; None where one file needs no index.
 
     `total_parameters` counts the elements of all tensors; where a checkpoint holds buffers too, transformers, which
     knows them apart, writes a smaller number.
     """
     if len(shards) == 1 and not re.search(r"-\d+-of-\d+\.safetensors$", shards[0].file):
         return None
-    slots = sorted((slot for shard in shards for slot in shard.slots), key=lambda slot: slot.name)
+    slots = [slot for shard in shards for slot in shard.slots]
     totals = {
         "total_parameters": sum(prod(slot.shape) for slot in slots),
         "total_size": sum(slot.nbytes for slot in slots),

@@ -72,10 +72,9 @@ def rescale_drops(survivals: Sequence[Survival], each: Each, ops: Ops) -> list[S
     The DARE paper (arXiv:2311.03099) divides by the density instead; the two agree in expectation. Norms under 1e-7 are
     left alone, as mergekit leaves them.
     """
-    blocks = np.stack(each(lambda block: ops.dropped_l1(block, survivals)))
-    return [
-        replace(s, scale=_ratio(math.fsum(blocks[:, i, 0]), math.fsum(blocks[:, i, 1]))) for i, s in enumerate(survivals)
-    ]
+    blocks = each(lambda block: ops.dropped_l1(block, survivals))
+    norms = [[math.fsum(block[i, k] for block in blocks) for k in (0, 1)] for i in range(len(survivals))]
+    return [replace(s, scale=_ratio(*norm)) for s, norm in zip(survivals, norms, strict=True)]
 
 
 def trim_survivals(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, rescale: bool = False) -> list[Survival]:
@@ -90,6 +89,8 @@ def trim_survivals(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, r
     Returns:
         One `Survival` a source. Ties at a threshold keep the lowest flat indices.
     """
+    if numel == 0:
+        return [Survival()] * len(trims)
     search = _Search(trims, numel, each, ops, norms=rescale or any(t.rule == "l1_mass" for t in trims))
     survivals = [search.survival(i) for i in range(len(trims))]
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
@@ -169,7 +170,7 @@ class _Search:
         if trim.rule == "epsilon":
             return Survival(low=_bits(trim.value), shrink=_value(_bits(trim.value)) if trim.soft else 0.0)
         if not self.ranks[i]:
-            return NOTHING if trim.value <= 0 else Survival()
+            return Survival() if trim.value >= 1 else NOTHING
         low, low_cut = self._threshold(i, self.ranks[i][0])
         survival = Survival(low=low, low_cut=low_cut, shrink=_value(low) if trim.soft else 0.0)
         if len(self.ranks[i]) == 2:
@@ -191,7 +192,7 @@ class _Search:
 
     def _ranks(self, i: int) -> list[int]:
         trim = self.trims[i]
-        if trim.rule in ("epsilon", "l1_mass") or not 0 < trim.value < 1 or not self.numel:
+        if trim.rule in ("epsilon", "l1_mass") or not 0 < trim.value < 1:
             return []
         if trim.rule == "density":
             return [kept_count(self.numel, trim.value)]
@@ -203,7 +204,7 @@ class _Search:
         """How many of the largest entries of each `l1_mass` source it takes to hold that share (at least one)."""
         goals, ranges, heads = {}, {}, {}
         for i, trim in enumerate(self.trims):
-            if trim.rule == "l1_mass" and 0 < trim.value < 1 and self.numel:
+            if trim.rule == "l1_mass" and 0 < trim.value < 1:
                 assert self.full is not None
                 norms = l1_of_bins(self.full[0][i], self.full[1][i])
                 held = np.cumsum(norms[::-1])

@@ -87,12 +87,21 @@ def _member_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 @contextmanager
 def _restricted() -> Iterator[Any]:
     """mergekit's unpickler class, ready to give `DeferredLoad`s in the place of tensors."""
+    import torch
+
     with _patching, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its imports and torch's typed storages warn of their age
         from mergekit.io.lazy_unpickle import LazyTorchUnpickler, torch_lazy_load
 
         with torch_lazy_load():
+            torch._utils._rebuild_tensor = _place  # mergekit's own fails on bool; it puts torch's back at the end
             yield LazyTorchUnpickler
+
+
+def _place(storage: Any, offset: int, shape: Any, stride: Any) -> Any:
+    """Note on the deferred storage where in it the tensor lies: what torch calls to make a tensor of a storage."""
+    storage.file_offset, storage.shape, storage.stride = offset * storage.dtype.itemsize, shape, stride
+    return storage
 
 
 def _unpickle(pickled: bytes, path: Path) -> dict[str, Any]:

@@ -435,14 +435,14 @@ def check_against_safetensors(path: Path, content: bytes) -> bool:
     return True
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=150, deadline=None, database=None)
 @given(sound_entries())
 def test_every_sound_header_is_accepted_and_read_as_safetensors_reads_it(tmp_path_factory, header):
     content = raw(json.dumps(header, ensure_ascii=False).encode(), os.urandom(total(header)))
     assert check_against_safetensors(tmp_path_factory.getbasetemp() / "sound", content)
 
 
-@settings(max_examples=800, deadline=None, database=None)
+@settings(max_examples=400, deadline=None, database=None)
 @given(broken_files())
 @example(raw(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'))
 @example(raw(b'{"__metadata__":{"a":"\\ud800"}}'))
@@ -451,16 +451,16 @@ def test_whatever_we_accept_safetensors_accepts_and_sees_the_same(tmp_path_facto
     check_against_safetensors(tmp_path_factory.getbasetemp() / "broken", content)
 
 
-def test_every_byte_of_a_small_file_may_flip_and_every_cut_is_seen(tmp_path):
+def test_flipped_bits_in_every_byte_of_a_header_and_every_cut_agree_with_safetensors(tmp_path):
     path = tmp_path / "three.safetensors"
     save_file({"a": torch.ones(2), "b": torch.ones(1, 2).bfloat16(), "c": torch.ones(3, dtype=torch.uint8)}, path)
     whole = path.read_bytes()
     header_bytes = 8 + int.from_bytes(whole[:8], "little")
     accepted = 0
     for at in range(header_bytes):
-        for bit in range(8):
+        for bit in (at % 8, (at + 5) % 8):
             flipped = whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
             accepted += check_against_safetensors(path, flipped)
     for end in range(len(whole)):
         assert not check_against_safetensors(path, whole[:end])
-    assert 0 < accepted < 8 * header_bytes / 2  # a letter of a name may change; hardly anything else
+    assert 0 < accepted < header_bytes  # a letter of a name may change; hardly anything else

@@ -104,9 +104,7 @@ def preferences(count: int = 32, seed: int = 2):
     """Prompts whose chosen answer is of language 1 and whose rejected one is of language 2."""
     starts = sentences(chain(0), count, 4, seed)
     good, bad = sentences(chain(1), count, 6, seed + 1), sentences(chain(2), count, 8, seed + 2)
-    return dataset(
-        [{"prompt": p + " ", "chosen": g, "rejected": b} for p, g, b in zip(starts, good, bad, strict=True)]
-    )
+    return dataset([{"prompt": p + " ", "chosen": g, "rejected": b} for p, g, b in zip(starts, good, bad, strict=True)])
 
 
 FAST = {

@@ -50,14 +50,10 @@ SCAN_S = 0.5
 """Between two looks for new child processes and at scratch files."""
 BIN = Path(sys.executable).parent
 VERSIONS = ("torch", "numpy", "numba", "safetensors", "transformers", "peft", "mergekit", "paft-merge")
-TOUCH = """
-import mmap, sys
-memory = mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE)
-for page in range(0, len(memory), mmap.PAGESIZE):
-    memory[page] = 1
-"""
+FREE_BYTES = 300 << 20
+"""What `Ballast` leaves free."""
 
-log = Console(stderr=True, highlight=False)
+log = Console(stderr=True, highlight=False, width=140)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -160,9 +156,34 @@ def run(command: Sequence[str | Path], folder: Path) -> Run:
 # The state of the machine before a run
 
 
-def settle(files: Sequence[Path], *, cold: bool) -> None:
+class Ballast:
+    """Keeps free memory in the page cache, by reading ever new holes of a nameless sparse file.
+
+    The host of a virtual machine may take free memory back within seconds, and gives it out again ten times slower than
+    memory is written; a run would then measure the host. Pages of the page cache stay, and the kernel reuses them for
+    whoever needs memory, as on any machine that has been up for a while. Each is read once, so that the kernel
+    drops it before the inputs, which are read again and again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)
+        os.ftruncate(self.fd, 1 << 43)
+        self.at = 0
+
+    def fill(self) -> None:
+        """Read until little memory is free."""
+        end = self.at + meminfo("MemTotal")
+        buffer = mmap.mmap(-1, BLOCK)
+        while self.at < end and meminfo("MemFree") > FREE_BYTES:
+            for _ in range(16):
+                self.at += os.preadv(self.fd, [buffer], self.at)
+
+
+def settle(files: Sequence[Path], ballast: Ballast | None, *, cold: bool) -> None:
     """Write back what earlier runs left, then bring the inputs into the page cache, or put them out of it."""
     os.sync()
+    if ballast:
+        ballast.fill()
     buffer = mmap.mmap(-1, BLOCK)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -171,13 +192,6 @@ def settle(files: Sequence[Path], *, cold: bool) -> None:
             else:
                 while file.readinto(buffer):
                     pass
-
-
-def touch_memory() -> None:
-    """Touch all free memory once: a virtual machine gives out memory it never used ten times slower."""
-    free = meminfo("MemFree") - (1 << 30)
-    if free > 0:
-        subprocess.run([sys.executable, "-c", TOUCH, str(free)], check=False)
 
 
 def meminfo(key: str) -> int:
@@ -314,6 +328,7 @@ class Bench:
     runs: int
     mergekit_runs: int
     cold: bool
+    ballast: Ballast | None
 
     @contextmanager
     def fresh(self) -> Iterator[Path]:
@@ -333,19 +348,19 @@ class Bench:
         files = [path for folder in case.folders for path in sorted((self.data / folder).glob("*.safetensors"))]
         result = Result(case, sum(f.stat().st_size for f in files), disk_bytes_of_weights(self.data / "base"))
         if self.runs:
-            settle(files, cold=False)
+            settle(files, self.ballast, cold=False)
             self.run_paft(recipe, result, timed=False)
             plain(files, result.written_bytes, self.work / "plain")
         for i in range(max(self.runs, self.mergekit_runs)):
             if i < self.runs:
-                settle(files, cold=self.cold)
+                settle(files, self.ballast, cold=self.cold)
                 once, synced = plain(files, result.written_bytes, self.work / "plain")
                 result.plain.append(once)
                 result.plain_fsync.append(synced)
-                settle(files, cold=self.cold)
+                settle(files, self.ballast, cold=self.cold)
                 self.run_paft(recipe, result, timed=True)
             if i < self.mergekit_runs:
-                settle(files, cold=self.cold)
+                settle(files, self.ballast, cold=self.cold)
                 self.run_mergekit(recipe, result)
         return result
 
@@ -407,6 +422,11 @@ def digest(folder: Path) -> str:
 # The report
 
 
+def is_virtual() -> bool:
+    """Whether a hypervisor runs this machine."""
+    return " hypervisor" in Path("/proc/cpuinfo").read_text()
+
+
 def machine() -> dict[str, object]:
     """The hardware, in words and numbers."""
     models = [
@@ -441,9 +461,9 @@ def versions() -> dict[str, str | None]:
 
 def table(results: Sequence[Result]) -> Table:
     """The results for people."""
-    shown = Table(title="seconds: median [min, max]")
+    shown = Table(title="Seconds: median ± half the range. MB: private memory, peak.")
     for column in ("case", "plain", "paft", "x plain", "GB/s", "MB", "right", "mergekit", "x paft", "MB", "scratch GB"):
-        shown.add_column(column, justify="left" if column == "case" else "right")
+        shown.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for result in results:
         moved = result.read_bytes + result.written_bytes
         ours, theirs = summary(result.paft, moved), summary(result.mergekit, moved)
@@ -464,8 +484,8 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def times(values: Sequence[float]) -> str:
-    """Median and extremes."""
-    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]" if values else "-"
+    """Median, and how far the extremes are apart."""
+    return f"{statistics.median(values):.2f} ±{(max(values) - min(values)) / 2:.2f}" if values else "-"
 
 
 def text(value: object) -> str:
@@ -473,7 +493,7 @@ def text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def report(results: Sequence[Result], shape: Llama, params: str, *, cold: bool) -> dict[str, object]:
+def report(results: Sequence[Result], shape: Llama, params: str, *, cold: bool, filled: bool) -> dict[str, object]:
     """The JSON line."""
     return {
         "benchmark": "merge",
@@ -482,6 +502,7 @@ def report(results: Sequence[Result], shape: Llama, params: str, *, cold: bool) 
         "layers": shape.layers,
         "parameters": shape.parameters,
         "page_cache": "cold" if cold else "warm",
+        "free_memory_filled": filled,
         "machine": machine(),
         "versions": versions(),
         "cases": [result.report() for result in results],
@@ -504,6 +525,7 @@ def room_needed(shape: Llama, data: Path) -> int:
 @click.option("--runs", type=click.IntRange(0), default=5, show_default=True, help="Timed runs of paft and plain.")
 @click.option("--mergekit-runs", type=click.IntRange(0), default=1, show_default=True, help="Timed runs of mergekit.")
 @click.option("--cold", is_flag=True, help="Put the inputs out of the page cache before each timed run.")
+@click.option("--fill/--no-fill", default=is_virtual, help="Fill free memory first [on virtual machines].")
 @click.option("--make-only", is_flag=True, help="Make the data set and stop.")
 @click.option("--paft", type=click.Path(path_type=Path), default=BIN / "paft", help="The paft to time [this Python's].")
 @click.option("--mergekit", type=click.Path(path_type=Path), default=BIN / "mergekit-yaml", help="Likewise.")
@@ -515,6 +537,7 @@ def main(
     runs: int,
     mergekit_runs: int,
     cold: bool,
+    fill: bool,
     make_only: bool,
     paft: Path,
     mergekit: Path,
@@ -534,14 +557,14 @@ def main(
     if make_only:
         return
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    touch_memory()
-    bench = Bench(data, work, paft, mergekit, runs, mergekit_runs, cold)
+    ballast = Ballast(work) if fill else None
+    bench = Bench(data, work, paft, mergekit, runs, mergekit_runs, cold, ballast)
     results = []
     for name in cases or CASES:
         log.print(name)
         results.append(bench.measure(CASES[name]))
     log.print(table(results))
-    click.echo(json.dumps(report(results, shape, params, cold=cold)))
+    click.echo(json.dumps(report(results, shape, params, cold=cold, filled=fill)))
     if not all(result.passed for result in results):
         raise click.ClickException("paft's output is wrong; see `check` and `identical_outputs` in the JSON line")
 

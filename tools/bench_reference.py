@@ -324,18 +324,29 @@ def coin_room(case: Case, numel: int) -> float:
 def unfair(case: Case, block: tuple[Tensor, ...], coin: float) -> Iterator[str]:
     """Say where the shares of kept and dropped entries are not those of two independent fair coins.
 
-    Counted over entries whose four outcomes are all told apart after rounding: a choice made from inputs alone.
+    Counted over entries whose outcomes are told apart after rounding, a choice made from inputs alone: all four where
+    the deltas agree in sign; three where they do not, because with both kept the vote leaves the larger alone.
     """
     out, *tensors = block
-    outcomes = list(itertools.product((1, 0), (1, 0)))
-    choices = list(dare_ties(case, tensors[0], tensors[1:], (0.0, 0.0)))[::2]
-    values = torch.stack([choice(*tensors) for choice in choices])
-    room = half_step(values).amax(0) + coin * (tensors[1].abs() + tensors[2].abs())
-    gaps = torch.stack([(x - y).abs() for x, y in itertools.combinations(values, 2)]).amin(0)
-    told = gaps > 2 * room
-    nearest = (values[:, told] - out[told]).abs().argmin(0)
-    for number, masks in enumerate(outcomes):
-        share = math.prod(case.density if mask else 1 - case.density for mask in masks)
-        expected, seen = share * nearest.numel(), int((nearest == number).sum())
-        if abs(seen - expected) > SIGMAS * math.sqrt(expected * (1 - share)) + 1:
-            yield f"kept {masks} {seen} times of {nearest.numel()}, expected {expected:.0f}"
+    p = case.density
+    both, first, second, none = (c(*tensors) for c in list(dare_ties(case, tensors[0], tensors[1:], (0.0, 0.0)))[::2])
+    agree = tensors[1] * tensors[2] > 0
+    first_larger = case.weights[0] * tensors[1].abs() > case.weights[1] * tensors[2].abs()
+    larger, smaller = torch.where(first_larger, first, second), torch.where(first_larger, second, first)
+    room = half_step(both) + coin * (tensors[1].abs() + tensors[2].abs())
+    agreeing = {
+        "both": (both, p * p),
+        "first": (first, p - p * p),
+        "second": (second, p - p * p),
+        "none": (none, (1 - p) ** 2),
+    }
+    opposed = {"larger": (larger, p), "smaller": (smaller, p - p * p), "none": (none, (1 - p) ** 2)}
+    for outcomes, where in ((agreeing, agree), (opposed, ~agree)):
+        values = torch.stack([value[where] for value, _ in outcomes.values()])
+        gaps = torch.stack([(x - y).abs() for x, y in itertools.combinations(values, 2)]).amin(0)
+        told = gaps > 3 * room[where]
+        nearest = (values[:, told] - out[where][told]).abs().argmin(0)
+        for number, (name, (_, share)) in enumerate(outcomes.items()):
+            expected, seen = share * nearest.numel(), int((nearest == number).sum())
+            if abs(seen - expected) > SIGMAS * math.sqrt(expected * (1 - share)) + 1:
+                yield f"{name} {seen} times of {nearest.numel()}, expected {expected:.0f}"

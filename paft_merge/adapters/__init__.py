@@ -8,10 +8,11 @@ tensor of the base that each belongs to (asking transformers for the architectur
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from paft_merge.adapters.binding import Binder, vocabulary_of
+from paft_merge.adapters.binding import Binder, Draft
 from paft_merge.adapters.config import Settings, read_settings
 from paft_merge.adapters.keys import Keys, sort_keys
 from paft_merge.adapters.patches import Patch
@@ -26,16 +27,15 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 class Adapter:
-    """One adapter, bound to one base. Holds its factors in memory, and its file and the base's for what is read later.
+    """One adapter, bound to one base. Its factors are read when they are first needed, and again after `Patch.release`.
 
     Attributes:
         folder: where it lies.
         config: `adapter_config.json`.
-        patches: by the base's tensor names, plus those of `unties`; in the order of the base.
+        patches: by the base's tensor names, plus those of `unties` that are not stored; in the order of the base.
         unties: tensors that were tied to another one, are adapted unlike it, and must be written by themselves: each
             with the checkpoint tensor that holds its old value (its own name if it was stored all along). When not
             empty, the output's config.json must say `tie_word_embeddings: false`, at the top and wherever it says true.
-            A name without a patch keeps its old value.
         vocab_size: rows of the embeddings when the adapter resizes the vocabulary, else None. The output's config.json
             must say so too.
         warnings: what is odd but does not stop a merge.
@@ -51,7 +51,7 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: Path, base: Checkpoint) -> Adapter:
-        """Read an adapter as PEFT saves it, and bind every tensor of it to `base`.
+        """Open an adapter as PEFT saves it, and bind every tensor of it to `base`.
 
         Args:
             folder: holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -59,28 +59,23 @@ class Adapter:
                 DoRA on columns look at whole tensors of it when they are first asked.
 
         Raises:
-            AdapterError: every fault at once. ADAPTER_CONFIG, ADAPTER_UNSUPPORTED, ADAPTER_SHAPE, ADAPTER_TARGET (not in
-                the base), ADAPTER_UNUSED (would be left out), NONFINITE, DTYPE_UNSUPPORTED, PICKLE_REFUSED, and the
-                faults of a safetensors file.
+            AdapterError: every fault at once. ADAPTER_CONFIG, ADAPTER_UNSUPPORTED, ADAPTER_SHAPE, ADAPTER_TARGET (it is
+                not in the base), ADAPTER_UNUSED (it would be left out), NONFINITE (in what is read now; in factors when
+                a patch first needs them), DTYPE_UNSUPPORTED, PICKLE_REFUSED, and the faults of a safetensors file.
         """
         folder, problems = Path(folder), Problems()
-        file: Checkpoint | None = None
-        settings: Settings | None = None
+        settings: list[Settings] = []
         with problems.catching():
-            settings = read_settings(folder)
-        with problems.catching():
-            file = _open_weights(folder)
-        try:
-            if settings is None or file is None:
-                problems.raise_as(AdapterError)
-                raise AssertionError("a fault was noted")
-            adapter = cls(folder, settings.raw, file)
-            adapter._bind(settings, base, problems)
-        except BaseException:
-            if file is not None:
-                file.close()
-            raise
-        return adapter
+            settings.append(read_settings(folder))
+        with problems.catching(), ExitStack() as on_failure:
+            file = on_failure.enter_context(_open_weights(folder))
+            if settings:
+                adapter = cls(folder, settings[0].raw, file)
+                adapter._bind(settings[0], base)
+                on_failure.pop_all()
+                return adapter
+        problems.raise_as(AdapterError)
+        raise AssertionError("unreachable: whatever keeps an adapter from opening is a fault")
 
     def __enter__(self) -> Adapter:
         return self
@@ -96,11 +91,6 @@ class Adapter:
         """Size, mtime_ns and header digest of the file with the factors, as `Checkpoint.fingerprint`."""
         return self._file.fingerprint()
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the file with the factors."""
-        return sum(file.size for file in self._file.files)
-
     def check_unchanged(self) -> None:
         """Compare the file with what it was at opening.
 
@@ -109,7 +99,8 @@ class Adapter:
         """
         self._file.check_unchanged()
 
-    def _bind(self, settings: Settings, base: Checkpoint, problems: Problems) -> None:
+    def _bind(self, settings: Settings, base: Checkpoint) -> None:
+        problems = Problems()
         keys = sort_keys(self._file.tensors, self.folder, problems)
         binder = Binder(settings, keys, self._file, base, problems)
         binder.bind()
@@ -157,7 +148,7 @@ def _open_weights(folder: Path) -> Checkpoint:
 
 def _new_vocabulary(base: Checkpoint, binder: Binder, where: Path) -> int | None:
     """The number of rows that the adapter gives the embeddings, if it is another one; all of them must agree."""
-    rows = {name: draft.shape[0] for name, draft in binder.drafts.items() if _is_resized(base, draft.name, draft)}
+    rows = {name: draft.shape[0] for name, draft in binder.drafts.items() if _is_resized(base, draft)}
     if not rows:
         return None
     architecture = binder.architecture.get()
@@ -172,8 +163,8 @@ def _new_vocabulary(base: Checkpoint, binder: Binder, where: Path) -> int | None
     return next(iter(rows.values()))
 
 
-def _is_resized(base: Checkpoint, name: str, draft: Any) -> bool:
-    return bool(draft.shape != base.tensors[draft.beneath or name].shape)
+def _is_resized(base: Checkpoint, draft: Draft) -> bool:
+    return draft.shape != base.tensors[draft.beneath or draft.name].shape
 
 
 def _other_base(settings: Settings, base: Checkpoint, where: Path) -> list[Problem]:

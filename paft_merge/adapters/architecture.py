@@ -2,8 +2,8 @@
 
 Four things are not in a checkpoint's headers: which layers are `Conv1D` (stored transposed, and square ones look like
 any other), where a module of transformers 5 has its tensors on disk (renamed, or one per expert), in which order a
-module declares its parameters (PEFT nests its wrappers in that order), and which parameters are tied. The model is built
-from `config.json` without memory for its weights, by classes that ship with transformers: remote code is never run.
+module declares its parameters (PEFT nests its wrappers in that order), and which parameters are tied. The model is
+built from `config.json` without memory for weights, by classes that ship with transformers: remote code is never run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Architecture:
     def __init__(self, model: Any, base: Checkpoint) -> None:
         self._model, self._base = model, base
         self._prefix = f"{model.base_model_prefix}."
-        self._parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._renamings, self._converters = _conversions(model)
         self._origins = self._locate()
         self._ties = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -80,20 +80,18 @@ class Architecture:
     @classmethod
     def of(cls, base: Checkpoint) -> Architecture | None:
         """Build the model that `base` is a checkpoint of; None when transformers has no class of its own for it."""
-        with (
-            suppress(Exception),
-            warnings.catch_warnings(),
-        ):  # transformers raises anything on a config it does not know
-            warnings.simplefilter("ignore")
-            return cls(_meta_model(base), base)
-        log.info("transformers has no architecture for %s", base.folder)
-        return None
+        try:
+            model = _meta_model(base)
+        except Exception as error:  # transformers raises anything on a config that it does not know
+            log.info("transformers has no architecture for %s: %s", base.folder, error)
+            return None
+        return cls(model, base)
 
     def name_of(self, name: str) -> str | None:
         """The parameter of the model that an adapter calls `name`; None when there is none.
 
-        That is `name` itself; or, for an adapter of another head or of an older transformers, `name` with or without the
-        prefix of the base model, or renamed as transformers renames the tensors of a checkpoint.
+        That is `name` itself; or, for an adapter of another head or of an older transformers, `name` with or without
+        the prefix of the base model, or renamed as transformers renames the tensors of a checkpoint.
         """
         for known in (name, self._prefix + name, name.removeprefix(self._prefix), self._rename(name)[0]):
             if known in self._parameters:
@@ -104,8 +102,8 @@ class Architecture:
         """Where the parameter that an adapter calls `name` lies; None when it is not in the base.
 
         Raises:
-            AdapterError: ADAPTER_UNSUPPORTED when transformers computes it from the stored tensors in a way that a delta
-                cannot follow.
+            AdapterError: ADAPTER_UNSUPPORTED when transformers computes it from the stored tensors in a way that a
+                delta cannot follow.
         """
         known = self.name_of(name)
         if known is None:
@@ -143,7 +141,7 @@ class Architecture:
         return ({source} | {target for target, of in ties.items() if of == source}) - {name}
 
     def source_of(self, name: str) -> str:
-        """The parameter that owns the memory of `name`, as transformers counts it; `name` itself when nothing is tied."""
+        """The parameter that owns the memory of `name`, as transformers counts it; itself when it is not tied."""
         return str(self._ties.get(name, name))
 
     def vocabulary(self) -> list[str]:
@@ -171,7 +169,7 @@ class Architecture:
         return found
 
     def _locate(self) -> dict[str, dict[str, list[str]]]:
-        """For every parameter the tensors of the base that it is loaded from, by converter pattern, experts in order."""
+        """For every parameter the tensors of the base that it is made of, by converter pattern, experts in order."""
         from transformers.core_model_loading import dot_natural_key
 
         origins: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -216,13 +214,22 @@ def _meta_model(base: Checkpoint) -> Any:
     """The model of `config.json`: the class it names, else what transformers makes of its type."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(str(base.folder), trust_remote_code=False, local_files_only=True)
-    named = [getattr(transformers, name, None) for name in config.architectures or []]
-    kind = next((cls for cls in named if cls is not None), None)
-    with torch.device("meta"):
-        if kind is not None:
-            return kind(config)
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    loud = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            folder = str(base.folder)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            named = [getattr(transformers, str(name), None) for name in config.architectures or []]
+            models = [
+                kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+            ]
+            if models:
+                return models[0](config)
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    finally:
+        transformers.utils.logging.set_verbosity(loud)
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:

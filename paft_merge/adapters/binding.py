@@ -5,7 +5,7 @@ Shapes: A `[r, in]`, B `[out, r]` as PEFT stores them; `left`, `right` as `patch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from paft_merge.adapters.patches import (
     Magnitude,
     Once,
     Pair,
+    Part,
     Patch,
     Rewritten,
     Tokens,
     column_norms,
     joined,
-    olora_residual,
-    pissa_residual,
+    olora_taken,
+    pissa_taken,
 )
 from paft_merge.adapters.rows import Rows, row_of
 from paft_merge.checkpoint import DTYPES, Checkpoint
@@ -35,6 +36,66 @@ from paft_merge.errors import AdapterError, Problems
 from paft_merge.headers import shown
 
 _OTHER_BASE = "was this adapter trained on another base?"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A and B of one module, in the adapter's file; `a_blocks`, `b_blocks`: how many diagonal blocks BD-LoRA stores."""
+
+    a: Rows
+    b: Rows
+    a_blocks: int = 1
+    b_blocks: int = 1
+
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        """Of lora_A, its blocks put on a diagonal."""
+        first, *rest = self.a.shape
+        return (first, *(size * self.a_blocks if at == 0 else size for at, size in enumerate(rest)))
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        """Of lora_B, its blocks put on a diagonal."""
+        first, *rest = self.b.shape
+        return (first, *(size * self.b_blocks if at == 0 else size for at, size in enumerate(rest)))
+
+    @property
+    def rank(self) -> int:
+        return self.a_shape[0]
+
+    @property
+    def are_matrices(self) -> bool:
+        """Can B be multiplied with A?"""
+        return len(self.a_shape) == len(self.b_shape) == 2 and self.a_shape[0] == self.b_shape[1]
+
+    @property
+    def makes(self) -> tuple[int, int]:
+        """`(out, in)` of B A."""
+        return self.b_shape[0], self.a_shape[-1]
+
+    def load(self) -> Pair:
+        """Read A `[r, in]` and B `[out, r]` as float32; of a convolution as `[r, in * kernel]` and `[out, r]`."""
+        return _unblocked(self.a.load(), self.a_blocks), _unblocked(self.b.load(), self.b_blocks)
+
+    def oriented(self, scale: float, transposed: bool) -> Pair:
+        """`left`, `right` for a tensor that stores s B A, or its transpose."""
+        a, b = self.load()
+        return (a.T * scale, b.T.contiguous()) if transposed else (b * scale, a)
+
+    def stacked(self, count: int, scale: float, grouped: bool, in_out: bool) -> Pair:
+        """The factors of `count` experts as `left [experts, rows, r]`, `right [experts, r, row]`.
+
+        Args:
+            count: the number of experts.
+            scale: goes into `left`.
+            grouped: lora_B is packed expert by expert, not (as PEFT does) with the experts fastest.
+            in_out: the tensor is `[experts, in, out]`.
+        """
+        a, b = self.load()
+        a = a.reshape(count, -1, a.shape[1])
+        b = b.reshape(len(b), count, -1).permute(1, 0, 2) if grouped else b.reshape(len(b), -1, count).permute(2, 0, 1)
+        left, right = (a.mT, b.mT) if in_out else (b, a)
+        return left * scale, right.contiguous()
 
 
 @dataclass
@@ -51,8 +112,8 @@ class Draft:
     row: int
     beneath: str | None = None
     kind: str = "lora"
-    low: Pair | Once[Pair] | None = None
-    experts: Pair | None = None
+    low: Once[Pair] | None = None
+    experts: list[Part] | None = None
     new: Rows | None = None
     shared: bool = False
     magnitude: Tensor | None = None
@@ -62,7 +123,7 @@ class Draft:
     def finish(self, base: Checkpoint) -> Patch:
         """The patch of this draft; `base` is read later, and only for the norms of columns."""
         if self.experts is not None:
-            return Experts(self.shape, *self.experts)
+            return Experts(self.shape, self.experts)
         low = LowRank(self.shape, self.row, self.low, self.kind, self.beneath) if self.low is not None else None
         if self.new is None and self.magnitude is None and self.tokens is None:
             assert low is not None
@@ -105,7 +166,7 @@ class Binder:
         self._tell_absent()
 
     def place(self, *names: str) -> Place | None:
-        """Where the first of these parameters of the trained model lies in the base: by its own name if that is stored."""
+        """Where the first of these parameters of the trained model that there is lies in the base."""
         for name in names:
             if name in self._base.tensors:
                 return Place.whole(name, self._base.tensors[name].shape)
@@ -164,67 +225,73 @@ class Binder:
         first, second = ("embedding_A", "embedding_B") if "embedding_A" in parts or "embedding_B" in parts else "AB"
         for here, missing in ((first, second), (second, first)):
             if missing not in parts:
-                raise self._wrong(
-                    module.path, f"has lora_{here} without lora_{missing}" if here in parts else "has no factors"
-                )
-        a, b = self._factor(parts[first]), self._factor(parts[second])
+                what = f"has lora_{here} without lora_{missing}" if here in parts else "has no factors"
+                raise self._wrong(module.path, what)
+        factors = Factors(self._source(parts[first]), self._source(parts[second]), *self._blocks(module.path))
         if first == "embedding_A":
-            self._bind_embedding(module, a, b)
-        elif not self._bind_parameter(module, a, b):
-            self._bind_layer(module, *self._unblocked(module.path, a, b))
+            self._bind_embedding(module, factors)
+        elif not self._bind_parameter(module, factors):
+            self._bind_layer(module, factors)
 
-    def _bind_embedding(self, module: Module, a: Tensor, b: Tensor) -> None:
-        """`[vocab, dim]`: the transpose of s B A. PEFT scales an embedding's output, never its weight, by a model's own."""
+    def _bind_embedding(self, module: Module, factors: Factors) -> None:
+        """`[vocab, dim]`: the transpose of s B A. (Where a model scales its embeddings, it scales their output.)"""
         place = self.place(f"{module.path}.weight")
         if place is None:
             self._absent.append(module.path)
             return
         draft = self.draft(place.sites[0], place)
-        if not _is_product(a, b) or (a.shape[1], b.shape[0]) != draft.shape:
-            raise self._unequal(module.path, a, b, draft.shape)
+        if not factors.are_matrices or factors.makes[::-1] != draft.shape:
+            raise self._unequal(module.path, factors, draft.shape)
         self._refuse_start(module.path)
-        self._add(draft, module, (a.T * self._scale(module.path, a), b.T.contiguous()), columns=True)
+        scale = self._scale(module.path, factors)
+        self._add(draft, module, lambda: factors.oriented(scale, transposed=True), columns=True)
 
-    def _bind_layer(self, module: Module, a: Tensor, b: Tensor) -> None:
+    def _bind_layer(self, module: Module, factors: Factors) -> None:
         """A linear layer, a `Conv1D`, a convolution, or the projections of an `nn.MultiheadAttention`."""
         place = self.place(f"{module.path}.weight", f"{module.path}.in_proj_weight")
         if place is None:
             self._absent.append(module.path)
             return
         draft = self.draft(place.sites[0], place)
-        scale = self._scale(self._targeted(module.path), a)
+        scale = self._scale(self._targeted(module.path), factors)
         if len(draft.shape) > 2:
-            self._check_convolution(module.path, a, b, draft.shape)
+            self._check_convolution(module.path, factors, draft.shape)
             self._refuse_start(module.path)
-            self._add(draft, module, (b.flatten(1) * scale, a.flatten(1)), columns=False)
+            self._add(draft, module, lambda: factors.oriented(scale, transposed=False), columns=False)
             return
-        transposed = self._is_transposed(module.path, a, b, place)
+        transposed = self._is_transposed(module.path, factors, draft)
         if module.attention and self.place(f"{module.path.rpartition('.')[0]}.in_proj_weight"):
             scale *= 2  # PEFT adds the delta of this out_proj twice, when it trains as when it merges
-        pair = (a.T * scale, b.T.contiguous()) if transposed else (b * scale, a)
-        self._add(draft, module, pair, columns=transposed)
-        if self._settings.start and draft.new is None:
-            draft.kind, draft.low = self._settings.start, Once(lambda: self._restarted(pair, place, transposed, scale))
+        make = self._started(factors, place, scale, transposed) if draft.new is None else None
+        draft.kind = self._settings.start if make else "lora"
+        self._add(draft, module, make or (lambda: factors.oriented(scale, transposed)), columns=transposed)
 
-    def _restarted(self, pair: Pair, place: Place, transposed: bool, scale: float) -> Pair:
-        """`pair`, less what the start of training took out of the base."""
-        weight, rank = Rows.of(self._base, place.stored).load(), pair[1].shape[0]
-        if self._settings.start == "pissa":
-            return joined([pair, pissa_residual(weight, rank, transposed)])
-        return joined([pair, olora_residual(weight, rank, scale)])
+    def _started(self, factors: Factors, place: Place, scale: float, transposed: bool) -> Callable[[], Pair] | None:
+        """The factors, less what the start of training took out of the base; None when it took out nothing."""
+        start = self._settings.start
+        if not start:
+            return None
 
-    def _add(self, draft: Draft, module: Module, pair: Pair, columns: bool) -> None:
+        def make() -> Pair:
+            weight, pair = Rows.of(self._base, place.stored).load(), factors.oriented(scale, transposed)
+            rank = factors.rank
+            taken = pissa_taken(weight, rank, transposed) if start == "pissa" else olora_taken(weight, rank, scale)
+            return joined([pair, taken])
+
+        return make
+
+    def _add(self, draft: Draft, module: Module, make: Callable[[], Pair], columns: bool) -> None:
         """Put factors, magnitude and the bias of a module into its drafts."""
         if draft.low is not None:
             raise self._wrong(module.path, "has two pairs of factors for one tensor", "ADAPTER_CONFIG")
-        draft.low, draft.columns = pair, columns
+        draft.low, draft.columns = Once(make), columns
         dora, bias = self._settings.flag("use_dora"), self._settings.flag("lora_bias")
         for part, wanted, field in (("magnitude_vector", dora, "use_dora"), ("B.bias", bias, "lora_bias")):
             if (part in module.parts) != wanted:
                 what = f"{'has no' if wanted else 'has a'} lora_{part}, but {field} is {str(wanted).lower()}"
                 raise self._wrong(module.path, what, "ADAPTER_SHAPE" if wanted else "ADAPTER_UNUSED")
         if dora:
-            draft.magnitude = self._factor(module.parts["magnitude_vector"]).flatten()
+            draft.magnitude = self._values(module.parts["magnitude_vector"]).flatten()
             if len(draft.magnitude) != (draft.row if columns else draft.shape[0]):
                 raise self._wrong(module.path, f"has {len(draft.magnitude)} magnitudes for a weight of {draft.shape}")
         if bias:
@@ -232,7 +299,7 @@ class Binder:
 
     def _add_bias(self, module: Module, weight: str) -> None:
         """bias + s * (the bias of lora_B), as a product of rank 1."""
-        place, values = self._bias_of(weight), self._factor(module.parts["B.bias"])
+        place, values = self._bias_of(weight), self._values(module.parts["B.bias"])
         if place is None:
             raise self._wrong(
                 module.path, "has a lora_B.bias, and the layer has no bias to add it to", "ADAPTER_TARGET"
@@ -241,20 +308,20 @@ class Binder:
             raise self._wrong(module.path, f"has a lora_B.bias of {tuple(values.shape)}, the base has {place.shape}")
         scale = self._settings.scale(module.path, self._settings.rank_of(module.path))
         draft = self.draft(place.sites[0], place)
-        draft.kind, draft.low = "bias", (values[:, None] * scale, torch.ones(1, 1))
+        draft.kind, draft.low = "bias", Once(lambda: (values[:, None] * scale, torch.ones(1, 1)))
 
     # Parameters that PEFT wraps by name (`target_parameters`): fused experts
 
-    def _bind_parameter(self, module: Module, a: Tensor, b: Tensor) -> bool:
+    def _bind_parameter(self, module: Module, factors: Factors) -> bool:
         """Bind a module whose parameter was targeted by name; False when it is an ordinary layer."""
         targets = self._settings.names("target_parameters")
         if not targets or (module.depth == 0 and self._is_layer(module.path)):
             return False
         architecture = self.architecture.get()
-        known = architecture.parameters_of(module.path) if architecture else None
         if architecture is None:
             what = "was targeted by parameter, and transformers does not know the architecture that says which"
             raise self._wrong(module.path, what, "ADAPTER_UNSUPPORTED")
+        known = architecture.parameters_of(module.path)
         if known is None:
             self._absent.append(module.path)
             return True
@@ -268,7 +335,7 @@ class Binder:
         if place is None:
             self._absent.append(name)
         else:
-            self._bind_experts(name, place, a, b, known[1])
+            self._bind_experts(name, place, factors, known[1])
         return True
 
     def _is_layer(self, path: str) -> bool:
@@ -286,38 +353,33 @@ class Binder:
         name = weight.removesuffix("weight") + "bias"
         return self.place(name) if name in self._base.tensors else None
 
-    def _bind_experts(self, name: str, place: Place, a: Tensor, b: Tensor, transposed: bool) -> None:
+    def _bind_experts(self, name: str, place: Place, factors: Factors, transposed: bool) -> None:
         """`[experts, out, in]` (or `[experts, in, out]`, transposed); A `[experts * r, in]`, B `[out, experts * r]`."""
-        if len(place.shape) != 3 or not _is_product(a, b) or a.shape[0] % place.shape[0]:
-            raise self._unequal(name, a, b, place.shape)
-        count = place.shape[0]
-        rank = a.shape[0] // count
+        if len(place.shape) != 3 or not factors.are_matrices or factors.rank % place.shape[0]:
+            raise self._unequal(name, factors, place.shape)
+        count, rows, row = place.shape
+        rank = factors.rank // count
         self._check_rank(name, rank)
-        in_out = self._experts_in_out(name, place.shape, a, b, transposed)
-        a = a.reshape(count, rank, -1)
-        b = self._unpacked(name, b, count, rank) * self._settings.scale(name, rank)
-        left, right = (a.mT, b.mT) if in_out else (b, a)
-        left, right = left.contiguous(), right.contiguous()
+        scale, grouped = self._settings.scale(name, rank), self._is_grouped(name, count, rank)
+        in_out = self._experts_in_out(name, place.shape, factors, transposed)
+        stack = Once(lambda: factors.stacked(count, scale, grouped, in_out), users=len(place.sites))
         for site in place.sites:
             draft = self.draft(site, place)
             if draft.low is not None or draft.experts is not None or draft.new is not None:
                 raise self._wrong(name, "has two changes for one tensor", "ADAPTER_CONFIG")
-            draft.kind = "experts"
-            if len(place.sites) == 1:
-                draft.row, draft.experts = place.shape[2], (left, right)
-            else:
-                expert, first = divmod(site.first, place.shape[1])
-                draft.low = left[expert, first : first + site.count], right[expert]
+            expert, first = divmod(site.first, rows)
+            whole = [Part(stack, at, 0, rows) for at in range(count)]
+            draft.experts = whole if len(place.sites) == 1 else [Part(stack, expert, first, site.count)]
+            draft.row = row
 
-    def _experts_in_out(self, name: str, shape: tuple[int, ...], a: Tensor, b: Tensor, transposed: bool) -> bool:
+    def _experts_in_out(self, name: str, shape: tuple[int, ...], factors: Factors, transposed: bool) -> bool:
         """Do the factors read the parameter as `[experts, in, out]`? PEFT before 0.19.1 always did."""
-        made = (a.shape[1], b.shape[0])
-        fits_in_out, fits_out_in = made == shape[1:], made == (shape[2], shape[1])
+        fits_in_out, fits_out_in = factors.makes == shape[:0:-1], factors.makes == shape[1:]
         if transposed and shape[0] == 1:
             what = "is one expert stored [in, out], for which PEFT's own merge has no sound rule"
             raise self._wrong(name, what, "ADAPTER_UNSUPPORTED")
         if not (fits_in_out if transposed else fits_in_out or fits_out_in):
-            raise self._unequal(name, a, b, shape)
+            raise self._unequal(name, factors, shape)
         if transposed or not fits_out_in:
             return True
         if fits_in_out and not self._settings.swaps_experts:
@@ -326,22 +388,22 @@ class Binder:
             raise AdapterError.of("ADAPTER_UNSUPPORTED", self._where, f"{name!r} {what}", fix)
         return False
 
-    def _unpacked(self, name: str, b: Tensor, count: int, rank: int) -> Tensor:
-        """lora_B of all experts as `[experts, out, r]`: PEFT packs the experts fastest, old Unsloth slowest."""
+    def _is_grouped(self, name: str, count: int, rank: int) -> bool:
+        """Is lora_B packed expert by expert, as Unsloth did? PEFT has the experts fastest."""
         packing = self._settings.packing
         if packing == "unknown" and min(count, rank) > 1:
             what = f"{name!r} was trained with Unsloth, which packed the experts otherwise until 2026-09-17"
-            fix = 'say which in adapter_config.json: "lora_B_layout": "rank_major" (since), or "grouped_by_expert" (before)'
+            fix = (
+                'say how in adapter_config.json: "lora_B_layout": "rank_major" (since) or "grouped_by_expert" (before)'
+            )
             raise AdapterError.of("ADAPTER_UNSUPPORTED", self._where, what, fix)
-        if packing == "grouped_by_expert":
-            return b.reshape(len(b), count, rank).permute(1, 0, 2)
-        return b.reshape(len(b), rank, count).permute(2, 0, 1)
+        return packing == "grouped_by_expert"
 
     # Rows of an embedding
 
     def _bind_tokens(self, path: str, key: str) -> None:
         """Rows of an embedding that PEFT replaces (it calls them a delta, and copies them over the old ones)."""
-        place, values = self.place(f"{path}.weight"), self._factor(key)
+        place, values = self.place(f"{path}.weight"), self._values(key)
         if place is None:
             self._absent.append(path)
             return
@@ -358,58 +420,56 @@ class Binder:
 
     # Checks
 
-    def _factor(self, key: str) -> Tensor:
-        """One tensor of the adapter, whole, float32."""
+    def _source(self, key: str) -> Rows:
+        """A tensor of the adapter, to be read later."""
         info = self._file.tensors[key]
         if not DTYPES[info.dtype].mergeable:
             raise AdapterError.of("DTYPE_UNSUPPORTED", self._where, f"tensor {key!r} is {info.dtype}")
-        return Rows.of(self._file, key).load().reshape(info.shape)
+        return Rows.of(self._file, key)
 
-    def _unblocked(self, path: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of BD-LoRA as ordinary ones: their blocks on a diagonal (Wang et al. 2025, arXiv:2510.23346)."""
+    def _values(self, key: str) -> Tensor:
+        """A small tensor of the adapter, whole, float32."""
+        return self._source(key).load().reshape(self._file.tensors[key].shape)
+
+    def _blocks(self, path: str) -> tuple[int, int]:
+        """Into how many blocks BD-LoRA cut lora_A and lora_B of a module (arXiv:2510.23346); 1 without it."""
         blocks = self._settings.raw.get("use_bdlora") or {}
+        fields = ("target_modules_bd_a", "target_modules_bd_b")
+        count = int(blocks.get("nblocks", 1))
+        a, b = (count if any(p in path for p in blocks.get(field) or ()) else 1 for field in fields)
+        return a, b
 
-        def whole(factor: Tensor, field: str) -> Tensor:
-            if not any(pattern in path for pattern in blocks.get(field) or ()):
-                return factor
-            return torch.block_diag(*factor.chunk(int(blocks.get("nblocks", 1))))
-
-        return whole(a, "target_modules_bd_a"), whole(b, "target_modules_bd_b")
-
-    def _scale(self, path: str, a: Tensor) -> float:
-        self._check_rank(path, a.shape[0])
-        return self._settings.scale(path, a.shape[0])
+    def _scale(self, path: str, factors: Factors) -> float:
+        self._check_rank(path, factors.rank)
+        return self._settings.scale(path, factors.rank)
 
     def _check_rank(self, path: str, rank: int) -> None:
         if rank != (stated := self._settings.rank_of(path)):
             raise self._wrong(path, f"has factors of rank {rank}, but adapter_config.json gives it rank {stated}")
 
-    def _check_convolution(self, path: str, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> None:
+    def _check_convolution(self, path: str, factors: Factors, shape: tuple[int, ...]) -> None:
         """The base `[out, in, *kernel]`, A `[r, in, *kernel]`, B `[out, r, 1, ...]`."""
-        if a.ndim != len(shape) or b.ndim != len(shape) or b.shape[0] != shape[0] or a.shape[2:] != shape[2:]:
-            raise self._unequal(path, a, b, shape)
-        if a.shape[0] != b.shape[1] or a.shape[1] != shape[1]:
-            if a.shape[0] % b.shape[1] == 0 and a.shape[1] % shape[1] == 0 and a.shape[1] > shape[1]:
+        a, b = factors.a_shape, factors.b_shape
+        if len(a) != len(shape) or len(b) != len(shape) or b[0] != shape[0] or a[2:] != shape[2:]:
+            raise self._unequal(path, factors, shape)
+        if a[0] != b[1] or a[1] != shape[1]:
+            if b[1] and shape[1] and a[0] % b[1] == 0 and a[1] % shape[1] == 0 and a[1] > shape[1]:
                 what = "is a convolution in groups: what the adapter adds crosses them, so no weight can hold it"
                 raise self._wrong(path, what, "ADAPTER_UNSUPPORTED")
-            raise self._unequal(path, a, b, shape)
+            raise self._unequal(path, factors, shape)
 
-    def _is_transposed(self, path: str, a: Tensor, b: Tensor, place: Place) -> bool:
+    def _is_transposed(self, path: str, factors: Factors, draft: Draft) -> bool:
         """Is the weight stored `[in, out]`, as HF's `Conv1D` does? By shape, else by bias, else by the class.
 
         PEFT decides by the class of the layer and overrules `fan_in_fan_out` of the file, so that field decides nothing
         here either. (It never transposes a weight that was targeted as a parameter.)
         """
-        if not _is_product(a, b):
-            raise self._unequal(path, a, b, place.shape)
-        made = (b.shape[0], a.shape[1])
-        can_be = self._targeted(path) == path and self._bias_of(place.sites[0].name) is not None  # Conv1D has a bias
-        if made == place.shape and (made[0] != made[1] or not can_be):
-            return False
-        if made[::-1] != place.shape or not can_be:
-            raise self._unequal(path, a, b, place.shape)
-        if made[0] != made[1]:
-            return True
+        shape, makes = draft.shape, factors.makes
+        can_be = self._targeted(path) == path and self._bias_of(draft.name) is not None  # a Conv1D has a bias
+        if not factors.are_matrices or (makes != shape and (makes[::-1] != shape or not can_be)):
+            raise self._unequal(path, factors, shape)
+        if shape[0] != shape[1] or not can_be:
+            return makes != shape
         architecture = self.architecture.get()
         found = architecture.is_conv1d(path) if architecture else None
         if found is None and self._settings.flag("fan_in_fan_out"):
@@ -422,8 +482,8 @@ class Binder:
             what = f"is no linear layer, and PEFT has no {self._settings.start} start for it"
             raise self._wrong(path, what, "ADAPTER_UNSUPPORTED")
 
-    def _unequal(self, path: str, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> AdapterError:
-        what = f"has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, which do not make the base's {shape}"
+    def _unequal(self, path: str, factors: Factors, shape: tuple[int, ...]) -> AdapterError:
+        what = f"has lora_A {factors.a_shape} and lora_B {factors.b_shape}, which do not make the base's {shape}"
         return AdapterError.of("ADAPTER_SHAPE", self._where, f"{path!r} {what}", _OTHER_BASE)
 
     def _wrong(self, path: str, what: str, code: str = "ADAPTER_SHAPE") -> AdapterError:
@@ -443,9 +503,12 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _is_product(a: Tensor, b: Tensor) -> bool:
-    """Are these the A and B of one product of matrices?"""
-    return a.ndim == 2 and b.ndim == 2 and a.shape[0] == b.shape[1]
+def _unblocked(factor: Tensor, blocks: int) -> Tensor:
+    """The matrix whose diagonal blocks `factor` holds, one below the other."""
+    if blocks == 1:
+        return factor
+    diagonal: Tensor = torch.block_diag(*factor.chunk(blocks))  # type: ignore[no-untyped-call]
+    return diagonal
 
 
 def _matches(name: str, targets: Iterable[str]) -> bool:

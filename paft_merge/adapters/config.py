@@ -102,8 +102,8 @@ class Settings:
         """
         if layout := self.raw.get("lora_B_layout"):
             return str(layout)
-        made_by = f"{self.raw.get('auto_mapping')} {self.raw.get('base_model_name_or_path')}".lower()
-        return "unknown" if "unsloth" in made_by else "rank_major"
+        theirs = str(self.raw.get("base_model_name_or_path")).startswith("unsloth/")
+        return "unknown" if theirs or "unsloth" in str(self.raw.get("auto_mapping")) else "rank_major"
 
     def tokens_of(self, path: str) -> list[int] | None:
         """The rows that `trainable_token_indices` names for the module at `path`, in the order of their values."""
@@ -216,7 +216,8 @@ def _check_numbers(path: Path, raw: Mapping[str, Any], problems: Problems) -> No
             problems.add("ADAPTER_CONFIG", path, f"{field}: is missing, and PEFT's default of 8 would be a guess")
         else:
             check(field, raw[field], whole)
-        for key, value in (raw.get(pattern) if isinstance(raw.get(pattern), dict) else None or {}).items():
+        entries = raw.get(pattern)
+        for key, value in entries.items() if isinstance(entries, dict) else ():
             check(f"{pattern}[{key!r}]", value, whole)
             try:
                 re.compile(key)

@@ -22,29 +22,42 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Once(Generic[T]):
-    """A value made at its first use, by one thread, and kept."""
+    """A value made at its first use, by one thread, and kept until all its users have released it.
 
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
+    Args:
+        make: makes it; called again when it is wanted after all.
+        users: how many times `release` is called before the value is let go.
+    """
+
+    def __init__(self, make: Callable[[], T], users: int = 1) -> None:
+        self._make, self._users, self._releases = make, users, 0
         self._lock = Lock()
-        self._made: list[T] = []
+        self._made: tuple[T] | None = None
 
     def get(self) -> T:
         """The value; other threads wait while the first one makes it."""
-        if not self._made:
+        made = self._made
+        if made is None:
             with self._lock:
-                if not self._made:
-                    self._made.append(self._make())
-        return self._made[0]
+                made = self._made = self._made or (self._make(),)
+        return made[0]
+
+    def release(self) -> None:
+        """Count one user who needs the value no more."""
+        with self._lock:
+            self._releases += 1
+            if self._releases >= self._users:
+                self._made, self._releases = None, 0
 
 
 class Patch(ABC):
-    """What one adapter does to one tensor. Thread-safe; holds factors, never a dense delta.
+    """What one adapter does to one tensor. Thread-safe; holds factors once they are used, never a dense delta.
 
     Attributes:
         shape: of the tensor once patched; differs from the base's only when the vocabulary was resized.
         row: elements per row; the tensor is `[numel // row, row]`.
-        kind: `lora`, `experts`, `bias`, `pissa`, `olora`, `dora`, `replace` or `tokens`, for reports.
+        kind: `lora`, `experts`, `bias`, `pissa`, `olora`, `dora`, `replace`, `tokens`, or `untied` (it keeps its value,
+            but must be written by itself); for reports.
         beneath: the checkpoint tensor that holds the weight beneath when the patched name is not stored itself
             (`lm_head.weight` of a model with tied embeddings); None when it is.
     """
@@ -73,8 +86,9 @@ class Patch(ABC):
             AdapterError: NONFINITE, for tensors that are read from the adapter only now.
         """
 
+    @abstractmethod
     def release(self) -> None:
-        """Let go of what was read or worked out for `delta`; it is made again when it is asked for again."""
+        """Let go of what was read or worked out for `delta`; it is made again, at a price, when it is wanted again."""
 
     def factors(self) -> list[Pair] | None:
         """The delta as low-rank products, when it is nothing else.
@@ -90,39 +104,59 @@ class LowRank(Patch):
     """`left @ right`: LoRA on a linear layer, an embedding, a convolution, one expert; and a bias, with rank 1."""
 
     def __init__(
-        self, shape: tuple[int, ...], row: int, pair: Pair | Once[Pair], kind: str = "lora", beneath: str | None = None
+        self, shape: tuple[int, ...], row: int, pair: Once[Pair], kind: str = "lora", beneath: str | None = None
     ) -> None:
         super().__init__(shape, row, kind, beneath)
-        self._pair = pair
-
-    def pair(self) -> Pair:
-        """`left`, `right`; worked out from the weight at the first call for PiSSA and OLoRA."""
-        return self._pair.get() if isinstance(self._pair, Once) else self._pair
+        self.pair = pair
 
     def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
-        left, right = self.pair()
+        left, right = self.pair.get()
         torch.mm(left[start:stop], right, out=out)
 
     def factors(self) -> list[Pair]:
-        return [self.pair()]
+        return [self.pair.get()]
+
+    def release(self) -> None:
+        self.pair.release()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One expert of stacked factors, or rows `[first, first + count)` of its product."""
+
+    stack: Once[Pair]
+    expert: int
+    first: int
+    count: int
+
+    def pair(self) -> Pair:
+        """A view of the stacked factors."""
+        left, right = self.stack.get()
+        return left[self.expert, self.first : self.first + self.count], right[self.expert]
 
 
 class Experts(Patch):
-    """One `left @ right` per expert of a fused tensor `[experts, rows, row]`: `left [E, O, R]`, `right [E, R, I]`."""
+    """Rows of the products of stacked factors, `left [E, O, R]`, `right [E, R, I]`, one below the other.
 
-    def __init__(self, shape: tuple[int, ...], left: Tensor, right: Tensor) -> None:
+    All of them for a fused tensor `[experts, rows, row]`; one part when each expert is a tensor of its own.
+    """
+
+    def __init__(self, shape: tuple[int, ...], parts: Sequence[Part]) -> None:
         super().__init__(shape, shape[-1], "experts")
-        self._left, self._right = left, right
+        self._parts = parts
 
     def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
-        rows = self._left.shape[1]
-        for expert in range(start // rows, -(-stop // rows)):
-            first, end = max(start, expert * rows), min(stop, (expert + 1) * rows)
-            left = self._left[expert, first - expert * rows : end - expert * rows]
-            torch.mm(left, self._right[expert], out=out[first - start : end - start])
+        rows = self._parts[0].count
+        for at in range(start // rows, -(-stop // rows)):
+            left, right = self._parts[at].pair()
+            first, end = max(start, at * rows), min(stop, (at + 1) * rows)
+            torch.mm(left[first - at * rows : end - at * rows], right, out=out[first - start : end - start])
 
     def factors(self) -> list[Pair]:
-        return list(zip(self._left, self._right, strict=True))
+        return [part.pair() for part in self._parts]
+
+    def release(self) -> None:
+        self._parts[0].stack.release()
 
 
 @dataclass(frozen=True)
@@ -189,7 +223,7 @@ class Rewritten(Patch):
             assert weight is not None, "this patch needs the weight beneath"
             out.copy_(weight)
         if self.low is not None:
-            left, right = self.low.pair()
+            left, right = self.low.pair.get()
             out.addmm_(left[start:stop], right)
         if self.magnitude is not None:
             self.magnitude.apply(start, out)
@@ -198,10 +232,14 @@ class Rewritten(Patch):
         if weight is not None:
             out[: len(weight)].sub_(weight)
 
+    def release(self) -> None:
+        if self.low is not None:
+            self.low.release()
+
 
 def column_norms(beneath: Rows, low: LowRank) -> Tensor:
     """`||weight + delta||` of every column, `[I]` float32, from one pass over all rows (sums in float64)."""
-    left, right = low.pair()
+    left, right = low.pair.get()
     total = torch.zeros(beneath.row, dtype=torch.float64)
     for start, stop in beneath.blocks():
         value = torch.addmm(beneath.read(start, stop), left[start:stop], right)
@@ -209,7 +247,7 @@ def column_norms(beneath: Rows, low: LowRank) -> Tensor:
     return total.sqrt_().float()
 
 
-def pissa_residual(weight: Tensor, rank: int, transposed: bool) -> Pair:
+def pissa_taken(weight: Tensor, rank: int, transposed: bool) -> Pair:
     """What PiSSA took out of the base (Meng et al. 2024, arXiv:2404.02948), negated: the largest `rank` components.
 
     Args:
@@ -222,7 +260,7 @@ def pissa_residual(weight: Tensor, rank: int, transposed: bool) -> Pair:
     return (right.T.contiguous(), left.T.contiguous()) if transposed else (left, right.contiguous())
 
 
-def olora_residual(weight: Tensor, rank: int, scale: float) -> Pair:
+def olora_taken(weight: Tensor, rank: int, scale: float) -> Pair:
     """What OLoRA took out of the base (Buyukakyuz 2024, arXiv:2406.01775), negated: `scale` times the first of QR.
 
     PEFT takes the QR of the weight as stored, for HF `Conv1D` too.

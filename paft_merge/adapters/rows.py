@@ -38,6 +38,11 @@ class Rows:
         row = row or row_of(info.shape)
         return cls(file, name, row, 0, info.numel // row)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor as it is stored."""
+        return self.file.tensors[self.name].shape
+
     def part(self, first: int, count: int) -> Rows:
         """The rows `[first, first + count)` of these."""
         return Rows(self.file, self.name, self.row, self.first + first, count)

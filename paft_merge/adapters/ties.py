@@ -1,9 +1,9 @@
 """Tied embeddings: what an adapter on one of several parameters that share memory means for the others.
 
 PEFT's `merge_and_unload` adds to the shared memory in place, so that a delta on the input embedding also changes the
-output head (and two deltas, one on each, are both added to both), although the forward pass that was trained changed only
-the layer that was adapted. Here each parameter gets what was trained for it, and the tie is cut when that differs. Where
-PEFT does keep the parameters apart (`modules_to_save`) or together (`trainable_token_indices`), this agrees with it.
+output head (and two deltas, one on each, are both added to both), although the forward pass that was trained changed
+only the layer that was adapted. Here each parameter gets what was trained for it, and the tie is cut when that differs.
+Where PEFT keeps the parameters apart (`modules_to_save`) or together (`trainable_token_indices`), this agrees with it.
 """
 
 from __future__ import annotations
@@ -37,24 +37,26 @@ def untie(drafts: dict[str, Draft], architecture: Architecture, settings: Settin
     """Give every tied parameter the draft that was trained for it, in place.
 
     Args:
-        drafts: by checkpoint tensor; drafts of tied parameters are added, or dropped when they are stored once.
+        drafts: by checkpoint tensor; those of tied parameters are added, or dropped when they stay tied.
         architecture: of the base.
         settings: of the adapter.
         where: the adapter's folder, for messages.
 
     Returns:
-        The tensors that were tied to another and must now be written by themselves, each with the checkpoint tensor that
-        holds its old value. Empty when everything that was tied still is.
+        The tensors that were tied to another and must now be written by themselves, each with the checkpoint tensor
+        that holds its old value. Empty when everything that was tied still is.
 
     Raises:
         AdapterError: ADAPTER_UNSUPPORTED when the architecture has no way to untie them.
     """
     cut: dict[str, str] = {}
+    seen: set[str] = set()
     for name in list(drafts):
         known = architecture.name_of(name)
-        if known is None or name in cut or not (twins := architecture.tied_to(known)):
+        if known is None or known in seen or not (twins := architecture.tied_to(known)):
             continue
         group = {twin: place for twin in sorted({known, *twins}) if (place := architecture.place(twin))}
+        seen |= group.keys()
         _share(group, drafts, settings)
         names = [place.sites[0].name for place in group.values()]
         if _all_equal([drafts.get(name) for name in names]):
@@ -63,10 +65,14 @@ def untie(drafts: dict[str, Draft], architecture: Architecture, settings: Settin
                     drafts.pop(place.sites[0].name, None)
             continue
         if architecture.tied_to(known, always=True):
-            what = f"adapts {name!r} unlike {', '.join(map(repr, sorted(twins)))}, which shares its memory in this architecture"
+            others = ", ".join(map(repr, sorted(twins)))
+            what = f"adapts {name!r} unlike {others}, and this architecture always ties them"
             raise AdapterError.of("ADAPTER_UNSUPPORTED", where, what)
         source = architecture.source_of(known)
         cut |= {place.sites[0].name: place.stored for twin, place in group.items() if twin != source}
+        for place in group.values():
+            if place.beneath and place.sites[0].name not in drafts:
+                drafts[place.sites[0].name] = _unchanged(place)
     return cut
 
 
@@ -87,8 +93,15 @@ def _share(group: Mapping[str, Place], drafts: dict[str, Draft], settings: Setti
             drafts[name] = draft
 
 
+def _unchanged(place: Place) -> Draft:
+    """The draft of a parameter that keeps its value, but must be written by itself: a product of rank 0."""
+    name, count = place.sites[0].name, place.sites[0].count
+    nothing = Once(lambda: (torch.empty(count, 0), torch.empty(0, place.row)))
+    return Draft(name, place.shape, place.row, place.beneath, "untied", nothing)
+
+
 def _all_equal(drafts: list[Draft | None]) -> bool:
-    """Do all these do the same to a tensor? (Two that would have to be worked out first count as different.)"""
+    """Do all these do the same to a tensor?"""
     first = drafts[0]
     return all(one is first or (one is not None and first is not None and _equal(one, first)) for one in drafts)
 
@@ -105,7 +118,13 @@ def _equal(a: Draft, b: Draft) -> bool:
     return a.new is None or b.new is None or a.new is b.new or a.new.same(b.new)
 
 
-def _equal_pairs(a: Pair | Once[Pair] | None, b: Pair | Once[Pair] | None) -> bool:
-    if a is None or b is None or isinstance(a, Once) or isinstance(b, Once):
+def _equal_pairs(a: Once[Pair] | None, b: Once[Pair] | None) -> bool:
+    if a is None or b is None:
         return a is None and b is None
-    return all(one.shape == other.shape and torch.equal(one, other) for one, other in zip(a, b, strict=True))
+    try:
+        return all(
+            one.shape == other.shape and torch.equal(one, other) for one, other in zip(a.get(), b.get(), strict=True)
+        )
+    finally:
+        a.release()
+        b.release()

@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from paft_merge.errors import Problem
 from paft_merge.methods import METHODS, Method
 from paft_merge.recipe.checks import check, find_method
@@ -34,7 +32,7 @@ from paft_merge.recipe.reading import read_language
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.report import Report
 from paft_merge.recipe.settings import Level, Origin, Resolved, layer_t, resolve, resolve_all
-from paft_merge.recipe.text import Located, Spot, did_you_mean, dotted, load_documents, load_yaml, show
+from paft_merge.recipe.text import Located, Spot, did_you_mean, dotted, dump_yaml, load_documents, load_yaml, show
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -56,6 +54,7 @@ __all__ = [
     "ZeroRow",
     "did_you_mean",
     "dotted",
+    "dump_yaml",
     "layer_t",
     "load_documents",
     "load_recipe",
@@ -96,7 +95,7 @@ class Recipe:
     @property
     def text(self) -> str:
         """The YAML as the user wrote it, or an equal one where there is no file of its own."""
-        return self.located.text or yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return self.located.text or dump_yaml(self.resolved())
 
     def resolved(self) -> dict[str, Any]:
         """Plain data (JSON) that loads as an equal recipe, with our defaults written out."""

@@ -43,13 +43,17 @@ def check(
             _check_sources(output, method, report)
     for module in modules:
         _check_ends(module, report)
+    if "layer_range" not in faulty:
+        for output in slices:
+            _check_lengths(output, report)
     for level in all_levels(modules):
         _check_names(level, method, methods, report)
         _check_rivals(level, method, report)
     for output in slices:
         for source in output.sources:
             _check_source_level(source, output, method, report)
-        _check_required(output, method, report, faulty)
+        if "parameters" not in faulty:
+            _check_required(output, method, report)
 
 
 def _check_base_given(slices: Sequence[OutputSlice], method: Method, report: Report) -> None:
@@ -87,16 +91,21 @@ def _check_count(count: int, output: OutputSlice, method: Method, report: Report
 
 
 def _check_ends(module: OutputModule, report: Report) -> None:
-    first, last = module.slices[0], module.slices[-1]
-    if len(last.sources) > len(first.sources):
-        what = (
-            f"the last slice has {len(last.sources)} sources and the first {len(first.sources)}: "
-            f"mergekit would make the last norm and the head of {last.sources[0].ref} alone"
-            if len(first.sources) == 1
-            else f"the last slice has {len(last.sources)} sources and the first {len(first.sources)}: "
-            f"mergekit would make the last norm and the head of {len(first.sources)} of them"
-        )
-        report.error(last.spot, what, "give the first and the last slice equally many sources", "SLICES_UNEVEN")
+    """mergekit counts the first slice's sources, and makes the last norm and the head of as many of the last's."""
+    first, last = module.slices[0].sources, module.slices[-1].sources
+    if len(last) > len(first):
+        used = ", ".join(str(source.ref) for source in last[: len(first)])
+        what = f"the last slice has {len(last)} sources and the first {len(first)}"
+        what += f", so mergekit would make the last norm and the head of {used} alone"
+        fix = "give the first and the last slice equally many sources"
+        report.error(module.slices[-1].spot, what, fix, "SLICES_UNEVEN")
+
+
+def _check_lengths(output: OutputSlice, report: Report) -> None:
+    counts = [end - first for first, end in (source.layers for source in output.sources if source.layers)]
+    if len(set(counts)) > 1:
+        what = f"All inputs to a slice must contain the same number of layers, got {', '.join(map(str, counts))}"
+        report.error(output.spot, what, "make every layer_range of this slice equally long")
 
 
 def _check_names(level: Level, method: Method, methods: Mapping[str, Method], report: Report) -> None:
@@ -121,7 +130,7 @@ def _check_values(setting: Setting, parameter: Parameter, report: Report) -> Non
             try:
                 typed(parameter, value)
             except SettingError as refusal:
-                report.error(condition.spot, f"{parameter.name} {refusal.what}", refusal.fix)
+                report.error(condition.spot, refusal.what, refusal.fix)
 
 
 def _check_rivals(level: Level, method: Method, report: Report) -> None:
@@ -167,7 +176,7 @@ def _check_misplaced(
     parameter: Parameter, setting: Setting, output: OutputSlice, method: Method, report: Report
 ) -> None:
     """A shared parameter under one source has no effect in mergekit: harmless where it says what holds anyway."""
-    what = f"{parameter.name} is one value for all sources of {method.name}, so mergekit ignores it under one of them"
+    what = f"{parameter.name} is one value for all sources of {method.name}, so it would be ignored under one of them"
     if _says(setting.always, parameter) == _in_force(output.levels, parameter):
         report.warn(setting.spot, what, "move it to the recipe's parameters", "IGNORED")
     else:
@@ -192,10 +201,10 @@ def _in_force(levels: Sequence[Level], parameter: Parameter) -> Any:
     return parameter.default if setting is None else _says(setting.always, parameter)
 
 
-def _check_required(output: OutputSlice, method: Method, report: Report, faulty: Collection[str]) -> None:
+def _check_required(output: OutputSlice, method: Method, report: Report) -> None:
     """Required parameters that no place gives. Whether filters leave a tensor out is seen when tensors are known."""
     for parameter in method.parameters:
-        if parameter.default is not REQUIRED or parameter.name in faulty:
+        if parameter.default is not REQUIRED:
             continue
         if parameter.scope == "shared":
             if not _is_given(output.levels, parameter):

@@ -66,7 +66,7 @@ def _read_dtype(value: Any) -> Any:
         return name
     if name == "int64":
         raise refused("int64 would cut every weight to a whole number", f"use one of {', '.join(DTYPES)}")
-    near = f"did you mean '{_ALIASES[name]}'?" if name in _ALIASES else did_you_mean(name, DTYPES)
+    near = did_you_mean(_ALIASES.get(str(name), name), DTYPES)
     raise refused(f"unknown dtype {show(value)}", near or f"use one of {', '.join(DTYPES)}")
 
 
@@ -77,7 +77,8 @@ def _read_layers(value: Any) -> Any:
         fix = "write [0, 8] for the first eight layers"
         raise refused(f"must be [first, end], two whole numbers, got {_shown_list(value)}", fix) from None
     if first >= 0 > end:
-        fix = f"did you mean [{first}, N], with N the number of layers" + (f" less {-end - 1}?" if end < -1 else "?")
+        meant = f"did you mean [{first}, N], with N the number of layers?"
+        fix = meant if end == -1 else "count the end from the first layer"
         raise refused(f"[{first}, {end}] holds no layer, because layers are not counted from the end", fix)
     if not 0 <= first < end:
         raise refused(f"[{first}, {end}] holds no layer", "the first is counted from 0 and the end is not included")
@@ -95,6 +96,13 @@ def _read_template(value: Any) -> Any:
     raise refused(
         f"{show(value)} is no chat template", did_you_mean(value, ("auto", *CHAT_TEMPLATES)) or f"use {known}"
     )
+
+
+def _read_kind(value: Any) -> Any:
+    if value != "model_token":
+        kinds = ("zero", "model_token")
+        raise refused(f"must be one of zero, model_token, got {show(value)}", did_you_mean(value, kinds))
+    return value
 
 
 def _read_tokenizer(value: Any) -> Any:
@@ -159,14 +167,6 @@ class SliceEntry(Written):
     """Instead of the recipe's."""
     parameters: Parameters | None = None
 
-    @model_validator(mode="after")
-    def one_length(self) -> SliceEntry:
-        counts = [end - first for first, end in (source.layer_range for source in self.sources)]
-        if len(set(counts)) > 1:
-            what = f"All inputs to a slice must contain the same number of layers, got {', '.join(map(str, counts))}"
-            raise refused(what, "make every layer_range of this slice equally long")
-        return self
-
 
 class ModuleEntry(Written):
     """One of `modules:`: a part of a composite model, such as a text decoder."""
@@ -193,7 +193,7 @@ class ZeroRow(Written):
 class TokenRow(Written):
     """A token whose embedding is that of a token of a model."""
 
-    kind: Literal["model_token"]
+    kind: Annotated[Literal["model_token"], BeforeValidator(_read_kind)]
     model: ModelRef
     token: str | None = None
     token_id: int | None = None

@@ -13,7 +13,7 @@ from paft_merge.methods import Method
 from paft_merge.recipe.language import Language, ModelEntry, ModuleEntry, SliceEntry
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.report import Report
-from paft_merge.recipe.settings import TRIM_RULES, Level, Setting, SettingError, read_setting
+from paft_merge.recipe.settings import TRIM_RULES, Level, Setting, read_setting
 from paft_merge.recipe.text import Spot, Steps, did_you_mean, show
 
 
@@ -123,9 +123,9 @@ class _Outliner:
                 if name == "trim" and not self.takes_trim
                 else {name: self.setting((*steps, name), raw)}
             )
-            for one in settings.keys() & flat.keys():
+            for one in (one for one in flat if one in settings):
                 spot = flat[one].spot
-                self.report.error(spot, f"{one} is also set by {settings[one].spot}", "keep one of the two")
+                self.report.error(spot, f"{one} is also set by {settings[one].spot.path}", "keep one of the two")
             settings |= flat
         return (Level(kind, settings, self.spot(steps)),) if settings else ()
 
@@ -136,11 +136,12 @@ class _Outliner:
         if not isinstance(raw, Mapping):
             self.report.error(self.spot(steps), f"must be a mapping, got {show(raw)}", "write trim: {density: 0.2}")
             return {}
-        for name in raw.keys() - set(TRIM_RULES):
+        for name in (name for name in raw if name not in TRIM_RULES):
             fix = did_you_mean(name, TRIM_RULES) or f"write {known}"
             self.report.error(self.spot((*steps, name)), "unknown way to trim", fix)
         if len(raw) != 1:
             self.report.error(self.spot(steps), f"trims by {known}, got {len(raw)}", "write trim: {density: 0.2}")
+            return {}
         return {name: self.setting((*steps, name), raw[name]) for name in TRIM_RULES if name in raw}
 
     @property
@@ -148,11 +149,7 @@ class _Outliner:
         return self.method is not None and self.method.parameter("trim") is not None
 
     def setting(self, steps: Steps, raw: Any) -> Setting:
-        problems: list[tuple[Steps, SettingError]] = []
-        setting = read_setting(self.report.located, steps, raw, problems)
-        for place, refusal in problems:
-            self.report.error(self.spot(place), refusal.what, refusal.fix)
-        return setting
+        return read_setting(self.report, steps, raw)
 
     def spot(self, steps: Steps) -> Spot:
         return self.report.located.spot(steps)

@@ -49,8 +49,14 @@ _TYPES = {
     "int_parsing": ("a whole number", ""),
     "int_from_float": ("a whole number", ""),
     "tuple_type": ("a list", "begin every item with '- '"),
+    "dict_type": ("a mapping", "write key: value"),
     "mapping_type": ("a mapping", "write key: value"),
     "model_type": ("a mapping", "write key: value"),
+}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "above"),
+    "less_than": ("lt", "below"),
 }
 
 
@@ -73,28 +79,34 @@ def read_language(located: Located, report: Report, parameters: Collection[str])
         try:
             return Language.model_validate(data), reader.faulty
         except ValidationError as error:
-            settled = [reader.settle(data, details) for details in error.errors()]
-            if not all(settled):
+            if not reader.settle_all(data, error.errors()):
                 return None, reader.faulty
 
 
 class _Reader:
     def __init__(self, located: Located, report: Report, parameters: Collection[str]) -> None:
         self.located, self.report, self.parameters = located, report, parameters
-        self.settled: set[Steps] = set()
+        self.settled: dict[Steps, int] = {}
+        self.passes = 0
         self.faulty: set[str] = set()
+
+    def settle_all(self, data: dict[str, Any], found: list[ErrorDetails]) -> bool:
+        """Note the faults of one reading and take them out of `data`; False when one has to stay."""
+        self.passes += 1
+        return all([self.settle(data, details) for details in found])  # noqa: C419, every one is to be told
 
     def settle(self, data: dict[str, Any], details: ErrorDetails) -> bool:
         """Note one fault and take it out of `data`; False when it has to stay."""
         steps = _steps(details["loc"], data)
         key = steps[-1] if steps else ""
-        if steps in self.settled:
+        if self.settled.setdefault(steps, self.passes) < self.passes:
             return False
-        self.settled.add(steps)
+        if details["type"] == "too_short" and details["input"]:
+            return True  # pydantic counts faulty items as none
         around = _at(data, steps[:-1])
         if details["type"] == "extra_forbidden":
             self.unknown(steps, around)
-            del around[key]
+            around.pop(key, None)
             return True
         spelling = self.located.spelling(steps)
         if spelling is not None and details["type"] in ("string_type", "reference"):
@@ -113,13 +125,15 @@ class _Reader:
         key = steps[-1] if steps else None
         if not isinstance(key, str):
             return False
-        self.faulty.update(step for step in steps if isinstance(step, str))
+        self.faulty.add(key)
         if key in ("model", "base_model"):
             around[key] = ModelRef(dotted(steps))
         elif key == "layer_range":
             around[key] = [0, 1]
         elif key in around:
             del around[key]
+            if not around:
+                self.faulty.update(step for step in steps if isinstance(step, str))
         else:
             return False
         return True
@@ -189,4 +203,7 @@ def _words(details: ErrorDetails, steps: Steps) -> tuple[str, str]:
         return f"must be {wanted}, got {show(value)}", fix
     if kind == "too_short":
         return "is empty", "list what is merged"
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return f"must be {words} {context[bound]}, got {show(value)}", ""
     return details["msg"], ""

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from paft_merge.errors import Problem, RecipeError
 from paft_merge.methods import REQUIRED, Method, Parameter
-from paft_merge.recipe.text import Located, Spot, Steps, did_you_mean, show
+from paft_merge.recipe.report import Report
+from paft_merge.recipe.text import Spot, Steps, did_you_mean, show
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -193,7 +194,7 @@ def resolve(
         try:
             return Resolved(evaluate(condition, parameter, t), Origin(level.kind, condition.spot))
         except SettingError as refusal:
-            problem = Problem("RECIPE", str(condition.spot), f"{parameter.name} {refusal.what}", refusal.fix)
+            problem = Problem("RECIPE", str(condition.spot), refusal.what, refusal.fix)
             raise RecipeError([problem]) from None
     if parameter.default is REQUIRED:
         whose = f"{model}.{tensor_name}" if model is not None else tensor_name
@@ -227,48 +228,56 @@ def rivals(method: Method) -> tuple[str, ...]:
     return TRIM_RULES if method.parameter("l1_mass") else ()
 
 
-def read_setting(located: Located, steps: Steps, raw: Any, problems: list[tuple[Steps, SettingError]]) -> Setting:
-    """A setting from plain data; what is wrong with it is added to `problems` with its place."""
+def read_setting(report: Report, steps: Steps, raw: Any) -> Setting:
+    """A setting from plain data at `steps`; what is wrong with it is noted in `report`."""
     if isinstance(raw, Mapping):
-        conditions = [_condition(located, steps, raw, problems)]
+        conditions = [_condition(report, steps, raw)]
     elif isinstance(raw, list | tuple) and any(isinstance(item, Mapping) for item in raw):
-        conditions = [_condition(located, (*steps, i), item, problems) for i, item in enumerate(raw)]
+        conditions = [_condition(report, (*steps, i), item) for i, item in enumerate(raw)]
     elif isinstance(raw, list | tuple) and not raw:
         conditions = []
     else:
-        conditions = [Condition(_value(steps, raw, problems), None, located.spot(steps))]
-    return Setting(tuple(conditions), located.spot(steps))
+        conditions = [Condition(_value(report, steps, raw), None, report.located.spot(steps))]
+    return Setting(tuple(conditions), report.located.spot(steps))
 
 
-def _condition(located: Located, steps: Steps, raw: Any, problems: list[tuple[Steps, SettingError]]) -> Condition:
-    spot = located.spot(steps)
-    if not isinstance(raw, Mapping) or "value" not in raw:
-        fix = "write {value: ..., filter: ...} for every item, or scalars only"
-        problems.append((steps, SettingError(f"a condition needs a value, got {show(raw)}", fix)))
+def _condition(report: Report, steps: Steps, raw: Any) -> Condition:
+    spot = report.located.spot(steps)
+    if not isinstance(raw, Mapping):
+        report.error(
+            spot, f"must be a condition like its neighbours, got {show(raw)}", "write {value: ..., filter: ...}"
+        )
+        return Condition((), None, spot)
+    for key in (key for key in raw if key not in ("value", "filter")):
+        fix = did_you_mean(key, ("value", "filter")) or "a condition has value and filter"
+        report.warn(report.located.spot((*steps, key)), "unknown key, so it is ignored", fix)
+    if "value" not in raw:
+        report.error(spot, "a condition needs a value", "write {value: ..., filter: ...}")
         return Condition((), None, spot)
     name = raw.get("filter")
     if isinstance(name, float):
-        name = located.spelling((*steps, "filter")) or name
+        name = report.located.spelling((*steps, "filter")) or name
     if not isinstance(name, str | None):
-        refusal = SettingError(
-            f"a filter is part of a tensor's name, got {show(name)}", "quote it, one name a condition"
-        )
-        problems.append(((*steps, "filter"), refusal))
+        what = f"a filter is part of a tensor's name, got {show(name)}"
+        report.error(report.located.spot((*steps, "filter")), what, "quote it, one name a condition")
         name = None
-    return Condition(_value((*steps, "value"), raw["value"], problems), name, spot)
+    return Condition(_value(report, (*steps, "value"), raw["value"]), name, spot)
 
 
-def _value(steps: Steps, raw: Any, problems: list[tuple[Steps, SettingError]]) -> Scalar | tuple[Scalar, ...]:
-    """A scalar or a gradient."""
+def _value(report: Report, steps: Steps, raw: Any) -> Scalar | tuple[Scalar, ...]:
+    """A scalar or a gradient; an empty one where it was faulty."""
     listed = isinstance(raw, list | tuple)
     items = raw if listed else [raw]
+    before = len(report.errors)
     for i, item in enumerate(items):
-        place = (*steps, i) if listed else steps
+        spot = report.located.spot((*steps, i) if listed else steps)
         if not isinstance(item, bool | int | float | str):
             fix = "remove it" if item is None else "write a scalar, a list of scalars, or conditions {value, filter}"
-            problems.append((place, SettingError(f"must be a number, a word, true or false, got {show(item)}", fix)))
+            report.error(spot, f"must be a number, a word, true or false, got {show(item)}", fix)
         elif isinstance(item, float) and not math.isfinite(item):
-            problems.append((place, SettingError(f"must be finite, got {item}")))
+            report.error(spot, f"must be finite, got {item}")
+    if len(report.errors) > before:
+        return ()
     return tuple(items) if listed else raw
 
 

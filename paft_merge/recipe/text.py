@@ -112,6 +112,11 @@ def load_documents(source: Path | str) -> tuple[Located, ...]:
     return documents or (Located(None, file, text, lines={(): 1}),)
 
 
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that `load_yaml`, and mergekit, read back as the same."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+
+
 def dotted(steps: Sequence[str | int]) -> str:
     """`("models", 0, "model")` as `models[0].model`; a key that is no plain word is quoted in brackets."""
     text = ""
@@ -138,7 +143,7 @@ def show(value: object) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
+        return "nothing" if value is None else str(value).lower()
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -195,6 +200,10 @@ def _refuse_character(error: yaml.reader.ReaderError, text: str, file: str) -> N
 
 _FIXES = {
     "found character '\\t'": "indent with spaces",
+    "cannot start any token": "quote the text",
+    "quoted scalar": "close the quote",
+    "duplicate anchor": "give every anchor its own name",
+    "expected '<document start>'": "check the brackets and the indentation",
     "mapping values are not allowed": "quote text that contains ': ', and check the indentation",
     "while scanning an alias": "quote a '*' that is meant as text",
     "while scanning an anchor": "quote a '&' that is meant as text",
@@ -241,12 +250,19 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+")
+_EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0] != f"{_TAG}timestamp"]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(f"{_TAG}float#exponent", re.compile(rf"^(?:{_EXPONENT.pattern})$"), list("-+0123456789."))
+_Loader.add_implicit_resolver(f"{_TAG}float#exponent", _EXPONENT, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes text that looks like `1e-4`."""
+
+
+_Dumper.add_implicit_resolver(f"{_TAG}float#exponent", _EXPONENT, list("-+0123456789."))
 
 
 class _Builder:
@@ -371,9 +387,9 @@ def _plain(data: Any, steps: Steps, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise RecipeError.of("RECIPE", dotted(steps[:4]) + "...", f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(data, Mapping):
-        wrong = next((key for key in data if not isinstance(key, str)), None)
-        if wrong is not None:
-            raise RecipeError.of("RECIPE", dotted(steps), f"a key must be text, got {show(wrong)}", "quote it")
+        for key in data:
+            if not isinstance(key, str):
+                raise RecipeError.of("RECIPE", dotted(steps), f"a key must be text, got {show(key)}", "quote it")
         return {key: _plain(value, (*steps, key), depth + 1) for key, value in data.items()}
     if isinstance(data, list | tuple):
         return [_plain(value, (*steps, i), depth + 1) for i, value in enumerate(data)]

@@ -11,18 +11,23 @@ import torch
 from paft_merge.errors import Problems, TrainError
 from paft_merge.train.spec import AdapterSpec, did_you_mean
 
+_ROUNDS = {
+    "max_steps": "sampling.rounds, samples_per_round and inner_passes decide",
+    "num_train_epochs": "use sampling: {inner_passes: ...}",
+    "eval_strategy": "rounds report their rewards instead",
+}
+_PER_SEQUENCE = {"packing": "its weights are per sequence", "padding_free": "its weights are per sequence"}
+
 NOT_FOR: dict[str, dict[str, str]] = {
+    "on_policy": _ROUNDS,
+    "best_of_n": _ROUNDS,
     "orpo": {
         "beta": "use orpo: {beta: ...}",
         "loss_type": "the objective is the loss",
         "precompute_ref_log_probs": "ORPO has no reference",
     },
-    "ift": {
-        "packing": "its weights are per sequence",
-        "padding_free": "its weights are per sequence",
-        "loss_type": "the objective is the loss",
-    },
-    "rwr": {"packing": "its weights are per sequence", "padding_free": "its weights are per sequence"},
+    "ift": {**_PER_SEQUENCE, "loss_type": "the objective is the loss"},
+    "rwr": {**_PER_SEQUENCE, **_ROUNDS, "loss_type": "the objective is the loss"},
 }
 """Fields of the TRL config that an objective leaves without a meaning, and why."""
 
@@ -34,8 +39,8 @@ UNMEASURED = {
 """Fields of LoraConfig that this trainer does not take, and why."""
 
 
-def training_arguments(spec: AdapterSpec, output_dir: Path, name: str) -> Any:
-    """Build the TRL config of an adapter.
+def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: Any) -> Any:
+    """Build the TRL config of an adapter; `fixed` fields override the section's.
 
     Ours beneath the user's: float32 where there is no GPU (TRL's default is bf16 everywhere), no report, no bar, and no
     filter that hides a NaN in the logs.
@@ -67,9 +72,11 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str) -> Any:
     if spec.objective in ("rwr",):
         ours["remove_unused_columns"] = False  # the weights are a column of the rows
     try:
-        return config(**_renamed({**ours, **spec.training}, known))
+        return config(**_renamed({**ours, **spec.training, **fixed}, known))
     except (TypeError, ValueError) as error:
-        raise TrainError.of("TRAINING", f"{name}: training", str(error), "see TRL's documentation of the field") from error
+        raise TrainError.of(
+            "TRAINING", f"{name}: training", str(error), "see TRL's documentation of the field"
+        ) from error
 
 
 def _renamed(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def check_targets(spec: AdapterSpec, model: Any) -> None:
             problems.add("TARGET", f"lora.target_modules: {target}", "the base has no such module", hint)
     if any(target.rsplit(".", 1)[-1] == "lm_head" for target in targets):
         problems.add(
-            "TARGET", "lora.target_modules: lm_head", "TRL's fused head reads lm_head.weight, so it would never be trained",
+            "TARGET", "lora.target_modules: lm_head", "TRL's fused head reads its weight, so it would never be trained",
             "remove it, or use modules_to_save: [lm_head]",
         )  # fmt: skip
     problems.raise_as(TrainError)

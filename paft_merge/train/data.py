@@ -92,7 +92,9 @@ def _load_file(path: Path, source: DataSpec) -> Any:
 
     loader = LOADERS.get(path.suffix)
     if loader is None:
-        raise TrainError.of("DATA", path, f"{path.suffix or 'no suffix'} is no known format", f"use {', '.join(LOADERS)}")
+        raise TrainError.of(
+            "DATA", path, f"{path.suffix or 'no suffix'} is no known format", f"use {', '.join(LOADERS)}"
+        )
     split = source.split if source.split.startswith("train") else "train"
     return datasets.load_dataset(loader, data_files=str(path), split=split)
 
@@ -145,11 +147,13 @@ def check_rows(rows: Any, spec: AdapterSpec, tokenizer: Any, what: str = "data")
     problems.raise_as(TrainError)
 
 
-def _check_values(
-    rows: Any, spec: AdapterSpec, kind: str, tokenizer: Any, problems: Problems, what: str
-) -> None:
+def _check_values(rows: Any, spec: AdapterSpec, kind: str, tokenizer: Any, problems: Problems, what: str) -> None:
     first = rows[0]
-    used = [name for name in ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text") if name in first]
+    used = [
+        name
+        for name in ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text")
+        if name in first
+    ]
     for name in used:
         empty = [index for index in _probe(len(rows)) if not rows[index][name]]
         if empty:
@@ -242,7 +246,10 @@ def _left_cut(prompt: Any, tokenizer: Any, most: int) -> Any:
         if length(system + turns) <= most:
             return system + turns
         last = dict(turns[-1])
-        return [*system, last | {"content": _suffix(last["content"], lambda s: length([*system, last | {"content": s}]), most)}]
+        return [
+            *system,
+            last | {"content": _suffix(last["content"], lambda s: length([*system, last | {"content": s}]), most)},
+        ]
     return prompt if length(prompt) <= most else _suffix(prompt, length, most)
 
 
@@ -257,12 +264,13 @@ def _suffix(text: str, length: Any, most: int) -> str:
 
 def fingerprint(rows: Any) -> str:
     """Digest of the rows' content (xxh3-128 over Arrow batches of 1,000 rows): the same rows give the same digest."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
     digest = xxhash.xxh3_128()
     for table in rows.with_format("arrow").iter(batch_size=1000):
         sink = pa.BufferOutputStream()
-        plain = table.replace_schema_metadata(None).combine_chunks()
+        # Taking every row copies them to fresh buffers: slices and joins of the same rows differ in theirs.
+        plain = table.replace_schema_metadata(None).take(pa.array(range(len(table)))).combine_chunks()
         with pa.ipc.new_stream(sink, plain.schema) as stream:
             stream.write_table(plain)
         digest.update(memoryview(sink.getvalue()))

@@ -23,7 +23,11 @@ def load_base(name: str, spec: BaseSpec) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": spec.dtype, "revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": spec.dtype,
+        "revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
+    }
     if spec.attn_implementation:
         options["attn_implementation"] = spec.attn_implementation
     if spec.quantization:
@@ -58,7 +62,9 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path()) -> Any:
 
     base = spec.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=base.revision, trust_remote_code=base.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
         if spec.chat_template:
             tokenizer.chat_template = _template(spec.chat_template, folder)
     except (OSError, ValueError) as error:
@@ -86,8 +92,8 @@ def digest_of(model: nn.Module) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        for part in flat.split(1 << 26):
-            digest.update(part.cpu().numpy())
+        for start in range(0, flat.numel(), 1 << 26):
+            digest.update(flat[start : start + (1 << 26)].cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -95,8 +101,8 @@ def digest_of(model: nn.Module) -> str:
 def lent(model: Any) -> Iterator[None]:
     """Lend a base to a trainer and undo afterwards whatever trainers do to it besides training: also after an error.
 
-    PEFT wraps its layers and freezes it, TRL patches its forward, switches dropout off, mirrors token ids into its configs
-    and hooks its embeddings.
+    PEFT wraps its layers and freezes it, TRL patches its forward, switches dropout off, mirrors token ids into its
+    configs and hooks its embeddings.
     """
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     dropouts = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]

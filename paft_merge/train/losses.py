@@ -38,7 +38,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - exp(x)) for x < 0 without cancellation (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    """Return log(1 - exp(x)) for x < 0 without cancellation (Maechler 2012, "Accurately Computing log(1-exp(-a))")."""
     below = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = below > -0.6931471805599453
     # Each branch sees harmless values where the other is taken: `where` would spread a NaN gradient otherwise.
@@ -108,10 +108,10 @@ def discounted_suffix(losses: Tensor, gamma: float) -> Tensor:
 def ift_loss(losses: Tensor, mask: Tensor, *, gamma: float, detach_weights: bool = False) -> Tensor:
     """Weigh every token's loss by the discounted losses that follow it, as Intuitive Fine-Tuning does.
 
-    IFT (Hua et al. 2024, arXiv:2405.11870) as its authors' code computes it: w_i = N c_i / sum(c), the loss of a sequence
-    is mean(w_i l_i) = sum(l c) / sum(c), the batch the mean over sequences. The paper's eq. 22 weighs *late* tokens
-    linearly instead; the code is followed. Their weights carry gradient, which can push a gold token's probability
-    *down*; `detach_weights` is the safe deviation.
+    IFT (Hua et al. 2024, arXiv:2405.11870) as its authors' code computes it: w_i = N c_i / sum(c), the loss of a
+    sequence is mean(w_i l_i) = sum(l c) / sum(c), the batch the mean over sequences. The paper's eq. 22 weighs *late*
+    tokens linearly instead; the code is followed. Their weights carry gradient, which can push a gold token's
+    probability *down*; `detach_weights` is the safe deviation.
 
     Args:
         losses: `[B, T]` negative log-likelihoods.

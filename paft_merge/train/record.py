@@ -83,8 +83,8 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
 def write_trimmed(folder: Path, factors: Sequence[Factors], density: float, base: str) -> float:
     """Write the magnitude-pruned delta as a SHiRA adapter, PEFT's format for sparse updates of full rank.
 
-    SHiRA stores the same r * (out + in) entries for every matrix, so r is the smallest that holds the densest one and the
-    others are padded with explicit zeros.
+    SHiRA stores the same r * (out + in) entries for every matrix, so r is the smallest that holds the densest one and
+    the others are padded with explicit zeros.
 
     Returns:
         The density that was written, over all entries.

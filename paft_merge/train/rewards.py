@@ -52,7 +52,9 @@ def imported(name: str) -> Reward:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise TrainError.of("REWARD", name, f"cannot be imported: {error}", "write module:function, importable here") from error
+        raise TrainError.of(
+            "REWARD", name, f"cannot be imported: {error}", "write module:function, importable here"
+        ) from error
     if not callable(found):
         raise TrainError.of("REWARD", name, "is not callable", "name a function")
     return found  # type: ignore[no-any-return]
@@ -126,6 +128,8 @@ def total(functions: Sequence[Reward], **given: Any) -> list[float]:
             what = f"gave {len(scores)} scores for {count} completions"
             raise TrainError.of("REWARD", function.__name__, what, "return one number per completion")
         if not all(math.isfinite(score) for score in scores):
-            raise TrainError.of("NONFINITE", function.__name__, "gave a score that is not finite", "return finite numbers")
+            raise TrainError.of(
+                "NONFINITE", function.__name__, "gave a score that is not finite", "return finite numbers"
+            )
         sums = [s + score for s, score in zip(sums, scores, strict=True)]
     return sums

@@ -43,6 +43,7 @@ class Job:
     resume: bool = False
     progress: Callable[[Progress], None] | None = None
     callbacks: tuple[Any, ...] = ()
+    base_digest: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     """What is known of the data."""
     warnings: list[str] = field(default_factory=list)
@@ -66,6 +67,8 @@ def train(
     resume: bool = False,
     folder: Path = Path(),
     base_name: str | None = None,
+    base_path: str | None = None,
+    base_digest: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Path:
@@ -80,7 +83,9 @@ def train(
         tokenizer: Instead of the base's own.
         resume: Go on from the last checkpoint of an interrupted run; a finished adapter is left alone.
         folder: Where relative paths of the section start.
-        base_name: What the adapter's files call a base given in memory.
+        base_name: What the adapter's files call the base; the folder or name it was loaded from by default.
+        base_path: Where the tokenizer of a base given in memory is; `base_name` by default.
+        base_digest: `digest_of` the base, if the caller knows it.
         progress: Called after every optimizer step and with every log.
         callbacks: Further `transformers.TrainerCallback`s.
 
@@ -94,15 +99,19 @@ def train(
     named = base_name or str(base if isinstance(base, str | Path) else base.config._name_or_path)
     arguments = training_arguments(spec, place.checkpoints, name)
     _check_alone(spec, name)
-    tokenizer = tokenizer or load_tokenizer(named, spec, folder)
+    source = str(base) if isinstance(base, str | Path) else base_path or named
+    tokenizer = tokenizer or load_tokenizer(source, spec, folder)
     rows = rows if rows is not None else sets.load_rows(spec.data, folder)
     eval_rows = eval_rows if eval_rows is not None or not spec.eval_data else sets.load_rows(spec.eval_data, folder)
     sets.check_rows(rows, spec, tokenizer)
     if eval_rows is not None:
         sets.check_rows(eval_rows, spec, tokenizer, "eval_data")
-    model = load_base(named, spec.base) if isinstance(base, str | Path) else base
+    model = load_base(source, spec.base) if isinstance(base, str | Path) else base
     check_targets(spec, model)
-    job = Job(name, spec, place, model, named, tokenizer, arguments, rows, eval_rows, resume, progress, tuple(callbacks))
+    job = Job(
+        name, spec, place, model, named, tokenizer, arguments, rows, eval_rows, resume, progress, tuple(callbacks)
+    )
+    job.base_digest = base_digest or digest_of(model)
     _look_at_data(job)
     if _main_process():
         place.open(_plan(job), resume)
@@ -169,15 +178,15 @@ def _look_at_data(job: Job) -> None:
         job.warn("L1 with a constant learning rate leaves noise where zeros should be; use cosine or linear")
 
 
-def make_trainer(job: Job, *, rows: Any = None, arguments: Any = None, adapter: Path | None = None) -> Any:
-    """Build the objective's trainer on the job's base, with a fresh adapter or the weights of `adapter`.
+def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, policy: Any = None) -> Any:
+    """Build the objective's trainer on the job's base, with a fresh adapter, the weights of `adapter`, or a PeftModel.
 
     Raises:
         TrainError: TARGET, when PEFT or TRL cannot adapt the base as asked; PROX_ZERO under DeepSpeed.
     """
     from paft_merge.train import trainers
 
-    spec, arguments = job.spec, arguments or job.arguments
+    spec = job.spec
     l1 = L1(spec.l1) if spec.l1 else None
     options: dict[str, Any] = {}
     if spec.objective in ("rloo", "grpo"):
@@ -191,12 +200,12 @@ def make_trainer(job: Job, *, rows: Any = None, arguments: Any = None, adapter: 
     callbacks = [watch, *([ProxCallback(l1)] if l1 and l1.spec.mode == "prox" else []), *job.callbacks]
     try:
         trainer = trainers.TRAINERS[spec.objective](
-            model=job.base,
-            args=arguments,
+            model=job.base if policy is None else policy,
+            args=job.arguments,
             train_dataset=job.rows if rows is None else rows,
             eval_dataset=job.eval_rows if rows is None else None,
             processing_class=job.tokenizer,
-            peft_config=lora_config(spec),
+            peft_config=lora_config(spec) if policy is None else None,
             callbacks=callbacks,
             **options,
         )
@@ -233,7 +242,9 @@ def _load_adapter(model: Any, adapter: Path) -> None:
 
     result = set_peft_model_state_dict(model, load_file(str(adapter / "adapter_model.safetensors")))
     if result.unexpected_keys:
-        raise TrainError.of("ADAPTER", adapter, f"unexpected tensors {result.unexpected_keys[:3]}", "use the same lora:")
+        raise TrainError.of(
+            "ADAPTER", adapter, f"unexpected tensors {result.unexpected_keys[:3]}", "use the same lora:"
+        )
 
 
 def _check_sharding(job: Job, trainer: Any) -> None:
@@ -242,7 +253,7 @@ def _check_sharding(job: Job, trainer: Any) -> None:
         return
     if l1.mode == "prox":
         raise TrainError.of(
-            "PROX_ZERO", job.name, "ZeRO keeps its own float32 copies and would overwrite what the proximal step shrinks",
+            "PROX_ZERO", job.name, "ZeRO keeps its own float32 copies, which overwrite what the proximal step shrinks",
             "use mode: penalty, or DDP or FSDP instead of DeepSpeed",
         )  # fmt: skip
     if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3 and l1.penalises == "product":
@@ -270,12 +281,13 @@ def finish(job: Job, trainer: Any, **run: Any) -> Stats:
     trainer.save_model(str(place.part))
     if _main_process():
         (place.part / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in words
+        shutil.rmtree(place.part / "ref", ignore_errors=True)  # TRL's frozen copy of the policy, if there was one
         _name_base(place.part, job.base_name)
         run = {**_run_facts(job, trainer, stats), **run}
         if spec.trim:
             run["trimmed_density"] = _trim(job, trainer)
         facts = {k: v for k, v in job.facts.items() if k != "train_loss"}
-        base = {"name": job.base_name, "digest": digest_of_base(job, trainer)}
+        base = {"name": job.base_name, "digest": job.base_digest}
         record = write_record(place.part, spec, stats, base=base, data=facts, run=run)
         write_card(place.part, job.name, record)
         place.finish()
@@ -288,11 +300,6 @@ def _name_base(folder: Path, base: str) -> None:
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, config | {"base_model_name_or_path": base})
-
-
-def digest_of_base(job: Job, trainer: Any) -> str | None:
-    """Digest of the frozen weights as the caller measured it, if it did."""
-    return job.facts.get("base_digest")
 
 
 def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:

@@ -32,8 +32,8 @@ class Factors:
 
     name: str
     """Dotted name of the adapted module in the base model."""
-    a_RI: Tensor
-    b_OR: Tensor
+    a_RI: Tensor  # noqa: N815 (the suffix names the dimensions)
+    b_OR: Tensor  # noqa: N815
     scale: float
     weight: Tensor | None = None
     """The frozen weight beneath; None where it has no plain float form (4-bit bases)."""
@@ -48,13 +48,9 @@ def adapted(model: nn.Module, adapter: str = "default") -> tuple[Factors, ...]:
     """List the matrices that LoRA `adapter` updates, in the model's order.
 
     Raises:
-        TrainError: TARGET, when a module's update is not `scale * B @ A` (DoRA, fused parameters) or nothing is adapted.
+        TrainError: TARGET, when an update is not `scale * B @ A` (DoRA, fused parameters) or nothing is adapted.
     """
-    found = [
-        _factors(name, module, adapter)
-        for name, module in model.named_modules()
-        if _holds(module, adapter)
-    ]
+    found = [_factors(name, module, adapter) for name, module in model.named_modules() if _holds(module, adapter)]
     if not found:
         raise TrainError.of("TARGET", adapter, "the adapter touches no module", "check lora.target_modules")
     return tuple(found)
@@ -69,7 +65,10 @@ def _factors(name: str, module: Any, adapter: str) -> Factors:
     name = name.removeprefix("base_model.model.")
     if adapter in getattr(module, "lora_magnitude_vector", {}):
         raise TrainError.of(
-            "TARGET", name, "DoRA's update is not a product of two factors, so it has no product L1", "set use_dora: false"
+            "TARGET",
+            name,
+            "DoRA's update is not a product of two factors, so it has no product L1",
+            "set use_dora: false",
         )
     if adapter in module.lora_A:
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -95,7 +94,7 @@ def rows_per_chunk(in_features: int, chunk_bytes: int = CHUNK_BYTES) -> int:
 class ProductL1(torch.autograd.Function):
     """Sum of |scale * B @ A| with its subgradient (0 at 0); holds `chunk` rows of the product at a time.
 
-    dP/dB = |s| S A^T and dP/dA = |s| B^T S with S = sign(BA). The sum itself is <B, S A^T>, so no pass for |.| is needed.
+    dP/dB = |s| S A^T and dP/dA = |s| B^T S with S = sign(BA). The sum itself is <B, S A^T>: no pass for |.| is needed.
     """
 
     @staticmethod
@@ -117,7 +116,7 @@ class ProductL1(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_a, grad_b = ctx.saved_tensors
         return grad * grad_a, grad * grad_b, None, None
 
@@ -137,7 +136,7 @@ def _one_product(f: Factors, chunk_bytes: int) -> Tensor:
 
 
 def factor_l1(factors: Iterable[Factors]) -> Tensor:
-    """Return sum(|A|) + sum(|B|) over all matrices: the cheap stand-in, which thins the rank rather than the entries."""
+    """Return sum(|A|) + sum(|B|) over all matrices: the cheap stand-in, which thins the rank more than the entries."""
     parts = [whole(f.a_RI).float().abs().sum() + whole(f.b_OR).float().abs().sum() for f in factors]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
@@ -171,9 +170,9 @@ def prox_step_(
 
 
 def ramp(step: int, warmup_steps: int) -> float:
-    """Share of the strength in force at optimizer step `step` (0-based): 0 in the first half of the warmup, then linear to 1.
+    """Share of the strength in force at optimizer step `step` (0-based): 0 for half the warmup, then linear to 1.
 
-    The silent first half lets B leave zero before anything shrinks A: with B = 0 nothing holds A up.
+    The silent half lets B leave zero before anything shrinks A: with B = 0 nothing holds A up.
     """
     if warmup_steps <= 0:
         return 1.0
@@ -260,8 +259,8 @@ class Glance:
 def glance(factors: Sequence[Factors], lr: float = 0.0, epsilon: float = EPSILON) -> Glance:
     """Measure PAFT's sparsity, exact zeros and the scale-free one (means over matrices), and the norm.
 
-    `settled` foretells the first for when the learning rate will have gone to zero: a subgradient never rests on zero, it
-    steps across by about `lr`, and half of `lr * (|B_i| + |A_j|)` is what that leaves in entry (i, j) (measured on toys).
+    `settled` foretells the first for when the learning rate will have gone to zero: a subgradient never rests on zero,
+    it steps across by about `lr`, which leaves about half of `lr * (|B_i| + |A_j|)` in entry (i, j) (measured on toys).
     """
     rows, square = [], 0.0
     for f in factors:
@@ -282,7 +281,8 @@ def glance(factors: Sequence[Factors], lr: float = 0.0, epsilon: float = EPSILON
             start += len(block)
         rows.append(counts / f.numel)
         square += norm**2
-    return Glance(*torch.stack(rows).mean(0).tolist(), norm=math.sqrt(square))
+    below, zero, faint, settled = torch.stack(rows).mean(0).tolist()
+    return Glance(below, zero, faint, settled, math.sqrt(square))
 
 
 @torch.no_grad()
@@ -303,7 +303,9 @@ def measure(factors: Sequence[Factors], epsilon: float = EPSILON) -> Stats:
 def _norm(weight: Tensor | None) -> float:
     if weight is None:
         return math.nan
-    return math.sqrt(sum(float(row.float().square().sum(dtype=torch.float64)) for row in whole(weight).detach().split(1024)))
+    plain = whole(weight).detach()
+    parts = (plain[start : start + 1024].float() for start in range(0, plain.shape[0], 1024))
+    return math.sqrt(sum(float(part.square().sum(dtype=torch.float64)) for part in parts))
 
 
 def _measure_matrix(f: Factors, epsilon: float) -> MatrixStats:
@@ -360,7 +362,7 @@ def _effective_rank(f: Factors) -> float:
 
 @torch.no_grad()
 def trimmed(f: Factors, density: float) -> Tensor:
-    """Return the delta of one matrix with its `floor(density * entries)` largest magnitudes kept (at least one), rest zero.
+    """Keep the `floor(density * entries)` largest magnitudes of one matrix's delta (at least one) and zero the rest.
 
     Plain magnitude pruning, per matrix. Of equal magnitudes at the border the first in row order stay.
 
@@ -377,34 +379,39 @@ def trimmed(f: Factors, density: float) -> Tensor:
     return delta.mul_(keep.view_as(delta))
 
 
-# --------------------------------------------------------------------------------------------- the strength's controller
+# ----------------------------------------------------------------------------------------- the strength's controller
 
 
 @dataclass
 class Controller:
     """Moves the strength of the L1 slowly until a sparsity is met, then leaves it alone.
 
-    Integral control of log(strength) on the error in logit space: with every look the log moves by `gain` times the
-    error, at most `limit`, until the share `freeze_at` of the run is over.
+    Proportional-integral control of log(strength) on the error in logit space: with every look the log moves by `gain`
+    times the error and `damping` times its change, at most `limit`, until the share `freeze_at` of the run is over.
     """
 
     target: float
     """Share of zeros wanted, in (0, 1)."""
     strength: float
-    gain: float = 0.15
-    limit: float = 0.2
-    freeze_at: float = 0.8
+    gain: float = 0.1
+    damping: float = 0.7
+    """Answer to a *change* of the error: the sparsity lags behind the strength, which would overshoot otherwise."""
+    limit: float = 0.3
+    freeze_at: float = 0.95
     frozen: bool = False
+    before: float | None = None
+    """The error at the last look."""
 
     def update(self, sparsity: float, progress: float) -> float:
         """Take a measured sparsity at `progress` (0..1 of the run) and return the strength to use from here on."""
         if self.frozen:
             return self.strength
         error = _logit(self.target) - _logit(sparsity)
-        if progress >= self.freeze_at:
-            self.frozen = True
-            return self.strength
-        self.strength *= math.exp(max(-self.limit, min(self.limit, self.gain * error)))
+        change = 0.0 if self.before is None else error - self.before
+        self.before, self.frozen = error, progress >= self.freeze_at
+        if not self.frozen:
+            move = self.gain * error + self.damping * change
+            self.strength *= math.exp(max(-self.limit, min(self.limit, move)))
         return self.strength
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One adapter's section of a PAFT recipe as frozen models: what to train, on what, how sparse. Imports neither torch nor TRL."""
+"""One adapter's section of a PAFT recipe as frozen models: what to train, on what, how sparse. Imports no torch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class DataSpec(Section):
     columns: list[str] | None = None
     """Columns to keep, after renaming; all by default."""
     fraction: Positive | None = None
-    """Share of this set in a mixture, for all sets or none; no set is repeated, so the scarcest one bounds the total."""
+    """Share of this set in a mixture, for all sets or none; none is repeated, so the scarcest one bounds the total."""
     take: Annotated[int, Field(ge=1)] | None = None
     """Keep the first so many rows."""
 
@@ -149,7 +149,7 @@ class RewardSpec(Section):
     """What scores a completion. Exactly one of the three."""
 
     function: str | None = None
-    """`module:function`, called as TRL calls reward functions: `f(prompts=, completions=, **columns) -> list[float]`."""
+    """`module:function`, called as TRL does: `f(prompts=, completions=, **columns) -> list[float]`."""
     model: str | None = None
     """Folder or Hub name of a sequence-classification reward model (one logit)."""
     rule: Literal["length", "short", "match", "contains"] | None = None
@@ -265,7 +265,9 @@ class AdapterSpec(Section):
             if section in given and self.objective not in objectives:
                 raise ValueError(f"`{section}` has no meaning for objective {self.objective}; remove it")
         if self.objective in wrong["reward"] and not self.reward:
-            raise ValueError(f"objective {self.objective} needs `reward`; e.g. reward: {{function: my_rewards:helpful}}")
+            raise ValueError(
+                f"objective {self.objective} needs `reward`; e.g. reward: {{function: my_rewards:helpful}}"
+            )
         for key in sorted(OURS.keys() & self.training.keys()):
             raise ValueError(f"training.{key} cannot be set here; {OURS[key]}")
         return self
@@ -293,7 +295,8 @@ def read_adapters(recipe: Mapping[str, Any], where: Where = dotted) -> dict[str,
     sections = recipe.get("adapters")
     if not isinstance(sections, Mapping) or not sections:
         raise RecipeError.of("ADAPTERS", where(("adapters",)), "no adapters to train", "add adapters: {sft: {...}}")
-    specs, problems = {}, []
+    specs: dict[str, AdapterSpec] = {}
+    problems: list[Problem] = []
     for name, section in sections.items():
         try:
             specs[str(name)] = read_adapter(section, str(name), where)
@@ -324,7 +327,8 @@ def _fields_at(path: tuple[str | int, ...]) -> list[str]:
     model: type[BaseModel] = AdapterSpec
     sections: dict[str, type[BaseModel]] = {
         "data": DataSpec, "eval_data": DataSpec, "lora": LoraSpec, "l1": L1Spec, "trim": TrimSpec, "orpo": OrpoSpec,
-        "ift": IftSpec, "sampling": SamplingSpec, "reward": RewardSpec, "base": BaseSpec, "quantization": QuantizationSpec,
+        "ift": IftSpec, "sampling": SamplingSpec, "reward": RewardSpec, "base": BaseSpec,
+        "quantization": QuantizationSpec,
     }  # fmt: skip
     for part in path:
         model = sections.get(part, model) if isinstance(part, str) else model

@@ -22,8 +22,8 @@ _ARGMAX_TOKENS = 1024
 class L1Mixin:
     """Adds the L1 penalty to any TRL trainer's loss, and what was measured to its logs.
 
-    The penalty enters once per optimizer step, with its last micro-batch, and not at all in evaluation. The value of the
-    loss stays the task's alone (the penalty adds its gradient only), so train and eval loss remain comparable.
+    The penalty enters once per optimizer step, with its last micro-batch, and not at all in evaluation. The value of
+    the loss stays the task's alone (the penalty adds its gradient only), so train and eval loss remain comparable.
     """
 
     l1: L1 | None = None
@@ -54,7 +54,8 @@ class L1Mixin:
         # transformers divides a loss by the number of micro-batches unless it says that it is scaled already
         # (SFTTrainer's is, DPOTrainer's is not); the penalty is a term of the step, so that division is undone.
         undo = 1 if self._scaled_already(num_items_in_batch) else self.current_gradient_accumulation_steps
-        return undo * strength * (penalty - penalty.detach())
+        term: torch.Tensor = undo * strength * (penalty - penalty.detach())
+        return term
 
     def _scaled_already(self: Any, num_items_in_batch: Any) -> bool:
         """Repeat the rule by which `Trainer.training_step` decides whether to divide a loss."""
@@ -242,5 +243,3 @@ DPO_LOSSES = (
 def weighted_collator(tokenizer: Any) -> Any:
     """The collator of `rwr`."""
     return _WeightedCollator(pad_token_id=tokenizer.pad_token_id)
-
-

@@ -1,0 +1,166 @@
+"""All adapters of a recipe: on one base in turn, or a process each, whose failure stops the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from train_toys import FAST, preferences, pretrained, saved, texts
+
+from paft_merge.errors import RecipeError, TrainError
+from paft_merge.train import train_recipe
+from paft_merge.train.launch import Launch, command_for, free_port, run_all
+from paft_merge.train.spec import read_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+
+
+def recipe(folder, **more):
+    saved(folder / "base", pretrained())
+    texts().to_json(folder / "texts.jsonl")
+    preferences().to_json(folder / "pairs.jsonl")
+    training = {**FAST, "max_steps": 2}
+    made = {
+        "base_model": "base",
+        "adapters": {
+            "sft": {"objective": "sft", "data": "texts.jsonl", "training": training, "l1": {"strength": 0.001}},
+            "dpo": {"objective": "dpo", "data": "pairs.jsonl", "training": training},
+            **more,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(made, sort_keys=False))
+    return folder / "recipe.yaml"
+
+
+def test_all_adapters_are_trained_on_one_base_and_named_ones_alone(tmp_path):
+    path = recipe(tmp_path)
+    done = train_recipe(path, tmp_path / "out", schedule="sequential")
+    assert list(done) == ["sft", "dpo"]
+    records = {name: json.loads((folder / "paft_train.json").read_text()) for name, folder in done.items()}
+    assert records["sft"]["base"]["digest"] == records["dpo"]["base"]["digest"]
+    assert records["sft"]["base"]["name"] == "base"
+    alone = train_recipe(path, tmp_path / "alone", adapters=["dpo"], schedule="sequential")
+    assert list(alone) == ["dpo"]
+    file = "adapter_model.safetensors"
+    assert (alone["dpo"] / file).read_bytes() == (done["dpo"] / file).read_bytes()
+    again = train_recipe(path, tmp_path / "out", resume=True, schedule="sequential")
+    assert again == done
+
+
+def test_a_trainer_that_touches_the_base_is_found_out(tmp_path, monkeypatch):
+    from paft_merge.train import run
+
+    original = run.run_trainer
+
+    def spoil(job, trainer):
+        original(job, trainer)
+        with torch.no_grad():
+            job.base.get_input_embeddings().weight[0, 0] += 1e-6
+
+    monkeypatch.setattr(run, "run_trainer", spoil)
+    with pytest.raises(TrainError, match="weights are not what they were") as caught:
+        train_recipe(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="sequential")
+    assert caught.value.problems[0].code == "BASE_CHANGED"
+
+
+def test_faults_of_a_recipe_carry_their_line(tmp_path):
+    path = recipe(tmp_path, third={"objective": "sft", "data": "x", "l1": {"strenght": 1}})
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "strenght" in text)
+    with pytest.raises(RecipeError, match=f"recipe.yaml:{line}: adapters.third.l1.strenght: unknown key"):
+        train_recipe(path, tmp_path / "out")
+    with pytest.raises(RecipeError, match="no adapter 'dop'; did you mean 'dpo'"):
+        train_recipe(recipe(tmp_path), tmp_path / "out", adapters=["dop"])
+    with pytest.raises(RecipeError, match="no adapters to train"):
+        train_recipe({"base_model": "x"}, tmp_path / "out")
+
+
+def script(folder, name, body):
+    path = folder / f"{name}.py"
+    path.write_text(body)
+    return (sys.executable, "-I", str(path))
+
+
+def test_children_get_their_own_gpus_and_run_as_many_as_fit(tmp_path):
+    body = (
+        "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], time.time()); time.sleep(0.4); print(time.time())"
+    )
+
+    def launch(name, gpus):
+        return Launch(name, script(tmp_path, name, body), gpus, tmp_path / f"{name}.log")
+
+    run_all({"a": 1, "b": 1, "c": 2}, ["0", "1"], launch, poll_s=0.02)
+    words = {name: (tmp_path / f"{name}.log").read_text().split() for name in "abc"}
+    assert {words["a"][0], words["b"][0]} == {"0", "1"}
+    assert sorted(words["c"][0].split(",")) == ["0", "1"]
+    assert float(words["c"][1]) >= max(float(words["a"][2]), float(words["b"][2]))
+
+
+def test_a_failing_child_stops_its_siblings_with_everything_they_started(tmp_path):
+    marker = tmp_path / "grandchild"
+    long = (
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(marker)!r}, 'w').write(str(p.pid)); time.sleep(60)\n"
+    )
+    short = (
+        "import os, sys, time\n"
+        f"while not os.path.exists({str(marker)!r}): time.sleep(0.01)\n"
+        "time.sleep(0.1); sys.exit('ValueError: no data')\n"
+    )
+
+    def launch(name, gpus):
+        return Launch(name, script(tmp_path, name, long if name == "long" else short), gpus, tmp_path / f"{name}.log")
+
+    started = time.monotonic()
+    with pytest.raises(TrainError, match="exit code 1: ValueError: no data") as caught:
+        run_all({"long": 1, "short": 1}, ["0", "1"], launch, poll_s=0.02)
+    assert caught.value.problems[0].code == "CHILD"
+    assert time.monotonic() - started < 20
+    pid = int(marker.read_text())
+    for _ in range(100):
+        if not _alive(pid):
+            break
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_command_of_a_child_is_accelerates_with_its_own_port():
+    spec = read_adapter({"objective": "sft", "data": "x", "processes": 2})
+    command = command_for("sft", spec, "r.yaml", "out", True, 1234)
+    assert command[1:3] == ("-m", "accelerate.commands.launch")
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert command[command.index("--main_process_port") + 1] == "1234"
+    assert command[-6:] == ("-m", "paft_merge.train.launch", "r.yaml", "out", "sft", "--resume")
+    assert 1024 <= free_port() < 65536
+
+
+@pytest.mark.slow
+def test_processes_train_through_accelerate(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    done = train_recipe(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="processes")
+    assert (done["sft"] / "paft_train.json").exists()
+    assert (tmp_path / "out" / "sft.log").exists()

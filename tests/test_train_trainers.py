@@ -1,0 +1,312 @@
+"""The trainers on a tiny Llama: what reaches the gradient, what is logged, what is written, what is given back."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from train_toys import FAST, dataset, preferences, pretrained, sentences, texts, tiny_llama, tokenizer
+
+from paft_merge.errors import TrainError
+from paft_merge.train import train
+from paft_merge.train.loading import digest_of, lent
+from paft_merge.train.sparsity import adapted, product_l1
+
+pytestmark = [
+    # TRL calls by their old names what transformers renamed; nothing here does.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Toys are faster, and the same bits, on one thread; no bars of `datasets` in the test output."""
+    import datasets
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return pretrained()
+
+
+def spec(objective="sft", steps=2, training=None, **more):
+    fields = {**FAST, "max_steps": steps, **(training or {})}
+    return {"objective": objective, "data": "memory", "lora": {"r": 4, "lora_alpha": 8}, "training": fields, **more}
+
+
+def rows_for(objective):
+    return preferences() if objective in ("dpo", "orpo") else texts()
+
+
+def record_of(folder):
+    return json.loads((folder / "paft_train.json").read_text())
+
+
+def lines_of(folder):
+    return [line for line in record_of(folder)["run"]["log"] if "loss" in line]
+
+
+class Gradients:
+    """Keeps the gradients that the optimizer sees at the first step."""
+
+    def __new__(cls):
+        from transformers import TrainerCallback
+
+        class Keep(TrainerCallback):
+            seen = None
+            penalty = None
+
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                if self.seen is None:
+                    model = kwargs["model"]
+                    self.seen = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+                    with torch.enable_grad():
+                        parameters = [p for p in model.parameters() if p.requires_grad]
+                        grads = torch.autograd.grad(product_l1(adapted(model)), parameters)
+                    self.penalty = dict(zip(self.seen, grads, strict=True))
+
+        return Keep()
+
+
+def gradients(base, out, objective, accumulate, l1, **more):
+    keep = Gradients()
+    training = {
+        "gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 8 // accumulate,
+        "max_grad_norm": 0.0, "seed": 3,
+    }  # fmt: skip
+    # B is zero at first, and so is the penalty's gradient: start from noise in B.
+    section = spec(objective, 1, training, **({"l1": l1} if l1 else {}), **more)
+    section["lora"]["extra"] = {"init_lora_weights": False}
+    train(base, section, out, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy", callbacks=[keep])
+    return keep
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "orpo", "ift"])
+def test_the_penalty_reaches_the_optimizer_once_whatever_the_accumulation(base, tmp_path, objective, accumulate):
+    strength = 0.01
+    plain = gradients(base, tmp_path / "plain", objective, accumulate, None)
+    sparse = gradients(base, tmp_path / "sparse", objective, accumulate, {"strength": strength})
+    for name, gradient in sparse.seen.items():
+        torch.testing.assert_close(gradient - plain.seen[name], strength * sparse.penalty[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "orpo", "ift"])
+def test_the_tasks_gradient_does_not_depend_on_the_accumulation(base, tmp_path, objective):
+    # Rows of equal length, so that a mean of micro-batch means is the mean of the batch.
+    whole = gradients(base, tmp_path / "1", objective, 1, None)
+    split = gradients(base, tmp_path / "4", objective, 4, None)
+    for name, gradient in whole.seen.items():
+        torch.testing.assert_close(gradient, split.seen[name], atol=1e-5, rtol=1e-3)
+
+
+def test_the_penalty_is_logged_apart_and_absent_from_both_losses(base, tmp_path):
+    section = spec(training={"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "max_steps": 1})
+    section["lora"]["extra"] = {"init_lora_weights": False}
+    for name, l1 in (("plain", {}), ("sparse", {"l1": {"strength": 0.05}})):
+        options = {"rows": texts(), "eval_rows": texts(), "tokenizer": tokenizer(), "base_name": "toy"}
+        train(base, section | l1, tmp_path / name, **options)
+    plain, sparse = lines_of(tmp_path / "plain")[0], lines_of(tmp_path / "sparse")[0]
+    assert sparse["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert sparse["l1/loss"] == pytest.approx(0.05 * sparse["l1/norm"])
+    assert sparse["l1/norm"] > 10
+    assert "l1/loss" not in plain
+    assert "sparsity/below_1e-5" in plain
+    losses = [record_of(tmp_path / name)["run"]["eval_loss"] for name in ("plain", "sparse")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_dpo_takes_the_base_as_its_reference_and_orpo_takes_none(base, tmp_path):
+    for objective in ("dpo", "orpo"):
+        train(
+            base, spec(objective, 1), tmp_path / objective, rows=preferences(), tokenizer=tokenizer(), base_name="toy"
+        )
+    first = lines_of(tmp_path / "dpo")[0]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)  # policy = reference before the first step
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert {"nll", "odds_loss", "rewards/accuracies"} <= lines_of(tmp_path / "orpo")[0].keys()
+
+
+def test_every_dpo_loss_of_trl_is_known_and_no_other():
+    import inspect
+    import re
+
+    from trl import DPOTrainer
+
+    from paft_merge.train.trainers import DPO_LOSSES
+
+    told = re.search(r"Should be one of \[(.*?)\]", inspect.getsource(DPOTrainer), re.DOTALL).group(1)
+    assert set(re.findall(r"'(\w+)'", told)) == set(DPO_LOSSES)
+
+
+def test_ift_sees_the_greedy_predictions_and_plain_sft_is_its_limit(base, tmp_path):
+    limit = {"ift": {"lambda": 0.0, "gamma": 0.0}}
+    out = train(base, spec("ift", 1, **limit), tmp_path / "ift", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    sft = train(base, spec("sft", 1), tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    assert lines_of(out)[0]["loss"] == pytest.approx(lines_of(sft)[0]["loss"], rel=1e-5)
+    mixed = train(base, spec("ift", 1), tmp_path / "mixed", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    assert lines_of(mixed)[0]["loss"] != pytest.approx(lines_of(sft)[0]["loss"], rel=1e-3)
+    assert 0 < lines_of(mixed)[0]["greedy_agreement"] < 1
+
+
+def test_ift_matches_a_hand_written_step(base, tmp_path):
+    rows = texts(count=8)
+    out = train(base, spec("ift", 1), tmp_path / "ift", rows=rows, tokenizer=tokenizer(), base_name="toy")
+    ids = torch.tensor(tokenizer()([row["text"] + " </s>" for row in rows])["input_ids"])
+    with torch.no_grad():
+        guess = base(input_ids=ids).logits.argmax(-1)
+        swapped = torch.cat([ids[:, :1], guess[:, :-1]], 1)
+        embed = base.get_input_embeddings()
+        mixed = 0.8 * embed(ids) + 0.2 * embed(swapped)
+        mixed[:, 0] = embed(ids[:, 0])
+        logps = base(inputs_embeds=mixed).logits[:, :-1].double().log_softmax(-1)
+        losses = -logps.gather(-1, ids[:, 1:, None])[..., 0]
+    total = 0.0
+    for row in losses:
+        c = [sum(0.95 ** (j - i) * row[j] for j in range(i, len(row))) for i in range(len(row))]
+        total += float(sum(w * x for w, x in zip(c, row, strict=True)) / sum(c))
+    assert lines_of(out)[0]["loss"] == pytest.approx(total / len(losses), rel=1e-4)
+
+
+def test_the_base_comes_back_bit_for_bit_and_unpatched(base, tmp_path):
+    before, keys = digest_of(base), set(base.__dict__)
+    modules = [type(module) for module in base.modules()]
+    for objective in ("sft", "dpo"):
+        section = spec(objective, 1, {"gradient_checkpointing": True})
+        train(base, section, tmp_path / objective, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy")
+    assert digest_of(base) == before
+    assert [type(module) for module in base.modules()] == modules
+    assert "forward" not in base.__dict__
+    assert set(base.__dict__) - keys <= {"_require_grads_hooks", "warnings_issued", "model_tags", "hf_device_map"}
+    assert all(p.requires_grad and p.grad is None for p in base.parameters())
+    assert not base.training
+
+
+def test_the_base_comes_back_after_an_error_too():
+    model = tiny_llama()
+    before = digest_of(model)
+
+    def adapt_and_fail():
+        from peft import LoraConfig, get_peft_model
+
+        with lent(model):
+            get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        adapt_and_fail()
+    assert digest_of(model) == before
+    assert not hasattr(model, "peft_config")
+
+
+def test_an_adapter_is_the_same_bits_alone_and_after_another(base, tmp_path):
+    for folder, objectives in (("alone", ["dpo"]), ("after", ["sft", "dpo"])):
+        for objective in objectives:
+            out = tmp_path / folder / objective
+            train(base, spec(objective), out, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy")
+    file = "dpo/adapter_model.safetensors"
+    assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
+
+
+def test_the_folder_says_what_made_it_and_any_peft_user_can_load_it(base, tmp_path):
+    from peft import PeftModel
+
+    section = spec(steps=3, l1={"strength": 1e-3})
+    out = train(base, section, tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy/base")
+    record = record_of(out)
+    assert record["objective"] == "sft"
+    assert record["base"] == {"name": "toy/base", "digest": digest_of(base)}
+    assert record["spec"]["l1"]["strength"] == 1e-3
+    assert record["data"]["rows"] == 64
+    assert len(record["data"]["fingerprint"]) == 32
+    assert record["delta"]["norm"] > 0
+    assert 0 < record["delta"]["relative_norm"] < 1
+    assert len(record["delta"]["matrices"]) == 14
+    assert record["run"]["steps"] == 3
+    assert record["versions"]["trl"].startswith("1.")
+    card = (out / "README.md").read_text()
+    assert 'base_model: "toy/base"' in card
+    assert "L1 on the product (penalty)" in card
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "toy/base"
+    assert not list(out.glob("*.bin"))
+    assert not out.with_name("sft.part").exists()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(out))
+    norm = sum((f.scale * f.b_OR @ f.a_RI).norm().item() ** 2 for f in adapted(loaded)) ** 0.5
+    assert norm == pytest.approx(record["delta"]["norm"], rel=1e-5)
+
+
+# PEFT makes its sparse tensors without saying whether torch is to check them.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_trimming_writes_a_sparse_adapter_that_peft_loads(base, tmp_path):
+    from peft import PeftModel
+
+    section = spec(steps=3, trim={"density": 0.1})
+    out = train(base, section, tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    whole = PeftModel.from_pretrained(copy.deepcopy(base), str(out / "untrimmed"))
+    thin = PeftModel.from_pretrained(copy.deepcopy(base), str(out))
+    for f in adapted(whole):
+        delta = (f.scale * f.b_OR @ f.a_RI).detach()
+        sparse = thin.get_submodule("base_model.model." + f.name).get_delta_weight("default").to_dense().detach()
+        kept = sparse != 0
+        assert int(kept.sum()) == int(0.1 * delta.numel())
+        torch.testing.assert_close(sparse[kept], delta[kept])
+        assert delta[kept].abs().min() >= delta[~kept].abs().max()
+    assert record_of(out)["run"]["trimmed_density"] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_prox_gives_exact_zeros_and_the_penalty_none(base, tmp_path):
+    zeros = {}
+    for mode in ("prox", "penalty"):
+        l1 = {"strength": 0.01, "mode": mode, "on": "factors", "warmup": 4}
+        out = train(base, spec(steps=20, l1=l1), tmp_path / mode, rows=texts(), tokenizer=tokenizer(), base_name="toy")
+        zeros[mode] = record_of(out)["delta"]["exact_zero"]
+    assert zeros["prox"] > 0.3
+    assert zeros["penalty"] == 0
+
+
+@pytest.mark.parametrize(("l1", "steps"), [({"strength": 30.0}, 40), ({"strength": 5.0, "mode": "prox"}, 40)])
+def test_a_strength_that_kills_the_adapter_is_named_and_stopped(base, tmp_path, l1, steps):
+    with pytest.raises(TrainError, match="driven the adapter to zero by step") as caught:
+        train(base, spec(steps=steps, l1=l1), tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    assert caught.value.problems[0].code == "L1_COLLAPSE"
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(TrainError, match="the loss is nan in optimizer step 1") as caught:
+        train(model, spec(), tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    assert caught.value.problems[0].code == "NONFINITE"
+
+
+def test_conversations_train_on_the_assistant_only_when_asked(base, tmp_path):
+    turns = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in zip(sentences(torch.ones(32, 32), 16, 4, 1), sentences(torch.ones(32, 32), 16, 6, 2), strict=True)
+    ]
+    tokens = {}
+    for only in (False, True):
+        section = spec(steps=1, training={"assistant_only_loss": only, "per_device_train_batch_size": 16})
+        out = train(base, section, tmp_path / str(only), rows=dataset(turns), tokenizer=tokenizer(), base_name="toy")
+        tokens[only] = lines_of(out)[0]["loss"]
+    assert tokens[True] != tokens[False]
+
+
+def test_prompt_completion_rows_and_packing_run(base, tmp_path):
+    pairs = dataset([{"prompt": r["prompt"], "completion": r["chosen"]} for r in preferences()])
+    train(base, spec(steps=1), tmp_path / "pairs", rows=pairs, tokenizer=tokenizer(), base_name="toy")
+    training = {"packing": True, "packing_strategy": "wrapped", "max_length": 32}
+    out = train(
+        base, spec(steps=1, training=training), tmp_path / "packed", rows=texts(), tokenizer=tokenizer(), base_name="t"
+    )
+    assert record_of(out)["data"]["rows_trained_on"] < 64
