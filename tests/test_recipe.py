@@ -551,10 +551,11 @@ class TestWarnings:
             load_recipe(recipe, methods=FEW, strict=True)
 
 
-_KEYS = """
-merge_method models slices modules base_model parameters dtype tokenizer tokenizer_source chat_template model lora path
-revision sources layer_range weight density trim l1_mass normalize value filter t tokens source kind seed rounding x
-""".split()
+_KEYS = [
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "tokenizer", "tokenizer_source",
+    "chat_template", "model", "lora", "path", "revision", "sources", "layer_range", "weight", "density", "trim",
+    "l1_mass", "normalize", "value", "filter", "t", "tokens", "source", "kind", "seed", "rounding", "x",
+]  # fmt: skip
 _WORDS = [
     "a",
     "b",

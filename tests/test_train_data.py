@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from train_toys import FAST, dataset, preferences, saved, texts, tiny_llama, tokenizer
+from train_toys import FAST, THEIR_WARNINGS, dataset, preferences, saved, texts, tiny_llama, tokenizer
 
 from paft_merge.errors import RecipeError, TrainError
 from paft_merge.train import train
 from paft_merge.train.data import check_rows, count_cut, fingerprint, load_rows, shorten_prompts
 from paft_merge.train.spec import DataSpec, read_adapter, read_adapters
 
-# TRL calls by their old names what transformers renamed; nothing here does.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+pytestmark = THEIR_WARNINGS
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,14 @@ import time
 import pytest
 import torch
 import yaml
-from train_toys import FAST, preferences, pretrained, saved, texts
+from train_toys import FAST, THEIR_WARNINGS, preferences, pretrained, saved, texts
 
 from paft_merge.errors import RecipeError, TrainError
 from paft_merge.train import train_recipe
 from paft_merge.train.launch import Launch, command_for, free_port, run_all
 from paft_merge.train.spec import read_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+pytestmark = THEIR_WARNINGS
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from train_toys import FAST, dataset, preferences, pretrained, sentences, tokenizer
+from train_toys import FAST, THEIR_WARNINGS, dataset, preferences, pretrained, sentences, tokenizer
 
 from paft_merge.errors import TrainError
 from paft_merge.train import train
@@ -15,9 +15,7 @@ from paft_merge.train.onpolicy import Sampled, best_of, generate, mixed, pairs_o
 from paft_merge.train.rewards import imported, reward_functions, total
 from paft_merge.train.spec import RewardSpec, SamplingSpec
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
-]
+pytestmark = THEIR_WARNINGS
 
 REWARD = """
 def likes_w1(prompts, completions, **columns):

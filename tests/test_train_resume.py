@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 import torch
-from train_toys import FAST, preferences, pretrained, texts, tokenizer
+from train_toys import FAST, THEIR_WARNINGS, preferences, pretrained, texts, tokenizer
 
 from paft_merge.errors import TrainError
 from paft_merge.train import train
 from paft_merge.train.place import Place
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+pytestmark = THEIR_WARNINGS
 
 
 @pytest.fixture(autouse=True)

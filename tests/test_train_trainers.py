@@ -7,17 +7,14 @@ import json
 
 import pytest
 import torch
-from train_toys import FAST, dataset, preferences, pretrained, sentences, texts, tiny_llama, tokenizer
+from train_toys import FAST, THEIR_WARNINGS, dataset, preferences, pretrained, sentences, texts, tiny_llama, tokenizer
 
 from paft_merge.errors import TrainError
 from paft_merge.train import train
 from paft_merge.train.loading import digest_of, lent
 from paft_merge.train.sparsity import adapted, product_l1
 
-pytestmark = [
-    # TRL calls by their old names what transformers renamed; nothing here does.
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
-]
+pytestmark = THEIR_WARNINGS
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import pytest
 import torch
+
+THEIR_WARNINGS = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+"""TRL and PEFT call by their old names what transformers renamed; nothing of ours does."""
 
 WORDS = 32
 TEMPLATE = (

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from paft_merge.adapters.rows import Rows
+from paft_merge.kernels import product
 
 T = TypeVar("T")
 Pair = tuple[Tensor, Tensor]
@@ -111,7 +112,7 @@ class LowRank(Patch):
 
     def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
         left, right = self.pair.get()
-        torch.mm(left[start:stop], right, out=out)
+        multiply(left[start:stop], right, out)
 
     def factors(self) -> list[Pair]:
         return [self.pair.get()]
@@ -150,7 +151,7 @@ class Experts(Patch):
         for at in range(start // rows, -(-stop // rows)):
             left, right = self._parts[at].pair()
             first, end = max(start, at * rows), min(stop, (at + 1) * rows)
-            torch.mm(left[first - at * rows : end - at * rows], right, out=out[first - start : end - start])
+            multiply(left[first - at * rows : end - at * rows], right, out[first - start : end - start])
 
     def factors(self) -> list[Pair]:
         return [part.pair() for part in self._parts]
@@ -224,7 +225,7 @@ class Rewritten(Patch):
             out.copy_(weight)
         if self.low is not None:
             left, right = self.low.pair.get()
-            out.addmm_(left[start:stop], right)
+            out.add_(multiply(left[start:stop], right, torch.empty_like(out)))
         if self.magnitude is not None:
             self.magnitude.apply(start, out)
         if self.tokens is not None:
@@ -237,12 +238,21 @@ class Rewritten(Patch):
             self.low.release()
 
 
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`left @ right` into `out` (all float32), by the product whose bits do not depend on which rows are asked for."""
+    if out.device.type == "cpu":
+        product(left.numpy(), right.numpy(), out.numpy())
+        return out
+    return torch.mm(left.to(out.device), right.to(out.device), out=out)
+
+
 def column_norms(beneath: Rows, low: LowRank) -> Tensor:
     """`||weight + delta||` of every column, `[I]` float32, from one pass over all rows (sums in float64)."""
     left, right = low.pair.get()
     total = torch.zeros(beneath.row, dtype=torch.float64)
     for start, stop in beneath.blocks():
-        value = torch.addmm(beneath.read(start, stop), left[start:stop], right)
+        value = beneath.read(start, stop)
+        value += multiply(left[start:stop], right, torch.empty_like(value))
         total += value.double().square_().sum(0)
     return total.sqrt_().float()
 

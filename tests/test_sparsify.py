@@ -1,0 +1,140 @@
+"""Thresholds of whole tensors against a plain sort, however the tensor is cut and whatever its values tie on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import pytest
+
+from paft_merge import blocks, sparsify
+from paft_merge.blocks import Block, CpuOps, Survival
+from paft_merge.sparsify import Trim, kept_count, trim_survivals
+
+T = TypeVar("T")
+
+
+class Cut:
+    """Walks deltas in tiles of a given size."""
+
+    def __init__(self, deltas: np.ndarray, tile: int) -> None:
+        self.bits, self.tile, self.reads = deltas.view(np.uint32), tile, 0
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.bits.shape[1] // self.tile)
+
+    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+        self.reads += tiles is None and not sample
+        results = []
+        for i in range(self.tiles) if tiles is None else tiles:
+            start, stop = i * self.tile, min((i + 1) * self.tile, self.bits.shape[1])
+            stop = start + max(1, (stop - start) // 16) if sample else stop
+            results.append(work(Block(start, np.zeros(0, np.uint32), np.ascontiguousarray(self.bits[:, start:stop]), False)))
+        return results
+
+
+def deltas(kind: str, size: int) -> np.ndarray:
+    made = np.random.default_rng(0)
+    values = made.normal(0, 1e-3, (2, size))
+    if kind != "smooth":
+        values = (values * 2000).round() / 2000
+    if kind == "sparse":
+        values *= made.random((2, size)) < 0.3
+    if kind == "sorted":  # the worst case for a sample: every row has its own size
+        values = np.sort(values, axis=1)
+    return values.astype(np.float32)
+
+
+def mask(delta: np.ndarray, survival: Survival) -> np.ndarray:
+    """The entries that survive, read off the definition."""
+    size, at = np.abs(delta).view(np.uint32), np.arange(delta.size)
+    passes = (size > survival.low) | ((size == survival.low) & (at < survival.low_cut))
+    outlier = (size > survival.high) | ((size == survival.high) & (at < survival.high_cut))
+    return passes & ~outlier & (delta != 0)
+
+
+def wanted(delta: np.ndarray, trim: Trim) -> np.ndarray:
+    """The entries that should survive, by sorting."""
+    size = np.abs(delta.astype(np.float64))
+    order = np.lexsort((np.arange(delta.size), -size))
+    if trim.rule == "density":
+        chosen = order[: kept_count(delta.size, trim.value)]
+    elif trim.rule == "epsilon":
+        chosen = np.flatnonzero(size > np.float32(trim.value))
+    elif trim.rule == "l1_mass":
+        held = np.cumsum(size[order])
+        chosen = order[: np.searchsorted(held, trim.value * held[-1] * (1 - 1e-12)) + 1]
+    else:
+        count, top = int(trim.value * delta.size), int(trim.gamma * delta.size)
+        dropped = delta.size - max(0, delta.size - count - top) - count
+        chosen = order[dropped : dropped + count]
+    found = np.zeros(delta.size, bool)
+    found[chosen] = True
+    return found & (delta != 0)
+
+
+PAIRS = [
+    (Trim("density", 0.2), Trim("density", 0.6)),
+    (Trim("l1_mass", 0.9), Trim("l1_mass", 0.3)),
+    (Trim("epsilon", 1e-3), Trim("density", 0.01)),
+    (Trim("outliers", 0.5, 0.1), Trim("outliers", 0.9, 0.2)),
+    (Trim("density", 0.0), Trim("density", 1.0)),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(f"{t.rule}{t.value:g}" for t in pair))
+@pytest.mark.parametrize("kind", ["smooth", "ties", "sparse", "sorted"])
+@pytest.mark.parametrize(("size", "tile"), [(1, 10), (7, 3), (4_000, 4_000), (100_000, 3_000)])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_survivors_are_those_of_a_sort(pair: tuple[Trim, Trim], kind: str, size: int, tile: int, rescale: bool) -> None:
+    values = deltas(kind, size)
+    survivals = trim_survivals(pair, size, Cut(values, tile), CpuOps(), rescale=rescale)
+    for delta, trim, survival in zip(values, pair, survivals, strict=True):
+        expected = wanted(delta, trim)
+        np.testing.assert_array_equal(mask(delta, survival), expected)
+        if rescale and np.abs(delta[expected]).sum() > 1e-7:
+            norms = np.abs(delta.astype(np.float64)).sum(), np.abs(delta[expected].astype(np.float64)).sum()
+            assert survival.scale == pytest.approx(norms[0] / norms[1], rel=1e-6)
+
+
+def test_a_threshold_takes_two_passes_where_a_sample_can_be_trusted() -> None:
+    each = Cut(deltas("smooth", 400_000), 10_000)
+    trim_survivals([Trim("density", 0.2), Trim("density", 0.5)], 400_000, each, CpuOps())
+    assert each.reads == 1  # one pass collects (the sample reads a sixteenth), the merge itself is the other
+
+
+def test_a_sample_that_misleads_costs_two_passes_and_no_bit() -> None:
+    values = deltas("smooth", 400_000)
+    values.reshape(2, -1, 10_000)[:, :, :700] *= np.float32(0.01)  # just what the sample looks at
+    each = Cut(values, 10_000)
+    survivals = trim_survivals([Trim("density", 0.2)] * 2, 400_000, each, CpuOps())
+    assert each.reads == 3
+    for delta, survival in zip(values, survivals, strict=True):
+        np.testing.assert_array_equal(mask(delta, survival), wanted(delta, Trim("density", 0.2)))
+
+
+def test_l1_norms_of_bins_are_exact() -> None:
+    values = deltas("smooth", 50_000)
+    values[0, :3] = [1e-40, 3e38, 0.0]
+    block = Block(0, np.zeros(0, np.uint32), values.view(np.uint32), False)
+    counts, lows = CpuOps().histogram(block, True)
+    for i in range(2):
+        norms = sparsify.l1_of_bins(counts[i], lows[i])
+        assert norms.sum() == pytest.approx(np.abs(values[i].astype(np.float64)).sum(), rel=1e-14)
+
+
+def test_kept_counts() -> None:
+    cases = {(5, 0.1): 1, (5, 0.4): 2, (5, 1.0): 5, (5, 2.0): 5, (5, 0.0): 0, (0, 0.5): 0, (10, 0.99): 9}
+    assert {case: kept_count(*case) for case in cases} == cases
+
+
+def test_tiles_cover_a_tensor_in_whole_rows() -> None:
+    for numel, row in ((1, 1), (blocks.TILE * 3 + 5, 1), (7 * 4096 * 300, 4096), (2 * 10_000_000, 10_000_000)):
+        bounds = blocks.tile_bounds(numel, row)
+        assert bounds[0][0] == 0
+        assert bounds[-1][1] == numel
+        assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+        assert all(start % row == 0 for start, _ in bounds)
+    assert blocks.tile_bounds(0, 5) == []
