@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from paft_merge.adapters import Adapter
 from paft_merge.checkpoint import Checkpoint
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.hub import fetch
@@ -19,6 +18,7 @@ from paft_merge.recipe import ModelRef, Recipe, load_recipe
 from paft_merge.sidefiles import identity, side_files
 
 if TYPE_CHECKING:
+    from paft_merge.adapters import Adapter
     from paft_merge.engine import Progress
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,13 @@ def _folders(planned: MergePlan) -> list[Path]:
     return [*(model.checkpoint.folder for model in planned.models), *adapters]
 
 
+def _open_adapter(ref: ModelRef, checkpoint: Checkpoint) -> Adapter:
+    from paft_merge.adapters import Adapter  # imports torch, which a merge of plain checkpoints does without
+
+    assert ref.lora is not None
+    return Adapter.open(fetch(ref.lora, ref.lora_revision), checkpoint)
+
+
 def _open_models(refs: Sequence[ModelRef], lazy_unpickle: bool) -> dict[ModelRef, Model]:
     """Open every reference once; a checkpoint that several share is opened once."""
     problems, models = Problems(), dict[ModelRef, Model]()
@@ -159,8 +166,7 @@ def _open_models(refs: Sequence[ModelRef], lazy_unpickle: bool) -> dict[ModelRef
                 checkpoints[folder.resolve()] = Checkpoint.open(folder, unpickle=lazy_unpickle)
             checkpoint = checkpoints[folder.resolve()]
             if checkpoint is not None:
-                adapter = Adapter.open(fetch(ref.lora, ref.lora_revision), checkpoint) if ref.lora else None
-                models[ref] = Model(str(ref), checkpoint, adapter)
+                models[ref] = Model(str(ref), checkpoint, _open_adapter(ref, checkpoint) if ref.lora else None)
     try:
         problems.raise_as(PaftMergeError)
     except PaftMergeError:

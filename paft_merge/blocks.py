@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from paft_merge import kernels
+from paft_merge import kernels, mixing
+from paft_merge.scratch import SCRATCH
 
 T = TypeVar("T")
 Counts = NDArray[np.int64]
@@ -100,6 +101,14 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class RankedKeep:
+    """How likely an entry of each rank stays: below `keep[rank]` of 2**32 (rank 0 is the smallest of a row), by `key`'s hash."""
+
+    keep: NDArray[np.uint64]
+    key: int
+
+
+@dataclass(frozen=True)
 class Election:
     """How what survives of the deltas becomes one delta; see `methods.Consensus` for the words."""
 
@@ -120,6 +129,19 @@ class Ops(Protocol):
     def gram(self, block: Block) -> Sums: ...
     def blend(self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool) -> Outcome: ...
     def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome: ...
+
+    # From one block to another, for the rarer methods.
+    def tally(self, block: Block) -> tuple[Counts, Sums]: ...
+    def variance(self, block: Block, total: int) -> Block: ...
+    def select(self, block: Block, by: Block, survival: Survival) -> Block: ...
+    def swap(self, block: Block, t: float) -> Block: ...
+    def overlaps(self, block: Block, epsilon: float) -> Counts: ...
+    def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block: ...
+    def fuse(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]: ...
+    def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block: ...
+    def gram_rows(self, block: Block, row: int) -> Sums: ...
+    def gram_columns(self, block: Block, row: int) -> Sums: ...
+    def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block: ...
 
 
 @dataclass(slots=True)
@@ -156,7 +178,7 @@ class CpuOps:
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
         """Per source: how many magnitudes lie inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
         n, size = block.sources.shape
-        found, counts = np.empty((n, size), np.uint32), np.empty((n, 2), np.int64)
+        found, counts = SCRATCH.array("found", (n, size), np.uint32), np.empty((n, 2), np.int64)
         bounds = np.array(low, np.uint32), np.array(width, np.uint32)
         kernels.collect(block.base, block.sources, block.subtract, *bounds, found, counts)
         return counts, [row[:inside].copy() for row, inside in zip(found, counts[:, 0], strict=True)]
@@ -208,6 +230,89 @@ class CpuOps:
             np.uint64(key), outcome.counts, outcome.sums,
         )  # fmt: skip
         return outcome
+
+
+    def tally(self, block: Block) -> tuple[Counts, Sums]:
+        """The block's share of a tally, of deltas that are merged as they are (see `mixing.tally`)."""
+        outcome = _no_outcome(len(block.sources))
+        mixing.tally(block.base, block.sources, block.subtract, outcome.counts, outcome.sums)
+        return outcome.counts, outcome.sums
+
+    def variance(self, block: Block, total: int) -> Block:
+        """One row: every entry's variance over `total` sources, those that are not here being zero."""
+        out = _one_row(block)
+        mixing.variance(block.base, block.sources, block.subtract, total, out.sources[0].view(np.float32))
+        return out
+
+    def select(self, block: Block, by: Block, survival: Survival) -> Block:
+        """The deltas where the only row of `by`, which is not negative, survives by its size; zero elsewhere."""
+        out = np.empty(block.sources.shape, np.float32)
+        bounds = np.uint32(survival.low), survival.low_cut
+        mixing.select(block.base, block.sources, block.subtract, block.index, by.sources[0], *bounds, out)
+        return Block(block.index, block.base, out.view(np.uint32), subtract=False)
+
+    def swap(self, block: Block, t: float) -> Block:
+        """One row: the delta of the only source, cut to what is near (see `mixing.swap`)."""
+        out = _one_row(block)
+        mixing.swap(block.base, block.sources, block.subtract, t, out.sources[0].view(np.float32))
+        return out
+
+    def overlaps(self, block: Block, epsilon: float) -> Counts:
+        """`[n, 2]`: changed entries that are shared, and those that are the source's own (see `mixing.overlaps`)."""
+        counts = np.zeros((len(block.sources), 2), np.int64)
+        mixing.overlaps(block.base, block.sources, block.subtract, epsilon, counts)
+        return counts
+
+    def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
+        """One row: own changes times `scales`, shared ones averaged (see `mixing.share`)."""
+        out, own = _one_row(block), np.array(scales, np.float32)
+        mixing.share(block.base, block.sources, block.subtract, epsilon, own, out.sources[0].view(np.float32))
+        return out
+
+    def fuse(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
+        """One row: the elected weighted mean of deltas; and, `[n]` each, how many were elected and their squares' sum."""
+        n = len(block.sources)
+        out, elected, energy = _one_row(block), np.zeros(n, np.int64), np.zeros(n)
+        values = block.sources.view(np.float32)
+        mixing.fuse(values, np.array(weights, np.float32), out.sources[0].view(np.float32), elected, energy)
+        return out, elected, energy
+
+    def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
+        """Drop entries of each source by their rank among `length` entries that lie `inner` apart; ties rank by position."""
+        deltas = np.stack([_as_float32(row) for row in block.sources]) if len(block.sources) else np.empty((0, 0), np.float32)
+        if block.subtract:
+            deltas -= _as_float32(block.base)
+        out = np.empty_like(deltas)
+        places = np.arange(length, dtype=np.uint64)
+        for row, kept, drop in zip(deltas, out, drops, strict=True):
+            magnitudes = (row.view(np.uint32) & np.uint32(0x7FFFFFFF)).reshape(-1, length, inner).swapaxes(1, 2)
+            order = np.sort((magnitudes.astype(np.uint64) << np.uint64(32)) | places).reshape(-1, length)
+            mixing.keep_ranked(row, order, inner, block.index, drop.keep, np.uint64(drop.key), kept)
+        return Block(block.index, block.base, out.view(np.uint32), subtract=False)
+
+    def gram_rows(self, block: Block, row: int) -> Sums:
+        """`[E / row, n, n]`: inner products of the sources within every row."""
+        n, size = block.sources.shape
+        out = np.zeros((size // row, n, n))
+        mixing.gram_rows(block.base, block.sources, block.subtract, row, out)
+        return out
+
+    def gram_columns(self, block: Block, row: int) -> Sums:
+        """`[n, n, row]`: inner products of the sources within every column of the block's rows."""
+        out = np.zeros((*[len(block.sources)] * 2, row))
+        mixing.gram_columns(block.base, block.sources, block.subtract, row, out)
+        return out
+
+    def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block:
+        """One row: the weighted sum with weights `[n, E / row]`, one a row, or `[n, row]` with `across`, one a column."""
+        out, own = _one_row(block), np.ascontiguousarray(weights, np.float32)
+        mixing.mix(block.base, block.sources, block.subtract, row, across, own, out.sources[0].view(np.float32))
+        return out
+
+
+def _one_row(block: Block) -> Block:
+    """A block of one row for what is computed from `block`."""
+    return Block(block.index, block.base, np.empty((1, block.sources.shape[1]), np.uint32), subtract=False)
 
 
 def _no_outcome(sources: int) -> Outcome:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from paft_merge.errors import MergeError
 from paft_merge.output import Finished, Output
 from paft_merge.plan import MergePlan, PlannedTensor
 from paft_merge.reading import RAW
-from paft_merge.rules import Combine, Walk
+from paft_merge.rules import Combine, Consensus, Walk
 from paft_merge.scratch import SCRATCH
 
 S = TypeVar("S")
@@ -65,12 +66,54 @@ def merge_checkpoint(
     total, count = sum(t.nbytes for t in plan.tensors), len(plan.tensors)
     done, first = total - sum(t.nbytes for t in todo), count - len(todo) + 1
     with _single_threaded_torch(), ThreadPoolExecutor(threads) as blocks, ThreadPoolExecutor(threads + 1) as tensors:
+        todo = _with_global_thresholds(plan.tensors, todo, blocks, ops or CpuOps())
         worker = _Worker(output, blocks, ops or CpuOps(), plan.allow_nonfinite)
         for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
             output.finish_tensor(finished)
             done += todo[at - first].nbytes
             progress(Progress(at, count, done, total, finished.name))
     plan.check_inputs_unchanged()
+
+
+def _with_global_thresholds(
+    tensors: Sequence[PlannedTensor], todo: list[PlannedTensor], pool: ThreadPoolExecutor, ops: Ops
+) -> list[PlannedTensor]:
+    """`todo` with the thresholds of `trim_scope: global` filled in, from passes over every tensor of the plan."""
+    ranked = [t for t in tensors if isinstance(t.rule, Consensus) and t.rule.trim_scope == "global"]
+    if not ranked or not todo:
+        return todo
+    first = ranked[0].rule
+    assert isinstance(first, Consensus)
+    fixed = first.over_the_model(sum(t.numel for t in ranked), _Model(ranked, pool), ops).fixed
+    rules = {t.name: replace(t.rule, fixed=fixed) for t in ranked if isinstance(t.rule, Consensus)}
+    return [replace(t, rule=rules.get(t.name, t.rule)) for t in todo]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Walks the blocks of many tensors, every source in each (see `blocks.Each`)."""
+
+    tensors: Sequence[PlannedTensor]
+    pool: ThreadPoolExecutor
+
+    @property
+    def tiles(self) -> int:
+        return sum(len(tensor.bounds) for tensor in self.tensors)
+
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
+        assert not sample
+        assert tiles is None
+        results: list[T] = []
+        for tensor in self.tensors:
+
+            def run(bounds: tuple[int, int], tensor: PlannedTensor = tensor) -> T:
+                return work(tensor.inputs.block(*bounds, all_sources=True))
+
+            results += _in_order(self.pool, run, tensor.bounds, ahead=len(tensor.bounds))
+            tensor.release()
+        return results
 
 
 @dataclass(frozen=True)
@@ -151,7 +194,10 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[
 
 @contextmanager
 def _single_threaded_torch() -> Iterator[None]:
-    """One core a product: the pool is the parallelism, and a product's bits must not depend on its threads."""
+    """One core a block: the pool is the parallelism, and a norm's bits must not depend on torch's threads."""
+    if "torch" not in sys.modules:  # a merge of plain checkpoints does without
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()

@@ -133,6 +133,7 @@ def _ties_rule(sources: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], 
         normalize=shared["normalize"],
         factor=shared["lambda"],
         rescale=shared.get("rescale") in (True, "l1"),
+        trim_scope=shared.get("trim_scope", "tensor"),
     )
 
 

@@ -1,4 +1,4 @@
-"""The plan of a merge, from the recipe and from headers alone: every output tensor, its inputs, its rule and its place."""
+"""The plan of a merge, from the recipe and headers alone: every output tensor, its inputs, its rule and its place."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from paft_merge.adapters import Adapter
-from paft_merge.blocks import tile_bounds
+from paft_merge.agreement import compare_configs, compare_tensors, compare_tokenizers
+from paft_merge.blocks import TILE, tile_bounds
 from paft_merge.checkpoint import DTYPES, Checkpoint
-from paft_merge.errors import CheckpointError, Problem, Problems
+from paft_merge.errors import CheckpointError, Problem, Problems, RecipeError
+from paft_merge.headers import capped
 from paft_merge.reading import Inputs, Read, inputs_for
 from paft_merge.recipe import ModelRef, Recipe, layer_t, resolve_all
-from paft_merge.rules import Rule, WeightedSum
+from paft_merge.rules import Consensus, Rule, WeightedSum
 from paft_merge.shards import Shard, plan_shards, split
 from paft_merge.sparsify import stream_key
 
+if TYPE_CHECKING:
+    from paft_merge.adapters import Adapter
+
 COPY = "copy"
 """The method of a tensor that no source changes: its bytes are copied."""
+
+COPY_BYTES = 4 * TILE
+"""Bytes that are copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,12 @@ class Model:
     def has(self, name: str) -> bool:
         """Whether this model has a tensor `name`, stored or made by its adapter."""
         return name in self.checkpoint.tensors or bool(self.adapter and name in self.adapter.patches)
+
+    def close(self) -> None:
+        """Close the files of both; a second call does nothing."""
+        self.checkpoint.close()
+        if self.adapter:
+            self.adapter.close()
 
 
 @dataclass(frozen=True)
@@ -86,11 +98,15 @@ class PlannedTensor:
     @property
     def tile_bytes(self) -> int:
         """Bytes of a block in the output, by which it is digested."""
+        if self.method == COPY:
+            return COPY_BYTES
         return max((self.bounds[0][1] if self.bounds else 0) * self.width, 1)
 
     @property
     def block_bytes(self) -> int:
         """Working memory of one block, about: every input and what is computed from it, float32."""
+        if self.method == COPY:
+            return COPY_BYTES
         elements = self.bounds[0][1] if self.bounds else 0
         return elements * 4 * (2 * len(self.inputs.reads) + 3)
 
@@ -124,9 +140,10 @@ class MergePlan:
     @property
     def bytes_read(self) -> int:
         """Bytes of stored tensors and adapter files that one pass over all inputs reads."""
-        stored = {(r.checkpoint.folder, r.name): r.checkpoint.tensors[r.name].nbytes for t in self.tensors for r in t.inputs.reads}
-        adapters = {m.adapter.folder: m.adapter.nbytes for m in self.models if m.adapter}
-        return sum(stored.values()) + sum(adapters.values())
+        reads = {(r.checkpoint.folder, r.name): r for t in self.tensors for r in t.inputs.reads}
+        stored = [r.checkpoint.tensors[r.name].nbytes for r in reads.values()]
+        adapters = {m.adapter.folder: m.adapter.fingerprint() for m in self.models if m.adapter}
+        return sum(stored) + sum(int(file["size"]) for files in adapters.values() for file in files.values())
 
     def check_inputs_unchanged(self) -> None:
         """Raise CheckpointError INPUT_CHANGED when a file is not what it was when it was opened."""
@@ -140,9 +157,9 @@ class MergePlan:
         problems.raise_as(CheckpointError)
 
     def close(self) -> None:
-        """Close every checkpoint."""
+        """Close every input."""
         for model in self.models:
-            model.checkpoint.close()
+            model.close()
 
 
 def plan_merge(
@@ -165,16 +182,31 @@ def plan_merge(
     Raises:
         RecipeError, CheckpointError: everything that headers show to be wrong, all at once.
     """
+    _refuse_unplanned(recipe)
     planner = _Planner(recipe, models, allow_crimes)
     tensors = list(planner.tensors())
-    planner.problems.raise_as(CheckpointError)
+    if planner.problems.found:
+        raise CheckpointError(capped(list(dict.fromkeys(planner.problems.found)), "the recipe"))
     shards = _layout(planner.donor.checkpoint, tensors, out_shard_bytes)
     order = {slot.name: i for i, slot in enumerate(slot for shard in shards for slot in shard.slots)}
     tensors.sort(key=lambda t: order[t.name])
     return MergePlan(
         recipe, tuple(models.values()), planner.donor, tuple(tensors), shards, planner.config(tensors),
-        tuple([*recipe.warnings, *planner.warnings]), allow_nonfinite,
+        (*recipe.warnings, *planner.warnings), allow_nonfinite,
     )  # fmt: skip
+
+
+def _refuse_unplanned(recipe: Recipe) -> None:
+    """Parts of mergekit's language that have no plan yet: left out, they would make another merge than asked for."""
+    language, problems = recipe.language, Problems()
+    for key in ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template"):
+        if getattr(language, key):
+            fix = "remove it, or merge this recipe with mergekit"
+            problems.add("UNSUPPORTED", recipe.located.spot((key,)), f"{key} has no plan in this version", fix)
+    if recipe.arithmetic == "mergekit":
+        where, fix = recipe.located.spot(("arithmetic",)), "remove it: arithmetic is float32, rounded once"
+        problems.add("UNSUPPORTED", where, "mergekit's arithmetic is not in this version", fix)
+    problems.raise_as(RecipeError)
 
 
 class _Planner:
@@ -193,23 +225,41 @@ class _Planner:
             for source in self.slice.sources
             if self.method.base == "ignored" or source.ref != self.slice.base
         ]
+        donor, others = (self.donor.ref, self.donor.checkpoint), self._others()
         if not allow_crimes:
-            self._compare_configs()
-        self._compare_names()
-        self._compare_tokenizers()
+            compare_configs(donor, others, self.problems)
+        self.faulty = compare_tensors(donor, others, self.problems)
+        self.warnings += compare_tokenizers(donor, others)
+
+    def _others(self) -> list[tuple[str, Checkpoint]]:
+        """Every checkpoint beside the donor's, once, by the first reference that leads to it."""
+        sources = {id(m.checkpoint): (m.ref.split("+")[0], m.checkpoint) for _, m in reversed(self.sources)}
+        sources.pop(id(self.donor.checkpoint), None)
+        return list(reversed(sources.values()))
 
     def tensors(self) -> Iterator[PlannedTensor]:
         """Every output tensor in the donor's order, then those that untying adds."""
         layers = _Layers(self.names)
-        for name in self.names:
+        for name in (name for name in self.names if self.untied.get(name, name) not in self.faulty):
             with self.problems.catching():
                 yield self._tensor(name, layers.place(name))
 
+    def check_global_trim(self, tensors: Sequence[PlannedTensor]) -> None:
+        """One ranking over the whole model needs one trim for the whole model."""
+        trims = {t.rule.thin for t in tensors if isinstance(t.rule, Consensus) and t.rule.trim_scope == "global"}
+        if len(trims) > 1:
+            self.problems.add(
+                "RECIPE", self.recipe.located.spot(("parameters", "trim_scope")),
+                "global ranks all tensors together, but the trim of a source is not the same for all of them",
+                "give each source one density (or l1_mass, epsilon) without gradients and filters",
+            )  # fmt: skip
+
     @cached_property
     def untied(self) -> dict[str, str]:
-        """Tensors that the donor does not store because they are tied, but an adapter parts: name to what lies beneath."""
-        every = [m for m in (self.base, *(model for _, model in self.sources)) if m and m.adapter]
-        return {name: under for m in every for name, under in m.adapter.unties.items() if name not in self.donor.checkpoint.tensors}
+        """Tensors that the donor does not store, being tied, but an adapter parts: name to what lies beneath."""
+        adapters = [m.adapter for m in (self.base, *(model for _, model in self.sources)) if m and m.adapter]
+        stored = self.donor.checkpoint.tensors
+        return {name: under for a in adapters for name, under in a.unties.items() if name not in stored}
 
     @cached_property
     def names(self) -> list[str]:
@@ -222,22 +272,24 @@ class _Planner:
         shape = max((r.shape for r in [*([base] if base else []), *sources]), key=math.prod)
         stored = self._read(self.donor, name, under)
         kind = DTYPES[stored.dtype]
-        if not kind.mergeable:
+        if not all(DTYPES[read.dtype].mergeable for read in (stored, *sources)):
             return self._verbatim(name, stored, sources)
         self._check_quantised(name, stored, sources)
         shared, per_source = self._parameters(name, t)
         keys = [stream_key(self.recipe.seed, model.ref, name, "drop") for _, model in self.sources]
-        rule = self.method.rule(per_source, shared, keys)
+        rule = self._rule(per_source, shared, keys)
+        if base and rule.wants == "values":  # the base is the first of the values (slerp)
+            base, sources, per_source = None, [base, *sources], [{}, *per_source]
         inputs = inputs_for(base, sources, rule.wants)
         dtype = self._out_dtype(kind.name)
         parameters = {**shared, "sources": per_source}
-        rounding = self.recipe.rounding == "stochastic" and dtype in ("BF16", "F16")
+        rounding = self.recipe.rounding == "stochastic" and DTYPES[dtype].bits < 32
         key = stream_key(self.recipe.seed, "", name, "round") if rounding else 0
         if inputs.unchanged and rule.keeps_equals:
             plain = Inputs.one(stored if base is None else base)
             if plain.base.patch is None and stored.dtype == dtype:
                 return PlannedTensor(name, shape, dtype, COPY, plain, WeightedSum((), "deltas"))
-            return PlannedTensor(name, shape, dtype, self.method.name, plain, WeightedSum((), "deltas"), parameters, key)
+            inputs, rule = plain, WeightedSum((), "deltas")
         return PlannedTensor(name, shape, dtype, self.method.name, inputs, rule, parameters, key)
 
     def _read(self, model: Model, name: str, under: str | None) -> Read:
@@ -246,11 +298,11 @@ class _Planner:
 
     def _verbatim(self, name: str, stored: Read, sources: Sequence[Read]) -> PlannedTensor:
         """A tensor of integers or the like: equal everywhere, or there is no merge."""
-        first = stored.checkpoint.tensor(stored.name)
         for read in sources:
-            if read.patch or not (read.same_weight(stored) or bool((read.checkpoint.tensor(read.name) == first).all())):
+            if read.patch or not (read.same_weight(stored) or _equal(read, stored)):
                 raise CheckpointError.of(
-                    "DTYPE_UNSUPPORTED", f"{read.source}: {name}", f"is {read.dtype} and differs from {stored.source}'s",
+                    "DTYPE_UNSUPPORTED", f"{read.source}: {name}",
+                    f"is {read.dtype} and differs from that of {stored.source}, which is {stored.dtype}",
                     "only floating-point tensors can be merged; dequantise the models first",
                 )  # fmt: skip
         return PlannedTensor(name, stored.shape, stored.dtype, COPY, Inputs.one(stored), WeightedSum((), "deltas"))
@@ -260,7 +312,8 @@ class _Planner:
         scale = next((s for s in scales if s in stored.checkpoint.tensors), None)
         if scale and any(read.patch or not read.same_weight(stored) for read in sources):
             raise CheckpointError.of(
-                "DTYPE_UNSUPPORTED", f"{stored.source}: {name}", f"is quantised: its values count only together with {scale}",
+                "DTYPE_UNSUPPORTED", f"{stored.source}: {name}",
+                f"is quantised: its values count only together with {scale}",
                 "dequantise the model first, and merge that",
             )  # fmt: skip
 
@@ -272,88 +325,57 @@ class _Planner:
         ]
         return {k: r.value for k, r in shared.items()}, [{k: r.value for k, r in one.items()} for one in per_source]
 
+    def _rule(self, per_source: list[dict[str, Any]], shared: dict[str, Any], keys: list[int]) -> Rule:
+        try:
+            return self.method.rule(per_source, shared, keys)
+        except ValueError as error:  # numbers that are sound one by one and not together
+            raise RecipeError.of("PARAM_RANGE", self.slice.spot, str(error)) from error
+
     def _out_dtype(self, stored: str) -> str:
         wanted = self.recipe.out_dtype or self.recipe.dtype
         return stored if wanted is None else next(d.name for d in DTYPES.values() if d.torch == wanted)
 
-    def _compare_names(self) -> None:
-        """Every model must have every tensor of the donor, in its shape, and no other."""
-        donor = self.donor.checkpoint
-        for model in {m.ref: m for _, m in self.sources}.values():
-            if model.checkpoint is donor:
-                continue
-            theirs = model.checkpoint.tensors
-            missing, extra = [n for n in donor.tensors if n not in theirs], [n for n in theirs if n not in donor.tensors]
-            if missing:
-                self.problems.add("KEYS_MISSING", model.ref, f"lacks {_some(missing)}, which {self.donor.ref} has", _OTHER_MODEL)
-            if extra:
-                self.problems.add("KEYS_EXTRA", model.ref, f"has {_some(extra)}, which {self.donor.ref} lacks", _OTHER_MODEL)
-            for name in donor.tensors.keys() & theirs.keys():
-                if theirs[name].shape != donor.tensors[name].shape:
-                    self.problems.add(
-                        "SHAPE_MISMATCH", f"{model.ref}: {name}",
-                        f"is {list(theirs[name].shape)}, and {self.donor.ref} has {list(donor.tensors[name].shape)}",
-                        _vocabulary_hint(theirs[name].shape, donor.tensors[name].shape),
-                    )  # fmt: skip
-
-    def _compare_configs(self) -> None:
-        """Configs must agree in what changes a model's function but not its tensors' shapes."""
-        ours = self.donor.checkpoint.config
-        for _, model in self.sources:
-            theirs = model.checkpoint.config
-            different = [k for k in _MEANING if k in ours and k in theirs and ours[k] != theirs[k]]
-            if different:
-                shown = ", ".join(f"{k} ({theirs[k]} against {ours[k]})" for k in different)
-                self.problems.add(
-                    "CONFIG_MISMATCH", model.ref, f"differs from {self.donor.ref} in {shown}",
-                    "use models of one architecture, or pass --allow-crimes",
-                )  # fmt: skip
-
-    def _compare_tokenizers(self) -> None:
-        """The output gets the donor's tokenizer; say so when a model was trained with another."""
-        ours = _tokenizer(self.donor.checkpoint.folder)
-        for folder, ref in {m.checkpoint.folder: m.ref for _, m in reversed(self.sources)}.items():
-            theirs = _tokenizer(folder)
-            if ours and theirs and ours != theirs:
-                what = f"has another tokenizer than {self.donor.ref}, whose tokenizer the output gets"
-                self.warnings.append(Problem("TOKENIZER", ref, what))
-
     def config(self, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
         """What the merge changes in `config.json`: the dtype, a vocabulary that grew, a tie that was cut."""
-        changes: dict[str, Any] = {}
-        wanted = self.recipe.out_dtype or self.recipe.dtype
-        if wanted:
-            changes["torch_dtype" if "torch_dtype" in self.donor.checkpoint.config else "dtype"] = wanted
-        old = self.donor.checkpoint.tensors
-        grown = {t.shape[0] for t in tensors if t.name in old and t.shape and t.shape[0] != old[t.name].shape[0]}
-        if grown:
-            changes["vocab_size"] = max(grown)
+        config, old = self.donor.checkpoint.config, self.donor.checkpoint.tensors
+        dtype = self.recipe.out_dtype or self.recipe.dtype
+        rows = {old[t.name].shape[:1]: t.shape[0] for t in tensors if t.name in old and t.shape != old[t.name].shape}
+        changes = _changes(config, dtype, {count: new for (count,), new in rows.items()}, bool(self.untied))
+        if dtype and not {"dtype", "torch_dtype"} & config.keys():
+            changes["dtype"] = dtype
         if self.untied:
             changes["tie_word_embeddings"] = False
         return changes
 
 
-_OTHER_MODEL = "merge models of one architecture"
-_MEANING = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "hidden_act",
-    "sliding_window", "partial_rotary_factor", "tie_word_embeddings", "rms_norm_eps", "layer_norm_epsilon",
-)  # fmt: skip
-"""Fields of a config that give the same tensors another meaning."""
+def _changes(config: Mapping[str, Any], dtype: str | None, rows: Mapping[int, int], untied: bool) -> dict[str, Any]:
+    """What has to change in a config, and in the configs inside it; `rows`: an embedding's rows before and after."""
+    changes: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            new: Any = dtype or value
+        elif key == "vocab_size":
+            new = rows.get(value, value)
+        elif key == "tie_word_embeddings":
+            new = value and not untied
+        elif key.endswith("_config") and isinstance(value, Mapping):
+            new = {**value, **_changes(value, dtype, rows, untied)}
+        else:
+            continue
+        if new != value:
+            changes[key] = new
+    return changes
 
 
-def _tokenizer(folder: Path) -> bytes | None:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    return next(((folder / name).read_bytes() for name in names if (folder / name).is_file()), None)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _vocabulary_hint(one: tuple[int, ...], other: tuple[int, ...]) -> str:
-    if len(one) == len(other) == 2 and one[1:] == other[1:]:
-        return "the vocabularies differ; merge them with a tokenizer_source"
-    return "merge models of one architecture and size"
+def _equal(one: Read, other: Read) -> bool:
+    """Whether two stored tensors are the same bytes of the same type."""
+    infos = [read.checkpoint.tensors[read.name] for read in (one, other)]
+    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
+        return False
+    held = [bytearray(info.nbytes) for info in infos]
+    for read, buffer in zip((one, other), held, strict=True):
+        read.checkpoint.read_into(read.name, 0, buffer)
+    return held[0] == held[1]
 
 
 class _Layers:

@@ -133,9 +133,12 @@ class Inputs:
         assert self.base is not None
         return source.same_weight(self.base) and source.patch is self.base.patch
 
-    def block(self, start: int, stop: int) -> Block:
-        """Read elements `[start, stop)`; the arrays belong to this thread until its next block."""
-        rows = [self.sources[i] for i in self.active]
+    def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
+        """Read elements `[start, stop)`; the arrays belong to this thread until its next block.
+
+        `all_sources`: one row a source, zeros for those that have no delta; else one for each that is `active`.
+        """
+        rows = list(self.sources) if all_sources else [self.sources[i] for i in self.active]
         size = stop - start
         if self.form == "raw":
             dtype = RAW[self.reads[0].dtype]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from paft_merge.blocks import Block, Each, Election, Ops, Outcome, Survival
-from paft_merge.sparsify import EVERYTHING, Trim, drop_survival, rescale_drops, trim_survivals
+from paft_merge.sparsify import EVERYTHING, Trim, drop_survival, rescale_drops, trim_globally, trim_survivals
 
 Combine = Callable[[Block, Any, int], Outcome]
 """`combine(block, out, key)`: write the merged block into `out`; `key` is the stream of stochastic rounding, or 0."""
@@ -100,8 +100,10 @@ class Consensus:
     normalize: Literal["weights", "count", "none"] = "weights"
     factor: float = 1.0
     rescale: bool = False
+    trim_scope: Literal["tensor", "global"] = "tensor"
+    """`global`: magnitudes are ranked over the whole model (TIES paper), so `over_the_model` comes before `prepare`."""
     fixed: tuple[Survival, ...] | None = None
-    """Thresholds that were found over the whole model (`trim_scope: global`); they stand in for `thin`."""
+    """Thresholds that were found over the whole model; they stand in for `thin`."""
 
     wants: Literal["deltas"] = "deltas"
     keeps_equals: bool = True
@@ -116,6 +118,11 @@ class Consensus:
             return walk.ops.consensus(block, out, survivals, election, key)
 
         return combine
+
+    def over_the_model(self, numel: int, each: Each, ops: Ops) -> Consensus:
+        """This rule with thresholds over all tensors together: `numel` entries, every source in every block of `each`."""
+        trims = [t if isinstance(t, Trim) else EVERYTHING for t in self.thin]
+        return replace(self, fixed=tuple(trim_globally(trims, numel, each, ops, rescale=self.rescale)))
 
     def _survivals(self, walk: Walk) -> list[Survival]:
         if self.fixed is not None:

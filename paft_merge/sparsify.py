@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from threading import Lock
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import xxhash
@@ -96,6 +97,24 @@ def trim_survivals(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, r
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
 
 
+def trim_globally(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, rescale: bool = False) -> list[Survival]:
+    """Resolve every source's trim over a whole model, as the TIES paper does: one threshold for all its tensors.
+
+    Args:
+        trims, ops, rescale: as in `trim_survivals`.
+        numel: entries of all tensors together.
+        each: walks the blocks of all of them; every block has a row for every source.
+
+    Returns:
+        One `Survival` a source. Every tie of the last entry is kept, as in the paper's code.
+    """
+    if numel == 0:
+        return [Survival()] * len(trims)
+    search = _GlobalSearch(trims, numel, each, ops, norms=True)
+    survivals = [search.survival(i) for i in range(len(trims))]
+    return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
+
+
 def l1_of_bins(counts: Counts, lows: Counts) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The L1 norm of each bin of a histogram with `lows`: exact integers, rounded once to float64.
 
@@ -153,6 +172,9 @@ class _Search:
     rank's threshold is found inside a bracket of magnitudes that is guessed from a sample, or taken from a full histogram
     when L1 norms are wanted anyway or the guess missed.
     """
+
+    every_tie: ClassVar[bool] = False
+    """Keep all entries equal to the last one kept, instead of the first of them."""
 
     def __init__(self, trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, norms: bool) -> None:
         self.trims, self.numel, self.each, self.ops = trims, numel, each, ops
@@ -233,7 +255,7 @@ class _Search:
         if at == len(bits):
             return 0, 0
         spare = int(running[at]) - rank
-        if not spare:
+        if not spare or self.every_tie:
             return int(bits[at]), self.numel
         return int(bits[at]), self._cut(i, bracket, int(bits[at]), int(often[at]) - spare)
 
@@ -257,12 +279,22 @@ class _Search:
         over = bits > low
         count = int(self.full[0][i][top + 1 :].sum()) + int(often[over].sum())
         mass = math.fsum([*norms[top + 1 :], *(bits[over].view(np.float32).astype(np.float64) * often[over])])
-        ties = min(rank - count, int(often[bits == low].sum())) if rank else 0
+        equal = int(often[bits == low].sum()) if rank else 0
+        ties = equal if self.every_tie or not rank else min(rank - count, equal)
         return count + ties, mass + ties * _value(low)
 
     def _histogram(self, *, sample: bool = False, norms: bool = False) -> tuple[Counts, Counts]:
-        parts = self.each(lambda block: self.ops.histogram(block, norms), sample=sample)
-        return np.sum([c for c, _ in parts], axis=0), np.sum([w for _, w in parts], axis=0)
+        n, lock = len(self.trims), Lock()
+        counts, lows = np.zeros((n, BINS), np.int64), np.zeros((n, BINS if norms else 0), np.int64)
+
+        def work(block: Any) -> None:
+            some, low = self.ops.histogram(block, norms)
+            with lock:  # integers: the order of blocks does not matter
+                np.add(counts, some, out=counts)
+                np.add(lows, low, out=lows)
+
+        self.each(work, sample=sample)
+        return counts, lows
 
     def _find(self, ranks: dict[int, int]) -> None:
         """Gather a bracket that holds the rank, for one rank a source."""
@@ -305,6 +337,38 @@ class _Search:
         parts = self.each(work)
         return {
             i: _Bracket(low[i], width[i], sum(int(c[i, 1]) for c, _ in parts), [found[i] for _, found in parts])
+            for i in ranges
+        }
+
+
+class _GlobalSearch(_Search):
+    """A search over all tensors of a model, whose memory does not grow with the model.
+
+    Its brackets are single bins of a full histogram, so what is inside is 65,536 counts and not a list by tile; where a
+    tie lies is forgotten, and every tie of the last entry is kept.
+    """
+
+    every_tie: ClassVar[bool] = True
+
+    def _gather(self, ranges: dict[int, tuple[int, int]]) -> dict[int, _Bracket]:
+        if not ranges:
+            return {}
+        n, lock = len(self.trims), Lock()
+        low, width = zip(*(ranges.get(i, (0, 0)) for i in range(n)), strict=True)
+        inside, above = np.zeros((n, 1 << 16), np.int64), np.zeros(n, np.int64)
+
+        def work(block: Any) -> None:
+            counts, found = self.ops.collect(block, low, width)
+            for i, bits in enumerate(found):
+                some = np.bincount(bits & 0xFFFF, minlength=1 << 16)
+                with lock:
+                    inside[i] += some
+                    above[i] += counts[i, 1]
+
+        self.each(work)
+        found = {i: np.flatnonzero(inside[i]).astype(np.uint32) for i in ranges}
+        return {
+            i: _Bracket(low[i], width[i], int(above[i]), [((low[i] & ~0xFFFF) | found[i], inside[i][found[i]])])
             for i in ranges
         }
 

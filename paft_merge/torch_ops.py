@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paft_merge import kernels
-from paft_merge.blocks import Block, Counts, Election, Outcome, Sums, Survival
+from paft_merge.blocks import Block, Counts, Election, Outcome, RankedKeep, Sums, Survival
 
 _MAGNITUDE = 0x7FFFFFFF
 _THRESHOLDS = tuple(int(np.float32(e).view(np.uint32)) for e in (1e-6, 1e-5, 1e-4, 1e-3))
@@ -98,8 +98,92 @@ class TorchOps:
             result = result / torch.where(divisor != 0, divisor, torch.ones_like(divisor))
         return Outcome(self._store(base + result * float(np.float32(election.factor)), out, key, block.index), counts, sums)
 
+    def tally(self, block: Block) -> tuple[Counts, Sums]:
+        counts, sums = _tally(self._deltas(block))
+        counts[:, 5] = block.sources.shape[1] - counts[:, 0]
+        return counts, sums
+
+    def variance(self, block: Block, total: int) -> Block:
+        rows = self._deltas(block).double()
+        mean = torch.zeros(block.sources.shape[1], dtype=torch.float64, device=self.device)
+        for row in rows:
+            mean = mean + row
+        mean = mean / total
+        spread = (total - len(rows)) * (mean * mean)
+        for row in rows:
+            spread = spread + (row - mean) * (row - mean)
+        return _derived(block, (spread / total).float()[None])
+
+    def select(self, block: Block, by: Block, survival: Survival) -> Block:
+        deltas = self._deltas(block)
+        bits, at = _bits(self._float(by.sources[0])), self._places(block)
+        stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
+        return _derived(block, torch.where(stays, deltas, torch.zeros_like(deltas)))
+
+    def swap(self, block: Block, t: float) -> Block:
+        delta = self._deltas(block)
+        reach = torch.full_like(delta, float(np.float32(t)))
+        return _derived(block, delta * (reach / delta.abs().clamp(min=float(np.float32(1e-6)))).clamp(0, 1))
+
+    def overlaps(self, block: Block, epsilon: float) -> Counts:
+        large = self._deltas(block).abs() > float(np.float32(epsilon))
+        many = large.sum(0)
+        return torch.stack([(large & (many > 1)).sum(1), (large & (many == 1)).sum(1)], 1).cpu().numpy()  # type: ignore[no-any-return]
+
+    def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
+        deltas = self._deltas(block)
+        large = deltas.abs() > float(np.float32(epsilon))
+        kept, many = torch.where(large, deltas, torch.zeros_like(deltas)), large.sum(0).float()
+        total = torch.zeros_like(many)
+        for row, scale in zip(kept, scales, strict=True):
+            total = total + torch.where(many > 1, row / many, row * float(np.float32(scale)))
+        return _derived(block, total[None])
+
+    def fuse(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
+        rows = self._deltas(block)
+        agree = _agreement(list(rows), Election((), "unweighted", True, "weights", 1.0))
+        total = torch.zeros(block.sources.shape[1], device=self.device)
+        divisor, elected, energy = total, [], []
+        for row, agrees, weight in zip(rows, agree, weights, strict=True):
+            held = torch.where(agrees, row, torch.zeros_like(row))
+            total = total + held * float(np.float32(weight))
+            divisor = divisor + agrees * float(np.float32(weight))
+            elected.append(int(agrees.sum()))
+            energy.append(float((held.double() ** 2).sum()))
+        merged = total / divisor.clamp(min=float(np.float32(1e-6)))
+        return _derived(block, merged[None]), np.array(elected, np.int64), np.array(energy)
+
+    def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
+        deltas = self._deltas(block)
+        kept = torch.empty_like(deltas)
+        for i, (row, drop) in enumerate(zip(deltas, drops, strict=True)):
+            magnitudes = (_bits(row) & _MAGNITUDE).view(-1, length, inner)
+            ranks = magnitudes.argsort(dim=1, stable=True).argsort(dim=1).view(-1)
+            bound = torch.from_numpy(drop.keep.astype(np.int64)).to(self.device)[ranks]
+            stays = _shift(self._hash(drop.key, block.index, len(row)), 32) < bound
+            kept[i] = torch.where(stays, row, torch.zeros_like(row))
+        return _derived(block, kept)
+
+    def gram_rows(self, block: Block, row: int) -> Sums:
+        deltas = self._deltas(block).double().view(len(block.sources), -1, row).transpose(0, 1)
+        return (deltas @ deltas.mT).cpu().numpy()  # type: ignore[no-any-return]
+
+    def gram_columns(self, block: Block, row: int) -> Sums:
+        deltas = self._deltas(block).double().view(len(block.sources), -1, row)
+        return torch.stack([(deltas * one).sum(1) for one in deltas]).cpu().numpy()  # type: ignore[no-any-return]
+
+    def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block:
+        deltas = self._deltas(block).view(len(block.sources), -1, row)
+        own = torch.from_numpy(np.ascontiguousarray(weights, np.float32)).to(self.device)
+        total = torch.zeros(deltas.shape[1:], device=self.device)
+        for one, weight in zip(deltas, own, strict=True):
+            total = total + one * (weight if across else weight[:, None])
+        return _derived(block, total.view(1, -1))
+
     def _float(self, bits: Any) -> Tensor:
-        """Bits as float32 on the device."""
+        """Bits as float32 on the device; what was computed there is there already."""
+        if isinstance(bits, Tensor):
+            return bits
         if bits.dtype == np.uint16:
             return torch.from_numpy(bits.view(np.int16)).to(self.device).view(torch.bfloat16).float()
         return torch.from_numpy(bits.view(np.float32)).to(self.device, copy=True)
@@ -117,6 +201,10 @@ class TorchOps:
         kept = torch.where(stays, delta, torch.zeros_like(delta))
         soft = float(np.float32(survival.shrink))
         return torch.where(kept > 0, kept - soft, torch.where(kept < 0, kept + soft, kept)) if soft else kept
+
+    def _places(self, block: Block) -> Tensor:
+        """The flat index of every entry of a block in its tensor."""
+        return torch.arange(block.index, block.index + block.sources.shape[1], device=self.device)
 
     def _kept(self, survival: Survival, index: int, size: int) -> Tensor:
         if survival.keep >= 2**32:
@@ -142,6 +230,11 @@ class TorchOps:
         else:
             out[:] = total.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16)
         return bad
+
+
+def _derived(block: Block, rows: Tensor) -> Block:
+    """A block of float32 rows that were computed from `block`."""
+    return Block(block.index, block.base, rows, subtract=False)
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -115,6 +115,18 @@ def test_a_sample_that_misleads_costs_two_passes_and_no_bit() -> None:
         np.testing.assert_array_equal(mask(delta, survival), wanted(delta, Trim("density", 0.2)))
 
 
+@pytest.mark.parametrize("kind", ["smooth", "ties", "sparse"])
+def test_a_global_threshold_keeps_what_the_paper_keeps(kind: str) -> None:
+    values = deltas(kind, 30_000)
+    trims = [Trim("density", 0.2), Trim("l1_mass", 0.8)]
+    survivals = sparsify.trim_globally(trims, 30_000, Cut(values, 1_000), CpuOps(), rescale=True)
+    for delta, trim, survival in zip(values, trims, survivals, strict=True):
+        size = np.abs(delta)
+        expected = (size >= size[wanted(delta, trim)].min()) & (size > 0)  # the k-th largest, and every tie of it
+        np.testing.assert_array_equal(mask(delta, survival), expected)
+        assert survival.scale == pytest.approx(size.sum(dtype=np.float64) / size[expected].sum(dtype=np.float64), rel=1e-6)
+
+
 def test_l1_norms_of_bins_are_exact() -> None:
     values = deltas("smooth", 50_000)
     values[0, :3] = [1e-40, 3e38, 0.0]

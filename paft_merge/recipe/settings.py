@@ -189,7 +189,7 @@ def resolve(
             continue
         if condition is None:
             break
-        if False:
+        if rival is not None:
             raise RecipeError([_clash(parameter.name, condition, rival, tensor_name)])
         try:
             return Resolved(evaluate(condition, parameter, t), Origin(level.kind, condition.spot))

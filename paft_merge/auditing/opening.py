@@ -1,0 +1,332 @@
+"""What is audited, opened: the sources, the base if there is one, and every tensor that they change."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from paft_merge import api
+from paft_merge.adapters import Adapter
+from paft_merge.adapters.config import read_settings
+from paft_merge.auditing.shapes import ShapesOnly, natural, shapes_of
+from paft_merge.blocks import tile_bounds
+from paft_merge.checkpoint import DTYPES, Checkpoint
+from paft_merge.errors import AuditError, Problem, Problems
+from paft_merge.hub import fetch
+from paft_merge.plan import COPY, MergePlan, Model
+from paft_merge.reading import Inputs, Read
+from paft_merge.recipe import ModelRef, Recipe
+from paft_merge.rules import Rule
+
+Source = Path | str | Mapping[str, Any] | Recipe
+
+_LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One tensor to audit."""
+
+    name: str
+    inputs: Inputs
+    rule: Rule | None = None
+    """The rule of a recipe for this tensor."""
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return max((r.shape for r in self.inputs.reads), key=math.prod)
+
+    @cached_property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def row(self) -> int:
+        """Elements of a row: blocks are whole rows, as adapters' deltas are."""
+        rows = {read.patch.row for read in self.inputs.reads if read.patch}
+        return math.lcm(*rows) if rows else max(self.shape[-1] if self.shape else 1, 1)
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        return tile_bounds(self.numel, self.row)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a source is, from its own files."""
+
+    source: str
+    label: str
+    """Short and unique among the sources of an audit."""
+    kind: str
+    """`lora`, `rslora`, `dora`, `pissa`, `olora`, or `checkpoint`."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Of an adapter: rank, alpha, scale, dtype of the factors, PEFT version, the base it names, digest of its header."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that was not audited, and why."""
+
+    source: str
+    names: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The open inputs of an audit."""
+
+    headers: tuple[Header, ...]
+    base: str | None
+    """None when only shapes are known; then nothing that needs the weights is measured."""
+    subjects: tuple[Subject, ...]
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[Problem, ...]
+    recipe: Recipe | None = None
+
+
+@contextmanager
+def open_sources(sources: Sequence[Source], base: Path | str | None) -> Iterator[Opened]:
+    """Open what is to be audited.
+
+    Args:
+        sources: adapters, checkpoints, `base+adapter` references, or one recipe (a file, text with a newline, a mapping).
+        base: what they change; not with a recipe, which names it.
+
+    Raises:
+        AuditError: NO_BASE, EMPTY (there is nothing to audit), RECIPE.
+        PaftMergeError: what opening them shows to be wrong.
+    """
+    recipes = [s for s in sources if _is_recipe(s)]
+    if recipes:
+        if len(sources) > 1 or base is not None:
+            raise AuditError.of("RECIPE", "", "a recipe names its sources and its base itself", "give the recipe alone")
+        with api.plan(recipes[0] if not isinstance(recipes[0], str) or "\n" in recipes[0] else Path(recipes[0])) as planned:
+            yield _not_empty(_of_plan(planned))
+        return
+    with ExitStack() as stack:
+        yield _not_empty(_of_references([_reference(s) for s in sources], base, stack))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor: the first numbered segment of its name; None outside of layers."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def module_of(name: str) -> str:
+    """The kind of module of a tensor: the last word of its name, without `weight`; the same in every layer and expert."""
+    parts = [p for p in name.removesuffix(".weight").split(".") if not p.isdigit()]
+    return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
+
+
+def _is_recipe(source: Source) -> bool:
+    if isinstance(source, (Recipe, Mapping)):
+        return True
+    return "\n" in str(source) or str(source).endswith((".yaml", ".yml"))
+
+
+def _reference(source: Source) -> ModelRef:
+    assert isinstance(source, (str, Path))
+    return ModelRef(str(source)) if Path(source).exists() else ModelRef.parse(str(source))
+
+
+def _not_empty(opened: Opened) -> Opened:
+    if not opened.subjects:
+        why = "; ".join(dict.fromkeys(s.why for s in opened.skipped)) or "no tensor differs from the base"
+        where = ", ".join(h.source for h in opened.headers)
+        raise AuditError.of("EMPTY", where, f"there is nothing to audit: {why}", "pass --base" if opened.base is None else "")
+    return opened
+
+
+# --- from references --------------------------------------------------------------------------------------------------
+
+
+def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: ExitStack) -> Opened:
+    folders, problems = list[Path](), Problems()
+    for ref in refs:
+        with problems.catching():
+            folders.append(fetch(ref.lora, ref.lora_revision) if ref.lora else fetch(ref.path, ref.revision))
+    problems.raise_as(AuditError)
+    adapters = [bool(ref.lora) or (folder / "adapter_config.json").is_file() for ref, folder in zip(refs, folders, strict=True)]
+    named = base if base is not None else next((str(ref.base) for ref in refs if ref.lora), None)
+    if named is None:
+        for ref, is_adapter in zip(refs, adapters, strict=True):
+            if not is_adapter:
+                what = "is a whole model, and its delta is the difference from what it was fine-tuned from"
+                problems.add("NO_BASE", ref, what, "pass that model as --base")
+        problems.raise_as(AuditError)
+        return _without_base([str(r) for r in refs], folders, stack)
+    model = ModelRef.parse(str(named)) if not Path(named).exists() else ModelRef(str(named))
+    checkpoint = stack.enter_context(Checkpoint.open(fetch(model.path, model.revision)))
+    models = list[Model]()
+    for ref, folder, is_adapter in zip(refs, folders, adapters, strict=True):
+        with problems.catching():
+            models.append(_open_model(ref, folder, is_adapter, checkpoint, stack))
+    problems.raise_as(AuditError)
+    return _of_models(models, Model(str(named), checkpoint), str(named), ())
+
+
+def _open_model(ref: ModelRef, folder: Path, is_adapter: bool, base: Checkpoint, stack: ExitStack) -> Model:
+    if not is_adapter:
+        return Model(str(ref), stack.enter_context(Checkpoint.open(folder)))
+    own = base
+    if ref.lora and fetch(ref.path, ref.revision).resolve() != base.folder.resolve():
+        own = stack.enter_context(Checkpoint.open(fetch(ref.path, ref.revision)))
+    return Model(str(ref), own, stack.enter_context(Adapter.open(folder, own)))
+
+
+def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack) -> Opened:
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems = Problems()
+    for ref, folder in zip(refs, folders, strict=True):
+        with problems.catching():
+            settings = read_settings(folder)
+            if settings.names("target_parameters"):
+                what = "targets fused parameters, and which they are only the base's architecture tells"
+                raise AuditError.of("NO_BASE", ref, what, "pass --base")
+            listed = settings.raw.get("trainable_token_indices") or []
+            rows = [i for one in (listed.values() if isinstance(listed, dict) else [listed]) for i in one]
+            for name, shape in shapes_of(folder, rows).items():
+                if shapes.setdefault(name, shape) != shape:
+                    what = f"{name} is {shape}, and another adapter has {shapes[name]} there"
+                    problems.add("ADAPTER_SHAPE", ref, what, "audit adapters of one base together")
+    problems.raise_as(AuditError)
+    base = ShapesOnly(shapes)
+    models = list[Model]()
+    for ref, folder in zip(refs, folders, strict=True):
+        with problems.catching():
+            models.append(Model(ref, base, stack.enter_context(Adapter.open(folder, base))))
+    problems.raise_as(AuditError)
+    skipped = list[Skipped]()
+    for model in models:
+        assert model.adapter is not None
+        skipped += _drop_what_needs_weights(model.ref, model.adapter)
+    return _of_models(models, Model("", base), None, skipped)
+
+
+def _drop_what_needs_weights(ref: str, adapter: Adapter) -> list[Skipped]:
+    """Take out the patches whose delta depends on the weights, and say so."""
+    groups: dict[str, list[str]] = {}
+    for name, patch in list(adapter.patches.items()):
+        if patch.needs_weight or patch.kind in ("pissa", "olora"):
+            del adapter.patches[name]
+            groups.setdefault(patch.kind, []).append(name)
+    return [Skipped(ref, tuple(names), f"{_WHY[kind]}, and without --base its delta is unknown") for kind, names in groups.items()]
+
+
+_WHY = {
+    "dora": "DoRA scales the whole weight",
+    "replace": "modules_to_save holds the whole new value",
+    "tokens": "trainable_token_indices holds whole new rows",
+    "pissa": "PiSSA took its start out of the weight",
+    "olora": "OLoRA took its start out of the weight",
+    "untied": "it is a tied weight that must be parted",
+}
+
+
+def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped: Sequence[Skipped]) -> Opened:
+    """Every tensor that some model has otherwise than the base."""
+    unties = {n: under for m in models if m.adapter for n, under in m.adapter.unties.items() if n not in base.checkpoint.tensors}
+    subjects, left_out = list[Subject](), list(skipped)
+    for name in [*base.checkpoint.tensors, *unties]:
+        under = unties.get(name)
+        reads = [_read(m, name, under) for m in models]
+        beneath = base.read(under or name)
+        present = [r for r in reads if r is not None]
+        changed = [r for r in present if r.patch or not r.same_weight(beneath)]
+        if not changed:
+            continue
+        why = _unfit(beneath, reads, changed)
+        if why:
+            left_out.append(Skipped(changed[0].source, (name,), why))
+        else:
+            subjects.append(Subject(name, Inputs(beneath, tuple(present), "deltas", subtract=False)))
+    for m in models:
+        extra = [n for n in m.checkpoint.tensors if n not in base.checkpoint.tensors]
+        if extra:
+            left_out.append(Skipped(m.ref, tuple(extra), "the base has no such tensor"))
+    headers = tuple(_header(m, label) for m, label in zip(models, _labels([m.ref for m in models]), strict=True))
+    warnings = [w for m in models if m.adapter for w in m.adapter.warnings if named is not None or w.code != "ADAPTER_BASE"]
+    ordered = sorted(subjects, key=lambda s: natural(s.name))
+    return Opened(headers, named, tuple(ordered), tuple(left_out), tuple(warnings))
+
+
+def _read(model: Model, name: str, under: str | None) -> Read | None:
+    wanted = name if under is None or model.has(name) else under
+    return model.read(wanted) if model.has(wanted) else None
+
+
+def _unfit(beneath: Read, reads: Sequence[Read | None], changed: Sequence[Read]) -> str:
+    """Why a tensor has no delta; empty when it has."""
+    if any(r is None for r in reads):
+        return "not every source has it"
+    if not all(DTYPES[r.dtype].mergeable for r in [beneath, *changed]):
+        return f"its values are {beneath.dtype}, from which there is no difference to take"
+    if len({r.shape for r in changed}) > 1 or any(not r.patch and r.shape != beneath.shape for r in changed):
+        return f"its shapes differ: {', '.join(str(list(s)) for s in {beneath.shape, *(r.shape for r in changed)})}"
+    return ""
+
+
+# --- from a recipe ----------------------------------------------------------------------------------------------------
+
+
+def _of_plan(planned: MergePlan) -> Opened:
+    """What a recipe merges, tensor by tensor with its rule."""
+    base_ref = planned.recipe.slices[0].base
+    if base_ref is None:
+        what = f"{planned.recipe.merge_method} here has no base, so there are no deltas to audit"
+        raise AuditError.of("NO_BASE", "", what, "give the recipe a base_model")
+    subjects, left_out = list[Subject](), list[str]()
+    for tensor in planned.tensors:
+        if tensor.method == COPY or not tensor.inputs.sources:
+            continue
+        if tensor.inputs.base is None or not tensor.inputs.deltas:
+            left_out.append(tensor.name)
+            continue
+        inputs = Inputs(tensor.inputs.base, tensor.inputs.sources, "deltas", subtract=False)
+        if inputs.active:
+            subjects.append(Subject(tensor.name, inputs, tensor.rule))
+    by_ref = {m.ref: m for m in planned.models}
+    refs = list(dict.fromkeys(r.source for s in subjects for r in s.inputs.sources))
+    why = f"{planned.recipe.merge_method} merges whole values there, not deltas"
+    skipped = (Skipped("", tuple(left_out), why),) if left_out else ()
+    headers = tuple(_header(by_ref[ref], label) for ref, label in zip(refs, _labels(refs), strict=True))
+    ordered = tuple(sorted(subjects, key=lambda s: natural(s.name)))
+    return Opened(headers, str(base_ref), ordered, skipped, planned.warnings, planned.recipe)
+
+
+# --- headers ----------------------------------------------------------------------------------------------------------
+
+
+def _labels(refs: Sequence[str]) -> list[str]:
+    """The last part of each reference where that tells them apart, else the whole."""
+    short = [ref.split("+")[-1].split("@")[0].rstrip("/").split("/")[-1] or ref for ref in refs]
+    if len(set(refs)) < len(refs):
+        return [f"{name} ({i + 1})" for i, name in enumerate(short)]
+    return [name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
+
+
+def _header(model: Model, label: str) -> Header:
+    if model.adapter is None:
+        kinds = {info.dtype for info in model.checkpoint.tensors.values()}
+        return Header(model.ref, label, "checkpoint", {"dtype": "/".join(sorted(kinds))})
+    config = model.adapter.config
+    start = str(config.get("init_lora_weights", True)).lower()
+    kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank and alpha else None
+    prints = model.adapter.fingerprint()
+    details = {
+        "rank": rank, "alpha": alpha, "scale": scale, "target_modules": config.get("target_modules"),
+        "peft_version": config.get("peft_version"), "base": config.get("base_model_name_or_path"),
+        "header_digest": next((str(p["header"]) for p in prints.values()), None),
+    }  # fmt: skip
+    return Header(model.ref, label, start if start in ("pissa", "olora") else kind, details)

@@ -1,0 +1,191 @@
+"""What a merge would keep of each source, by the very rule of the merge, before anything is merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from paft_merge.auditing.metrics import UNDEFINED
+from paft_merge.auditing.opening import Subject
+from paft_merge.blocks import Survival
+from paft_merge.errors import AuditError, Problems
+from paft_merge.methods import METHODS, REQUIRED, Parameter
+from paft_merge.rules import Consensus, Rule
+from paft_merge.sparsify import Trim, stream_key
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A method with its parameters; a parameter of a source may be one value for all, or one a source."""
+
+    method: str = "ties"
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"density": 0.2, "weight": 1.0})
+    seed: int = 0
+    """Of random drops, as in a recipe."""
+
+    @classmethod
+    def parse(cls, method: str, settings: Sequence[str]) -> Proposal:
+        """From `NAME=VALUE` texts; `NAME=V1,V2` gives each source its own.
+
+        Raises:
+            AuditError: PREVIEW, with everything that is wrong.
+        """
+        problems, parameters = Problems(), dict[str, Any]()
+        known = METHODS[method].parameters if method in METHODS else ()
+        if method not in METHODS:
+            problems.add("PREVIEW", method, "is no method of ours", f"one of {', '.join(METHODS)}")
+        for text in settings:
+            name, _, value = text.partition("=")
+            spec = next((p for p in known if p.name == name), None)
+            if spec is None:
+                if method in METHODS:
+                    problems.add("PREVIEW", text, f"{method} has no parameter {name!r}", f"one of {', '.join(p.name for p in known)}")
+                continue
+            with problems.catching():
+                values = [_value(spec, part) for part in value.split(",")]
+                parameters[name] = values[0] if len(values) == 1 else tuple(values)
+        problems.raise_as(AuditError)
+        return cls(method, parameters)
+
+    def rule(self, sources: Sequence[str], name: str) -> Rule:
+        """The rule for the tensor `name`.
+
+        Raises:
+            AuditError: PREVIEW, a parameter is missing, out of bounds, or has not one value a source.
+        """
+        method, problems = METHODS[self.method], Problems()
+        per_source: list[dict[str, Any]] = [{} for _ in sources]
+        shared: dict[str, Any] = {}
+        for spec in method.parameters:
+            given = self.parameters.get(spec.name, 1.0 if spec.name == "weight" and spec.default is REQUIRED else spec.default)
+            if given is REQUIRED:
+                problems.add("PREVIEW", self.method, f"{spec.name} must be given", f"-p {spec.name}=...")
+            elif spec.scope == "shared":
+                shared[spec.name] = given
+            elif isinstance(given, (tuple, list)) and len(given) != len(sources):
+                problems.add("PREVIEW", self.method, f"{spec.name} has {len(given)} values for {len(sources)} sources")
+            else:
+                for i, one in enumerate(per_source):
+                    one[spec.name] = given[i] if isinstance(given, (tuple, list)) else given
+        problems.raise_as(AuditError)
+        keys = [stream_key(self.seed, source, name, "drop") for source in sources]
+        try:
+            return method.rule(per_source, shared, keys)
+        except ValueError as error:
+            raise AuditError.of("PREVIEW", self.method, str(error)) from error
+
+
+@dataclass(frozen=True)
+class Survived:
+    """What trimming and election leave of one source's delta; counts and energies add up over tensors."""
+
+    entries: int
+    kept: int
+    """Entries that survive trimming (or dropping)."""
+    elected: int
+    """Entries that also agree with the elected sign."""
+    square: float
+    """Sum of d^2 of the whole delta."""
+    kept_square: float
+    elected_square: float
+
+    @classmethod
+    def total(cls, parts: Sequence[Survived]) -> Survived:
+        """What is left of everything in `parts`."""
+        return cls(*(sum(getattr(p, name) for p in parts) for name in cls.__dataclass_fields__))
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the entries that survive trimming."""
+        return _ratio(self.kept, self.entries)
+
+    @property
+    def kept_energy(self) -> float:
+        """Share of sum d^2 that survives trimming."""
+        return _ratio(self.kept_square, self.square)
+
+    @property
+    def elected_energy(self) -> float:
+        """Share of sum d^2 that survives trimming and election."""
+        return _ratio(self.elected_square, self.square)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the report's JSON has it."""
+        counts = {"entries": self.entries, "kept": self.kept, "elected": self.elected}
+        return {**counts, "kept_energy": self.kept_energy, "elected_energy": self.elected_energy}
+
+
+@dataclass(frozen=True)
+class PreviewTensor:
+    """What a merge would make of one tensor."""
+
+    name: str
+    layer: int | None
+    module: str
+    sources: Mapping[str, Survived]
+    merged_square: float
+    """Sum of squares of the merged delta."""
+    sum_square: float
+    """Sum of squares of the plain sum of weight * delta, which nothing is trimmed from."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a merge would keep, per tensor."""
+
+    method: str
+    parameters: Mapping[str, Any]
+    """Empty when a recipe gives each tensor its own."""
+    tensors: tuple[PreviewTensor, ...]
+
+    def of(self, source: str, tensors: Sequence[PreviewTensor] | None = None) -> Survived:
+        """What is left of one source (by its label) over `tensors`, all by default."""
+        parts = [t.sources[source] for t in (self.tensors if tensors is None else tensors) if source in t.sources]
+        return Survived.total(parts)
+
+    @property
+    def norm_ratio(self) -> float:
+        """Norm of the merged delta over the norm of the plain weighted sum."""
+        merged, plain = (math.fsum(getattr(t, n) for t in self.tensors) for n in ("merged_square", "sum_square"))
+        return math.sqrt(_ratio(merged, plain)) if plain else UNDEFINED
+
+
+def trims_at(rule: Rule, density: float) -> bool:
+    """Whether a rule trims every source to `density`, no more and no less."""
+    plain = Trim("density", density)
+    return isinstance(rule, Consensus) and rule.fixed is None and not rule.rescale and all(t == plain for t in rule.thin)
+
+
+def with_survivals(rule: Rule, survivals: Sequence[Survival], active: Sequence[int]) -> Rule:
+    """The same rule with thresholds that were found already, for the active sources."""
+    assert isinstance(rule, Consensus)
+    fixed = [Survival()] * len(rule.thin)
+    for i, survival in zip(active, survivals, strict=True):
+        fixed[i] = survival
+    return replace(rule, fixed=tuple(fixed))
+
+
+def rule_for(subject: Subject, proposal: Proposal | None) -> Rule | None:
+    """The rule to preview for a tensor: the recipe's, or the proposal's; None where neither trims nor elects."""
+    rule = subject.rule
+    if rule is None and proposal is not None:
+        rule = proposal.rule([r.source for r in subject.inputs.sources], subject.name)
+    return rule if isinstance(rule, Consensus) else None
+
+
+def _value(spec: Parameter, text: str) -> Any:
+    try:
+        value = text.lower() in ("true", "yes", "1") if spec.type is bool else spec.type(text)
+    except ValueError:
+        raise AuditError.of("PREVIEW", spec.name, f"must be a {spec.type.__name__}, got {text!r}") from None
+    if spec.choices and value not in spec.choices:
+        raise AuditError.of("PREVIEW", spec.name, f"must be one of {', '.join(spec.choices)}, got {text!r}")
+    if spec.type in (int, float) and not spec.low <= value <= spec.high:
+        raise AuditError.of("PREVIEW", spec.name, f"must be in [{spec.low:g}, {spec.high:g}], got {text!r}")
+    return value
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else UNDEFINED
