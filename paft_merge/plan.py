@@ -185,6 +185,7 @@ def plan_merge(
     _refuse_unplanned(recipe)
     planner = _Planner(recipe, models, allow_crimes)
     tensors = list(planner.tensors())
+    planner.check_global_trim(tensors)
     if planner.problems.found:
         raise CheckpointError(capped(list(dict.fromkeys(planner.problems.found)), "the recipe"))
     shards = _layout(planner.donor.checkpoint, tensors, out_shard_bytes)
