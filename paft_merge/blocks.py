@@ -97,7 +97,9 @@ class Tally:
         if not self.sums:
             return np.zeros((len(self.counts), len(kernels.SUMS)))
         stacked = np.stack(self.sums)
-        return np.array([[math.fsum(stacked[:, i, k]) for k in range(stacked.shape[2])] for i in range(stacked.shape[1])])
+        return np.array(
+            [[math.fsum(stacked[:, i, k]) for k in range(stacked.shape[2])] for i in range(stacked.shape[1])]
+        )
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,12 @@ class Ops(Protocol):
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int: ...
     def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums: ...
     def gram(self, block: Block) -> Sums: ...
-    def blend(self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool) -> Outcome: ...
-    def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome: ...
+    def blend(
+        self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
+    ) -> Outcome: ...
+    def consensus(
+        self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int
+    ) -> Outcome: ...
 
     # From one block to another, for the rarer methods.
     def tally(self, block: Block) -> tuple[Counts, Sums]: ...
@@ -160,7 +166,9 @@ class Each(Protocol):
     def tiles(self) -> int:
         """How many tiles the tensor has."""
 
-    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
         """`sample`: on about a sixteenth of each tile's rows only. `tiles`: on these tiles only."""
 
 
@@ -205,7 +213,9 @@ class CpuOps:
         kernels.gram(block.base, block.sources, block.subtract, out)
         return out
 
-    def blend(self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool) -> Outcome:
+    def blend(
+        self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
+    ) -> Outcome:
         """Write `base_weight * base + sum weights_i * source_i` (see `kernels.blend`)."""
         outcome = _no_outcome(len(block.sources))
         outcome.bad = kernels.blend(
@@ -230,7 +240,6 @@ class CpuOps:
             np.uint64(key), outcome.counts, outcome.sums,
         )  # fmt: skip
         return outcome
-
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
         """The block's share of a tally, of deltas that are merged as they are (see `mixing.tally`)."""
@@ -279,7 +288,11 @@ class CpuOps:
 
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
         """Drop entries of each source by their rank among `length` entries that lie `inner` apart; ties rank by position."""
-        deltas = np.stack([_as_float32(row) for row in block.sources]) if len(block.sources) else np.empty((0, 0), np.float32)
+        deltas = (
+            np.stack([_as_float32(row) for row in block.sources])
+            if len(block.sources)
+            else np.empty((0, 0), np.float32)
+        )
         if block.subtract:
             deltas -= _as_float32(block.base)
         out = np.empty_like(deltas)

@@ -23,5 +23,7 @@ def ops_for(device: str) -> Ops:
     except RuntimeError as error:
         raise MergeError.of("DEVICE", device, "is no device", "use cpu, cuda or cuda:1") from error
     if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise MergeError.of("DEVICE", device, "there is no CUDA device here, or this torch is built without CUDA", "use --device cpu")
+        raise MergeError.of(
+            "DEVICE", device, "there is no CUDA device here, or this torch is built without CUDA", "use --device cpu"
+        )
     return TorchOps(wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from paft_merge.blocks import Block, CpuOps, Ops, Outcome, Tally
 from paft_merge.checkpoint import DTYPES
 from paft_merge.errors import MergeError
 from paft_merge.output import Finished, Output
-from paft_merge.plan import MergePlan, PlannedTensor
+from paft_merge.plan import COPY, MergePlan, PlannedTensor
 from paft_merge.reading import RAW
 from paft_merge.rules import Combine, Consensus, Walk
 from paft_merge.scratch import SCRATCH
@@ -127,6 +127,8 @@ class _Worker:
 
     def merge(self, tensor: PlannedTensor) -> Finished:
         """Read -> delta -> method -> write, for one tensor."""
+        if tensor.method == COPY:
+            return self._copy(tensor)
         tiles = _Tiles(tensor, self.pool)
         sources = tensor.inputs.active
         combine = tensor.rule.prepare(Walk(tensor.numel, tiles, self.ops, sources), tensor.inputs.deltas)
@@ -138,6 +140,26 @@ class _Worker:
         tensor.release()
         return Finished(tensor.name, digest.hexdigest(), sources, tally.counts, tally.total())
 
+    def _copy(self, tensor: PlannedTensor) -> Finished:
+        """The bytes of a tensor that no source changes, whatever their type."""
+
+        read, step = tensor.inputs.reads[0], tensor.tile_bytes
+
+        def copy(start: int) -> bytes:
+            held = SCRATCH.array("copied", min(step, tensor.nbytes - start), np.uint8)
+            read.checkpoint.read_into(read.name, start, held)
+            if not self.allow_nonfinite and not _is_finite(held, tensor.dtype):
+                raise _not_finite(tensor)
+            self.output.write(tensor.name, start, held)
+            return xxhash.xxh3_128_digest(held)
+
+        digest = xxhash.xxh3_128()
+        starts = range(0, tensor.nbytes, step)
+        for block_digest in _in_order(self.pool, copy, starts, ahead=max(len(starts), 1)):
+            digest.update(block_digest)
+        nothing = Tally.empty(0)
+        return Finished(tensor.name, digest.hexdigest(), [], nothing.counts, nothing.total())
+
     def _write(self, tensor: PlannedTensor, combine: Combine, block: Block) -> tuple[bytes, Outcome]:
         """Merge one block, check it, write it where it belongs."""
         size = block.sources.shape[1]
@@ -145,7 +167,7 @@ class _Worker:
         outcome = combine(block, out, tensor.rounding_key)
         largest = int(outcome.counts[:, -1].max(initial=0))
         if (outcome.bad or largest >= kernels.INFINITY) and not self.allow_nonfinite:
-            raise _not_finite(tensor, block.index, block.index + size)
+            raise _not_finite(tensor)
         stored = out if tensor.dtype in RAW else _cast(out, tensor)
         self.output.write(tensor.name, block.index * tensor.width, stored)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
@@ -162,7 +184,9 @@ class _Tiles:
     def tiles(self) -> int:
         return len(self.tensor.bounds)
 
-    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
         def run(bounds: tuple[int, int]) -> T:
             return work(self.tensor.inputs.block(*bounds))
 
@@ -178,7 +202,7 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[
 
     The first failure cancels what has not begun and is raised once what has begun is over.
     """
-    waiting = deque()
+    waiting: deque[Future[T]] = deque()
     feed = iter(items)
     try:
         for item in feed:
@@ -216,21 +240,39 @@ def _cast(out: Any, tensor: PlannedTensor) -> Any:
     rounded = torch.from_numpy(out.view(np.float32)).to(getattr(torch, str(kind.torch)))
     if not bool(torch.isfinite(rounded.float()).all()):
         raise MergeError.of(
-            "OVERFLOW", tensor.name, f"a merged value is too large for {kind.torch}", "write out_dtype: bfloat16 or float32"
+            "OVERFLOW",
+            tensor.name,
+            f"a merged value is too large for {kind.torch}",
+            "write out_dtype: bfloat16 or float32",
         )
     return rounded.view(torch.uint8).numpy()
 
 
-def _not_finite(tensor: PlannedTensor, start: int, stop: int) -> MergeError:
-    """Say which input brought NaN or infinity into a block."""
-    values = np.empty(stop - start, np.float32)
+def _is_finite(stored: Any, dtype: str) -> bool:
+    """Whether stored bytes are numbers; types other than floating point always are."""
+    if dtype in RAW:
+        exponent = 0x7F80 if dtype == "BF16" else kernels.INFINITY
+        return not bool(((stored.view(RAW[dtype]) & exponent) == exponent).any())
+    if not DTYPES[dtype].mergeable:
+        return True
+    import torch
+
+    values = torch.from_numpy(stored).view(getattr(torch, str(DTYPES[dtype].torch)))
+    return bool(torch.isfinite(values if values.element_size() > 1 else values.float()).all())
+
+
+def _not_finite(tensor: PlannedTensor) -> MergeError:
+    """Say which input brought NaN or infinity into a tensor, how many, and where the first one is."""
     for read in tensor.inputs.reads:
-        read.value(start, stop, values)
-        bad = np.flatnonzero(~np.isfinite(values))
-        if bad.size:
-            return MergeError.of(
-                "NONFINITE", f"{read.source}: {read.name}",
-                f"{bad.size} of {bad.size and stop - start} elements from {start} on are NaN or infinite, the first at flat index {start + int(bad[0])}",
-                "mend the source, or pass --allow-nonfinite to merge it as it is",
-            )  # fmt: skip
+        count, first = 0, -1
+        for start, stop in tensor.bounds:
+            values = np.empty(stop - start, np.float32)
+            read.value(start, stop, values)
+            bad = np.flatnonzero(~np.isfinite(values))
+            first = start + int(bad[0]) if bad.size and first < 0 else first
+            count += bad.size
+        if count:
+            what = f"{count:,} of {tensor.numel:,} elements are NaN or infinite, the first at flat index {first:,}"
+            fix = "mend the source, or pass --allow-nonfinite to merge it as it is"
+            return MergeError.of("NONFINITE", f"{read.source}: {read.name}", what, fix)
     return MergeError.of("OVERFLOW", tensor.name, "the merged values overflow float32", "use smaller weights or lambda")

@@ -8,7 +8,16 @@ from pathlib import Path
 from paft_merge.errors import HubError
 
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
-_SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*", "LICENSE*", "NOTICE*"]
+_SIDE_FILES = [
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "NOTICE*",
+]
 _NEVER = ["consolidated*", "*/*.safetensors", "original/*", "*.bin", "training_args*", "optimizer*"]
 _REPOSITORY = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -27,19 +36,41 @@ def fetch(path: str, revision: str | None = None) -> Path:
     if not _REPOSITORY.match(path) or path.startswith("."):
         raise HubError.of("NOT_FOUND", path, "is no folder here, and no name of a Hub repository", "check the path")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     where = f"{path}@{revision}" if revision else path
     try:
-        found = snapshot_download(path, revision=revision, allow_patterns=_WEIGHTS + _SIDE_FILES, ignore_patterns=_NEVER)
+        found = snapshot_download(
+            path, revision=revision, allow_patterns=_WEIGHTS + _SIDE_FILES, ignore_patterns=_NEVER
+        )
     except GatedRepoError as error:
-        raise HubError.of("HUB_GATED", where, "is gated", "accept its terms on its page, then log in with `hf auth login`") from error
+        raise HubError.of(
+            "HUB_GATED", where, "is gated", "accept its terms on its page, then log in with `hf auth login`"
+        ) from error
     except RevisionNotFoundError as error:
-        raise HubError.of("HUB_REVISION", where, "the repository has no such revision", "check the part after '@'") from error
+        raise HubError.of(
+            "HUB_REVISION", where, "the repository has no such revision", "check the part after '@'"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise HubError.of("HUB_NOT_FOUND", where, "is no folder here and no repository that you can see on the Hub", "check the name, or log in with `hf auth login`") from error
+        raise HubError.of(
+            "HUB_NOT_FOUND",
+            where,
+            "is no folder here and no repository that you can see on the Hub",
+            "check the name, or log in with `hf auth login`",
+        ) from error
     except LocalEntryNotFoundError as error:
-        raise HubError.of("HUB_OFFLINE", where, "is no folder here, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)", "check the path, or download it first") from error
+        raise HubError.of(
+            "HUB_OFFLINE",
+            where,
+            "is no folder here, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)",
+            "check the path, or download it first",
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise HubError.of("HUB_ERROR", where, str(error).split("\n")[0], "try again later") from error
     return Path(found)

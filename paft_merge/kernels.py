@@ -499,7 +499,7 @@ def consensus(
                 result[j] += v * coefficient if agrees else zero
                 divisor[j] += share if agrees else zero
                 elected += agrees
-                wide = np.float64(v) if agrees else 0.0
+                wide = np.float64(v) if agrees else np.float64(0.0)
                 lane[j] += wide * wide
             counts[i, 6] += elected
         if normalize != 0:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.agreement import compare_configs, compare_tensors, compare_tokenizers
-from paft_merge.blocks import TILE, tile_bounds
+from paft_merge.blocks import tile_bounds
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import CheckpointError, Problem, Problems, RecipeError
 from paft_merge.headers import capped
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 COPY = "copy"
 """The method of a tensor that no source changes: its bytes are copied."""
-
-COPY_BYTES = 4 * TILE
-"""Bytes that are copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +95,11 @@ class PlannedTensor:
     @property
     def tile_bytes(self) -> int:
         """Bytes of a block in the output, by which it is digested."""
-        if self.method == COPY:
-            return COPY_BYTES
         return max((self.bounds[0][1] if self.bounds else 0) * self.width, 1)
 
     @property
     def block_bytes(self) -> int:
         """Working memory of one block, about: every input and what is computed from it, float32."""
-        if self.method == COPY:
-            return COPY_BYTES
         elements = self.bounds[0][1] if self.bounds else 0
         return elements * 4 * (2 * len(self.inputs.reads) + 3)
 

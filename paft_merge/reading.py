@@ -203,9 +203,15 @@ def inputs_for(base: Read | None, sources: Sequence[Read], wants: Literal["value
         plain = Read(sources[0].source, sources[0].checkpoint, sources[0].name)
         return Inputs(plain, tuple(sources), "deltas", subtract=False)
     reads = [*([base] if base and wants == "deltas" else []), *sources]
-    if all(r.patch is None and r.dtype == reads[0].dtype and r.dtype in RAW and r.shape == reads[0].shape for r in reads):
+    if all(
+        r.patch is None and r.dtype == reads[0].dtype and r.dtype in RAW and r.shape == reads[0].shape for r in reads
+    ):
         if wants != "deltas":
             return Inputs(None, tuple(sources), "raw", subtract=False)
         if not all(s.same_weight(sources[0]) for s in reads):
             return Inputs(base, tuple(sources), "raw", subtract=True)
-    return Inputs(base, tuple(sources), "deltas", False) if wants == "deltas" else Inputs(None, tuple(sources), "values", False)
+    return (
+        Inputs(base, tuple(sources), "deltas", False)
+        if wants == "deltas"
+        else Inputs(None, tuple(sources), "values", False)
+    )

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import xxhash
 
-from paft_merge.blocks import NOTHING, Counts, Each, Ops, Survival
+from paft_merge.blocks import NOTHING, Counts, Each, Ops, Sums, Survival
 from paft_merge.kernels import BINS
 
 _ALL_BITS = 0x7F800000
@@ -115,7 +115,7 @@ def trim_globally(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, re
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
 
 
-def l1_of_bins(counts: Counts, lows: Counts) -> np.ndarray[Any, np.dtype[np.float64]]:
+def l1_of_bins(counts: Counts, lows: Counts) -> Sums:
     """The L1 norm of each bin of a histogram with `lows`: exact integers, rounded once to float64.
 
     Every magnitude of bin `b` is `(lead(b) + low) * 2**exponent(b)`, so their sum needs the count and the sum of lows only.
@@ -124,7 +124,8 @@ def l1_of_bins(counts: Counts, lows: Counts) -> np.ndarray[Any, np.dtype[np.floa
     exponent, high = bins >> 7, (bins & 0x7F) << 16
     lead = np.where(exponent > 0, high | 0x800000, high)
     mantissas = counts * lead + lows
-    return np.ldexp(mantissas.astype(np.float64), np.maximum(exponent, 1).astype(np.int32) - 150)
+    norms: Sums = np.ldexp(mantissas.astype(np.float64), np.maximum(exponent, 1).astype(np.int32) - 150)
+    return norms
 
 
 def _ratio(before: float, after: float) -> float:
@@ -265,10 +266,12 @@ class _Search:
             at = int(np.searchsorted(values, bits))
             here = int(counts[at]) if at < len(values) and values[at] == bits else 0
             if here >= kept:
-                nth = kept - 1
-                return self.each(lambda block: self.ops.locate(block, i, bits, nth), tiles=[tile])[0] + 1
+                return self._locate(i, tile, bits, kept - 1) + 1
             kept -= here
         raise AssertionError("the ties of a threshold were counted and then not found")
+
+    def _locate(self, i: int, tile: int, bits: int, nth: int) -> int:
+        return self.each(lambda block: self.ops.locate(block, i, bits, nth), tiles=[tile])[0]
 
     def _above(self, i: int, low: int, rank: int | None) -> tuple[int, float]:
         """How many entries of source `i` pass a threshold, and their L1 norm; `rank` says how many where ties are cut."""
@@ -313,7 +316,7 @@ class _Search:
     def _guess(self, ranks: dict[int, int]) -> dict[int, tuple[int, int]]:
         """A range of bits for each rank: from a sample, or all of them where the tensor is no larger than two tiles."""
         if self.each.tiles <= 2:
-            return {i: (1, _ALL_BITS - 1) for i in ranks}
+            return dict.fromkeys(ranks, (1, _ALL_BITS - 1))
         counts, _ = self._histogram(sample=True)
         ranges = {}
         for i, rank in ranks.items():

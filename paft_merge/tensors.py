@@ -26,7 +26,9 @@ class InMemory:
     def tiles(self) -> int:
         return len(tile_bounds(self.sources.shape[1], 1))
 
-    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
         bounds = tile_bounds(self.sources.shape[1], 1)
         results = []
         for start, stop in bounds if tiles is None else [bounds[i] for i in tiles]:

@@ -61,16 +61,18 @@ class TorchOps:
 
     def gram(self, block: Block) -> Sums:
         rows = self._deltas(block).double()
-        return (rows @ rows.T).cpu().numpy()  # type: ignore[no-any-return]
+        return (rows @ rows.T).cpu().numpy()
 
-    def blend(self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool) -> Outcome:
+    def blend(
+        self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
+    ) -> Outcome:
         rows = self._deltas(block)
         counts, sums = _tally(rows) if tally else _no_tally(len(rows))
         if len(rows):
             counts[:, 5] = (rows.shape[1] - counts[:, 0]) if tally else 0
         total = torch.zeros(block.sources.shape[1], device=self.device)
         if block.base.size:
-            total = self._float(block.base) * np.float32(base_weight)
+            total = self._float(block.base) * float(np.float32(base_weight))
         for row, weight in zip(rows, weights, strict=True):
             total = total + row * float(np.float32(weight))
         return Outcome(self._store(total, out, key, block.index), counts, sums)
@@ -96,7 +98,9 @@ class TorchOps:
             sums[i, 3] = float((held.double() ** 2).sum()) / unit**2 if unit else 0.0
         if election.normalize != "none":
             result = result / torch.where(divisor != 0, divisor, torch.ones_like(divisor))
-        return Outcome(self._store(base + result * float(np.float32(election.factor)), out, key, block.index), counts, sums)
+        return Outcome(
+            self._store(base + result * float(np.float32(election.factor)), out, key, block.index), counts, sums
+        )
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
         counts, sums = _tally(self._deltas(block))
@@ -128,7 +132,7 @@ class TorchOps:
     def overlaps(self, block: Block, epsilon: float) -> Counts:
         large = self._deltas(block).abs() > float(np.float32(epsilon))
         many = large.sum(0)
-        return torch.stack([(large & (many > 1)).sum(1), (large & (many == 1)).sum(1)], 1).cpu().numpy()  # type: ignore[no-any-return]
+        return torch.stack([(large & (many > 1)).sum(1), (large & (many == 1)).sum(1)], 1).cpu().numpy()
 
     def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
         deltas = self._deltas(block)
@@ -166,11 +170,11 @@ class TorchOps:
 
     def gram_rows(self, block: Block, row: int) -> Sums:
         deltas = self._deltas(block).double().view(len(block.sources), -1, row).transpose(0, 1)
-        return (deltas @ deltas.mT).cpu().numpy()  # type: ignore[no-any-return]
+        return (deltas @ deltas.mT).cpu().numpy()
 
     def gram_columns(self, block: Block, row: int) -> Sums:
         deltas = self._deltas(block).double().view(len(block.sources), -1, row)
-        return torch.stack([(deltas * one).sum(1) for one in deltas]).cpu().numpy()  # type: ignore[no-any-return]
+        return torch.stack([(deltas * one).sum(1) for one in deltas]).cpu().numpy()
 
     def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block:
         deltas = self._deltas(block).view(len(block.sources), -1, row)

@@ -25,7 +25,11 @@ def random_state(seed: int, dtype: torch.dtype = torch.float32, layers: int = 3,
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=made) * 0.02).to(dtype)
 
-    state = {"model.embed_tokens.weight": draw(40, width), "model.norm.weight": draw(width), "lm_head.weight": draw(40, width)}
+    state = {
+        "model.embed_tokens.weight": draw(40, width),
+        "model.norm.weight": draw(width),
+        "lm_head.weight": draw(40, width),
+    }
     for i in range(layers):
         state[f"model.layers.{i}.self_attn.q_proj.weight"] = draw(width, width)
         state[f"model.layers.{i}.mlp.up_proj.weight"] = draw(2 * width, width)
@@ -39,11 +43,15 @@ def near(state: Mapping[str, torch.Tensor], seed: int, size: float = 1e-3) -> St
     return {n: (t.float() + size * torch.randn(t.shape, generator=made)).to(t.dtype) for n, t in state.items()}
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], shards: int = 1, config: Mapping[str, object] | None = None) -> Path:
+def save_checkpoint(
+    folder: Path, state: Mapping[str, torch.Tensor], shards: int = 1, config: Mapping[str, object] | None = None
+) -> Path:
     """Write a checkpoint folder, in one file or in several with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(state)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, **(config or {})}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "tie_word_embeddings": False, **(config or {})})
+    )
     if shards == 1:
         save_file(dict(state), folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -59,7 +67,9 @@ def save_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], shards: int
     return folder
 
 
-def save_adapter(folder: Path, base: Mapping[str, torch.Tensor], seed: int, rank: int = 4, alpha: int = 8, size: float = 1e-2) -> Path:
+def save_adapter(
+    folder: Path, base: Mapping[str, torch.Tensor], seed: int, rank: int = 4, alpha: int = 8, size: float = 1e-2
+) -> Path:
     """Write a LoRA adapter, as PEFT lays it out, on every matrix of the layers of `base`."""
     folder.mkdir(parents=True, exist_ok=True)
     made = torch.Generator().manual_seed(seed)
@@ -70,7 +80,13 @@ def save_adapter(folder: Path, base: Mapping[str, torch.Tensor], seed: int, rank
             factors[f"{stem}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=made) * size
             factors[f"{stem}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=made) * size
     save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj", "up_proj"], "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": ["q_proj", "up_proj"],
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -79,7 +95,10 @@ def dense_deltas(folder: Path, base: Mapping[str, torch.Tensor]) -> State:
     """The deltas of an adapter of `save_adapter`, in float64, straight from the definition."""
     from safetensors.torch import load_file
 
-    factors, config = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
+    factors, config = (
+        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
     scale = config["lora_alpha"] / config["r"]
     deltas = {}
     for name in base:

@@ -38,7 +38,11 @@ def test_bits_of_a_product_depend_on_row_and_column_alone() -> None:
     left, right = normal(0, 50, 13, size=1.0), normal(1, 13, 200, size=1.0)
     whole = np.empty((50, 200), np.float32)
     kernels.product(left, right, whole)
-    for rows, columns in ((slice(7, 12), slice(0, 200)), (slice(0, 50), slice(3, 77)), (slice(49, 50), slice(199, 200))):
+    for rows, columns in (
+        (slice(7, 12), slice(0, 200)),
+        (slice(0, 50), slice(3, 77)),
+        (slice(49, 50), slice(199, 200)),
+    ):
         part = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.float32)
         kernels.product(left[rows], np.ascontiguousarray(right[:, columns]), part)
         np.testing.assert_array_equal(bits(part), bits(whole[rows, columns]))

@@ -78,7 +78,13 @@ def test_scalars_and_empty_tensors_are_merged(method: str) -> None:
 def test_keywords_are_the_recipe_fields(method: str) -> None:
     ignored = {"int8_mask", "trim_scope"} | ({"density", "rescale"} if method == "task_arithmetic" else set())
     fields = {p.name.replace("lambda", "lambda_") for p in METHODS[method].parameters} - ignored
-    keywords = set(inspect.signature(getattr(methods, method)).parameters) - {"tensors", "deltas", "base", "other", "seed"}
+    keywords = set(inspect.signature(getattr(methods, method)).parameters) - {
+        "tensors",
+        "deltas",
+        "base",
+        "other",
+        "seed",
+    }
     assert keywords == fields
 
 
@@ -117,7 +123,11 @@ def test_ties_elects_on_weighted_deltas_unlike_peft() -> None:
 
 
 def test_elections_by_hand() -> None:
-    deltas = [torch.tensor([3.0, 1.0, 1.0, 0.0]), torch.tensor([-1.0, 2.0, -1.0, 0.0]), torch.tensor([-1.0, 0.0, 0.0, 5.0])]
+    deltas = [
+        torch.tensor([3.0, 1.0, 1.0, 0.0]),
+        torch.tensor([-1.0, 2.0, -1.0, 0.0]),
+        torch.tensor([-1.0, 0.0, 0.0, 5.0]),
+    ]
 
     def result(**keywords: Any) -> list[float]:
         return methods.sign_election(deltas, 1.0, **keywords).tolist()  # type: ignore[no-any-return]
@@ -250,7 +260,9 @@ def test_ties_is_its_definition_under_every_option(
     deltas = [row.astype(np.float64) / 8 for row in arrays]  # exact in float32, with many ties
     rule = {"elect": elect, "elect_tie": elect_tie, "normalize": normalize}
     ours = methods.ties([torch.from_numpy(d).float() for d in deltas], weights[: len(deltas)], density=density, **rule)
-    np.testing.assert_allclose(ours.numpy(), reference_ties(deltas, weights[: len(deltas)], density, **rule), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        ours.numpy(), reference_ties(deltas, weights[: len(deltas)], density, **rule), rtol=1e-6, atol=1e-7
+    )
 
 
 # --- against the originals --------------------------------------------------------------------------------------------
@@ -272,7 +284,12 @@ CASES = {
     "task_arithmetic": {"weight": {"x": 0.5, "y": 0.7}, "lambda": 0.8},
     "task_arithmetic normalized": {"weight": {"x": 0.5, "y": 0.7}, "normalize": True},
     "ties": {"weight": {"x": 0.5, "y": 0.7}, "density": {"x": 0.3, "y": 0.5}},
-    "ties unnormalized": {"weight": {"x": 0.5, "y": -0.7}, "density": {"x": 0.3, "y": 1.0}, "normalize": False, "rescale": True},
+    "ties unnormalized": {
+        "weight": {"x": 0.5, "y": -0.7},
+        "density": {"x": 0.3, "y": 1.0},
+        "normalize": False,
+        "rescale": True,
+    },
     "dare_ties dense": {"weight": {"x": 0.5, "y": 0.7}, "density": {"x": 1.0, "y": 1.0}},
     "dare_linear dense": {"weight": {"x": 0.5, "y": 0.7}, "density": {"x": 1.0, "y": 1.0}, "normalize": True},
     "slerp": {"t": 0.3},
@@ -293,8 +310,13 @@ def test_mergekit_agrees(case: str) -> None:
     else:
         given = tensors[1:] if name == "linear" else tensors
         index = None if name == "linear" else 0
-        theirs = merge_tensors(given, name, base_index=index, ids=["b", "x", "y"][-len(given) :], parameters=parameters, name="w")
-        keywords = {k.replace("lambda", "lambda_"): list(v.values()) if isinstance(v, dict) else v for k, v in parameters.items()}
+        theirs = merge_tensors(
+            given, name, base_index=index, ids=["b", "x", "y"][-len(given) :], parameters=parameters, name="w"
+        )
+        keywords = {
+            k.replace("lambda", "lambda_"): list(v.values()) if isinstance(v, dict) else v
+            for k, v in parameters.items()
+        }
         ours = getattr(methods, name)(given if name == "linear" else [t - base for t in tensors[1:]], **keywords)
         ours = ours if name == "linear" else base + ours
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)

@@ -25,13 +25,17 @@ class Cut:
     def tiles(self) -> int:
         return -(-self.bits.shape[1] // self.tile)
 
-    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
         self.reads += tiles is None and not sample
         results = []
         for i in range(self.tiles) if tiles is None else tiles:
             start, stop = i * self.tile, min((i + 1) * self.tile, self.bits.shape[1])
             stop = start + max(1, (stop - start) // 16) if sample else stop
-            results.append(work(Block(start, np.zeros(0, np.uint32), np.ascontiguousarray(self.bits[:, start:stop]), False)))
+            results.append(
+                work(Block(start, np.zeros(0, np.uint32), np.ascontiguousarray(self.bits[:, start:stop]), False))
+            )
         return results
 
 
@@ -124,7 +128,9 @@ def test_a_global_threshold_keeps_what_the_paper_keeps(kind: str) -> None:
         size = np.abs(delta)
         expected = (size >= size[wanted(delta, trim)].min()) & (size > 0)  # the k-th largest, and every tie of it
         np.testing.assert_array_equal(mask(delta, survival), expected)
-        assert survival.scale == pytest.approx(size.sum(dtype=np.float64) / size[expected].sum(dtype=np.float64), rel=1e-6)
+        assert survival.scale == pytest.approx(
+            size.sum(dtype=np.float64) / size[expected].sum(dtype=np.float64), rel=1e-6
+        )
 
 
 def test_l1_norms_of_bins_are_exact() -> None:

@@ -194,6 +194,14 @@ def test_all_faults_of_all_adapters_are_told_with_hints():
         assert expected in told
 
 
+def test_the_key_on_survives_yamls_opinion_of_it():
+    import yaml
+
+    section = yaml.safe_load("{objective: sft, data: x, l1: {strength: 1e-4, on: factors}}")
+    l1 = read_adapter(section).l1
+    assert (l1.on, l1.strength) == ("factors", 1e-4)
+
+
 def test_reading_a_section_imports_neither_torch_nor_trl():
     import subprocess
     import sys

@@ -94,7 +94,7 @@ def test_the_penalty_never_holds_a_dense_delta():
 
     with Watch():
         product_l1([f], chunk_bytes=4 * 512 * 8).backward()
-    assert rows_per_chunk(512, 4 * 512 * 8) == 8
+    assert rows_per_chunk(f.a_RI, 4 * 512 * 8) == 8
     assert max(seen) == 4 * 512 * 8
 
 

@@ -69,15 +69,15 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     losses = {variant: runs[0]["losses"] for variant, runs in found.items()}
     assert losses["ours"] == losses["trl"], "without L1 the losses must be TRL's"
     assert losses["ours_l1"][0] == losses["trl"][0], "the first loss must not know of the penalty"
+    penalty_s = statistics.median(run["penalty_s"] for run in found["ours_l1"])
     step = {v: statistics.median(s for run in runs for s in run["step_s"]) for v, runs in found.items()}
     peak = {v: statistics.median(run["peak_bytes"] for run in runs) for v, runs in found.items()}
     return {
         "bench": "train",
         "step_s": {v: round(s, 4) for v, s in step.items()},
-        "spread_s": {v: [round(min(r["median_s"] for r in runs), 4), round(max(r["median_s"] for r in runs), 4)]
-                     for v, runs in found.items()},
+        "spread_s": {v: spread([run["median_s"] for run in runs]) for v, runs in found.items()},
         "speed_vs_trl": round(step["trl"] / step["ours"], 4),
-        "penalty_share_of_step": round(statistics.median(r["penalty_s"] for r in found["ours_l1"]) / step["ours_l1"], 4),
+        "penalty_share_of_step": round(penalty_s / step["ours_l1"], 4),
         "peak_bytes": peak,
         "peak_vs_trl": round(peak["ours"] / peak["trl"], 4),
         "peak_of_l1": peak["ours_l1"] - peak["ours"],
@@ -85,6 +85,11 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
         "shape": {k: getattr(given, k) for k in ("hidden", "layers", "vocab", "length", "batch", "rank", "dtype")},
         **surroundings(given),
     }  # fmt: skip
+
+
+def spread(values: list[float]) -> list[float]:
+    """Smallest and largest."""
+    return [round(min(values), 4), round(max(values), 4)]
 
 
 def one_variant(given: argparse.Namespace) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def ours(
 
 
 def penalty_alone(given: argparse.Namespace) -> dict[str, Any]:
-    """The product penalty with its gradient on `--penalty` layers of Mistral-7B's shapes: seconds, peak, and a check."""
+    """The product penalty and its gradient on `--penalty` layers of Mistral-7B's shapes: seconds, peak, a check."""
     import torch
 
     from paft_merge.train.sparsity import Factors, product_l1
@@ -233,9 +238,10 @@ def penalty_alone(given: argparse.Namespace) -> dict[str, Any]:
     assert abs(product_l1([first]).item() / dense - 1) < 1e-4
     median = statistics.median(seconds[1:])
     return {
-        "bench": "penalty", "seconds": round(median, 4), "spread_s": [round(min(seconds[1:]), 4), round(max(seconds[1:]), 4)],
-        "entries": entries, "seconds_for_7b": round(median * 32 / given.penalty, 3), "gflops": round(6 * entries * given.rank / median / 1e9, 1),
-        "peak_extra_bytes": peak - before, "dense_delta_bytes": entries * 4, "rank": given.rank, **surroundings(given),
+        "bench": "penalty", "seconds": round(median, 4), "spread_s": spread(seconds[1:]),
+        "seconds_for_7b": round(median * 32 / given.penalty, 3), "entries": entries,
+        "gflops": round(6 * entries * given.rank / median / 1e9, 1), "rank": given.rank,
+        "peak_extra_bytes": peak - before, "dense_delta_bytes": entries * 4, **surroundings(given),
     }  # fmt: skip
 
 

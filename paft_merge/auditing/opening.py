@@ -151,6 +151,8 @@ def _not_empty(opened: Opened) -> Opened:
 
 def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: ExitStack) -> Opened:
     folders, problems = list[Path](), Problems()
+    for ref in {r for r in refs if refs.count(r) > 1}:
+        problems.add("TWICE", ref, "is given twice", "give each source once")
     for ref in refs:
         with problems.catching():
             folders.append(fetch(ref.lora, ref.lora_revision) if ref.lora else fetch(ref.path, ref.revision))
@@ -309,8 +311,6 @@ def _of_plan(planned: MergePlan) -> Opened:
 def _labels(refs: Sequence[str]) -> list[str]:
     """The last part of each reference where that tells them apart, else the whole."""
     short = [ref.split("+")[-1].split("@")[0].rstrip("/").split("/")[-1] or ref for ref in refs]
-    if len(set(refs)) < len(refs):
-        return [f"{name} ({i + 1})" for i, name in enumerate(short)]
     return [name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
 
 

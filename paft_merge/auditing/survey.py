@@ -21,7 +21,7 @@ from paft_merge.auditing.metrics import Histogram, Measure
 from paft_merge.auditing.opening import Subject
 from paft_merge.auditing.pairs import PairMeasure
 from paft_merge.auditing.preview import Survived, trims_at, with_survivals
-from paft_merge.auditing.spectrum import Factored
+from paft_merge.auditing.spectrum import FactorCounts, Factored, Spectrum
 from paft_merge.auditing.walk import Walker
 from paft_merge.blocks import Block, CpuOps, Survival, Tally
 from paft_merge.errors import AuditError
@@ -50,8 +50,10 @@ class Survey:
     """One tensor, measured. Sources are indices into the subject's."""
 
     measures: Mapping[int, Measure]
-    factored: Mapping[int, Factored]
+    spectra: Mapping[int, tuple[Spectrum, FactorCounts]]
+    """Of the sources whose delta is one product of factors."""
     pairs: Pairs
+    subspaces: Mapping[tuple[int, int], tuple[float, float]]
     survived: Mapping[int, Survived]
     merged_square: float
     sum_square: float
@@ -77,9 +79,11 @@ def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) 
     for pair, found in kept.items():
         pairs[pair] = _with_support(pairs[pair], found, subject.numel)
     named = {(active[a], active[b]): _exact(p, factored.get(active[a]), factored.get(active[b])) for (a, b), p in pairs.items()}
+    spectra = {i: (f.spectrum, f.counts) for i, f in factored.items()}
+    subspaces = {(a, b): factored[a].overlap(factored[b]) for a, b in named if a in factored and b in factored}
     return Survey(
-        {active[i]: m for i, m in measures.items()}, factored, named, {active[i]: s for i, s in survived.items()},
-        merged, _sum_square(rule, active, measures, pairs),
+        {active[i]: m for i, m in measures.items()}, spectra, named, subspaces,
+        {active[i]: s for i, s in survived.items()}, merged, _sum_square(rule, active, measures, pairs),
     )  # fmt: skip
 
 
@@ -108,26 +112,25 @@ class _First:
         self._lock = Lock()
 
     def work(self, block: Block) -> _Part:
-        n, pairs = self.n, len(self.combinations)
-        part = _Part(np.zeros((n, 3)), np.zeros((n, len(self.edges)), np.int64), [], [], 0.0, np.zeros((pairs, 4), np.int64), np.zeros((pairs, 5)))
-        weight = np.zeros(1)
-        for i, row in enumerate(block.sources):
-            part.largest.append(self._measure(i, row, part))
-            if self.wanted.weights:
-                weight[0] = 0.0
-                part.erased.append(loops.erased(row, block.base, weight))
+        sums, below = np.zeros((self.n, 3)), np.zeros((self.n, len(self.edges)), np.int64)
+        largest = [self._measure(i, row, below[i], sums[i]) for i, row in enumerate(block.sources)]
+        weight, erased = np.zeros(1), list[int]()
+        for row in block.sources if self.wanted.weights else ():
+            weight[0] = 0.0
+            erased.append(loops.erased(row, block.base, weight))
         edge = np.uint32(max(_bits(self.wanted.epsilon), 1))
+        pair_counts, pair_sums = np.zeros((len(self.combinations), 4), np.int64), np.zeros((len(self.combinations), 5))
         for k, (a, b) in enumerate(self.combinations):
-            loops.compare(block.sources[a], block.sources[b], edge, part.pair_counts[k], part.pair_sums[k])
-        return _Part(*(float(weight[0]) if name == "weight_square" else getattr(part, name) for name in _Part.__dataclass_fields__))
+            loops.compare(block.sources[a], block.sources[b], edge, pair_counts[k], pair_sums[k])
+        return _Part(sums, below, largest, erased, float(weight[0]), pair_counts, pair_sums)
 
-    def _measure(self, i: int, row: Any, part: _Part) -> int:
+    def _measure(self, i: int, row: Any, below: Any, sums: Any) -> int:
         """Measure one delta; its histogram is integers, which may be added in any order."""
         largest = 0
         for start in range(0, row.size, loops.MOST):
             packed = np.zeros(kernels.BINS, np.int64)
             chunk = row[start : start + loops.MOST]
-            largest = max(largest, loops.measure(chunk, self.edges, part.below[i], packed, part.sums[i]))
+            largest = max(largest, loops.measure(chunk, self.edges, below, packed, sums))
             filled = np.flatnonzero(packed)
             with self._lock:
                 self._counts[i, filled] += packed[filled] >> loops.COUNT_SHIFT

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def train(
         TrainError, RecipeError: with everything that is wrong, before the first step where that can be known.
     """
     spec = spec if isinstance(spec, AdapterSpec) else read_adapter(spec, name)
+    _need_extras()
     place = Place(Path(out))
     if resume and place.finished:
         return place.final
@@ -126,6 +128,13 @@ def train(
             run_trainer(job, trainer)
             finish(job, trainer)
     return place.final
+
+
+def _need_extras() -> None:
+    missing = [package for package in ("trl", "datasets") if find_spec(package) is None]
+    if missing:
+        fix = "pip install 'paft-merge[train]'"
+        raise TrainError.of("MISSING", "train", f"{' and '.join(missing)} not installed", fix)
 
 
 def _check_alone(spec: AdapterSpec, name: str) -> None:

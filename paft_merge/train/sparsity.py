@@ -19,8 +19,8 @@ from paft_merge.errors import TrainError
 EPSILON = 1e-5
 """PAFT's threshold: an entry of a delta below it counts as zero (arXiv:2406.17923, fig. 2, read as 1 x 10^-5)."""
 
-CHUNK_BYTES = 8 << 20
-"""Size of the block of delta that is looked at in one go."""
+CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 19, 1 << 26
+"""Size of the block of delta that is looked at in one go: what a core's cache holds, and what keeps a GPU busy."""
 
 _BIN_SHIFT = 19
 _BINS = 1 << (31 - _BIN_SHIFT)
@@ -86,9 +86,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def rows_per_chunk(in_features: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """How many rows of a float32 delta fit in `chunk_bytes`; at least one."""
-    return max(1, chunk_bytes // (4 * in_features))
+def rows_per_chunk(a_RI: Tensor, chunk_bytes: int | None = None) -> int:
+    """How many float32 rows of a delta fit in `chunk_bytes` (by device, if not given); at least one."""
+    size = chunk_bytes or (CHUNK_BYTES if a_RI.device.type == "cpu" else DEVICE_CHUNK_BYTES)
+    return max(1, size // (4 * a_RI.shape[1]))
 
 
 class ProductL1(torch.autograd.Function):
@@ -121,7 +122,7 @@ class ProductL1(torch.autograd.Function):
         return grad * grad_a, grad * grad_b, None, None
 
 
-def product_l1(factors: Iterable[Factors], chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def product_l1(factors: Iterable[Factors], chunk_bytes: int | None = None) -> Tensor:
     """Return the L1 norm of the whole delta: sum over all matrices of |scale * B @ A|. Scalar, differentiable.
 
     The penalty of PAFT (arXiv:2406.17923, eq. 1), whose delta is the product. There is no gradient while B = 0.
@@ -130,8 +131,8 @@ def product_l1(factors: Iterable[Factors], chunk_bytes: int = CHUNK_BYTES) -> Te
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
-def _one_product(f: Factors, chunk_bytes: int) -> Tensor:
-    total: Tensor = ProductL1.apply(whole(f.a_RI), whole(f.b_OR), f.scale, rows_per_chunk(f.a_RI.shape[1], chunk_bytes))  # type: ignore[no-untyped-call]
+def _one_product(f: Factors, chunk_bytes: int | None) -> Tensor:
+    total: Tensor = ProductL1.apply(whole(f.a_RI), whole(f.b_OR), f.scale, rows_per_chunk(f.a_RI, chunk_bytes))  # type: ignore[no-untyped-call]
     return total
 
 
@@ -182,10 +183,10 @@ def ramp(step: int, warmup_steps: int) -> float:
 # ---------------------------------------------------------------------------------------------- what a delta looks like
 
 
-def chunks(f: Factors, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+def chunks(f: Factors, chunk_bytes: int | None = None) -> Iterator[Tensor]:
     """Yield float32 row blocks of `scale * B @ A`, in order."""
     a, b = whole(f.a_RI).detach().float(), whole(f.b_OR).detach().float()
-    step = rows_per_chunk(a.shape[1], chunk_bytes)
+    step = rows_per_chunk(a, chunk_bytes)
     with torch.autocast(a.device.type, enabled=False):
         for start in range(0, b.shape[0], step):
             yield (b[start : start + step] @ a).mul_(f.scale)

@@ -103,6 +103,16 @@ class L1Spec(Section):
     target: OpenShare | None = None
     """Sparsity to be reached (share of |delta| < 1e-5, mean over matrices); the strength is then controlled."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spelt_on(cls, given: Any) -> Any:
+        """YAML 1.1 readers turn the key `on` into true."""
+        return (
+            {("on" if key is True else key): value for key, value in given.items()}
+            if isinstance(given, dict)
+            else given
+        )
+
     @property
     def penalises(self) -> Literal["product", "factors"]:
         """What the strength acts on, default resolved."""

@@ -1,0 +1,167 @@
+"""The main path of an audit: open, survey every tensor, and put the results in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from paft_merge.auditing.gate import epsilons_of
+from paft_merge.auditing.metrics import EPSILONS
+from paft_merge.auditing.opening import Opened, Source, Subject, layer_of, module_of, open_sources
+from paft_merge.auditing.pairs import PairMeasure
+from paft_merge.auditing.preview import Preview, PreviewTensor, Proposal, rule_for
+from paft_merge.auditing.results import Audit, PairAudit, PairTensor, SourceAudit, TensorAudit
+from paft_merge.auditing.survey import Survey, Wanted, survey
+from paft_merge.auditing.walk import Arena, Walker, working_pool
+
+HELD_BYTES = 512 << 20
+"""Memory for the deltas of one tensor; larger ones are computed anew for each walk."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an audit is."""
+
+    tensors: int
+    tensors_total: int
+    entries_done: int
+    entries_total: int
+    name: str
+
+
+def audit(
+    *sources: Source,
+    base: Path | str | None = None,
+    preview: Proposal | str | Mapping[str, Any] | None = "ties",
+    epsilon: float = 1e-5,
+    epsilons: Sequence[float] = (),
+    density: float = 0.2,
+    require: Sequence[str] = (),
+    threads: int | None = None,
+    held_bytes: int = HELD_BYTES,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Audit:
+    """Audit adapters, fine-tuned checkpoints, or the sources of a recipe: how sparse they are, and how they will merge.
+
+    Args:
+        sources: folders or Hub names of adapters and checkpoints, `base+adapter`, or one recipe (file, mapping, text).
+        base: what the sources change. Adapters do without it; what needs the weights is then left out, and said.
+        preview: what to preview for several sources: a method's name, `{"method": ..., parameter: ...}`, a `Proposal`, or
+            None for nothing. A recipe brings its own. The default is TIES at density 0.2.
+        epsilon: threshold of PAFT's sparsity, and of what counts as above in pairs.
+        epsilons: further thresholds to count.
+        density: share of the largest entries whose overlap is compared, in (0, 1].
+        require: requirements that will be checked, whose thresholds are then counted (see `Audit.check`).
+        threads: blocks computed at a time; all cores by default. Changes no count.
+        held_bytes: memory for the deltas of one tensor; larger ones are computed anew for each walk.
+        progress: called after each tensor.
+
+    Returns:
+        Every number, typed; `print`s short and shows itself in a notebook.
+
+    Raises:
+        AuditError: NO_BASE, EMPTY, PREVIEW, GATE, NONFINITE; with everything that could be known at once.
+        PaftMergeError: what opening the sources shows to be wrong.
+    """
+    if not sources:
+        raise TypeError("audit() needs at least one source")
+    proposal = _proposal(preview)
+    counted = tuple(sorted({*EPSILONS, epsilon, *epsilons, *epsilons_of(require)}))
+    with open_sources(sources, base) as opened, working_pool(threads) as pool:
+        several = len(opened.headers) > 1
+        wanted = Wanted(epsilon, counted, opened.base is not None, several, density)
+        arena, found = Arena(opened.subjects, held_bytes), list[Survey]()
+        total, done = sum(s.numel for s in opened.subjects), 0
+        for at, subject in enumerate(opened.subjects, 1):
+            rule = rule_for(subject, proposal if several else None)
+            found.append(survey(subject, Walker(subject, pool, arena), wanted, rule))
+            _release(subject)
+            done += subject.numel
+            progress(Progress(at, len(opened.subjects), done, total, subject.name))
+        return _results(opened, found, wanted, proposal)
+
+
+def _proposal(preview: Proposal | str | Mapping[str, Any] | None) -> Proposal | None:
+    if preview is None or isinstance(preview, Proposal):
+        return preview
+    if isinstance(preview, str):
+        return Proposal() if preview == "ties" else Proposal.parse(preview, [])
+    given = dict(preview)
+    return Proposal(given.pop("method", "ties"), given)
+
+
+def _release(subject: Subject) -> None:
+    for read in subject.inputs.reads:
+        if read.patch:
+            read.patch.release()
+
+
+def _results(opened: Opened, found: Sequence[Survey], wanted: Wanted, proposal: Proposal | None) -> Audit:
+    labels = {h.source: h.label for h in opened.headers}
+    held = list(zip(opened.subjects, found, strict=True))
+    sources = tuple(SourceAudit(h, tuple(_tensors(h.source, held))) for h in opened.headers)
+    pairs = tuple(_pair(a.source, b.source, labels, held) for a, b in combinations(opened.headers, 2))
+    return Audit(
+        sources, pairs, _preview(opened, held, labels, proposal), opened.base, wanted.epsilon, wanted.density,
+        opened.skipped, opened.warnings,
+    )  # fmt: skip
+
+
+Held = Sequence[tuple[Subject, Survey]]
+
+
+def _row(subject: Subject, source: str) -> int | None:
+    """Which of the subject's sources this is, if it changes the tensor."""
+    return next((i for i in subject.inputs.active if subject.inputs.sources[i].source == source), None)
+
+
+def _tensors(source: str, held: Held) -> list[TensorAudit]:
+    audits = []
+    for subject, seen in held:
+        row = _row(subject, source)
+        if row is None:
+            continue
+        patch, (spectrum, factors) = subject.inputs.sources[row].patch, seen.spectra.get(row, (None, None))
+        audits.append(
+            TensorAudit(
+                subject.name, layer_of(subject.name), module_of(subject.name), patch.kind if patch else "checkpoint",
+                subject.shape, seen.measures[row], spectrum, factors,
+            )  # fmt: skip
+        )
+    return audits
+
+
+def _pair(left: str, right: str, labels: Mapping[str, str], held: Held) -> PairAudit:
+    tensors = []
+    for subject, seen in held:
+        a, b = _row(subject, left), _row(subject, right)
+        if a is None and b is None:
+            continue
+        place = subject.name, layer_of(subject.name), module_of(subject.name)
+        if a is None or b is None:
+            square = seen.measures[b if a is None else a].square  # type: ignore[index]
+            alone = PairMeasure(left_square=square) if b is None else PairMeasure(right_square=square)
+            tensors.append(PairTensor(*place, alone, None))
+            continue
+        tensors.append(PairTensor(*place, seen.pairs[a, b], seen.subspaces.get((a, b))))
+    return PairAudit(labels[left], labels[right], tuple(tensors))
+
+
+def _preview(opened: Opened, held: Held, labels: Mapping[str, str], proposal: Proposal | None) -> Preview | None:
+    tensors = tuple(
+        PreviewTensor(
+            subject.name, layer_of(subject.name), module_of(subject.name),
+            {labels[subject.inputs.sources[i].source]: s for i, s in seen.survived.items()}, seen.merged_square, seen.sum_square,
+        )  # fmt: skip
+        for subject, seen in held
+        if seen.survived
+    )
+    if not tensors:
+        return None
+    if opened.recipe is not None:
+        return Preview(opened.recipe.merge_method, {}, tensors)
+    assert proposal is not None
+    return Preview(proposal.method, proposal.parameters, tensors)
