@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from paft_merge.blocks import Block, Ops, Outcome
+from paft_merge.blocks import Block, Outcome
 from paft_merge.errors import MergeError
-from paft_merge.rules import Combine, Walk
+from paft_merge.rules import Combine, Walk, write_merged
 
 Matrix = NDArray[np.float64]
 """`[..., n, n]`, the inner products of all sources of a rule; a source without a delta has zeros."""
@@ -49,7 +49,7 @@ class Slerp:
         if abs(cosine) > 0.9995:
             return np.array([1 - self.t, self.t])
         angle = math.acos(cosine)
-        return np.sin(np.array([1 - self.t, self.t]) * angle) / math.sin(angle)  # type: ignore[no-any-return]
+        return np.sin(np.array([1 - self.t, self.t]) * angle) / math.sin(angle)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class NuSlerp:
         colinear = 1 - np.square(cosine.astype(np.float32)) <= 1e-16
         angle = np.arccos(np.where(colinear, 0.0, cosine))[..., None]
         share = np.array([1 - self.t, self.t])
-        return np.where(colinear[..., None], share, np.sin(share * angle) / np.sin(angle))  # type: ignore[no-any-return]
+        return np.where(colinear[..., None], share, np.sin(share * angle) / np.sin(angle))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class MultiSlerp:
         lengths = np.sqrt(np.diagonal(dots))
         shares = weights / (lengths + self.eps)
         mean = math.sqrt(max(float(shares @ dots @ shares), 0.0))
-        if mean >= self.eps and not math.isclose(mean, 0.0, abs_tol=1e-12):
+        if mean > 0 and mean >= self.eps:
             return shares * (float(lengths @ weights) / mean)
         if len(weights) == 2 or not lengths.any():
             return weights
@@ -170,7 +170,9 @@ class Karcher:
         cosines = np.clip(units @ mean, -1, 1)
         angles = np.arccos(cosines)
         # An opposite vector lies in every direction at once, and pulls in none.
-        pulls = np.where((angles < self.tol) | (angles > math.pi - 1e-6), 0.0, angles / np.maximum(np.sin(angles), 1e-300))
+        pulls = np.where(
+            (angles < self.tol) | (angles > math.pi - 1e-6), 0.0, angles / np.maximum(np.sin(angles), 1e-300)
+        )
         return (pulls - float(pulls @ cosines) * mean) / len(units)
 
 
@@ -205,14 +207,7 @@ class ModelStock:
         divisor = 1 + (n - 1) * cosine
         singular = np.abs(divisor) < 1e-6
         t = np.where(singular, 0.0, n * cosine / np.where(singular, 1.0, divisor))
-        return np.repeat(t[..., None] / n, n, axis=-1)  # type: ignore[no-any-return]
-
-
-def written(ops: Ops, block: Block, merged: Block, out: Any, key: int, deltas: bool) -> Outcome:
-    """Write a computed row, on top of the base if it is a delta, and tally the block it was computed from."""
-    outcome = ops.blend(merged, out, 1.0 if deltas else 0.0, [1.0], key, False)
-    counts, sums = ops.tally(block)
-    return Outcome(outcome.bad, counts, sums) if deltas else Outcome(outcome.bad, counts * 0, sums * 0)
+        return np.repeat(t[..., None] / n, n, axis=-1)
 
 
 def _length(vector: Weights, dots: Matrix) -> float:
@@ -234,7 +229,8 @@ def _full(walk: Walk, sources: int, dots: Matrix) -> Matrix:
     if len(walk.active) == sources:
         return dots
     full = np.zeros((*dots.shape[:-2], sources, sources))
-    full[(..., *np.ix_(walk.active, walk.active))] = dots
+    active = np.array(walk.active)
+    full[..., active[:, None], active] = dots
     return full
 
 
@@ -254,7 +250,7 @@ def _by_row(walk: Walk, weigh: Callable[[Matrix], Weights], deltas: bool, source
     def combine(block: Block, out: Any, key: int) -> Outcome:
         weights = weigh(_full(walk, sources, walk.ops.gram_rows(block, row)))[:, list(walk.active)]
         merged = walk.ops.mix(block, weights.T, row, across=False)
-        return written(walk.ops, block, merged, out, key, deltas)
+        return write_merged(walk.ops, block, merged, out, key, deltas)
 
     return combine
 
@@ -270,6 +266,6 @@ def _by_column(walk: Walk, weigh: Callable[[Matrix], Weights], deltas: bool, row
 
     def combine(block: Block, out: Any, key: int) -> Outcome:
         merged = walk.ops.mix(block, weights, row, across=True)
-        return written(walk.ops, block, merged, out, key, deltas)
+        return write_merged(walk.ops, block, merged, out, key, deltas)
 
     return combine

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.headers import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NONFINITE: dict[str, tuple[Any, int, int]] = {
     "F64": (np.uint64, 0x7FF << 52, 0x7FF << 52),
@@ -62,6 +65,20 @@ def cast(values: NDArray[np.float32], dtype: str, key: int = 0, index: int = 0) 
         gap = torch.from_numpy(other).view(kind).float().numpy() - wide
         chance = (values - wide) / gap
     return np.where(_uniform(key, index, len(values)) < chance, other, bits).view(np.uint8)
+
+
+def stored_bytes(values: Tensor, dtype: str, key: int, index: int) -> NDArray[np.uint8]:
+    """A tensor as bytes of a storage type: as it is where it has that type, else rounded from float32 by `cast`.
+
+    Args:
+        values: `[E]`, any float dtype.
+        dtype, key, index: as for `cast`.
+    """
+    import torch
+
+    if str(values.dtype) == f"torch.{DTYPES[dtype].torch}":
+        return values.contiguous().view(torch.uint8).numpy()
+    return cast(values.float().numpy(), dtype, key, index)
 
 
 def _other_side(bits: Any, values: NDArray[np.float32], nearest: NDArray[np.float32]) -> Any:

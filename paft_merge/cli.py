@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from paft_merge.errors import PaftMergeError, Problem
+from paft_merge.errors import PaftMergeError, Problem, Problems
 
 if TYPE_CHECKING:
     from paft_merge.engine import Progress
@@ -36,7 +36,7 @@ class Size(click.ParamType):
         factor = _UNITS.get(number[-1:], 0) if not number[-1:].isdigit() else 1
         try:
             size = int(float(number.rstrip("kmgbt")) * factor)
-        except ValueError:
+        except (ValueError, OverflowError):
             size = 0
         if size <= 0:
             self.fail(f"{value!r} is no size; write for example 800M or 5GB", param, ctx)
@@ -54,7 +54,9 @@ class _Group(click.Group):
                 click.echo(_line("error", problem), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("interrupted; what was finished is kept beside the output, and --resume goes on with it", err=True)
+            click.echo(
+                "interrupted; what was finished is kept beside the output, and --resume goes on with it", err=True
+            )
             ctx.exit(130)
 
 
@@ -71,12 +73,24 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
 
 
+_import_option = click.option(
+    "--import", "imports", multiple=True, metavar="MODULE", help="Import a module that registers methods with mergekit. Repeatable."
+)  # fmt: skip
+
+
 def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--strict", is_flag=True, help="Treat what would be ignored as an error."),
-        click.option("--out-shard-size", type=Size(), help="Largest output file, e.g. 5GB. Default: the base's own files."),
-        click.option("--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through mergekit's restricted unpickler."),
-        click.option("--allow-crimes", is_flag=True, help="Merge models whose configs differ where their tensors do not."),
+        _import_option,
+        click.option(
+            "--out-shard-size", type=Size(), help="Largest output file, e.g. 5GB. Default: the base's own files."
+        ),
+        click.option(
+            "--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through mergekit's restricted unpickler."
+        ),
+        click.option(
+            "--allow-crimes", is_flag=True, help="Merge models whose configs differ where their tensors do not."
+        ),
         click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity as they come."),
     ]
     for option in reversed(options):
@@ -88,9 +102,13 @@ def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("recipe")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--dry-run", is_flag=True, help="Show the plan, from headers alone, and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the whole plan as JSON, every tensor with its parameters.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="With --dry-run: the whole plan as JSON, every tensor with its parameters."
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
-@click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no bit.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no bit."
+)
 @click.option("--memory", type=Size(), help="Upper bound of the working memory, e.g. 800M.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, which stays whole until the merge is.")
@@ -108,9 +126,14 @@ def merge(
     planning = {("out_shard_bytes" if key == "out_shard_size" else key): value for key, value in options.items()}
     if dry_run:
         with api.plan(Path(recipe), **planning) as planned:
-            _warn(planned.warnings)
+            problems = Problems()
+            if out is not None:
+                api.check_output(planned, out, overwrite=overwrite, problems=problems)
+            _warn([*planned.warnings, *problems.found])
             _show_plan(planned, out, as_json)
         return
+    if as_json:
+        raise click.UsageError("--json shows a plan, and needs --dry-run.")
     if out is None:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
     with _terminable(), _progress(quiet) as progress:
@@ -149,7 +172,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield lambda _: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.fields[tensors]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -176,14 +200,18 @@ def _show_plan(planned: MergePlan, out: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("name", required=False)
-def methods(name: str | None) -> None:
+@_import_option
+def methods(name: str | None, imports: tuple[str, ...]) -> None:
     """List the merge methods, or show the parameters of NAME."""
+    from paft_merge.bridge import import_methods
+    from paft_merge.methods import METHODS
     from paft_merge.report import method_details, method_table
 
+    known = import_methods(imports, METHODS)
     if name is None:
-        method_table()
+        method_table(known)
     else:
-        method_details(name)
+        method_details(name, known)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,13 @@ def ops_for(device: str) -> Ops:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise MergeError.of("DEVICE", device, "is no device", "use cpu, cuda or cuda:1") from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
+    if wanted.type != "cuda":
+        raise MergeError.of("DEVICE", device, "is no device that a merge is computed on", "use cpu, cuda or cuda:1")
+    if (wanted.index or 0) >= torch.cuda.device_count():
         raise MergeError.of(
-            "DEVICE", device, "there is no CUDA device here, or this torch is built without CUDA", "use --device cpu"
+            "DEVICE",
+            device,
+            "there is no such CUDA device here, or this torch is built without CUDA",
+            "use --device cpu",
         )
     return TorchOps(wanted)

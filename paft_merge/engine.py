@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import xxhash
 
 from paft_merge import kernels
 from paft_merge.blocks import Block, CpuOps, Ops, Outcome, Tally
+from paft_merge.bridge import WholeTensor
+from paft_merge.casting import cast, count_nonfinite, stored_bytes
 from paft_merge.checkpoint import DTYPES
 from paft_merge.errors import MergeError
 from paft_merge.output import Finished, Output
@@ -22,6 +24,9 @@ from paft_merge.plan import COPY, MergePlan, PlannedTensor
 from paft_merge.reading import RAW
 from paft_merge.rules import Combine, Consensus, Walk
 from paft_merge.scratch import SCRATCH
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -129,48 +134,80 @@ class _Worker:
         """Read -> delta -> method -> write, for one tensor."""
         if tensor.method == COPY:
             return self._copy(tensor)
+        if isinstance(tensor.rule, WholeTensor):
+            return self.pool.submit(self._whole, tensor, tensor.rule).result()
         tiles = _Tiles(tensor, self.pool)
         sources = tensor.inputs.active
-        combine = tensor.rule.prepare(Walk(tensor.numel, tiles, self.ops, sources), tensor.inputs.deltas)
+        combine = tensor.rule.prepare(Walk(tensor.numel, tiles, self.ops, sources, tensor.shape), tensor.inputs.deltas)
         tally = Tally.empty(len(sources))
-        digest = xxhash.xxh3_128()
+        digest, nonfinite = xxhash.xxh3_128(), 0
         for block_digest, outcome in tiles(lambda block: self._write(tensor, combine, block)):
             digest.update(block_digest)
             tally.add(outcome.counts, outcome.sums)
+            nonfinite += outcome.bad
         tensor.release()
-        return Finished(tensor.name, digest.hexdigest(), sources, tally.counts, tally.total())
+        return Finished(tensor.name, digest.hexdigest(), sources, tally.counts, tally.total(), nonfinite)
 
     def _copy(self, tensor: PlannedTensor) -> Finished:
         """The bytes of a tensor that no source changes, whatever their type."""
-
         read, step = tensor.inputs.reads[0], tensor.tile_bytes
 
-        def copy(start: int) -> bytes:
+        def copy(start: int) -> tuple[bytes, int]:
             held = SCRATCH.array("copied", min(step, tensor.nbytes - start), np.uint8)
             read.checkpoint.read_into(read.name, start, held)
-            if not self.allow_nonfinite and not _is_finite(held, tensor.dtype):
+            bad = count_nonfinite(held, tensor.dtype)
+            if bad and not self.allow_nonfinite:
                 raise _not_finite(tensor)
             self.output.write(tensor.name, start, held)
-            return xxhash.xxh3_128_digest(held)
+            return xxhash.xxh3_128_digest(held), bad
 
-        digest = xxhash.xxh3_128()
+        digest, nonfinite = xxhash.xxh3_128(), 0
         starts = range(0, tensor.nbytes, step)
-        for block_digest in _in_order(self.pool, copy, starts, ahead=max(len(starts), 1)):
+        for block_digest, bad in _in_order(self.pool, copy, starts, ahead=max(len(starts), 1)):
             digest.update(block_digest)
+            nonfinite += bad
         nothing = Tally.empty(0)
-        return Finished(tensor.name, digest.hexdigest(), [], nothing.counts, nothing.total())
+        return Finished(tensor.name, digest.hexdigest(), [], nothing.counts, nothing.total(), nonfinite)
+
+    def _whole(self, tensor: PlannedTensor, rule: WholeTensor) -> Finished:
+        """Merge a tensor in one piece, in memory, and write it block by block."""
+        base, sources = tensor.inputs.whole(baked=rule.baked)
+        merged = rule.merge(base, sources, tensor.name).reshape(-1)
+        known = sources if base is not None else []
+        tally, digest, nonfinite = Tally.empty(len(known)), xxhash.xxh3_128(), 0
+        for start, stop in tensor.bounds:
+            stored = stored_bytes(merged[start:stop], tensor.dtype, tensor.rounding_key, start)
+            bad = count_nonfinite(stored, tensor.dtype)
+            if bad and not self.allow_nonfinite:
+                raise _not_finite(tensor, bad)
+            if base is not None:
+                tally.add(*CpuOps().tally(_delta_block(base, known, start, stop)))
+            self.output.write(tensor.name, start * tensor.width, stored)
+            digest.update(xxhash.xxh3_128_digest(stored))
+            nonfinite += bad
+        tensor.release()
+        return Finished(tensor.name, digest.hexdigest(), range(len(known)), tally.counts, tally.total(), nonfinite)
 
     def _write(self, tensor: PlannedTensor, combine: Combine, block: Block) -> tuple[bytes, Outcome]:
         """Merge one block, check it, write it where it belongs."""
         size = block.sources.shape[1]
         out = SCRATCH.array("out", size, RAW.get(tensor.dtype, np.uint32))
         outcome = combine(block, out, tensor.rounding_key)
+        stored = out
+        if tensor.dtype not in RAW:
+            stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, block.index)
+            outcome.bad = count_nonfinite(stored, tensor.dtype)
         largest = int(outcome.counts[:, -1].max(initial=0))
         if (outcome.bad or largest >= kernels.INFINITY) and not self.allow_nonfinite:
-            raise _not_finite(tensor)
-        stored = out if tensor.dtype in RAW else _cast(out, tensor)
+            raise _not_finite(tensor, outcome.bad)
         self.output.write(tensor.name, block.index * tensor.width, stored)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
+
+
+def _delta_block(base: Tensor, sources: Sequence[Tensor], start: int, stop: int) -> Block:
+    """A block of tensors in memory, to be tallied."""
+    bits = [tensor.reshape(-1)[start:stop].float().numpy().view(np.uint32) for tensor in (base, *sources)]
+    return Block(start, bits[0], np.stack(bits[1:]), subtract=True)
 
 
 @dataclass(frozen=True)
@@ -232,37 +269,11 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _cast(out: Any, tensor: PlannedTensor) -> Any:
-    """Round a float32 block into a storage type that the kernels do not write themselves."""
-    import torch
+def _not_finite(tensor: PlannedTensor, overflowed: int = 0) -> MergeError:
+    """Say which input brought NaN or infinity into a tensor, how many, and where the first one is.
 
-    kind = DTYPES[tensor.dtype]
-    rounded = torch.from_numpy(out.view(np.float32)).to(getattr(torch, str(kind.torch)))
-    if not bool(torch.isfinite(rounded.float()).all()):
-        raise MergeError.of(
-            "OVERFLOW",
-            tensor.name,
-            f"a merged value is too large for {kind.torch}",
-            "write out_dtype: bfloat16 or float32",
-        )
-    return rounded.view(torch.uint8).numpy()
-
-
-def _is_finite(stored: Any, dtype: str) -> bool:
-    """Whether stored bytes are numbers; types other than floating point always are."""
-    if dtype in RAW:
-        exponent = 0x7F80 if dtype == "BF16" else kernels.INFINITY
-        return not bool(((stored.view(RAW[dtype]) & exponent) == exponent).any())
-    if not DTYPES[dtype].mergeable:
-        return True
-    import torch
-
-    values = torch.from_numpy(stored).view(getattr(torch, str(DTYPES[dtype].torch)))
-    return bool(torch.isfinite(values if values.element_size() > 1 else values.float()).all())
-
-
-def _not_finite(tensor: PlannedTensor) -> MergeError:
-    """Say which input brought NaN or infinity into a tensor, how many, and where the first one is."""
+    `overflowed`: results of one block that are not finite, for when every input is.
+    """
     for read in tensor.inputs.reads:
         count, first = 0, -1
         for start, stop in tensor.bounds:
@@ -275,4 +286,7 @@ def _not_finite(tensor: PlannedTensor) -> MergeError:
             what = f"{count:,} of {tensor.numel:,} elements are NaN or infinite, the first at flat index {first:,}"
             fix = "mend the source, or pass --allow-nonfinite to merge it as it is"
             return MergeError.of("NONFINITE", f"{read.source}: {read.name}", what, fix)
-    return MergeError.of("OVERFLOW", tensor.name, "the merged values overflow float32", "use smaller weights or lambda")
+    wide = tensor.dtype in ("F64", *RAW)
+    fix = "use smaller weights or lambda" if wide else "write out_dtype: bfloat16 or float32"
+    what = f"{overflowed:,} merged values or more are too large for {DTYPES[tensor.dtype].torch}"
+    return MergeError.of("OVERFLOW", tensor.name, what, fix)

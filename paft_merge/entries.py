@@ -9,9 +9,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from paft_merge.angles import written
 from paft_merge.blocks import NOTHING, Block, Each, Outcome, Survival
-from paft_merge.rules import Combine, Walk
+from paft_merge.rules import Combine, Walk, write_merged
 from paft_merge.sparsify import Trim, trim_survivals
 
 T = TypeVar("T")
@@ -27,7 +26,7 @@ class NearSwap:
 
     def prepare(self, walk: Walk, deltas: bool) -> Combine:
         def combine(block: Block, out: Any, key: int) -> Outcome:
-            return written(walk.ops, block, walk.ops.swap(block, self.t), out, key, deltas)
+            return write_merged(walk.ops, block, walk.ops.swap(block, self.t), out, key, deltas)
 
         return combine
 
@@ -50,7 +49,7 @@ class Overlap:
         scales = self._scales(walk) if self.boost else [1.0] * len(walk.active)
 
         def combine(block: Block, out: Any, key: int) -> Outcome:
-            outcome = written(walk.ops, block, walk.ops.share(block, self.epsilon, scales), out, key, deltas)
+            outcome = write_merged(walk.ops, block, walk.ops.share(block, self.epsilon, scales), out, key, deltas)
             outcome.counts[:, 5] = walk.ops.overlaps(block, self.epsilon).sum(1)
             return outcome
 
@@ -60,7 +59,9 @@ class Overlap:
         blocks = walk.each(lambda block: walk.ops.overlaps(block, self.epsilon))
         counts = np.sum(blocks, axis=0) if blocks else np.zeros((len(walk.active), 2), np.int64)
         # A source with nothing of its own has nothing to boost; the epsilon below is mergekit's guard.
-        return [1 + self.boost * min(max(shared / max(own, self.epsilon), 0), self.limit) for shared, own in counts.tolist()]
+        return [
+            1 + self.boost * min(max(shared / max(own, self.epsilon), 0), self.limit) for shared, own in counts.tolist()
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Fuse:
         def combine(block: Block, out: Any, key: int) -> Outcome:
             kept = selected(block)
             merged, elected, energy = walk.ops.fuse(kept, weights)
-            outcome = written(walk.ops, block, merged, out, key, deltas)
+            outcome = write_merged(walk.ops, block, merged, out, key, deltas)
             counts, sums = walk.ops.tally(kept)
             outcome.counts[:, 5], outcome.counts[:, 6] = counts[:, 5], elected
             outcome.sums[:, 2], outcome.sums[:, 3] = sums[:, 1], energy
@@ -124,5 +125,7 @@ class Derived:
     def tiles(self) -> int:
         return self.each.tiles
 
-    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
         return self.each(lambda block: work(self.derive(block)), sample=sample, tiles=tiles)

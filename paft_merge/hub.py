@@ -8,16 +8,9 @@ from pathlib import Path
 from paft_merge.errors import HubError
 
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
-_SIDE_FILES = [
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "additional_chat_templates/*",
-    "LICENSE*",
-    "NOTICE*",
-]
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.spm", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+"""What stands beside the weights of a model and belongs to it: config, tokenizer, processor, chat template, licence."""
+_TEMPLATES = ["additional_chat_templates/*"]
 _NEVER = ["consolidated*", "*/*.safetensors", "original/*", "*.bin", "training_args*", "optimizer*"]
 _REPOSITORY = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -33,7 +26,7 @@ def fetch(path: str, revision: str | None = None) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if not _REPOSITORY.match(path) or path.startswith("."):
+    if not is_repository(path):
         raise HubError.of("NOT_FOUND", path, "is no folder here, and no name of a Hub repository", "check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -47,7 +40,7 @@ def fetch(path: str, revision: str | None = None) -> Path:
     where = f"{path}@{revision}" if revision else path
     try:
         found = snapshot_download(
-            path, revision=revision, allow_patterns=_WEIGHTS + _SIDE_FILES, ignore_patterns=_NEVER
+            path, revision=revision, allow_patterns=[*_WEIGHTS, *SIDE_FILES, *_TEMPLATES], ignore_patterns=_NEVER
         )
     except GatedRepoError as error:
         raise HubError.of(
@@ -74,3 +67,8 @@ def fetch(path: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, OSError) as error:
         raise HubError.of("HUB_ERROR", where, str(error).split("\n")[0], "try again later") from error
     return Path(found)
+
+
+def is_repository(path: str) -> bool:
+    """Whether `path` could name a Hub repository, and is no path of this machine by its look."""
+    return bool(_REPOSITORY.match(path)) and not path.startswith(".")

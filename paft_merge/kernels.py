@@ -392,9 +392,11 @@ def blend(
         _store(total_u, out[start : start + m], key, index + start)
     for i in range(n):
         sums[i, 0] += absolute[i].sum()
-        sums[i, 1] += square[i].sum()
-        # Nothing is trimmed and no sign is elected here: all that is not zero is kept.
-        counts[i, 5] += size - counts[i, 0]
+        # Nothing is trimmed and no sign is elected here: all that is not zero is kept, and counts as elected.
+        for k in range(1, 4):
+            sums[i, k] += square[i].sum()
+        for k in range(5, 7):
+            counts[i, k] += size - counts[i, 0]
     return bad
 
 

@@ -10,13 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.agreement import compare_configs, compare_tensors, compare_tokenizers
-from paft_merge.blocks import tile_bounds
+from paft_merge.blocks import TILE, tile_bounds
+from paft_merge.bridge import WholeTensor, as_mergekit
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import CheckpointError, Problem, Problems, RecipeError
 from paft_merge.headers import capped
 from paft_merge.reading import Inputs, Read, inputs_for
 from paft_merge.recipe import ModelRef, Recipe, layer_t, resolve_all
-from paft_merge.rules import Consensus, Rule, WeightedSum
+from paft_merge.rules import Consensus, Rule, WeightedSum, row_of
 from paft_merge.shards import Shard, plan_shards, split
 from paft_merge.sparsify import stream_key
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 COPY = "copy"
 """The method of a tensor that no source changes: its bytes are copied."""
+
+COPY_BYTES = 4 * TILE
+"""Bytes that are copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class PlannedTensor:
     method: str
     """A name of METHODS, or `copy`."""
     inputs: Inputs
-    rule: Rule
+    rule: Rule | WholeTensor
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Shared parameters after gradients and filters, and `sources`: one mapping a source."""
     rounding_key: int = 0
@@ -85,7 +89,7 @@ class PlannedTensor:
     def row(self) -> int:
         """Elements of a row: blocks are whole rows, as adapters' deltas are."""
         rows = {read.patch.row for read in self.inputs.reads if read.patch}
-        return math.lcm(*rows) if rows else max(self.shape[-1] if self.shape else 1, 1)
+        return math.lcm(row_of(self.rule, self.shape), *(rows or {max(self.shape[-1] if self.shape else 1, 1)}))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -95,11 +99,17 @@ class PlannedTensor:
     @property
     def tile_bytes(self) -> int:
         """Bytes of a block in the output, by which it is digested."""
+        if self.method == COPY:
+            return COPY_BYTES
         return max((self.bounds[0][1] if self.bounds else 0) * self.width, 1)
 
     @property
     def block_bytes(self) -> int:
         """Working memory of one block, about: every input and what is computed from it, float32."""
+        if self.method == COPY:
+            return COPY_BYTES
+        if isinstance(self.rule, WholeTensor):
+            return self.numel * self.rule.bytes_per_element()
         elements = self.bounds[0][1] if self.bounds else 0
         return elements * 4 * (2 * len(self.inputs.reads) + 3)
 
@@ -197,9 +207,9 @@ def _refuse_unplanned(recipe: Recipe) -> None:
         if getattr(language, key):
             fix = "remove it, or merge this recipe with mergekit"
             problems.add("UNSUPPORTED", recipe.located.spot((key,)), f"{key} has no plan in this version", fix)
-    if recipe.arithmetic == "mergekit":
-        where, fix = recipe.located.spot(("arithmetic",)), "remove it: arithmetic is float32, rounded once"
-        problems.add("UNSUPPORTED", where, "mergekit's arithmetic is not in this version", fix)
+    if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
+        where, fix = recipe.located.spot(("rounding",)), "remove one of the two"
+        problems.add("RECIPE", where, "mergekit rounds to nearest, so its arithmetic has no stochastic rounding", fix)
     problems.raise_as(RecipeError)
 
 
@@ -261,7 +271,7 @@ class _Planner:
 
     def _tensor(self, name: str, t: float) -> PlannedTensor:
         under = self.untied.get(name)
-        base = self._read(self.base, name, under) if self.base else None
+        base = self._read(self.base, name, under) if self.base and self.method.base != "ignored" else None
         sources = [self._read(model, name, under) for _, model in self.sources]
         shape = max((r.shape for r in [*([base] if base else []), *sources]), key=math.prod)
         stored = self._read(self.donor, name, under)
@@ -272,10 +282,10 @@ class _Planner:
         shared, per_source = self._parameters(name, t)
         keys = [stream_key(self.recipe.seed, model.ref, name, "drop") for _, model in self.sources]
         rule = self._rule(per_source, shared, keys)
+        dtype = self._out_dtype(kind.name, rule, [*([base] if base else []), *sources])
         if base and rule.wants == "values":  # the base is the first of the values (slerp)
             base, sources, per_source = None, [base, *sources], [{}, *per_source]
         inputs = inputs_for(base, sources, rule.wants)
-        dtype = self._out_dtype(kind.name)
         parameters = {**shared, "sources": per_source}
         rounding = self.recipe.rounding == "stochastic" and DTYPES[dtype].bits < 32
         key = stream_key(self.recipe.seed, "", name, "round") if rounding else 0
@@ -319,14 +329,20 @@ class _Planner:
         ]
         return {k: r.value for k, r in shared.items()}, [{k: r.value for k, r in one.items()} for one in per_source]
 
-    def _rule(self, per_source: list[dict[str, Any]], shared: dict[str, Any], keys: list[int]) -> Rule:
+    def _rule(self, per_source: list[dict[str, Any]], shared: dict[str, Any], keys: list[int]) -> Rule | WholeTensor:
+        recipe = self.recipe
         try:
+            if recipe.arithmetic == "mergekit":
+                return as_mergekit(self.method, per_source, shared, keys[0], recipe.dtype, recipe.out_dtype)
             return self.method.rule(per_source, shared, keys)
         except ValueError as error:  # numbers that are sound one by one and not together
             raise RecipeError.of("PARAM_RANGE", self.slice.spot, str(error)) from error
 
-    def _out_dtype(self, stored: str) -> str:
+    def _out_dtype(self, stored: str, rule: Rule | WholeTensor, reads: Sequence[Read]) -> str:
+        """The type that the recipe asks for, else the donor's own; with mergekit's arithmetic, what its method gives."""
         wanted = self.recipe.out_dtype or self.recipe.dtype
+        if isinstance(rule, WholeTensor) and rule.baked:
+            wanted = rule.result_dtype([str(DTYPES[read.dtype].torch) for read in reads])
         return stored if wanted is None else next(d.name for d in DTYPES.values() if d.torch == wanted)
 
     def config(self, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class RankedDrop:
     key: int
 
     def __post_init__(self) -> None:
-        if self.random and not 0 < self.density - self.epsilon <= self.density + self.epsilon < 1:
+        ends = self.density - self.epsilon, self.density + self.epsilon
+        if self.random and not 0 < min(ends) <= max(ends) < 1:
             what = f"density {self.density:g} plus or minus epsilon {self.epsilon:g} must stay inside (0, 1)"
             raise ValueError(f"{what}; write a smaller epsilon")
 
@@ -39,7 +40,9 @@ class RankedDrop:
     def keep(self, length: int) -> RankedKeep:
         """The bounds for rows of `length`; a row of one has no ranks, and is kept with the density."""
         ranks = np.linspace(0, 1, length) if length > 1 else np.full(length, 0.5)
-        shares = self.density - self.epsilon + ranks * 2 * self.epsilon if self.random else np.full(length, self.density)
+        shares = (
+            self.density - self.epsilon + ranks * 2 * self.epsilon if self.random else np.full(length, self.density)
+        )
         return RankedKeep(np.rint(np.clip(shares, 0, 1) * 2**32).astype(np.uint64), self.key)
 
 
@@ -67,7 +70,9 @@ class RankedConsensus:
         drops = [self.drops[i] for i in walk.active]
         keeps = [drop.keep(length) for drop in drops]
         weights = tuple(self.election.weights[i] for i in walk.active)
-        election = Election(weights, self.election.elect, self.election.tie_positive, self.election.normalize, self.election.factor)
+        election = Election(
+            weights, self.election.elect, self.election.tie_positive, self.election.normalize, self.election.factor
+        )
 
         def dropped(block: Block) -> Block:
             return walk.ops.drop_ranked(block, length, inner, keeps)

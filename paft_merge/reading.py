@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from paft_merge.blocks import Block
+from paft_merge.blocks import Block, tile_bounds
 from paft_merge.checkpoint import DTYPES, Checkpoint
+from paft_merge.rules import Wants
 from paft_merge.scratch import SCRATCH
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from paft_merge.adapters import Patch
 
 RAW = {"BF16": np.uint16, "F32": np.uint32}
@@ -74,6 +78,25 @@ class Read:
             delta = SCRATCH.array("value_delta", stop - start, np.float32)
             self.delta_of_patch(start, stop, delta, out)
             out += delta
+
+    def tensor(self, *, baked: bool) -> Tensor:
+        """The whole tensor as this source has it, in memory.
+
+        Args:
+            baked: in its storage type, the adapter rounded into it, as a merged checkpoint would hold it; else exact, as
+                float32.
+        """
+        import torch
+
+        if baked and not self.patch:
+            return self.checkpoint.tensor(self.name)
+        kind = getattr(torch, str(DTYPES[self.dtype].torch)) if baked else torch.float32
+        made = torch.empty(math.prod(self.shape), dtype=kind)
+        for start, stop in tile_bounds(len(made), self.patch.row if self.patch else 1):
+            values = SCRATCH.array("whole", stop - start, np.float32)
+            self.value(start, stop, values)
+            made[start:stop] = torch.from_numpy(values)
+        return made.reshape(self.shape)
 
     def delta_of_patch(self, start: int, stop: int, out: Any, weight: Any = None) -> None:
         """The adapter's delta of elements `[start, stop)`, whole rows, float32 into `out`; `weight`: what it is added to."""
@@ -159,6 +182,11 @@ class Inputs:
         base_bits = base_f if base_f.dtype == np.uint16 else base_f.view(np.uint32)
         return Block(start, base_bits, values.view(np.uint32), subtract=False)
 
+    def whole(self, *, baked: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """Base, or None, and every source as whole tensors in memory (see `Read.tensor`)."""
+        base = self.base.tensor(baked=baked) if self.base else None
+        return base, [source.tensor(baked=baked) for source in self.sources]
+
     def _base(self, start: int, stop: int) -> Any:
         """The base's part of a block: stored bits where they can be used as they are, else float32."""
         if self.base is None:
@@ -196,8 +224,12 @@ class Inputs:
         out -= other
 
 
-def inputs_for(base: Read | None, sources: Sequence[Read], wants: Literal["values", "deltas", "either"]) -> Inputs:
+def inputs_for(base: Read | None, sources: Sequence[Read], wants: Wants | Literal["whole"]) -> Inputs:
     """Choose the form of the blocks: stored values where no arithmetic is needed to get them, deltas where adapters give them."""
+    if wants == "whole":
+        return Inputs(base, tuple(sources), "values", subtract=False)
+    if wants == "offsets":
+        wants = "deltas" if base else "values"
     if wants == "either" and all(s.same_weight(sources[0]) for s in sources):
         # Values that share their checkpoint: the shared part is read once and the adapters are added to it.
         plain = Read(sources[0].source, sources[0].checkpoint, sources[0].name)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from paft_merge.errors import RecipeError
-from paft_merge.methods import METHODS, REQUIRED, Parameter
+from paft_merge.methods import REQUIRED, Method, Parameter
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
+from paft_merge.recipe import did_you_mean
 
 
 def plan_json(planned: MergePlan, out: Path | None) -> dict[str, Any]:
@@ -46,21 +49,26 @@ def plan_table(planned: MergePlan, out: Path | None) -> None:
     """The plan as a person reads it: what will be done, with what, and what it takes."""
     console = Console()
     recipe = planned.recipe
-    console.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models, base and side files from [bold]{planned.donor.ref}[/]")
+    console.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
+    for model in planned.models:
+        role = "  (names, order, files, config and tokenizer are its)" if model is planned.donor else ""
+        console.print(f"  {escape(model.ref)}{role}", soft_wrap=True)
     where = "float32, rounded once" if recipe.arithmetic == "float32" else "as mergekit does it, in the storage type"
     console.print(f"arithmetic {where} ({recipe.rounding}), seed {recipe.seed}")
     table = Table(box=box.SIMPLE)
-    for heading, side in (("tensors", "right"), ("method", "left"), ("inputs", "left"), ("output", "left"), ("parameters", "left")):
-        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    table.add_column("tensors", justify="right")
+    for heading in ("method", "inputs", "output", "parameters"):
+        table.add_column(heading)
     groups = Counter(_kind(t) for t in planned.tensors)
     for (method, inputs, dtype, parameters), count in groups.most_common(12):
-        table.add_row(f"{count:,}", method, inputs, dtype, parameters)
+        table.add_row(f"{count:,}", method, inputs, dtype, escape(parameters))
     if len(groups) > 12:
         rest = sum(count for _, count in groups.most_common()[12:])
         table.add_row(f"{rest:,}", "...", "", "", "other parameters: see --json")
     console.print(table)
-    free = _free(out)
-    console.print(f"reads {_size(planned.bytes_read)}, writes {_size(planned.bytes_written)} in {len(planned.shards)} files; {_size(free)} free")
+    files = f"{len(planned.shards)} file{'s' * (len(planned.shards) != 1)}"
+    read, written, free = map(_size, (planned.bytes_read, planned.bytes_written, _free(out)))
+    console.print(f"reads {read}, writes {written} in {files}; {free} are free on that disk")
 
 
 def _kind(tensor: PlannedTensor) -> tuple[str, str, str, str]:
@@ -70,14 +78,17 @@ def _kind(tensor: PlannedTensor) -> tuple[str, str, str, str]:
         return COPY, "", tensor.dtype, ""
     shared = {k: v for k, v in tensor.parameters.items() if k != "sources"}
     sources = tensor.parameters.get("sources", [])
-    per_source = {k: [s[k] for s in sources] for k in (sources[0] if sources else {})}
-    return tensor.method, inputs, tensor.dtype, " ".join(f"{k}={_short(v)}" for k, v in {**per_source, **shared}.items())
+    per_source = {k: [s.get(k) for s in sources] for k in dict.fromkeys(k for s in sources for k in s)}
+    parameters = " ".join(f"{k}={_short(v)}" for k, v in {**per_source, **shared}.items())
+    return tensor.method, inputs, tensor.dtype, parameters
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_short, value))}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _free(out: Path | None) -> int:
@@ -94,22 +105,28 @@ def _size(count: int) -> str:
     return f"{size:.1f} TB"
 
 
-def method_table() -> None:
-    """Every method with its paper and parameters."""
+def method_table(methods: Mapping[str, Method]) -> None:
+    """Every method with its paper and parameters, and who computes it."""
     table = Table(box=box.SIMPLE)
-    for heading in ("method", "what", "paper", "parameters"):
+    for heading in ("method", "what", "paper", "computed", "parameters"):
         table.add_column(heading)
-    for name, method in METHODS.items():
-        table.add_row(f"[bold]{name}[/]", method.title, method.paper, ", ".join(p.name for p in method.parameters))
+    for name, method in methods.items():
+        parameters = ", ".join(p.name for p in method.parameters)
+        table.add_row(f"[bold]{name}[/]", method.title, method.paper, _computed(method), parameters)
     Console().print(table)
 
 
-def method_details(name: str) -> None:
+def _computed(method: Method) -> str:
+    return "block by block" if method.streamed else "by mergekit, whole tensors"
+
+
+def method_details(name: str, methods: Mapping[str, Method]) -> None:
     """One method's parameters: type, default, scope and meaning."""
-    if name not in METHODS:
-        raise RecipeError.of("RECIPE", name, "is no method of ours", f"one of {', '.join(METHODS)}")
-    method, console = METHODS[name], Console()
-    console.print(f"[bold]{name}[/]: {method.title}, {method.paper}; base {method.base}")
+    if name not in methods:
+        fix = did_you_mean(name, methods) or f"one of {', '.join(methods)}"
+        raise RecipeError.of("RECIPE", name, "is no method here", fix)
+    method, console = methods[name], Console()
+    console.print(f"[bold]{name}[/]: {method.title}, {method.paper}; base {method.base}; computed {_computed(method)}")
     table = Table(box=box.SIMPLE)
     for heading in ("parameter", "value", "default", "given", "meaning"):
         table.add_column(heading)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from paft_merge.blocks import Block, Each, Election, Ops, Outcome, Survival
+from paft_merge.blocks import Block, Each, Election, Ops, Outcome, Survival, Tally
 from paft_merge.sparsify import EVERYTHING, Trim, drop_survival, rescale_drops, trim_globally, trim_survivals
 
 Combine = Callable[[Block, Any, int], Outcome]
 """`combine(block, out, key)`: write the merged block into `out`; `key` is the stream of stochastic rounding, or 0."""
+
+
+Wants = Literal["values", "deltas", "either", "offsets"]
+"""`either`: the engine may give deltas where they are what it has. `offsets`: deltas where there is a base, else values."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,16 @@ class Walk:
     ops: Ops
     active: Sequence[int]
     """Which sources the rows of a block's `sources` are, as indices into the rule's own tuples."""
+    shape: tuple[int, ...] = ()
+    """Of the tensor; rules by rows need it."""
 
 
 class Rule(Protocol):
     """The law of one merged tensor."""
 
     @property
-    def wants(self) -> Literal["values", "deltas", "either"]:
-        """What a block's sources have to be; with `either` the engine may give deltas where they are what it has."""
+    def wants(self) -> Wants:
+        """What a block's sources have to be."""
 
     @property
     def keeps_equals(self) -> bool:
@@ -50,6 +56,28 @@ class Rule(Protocol):
 
     def prepare(self, walk: Walk, deltas: bool) -> Combine:
         """Measure the tensor. `deltas`: the blocks hold deltas or, with `subtract`, stand for them."""
+
+
+@runtime_checkable
+class ByRow(Protocol):
+    """A rule whose blocks must hold whole rows."""
+
+    def row(self, shape: tuple[int, ...]) -> int:
+        """Elements that must not be parted, for a tensor of `shape`."""
+
+
+def row_of(rule: object, shape: tuple[int, ...]) -> int:
+    """Elements that `rule` wants together in one block."""
+    return rule.row(shape) if isinstance(rule, ByRow) else 1
+
+
+def write_merged(ops: Ops, block: Block, merged: Block, out: Any, key: int, deltas: bool) -> Outcome:
+    """Write a computed row, on top of the base if it is a delta, and tally the block it was computed from."""
+    outcome = ops.blend(merged, out, 1.0 if deltas else 0.0, [1.0], key, False)
+    if deltas:
+        return Outcome(outcome.bad, *ops.tally(block))
+    nothing = Tally.empty(len(block.sources))
+    return Outcome(outcome.bad, nothing.counts, nothing.total())
 
 
 @dataclass(frozen=True)
@@ -60,7 +88,7 @@ class WeightedSum:
     of: Literal["values", "deltas"]
 
     @property
-    def wants(self) -> Literal["values", "deltas", "either"]:
+    def wants(self) -> Wants:
         return "either" if self.of == "values" else "deltas"
 
     @property
@@ -135,31 +163,3 @@ class Consensus:
         if all(t.value >= 1 and t.rule != "epsilon" for t in trims):
             return drops
         return trim_survivals(trims, walk.numel, walk.each, walk.ops, rescale=self.rescale)
-
-
-@dataclass(frozen=True)
-class Slerp:
-    """Spherical interpolation from the first value to the second by `t`, each tensor one vector; by their Gram matrix.
-
-    Nearly parallel or opposite vectors (|cos| > 0.9995) are interpolated linearly, and a norm under 1e-8 counts as one, as in
-    mergekit.
-    """
-
-    t: float
-    wants: Literal["values"] = "values"
-    keeps_equals: bool = True
-
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
-        blocks = walk.each(walk.ops.gram)
-        dots = [[math.fsum(block[i, j] for block in blocks) for j in range(2)] for i in range(2)]
-        lengths = [math.sqrt(dots[i][i]) if math.sqrt(dots[i][i]) > 1e-8 else 1.0 for i in range(2)]
-        cosine = min(max(dots[0][1] / (lengths[0] * lengths[1]), -1.0), 1.0)
-        weights = (1 - self.t, self.t)
-        if abs(cosine) <= 0.9995:
-            angle = math.acos(cosine)
-            weights = (math.sin((1 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle))
-
-        def combine(block: Block, out: Any, key: int) -> Outcome:
-            return walk.ops.blend(block, out, 0.0, weights, key, False)
-
-        return combine

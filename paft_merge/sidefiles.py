@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from paft_merge import kernels
+from paft_merge.checkpoint import Checkpoint
+from paft_merge.errors import Problem
+from paft_merge.hub import SIDE_FILES, is_repository
 from paft_merge.output import Finished
-from paft_merge.plan import COPY, MergePlan, PlannedTensor
+from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
 
 MANIFEST = "merge_manifest.json"
 FORMAT = "paft_merge.manifest/1"
 
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_COPIED = (
     "*.index.json", "adapter_config.json", "trainer_state.json", "training_args*", "all_results.json", "*_results.json",
     "config.json", MANIFEST, "requirements*.txt", "paft_train.json",
 )  # fmt: skip
 _CODE = "*.py"
 
+_SAMPLE_BYTES = 4096
 
-def side_files(plan: MergePlan, finished: Mapping[str, Finished], *, trust_remote_code: bool = False, card: bool = True) -> dict[str, bytes | Path]:
+
+def side_files(
+    plan: MergePlan, finished: Mapping[str, Finished], *, trust_remote_code: bool = False, card: bool = True
+) -> dict[str, bytes | Path]:
     """Everything but the shards and their index: name in the output to content, or to the file to copy.
 
     Args:
@@ -37,7 +44,7 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], *, trust_remot
         card: write a model card (README.md).
     """
     folder = plan.donor.checkpoint.folder
-    copied = (*_COPIED, _CODE) if trust_remote_code else _COPIED
+    copied = (*SIDE_FILES, _CODE) if trust_remote_code else SIDE_FILES
     files: dict[str, bytes | Path] = {
         f.name: f
         for f in sorted(folder.iterdir())
@@ -52,6 +59,18 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], *, trust_remot
     if card:
         files["README.md"] = model_card(plan, finished).encode()
     return files
+
+
+def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
+    """A warning when the donor brings Python code: it was copied, or the output's config names what is not there."""
+    checkpoint = plan.donor.checkpoint
+    files = sorted(f.name for f in checkpoint.folder.glob(_CODE))
+    if not files or not (trust_remote_code or "auto_map" in checkpoint.config):
+        return []
+    if trust_remote_code:
+        return [Problem("REMOTE_CODE", plan.donor.ref, f"its {', '.join(files)} are copied, and not run", "read them")]
+    what = f"its config.json names code of its own, and {', '.join(files)} are not copied"
+    return [Problem("REMOTE_CODE", plan.donor.ref, what, "pass --trust-remote-code to copy them; they are never run")]
 
 
 def _json(data: Any) -> bytes:
@@ -69,18 +88,47 @@ def versions() -> dict[str, str]:
     return found
 
 
-def identity(plan: MergePlan) -> dict[str, Any]:
-    """What makes a merge this merge: a resumed one must have the same."""
+def identity(plan: MergePlan, device: str) -> dict[str, Any]:
+    """What makes a merge this merge: a resumed one must have the same. `device` as in `device.ops_for`."""
     return {
+        "device": device.split(":")[0],
         "recipe": plan.recipe.resolved(),
-        "inputs": {m.ref: _fingerprint(m.checkpoint.fingerprint(), m.adapter) for m in plan.models},
+        "inputs": {m.ref: _fingerprint(m) for m in plan.models},
         "versions": versions(),
         "files": {s.file: s.size for s in plan.shards},
     }
 
 
-def _fingerprint(checkpoint: Any, adapter: Any) -> dict[str, Any]:
-    return {"checkpoint": checkpoint, **({"adapter": adapter.fingerprint()} if adapter else {})}
+def _fingerprint(model: Model) -> dict[str, Any]:
+    """What tells a model from others: sizes, times, digests of headers and configs, a sample of the data."""
+    found = {"checkpoint": _fingerprint_of(model.checkpoint, model.checkpoint.config)}
+    for name in model.adapter.fingerprint() if model.adapter else ():
+        assert model.adapter is not None
+        with Checkpoint.open(model.adapter.folder / name) as file:
+            found["adapter"] = _fingerprint_of(file, model.adapter.config)
+    return found
+
+
+def _fingerprint_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(config, sort_keys=True).encode())
+    return {"files": checkpoint.fingerprint(), "config": digest, "sample": _sample(checkpoint)}
+
+
+def _sample(checkpoint: Checkpoint) -> str:
+    """XXH3-128 of the first 4 KiB of every tensor: headers of fine-tunes are equal, their first weights hardly ever are."""
+    digest = xxhash.xxh3_128()
+    for name, info in checkpoint.tensors.items():
+        held = bytearray(min(info.nbytes, _SAMPLE_BYTES))
+        checkpoint.read_into(name, 0, held)
+        digest.update(held)
+    return digest.hexdigest()
+
+
+def _without_times(found: Any) -> Any:
+    """Fingerprints as they are on any machine: a copy of a file has the same."""
+    if isinstance(found, Mapping):
+        return {key: _without_times(value) for key, value in found.items() if key != "mtime_ns"}
+    return found
 
 
 def manifest(plan: MergePlan, finished: Mapping[str, Finished]) -> dict[str, Any]:
@@ -97,8 +145,10 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished]) -> dict[str, Any
         "seed": plan.recipe.seed,
         "arithmetic": plan.recipe.arithmetic,
         "rounding": plan.recipe.rounding,
+        "allow_nonfinite": plan.allow_nonfinite,
         "donor": plan.donor.ref,
-        **{k: v for k, v in identity(plan).items() if k in ("inputs", "versions")},
+        "inputs": _without_times({m.ref: _fingerprint(m) for m in plan.models}),
+        "versions": versions(),
         "totals": totals(plan, finished),
         "tensors": {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors},
     }
@@ -109,13 +159,16 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
         "method": tensor.method, "dtype": tensor.dtype, "shape": list(tensor.shape),
         "digest": finished.digest, "block_bytes": tensor.tile_bytes,
     }  # fmt: skip
+    if finished.nonfinite:
+        entry["nonfinite"] = finished.nonfinite
     if tensor.method == COPY:
         return entry | {"from": tensor.inputs.reads[0].source}
     sources = []
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None
         measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row])
-        sources.append({"source": read.source, "delta": "none" if row is None else read.patch.kind if read.patch else "checkpoint", **measured})
+        kind = "none" if row is None else read.patch.kind if read.patch else "checkpoint"
+        sources.append({"source": read.source, "delta": kind, **measured})
     for source, parameters in zip(sources, tensor.parameters.get("sources", ()), strict=False):
         source["parameters"] = parameters
     return entry | {"parameters": {k: v for k, v in tensor.parameters.items() if k != "sources"}, "sources": sources}
@@ -153,24 +206,30 @@ def model_card(plan: MergePlan, finished: Mapping[str, Finished]) -> str:
     """README.md with the metadata that mergekit writes, the recipe, and what was measured."""
     import yaml
 
-    bases = list(dict.fromkeys(m.ref.split("+")[0] for m in plan.models))
-    hub = [b for b in bases if not Path(b).exists()]
-    data = {"base_model": hub, "library_name": "transformers", "tags": ["mergekit", "merge", "paft"]}
-    if not hub:
-        del data["base_model"]
-    lines = ["---", yaml.safe_dump(data, sort_keys=False).strip(), "---", "", "# Merged model", ""]
-    lines += [f"Made by [paft_merge](https://pypi.org/project/paft-merge/) with the method `{plan.recipe.merge_method}`.", ""]
+    refs = [ref for m in plan.recipe.references for ref in (m.path, m.lora) if ref]
+    hub = [ref for ref in dict.fromkeys(refs) if is_repository(ref) and not Path(ref).exists()]
+    data: dict[str, Any] = {"base_model": hub} if hub else {}
+    data |= {"library_name": "transformers", "tags": ["mergekit", "merge", "paft"]}
+    metadata = yaml.safe_dump(data, sort_keys=False)
+    made = "Made by [paft_merge](https://pypi.org/project/paft-merge/) with the method"
+    lines = ["---", metadata.strip(), "---", "", "# Merged model", "", f"{made} `{plan.recipe.merge_method}`.", ""]
     lines += ["## Sources", "", *(f"- `{m.ref}`" + (" (base)" if m is plan.donor else "") for m in plan.models), ""]
-    rows = [t for t in totals(plan, finished) if t.get("l2")]
-    if rows:
-        lines += ["## What was merged", "", "| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| `{r['source']}` | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} | {r['l2']:.4g} |"
-            for r in rows
-        ]
-        lines.append("")
-    lines += ["## Recipe", "", "```yaml", plan.recipe.text.strip(), "```", "", f"`{MANIFEST}` holds every tensor's parameters, counts and digest.", ""]
+    lines += [*_measured_table([row for row in totals(plan, finished) if row.get("l2")])]
+    lines += ["## Recipe", "", "```yaml", plan.recipe.text.strip(), "```", ""]
+    lines += [f"`{MANIFEST}` holds every tensor's parameters, counts and digest.", ""]
     return "\n".join(lines)
+
+
+def _measured_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    head = ["| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
+    body = [
+        f"| `{r['source']}` | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} "
+        f"| {r['l2']:.4g} |"
+        for r in rows
+    ]
+    return ["## What was merged", "", *head, *body, ""]
 
 
 def _share(row: Mapping[str, Any], key: str) -> str:

@@ -31,13 +31,14 @@ class Trim:
     """What survives of one delta by its magnitude.
 
     `density`  the `kept_count(numel, value)` largest entries (TIES-Merging, arXiv:2306.01708, sec. 3.1; their k / 100).
+    `count`    the `value` largest entries.
     `l1_mass`  the fewest largest entries that hold the share `value` of the delta's L1 norm.
     `epsilon`  the entries with |delta| > `value` (PAFT, arXiv:2406.17923, sec. 2.2 calls the others sparse).
     `outliers` as `density`, after the largest `int(gamma * numel)` are dropped (Breadcrumbs, arXiv:2312.06795), or
                fewer where that many cannot be dropped without missing the density.
     """
 
-    rule: Literal["density", "l1_mass", "epsilon", "outliers"]
+    rule: Literal["density", "count", "l1_mass", "epsilon", "outliers"]
     value: float
     gamma: float = 0.0
     soft: bool = False
@@ -75,7 +76,7 @@ def rescale_drops(survivals: Sequence[Survival], each: Each, ops: Ops) -> list[S
     """
     blocks = each(lambda block: ops.dropped_l1(block, survivals))
     norms = [[math.fsum(block[i, k] for block in blocks) for k in (0, 1)] for i in range(len(survivals))]
-    return [replace(s, scale=_ratio(*norm)) for s, norm in zip(survivals, norms, strict=True)]
+    return [replace(s, scale=l1_ratio(*norm)) for s, norm in zip(survivals, norms, strict=True)]
 
 
 def trim_survivals(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, rescale: bool = False) -> list[Survival]:
@@ -128,7 +129,8 @@ def l1_of_bins(counts: Counts, lows: Counts) -> Sums:
     return norms
 
 
-def _ratio(before: float, after: float) -> float:
+def l1_ratio(before: float, after: float) -> float:
+    """What gives a thinned delta its L1 norm back; norms under 1e-7 are left alone, as mergekit leaves them."""
     return 1.0 if before < 1e-7 or after < 1e-7 else before / after
 
 
@@ -211,10 +213,12 @@ class _Search:
         if len(self.ranks[i]) == 2:
             dropped, lost = self._above(i, survival.high, self.ranks[i][1])
             kept, mass = kept - dropped, mass - lost
-        return replace(survival, scale=_ratio(before, mass - kept * survival.shrink))
+        return replace(survival, scale=l1_ratio(before, mass - kept * survival.shrink))
 
     def _ranks(self, i: int) -> list[int]:
         trim = self.trims[i]
+        if trim.rule == "count" and 0 < trim.value < self.numel:
+            return [int(trim.value)]
         if trim.rule in ("epsilon", "l1_mass") or not 0 < trim.value < 1:
             return []
         if trim.rule == "density":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from paft_merge.blocks import Block, CpuOps, tile_bounds
-from paft_merge.rules import Rule, Walk
+from paft_merge.rules import Rule, Walk, row_of
 
 T = TypeVar("T")
 
@@ -21,17 +21,22 @@ class InMemory:
 
     base: np.ndarray
     sources: np.ndarray
+    row: int
+    """Elements that are not parted."""
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        return tile_bounds(self.sources.shape[1], self.row)
 
     @property
     def tiles(self) -> int:
-        return len(tile_bounds(self.sources.shape[1], 1))
+        return len(self.bounds)
 
     def __call__(
         self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
     ) -> list[T]:
-        bounds = tile_bounds(self.sources.shape[1], 1)
         results = []
-        for start, stop in bounds if tiles is None else [bounds[i] for i in tiles]:
+        for start, stop in self.bounds if tiles is None else [self.bounds[i] for i in tiles]:
             end = start + max(1, (stop - start) // 16) if sample else stop
             sources = np.ascontiguousarray(self.sources[:, start:end])
             results.append(work(Block(start, self.base[start:end], sources, subtract=False)))
@@ -42,7 +47,7 @@ def merge_tensors(rule: Rule, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Apply `rule` to whole tensors.
 
     Args:
-        rule: one that wants values gets `tensors` as values, one that wants deltas gets them as deltas.
+        rule: one that wants deltas gets `tensors` as deltas, every other one as values.
         tensors: each `[*shape]`, any float dtype; not modified. At least one.
 
     Returns:
@@ -56,8 +61,9 @@ def merge_tensors(rule: Rule, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     sources = np.stack([t.detach().cpu().to(torch.float32).reshape(-1).numpy().view(np.uint32) for t in tensors])
     deltas = rule.wants == "deltas"
     base = np.zeros(sources.shape[1] if deltas else 0, np.uint32)
-    each, ops = InMemory(base, sources), CpuOps()
-    combine = rule.prepare(Walk(sources.shape[1], each, ops, range(len(tensors))), deltas)
+    shape = tuple(tensors[0].shape)
+    each, ops = InMemory(base, sources, row_of(rule, shape)), CpuOps()
+    combine = rule.prepare(Walk(sources.shape[1], each, ops, range(len(tensors)), shape), deltas)
     out = torch.empty(sources.shape[1], dtype=torch.float32)
     bits = out.numpy().view(np.uint32)
     each(lambda block: combine(block, bits[block.index : block.index + block.sources.shape[1]], 0))

@@ -68,8 +68,9 @@ class TorchOps:
     ) -> Outcome:
         rows = self._deltas(block)
         counts, sums = _tally(rows) if tally else _no_tally(len(rows))
-        if len(rows):
-            counts[:, 5] = (rows.shape[1] - counts[:, 0]) if tally else 0
+        if tally and len(rows):
+            counts[:, 5:7] = rows.shape[1] - counts[:, :1]
+            sums[:, 2:] = sums[:, 1:2]
         total = torch.zeros(block.sources.shape[1], device=self.device)
         if block.base.size:
             total = self._float(block.base) * float(np.float32(base_weight))

@@ -53,7 +53,7 @@ def qwen3_moe() -> nn.Module:
 
     fields = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12, "num_hidden_layers": 2}
     fields |= {"vocab_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **fields))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=12, num_experts_per_tok=2, **fields))
 
 
 def gpt_oss() -> nn.Module:

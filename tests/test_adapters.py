@@ -327,13 +327,36 @@ def test_a_vision_language_adapter_of_transformers_4_is_the_same_adapter(tmp_pat
     assert error(merged_by_us(base, adapter), expected) == 0
 
 
-def test_an_adapter_on_a_model_without_a_head_finds_its_layers_in_one_that_has_a_head(tmp_path: Path) -> None:
-    base, adapter = train(llama(), tmp_path, lora(target_modules=["q_proj"]))
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [(llama, {"target_modules": ["q_proj"]}), (mixtral, {"target_modules": [], "target_parameters": EXPERTS})],
+)
+def test_an_adapter_on_a_model_without_a_head_finds_its_layers_in_one_that_has_a_head(
+    make: Callable[[], nn.Module], fields: dict[str, Any], tmp_path: Path
+) -> None:
+    base, adapter = train(make(), tmp_path, lora(**fields))
     expected = merged_by_us(base, adapter)
     edit_tensors(
         adapter, lambda ts: {k.replace("base_model.model.model.", "base_model.model."): t for k, t in ts.items()}
     )
     assert error(merged_by_us(base, adapter), expected) == 0
+
+
+def test_of_two_copies_of_a_saved_tensor_the_plain_one_counts(tmp_path: Path) -> None:
+    """With `bias: all`, and with resized embeddings, PEFT writes both; it loads the plain one."""
+    base, adapter = train(llama(), tmp_path, lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    expected = merged_by_us(base, adapter)
+    copy = {"base_model.model.lm_head.modules_to_save.weight": torch.ones(40, 16)}
+    edit_tensors(adapter, lambda tensors: {**tensors, **copy})
+    assert error(merged_by_us(base, adapter), expected) == 0
+
+
+def test_a_saved_embedding_that_was_kept_tied_counts_for_a_head_that_was_not_saved(tmp_path: Path) -> None:
+    make = partial(llama, tie_word_embeddings=True)
+    base, adapter = train(make(), tmp_path, lora(**TIED["both saved, kept tied"]))
+    edit_tensors(adapter, lambda tensors: {key: t for key, t in tensors.items() if "lm_head" not in key})
+    with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
+        assert not opened.unties and "lm_head.weight" not in opened.patches
 
 
 def test_pissa_saved_with_its_initial_factors_is_plain_lora(tmp_path: Path) -> None:
@@ -433,12 +456,12 @@ def test_dora_leaves_a_row_of_zeros_at_zero(tmp_path: Path) -> None:
 
 
 def test_a_plain_adapter_is_bound_without_transformers(tmp_path: Path) -> None:
-    base, adapter = train(llama(), tmp_path, lora(target_modules=LINEAR))
+    base, adapter = train(llama(), tmp_path, lora(target_modules=[*LINEAR, "embed_tokens"]))
     code = (
         "import sys; from pathlib import Path; from paft_merge.adapters import Adapter;"
         "from paft_merge.checkpoint import Checkpoint;"
         "adapter = Adapter.open(Path(sys.argv[2]), Checkpoint.open(Path(sys.argv[1])));"
-        "assert len(adapter.patches) == 10; assert 'transformers' not in sys.modules and 'peft' not in sys.modules"
+        "assert len(adapter.patches) == 11; assert 'transformers' not in sys.modules and 'peft' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(base), str(adapter)], check=True)
 

@@ -197,6 +197,8 @@ def test_files_are_closed_at_the_end_and_after_a_fault(tmp_path):
         assert len(os.listdir("/proc/self/fd")) == before + 2
     checkpoint.close()
     assert only_fault_of(tmp_path / "bad")[0] == "INDEX_MISMATCH"
+    (tmp_path / "bad" / "model-00002-of-00002.safetensors").write_bytes(b"")
+    assert "SHARD_TRUNCATED" in dict(faults_of(tmp_path / "bad"))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -233,6 +235,20 @@ def test_a_file_that_changes_while_open_is_told(tmp_path):
         ("INPUT_CHANGED", str(first)),
         ("INPUT_CHANGED", str(second)),
     ]
+
+
+def test_a_file_that_grows_is_told_even_where_its_time_stands_still(tmp_path):
+    single(tmp_path)
+    path = tmp_path / "model.safetensors"
+    seen = path.stat()
+    with Checkpoint.open(tmp_path) as checkpoint:
+        with path.open("ab") as file:
+            file.write(b"more")
+        os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+        with pytest.raises(
+            CheckpointError, match=f"was {seen.st_size} bytes when opened and is {seen.st_size + 4} now"
+        ):
+            checkpoint.check_unchanged()
 
 
 def test_a_file_replaced_while_open_is_told_and_still_read_as_it_was(tmp_path):
@@ -316,6 +332,8 @@ def test_an_index_of_the_single_file_beside_it_is_no_contradiction(tmp_path):
     write_index(tmp_path, dict.fromkeys(expected, "model.safetensors"))
     with Checkpoint.open(tmp_path) as checkpoint:
         assert checkpoint.tensors.keys() == expected.keys()
+    write_index(tmp_path, {"embed": "model.safetensors"})
+    assert {code for code, _ in faults_of(tmp_path)} == {"INDEX_MISMATCH"}
 
 
 def test_an_index_of_other_files_beside_a_single_file_is_refused(tmp_path):
@@ -412,7 +430,7 @@ def test_an_index_that_points_out_of_its_folder_is_refused_before_anything_is_op
         (b'{"weight_map": ["a"]}', "has no weight_map of tensor names to files"),
         (b'{"weight_map": {"a": 1}}', "the file of tensor 'a' is not a text"),
         (b'{"weight_map": {"a": "x", "a": "x"}}', "key 'a' stands more than once"),
-        (b"[" * 100_000, "brackets are nested too deep"),
+        (b"[" * 100_000, "it has more brackets than tensors need"),
         (b"<html></html>", "is a web page, not the file itself"),
     ],
 )

@@ -173,8 +173,9 @@ REFUSED = {
     "text after it": (raw(b"{}x"), "SHARD_HEADER", "not JSON at byte 2"),
     "NUL after it": (raw(b"{}\0"), "SHARD_HEADER", "not JSON at byte 2"),
     # 4
-    "deep lists": (raw(b'{"a":' + b"[" * 100_000), "SHARD_HEADER", "nested too deep"),
-    "deep objects": (raw(b'{"a":' * 100_000), "SHARD_HEADER", "nested too deep"),
+    "deep lists": (raw(b'{"a":' + b"[" * 100_000), "SHARD_HEADER", "more brackets than tensors need"),
+    "deep objects": (raw(b'{"abcdefghijklmnop":' * 100_000), "SHARD_HEADER", "nested too deep"),
+    "many lists": (raw(b'{"a":[' + b"[]," * 1000 + b"[]]}"), "SHARD_HEADER", "more brackets than tensors need"),
     # 6 to 9
     "trailing bytes": (raw({"w": ONE}, bytes(9)), "SHARD_LAYOUT", "1 bytes follow the last tensor"),
     "bytes without tensors": (raw({}, bytes(9)), "SHARD_LAYOUT", "9 bytes follow the last tensor"),
@@ -199,9 +200,16 @@ REFUSED = {
         "SHARD_LAYOUT",
         "shape [999999999999999999999999] is impossible",
     ),
+    "offset of 2^63": (
+        entry(data_offsets=[0, 2**63]),
+        "SHARD_LAYOUT",
+        "data_offsets span 9,223,372,036,854,775,808 bytes",
+    ),
+    "size of 2^63": (entry(shape=[2**63, 0], data_offsets=[0, 0]), "SHARD_LAYOUT", "is too large for any file"),
     "three offsets": (entry(data_offsets=[0, 4, 8]), "SHARD_LAYOUT", "data_offsets [0, 4, 8] are impossible"),
     "NaN size": (entry(shape=[float("nan")]), "SHARD_LAYOUT", "shape [NaN] is impossible"),
     "negative size": (entry(shape=[-2]), "SHARD_LAYOUT", "shape [-2] is impossible"),
+    "true size": (entry(shape=[True, 2]), "SHARD_LAYOUT", "shape [True, 2] is impossible"),
     "text size": (entry(shape=["2"]), "SHARD_LAYOUT", "shape [2] is impossible"),
     "overflow": (entry(shape=[2**40, 2**40]), "SHARD_LAYOUT", "is too large for any file"),
     "overflow and zero": (
@@ -216,7 +224,11 @@ REFUSED = {
     ),
     # 11
     "shape and bytes": (entry(shape=[3]), "SHARD_LAYOUT", "F32 [3] takes 12 bytes, its data_offsets span 8 bytes"),
-    "half a byte": (entry(dtype="F4", shape=[3]), "SHARD_LAYOUT", "F4 [3] takes 12 bits"),
+    "half a byte": (
+        raw({"w": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}, bytes(1)),
+        "SHARD_LAYOUT",
+        "12 bits",
+    ),
     # 12
     "unknown dtype": (entry(dtype="F31"), "DTYPE_UNSUPPORTED", "tensor 'w': dtype 'F31' is none of F64, F32"),
     # 14
@@ -293,7 +305,7 @@ def test_thousands_of_faults_are_counted_and_not_all_printed(tmp_path):
 
 
 def test_deep_nesting_is_refused_quickly_and_in_little_memory(tmp_path):
-    path = write(tmp_path, raw(b'{"a":' + b"[" * 100_000))
+    path = write(tmp_path, raw(b'{"abcdefghijklmnop":' * 100_000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     assert faults_of(path)

@@ -18,16 +18,26 @@ from paft_merge import methods
 from paft_merge.methods import METHODS
 from paft_merge.sparsify import kept_count
 
-DELTA_METHODS = [name for name in METHODS if name not in ("linear", "slerp")]
-VALUES = {"linear", "slerp"}
+FIRST = {name: next(iter(inspect.signature(getattr(methods, name)).parameters)) for name in METHODS}
+PAIRS = {name for name in METHODS if FIRST[name] == "base" or name in ("nuslerp", "model_stock")}
+RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
+NOT_HOMOGENEOUS = {
+    "nearswap",
+    "ram",
+    "ramplus_tl",
+    "arcee_fusion",
+}  # they compare a delta with a number, or take its softmax
 
 
 def call(name: str, tensors: list[torch.Tensor], **keywords: Any) -> torch.Tensor:
-    """Run a method with weight 1 and t 0.5 unless told otherwise."""
+    """Run a method on all tensors, on the first two, or on the first, with weight 1 and t 0.5 unless told otherwise."""
     function: Callable[..., torch.Tensor] = getattr(methods, name)
-    if name == "slerp":
-        return function(*tensors[:2], t=keywords.pop("t", 0.5))
-    return function(tensors, keywords.pop("weight", 1.0), **keywords)
+    for key, value in (("weight", 1.0), ("t", 0.5)):
+        if key in inspect.signature(function).parameters:
+            keywords.setdefault(key, value)
+    if FIRST[name] == "base":
+        return function(*tensors[:2], **keywords)
+    return function(tensors if FIRST[name] in ("tensors", "deltas") else tensors[0], **keywords)
 
 
 def draw(*seeds: int, shape: tuple[int, ...] = (37, 19), size: float = 1e-3) -> list[torch.Tensor]:
@@ -48,7 +58,7 @@ def test_inputs_are_not_modified(method: str) -> None:
 
 def test_order_of_sources_does_not_matter_but_to_slerp_and_to_random_masks(method: str) -> None:
     tensors = draw(0, 1)
-    if method == "slerp" or "dare" in method:
+    if FIRST[method] not in ("tensors", "deltas") or method in RANDOM:
         pytest.skip("the base comes first; masks belong to places")
     torch.testing.assert_close(call(method, tensors), call(method, tensors[::-1]), rtol=1e-6, atol=1e-12)
 
@@ -59,8 +69,13 @@ def test_zero_deltas_give_zero(method: str) -> None:
 
 def test_a_single_source_comes_back_as_it_is(method: str) -> None:
     (tensor,) = draw(3)
-    keywords = {"l1_mass": 1.0} if method == "l1_ties" else {}
-    result = call(method, [tensor, tensor] if method == "slerp" else [tensor], **keywords)
+    everything = {
+        "l1_ties": {"l1_mass": 1.0},
+        "nearswap": {"t": 1.0},
+        "ram": {"epsilon": 0.0},
+        "ramplus_tl": {"epsilon": 0.0},
+    }
+    result = call(method, [tensor, tensor] if method in PAIRS else [tensor], **everything.get(method, {}))
     torch.testing.assert_close(result, tensor, rtol=1e-6, atol=0)
 
 
@@ -79,8 +94,7 @@ def test_keywords_are_the_recipe_fields(method: str) -> None:
     ignored = {"int8_mask", "trim_scope"} | ({"density", "rescale"} if method == "task_arithmetic" else set())
     fields = {p.name.replace("lambda", "lambda_") for p in METHODS[method].parameters} - ignored
     keywords = set(inspect.signature(getattr(methods, method)).parameters) - {
-        "tensors",
-        "deltas",
+        *FIRST.values(),
         "base",
         "other",
         "seed",
@@ -96,13 +110,15 @@ def test_defaults_are_the_recipe_defaults(method: str) -> None:
 
 
 def test_shapes_that_differ_are_refused(method: str) -> None:
+    if FIRST[method] in ("tensor", "delta"):
+        pytest.skip("it takes one")
     with pytest.raises(ValueError, match="one shape"):
         call(method, [torch.zeros(3), torch.zeros(4)])
 
 
 def test_doubling_every_delta_doubles_the_result() -> None:
     tensors = draw(0, 1)
-    for name in DELTA_METHODS:
+    for name in METHODS.keys() - NOT_HOMOGENEOUS:
         torch.testing.assert_close(call(name, [2 * t for t in tensors]), 2 * call(name, tensors), rtol=1e-6, atol=0)
 
 

@@ -88,7 +88,7 @@ def test_sparse_sft_keeps_its_gain_beside_magnitude_pruning(tmp_path):
             model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
             loss = loss_of(model, ids)
             gain = (start - loss) / (start - table["dense SFT"][0]) if table else 1.0
-            table[kind] = [loss, gain, *look(model, delta["effective_rank"])]
+            table[kind] = [loss, gain, *look(model, delta["effective_rank"] or float("nan"))]
     write_table(tmp_path / "sparse_sft.md", table)
     seen = read_table(tmp_path / "sparse_sft.md")
     print((tmp_path / "sparse_sft.md").read_text())

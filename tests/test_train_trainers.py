@@ -257,6 +257,7 @@ def test_trimming_writes_a_sparse_adapter_that_peft_loads(base, tmp_path):
         torch.testing.assert_close(sparse[kept], delta[kept])
         assert delta[kept].abs().min() >= delta[~kept].abs().max()
     assert record_of(out)["run"]["trimmed_density"] == pytest.approx(0.1, abs=1e-3)
+    assert record_of(out)["delta"]["exact_zero"] == pytest.approx(0.9, abs=1e-3)
 
 
 def test_prox_gives_exact_zeros_and_the_penalty_none(base, tmp_path):

@@ -26,9 +26,9 @@ def state() -> dict[str, torch.Tensor]:
     """Tensors of every layout that a state dict may hold."""
     base = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     return {
+        "rows": base[2:4],
         "plain": base,
         "tied": base,
-        "rows": base[2:4],
         "bfloat16": base.bfloat16(),
         "double": base.double(),
         "half": base.half(),

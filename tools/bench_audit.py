@@ -29,7 +29,9 @@ SHAPES = {
 }  # fmt: skip
 
 
-def write_adapter(folder: Path, seed: int, rank: int, layers: int, dtype: torch.dtype, shapes: dict[str, tuple[int, int]]) -> Path:
+def write_adapter(
+    folder: Path, seed: int, rank: int, layers: int, dtype: torch.dtype, shapes: dict[str, tuple[int, int]]
+) -> Path:
     """A LoRA adapter with Gaussian factors whose delta has an rms of about 1e-5."""
     folder.mkdir(parents=True)
     made, factors = torch.Generator().manual_seed(seed), {}
@@ -39,7 +41,13 @@ def write_adapter(folder: Path, seed: int, rank: int, layers: int, dtype: torch.
             factors[f"{stem}.lora_A.weight"] = (torch.randn(rank, columns, generator=made) * 5e-3).to(dtype)
             factors[f"{stem}.lora_B.weight"] = (torch.randn(rows, rank, generator=made) * 1e-3 / rank**0.5).to(dtype)
     save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [m.split(".")[-1] for m in shapes], "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": [m.split(".")[-1] for m in shapes],
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -47,7 +55,11 @@ def write_adapter(folder: Path, seed: int, rank: int, layers: int, dtype: torch.
 def private_bytes() -> int:
     """Memory that belongs to this process alone."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
-    return sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith(("Private_Clean:", "Private_Dirty:")))
+    return sum(
+        int(line.split()[1]) * 1024
+        for line in rollup.splitlines()
+        if line.startswith(("Private_Clean:", "Private_Dirty:"))
+    )
 
 
 class Peak(threading.Thread):
@@ -85,7 +97,10 @@ def main() -> None:
         place, dtype = Path(temporary), getattr(torch, options.dtype)
         tiny = {"mlp.down_proj": (64, 64)}
         audit(*(write_adapter(place / f"warm{i}", i, 4, 1, dtype, tiny) for i in range(options.sources)))
-        folders = [write_adapter(place / f"adapter{i}", i, options.rank, options.layers, dtype, SHAPES) for i in range(options.sources)]
+        folders = [
+            write_adapter(place / f"adapter{i}", i, options.rank, options.layers, dtype, SHAPES)
+            for i in range(options.sources)
+        ]
         peak = Peak()
         peak.start()
         began = time.perf_counter()

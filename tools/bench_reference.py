@@ -3,6 +3,8 @@
 A merged element is right when it is the exact value rounded to bfloat16, with room for float32 arithmetic on the way
 (`FLOAT32_ROOM`) and for choices that a rule leaves open: which of several entries of one magnitude a trim keeps, how a
 vote that ties to within rounding goes, which entries DARE's coin drops. `Check.open` counts elements decided by these.
+Of paft it is demanded that a trim keeps the lowest flat index first (`exact_trim`), where deltas are exact: on
+checkpoints.
 """
 
 from __future__ import annotations
@@ -95,6 +97,8 @@ class Check:
     """Elements that no reading of the rule allows."""
     open: int = 0
     """Elements that only the second or a later reading of the rule allows."""
+    loose: int = 0
+    """Those of them for which a trim must have kept another of several entries of one magnitude than the first."""
     copied: int = 0
     """Tensors no source touches, found bit for bit."""
     error: float = 0.0
@@ -116,6 +120,7 @@ class Check:
             "elements": self.elements,
             "wrong": self.wrong,
             "open": self.open if fixed else None,
+            "loose": self.loose if fixed else None,
             "copied": self.copied,
             "update_error": math.sqrt(self.error / self.update) if fixed and self.update else None,
             "faults": list(self.faults),
@@ -186,8 +191,8 @@ def factor(name: str, side: str) -> str:
     return f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"
 
 
-def check(case: Case, data: Path, out: Path) -> Check:
-    """Compare a merged checkpoint with the reference."""
+def check(case: Case, data: Path, out: Path, *, exact_trim: bool) -> Check:
+    """Compare a merged checkpoint with the reference; with `exact_trim`, `loose` elements of full checkpoints are faults."""
     inputs, merged = Inputs(case, data), Folder(out)
     found = Check()
     if merged.form() != inputs.base.form():
@@ -199,6 +204,8 @@ def check(case: Case, data: Path, out: Path) -> Check:
             found.faults += () if same else (f"{name}: not copied",)
     for name in inputs.samples():
         compare(inputs, name, merged.tensor(name).double().flatten(), found)
+    if exact_trim and found.loose and case.kind == "checkpoints":
+        found.faults += (f"{found.loose} elements were not trimmed by lowest index",)
     return found
 
 
@@ -209,9 +216,10 @@ def compare(inputs: Inputs, name: str, out: Tensor, found: Check) -> None:
     is_adapter = case.kind == "adapters"
     rooms = [FACTOR_ROOM * d.square().mean().sqrt().item() if is_adapter else 0.0 for d in (first, second)]
     choices = list(CHOICES[case.method](case, base, (first, second), rooms))
+    masks = [largest(delta, case.density) for delta in (first, second)] if case.method == "ties" else []
     coin = coin_room(case, base.numel())
     for start in range(0, base.numel(), BLOCK):
-        block = tuple(t[start : start + BLOCK] for t in (out, base, first, second))
+        block = tuple(t[start : start + BLOCK] for t in (out, base, first, second, *masks))
         compare_block(block, choices, sum(rooms), coin, found)
         if case.method == "dare_ties" and start == 0:
             found.faults += tuple(f"{name}: {fault}" for fault in unfair(case, block, coin))
@@ -220,16 +228,18 @@ def compare(inputs: Inputs, name: str, out: Tensor, found: Check) -> None:
 
 
 def compare_block(left: tuple[Tensor, ...], choices: list[Choice], room: float, coin: float, found: Check) -> None:
-    """Strike out of `left` (the output, the base, both deltas) what each choice explains; what remains is wrong."""
+    """Strike out of `left` (output, base, both deltas, perhaps masks) what each choice explains; the rest is wrong."""
     for number, choice in enumerate(choices):
         out, *tensors = left
         exact = choice(*tensors)
         if number == 0:
             found.error += (out - exact).square().sum().item()
             found.update += (exact - tensors[0]).square().sum().item()
-        around = FLOAT32_ROOM * sum(t.abs() for t in tensors) + coin * (tensors[1].abs() + tensors[2].abs()) + room
+        sizes = [t.abs() for t in tensors[:3]]
+        around = FLOAT32_ROOM * (sizes[0] + sizes[1] + sizes[2]) + coin * (sizes[1] + sizes[2]) + room
         wrong = (out - exact).abs() > half_step(exact) + around
         found.open += int((~wrong).sum()) if number else 0
+        found.loose += int((~wrong).sum()) if len(left) > 4 and number >= STRICT else 0
         left = tuple(t[wrong] for t in left)
     found.wrong += left[0].numel()
 
@@ -264,20 +274,47 @@ def slerp(case: Case, base: Tensor, deltas: Sequence[Tensor], rooms: Sequence[fl
 
 def ties(case: Case, base: Tensor, deltas: Sequence[Tensor], rooms: Sequence[float]) -> Iterator[Choice]:
     """TIES: the largest entries of each delta, a vote on the sign, the weighted mean of those who agree."""
-    kept = max(1, int(case.density * base.numel()))
-    thresholds = [delta.abs().kthvalue(base.numel() - kept + 1).values.item() for delta in deltas]
+    thresholds = [magnitude_at(delta, case.density) for delta in deltas]
     bands = [FLOAT32_ROOM * limit + room for limit, room in zip(thresholds, rooms, strict=True)]
-    for *ties_kept, flip in itertools.product((True, False), (True, False), (False, True)):
+
+    def mix(b: Tensor, trimmed: list[Tensor], flip: bool) -> Tensor:
+        return b + vote(trimmed, case.weights, flip=flip, room=sum(rooms), normalize=True)
+
+    for flip in (False, True):
+        yield lambda b, x, y, keep_x, keep_y, flip=flip: mix(b, [x * keep_x, y * keep_y], flip)
+    for *near_kept, flip in itertools.product((True, False), (True, False), (False, True)):
         least = [
             limit - band if kept else limit + band
-            for limit, band, kept in zip(thresholds, bands, ties_kept, strict=True)
+            for limit, band, kept in zip(thresholds, bands, near_kept, strict=True)
         ]
 
-        def choice(b: Tensor, *xs: Tensor, least: list[float] = least, flip: bool = flip) -> Tensor:
-            trimmed = [x * (x.abs() >= limit) for x, limit in zip(xs, least, strict=True)]
-            return b + vote(trimmed, case.weights, flip=flip, room=sum(rooms), normalize=True)
+        def loose(b: Tensor, x: Tensor, y: Tensor, *_: Tensor, least: list[float] = least, flip: bool = flip) -> Tensor:
+            return mix(b, [x * (x.abs() >= least[0]), y * (y.abs() >= least[1])], flip)
 
-        yield choice
+        yield loose
+
+
+STRICT = 2
+"""How many of the readings of `ties`, the first, trim by the masks of what is kept."""
+
+
+def kept_count(numel: int, density: float) -> int:
+    """How many entries a trim keeps."""
+    return max(1, int(density * numel))
+
+
+def magnitude_at(delta: Tensor, density: float) -> float:
+    """The smallest magnitude that a trim keeps."""
+    return float(delta.abs().kthvalue(delta.numel() - kept_count(delta.numel(), density) + 1).values)
+
+
+def largest(delta: Tensor, density: float) -> Tensor:
+    """Which entries a trim keeps: the largest, and of several of one magnitude the first; bool `[numel]`."""
+    limit = magnitude_at(delta, density)
+    keep = delta.abs() > limit
+    at_limit = (delta.abs() == limit).nonzero().flatten()
+    keep[at_limit[: kept_count(delta.numel(), density) - int(keep.sum())]] = True
+    return keep
 
 
 def dare_ties(case: Case, base: Tensor, deltas: Sequence[Tensor], rooms: Sequence[float]) -> Iterator[Choice]:

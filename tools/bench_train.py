@@ -71,12 +71,15 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     assert losses["ours_l1"][0] == losses["trl"][0], "the first loss must not know of the penalty"
     penalty_s = statistics.median(run["penalty_s"] for run in found["ours_l1"])
     step = {v: statistics.median(s for run in runs for s in run["step_s"]) for v, runs in found.items()}
+    fastest = {v: min(s for run in runs for s in run["step_s"]) for v, runs in found.items()}
     peak = {v: statistics.median(run["peak_bytes"] for run in runs) for v, runs in found.items()}
     return {
         "bench": "train",
         "step_s": {v: round(s, 4) for v, s in step.items()},
         "spread_s": {v: spread([run["median_s"] for run in runs]) for v, runs in found.items()},
+        "fastest_s": {v: round(s, 4) for v, s in fastest.items()},
         "speed_vs_trl": round(step["trl"] / step["ours"], 4),
+        "speed_vs_trl_fastest": round(fastest["trl"] / fastest["ours"], 4),
         "penalty_share_of_step": round(penalty_s / step["ours_l1"], 4),
         "peak_bytes": peak,
         "peak_vs_trl": round(peak["ours"] / peak["trl"], 4),

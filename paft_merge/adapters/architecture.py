@@ -93,10 +93,7 @@ class Architecture:
         That is `name` itself; or, for an adapter of another head or of an older transformers, `name` with or without
         the prefix of the base model, or renamed as transformers renames the tensors of a checkpoint.
         """
-        for known in (name, self._prefix + name, name.removeprefix(self._prefix), self._rename(name)[0]):
-            if known in self._parameters:
-                return str(known)
-        return None
+        return next((known for known in (name, self._rename(name)[0]) if known in self._parameters), None)
 
     def place(self, name: str) -> Place | None:
         """Where the parameter that an adapter calls `name` lies; None when it is not in the base.

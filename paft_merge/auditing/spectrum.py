@@ -92,14 +92,16 @@ class Factored:
     @classmethod
     def of(cls, b: Any, a: Any) -> Factored:
         """Decompose B `[O, R]` and A `[R, I]` (torch, any float dtype)."""
-        b_OR, a_RI = np.asarray(b.double().numpy()), np.asarray(a.double().numpy())
-        q_b, r_b = np.linalg.qr(b_OR)
-        q_a, r_a = np.linalg.qr(a_RI.T)
-        u, values, vt = np.linalg.svd(r_b @ r_a.T)
-        values = values[: min(len(r_b), len(r_a))]
-        kept = int((values > max(b_OR.shape[0], a_RI.shape[1]) * 1.2e-7 * values.max(initial=0.0)).sum())
-        spectrum = Spectrum(tuple(map(float, values)) or (0.0,))
-        return cls(b_OR, a_RI, q_b @ u[:, :kept], q_a @ vt[:kept].T, spectrum, _counts(b_OR, a_RI))
+        import torch
+
+        b_OR, a_RI = b.double(), a.double()
+        q_b, r_b = torch.linalg.qr(b_OR)
+        q_a, r_a = torch.linalg.qr(a_RI.T)
+        u, values, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        kept = int((values > max(b_OR.shape[0], a_RI.shape[1]) * 1.2e-7 * values.max()).sum())
+        left, right = (q_b @ u[:, :kept]).numpy(), (q_a @ vt[:kept].T).numpy()
+        arrays = b_OR.numpy(), a_RI.numpy()
+        return cls(*arrays, left, right, Spectrum(tuple(values.tolist())), _counts(*arrays))
 
     def dot(self, other: Factored) -> float:
         """<D1, D2> = tr((B1^T B2)(A2 A1^T)), exact at R x R cost."""

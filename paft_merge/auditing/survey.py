@@ -67,9 +67,10 @@ def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) 
     """
     active = subject.inputs.active
     first = _First(subject, wanted, len(active))
+    decomposed = [walker.pool.submit(_factored, subject, i) for i in active]
     blocks = walker.first(first.work)
     measures = first.measures(blocks, subject)
-    factored = {i: f for i in active if (f := _factored(subject, i)) is not None}
+    factored = {i: f for i, later in zip(active, decomposed, strict=True) if (f := later.result()) is not None}
     pairs = first.pairs(blocks, [measures[i] for i in range(len(active))])
     survivals: list[Survival] = []
     if len(active) > 1 and wanted.pairs:

@@ -37,7 +37,7 @@ class Walker:
     """
 
     def __init__(self, subject: Subject, pool: ThreadPoolExecutor, arena: Arena) -> None:
-        self.subject, self._pool, self._held = subject, pool, arena.hold(subject)
+        self.subject, self.pool, self._held = subject, pool, arena.hold(subject)
         self._n = len(subject.inputs.active)
         self._zeros = np.zeros(max((stop - start for start, stop in subject.bounds), default=0), np.uint32)
 
@@ -54,12 +54,12 @@ class Walker:
                 self._tile(*bounds)[:] = block.sources
             return work(block)
 
-        return list(self._pool.map(run, self.subject.bounds))
+        return list(self.pool.map(run, self.subject.bounds))
 
     def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
         """As `first`, from what it held. `sample`: on a sixteenth of each tile's rows. `tiles`: on these only."""
         bounds = self.subject.bounds if tiles is None else [self.subject.bounds[i] for i in tiles]
-        return list(self._pool.map(lambda b: work(self._block(*b, sample)), bounds))
+        return list(self.pool.map(lambda b: work(self._block(*b, sample)), bounds))
 
     def _block(self, start: int, stop: int, sample: bool) -> Block:
         row = self.subject.row

@@ -38,8 +38,8 @@ _KNOWN: Mapping[str, Collection[str]] = {
 """The keys of a mapping, by the last key around it. Anything else that has keys is a model reference."""
 
 _REFERENCE = ("model", "lora", "override_architecture", "path", "revision")
-_SHAPES = {"models", "slices", "modules", "sources", "layer_range", "tokenizer", "tokenizer_source"}
-"""When one of these was faulty, what is wrong with the mapping around it may follow from that."""
+_SHAPES = {"models", "slices", "modules", "tokenizer", "tokenizer_source", "token", "token_id"}
+"""When one of these was faulty, what is wrong with the mapping around it follows from that."""
 
 _TYPES = {
     "string_type": ("text", "quote it"),
@@ -88,7 +88,7 @@ class _Reader:
         self.located, self.report, self.parameters = located, report, parameters
         self.settled: dict[Steps, int] = {}
         self.passes = 0
-        self.faulty: set[str] = set()
+        self.taken_out: set[Steps] = set()
 
     def settle_all(self, data: dict[str, Any], found: list[ErrorDetails]) -> bool:
         """Note the faults of one reading and take them out of `data`; False when one has to stay."""
@@ -112,9 +112,14 @@ class _Reader:
         if spelling is not None and details["type"] in ("string_type", "reference"):
             around[key] = spelling
             return True
-        if not (isinstance(_at(data, steps), dict) and self.faulty & _SHAPES):
+        if not any(place[:-1] == steps and place[-1] in _SHAPES for place in self.taken_out):
             self.fault(steps, details)
         return self.take_out(steps, around)
+
+    @property
+    def faulty(self) -> set[str]:
+        """The keys whose values were faulty."""
+        return {str(place[-1]) for place in self.taken_out}
 
     def fault(self, steps: Steps, details: ErrorDetails) -> None:
         what, fix = _words(details, steps)
@@ -125,17 +130,19 @@ class _Reader:
         key = steps[-1] if steps else None
         if not isinstance(key, str):
             return False
-        self.faulty.add(key)
+        if steps in self.taken_out:
+            return True
         if key in ("model", "base_model"):
             around[key] = ModelRef(dotted(steps))
         elif key == "layer_range":
             around[key] = [0, 1]
         elif key in around:
             del around[key]
-            if not around:
-                self.faulty.update(step for step in steps if isinstance(step, str))
+            if not around and len(steps) > 1:
+                self.taken_out.add(steps[:-1])
         else:
             return False
+        self.taken_out.add(steps)
         return True
 
     def unknown(self, steps: Steps, around: Mapping[str, Any]) -> None:

@@ -55,10 +55,8 @@ class ModelRef:
     def written(self) -> str | dict[str, Any]:
         """The form that `parse` reads back as an equal reference."""
         places = [self.path, self.revision, self.lora, self.lora_revision]
-        plain = not any(mark in place for place in places if place for mark in "+@") and not self.path.startswith(
-            "model:"
-        )
-        if plain and self.override_architecture is None:
+        marked = any(mark in place for place in places if place for mark in "+@") or self.path.startswith("model:")
+        if not marked and self.override_architecture is None:
             return str(self)
         form: dict[str, Any] = {"model": {"path": self.path, "revision": self.revision}}
         if self.lora:

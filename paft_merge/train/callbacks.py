@@ -12,7 +12,17 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from paft_merge.errors import TrainError
-from paft_merge.train.sparsity import Controller, Factors, adapted, factor_l1, glance, product_l1, prox_step_, ramp
+from paft_merge.train.sparsity import (
+    Controller,
+    Factors,
+    adapted,
+    factor_l1,
+    glance,
+    product_l1,
+    prox_step_,
+    ramp,
+    whole,
+)
 from paft_merge.train.spec import L1Spec
 
 LOOKS, CONTROLLED_LOOKS = 25, 100
@@ -162,7 +172,8 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         """
         if self.l1 is None or lr == 0 or state.global_step < FIRST_STEPS:
             return
-        left = min(max(float(getattr(f, side).detach().abs().max()) for f in factors) for side in ("b_OR", "a_RI"))
+        sides = ([f.b_OR for f in factors], [f.a_RI for f in factors])
+        left = min(max(float(whole(one).detach().abs().max()) for one in side) for side in sides)
         self.faint = self.faint + 1 if left <= 2 * lr else 0
         if self.faint >= 2:
             raise TrainError.of(

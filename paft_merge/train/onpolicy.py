@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 
 from paft_merge.errors import TrainError
@@ -236,6 +237,9 @@ def _training_rows(job: Job, sampled: Sequence[Sampled], number: int) -> list[di
 @contextmanager
 def _policy(job: Job, adapter: Path | None) -> Iterator[Any]:
     """The policy as it stands: the base, with the last round's adapter if there was one."""
+    device = PartialState().device
+    if job.base.device != device and not job.spec.base.quantization:
+        job.base.to(device)  # a trainer would have moved it, but before the first round there is none
     if adapter is None:
         yield job.base
         return

@@ -60,6 +60,7 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
     l1 = spec["l1"]
     how = f"L1 on the {run['l1_on']} ({l1['mode']}), strength {run['l1_strength']:.3g}" if l1 else "no L1"
     relative = "unknown (quantised base)" if delta["relative_norm"] is None else f"{delta['relative_norm']:.3e}"
+    rank = "not measured (trimmed)" if delta["effective_rank"] is None else f"{delta['effective_rank']:.1f}"
     lines = [
         "---", "library_name: peft", f"base_model: {json.dumps(record['base']['name'])}",
         "tags: [paft-merge, lora, " + record["objective"] + "]", "---", "",
@@ -72,7 +73,7 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
         f"| entries below a tenth of the rms | {delta['below_tenth_rms']:.1%} |",
         f"| exact zeros | {delta['exact_zero']:.1%} |",
         f"| energy in the top 10 % of entries | {delta['energy_top_10']:.1%} |",
-        f"| effective rank (mean) | {delta['effective_rank']:.1f} |", "",
+        f"| effective rank (mean) | {rank} |", "",
         f"Data: {record['data']['rows']} rows, fingerprint `{record['data']['fingerprint']}`. "
         f"Steps: {run['steps']}. All settings are in `{DONE_FILE}`.", "",
     ]  # fmt: skip

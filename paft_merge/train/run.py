@@ -286,7 +286,8 @@ def run_trainer(job: Job, trainer: Any) -> None:
 def finish(job: Job, trainer: Any, **run: Any) -> Stats:
     """Measure the adapter, write it with its record and card, and give its folder the final name."""
     place, spec = job.place, job.spec
-    stats = measure(adapted(trainer.accelerator.unwrap_model(trainer.model)))
+    density = spec.trim.density if spec.trim else None
+    stats = measure(adapted(trainer.accelerator.unwrap_model(trainer.model)), density=density)
     trainer.save_model(str(place.part))
     if _main_process():
         (place.part / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in words

@@ -219,8 +219,8 @@ class MatrixStats:
     """(sqrt(n) - l1/l2) / (sqrt(n) - 1): 0 for equal entries, 0.2 for a Gaussian, 1 for a single one."""
     energy_top_10: float
     """Share of the squared norm in the largest 10 % of entries, to about 3 %."""
-    effective_rank: float
-    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+    effective_rank: float | None
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007); None for a trimmed delta."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Stats:
     below_tenth_rms: float
     hoyer: float
     energy_top_10: float
-    effective_rank: float
+    effective_rank: float | None
     norm: float
     """Frobenius norm of the whole delta."""
     relative_norm: float | None
@@ -287,18 +287,20 @@ def glance(factors: Sequence[Factors], lr: float = 0.0, epsilon: float = EPSILON
 
 
 @torch.no_grad()
-def measure(factors: Sequence[Factors], epsilon: float = EPSILON) -> Stats:
-    """Measure every matrix of an adapter: the record that the merge and the audit read."""
-    matrices = tuple(_measure_matrix(f, epsilon) for f in factors)
+def measure(factors: Sequence[Factors], epsilon: float = EPSILON, density: float | None = None) -> Stats:
+    """Measure every matrix of an adapter, trimmed if a density is given: the record that merge and audit read."""
+    matrices = tuple(_measure_matrix(f, epsilon, density) for f in factors)
     beneath = [math.inf if m.relative_norm is None else _norm(f.weight) for m, f in zip(matrices, factors, strict=True)]
     norm, total = math.sqrt(sum(m.norm**2 for m in matrices)), math.sqrt(sum(b**2 for b in beneath))
 
     def mean(key: str) -> float:
         return float(sum(getattr(m, key) for m in matrices) / len(matrices))
 
-    keys = ("below_epsilon", "exact_zero", "below_tenth_rms", "hoyer", "energy_top_10", "effective_rank")
+    keys = ["below_epsilon", "exact_zero", "below_tenth_rms", "hoyer", "energy_top_10"]
+    rank = mean("effective_rank") if density is None else None
     relative = norm / total if math.isfinite(total) and total > 0 else None
-    return Stats(**{key: mean(key) for key in keys}, norm=norm, relative_norm=relative, matrices=matrices)
+    shares = {key: mean(key) for key in keys}
+    return Stats(**shares, effective_rank=rank, norm=norm, relative_norm=relative, matrices=matrices)
 
 
 def _norm(weight: Tensor | None) -> float:
@@ -309,13 +311,16 @@ def _norm(weight: Tensor | None) -> float:
     return math.sqrt(sum(float(part.square().sum(dtype=torch.float64)) for part in parts))
 
 
-def _measure_matrix(f: Factors, epsilon: float) -> MatrixStats:
+def _measure_matrix(f: Factors, epsilon: float, density: float | None) -> MatrixStats:
+    blocks = chunks(f) if density is None else iter([trimmed(f, density)])
     norm, n = frobenius(f), f.numel
+    if density is not None:
+        norm = float(trimmed(f, density).norm())
     tenth = 0.1 * norm / math.sqrt(n)
     counts, energy = torch.zeros(_BINS, dtype=torch.float64), torch.zeros(_BINS, dtype=torch.float64)
     small = zero = faint = 0
     l1 = 0.0
-    for block in chunks(f):
+    for block in blocks:
         size = block.abs_().flatten().cpu()
         small += int(torch.count_nonzero(size < epsilon))
         zero += size.numel() - int(torch.count_nonzero(size))
@@ -336,7 +341,7 @@ def _measure_matrix(f: Factors, epsilon: float) -> MatrixStats:
         below_tenth_rms=faint / n,
         hoyer=hoyer,
         energy_top_10=_share_of_top(counts, energy, 0.1),
-        effective_rank=_effective_rank(f),
+        effective_rank=_effective_rank(f) if density is None else None,
     )
 
 

@@ -1,0 +1,65 @@
+"""The methods: what a recipe may ask for, whose idea it is, its parameters, and METHODS, the one table of them.
+
+Each method is also a function on plain tensors (`ties(deltas, ...)`) that runs the very code of a merge, on one tensor.
+
+| room | what it is |
+|---|---|
+| parameters | what a parameter and a method are |
+| sums | weighted sums |
+| signs | trim, elect a sign, merge what agrees |
+| drops | drop entries by size, rank or chance, and add up |
+| angles | directions and lengths |
+| entries | entry by entry: nearness, overlap, variance |
+| borrowed | what only mergekit can do |
+| running | a method on tensors in memory |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from paft_merge.methods import angles, borrowed, drops, entries, signs, sums
+from paft_merge.methods.angles import karcher, model_stock, multislerp, nuslerp, slerp
+from paft_merge.methods.borrowed import arcee_fusion
+from paft_merge.methods.drops import breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear
+from paft_merge.methods.entries import nearswap, ram, ramplus_tl, sce
+from paft_merge.methods.parameters import REQUIRED, Method, Parameter
+from paft_merge.methods.signs import l1_ties, sign_election, ties
+from paft_merge.methods.sums import linear, passthrough, task_arithmetic
+
+__all__ = [
+    "METHODS",
+    "REQUIRED",
+    "Method",
+    "Parameter",
+    "arcee_fusion",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "karcher",
+    "l1_ties",
+    "linear",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "passthrough",
+    "ram",
+    "ramplus_tl",
+    "sce",
+    "sign_election",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+]
+
+METHODS: Final[Mapping[str, Method]] = {
+    method.name: method
+    for room in (sums, signs, drops, angles, entries, borrowed)
+    for method in room.TABLE
+}  # fmt: skip
+"""Every method by its recipe name."""
