@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from paft_merge.errors import RecipeError
@@ -261,6 +261,7 @@ class TestReferences:
             st.none() | st.just("X"),
         )
     )
+    @example(ModelRef("model:a"))
     def test_what_is_written_parses_back(self, ref: ModelRef) -> None:
         assert ModelRef.parse(ref.written()) == ref
         assert ModelRef.parse(ref) == ref

@@ -79,7 +79,7 @@ def test_the_same_settings_can_be_read(raw: Any) -> None:
     assert (ours_reads(raw) is not None) == theirs_reads(raw)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(st.sampled_from([bool, int, float, str]), SETTINGS, NAMES, PLACES)
 @example(int, [1, 4], "w", 1 / 3)
 @example(int, [1, 4], "w", 0.5)
@@ -259,7 +259,7 @@ def _all(recipe: Recipe, where: Any, scope: str, name: str, t: float) -> dict[st
     return {p.name: resolve(where, p, name, t).value for p in recipe.method.parameters if p.scope == scope}
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(recipes(), NAMES, PLACES)
 def test_every_form_resolves_to_the_same_parameters(
     monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any], name: str, t: float
