@@ -2,6 +2,7 @@
 
 merge(recipe, out)     a recipe in mergekit's language to a model folder
 plan(recipe)           what that would do, from headers alone
+audit(source, ...)     how sparse deltas are, and how they will merge
 methods                the methods as functions on plain tensors
 """
 
@@ -14,18 +15,20 @@ if TYPE_CHECKING:
     from paft_merge import methods as methods
     from paft_merge.api import merge as merge
     from paft_merge.api import plan as plan
+    from paft_merge.auditing import audit as audit
     from paft_merge.errors import PaftMergeError as PaftMergeError
     from paft_merge.recipe import load_recipe as load_recipe
 
 # Found on first use, so that `import paft_merge` (and `paft --help`) does not import torch.
 _HOMES = {
     "PaftMergeError": "errors",
+    "audit": "auditing",
     "load_recipe": "recipe",
     "merge": "api",
     "plan": "api",
 }
 
-__all__ = ["PaftMergeError", "load_recipe", "merge", "methods", "plan"]
+__all__ = ["PaftMergeError", "audit", "load_recipe", "merge", "methods", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NearSwap:
-    """Move the base to the only source by `t / |delta|` of the way at every entry: all the way where that is no further than `t`."""
+    """Move the base towards the only source by `t / |delta|` of the way at every entry, at most all of it."""
 
     t: float
     wants: Literal["deltas"] = "deltas"

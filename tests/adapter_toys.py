@@ -56,10 +56,15 @@ def qwen3_moe() -> nn.Module:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=12, num_experts_per_tok=2, **fields))
 
 
-def gpt_oss() -> nn.Module:
+def gpt_oss(intermediate_size: int = 12) -> nn.Module:
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    fields = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields = {
+        "hidden_size": 16,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return GptOssForCausalLM(
         GptOssConfig(vocab_size=40, num_key_value_heads=1, head_dim=8, num_local_experts=3, **fields)
     )

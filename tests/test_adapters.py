@@ -155,6 +155,9 @@ CASES = {
         qwen3_moe, {"target_modules": ["v_proj"], "target_parameters": [*EXPERTS, "mlp.gate.weight"]}
     ),
     "transposed experts of GPT-OSS": Case(gpt_oss, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "square transposed experts": Case(
+        partial(gpt_oss, intermediate_size=16), {"target_modules": [], "target_parameters": EXPERTS}
+    ),
     "saved experts": Case(mixtral, {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     "Conv1D targeted as a parameter": Case(
         gpt2, {"target_modules": [], "target_parameters": ["attn.c_proj.weight"], "rank_pattern": {"c_proj.weight": 2}}

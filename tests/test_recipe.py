@@ -194,6 +194,22 @@ class TestLoading:
         assert recipe.slices[0].sources[0].ref == ModelRef("1e5", "12e4")
         assert recipe.name == "1e-4"
         assert load_recipe(TIES.replace("org/one", "1e5")).slices[0].sources[0].ref == ModelRef("1e5")
+        filtered = load_recipe(TIES.replace("{density: 0.3}", "{density: {value: 0.3, filter: 1e5}}"))
+        assert [values(filtered, 1, name)["density"] for name in ("x1e5x", "x")] == [0.3, 1.0]
+
+    def test_a_resolved_recipe_is_plain_data_with_our_defaults(self) -> None:
+        assert load_recipe(TIES).resolved() == {
+            "merge_method": "ties",
+            "base_model": "org/base",
+            "models": [
+                {"model": "org/one", "parameters": {"weight": 0.5, "density": 0.2}},
+                {"model": "org/two", "parameters": {"weight": 0.1}},
+            ],
+            "parameters": {"density": 0.3},
+            "rounding": "nearest",
+            "seed": 0,
+            "arithmetic": "float32",
+        }
 
 
 class TestReferences:

@@ -105,6 +105,17 @@ def test_the_tasks_gradient_does_not_depend_on_the_accumulation(base, tmp_path, 
         torch.testing.assert_close(gradient, split.seen[name], atol=1e-5, rtol=1e-3)
 
 
+def test_the_penalty_is_computed_once_per_optimizer_step_and_never_in_evaluation(base, tmp_path, monkeypatch):
+    from paft_merge.train.callbacks import L1
+
+    calls, original = [], L1.penalty
+    monkeypatch.setattr(L1, "penalty", lambda self, factors: calls.append(1) or original(self, factors))
+    training = {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 4}
+    options = {"rows": texts(), "eval_rows": texts(), "tokenizer": tokenizer(), "base_name": "toy"}
+    train(base, spec(steps=2, training=training, l1={"strength": 0.01}), tmp_path / "x", **options)
+    assert len(calls) == 2
+
+
 def test_the_penalty_is_logged_apart_and_absent_from_both_losses(base, tmp_path):
     section = spec(training={"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "max_steps": 1})
     section["lora"]["extra"] = {"init_lora_weights": False}

@@ -56,6 +56,12 @@ class Subject:
     def bounds(self) -> list[tuple[int, int]]:
         return tile_bounds(self.numel, self.row)
 
+    def release(self) -> None:
+        """Let go of the adapters' factors, which are read when they are first needed."""
+        for read in self.inputs.reads:
+            if read.patch:
+                read.patch.release()
+
 
 @dataclass(frozen=True)
 class Header:

@@ -93,7 +93,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     return f"99.{'9' * (digits + 1)}%" if text.startswith("100") and value < 1 else text
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def short(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
 
 
@@ -109,7 +109,7 @@ def _cards(audit: Audit) -> str:
 
 def _card(audit: Audit, number: int, source: SourceAudit) -> str:
     details = source.header.details
-    about = source.header.kind + (f", r = {details['rank']}, scale {_number(details.get('scale'))}" if "rank" in details else "")
+    about = source.header.kind + (f", r = {details['rank']}, scale {short(details.get('scale'))}" if "rank" in details else "")
     name = f'<div class="name">{swatch(number)}{escape(source.label)}</div>'
     if not source.tensors:
         return f'<div class="card">{name}<p class="soft">{escape(about)}</p><p>Nothing of it could be audited; see below.</p></div>'
@@ -128,7 +128,7 @@ def _advice(audit: Audit) -> str:
     items = []
     for line in audit.advice:
         sign, word = _TAGS[line.level]
-        why = f"{line.metric} = {_number(line.value)}; see {line.page}"
+        why = f"{line.metric} = {short(line.value)}; see {line.page}"
         items.append(f'<li class="{line.level}"><span class="tag"><i>{sign}</i>{word}</span><div>{escape(line.text)}<div class="why">{escape(why)}</div></div></li>')
     return f'<h2>What this means</h2><ul class="advice">{"".join(items)}</ul>' if items else ""
 
@@ -141,7 +141,7 @@ def _pairs(audit: Audit) -> str:
     for pair in audit.pairs:
         total, (left, right) = pair.total, pair.subspace
         rows.append([
-            f"{pair.left} and {pair.right}", _number(total.cosine), percent(total.conflict), percent(total.conflict_weighted), percent(total.conflict_above),
+            f"{pair.left} and {pair.right}", short(total.cosine), percent(total.conflict), percent(total.conflict_weighted), percent(total.conflict_above),
             percent(total.overlap), percent(total.overlap_chance), percent(left), percent(right),
         ])  # fmt: skip
     return f"<h2>Against each other</h2>{_table(head, rows)}"
@@ -180,8 +180,8 @@ def _row(group: Group, epsilon: float) -> list[str]:
     m = group.measure
     return [
         group.key, f"{m.entries:,}", percent(m.zero_share), percent(m.sparsity(1e-6)), percent(m.sparsity(epsilon)), percent(m.sparsity(1e-4)), percent(m.sparsity(1e-3)),
-        percent(m.bf16_sparsity), percent(m.relative_rms(0.1)), _number(m.hoyer), _number(m.participation), percent(m.top_energy(0.01)), percent(m.top_energy(0.2)),
-        _number(m.relative_norm), _number(group.stable_rank), _number(group.effective_rank),
+        percent(m.bf16_sparsity), percent(m.relative_rms(0.1)), short(m.hoyer), short(m.participation), percent(m.top_energy(0.01)), percent(m.top_energy(0.2)),
+        short(m.relative_norm), short(group.stable_rank), short(group.effective_rank),
     ]  # fmt: skip
 
 

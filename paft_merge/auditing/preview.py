@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paft_merge.auditing.metrics import UNDEFINED
 from paft_merge.auditing.opening import Subject
-from paft_merge.blocks import Survival
+from paft_merge.auditing.walk import ModelWalk
+from paft_merge.blocks import CpuOps, Survival
 from paft_merge.errors import AuditError, Problems
 from paft_merge.methods import METHODS, REQUIRED, Parameter
 from paft_merge.rules import Consensus, Rule
@@ -152,10 +154,25 @@ class Preview:
         return math.sqrt(_ratio(merged, plain)) if plain else UNDEFINED
 
 
+def rules_for(subjects: Sequence[Subject], proposal: Proposal | None, pool: ThreadPoolExecutor) -> list[Rule | None]:
+    """The rule to preview for each tensor: the recipe's, or the proposal's; None where neither trims nor elects.
+
+    Thresholds over the whole model (`trim_scope: global`) are found here, which takes walks over every tensor.
+    """
+    rules = [_rule_for(subject, proposal) for subject in subjects]
+    ranked = [s for s, r in zip(subjects, rules, strict=True) if r is not None and r.trim_scope == "global"]
+    first = next((r for r in rules if r is not None and r.trim_scope == "global"), None)
+    if first is None:
+        return list(rules)
+    fixed = first.over_the_model(sum(s.numel for s in ranked), ModelWalk(ranked, pool), CpuOps()).fixed
+    return [replace(r, fixed=fixed) if r is not None and r.trim_scope == "global" else r for r in rules]
+
+
 def trims_at(rule: Rule, density: float) -> bool:
     """Whether a rule trims every source to `density`, no more and no less."""
     plain = Trim("density", density)
-    return isinstance(rule, Consensus) and rule.fixed is None and not rule.rescale and all(t == plain for t in rule.thin)
+    ours = isinstance(rule, Consensus) and rule.fixed is None and not rule.rescale and rule.trim_scope == "tensor"
+    return ours and all(t == plain for t in rule.thin)
 
 
 def with_survivals(rule: Rule, survivals: Sequence[Survival], active: Sequence[int]) -> Rule:
@@ -167,8 +184,7 @@ def with_survivals(rule: Rule, survivals: Sequence[Survival], active: Sequence[i
     return replace(rule, fixed=tuple(fixed))
 
 
-def rule_for(subject: Subject, proposal: Proposal | None) -> Rule | None:
-    """The rule to preview for a tensor: the recipe's, or the proposal's; None where neither trims nor elects."""
+def _rule_for(subject: Subject, proposal: Proposal | None) -> Consensus | None:
     rule = subject.rule
     if rule is None and proposal is not None:
         rule = proposal.rule([r.source for r in subject.inputs.sources], subject.name)

@@ -12,7 +12,7 @@ from paft_merge.auditing.gate import epsilons_of
 from paft_merge.auditing.metrics import EPSILONS
 from paft_merge.auditing.opening import Opened, Source, Subject, layer_of, module_of, open_sources
 from paft_merge.auditing.pairs import PairMeasure
-from paft_merge.auditing.preview import Preview, PreviewTensor, Proposal, rule_for
+from paft_merge.auditing.preview import Preview, PreviewTensor, Proposal, rules_for
 from paft_merge.auditing.results import Audit, PairAudit, PairTensor, SourceAudit, TensorAudit
 from paft_merge.auditing.survey import Survey, Wanted, survey
 from paft_merge.auditing.walk import Arena, Walker, working_pool
@@ -75,10 +75,10 @@ def audit(
         wanted = Wanted(epsilon, counted, opened.base is not None, several, density)
         arena, found = Arena(opened.subjects, held_bytes), list[Survey]()
         total, done = sum(s.numel for s in opened.subjects), 0
-        for at, subject in enumerate(opened.subjects, 1):
-            rule = rule_for(subject, proposal if several else None)
+        rules = rules_for(opened.subjects, proposal if several else None, pool)
+        for at, (subject, rule) in enumerate(zip(opened.subjects, rules, strict=True), 1):
             found.append(survey(subject, Walker(subject, pool, arena), wanted, rule))
-            _release(subject)
+            subject.release()
             done += subject.numel
             progress(Progress(at, len(opened.subjects), done, total, subject.name))
         return _results(opened, found, wanted, proposal)
@@ -91,12 +91,6 @@ def _proposal(preview: Proposal | str | Mapping[str, Any] | None) -> Proposal | 
         return Proposal() if preview == "ties" else Proposal.parse(preview, [])
     given = dict(preview)
     return Proposal(given.pop("method", "ties"), given)
-
-
-def _release(subject: Subject) -> None:
-    for read in subject.inputs.reads:
-        if read.patch:
-            read.patch.release()
 
 
 def _results(opened: Opened, found: Sequence[Survey], wanted: Wanted, proposal: Proposal | None) -> Audit:

@@ -181,7 +181,7 @@ def _second(
     if rule is not None:
         if survivals and trims_at(rule, wanted.density):
             rule = with_survivals(rule, survivals, subject.inputs.active)
-        combine = rule.prepare(Walk(subject.numel, walker, CpuOps(), subject.inputs.active), deltas=True)
+        combine = rule.prepare(Walk(subject.numel, walker, CpuOps(), subject.inputs.active, subject.shape), deltas=True)
     every = list(combinations(range(n), 2)) if survivals else []
     lows = np.array([s.low for s in survivals], np.uint32)
     cuts = np.array([s.low_cut for s in survivals], np.int64)

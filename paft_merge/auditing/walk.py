@@ -74,6 +74,30 @@ class Walker:
         return self._held[start * self._n : stop * self._n].reshape(self._n, stop - start)
 
 
+class ModelWalk:
+    """Walks the blocks of many tensors, every source in each (`blocks.Each`): for thresholds over a whole model."""
+
+    def __init__(self, subjects: Sequence[Subject], pool: ThreadPoolExecutor) -> None:
+        self._subjects, self._pool = subjects, pool
+
+    @property
+    def tiles(self) -> int:
+        return sum(len(subject.bounds) for subject in self._subjects)
+
+    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+        """Run `work` on every block; neither a sample nor some tiles are asked of a whole model."""
+        assert not sample and tiles is None
+        found: list[T] = []
+        for subject in self._subjects:
+
+            def run(bounds: tuple[int, int], subject: Subject = subject) -> T:
+                return work(subject.inputs.block(*bounds, all_sources=True))
+
+            found += self._pool.map(run, subject.bounds)
+            subject.release()
+        return found
+
+
 @contextmanager
 def working_pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
     """A pool of `threads` (all cores by default), with one core to each of torch's products."""

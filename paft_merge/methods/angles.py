@@ -60,7 +60,7 @@ NUSLERP = Method(
     (
         weight(),
         Parameter("nuslerp_flatten", bool, "shared", True, "Take each tensor as one vector."),
-        Parameter("nuslerp_row_wise", bool, "shared", False, "Without nuslerp_flatten: vectors lie along the first dimension, not the last."),
+        Parameter("nuslerp_row_wise", bool, "shared", False, "Without nuslerp_flatten: vectors along the first dimension."),
     ),
     "optional", _nuslerp_rule, min_sources=2, max_sources=2,
 )  # fmt: skip
@@ -69,7 +69,7 @@ MULTISLERP = Method(
     (
         weight(),
         Parameter("normalize_weights", bool, "shared", True, "Divide the weights by their sum."),
-        Parameter("eps", float, "shared", 1e-8, "Added to every length; a mean direction shorter than this counts as none.", low=0.0),
+        Parameter("eps", float, "shared", 1e-8, "Added to lengths; a shorter mean direction counts as none.", low=0.0),
     ),
     "optional", _multislerp_rule,
 )  # fmt: skip

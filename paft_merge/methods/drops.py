@@ -1,4 +1,4 @@
-"""Drop entries by chance (DARE), as outliers (Breadcrumbs) or by chance and rank (DELLA), then add up, with TIES' election or without."""
+"""Drop entries by chance (DARE), as outliers (Breadcrumbs) or by chance and rank (DELLA); then add up, elected or not."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ _GAMMA = Parameter(
     float,
     "source",
     0.01,
-    "Share of the largest entries that is dropped, or less where the density would be missed.",
+    "Share of the largest entries that is dropped.",
     low=0.0,
     high=1.0,
 )
@@ -91,7 +91,7 @@ _EPSILON = Parameter(
     float,
     "source",
     0.15,
-    "The smallest entry of a row stays with density - epsilon, the largest with density + epsilon.",
+    "From density - epsilon for the smallest of a row to density + epsilon.",
 )
 
 

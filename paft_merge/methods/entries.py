@@ -38,7 +38,7 @@ _CHANGED = Parameter(
 
 NEARSWAP = Method(
     "nearswap", "NearSwap", "huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
-    (Parameter("t", float, "shared", REQUIRED, "Take the source's value where it is no further than this; less of it elsewhere."),),
+    (Parameter("t", float, "shared", REQUIRED, "Take the source where it is no further than this; less of it elsewhere."),),
     "required", _nearswap_rule, max_sources=1,
 )  # fmt: skip
 RAM = Method("ram", "Reinforced Agent Merging", "arXiv:2601.13572", (_CHANGED,), "required", _ram_rule)
@@ -46,7 +46,7 @@ RAMPLUS_TL = Method(
     "ramplus_tl", "Reinforced Agent Merging Plus (tensor-local)", "arXiv:2601.13572",
     (
         Parameter("r", float, "shared", 0.1, "How much a source's own changes are boosted by its overlap with others."),
-        Parameter("alpha", float, "shared", 0.2, "Most overlap that counts: shared over own changed entries of a source.", low=0.0),
+        Parameter("alpha", float, "shared", 0.2, "Most overlap that counts: shared over own changes.", low=0.0),
         _CHANGED,
     ),
     "required", _ram_rule,
@@ -54,7 +54,7 @@ RAMPLUS_TL = Method(
 SCE = Method(
     "sce", "SCE", "arXiv:2408.07990",
     (
-        Parameter("select_topk", float, "shared", 1.0, "Share of the entries that is merged: those that vary most over the sources.", low=0.0, high=1.0),
+        Parameter("select_topk", float, "shared", 1.0, "Share of the entries merged, the most varied.", low=0.0, high=1.0),
         INT8_MASK,
     ),
     "required", _sce_rule,

@@ -70,7 +70,7 @@ INT8_MASK = Parameter(
 )
 TRIM_SCOPE = Parameter(
     "trim_scope", str, "shared", "tensor",
-    "Rank magnitudes within each tensor (mergekit, PEFT) or over the whole model (the TIES paper; every tie of the last one is kept).",
+    "Rank magnitudes in each tensor (mergekit, PEFT) or over the whole model (TIES paper; every tie of the last is kept).",
     choices=("tensor", "global"),
 )  # fmt: skip
 
@@ -100,7 +100,7 @@ def normalize(default: str) -> Parameter:
     """`normalize` of a method with an election."""
     return Parameter(
         "normalize", str, "shared", default,
-        "Divide by the weights of what is kept at an entry (mergekit; true), by their number (TIES paper, PEFT), or not at all (false).",
+        "Divide by the weights of what an entry keeps (mergekit; true), by its number (TIES paper, PEFT), or not at all (false).",
         choices=("weights", "count", "none"), flags=("none", "weights"),
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def elect(default: str) -> tuple[Parameter, Parameter]:
     return (
         Parameter(
             "elect", str, "shared", default,
-            "Whose sum gives an entry its sign: weight * delta (mergekit), the delta (TIES paper, PEFT), its sign (PAFT), or nobody's.",
+            "What decides a sign: the sum of weight * delta (mergekit), of deltas (TIES paper, PEFT), of signs (PAFT), or nothing.",
             choices=("weighted", "unweighted", "count", "none"),
         ),
         Parameter(

@@ -59,10 +59,10 @@ L1_TIES = Method(
     (
         weight(1.0),
         Parameter("density", float, "source", None, "trim: keep this share of the entries.", low=0.0, high=1.0),
-        Parameter("l1_mass", float, "source", 0.95, "trim: keep the fewest entries with this share of the L1 norm.", low=0.0, high=1.0),
+        Parameter("l1_mass", float, "source", 0.95, "trim: keep the fewest with this share of the L1 norm.", low=0.0, high=1.0),
         Parameter("epsilon", float, "source", None, "trim: keep the entries with |delta| > epsilon.", low=0.0),
-        Parameter("shrink", str, "shared", "hard", "soft: also take the threshold off what is kept.", choices=("hard", "soft")),
-        Parameter("rescale", str, "shared", "l1", "Scale what survives back to the delta's L1 norm.", choices=("none", "l1"), flags=("none", "l1")),
+        Parameter("shrink", str, "shared", "hard", "soft: take the threshold off what is kept.", choices=("hard", "soft")),
+        Parameter("rescale", str, "shared", "l1", "Scale back to the L1 norm.", choices=("none", "l1"), flags=("none", "l1")),
         normalize("none"), LAMBDA, *elect("none"), TRIM_SCOPE,
     ),
     "required", _ties_rule,
@@ -90,12 +90,12 @@ def ties(
 
     The defaults are mergekit's: signs are elected on *weighted* deltas, and a negative weight therefore votes for the
     opposite sign and is subtracted where that sign wins. The paper is `elect="unweighted", normalize="count"` (then
-    `lambda_`), and so is PEFT's `ties_svd` before its SVD. PAFT's election is `elect="count"` (`elect_tie="zero"` for sgn(0) = 0).
+    `lambda_`), and so is PEFT's `ties_svd` before its SVD. PAFT elects by `elect="count"` (`elect_tie="zero"`: sgn(0) = 0).
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
         weight: one for all, or one a delta.
-        density: share kept by magnitude in [0, 1] (the paper's k / 100): `sparsify.kept_count` entries, ties by lowest index.
+        density: share kept in [0, 1] (the paper's k / 100): the `sparsify.kept_count` largest, ties by lowest index.
         normalize: `weights`, `count` or `none`; True is `weights`, False `none`.
         rescale: scale each trimmed delta back to its L1 norm.
         lambda_: multiplies the result.
@@ -133,7 +133,7 @@ def l1_ties(
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
         weight: one for all, or one a delta.
-        density, l1_mass, epsilon: what is kept (see `sparsify.Trim`); `epsilon` comes before `density`, `density` before `l1_mass`.
+        density, l1_mass, epsilon: what is kept (see `sparsify.Trim`); `epsilon` goes before `density`, and that before `l1_mass`.
         shrink: `hard` or `soft`.
         rescale: `l1` scales each trimmed delta back to its L1 norm; `none` does not.
         normalize, lambda_, elect, elect_tie: as in `ties`.

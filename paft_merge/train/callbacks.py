@@ -26,7 +26,10 @@ from paft_merge.train.sparsity import (
 from paft_merge.train.spec import L1Spec
 
 LOOKS, CONTROLLED_LOOKS = 25, 100
-"""A run is measured about this often, without and with a target: a look costs a few product penalties."""
+"""A run is measured about this often, without and with a target; without one every tenth step at most, and the last.
+
+A look costs a few product penalties.
+"""
 
 FIRST_STEPS = 10
 """Until then no adapter is larger than the noise of an optimizer step."""
@@ -134,8 +137,8 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the adapter when it is time."""
-        looks = CONTROLLED_LOOKS if self.l1 and self.l1.controller else LOOKS
-        every = max(1, state.max_steps // looks)
+        controlled = self.l1 is not None and self.l1.controller is not None
+        every = max(1, state.max_steps // CONTROLLED_LOOKS) if controlled else max(10, state.max_steps // LOOKS)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self._look(state, kwargs["model"], kwargs["optimizer"])
         if self.progress:
