@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -363,16 +364,13 @@ def test_hundreds_of_equal_faults_do_not_flood_the_screen(tmp_path: Path) -> Non
 
 
 def test_faults_of_yaml_name_line_and_column(models: Models, tmp_path: Path) -> None:
+    bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij"))
     for text, said in [
         ("merge_method: [ties", "r.yaml:1"),
         ("merge_method: !!python/object/apply:os.system ['true']", "r.yaml:1"),
         ("merge_method: ties\nmerge_method: linear\n", "r.yaml:2"),
         ("[" * 5000, "r.yaml:1"),
-        (
-            "a: &a [x, x]\nb: &b [*a, *a]\n"
-            + "".join(f"{chr(99 + i)}: &{chr(99 + i)} [{','.join([f'*{chr(98 + i)}'] * 9)}]\n" for i in range(9)),
-            "r.yaml",
-        ),
+        (bomb, "r.yaml"),
         ("just words", "r.yaml"),
     ]:
         (tmp_path / "r.yaml").write_text(text)
@@ -384,7 +382,8 @@ def test_faults_of_yaml_name_line_and_column(models: Models, tmp_path: Path) -> 
 
 
 def test_an_exponent_without_a_point_is_a_number(models: Models, tmp_path: Path) -> None:
-    text = f"merge_method: task_arithmetic\nbase_model: {models['base']}\nmodels: [{{model: {models['x']}, parameters: {{weight: 1e-4}}}}]\n"
+    text = write_recipe(tmp_path / "r.json", ties_of(models, weight="W")).read_text()
+    text = text.replace('"W"', "1e-4").replace('"ties"', "task_arithmetic")
     (tmp_path / "r.yaml").write_text(text)
     result = paft("merge", tmp_path / "r.yaml", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
@@ -649,7 +648,7 @@ def test_no_socket_is_opened_for_local_models(tmp_path: Path) -> None:
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
             os.environ.pop(name, None)
         def closed(event, arguments):
-            if event.startswith("socket."):
+            if event.startswith("socket.") and event != "socket.gethostname":
                 print("a socket:", event, arguments[1:], file=sys.stderr)
                 os._exit(3)
         sys.addaudithook(closed)

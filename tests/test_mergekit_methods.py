@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -77,6 +77,15 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
 SHAPES = {"matrix": (48, 40), "vector": (300,), "experts": (4, 12, 10)}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def draw(seed: int, shape: Sequence[int], size: float) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) * size
 
@@ -125,12 +134,32 @@ def test_float32_results_are_mergekit_s(case: str, shape: str) -> None:
     torch.testing.assert_close(ours(case, tensors), theirs(case, tensors, torch.float32), rtol=2e-6, atol=1e-7)
 
 
+def ranked_apart(case: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The entries where no source's magnitude is one that a mask divides: which of such equals are kept is arbitrary."""
+    name, given, letters = CASES[case]
+    apart = torch.ones(tensors["b"].shape, dtype=torch.bool)
+    for i, letter in enumerate(
+        letters.removeprefix("b") if name in ("ties", "breadcrumbs", "breadcrumbs_ties") else ""
+    ):
+        density, gamma = (given.get(key, 1.0) for key in ("density", "gamma"))
+        density = density[i] if isinstance(density, tuple) else density
+        gamma = 0.01 if gamma == 1.0 else gamma[i] if isinstance(gamma, tuple) else gamma
+        sizes = (tensors[letter].double() - tensors["b"].double()).abs()
+        kept, above = int(density * sizes.numel()), 0 if name == "ties" else int(gamma * sizes.numel())
+        above = sizes.numel() - max(0, sizes.numel() - kept - above) - kept if density < 1 else 0
+        ordered = sizes.flatten().sort(descending=True).values
+        for rank in (above, above + kept):
+            apart &= ~torch.isin(sizes, ordered[max(rank - 1, 0) : rank + 1]) if density < 1 else apart
+    return apart
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_from_bfloat16_ours_is_nearer_to_the_float64_answer(case: str) -> None:
     tensors = models((64, 96), torch.bfloat16)
-    exact = theirs(case, tensors, torch.float64)
+    exact, apart = theirs(case, tensors, torch.float64), ranked_apart(case, tensors)
+    assert apart.double().mean() > 0.8
     errors = [
-        (result.to(torch.bfloat16).double() - exact).abs().mean().item()
+        (result.to(torch.bfloat16).double() - exact)[apart].abs().mean().item()
         for result in (ours(case, tensors), theirs(case, tensors, torch.bfloat16))
     ]
     assert errors[0] <= errors[1] * (1 + 1e-9)
@@ -139,12 +168,10 @@ def test_from_bfloat16_ours_is_nearer_to_the_float64_answer(case: str) -> None:
 def test_bfloat16_costs_mergekit_a_few_percent_of_ties() -> None:
     """How large the difference is: not a matter of the last bit only."""
     tensors = models((256, 256), torch.bfloat16)
-    exact = theirs("ties", tensors, torch.float64).to(torch.bfloat16)
-    wrong = [
-        (r.to(torch.bfloat16) != exact).double().mean().item()
-        for r in (ours("ties", tensors), theirs("ties", tensors, torch.bfloat16))
-    ]
-    assert wrong[0] < 0.01
+    exact, apart = theirs("ties", tensors, torch.float64).to(torch.bfloat16), ranked_apart("ties", tensors)
+    results = ours("ties", tensors), theirs("ties", tensors, torch.bfloat16)
+    wrong = [(result.to(torch.bfloat16) != exact)[apart].double().mean().item() for result in results]
+    assert wrong[0] < 1e-3
     assert 0.02 < wrong[1] < 0.3
 
 
@@ -298,9 +325,9 @@ def test_sce_by_hand() -> None:
     deltas = [torch.tensor([3.0, 1.0, -2.0, 0.5]), torch.tensor([-1.0, 1.0, 2.0, 0.5])]
     # variances 4, 0, 4, 0: two entries can be selected, and half of them is the first
     first = methods.sce(deltas, select_topk=0.5)
-    assert first.tolist() == [3.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(first, torch.tensor([3.0, 0.0, 0.0, 0.0]))
     # energies 9 + 4 and 1 + 4; signs +3 - 1 and -2 + 2, which elects +
-    assert methods.sce(deltas, select_topk=0.999).tolist() == [3.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(methods.sce(deltas, select_topk=0.999), first)
     torch.testing.assert_close(methods.sce(deltas), torch.tensor([3.0, 1.0, 2.0, 0.5]))
     agreeing = [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])]  # energies 9 and 1
     torch.testing.assert_close(methods.sce(agreeing), torch.tensor([(9 * 3.0 + 1 * 1.0) / 10, 0.0]))
