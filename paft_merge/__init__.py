@@ -1,7 +1,7 @@
 """Merge LoRA adapters and checkpoints by streaming tensors; train the sparse adapters to merge.
 
 merge(recipe, out)     a recipe in mergekit's language to a model folder
-plan(recipe)           what that would do, from headers alone
+open_plan(recipe)      what that would do, from headers alone
 audit(source, ...)     how sparse deltas are, and how they will merge
 methods                the methods as functions on plain tensors
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paft_merge import methods as methods
     from paft_merge.api import merge as merge
-    from paft_merge.api import plan as plan
+    from paft_merge.api import open_plan as open_plan
     from paft_merge.auditing import audit as audit
     from paft_merge.errors import PaftMergeError as PaftMergeError
     from paft_merge.recipe import load_recipe as load_recipe
@@ -25,10 +25,10 @@ _HOMES = {
     "audit": "auditing",
     "load_recipe": "recipe",
     "merge": "api",
-    "plan": "api",
+    "open_plan": "api",
 }
 
-__all__ = ["PaftMergeError", "audit", "load_recipe", "merge", "methods", "plan"]
+__all__ = ["PaftMergeError", "audit", "load_recipe", "merge", "methods", "open_plan"]
 
 
 def __getattr__(name: str) -> Any:

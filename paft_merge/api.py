@@ -1,4 +1,4 @@
-"""The front door for Python: `plan` and `merge`, from a recipe to a folder."""
+"""The front door for Python: `open_plan` and `merge`, from a recipe to a folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Source = Path | str | Mapping[str, Any] | Recipe
 
 
 @contextmanager
-def plan(
+def open_plan(
     recipe: Source,
     *,
     strict: bool = False,
@@ -39,7 +39,7 @@ def plan(
     allow_crimes: bool = False,
     allow_nonfinite: bool = False,
 ) -> Iterator[MergePlan]:
-    """Plan a merge from headers and keep its inputs open: `with plan("recipe.yaml") as p: ...`.
+    """Plan a merge from headers and keep its inputs open: `with open_plan("recipe.yaml") as plan: ...`.
 
     Args:
         recipe: a file, YAML text, a mapping, or a loaded `Recipe`.
@@ -89,7 +89,7 @@ def merge(
     """Merge the models of a recipe into the folder `out`, which `AutoModelForCausalLM.from_pretrained` then loads.
 
     Args:
-        recipe, strict, imports, out_shard_bytes, lazy_unpickle, allow_crimes, allow_nonfinite: as for `plan`.
+        recipe, strict, imports, out_shard_bytes, lazy_unpickle, allow_crimes, allow_nonfinite: as for `open_plan`.
         out: folder to write; must not exist, or be empty, unless `overwrite`. It grows as `out.part`.
         device: where the arithmetic is done, `cpu` or `cuda` (`cuda:1`).
         threads: blocks computed at a time; all cores by default. Changes no bit of the result.
@@ -116,7 +116,7 @@ def merge(
             ops = ops_for(device)
         with _also_where(out, overwrite, problems):
             planned = inputs.enter_context(
-                plan(
+                open_plan(
                     recipe, strict=strict, imports=imports, out_shard_bytes=out_shard_bytes, lazy_unpickle=lazy_unpickle,
                     allow_crimes=allow_crimes, allow_nonfinite=allow_nonfinite,
                 )

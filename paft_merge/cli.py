@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
     """Bytes, as `800M`, `5GB` or, in mergekit's spelling, `5B`; decimal units."""
 
     name = "size"
@@ -125,7 +125,7 @@ def merge(
 
     planning = {("out_shard_bytes" if key == "out_shard_size" else key): value for key, value in options.items()}
     if dry_run:
-        with api.plan(Path(recipe), **planning) as planned:
+        with api.open_plan(Path(recipe), **planning) as planned:
             problems = Problems()
             if out is not None:
                 api.check_output(planned, out, overwrite=overwrite, problems=problems)
@@ -216,17 +216,36 @@ def methods(name: str | None, imports: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("sources", nargs=-1, required=True)
-@click.option("--base", help="What the sources change, a folder or Hub name. Adapters do without it, as far as that goes.")
+@click.option(
+    "--base", help="What the sources change, a folder or Hub name. Adapters do without it, as far as that goes."
+)
 @click.option("--method", default="ties", show_default=True, help="Method to preview when there are several sources.")
-@click.option("-p", "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="Parameter of --method; V1,V2 is one a source.")
+@click.option(
+    "-p",
+    "--parameter",
+    "parameters",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Parameter of --method; V1,V2 is one a source.",
+)
 @click.option("--no-preview", is_flag=True, help="Preview nothing.")
-@click.option("--epsilon", type=float, default=1e-5, show_default=True, help="An entry is sparse when |delta| is below this.")
+@click.option(
+    "--epsilon", type=float, default=1e-5, show_default=True, help="An entry is sparse when |delta| is below this."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema in docs/audit.md) instead of tables.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Write every number as CSV.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report with pictures, one page.")
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="Write the pictures as PNG into this folder.")
-@click.option("--require", multiple=True, metavar="TEXT", help='Exit with 1 unless it holds, e.g. "sparsity(1e-5) >= 0.9".')
-@click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no count.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report with pictures, one page."
+)
+@click.option(
+    "--plots", type=click.Path(file_okay=False, path_type=Path), help="Write the pictures as PNG into this folder."
+)
+@click.option(
+    "--require", multiple=True, metavar="TEXT", help='Exit with 1 unless it holds, e.g. "sparsity(1e-5) >= 0.9".'
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no count."
+)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def audit(
     sources: tuple[str, ...], base: str | None, method: str, parameters: tuple[str, ...], no_preview: bool, epsilon: float,
@@ -243,15 +262,41 @@ def audit(
 
     if len(sources) == 1 and base is None and is_merged(sources[0]):
         if csv or html or plots or require:
-            raise click.UsageError("A finished merge is compared with its manifest; --csv, --html, --plots and --require need --base.")
+            raise click.UsageError(
+                "A finished merge is compared with its manifest; --csv, --html, --plots and --require need --base."
+            )
         report_manifest(auditing.verify(sources[0]), as_json)
         return
-    proposal = None if no_preview else auditing.Proposal.parse(method, parameters) if parameters or method != "ties" else auditing.Proposal()
+    proposal = (
+        None
+        if no_preview
+        else auditing.Proposal.parse(method, parameters)
+        if parameters or method != "ties"
+        else auditing.Proposal()
+    )
     with _terminable(), _audit_progress(quiet) as progress:
         done = auditing.audit(
             *sources, base=base, preview=proposal, epsilon=epsilon, require=require, threads=threads, progress=progress
         )
     report(done, Outlets(as_json, csv, html, plots), require, _warn)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Train this adapter only; may be repeated.")
+@click.option("--resume", is_flag=True, help="Leave finished adapters alone and go on with interrupted ones.")
+@click.option(
+    "--schedule", type=click.Choice(["auto", "sequential", "processes"]), default="auto", show_default=True,
+    help="One after another on one base in memory, or one process with its own GPUs for each adapter.",
+)  # fmt: skip
+def train(recipe: Path, out: Path, adapters: tuple[str, ...], resume: bool, schedule: Any) -> None:
+    """Train the adapters of RECIPE, each into OUT/NAME (needs the extra: paft-merge[train])."""
+    from paft_merge.train import train_recipe
+
+    with _terminable():
+        for folder in train_recipe(recipe, out, adapters=adapters or None, resume=resume, schedule=schedule).values():
+            click.echo(folder)
 
 
 @contextmanager
@@ -261,14 +306,25 @@ def _audit_progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
         yield lambda _: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.fields[tensors]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.fields[tensors]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, tensors="")
 
         def advance(done: Any) -> None:
-            bar.update(task, total=done.entries_total, completed=done.entries_done, tensors=f"{done.tensors}/{done.tensors_total} tensors")
+            bar.update(
+                task,
+                total=done.entries_total,
+                completed=done.entries_done,
+                tensors=f"{done.tensors}/{done.tensors_total} tensors",
+            )
 
         yield advance
 

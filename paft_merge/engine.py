@@ -183,7 +183,7 @@ class _Worker:
             if base is not None:
                 tally.add(*CpuOps().tally(_delta_block(base, known, start, stop)))
             self.output.write(tensor.name, start * tensor.width, stored)
-            digest.update(xxhash.xxh3_128_digest(stored))
+            digest.update(xxhash.xxh3_128_digest(stored.data))
             nonfinite += bad
         tensor.release()
         return Finished(tensor.name, digest.hexdigest(), range(len(known)), tally.counts, tally.total(), nonfinite)

@@ -284,16 +284,17 @@ class _Planner:
         rule = self._rule(per_source, shared, keys)
         dtype = self._out_dtype(kind.name, rule, [*([base] if base else []), *sources])
         if base and rule.wants == "values":  # the base is the first of the values (slerp)
-            base, sources, per_source = None, [base, *sources], [{}, *per_source]
+            sources, per_source = [base, *sources], [{}, *per_source]
+            base = None
         inputs = inputs_for(base, sources, rule.wants)
         parameters = {**shared, "sources": per_source}
         rounding = self.recipe.rounding == "stochastic" and DTYPES[dtype].bits < 32
         key = stream_key(self.recipe.seed, "", name, "round") if rounding else 0
         if inputs.unchanged and rule.keeps_equals:
-            plain = Inputs.one(stored if base is None else base)
-            if plain.base.patch is None and stored.dtype == dtype:
-                return PlannedTensor(name, shape, dtype, COPY, plain, WeightedSum((), "deltas"))
-            inputs, rule = plain, WeightedSum((), "deltas")
+            only = base or stored
+            inputs, rule = Inputs.one(only), WeightedSum((), "deltas")
+            if only.patch is None and stored.dtype == dtype:
+                return PlannedTensor(name, shape, dtype, COPY, inputs, rule)
         return PlannedTensor(name, shape, dtype, self.method.name, inputs, rule, parameters, key)
 
     def _read(self, model: Model, name: str, under: str | None) -> Read:

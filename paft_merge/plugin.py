@@ -64,7 +64,8 @@ class OurMethod(GroupMergeMethod):  # type: ignore[misc]
         shared = {p.name: parameters[p.name] for p in self.spec.shared_parameters}
         rule = self.method.rule(sources, shared, [1] * len(entries))
         merged = merge_tensors(rule, deltas).to(base.device)  # type: ignore[arg-type]
-        return (base.float() + merged).to(base.dtype)
+        result: torch.Tensor = (base.float() + merged).to(base.dtype)
+        return result
 
 
 def _spec_of(parameter: Parameter) -> ParameterSpec:

@@ -116,8 +116,10 @@ class Inputs:
     """The base and the sources of one merged tensor, and in which form its blocks hold them.
 
     `raw`     values as stored; every input is a plain tensor of the same type, bfloat16 or float32.
-    `deltas`  float32 deltas from the base; a source that does not differ from it has none and is not `active`.
+    `deltas`  float32 deltas from the base.
     `values`  float32 values.
+
+    Where deltas are wanted, a source that does not differ from the base has none and is not `active`.
     """
 
     base: Read | None
@@ -150,7 +152,7 @@ class Inputs:
     @property
     def active(self) -> list[int]:
         """Indices of the sources that a block's rows hold."""
-        return [i for i, s in enumerate(self.sources) if self.form != "deltas" or not self._idle(s)]
+        return [i for i, s in enumerate(self.sources) if not (self.deltas and self._idle(s))]
 
     def _idle(self, source: Read) -> bool:
         assert self.base is not None

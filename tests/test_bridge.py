@@ -18,7 +18,7 @@ from mergekit_toys import CONFIG, llama_family, llama_state, load_state, mergeki
 from paft_merge import api
 from paft_merge.bridge import WholeTensor, import_methods, method_of
 from paft_merge.cli import cli
-from paft_merge.errors import MergeError, OutputError, RecipeError
+from paft_merge.errors import MergeError, OutputError, PaftMergeError, RecipeError
 from paft_merge.methods import METHODS, REQUIRED
 from paft_merge.output import digest_of
 
@@ -112,7 +112,7 @@ def test_what_is_written_is_tallied_and_digested_like_any_other_merge(tmp_path: 
     recipe = recipe_of(llama_family(tmp_path), "ties", "bxy", {})
     written = []
     for i, arithmetic in enumerate(("float32", "mergekit")):
-        with api.plan({**recipe, "arithmetic": arithmetic}) as planned:
+        with api.open_plan({**recipe, "arithmetic": arithmetic}) as planned:
             slots = {slot.name: slot for shard in planned.shards for slot in shard.slots}
         merged({**recipe, "arithmetic": arithmetic}, tmp_path / str(i))
         tensors = json.loads((tmp_path / str(i) / "merge_manifest.json").read_text())["tensors"]
@@ -260,13 +260,14 @@ def test_mergekit_arithmetic_is_refused_for_what_mergekit_has_not(case: str, tmp
         "arithmetic": "mergekit",
         **more,
     }
-    with pytest.raises((RecipeError, api.CheckpointError), match=message):
+    with pytest.raises(PaftMergeError, match=message) as caught:
         merged(recipe, tmp_path / "out")
+    assert len(caught.value.problems) == 1  # and not one for every tensor
 
 
 def test_memory_for_whole_tensors_is_asked_for_in_the_plan(tmp_path: Path) -> None:
     recipe = recipe_of(llama_family(tmp_path), "arcee_fusion", "bx", {})
-    with api.plan(recipe) as planned:
+    with api.open_plan(recipe) as planned:
         largest = max(planned.tensors, key=lambda t: t.numel)
         assert isinstance(largest.rule, WholeTensor)
         assert largest.block_bytes >= 5 * 4 * largest.numel

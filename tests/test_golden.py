@@ -15,4 +15,6 @@ from make_golden import GOLDEN, RECIPES, merged  # noqa: E402
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_merged_bytes_are_those_of_the_golden_file(name: str) -> None:
-    assert merged(name) == (GOLDEN / f"{name}.safetensors").read_bytes(), "a change of numerics: see tools/make_golden.py"
+    assert merged(name) == (GOLDEN / f"{name}.safetensors").read_bytes(), (
+        "a change of numerics: see tools/make_golden.py"
+    )

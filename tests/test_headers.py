@@ -280,7 +280,7 @@ def test_a_broken_file_is_refused_by_name(tmp_path, case):
     assert text in message
 
 
-@pytest.mark.parametrize("case", set(REFUSED) - {"deep lists", "deep objects"})
+@pytest.mark.parametrize("case", [case for case in REFUSED if not case.startswith("deep")])
 def test_what_we_refuse_and_safetensors_does_not_is_known(case):
     ours_only = {
         *("leading space", "same name twice", "entry is a list", "entry says more", "dtype is a map"),

@@ -155,6 +155,8 @@ def test_what_the_package_offers_is_there_and_typed() -> None:
     for name in paft_merge.__all__:
         assert getattr(paft_merge, name) is not None
     assert set(dir(paft_merge)) == set(paft_merge.__all__)
+    # A module of the same name would take its place as soon as somebody imports it.
+    assert {name for name in paft_merge.__all__ if name in MODULES} == {"methods"}
     with pytest.raises(AttributeError, match="has no attribute 'mergee'"):
         paft_merge.mergee  # noqa: B018
 

@@ -90,10 +90,11 @@ def test_mergekit_checks_our_parameters(name: str, tmp_path: Path) -> None:
 def adapted(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Path]:
     """A base and two adapters of it."""
     base = llama_state(0, request.param)
+    targets = {name: tensor for name, tensor in base.items() if "q_proj" in name or "up_proj" in name}
     return {
         "base": save_checkpoint(tmp_path / "base", base, 2, CONFIG),
-        "sft": save_adapter(tmp_path / "sft", base, 3),
-        "dpo": save_adapter(tmp_path / "dpo", base, 4, rank=2, size=5e-3),
+        "sft": save_adapter(tmp_path / "sft", targets, 3),
+        "dpo": save_adapter(tmp_path / "dpo", targets, 4, rank=2, size=5e-3),
     }
 
 
@@ -135,7 +136,7 @@ def test_mergekit_arithmetic_of_ours_is_mergekit_with_our_loader(adapted: dict[s
 
 
 def test_a_lora_merge_dtype_keeps_small_updates(adapted: dict[str, Path], tmp_path: Path) -> None:
-    recipe = adapter_recipe(adapted, out_dtype="float32")
+    recipe = {**adapter_recipe(adapted, out_dtype="float32"), "merge_method": "task_arithmetic"}
     with plugin.adapters_on_the_fly():
         wide = mergekit_merge(recipe, tmp_path / "wide", lora_merge_dtype="float32")
     ours = merged(recipe, tmp_path / "ours")

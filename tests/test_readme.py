@@ -30,7 +30,11 @@ def test_files_that_the_readme_links_to_are_there() -> None:
 
 def test_every_room_is_in_the_picture() -> None:
     picture = README.split("```\ncli.py")[1].split("```")[0]
-    rooms = {p.name + ("/" if p.is_dir() else "") for p in (ROOT / "paft_merge").iterdir() if not p.name.startswith(("_", "."))}
+    rooms = {
+        p.name + ("/" if p.is_dir() else "")
+        for p in (ROOT / "paft_merge").iterdir()
+        if not p.name.startswith(("_", "."))
+    }
     assert {r for r in rooms - {"py.typed", "cli.py"} if not re.search(rf"(^|\s){re.escape(r)}", picture)} == set()
 
 

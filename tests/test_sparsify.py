@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -153,6 +154,6 @@ def test_tiles_cover_a_tensor_in_whole_rows() -> None:
         bounds = blocks.tile_bounds(numel, row)
         assert bounds[0][0] == 0
         assert bounds[-1][1] == numel
-        assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
         assert all(start % row == 0 for start, _ in bounds)
     assert blocks.tile_bounds(0, 5) == []

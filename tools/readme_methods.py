@@ -1,6 +1,6 @@
 """Write the README's table of methods from METHODS.
 
-    python tools/readme_methods.py
+python tools/readme_methods.py
 """
 
 from __future__ import annotations

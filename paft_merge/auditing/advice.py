@@ -26,7 +26,13 @@ def advise(audit: Audit) -> tuple[Advice, ...]:
 def _of_source(audit: Audit, source: SourceAudit) -> Iterator[Advice]:
     measure, label, epsilon = source.total.measure, source.label, audit.epsilon
     if not measure.square:
-        yield Advice("warn", f"The {label} delta is zero everywhere: merging it changes nothing. Was it trained, and saved?", "norm", 0.0, f"{PAGE}#zero")
+        yield Advice(
+            "warn",
+            f"The {label} delta is zero everywhere: merging it changes nothing. Was it trained, and saved?",
+            "norm",
+            0.0,
+            f"{PAGE}#zero",
+        )
         return
     yield _density(source, epsilon)
     erased = measure.bf16_sparsity
@@ -73,7 +79,13 @@ def _density(source: SourceAudit, epsilon: float) -> Advice:
 def _of_pair(audit: Audit, pair: PairAudit) -> Iterator[Advice]:
     total, names = pair.total, f"{pair.left} and {pair.right}"
     if not total.both:
-        yield Advice("good", f"{names} change no entry in common: merging them loses nothing, and no sign needs electing.", "conflict", 0.0, f"{PAGE}#conflict")
+        yield Advice(
+            "good",
+            f"{names} change no entry in common: merging them loses nothing, and no sign needs electing.",
+            "conflict",
+            0.0,
+            f"{PAGE}#conflict",
+        )
         return
     weighted, raw = total.conflict_weighted, total.conflict
     if weighted >= 0.45:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from paft_merge.auditing.results import Audit, PairAudit, SourceAudit
+from paft_merge.auditing.results import Audit, PairAudit, SourceAudit, in_order
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ def _layer_lines(sources: Sources, value: Callable[[SourceAudit, int], float | N
     for hue, source in sources:
         found = [(layer, v) for layer in source.layers if (v := value(source, layer)) is not None and not math.isnan(v)]
         if len(found) > 1:
-            lines.append(Line(source.label, tuple(float(x) for x, _ in found), tuple(y for _, y in found), hue, points=True))
+            lines.append(
+                Line(source.label, tuple(float(x) for x, _ in found), tuple(y for _, y in found), hue, points=True)
+            )
     return tuple(lines)
 
 
@@ -117,15 +119,20 @@ def _by_layer(sources: Sources, epsilon: float) -> Chart | None:
     lines = _layer_lines(sources, lambda s, k: s.layers[k].measure.sparsity(epsilon))
     caption = f"Share of entries with |delta| < {epsilon:g} in each layer: the measure of PAFT's Figure 2."
     title = "Sparsity by layer"
-    return Chart("sparsity_by_layer", title, caption, "layer", "sparsity", lines, percent_y=True, y_range=(0, 1)) if lines else None
+    return (
+        Chart("sparsity_by_layer", title, caption, "layer", "sparsity", lines, percent_y=True, y_range=(0, 1))
+        if lines
+        else None
+    )
 
 
 def _by_module(sources: Sources, epsilon: float) -> Dots | None:
-    modules = list(dict.fromkeys(m for _, s in sources for m in s.modules))
+    modules = in_order(m for _, s in sources for m in s.modules)
     if len(modules) < 2:
         return None
     lines = tuple(
-        (s.label, hue, tuple(s.modules[m].measure.sparsity(epsilon) if m in s.modules else None for m in modules)) for hue, s in sources
+        (s.label, hue, tuple(s.modules[m].measure.sparsity(epsilon) if m in s.modules else None for m in modules))
+        for hue, s in sources
     )
     caption = f"Share of entries with |delta| < {epsilon:g} in each kind of module, all layers together."
     return Dots("sparsity_by_module", "Sparsity by module", caption, tuple(modules), lines, "sparsity")
@@ -143,7 +150,9 @@ def _sparsity_map(source: SourceAudit, epsilon: float, hue: int) -> Heat | None:
     values = tuple(tuple(value(layer, m) for layer in source.layers) for m in modules)
     caption = f"Share of entries with |delta| < {epsilon:g}; rows are modules, columns layers."
     title = f"Where {source.label} is sparse"
-    return Heat(f"sparsity_map_{hue}", title, caption, tuple(modules), tuple(map(str, source.layers)), values, "share", 0.0, 1.0)
+    return Heat(
+        f"sparsity_map_{hue}", title, caption, tuple(modules), tuple(map(str, source.layers)), values, "share", 0.0, 1.0
+    )
 
 
 def _magnitudes(sources: Sources, epsilon: float) -> Chart | None:
@@ -159,9 +168,23 @@ def _magnitudes(sources: Sources, epsilon: float) -> Chart | None:
     low = min(_quantile(line, 2e-4) for line in lines)
     lines = [_from(line, low) for line in lines]
     top = max(max(line.x) for line in lines)
-    marks = [Mark(e, f"{e:g}", strong=e == epsilon) for e in sorted({1e-6, 1e-5, 1e-4, 1e-3, epsilon}) if low < e < top]
+    marks = [
+        Mark(e, f"{e:.0e}".replace("e-0", "e-"), strong=e == epsilon)
+        for e in sorted({1e-6, 1e-5, 1e-4, 1e-3, epsilon})
+        if low < e < top / 2
+    ]
     caption = "Share of the entries at each magnitude (eighths of a decade). Left of a line lies what that threshold calls zero."
-    return Chart("magnitudes", "Magnitudes", caption, "|delta|", "share of entries", tuple(lines), log_x=True, percent_y=True, marks=tuple(marks))
+    return Chart(
+        "magnitudes",
+        "Magnitudes",
+        caption,
+        "|delta|",
+        "share of entries",
+        tuple(lines),
+        log_x=True,
+        percent_y=True,
+        marks=tuple(marks),
+    )
 
 
 def _quantile(line: Line, share: float) -> float:
@@ -195,11 +218,24 @@ def _spectrum(sources: Sources) -> Chart | None:
         spectra = [t.spectrum.values for t in source.tensors if t.spectrum and t.spectrum.values[0] > 0]
         if not spectra:
             continue
-        width = min(map(len, spectra)) if max(map(len, spectra)) > 4 * min(map(len, spectra)) else max(map(len, spectra))
-        table = np.array([[*s[:width], *[np.nan] * (width - len(s))] for s in spectra]) / np.array([[s[0]] for s in spectra])
+        width = (
+            min(map(len, spectra)) if max(map(len, spectra)) > 4 * min(map(len, spectra)) else max(map(len, spectra))
+        )
+        table = np.array([[*s[:width], *[np.nan] * (width - len(s))] for s in spectra]) / np.array(
+            [[s[0]] for s in spectra]
+        )
         low, middle, high = (np.maximum(np.nanquantile(table, q, axis=0), 1e-6) for q in (0.1, 0.5, 0.9))
         x = tuple(float(i + 1) for i in range(width))
-        lines.append(Line(source.label, x, tuple(middle.tolist()), hue, points=width <= 32, band=(tuple(low.tolist()), tuple(high.tolist()))))
+        lines.append(
+            Line(
+                source.label,
+                x,
+                tuple(middle.tolist()),
+                hue,
+                points=width <= 32,
+                band=(tuple(low.tolist()), tuple(high.tolist())),
+            )
+        )
     if not lines or max(len(line.x) for line in lines) < 2:
         return None
     caption = "Singular values over the largest: median over the tensors, and the band that holds 80 % of them. Flat is full rank."
@@ -210,13 +246,17 @@ def _bf16(sources: Sources) -> Chart | None:
     lines = _layer_lines(sources, lambda s, k: s.layers[k].measure.bf16_sparsity)
     caption = "Share of entries that vanish when weight + delta is cast to bfloat16."
     title = "What a cast to bfloat16 erases"
-    return Chart("bf16_by_layer", title, caption, "layer", "erased", lines, percent_y=True, y_range=(0, 1)) if lines else None
+    return (
+        Chart("bf16_by_layer", title, caption, "layer", "erased", lines, percent_y=True, y_range=(0, 1))
+        if lines
+        else None
+    )
 
 
 def _conflicts(pair: PairAudit, number: int) -> Heat | None:
     inside = [t for t in pair.tensors if t.layer is not None and t.measure.both]
     layers = sorted({t.layer for t in inside if t.layer is not None})
-    modules = list(dict.fromkeys(t.module for t in inside))
+    modules = in_order(t.module for t in inside)
     if not inside:
         return None
 
@@ -229,7 +269,17 @@ def _conflicts(pair: PairAudit, number: int) -> Heat | None:
     reach = min(0.5, math.ceil(reach * 20) / 20)
     caption = "Share of signs that differ, weighted by the smaller magnitude. Pale is chance (50 %), blue agrees, orange opposes."
     title = f"Sign conflict of {pair.left} and {pair.right}"
-    return Heat(f"conflict_{number}", title, caption, tuple(modules), tuple(map(str, layers)), values, "around_half", 0.5 - reach, 0.5 + reach)
+    return Heat(
+        f"conflict_{number}",
+        title,
+        caption,
+        tuple(modules),
+        tuple(map(str, layers)),
+        values,
+        "around_half",
+        0.5 - reach,
+        0.5 + reach,
+    )
 
 
 def _preview(audit: Audit) -> Chart | None:
@@ -248,4 +298,8 @@ def _preview(audit: Audit) -> Chart | None:
         lines.append(Line(f"{source.label}, elected", x, tuple(s.elected_energy for s in left), hue, points=True))
     caption = "Share of each source's energy that survives trimming (dashed) and then the election (solid), before anything is merged."
     title = f"What {preview.method} would keep"
-    return Chart("preview", title, caption, "layer", "energy kept", tuple(lines), percent_y=True, y_range=(0, 1)) if lines else None
+    return (
+        Chart("preview", title, caption, "layer", "energy kept", tuple(lines), percent_y=True, y_range=(0, 1))
+        if lines
+        else None
+    )

@@ -27,7 +27,9 @@ def csv_text(audit: Audit) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: "" if v is None or (isinstance(v, float) and math.isnan(v)) else v for k, v in row.items()} for row in rows)
+    writer.writerows(
+        {k: "" if v is None or (isinstance(v, float) and math.isnan(v)) else v for k, v in row.items()} for row in rows
+    )
     return text.getvalue()
 
 
@@ -41,22 +43,32 @@ def write(place: Path, text: str) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError.of("OUTPUT", place, error.strerror or str(error), "choose a place that can be written") from error
+        raise OutputError.of(
+            "OUTPUT", place, error.strerror or str(error), "choose a place that can be written"
+        ) from error
 
 
 def _rows(audit: Audit) -> Iterator[dict[str, Any]]:
     for source in audit.sources:
         groups = [("all", "", source.total)] if source.tensors else []
-        groups += [("layer", str(k), g) for k, g in source.layers.items()] + [("module", k, g) for k, g in source.modules.items()]
+        groups += [("layer", str(k), g) for k, g in source.layers.items()] + [
+            ("module", k, g) for k, g in source.modules.items()
+        ]
         groups += [("tensor", t.name, Group(t.name, (t,))) for t in source.tensors]
         for scope, key, group in groups:
             names = {t.name for t in group.tensors}
-            held = [t for t in audit.preview.tensors if t.name in names and source.label in t.sources] if audit.preview else []
+            held = (
+                [t for t in audit.preview.tensors if t.name in names and source.label in t.sources]
+                if audit.preview
+                else []
+            )
             survived = Survived.total([t.sources[source.label] for t in held]) if held else None
             yield dict(zip(_PLACE, (source.label, "", scope, key), strict=True)) | _metrics(group, survived)
     for pair in audit.pairs:
         pairs = [("all", "", pair.total)] + [("layer", str(k), m) for k, m in pair.layers.items()]
-        pairs += [("module", k, m) for k, m in pair.modules.items()] + [("tensor", t.name, t.measure) for t in pair.tensors]
+        pairs += [("module", k, m) for k, m in pair.modules.items()] + [
+            ("tensor", t.name, t.measure) for t in pair.tensors
+        ]
         for scope, key, measure in pairs:
             yield dict(zip(_PLACE, (pair.left, pair.right, scope, key), strict=True)) | _pair_metrics(measure)
 
@@ -69,7 +81,11 @@ def _metrics(group: Group, survived: Survived | None) -> dict[str, Any]:
         elif name != "factors":
             flat[name] = value
     if survived is not None:
-        flat |= {"kept": survived.kept_share, "kept_energy": survived.kept_energy, "elected_energy": survived.elected_energy}
+        flat |= {
+            "kept": survived.kept_share,
+            "kept_energy": survived.kept_energy,
+            "elected_energy": survived.elected_energy,
+        }
     return flat
 
 

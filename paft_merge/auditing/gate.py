@@ -144,8 +144,18 @@ def failures(audit: Audit, requirements: Sequence[str]) -> list[Problem]:
         for where, value in values:
             if not _OPERATORS[requirement.operator](value, requirement.bound):
                 shown = "undefined, since the delta is zero there" if math.isnan(value) else f"{value:.4g}"
-                name = f"{requirement.metric}({requirement.argument:g})" if METRICS[requirement.metric].argument else requirement.metric
-                found.append(Problem("REQUIRED", where, f"{name} is {shown}, and {requirement.operator} {requirement.bound:g} is required"))
+                name = (
+                    f"{requirement.metric}({requirement.argument:g})"
+                    if METRICS[requirement.metric].argument
+                    else requirement.metric
+                )
+                found.append(
+                    Problem(
+                        "REQUIRED",
+                        where,
+                        f"{name} is {shown}, and {requirement.operator} {requirement.bound:g} is required",
+                    )
+                )
     return found
 
 
@@ -179,13 +189,19 @@ def _of_source(source: SourceAudit, wanted: Requirement, metric: Metric) -> Iter
         yield _one(source.label, where, metric, Group(where, tuple(tensors)), wanted)
 
 
-def _one(label: str, where: str, metric: Metric, thing: Group | PairMeasure | Any, wanted: Requirement) -> tuple[str, float]:
+def _one(
+    label: str, where: str, metric: Metric, thing: Group | PairMeasure | Any, wanted: Requirement
+) -> tuple[str, float]:
     try:
         value = metric.value(thing, wanted.argument)
     except KeyError:
-        raise _unreadable(wanted.text, f"{wanted.argument:g} was not counted", f"audit with epsilons=[{wanted.argument:g}]") from None
+        raise _unreadable(
+            wanted.text, f"{wanted.argument:g} was not counted", f"audit with epsilons=[{wanted.argument:g}]"
+        ) from None
     if value is None:
-        raise _unreadable(wanted.text, f"{wanted.metric} was not measured for {label}", "pass --base, or ask for no scope")
+        raise _unreadable(
+            wanted.text, f"{wanted.metric} was not measured for {label}", "pass --base, or ask for no scope"
+        )
     return (f"{label}: {where}" if where else label), value
 
 
@@ -232,5 +248,3 @@ def _fits(pattern: str, name: str) -> bool:
 
 def _unreadable(text: str, what: str, fix: str = "") -> AuditError:
     return AuditError.of("GATE", text, what, fix)
-
-

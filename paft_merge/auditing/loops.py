@@ -158,7 +158,12 @@ def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any) -> N
             above_against += over & differ
         product, smaller, smaller_against, left_square, right_square = 0.0, 0.0, 0.0, 0.0, 0.0
         for j in range(m):
-            a, b, least, differ = np.float64(a_f[j]), np.float64(b_f[j]), np.float64(least_f[j]), np.float64(against_f[j])
+            a, b, least, differ = (
+                np.float64(a_f[j]),
+                np.float64(b_f[j]),
+                np.float64(least_f[j]),
+                np.float64(against_f[j]),
+            )
             differ = differ if least > 0.0 else 0.0
             product += a * b
             smaller += least

@@ -3,7 +3,7 @@
 n entries d_1 .. d_n of one tensor, of a layer, of a kind of module or of everything: a `Measure` of the whole is the sum of
 the measures of its parts. Counts are exact and sums are float64. What needs ranks or thresholds that are known only at the
 end (energy of the largest entries, shares relative to rms or maximum) comes from a histogram whose bins are 0.4 to 0.8 %
-wide; inside the one bin that a threshold falls into, entries are taken as spread evenly.
+wide; inside the one bin that a threshold falls into, entries are taken as spread around the bin's mean.
 """
 
 from __future__ import annotations
@@ -67,11 +67,17 @@ class Histogram:
         return low, high
 
     def count_up_to(self, magnitude: float) -> float:
-        """How many entries are not above `magnitude`; exact but for the bin that it falls into."""
+        """How many entries are not above `magnitude`; exact but for the bin that it falls into.
+
+        There they are taken as spread evenly over the widest range that has the bin's mean in its middle, so that entries
+        on a lattice (a difference of two float16 values), which sit on one edge of a bin, are counted right too.
+        """
         low, high = self.edges
-        inside = np.clip((magnitude - low) / (high - low), 0.0, 1.0)
-        zeros = self.index == 0
-        inside = np.where(zeros, (magnitude >= self.l1 / np.maximum(self.count, 1)) * 1.0, inside)
+        mean = self.l1 / np.maximum(self.count, 1)
+        reach = np.minimum(mean - low, high - mean).clip(min=0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inside = np.clip((magnitude - mean + reach) / (2 * reach), 0.0, 1.0)
+        inside = np.where(reach > 0, inside, magnitude >= mean * (1 - 1e-9))
         return float((self.count * inside).sum())
 
     def energy_curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -186,7 +192,9 @@ class Measure:
             return [], []
         place = np.floor(np.log10(np.sqrt(low[inside] * high[inside])) * per_decade).astype(int)
         first, last = int(place.min()), int(place.max())
-        shares = np.bincount(place - first, weights=self.histogram.count[inside], minlength=last - first + 1) / self.entries
+        shares = (
+            np.bincount(place - first, weights=self.histogram.count[inside], minlength=last - first + 1) / self.entries
+        )
         return [float(10 ** (p / per_decade)) for p in range(first, last + 1)], [float(s) for s in shares]
 
     def to_json(self) -> dict[str, Any]:
@@ -197,7 +205,11 @@ class Measure:
             "sparsity": {f"{e:g}": self.sparsity(e) for e in self.below},
             "bf16_sparsity": self.bf16_sparsity,
             "relative_rms": {"0.01": self.relative_rms(0.01), "0.1": self.relative_rms(0.1)},
-            "relative_max": {"0.001": self.relative_max(0.001), "0.01": self.relative_max(0.01), "0.1": self.relative_max(0.1)},
+            "relative_max": {
+                "0.001": self.relative_max(0.001),
+                "0.01": self.relative_max(0.01),
+                "0.1": self.relative_max(0.1),
+            },
             "hoyer": self.hoyer,
             "participation": self.participation,
             "top_energy": {f"{k:g}": self.top_energy(k) for k in ENERGY_SHARES},

@@ -16,6 +16,7 @@ from paft_merge.adapters import Adapter
 from paft_merge.adapters.config import read_settings
 from paft_merge.auditing.shapes import ShapesOnly, natural, shapes_of
 from paft_merge.blocks import tile_bounds
+from paft_merge.bridge import WholeTensor
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.hub import fetch
@@ -114,7 +115,9 @@ def open_sources(sources: Sequence[Source], base: Path | str | None) -> Iterator
     if recipes:
         if len(sources) > 1 or base is not None:
             raise AuditError.of("RECIPE", "", "a recipe names its sources and its base itself", "give the recipe alone")
-        with api.plan(recipes[0] if not isinstance(recipes[0], str) or "\n" in recipes[0] else Path(recipes[0])) as planned:
+        with api.open_plan(
+            recipes[0] if not isinstance(recipes[0], str) or "\n" in recipes[0] else Path(recipes[0])
+        ) as planned:
             yield _not_empty(_of_plan(planned))
         return
     with ExitStack() as stack:
@@ -148,7 +151,9 @@ def _not_empty(opened: Opened) -> Opened:
     if not opened.subjects:
         why = "; ".join(dict.fromkeys(s.why for s in opened.skipped)) or "no tensor differs from the base"
         where = ", ".join(h.source for h in opened.headers)
-        raise AuditError.of("EMPTY", where, f"there is nothing to audit: {why}", "pass --base" if opened.base is None else "")
+        raise AuditError.of(
+            "EMPTY", where, f"there is nothing to audit: {why}", "pass --base" if opened.base is None else ""
+        )
     return opened
 
 
@@ -163,7 +168,9 @@ def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: Exi
         with problems.catching():
             folders.append(fetch(ref.lora, ref.lora_revision) if ref.lora else fetch(ref.path, ref.revision))
     problems.raise_as(AuditError)
-    adapters = [bool(ref.lora) or (folder / "adapter_config.json").is_file() for ref, folder in zip(refs, folders, strict=True)]
+    adapters = [
+        bool(ref.lora) or (folder / "adapter_config.json").is_file() for ref, folder in zip(refs, folders, strict=True)
+    ]
     named = base if base is not None else next((str(ref.base) for ref in refs if ref.lora), None)
     if named is None:
         for ref, is_adapter in zip(refs, adapters, strict=True):
@@ -227,7 +234,10 @@ def _drop_what_needs_weights(ref: str, adapter: Adapter) -> list[Skipped]:
         if patch.needs_weight or patch.kind in ("pissa", "olora"):
             del adapter.patches[name]
             groups.setdefault(patch.kind, []).append(name)
-    return [Skipped(ref, tuple(names), f"{_WHY[kind]}, and without --base its delta is unknown") for kind, names in groups.items()]
+    return [
+        Skipped(ref, tuple(names), f"{_WHY[kind]}, and without --base its delta is unknown")
+        for kind, names in groups.items()
+    ]
 
 
 _WHY = {
@@ -242,7 +252,13 @@ _WHY = {
 
 def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped: Sequence[Skipped]) -> Opened:
     """Every tensor that some model has otherwise than the base."""
-    unties = {n: under for m in models if m.adapter for n, under in m.adapter.unties.items() if n not in base.checkpoint.tensors}
+    unties = {
+        n: under
+        for m in models
+        if m.adapter
+        for n, under in m.adapter.unties.items()
+        if n not in base.checkpoint.tensors
+    }
     subjects, left_out = list[Subject](), list(skipped)
     for name in [*base.checkpoint.tensors, *unties]:
         under = unties.get(name)
@@ -262,7 +278,9 @@ def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped:
         if extra:
             left_out.append(Skipped(m.ref, tuple(extra), "the base has no such tensor"))
     headers = tuple(_header(m, label) for m, label in zip(models, _labels([m.ref for m in models]), strict=True))
-    warnings = [w for m in models if m.adapter for w in m.adapter.warnings if named is not None or w.code != "ADAPTER_BASE"]
+    warnings = [
+        w for m in models if m.adapter for w in m.adapter.warnings if named is not None or w.code != "ADAPTER_BASE"
+    ]
     ordered = sorted(subjects, key=lambda s: natural(s.name))
     return Opened(headers, named, tuple(ordered), tuple(left_out), tuple(warnings))
 
@@ -301,7 +319,8 @@ def _of_plan(planned: MergePlan) -> Opened:
             continue
         inputs = Inputs(tensor.inputs.base, tensor.inputs.sources, "deltas", subtract=False)
         if inputs.active:
-            subjects.append(Subject(tensor.name, inputs, tensor.rule))
+            rule = None if isinstance(tensor.rule, WholeTensor) else tensor.rule
+            subjects.append(Subject(tensor.name, inputs, rule))
     by_ref = {m.ref: m for m in planned.models}
     refs = list(dict.fromkeys(r.source for s in subjects for r in s.inputs.sources))
     why = f"{planned.recipe.merge_method} merges whole values there, not deltas"

@@ -19,10 +19,10 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 .paft h3{font-size:15px;margin:0 0 2px}
 .paft p{margin:0 0 8px}
 .paft .soft{color:var(--soft)}
-.paft .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:16px;margin-top:22px}
+.paft .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:16px;margin-top:22px}
 .paft .card{border:1px solid var(--rule);border-radius:10px;padding:16px 18px;background:#fff}
 .paft .card .name{font-weight:650;font-size:17px;overflow-wrap:anywhere}
-.paft .big{display:flex;gap:26px;margin:12px 0 4px;flex-wrap:wrap}
+.paft .big{display:flex;gap:10px 30px;margin:12px 0 4px;flex-wrap:wrap}
 .paft .big b{display:block;font-size:25px;line-height:1.15;font-weight:650;font-variant-numeric:tabular-nums}
 .paft .big span{color:var(--soft);font-size:12.5px}
 .paft .swatch{vertical-align:-1px;margin-right:7px}
@@ -33,7 +33,7 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 .paft .tag i{font-style:normal;display:inline-block;width:20px}
 .paft .warn .tag{color:#a34700}.paft .good .tag{color:#00664a}.paft .note .tag{color:#005c91}
 .paft .why{color:var(--soft);font-size:13px}
-.paft .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(520px,100%),1fr));gap:18px}
+.paft div.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(520px,100%),1fr));gap:18px}
 .paft figure{margin:0;border:1px solid var(--rule);border-radius:10px;padding:16px 18px 10px;background:#fff;break-inside:avoid}
 .paft figure p{color:var(--soft);font-size:13px;margin:0 0 8px}
 .paft figure svg{width:100%;height:auto;display:block}
@@ -41,13 +41,13 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 .paft .tick,.paft .mark-text,.paft .cell{font-size:11px;fill:#5b6675}
 .paft .cell{fill:#1c2430;font-size:10.5px}.paft .cell.light{fill:#fff}
 .paft .label{font-size:12px;fill:#1c2430}.paft .legend{font-size:12.5px;fill:#1c2430}
-.paft .grid .grid,.paft line.grid{stroke:#e8ebef}.paft .axis{stroke:#9aa4b0}.paft .rail{stroke:#e8ebef}
+.paft line.grid{stroke:#e8ebef}.paft .axis{stroke:#9aa4b0}.paft .rail{stroke:#e8ebef}
 .paft .mark{stroke:#aab3bd;stroke-dasharray:2 3}.paft .mark.strong{stroke:#1c2430;stroke-dasharray:none;stroke-width:1.2}
 .paft .none{fill:#f0f1f3}
-.paft table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
-.paft th,.paft td{padding:5px 10px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
+.paft table{border-collapse:collapse;width:100%;font-size:12.5px;font-variant-numeric:tabular-nums}
+.paft th,.paft td{padding:5px 7px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 .paft th{font-weight:600;color:var(--soft);background:var(--wash)}
-.paft th:first-child,.paft td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:150px}
+.paft th:first-child,.paft td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:110px}
 .paft .scroll{overflow-x:auto}
 .paft details{border-top:1px solid var(--rule);padding:10px 0}
 .paft summary{cursor:pointer;font-weight:600}
@@ -59,13 +59,31 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 _TAGS = {"warn": ("▲", "look here"), "note": ("●", "to know"), "good": ("✔", "good")}
 
 _WORDS = (
-    ("sparsity", "share of entries with |delta| below the threshold; by layer first, and of these the mean (PAFT, arXiv:2406.17923)"),
-    ("bf16 erases", "share of entries where bf16(weight + delta) = bf16(weight): what is lost when the merge is written as bfloat16"),
-    ("Hoyer", "(√n − L1/L2) / (√n − 1): 0 when all entries are equal, 1 when one holds everything, 0.20 for a Gaussian"),
-    ("top 20 %", "energy (sum of squares) held by the largest fifth of the entries: what TIES at density 0.2 keeps; 0.66 for a Gaussian"),
+    (
+        "sparsity",
+        "share of entries with |delta| below the threshold; by layer first, and of these the mean (PAFT, arXiv:2406.17923)",
+    ),
+    (
+        "bf16 erases",
+        "share of entries where bf16(weight + delta) = bf16(weight): what is lost when the merge is written as bfloat16",
+    ),
+    (
+        "Hoyer",
+        "(√n − L1/L2) / (√n − 1): 0 when all entries are equal, 1 when one holds everything, 0.20 for a Gaussian",
+    ),
+    (
+        "top 20 %",
+        "energy (sum of squares) held by the largest fifth of the entries: what TIES at density 0.2 keeps; 0.66 for a Gaussian",
+    ),
     ("participation", "(Σd²)² / (n Σd⁴): the share of entries that carries the energy; 0.33 for a Gaussian"),
-    ("stable, effective rank", "‖D‖²F/‖D‖²₂, and the exponential of the entropy of the singular values; means over tensors"),
-    ("conflict", "share of signs that differ where neither delta is zero; weighted: each entry counts min(|d1|, |d2|). 50 % is chance"),
+    (
+        "stable, effective rank",
+        "‖D‖²F/‖D‖²₂, and the exponential of the entropy of the singular values; means over tensors",
+    ),
+    (
+        "conflict",
+        "share of signs that differ where neither delta is zero; weighted: each entry counts min(|d1|, |d2|). 50 % is chance",
+    ),
     ("overlap", "Jaccard index of the largest entries of both, beside what random positions would give"),
 )
 
@@ -79,7 +97,16 @@ def page(audit: Audit) -> str:
 
 def fragment(audit: Audit) -> str:
     """The report without the document around it, for notebooks."""
-    parts = [_head(audit), _cards(audit), _advice(audit), _pairs(audit), _pictures(audit), _numbers(audit), _left_out(audit), _glossary()]
+    parts = [
+        _head(audit),
+        _cards(audit),
+        _advice(audit),
+        _pairs(audit),
+        _pictures(audit),
+        _numbers(audit),
+        _left_out(audit),
+        _glossary(),
+    ]
     return f'<style>{_STYLE}</style><main class="paft">{"".join(parts)}</main>'
 
 
@@ -109,7 +136,9 @@ def _cards(audit: Audit) -> str:
 
 def _card(audit: Audit, number: int, source: SourceAudit) -> str:
     details = source.header.details
-    about = source.header.kind + (f", r = {details['rank']}, scale {short(details.get('scale'))}" if "rank" in details else "")
+    about = source.header.kind + (
+        f", r = {details['rank']}, scale {short(details.get('scale'))}" if "rank" in details else ""
+    )
     name = f'<div class="name">{swatch(number)}{escape(source.label)}</div>'
     if not source.tensors:
         return f'<div class="card">{name}<p class="soft">{escape(about)}</p><p>Nothing of it could be audited; see below.</p></div>'
@@ -129,14 +158,26 @@ def _advice(audit: Audit) -> str:
     for line in audit.advice:
         sign, word = _TAGS[line.level]
         why = f"{line.metric} = {short(line.value)}; see {line.page}"
-        items.append(f'<li class="{line.level}"><span class="tag"><i>{sign}</i>{word}</span><div>{escape(line.text)}<div class="why">{escape(why)}</div></div></li>')
+        items.append(
+            f'<li class="{line.level}"><span class="tag"><i>{sign}</i>{word}</span><div>{escape(line.text)}<div class="why">{escape(why)}</div></div></li>'
+        )
     return f'<h2>What this means</h2><ul class="advice">{"".join(items)}</ul>' if items else ""
 
 
 def _pairs(audit: Audit) -> str:
     if not audit.pairs:
         return ""
-    head = ("pair", "cosine", "signs differ", "weighted", "both ≥ ε", "overlap", "by chance", "left subspace", "right subspace")
+    head = (
+        "pair",
+        "cosine",
+        "signs differ",
+        "weighted",
+        "both ≥ ε",
+        "overlap",
+        "by chance",
+        "left subspace",
+        "right subspace",
+    )
     rows = []
     for pair in audit.pairs:
         total, (left, right) = pair.total, pair.subspace
@@ -151,7 +192,9 @@ def _pictures(audit: Audit) -> str:
     drawn = []
     for figure in figures(audit):
         extra = ' class="heat"' if isinstance(figure, Heat) else ""
-        drawn.append(f"<figure{extra}><h3>{escape(figure.title)}</h3><p>{escape(figure.caption)}</p>{draw(figure)}</figure>")
+        drawn.append(
+            f"<figure{extra}><h3>{escape(figure.title)}</h3><p>{escape(figure.caption)}</p>{draw(figure)}</figure>"
+        )
     return f'<h2>Pictures</h2><div class="grid">{"".join(drawn)}</div>' if drawn else ""
 
 
@@ -165,7 +208,9 @@ def _numbers(audit: Audit) -> str:
         for title, chosen, is_open in (("by kind of module", groups, True), ("by layer", layers, False)):
             rows = [_row(group, audit.epsilon) for group in chosen]
             summary = f"{swatch(number)}{escape(source.label)} {title}"
-            parts.append(f"<details{' open' if is_open else ''}><summary>{summary}</summary>{_table(_columns(audit.epsilon), rows)}</details>")
+            parts.append(
+                f"<details{' open' if is_open else ''}><summary>{summary}</summary>{_table(_columns(audit.epsilon), rows)}</details>"
+            )
     return "".join(parts)
 
 
@@ -193,7 +238,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _left_out(audit: Audit) -> str:
-    lines = [f"{s.source + ': ' if s.source else ''}{len(s.names):,} tensors ({', '.join(s.names[:3])}{', …' if len(s.names) > 3 else ''}): {s.why}" for s in audit.skipped]
+    lines = [
+        f"{s.source + ': ' if s.source else ''}{len(s.names):,} tensors ({', '.join(s.names[:3])}{', …' if len(s.names) > 3 else ''}): {s.why}"
+        for s in audit.skipped
+    ]
     lines += [str(w) for w in audit.warnings]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<h2>Left out, and odd</h2><ul>{items}</ul>" if lines else ""

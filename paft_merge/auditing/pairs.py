@@ -71,7 +71,9 @@ class PairMeasure:
     @property
     def conflict_energy(self) -> tuple[float, float]:
         """Shares of ||d1||^2 and ||d2||^2 on entries whose signs differ."""
-        return _ratio(self.left_conflict_square, self.left_square), _ratio(self.right_conflict_square, self.right_square)
+        return _ratio(self.left_conflict_square, self.left_square), _ratio(
+            self.right_conflict_square, self.right_square
+        )
 
     @property
     def overlap(self) -> float:

@@ -27,10 +27,16 @@ def plot(audit: Audit, folder: Path) -> list[Path]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise AuditError.of("PLOTS", folder, "matplotlib is not installed", "pip install 'paft-merge[plots]', or use --html") from error
+        raise AuditError.of(
+            "PLOTS", folder, "matplotlib is not installed", "pip install 'paft-merge[plots]', or use --html"
+        ) from error
     written = []
     for figure in figures(audit):
-        height = 1.6 + 0.3 * len(figure.rows if isinstance(figure, Heat) else figure.categories) if not isinstance(figure, Chart) else 4.2
+        height = (
+            1.6 + 0.3 * len(figure.rows if isinstance(figure, Heat) else figure.categories)
+            if not isinstance(figure, Chart)
+            else 4.2
+        )
         canvas = Canvas(figsize=(8, height), layout="constrained")
         FigureCanvasAgg(canvas)
         axes = canvas.add_subplot()
@@ -41,7 +47,9 @@ def plot(audit: Audit, folder: Path) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             canvas.savefig(place, dpi=150, facecolor="white")
         except OSError as error:
-            raise OutputError.of("OUTPUT", place, error.strerror or str(error), "choose a folder that can be written") from error
+            raise OutputError.of(
+                "OUTPUT", place, error.strerror or str(error), "choose a folder that can be written"
+            ) from error
         written.append(place)
     return written
 
@@ -64,8 +72,17 @@ def _chart(chart: Chart, axes: Any) -> None:
         if line.band:
             axes.fill_between(line.x, *line.band, color=hue(line.hue), alpha=0.15, linewidth=0)
     for mark in chart.marks:
-        axes.axvline(mark.x, color="#1c2430" if mark.strong else "#aab3bd", linestyle="-" if mark.strong else ":", linewidth=1)
-        axes.annotate(mark.text, (mark.x, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points", fontsize=8)
+        axes.axvline(
+            mark.x, color="#1c2430" if mark.strong else "#aab3bd", linestyle="-" if mark.strong else ":", linewidth=1
+        )
+        axes.annotate(
+            mark.text,
+            (mark.x, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -10),
+            textcoords="offset points",
+            fontsize=8,
+        )
     if chart.log_x:
         axes.set_xscale("log")
     if chart.log_y:
@@ -85,7 +102,9 @@ def _dots(dots: Dots, axes: Any) -> None:
     for label, number, values in dots.lines:
         at = [(v, row) for row, v in enumerate(values) if v is not None]
         x, y = [v for v, _ in at], [row for _, row in at]
-        axes.scatter(x, y, color=hue(number), marker=_MARKERS[number % len(_MARKERS)], s=44, label=_plain(label), zorder=3)
+        axes.scatter(
+            x, y, color=hue(number), marker=_MARKERS[number % len(_MARKERS)], s=44, label=_plain(label), zorder=3
+        )
     axes.set_yticks(range(len(dots.categories)), [_plain(c) for c in dots.categories])
     axes.invert_yaxis()
     axes.set_xlim(-0.02, 1.02)

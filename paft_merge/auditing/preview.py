@@ -12,6 +12,7 @@ from paft_merge.auditing.metrics import UNDEFINED
 from paft_merge.auditing.opening import Subject
 from paft_merge.auditing.walk import ModelWalk
 from paft_merge.blocks import CpuOps, Survival
+from paft_merge.bridge import WholeTensor
 from paft_merge.errors import AuditError, Problems
 from paft_merge.methods import METHODS, REQUIRED, Parameter
 from paft_merge.rules import Consensus, Rule
@@ -43,7 +44,12 @@ class Proposal:
             spec = next((p for p in known if p.name == name), None)
             if spec is None:
                 if method in METHODS:
-                    problems.add("PREVIEW", text, f"{method} has no parameter {name!r}", f"one of {', '.join(p.name for p in known)}")
+                    problems.add(
+                        "PREVIEW",
+                        text,
+                        f"{method} has no parameter {name!r}",
+                        f"one of {', '.join(p.name for p in known)}",
+                    )
                 continue
             with problems.catching():
                 values = [_value(spec, part) for part in value.split(",")]
@@ -61,7 +67,9 @@ class Proposal:
         per_source: list[dict[str, Any]] = [{} for _ in sources]
         shared: dict[str, Any] = {}
         for spec in method.parameters:
-            given = self.parameters.get(spec.name, 1.0 if spec.name == "weight" and spec.default is REQUIRED else spec.default)
+            given = self.parameters.get(
+                spec.name, 1.0 if spec.name == "weight" and spec.default is REQUIRED else spec.default
+            )
             if given is REQUIRED:
                 problems.add("PREVIEW", self.method, f"{spec.name} must be given", f"-p {spec.name}=...")
             elif spec.scope == "shared":
@@ -74,9 +82,12 @@ class Proposal:
         problems.raise_as(AuditError)
         keys = [stream_key(self.seed, source, name, "drop") for source in sources]
         try:
-            return method.rule(per_source, shared, keys)
+            rule = method.rule(per_source, shared, keys)
         except ValueError as error:
             raise AuditError.of("PREVIEW", self.method, str(error)) from error
+        if isinstance(rule, WholeTensor):
+            raise AuditError.of("PREVIEW", self.method, "is merged by mergekit, which shows nothing of what it keeps")
+        return rule
 
 
 @dataclass(frozen=True)
@@ -171,8 +182,9 @@ def rules_for(subjects: Sequence[Subject], proposal: Proposal | None, pool: Thre
 def trims_at(rule: Rule, density: float) -> bool:
     """Whether a rule trims every source to `density`, no more and no less."""
     plain = Trim("density", density)
-    ours = isinstance(rule, Consensus) and rule.fixed is None and not rule.rescale and rule.trim_scope == "tensor"
-    return ours and all(t == plain for t in rule.thin)
+    if not isinstance(rule, Consensus) or rule.fixed is not None or rule.rescale or rule.trim_scope != "tensor":
+        return False
+    return all(t == plain for t in rule.thin)
 
 
 def with_survivals(rule: Rule, survivals: Sequence[Survival], active: Sequence[int]) -> Rule:

@@ -19,9 +19,6 @@ from paft_merge.errors import Problem
 SCHEMA = "paft_merge.audit/1"
 """The version of the JSON; fields may be added under it, and none changes its meaning (docs/audit.md)."""
 
-OUTSIDE = "outside"
-"""How a report calls the tensors that lie outside of the layers."""
-
 
 @dataclass(frozen=True)
 class TensorAudit:
@@ -97,8 +94,8 @@ class SourceAudit:
 
     @cached_property
     def modules(self) -> Mapping[str, Group]:
-        """By kind of module, in the order of their first tensors."""
-        keys = dict.fromkeys(t.module for t in self.tensors)
+        """By kind of module, attention before MLP as a layer computes them."""
+        keys = in_order(t.module for t in self.tensors)
         return {k: Group(k, tuple(t for t in self.tensors if t.module == k)) for k in keys}
 
     def paft_sparsity(self, epsilon: float) -> float:
@@ -116,7 +113,9 @@ class SourceAudit:
             "label": self.label,
             "kind": self.header.kind,
             "header": dict(self.header.details),
-            "paft_sparsity": {f"{e:g}": self.paft_sparsity(e) for e in self.tensors[0].measure.below} if self.tensors else {},
+            "paft_sparsity": {f"{e:g}": self.paft_sparsity(e) for e in self.tensors[0].measure.below}
+            if self.tensors
+            else {},
             "all": self.total.to_json() if self.tensors else None,
             "layers": {str(k): g.to_json() for k, g in self.layers.items()},
             "modules": {k: g.to_json() for k, g in self.modules.items()},
@@ -156,7 +155,7 @@ class PairAudit:
 
     @cached_property
     def modules(self) -> Mapping[str, PairMeasure]:
-        keys = dict.fromkeys(t.module for t in self.tensors)
+        keys = in_order(t.module for t in self.tensors)
         return {k: self.of([t for t in self.tensors if t.module == k]) for k in keys}
 
     def of(self, tensors: Sequence[PairTensor]) -> PairMeasure:
@@ -178,7 +177,8 @@ class PairAudit:
             "layers": {str(k): m.to_json() for k, m in self.layers.items()},
             "modules": {k: m.to_json() for k, m in self.modules.items()},
             "tensors": [
-                {"name": t.name, **t.measure.to_json(), "subspace": list(t.subspace) if t.subspace else None} for t in self.tensors
+                {"name": t.name, **t.measure.to_json(), "subspace": list(t.subspace) if t.subspace else None}
+                for t in self.tensors
             ],
         }
 
@@ -241,7 +241,7 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON (schema `SCHEMA`, described in docs/audit.md); what is undefined is null."""
-        return _defined({
+        document: dict[str, Any] = _defined({
             "schema": SCHEMA,
             "base": self.base,
             "epsilon": self.epsilon,
@@ -252,7 +252,8 @@ class Audit:
             "advice": [dict(vars(a)) for a in self.advice],
             "skipped": [{"source": s.source, "names": list(s.names), "why": s.why} for s in self.skipped],
             "warnings": [str(w) for w in self.warnings],
-        })  # type: ignore[no-any-return]  # fmt: skip
+        })  # fmt: skip
+        return document
 
     def dumps(self) -> str:
         """`to_json` as text."""
@@ -306,6 +307,28 @@ def _defined(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _defined(v) for k, v in value.items()}
     return [_defined(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+_ORDER = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "out_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+    "fc1",
+    "fc2",
+)
+
+
+def in_order(modules: Iterable[str]) -> list[str]:
+    """Each kind of module once, those that every layer of a transformer has first, in the order they act."""
+    once = list(dict.fromkeys(modules))
+    return sorted(once, key=lambda m: _ORDER.index(m) if m in _ORDER else len(_ORDER))
 
 
 def _mean(values: Iterable[float]) -> float:

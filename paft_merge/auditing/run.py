@@ -121,9 +121,15 @@ def _tensors(source: str, held: Held) -> list[TensorAudit]:
         patch, (spectrum, factors) = subject.inputs.sources[row].patch, seen.spectra.get(row, (None, None))
         audits.append(
             TensorAudit(
-                subject.name, layer_of(subject.name), module_of(subject.name), patch.kind if patch else "checkpoint",
-                subject.shape, seen.measures[row], spectrum, factors,
-            )  # fmt: skip
+                subject.name,
+                layer_of(subject.name),
+                module_of(subject.name),
+                patch.kind if patch else "checkpoint",
+                subject.shape,
+                seen.measures[row],
+                spectrum,
+                factors,
+            )
         )
     return audits
 
@@ -147,9 +153,13 @@ def _pair(left: str, right: str, labels: Mapping[str, str], held: Held) -> PairA
 def _preview(opened: Opened, held: Held, labels: Mapping[str, str], proposal: Proposal | None) -> Preview | None:
     tensors = tuple(
         PreviewTensor(
-            subject.name, layer_of(subject.name), module_of(subject.name),
-            {labels[subject.inputs.sources[i].source]: s for i, s in seen.survived.items()}, seen.merged_square, seen.sum_square,
-        )  # fmt: skip
+            subject.name,
+            layer_of(subject.name),
+            module_of(subject.name),
+            {labels[subject.inputs.sources[i].source]: s for i, s in seen.survived.items()},
+            seen.merged_square,
+            seen.sum_square,
+        )
         for subject, seen in held
         if seen.survived
     )

@@ -79,7 +79,10 @@ def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) 
     survived, merged, kept = _second(subject, walker, rule, survivals, wanted)
     for pair, found in kept.items():
         pairs[pair] = _with_support(pairs[pair], found, subject.numel)
-    named = {(active[a], active[b]): _exact(p, factored.get(active[a]), factored.get(active[b])) for (a, b), p in pairs.items()}
+    named = {
+        (active[a], active[b]): _exact(p, factored.get(active[a]), factored.get(active[b]))
+        for (a, b), p in pairs.items()
+    }
     spectra = {i: (f.spectrum, f.counts) for i, f in factored.items()}
     subspaces = {(a, b): factored[a].overlap(factored[b]) for a, b in named if a in factored and b in factored}
     return Survey(
@@ -211,13 +214,18 @@ def _survived(tally: Tally, numel: int) -> dict[int, Survived]:
     counts, sums = tally.counts, tally.total()
     kept, elected = kernels.COUNTS.index("kept"), kernels.COUNTS.index("elected")
     square = [kernels.SUMS.index(name) for name in ("square", "kept_square", "elected_square")]
-    return {i: Survived(numel, int(c[kept]), int(c[elected]), *(float(sums[i][k]) for k in square)) for i, c in enumerate(counts)}
+    return {
+        i: Survived(numel, int(c[kept]), int(c[elected]), *(float(sums[i][k]) for k in square))
+        for i, c in enumerate(counts)
+    }
 
 
 def _with_support(pair: PairMeasure, counts: Any, numel: int) -> PairMeasure:
     both, either, left, right = (int(c) for c in counts)
     chance = left * right / numel if numel else 0.0
-    return PairMeasure(**{**vars(pair), "kept_both": both, "kept_either": either, "chance_both": chance, "kept_sum": left + right})
+    return PairMeasure(
+        **{**vars(pair), "kept_both": both, "kept_either": either, "chance_both": chance, "kept_sum": left + right}
+    )
 
 
 def _exact(pair: PairMeasure, left: Factored | None, right: Factored | None) -> PairMeasure:
@@ -227,7 +235,12 @@ def _exact(pair: PairMeasure, left: Factored | None, right: Factored | None) -> 
     return PairMeasure(**{**vars(pair), "dot": left.dot(right)})
 
 
-def _sum_square(rule: Rule | None, active: Sequence[int], measures: Mapping[int, Measure], pairs: Mapping[tuple[int, int], PairMeasure]) -> float:
+def _sum_square(
+    rule: Rule | None,
+    active: Sequence[int],
+    measures: Mapping[int, Measure],
+    pairs: Mapping[tuple[int, int], PairMeasure],
+) -> float:
     """||sum of weight * delta||^2, from the squares and the inner products."""
     if not isinstance(rule, Consensus):
         return 0.0
@@ -248,7 +261,9 @@ def _factored(subject: Subject, i: int) -> Factored | None:
 
 def _not_finite(subject: Subject, row: int) -> AuditError:
     source = subject.inputs.sources[subject.inputs.active[row]].source
-    return AuditError.of("NONFINITE", f"{source}: {subject.name}", "the delta has values that are NaN or infinite", "mend the source")
+    return AuditError.of(
+        "NONFINITE", f"{source}: {subject.name}", "the delta has values that are NaN or infinite", "mend the source"
+    )
 
 
 def _bits(value: float) -> int:

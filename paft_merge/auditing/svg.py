@@ -41,7 +41,9 @@ def blend(value: float, heat: Heat) -> str:
     stops = _SHARE if heat.scale == "share" else _AROUND
     at = share * (len(stops) - 1)
     low = min(int(at), len(stops) - 2)
-    return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in zip(stops[low], stops[low + 1], strict=True))
+    return "#" + "".join(
+        f"{round(a + (b - a) * (at - low)):02x}" for a, b in zip(stops[low], stops[low + 1], strict=True)
+    )
 
 
 _SHARE = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
@@ -66,8 +68,12 @@ def _point(x: float, y: float, number: int, size: float = 3) -> str:
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" fill="{colour}"/>'
     if shape == "square":
-        return f'<rect x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size:g}" height="{2 * size:g}" fill="{colour}"/>'
-    corners = [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)] if shape == "triangle" else [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]
+        return (
+            f'<rect x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size:g}" height="{2 * size:g}" fill="{colour}"/>'
+        )
+    corners = (
+        [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)] if shape == "triangle" else [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]
+    )
     points = " ".join(f"{x + dx * size:.1f},{y + dy * size:.1f}" for dx, dy in corners)
     return f'<polygon points="{points}" fill="{colour}"/>'
 
@@ -78,7 +84,9 @@ def _point(x: float, y: float, number: int, size: float = 3) -> str:
 def _chart(chart: Chart) -> str:
     x_low, x_high = _range([v for line in chart.lines for v in line.x], chart.log_x)
     bands = [v for line in chart.lines if line.band for side in line.band for v in side]
-    y_low, y_high = chart.y_range or _range([*(v for line in chart.lines for v in line.y), *bands], chart.log_y, pad=not chart.log_y)
+    y_low, y_high = chart.y_range or _range(
+        [*(v for line in chart.lines for v in line.y), *bands], chart.log_y, pad=not chart.log_y
+    )
     place_x = _scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT, chart.log_x)
     place_y = _scale(y_low, y_high, _HEIGHT - _BOTTOM, _TOP, chart.log_y)
     parts = [_legend([(line.label, line.hue, line.dashed) for line in chart.lines])]
@@ -89,12 +97,22 @@ def _chart(chart: Chart) -> str:
     for value in ticks(x_low, x_high, chart.log_x, whole):
         parts.append(_text(place_x(value), _HEIGHT - _BOTTOM + 18, shown(value, chart.percent_x, x_high - x_low)))
     for mark in chart.marks:
-        parts.append(_line(place_x(mark.x), _TOP, place_x(mark.x), _HEIGHT - _BOTTOM, "mark strong" if mark.strong else "mark"))
+        parts.append(
+            _line(place_x(mark.x), _TOP, place_x(mark.x), _HEIGHT - _BOTTOM, "mark strong" if mark.strong else "mark")
+        )
         parts.append(_text(place_x(mark.x) + 4, _TOP + 11, mark.text, "mark-text", "start"))
     parts += [_curve(line, place_x, place_y, chart) for line in chart.lines]
     parts.append(_line(_LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, "axis"))
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, chart.x_label, "label"))
-    parts.append(_text(14, (_TOP + _HEIGHT - _BOTTOM) / 2, chart.y_label, "label", more=f' transform="rotate(-90 14 {(_TOP + _HEIGHT - _BOTTOM) / 2:.1f})"'))
+    parts.append(
+        _text(
+            14,
+            (_TOP + _HEIGHT - _BOTTOM) / 2,
+            chart.y_label,
+            "label",
+            more=f' transform="rotate(-90 14 {(_TOP + _HEIGHT - _BOTTOM) / 2:.1f})"',
+        )
+    )
     return _svg(_WIDTH, _HEIGHT, chart.title, parts)
 
 
@@ -107,7 +125,9 @@ def _curve(line: Line, place_x: Place, place_y: Place, chart: Chart) -> str:
         parts.append(f'<polygon points="{points}" fill="{hue(line.hue)}" opacity="0.15"/>')
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-    parts.append(f'<polyline points="{points}" fill="none" stroke="{hue(line.hue)}" stroke-width="2" stroke-linejoin="round"{dash}/>')
+    parts.append(
+        f'<polyline points="{points}" fill="none" stroke="{hue(line.hue)}" stroke-width="2" stroke-linejoin="round"{dash}/>'
+    )
     for (x, y), value_x, value_y in zip(at, line.x, line.y, strict=True) if line.points else ():
         told = f"{line.label}: {chart.x_label} {value_x:g}, {chart.y_label} {shown(value_y, chart.percent_y, 0.001)}"
         parts.append(f"<g>{_point(x, y, line.hue)}<title>{escape(told)}</title></g>")
@@ -119,7 +139,9 @@ def _legend(entries: Sequence[tuple[str, int, bool]]) -> str:
     room = (_WIDTH - _LEFT - _RIGHT) / max(len(entries), 1)
     for label, number, dashed in entries:
         dash = ' stroke-dasharray="5 4"' if dashed else ""
-        parts.append(f'<line x1="{x:.1f}" y1="14" x2="{x + 20:.1f}" y2="14" stroke="{hue(number)}" stroke-width="2"{dash}/>')
+        parts.append(
+            f'<line x1="{x:.1f}" y1="14" x2="{x + 20:.1f}" y2="14" stroke="{hue(number)}" stroke-width="2"{dash}/>'
+        )
         parts.append("" if dashed else _point(x + 10, 14, number))
         most = max(int((min(room, 230) - 30) / 6.4), 4)
         text = label if len(label) <= most else label[: most - 1] + "…"
@@ -145,10 +167,10 @@ def _dots(dots: Dots) -> str:
         parts.append(_line(left, y, _WIDTH - _RIGHT - 8, y, "rail"))
         parts.append(_text(left - 10, y + 4, _short(category, 22), anchor="end"))
         for label, number, values in dots.lines:
-            value = values[row]
-            if value is not None:
-                told = f"{label}, {category}: {value:.2%}"
-                parts.append(f"<g>{_point(place(value), y, number, 4.5)}<title>{escape(told)}</title></g>")
+            share = values[row]
+            if share is not None:
+                told = f"{label}, {category}: {share:.2%}"
+                parts.append(f"<g>{_point(place(share), y, number, 4.5)}<title>{escape(told)}</title></g>")
     parts.append(_text((left + _WIDTH - _RIGHT) / 2, height - 8, dots.x_label, "label"))
     return _svg(_WIDTH, height, dots.title, parts)
 
@@ -162,7 +184,9 @@ def _heat(heat: Heat) -> str:
         y = top + tall * row
         parts.append(_text(left - 10, y + tall / 2 + 4, _short(name, 22), anchor="end"))
         for column, value in enumerate(values):
-            parts.append(_cell(heat, left + wide * column, y, wide, tall, value, f"{name}, layer {heat.columns[column]}"))
+            parts.append(
+                _cell(heat, left + wide * column, y, wide, tall, value, f"{name}, layer {heat.columns[column]}")
+            )
     every = max(1, math.ceil(len(heat.columns) * 18 / (_WIDTH - left - _RIGHT)))
     for column, name in enumerate(heat.columns):
         if column % every == 0:
@@ -190,11 +214,17 @@ def _key(heat: Heat, left: float, y: float) -> str:
     parts = []
     for i in range(steps):
         value = heat.low + (heat.high - heat.low) * (i + 0.5) / steps
-        parts.append(f'<rect x="{left + i * width / steps:.2f}" y="{y:.1f}" width="{width / steps + 0.3:.2f}" height="10" fill="{blend(value, heat)}"/>')
+        parts.append(
+            f'<rect x="{left + i * width / steps:.2f}" y="{y:.1f}" width="{width / steps + 0.3:.2f}" height="10" fill="{blend(value, heat)}"/>'
+        )
     middle = (heat.low + heat.high) / 2
     words = ("agree", "chance", "oppose") if heat.scale == "around_half" else ("dense", "", "sparse")
     for value, share, word in zip((heat.low, middle, heat.high), (0.0, 0.5, 1.0), words, strict=True):
-        parts.append(_text(left + share * width, y + 24, f"{value:.0%} {word}".strip(), anchor="start" if not share else "middle"))
+        parts.append(
+            _text(
+                left + share * width, y + 24, f"{value:.0%} {word}".strip(), anchor="start" if not share else "middle"
+            )
+        )
     return "".join(parts)
 
 

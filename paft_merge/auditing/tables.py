@@ -39,10 +39,16 @@ def audit_table(audit: Audit) -> None:
 def manifest_table(check: ManifestCheck) -> None:
     """What a finished merge measured, and whether its bytes are still what it wrote."""
     console = Console()
-    table = _table("as measured when it was merged", ("source", "entries", "< 1e-5", "zeros", "kept", "elected", "kept energy", "elected energy", "norm"))
+    table = _table(
+        "as measured when it was merged",
+        ("source", "entries", "< 1e-5", "zeros", "kept", "elected", "kept energy", "elected energy", "norm"),
+    )
     for row in check.manifest.get("totals", []):
         entries = row.get("entries") or 0
-        shares = [percent(row[key] / entries if entries and key in row else None) for key in ("below_1e-05", "zeros", "kept", "elected")]
+        shares = [
+            percent(row[key] / entries if entries and key in row else None)
+            for key in ("below_1e-05", "zeros", "kept", "elected")
+        ]
         energies = [percent(row.get(key)) for key in ("kept_energy", "elected_energy")]
         table.add_row(escape(str(row["source"])), f"{entries:,}", *shares, *energies, short(row.get("l2")))
     console.print(table)
@@ -59,7 +65,19 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 
 def _sources(audit: Audit) -> Table:
-    headings = ("source", "kind", "entries", "sparse", "zeros", "bf16 erases", "Hoyer", "top 20 %", "norm/weights", "stable rank", "eff. rank")
+    headings = (
+        "source",
+        "kind",
+        "entries",
+        "sparse",
+        "zeros",
+        "bf16 erases",
+        "Hoyer",
+        "top 20 %",
+        "norm/weights",
+        "stable rank",
+        "eff. rank",
+    )
     table = _table("", headings)
     for source in audit.sources:
         if not source.tensors:
@@ -75,7 +93,9 @@ def _sources(audit: Audit) -> Table:
 
 
 def _groups(title: str, groups: Sequence[Group], epsilon: float) -> Table:
-    table = _table(title, ("module", "entries", "sparse", "bf16 erases", "Hoyer", "top 20 %", "rms", "largest", "stable rank"))
+    table = _table(
+        title, ("module", "entries", "sparse", "bf16 erases", "Hoyer", "top 20 %", "rms", "largest", "stable rank")
+    )
     for group in groups:
         m = group.measure
         table.add_row(
@@ -86,7 +106,9 @@ def _groups(title: str, groups: Sequence[Group], epsilon: float) -> Table:
 
 
 def _pairs(pairs: Sequence[PairAudit]) -> Table:
-    table = _table("against each other", ("pair", "cosine", "signs differ", "weighted", "overlap", "by chance", "subspaces"))
+    table = _table(
+        "against each other", ("pair", "cosine", "signs differ", "weighted", "overlap", "by chance", "subspaces")
+    )
     for pair in pairs:
         total, (left, right) = pair.total, pair.subspace
         table.add_row(
@@ -100,10 +122,19 @@ def _preview(audit: Audit) -> Table:
     preview = audit.preview
     assert preview is not None
     given = ", ".join(f"{k}={v}" for k, v in preview.parameters.items())
-    table = _table(f"what {preview.method}{f' ({given})' if given else ''} would keep", ("source", "entries", "after election", "energy", "after election"))
+    table = _table(
+        f"what {preview.method}{f' ({given})' if given else ''} would keep",
+        ("source", "entries", "after election", "energy", "after election"),
+    )
     for source in audit.sources:
         if any(source.label in t.sources for t in preview.tensors):
             left = preview.of(source.label)
             elected = left.elected / left.entries if left.entries else None
-            table.add_row(escape(source.label), percent(left.kept_share), percent(elected), percent(left.kept_energy), percent(left.elected_energy))
+            table.add_row(
+                escape(source.label),
+                percent(left.kept_share),
+                percent(elected),
+                percent(left.kept_energy),
+                percent(left.elected_energy),
+            )
     return table

@@ -75,7 +75,9 @@ def verify(folder: Path | str, progress: Callable[[int, int, str], None] = lambd
                 problems.add("MANIFEST", f"{folder}: {name}", what, "merge again")
             slot = Slot(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
             if digest_of(folder, slot, entry["block_bytes"]) != entry["digest"]:
-                problems.add("MANIFEST", f"{folder}: {name}", "its bytes are not those that the merge wrote", "merge again")
+                problems.add(
+                    "MANIFEST", f"{folder}: {name}", "its bytes are not those that the merge wrote", "merge again"
+                )
             done += info.nbytes
             progress(done, total, name)
     return ManifestCheck(folder, manifest, len(both), done, tuple(problems.found))
@@ -92,10 +94,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise AuditError.of("MANIFEST", path, f"cannot be read: {error.strerror}", "give a folder that paft merge wrote") from error
+        raise AuditError.of(
+            "MANIFEST", path, f"cannot be read: {error.strerror}", "give a folder that paft merge wrote"
+        ) from error
     except ValueError as error:
         raise AuditError.of("MANIFEST", path, f"is not JSON: {error}", "merge again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("tensors"), dict):
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("tensors"), dict)
+    ):
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise AuditError.of("MANIFEST", path, f"has the format {found!r}, and this version reads {FORMAT!r}")
     return manifest

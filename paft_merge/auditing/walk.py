@@ -56,10 +56,12 @@ class Walker:
 
         return list(self.pool.map(run, self.subject.bounds))
 
-    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
         """As `first`, from what it held. `sample`: on a sixteenth of each tile's rows. `tiles`: on these only."""
         bounds = self.subject.bounds if tiles is None else [self.subject.bounds[i] for i in tiles]
-        return list(self.pool.map(lambda b: work(self._block(*b, sample)), bounds))
+        return list(self.pool.map(lambda b: work(self._block(b[0], b[1], sample)), bounds))
 
     def _block(self, start: int, stop: int, sample: bool) -> Block:
         row = self.subject.row
@@ -68,7 +70,9 @@ class Walker:
         if self._held is None:
             return Block(start, zeros, self.subject.inputs.block(start, end).sources, subtract=False)
         sources = self._tile(start, stop)
-        return Block(start, zeros, np.ascontiguousarray(sources[:, : end - start]) if sample else sources, subtract=False)
+        return Block(
+            start, zeros, np.ascontiguousarray(sources[:, : end - start]) if sample else sources, subtract=False
+        )
 
     def _tile(self, start: int, stop: int) -> Any:
         return self._held[start * self._n : stop * self._n].reshape(self._n, stop - start)
@@ -84,9 +88,12 @@ class ModelWalk:
     def tiles(self) -> int:
         return sum(len(subject.bounds) for subject in self._subjects)
 
-    def __call__(self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None) -> list[T]:
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
         """Run `work` on every block; neither a sample nor some tiles are asked of a whole model."""
-        assert not sample and tiles is None
+        assert not sample
+        assert tiles is None
         found: list[T] = []
         for subject in self._subjects:
 
