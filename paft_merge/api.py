@@ -110,10 +110,8 @@ def merge(
     from paft_merge.device import ops_for
     from paft_merge.engine import merge_checkpoint
 
-    out, problems = Path(out), Problems()
+    out, problems, ops = Path(out), Problems(), ops_for(device)
     with ExitStack() as inputs:
-        with problems.catching():
-            ops = ops_for(device)
         with _also_where(out, overwrite, problems):
             planned = inputs.enter_context(
                 open_plan(

@@ -50,13 +50,14 @@ class Overlap:
 
         def combine(block: Block, out: Any, key: int) -> Outcome:
             outcome = write_merged(walk.ops, block, walk.ops.share(block, self.epsilon, scales), out, key, deltas)
-            outcome.counts[:, 5] = walk.ops.overlaps(block, self.epsilon).sum(1)
+            counts, energy = walk.ops.overlaps(block, self.epsilon)
+            outcome.counts[:, 5:7], outcome.sums[:, 2:] = counts.sum(1)[:, None], energy[:, None]
             return outcome
 
         return combine
 
     def _scales(self, walk: Walk) -> list[float]:
-        blocks = walk.each(lambda block: walk.ops.overlaps(block, self.epsilon))
+        blocks = walk.each(lambda block: walk.ops.overlaps(block, self.epsilon)[0])
         counts = np.sum(blocks, axis=0) if blocks else np.zeros((len(walk.active), 2), np.int64)
         # A source with nothing of its own has nothing to boost; the epsilon below is mergekit's guard.
         return [

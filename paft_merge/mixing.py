@@ -22,7 +22,7 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any) -> None:
     """Add what a block's deltas hold to `counts` `[n, 8]` int64 and `sums` `[n, 4]` float64 (see `kernels.COUNTS`, `SUMS`).
 
-    Nothing is trimmed here: what is not zero counts as kept.
+    Nothing is trimmed and no sign is elected here: all that is not zero counts as kept, and as elected.
     """
     n, size = sources.shape
     base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
@@ -36,9 +36,11 @@ def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any) -> No
             _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
             _tally(bits, values, m, counts[i], absolute[i], square[i])
     for i in range(n):
-        counts[i, 5] += size - counts[i, 0]
         sums[i, 0] += absolute[i].sum()
-        sums[i, 1] += square[i].sum()
+        for k in range(1, 4):
+            sums[i, k] += square[i].sum()
+        for k in range(5, 7):
+            counts[i, k] += size - counts[i, 0]
 
 
 @jit
@@ -121,19 +123,20 @@ def swap(base: Any, sources: Any, subtract: bool, t: float, out: Any) -> None:
 
 
 @jit
-def overlaps(base: Any, sources: Any, subtract: bool, epsilon: float, counts: Any) -> None:
+def overlaps(base: Any, sources: Any, subtract: bool, epsilon: float, counts: Any, energy: Any) -> None:
     """Count, per source, the entries with |delta| > epsilon that other sources share and those that are its own.
 
     Args:
         base, sources, subtract: as above.
         epsilon: compared in float32.
         counts: `[n, 2]` int64, added to: shared, and the source's own.
+        energy: `[n]` float64, added to: the sum of the squares of both.
     """
     n, size = sources.shape
     base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
     base_f, values = base_u.view(np.float32), bits.view(np.float32)
     bound = np.float32(epsilon)
-    large, many = np.empty((n, STRIP), np.bool_), np.empty(STRIP, np.int32)
+    large, many, lanes = np.empty((n, STRIP), np.bool_), np.empty(STRIP, np.int32), np.zeros((n, STRIP))
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
@@ -145,6 +148,8 @@ def overlaps(base: Any, sources: Any, subtract: bool, epsilon: float, counts: An
             for j in range(m):
                 large[i, j] = abs(values[j]) > bound
                 many[j] += large[i, j]
+                wide = np.float64(values[j]) if large[i, j] else 0.0
+                lanes[i, j] += wide * wide
         for i in range(n):
             shared, own = 0, 0
             for j in range(m):
@@ -152,6 +157,8 @@ def overlaps(base: Any, sources: Any, subtract: bool, epsilon: float, counts: An
                 own += large[i, j] & (many[j] == 1)
             counts[i, 0] += shared
             counts[i, 1] += own
+    for i in range(n):
+        energy[i] += lanes[i].sum()
 
 
 @jit

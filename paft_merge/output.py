@@ -129,6 +129,7 @@ class Output:
             OutputError: BUSY (another merge holds it), RESUME_STALE (names what changed), DISK, OUTPUT.
         """
         out = out.resolve()  # the link stays, what it leads to is replaced
+        _finish_exchange(part_of(out), out)
         with _held(part_of(out)) as part:
             _tidy_replaced(part, out)
             journal = _read_journal(part) if resume else None
@@ -152,8 +153,7 @@ class Output:
         """Note that all of a tensor's bytes are written."""
         self.finished[finished.name] = finished
         with _writing(self.part):
-            self.journal.write(json.dumps(finished.to_json()) + "\n")
-            self.journal.flush()
+            self.journal.write(_line(finished.to_json()))
 
     def complete(self, files: Mapping[str, bytes | Path], *, overwrite: bool) -> None:
         """Write index and side files, make everything durable, and give the folder its name.
@@ -184,11 +184,15 @@ class Output:
         lines = [{"identity": identity}, *(f.to_json() for f in self.finished.values())]
         path, made = self.part / JOURNAL, self.part / f"{JOURNAL}.new"
         with _writing(self.part):
-            made.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            made.write_bytes(b"".join(map(_line, lines)))
             os.replace(made, path)  # killed here or not, there is a whole journal
-            self.journal = path.open("a", encoding="utf-8")
+            self.journal = path.open("ab", buffering=0)  # nothing is left to write when a full disk closes it
         with self.journal:
             yield
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def digest_of(folder: Path, slot: Slot, tile_bytes: int) -> str:
@@ -340,6 +344,15 @@ def _tidy_replaced(part: Path, out: Path) -> None:
             shutil.rmtree(replaced)
         elif replaced.is_dir():
             os.rename(replaced, out)
+
+
+def _finish_exchange(part: Path, out: Path) -> None:
+    """Move the replaced model away where a merge was killed right after the exchange: its lock is in `out` then."""
+    if (out / LOCK).is_file() and part.is_dir() and not (part / LOCK).exists():
+        with _writing(out), (out / LOCK).open("a+") as lock:
+            _take(lock, out)
+            os.rename(part, _replaced(part))
+            (out / LOCK).unlink()
 
 
 def _exchange(one: Path, other: Path) -> bool:

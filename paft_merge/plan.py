@@ -354,7 +354,7 @@ class _Planner:
         changes = _changes(config, dtype, {count: new for (count,), new in rows.items()}, bool(self.untied))
         if dtype and not {"dtype", "torch_dtype"} & config.keys():
             changes["dtype"] = dtype
-        if self.untied:
+        if any(m.adapter.unties for m in (self.base, *(model for _, model in self.sources)) if m and m.adapter):
             changes["tie_word_embeddings"] = False
         return changes
 

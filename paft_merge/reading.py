@@ -23,6 +23,11 @@ RAW = {"BF16": np.uint16, "F32": np.uint32}
 """Storage types that a block holds as they are."""
 
 
+def _quietly() -> np.errstate:
+    """Let NaN and infinity pass without NumPy's warning: the engine tells of them, with their place."""
+    return np.errstate(invalid="ignore", over="ignore")
+
+
 @dataclass(frozen=True)
 class Read:
     """One tensor as one source has it: a checkpoint's tensor, and what an adapter does to it."""
@@ -71,6 +76,7 @@ class Read:
         self.checkpoint.read_into(self.name, start * kind.bits // 8, held)
         torch.from_numpy(out[: end - start]).copy_(torch.from_numpy(held).view(getattr(torch, str(kind.torch))))
 
+    @_quietly()
     def value(self, start: int, stop: int, out: Any) -> None:
         """Elements `[start, stop)` as this source has them, float32 into `out`."""
         self.weight(start, stop, out)
@@ -158,6 +164,7 @@ class Inputs:
         assert self.base is not None
         return source.same_weight(self.base) and source.patch is self.base.patch
 
+    @_quietly()
     def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
         """Read elements `[start, stop)`; the arrays belong to this thread until its next block.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,18 +48,14 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
 
 def plan_table(planned: MergePlan, out: Path | None) -> None:
     """The plan as a person reads it: what will be done, with what, and what it takes."""
-    console = Console()
-    recipe = planned.recipe
+    console, recipe = _console(), planned.recipe
     console.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
     for model in planned.models:
         role = "  (names, order, files, config and tokenizer are its)" if model is planned.donor else ""
         console.print(f"  {escape(model.ref)}{role}", soft_wrap=True)
     where = "float32, rounded once" if recipe.arithmetic == "float32" else "as mergekit does it, in the storage type"
     console.print(f"arithmetic {where} ({recipe.rounding}), seed {recipe.seed}")
-    table = Table(box=box.SIMPLE)
-    table.add_column("tensors", justify="right")
-    for heading in ("method", "inputs", "output", "parameters"):
-        table.add_column(heading)
+    table = _table("tensors", "method", "inputs", "output", "parameters")
     groups = Counter(_kind(t) for t in planned.tensors)
     for (method, inputs, dtype, parameters), count in groups.most_common(12):
         table.add_row(f"{count:,}", method, inputs, dtype, escape(parameters))
@@ -107,13 +104,24 @@ def _size(count: int) -> str:
 
 def method_table(methods: Mapping[str, Method]) -> None:
     """Every method with its paper and parameters, and who computes it."""
-    table = Table(box=box.SIMPLE)
-    for heading in ("method", "what", "paper", "computed", "parameters"):
-        table.add_column(heading)
+    table = _table("method", "what", "paper", "computed", "parameters")
     for name, method in methods.items():
         parameters = ", ".join(p.name for p in method.parameters)
         table.add_row(f"[bold]{name}[/]", method.title, method.paper, _computed(method), parameters)
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for whole lines where the output goes elsewhere."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _table(*headings: str) -> Table:
+    """A table whose first column is never broken, and whose others are never cut."""
+    table = Table(box=box.SIMPLE)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=i == 0, overflow="fold")
+    return table
 
 
 def _computed(method: Method) -> str:
@@ -125,11 +133,9 @@ def method_details(name: str, methods: Mapping[str, Method]) -> None:
     if name not in methods:
         fix = did_you_mean(name, methods) or f"one of {', '.join(methods)}"
         raise RecipeError.of("RECIPE", name, "is no method here", fix)
-    method, console = methods[name], Console()
+    method, console = methods[name], _console()
     console.print(f"[bold]{name}[/]: {method.title}, {method.paper}; base {method.base}; computed {_computed(method)}")
-    table = Table(box=box.SIMPLE)
-    for heading in ("parameter", "value", "default", "given", "meaning"):
-        table.add_column(heading)
+    table = _table("parameter", "value", "default", "given", "meaning")
     for p in method.parameters:
         default = "required" if p.default is REQUIRED else "-" if p.default is None else _short(p.default)
         table.add_row(f"[bold]{p.name}[/]", _values(p), default, "per source" if p.scope == "source" else "once", p.doc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -136,7 +137,7 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished]) -> dict[str, Any
 
     Per tensor: `method`, `digest` (XXH3-128 over the XXH3-128 of each `block_bytes`), the parameters, and per source the
     counts and norms of its delta: `zeros`, entries `below_` four thresholds, `kept` by trimming or dropping, `elected`;
-    `l1`, `l2`, and the shares of `l2` squared that were kept and elected.
+    `max`, `l1`, `l2`, and the shares of `l2` squared that were kept and elected; null for what is not finite.
     """
     return {
         "format": FORMAT,
@@ -182,7 +183,8 @@ def measured_row(counts: Any, sums: Any) -> dict[str, Any]:
     largest = float(np.uint32(counts[-1]).view(np.float32))
     l1, square, kept, elected = (float(s) for s in sums)
     shares = {"kept_energy": kept / square if square else 0.0, "elected_energy": elected / square if square else 0.0}
-    return {**row, "max": largest, "l1": l1, "l2": square**0.5, **shares}
+    measured = {"max": largest, "l1": l1, "l2": square**0.5, **shares}
+    return {**row, **{key: value if math.isfinite(value) else None for key, value in measured.items()}}
 
 
 def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, Any]]:

@@ -105,7 +105,8 @@ class TorchOps:
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
         counts, sums = _tally(self._deltas(block))
-        counts[:, 5] = block.sources.shape[1] - counts[:, 0]
+        counts[:, 5:7] = block.sources.shape[1] - counts[:, :1]
+        sums[:, 2:] = sums[:, 1:2]
         return counts, sums
 
     def variance(self, block: Block, total: int) -> Block:
@@ -130,10 +131,12 @@ class TorchOps:
         reach = torch.full_like(delta, float(np.float32(t)))
         return _derived(block, delta * (reach / delta.abs().clamp(min=float(np.float32(1e-6)))).clamp(0, 1))
 
-    def overlaps(self, block: Block, epsilon: float) -> Counts:
-        large = self._deltas(block).abs() > float(np.float32(epsilon))
+    def overlaps(self, block: Block, epsilon: float) -> tuple[Counts, Sums]:
+        deltas = self._deltas(block)
+        large = deltas.abs() > float(np.float32(epsilon))
         many = large.sum(0)
-        return torch.stack([(large & (many > 1)).sum(1), (large & (many == 1)).sum(1)], 1).cpu().numpy()
+        counts = torch.stack([(large & (many > 1)).sum(1), (large & (many == 1)).sum(1)], 1)
+        return counts.cpu().numpy(), (torch.where(large, deltas, 0.0).double() ** 2).sum(1).cpu().numpy()
 
     def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
         deltas = self._deltas(block)

@@ -99,10 +99,9 @@ def main(recipe: str, where: str, what: str, every: str) -> None:
     """Kill a merge of `recipe` before each step (or every third), where there is nothing yet or `replacing` something."""
     folder, replacing = Path(where), what == "replacing"
     old = files_of(folder / "old") if replacing else None
-    merged = folder / "whole"
+    whole = files_of(merge(recipe, folder / "whole", threads=1))  # here, so that every fork has the kernels
     if replacing:
-        shutil.copytree(folder / "old", merged)
-    steps = count_steps(Path(recipe), merged, overwrite=replacing)
-    whole = files_of(merged)
+        shutil.copytree(folder / "old", folder / "counted")
+    steps = count_steps(Path(recipe), folder / "counted", overwrite=replacing)
     faults = {n: fault_at(n, Path(recipe), folder, whole, old) for n in range(0, steps, int(every))}
     print(json.dumps({"steps": steps, "faults": {n: fault for n, fault in faults.items() if fault}}))

@@ -349,7 +349,7 @@ def test_of_two_copies_of_a_saved_tensor_the_plain_one_counts(tmp_path: Path) ->
     """With `bias: all`, and with resized embeddings, PEFT writes both; it loads the plain one."""
     base, adapter = train(llama(), tmp_path, lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     expected = merged_by_us(base, adapter)
-    copy = {"base_model.model.lm_head.modules_to_save.weight": torch.ones(40, 16)}
+    copy = {"base_model.model.lm_head.modules_to_save.weight": torch.ones(40, 16).bfloat16()}  # last in the file
     edit_tensors(adapter, lambda tensors: {**tensors, **copy})
     assert error(merged_by_us(base, adapter), expected) == 0
 
@@ -380,7 +380,7 @@ def test_factors_in_bfloat16_are_multiplied_in_float32(tmp_path: Path) -> None:
 # The patch itself
 
 
-def test_factors_multiply_to_the_delta(tmp_path: Path) -> None:
+def test_factors_lie_row_by_row_and_multiply_to_the_delta(tmp_path: Path) -> None:
     fields = {"target_parameters": EXPERTS, "use_rslora": True}
     for make, config in ((gpt_oss, lora(target_modules=["q_proj"], **fields)), (gpt2, lora(target_modules=CONV1D))):
         folder = tmp_path / make.__name__
@@ -388,6 +388,7 @@ def test_factors_multiply_to_the_delta(tmp_path: Path) -> None:
         base, adapter = train(make(), folder, config)
         with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
             for patch in opened.patches.values():
+                assert all(b.is_contiguous() and a.is_contiguous() for b, a in patch.factors() or ())
                 product = torch.cat([b @ a for b, a in patch.factors() or ()])
                 torch.testing.assert_close(product.reshape(patch.shape), delta_of(patch))
 

@@ -84,6 +84,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a flag as text": ({"use_dora": "yes"}, "ADAPTER_CONFIG: use_dora: must be a bool"),
     "an unknown bias": ({"bias": "some"}, "ADAPTER_CONFIG: bias"),
     "numbers to save": ({"modules_to_save": [1]}, "ADAPTER_CONFIG: modules_to_save"),
+    "no blocks": ({"use_bdlora": {"nblocks": 0}}, "ADAPTER_CONFIG: use_bdlora.nblocks"),
+    "blocks that do not divide": (
+        {"use_bdlora": {"nblocks": 3, "target_modules_bd_a": ["q_proj"]}},
+        f"ADAPTER_SHAPE: {MODULE} has factors of rank 0",
+    ),
     "an unknown layout": ({"lora_B_layout": "diagonal"}, "ADAPTER_CONFIG: lora_B_layout"),
     "another rank": ({"r": 8}, f"ADAPTER_SHAPE: {MODULE} has factors of rank 4, but"),
     "a pattern of another rank": (
@@ -141,6 +146,8 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         f"ADAPTER_SHAPE: {MODULE} has lora_A (4, 16) and lora_B (16, 3), which do not make",
     ),
     "a flat factor": (lambda t: t | {f"{PATH}.lora_B.weight": torch.zeros(64)}, f"ADAPTER_SHAPE: {MODULE} has lora_A"),
+    "a single number": (lambda t: t | {f"{PATH}.lora_A.weight": torch.tensor(1.0)}, f"ADAPTER_SHAPE: {MODULE} has factors"),
+    "a single number too": (lambda t: t | {f"{PATH}.lora_B.weight": torch.tensor(1.0)}, f"ADAPTER_SHAPE: {MODULE} has lo"),
     "integers": (
         lambda t: t | {f"{PATH}.lora_A.weight": torch.zeros(4, 16, dtype=torch.int8)},
         f"DTYPE_UNSUPPORTED: tensor '{PATH}.lora_A.weight' is I8",

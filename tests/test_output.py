@@ -44,6 +44,12 @@ def asked(models: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture
+def plain(asked: dict[str, Any]) -> dict[str, Any]:
+    """`asked` without its adapter: quick in a process of its own, which then does without torch."""
+    return {**asked, "models": asked["models"][:1]}
+
+
+@pytest.fixture
 def adapters_only(models: dict[str, Path]) -> dict[str, Any]:
     return recipe("ties", models["base"], (on(models["base"], models["sft"]), {"weight": 1}))
 
@@ -370,7 +376,7 @@ def test_bytes_that_changed_in_out_part_are_merged_again(
     for shard in part_of(half).glob("*.safetensors"):
         content = bytearray(shard.read_bytes())
         start = 8 + int.from_bytes(content[:8], "little")
-        content[start::97] = bytes(b ^ 0xFF for b in content[start::97])
+        content[start::13] = bytes(b ^ 0xFF for b in content[start::13])
         shard.write_bytes(content)
     merge(asked, half, resume=True)
     assert "5 tensors" in caplog.text
@@ -457,9 +463,9 @@ def test_an_error_in_a_thread_stops_the_merge_and_what_was_finished_is_kept(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_merge_that_is_told_to_stop_says_how_to_go_on(
-    number: signal.Signals, asked: dict[str, Any], tmp_path: Path
+    number: signal.Signals, plain: dict[str, Any], tmp_path: Path
 ) -> None:
-    file = write_recipe(tmp_path / "r.yaml", asked)
+    file = write_recipe(tmp_path / "r.yaml", plain)
     hook = f"""if True:
         import os
         from paft_merge import api
@@ -485,8 +491,8 @@ def limited(asked: dict[str, Any], out: Path, limit: int) -> subprocess.Complete
     return paft_process("merge", file, out, "--overwrite", before=before, PYTHONDONTWRITEBYTECODE="1")
 
 
-def test_a_limit_of_file_sizes_is_met_before_the_first_tensor(asked: dict[str, Any], tmp_path: Path) -> None:
-    run = limited(asked, tmp_path / "out", 4_000)
+def test_a_limit_of_file_sizes_is_met_before_the_first_tensor(plain: dict[str, Any], tmp_path: Path) -> None:
+    run = limited(plain, tmp_path / "out", 4_000)
     assert run.returncode == 1
     assert run.stderr.startswith("error[DISK]: ")
     assert run.stderr.count("\n") == 1
@@ -494,12 +500,12 @@ def test_a_limit_of_file_sizes_is_met_before_the_first_tensor(asked: dict[str, A
 
 
 def test_a_limit_that_only_a_side_file_meets_leaves_the_old_model(
-    asked: dict[str, Any], models: dict[str, Path], tmp_path: Path
+    plain: dict[str, Any], models: dict[str, Path], tmp_path: Path
 ) -> None:
     (models["base"] / "tokenizer.json").write_text(" " * 400_000 + "{}")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    run = limited(asked, tmp_path / "out", 300_000)
+    run = limited(plain, tmp_path / "out", 300_000)
     assert run.returncode == 1
     assert "error[DISK]" in run.stderr
     assert "--resume" in run.stderr
@@ -531,10 +537,7 @@ def test_a_disk_that_is_full_for_the_journal_is_told(
     opened = Path.open
 
     def full(self: Path, mode: str = "r", **keywords: Any) -> Any:
-        if self.name == JOURNAL and mode == "a":
-            self = Path("/dev/full")
-            keywords |= {"buffering": 1}
-        return opened(self, mode, **keywords)
+        return opened(Path("/dev/full") if self.name == JOURNAL and mode == "ab" else self, mode, **keywords)
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OutputError, match="No space left") as caught:

@@ -108,7 +108,7 @@ def main() -> None:
         seconds = time.perf_counter() - began
         peak.over.set()
         began = time.perf_counter()
-        size = len(found.dumps())
+        size = len(found.to_html())
         drawn = time.perf_counter() - began
         check(folders[0], found, options.rank)
     entries = sum(s.total.measure.entries for s in found.sources)

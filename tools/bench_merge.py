@@ -437,7 +437,6 @@ def machine() -> dict[str, object]:
         "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(meminfo("MemTotal") / 1e9, 1),
-        "kernel": platform.release(),
         "load_1min": round(os.getloadavg()[0], 2),
     }
 

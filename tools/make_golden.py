@@ -8,6 +8,7 @@ A change of a merged file has to be told under *Numerics* in the CHANGELOG.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -63,18 +64,16 @@ def recipe(name: str) -> dict[str, object]:
     """The recipe of one golden file."""
     method, one, two, first, second, shared = RECIPES[name]
 
-    def model(ref: str) -> str:
-        return "+".join(str(GOLDEN / part) for part in ref.split("+"))
-
-    models = [{"model": model(one), "parameters": first}, {"model": model(two), "parameters": second}]
-    base = {} if method == "linear" else {"base_model": model("base")}
+    models = [{"model": one, "parameters": first}, {"model": two, "parameters": second}]
+    base = {} if method == "linear" else {"base_model": "base"}
     rounding = {"rounding": "stochastic", "seed": 3} if name.endswith("stochastic") else {}
     return {"merge_method": method, "models": models, "parameters": shared, **base, **rounding}
 
 
 def merged(name: str) -> bytes:
     """The bytes that this version makes of a recipe."""
-    with tempfile.TemporaryDirectory() as folder:
+    # References are relative: a random mask belongs to its source's name, and may not know where this clone lies.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(GOLDEN):
         paft_merge.merge(recipe(name), Path(folder) / "out", threads=1)
         return (Path(folder) / "out" / "model.safetensors").read_bytes()
 

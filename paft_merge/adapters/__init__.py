@@ -190,7 +190,8 @@ def _untrained(settings: Settings, keys: Keys, where: Path) -> list[Problem]:
     if not isinstance(targets, list):
         return []
     paths = [f".{path}" for path, _ in keys.modules]
-    unmet = [target for target in targets if not any(path.endswith(f".{target}") for path in paths)]
+    given = [str(target) for target in targets if target not in settings.names("modules_to_save")]
+    unmet = [target for target in given if not any(path.endswith(f".{target}") for path in paths)]
     if not unmet or settings.names("target_parameters"):
         return []
     what = f"target_modules names {', '.join(map(repr, sorted(unmet)[:5]))}, for which there are no factors"

@@ -50,40 +50,35 @@ class Factors:
     @property
     def a_shape(self) -> tuple[int, ...]:
         """Of lora_A, its blocks put on a diagonal."""
-        first, *rest = self.a.shape
-        return (first, *(size * self.a_blocks if at == 0 else size for at, size in enumerate(rest)))
+        return _with_blocks(self.a.shape, self.a_blocks)
 
     @property
     def b_shape(self) -> tuple[int, ...]:
         """Of lora_B, its blocks put on a diagonal."""
-        first, *rest = self.b.shape
-        return (first, *(size * self.b_blocks if at == 0 else size for at, size in enumerate(rest)))
+        return _with_blocks(self.b.shape, self.b_blocks)
 
     @property
     def rank(self) -> int:
-        return self.a_shape[0]
+        """Rows of A; 0 when it is no matrix."""
+        return self.a_shape[0] if self.a_shape else 0
 
     @property
-    def are_matrices(self) -> bool:
-        """Can B be multiplied with A?"""
-        return len(self.a_shape) == len(self.b_shape) == 2 and self.a_shape[0] == self.b_shape[1]
-
-    @property
-    def makes(self) -> tuple[int, int]:
-        """`(out, in)` of B A."""
-        return self.b_shape[0], self.a_shape[-1]
+    def makes(self) -> tuple[int, int] | None:
+        """`(out, in)` of B A; None when they cannot be multiplied."""
+        a, b = self.a_shape, self.b_shape
+        return (b[0], a[1]) if len(a) == len(b) == 2 and a[0] == b[1] else None
 
     def load(self) -> Pair:
         """Read A `[r, in]` and B `[out, r]` as float32; of a convolution as `[r, in * kernel]` and `[out, r]`."""
         return _unblocked(self.a.load(), self.a_blocks), _unblocked(self.b.load(), self.b_blocks)
 
     def oriented(self, scale: float, transposed: bool) -> Pair:
-        """`left`, `right` for a tensor that stores s B A, or its transpose."""
+        """`left`, `right`, rows contiguous, for a tensor that stores s B A, or its transpose."""
         a, b = self.load()
-        return (a.T * scale, b.T.contiguous()) if transposed else (b * scale, a)
+        return (a.T.contiguous() * scale, b.T.contiguous()) if transposed else (b * scale, a)
 
     def stacked(self, count: int, scale: float, grouped: bool, in_out: bool) -> Pair:
-        """The factors of `count` experts as `left [experts, rows, r]`, `right [experts, r, row]`.
+        """The factors of `count` experts as `left [experts, rows, r]`, `right [experts, r, row]`, rows contiguous.
 
         Args:
             count: the number of experts.
@@ -95,7 +90,7 @@ class Factors:
         a = a.reshape(count, -1, a.shape[1])
         b = b.reshape(len(b), count, -1).permute(1, 0, 2) if grouped else b.reshape(len(b), -1, count).permute(2, 0, 1)
         left, right = (a.mT, b.mT) if in_out else (b, a)
-        return left * scale, right.contiguous()
+        return left.contiguous() * scale, right.contiguous()
 
 
 @dataclass
@@ -240,7 +235,7 @@ class Binder:
             self._absent.append(module.path)
             return
         draft = self.draft(place.sites[0], place)
-        if not factors.are_matrices or factors.makes[::-1] != draft.shape:
+        if factors.makes is None or factors.makes[::-1] != draft.shape:
             raise self._unequal(module.path, factors, draft.shape)
         self._refuse_start(module.path)
         scale = self._scale(module.path, factors)
@@ -355,7 +350,7 @@ class Binder:
 
     def _bind_experts(self, name: str, place: Place, factors: Factors, transposed: bool) -> None:
         """`[experts, out, in]` (or `[experts, in, out]`, transposed); A `[experts * r, in]`, B `[out, experts * r]`."""
-        if len(place.shape) != 3 or not factors.are_matrices or factors.rank % place.shape[0]:
+        if len(place.shape) != 3 or factors.makes is None or factors.rank % place.shape[0]:
             raise self._unequal(name, factors, place.shape)
         count, rows, row = place.shape
         rank = factors.rank // count
@@ -466,7 +461,7 @@ class Binder:
         """
         shape, makes = draft.shape, factors.makes
         can_be = self._targeted(path) == path and self._bias_of(draft.name) is not None  # a Conv1D has a bias
-        if not factors.are_matrices or (makes != shape and (makes[::-1] != shape or not can_be)):
+        if makes is None or (makes != shape and (makes[::-1] != shape or not can_be)):
             raise self._unequal(path, factors, shape)
         if shape[0] != shape[1] or not can_be:
             return makes != shape
@@ -501,6 +496,13 @@ def vocabulary_of(config: Mapping[str, Any]) -> int | None:
     text = config.get("text_config")
     size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
     return size if isinstance(size, int) else None
+
+
+def _with_blocks(shape: tuple[int, ...], blocks: int) -> tuple[int, ...]:
+    """The shape of the matrix whose diagonal blocks a tensor of `shape` holds; `()` when it cannot hold them."""
+    if blocks == 1:
+        return shape
+    return (shape[0], shape[1] * blocks) if len(shape) == 2 and shape[0] % blocks == 0 else ()
 
 
 def _unblocked(factor: Tensor, blocks: int) -> Tensor:

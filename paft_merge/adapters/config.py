@@ -211,6 +211,8 @@ def _check_numbers(path: Path, raw: Mapping[str, Any], problems: Problems) -> No
         elif not whole and not (type(value) in (int, float) and math.isfinite(float(str(value))) and value):
             problems.add("ADAPTER_CONFIG", path, f"{field}: must be a finite number other than 0, got {value!r}")
 
+    if isinstance(raw.get("use_bdlora"), dict):
+        check("use_bdlora.nblocks", raw["use_bdlora"].get("nblocks", 1), True)
     for field, pattern, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
         if field not in raw:
             problems.add("ADAPTER_CONFIG", path, f"{field}: is missing, and PEFT's default of 8 would be a guess")

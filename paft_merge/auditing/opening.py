@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from paft_merge import api
 from paft_merge.adapters import Adapter
 from paft_merge.adapters.config import read_settings
-from paft_merge.auditing.shapes import ShapesOnly, natural, shapes_of
+from paft_merge.auditing.shapes import Known, ShapesOnly, known_of, natural, weights_of
 from paft_merge.blocks import tile_bounds
 from paft_merge.bridge import WholeTensor
 from paft_merge.checkpoint import DTYPES, Checkpoint
@@ -199,32 +199,43 @@ def _open_model(ref: ModelRef, folder: Path, is_adapter: bool, base: Checkpoint,
 
 
 def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack) -> Opened:
-    shapes: dict[str, tuple[int, ...]] = {}
-    problems = Problems()
+    """Adapters by themselves, on a base of which only their own files tell."""
+    known, shapes, problems = list[tuple[Known, Checkpoint]](), dict[str, tuple[int, ...]](), Problems()
     for ref, folder in zip(refs, folders, strict=True):
         with problems.catching():
-            settings = read_settings(folder)
-            if settings.names("target_parameters"):
-                what = "targets fused parameters, and which they are only the base's architecture tells"
-                raise AuditError.of("NO_BASE", ref, what, "pass --base")
-            listed = settings.raw.get("trainable_token_indices") or []
-            rows = [i for one in (listed.values() if isinstance(listed, dict) else [listed]) for i in one]
-            for name, shape in shapes_of(folder, rows).items():
+            one = _known(ref, folder)
+            known.append((one, stack.enter_context(Checkpoint.open(weights_of(folder)))))
+            for name, shape in one.shapes.items():
                 if shapes.setdefault(name, shape) != shape:
                     what = f"{name} is {shape}, and another adapter has {shapes[name]} there"
                     problems.add("ADAPTER_SHAPE", ref, what, "audit adapters of one base together")
     problems.raise_as(AuditError)
-    base = ShapesOnly(shapes)
-    models = list[Model]()
+    base, models, skipped = ShapesOnly(known), list[Model](), list[Skipped]()
     for ref, folder in zip(refs, folders, strict=True):
         with problems.catching():
-            models.append(Model(ref, base, stack.enter_context(Adapter.open(folder, base))))
+            adapter = stack.enter_context(Adapter.open(folder, base))
+            skipped += _drop_what_needs_weights(ref, adapter)
+            models.append(Model(ref, base, adapter))
     problems.raise_as(AuditError)
-    skipped = list[Skipped]()
-    for model in models:
-        assert model.adapter is not None
-        skipped += _drop_what_needs_weights(model.ref, model.adapter)
-    return _of_models(models, Model("", base), None, skipped)
+    opened = _of_models(models, Model("", base), None, skipped)
+    copies = [
+        Problem(
+            "NO_BASE", ref, f"carries its own copy of {name}, which is taken to be the base's", "pass --base to be sure"
+        )
+        for ref, (one, _) in zip(refs, known, strict=True)
+        for name in one.copies
+    ]
+    return replace(opened, warnings=(*opened.warnings, *copies))
+
+
+def _known(ref: str, folder: Path) -> Known:
+    settings = read_settings(folder)
+    if settings.names("target_parameters"):
+        what = "targets fused parameters, and which they are only the base's architecture tells"
+        raise AuditError.of("NO_BASE", ref, what, "pass --base")
+    listed = settings.raw.get("trainable_token_indices") or []
+    rows = [i for one in (listed.values() if isinstance(listed, dict) else [listed]) for i in one]
+    return known_of(folder, rows)
 
 
 def _drop_what_needs_weights(ref: str, adapter: Adapter) -> list[Skipped]:

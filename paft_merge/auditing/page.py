@@ -22,7 +22,7 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 .paft .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:16px;margin-top:22px}
 .paft .card{border:1px solid var(--rule);border-radius:10px;padding:16px 18px;background:#fff}
 .paft .card .name{font-weight:650;font-size:17px;overflow-wrap:anywhere}
-.paft .big{display:flex;gap:10px 30px;margin:12px 0 4px;flex-wrap:wrap}
+.paft .big{display:grid;grid-template-columns:repeat(auto-fit,minmax(104px,1fr));gap:12px;margin:12px 0 4px}
 .paft .big b{display:block;font-size:25px;line-height:1.15;font-weight:650;font-variant-numeric:tabular-nums}
 .paft .big span{color:var(--soft);font-size:12.5px}
 .paft .swatch{vertical-align:-1px;margin-right:7px}
@@ -45,7 +45,7 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 .paft .mark{stroke:#aab3bd;stroke-dasharray:2 3}.paft .mark.strong{stroke:#1c2430;stroke-dasharray:none;stroke-width:1.2}
 .paft .none{fill:#f0f1f3}
 .paft table{border-collapse:collapse;width:100%;font-size:12.5px;font-variant-numeric:tabular-nums}
-.paft th,.paft td{padding:5px 7px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
+.paft th,.paft td{padding:5px 6px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 .paft th{font-weight:600;color:var(--soft);background:var(--wash)}
 .paft th:first-child,.paft td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:110px}
 .paft .scroll{overflow-x:auto}

@@ -119,8 +119,8 @@ def _heat(heat: Heat, axes: Any, canvas: Any) -> None:
     from matplotlib.colors import ListedColormap, Normalize
 
     steps = 128
-    colours = ListedColormap([blend(heat.low + (heat.high - heat.low) * (i + 0.5) / steps, heat) for i in range(steps)])
-    colours.set_bad("#f0f1f3")
+    middles = [heat.low + (heat.high - heat.low) * (i + 0.5) / steps for i in range(steps)]
+    colours = ListedColormap([blend(m, heat) for m in middles]).with_extremes(bad="#f0f1f3")
     values = [[float("nan") if v is None else v for v in row] for row in heat.values]
     norm = Normalize(heat.low, heat.high)
     axes.imshow(values, cmap=colours, norm=norm, aspect="auto")

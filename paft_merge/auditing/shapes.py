@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -19,20 +20,43 @@ NO_BASE = Path("(no base)")
 Shapes = dict[str, tuple[int, ...]]
 
 
-class ShapesOnly(Checkpoint):
-    """A base without weights: every tensor reads as zeros, which is right for all that only looks at a LoRA's delta."""
+@dataclass(frozen=True)
+class Known:
+    """What one adapter's own file tells of its base."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    shapes: Shapes
+    copies: Mapping[str, str]
+    """Weights that the file has a copy of beneath its factors (PEFT saves embeddings so): name to the copy's own name."""
+
+
+class ShapesOnly(Checkpoint):
+    """A base without weights: a tensor reads as zeros, which is right for all that only looks at a LoRA's delta.
+
+    Where an adapter carries a copy of the weight beneath, that is what is read.
+    """
+
+    def __init__(self, known: Sequence[tuple[Known, Checkpoint]]) -> None:
         super().__init__(NO_BASE, (), {}, {})
-        names = sorted(shapes, key=natural)
-        self.tensors = {n: TensorInfo(n, "F32", shapes[n], "", 0, prod(shapes[n]) * 4) for n in names}
+        shapes = {name: shape for one, _ in known for name, shape in one.shapes.items()}
+        self._copies = {name: (file, key) for one, file in known for name, key in one.copies.items()}
+        self.tensors = {name: self._info(name, shapes[name]) for name in sorted(shapes, key=natural)}
 
     def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
-        """Fill `buffer` with zeros."""
-        as_bytes(buffer)[:] = bytes(len(as_bytes(buffer)))
+        """Fill `buffer` with zeros, or from the copy."""
+        if name in self._copies:
+            file, key = self._copies[name]
+            file.read_into(key, start, buffer)
+        else:
+            as_bytes(buffer)[:] = bytes(len(as_bytes(buffer)))
+
+    def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        if name in self._copies:
+            file, key = self._copies[name]
+            return replace(file.tensors[key], name=name)
+        return TensorInfo(name, "F32", shape, "", 0, prod(shape) * 4)
 
 
-def shapes_of(folder: Path, tokens: Iterable[int] = ()) -> Shapes:
+def known_of(folder: Path, tokens: Iterable[int] = ()) -> Known:
     """Name and shape of every tensor that the adapter in `folder` changes, as far as its own header tells.
 
     Args:
@@ -40,15 +64,26 @@ def shapes_of(folder: Path, tokens: Iterable[int] = ()) -> Shapes:
         tokens: rows that the adapter replaces one by one; the embedding has at least as many.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        AuditError, CheckpointError: there is no such file, or it cannot be read.
+    """
+    with Checkpoint.open(weights_of(folder)) as file:
+        keys = sort_keys(file.tensors, folder, Problems())
+        held = {name: info.shape for name, info in file.tensors.items()}
+    rows = _of_rows(keys, held, max(tokens, default=-1) + 1)
+    copies = {s.names[0]: s.key for s in keys.saved if s.beneath and s.names[0] in _of_factors(keys, held)}
+    return Known({**_of_factors(keys, held), **rows, **_of_whole(keys, held)}, copies)
+
+
+def weights_of(folder: Path) -> Path:
+    """The file with an adapter's tensors.
+
+    Raises:
+        AuditError: ADAPTER_CONFIG, there is none.
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise AuditError.of("ADAPTER_CONFIG", path, "no such file", f"give a folder that holds it beside {CONFIG}")
-    with Checkpoint.open(path) as file:
-        keys = sort_keys(file.tensors, folder, Problems())
-        held = {name: info.shape for name, info in file.tensors.items()}
-    return {**_of_factors(keys, held), **_of_rows(keys, held, max(tokens, default=-1) + 1), **_of_whole(keys, held)}
+    return path
 
 
 def natural(name: str) -> list[tuple[int, str]]:

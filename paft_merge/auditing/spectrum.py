@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from paft_merge.auditing.metrics import UNDEFINED
 
-Matrix = NDArray[np.float64]
-
 IDLE = 1e-6
 """A row or component whose norm is at most this share of the largest counts as zero: float32 cannot tell it from one."""
+
+
+_EPSILON = 1.2e-7
+"""Float32's: factors are stored in it at best."""
 
 
 @dataclass(frozen=True)
@@ -81,27 +83,24 @@ class FactorCounts:
 class Factored:
     """One tensor's delta in factors, decomposed: the singular values, and orthonormal bases of its two subspaces."""
 
-    b_OR: Matrix
-    a_RI: Matrix
-    left_OK: Matrix
+    b_OR: Tensor
+    a_RI: Tensor
+    left_OK: Tensor
     """Left singular vectors of the K singular values that are not rounding noise."""
-    right_IK: Matrix
+    right_IK: Tensor
     spectrum: Spectrum
     counts: FactorCounts
 
     @classmethod
-    def of(cls, b: Any, a: Any) -> Factored:
-        """Decompose B `[O, R]` and A `[R, I]` (torch, any float dtype)."""
-        import torch
-
+    def of(cls, b: Tensor, a: Tensor) -> Factored:
+        """Decompose B `[O, R]` and A `[R, I]` (any float dtype)."""
         b_OR, a_RI = b.double(), a.double()
         q_b, r_b = torch.linalg.qr(b_OR)
         q_a, r_a = torch.linalg.qr(a_RI.T)
         u, values, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        kept = int((values > max(b_OR.shape[0], a_RI.shape[1]) * 1.2e-7 * values.max()).sum())
-        left, right = (q_b @ u[:, :kept]).numpy(), (q_a @ vt[:kept].T).numpy()
-        arrays = b_OR.numpy(), a_RI.numpy()
-        return cls(*arrays, left, right, Spectrum(tuple(values.tolist())), _counts(*arrays))
+        kept = int((values > max(b_OR.shape[0], a_RI.shape[1]) * _EPSILON * values.max()).sum())
+        left, right = q_b @ u[:, :kept], q_a @ vt[:kept].T
+        return cls(b_OR, a_RI, left, right, Spectrum(tuple(values.tolist())), _counts(b_OR, a_RI))
 
     def dot(self, other: Factored) -> float:
         """<D1, D2> = tr((B1^T B2)(A2 A1^T)), exact at R x R cost."""
@@ -112,19 +111,17 @@ class Factored:
         return _overlap(self.left_OK, other.left_OK), _overlap(self.right_IK, other.right_IK)
 
 
-def _overlap(one: Matrix, other: Matrix) -> float:
+def _overlap(one: Tensor, other: Tensor) -> float:
     least = min(one.shape[1], other.shape[1])
-    return float(np.square(one.T @ other).sum() / least) if least else UNDEFINED
+    return float((one.T @ other).square().sum() / least) if least else UNDEFINED
 
 
-def _counts(b_OR: Matrix, a_RI: Matrix) -> FactorCounts:
-    rows = np.linalg.norm(b_OR, axis=1)
-    components = np.linalg.norm(b_OR, axis=0) * np.linalg.norm(a_RI, axis=1)
-    zeros = b_OR.size - np.count_nonzero(b_OR) + a_RI.size - np.count_nonzero(a_RI)
-    return FactorCounts(
-        len(rows), _idle(rows), len(components), _idle(components), b_OR.size + a_RI.size, int(zeros)
-    )  # fmt: skip
+def _counts(b_OR: Tensor, a_RI: Tensor) -> FactorCounts:
+    rows, elements = torch.linalg.vector_norm(b_OR, dim=1), b_OR.numel() + a_RI.numel()
+    components = torch.linalg.vector_norm(b_OR, dim=0) * torch.linalg.vector_norm(a_RI, dim=1)
+    filled = int(torch.count_nonzero(b_OR)) + int(torch.count_nonzero(a_RI))
+    return FactorCounts(len(rows), _idle(rows), len(components), _idle(components), elements, elements - filled)
 
 
-def _idle(norms: Matrix) -> int:
-    return int((norms <= IDLE * norms.max(initial=0.0)).sum())
+def _idle(norms: Tensor) -> int:
+    return int((norms <= IDLE * norms.max()).sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from threading import Lock
 from typing import Any
@@ -70,25 +70,30 @@ def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) 
     decomposed = [walker.pool.submit(_factored, subject, i) for i in active]
     blocks = walker.first(first.work)
     measures = first.measures(blocks, subject)
-    factored = {i: f for i, later in zip(active, decomposed, strict=True) if (f := later.result()) is not None}
-    pairs = first.pairs(blocks, [measures[i] for i in range(len(active))])
+    factored = [later.result() for later in decomposed]
+    pairs = first.pairs(blocks, measures)
+    related = {(a, b): walker.pool.submit(_relate, factored[a], factored[b]) for a, b in pairs}
     survivals: list[Survival] = []
-    if len(active) > 1 and wanted.pairs:
+    if pairs:
         trims = [Trim("density", wanted.density)] * len(active)
         survivals = trim_survivals(trims, subject.numel, walker, CpuOps())
-    survived, merged, kept = _second(subject, walker, rule, survivals, wanted)
-    for pair, found in kept.items():
-        pairs[pair] = _with_support(pairs[pair], found, subject.numel)
-    named = {
-        (active[a], active[b]): _exact(p, factored.get(active[a]), factored.get(active[b]))
-        for (a, b), p in pairs.items()
-    }
-    spectra = {i: (f.spectrum, f.counts) for i, f in factored.items()}
-    subspaces = {(a, b): factored[a].overlap(factored[b]) for a, b in named if a in factored and b in factored}
+    survived, merged, support = _second(subject, walker, rule, survivals, wanted)
+    subspaces = {}
+    for (a, b), later in related.items():
+        pairs[a, b] = _with_support(pairs[a, b], support[a, b], subject.numel)
+        relation = later.result()
+        if relation is not None:
+            pairs[a, b] = replace(pairs[a, b], dot=relation[0])
+            subspaces[active[a], active[b]] = relation[1]
     return Survey(
-        {active[i]: m for i, m in measures.items()}, spectra, named, subspaces,
-        {active[i]: s for i, s in survived.items()}, merged, _sum_square(rule, active, measures, pairs),
-    )  # fmt: skip
+        dict(zip(active, measures, strict=True)),
+        {i: (f.spectrum, f.counts) for i, f in zip(active, factored, strict=True) if f},
+        {(active[a], active[b]): pair for (a, b), pair in pairs.items()},
+        subspaces,
+        {active[i]: s for i, s in survived.items()},
+        merged,
+        _sum_square(rule, active, measures, pairs),
+    )
 
 
 @dataclass(frozen=True)
@@ -143,13 +148,13 @@ class _First:
             raise _not_finite(self.subject, i)
         return largest
 
-    def measures(self, parts: Sequence[_Part], subject: Subject) -> dict[int, Measure]:
+    def measures(self, parts: Sequence[_Part], subject: Subject) -> list[Measure]:
         """Every source's measure, from all blocks."""
-        found = {}
+        found = []
         for i in range(self.n):
             sums = [math.fsum(p.sums[i, k] for p in parts) for k in range(3)]
             below = np.sum([p.below[i] for p in parts], axis=0) if parts else np.zeros(len(self.edges), np.int64)
-            found[i] = Measure(
+            found.append(Measure(
                 entries=subject.numel, zeros=int(below[0]),
                 below={e: int(c) for e, c in zip(self.wanted.epsilons, below[1:], strict=True)},
                 l1=sums[0], square=sums[1], fourth=sums[2],
@@ -157,7 +162,7 @@ class _First:
                 histogram=Histogram.of(self._counts[i], self._lows[i]),
                 erased=sum(p.erased[i] for p in parts) if self.wanted.weights else None,
                 weight_square=math.fsum(p.weight_square for p in parts) if self.wanted.weights else None,
-            )  # fmt: skip
+            ))  # fmt: skip
         return found
 
     def pairs(self, parts: Sequence[_Part], measures: Sequence[Measure]) -> dict[tuple[int, int], PairMeasure]:
@@ -223,23 +228,22 @@ def _survived(tally: Tally, numel: int) -> dict[int, Survived]:
 def _with_support(pair: PairMeasure, counts: Any, numel: int) -> PairMeasure:
     both, either, left, right = (int(c) for c in counts)
     chance = left * right / numel if numel else 0.0
-    return PairMeasure(
-        **{**vars(pair), "kept_both": both, "kept_either": either, "chance_both": chance, "kept_sum": left + right}
-    )
+    return replace(pair, kept_both=both, kept_either=either, chance_both=chance, kept_sum=left + right)
 
 
-def _exact(pair: PairMeasure, left: Factored | None, right: Factored | None) -> PairMeasure:
-    """With the inner product from the factors, where both have some: exact, where the stream rounds each entry to float32."""
-    if left is None or right is None or left.b_OR.shape[0] != right.b_OR.shape[0]:
-        return pair
-    return PairMeasure(**{**vars(pair), "dot": left.dot(right)})
+def _relate(left: Factored | None, right: Factored | None) -> tuple[float, tuple[float, float]] | None:
+    """Inner product and overlap of subspaces from the factors, where both sources have some.
+
+    That product is exact, where the stream rounds each entry to float32 first.
+    """
+    return (left.dot(right), left.overlap(right)) if left and right else None
 
 
 def _sum_square(
     rule: Rule | None,
     active: Sequence[int],
-    measures: Mapping[int, Measure],
-    pairs: Mapping[tuple[int, int], PairMeasure],
+    measures: Sequence[Measure],
+    pairs: Pairs,
 ) -> float:
     """||sum of weight * delta||^2, from the squares and the inner products."""
     if not isinstance(rule, Consensus):

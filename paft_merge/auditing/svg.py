@@ -100,7 +100,9 @@ def _chart(chart: Chart) -> str:
         parts.append(
             _line(place_x(mark.x), _TOP, place_x(mark.x), _HEIGHT - _BOTTOM, "mark strong" if mark.strong else "mark")
         )
-        parts.append(_text(place_x(mark.x) + 4, _TOP + 11, mark.text, "mark-text", "start"))
+        # Where the axis is fixed, curves fill the top; a word there would lie on one of them.
+        level = _HEIGHT - _BOTTOM - 7 if chart.y_range else _TOP + 11
+        parts.append(_text(place_x(mark.x) + 4, level, mark.text, "mark-text", "start"))
     parts += [_curve(line, place_x, place_y, chart) for line in chart.lines]
     parts.append(_line(_LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, "axis"))
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, chart.x_label, "label"))
@@ -249,7 +251,7 @@ def ticks(low: float, high: float, log: bool, whole: bool = False) -> list[float
 def shown(value: float, percent: bool, span: float) -> str:
     """A number as an axis shows it; `span` says how many digits matter."""
     if percent:
-        return f"{value:.{0 if span > 0.05 else 1 if span > 0.005 else 2}%}"
+        return f"{value:.{0 if span > 0.3 else 1 if span > 0.005 else 2}%}"
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e") if value and abs(value) < 1e-2 else f"{value:.3g}"
 
 

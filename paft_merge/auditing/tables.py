@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from paft_merge.auditing.page import percent, short
-from paft_merge.auditing.results import Audit, Group, PairAudit
+from paft_merge.auditing.results import Audit, Group, PairAudit, SourceAudit
 from paft_merge.auditing.verify import ManifestCheck
 
 _SIGNS = {"warn": "[bold yellow]![/]", "note": "[bold blue]·[/]", "good": "[bold green]✓[/]"}
@@ -58,50 +58,49 @@ def manifest_table(check: ManifestCheck) -> None:
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", title_style="bold", padding=(0, 1))
     for at, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if at else "left", overflow="fold")
+        table.add_column(escape(heading), justify="right" if at else "left", overflow="fold", no_wrap=at > 0)
     return table
 
 
 def _sources(audit: Audit) -> Table:
-    headings = (
-        "source",
-        "kind",
-        "entries",
-        "sparse",
-        "zeros",
-        "bf16 erases",
-        "Hoyer",
-        "top 20 %",
-        "norm/weights",
-        "stable rank",
-        "eff. rank",
-    )
-    table = _table("", headings)
-    for source in audit.sources:
-        if not source.tensors:
-            table.add_row(escape(source.label), source.header.kind, "nothing", *[""] * 8)
-            continue
-        group, m = source.total, source.total.measure
-        rank = f" r={source.header.details['rank']}" if "rank" in source.header.details else ""
-        table.add_row(
-            escape(source.label), source.header.kind + rank, f"{m.entries:,}", percent(source.paft_sparsity(audit.epsilon)), percent(m.zero_share),
-            percent(m.bf16_sparsity), short(m.hoyer), percent(m.top_energy(0.2)), short(m.relative_norm), short(group.stable_rank), short(group.effective_rank),
-        )  # fmt: skip
+    """One column a source, so that it fits any terminal."""
+    table = _table("", ("", *(s.label for s in audit.sources)))
+    columns = [_numbers(source, audit.epsilon) for source in audit.sources]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(column.get(name, "") for column in columns))
     return table
 
 
+def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
+    rank = f", r = {source.header.details['rank']}" if "rank" in source.header.details else ""
+    head = {"kind": source.header.kind + rank, "tensors": f"{len(source.tensors):,}"}
+    if not source.tensors:
+        return head
+    group, m = source.total, source.total.measure
+    return {
+        **head,
+        "entries": f"{m.entries:,}",
+        f"sparse (below {epsilon:g}, mean over layers)": percent(source.paft_sparsity(epsilon)),
+        **{f"below {e:g}": percent(m.sparsity(e)) for e in m.below},
+        "exactly zero": percent(m.zero_share),
+        "erased by a cast to bfloat16": percent(m.bf16_sparsity),
+        "Hoyer, participation": f"{short(m.hoyer)}, {short(m.participation)}",
+        "energy in the top 1, 5, 20 %": ", ".join(percent(m.top_energy(k), 0) for k in (0.01, 0.05, 0.2)),
+        "rms, largest": f"{short(m.rms)}, {short(m.largest)}",
+        "norm over that of the weights": short(m.relative_norm),
+        "stable, effective rank": f"{short(group.stable_rank)}, {short(group.effective_rank)}",
+    }
+
+
 def _groups(title: str, groups: Sequence[Group], epsilon: float) -> Table:
-    table = _table(
-        title, ("module", "entries", "sparse", "bf16 erases", "Hoyer", "top 20 %", "rms", "largest", "stable rank")
-    )
+    table = _table(title, ("module", "sparse", "bf16 erases", "Hoyer", "top 20 %", "rms", "stable rank"))
     for group in groups:
         m = group.measure
-        table.add_row(
-            escape(group.key), f"{m.entries:,}", percent(m.sparsity(epsilon)), percent(m.bf16_sparsity), short(m.hoyer), percent(m.top_energy(0.2)),
-            short(m.rms), short(m.largest), short(group.stable_rank),
-        )  # fmt: skip
+        shares = percent(m.sparsity(epsilon)), percent(m.bf16_sparsity)
+        rest = short(m.hoyer), percent(m.top_energy(0.2)), short(m.rms), short(group.stable_rank)
+        table.add_row(escape(group.key), *shares, *rest)
     return table
 
 
@@ -113,7 +112,7 @@ def _pairs(pairs: Sequence[PairAudit]) -> Table:
         total, (left, right) = pair.total, pair.subspace
         table.add_row(
             escape(f"{pair.left}, {pair.right}"), short(total.cosine), percent(total.conflict), percent(total.conflict_weighted),
-            percent(total.overlap), percent(total.overlap_chance), f"{percent(left)} / {percent(right)}",
+            percent(total.overlap), percent(total.overlap_chance), f"{percent(left, 0)}, {percent(right, 0)}",
         )  # fmt: skip
     return table
 

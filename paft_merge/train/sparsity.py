@@ -32,8 +32,8 @@ class Factors:
 
     name: str
     """Dotted name of the adapted module in the base model."""
-    a_RI: Tensor  # noqa: N815 (the suffix names the dimensions)
-    b_OR: Tensor  # noqa: N815
+    a_RI: Tensor
+    b_OR: Tensor
     scale: float
     weight: Tensor | None = None
     """The frozen weight beneath; None where it has no plain float form (4-bit bases)."""

@@ -1,0 +1,180 @@
+"""The scripts that set up, check and measure: the reference goes red on a wrong merge, and versions are pinned."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ROOT / "tools"
+SCRIPTS = [TOOLS / "venv", TOOLS / "test", TOOLS / "check", TOOLS / "quickstart", ROOT / ".ci" / "run"]
+sys.path.insert(0, str(TOOLS))
+
+from bench_data import PRESETS, Llama, headers, make  # noqa: E402
+from bench_reference import CASES, check  # noqa: E402
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    return {normal(name): version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def test_every_dependency_that_a_test_run_installs_is_pinned() -> None:
+    pinned, seen = pins(), set()
+    waiting = [("paft-merge", frozenset({"dev"}))]
+    while waiting:
+        name, extras = waiting.pop()
+        for text in metadata.requires(name) or ():
+            requirement, _, condition = text.partition(";")
+            found = re.match(r"([\w.-]+)(?:\[(.*?)\])?", requirement)
+            wanted = re.search(r"extra == ['\"](.*?)['\"]", condition)
+            assert found
+            if (wanted and wanted[1] not in extras) or (condition and not wanted):
+                continue
+            step = normal(found[1]), frozenset(filter(None, (found[2] or "").split(",")))
+            if step not in seen:
+                seen.add(step)
+                waiting.append(step)
+    assert len(seen) > 50
+    assert {name for name, _ in seen} - set(pinned) - {"paft-merge", "setuptools"} == set()
+
+
+def test_pins_leave_out_the_local_part_of_a_version() -> None:
+    assert pins()["torch"] == "2.13.0"
+    assert not [name for name, version in pins().items() if not re.fullmatch(r"[\w.]+", version)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_leave_the_source_of_packages_to_pip(script: Path) -> None:
+    subprocess.run(["sh", "-n", script], check=True)
+    assert not re.findall(r"https?:|index-url|find-links|trusted-host", script.read_text())
+
+
+def test_continuous_integration_runs_the_test_command_of_the_readme() -> None:
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if "tools/" in line]
+    assert commands == ["exec tools/test"]
+    assert re.search(r"^tools/test\b", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    assert make(PRESETS["tiny"], folder)
+    assert not make(PRESETS["tiny"], folder), "the second time it is there"
+    return folder
+
+
+def test_a_large_checkpoint_is_sharded_and_counts_its_parameters() -> None:
+    shape = Llama(4096, 11008, 32, 32, 32, 32000)
+    assert shape.parameters == 6_738_415_616, "Llama 2 7B"
+    assert list(headers(shape.tensors())) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+def merged(data: Path, name: str, out: Path) -> Path:
+    """A merge in plain float32 torch, for two cases whose rules fit a line."""
+    case = CASES[name]
+    base = load_file(data / "base" / "model.safetensors")
+    deltas = [delta_of(data / source, base) for source in case.sources]
+    out.mkdir()
+    result = {}
+    for tensor, values in base.items():
+        first, second = (delta.get(tensor, torch.zeros(values.shape)) for delta in deltas)
+        if case.method == "ties":
+            first, second = trim(first, case.density), trim(second, case.density)
+            parts = case.weights[0] * first, case.weights[1] * second
+            sign = torch.where(parts[0] + parts[1] >= 0, 1.0, -1.0)
+            agree = [(part * sign > 0).float() for part in parts]
+            share = sum(w * a for w, a in zip(case.weights, agree, strict=True))
+            mixed = (parts[0] * agree[0] + parts[1] * agree[1]) / torch.where(share == 0, 1.0, share)
+        else:
+            mixed = case.weights[0] * first + case.weights[1] * second
+        result[tensor] = (values.float() + mixed).bfloat16()
+    save_file(result, out / "model.safetensors")
+    return out
+
+
+def delta_of(folder: Path, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if (folder / "model.safetensors").exists():
+        return {n: t.float() - base[n].float() for n, t in load_file(folder / "model.safetensors").items()}
+    factors = load_file(folder / "adapter_model.safetensors")
+    stems = [key.removesuffix(".lora_A.weight") for key in factors if key.endswith(".lora_A.weight")]
+    return {
+        f"{stem.removeprefix('base_model.model.')}.weight": factors[f"{stem}.lora_B.weight"]
+        @ factors[f"{stem}.lora_A.weight"]
+        for stem in stems
+    }
+
+
+def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
+    order = delta.abs().flatten().sort(descending=True, stable=True).indices
+    keep = torch.zeros(delta.numel())
+    keep[order[: max(1, int(density * delta.numel()))]] = 1
+    return delta * keep.view_as(delta)
+
+
+@pytest.mark.parametrize("name", ["ties/checkpoints", "ties/adapters", "task_arithmetic/adapters"])
+def test_the_reference_accepts_float32_and_sees_one_element_that_is_off(name: str, data: Path, tmp_path: Path) -> None:
+    out = merged(data, name, tmp_path / "out")
+    found = check(CASES[name], data, out, exact_trim=True)
+    assert found.passed, found
+    assert found.elements > 100_000
+    with safe_open(out / "model.safetensors", "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state["model.layers.0.self_attn.q_proj.weight"].view(torch.int16)[5, 7] += 1
+    save_file(state, out / "model.safetensors")
+    assert check(CASES[name], data, out, exact_trim=True).wrong == 1
+
+
+def test_the_reference_sees_a_trim_that_keeps_too_many(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generous = trim
+    monkeypatch.setattr(sys.modules[__name__], "trim", lambda delta, density: generous(delta, density + 0.001))
+    found = check(CASES["ties/checkpoints"], data, merged(data, "ties/checkpoints", tmp_path / "out"), exact_trim=True)
+    assert not found.passed
+    assert found.wrong + found.loose > 0
+
+
+def test_a_tensor_that_no_adapter_touches_must_be_copied(data: Path, tmp_path: Path) -> None:
+    out = merged(data, "task_arithmetic/adapters", tmp_path / "out")
+    state = load_file(out / "model.safetensors")
+    state["model.norm.weight"].view(torch.int16)[0] ^= 1
+    save_file(state, out / "model.safetensors")
+    found = check(CASES["task_arithmetic/adapters"], data, out, exact_trim=True)
+    assert found.faults == ("model.norm.weight: not copied",)
+
+
+def test_the_benchmark_prints_one_json_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        TOOLS / "bench_merge.py",
+        tmp_path,
+        "--params",
+        "tiny",
+        "--case",
+        "dare_ties/checkpoints",
+    ]
+    done = subprocess.run(
+        [*command, "--runs", "1", "--mergekit-runs", "0", "--no-fill"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(done.stdout)["cases"]
+    assert case["paft"]["check"]["passed"]
+    assert case["identical_outputs"]
+    assert case["paft"]["private_mb"] > 1
+    assert case["mergekit"] == {"runs": 0, "check": None}
+    assert str(tmp_path) not in done.stdout
+    assert not (tmp_path / "run").exists()
