@@ -467,8 +467,9 @@ def test_a_merge_that_is_told_to_stop_says_how_to_go_on(
 ) -> None:
     file = write_recipe(tmp_path / "r.yaml", plain)
     hook = f"""if True:
-        import os
+        import os, signal
         from paft_merge import api
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
         merge = api.merge
         def stopped(*arguments, **keywords):
             keywords["progress"] = lambda done: done.tensors == 3 and os.kill(os.getpid(), {number.value})
