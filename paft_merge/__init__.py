@@ -2,6 +2,7 @@
 
 merge(recipe, out)     a recipe in mergekit's language to a model folder
 open_plan(recipe)      what that would do, from headers alone
+train(recipe, out)     the sparse adapters of a recipe
 audit(source, ...)     how sparse deltas are, and how they will merge
 methods                the methods as functions on plain tensors
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from paft_merge.auditing import audit as audit
     from paft_merge.errors import PaftMergeError as PaftMergeError
     from paft_merge.recipe import load_recipe as load_recipe
+    from paft_merge.training import train as train
 
 # Found on first use, so that `import paft_merge` (and `paft --help`) does not import torch.
 _HOMES = {
@@ -26,9 +28,10 @@ _HOMES = {
     "load_recipe": "recipe",
     "merge": "api",
     "open_plan": "api",
+    "train": "training",
 }
 
-__all__ = ["PaftMergeError", "audit", "load_recipe", "merge", "methods", "open_plan"]
+__all__ = ["PaftMergeError", "audit", "load_recipe", "merge", "methods", "open_plan", "train"]
 
 
 def __getattr__(name: str) -> Any:

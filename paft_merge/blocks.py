@@ -282,8 +282,8 @@ class CpuOps:
         """One row: the elected weighted mean of deltas; and, `[n]` each, how many were elected and their squares' sum."""
         n = len(block.sources)
         out, elected, energy = _one_row(block), np.zeros(n, np.int64), np.zeros(n)
-        values = block.sources.view(np.float32)
-        mixing.fuse(values, np.array(weights, np.float32), out.sources[0].view(np.float32), elected, energy)
+        merged, own = out.sources[0].view(np.float32), np.array(weights, np.float32)
+        mixing.fuse(block.base, block.sources, block.subtract, own, merged, elected, energy)
         return out, elected, energy
 
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:

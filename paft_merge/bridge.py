@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _one_at_a_time = Lock()  # mergekit's random methods draw from torch's one generator, and a whole tensor is large
 
+_answers: dict[tuple[str | None, ...], str] = {}  # of `WholeTensor.result_dtype`, which is asked for every tensor
+
 
 @dataclass(frozen=True)
 class WholeTensor:
@@ -91,10 +93,13 @@ class WholeTensor:
         """
         import torch
 
-        made = torch.Generator().manual_seed(0)
-        tensors = [torch.randn(4, 4, generator=made).to(getattr(torch, dtype)) for dtype in dtypes]
-        base = tensors.pop(0) if len(tensors) > len(self.sources) else None
-        return str(self.merge(base, tensors, "a tensor of 4 x 4").dtype).removeprefix("torch.")
+        asked = self.method, self.dtype, self.out_dtype, *dtypes
+        if asked not in _answers:
+            made = torch.Generator().manual_seed(0)
+            tensors = [torch.randn(4, 4, generator=made).to(getattr(torch, dtype)) for dtype in dtypes]
+            base = tensors.pop(0) if len(tensors) > len(self.sources) else None
+            _answers[asked] = str(self.merge(base, tensors, "a tensor of 4 x 4").dtype).removeprefix("torch.")
+        return _answers[asked]
 
     def bytes_per_element(self) -> int:
         """Working memory of a merge by mergekit, about: inputs as stored and as cast, deltas, masks, a sort, the result."""
@@ -221,7 +226,8 @@ def _plain_type(annotation: Any) -> tuple[type, tuple[str, ...]]:
         return _plain_type(arguments[0])
     if origin is Literal and all(isinstance(word, str) for word in arguments):
         return str, arguments
-    for inner in (one for one in arguments if one is not type(None)):  # Optional, Union
+    inner = next((one for one in arguments if one is not type(None)), None)
+    if inner is not None:  # Optional, Union
         return _plain_type(inner)
     return (annotation if annotation in (bool, int, float, str) else str), ()
 

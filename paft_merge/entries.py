@@ -98,6 +98,8 @@ class Fuse:
         return combine
 
     def _selection(self, walk: Walk) -> Callable[[Block], Block]:
+        if self.topk >= 1:
+            return lambda block: block
         survival = self._survival(walk)
 
         def selected(block: Block) -> Block:
@@ -107,8 +109,6 @@ class Fuse:
 
     def _survival(self, walk: Walk) -> Survival:
         """Which variances survive."""
-        if self.topk >= 1:
-            return Survival(low_cut=walk.numel)
         spread = Derived(walk.each, lambda block: walk.ops.variance(block, self.sources))
         zeros = sum(spread(lambda block: int(walk.ops.tally(block)[0][0, 0])))
         kept = int((walk.numel - zeros) * self.topk)

@@ -197,17 +197,19 @@ def share(base: Any, sources: Any, subtract: bool, epsilon: float, scales: Any, 
 
 
 @jit
-def fuse(sources: Any, weights: Any, out: Any, elected: Any, energy: Any) -> None:
+def fuse(base: Any, sources: Any, subtract: bool, weights: Any, out: Any, elected: Any, energy: Any) -> None:
     """SCE's fusion: the weighted mean, at each entry, of the deltas that have the sign of their sum (zero elects +).
 
     Args:
-        sources: `[n, E]` float32, deltas.
+        base, sources, subtract: as above.
         weights: `[n]` float32, not negative.
         out: `[E]` float32, written; the divisor is at least 1e-6.
         elected: `[n]` int64, added to: entries with the elected sign.
         energy: `[n]` float64, added to: the sum of their squares.
     """
     n, size = sources.shape
+    base_u, bits = np.empty(STRIP, np.uint32), np.empty((n, STRIP), np.uint32)
+    base_f, values = base_u.view(np.float32), bits.view(np.float32)
     zero, least = np.float32(0), np.float32(1e-6)
     vote, total, divisor = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
     lanes = np.zeros((n, STRIP))
@@ -217,13 +219,16 @@ def fuse(sources: Any, weights: Any, out: Any, elected: Any, energy: Any) -> Non
             vote[j] = zero
             total[j] = zero
             divisor[j] = zero
+        if subtract:
+            _load(base[start : start + m], base_u)
         for i in range(n):
+            _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
             for j in range(m):
-                vote[j] += sources[i, start + j]
+                vote[j] += values[i, j]
         for i in range(n):
             w, count = weights[i], 0
             for j in range(m):
-                v = sources[i, start + j]
+                v = values[i, j]
                 agrees = ((v > zero) & (vote[j] >= zero)) | ((v < zero) & (vote[j] < zero))
                 total[j] += v * w if agrees else zero
                 divisor[j] += w if agrees else zero

@@ -237,7 +237,7 @@ class _Planner:
 
     def _others(self) -> list[tuple[str, Checkpoint]]:
         """Every checkpoint beside the donor's, once, by the first reference that leads to it."""
-        sources = {id(m.checkpoint): (m.ref.split("+")[0], m.checkpoint) for _, m in reversed(self.sources)}
+        sources = {id(m.checkpoint): (str(source.ref.base), m.checkpoint) for source, m in reversed(self.sources)}
         sources.pop(id(self.donor.checkpoint), None)
         return list(reversed(sources.values()))
 
@@ -383,10 +383,13 @@ def _equal(one: Read, other: Read) -> bool:
     infos = [read.checkpoint.tensors[read.name] for read in (one, other)]
     if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
         return False
-    held = [bytearray(info.nbytes) for info in infos]
-    for read, buffer in zip((one, other), held, strict=True):
-        read.checkpoint.read_into(read.name, 0, buffer)
-    return held[0] == held[1]
+    for start in range(0, infos[0].nbytes, COPY_BYTES):
+        held = [bytearray(min(COPY_BYTES, infos[0].nbytes - start)) for _ in infos]
+        for read, buffer in zip((one, other), held, strict=True):
+            read.checkpoint.read_into(read.name, start, buffer)
+        if held[0] != held[1]:
+            return False
+    return True
 
 
 class _Layers:

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from paft_merge import kernels
+from paft_merge.bridge import WholeTensor
 from paft_merge.checkpoint import Checkpoint
 from paft_merge.errors import Problem
 from paft_merge.hub import SIDE_FILES, is_repository
@@ -78,10 +79,11 @@ def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def versions() -> dict[str, str]:
+def versions(plan: MergePlan) -> dict[str, str]:
     """Versions of what computes a merge's bits."""
     found = {"python": platform.python_version()}
-    for name in ("paft-merge", "torch", "numpy", "numba", "safetensors"):
+    borrowed = any(isinstance(tensor.rule, WholeTensor) for tensor in plan.tensors)
+    for name in ("paft-merge", "torch", "numpy", "numba", "safetensors", *(["mergekit"] if borrowed else [])):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -95,7 +97,7 @@ def identity(plan: MergePlan, device: str) -> dict[str, Any]:
         "device": device.split(":")[0],
         "recipe": plan.recipe.resolved(),
         "inputs": {m.ref: _fingerprint(m) for m in plan.models},
-        "versions": versions(),
+        "versions": versions(plan),
         "files": {s.file: s.size for s in plan.shards},
     }
 
@@ -149,7 +151,7 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished]) -> dict[str, Any
         "allow_nonfinite": plan.allow_nonfinite,
         "donor": plan.donor.ref,
         "inputs": _without_times({m.ref: _fingerprint(m) for m in plan.models}),
-        "versions": versions(),
+        "versions": versions(plan),
         "totals": totals(plan, finished),
         "tensors": {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors},
     }

@@ -16,10 +16,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import paft_merge
-from paft_merge import blocks
+from paft_merge import blocks, kernels
 from paft_merge.auditing import Audit, Group, audit
-from paft_merge.auditing.metrics import Measure
+from paft_merge.auditing.metrics import Histogram, Measure
+from paft_merge.auditing.thresholds import largest_survive
+from paft_merge.blocks import Block, CpuOps, Survival
 from paft_merge.errors import AuditError
+from paft_merge.sparsify import Trim, trim_survivals
 
 EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3, 0.02, 0.2)
 LAYERS = ["q_proj", "up_proj"]
@@ -319,3 +322,53 @@ def test_the_front_door_is_a_function_and_the_package_stays_light() -> None:
 def test_a_group_of_tensors_needs_no_source(tmp_path: Path) -> None:
     (source,) = audit(save_adapter(tmp_path / "sft", random_state(0), 3)).sources
     assert Group("some", source.tensors[:2]).measure.entries == sum(t.measure.entries for t in source.tensors[:2])
+
+
+@pytest.mark.parametrize("density", [0.001, 0.2, 700.5 / 3000, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("kind", ["gaussian", "lattice", "half zero", "zero", "all equal"])
+def test_thresholds_from_the_histogram_are_those_of_the_search(kind: str, density: float) -> None:
+    made = np.random.default_rng(1)
+    values = made.standard_normal((2, 3000)).astype(np.float32)
+    values *= {
+        "gaussian": 1.0,
+        "lattice": 1.0,
+        "half zero": made.random((2, 3000)) < 0.5,
+        "zero": 0.0,
+        "all equal": 1.0,
+    }[kind]
+    if kind in ("lattice", "all equal"):
+        values = np.round(values * 2) if kind == "lattice" else np.sign(values)
+    held = values.astype(np.float32).view(np.uint32)
+    each = InMemory(held, 700)
+    counts, lows = np.zeros((2, 1 << 15), np.int64), np.zeros((2, 1 << 15), np.int64)
+    kernels.histogram(held[0], held, False, counts, lows)
+
+    found = largest_survive([Histogram.of(c, w) for c, w in zip(counts, lows, strict=True)], 3000, density, each)
+
+    expected = trim_survivals([Trim("density", density)] * 2, 3000, each, CpuOps())
+    for row, ours, theirs in zip(np.abs(values), found, expected, strict=True):
+        kept = [survivors(row, s) for s in (ours, theirs)]
+        assert np.array_equal(*kept)
+
+
+def survivors(size: Any, survival: Survival) -> Any:
+    bits, at = size.astype(np.float32).view(np.uint32), np.arange(size.size)
+    return np.flatnonzero(((bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))) & (bits > 0))
+
+
+class InMemory:
+    """Walks an array in tiles (`blocks.Each`)."""
+
+    def __init__(self, held: Any, step: int) -> None:
+        self.held, self.starts, self.step = held, list(range(0, held.shape[1], step)), step
+
+    @property
+    def tiles(self) -> int:
+        return len(self.starts)
+
+    def __call__(self, work: Any, *, sample: bool = False, tiles: Any = None) -> list[Any]:
+        starts = self.starts if tiles is None else [self.starts[i] for i in tiles]
+        step = max(1, self.step // 16) if sample else self.step
+        return [
+            work(Block(s, self.held[0, :0], np.ascontiguousarray(self.held[:, s : s + step]), False)) for s in starts
+        ]

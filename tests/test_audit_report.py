@@ -116,13 +116,13 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(found: Audit) -> None:
 
 
 def test_names_from_files_cannot_write_into_the_page(tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "<b>sft&", random_state(0), 3)
+    folder = save_adapter(tmp_path / "<video>sft&", random_state(0), 3)
     factors = load_file(folder / "adapter_model.safetensors")
     hostile = {n.replace("up_proj", "<script>alert(1)</script>"): t for n, t in factors.items()}
     save_file(hostile, folder / "adapter_model.safetensors")
     text = audit(folder).to_html()
-    assert "script" not in Page(text).tags
-    assert "&lt;b&gt;sft&amp;" in text
+    assert not {"script", "video"} & Page(text).tags
+    assert "&lt;video&gt;sft&amp;" in text
 
 
 def test_every_figure_is_sound_svg(found: Audit) -> None:

@@ -17,11 +17,12 @@ from merge_toys import State, bits_equal, files_of, manifest_of, on, recipe, rec
 from safetensors.torch import save_file
 
 from paft_merge import merge, open_plan
+from paft_merge.api import threads_within
 from paft_merge.blocks import TILE, CpuOps
 from paft_merge.bridge import WholeTensor
 from paft_merge.casting import stored_bytes
 from paft_merge.engine import Progress
-from paft_merge.errors import MergeError
+from paft_merge.errors import MergeError, Problems
 from paft_merge.methods import METHODS
 from paft_merge.plan import COPY, PlannedTensor
 from paft_merge.recipe import load_recipe
@@ -110,6 +111,15 @@ def test_threads_memory_and_shards_change_no_bit(method: str, large: dict[str, P
     for number, ways in enumerate([{"threads": 3}, {"memory": least}, {"out_shard_bytes": 8_000, "threads": 2}]):
         assert same(tensors_of(merge(asked, tmp_path / str(number), **ways)), first), ways
     assert len(list((tmp_path / "2").glob("model-*.safetensors"))) > 2
+
+
+def test_memory_bounds_how_many_blocks_are_computed_at_a_time(large: dict[str, Path]) -> None:
+    with open_plan(any_recipe("ties", large)) as planned:
+        block = max(tensor.block_bytes for tensor in planned.tensors)
+        for memory, threads in ((None, 4), (block, 1), (2 * block + 1, 2), (100 * block, 4)):
+            problems = Problems()
+            assert threads_within(planned, 4, memory, problems) == threads
+            assert not problems.found
 
 
 def test_the_same_merge_gives_the_same_files(large: dict[str, Path], tmp_path: Path) -> None:
@@ -617,7 +627,7 @@ def test_a_fingerprint_tells_a_fine_tune_from_its_base_and_knows_a_copy_again(
     import shutil
 
     paths = family()
-    copy = Path(shutil.copytree(paths["x"], tmp_path / "copy"))
+    copy = Path(shutil.copytree(paths["x"], tmp_path / "copy", copy_function=shutil.copy))
     prints = []
     for i, folder in enumerate((paths["x"], copy, paths["y"])):
         asked = recipe("ties", paths["base"], (folder, {"weight": 1}))

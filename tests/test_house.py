@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"reading", "angles", "entries", "ranks", "tensors"},
     {"methods"},
     {"recipe"},
-    {"plan", "train"},
+    {"plan", "training"},
     {"engine", "sidefiles", "report", "plugin"},
     {"api"},
     {"auditing"},
@@ -34,15 +34,15 @@ FLOORS: list[set[str]] = [
 
 ONLY_IN = {
     "mergekit": {"bridge", "unpickle", "plugin"},
-    "trl": {"train"},
-    "datasets": {"train"},
+    "trl": {"training"},
+    "datasets": {"training"},
     "huggingface_hub": {"hub"},
     "numba": {"kernels", "mixing", "auditing"},
     "matplotlib": {"auditing"},
-    "click": {"cli", "auditing", "train", "plugin"},
+    "click": {"cli", "auditing", "training", "plugin"},
     "rich": {"cli", "report", "auditing"},
-    "yaml": {"recipe", "sidefiles", "plugin", "train"},
-    "pydantic": {"recipe", "train", "auditing", "plugin"},
+    "yaml": {"recipe", "sidefiles", "plugin", "training"},
+    "pydantic": {"recipe", "training", "auditing", "plugin"},
 }
 """Packages that some rooms alone may import."""
 
@@ -99,6 +99,18 @@ def test_imports_go_down_only(module: str) -> None:
         below -= {"methods.parameters"}
     wrong = {room for room in below if floor[room] >= floor[here]}
     assert not wrong, f"{module} on floor {floor[here]} imports {wrong}"
+
+
+def test_the_picture_in_the_readme_goes_down_too() -> None:
+    text = (PACKAGE.parent / "README.md").read_text()
+    picture = text[text.index("```\ncli/") :].split("```")[1].strip().splitlines()
+    row = {room: i for i, line in enumerate(picture) for room in re.findall(r"(\w+)(?:\.py|/)(?=\s)", line)}
+    for module in NAMES:
+        for below in {room_of(name) for name in of_ours(imported(MODULES[module]))} - {
+            room_of(module),
+            "methods.parameters",
+        }:
+            assert row[below] > row[module.split(".")[0]], f"{module} imports {below}"
 
 
 def test_within_a_room_imports_do_not_run_in_circles() -> None:

@@ -69,6 +69,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ramplus_tl": ("ramplus_tl", {"epsilon": 1e-3, "r": 0.5, "alpha": 0.8}, "bxyz"),
     "ramplus_tl by default": ("ramplus_tl", {}, "bxyz"),
     "sce": ("sce", {"select_topk": 0.3}, "bxyz"),
+    "sce of so few that all count alike": ("sce", {"select_topk": 0.005}, "bxyz"),
     "sce of everything": ("sce", {}, "bxyz"),
     "sce of nothing": ("sce", {"select_topk": 0.0}, "bxyz"),
     "sce of far apart": ("sce", {"select_topk": 0.7}, "buv"),

@@ -336,6 +336,22 @@ def test_a_resumed_merge_passes_over_what_is_there(half: Path, asked: dict[str, 
     assert files_of(half) == whole
 
 
+def test_a_resumed_merge_that_is_stopped_at_once_has_lost_nothing(
+    half: Path, asked: dict[str, Any], whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fails)
+        with pytest.raises(StopError):
+            merge(asked, half, resume=True)
+    seen = list[Progress]()
+    merge(asked, half, resume=True, progress=seen.append)
+    assert seen[0].tensors == 6
+    assert files_of(half) == whole
+
+
 def test_without_resume_it_is_begun_anew(half: Path, asked: dict[str, Any], whole: dict[str, bytes]) -> None:
     seen = list[Progress]()
     merge(asked, half, progress=seen.append)
@@ -439,7 +455,9 @@ def test_a_merge_of_copies_alone_is_resumed(adapters_only: dict[str, Any], tmp_p
     """Whose tally has no rows."""
     with pytest.raises(StopError):
         merge(adapters_only, tmp_path / "out", progress=stop_after(2), threads=1)
-    merge(adapters_only, tmp_path / "out", resume=True)
+    seen = list[Progress]()
+    merge(adapters_only, tmp_path / "out", resume=True, progress=seen.append)
+    assert seen[0].tensors == 3
     assert files_of(tmp_path / "out") == files_of(merge(adapters_only, tmp_path / "unbroken"))
 
 

@@ -179,6 +179,9 @@ def test_a_loader_looks_for_aliases_and_says_what_is_missing(adapted: dict[str, 
     assert changed is not None
     assert not torch.equal(changed, plain["model.layers.0.mlp.up_proj.weight"])
     assert loader.get_tensor("nowhere", raise_on_missing=False) is None
+    half = plugin.AdaptedLoader(adapted["base"], adapted["sft"], torch.float16)
+    assert {tensor.dtype for name in plain if (tensor := half.get_tensor(name)) is not None} == {torch.float16}
+    half.model.close()
     with pytest.raises(KeyError):
         loader.get_tensor("nowhere")
     loader.model.close()

@@ -29,13 +29,13 @@ def test_files_that_the_readme_links_to_are_there() -> None:
 
 
 def test_every_room_is_in_the_picture() -> None:
-    picture = README.split("```\ncli.py")[1].split("```")[0]
+    picture = README.split("```\ncli/")[1].split("```")[0]
     rooms = {
         p.name + ("/" if p.is_dir() else "")
         for p in (ROOT / "paft_merge").iterdir()
         if not p.name.startswith(("_", "."))
     }
-    assert {r for r in rooms - {"py.typed", "cli.py"} if not re.search(rf"(^|\s){re.escape(r)}", picture)} == set()
+    assert {r for r in rooms - {"py.typed", "cli/"} if not re.search(rf"(^|\s){re.escape(r)}", picture)} == set()
 
 
 def test_the_recipe_of_the_readme_loads_without_a_warning() -> None:
@@ -47,7 +47,7 @@ def test_the_recipe_of_the_readme_loads_without_a_warning() -> None:
 def test_ready_recipes_load_without_a_warning(path: Path) -> None:
     data = yaml.safe_load(path.read_text())
     if "adapters" in data:
-        from paft_merge.train.spec import AdapterSpec
+        from paft_merge.training.spec import AdapterSpec
 
         for section in data["adapters"].values():
             AdapterSpec.model_validate(section)

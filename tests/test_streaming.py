@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from paft_merge import api, blocks, methods
 from paft_merge.methods import METHODS, REQUIRED
 from paft_merge.sparsify import stream_key
+from paft_merge.torch_ops import TorchOps
 
 SHAPES = {"layers.0.w": (90, 64), "layers.1.experts": (5, 30, 40), "norm": (300,), "scale": ()}
 MORE: dict[str, dict[str, Any]] = {
@@ -96,3 +97,16 @@ def test_a_merge_of_files_is_the_function_of_tensors(
             patch.setattr("paft_merge.sparsify.stream_key", key)
             expected = in_memory(name, given, [made[letter][tensor] for letter in ("base", *letters)])
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=4e-9)  # the base is added before or after the sum
+
+
+@pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if METHODS[name].streamed])
+def test_torch_s_operations_make_the_same_tensors(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU computes them, here on the CPU; sums may be rounded in another order."""
+    name, given = CASES[case]
+    for tensor in SHAPES:
+        tensors = [made[tensor] for made in states().values()][: 1 + (METHODS[name].max_sources or 2)]
+        ours = in_memory(name, given, tensors)
+        with monkeypatch.context() as patch:
+            patch.setattr("paft_merge.tensors.CpuOps", lambda: TorchOps(torch.device("cpu")))
+            theirs = in_memory(name, given, tensors)
+        torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-9)

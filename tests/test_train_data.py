@@ -8,9 +8,9 @@ import pytest
 from train_toys import FAST, THEIR_WARNINGS, dataset, preferences, saved, texts, tiny_llama, tokenizer
 
 from paft_merge.errors import RecipeError, TrainError
-from paft_merge.train import train
-from paft_merge.train.data import check_rows, count_cut, fingerprint, load_rows, shorten_prompts
-from paft_merge.train.spec import DataSpec, read_adapter, read_adapters
+from paft_merge.training import train_adapter
+from paft_merge.training.data import check_rows, count_cut, fingerprint, load_rows, shorten_prompts
+from paft_merge.training.spec import DataSpec, read_adapter, read_adapters
 
 pytestmark = THEIR_WARNINGS
 
@@ -145,7 +145,9 @@ def test_the_fingerprint_follows_the_content_and_nothing_else():
 
 def test_cut_rows_and_a_missing_pad_token_are_warnings_in_the_record(tmp_path):
     section = {"objective": "sft", "data": "m", "training": {**FAST, "max_steps": 1, "max_length": 8}}
-    out = train(tiny_llama(), section, tmp_path / "x", rows=texts(), tokenizer=tokenizer(pad=False), base_name="toy")
+    out = train_adapter(
+        tiny_llama(), section, tmp_path / "x", rows=texts(), tokenizer=tokenizer(pad=False), base_name="toy"
+    )
     record = json.loads((out / "paft_train.json").read_text())
     assert record["data"]["rows_cut"] == 64
     assert any("64 of 64 rows looked at are longer than max_length 8" in w for w in record["run"]["warnings"])
@@ -154,7 +156,7 @@ def test_cut_rows_and_a_missing_pad_token_are_warnings_in_the_record(tmp_path):
 
 def test_an_unknown_target_a_training_typo_and_a_bad_loss_are_refused_before_training(tmp_path):
     def start(**section):
-        train(tiny_llama(), section, tmp_path / "x", rows=preferences(), tokenizer=tokenizer(), base_name="toy")
+        train_adapter(tiny_llama(), section, tmp_path / "x", rows=preferences(), tokenizer=tokenizer(), base_name="toy")
 
     with pytest.raises(TrainError, match="did you mean 'q_proj'") as caught:
         start(objective="dpo", data="m", lora={"target_modules": ["q_porj", "v_proj", "lm_head"]}, training=FAST)
@@ -207,7 +209,7 @@ def test_reading_a_section_imports_neither_torch_nor_trl():
     import sys
 
     heavy = "{'torch', 'trl', 'transformers'} & set(sys.modules)"
-    code = f"import sys, paft_merge.train.spec, paft_merge.train; assert not {heavy}"
+    code = f"import sys, paft_merge.training.spec, paft_merge.training; assert not {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -216,8 +218,8 @@ def test_a_base_folder_is_loaded_with_its_tokenizer_and_template(tmp_path):
     chat = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]}] * 8
     write_lines(tmp_path / "rows.jsonl", chat)
     section = {"objective": "sft", "data": "rows.jsonl", "training": {**FAST, "max_steps": 1}}
-    out = train(base, section, tmp_path / "out", folder=tmp_path)
+    out = train_adapter(base, section, tmp_path / "out", folder=tmp_path)
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     with pytest.raises(TrainError, match="cannot be loaded") as caught:
-        train(str(tmp_path / "no-base"), section, tmp_path / "y", folder=tmp_path)
+        train_adapter(str(tmp_path / "no-base"), section, tmp_path / "y", folder=tmp_path)
     assert codes(caught) == ["TEMPLATE"]

@@ -13,9 +13,9 @@ import yaml
 from train_toys import FAST, THEIR_WARNINGS, preferences, pretrained, saved, texts
 
 from paft_merge.errors import RecipeError, TrainError
-from paft_merge.train import train_recipe
-from paft_merge.train.launch import Launch, command_for, free_port, run_all
-from paft_merge.train.spec import read_adapter
+from paft_merge.training import train
+from paft_merge.training.launch import Launch, command_for, free_port, run_all
+from paft_merge.training.spec import read_adapter
 
 pytestmark = THEIR_WARNINGS
 
@@ -48,21 +48,21 @@ def recipe(folder, **more):
 
 def test_all_adapters_are_trained_on_one_base_and_named_ones_alone(tmp_path):
     path = recipe(tmp_path)
-    done = train_recipe(path, tmp_path / "out", schedule="sequential")
+    done = train(path, tmp_path / "out", schedule="sequential")
     assert list(done) == ["sft", "dpo"]
     records = {name: json.loads((folder / "paft_train.json").read_text()) for name, folder in done.items()}
     assert records["sft"]["base"]["digest"] == records["dpo"]["base"]["digest"]
     assert records["sft"]["base"]["name"] == "base"
-    alone = train_recipe(path, tmp_path / "alone", adapters=["dpo"], schedule="sequential")
+    alone = train(path, tmp_path / "alone", adapters=["dpo"], schedule="sequential")
     assert list(alone) == ["dpo"]
     file = "adapter_model.safetensors"
     assert (alone["dpo"] / file).read_bytes() == (done["dpo"] / file).read_bytes()
-    again = train_recipe(path, tmp_path / "out", resume=True, schedule="sequential")
+    again = train(path, tmp_path / "out", resume=True, schedule="sequential")
     assert again == done
 
 
 def test_a_trainer_that_touches_the_base_is_found_out(tmp_path, monkeypatch):
-    from paft_merge.train import run
+    from paft_merge.training import run
 
     original = run.run_trainer
 
@@ -73,7 +73,7 @@ def test_a_trainer_that_touches_the_base_is_found_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "run_trainer", spoil)
     with pytest.raises(TrainError, match="weights are not what they were") as caught:
-        train_recipe(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="sequential")
+        train(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="sequential")
     assert caught.value.problems[0].code == "BASE_CHANGED"
 
 
@@ -81,11 +81,11 @@ def test_faults_of_a_recipe_carry_their_line(tmp_path):
     path = recipe(tmp_path, third={"objective": "sft", "data": "x", "l1": {"strenght": 1}})
     line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "strenght" in text)
     with pytest.raises(RecipeError, match=f"recipe.yaml:{line}: adapters.third.l1.strenght: unknown key"):
-        train_recipe(path, tmp_path / "out")
+        train(path, tmp_path / "out")
     with pytest.raises(RecipeError, match="no adapter 'dop'; did you mean 'dpo'"):
-        train_recipe(recipe(tmp_path), tmp_path / "out", adapters=["dop"])
+        train(recipe(tmp_path), tmp_path / "out", adapters=["dop"])
     with pytest.raises(RecipeError, match="no adapters to train"):
-        train_recipe({"base_model": "x"}, tmp_path / "out")
+        train({"base_model": "x"}, tmp_path / "out")
 
 
 def script(folder, name, body):
@@ -152,7 +152,7 @@ def test_the_command_of_a_child_is_accelerates_with_its_own_port():
     assert command[1:3] == ("-m", "accelerate.commands.launch")
     assert command[command.index("--num_processes") + 1] == "2"
     assert command[command.index("--main_process_port") + 1] == "1234"
-    assert command[-6:] == ("-m", "paft_merge.train.launch", "r.yaml", "out", "sft", "--resume")
+    assert command[-6:] == ("-m", "paft_merge.training.launch", "r.yaml", "out", "sft", "--resume")
     assert 1024 <= free_port() < 65536
 
 
@@ -161,6 +161,6 @@ def test_processes_train_through_accelerate(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    done = train_recipe(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="processes")
+    done = train(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="processes")
     assert (done["sft"] / "paft_train.json").exists()
     assert (tmp_path / "out" / "sft.log").exists()

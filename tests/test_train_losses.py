@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paft_merge.train.losses import (
+from paft_merge.training.losses import (
     discounted_suffix,
     ift_loss,
     log1mexp,

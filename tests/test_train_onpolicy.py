@@ -9,11 +9,11 @@ import torch
 from train_toys import FAST, THEIR_WARNINGS, dataset, preferences, pretrained, sentences, tokenizer
 
 from paft_merge.errors import TrainError
-from paft_merge.train import train
-from paft_merge.train.loading import digest_of
-from paft_merge.train.onpolicy import Sampled, best_of, generate, mixed, pairs_of, weighted
-from paft_merge.train.rewards import imported, reward_functions, total
-from paft_merge.train.spec import RewardSpec, SamplingSpec
+from paft_merge.training import train_adapter
+from paft_merge.training.loading import digest_of
+from paft_merge.training.onpolicy import Sampled, best_of, generate, mixed, pairs_of, weighted
+from paft_merge.training.rewards import imported, reward_functions, total
+from paft_merge.training.spec import RewardSpec, SamplingSpec
 
 pytestmark = THEIR_WARNINGS
 
@@ -140,7 +140,7 @@ def test_rounds_raise_the_reward_and_leave_the_base_alone(tmp_path, objective):
     model = pretrained()
     before = digest_of(model)
     knobs = {"rounds": 4, "samples_per_round": 24, "inner_passes": 3}
-    out = train(
+    out = train_adapter(
         model, section(objective, **knobs), tmp_path / "x", rows=prompts(), tokenizer=tokenizer(), base_name="t"
     )
     rounds = record_of(out)["run"]["rounds"]
@@ -157,7 +157,9 @@ def test_a_reference_that_follows_the_policy_starts_each_round_at_ln_2(tmp_path)
         training = {"per_device_train_batch_size": 64, "logging_steps": 1}
         chosen = section("on_policy", reference=reference, rounds=2)
         chosen["training"] |= training
-        out = train(pretrained(), chosen, tmp_path / reference, rows=prompts(), tokenizer=tokenizer(), base_name="t")
+        out = train_adapter(
+            pretrained(), chosen, tmp_path / reference, rows=prompts(), tokenizer=tokenizer(), base_name="t"
+        )
         losses[reference] = next(line["loss"] for line in record_of(out)["run"]["log"] if "loss" in line)
         assert not (out / "ref").exists()
     assert losses["previous"] == pytest.approx(0.6931, abs=1e-3)
@@ -177,7 +179,7 @@ def test_rounds_resume_with_their_samples_to_the_same_bits(tmp_path):
 
     def run(name, **more):
         options = {"rows": preferences(), "tokenizer": tokenizer(), "base_name": "t", **more}
-        return train(pretrained(), section("on_policy", mixing_ratio=0.25), tmp_path / name, **options)
+        return train_adapter(pretrained(), section("on_policy", mixing_ratio=0.25), tmp_path / name, **options)
 
     straight = run("straight")
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +194,7 @@ def test_a_round_without_a_single_pair_says_why(tmp_path):
     same = section("on_policy") | {"reward": {"rule": "length"}}
     same["sampling"] |= {"threshold": 100.0}
     with pytest.raises(TrainError, match="round 0 gave no pair"):
-        train(pretrained(), same, tmp_path / "x", rows=prompts(), tokenizer=tokenizer(), base_name="t")
+        train_adapter(pretrained(), same, tmp_path / "x", rows=prompts(), tokenizer=tokenizer(), base_name="t")
 
 
 @pytest.mark.parametrize("objective", ["rloo", "grpo"])
@@ -202,7 +204,7 @@ def test_trls_online_trainers_take_our_rewards_and_our_l1(tmp_path, objective):
     }  # fmt: skip
     plain = {"objective": objective, "data": "m", "lora": {"r": 4}, "training": training, "l1": {"strength": 1e-3}}
     plain["reward"] = [{"function": "toy_rewards:likes_w1"}, {"rule": "short", "weight": 0.1}]
-    out = train(pretrained(), plain, tmp_path / "x", rows=prompts(), tokenizer=tokenizer(), base_name="t")
+    out = train_adapter(pretrained(), plain, tmp_path / "x", rows=prompts(), tokenizer=tokenizer(), base_name="t")
     logged = [line for line in record_of(out)["run"]["log"] if "loss" in line]
     assert "rewards/likes_w1/mean" in logged[0]
     assert logged[-1]["l1/loss"] > 0

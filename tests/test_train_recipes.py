@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from paft_merge.train.arguments import lora_config, training_arguments
-from paft_merge.train.spec import read_adapters
+from paft_merge.training.arguments import lora_config, training_arguments
+from paft_merge.training.spec import read_adapters
 
 FILES = [p for p in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")) if "\nadapters:" in p.read_text()]
 

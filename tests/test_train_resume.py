@@ -10,8 +10,8 @@ import torch
 from train_toys import FAST, THEIR_WARNINGS, preferences, pretrained, texts, tokenizer
 
 from paft_merge.errors import TrainError
-from paft_merge.train import train
-from paft_merge.train.place import Place
+from paft_merge.training import train_adapter
+from paft_merge.training.place import Place
 
 pytestmark = THEIR_WARNINGS
 
@@ -41,7 +41,7 @@ def run(out, objective="sft", callbacks=(), resume=False, **more):
     section = {"objective": objective, "data": "m", "lora": lora, "training": training, **more}
     rows = preferences() if objective == "dpo" else texts()
     options = {"rows": rows, "tokenizer": tokenizer(), "base_name": "toy", "resume": resume, "callbacks": callbacks}
-    return train(pretrained(), section, out, **options)
+    return train_adapter(pretrained(), section, out, **options)
 
 
 @pytest.mark.parametrize(

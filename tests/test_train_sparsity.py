@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from paft_merge.errors import TrainError
-from paft_merge.train.sparsity import (
+from paft_merge.training.sparsity import (
     Controller,
     Factors,
     ProductL1,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_toys import FAST, THEIR_WARNINGS, chain, pretrained, sentences, texts, tokenizer
 
-from paft_merge.train import train
+from paft_merge.training import train_adapter
 
 pytestmark = THEIR_WARNINGS
 
@@ -81,7 +81,7 @@ def test_sparse_sft_keeps_its_gain_beside_magnitude_pruning(tmp_path):
             continue  # its adapter is what the trimmed run was made of
         section = {"objective": "sft", "data": "m", "lora": {"r": 8, "lora_alpha": 8}, "training": training, **more}
         section["training"] |= {"logging_steps": 50}
-        out = train(base, section, tmp_path / str(len(table)), rows=texts(1, 512, 24, 5), tokenizer=tokenizer())
+        out = train_adapter(base, section, tmp_path / str(len(table)), rows=texts(1, 512, 24, 5), tokenizer=tokenizer())
         delta = json.loads((out / "paft_train.json").read_text())["delta"]
         kinds = {"dense SFT": out / "untrimmed", name: out} if "trim" in more else {name: out}
         for kind, folder in kinds.items():

@@ -10,9 +10,9 @@ import torch
 from train_toys import FAST, THEIR_WARNINGS, dataset, preferences, pretrained, sentences, texts, tiny_llama, tokenizer
 
 from paft_merge.errors import TrainError
-from paft_merge.train import train
-from paft_merge.train.loading import digest_of, lent
-from paft_merge.train.sparsity import adapted, product_l1
+from paft_merge.training import train_adapter
+from paft_merge.training.loading import digest_of, lent
+from paft_merge.training.sparsity import adapted, product_l1
 
 pytestmark = THEIR_WARNINGS
 
@@ -82,7 +82,9 @@ def gradients(base, out, objective, accumulate, l1, **more):
     # B is zero at first, and so is the penalty's gradient: start from noise in B.
     section = spec(objective, 1, training, **({"l1": l1} if l1 else {}), **more)
     section["lora"]["extra"] = {"init_lora_weights": False}
-    train(base, section, out, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy", callbacks=[keep])
+    train_adapter(
+        base, section, out, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy", callbacks=[keep]
+    )
     return keep
 
 
@@ -106,13 +108,13 @@ def test_the_tasks_gradient_does_not_depend_on_the_accumulation(base, tmp_path, 
 
 
 def test_the_penalty_is_computed_once_per_optimizer_step_and_never_in_evaluation(base, tmp_path, monkeypatch):
-    from paft_merge.train.callbacks import L1
+    from paft_merge.training.callbacks import L1
 
     calls, original = [], L1.penalty
     monkeypatch.setattr(L1, "penalty", lambda self, factors: calls.append(1) or original(self, factors))
     training = {"eval_strategy": "steps", "eval_steps": 1, "gradient_accumulation_steps": 4}
     options = {"rows": texts(), "eval_rows": texts(), "tokenizer": tokenizer(), "base_name": "toy"}
-    train(base, spec(steps=2, training=training, l1={"strength": 0.01}), tmp_path / "x", **options)
+    train_adapter(base, spec(steps=2, training=training, l1={"strength": 0.01}), tmp_path / "x", **options)
     assert len(calls) == 2
 
 
@@ -121,7 +123,7 @@ def test_the_penalty_is_logged_apart_and_absent_from_both_losses(base, tmp_path)
     section["lora"]["extra"] = {"init_lora_weights": False}
     for name, l1 in (("plain", {}), ("sparse", {"l1": {"strength": 0.05}})):
         options = {"rows": texts(), "eval_rows": texts(), "tokenizer": tokenizer(), "base_name": "toy"}
-        train(base, section | l1, tmp_path / name, **options)
+        train_adapter(base, section | l1, tmp_path / name, **options)
     plain, sparse = lines_of(tmp_path / "plain")[0], lines_of(tmp_path / "sparse")[0]
     assert sparse["loss"] == pytest.approx(plain["loss"], rel=1e-6)
     assert sparse["l1/loss"] == pytest.approx(0.05 * sparse["l1/norm"])
@@ -134,7 +136,7 @@ def test_the_penalty_is_logged_apart_and_absent_from_both_losses(base, tmp_path)
 
 def test_dpo_takes_the_base_as_its_reference_and_orpo_takes_none(base, tmp_path):
     for objective in ("dpo", "orpo"):
-        train(
+        train_adapter(
             base, spec(objective, 1), tmp_path / objective, rows=preferences(), tokenizer=tokenizer(), base_name="toy"
         )
     first = lines_of(tmp_path / "dpo")[0]
@@ -149,7 +151,7 @@ def test_every_dpo_loss_of_trl_is_known_and_no_other():
 
     from trl import DPOTrainer
 
-    from paft_merge.train.trainers import DPO_LOSSES
+    from paft_merge.training.trainers import DPO_LOSSES
 
     told = re.search(r"Should be one of \[(.*?)\]", inspect.getsource(DPOTrainer), re.DOTALL).group(1)
     assert set(re.findall(r"'(\w+)'", told)) == set(DPO_LOSSES)
@@ -157,17 +159,21 @@ def test_every_dpo_loss_of_trl_is_known_and_no_other():
 
 def test_ift_sees_the_greedy_predictions_and_plain_sft_is_its_limit(base, tmp_path):
     limit = {"ift": {"lambda": 0.0, "gamma": 0.0}}
-    out = train(base, spec("ift", 1, **limit), tmp_path / "ift", rows=texts(), tokenizer=tokenizer(), base_name="toy")
-    sft = train(base, spec("sft", 1), tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    out = train_adapter(
+        base, spec("ift", 1, **limit), tmp_path / "ift", rows=texts(), tokenizer=tokenizer(), base_name="toy"
+    )
+    sft = train_adapter(base, spec("sft", 1), tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy")
     assert lines_of(out)[0]["loss"] == pytest.approx(lines_of(sft)[0]["loss"], rel=1e-5)
-    mixed = train(base, spec("ift", 1), tmp_path / "mixed", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    mixed = train_adapter(
+        base, spec("ift", 1), tmp_path / "mixed", rows=texts(), tokenizer=tokenizer(), base_name="toy"
+    )
     assert lines_of(mixed)[0]["loss"] != pytest.approx(lines_of(sft)[0]["loss"], rel=1e-3)
     assert 0 < lines_of(mixed)[0]["greedy_agreement"] < 1
 
 
 def test_ift_matches_a_hand_written_step(base, tmp_path):
     rows = texts(count=8)
-    out = train(base, spec("ift", 1), tmp_path / "ift", rows=rows, tokenizer=tokenizer(), base_name="toy")
+    out = train_adapter(base, spec("ift", 1), tmp_path / "ift", rows=rows, tokenizer=tokenizer(), base_name="toy")
     ids = torch.tensor(tokenizer()([row["text"] + " </s>" for row in rows])["input_ids"])
     with torch.no_grad():
         guess = base(input_ids=ids).logits.argmax(-1)
@@ -189,7 +195,9 @@ def test_the_base_comes_back_bit_for_bit_and_unpatched(base, tmp_path):
     modules = [type(module) for module in base.modules()]
     for objective in ("sft", "dpo"):
         section = spec(objective, 1, {"gradient_checkpointing": True})
-        train(base, section, tmp_path / objective, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy")
+        train_adapter(
+            base, section, tmp_path / objective, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy"
+        )
     assert digest_of(base) == before
     assert [type(module) for module in base.modules()] == modules
     assert "forward" not in base.__dict__
@@ -219,7 +227,7 @@ def test_an_adapter_is_the_same_bits_alone_and_after_another(base, tmp_path):
     for folder, objectives in (("alone", ["dpo"]), ("after", ["sft", "dpo"])):
         for objective in objectives:
             out = tmp_path / folder / objective
-            train(base, spec(objective), out, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy")
+            train_adapter(base, spec(objective), out, rows=rows_for(objective), tokenizer=tokenizer(), base_name="toy")
     file = "dpo/adapter_model.safetensors"
     assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
 
@@ -228,7 +236,7 @@ def test_the_folder_says_what_made_it_and_any_peft_user_can_load_it(base, tmp_pa
     from peft import PeftModel
 
     section = spec(steps=3, l1={"strength": 1e-3})
-    out = train(base, section, tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy/base")
+    out = train_adapter(base, section, tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy/base")
     record = record_of(out)
     assert record["objective"] == "sft"
     assert record["base"] == {"name": "toy/base", "digest": digest_of(base)}
@@ -257,7 +265,7 @@ def test_trimming_writes_a_sparse_adapter_that_peft_loads(base, tmp_path):
     from peft import PeftModel
 
     section = spec(steps=3, trim={"density": 0.1})
-    out = train(base, section, tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    out = train_adapter(base, section, tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name="toy")
     whole = PeftModel.from_pretrained(copy.deepcopy(base), str(out / "untrimmed"))
     thin = PeftModel.from_pretrained(copy.deepcopy(base), str(out))
     for f in adapted(whole):
@@ -275,7 +283,9 @@ def test_prox_gives_exact_zeros_and_the_penalty_none(base, tmp_path):
     zeros = {}
     for mode in ("prox", "penalty"):
         l1 = {"strength": 0.01, "mode": mode, "on": "factors", "warmup": 4}
-        out = train(base, spec(steps=20, l1=l1), tmp_path / mode, rows=texts(), tokenizer=tokenizer(), base_name="toy")
+        out = train_adapter(
+            base, spec(steps=20, l1=l1), tmp_path / mode, rows=texts(), tokenizer=tokenizer(), base_name="toy"
+        )
         zeros[mode] = record_of(out)["delta"]["exact_zero"]
     assert zeros["prox"] > 0.3
     assert zeros["penalty"] == 0
@@ -284,7 +294,9 @@ def test_prox_gives_exact_zeros_and_the_penalty_none(base, tmp_path):
 @pytest.mark.parametrize(("l1", "steps"), [({"strength": 30.0}, 40), ({"strength": 5.0, "mode": "prox"}, 40)])
 def test_a_strength_that_kills_the_adapter_is_named_and_stopped(base, tmp_path, l1, steps):
     with pytest.raises(TrainError, match="driven the adapter to zero by step") as caught:
-        train(base, spec(steps=steps, l1=l1), tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+        train_adapter(
+            base, spec(steps=steps, l1=l1), tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy"
+        )
     assert caught.value.problems[0].code == "L1_COLLAPSE"
     assert not (tmp_path / "x").exists()
 
@@ -294,7 +306,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(TrainError, match="the loss is nan in optimizer step 1") as caught:
-        train(model, spec(), tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+        train_adapter(model, spec(), tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
     assert caught.value.problems[0].code == "NONFINITE"
 
 
@@ -306,16 +318,18 @@ def test_conversations_train_on_the_assistant_only_when_asked(base, tmp_path):
     tokens = {}
     for only in (False, True):
         section = spec(steps=1, training={"assistant_only_loss": only, "per_device_train_batch_size": 16})
-        out = train(base, section, tmp_path / str(only), rows=dataset(turns), tokenizer=tokenizer(), base_name="toy")
+        out = train_adapter(
+            base, section, tmp_path / str(only), rows=dataset(turns), tokenizer=tokenizer(), base_name="toy"
+        )
         tokens[only] = lines_of(out)[0]["loss"]
     assert tokens[True] != tokens[False]
 
 
 def test_prompt_completion_rows_and_packing_run(base, tmp_path):
     pairs = dataset([{"prompt": r["prompt"], "completion": r["chosen"]} for r in preferences()])
-    train(base, spec(steps=1), tmp_path / "pairs", rows=pairs, tokenizer=tokenizer(), base_name="toy")
+    train_adapter(base, spec(steps=1), tmp_path / "pairs", rows=pairs, tokenizer=tokenizer(), base_name="toy")
     training = {"packing": True, "packing_strategy": "wrapped", "max_length": 32}
-    out = train(
+    out = train_adapter(
         base, spec(steps=1, training=training), tmp_path / "packed", rows=texts(), tokenizer=tokenizer(), base_name="t"
     )
     assert record_of(out)["data"]["rows_trained_on"] < 64

@@ -103,9 +103,9 @@ def main() -> None:
         ]
         peak = Peak()
         peak.start()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         found = audit(*folders, threads=options.threads)
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         peak.over.set()
         began = time.perf_counter()
         size = len(found.to_html())
@@ -113,7 +113,7 @@ def main() -> None:
         check(folders[0], found, options.rank)
     entries = sum(s.total.measure.entries for s in found.sources)
     print(json.dumps({
-        **vars(options), "audit_s": round(seconds, 1), "page_s": round(drawn, 1), "page_bytes": size, "entries": entries,
+        **vars(options), "audit_s": round(seconds, 1), "audit_cpu_s": round(cpu, 1), "page_s": round(drawn, 1), "page_bytes": size, "entries": entries,
         "ns_per_entry": round(seconds / entries * 1e9, 2), "private_peak_mb": round(peak.bytes / 1e6), "torch": torch.__version__,
         "machine": platform.machine(),
     }))  # fmt: skip

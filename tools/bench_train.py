@@ -176,11 +176,11 @@ def plain_trl(
 def ours(
     given: argparse.Namespace, model: Any, rows: Any, tokenizer: Any, fields: dict[str, Any], folder: str, clock: Any
 ) -> tuple[list[float], int, float]:
-    """The same through `paft_merge.train`, with the penalty's own seconds per step."""
+    """The same through `paft_merge.training`, with the penalty's own seconds per step."""
     import torch
 
-    from paft_merge.train import train
-    from paft_merge.train.callbacks import L1
+    from paft_merge.training import train_adapter
+    from paft_merge.training.callbacks import L1
 
     spent: list[float] = []
     original = L1.penalty
@@ -196,7 +196,7 @@ def ours(
     L1.penalty = timed  # type: ignore[method-assign]
     l1 = {"l1": {"strength": 1e-4}} if given.variant == "ours_l1" else {}
     section = {"objective": "sft", "data": "memory", "lora": {"r": given.rank, "lora_alpha": given.rank}, **l1}
-    out = train(
+    out = train_adapter(
         model, section | {"training": fields}, Path(folder) / "adapter", rows=rows, tokenizer=tokenizer,
         base_name="bench", callbacks=[clock],
     )  # fmt: skip
@@ -210,7 +210,7 @@ def penalty_alone(given: argparse.Namespace) -> dict[str, Any]:
     """The product penalty and its gradient on `--penalty` layers of Mistral-7B's shapes: seconds, peak, a check."""
     import torch
 
-    from paft_merge.train.sparsity import Factors, product_l1
+    from paft_merge.training.sparsity import Factors, product_l1
 
     torch.set_num_threads(given.threads)
     cuda = given.device == "cuda"
@@ -252,7 +252,7 @@ def surroundings(given: argparse.Namespace) -> dict[str, Any]:
     """Hardware and versions."""
     import torch
 
-    from paft_merge.train.record import versions
+    from paft_merge.training.record import versions
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if given.device == "cuda" else cpu_name()

@@ -23,7 +23,7 @@ from paft_merge.hub import fetch
 from paft_merge.plan import COPY, MergePlan, Model
 from paft_merge.reading import Inputs, Read
 from paft_merge.recipe import ModelRef, Recipe
-from paft_merge.rules import Rule
+from paft_merge.rules import Rule, row_of
 
 Source = Path | str | Mapping[str, Any] | Recipe
 
@@ -51,7 +51,7 @@ class Subject:
     def row(self) -> int:
         """Elements of a row: blocks are whole rows, as adapters' deltas are."""
         rows = {read.patch.row for read in self.inputs.reads if read.patch}
-        return math.lcm(*rows) if rows else max(self.shape[-1] if self.shape else 1, 1)
+        return math.lcm(row_of(self.rule, self.shape), *(rows or {max(self.shape[-1] if self.shape else 1, 1)}))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:

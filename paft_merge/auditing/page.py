@@ -126,7 +126,8 @@ def short(value: float | None, digits: int = 3) -> str:
 
 def _head(audit: Audit) -> str:
     names = " and ".join(s.label for s in audit.sources) if len(audit.sources) < 3 else f"{len(audit.sources)} sources"
-    base = f"on {audit.base}" if audit.base else "without their base: what needs its weights is left out"
+    whose = "its" if len(audit.sources) == 1 else "their"
+    base = f"on {audit.base}" if audit.base else f"without {whose} base: what needs its weights is left out"
     return f'<h1>How sparse, and will it merge?</h1><p class="soft">{escape(names)}, {escape(base)}. Sparse means |delta| &lt; {audit.epsilon:g}.</p>'
 
 

@@ -89,9 +89,12 @@ def _chart(chart: Chart, axes: Any) -> None:
         axes.set_yscale("log")
     if chart.y_range:
         axes.set_ylim(chart.y_range[0] - 0.02, chart.y_range[1] + 0.02)
-    for is_share, axis in ((chart.percent_x, axes.xaxis), (chart.percent_y, axes.yaxis)):
+    span_y = 1.0 if chart.y_range else 0.1
+    for is_share, axis, span in ((chart.percent_x, axes.xaxis, 1.0), (chart.percent_y, axes.yaxis, span_y)):
         if is_share:
-            axis.set_major_formatter(lambda value, _: shown(value, True, 0.1 if value >= 0.01 or value == 0 else 0.01))
+            axis.set_major_formatter(lambda value, _, span=span: shown(value, True, span))
+    if all(float(x).is_integer() for line in chart.lines for x in line.x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e8ebef")
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)

@@ -22,12 +22,12 @@ from paft_merge.auditing.opening import Subject
 from paft_merge.auditing.pairs import PairMeasure
 from paft_merge.auditing.preview import Survived, trims_at, with_survivals
 from paft_merge.auditing.spectrum import FactorCounts, Factored, Spectrum
+from paft_merge.auditing.thresholds import largest_survive
 from paft_merge.auditing.walk import Walker
 from paft_merge.blocks import Block, CpuOps, Survival, Tally
 from paft_merge.errors import AuditError
 from paft_merge.rules import Consensus, Rule, Walk
 from paft_merge.scratch import SCRATCH
-from paft_merge.sparsify import Trim, trim_survivals
 
 Pairs = Mapping[tuple[int, int], PairMeasure]
 
@@ -75,8 +75,7 @@ def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) 
     related = {(a, b): walker.pool.submit(_relate, factored[a], factored[b]) for a, b in pairs}
     survivals: list[Survival] = []
     if pairs:
-        trims = [Trim("density", wanted.density)] * len(active)
-        survivals = trim_survivals(trims, subject.numel, walker, CpuOps())
+        survivals = largest_survive([m.histogram for m in measures], subject.numel, wanted.density, walker)
     survived, merged, support = _second(subject, walker, rule, survivals, wanted)
     subspaces = {}
     for (a, b), later in related.items():

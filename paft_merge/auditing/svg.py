@@ -168,11 +168,11 @@ def _dots(dots: Dots) -> str:
         y = _TOP + step * (row + 0.5)
         parts.append(_line(left, y, _WIDTH - _RIGHT - 8, y, "rail"))
         parts.append(_text(left - 10, y + 4, _short(category, 22), anchor="end"))
-        for label, number, values in dots.lines:
-            share = values[row]
+        for at, (label, number, values) in enumerate(dots.lines):
+            share, aside = values[row], min(7.0, 16 / len(dots.lines)) * (at - (len(dots.lines) - 1) / 2)
             if share is not None:
                 told = f"{label}, {category}: {share:.2%}"
-                parts.append(f"<g>{_point(place(share), y, number, 4.5)}<title>{escape(told)}</title></g>")
+                parts.append(f"<g>{_point(place(share), y + aside, number, 4)}<title>{escape(told)}</title></g>")
     parts.append(_text((left + _WIDTH - _RIGHT) / 2, height - 8, dots.x_label, "label"))
     return _svg(_WIDTH, height, dots.title, parts)
 

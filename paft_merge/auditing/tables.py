@@ -39,28 +39,32 @@ def audit_table(audit: Audit) -> None:
 def manifest_table(check: ManifestCheck) -> None:
     """What a finished merge measured, and whether its bytes are still what it wrote."""
     console = Console()
-    table = _table(
-        "as measured when it was merged",
-        ("source", "entries", "< 1e-5", "zeros", "kept", "elected", "kept energy", "elected energy", "norm"),
-    )
+    headings = ("source", "entries", "< 1e-5", "kept", "elected", "their energy", "norm")
+    table = _table("as measured when it was merged", headings)
     for row in check.manifest.get("totals", []):
         entries = row.get("entries") or 0
-        shares = [
-            percent(row[key] / entries if entries and key in row else None)
-            for key in ("below_1e-05", "zeros", "kept", "elected")
-        ]
-        energies = [percent(row.get(key)) for key in ("kept_energy", "elected_energy")]
-        table.add_row(escape(str(row["source"])), f"{entries:,}", *shares, *energies, short(row.get("l2")))
+        shares = [percent(row[key] / entries if entries and key in row else None) for key in _COUNTED]
+        energy = f"{percent(row.get('kept_energy'), 0)}, {percent(row.get('elected_energy'), 0)}"
+        table.add_row(escape(str(row["source"])), f"{entries:,}", *shares, energy, short(row.get("l2")))
     console.print(table)
     if check.ok:
         text = f"{check.tensors:,} tensors, {check.nbytes:,} bytes: all are what the merge wrote"
         console.print(f"[bold green]✓[/] {escape(str(check.folder))}: {text}", highlight=False)
 
 
+_COUNTED = ("below_1e-05", "kept", "elected")
+
+
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", title_style="bold", padding=(0, 1))
     for at, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if at else "left", overflow="fold", no_wrap=at > 0)
+        table.add_column(
+            escape(heading),
+            justify="right" if at else "left",
+            overflow="fold",
+            no_wrap=at > 0,
+            min_width=None if at else 12,
+        )
     return table
 
 

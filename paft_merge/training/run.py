@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from paft_merge.errors import TrainError
-from paft_merge.train import data as sets
-from paft_merge.train.arguments import check_targets, lora_config, training_arguments
-from paft_merge.train.callbacks import L1, Progress, ProxCallback, Watch
-from paft_merge.train.loading import digest_of, lent, load_base, load_tokenizer
-from paft_merge.train.place import Place, write_json
-from paft_merge.train.record import write_card, write_record, write_trimmed
-from paft_merge.train.sparsity import Stats, adapted, measure
-from paft_merge.train.spec import SAMPLING, AdapterSpec, read_adapter
+from paft_merge.training import data as sets
+from paft_merge.training.arguments import check_targets, lora_config, training_arguments
+from paft_merge.training.callbacks import L1, Progress, ProxCallback, Watch
+from paft_merge.training.loading import digest_of, lent, load_base, load_tokenizer
+from paft_merge.training.place import Place, write_json
+from paft_merge.training.record import write_card, write_record, write_trimmed
+from paft_merge.training.sparsity import Stats, adapted, measure
+from paft_merge.training.spec import SAMPLING, AdapterSpec, read_adapter
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Job:
         self.warnings.append(text)
 
 
-def train(
+def train_adapter(
     base: Any,
     spec: AdapterSpec | Mapping[str, Any],
     out: Path | str,
@@ -120,7 +120,7 @@ def train(
     _everyone()
     with lent(model):
         if spec.objective in SAMPLING:
-            from paft_merge.train.onpolicy import train_in_rounds
+            from paft_merge.training.onpolicy import train_in_rounds
 
             train_in_rounds(job)
         else:
@@ -193,13 +193,13 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     Raises:
         TrainError: TARGET, when PEFT or TRL cannot adapt the base as asked; PROX_ZERO under DeepSpeed.
     """
-    from paft_merge.train import trainers
+    from paft_merge.training import trainers
 
     spec = job.spec
     l1 = L1(spec.l1) if spec.l1 else None
     options: dict[str, Any] = {}
     if spec.objective in ("rloo", "grpo"):
-        from paft_merge.train.rewards import reward_functions
+        from paft_merge.training.rewards import reward_functions
 
         options["reward_funcs"] = reward_functions(spec.reward, job.tokenizer)
     if spec.objective == "rwr":

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.errors import Problem, RecipeError, TrainError
-from paft_merge.train.spec import AdapterSpec, Where, did_you_mean, dotted, read_adapters
+from paft_merge.training.spec import AdapterSpec, Where, did_you_mean, dotted, read_adapters
 
 if TYPE_CHECKING:
-    from paft_merge.train.callbacks import Progress
+    from paft_merge.training.callbacks import Progress
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ GRACE_S = 10.0
 """How long a process that is told to stop may take before it is killed."""
 
 
-def train_recipe(
+def train(
     recipe: Mapping[str, Any] | Path | str,
     out: Path | str,
     *,
@@ -120,8 +120,8 @@ def _one_after_another(
     resume: bool,
     progress: Callable[[Progress], None] | None,
 ) -> dict[str, Path]:
-    from paft_merge.train.loading import digest_of, load_base
-    from paft_merge.train.run import train
+    from paft_merge.training.loading import digest_of, load_base
+    from paft_merge.training.run import train_adapter
 
     done: dict[str, Path] = {}
     model, loaded, digest = base, None, None
@@ -133,7 +133,7 @@ def _one_after_another(
             model = None  # the old base is let go before the next is read
             model, loaded, digest = load_base(_path(name, folder), spec.base), spec.base, None
         digest = digest or digest_of(model)
-        done[adapter] = train(
+        done[adapter] = train_adapter(
             model, spec, out / adapter, name=adapter, resume=resume, folder=folder,
             base_name=name or None, base_path=_path(name, folder) or None, base_digest=digest, progress=progress,
         )  # fmt: skip
@@ -175,7 +175,7 @@ def command_for(name: str, spec: AdapterSpec, recipe: Path, out: Path, resume: b
         sys.executable, "-m", "accelerate.commands.launch", *config, *several,
         "--num_processes", str(spec.processes), "--num_machines", "1", "--main_process_port", str(port),
         *(() if config else ("--mixed_precision", "no", "--dynamo_backend", "no")),
-        "-m", "paft_merge.train.launch", str(recipe), str(out), name, *(("--resume",) if resume else ()),
+        "-m", "paft_merge.training.launch", str(recipe), str(out), name, *(("--resume",) if resume else ()),
     )  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str]) -> int:
     """What a child runs: RECIPE OUT NAME [--resume]; errors of the user are one line on stderr and exit code 1."""
     recipe, out, name, *rest = arguments
     try:
-        train_recipe(recipe, out, adapters=[name], resume="--resume" in rest, schedule="sequential")
+        train(recipe, out, adapters=[name], resume="--resume" in rest, schedule="sequential")
     except (TrainError, RecipeError) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1

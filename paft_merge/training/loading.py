@@ -12,7 +12,7 @@ import xxhash
 from torch import nn
 
 from paft_merge.errors import TrainError
-from paft_merge.train.spec import AdapterSpec, BaseSpec, QuantizationSpec
+from paft_merge.training.spec import AdapterSpec, BaseSpec, QuantizationSpec
 
 
 def load_base(name: str, spec: BaseSpec) -> Any:

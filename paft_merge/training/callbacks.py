@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from paft_merge.errors import TrainError
-from paft_merge.train.sparsity import (
+from paft_merge.training.sparsity import (
     Controller,
     Factors,
     adapted,
@@ -23,7 +23,7 @@ from paft_merge.train.sparsity import (
     ramp,
     whole,
 )
-from paft_merge.train.spec import L1Spec
+from paft_merge.training.spec import L1Spec
 
 LOOKS, CONTROLLED_LOOKS = 25, 100
 """A run is measured about this often, without and with a target; without one every tenth step at most, and the last.

@@ -20,13 +20,13 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from paft_merge.errors import TrainError
-from paft_merge.train.arguments import training_arguments
-from paft_merge.train.loading import lent
-from paft_merge.train.losses import rwr_weights
-from paft_merge.train.place import Place, write_json
-from paft_merge.train.rewards import reward_functions, total
-from paft_merge.train.run import Job, finish, make_trainer, run_trainer
-from paft_merge.train.spec import SamplingSpec
+from paft_merge.training.arguments import training_arguments
+from paft_merge.training.loading import lent
+from paft_merge.training.losses import rwr_weights
+from paft_merge.training.place import Place, write_json
+from paft_merge.training.rewards import reward_functions, total
+from paft_merge.training.run import Job, finish, make_trainer, run_trainer
+from paft_merge.training.spec import SamplingSpec
 
 
 @dataclass(frozen=True)

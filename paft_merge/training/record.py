@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from paft_merge.errors import TrainError
-from paft_merge.train.place import DONE_FILE, write_json
-from paft_merge.train.sparsity import Factors, Stats, trimmed
-from paft_merge.train.spec import AdapterSpec
+from paft_merge.training.place import DONE_FILE, write_json
+from paft_merge.training.sparsity import Factors, Stats, trimmed
+from paft_merge.training.spec import AdapterSpec
 
 FORMAT = 1
 PACKAGES = ("paft-merge", "torch", "transformers", "trl", "peft", "datasets", "accelerate")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from paft_merge.errors import Problems, TrainError
-from paft_merge.train.spec import AdapterSpec, did_you_mean
+from paft_merge.training.spec import AdapterSpec, did_you_mean
 
 _ROUNDS = {
     "max_steps": "sampling.rounds, samples_per_round and inner_passes decide",
@@ -48,7 +48,7 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
     Raises:
         TrainError: TRAINING, with every field that the config does not know or does not take.
     """
-    from paft_merge.train.trainers import CONFIGS, DPO_LOSSES
+    from paft_merge.training.trainers import CONFIGS, DPO_LOSSES
 
     config, problems = CONFIGS[spec.objective], Problems()
     known = [field.name for field in dataclasses.fields(config) if field.init]

@@ -1,0 +1,120 @@
+"""`paft merge`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from paft_merge.cli.terminal import Size, import_option, terminable, warn
+from paft_merge.errors import Problems
+
+if TYPE_CHECKING:
+    from paft_merge.engine import Progress
+    from paft_merge.plan import MergePlan
+
+
+def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--strict", is_flag=True, help="Treat what would be ignored as an error."),
+        import_option,
+        click.option(
+            "--out-shard-size", type=Size(), help="Largest output file, e.g. 5GB. Default: the base's own files."
+        ),
+        click.option(
+            "--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through mergekit's restricted unpickler."
+        ),
+        click.option(
+            "--allow-crimes", is_flag=True, help="Merge models whose configs differ where their tensors do not."
+        ),
+        click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity as they come."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--dry-run", is_flag=True, help="Show the plan, from headers alone, and write nothing.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="With --dry-run: the whole plan as JSON, every tensor with its parameters."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no bit."
+)
+@click.option("--memory", type=Size(), help="Upper bound of the working memory, e.g. 800M.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, which stays whole until the merge is.")
+@click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files into OUT. They are not run.")
+@click.option("--write-model-card/--no-write-model-card", default=True, show_default=True, help="Write README.md.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+@_merge_options
+def merge(
+    recipe: str, out: Path | None, dry_run: bool, as_json: bool, device: str, threads: int | None, memory: int | None,
+    resume: bool, overwrite: bool, trust_remote_code: bool, write_model_card: bool, quiet: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Merge the models of RECIPE (mergekit's YAML) into the folder OUT."""
+    from paft_merge import api
+
+    planning = {("out_shard_bytes" if key == "out_shard_size" else key): value for key, value in options.items()}
+    if dry_run:
+        with api.open_plan(Path(recipe), **planning) as planned:
+            problems = Problems()
+            if out is not None:
+                api.check_output(planned, out, overwrite=overwrite, problems=problems)
+            warn([*planned.warnings, *problems.found])
+            _show_plan(planned, out, as_json)
+        return
+    if as_json:
+        raise click.UsageError("--json shows a plan, and needs --dry-run.")
+    if out is None:
+        raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
+    with terminable(), _progress(quiet) as progress:
+        api.merge(
+            Path(recipe), out, device=device, threads=threads, memory=memory, resume=resume, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, write_model_card=write_model_card, progress=progress,
+            warn=warn, **planning,
+        )  # fmt: skip
+    if not quiet:
+        click.echo(f"{out} is done: see its README.md and merge_manifest.json", err=True)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar on stderr with tensors, GB/s and the time left."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.fields[tensors]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[name]}", style="dim"),
+    )  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, tensors="", name="")
+
+        def advance(done: Progress) -> None:
+            counts = f"{done.tensors}/{done.tensors_total} tensors"
+            bar.update(task, total=done.bytes_total, completed=done.bytes_done, tensors=counts, name=done.name[-40:])
+
+        yield advance
+
+
+def _show_plan(planned: MergePlan, out: Path | None, as_json: bool) -> None:
+    from paft_merge.report import plan_json, plan_table
+
+    if as_json:
+        click.echo(json.dumps(plan_json(planned, out), indent=2))
+    else:
+        plan_table(planned, out)
