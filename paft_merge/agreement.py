@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from paft_merge.checkpoint import Checkpoint
@@ -24,21 +24,31 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"
 _OTHER_MODEL = "merge models of one architecture"
 
 
-def compare_tensors(donor: Named, others: Sequence[Named], problems: Problems) -> set[str]:
+def compare_tensors(
+    donor: Named, others: Sequence[Named], problems: Problems, names: Collection[str] | None = None,
+    resized: Collection[str] = (),
+) -> set[str]:
     """Every model must have every tensor of the donor, in its shape, and no other.
+
+    Args:
+        names: compare only these; all without it.
+        resized: tensors that may have another number of rows, one per token.
 
     Returns:
         The donor's tensors that some model lacks, or has in another shape.
     """
-    ours, faulty = donor[1].tensors, set[str]()
+    faulty = set[str]()
+    ours = {n: info for n, info in donor[1].tensors.items() if names is None or n in names}
     for ref, checkpoint in others:
-        theirs = checkpoint.tensors
+        theirs = {n: info for n, info in checkpoint.tensors.items() if names is None or n in names}
         missing, extra = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
         if missing:
             problems.add("KEYS_MISSING", ref, f"lacks {_some(missing)}, which {donor[0]} has", _OTHER_MODEL)
         if extra:
             problems.add("KEYS_EXTRA", ref, f"has {_some(extra)}, which {donor[0]} lacks", _OTHER_MODEL)
-        different = [n for n in ours if n in theirs and theirs[n].shape != ours[n].shape]
+        both = [n for n in ours if n in theirs]
+        free = {n for n in both if n in resized and _of_a_token(theirs[n].shape) == _of_a_token(ours[n].shape)}
+        different = [n for n in both if theirs[n].shape != ours[n].shape and n not in free]
         for name in different:
             what = f"is {list(theirs[name].shape)}, and {donor[0]} has {list(ours[name].shape)}"
             problems.add("SHAPE_MISMATCH", f"{ref}: {name}", what, _shape_fix(theirs[name].shape, ours[name].shape))
@@ -70,6 +80,11 @@ def compare_tokenizers(donor: Named, others: Sequence[Named]) -> list[Problem]:
             what = f"has another {file} than {donor[0]}{_tokens_that_differ(ours, theirs)}"
             warnings.append(Problem("TOKENIZER", ref, what, f"the output gets that of {donor[0]}"))
     return warnings
+
+
+def _of_a_token(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape but for the dimension that counts tokens: the first that is longer than one."""
+    return (1,) if len(shape) == 2 and shape[0] == 1 else shape[1:]
 
 
 def _meaning(config: Mapping[str, Any], within: str = "") -> dict[str, Any]:

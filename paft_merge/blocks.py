@@ -124,6 +124,7 @@ class Election:
 class Ops(Protocol):
     """The operations on a block, for one kind of device."""
 
+    def sample(self, block: Block, step: int) -> Any: ...
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]: ...
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]: ...
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int: ...
@@ -159,6 +160,26 @@ class Outcome:
     sums: Sums
 
 
+@dataclass(slots=True)
+class Open:
+    """The entries of a block of which nobody can say yet what survives, because a source lies inside its bracket there."""
+
+    place: NDArray[np.int32]
+    """`[K]`: positions in the block, ascending."""
+    held: NDArray[np.float32]
+    """`[n + 1, K]`: the deltas of the sources there and, last, the base."""
+    inside: list[NDArray[np.uint32]]
+    """Of each source, the magnitudes inside its bracket."""
+    above: Counts
+    """`[n]`: how many entries of the block lie above each source's bracket."""
+
+    @property
+    def block(self) -> Block:
+        """These entries one beside the other, as a block at flat index 0."""
+        bits = self.held.view(np.uint32)
+        return Block(0, bits[-1], bits[:-1], subtract=False)
+
+
 class Each(Protocol):
     """Runs a function on every block of a tensor and returns the results in tile order."""
 
@@ -174,6 +195,14 @@ class Each(Protocol):
 
 class CpuOps:
     """The operations by `kernels`: blocks are NumPy bits."""
+
+    def sample(self, block: Block, step: int) -> NDArray[np.uint32]:
+        """The magnitudes of every `step`-th entry, `[n, ceil(E / step)]`."""
+        bits = block.sources[:, ::step]
+        values = np.stack([_as_float32(np.ascontiguousarray(row)) for row in bits])
+        if block.subtract:
+            values -= _as_float32(np.ascontiguousarray(block.base[::step]))
+        return values.view(np.uint32) & np.uint32(0x7FFFFFFF)
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
         """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""
@@ -226,20 +255,21 @@ class CpuOps:
 
     def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome:
         """Write the base plus the elected delta (see `kernels.consensus`)."""
-        outcome = _no_outcome(len(block.sources))
+        return _consensus(block, out, survivals, election, key, None)[0]
 
-        def column(name: str, dtype: Any) -> Any:
-            return np.array([getattr(s, name) for s in survivals], dtype)
+    def consensus_outside(
+        self, block: Block, out: Any, brackets: Sequence[tuple[int, int]], election: Election
+    ) -> tuple[Outcome, Open]:
+        """Write what magnitudes outside the brackets decide, and set the rest aside; where they lie, `out` is the base.
 
-        outcome.bad = kernels.consensus(
-            out, block.base, block.sources, block.subtract, block.index,
-            np.array(election.weights, np.float32), column("scale", np.float32),
-            column("low", np.uint32), column("low_cut", np.int64), column("high", np.uint32), column("high_cut", np.int64),
-            column("shrink", np.float32), column("keep", np.uint64), column("key", np.uint64),
-            kernels.ELECT[election.elect], election.tie_positive, kernels.NORMALIZE[election.normalize], election.factor,
-            np.uint64(key), outcome.counts, outcome.sums,
-        )  # fmt: skip
-        return outcome
+        Args:
+            brackets: lowest bits and number of bits, one a source. What is above survives, what is below does not; a
+                source with a width of 0 has no bracket, and all of it survives.
+        """
+        above = [Survival(low=low + width - 1 if width else 0) for low, width in brackets]
+        outcome, opened = _consensus(block, out, above, election, 0, brackets)
+        assert opened is not None
+        return outcome, opened
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
         """The block's share of a tally, of deltas that are merged as they are (see `mixing.tally`)."""
@@ -321,6 +351,40 @@ class CpuOps:
         out, own = _one_row(block), np.ascontiguousarray(weights, np.float32)
         mixing.mix(block.base, block.sources, block.subtract, row, across, own, out.sources[0].view(np.float32))
         return out
+
+
+def _consensus(
+    block: Block,
+    out: Any,
+    survivals: Sequence[Survival],
+    election: Election,
+    key: int,
+    brackets: Sequence[tuple[int, int]] | None,
+) -> tuple[Outcome, Open | None]:
+    n, size = block.sources.shape
+    outcome, room, above = _no_outcome(n), size if brackets is not None else 0, np.zeros(n, np.int64)
+    place = SCRATCH.array("open_place", room + 1 if room else 0, np.int32)
+    held = SCRATCH.array("open_held", (n + 1, room), np.float32)
+
+    def column(name: str, dtype: Any) -> Any:
+        return np.array([getattr(s, name) for s in survivals], dtype)
+
+    lows, widths = zip(*brackets, strict=True) if brackets else ([0] * n, [0] * n)
+    outcome.bad, many = kernels.consensus(
+        out, block.base, block.sources, block.subtract, block.index,
+        np.array(election.weights, np.float32), column("scale", np.float32),
+        column("low", np.uint32), column("low_cut", np.int64), column("high", np.uint32), column("high_cut", np.int64),
+        column("shrink", np.float32), column("keep", np.uint64), column("key", np.uint64),
+        kernels.ELECT[election.elect], election.tie_positive, kernels.NORMALIZE[election.normalize], election.factor,
+        np.uint64(key), outcome.counts, outcome.sums,
+        np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, above,
+    )  # fmt: skip
+    if not room:
+        return outcome, None
+    kept = held[:, :many].copy()
+    sizes = kept[:n].view(np.uint32) & np.uint32(0x7FFFFFFF)
+    inside = [row[row - np.uint32(low) < width] for row, low, width in zip(sizes, lows, widths, strict=True)]
+    return outcome, Open(place[:many].copy(), kept, inside, above)
 
 
 def _one_row(block: Block) -> Block:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,6 +154,11 @@ def _flag(value: str, flags: tuple[str, str], method: str, name: str) -> bool:
 def registry() -> dict[str, Any]:
     """mergekit's methods by name, with those that others registered."""
     return {method.spec.name: method for method in _mergekit().registered_methods()}
+
+
+def chat_template(name: str) -> str:
+    """The text of one of mergekit's chat templates, from its own file."""
+    return (files("mergekit._data.chat_templates") / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def import_methods(modules: Iterable[str], known: Mapping[str, Method]) -> dict[str, Method]:

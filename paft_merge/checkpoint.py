@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
@@ -26,6 +26,7 @@ from paft_merge.headers import (
     capped,
     fill,
     open_regular,
+    parse,
     read_header,
     read_text,
     reading,
@@ -49,6 +50,7 @@ _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LAZY = "--lazy-unpickle"
+_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,32 @@ class CheckpointFile:
     digest: str
 
 
+class FarFile(Protocol):
+    """A file that lies elsewhere, and is read as if it were here."""
+
+    size: int
+    etag: str
+    """Tells its content from any other."""
+
+    def read(self, view: memoryview, offset: int) -> int:
+        """Fill `view` from byte `offset` on; fewer bytes only where the file ends."""
+
+    def changed(self) -> str:
+        """What differs from when it was opened, in words; empty when nothing does."""
+
+
 class Checkpoint:
     """The tensors of a folder (or of one file), for reading from any number of threads; a context manager.
 
-    Reads are `preadv` on one descriptor per file: a file that shrinks under us is an error, not a SIGBUS.
+    Reads are `preadv` on one descriptor per file: a file that shrinks under us is an error, not a SIGBUS. Files that are
+    not in the folder may lie elsewhere (`far`).
 
     Attributes:
         folder: where the files lie.
         tensors: by name, in the order of the sorted files and then of offsets.
         files: the files that hold tensors, sorted by name.
         config: `config.json` parsed; empty when there is none.
+        file: the one file that was asked for, when it was no folder.
     """
 
     def __init__(
@@ -81,13 +99,15 @@ class Checkpoint:
         self.files = tuple(one.file for one in opened)
         self.tensors = {name: info for one in opened for name, info in one.tensors.items()}
         self.config = dict(config)
-        self._fds = {one.file.name: one.fd for one in opened}
+        self._fds = {one.file.name: one.fd for one in opened if one.fd is not None}
+        self._far = {one.file.name: one.far for one in opened if one.far is not None}
+        self.file: str | None = None
         self._strided = strided
         self._packed: dict[str, memoryview] = {}
         self._packing = Lock()
 
     @classmethod
-    def open(cls, folder: Path, *, unpickle: bool = False) -> Checkpoint:
+    def open(cls, folder: Path, *, unpickle: bool = False, far: Mapping[str, FarFile] | None = None) -> Checkpoint:
         """Open a folder of `model.safetensors`, of shards with their index, or one `.safetensors` file by its path.
 
         Names as diffusers writes them, and a single file of any other name, are found too.
@@ -95,17 +115,20 @@ class Checkpoint:
         Args:
             folder: the checkpoint, on this machine.
             unpickle: read `pytorch_model*.bin` when there is nothing else, through mergekit's restricted unpickler.
+            far: files of the folder that lie elsewhere, by their names; one that is in the folder is read from there.
 
         Raises:
             CheckpointError: with all the faults that headers, index and config show.
         """
-        folder, problems, opened = Path(folder), Problems(), list[_Opened]()
+        asked = folder = Path(folder)
+        problems, opened = Problems(), list[_Opened]()
         try:
             with problems.catching():
-                folder, names, weight_map, pickled = _locate(folder, unpickle)
+                folder, names, weight_map, pickled = _locate(folder, unpickle, tuple(far or ()))
                 for name in names:
                     with problems.catching():
-                        opened.append(_Opened.of(folder / name, pickled))
+                        elsewhere = (far or {}).get(name) if not (folder / name).exists() else None
+                        opened.append(_Opened.of(folder / name, pickled, elsewhere))
                 if weight_map is not None:
                     problems.found.extend(_compare(weight_map, opened, folder))
             config: dict[str, Any] = {}
@@ -114,9 +137,12 @@ class Checkpoint:
             problems.raise_as(CheckpointError)
         except BaseException:
             for one in opened:
-                os.close(one.fd)
+                if one.fd is not None:
+                    os.close(one.fd)
             raise
-        return cls(folder, opened, config, {s.name: s for one in opened for s in one.strided})
+        found = cls(folder, opened, config, {s.name: s for one in opened for s in one.strided})
+        found.file = asked.name if not asked.is_dir() else None
+        return found
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -170,13 +196,63 @@ class Checkpoint:
     def hint_soon(self, name: str) -> None:
         """Tell the system that tensor `name` will be read soon, so that it may read ahead; never fails."""
         info = self.tensors[name]
-        if hasattr(os, "posix_fadvise"):  # not on macOS
+        if info.file in self._fds and hasattr(os, "posix_fadvise"):  # not on macOS
             with suppress(OSError):
                 os.posix_fadvise(self._fds[info.file], info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
+    # --- what a checkpoint that is computed does otherwise (see `graph.Intermediate`) --------------------------------------
+
+    @property
+    def place(self) -> Hashable:
+        """What tells its tensors from those of other checkpoints."""
+        return self.folder, self.file
+
+    @property
+    def folders(self) -> list[Path]:
+        """Every folder, or lone file, that is read."""
+        return [self.folder / self.file if self.file else self.folder]
+
+    def written_dtype(self, name: str) -> str:
+        """The type of tensor `name` as the checkpoint means it; what is read may be wider."""
+        return self.tensors[name].dtype
+
+    def bytes_behind(self, name: str) -> int:
+        """Stored bytes that a pass over tensor `name` reads."""
+        return self.tensors[name].nbytes
+
+    def working_bytes(self, name: str) -> int:
+        """Memory that reading a block of tensor `name` takes beside the block."""
+        return 0
+
+    def release(self, name: str) -> None:
+        """Let go of what is held for tensor `name`."""
+
+    def sample(self) -> str:
+        """XXH3-128 of the first 4 KiB of every tensor: headers of fine-tunes are equal, their first weights hardly ever are."""
+        digest = xxhash.xxh3_128()
+        for name, info in self.tensors.items():
+            held = bytearray(min(info.nbytes, _SAMPLE_BYTES))
+            self.read_into(name, 0, held)
+            digest.update(held)
+        return digest.hexdigest()
+
+    # ----------------------------------------------------------------------------------------------------------------------
+
     def fingerprint(self) -> dict[str, dict[str, int | str]]:
-        """What tells these files from others without reading their data: per file size, mtime_ns and header digest."""
-        return {f.name: {"size": f.size, "mtime_ns": f.mtime_ns, "header": f.digest} for f in self.files}
+        """What tells these files from others without reading their data: per file size, mtime_ns and header digest.
+
+        A file that lies elsewhere has an etag, which stands for all of its bytes.
+        """
+        etags = {name: {"etag": file.etag} for name, file in self._far.items()}
+        return {
+            f.name: {"size": f.size, "mtime_ns": f.mtime_ns, "header": f.digest, **etags.get(f.name, {})}
+            for f in self.files
+        }
+
+    @property
+    def far(self) -> dict[str, int]:
+        """The size of every file of it that lies elsewhere."""
+        return {name: file.size for name, file in self._far.items()}
 
     def check_unchanged(self) -> None:
         """Compare each file's size and time of change with those at opening.
@@ -186,6 +262,11 @@ class Checkpoint:
         """
         problems = Problems()
         for file in self.files:
+            if file.name in self._far:
+                if what := self._far[file.name].changed():
+                    fix = "run again, so that all of it is of one version"
+                    problems.add("INPUT_CHANGED", self.folder / file.name, what, fix)
+                continue
             try:
                 now = os.stat(self.folder / file.name)
             except OSError as error:
@@ -198,7 +279,8 @@ class Checkpoint:
 
     def _read(self, file: str, offset: int, view: memoryview) -> None:
         try:
-            done = fill(self._fds[file], view, offset)
+            far = self._far.get(file)
+            done = far.read(view, offset) if far is not None else fill(self._fds[file], view, offset)
         except OSError as error:
             what = f"cannot be read at byte {offset:,}: {error.strerror}"
             raise CheckpointError.of("SHARD_UNREADABLE", self.folder / file, what) from error
@@ -224,13 +306,18 @@ class Checkpoint:
 class _Opened:
     """A file with its descriptor, and what of a .bin needs packing before it can be read."""
 
-    fd: int
+    fd: int | None
     file: CheckpointFile
     tensors: Mapping[str, TensorInfo]
     strided: tuple[Stored, ...]
+    far: FarFile | None = None
 
     @classmethod
-    def of(cls, path: Path, pickled: bool) -> _Opened:
+    def of(cls, path: Path, pickled: bool, far: FarFile | None = None) -> _Opened:
+        if far is not None:
+            header = parse(far.read, far.size, path)
+            file = CheckpointFile(path.name, far.size, 0, header.metadata, header.digest)
+            return cls(None, file, header.tensors, (), far)
         fd = open_regular(path)
         try:
             with reading(path):
@@ -261,12 +348,17 @@ def _scan_bin(fd: int, path: Path) -> tuple[Header, tuple[Stored, ...]]:
 # --- which files a folder means ---------------------------------------------------------------------------------------
 
 
-def _locate(path: Path, unpickle: bool) -> tuple[Path, list[str], dict[str, str] | None, bool]:
+def _locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, list[str], dict[str, str] | None, bool]:
     """The folder, its files sorted by name, the index's weight_map if there is an index, and if they are pickles."""
     if path.suffix == ".safetensors" and not path.is_dir():
         return path.parent, [path.name], None, False
+    if path.suffix in _PICKLES and path.is_file():
+        if not unpickle:
+            fix = f"convert it to safetensors, or read it through mergekit's restricted unpickler with {_LAZY}"
+            raise CheckpointError.of("PICKLE_REFUSED", path, "is a pickle, which can run code when it is loaded", fix)
+        return path.parent, [path.name], None, True
     try:
-        present = sorted(os.listdir(path))
+        present = sorted({*os.listdir(path), *far})
     except OSError as error:
         raise CheckpointError.of("CHECKPOINT_MISSING", path, f"cannot be opened: {error.strerror}") from None
     if path.name.endswith(".part") or UNFINISHED in present:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from threading import Condition
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
 
 from paft_merge import kernels
-from paft_merge.blocks import Block, CpuOps, Ops, Outcome, Tally
+from paft_merge.blocks import TILE, Block, CpuOps, Open, Ops, Outcome, Tally
 from paft_merge.bridge import WholeTensor
 from paft_merge.casting import cast, count_nonfinite, stored_bytes
 from paft_merge.checkpoint import DTYPES
@@ -22,7 +23,7 @@ from paft_merge.errors import MergeError
 from paft_merge.output import Finished, Output
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 from paft_merge.reading import RAW
-from paft_merge.rules import Combine, Consensus, Walk
+from paft_merge.rules import Consensus, Rule, Walk
 from paft_merge.scratch import SCRATCH
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 T = TypeVar("T")
+Written = tuple[bytes, Outcome]
+"""A block's digest, and what merging it showed."""
+
+HELD_BYTES = 256 << 20
+"""Merged tiles that are held at most, all tensors together, until their thresholds are known."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ def merge_checkpoint(
     *,
     threads: int,
     ops: Ops | None = None,
+    hold: int = HELD_BYTES,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> None:
     """Merge every planned tensor into `output`, which must be open. This is the main path.
@@ -60,6 +67,7 @@ def merge_checkpoint(
         output: the folder being written; tensors that it already holds (a resumed merge) are passed over.
         threads: blocks computed at a time, each on one core. Changes no bit of the result.
         ops: operations of the device; the CPU's by default.
+        hold: bytes of merged tensors that may be held in memory until their thresholds are known. Changes no bit.
         progress: called after every finished tensor, from the calling thread.
 
     Raises:
@@ -72,7 +80,7 @@ def merge_checkpoint(
     done, first = total - sum(t.nbytes for t in todo), count - len(todo) + 1
     with _single_threaded_torch(), ThreadPoolExecutor(threads) as blocks, ThreadPoolExecutor(threads + 1) as tensors:
         todo = _with_global_thresholds(plan.tensors, todo, blocks, ops or CpuOps())
-        worker = _Worker(output, blocks, ops or CpuOps(), plan.allow_nonfinite)
+        worker = _Worker(output, blocks, ops or CpuOps(), _Held(hold), plan.allow_nonfinite)
         for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
             output.finish_tensor(finished)
             done += todo[at - first].nbytes
@@ -128,6 +136,7 @@ class _Worker:
     output: Output
     pool: ThreadPoolExecutor
     ops: Ops
+    held: _Held
     allow_nonfinite: bool
 
     def merge(self, tensor: PlannedTensor) -> Finished:
@@ -136,17 +145,60 @@ class _Worker:
             return self._copy(tensor)
         if isinstance(tensor.rule, WholeTensor):
             return self.pool.submit(self._whole, tensor, tensor.rule).result()
-        tiles = _Tiles(tensor, self.pool)
-        sources = tensor.inputs.active
-        combine = tensor.rule.prepare(Walk(tensor.numel, tiles, self.ops, sources, tensor.shape), tensor.inputs.deltas)
-        tally = Tally.empty(len(sources))
-        digest, nonfinite = xxhash.xxh3_128(), 0
-        for block_digest, outcome in tiles(lambda block: self._write(tensor, combine, block)):
+        tiles, sources = _Tiles(tensor, self.pool), tensor.inputs.active
+        walk = Walk(tensor.numel, tiles, self.ops, sources, tensor.shape)
+        written = self._settled(tensor, tensor.rule, walk) or self._measured(tensor, tensor.rule, walk)
+        tally, digest, nonfinite = Tally.empty(len(sources)), xxhash.xxh3_128(), 0
+        for block_digest, outcome in written:
             digest.update(block_digest)
             tally.add(outcome.counts, outcome.sums)
             nonfinite += outcome.bad
         tensor.release()
         return Finished(tensor.name, digest.hexdigest(), sources, tally.counts, tally.total(), nonfinite)
+
+    def _measured(self, tensor: PlannedTensor, rule: Rule, walk: Walk) -> list[Written]:
+        """Measure the tensor, then merge it: every block is read for each."""
+        combine = rule.prepare(walk, tensor.inputs.deltas)
+
+        def write(block: Block) -> Written:
+            out = SCRATCH.array("out", block.sources.shape[1], RAW.get(tensor.dtype, np.uint32))
+            return self._write(tensor, block.index, out, combine(block, out, tensor.rounding_key))
+
+        return walk.each(write)
+
+    def _settled(self, tensor: PlannedTensor, rule: Rule, walk: Walk) -> list[Written] | None:
+        """Merge the tensor as it is read, and settle what a sample left open; None where that cannot be, or missed."""
+        settling = None
+        # By what is planned alone, not by the memory there is: the statistics are added in another order here.
+        if isinstance(rule, Consensus) and isinstance(self.ops, CpuOps) and _may_be_held(tensor):
+            settling = rule.settling(walk)
+        if settling is None:
+            return None
+        bounds, kind = tensor.bounds, RAW[tensor.dtype]
+        with self.held.tiles(len(bounds), tensor.nbytes) as held:
+
+            def merge(block: Block) -> tuple[Any, Outcome, Open]:
+                out = SCRATCH.array("out", block.sources.shape[1], kind)
+                if held:
+                    out = held[block.index // bounds[0][1]][: out.nbytes].view(kind)
+                return out, *settling.merge(block, out)
+
+            first = walk.each(merge)
+            opened, starts = [o for _, _, o in first], [start for start, _ in bounds]
+            survivals = settling.survivals(starts, opened)
+            if survivals is None:
+                return None
+
+            def settle(start: int, merged: tuple[Any, Outcome, Open]) -> Written:
+                out, outcome, opened = merged
+                settling.settle(start, opened, survivals, out, outcome)
+                return self._write(tensor, start, out, outcome)
+
+            if held:
+                return list(
+                    _in_order(self.pool, lambda at: settle(starts[at], first[at]), range(len(bounds)), len(bounds))
+                )
+            return walk.each(lambda block: settle(block.index, merge(block)))
 
     def _copy(self, tensor: PlannedTensor) -> Finished:
         """The bytes of a tensor that no source changes, whatever their type."""
@@ -188,20 +240,49 @@ class _Worker:
         tensor.release()
         return Finished(tensor.name, digest.hexdigest(), range(len(known)), tally.counts, tally.total(), nonfinite)
 
-    def _write(self, tensor: PlannedTensor, combine: Combine, block: Block) -> tuple[bytes, Outcome]:
-        """Merge one block, check it, write it where it belongs."""
-        size = block.sources.shape[1]
-        out = SCRATCH.array("out", size, RAW.get(tensor.dtype, np.uint32))
-        outcome = combine(block, out, tensor.rounding_key)
+    def _write(self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome) -> Written:
+        """Check one merged block and write it where it belongs."""
         stored = out
         if tensor.dtype not in RAW:
-            stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, block.index)
+            stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, start)
             outcome.bad = count_nonfinite(stored, tensor.dtype)
         largest = int(outcome.counts[:, -1].max(initial=0))
         if (outcome.bad or largest >= kernels.INFINITY) and not self.allow_nonfinite:
             raise _not_finite(tensor, outcome.bad)
-        self.output.write(tensor.name, block.index * tensor.width, stored)
+        self.output.write(tensor.name, start * tensor.width, stored)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
+
+
+class _Held:
+    """Memory for merged tiles that wait for their thresholds, used again and again: fresh memory costs more than the merge."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._left, self._most, self._free = nbytes, nbytes, list[Any]()
+        self._turn = Condition()
+
+    @contextmanager
+    def tiles(self, count: int, nbytes: int) -> Iterator[list[Any]]:
+        """`count` arrays of bytes, each as large as any tile, once `nbytes` are left for them; none where that is never."""
+        if nbytes > self._most:
+            yield []
+            return
+        with self._turn:
+            self._turn.wait_for(lambda: self._left >= nbytes)
+            self._left -= nbytes
+            taken = [self._free.pop() if self._free else np.empty(4 * TILE, np.uint8) for _ in range(count)]
+        try:
+            yield taken
+        finally:
+            with self._turn:
+                self._free += taken
+                self._left += nbytes
+                self._turn.notify_all()
+
+
+def _may_be_held(tensor: PlannedTensor) -> bool:
+    """Whether a tensor is of the kind and size that is merged in one pass."""
+    tile = tensor.bounds[0][1] if tensor.bounds else 0
+    return tensor.dtype in RAW and not tensor.rounding_key and tensor.nbytes <= HELD_BYTES and tile <= TILE
 
 
 def _delta_block(base: Tensor, sources: Sequence[Tensor], start: int, stop: int) -> Block:

@@ -8,6 +8,8 @@
     |- OutputError        a place that cannot be written
     |- TrainError         a training run that cannot start or go on
     |- AuditError         an audit that has no answer, or a gate that failed
+    |- EvaluateError      an evaluation that cannot be done
+    |- RunError           a run of stages that cannot start or go on
     `- HubError           the Hub, or the way to it
 
 An error carries one or more `Problem`s, because faults that can be known at once are told at once. Bugs stay
@@ -77,6 +79,14 @@ class TrainError(PaftMergeError):
 
 class AuditError(PaftMergeError):
     """An audit that has no answer, or a gate that failed."""
+
+
+class EvaluateError(PaftMergeError):
+    """An evaluation that cannot be done."""
+
+
+class RunError(PaftMergeError):
+    """A run of stages that cannot start or go on."""
 
 
 class HubError(PaftMergeError):

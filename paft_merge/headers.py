@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 ByteBuffer: TypeAlias = "memoryview | bytearray | bytes | npt.NDArray[Any]"
 """What bytes are read into and written from; C-contiguous, and writable where it is read into."""
+
+ReadAt: TypeAlias = "Callable[[memoryview, int], int]"
+"""Fills a view from an offset of a file; gives how many bytes came, fewer only where the file ends."""
 
 MAX_JSON_BYTES = 100_000_000
 """The longest header, index or config that is read: safetensors' own limit for a header."""
@@ -165,7 +168,7 @@ def read_text(path: Path, code: str) -> str:
         if size > MAX_JSON_BYTES:
             raise CheckpointError.of(code, path, f"is {size:,} bytes long; at most {MAX_JSON_BYTES:,} are read")
         with reading(path):
-            raw = _read(fd, size)
+            raw = _read(_reader(fd), size)
     finally:
         os.close(fd)
     if other := _other_kind(raw[:_PEEK_BYTES]):
@@ -179,8 +182,12 @@ def read_text(path: Path, code: str) -> str:
 
 def scan(fd: int, path: Path) -> Header:
     """Parse and check the header of the open file `fd`; see `read_header`. `TensorInfo.file` is the name of `path`."""
-    size = os.fstat(fd).st_size
-    raw = _header_bytes(fd, size, path)
+    return parse(_reader(fd), os.fstat(fd).st_size, path)
+
+
+def parse(read: ReadAt, size: int, path: Path) -> Header:
+    """Parse and check the header of a file of `size` bytes, wherever it lies; as `scan`."""
+    raw = _header_bytes(read, size, path)
     document, twice = _header_json(raw, path)
     faults = [Problem("SHARD_HEADER", str(path), f"name {shown(name)} stands more than once") for name in twice]
     metadata = _metadata(document.pop("__metadata__", None), path, faults)
@@ -251,22 +258,26 @@ def _whole(digits: str) -> int | _NotWhole:
     return int(digits) if len(digits) <= 19 and digits[0] != "-" else _NotWhole(digits)
 
 
-def _read(fd: int, count: int) -> bytearray:
+def _reader(fd: int) -> ReadAt:
+    return lambda view, offset: fill(fd, view, offset)
+
+
+def _read(read: ReadAt, count: int) -> bytearray:
     raw = bytearray(count)
     with memoryview(raw) as view:
-        done = fill(fd, view, 0)
+        done = read(view, 0)
     del raw[done:]
     return raw
 
 
-def _header_bytes(fd: int, size: int, path: Path) -> bytearray:
+def _header_bytes(read: ReadAt, size: int, path: Path) -> bytearray:
     """The length and the JSON as they stand in the file, once the length is known to be possible."""
     if size < _LENGTH_BYTES:
         raise CheckpointError.of("SHARD_TRUNCATED", path, f"is {size} bytes long", "download it again")
-    peek = _read(fd, min(size, _PEEK_BYTES))
+    peek = _read(read, min(size, _PEEK_BYTES))
     length = int.from_bytes(peek[:_LENGTH_BYTES], "little")
     if length <= min(MAX_JSON_BYTES, size - _LENGTH_BYTES) and peek[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{":
-        return _read(fd, _LENGTH_BYTES + length)
+        return _read(read, _LENGTH_BYTES + length)
     if other := _other_kind(peek):
         kind, what, fix = other
         raise CheckpointError.of(kind, path, what, fix)

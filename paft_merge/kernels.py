@@ -8,7 +8,8 @@ A block is a run of consecutive elements of one tensor, as bits: `uint16` holds 
 
 Every loop walks the block in strips that stay in the L1 cache and keeps each step a plain vector loop over the strip.
 Nothing here depends on where a block begins or ends, so the same bits come out for any block size and thread: counts are
-integers, and sums are float64 in `STRIP` lanes that the caller adds block by block in order.
+integers, and sums run in `STRIP` lanes, float32 for a few strips and then float64, that the caller adds block by block in
+order: what they tell of a delta is right to 2**-21 of itself, and in practice to nine digits.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ INFINITY = 0x7F800000
 """Bits of infinity: every finite magnitude is below."""
 _INFINITY = np.uint32(INFINITY)
 _E6, _E5, _E4, _E3 = (np.float32(e).view(np.uint32) for e in (1e-6, 1e-5, 1e-4, 1e-3))
+_SMALL, _LARGE = (np.float32(e).view(np.uint32) for e in (2.0**-50, 2.0**60))
+"""Bits of magnitudes whose squares, and some thousand of them added, are far from the ends of float32."""
+FLUSH = 8
+"""Strips whose statistics are added in float32 before they go to float64."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
@@ -321,27 +326,60 @@ def gram(base: Any, sources: Any, subtract: bool, out: Any) -> None:
 
 
 @njit(inline="always")
-def _tally(bits: Any, values: Any, count: int, counts: Any, absolute: Any, square: Any) -> None:
-    """Count one strip of a delta into its row of the tally."""
-    largest, zeros, e6, e5, e4, e3 = np.uint32(0), 0, 0, 0, 0, 0
-    for j in range(count):
+def _tally(bits: Any, values: Any, count: int, counts: Any) -> bool:
+    """Count one strip of a delta into its row of the tally; say whether its squares leave the range of float32."""
+    largest, zeros, e6, e5, e4, e3 = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+    for j in range(count):  # 32-bit counters: twice as many of them fit in a register
         u = bits[j] & _MAGNITUDE
         largest = max(largest, u)
-        zeros += u == np.uint32(0)
-        e6 += u < _E6
-        e5 += u < _E5
-        e4 += u < _E4
-        e3 += u < _E3
-    for j in range(count):
-        size = abs(np.float64(values[j]))
-        absolute[j] += size
-        square[j] += size * size
+        zeros = np.uint32(zeros + np.uint32(u == np.uint32(0)))
+        e6 = np.uint32(e6 + np.uint32(u < _E6))
+        e5 = np.uint32(e5 + np.uint32(u < _E5))
+        e4 = np.uint32(e4 + np.uint32(u < _E4))
+        e3 = np.uint32(e3 + np.uint32(u < _E3))
     counts[0] += zeros
     counts[1] += e6
     counts[2] += e5
     counts[3] += e4
     counts[4] += e3
     counts[7] = max(counts[7], np.int64(largest))
+    return (largest < _SMALL) | (largest > _LARGE)
+
+
+@njit(inline="always")
+def _norms(values: Any, count: int, wide: bool, lanes: Any, total: Any) -> None:
+    """Add a strip's |v| and v*v to float32 lanes `[2, STRIP]`, or to the float64 ones of `total` where those would not hold them."""
+    if wide:
+        for j in range(count):
+            size = abs(np.float64(values[j]))
+            total[0, j] += size
+            total[1, j] += size * size
+    else:
+        absolute, square = lanes[0], lanes[1]
+        for j in range(count):
+            size = abs(values[j])
+            absolute[j] += size
+            square[j] += size * size
+
+
+@njit(inline="always")
+def _squares(values: Any, count: int, wide: bool, lane: Any, total: Any) -> None:
+    """Likewise for v*v alone: `lane`, `total` `[STRIP]`."""
+    if wide:
+        for j in range(count):
+            total[j] += np.float64(values[j]) * np.float64(values[j])
+    else:
+        for j in range(count):
+            lane[j] += values[j] * values[j]
+
+
+@njit(inline="always")
+def _flush(lanes: Any, totals: Any) -> None:
+    """Empty float32 lanes into float64 ones, all `[..., STRIP]`: after `FLUSH` strips a sum has lost 2**-21 of itself at most."""
+    for lane, total in zip(lanes, totals):  # noqa: B905  # numba knows no strict
+        for j in range(STRIP):
+            total[j] += np.float64(lane[j])
+            lane[j] = np.float32(0)
 
 
 @jit
@@ -368,9 +406,9 @@ def blend(
     n, size = sources.shape
     base_u, bits, total_u = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
     base_f, values, total = base_u.view(np.float32), bits.view(np.float32), total_u.view(np.float32)
-    absolute, square = np.zeros((n, STRIP)), np.zeros((n, STRIP))
+    lanes, totals = np.zeros((n, 2, STRIP), np.float32), np.zeros((n, 2, STRIP))
     wb = np.float32(base_weight)
-    bad = 0
+    bad, since = 0, 0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if base.size:
@@ -383,21 +421,68 @@ def blend(
         for i in range(n):
             _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
             if tally:
-                _tally(bits, values, m, counts[i], absolute[i], square[i])
+                wide = _tally(bits, values, m, counts[i])
+                _norms(values, m, wide, lanes[i], totals[i])
             w = weights[i]
             for j in range(m):
                 total[j] = total[j] + w * values[j]
-        for j in range(m):
-            bad += (total_u[j] & _MAGNITUDE) >= _INFINITY
+        bad += _nonfinite(total_u, m)
         _store(total_u, out[start : start + m], key, index + start)
+        since += 1
+        if tally and (since == FLUSH or start + m == size):
+            since = 0
+            for i in range(n):
+                _flush(lanes[i], totals[i])
     for i in range(n):
-        sums[i, 0] += absolute[i].sum()
+        sums[i, 0] += totals[i, 0].sum()
         # Nothing is trimmed and no sign is elected here: all that is not zero is kept, and counts as elected.
         for k in range(1, 4):
-            sums[i, k] += square[i].sum()
+            sums[i, k] += totals[i, 1].sum()
         for k in range(5, 7):
             counts[i, k] += size - counts[i, 0]
     return bad
+
+
+@njit(inline="always")
+def _nonfinite(bits: Any, count: int) -> Any:
+    """How many of a strip's float32 bits are NaN or infinite."""
+    bad = np.uint32(0)
+    for j in range(count):
+        bad = np.uint32(bad + np.uint32((bits[j] & _MAGNITUDE) >= _INFINITY))
+    return bad
+
+
+@njit(inline="always")
+def _set_aside(
+    bits: Any, values: Any, base_f: Any, m: int, start: int, low: Any, width: Any, place: Any, held: Any, above: Any, at: int
+) -> int:  # fmt: skip
+    """Put a strip's open entries into `held` and make their deltas zero; returns how many are held by now."""
+    n = len(bits)
+    opened = np.zeros(STRIP, np.uint8)
+    words = opened.view(np.uint64)  # eight flags at a time: few are set
+    for i in range(n):
+        if width[i]:
+            row, lo, span, over = bits[i], low[i], width[i], np.uint32(0)
+            high = lo + span
+            for j in range(m):
+                u = row[j] & _MAGNITUDE
+                over = np.uint32(over + np.uint32(u >= high))
+                opened[j] |= np.uint8(np.uint32(u - lo) < span)
+            above[i] += over
+    first = at
+    for word in range((m + 7) // 8):
+        if words[word]:
+            for j in range(8 * word, 8 * word + 8):
+                place[at] = j
+                at += np.int64(opened[j])
+    for k in range(first, at):
+        j = place[k]
+        held[n, k] = base_f[j]
+        for i in range(n):
+            held[i, k] = values[i, j]
+            values[i, j] = np.float32(0)
+        place[k] = start + j
+    return at
 
 
 @jit
@@ -405,7 +490,8 @@ def consensus(
     out: Any, base: Any, sources: Any, subtract: bool, index: int, weights: Any, scales: Any,
     low: Any, low_cut: Any, high: Any, high_cut: Any, shrink: Any, keep: Any, keys: Any,
     elect: int, tie_positive: bool, normalize: int, factor: float, key: np.uint64, counts: Any, sums: Any,
-) -> int:  # fmt: skip
+    open_low: Any, open_width: Any, place: Any, held: Any, above: Any,
+) -> tuple[int, int]:  # fmt: skip
     """Trim or drop each delta, elect a sign per entry, and add what agrees to the base.
 
     Args:
@@ -423,9 +509,15 @@ def consensus(
         normalize: a value of NORMALIZE; a divisor of zero is taken as one.
         factor: float32, multiplies the merged delta.
         counts, sums: `[n, 8]` int64 and `[n, 4]` float64, the tally (COUNTS, SUMS), added to.
+        open_low, open_width: `[n]` uint32, a bracket of magnitudes as in `collect`: an entry is open when any source is
+            inside its bracket, so that nobody can say yet what survives there. Its deltas count as they are and are then
+            taken as zero; they are put aside for later.
+        place: `[E + 1]` int32, receives the positions in the block of what is open, ascending; `[0]` when nothing can be.
+        held: `[n + 1, E]` float32, receives the deltas of what is open and, last, the base; `[n + 1, 0]` likewise.
+        above: `[n]` int64; entries above each bracket are added.
 
     Returns:
-        The number of elements of `out` that are not finite.
+        The number of elements of `out` that are not finite, and of entries that are open.
     """
     n, size = sources.shape
     base_u, result_u = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
@@ -433,91 +525,105 @@ def consensus(
     bits = np.empty((n, STRIP), np.uint32)
     values = bits.view(np.float32)
     vote, divisor = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
-    stays = np.empty(STRIP, np.bool_)
-    lanes = np.zeros((4, n, STRIP))
+    stays, wide = np.empty(STRIP, np.bool_), np.empty(n, np.bool_)
+    lanes, totals = np.zeros((n, 4, STRIP), np.float32), np.zeros((n, 4, STRIP))
     lam = np.float32(factor)
     zero, one = np.float32(0), np.float32(1)
     everything = np.uint64(1) << np.uint64(32)
-    bad = 0
+    bad, since, opened = 0, 0, 0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         _load(base[start : start + m], base_u)
         for j in range(m):
             vote[j] = zero
         for i in range(n):
+            _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
+            wide[i] = _tally(bits[i], values[i], m, counts[i])
+            _norms(values[i], m, wide[i], lanes[i], totals[i])
+        if place.size:
+            opened = _set_aside(bits, values, base_f, m, start, open_low, open_width, place, held, above, opened)
+        for i in range(n):
             delta_u, delta = bits[i], values[i]
-            _load_delta(sources[i, start : start + m], base_f, subtract, delta_u, delta)
-            _tally(delta_u, delta, m, counts[i], lanes[0, i], lanes[1, i])
             first = index + start
             lo, lo_cut, hi, hi_cut = low[i], low_cut[i], high[i], high_cut[i]
-            if first + m <= lo_cut and first >= hi_cut:
+            soft, scale, w, kept = shrink[i], scales[i], weights[i], np.uint32(0)
+            whole = (first + m <= lo_cut) | (first >= lo_cut)
+            if whole & (hi == np.uint32(0xFFFFFFFF)) & (hi_cut <= 0) & (keep[i] >= everything) & (soft == zero):
+                # On the bits alone: reading bits and writing floats of one memory would not be a vector loop.
+                least = max(lo + np.uint32(first >= lo_cut), np.uint32(1))
                 for j in range(m):
-                    u = delta_u[j] & _MAGNITUDE
-                    stays[j] = (u >= lo) & (u <= hi)
-            elif first >= lo_cut and first >= hi_cut:
-                for j in range(m):
-                    u = delta_u[j] & _MAGNITUDE
-                    stays[j] = (u > lo) & (u <= hi)
+                    u = delta_u[j]
+                    stay = np.uint32((u & _MAGNITUDE) >= least)
+                    delta_u[j] = u * stay
+                    kept = np.uint32(kept + stay)
             else:
                 for j in range(m):
-                    u = delta_u[j] & _MAGNITUDE
-                    at = first + j
+                    u, at = delta_u[j] & _MAGNITUDE, first + j
                     stays[j] = ((u > lo) | ((u == lo) & (at < lo_cut))) & ~((u > hi) | ((u == hi) & (at < hi_cut)))
-            if keep[i] < everything:
+                if keep[i] < everything:
+                    for j in range(m):
+                        stays[j] &= (_hash(keys[i], first + j) >> np.uint64(32)) < keep[i]
                 for j in range(m):
-                    stays[j] &= (_hash(keys[i], first + j) >> np.uint64(32)) < keep[i]
-            soft, scale, w = shrink[i], scales[i], weights[i]
-            kept, lane = 0, lanes[2, i]
-            for j in range(m):
-                v = delta[j] if stays[j] else zero
-                v = v - soft if v > zero else (v + soft if v < zero else v)
-                delta[j] = v * scale
-                kept += v != zero
-                wide = np.float64(v)
-                lane[j] += wide * wide
+                    v = delta[j] if stays[j] else zero
+                    v = v - soft if v > zero else (v + soft if v < zero else v)
+                    delta[j] = v
+                    kept = np.uint32(kept + np.uint32(v != zero))
             counts[i, 5] += kept
+            _squares(delta, m, wide[i], lanes[i, 2], totals[i, 2])
             if elect == 1:
                 for j in range(m):
-                    delta[j] = delta[j] * w
+                    delta[j] = delta[j] * scale * w
                     vote[j] += delta[j]
             elif elect == 2:
                 for j in range(m):
+                    delta[j] = delta[j] * scale
                     vote[j] += delta[j]
             elif elect == 3:
                 for j in range(m):
+                    delta[j] = delta[j] * scale
                     vote[j] += one if delta[j] > zero else (-one if delta[j] < zero else zero)
+            else:
+                for j in range(m):
+                    delta[j] = delta[j] * scale
         for j in range(m):
+            s = vote[j]
+            vote[j] = one if (s > zero) | (tie_positive & (s == zero)) else (-one if s < zero else zero)
             result[j] = zero
             divisor[j] = zero
         for i in range(n):
-            delta, w, lane, elected = values[i], weights[i], lanes[3, i], 0
+            delta, w, elected = values[i], weights[i], np.uint32(0)
             coefficient = one if elect == 1 else w
             share = w if normalize == 1 else one
+            if elect != 0:
+                for j in range(m):
+                    v = delta[j]
+                    delta[j] = v if v * vote[j] > zero else zero
             for j in range(m):
-                v, s = delta[j], vote[j]
-                plus = (s > zero) | (tie_positive & (s == zero))
-                minus = s < zero
-                agrees = (v != zero) if elect == 0 else ((plus & (v > zero)) | (minus & (v < zero)))
-                result[j] += v * coefficient if agrees else zero
+                v = delta[j]
+                agrees = v != zero
+                result[j] += v * coefficient
                 divisor[j] += share if agrees else zero
-                elected += agrees
-                wide = np.float64(v) if agrees else np.float64(0.0)
-                lane[j] += wide * wide
+                elected = np.uint32(elected + np.uint32(agrees))
             counts[i, 6] += elected
+            _squares(delta, m, wide[i], lanes[i, 3], totals[i, 3])
         if normalize != 0:
             for j in range(m):
                 d = divisor[j]
                 result[j] = result[j] / (d if d != zero else one)
         for j in range(m):
             result[j] = base_f[j] + lam * result[j]
-        for j in range(m):
-            bad += (result_u[j] & _MAGNITUDE) >= _INFINITY
+        bad += _nonfinite(result_u, m)
         _store(result_u, out[start : start + m], key, index + start)
+        since += 1
+        if since == FLUSH or start + m == size:
+            since = 0
+            for i in range(n):
+                _flush(lanes[i], totals[i])
     for i in range(n):
         # The elected lane holds weight * scale * delta; the tally is about the delta.
         unit = np.float64(scales[i]) * (np.float64(weights[i]) if elect == 1 else 1.0)
         for k in range(3):
-            sums[i, k] += lanes[k, i].sum()
+            sums[i, k] += totals[i, k].sum()
         if unit != 0.0:
-            sums[i, 3] += lanes[3, i].sum() / (unit * unit)
-    return bad
+            sums[i, 3] += totals[i, 3].sum() / (unit * unit)
+    return bad, opened

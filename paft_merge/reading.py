@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -46,9 +46,24 @@ class Read:
     def shape(self) -> tuple[int, ...]:
         return self.patch.shape if self.patch else self.checkpoint.tensors[self.name].shape
 
+    @property
+    def row(self) -> int:
+        """Elements that are read together: rows of an adapter, or single ones."""
+        return self.patch.row if self.patch else 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether its values are the stored bits, in their order."""
+        return self.patch is None
+
+    @property
+    def stored_at(self) -> object:
+        """Where what is stored of it lies; equal for the same tensor of the same checkpoint."""
+        return self.checkpoint.place, self.name
+
     def same_weight(self, other: Read) -> bool:
         """Whether both begin with the very same stored tensor."""
-        return self.checkpoint.folder == other.checkpoint.folder and self.name == other.name
+        return self.stored_at == other.stored_at
 
     def raw(self, start: int, stop: int, out: Any) -> None:
         """Read elements `[start, stop)` into `out`, an array of the storage type's size."""
@@ -98,7 +113,7 @@ class Read:
             return self.checkpoint.tensor(self.name)
         kind = getattr(torch, str(DTYPES[self.dtype].torch)) if baked else torch.float32
         made = torch.empty(math.prod(self.shape), dtype=kind)
-        for start, stop in tile_bounds(len(made), self.patch.row if self.patch else 1):
+        for start, stop in tile_bounds(len(made), self.row):
             values = SCRATCH.array("whole", stop - start, np.float32)
             self.value(start, stop, values)
             made[start:stop] = torch.from_numpy(values)
@@ -200,7 +215,7 @@ class Inputs:
         """The base's part of a block: stored bits where they can be used as they are, else float32."""
         if self.base is None:
             return SCRATCH.array("base", 0, np.float32)
-        if self.base.dtype == "BF16" and not self.base.patch and not self._extended:
+        if self.base.dtype == "BF16" and self.base.plain and not self._extended:
             base = SCRATCH.array("base", stop - start, np.uint16)
             self.base.raw(start, stop, base)
             return base
@@ -241,11 +256,11 @@ def inputs_for(base: Read | None, sources: Sequence[Read], wants: Wants | Litera
         wants = "deltas" if base else "values"
     if wants == "either" and all(s.same_weight(sources[0]) for s in sources):
         # Values that share their checkpoint: the shared part is read once and the adapters are added to it.
-        plain = Read(sources[0].source, sources[0].checkpoint, sources[0].name)
+        plain = replace(sources[0], patch=None)
         return Inputs(plain, tuple(sources), "deltas", subtract=False)
     reads = [*([base] if base and wants == "deltas" else []), *sources]
     if all(
-        r.patch is None and r.dtype == reads[0].dtype and r.dtype in RAW and r.shape == reads[0].shape for r in reads
+        r.plain and r.dtype == reads[0].dtype and r.dtype in RAW and r.shape == reads[0].shape for r in reads
     ):
         if wants != "deltas":
             return Inputs(None, tuple(sources), "raw", subtract=False)

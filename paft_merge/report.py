@@ -26,10 +26,12 @@ def plan_json(planned: MergePlan, out: Path | None) -> dict[str, Any]:
         "recipe": planned.recipe.resolved(),
         "arithmetic": planned.recipe.arithmetic,
         "bytes_read": planned.bytes_read,
+        "bytes_on_hub": _on_hub(planned),
         "bytes_written": planned.bytes_written,
         "bytes_free": _free(out),
         "files": {s.file: s.size for s in planned.shards},
         "config": dict(planned.config),
+        "vocabulary": dict(planned.vocabulary.facts) if planned.vocabulary else {},
         "warnings": [str(w) for w in planned.warnings],
         "tensors": [_tensor_json(t) for t in planned.tensors],
     }
@@ -48,13 +50,15 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
 
 def plan_table(planned: MergePlan, out: Path | None) -> None:
     """The plan as a person reads it: what will be done, with what, and what it takes."""
-    console, recipe = _console(), planned.recipe
+    console, recipe = terminal(), planned.recipe
     console.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
     for model in planned.models:
         role = "  (names, order, files, config and tokenizer are its)" if model is planned.donor else ""
         console.print(f"  {escape(model.ref)}{role}", soft_wrap=True)
     where = "float32, rounded once" if recipe.arithmetic == "float32" else "as mergekit does it, in the storage type"
     console.print(f"arithmetic {where} ({recipe.rounding}), seed {recipe.seed}")
+    if planned.vocabulary and (facts := planned.vocabulary.facts):
+        console.print(f"vocabulary of {facts['tokens']:,} tokens in {facts['rows']:,} rows")
     table = _table("tensors", "method", "inputs", "output", "parameters")
     groups = Counter(_kind(t) for t in planned.tensors)
     for (method, inputs, dtype, parameters), count in groups.most_common(12):
@@ -65,7 +69,24 @@ def plan_table(planned: MergePlan, out: Path | None) -> None:
     console.print(table)
     files = f"{len(planned.shards)} file{'s' * (len(planned.shards) != 1)}"
     read, written, free = map(_size, (planned.bytes_read, planned.bytes_written, _free(out)))
-    console.print(f"reads {read}, writes {written} in {files}; {free} are free on that disk")
+    far = _on_hub(planned)
+    where = f" ({_size(far)} of files are on the Hub only)" if far else ""
+    console.print(f"reads {read}{where}, writes {written} in {files}; {free} are free on that disk")
+
+
+def _on_hub(planned: MergePlan) -> int:
+    """Bytes of input files that are on the Hub and not in its cache."""
+    return sum(_far_files(planned).values())
+
+
+def _far_files(planned: MergePlan) -> dict[tuple[Path, str], int]:
+    found: dict[tuple[Path, str], int] = {}
+    for model in planned.models:
+        for checkpoint in (model.checkpoint, *([model.adapter.file] if model.adapter else [])):
+            found |= {(checkpoint.folder, name): size for name, size in checkpoint.far.items()}
+        if isinstance(beneath := getattr(model.checkpoint, "plan", None), MergePlan):
+            found |= _far_files(beneath)
+    return found
 
 
 def _kind(tensor: PlannedTensor) -> tuple[str, str, str, str]:
@@ -108,10 +129,10 @@ def method_table(methods: Mapping[str, Method]) -> None:
     for name, method in methods.items():
         parameters = ", ".join(p.name for p in method.parameters)
         table.add_row(f"[bold]{name}[/]", method.title, method.paper, _computed(method), parameters)
-    _console().print(table)
+    terminal().print(table)
 
 
-def _console() -> Console:
+def terminal() -> Console:
     """As wide as the terminal; wide enough for whole lines where the output goes elsewhere."""
     return Console() if sys.stdout.isatty() else Console(width=160)
 
@@ -133,7 +154,7 @@ def method_details(name: str, methods: Mapping[str, Method]) -> None:
     if name not in methods:
         fix = did_you_mean(name, methods) or f"one of {', '.join(methods)}"
         raise RecipeError.of("RECIPE", name, "is no method here", fix)
-    method, console = methods[name], _console()
+    method, console = methods[name], terminal()
     console.print(f"[bold]{name}[/]: {method.title}, {method.paper}; base {method.base}; computed {_computed(method)}")
     table = _table("parameter", "value", "default", "given", "meaning")
     for p in method.parameters:

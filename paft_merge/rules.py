@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from paft_merge.blocks import Block, Each, Election, Ops, Outcome, Survival, Tally
+from paft_merge.settling import Settling, settling
 from paft_merge.sparsify import EVERYTHING, Trim, drop_survival, rescale_drops, trim_globally, trim_survivals
 
 Combine = Callable[[Block, Any, int], Outcome]
@@ -137,15 +138,24 @@ class Consensus:
     keeps_equals: bool = True
 
     def prepare(self, walk: Walk, deltas: bool) -> Combine:
-        survivals = self._survivals(walk)
-        election = Election(
-            tuple(self.weights[i] for i in walk.active), self.elect, self.tie_positive, self.normalize, self.factor
-        )
+        survivals, election = self._survivals(walk), self._election(walk)
 
         def combine(block: Block, out: Any, key: int) -> Outcome:
             return walk.ops.consensus(block, out, survivals, election, key)
 
         return combine
+
+    def settling(self, walk: Walk) -> Settling | None:
+        """How to merge a tensor in one pass; None where its thresholds must be known before."""
+        thin = [self.thin[i] for i in walk.active]
+        trims = [t for t in thin if isinstance(t, Trim)]
+        if self.rescale or self.fixed is not None or len(trims) < len(thin):
+            return None
+        return settling(trims, self._election(walk), walk.numel, walk.each)
+
+    def _election(self, walk: Walk) -> Election:
+        weights = tuple(self.weights[i] for i in walk.active)
+        return Election(weights, self.elect, self.tie_positive, self.normalize, self.factor)
 
     def over_the_model(self, numel: int, each: Each, ops: Ops) -> Consensus:
         """This rule with thresholds over all tensors together: `numel` entries, every source in every block of `each`."""

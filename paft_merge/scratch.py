@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,21 @@ class Scratch(threading.local):
 
     def __init__(self) -> None:
         self.held: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+        self.levels = [self.held]
+        self.depth = 0
+
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        """Inside, names mean other arrays: a merge within a merge leaves the outer one's alone."""
+        self.depth += 1
+        if self.depth == len(self.levels):
+            self.levels.append({})
+        self.held = self.levels[self.depth]
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            self.held = self.levels[self.depth]
 
     def array(self, name: str, shape: int | tuple[int, ...], dtype: Any) -> Any:
         """An uninitialised `shape` array of `dtype`, 64-byte aligned so that products give the same bits every time."""

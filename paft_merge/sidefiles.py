@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from paft_merge import kernels
+from paft_merge import kernels, scales
 from paft_merge.bridge import WholeTensor
+from paft_merge.card import about, licence, model_card
 from paft_merge.checkpoint import Checkpoint
 from paft_merge.errors import Problem
-from paft_merge.hub import SIDE_FILES, is_repository
+from paft_merge.hub import SIDE_FILES, is_repository, snapshot_of
+from paft_merge.manifest import FORMAT, MANIFEST
 from paft_merge.output import Finished
 from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
-
-MANIFEST = "merge_manifest.json"
-FORMAT = "paft_merge.manifest/1"
+from paft_merge.vocabulary import TOKENIZER_FILES
 
 _NOT_COPIED = (
     "*.index.json", "adapter_config.json", "trainer_state.json", "training_args*", "all_results.json", "*_results.json",
@@ -31,11 +31,14 @@ _NOT_COPIED = (
 )  # fmt: skip
 _CODE = "*.py"
 
-_SAMPLE_BYTES = 4096
-
 
 def side_files(
-    plan: MergePlan, finished: Mapping[str, Finished], *, trust_remote_code: bool = False, card: bool = True
+    plan: MergePlan,
+    finished: Mapping[str, Finished],
+    *,
+    trust_remote_code: bool = False,
+    card: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes | Path]:
     """Everything but the shards and their index: name in the output to content, or to the file to copy.
 
@@ -44,6 +47,7 @@ def side_files(
         finished: every tensor as it was written.
         trust_remote_code: copy the donor's Python files too, which transformers would run when told to.
         card: write a model card (README.md).
+        options: what was asked for beside the recipe, for the manifest.
     """
     folder = plan.donor.checkpoint.folder
     copied = (*SIDE_FILES, _CODE) if trust_remote_code else SIDE_FILES
@@ -52,15 +56,61 @@ def side_files(
         for f in sorted(folder.iterdir())
         if f.is_file() and any(fnmatch(f.name, p) for p in copied) and not any(fnmatch(f.name, p) for p in _NOT_COPIED)
     }
+    if plan.donor.checkpoint.file:  # a file of tensors, whose neighbours need not belong to it
+        files = {}
     templates = folder / "additional_chat_templates"
-    if templates.is_dir():
+    if templates.is_dir() and not plan.donor.checkpoint.file:
         files |= {f"{templates.name}/{f.name}": f for f in sorted(templates.glob("*.jinja"))}
-    if plan.donor.checkpoint.config:
+    if plan.vocabulary:
+        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | {**plan.vocabulary.files}
+    if plan.donor.checkpoint.config and not plan.donor.checkpoint.file:
         files["config.json"] = _json({**plan.donor.checkpoint.config, **plan.config})
-    files[MANIFEST] = _json(manifest(plan, finished))
+    document = manifest(plan, finished, options or {})
+    document["files"] = {name: _digest_of(content) for name, content in sorted(files.items())}
+    files[MANIFEST] = _json(document)
     if card:
-        files["README.md"] = model_card(plan, finished).encode()
+        files["README.md"] = model_card(document).encode()
     return files
+
+
+def _digest_of(content: bytes | Path) -> str:
+    return xxhash.xxh3_128_hexdigest(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def origins(plan: MergePlan) -> list[dict[str, Any]]:
+    """Where every model and adapter came from: `path` and `revision` as written, the repository's commit if it is one
+    of the Hub's, and what its card says of its licence and data."""
+    found: dict[tuple[str, str | None, str], dict[str, Any]] = {}
+
+    def add(path: str, revision: str | None, kind: str, folder: Path, *, donor: bool = False) -> None:
+        place = snapshot_of(folder) if is_repository(path) and not Path(path).expanduser().exists() else None
+        hub = {"repo_id": path, "commit": place[1]} if place else {}
+        entry = {"path": path, "revision": revision, "kind": kind, **hub, **({"donor": True} if donor else {})}
+        found.setdefault((path, revision, kind), entry | ({"card": said} if (said := about(folder)) else {}))
+
+    def walk(plan: MergePlan, top: bool) -> None:
+        refs = {str(ref): ref for ref in plan.recipe.references}
+        for model in plan.models:
+            ref = refs[model.ref]
+            if isinstance(beneath := getattr(model.checkpoint, "plan", None), MergePlan):
+                walk(beneath, top=False)
+            else:
+                add(ref.path, ref.revision, "model", model.checkpoint.folder, donor=top and model is plan.donor)
+            if ref.lora and model.adapter:
+                add(ref.lora, ref.lora_revision, "adapter", model.adapter.folder)
+
+    walk(plan, top=True)
+    return list(found.values())
+
+
+def documents(plan: MergePlan) -> list[dict[str, Any]]:
+    """The other documents of the recipe's file that the merge is made of, each after those it is made of itself."""
+    found: dict[str, dict[str, Any]] = {}
+    for model in plan.models:
+        if isinstance(beneath := getattr(model.checkpoint, "plan", None), MergePlan):
+            found |= {str(one.get("name")): one for one in documents(beneath)}
+            found[str(beneath.recipe.name)] = beneath.recipe.resolved()
+    return list(found.values())
 
 
 def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
@@ -73,6 +123,11 @@ def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
         return [Problem("REMOTE_CODE", plan.donor.ref, f"its {', '.join(files)} are copied, and not run", "read them")]
     what = f"its config.json names code of its own, and {', '.join(files)} are not copied"
     return [Problem("REMOTE_CODE", plan.donor.ref, what, "pass --trust-remote-code to copy them; they are never run")]
+
+
+def licence_notice(plan: MergePlan) -> list[Problem]:
+    """A warning when the sources state different licences."""
+    return licence({"sources": origins(plan)})[1]
 
 
 def _json(data: Any) -> bytes:
@@ -99,32 +154,24 @@ def identity(plan: MergePlan, device: str) -> dict[str, Any]:
         "inputs": {m.ref: _fingerprint(m) for m in plan.models},
         "versions": versions(plan),
         "files": {s.file: s.size for s in plan.shards},
+        **({"vocabulary": plan.vocabulary.digest()} if plan.vocabulary else {}),
     }
 
 
 def _fingerprint(model: Model) -> dict[str, Any]:
     """What tells a model from others: sizes, times, digests of headers and configs, a sample of the data."""
     found = {"checkpoint": _fingerprint_of(model.checkpoint, model.checkpoint.config)}
-    for name in model.adapter.fingerprint() if model.adapter else ():
-        assert model.adapter is not None
-        with Checkpoint.open(model.adapter.folder / name) as file:
-            found["adapter"] = _fingerprint_of(file, model.adapter.config)
+    if model.adapter:
+        found["adapter"] = _fingerprint_of(model.adapter.file, model.adapter.config)
     return found
 
 
 def _fingerprint_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
     digest = xxhash.xxh3_128_hexdigest(json.dumps(config, sort_keys=True).encode())
-    return {"files": checkpoint.fingerprint(), "config": digest, "sample": _sample(checkpoint)}
-
-
-def _sample(checkpoint: Checkpoint) -> str:
-    """XXH3-128 of the first 4 KiB of every tensor: headers of fine-tunes are equal, their first weights hardly ever are."""
-    digest = xxhash.xxh3_128()
-    for name, info in checkpoint.tensors.items():
-        held = bytearray(min(info.nbytes, _SAMPLE_BYTES))
-        checkpoint.read_into(name, 0, held)
-        digest.update(held)
-    return digest.hexdigest()
+    found: dict[str, Any] = {"files": checkpoint.fingerprint(), "config": digest}
+    if not checkpoint.far:  # an etag stands for all bytes, and a sample would be a request a tensor
+        found["sample"] = checkpoint.sample()
+    return found
 
 
 def _without_times(found: Any) -> Any:
@@ -134,17 +181,28 @@ def _without_times(found: Any) -> Any:
     return found
 
 
-def manifest(plan: MergePlan, finished: Mapping[str, Finished]) -> dict[str, Any]:
+def manifest(
+    plan: MergePlan, finished: Mapping[str, Finished], options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """`merge_manifest.json`: how these bytes came to be, and what was measured on the way.
 
     Per tensor: `method`, `digest` (XXH3-128 over the XXH3-128 of each `block_bytes`), the parameters, and per source the
     counts and norms of its delta: `zeros`, entries `below_` four thresholds, `kept` by trimming or dropping, `elected`;
-    `max`, `l1`, `l2`, and the shares of `l2` squared that were kept and elected; null for what is not finite.
+    `max`, `l1`, `l2`, `hoyer`, and the shares of `l2` squared that were kept and elected; null for what is not finite.
+    `totals` has the same of every source over all tensors, and `weighted_l2`, the norm of weight * delta; `warnings` what
+    they show to be odd. docs/audit.md says what only an audit measures. `sources` says where everything came from,
+    `options` what was asked for beside the recipe, `documents` the other recipes of its file, `files` the XXH3-128 of
+    what stands beside the weights.
     """
+    measured = totals(plan, finished)
     return {
         "format": FORMAT,
         "complete": True,
         "recipe": plan.recipe.resolved(),
+        "recipe_text": plan.recipe.text,
+        **({"documents": beneath} if (beneath := documents(plan)) else {}),
+        "options": dict(options or {}),
+        "sources": origins(plan),
         "seed": plan.recipe.seed,
         "arithmetic": plan.recipe.arithmetic,
         "rounding": plan.recipe.rounding,
@@ -152,7 +210,9 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished]) -> dict[str, Any
         "donor": plan.donor.ref,
         "inputs": _without_times({m.ref: _fingerprint(m) for m in plan.models}),
         "versions": versions(plan),
-        "totals": totals(plan, finished),
+        **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),
+        "totals": measured,
+        "warnings": [str(problem) for problem in scales.measured(measured)],
         "tensors": {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors},
     }
 
@@ -169,7 +229,7 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
     sources = []
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None
-        measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row])
+        measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.numel)
         kind = "none" if row is None else read.patch.kind if read.patch else "checkpoint"
         sources.append({"source": read.source, "delta": kind, **measured})
     for source, parameters in zip(sources, tensor.parameters.get("sources", ()), strict=False):
@@ -177,15 +237,17 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
     return entry | {"parameters": {k: v for k, v in tensor.parameters.items() if k != "sources"}, "sources": sources}
 
 
-def measured_row(counts: Any, sums: Any) -> dict[str, Any]:
-    """One row of a tally as the manifest writes it; {} when nothing was measured (values, not deltas)."""
+def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:
+    """One row of a tally over so many entries as the manifest writes it; {} when nothing was measured (values, not deltas)."""
     if not sums[0] and not counts[0]:
         return {}
     row = {name: int(value) for name, value in zip(kernels.COUNTS, counts, strict=True) if name != "max_bits"}
     largest = float(np.uint32(counts[-1]).view(np.float32))
     l1, square, kept, elected = (float(s) for s in sums)
     shares = {"kept_energy": kept / square if square else 0.0, "elected_energy": elected / square if square else 0.0}
-    measured = {"max": largest, "l1": l1, "l2": square**0.5, **shares}
+    l2, root = square**0.5, entries**0.5
+    hoyer = (root - l1 / l2) / (root - 1) if l2 and entries > 1 else math.nan
+    measured = {"max": largest, "l1": l1, "l2": l2, "hoyer": hoyer, **shares}
     return {**row, **{key: value if math.isfinite(value) else None for key, value in measured.items()}}
 
 
@@ -195,6 +257,7 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
     found = []
     for name in names:
         counts, sums, entries = np.zeros(len(kernels.COUNTS), np.int64), np.zeros(len(kernels.SUMS)), 0
+        weighted = 0.0
         for tensor in plan.tensors:
             done = finished[tensor.name]
             for row, i in enumerate(done.active):
@@ -202,39 +265,10 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
                     largest = max(counts[-1], done.counts[row][-1])
                     counts, sums, entries = counts + done.counts[row], sums + done.sums[row], entries + tensor.numel
                     counts[-1] = largest
-        found.append({"source": name, "entries": entries, **measured_row(counts, sums)})
+                    weighted += scales.weight_of(tensor, i) ** 2 * float(done.sums[row][kernels.SUMS.index("square")])
+        row_of_all = measured_row(counts, sums, entries)
+        if row_of_all:
+            row_of_all["weighted_l2"] = weighted**0.5 if math.isfinite(weighted) else None
+        found.append({"source": name, "entries": entries, **row_of_all})
     return found
 
-
-def model_card(plan: MergePlan, finished: Mapping[str, Finished]) -> str:
-    """README.md with the metadata that mergekit writes, the recipe, and what was measured."""
-    import yaml
-
-    refs = [ref for m in plan.recipe.references for ref in (m.path, m.lora) if ref]
-    hub = [ref for ref in dict.fromkeys(refs) if is_repository(ref) and not Path(ref).exists()]
-    data: dict[str, Any] = {"base_model": hub} if hub else {}
-    data |= {"library_name": "transformers", "tags": ["mergekit", "merge", "paft"]}
-    metadata = yaml.safe_dump(data, sort_keys=False)
-    made = "Made by [paft_merge](https://pypi.org/project/paft-merge/) with the method"
-    lines = ["---", metadata.strip(), "---", "", "# Merged model", "", f"{made} `{plan.recipe.merge_method}`.", ""]
-    lines += ["## Sources", "", *(f"- `{m.ref}`" + (" (base)" if m is plan.donor else "") for m in plan.models), ""]
-    lines += [*_measured_table([row for row in totals(plan, finished) if row.get("l2")])]
-    lines += ["## Recipe", "", "```yaml", plan.recipe.text.strip(), "```", ""]
-    lines += [f"`{MANIFEST}` holds every tensor's parameters, counts and digest.", ""]
-    return "\n".join(lines)
-
-
-def _measured_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    head = ["| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
-    body = [
-        f"| `{r['source']}` | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} "
-        f"| {r['l2']:.4g} |"
-        for r in rows
-    ]
-    return ["## What was merged", "", *head, *body, ""]
-
-
-def _share(row: Mapping[str, Any], key: str) -> str:
-    return f"{row[key] / row['entries']:.1%}" if row["entries"] else "-"

@@ -22,8 +22,14 @@ from paft_merge.kernels import BINS
 _ALL_BITS = 0x7F800000
 """Bits of infinity: every finite magnitude is below."""
 
+_SAMPLE_STEP = 2
+"""Of the sampled rows, one entry in this many is looked at: entries of a row are more alike than rows are."""
+
+_SAMPLE_ERRORS = 3.5
+"""Half the width of a guessed bracket, in standard errors of the sampled share between tiles. A miss costs one more pass."""
+
 _SAMPLE_MARGIN = 0.01
-"""Half the width of a bracket that is guessed from a sample, as a share of the entries. A miss costs one more pass."""
+"""Half the width of a guessed bracket, as a share of the entries, where tiles are too few to tell the standard error."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,35 @@ def trim_globally(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, re
     search = _GlobalSearch(trims, numel, each, ops, norms=True)
     survivals = [search.survival(i) for i in range(len(trims))]
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
+
+
+def draw_sample(each: Each, ops: Ops) -> list[Any]:
+    """Magnitudes of about one entry in 32 of every tile: `[n, K]` uint32 each."""
+    return each(lambda block: ops.sample(block, _SAMPLE_STEP), sample=True)
+
+
+def guess_bracket(tiles: Sequence[Any], share: float) -> tuple[int, int]:
+    """Lowest bits and number of bits of a range that very likely holds the magnitude that `share` of all entries reach.
+
+    Args:
+        tiles: one source's sampled magnitudes, tile by tile.
+        share: in (0, 1).
+    """
+    every = np.concatenate(tiles)
+
+    def at(place: float) -> int:
+        rank = max(every.size - 1 - int(place), 0)
+        every.partition(rank)
+        return int(every[rank])
+
+    margin = _SAMPLE_MARGIN
+    if len(tiles) >= 8:
+        centre = max(at(share * every.size), 1)
+        reached = [np.count_nonzero(tile >= centre) / tile.size for tile in tiles]
+        margin = max(_SAMPLE_ERRORS * float(np.std(reached, ddof=1)) / math.sqrt(len(tiles)), _SAMPLE_MARGIN / 10)
+    high = at((share - margin) * every.size) if share > margin else _ALL_BITS - 1
+    low = max(at((share + margin) * every.size), 1) if share + margin < 1 else 1
+    return low, max(high, low) - low + 1
 
 
 def l1_of_bins(counts: Counts, lows: Counts) -> Sums:
@@ -290,7 +325,7 @@ class _Search:
         ties = equal if self.every_tie or not rank else min(rank - count, equal)
         return count + ties, mass + ties * _value(low)
 
-    def _histogram(self, *, sample: bool = False, norms: bool = False) -> tuple[Counts, Counts]:
+    def _histogram(self, *, norms: bool = False) -> tuple[Counts, Counts]:
         n, lock = len(self.trims), Lock()
         counts, lows = np.zeros((n, BINS), np.int64), np.zeros((n, BINS if norms else 0), np.int64)
 
@@ -300,7 +335,7 @@ class _Search:
                 np.add(counts, some, out=counts)
                 np.add(lows, low, out=lows)
 
-        self.each(work, sample=sample)
+        self.each(work)
         return counts, lows
 
     def _find(self, ranks: dict[int, int]) -> None:
@@ -321,15 +356,8 @@ class _Search:
         """A range of bits for each rank: from a sample, or all of them where the tensor is no larger than two tiles."""
         if self.each.tiles <= 2:
             return dict.fromkeys(ranks, (1, _ALL_BITS - 1))
-        counts, _ = self._histogram(sample=True)
-        ranges = {}
-        for i, rank in ranks.items():
-            seen, share = int(counts[i].sum()), rank / self.numel
-            high = _bin_of(counts[i], max(1, math.floor((share - _SAMPLE_MARGIN) * seen)))
-            low = _bin_of(counts[i], math.ceil((share + _SAMPLE_MARGIN) * seen))
-            start = _bin_range(low)[0]
-            ranges[i] = start, sum(_bin_range(high)) - start
-        return ranges
+        sample = draw_sample(self.each, self.ops)
+        return {i: guess_bracket([tile[i] for tile in sample], rank / self.numel) for i, rank in ranks.items()}
 
     def _gather(self, ranges: dict[int, tuple[int, int]]) -> dict[int, _Bracket]:
         """Read the tensor once and collect, for some sources, the magnitudes in a range of bits."""

@@ -26,6 +26,10 @@ class TorchOps:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def sample(self, block: Block, step: int) -> Any:
+        bits = _bits(self._deltas(block)[:, ::step].contiguous()) & _MAGNITUDE
+        return bits.cpu().numpy().astype(np.uint32)
+
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
         bits = _bits(self._deltas(block)) & _MAGNITUDE
         counts, low = [], []

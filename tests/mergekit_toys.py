@@ -29,8 +29,8 @@ CONFIG = {
 }  # fmt: skip
 
 
-def llama_state(seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
-    """Every tensor of a two-layer Llama."""
+def llama_state(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> State:
+    """Every tensor of a small Llama."""
     made = torch.Generator().manual_seed(seed)
     half = HIDDEN // 2
     layer = {
@@ -39,15 +39,17 @@ def llama_state(seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
         "mlp.down_proj": (HIDDEN, MIDDLE), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
     }  # fmt: skip
     shapes = {"model.embed_tokens": (VOCABULARY, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (VOCABULARY, HIDDEN)}
-    shapes |= {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
     return {f"{name}.weight": (torch.randn(shape, generator=made) * 0.02).to(dtype) for name, shape in shapes.items()}
 
 
-def llama_family(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1) -> dict[str, Path]:
+def llama_family(
+    folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1, layers: int = LAYERS
+) -> dict[str, Path]:
     """A base and three fine-tunes of it, of different sizes of change."""
-    base = llama_state(0, dtype)
+    base, config = llama_state(0, dtype, layers), {**CONFIG, "num_hidden_layers": layers}
     states = {"base": base, "x": near(base, 1), "y": near(base, 2, 2e-3), "z": near(base, 3, 5e-4)}
-    return {name: save_checkpoint(folder / name, state, shards, CONFIG) for name, state in states.items()}
+    return {name: save_checkpoint(folder / name, state, shards, config) for name, state in states.items()}
 
 
 def mergekit_merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> State:

@@ -56,7 +56,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "IA3": ({"peft_type": "IA3"}, "ADAPTER_UNSUPPORTED: peft_type: IA3"),
     "OFT": ({"peft_type": "OFT"}, "ADAPTER_UNSUPPORTED: peft_type: OFT"),
     "VeRA": ({"peft_type": "VERA"}, "ADAPTER_UNSUPPORTED: peft_type: VERA"),
-    "SHiRA": ({"peft_type": "SHIRA"}, "ADAPTER_UNSUPPORTED: peft_type: SHIRA"),
     "no type": ({"peft_type": None}, "ADAPTER_CONFIG: peft_type"),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "ADAPTER_UNSUPPORTED: alora_invocation_tokens"),
     "Arrow": ({"arrow_config": {"top_k": 2}}, "ADAPTER_UNSUPPORTED: arrow_config"),

@@ -411,14 +411,12 @@ def test_a_key_that_is_misspelt_is_a_warning_and_with_strict_an_error(models: Mo
     [{"tokenizer_source": "union"}, {"chat_template": "chatml"}, {"tokenizer": {"source": "base"}}],
     ids=lambda extra: next(iter(extra)),
 )
-def test_what_has_no_plan_yet_is_refused_and_not_left_out(
-    extra: dict[str, Any], models: Models, tmp_path: Path
-) -> None:
+def test_a_tokenizer_is_asked_of_models_that_have_none(extra: dict[str, Any], models: Models, tmp_path: Path) -> None:
     result = paft("merge", write_recipe(tmp_path / "r.yaml", sound(models, **extra)), tmp_path / "out")
-    if result.exit_code == 0:
-        pytest.skip("it has a plan now")
-    assert f"error[UNSUPPORTED]: {tmp_path}/r.yaml:" in result.stderr
-    assert next(iter(extra)) in result.stderr
+    assert result.exit_code == 1
+    assert f"{models['base']}" in result.stderr
+    assert "has no tokenizer" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_crimes_are_merged_when_allowed(models: Models, tmp_path: Path) -> None:

@@ -17,17 +17,22 @@ PACKAGE = Path(paft_merge.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"errors", "kernels", "scratch", "methods.parameters"},
-    {"headers", "hub", "mixing", "unpickle", "bridge"},
+    {"headers", "mixing", "unpickle", "bridge"},
     {"checkpoint", "casting", "shards", "blocks"},
-    {"agreement", "adapters", "output", "sparsify", "torch_ops"},
-    {"rules", "device"},
-    {"reading", "angles", "entries", "ranks", "tensors"},
-    {"methods"},
+    {"agreement", "scales", "adapters", "output", "sparsify", "torch_ops"},
+    {"settling", "device", "manifest"},
+    {"rules"},
+    {"reading", "angles", "entries", "ranks", "tensors", "hub", "card"},
+    {"methods", "gathering"},
     {"recipe"},
+    {"vocabulary"},
     {"plan", "training"},
-    {"engine", "sidefiles", "report", "plugin"},
+    {"engine", "sidefiles", "sources", "report", "plugin", "explain", "graph"},
     {"api"},
-    {"auditing"},
+    {"reproduce"},
+    {"auditing", "evaluating"},
+    {"pipeline"},
+    {"tuning", "starter"},
     {"cli"},
 ]
 """Every room, and how high it stands. A folder is one room; `methods.parameters` is the part of `methods` that all know."""
@@ -38,11 +43,14 @@ ONLY_IN = {
     "datasets": {"training"},
     "huggingface_hub": {"hub"},
     "numba": {"kernels", "mixing", "auditing"},
-    "matplotlib": {"auditing"},
+    "lm_eval": {"evaluating"},
+    "matplotlib": {"auditing", "card", "tuning"},
+    "optuna": {"tuning"},
     "click": {"cli", "auditing", "training", "plugin"},
+    "jinja2": {"vocabulary"},
     "rich": {"cli", "report", "auditing"},
-    "yaml": {"recipe", "sidefiles", "plugin", "training"},
-    "pydantic": {"recipe", "training", "auditing", "plugin"},
+    "yaml": {"recipe", "card", "plugin", "training"},
+    "pydantic": {"recipe", "training", "auditing", "plugin", "evaluating", "pipeline"},
 }
 """Packages that some rooms alone may import."""
 

@@ -680,7 +680,7 @@ def test_a_config_says_what_the_merge_changed_and_nothing_else(tmp_path: Path) -
 
 
 def test_a_grown_vocabulary_and_a_cut_tie_are_in_the_config() -> None:
-    from paft_merge.plan import _changes
+    from paft_merge.plan.config import _changes
 
     config = {
         "vocab_size": 40,

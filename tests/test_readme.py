@@ -22,6 +22,13 @@ def test_the_table_of_methods_is_that_of_the_code() -> None:
     assert with_table(README) == README, "run python tools/readme_methods.py"
 
 
+def test_the_table_of_the_language_has_every_key() -> None:
+    import readme_language
+
+    assert readme_language.with_table(README) == README, "run python tools/readme_language.py"
+    assert list(readme_language.TEXTS) == readme_language.keys()
+
+
 def test_files_that_the_readme_links_to_are_there() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
     assert links

@@ -49,6 +49,19 @@ def test_json_lines_json_parquet_and_saved_sets_give_the_same_rows(tmp_path):
     assert len({fingerprint(load_rows([DataSpec(path=n)], tmp_path)) for n in ("a.jsonl", "c.parquet", "d")}) == 1
 
 
+def test_a_folder_as_on_the_hub_loads_by_its_card(tmp_path):
+    card = (
+        "---\nconfigs:\n- config_name: chat\n  data_files:\n  - {split: train_sft, path: data/train-*.parquet}\n---\n"
+    )
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "README.md").write_text(card)
+    dataset([{"text": f"w{i}"} for i in range(4)]).to_parquet(tmp_path / "set/data/train-00000-of-00001.parquet")
+    source = DataSpec(path="set", name="chat", split="train_sft[:3]")
+    assert load_rows([source], tmp_path)["text"][:] == ["w0", "w1", "w2"]
+    with pytest.raises(TrainError, match="set: cannot be loaded"):
+        load_rows([DataSpec(path="set", name="chat", split="test_sft")], tmp_path)
+
+
 def test_every_source_that_cannot_be_read_is_told_at_once(tmp_path):
     (tmp_path / "x.txt").write_text("hello")
     sources = [DataSpec(path="nowhere.jsonl"), DataSpec(path="x.txt")]
@@ -103,6 +116,10 @@ def test_an_empty_split_and_a_missing_template_are_refused():
     with pytest.raises(TrainError, match="no chat template") as caught:
         check_rows(chat, spec(), tokenizer(chat=False))
     assert codes(caught) == ["TEMPLATE"]
+    marks = tokenizer(pad=False)
+    marks.eos_token = None
+    with pytest.raises(TrainError, match="neither a pad nor an eos token"):
+        check_rows(texts(), spec(), marks)
     with pytest.raises(TrainError, match="assistant_only_loss needs conversations"):
         check_rows(texts(), spec(training={"assistant_only_loss": True}), tokenizer())
 
@@ -155,12 +172,20 @@ def test_cut_rows_and_a_missing_pad_token_are_warnings_in_the_record(tmp_path):
 
 
 def test_an_unknown_target_a_training_typo_and_a_bad_loss_are_refused_before_training(tmp_path):
-    def start(**section):
-        train_adapter(tiny_llama(), section, tmp_path / "x", rows=preferences(), tokenizer=tokenizer(), base_name="toy")
+    def start(eval_rows=None, **section):
+        options = {"eval_rows": eval_rows, "tokenizer": tokenizer(), "base_name": "toy"}
+        train_adapter(tiny_llama(), section, tmp_path / "x", rows=preferences(), **options)
 
     with pytest.raises(TrainError, match="did you mean 'q_proj'") as caught:
         start(objective="dpo", data="m", lora={"target_modules": ["q_porj", "v_proj", "lm_head"]}, training=FAST)
     assert codes(caught) == ["TARGET", "TARGET"]
+    for pattern, message in (("q_proj", "no module of the base matches"), ("(q", "is no regular expression")):
+        with pytest.raises(TrainError, match=message) as caught:
+            start(objective="dpo", data="m", lora={"target_modules": pattern}, training=FAST)
+        assert codes(caught) == ["TARGET"]
+    eval_rows = dataset([{"prompt": "w1", "chosen": "w2"}])
+    with pytest.raises(TrainError, match=r"eval_data: objective dpo needs chosen.rejected"):
+        start(objective="dpo", data="m", eval_rows=eval_rows, training=FAST)
     with pytest.raises(TrainError, match="did you mean 'learning_rate'") as caught:
         start(objective="dpo", data="m", training={"lerning_rate": 1, "loss_type": ["sigmod"], "betta": 1})
     assert codes(caught) == ["TRAINING"] * 3

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +155,41 @@ def test_the_command_of_a_child_is_accelerates_with_its_own_port():
     assert command[command.index("--main_process_port") + 1] == "1234"
     assert command[-6:] == ("-m", "paft_merge.training.launch", "r.yaml", "out", "sft", "--resume")
     assert 1024 <= free_port() < 65536
+
+
+FSDP = """
+distributed_type: FSDP
+mixed_precision: bf16
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_state_dict_type: FULL_STATE_DICT}
+"""
+
+
+def test_an_adapter_on_several_gpus_is_launched_as_its_accelerate_config_says(tmp_path):
+    from accelerate.commands.config import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    (tmp_path / "fsdp.yaml").write_text(FSDP)
+    section = {"objective": "sft", "data": "x", "processes": 4, "accelerate_config": "fsdp.yaml"}
+    command = command_for("sft", read_adapter(section), tmp_path / "r.yaml", tmp_path / "out", False, 1234)
+    parsed = launch_command_parser().parse_args(command[3:])
+    assert load_config_from_file(parsed.config_file).fsdp_config["fsdp_version"] == 2
+    assert (parsed.num_processes, parsed.main_process_port, parsed.multi_gpu) == (4, 1234, False)
+    assert (parsed.mixed_precision, parsed.dynamo_backend) == (None, None)  # what the file says goes
+    assert (parsed.module, parsed.training_script) == (True, "paft_merge.training.launch")
+    assert parsed.training_script_args == [str(tmp_path / "r.yaml"), str(tmp_path / "out"), "sft"]
+    plain = launch_command_parser().parse_args(
+        command_for(
+            "sft", read_adapter({"objective": "sft", "data": "x", "processes": 2}), Path("r"), Path("o"), True, 1
+        )[3:]
+    )
+    assert (plain.num_processes, plain.multi_gpu, plain.mixed_precision) == (2, True, "no")
+
+
+def test_an_accelerate_config_that_is_not_there_stops_before_anything_is_launched(tmp_path):
+    path = recipe(tmp_path, third={"objective": "sft", "data": "x", "accelerate_config": "fsdp.yaml"})
+    with pytest.raises(TrainError, match=r"third: accelerate_config: there is no file fsdp.yaml"):
+        train(path, tmp_path / "out", schedule="processes")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -161,22 +161,48 @@ def test_frobenius_needs_no_dense_delta():
     assert frobenius(f) == pytest.approx((f.scale * f.b_OR @ f.a_RI).norm().item(), rel=1e-6)
 
 
-def test_the_controller_reaches_a_target_on_a_slow_plant_and_freezes():
-    controller, sparsity = Controller(target=0.9, strength=1e-4), 0.1
-    for step in range(200):
-        wanted = 1 / (1 + (1e-3 / controller.strength) ** 2)
-        sparsity += 0.2 * (wanted - sparsity)
-        controller.update(sparsity, step / 200)
-    assert abs(sparsity - 0.9) < 0.02
+SCHEDULES = {"cosine": lambda at: (1 + math.cos(math.pi * at)) / 2, "linear": lambda at: 1 - at}
+
+
+def plant(target, start, schedule, looks=100):
+    """A sparsity that follows the strength as slowly as the learning rate lets it; the controller's and its last one."""
+    controller, sparsity = Controller(target=target, strength=start), 0.1
+    for look in range(1, looks + 1):
+        lr = SCHEDULES[schedule](look / looks)
+        wanted = 1 / (1 + 1e-3 / controller.strength)
+        sparsity += 0.2 * lr * (wanted - sparsity)
+        controller.update(sparsity, 2e-4 * lr, look / looks)
+    return controller, sparsity
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("start", [1e-4, 1e-3, 5e-3])
+@pytest.mark.parametrize("target", [0.3, 0.6, 0.9])
+def test_the_controller_reaches_a_target_on_a_slow_plant_and_freezes(target, start, schedule):
+    controller, sparsity = plant(target, start, schedule)
+    assert abs(sparsity - target) < 0.02
     assert controller.frozen
     before = controller.strength
-    assert controller.update(0.1, 1.0) == before
+    assert controller.update(0.1, 1e-6, 1.0) == before
+
+
+def test_a_controller_that_never_moved_misses():
+    assert abs(plant(0.6, 1e-3, "cosine")[1] - 0.6) < 0.02 < abs(plant_of_one_strength(1e-3) - 0.6)
+
+
+def plant_of_one_strength(strength):
+    sparsity = 0.1
+    for look in range(1, 101):
+        sparsity += 0.2 * SCHEDULES["cosine"](look / 100) * (1 / (1 + 1e-3 / strength) - sparsity)
+    return sparsity
 
 
 def test_the_controllers_state_round_trips():
     controller = Controller(target=0.9, strength=1e-4)
-    controller.update(0.3, 0.1)
-    assert Controller(**controller.state()) == controller
+    controller.update(0.3, 1e-4, 0.1)
+    again = Controller(**controller.state())
+    assert again == controller
+    assert again.update(0.4, 5e-5, 0.2) == controller.update(0.4, 5e-5, 0.2)
 
 
 def test_a_model_without_the_adapter_is_refused():

@@ -7,7 +7,18 @@ import json
 
 import pytest
 import torch
-from train_toys import FAST, THEIR_WARNINGS, dataset, preferences, pretrained, sentences, texts, tiny_llama, tokenizer
+from train_toys import (
+    FAST,
+    THEIR_WARNINGS,
+    dataset,
+    preferences,
+    pretrained,
+    saved,
+    sentences,
+    texts,
+    tiny_llama,
+    tokenizer,
+)
 
 from paft_merge.errors import TrainError
 from paft_merge.training import train_adapter
@@ -132,6 +143,21 @@ def test_the_penalty_is_logged_apart_and_absent_from_both_losses(base, tmp_path)
     assert "sparsity/below_1e-5" in plain
     losses = [record_of(tmp_path / name)["run"]["eval_loss"] for name in ("plain", "sparse")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_the_norms_of_both_gradients_are_logged_apart(base, tmp_path, objective, accumulate):
+    plain = gradients(base, tmp_path / "plain", objective, accumulate, None)
+    sparse = gradients(base, tmp_path / "sparse", objective, accumulate, {"strength": 0.01})
+    line = lines_of(tmp_path / "sparse")[0]
+    task = sum(g.square().sum().item() for g in plain.seen.values()) ** 0.5
+    penalty = 0.01 * sum(g.square().sum().item() for g in sparse.penalty.values()) ** 0.5
+    both = sum(g.square().sum().item() for g in sparse.seen.values()) ** 0.5
+    assert line["l1/grad_norm"] == pytest.approx(penalty, rel=1e-4)
+    assert line["l1/task_grad_norm"] == pytest.approx(task, rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(both, rel=1e-4)
+    assert "l1/grad_norm" not in lines_of(tmp_path / "plain")[0]
 
 
 def test_dpo_takes_the_base_as_its_reference_and_orpo_takes_none(base, tmp_path):
@@ -279,6 +305,53 @@ def test_trimming_writes_a_sparse_adapter_that_peft_loads(base, tmp_path):
     assert record_of(out)["delta"]["exact_zero"] == pytest.approx(0.9, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_a_trimmed_adapter_with_a_trained_module_merges_and_audits_as_peft_merges_it(base, tmp_path):
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    from paft_merge import merge
+    from paft_merge.auditing import audit
+
+    folder = saved(tmp_path / "base", base)
+    section = spec(steps=3, trim={"density": 0.1})
+    section["lora"]["modules_to_save"] = ["lm_head"]
+    out = train_adapter(base, section, tmp_path / "sft", rows=texts(), tokenizer=tokenizer(), base_name=folder)
+    recipe = {
+        "merge_method": "task_arithmetic", "base_model": folder,
+        "models": [{"model": f"{folder}+{out}", "parameters": {"weight": 1.0}}],
+    }  # fmt: skip
+    ours = load_file(merge(recipe, tmp_path / "merged") / "model.safetensors")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(out)).merge_and_unload().state_dict()
+    before = base.state_dict()
+    moved = [name for name in ours if not torch.equal(ours[name], before[name])]
+    assert len(moved) == 15
+    assert "lm_head.weight" in moved
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=0)
+    measured = audit(out).sources[0]
+    zeros = {t.name: t.measure.zero_share for t in measured.tensors}
+    assert len(zeros) == 14
+    assert all(0.899 < share < 0.903 for share in zeros.values())
+    matrices = {m["name"] + ".weight": m["exact_zero"] for m in record_of(out)["delta"]["matrices"]}
+    assert zeros == pytest.approx(matrices)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"lora": {"r": 2, "target_modules": ["embed_tokens", "q_proj"]}, "trim": {"density": 0.1}}, "no linear layer"),
+        ({"lora": {"r": 2}, "trim": {"density": 0.9}}, "more entries than the matrix"),
+    ],
+)
+def test_what_the_sparse_format_cannot_hold_is_refused_before_training(base, tmp_path, more, message):
+    with pytest.raises(TrainError, match=message) as caught:
+        train_adapter(base, spec() | more, tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    assert {problem.code for problem in caught.value.problems} == {"TRIM"}
+    assert not (tmp_path / "x.part").exists()
+    assert not hasattr(base, "peft_config")
+
+
 def test_prox_gives_exact_zeros_and_the_penalty_none(base, tmp_path):
     zeros = {}
     for mode in ("prox", "penalty"):
@@ -308,6 +381,79 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     with pytest.raises(TrainError, match="the loss is nan in optimizer step 1") as caught:
         train_adapter(model, spec(), tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
     assert caught.value.problems[0].code == "NONFINITE"
+
+
+@pytest.mark.parametrize(
+    ("l1", "stage", "message"),
+    [
+        ({"mode": "prox"}, 2, "overwrite what the proximal step shrinks; use mode: penalty"),
+        ({"on": "product"}, 3, "ZeRO-3 shards the factors"),
+        ({"on": "factors"}, 3, None),
+        ({"on": "product"}, 2, None),
+    ],
+)
+def test_what_zero_would_undo_is_refused(l1, stage, message):
+    from types import SimpleNamespace
+
+    from paft_merge.training.run import _check_sharding
+    from paft_merge.training.spec import read_adapter
+
+    plugin = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, accelerator=SimpleNamespace(state=plugin))
+    job = SimpleNamespace(name="sft", spec=read_adapter({"objective": "sft", "data": "x", "l1": l1}))
+    if message is None:
+        _check_sharding(job, trainer)
+        return
+    with pytest.raises(TrainError, match=message) as caught:
+        _check_sharding(job, trainer)
+    assert caught.value.problems[0].code == "PROX_ZERO"
+    trainer.is_deepspeed_enabled = False
+    _check_sharding(job, trainer)
+
+
+def test_four_bits_without_bitsandbytes_say_what_to_install_and_with_it_what_was_asked_for(monkeypatch):
+    import importlib.util
+
+    from paft_merge.training.loading import _quantization, load_base
+    from paft_merge.training.spec import BaseSpec
+
+    wanted = BaseSpec(quantization={"load_in_4bit": True})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TrainError, match="bitsandbytes is not installed; pip install bitsandbytes"):
+        load_base("toy", wanted)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    asked = _quantization(wanted.quantization)
+    assert (asked.load_in_4bit, asked.bnb_4bit_quant_type, asked.bnb_4bit_compute_dtype) == (
+        True,
+        "nf4",
+        torch.bfloat16,
+    )
+
+
+def test_adapters_that_trl_narrowed_are_widened_and_frozen_weights_are_not():
+    from paft_merge.training.run import _widen
+
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).bfloat16()
+    net[0].requires_grad_(False)
+    _widen(net)
+    assert [p.dtype for p in net.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+def test_report_to_gets_the_lines_with_our_measures(base, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    seen = []
+
+    class Board(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Board)
+    section = spec(steps=2, training={"report_to": ["tensorboard"]}, l1={"strength": 1e-3})
+    train_adapter(base, section, tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    assert {"loss", "l1/loss", "l1/strength", "l1/grad_norm", "l1/task_grad_norm"} <= seen[0].keys()
+    assert "sparsity/below_1e-5" in seen[1]
 
 
 def test_conversations_train_on_the_assistant_only_when_asked(base, tmp_path):

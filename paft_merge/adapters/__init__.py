@@ -1,4 +1,4 @@
-"""A LoRA folder as float32 deltas of the tensors of a base, exactly as PEFT's `merge_and_unload` would add them.
+"""A LoRA (or SHiRA) folder as float32 deltas of a base's tensors, exactly as PEFT's `merge_and_unload` would add them.
 
 The main path: `read_settings` judges adapter_config.json, `sort_keys` takes the tensor names apart, `Binder` finds the
 tensor of the base that each belongs to (asking transformers for the architecture only where names do not suffice),
@@ -7,6 +7,7 @@ tensor of the base that each belongs to (asking transformers for the architectur
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,13 +18,14 @@ from paft_merge.adapters.config import Settings, read_settings
 from paft_merge.adapters.keys import Keys, sort_keys
 from paft_merge.adapters.patches import Patch
 from paft_merge.adapters.ties import may_be_tied, untie
-from paft_merge.checkpoint import Checkpoint
-from paft_merge.errors import AdapterError, Problem, Problems
-from paft_merge.headers import capped
+from paft_merge.checkpoint import Checkpoint, FarFile
+from paft_merge.errors import AdapterError, CheckpointError, Problem, Problems
+from paft_merge.headers import capped, read_text
 
 __all__ = ["Adapter", "Patch"]
 
 _WEIGHTS = "adapter_model.safetensors"
+_RECORD = "paft_train.json"
 
 
 class Adapter:
@@ -38,6 +40,7 @@ class Adapter:
             empty, the output's config.json must say `tie_word_embeddings: false`, at the top and wherever it says true.
         vocab_size: rows of the embeddings when the adapter resizes the vocabulary, else None. The output's config.json
             must say so too.
+        record: what `paft train` wrote beside it (`paft_train.json`); empty when another trainer made it.
         warnings: what is odd but does not stop a merge.
     """
 
@@ -46,17 +49,19 @@ class Adapter:
         self.patches: dict[str, Patch] = {}
         self.unties: dict[str, str] = {}
         self.vocab_size: int | None = None
+        self.record: Mapping[str, Any] = {}
         self.warnings: list[Problem] = []
         self._file = file
 
     @classmethod
-    def open(cls, folder: Path, base: Checkpoint) -> Adapter:
+    def open(cls, folder: Path, base: Checkpoint, far: Mapping[str, FarFile] | None = None) -> Adapter:
         """Open an adapter as PEFT saves it, and bind every tensor of it to `base`.
 
         Args:
             folder: holds `adapter_config.json` and `adapter_model.safetensors`.
             base: what the adapter is added to; must stay open as long as the patches are used, since PiSSA, OLoRA and
                 DoRA on columns look at whole tensors of it when they are first asked.
+            far: as for `Checkpoint.open`.
 
         Raises:
             AdapterError: every fault at once. ADAPTER_CONFIG, ADAPTER_UNSUPPORTED, ADAPTER_SHAPE, ADAPTER_TARGET (it is
@@ -68,7 +73,7 @@ class Adapter:
         with problems.catching():
             settings.append(read_settings(folder))
         with problems.catching(), ExitStack() as on_failure:
-            file = on_failure.enter_context(_open_weights(folder))
+            file = on_failure.enter_context(_open_weights(folder, far))
             if settings:
                 adapter = cls(folder, settings[0].raw, file)
                 adapter._bind(settings[0], base)
@@ -86,6 +91,11 @@ class Adapter:
     def close(self) -> None:
         """Close the adapter's file; patches that replace whole tensors cannot be used any more."""
         self._file.close()
+
+    @property
+    def file(self) -> Checkpoint:
+        """The file with the factors."""
+        return self._file
 
     def fingerprint(self) -> dict[str, dict[str, int | str]]:
         """Size, mtime_ns and header digest of the file with the factors, as `Checkpoint.fingerprint`."""
@@ -117,6 +127,8 @@ class Adapter:
         drafts = sorted(binder.drafts.items(), key=lambda item: order.get(item[0], len(order)))
         self.patches = {name: draft.finish(base) for name, draft in drafts}
         self.warnings = [*_other_base(settings, base, self.folder), *_untrained(settings, keys, self.folder)]
+        self.record, faults = _record(self.folder)
+        self.warnings += faults
 
     def _untie(self, settings: Settings, base: Checkpoint, binder: Binder) -> None:
         if not may_be_tied(base.config, binder.drafts.values()):
@@ -132,9 +144,9 @@ class Adapter:
             raise AdapterError.of("ADAPTER_UNSUPPORTED", self.folder, what, fix)
 
 
-def _open_weights(folder: Path) -> Checkpoint:
+def _open_weights(folder: Path, far: Mapping[str, FarFile] | None) -> Checkpoint:
     path = folder / _WEIGHTS
-    if not path.exists() and not path.is_symlink():
+    if not path.exists() and not path.is_symlink() and _WEIGHTS not in (far or ()):
         if (folder / "adapter_model.bin").exists():
             fix = "load it where you trust it, and save it again with PEFT's save_pretrained"
             raise AdapterError.of(
@@ -143,7 +155,7 @@ def _open_weights(folder: Path) -> Checkpoint:
         raise AdapterError.of(
             "ADAPTER_CONFIG", path, "no such file", "give the folder that PEFT's save_pretrained wrote"
         )
-    return Checkpoint.open(path)
+    return Checkpoint.open(path, far=far)
 
 
 def _new_vocabulary(base: Checkpoint, binder: Binder, where: Path) -> int | None:
@@ -177,6 +189,28 @@ def _other_base(settings: Settings, base: Checkpoint, where: Path) -> list[Probl
     return [Problem("ADAPTER_BASE", str(where), what, "shapes agree; check that the weights do")]
 
 
+def _record(folder: Path) -> tuple[Mapping[str, Any], list[Problem]]:
+    """What `paft train` wrote beside the adapter; a warning when it cannot be read, since no merge depends on it."""
+    path = folder / _RECORD
+    if not path.is_file():
+        return {}, []
+    try:
+        record = json.loads(read_text(path, "TRAIN_RECORD"))
+    except (CheckpointError, ValueError) as error:
+        return {}, [Problem("TRAIN_RECORD", str(path), f"cannot be read, and is left aside: {error}")]
+    if not isinstance(record, dict) or record.get("format") != 1 or not _tells_size(record.get("delta")):
+        return {}, [Problem("TRAIN_RECORD", str(path), "is no record that this version knows, and is left aside")]
+    return record, []
+
+
+def _tells_size(delta: Any) -> bool:
+    """Has the part of a record about the delta its norm, and the entries of every matrix?"""
+    matrices = delta.get("matrices") if isinstance(delta, dict) else None
+    if not isinstance(matrices, list) or not isinstance(delta.get("norm"), int | float):
+        return False
+    return all(isinstance(one, dict) and isinstance(one.get("entries"), int) for one in matrices)
+
+
 def _last_part(name: str) -> str:
     """The model's own name in a path, a Hub id, or a folder of the Hub's cache."""
     parts = [part for part in name.replace("\\", "/").split("/") if part]
@@ -189,7 +223,7 @@ def _untrained(settings: Settings, keys: Keys, where: Path) -> list[Problem]:
     targets = settings.raw.get("target_modules")
     if not isinstance(targets, list):
         return []
-    paths = [f".{path}" for path, _ in keys.modules]
+    paths = [f".{path}" for path in (*(path for path, _ in keys.modules), *keys.sparse)]
     given = [str(target) for target in targets if target not in settings.names("modules_to_save")]
     unmet = [target for target in given if not any(path.endswith(f".{target}") for path in paths)]
     if not unmet or settings.names("target_parameters"):

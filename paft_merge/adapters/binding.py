@@ -31,6 +31,7 @@ from paft_merge.adapters.patches import (
     pissa_taken,
 )
 from paft_merge.adapters.rows import Rows, row_of
+from paft_merge.adapters.sparse import Entries, Scattered, Sparse
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import AdapterError, Problems
 from paft_merge.headers import shown
@@ -114,9 +115,12 @@ class Draft:
     magnitude: Tensor | None = None
     columns: bool = False
     tokens: Tokens | None = None
+    sparse: Once[Entries] | None = None
 
     def finish(self, base: Checkpoint) -> Patch:
         """The patch of this draft; `base` is read later, and only for the norms of columns."""
+        if self.sparse is not None:
+            return Sparse(self.shape, self.sparse, self.beneath)
         if self.experts is not None:
             return Experts(self.shape, self.experts)
         low = LowRank(self.shape, self.row, self.low, self.kind, self.beneath) if self.low is not None else None
@@ -148,7 +152,7 @@ class Binder:
         self._absent: list[str] = []
 
     def bind(self) -> None:
-        """Fill `drafts`: first full tensors, then factors on top of them, then single rows."""
+        """Fill `drafts`: first full tensors, then factors on top of them, then single rows, then single entries."""
         for saved in self._keys.saved:
             with self._problems.catching():
                 self._bind_saved(saved)
@@ -158,6 +162,9 @@ class Binder:
         for path, key in self._keys.tokens.items():
             with self._problems.catching():
                 self._bind_tokens(path, key)
+        for path, parts in self._keys.sparse.items():
+            with self._problems.catching():
+                self._bind_sparse(path, parts)
         self._tell_absent()
 
     def place(self, *names: str) -> Place | None:
@@ -217,6 +224,8 @@ class Binder:
 
     def _bind_module(self, module: Module) -> None:
         parts = module.parts
+        if self._settings.sparse:
+            raise self._wrong(module.path, "has the factors of a LoRA, and peft_type is SHIRA", "ADAPTER_CONFIG")
         first, second = ("embedding_A", "embedding_B") if "embedding_A" in parts or "embedding_B" in parts else "AB"
         for here, missing in ((first, second), (second, first)):
             if missing not in parts:
@@ -412,6 +421,31 @@ class Binder:
             raise self._wrong(path, what)
         order = torch.tensor(indices).argsort()
         draft.tokens = Tokens(torch.tensor(indices)[order], values[order])
+
+    # Single entries of a weight
+
+    def _bind_sparse(self, path: str, parts: Mapping[str, str]) -> None:
+        """The entries that SHiRA adds to a linear layer; it has no scale."""
+        if not self._settings.sparse:
+            raise self._wrong(path, "has the entries of a SHiRA adapter, and peft_type is LORA", "ADAPTER_CONFIG")
+        if parts.keys() != {"weight", "indices"}:
+            raise self._wrong(path, f"has shira_{next(iter(parts))} alone")
+        place, held = self.place(f"{path}.weight"), Scattered(self._file, parts["weight"], parts["indices"])
+        if held.fault:
+            raise self._wrong(path, held.fault)
+        if place is None:
+            self._absent.append(path)
+            return
+        draft, wanted = self.draft(place.sites[0], place), self._settings.rank * sum(place.shape)
+        if len(place.sites) > 1 or len(draft.shape) != 2 or draft.new is not None:
+            raise self._wrong(path, "is no linear layer of the base by itself, and SHiRA knows no other")
+        if held.count != wanted:
+            what = (
+                f"has {held.count:,} values, and rank {self._settings.rank} on the base's {draft.shape} has {wanted:,}"
+            )
+            raise AdapterError.of("ADAPTER_SHAPE", self._where, f"{path!r} {what}", _OTHER_BASE)
+        shape = draft.shape
+        draft.kind, draft.sparse = "shira", Once(lambda: held.load(shape))
 
     # Checks
 

@@ -50,6 +50,8 @@ _USED = frozenset(
         *("ensure_weight_tying", "fan_in_fan_out", "use_bdlora", "lora_B_layout"),
     )
 )
+_SPARSE_FIELDS = _INERT | {"r", "mask_type", "random_seed", "fan_in_fan_out", "init_weights", "modules_to_save"}
+"""Fields of SHiRA. Its mask is in the file, and PEFT reads it from there; `fan_in_fan_out` it overrules."""
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 _CONVERT = "merge it with PEFT into a checkpoint, or convert it with peft.convert_to_lora, and merge that"
 
@@ -80,6 +82,11 @@ class Settings:
     def names(self, name: str) -> tuple[str, ...]:
         """A field that lists names; empty when absent."""
         return tuple(self.raw.get(name) or ())
+
+    @property
+    def sparse(self) -> bool:
+        """Is it SHiRA, which holds single entries of the delta, and not LoRA?"""
+        return self.raw.get("peft_type") == "SHIRA"
 
     @property
     def start(self) -> str:
@@ -129,7 +136,9 @@ def read_settings(folder: Path) -> Settings:
     path = folder / CONFIG
     raw = _read(path)
     problems = Problems()
-    if raw.get("peft_type") != "LORA":
+    if raw.get("peft_type") == "SHIRA":
+        _check_sparse(path, raw, problems)
+    elif raw.get("peft_type") != "LORA":
         _refuse_type(path, raw.get("peft_type"), problems)
     else:
         _refuse_fields(path, raw, problems)
@@ -137,7 +146,8 @@ def read_settings(folder: Path) -> Settings:
         _check_types(path, raw, problems)
         _check_numbers(path, raw, problems)
     problems.raise_as(AdapterError)
-    return Settings(raw, raw["r"], raw["lora_alpha"], raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {})
+    alpha = raw["r"] if raw["peft_type"] == "SHIRA" else raw["lora_alpha"]
+    return Settings(raw, raw["r"], alpha, raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -158,19 +168,33 @@ def _read(path: Path) -> dict[str, Any]:
 def _refuse_type(path: Path, kind: object, problems: Problems) -> None:
     if isinstance(kind, str):
         problems.add(
-            "ADAPTER_UNSUPPORTED", path, f"peft_type: {kind} is not LORA, and no exact delta is known", _CONVERT
+            "ADAPTER_UNSUPPORTED",
+            path,
+            f"peft_type: {kind} is not LORA or SHIRA, and no exact delta is known",
+            _CONVERT,
         )
     else:
         problems.add("ADAPTER_CONFIG", path, f"peft_type: must be a text, got {kind!r}")
+
+
+def _check_sparse(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
+    _refuse_unknown(path, raw, _SPARSE_FIELDS, "SHiRA", problems)
+    _check_types(path, raw, problems)
+    if not (type(raw.get("r")) is int and raw["r"] > 0):
+        problems.add("ADAPTER_CONFIG", path, f"r: must be a whole number above 0, got {raw.get('r')!r}")
 
 
 def _refuse_fields(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
     for field, reason in _NO_DELTA.items():
         if raw.get(field) not in (None, False):
             problems.add("ADAPTER_UNSUPPORTED", path, f"{field}: {reason}, so there is no delta to merge")
-    for field in sorted(raw.keys() - _INERT - _USED - _NO_DELTA.keys()):
+    _refuse_unknown(path, raw, _INERT | _USED | _NO_DELTA.keys(), "LoRA", problems)
+
+
+def _refuse_unknown(path: Path, raw: Mapping[str, Any], known: frozenset[str], kind: str, problems: Problems) -> None:
+    for field in sorted(raw.keys() - known):
         if raw[field]:
-            what = f"{field}: not a field of LoRA that this version knows, so its effect on the weights is unknown"
+            what = f"{field}: not a field of {kind} that this version knows, so its effect on the weights is unknown"
             problems.add("ADAPTER_UNSUPPORTED", path, what, "remove it from the file if it has none")
 
 

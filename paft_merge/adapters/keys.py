@@ -17,6 +17,7 @@ _INERT = re.compile(r".+\.(lora_(monteclora|velora)_.+|original_module\..+|train
 """State of training and copies of the base that no merge uses: MonteCLoRA and VeLoRA merge as plain LoRA."""
 
 _TOKENS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
+_SPARSE = re.compile(r"(?P<path>.+)\.shira_(?P<part>weight|indices)(\.[^.]+)?")
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<rest>.+)")
 _WRAPPED = ".base_layer"
 
@@ -60,6 +61,8 @@ class Keys:
     modules: dict[tuple[str, int], Module] = field(default_factory=dict)
     saved: list[Saved] = field(default_factory=list)
     tokens: dict[str, str] = field(default_factory=dict)
+    sparse: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of SHiRA: tensor names by part (`weight`, `indices`), by module."""
 
 
 def sort_keys(keys: Iterable[str], where: object, problems: Problems) -> Keys:
@@ -70,7 +73,7 @@ def sort_keys(keys: Iterable[str], where: object, problems: Problems) -> Keys:
     Args:
         keys: the tensor names.
         where: the file, for messages.
-        problems: receives ADAPTER_UNUSED for names of a form that PEFT's LoRA does not write, ADAPTER_CONFIG when two
+        problems: receives ADAPTER_UNUSED for names of a form that PEFT's LoRA and SHiRA do not write, ADAPTER_CONFIG when two
             tensors are the same part of one module.
     """
     found = Keys()
@@ -82,7 +85,9 @@ def sort_keys(keys: Iterable[str], where: object, problems: Problems) -> Keys:
             _add_factor(found, key, match, where, problems)
         elif match := _TOKENS.fullmatch(name):
             found.tokens[_unwrapped(match["path"])] = key
-        elif ".lora_" in name:
+        elif match := _SPARSE.fullmatch(name):
+            found.sparse.setdefault(_unwrapped(match["path"]), {})[match["part"]] = key
+        elif ".lora_" in name or ".shira_" in name:
             what = f"tensor {key!r} is of no form that LoRA has, so it would be left out"
             problems.add("ADAPTER_UNUSED", where, what, "merge the adapter with PEFT instead")
         else:

@@ -57,7 +57,7 @@ class Patch(ABC):
     Attributes:
         shape: of the tensor once patched; differs from the base's only when the vocabulary was resized.
         row: elements per row; the tensor is `[numel // row, row]`.
-        kind: `lora`, `experts`, `bias`, `pissa`, `olora`, `dora`, `replace`, `tokens`, or `untied` (it keeps its value,
+        kind: `lora`, `experts`, `bias`, `pissa`, `olora`, `dora`, `replace`, `tokens`, `shira`, or `untied` (it keeps its value,
             but must be written by itself); for reports.
         beneath: the checkpoint tensor that holds the weight beneath when the patched name is not stored itself
             (`lm_head.weight` of a model with tied embeddings); None when it is.

@@ -109,7 +109,7 @@ def _all_equal(drafts: list[Draft | None]) -> bool:
 def _equal(a: Draft, b: Draft) -> bool:
     if a.shape != b.shape or (a.new is None) != (b.new is None) or (a.tokens is None) != (b.tokens is None):
         return False
-    if not (_equal_pairs(a.low, b.low) and a.magnitude is None and b.magnitude is None):
+    if not (_equal_pairs(a.low, b.low) and a.magnitude is None and b.magnitude is None and a.sparse is b.sparse):
         return False
     if a.tokens is not None and b.tokens is not None and a.tokens is not b.tokens:
         same = torch.equal(a.tokens.indices, b.tokens.indices) and torch.equal(a.tokens.values, b.tokens.values)

@@ -72,7 +72,7 @@ class Header:
     label: str
     """Short and unique among the sources of an audit."""
     kind: str
-    """`lora`, `rslora`, `dora`, `pissa`, `olora`, or `checkpoint`."""
+    """`lora`, `rslora`, `dora`, `pissa`, `olora`, `shira`, or `checkpoint`."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Of an adapter: rank, alpha, scale, dtype of the factors, PEFT version, the base it names, digest of its header."""
 
@@ -235,7 +235,7 @@ def _known(ref: str, folder: Path) -> Known:
         raise AuditError.of("NO_BASE", ref, what, "pass --base")
     listed = settings.raw.get("trainable_token_indices") or []
     rows = [i for one in (listed.values() if isinstance(listed, dict) else [listed]) for i in one]
-    return known_of(folder, rows)
+    return known_of(folder, rows, settings.rank)
 
 
 def _drop_what_needs_weights(ref: str, adapter: Adapter) -> list[Skipped]:
@@ -356,7 +356,7 @@ def _header(model: Model, label: str) -> Header:
         return Header(model.ref, label, "checkpoint", {"dtype": "/".join(sorted(kinds))})
     config = model.adapter.config
     start = str(config.get("init_lora_weights", True)).lower()
-    kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    kind = "shira" if config.get("peft_type") == "SHIRA" else "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     rank, alpha = config.get("r"), config.get("lora_alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank and alpha else None
     prints = model.adapter.fingerprint()

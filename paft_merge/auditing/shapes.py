@@ -10,6 +10,7 @@ from pathlib import Path
 
 from paft_merge.adapters.config import CONFIG
 from paft_merge.adapters.keys import Keys, sort_keys
+from paft_merge.adapters.sparse import Scattered
 from paft_merge.checkpoint import Checkpoint, TensorInfo
 from paft_merge.errors import AuditError, Problems
 from paft_merge.headers import ByteBuffer, as_bytes
@@ -56,22 +57,24 @@ class ShapesOnly(Checkpoint):
         return TensorInfo(name, "F32", shape, "", 0, prod(shape) * 4)
 
 
-def known_of(folder: Path, tokens: Iterable[int] = ()) -> Known:
+def known_of(folder: Path, tokens: Iterable[int] = (), rank: int = 1) -> Known:
     """Name and shape of every tensor that the adapter in `folder` changes, as far as its own header tells.
 
     Args:
         folder: holds `adapter_model.safetensors`.
         tokens: rows that the adapter replaces one by one; the embedding has at least as many.
+        rank: `r` of its configuration, by which SHiRA counts its entries.
 
     Raises:
-        AuditError, CheckpointError: there is no such file, or it cannot be read.
+        AuditError, CheckpointError: there is no such file, it cannot be read, or it does not tell a shape (NO_BASE).
     """
     with Checkpoint.open(weights_of(folder)) as file:
         keys = sort_keys(file.tensors, folder, Problems())
+        sparse = _of_sparse(keys, file, rank)
         held = {name: info.shape for name, info in file.tensors.items()}
     rows = _of_rows(keys, held, max(tokens, default=-1) + 1)
     copies = {s.names[0]: s.key for s in keys.saved if s.beneath and s.names[0] in _of_factors(keys, held)}
-    return Known({**_of_factors(keys, held), **rows, **_of_whole(keys, held)}, copies)
+    return Known({**_of_factors(keys, held), **rows, **_of_whole(keys, held), **sparse}, copies)
 
 
 def weights_of(folder: Path) -> Path:
@@ -101,6 +104,20 @@ def _of_factors(keys: Keys, held: Shapes) -> Shapes:
             found[f"{module.path}.weight"] = (parts["B"][0], *parts["A"][1:])
         if "B.bias" in parts:
             found[f"{module.path}.bias"] = parts["B.bias"]
+    return found
+
+
+def _of_sparse(keys: Keys, file: Checkpoint, rank: int) -> Shapes:
+    """SHiRA holds r (rows + columns) entries of a weight, which tell its shape when they reach its last row and column."""
+    found: Shapes = {}
+    for path, parts in keys.sparse.items():
+        if parts.keys() != {"weight", "indices"} or (held := Scattered(file, **parts)).fault:
+            continue  # the adapter, when it is opened, says what is wrong
+        rows, columns = held.corner()
+        if held.count != rank * (rows + columns):
+            what = f"the entries of {path} do not tell how large it is"
+            raise AuditError.of("NO_BASE", file.folder, what, "pass --base")
+        found[f"{path}.weight"] = rows, columns
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
@@ -21,7 +21,8 @@ def audit_table(audit: Audit) -> None:
     console = Console()
     base = f"on {audit.base}" if audit.base else "without a base: what needs its weights is left out"
     console.print(f"sparse means |delta| < {audit.epsilon:g}; {escape(base)}", highlight=False)
-    console.print(_sources(audit))
+    for table in _sources(audit, console.width):
+        console.print(table)
     for source in audit.sources:
         if len(source.modules) > 1:
             console.print(_groups(f"{source.label}, by kind of module", list(source.modules.values()), audit.epsilon))
@@ -56,25 +57,36 @@ _COUNTED = ("below_1e-05", "kept", "elected")
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", title_style="bold", padding=(0, 1))
+    """A table whose headings wrap, so that it fits 80 columns; the first column is words, the others are numbers."""
+    padding = (0, 1, 0, 0)
+    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", title_style="bold", padding=padding)
     for at, heading in enumerate(headings):
-        table.add_column(
-            escape(heading),
-            justify="right" if at else "left",
-            overflow="fold",
-            no_wrap=at > 0,
-            min_width=None if at else 12,
-        )
+        table.add_column(escape(heading), justify="right" if at else "left", overflow="fold", min_width=4)
     return table
 
 
-def _sources(audit: Audit) -> Table:
-    """One column a source, so that it fits any terminal."""
-    table = _table("", ("", *(s.label for s in audit.sources)))
-    columns = [_numbers(source, audit.epsilon) for source in audit.sources]
-    for name in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(name, *(column.get(name, "") for column in columns))
-    return table
+def _abridged(label: str, most: int = 22) -> str:
+    """A label in at most so many characters: its beginning and its end."""
+    return label if len(label) <= most else f"{label[: most // 2]}…{label[len(label) - (most - most // 2 - 1) :]}"
+
+
+_WORDS = 32
+"""Characters of the first column of the sources' table, with its borders."""
+
+
+def _sources(audit: Audit, width: int) -> Iterator[Table]:
+    """One column a source, and as many sources a table as the terminal is wide."""
+    columns = [(_abridged(source.label), _numbers(source, audit.epsilon)) for source in audit.sources]
+    while columns:
+        room, fit = width - _WORDS, 0
+        for label, numbers in columns:
+            room -= max(len(label), *map(len, numbers.values())) + 2
+            fit += room >= 0
+        shown, columns = columns[: max(fit, 1)], columns[max(fit, 1) :]
+        table = _table("", ("", *(label for label, _ in shown)))
+        for name in dict.fromkeys(name for _, numbers in shown for name in numbers):
+            table.add_row(name, *(numbers.get(name, "") for _, numbers in shown))
+        yield table
 
 
 def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
@@ -86,7 +98,7 @@ def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
     return {
         **head,
         "entries": f"{m.entries:,}",
-        f"sparse (below {epsilon:g}, mean over layers)": percent(source.paft_sparsity(epsilon)),
+        "sparse, mean over layers": percent(source.paft_sparsity(epsilon)),
         **{f"below {e:g}": percent(m.sparsity(e)) for e in m.below},
         "exactly zero": percent(m.zero_share),
         "erased by a cast to bfloat16": percent(m.bf16_sparsity),
@@ -115,7 +127,7 @@ def _pairs(pairs: Sequence[PairAudit]) -> Table:
     for pair in pairs:
         total, (left, right) = pair.total, pair.subspace
         table.add_row(
-            escape(f"{pair.left}, {pair.right}"), short(total.cosine), percent(total.conflict), percent(total.conflict_weighted),
+            escape(f"{_abridged(pair.left)}, {_abridged(pair.right)}"), short(total.cosine), percent(total.conflict), percent(total.conflict_weighted),
             percent(total.overlap), percent(total.overlap_chance), f"{percent(left, 0)}, {percent(right, 0)}",
         )  # fmt: skip
     return table
@@ -134,7 +146,7 @@ def _preview(audit: Audit) -> Table:
             left = preview.of(source.label)
             elected = left.elected / left.entries if left.entries else None
             table.add_row(
-                escape(source.label),
+                escape(_abridged(source.label)),
                 percent(left.kept_share),
                 percent(elected),
                 percent(left.kept_energy),

@@ -9,11 +9,17 @@ from typing import Any
 import click
 
 from paft_merge.cli.auditing import audit
+from paft_merge.cli.evaluating import evaluate
+from paft_merge.cli.explaining import explain
+from paft_merge.cli.hub import card, pull, push, reproduce
 from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
+from paft_merge.cli.running import run
+from paft_merge.cli.starting import init
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.terminal import line
 from paft_merge.cli.training import train
+from paft_merge.cli.tuning import tune
 from paft_merge.errors import PaftMergeError
 
 
@@ -43,5 +49,5 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
 
 
-for verb in (merge, audit, train, methods):
+for verb in (run, init, tune, evaluate, merge, explain, audit, train, pull, push, card, reproduce, methods):
     cli.add_command(verb)

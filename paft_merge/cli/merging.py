@@ -11,20 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.terminal import Size, import_option, terminable, warn
-from paft_merge.errors import Problems
+from paft_merge.cli.compatible import accepts_mergekit_options
+from paft_merge.cli.terminal import Size, import_option, recipe_place, terminable, warn
+from paft_merge.errors import Problem, Problems
 
 if TYPE_CHECKING:
     from paft_merge.engine import Progress
     from paft_merge.plan import MergePlan
 
 
-def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every verb that plans a merge; they are the keywords of `api.open_plan`."""
     options = [
         click.option("--strict", is_flag=True, help="Treat what would be ignored as an error."),
         import_option,
         click.option(
-            "--out-shard-size", type=Size(), help="Largest output file, e.g. 5GB. Default: the base's own files."
+            "--out-shard-size",
+            "out_shard_bytes",
+            type=Size(),
+            help="Largest output file, e.g. 5GB. Default: the base's own files.",
         ),
         click.option(
             "--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through mergekit's restricted unpickler."
@@ -33,6 +38,7 @@ def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--allow-crimes", is_flag=True, help="Merge models whose configs differ where their tensors do not."
         ),
         click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity as they come."),
+        click.option("--output-name", metavar="NAME", help="Which document of a file with several is the result."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -53,20 +59,28 @@ def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--memory", type=Size(), help="Upper bound of the working memory, e.g. 800M.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, which stays whole until the merge is.")
+@click.option(
+    "--stream-from-hub", is_flag=True, help="Read weights from the Hub by ranges and store none: OUT is all it writes."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files into OUT. They are not run.")
 @click.option("--write-model-card/--no-write-model-card", default=True, show_default=True, help="Write README.md.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
-@_merge_options
+@planning_options
+@accepts_mergekit_options
 def merge(
     recipe: str, out: Path | None, dry_run: bool, as_json: bool, device: str, threads: int | None, memory: int | None,
-    resume: bool, overwrite: bool, trust_remote_code: bool, write_model_card: bool, quiet: bool, **options: Any,
+    resume: bool, overwrite: bool, stream_from_hub: bool, trust_remote_code: bool, write_model_card: bool, quiet: bool,
+    notes: list[Problem], **planning: Any,
 ) -> None:  # fmt: skip
-    """Merge the models of RECIPE (mergekit's YAML) into the folder OUT."""
+    """Merge the models of RECIPE (mergekit's YAML) into the folder OUT.
+
+    The options of mergekit-yaml are taken too; those that mean nothing here say so.
+    """
     from paft_merge import api
 
-    planning = {("out_shard_bytes" if key == "out_shard_size" else key): value for key, value in options.items()}
+    warn(notes)
     if dry_run:
-        with api.open_plan(Path(recipe), **planning) as planned:
+        with api.open_plan(recipe_place(recipe), remote=True, **planning) as planned:
             problems = Problems()
             if out is not None:
                 api.check_output(planned, out, overwrite=overwrite, problems=problems)
@@ -77,18 +91,18 @@ def merge(
         raise click.UsageError("--json shows a plan, and needs --dry-run.")
     if out is None:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
-    with terminable(), _progress(quiet) as progress:
+    with terminable(), progress_bar(quiet) as progress:
         api.merge(
-            Path(recipe), out, device=device, threads=threads, memory=memory, resume=resume, overwrite=overwrite,
-            trust_remote_code=trust_remote_code, write_model_card=write_model_card, progress=progress,
-            warn=warn, **planning,
+            recipe_place(recipe), out, device=device, threads=threads, memory=memory, resume=resume, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, write_model_card=write_model_card, stream_from_hub=stream_from_hub,
+            progress=progress, warn=warn, **planning,
         )  # fmt: skip
     if not quiet:
         click.echo(f"{out} is done: see its README.md and merge_manifest.json", err=True)
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """A bar on stderr with tensors, GB/s and the time left."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -33,6 +34,11 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
         if size <= 0:
             self.fail(f"{value!r} is no size; write for example 800M or 5GB", param, ctx)
         return size
+
+
+def recipe_place(text: str) -> Path | str:
+    """A recipe's file, or its address on the Hub (`hf://...`)."""
+    return text if text.startswith("hf://") else Path(text)
 
 
 def line(kind: str, problem: Problem) -> str:

@@ -31,7 +31,7 @@ from paft_merge.recipe.outline import OutputModule, OutputSlice, Source, outline
 from paft_merge.recipe.reading import read_language
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.report import Report
-from paft_merge.recipe.settings import Level, Origin, Resolved, layer_t, resolve, resolve_all
+from paft_merge.recipe.settings import Level, Memory, Origin, Resolved, layer_t, resolve, resolve_all
 from paft_merge.recipe.text import Located, Spot, did_you_mean, dotted, dump_yaml, load_documents, load_yaml, show
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Language",
     "Level",
     "Located",
+    "Memory",
     "ModelRef",
     "Origin",
     "OutputModule",

@@ -223,6 +223,39 @@ def resolve_all(
     }
 
 
+class Memory:
+    """`resolve_all` for the many tensors of one recipe: a name matters only by the filters that are part of it."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self._filters: dict[int, tuple[str, ...]] = {}
+        self._answers: dict[Any, dict[str, Any]] = {}
+
+    def values(
+        self,
+        levels: Sequence[Level],
+        scope: Literal["source", "shared"],
+        tensor_name: str,
+        t: float = 0.0,
+        *,
+        model: object = None,
+    ) -> dict[str, Any]:
+        """The values alone, not to be changed; arguments and errors are those of `resolve_all`.
+
+        Args:
+            levels: the very object that was given before, where its answers are to be used again.
+        """
+        if id(levels) not in self._filters:
+            conditions = (c for level in levels for setting in level.settings.values() for c in setting.conditions)
+            self._filters[id(levels)] = tuple({c.filter for c in conditions if c.filter not in (None, "*")})
+        parts = tuple(part in tensor_name for part in self._filters[id(levels)]) if tensor_name else ()
+        asked = id(levels), scope, t, parts
+        if asked not in self._answers:
+            found = resolve_all(levels, self.method, scope, tensor_name, t, model=model)
+            self._answers[asked] = {name: one.value for name, one in found.items()}
+        return self._answers[asked]
+
+
 def rivals(method: Method) -> tuple[str, ...]:
     """The ways to trim among which a recipe chooses one; none for a method that has no such choice."""
     return TRIM_RULES if method.parameter("l1_mass") else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def check_targets(spec: AdapterSpec, model: Any) -> None:
     """Raise TrainError TARGET when the section names modules that the base does not have."""
     targets = spec.lora.target_modules
     if isinstance(targets, str):
-        return  # `all-linear`, or a regular expression, which PEFT checks
+        _check_pattern(targets, model)
+        return
     leaves = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if not list(module.children())})
     names = [name for name, _ in model.named_modules()]
     problems = Problems()
@@ -124,3 +126,17 @@ def check_targets(spec: AdapterSpec, model: Any) -> None:
             "remove it, or use modules_to_save: [lm_head]",
         )  # fmt: skip
     problems.raise_as(TrainError)
+
+
+def _check_pattern(pattern: str, model: Any) -> None:
+    """A regular expression for whole names, unless it is `all-linear`."""
+    if pattern == "all-linear":
+        return
+    where = f"lora.target_modules: {pattern}"
+    try:
+        found = any(re.fullmatch(pattern, name) for name, _ in model.named_modules())
+    except re.error as error:
+        raise TrainError.of("TARGET", where, f"is no regular expression: {error}") from error
+    if not found:
+        fix = "it has to match a whole name (.*q_proj); or give a list of names, or all-linear"
+        raise TrainError.of("TARGET", where, "no module of the base matches", fix)

@@ -18,6 +18,7 @@ from paft_merge.training.sparsity import (
     adapted,
     factor_l1,
     glance,
+    owner,
     product_l1,
     prox_step_,
     ramp,
@@ -33,6 +34,12 @@ A look costs a few product penalties.
 
 FIRST_STEPS = 10
 """Until then no adapter is larger than the noise of an optimizer step."""
+
+NOISE = {"product": 0.6, "factors": 1.0}
+"""What a penalty leaves where zeros should be, in learning rates, by what it acts on (measured on toys)."""
+
+MOMENTUM_STEPS = 10
+"""How many steps Adam's momentum (beta1 = 0.9) remembers."""
 
 DEFAULT_WARMUP = {"penalty": 0.0, "prox": 0.1}
 
@@ -86,7 +93,7 @@ class ProxCallback(TrainerCallback):  # type: ignore[misc]
         strength = self.l1.at(state.global_step, state.max_steps)
         if strength == 0 or getattr(optimizer, "step_was_skipped", False):
             return
-        shrunk = {id(p) for f in adapted(kwargs["model"]) for p in (_owner(f.a_RI), _owner(f.b_OR))}
+        shrunk = {id(p) for f in adapted(kwargs["model"]) for p in (owner(f.a_RI), owner(f.b_OR))}
         moments = getattr(optimizer, "optimizer", optimizer).state
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -96,17 +103,23 @@ class ProxCallback(TrainerCallback):  # type: ignore[misc]
                     prox_step_(parameter, lr=group["lr"], strength=strength, second_moment=moment, eps=eps, cap=cap)
 
 
-def _owner(factor: torch.Tensor) -> torch.Tensor:
-    """The parameter of which a factor is a flattened view."""
-    return factor._base if factor._base is not None else factor
-
-
 def _second_moment(moments: dict[str, Any], group: dict[str, Any]) -> tuple[torch.Tensor | None, float]:
     """Bias-corrected Adam `v` of one parameter and Adam's epsilon; None for optimizers without one."""
     raw = moments.get("exp_avg_sq", moments.get("state2"))
     if raw is None or not raw.is_floating_point():
         return None, 0.0
     return raw / (1 - group["betas"][1] ** float(moments["step"])), float(group["eps"])
+
+
+def _last_lr(scheduler: Any, steps: int) -> float:
+    """Mean learning rate of the last steps of a run, which Adam's momentum still feels at the end; 0 when unknown."""
+    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    lambdas, bases = getattr(schedule, "lr_lambdas", None), getattr(schedule, "base_lrs", ())
+    if not lambdas:
+        return 0.0
+    last = range(max(0, steps - MOMENTUM_STEPS), steps)
+    found: float = max(base * sum(map(one, last)) / len(last) for base, one in zip(bases, lambdas, strict=True))
+    return found
 
 
 class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -140,7 +153,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         controlled = self.l1 is not None and self.l1.controller is not None
         every = max(1, state.max_steps // CONTROLLED_LOOKS) if controlled else max(10, state.max_steps // LOOKS)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
-            self._look(state, kwargs["model"], kwargs["optimizer"])
+            self._look(state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
         if self.progress:
             self.progress(Progress(self.name, state.global_step, state.max_steps, {}))
 
@@ -149,11 +162,12 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.progress:
             self.progress(Progress(self.name, state.global_step, state.max_steps, dict(logs or {})))
 
-    def _look(self, state: Any, model: torch.nn.Module, optimizer: Any) -> None:
+    def _look(self, state: Any, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
         factors = adapted(getattr(model, "module", model))
         lr = max(float(group["lr"]) for group in optimizer.param_groups)
         penalised = self.l1 is not None and self.l1.spec.mode == "penalty"
-        seen = glance(factors, lr if penalised else 0.0)
+        fall = max(0.0, lr - _last_lr(scheduler, state.max_steps)) if penalised else 0.0
+        seen = glance(factors, fall * NOISE[self.l1.spec.penalises] if self.l1 else 0.0)
         self.latest = {
             "sparsity/below_1e-5": seen.below_epsilon,
             "sparsity/exact_zero": seen.exact_zero,
@@ -165,7 +179,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.global_step > self.l1.warmup_steps(state.max_steps):
             self._alarm(factors, lr, state)
             if self.l1.controller:
-                self.l1.controller.update(seen.settled, state.global_step / state.max_steps)
+                self.l1.controller.update(seen.settled, lr, state.global_step / state.max_steps)
 
     def _alarm(self, factors: tuple[Factors, ...], lr: float, state: Any) -> None:
         """Stop a run of which nothing is left but what an optimizer step throws to and fro.

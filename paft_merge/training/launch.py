@@ -168,8 +168,8 @@ class Launch:
 
 
 def command_for(name: str, spec: AdapterSpec, recipe: Path, out: Path, resume: bool, port: int) -> tuple[str, ...]:
-    """The `accelerate launch` of one adapter."""
-    config = ("--config_file", spec.accelerate_config) if spec.accelerate_config else ()
+    """The `accelerate launch` of one adapter; TrainError PROCESSES when its `accelerate_config` is not there."""
+    config = ("--config_file", str(_config_of(name, spec.accelerate_config, recipe))) if spec.accelerate_config else ()
     several = ("--multi_gpu",) if spec.processes > 1 and not config else ()
     return (
         sys.executable, "-m", "accelerate.commands.launch", *config, *several,
@@ -179,6 +179,15 @@ def command_for(name: str, spec: AdapterSpec, recipe: Path, out: Path, resume: b
     )  # fmt: skip
 
 
+def _config_of(name: str, given: str, recipe: Path) -> Path:
+    """A file for accelerate, beside the recipe first; TrainError PROCESSES when there is none."""
+    for path in (recipe.parent / given, Path(given)):
+        if path.is_file():
+            return path
+    fix = "write one with `accelerate config --config_file FILE`"
+    raise TrainError.of("PROCESSES", f"{name}: accelerate_config", f"there is no file {given}", fix)
+
+
 def _in_processes(specs: dict[str, AdapterSpec], recipe: Path, out: Path, resume: bool) -> dict[str, Path]:
     gpus = visible_gpus()
     wanted = {name: spec for name, spec in specs.items() if not (resume and (out / name / "paft_train.json").exists())}
@@ -186,6 +195,8 @@ def _in_processes(specs: dict[str, AdapterSpec], recipe: Path, out: Path, resume
         if gpus and spec.processes > len(gpus):
             what = f"asks for {spec.processes} processes, but {len(gpus)} GPUs are visible"
             raise TrainError.of("PROCESSES", name, what, "lower processes")
+        if spec.accelerate_config:
+            _config_of(name, spec.accelerate_config, recipe)
     out.mkdir(parents=True, exist_ok=True)
     needs = {name: spec.processes for name, spec in wanted.items()}
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import Problems, TrainError
 from paft_merge.training.place import DONE_FILE, write_json
 from paft_merge.training.sparsity import Factors, Stats, trimmed
 from paft_merge.training.spec import AdapterSpec
@@ -80,48 +82,72 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
+def check_trim(factors: Sequence[Factors], density: float) -> None:
+    """Raise TrainError TRIM, before anything is trained, with every matrix whose pruned delta SHiRA cannot hold."""
+    problems, rank = Problems(), _rank(factors, density)
+    for f in factors:
+        if not f.linear:
+            fix = "leave it out of lora.target_modules, or leave trim out and trim in the merge"
+            problems.add("TRIM", f.name, "is no linear layer, and PEFT's sparse format (SHiRA) holds no other", fix)
+        elif rank * _side(f) > f.numel:
+            fix = "leave trim out and trim in the merge (trim: {density: ...}), or use a smaller density"
+            problems.add("TRIM", f.name, f"a SHiRA adapter of rank {rank} has more entries than the matrix", fix)
+    problems.raise_as(TrainError)
+
+
 @torch.no_grad()
 def write_trimmed(folder: Path, factors: Sequence[Factors], density: float, base: str) -> float:
     """Write the magnitude-pruned delta as a SHiRA adapter, PEFT's format for sparse updates of full rank.
 
     SHiRA stores the same r * (out + in) entries for every matrix, so r is the smallest that holds the densest one and
-    the others are padded with explicit zeros.
+    the others are padded with explicit zeros. Whole modules that were trained (`modules_to_save`) come along from
+    `untrimmed/`.
 
     Returns:
         The density that was written, over all entries.
-
-    Raises:
-        TrainError: TRIM, when a matrix is too small for the format.
     """
-    from safetensors.torch import save_file
-
-    kept = {f.name: max(1, math.floor(density * f.numel)) for f in factors}
-    rank = max(-(-kept[f.name] // _side(f)) for f in factors)
-    tensors, names = {}, []
+    rank, kept = _rank(factors, density), 0
+    tensors, whole = _trained_whole(folder / "untrimmed")
     for f in factors:
-        slots = rank * _side(f)
-        if slots > f.numel:
-            fix = "leave trim out and trim in the merge (trim: {density: ...}), or use a smaller density"
-            raise TrainError.of("TRIM", f.name, f"a SHiRA adapter of rank {rank} has more entries than the matrix", fix)
-        delta = trimmed(f, density).cpu()
-        flat = delta.flatten()
-        chosen = torch.zeros(flat.numel(), dtype=torch.bool)
-        chosen[flat != 0] = True
-        spare = slots - int(chosen.sum())
-        chosen[(~chosen).nonzero().flatten()[:spare]] = True
-        where = chosen.nonzero().flatten()
-        tensors[f"base_model.model.{f.name}.shira_weight"] = flat[where].contiguous()
-        rows_cols = torch.stack([where // delta.shape[1], where % delta.shape[1]])
-        tensors[f"base_model.model.{f.name}.shira_indices"] = rows_cols.to(torch.int32).contiguous()
-        names.append(f.name)
+        values, indices, count = _entries(trimmed(f, density).cpu(), rank * _side(f))
+        tensors[f"base_model.model.{f.name}.shira_weight"] = values
+        tensors[f"base_model.model.{f.name}.shira_indices"] = indices
+        kept += count
     config = {
         "peft_type": "SHIRA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "random_seed": 0,
-        "mask_type": "random", "target_modules": names, "inference_mode": True, "fan_in_fan_out": False,
+        "mask_type": "random", "target_modules": [f.name for f in factors], "inference_mode": True,
+        "fan_in_fan_out": False, "modules_to_save": whole,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
-    return sum(kept.values()) / sum(f.numel for f in factors)
+    return kept / sum(f.numel for f in factors)
+
+
+def _entries(delta: Tensor, slots: int) -> tuple[Tensor, Tensor, int]:
+    """`slots` entries of a sparse matrix, with their indices `[2, slots]`, and how many of them are not zero.
+
+    The zeros among them are taken from the end, so that the indices tell the shape: they reach the last row and column.
+    """
+    flat = delta.flatten()
+    chosen = flat != 0
+    count = int(chosen.sum())
+    spare = (~chosen).nonzero().flatten()
+    chosen[spare[len(spare) - (slots - count) :]] = True
+    where = chosen.nonzero().flatten()
+    indices = torch.stack([where // delta.shape[1], where % delta.shape[1]]).to(torch.int32)
+    return flat[where].contiguous(), indices.contiguous(), count
+
+
+def _trained_whole(untrimmed: Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """The tensors of the LoRA's file that are no factors, and its `modules_to_save`."""
+    held = load_file(str(untrimmed / "adapter_model.safetensors"))
+    config = json.loads((untrimmed / "adapter_config.json").read_text(encoding="utf-8"))
+    return {key: tensor for key, tensor in held.items() if ".lora_" not in key}, config.get("modules_to_save")
+
+
+def _rank(factors: Sequence[Factors], density: float) -> int:
+    """SHiRA's r, of which every matrix holds r * (out + in) entries."""
+    return max(-(-max(1, math.floor(density * f.numel)) // _side(f)) for f in factors)
 
 
 def _side(f: Factors) -> int:

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from paft_merge.training.arguments import check_targets, lora_config, training_a
 from paft_merge.training.callbacks import L1, Progress, ProxCallback, Watch
 from paft_merge.training.loading import digest_of, lent, load_base, load_tokenizer
 from paft_merge.training.place import Place, write_json
-from paft_merge.training.record import write_card, write_record, write_trimmed
-from paft_merge.training.sparsity import Stats, adapted, measure
+from paft_merge.training.record import check_trim, write_card, write_record, write_trimmed
+from paft_merge.training.sparsity import Factors, Stats, adapted, measure, whole
 from paft_merge.training.spec import SAMPLING, AdapterSpec, read_adapter
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def train_adapter(
     )
     job.base_digest = base_digest or digest_of(model)
     _look_at_data(job)
+    begun = place.part.exists()
     if _main_process():
         place.open(_plan(job), resume)
     _everyone()
@@ -124,7 +125,12 @@ def train_adapter(
 
             train_in_rounds(job)
         else:
-            trainer = make_trainer(job)
+            try:
+                trainer = make_trainer(job)
+            except TrainError:
+                if not begun and _main_process():
+                    shutil.rmtree(place.part)  # nothing was trained, so there is nothing to resume
+                raise
             run_trainer(job, trainer)
             finish(job, trainer)
     return place.final
@@ -225,6 +231,8 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     trainer.l1, trainer.watch, trainer.where = l1, watch, job.name
     trainer.orpo, trainer.ift = spec.orpo, spec.ift
     _widen(trainer.model)
+    if spec.trim:
+        check_trim(adapted(trainer.model), spec.trim.density)
     if adapter is not None:
         _load_adapter(trainer.model, adapter)
     _check_sharding(job, trainer)
@@ -286,8 +294,13 @@ def run_trainer(job: Job, trainer: Any) -> None:
 def finish(job: Job, trainer: Any, **run: Any) -> Stats:
     """Measure the adapter, write it with its record and card, and give its folder the final name."""
     place, spec = job.place, job.spec
-    density = spec.trim.density if spec.trim else None
-    stats = measure(adapted(trainer.accelerator.unwrap_model(trainer.model)), density=density)
+    factors, density = (
+        adapted(trainer.accelerator.unwrap_model(trainer.model)),
+        spec.trim.density if spec.trim else None,
+    )
+    if spec.trim:  # every process takes part in gathering, and one writes
+        factors = tuple(replace(f, a_RI=whole(f.a_RI).detach(), b_OR=whole(f.b_OR).detach()) for f in factors)
+    stats = measure(factors, density=density)
     trainer.save_model(str(place.part))
     if _main_process():
         (place.part / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in words
@@ -295,7 +308,7 @@ def finish(job: Job, trainer: Any, **run: Any) -> Stats:
         _name_base(place.part, job.base_name)
         run = {**_run_facts(job, trainer, stats), **run}
         if spec.trim:
-            run["trimmed_density"] = _trim(job, trainer)
+            run["trimmed_density"] = _trim(job, factors)
         facts = {k: v for k, v in job.facts.items() if k != "train_loss"}
         base = {"name": job.base_name, "digest": job.base_digest}
         record = write_record(place.part, spec, stats, base=base, data=facts, run=run)
@@ -331,12 +344,11 @@ def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
     }
 
 
-def _trim(job: Job, trainer: Any) -> float:
+def _trim(job: Job, factors: Sequence[Factors]) -> float:
     """Move the LoRA to `untrimmed/` and put the pruned delta in its place."""
     assert job.spec.trim is not None
     part = job.place.part
     (part / "untrimmed").mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.move(str(part / name), str(part / "untrimmed" / name))
-    factors = adapted(trainer.accelerator.unwrap_model(trainer.model))
     return write_trimmed(part, factors, job.spec.trim.density, job.base_name)

@@ -37,6 +37,8 @@ class Factors:
     scale: float
     weight: Tensor | None = None
     """The frozen weight beneath; None where it has no plain float form (4-bit bases)."""
+    linear: bool = True
+    """The module is an `nn.Linear`."""
 
     @property
     def numel(self) -> int:
@@ -76,9 +78,16 @@ def _factors(name: str, module: Any, adapter: str) -> Factors:
         a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
     if hasattr(module, "parameter_name"):
         raise TrainError.of("TARGET", name, "fused expert parameters are not supported here", "use target_modules")
-    weight = getattr(module.get_base_layer(), "weight", None)
+    layer = module.get_base_layer()
+    weight = getattr(layer, "weight", None)
     plain = weight is not None and weight.is_floating_point() and type(weight).__name__ != "Params4bit"
-    return Factors(name, a.flatten(1), b.flatten(1), float(module.scaling[adapter]), weight if plain else None)
+    scale, linear = float(module.scaling[adapter]), isinstance(layer, nn.Linear)
+    return Factors(name, a.flatten(1), b.flatten(1), scale, weight if plain else None, linear)
+
+
+def owner(factor: Tensor) -> Tensor:
+    """The parameter of which a factor is a flattened view."""
+    return factor._base if factor._base is not None else factor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -257,24 +266,24 @@ class Glance:
 
 
 @torch.no_grad()
-def glance(factors: Sequence[Factors], lr: float = 0.0, epsilon: float = EPSILON) -> Glance:
+def glance(factors: Sequence[Factors], step: float = 0.0, epsilon: float = EPSILON) -> Glance:
     """Measure PAFT's sparsity, exact zeros and the scale-free one (means over matrices), and the norm.
 
     `settled` foretells the first for when the learning rate will have gone to zero: a subgradient never rests on zero,
-    it steps across by about `lr`, which leaves about half of `lr * (|B_i| + |A_j|)` in entry (i, j) (measured on toys).
+    it steps across by about `step`, which leaves about `step * (|B_i| + |A_j|)` in entry (i, j).
     """
     rows, square = [], 0.0
     for f in factors:
         norm = frobenius(f)
         tenth = 0.1 * norm / math.sqrt(f.numel)
         a, b = whole(f.a_RI).detach().float(), whole(f.b_OR).detach().float()
-        noise = 0.5 * lr * abs(f.scale)
+        noise = step * abs(f.scale)
         across, down = noise * a.norm(dim=0) + epsilon, noise * b.norm(dim=1).unsqueeze(1)
         counts, start = torch.zeros(4, dtype=torch.int64), 0
         for block in chunks(f):
             block.abs_()
             found = [block < epsilon, block == 0, block < tenth]
-            if lr:
+            if step:
                 found.append(block < across + down[start : start + len(block)])
             else:
                 found.append(found[0])
@@ -392,31 +401,44 @@ def trimmed(f: Factors, density: float) -> Tensor:
 class Controller:
     """Moves the strength of the L1 slowly until a sparsity is met, then leaves it alone.
 
-    Proportional-integral control of log(strength) on the error in logit space: with every look the log moves by `gain`
-    times the error and `damping` times its change, at most `limit`, until the share `freeze_at` of the run is over.
+    Proportional-integral control of log(strength) on the error in logit space: with every look the log moves by a gain
+    times the error and `damping` times its change, at most `limit`, until the learning rate has all but gone. The gain
+    grows as the learning rate falls, `reach`-fold at most: the smaller it is, the less a strength moves.
     """
 
     target: float
     """Share of zeros wanted, in (0, 1)."""
     strength: float
     gain: float = 0.1
+    reach: float = 30.0
     damping: float = 0.7
     """Answer to a *change* of the error: the sparsity lags behind the strength, which would overshoot otherwise."""
     limit: float = 0.3
-    freeze_at: float = 0.95
+    freeze_below: float = 0.01
+    """Share of the largest learning rate at which the strength is left alone."""
     frozen: bool = False
     before: float | None = None
     """The error at the last look."""
+    peak: float = 0.0
+    """The largest learning rate so far."""
 
-    def update(self, sparsity: float, progress: float) -> float:
-        """Take a measured sparsity at `progress` (0..1 of the run) and return the strength to use from here on."""
+    def update(self, sparsity: float, lr: float, progress: float) -> float:
+        """Take a measured sparsity and return the strength to use from here on.
+
+        Args:
+            sparsity: share of zeros, as it will be when the learning rate is gone.
+            lr: of the step just taken.
+            progress: 0..1 of the run; the last look changes nothing that could still act.
+        """
+        self.peak = max(self.peak, lr)
+        left = lr / self.peak if self.peak else 1.0
         if self.frozen:
             return self.strength
         error = _logit(self.target) - _logit(sparsity)
         change = 0.0 if self.before is None else error - self.before
-        self.before, self.frozen = error, progress >= self.freeze_at
+        self.before, self.frozen = error, left <= self.freeze_below or progress >= 1
         if not self.frozen:
-            move = self.gain * error + self.damping * change
+            move = self.gain * min(1 / left, self.reach) * error + self.damping * change
             self.strength *= math.exp(max(-self.limit, min(self.limit, move)))
         return self.strength
 

@@ -278,6 +278,8 @@ class AdapterSpec(Section):
             raise ValueError(
                 f"objective {self.objective} needs `reward`; e.g. reward: {{function: my_rewards:helpful}}"
             )
+        if self.trim and self.lora.bias != "none":
+            raise ValueError("`trim` writes a sparse adapter (SHiRA), which has no biases; use lora: {bias: none}")
         for key in sorted(OURS.keys() & self.training.keys()):
             raise ValueError(f"training.{key} cannot be set here; {OURS[key]}")
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from paft_merge.errors import TrainError
 from paft_merge.training.callbacks import L1, Watch
 from paft_merge.training.losses import ift_loss, orpo_loss, residual_embeddings, weighted_nll
-from paft_merge.training.sparsity import adapted
+from paft_merge.training.sparsity import adapted, owner, whole
 from paft_merge.training.spec import IftSpec, Objective, OrpoSpec
 
 _ARGMAX_TOKENS = 1024
@@ -29,6 +31,19 @@ class L1Mixin:
     l1: L1 | None = None
     watch: Watch | None = None
     where: str = "adapter"
+    penalty_gradient: dict[torch.Tensor, torch.Tensor] | None = None
+    """What the penalty adds to each factor's gradient in this step; only in steps that are logged."""
+
+    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Take TRL's step and, where it is logged, measure the penalty's and the task's part of the gradient apart."""
+        self.penalty_gradient = None
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if self.penalty_gradient is not None:
+            parts, self.penalty_gradient = self.penalty_gradient, None
+            self.extra_logs["l1/grad_norm"].append(_norm(parts.values()))
+            trained = [p for p in self.model.parameters() if p.grad is not None]
+            self.extra_logs["l1/task_grad_norm"].append(_norm(p.grad - parts.get(p, 0.0) for p in trained))
+        return loss
 
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -46,16 +61,27 @@ class L1Mixin:
     def _penalty(self: Any, model: Any, num_items_in_batch: Any) -> torch.Tensor:
         """A zero whose gradient is that of strength * L1, in the scale of this micro-batch's loss."""
         strength = self.l1.at(self.state.global_step, self.state.max_steps)
-        penalty = self.l1.penalty(adapted(self.accelerator.unwrap_model(model)))
+        factors = adapted(self.accelerator.unwrap_model(model))
+        penalty = self.l1.penalty(factors)
         self._check_finite("l1 penalty", penalty)
         self.extra_logs["l1/strength"].append(strength)
         self.extra_logs["l1/norm"].append(penalty.item())
         self.extra_logs["l1/loss"].append(strength * penalty.item())
+        if self._is_logged():
+            owners = [owner(side) for f in factors for side in (f.a_RI, f.b_OR)]
+            gradients = torch.autograd.grad(penalty, owners, retain_graph=True)
+            self.penalty_gradient = {p: strength * g for p, g in zip(owners, gradients, strict=True)}
         # transformers divides a loss by the number of micro-batches unless it says that it is scaled already
         # (SFTTrainer's is, DPOTrainer's is not); the penalty is a term of the step, so that division is undone.
         undo = 1 if self._scaled_already(num_items_in_batch) else self.current_gradient_accumulation_steps
         term: torch.Tensor = undo * strength * (penalty - penalty.detach())
         return term
+
+    def _is_logged(self: Any) -> bool:
+        """Whether this step's line will be logged, and its gradient is in plain sight: not in fp16's scale, nor ZeRO's."""
+        step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
+        plain = self.accelerator.scaler is None and not self.is_deepspeed_enabled
+        return plain and self.args.logging_strategy == "steps" and step % every == 0
 
     def _scaled_already(self: Any, num_items_in_batch: Any) -> bool:
         """Repeat the rule by which `Trainer.training_step` decides whether to divide a loss."""
@@ -88,6 +114,11 @@ class L1Mixin:
             logs.update(self.watch.latest if self.watch else {})
             self.extra_logs.clear()
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def _norm(gradients: Iterable[torch.Tensor]) -> float:
+    """Norm of all of them together."""
+    return math.sqrt(sum(float(whole(g.detach().float().square().sum())) for g in gradients))
 
 
 class PaftSFTTrainer(L1Mixin, SFTTrainer):  # type: ignore[misc]

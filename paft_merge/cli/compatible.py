@@ -1,0 +1,89 @@
+"""The options of `mergekit-yaml` on `paft merge`: those that mean something here, and a line for each that does not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from paft_merge.errors import Problem
+
+_ALWAYS = {
+    "--clone-tensors": "repeated layers are written out anyway",
+    "--async-write": "writing overlaps with the rest anyway",
+    "--low-cpu-memory": "memory is a few blocks anyway; --memory bounds it",
+    "--read-to-gpu": "blocks go to the device as they are read",
+    "--safe-serialization": "",
+    "--copy-tokenizer": "",
+    "--no-allow-crimes": "",
+    "--no-lazy-unpickle": "",
+    "--no-trust-remote-code": "",
+    "--no-unsafe-truncate-embeddings": "",
+    "--no-quiet": "",
+    "--no-cuda": "",
+    "--no-read-to-gpu": "",
+    "--no-low-cpu-memory": "",
+    "--no-clone-tensors": "",
+    "--no-async-write": "",
+    "--no-multi-gpu": "",
+}
+"""Flags that change nothing: what they ask for is so anyway. A text says how."""
+
+_NOT_HERE = {
+    "--multi-gpu": "one device is used; name it with --device",
+    "--unsafe-truncate-embeddings": "it cuts rows by position; write tokenizer: {source: ...} in the recipe instead",
+    "--no-copy-tokenizer": "the tokenizer's files are always copied; delete them from OUT",
+    "--no-safe-serialization": "only safetensors is written",
+}
+"""Flags that have no counterpart."""
+
+_VALUES = {
+    "--lora-merge-cache": "adapters are read on the fly, and nothing is cached",
+    "--lora-merge-dtype": "an adapter's delta is float32 and is rounded once, at the end",
+    "--write-threads": "writing is done by the threads of --threads",
+    "--random-seed": "a seed changes the result, so it stands in the recipe: write seed: {value} there",
+}
+"""Options with a value that have no counterpart."""
+
+
+def accepts_mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add them, hidden, to a command that has `device` and `threads`, and a `notes` of what they did not do."""
+
+    @wraps(command)
+    def run(*arguments: Any, **given: Any) -> Any:
+        theirs = {key.removeprefix("mergekit_"): given.pop(key) for key in list(given) if key.startswith("mergekit_")}
+        if theirs.pop("cuda") or theirs.pop("gpu_rich", False):
+            given["device"] = "cuda" if given["device"] == "cpu" else given["device"]
+        given["threads"] = given["threads"] or theirs.pop("num_threads", None)
+        if cache := theirs.pop("transformers_cache"):
+            os.environ["HF_HUB_CACHE"] = str(cache)
+        return command(*arguments, **given, notes=list(_notes(theirs)))
+
+    options = [
+        click.option("--cuda", "mergekit_cuda", is_flag=True, hidden=True),
+        click.option("--gpu-rich", "mergekit_gpu_rich", is_flag=True, hidden=True),
+        click.option("-j", "--num-threads", "mergekit_num_threads", type=click.IntRange(1), hidden=True),
+        click.option("--transformers-cache", "mergekit_transformers_cache", hidden=True),
+        *(click.option(name, _key(name), is_flag=True, hidden=True) for name in {**_ALWAYS, **_NOT_HERE}),
+        *(click.option(name, _key(name), hidden=True) for name in _VALUES),
+    ]
+    made: Callable[..., Any] = run
+    for option in reversed(options):
+        made = option(made)
+    return made
+
+
+def _notes(given: dict[str, Any]) -> list[Problem]:
+    found = []
+    for name, what in {**_ALWAYS, **_NOT_HERE, **_VALUES}.items():
+        value = given.get(_key(name).removeprefix("mergekit_"))
+        if value and what:
+            found.append(Problem("OPTION", name, "has no effect here", what.format(value=value)))
+    return found
+
+
+def _key(name: str) -> str:
+    return "mergekit_" + name.strip("-").replace("-", "_")

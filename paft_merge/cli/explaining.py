@@ -1,0 +1,101 @@
+"""`paft explain`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from paft_merge.cli.merging import planning_options
+from paft_merge.cli.terminal import recipe_place, warn
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from paft_merge.explain import Explained, ExplainedSource
+    from paft_merge.recipe import Resolved
+
+
+@click.command()
+@click.argument("recipe")
+@click.option(
+    "--tensor", "pattern", default="*", metavar="GLOB", help="Only tensors whose names fit, e.g. '*.0.mlp.*'."
+)
+@click.option("--json", "as_json", is_flag=True, help="Every tensor by itself, as JSON.")
+@planning_options
+def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
+    """Show what RECIPE does with each tensor: sources, and every parameter with the line that set it. Reads headers alone."""
+    from paft_merge import api
+    from paft_merge import explain as explaining
+
+    with api.open_plan(recipe_place(recipe), remote=True, **planning) as planned:
+        warn(planned.warnings)
+        tensors = explaining.explain(planned, pattern)
+        if as_json:
+            click.echo(json.dumps([explaining.to_json(tensor) for tensor in tensors], indent=2))
+            return
+        for group in explaining.alike(tensors):
+            _show(group)
+
+
+def _show(group: Sequence[Explained]) -> None:
+    """One tensor, or several alike: the inputs, and under each what was set for it, and where."""
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from paft_merge.report import terminal
+
+    first, console = group[0], terminal()
+    shape = " x ".join(map(str, first.shape)) if len({one.shape for one in group}) == 1 else "several shapes"
+    places = sorted({one.t for one in group})
+    at = f"  t {places[0]:.3g}" + (f" to {places[-1]:.3g}" if len(places) > 1 else "")
+    alike = f" [dim]and {len(group) - 1:,} alike[/]" if group[1:] else ""
+    console.print(f"[bold]{escape(first.name)}[/]{alike}", highlight=False)
+    method = f"[cyan]{first.method}[/]" + (f": {first.why}" if first.why else "")
+    console.print(f"  {method}  [dim]{first.dtype}  {shape or 'scalar'}{'' if first.why else at}[/]", highlight=False)
+    if first.base and not first.why:
+        console.print(f"  base    {_input(first, first.base)}", highlight=False)
+    for i, source in enumerate(first.sources if not first.why else ()):
+        console.print(f"  source  {_input(first, source)}", highlight=False)
+        console.print(Padding(_table([one.sources[i].parameters for one in group]), (0, 0, 0, 4)))
+    if not first.why:
+        console.print(Padding(_table([one.shared for one in group]), (0, 0, 0, 2)))
+    console.print()
+
+
+def _input(tensor: Explained, source: ExplainedSource) -> str:
+    from rich.markup import escape
+
+    kind = {"checkpoint": "", "none": "  [dim]no delta[/]"}.get(source.delta, f"  [dim]{source.delta}[/]")
+    renamed = "" if source.tensor == tensor.name else f"  [yellow]{escape(source.tensor)}[/]"
+    return f"{escape(source.model)}{renamed}{kind}"
+
+
+def _table(found: Sequence[dict[str, Resolved]]) -> Table:
+    """A row a parameter that was set, and one for all defaults; values that differ between like tensors as first to last."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, min_width=12)
+    table.add_column(overflow="fold")
+    defaults = []
+    for name, one in found[0].items():
+        values = list(dict.fromkeys(_shown(parameters[name].value) for parameters in found))
+        value = values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+        if one.origin.level == "default":
+            defaults.append(f"{name} {value}")
+        else:
+            table.add_row(name, value, f"[green]{escape(str(one.origin.spot))}[/]")
+    if defaults:
+        table.add_row("[dim]default[/]", "", f"[dim]{escape(', '.join(defaults))}[/]")
+    return table
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "-" if value is None else str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,112 @@
+"""`paft pull`, `paft push`, `paft card` and `paft reproduce`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from paft_merge.cli.merging import progress_bar
+from paft_merge.cli.terminal import import_option, terminable, warn
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@click.option("--lazy-unpickle", is_flag=True, help="Take .bin files where there is nothing else.")
+def pull(reference: str, lazy_unpickle: bool) -> None:
+    """Fetch what a merge needs of REF into the Hub's cache, and print where it lies.
+
+    REF is a repository, `user/name` or `user/name@revision`, BASE+ADAPTER for both, or a file, hf://user/name/recipe.yaml.
+    Unlike a merge, which takes what the cache has, this asks the Hub where a branch stands now.
+    """
+    from paft_merge.hub import HF, download, fetch_file, look
+    from paft_merge.recipe import ModelRef
+
+    if reference.startswith(HF):
+        click.echo(str(fetch_file(reference, refresh=True)))
+        return
+    ref = ModelRef.parse(reference)
+    looks = [look(ref.path, ref.revision, kind="model" if ref.lora else "any", unpickle=lazy_unpickle, refresh=True)]
+    if ref.lora:
+        looks.append(look(ref.lora, ref.lora_revision, kind="adapter", refresh=True))
+    with terminable():
+        for folder in download(looks):
+            click.echo(str(folder))
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.argument("repo_id")
+@click.option("--private/--public", default=None, help="Of a repository that is made now. Default: the account's own.")
+@click.option("--branch", metavar="NAME", help="Commit to this branch, which is made if need be. Default: main.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--message", metavar="TEXT", help="Of the commit.")
+@click.option("--tag", "tags", multiple=True, metavar="NAME", help="Tag the commit; may be repeated.")
+def push(
+    folder: Path, repo_id: str, private: bool | None, branch: str | None, create_pr: bool, message: str | None,
+    tags: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Send FOLDER (a merged model, an adapter, an audit's report) to the Hub as one commit.
+
+    A merge is compared with its manifest first. Run it again after a break: what was uploaded is not uploaded twice.
+    """
+    from paft_merge import hub
+
+    with terminable():
+        url = hub.push(folder, repo_id, private=private, branch=branch, create_pr=create_pr, message=message, tags=tags)
+    click.echo(url)
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--overwrite", is_flag=True, help="Replace a card that was edited.")
+def card(folder: Path, overwrite: bool) -> None:
+    """Write the model card of the merge in FOLDER anew, from its manifest.
+
+    Results of an evaluation in FOLDER (evaluation.json, results*.json) become a table, and metadata of the Hub.
+    """
+    from paft_merge.card import write_card
+
+    warn(write_card(folder, overwrite=overwrite))
+    click.echo(f"{folder / 'README.md'}")
+
+
+@click.command()
+@click.argument("place", metavar="FOLDER_OR_REPO")
+@click.argument("out", type=FOLDER, required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Changes no bit.")
+@click.option("--stream-from-hub", is_flag=True, help="Store none of the inputs.")
+@import_option
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.pass_context
+def reproduce(
+    ctx: click.Context, place: str, out: Path | None, as_json: bool, threads: int | None, stream_from_hub: bool,
+    imports: tuple[str, ...], quiet: bool,
+) -> None:  # fmt: skip
+    """Merge again what a manifest describes, sources at the same commits, and say whether every byte is the same.
+
+    Without OUT the new merge is removed afterwards. Exits with 1 when something differs.
+    """
+    from paft_merge.reproduce import reproduce as again
+
+    with terminable(), progress_bar(quiet) as progress:
+        done = again(
+            place, out, imports=imports, threads=threads, stream_from_hub=stream_from_hub, progress=progress, warn=warn
+        )
+    if as_json:
+        click.echo(json.dumps(done.to_json(), indent=2))
+    else:
+        for name, (was, now) in sorted(done.versions.items()):
+            click.echo(f"{name}: {was} then, {now} now")
+        for name in [*done.differing[:20], *done.files]:
+            click.echo(f"differs: {name}")
+        if len(done.differing) > 20:
+            click.echo(f"and {len(done.differing) - 20} more")
+        verdict = "identical" if done.identical else "NOT identical"
+        click.echo(f"{verdict}: {done.tensors - len(done.differing)} of {done.tensors} tensors, {done.nbytes:,} bytes")
+    if not done.identical:
+        ctx.exit(1)

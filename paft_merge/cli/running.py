@@ -1,0 +1,121 @@
+"""`paft run`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from paft_merge.cli.terminal import terminable
+
+if TYPE_CHECKING:
+    from paft_merge.pipeline import Event, Planned
+
+STAGES = ("train", "audit", "merge", "evaluate", "push")
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    help="Change the recipe, e.g. adapters.sft.training.max_steps=100 or merge.models[0].parameters.weight=0.5.",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--from", "start", type=click.Choice(STAGES), help="Do this stage and those after it again, changed or not."
+)
+@click.option("--only", type=click.Choice(STAGES), help="Do nothing but this stage.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the steps; do nothing.")
+@set_option
+@click.option("--quiet", is_flag=True, help="No lines about the steps.")
+def run(
+    recipe: Path, folder: Path, start: Any, only: Any, dry_run: bool, overrides: tuple[str, ...], quiet: bool
+) -> None:
+    """Train, audit, merge, evaluate and push what RECIPE says, in RUN_DIR; what has not changed is not done again.
+
+    A run that was killed goes on when the same command is given again. The table of results comes last.
+    """
+    hush()
+    from paft_merge import pipeline
+    from paft_merge.cli.results import steps_table, table
+
+    if dry_run:
+        steps_table(pipeline.plan(recipe, folder, overrides=overrides, start=start, only=only))
+        return
+    with going_on(recipe, folder), terminable(), _lines(quiet) as tell:
+        done = pipeline.run(
+            recipe, folder, overrides=overrides, start=start, only=only, tell=tell, planned=_planned(quiet)
+        )
+    if done.table.rows:
+        table(done.table)
+    if not quiet:
+        click.echo(f"{len(done.done)} steps done; everything is in {folder}: run.json, table.md, logs/", err=True)
+
+
+def hush() -> None:
+    """Keep the bars of the libraries below out of the terminal; they log into the run's folder."""
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(trl|peft|transformers).*")
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+
+
+@contextmanager
+def going_on(recipe: Path, folder: Path, verb: str = "run") -> Iterator[None]:
+    """Tell how to go on after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(
+            f"interrupted; finished steps are kept, and `paft {verb} {recipe} {folder}` goes on from there", err=True
+        )
+        click.get_current_context().exit(130)
+
+
+def _planned(quiet: bool) -> Callable[[Planned], None]:
+    def tell(planned: Planned) -> None:
+        if not quiet:
+            known = len(planned.steps) - len(planned.todo)
+            click.echo(f"{len(planned.todo)} steps to do, {known} as they are", err=True)
+
+    return tell
+
+
+@contextmanager
+def _lines(quiet: bool) -> Iterator[Callable[[Event], None]]:
+    """A line for every finished step; on a terminal, what is going on now beneath."""
+    if quiet:
+        yield lambda _: None
+        return
+    if not sys.stderr.isatty():
+        yield (
+            lambda event: (
+                click.echo(f"{event.step}: {event.text}", err=True) if event.what in ("done", "failed") else None
+            )
+        )
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True)
+    with console.status("") as status:
+
+        def tell(event: Event) -> None:
+            if event.what in ("done", "failed"):
+                mark = "[green]done[/]" if event.what == "done" else "[red]failed[/]"
+                console.print(f"{mark} {escape(event.step)} [dim]{escape(event.text)}[/]")
+            else:
+                status.update(f"{escape(event.step)} {escape(event.text)}")
+
+        yield tell

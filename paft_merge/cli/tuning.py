@@ -1,0 +1,53 @@
+"""`paft tune`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from paft_merge.cli.running import going_on, hush, set_option
+from paft_merge.cli.terminal import terminable
+
+if TYPE_CHECKING:
+    from paft_merge.tuning import Trial
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--trials", type=click.IntRange(1), help="Trials in all, earlier ones in RUN_DIR counted. Default: the recipe's."
+)
+@set_option
+@click.option("--quiet", is_flag=True, help="No lines about the trials.")
+def tune(recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, ...], quiet: bool) -> None:
+    """Search weights, densities and the like of RECIPE's merge for the highest metric of its `tune:` section.
+
+    Adapters are trained once, in RUN_DIR. Writes best.yaml, tune.png and trials.csv there; started again, it goes on.
+    """
+    hush()
+    from paft_merge.tuning import tune as search
+
+    with going_on(recipe, folder, "tune"), terminable(), _lines(quiet) as progress:
+        found = search(recipe, folder, overrides=overrides, trials=trials, progress=progress)
+    if not quiet:
+        click.echo(f"best of {len(found.trials)}: {found.best.value:.4f} {dict(found.best.parameters)}", err=True)
+    click.echo(found.recipe)
+
+
+@contextmanager
+def _lines(quiet: bool) -> Iterator[Callable[[Trial, int], None]]:
+    def tell(trial: Trial, total: int) -> None:
+        if not quiet:
+            chosen = ", ".join(
+                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.parameters.items()
+            )
+            click.echo(f"trial {trial.number + 1}/{total}: {trial.value:.4f}  {chosen}", err=True)
+            sys.stderr.flush()
+
+    yield tell

@@ -1,0 +1,63 @@
+"""Greedy answers in the format that AlpacaEval judges: a list of instruction, output and generator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paft_merge.errors import EvaluateError
+from paft_merge.evaluating.light import generate
+from paft_merge.evaluating.models import load_subject
+from paft_merge.evaluating.rows import read_rows
+from paft_merge.evaluating.spec import EvaluateSpec
+
+
+def read_instructions(path: Path) -> list[dict[str, Any]]:
+    """Rows with an `instruction`: a JSON list, as AlpacaEval publishes its set (`alpaca_eval.json`), or .jsonl.
+
+    Raises:
+        EvaluateError: EVAL_DATA.
+    """
+    if path.suffix == ".jsonl":
+        rows = read_rows(path)
+    else:
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EvaluateError.of("EVAL_DATA", path, f"cannot be read: {error}", "give a JSON list") from error
+    good = isinstance(rows, list) and bool(rows) and all(isinstance(r, dict) and r.get("instruction") for r in rows)
+    if not good:
+        what = "has rows without an instruction"
+        raise EvaluateError.of("EVAL_DATA", path, what, 'write a list of {"instruction": ...}')
+    return rows
+
+
+def write_alpaca(
+    model: str, instructions: Path, out: Path, spec: EvaluateSpec, *, name: str | None = None, max_new_tokens: int = 512
+) -> int:
+    """Answer instructions and write `out` for `alpaca_eval --model_outputs out`; returns how many.
+
+    Args:
+        model: as for `evaluate`.
+        name: what AlpacaEval's table calls the model; the last part of its path by default.
+    """
+    rows = read_instructions(instructions)
+    subject = load_subject(model, spec)
+    chat = bool(subject.tokenizer.chat_template)
+    texts = [str(row["instruction"]) for row in rows]
+    prompts: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+    outputs = generate(subject, prompts, max_new_tokens, spec.batch_size)
+    written = [
+        {
+            "dataset": row.get("dataset", instructions.stem),
+            "instruction": row["instruction"],
+            "output": output.strip(),
+            "generator": name or Path(model).name,
+            "datasplit": "eval",
+        }
+        for row, output in zip(rows, outputs, strict=True)
+    ]
+    out.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return len(written)

@@ -1,0 +1,194 @@
+"""Evaluations that need nothing but the model: greedy answers, pairs, a reward of answers, perplexity.
+
+B = rows of a batch, T = tokens, V = vocabulary. Every kind gives one number per row, so that two models can be compared row
+by row, and the number of the table is their mean (of `perplexity`: exp of the mean over tokens).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from paft_merge.errors import EvaluateError
+from paft_merge.evaluating.models import Subject
+from paft_merge.evaluating.rows import Row, answer_column, place_of, read_lines, read_rows, scorer
+from paft_merge.evaluating.spec import Measurement
+from paft_merge.training.rewards import total
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of the table, and what it is made of."""
+
+    value: float
+    stderr: float | None
+    rows: tuple[float, ...]
+    """Per row, in the order of the file; empty when the task keeps them to itself."""
+    outputs: tuple[str, ...] = ()
+    """What the model wrote, where it wrote anything."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"value": self.value, "stderr": self.stderr, "rows": list(self.rows), "outputs": list(self.outputs)}
+
+
+def measure(subject: Subject, of: Measurement, folder: Path, batch_size: int) -> Score:
+    """Run one light evaluation.
+
+    Raises:
+        EvaluateError: EVAL_DATA, LENGTH. TrainError: REWARD, NONFINITE, from the function that scores.
+    """
+    path = place_of(of.data, folder)
+    if of.kind == "perplexity":
+        return _perplexity(subject, read_lines(path, of.take), of.by, batch_size)
+    rows = read_rows(path, of.take)
+    if of.kind == "preference":
+        return _preference(subject, rows, of, batch_size)
+    outputs = generate(subject, [row[of.prompt] for row in rows], of.max_new_tokens, batch_size)
+    if of.kind == "exact_match":
+        right = [str(row[answer_column(of, row)]).strip() for row in rows]
+        return _mean([float(_answer(o, of.extract) == r) for o, r in zip(outputs, right, strict=True)], outputs)
+    assert of.function is not None
+    columns = {
+        key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompts", "completions", of.prompt)
+    }
+    prompts = [row[of.prompt] for row in rows]
+    return _mean(total([scorer(of.function, folder)], prompts=prompts, completions=outputs, **columns), outputs)
+
+
+def _answer(output: str, extract: str | None) -> str:
+    if extract is None:
+        return output.strip()
+    found = re.search(extract, output)
+    return (found[1] or "").strip() if found else ""
+
+
+def _mean(values: Sequence[float], outputs: Sequence[str] = ()) -> Score:
+    n = len(values)
+    mean = math.fsum(values) / n
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+    return Score(mean, spread, tuple(values), tuple(outputs))
+
+
+def prompt_text(prompt: Any, tokenizer: Any) -> str:
+    """A prompt as the text the model sees: chat turns through the tokenizer's template."""
+    if isinstance(prompt, str):
+        return prompt
+    text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _completion_text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
+
+
+def _ids(subject: Subject, text: str, prompt: Any) -> list[int]:
+    """Token ids; a chat template writes its own first token."""
+    return list(subject.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+@torch.inference_mode()
+def generate(subject: Subject, prompts: Sequence[Any], max_new_tokens: int, batch_size: int) -> list[str]:
+    """Greedy answers, in the order of the prompts; each without its prompt and its closing tokens.
+
+    Raises:
+        EvaluateError: LENGTH, a prompt and its answer do not fit the model.
+    """
+    tokenizer = subject.tokenizer
+    ids = [_ids(subject, prompt_text(prompt, tokenizer), prompt) for prompt in prompts]
+    longest = max(map(len, ids)) + max_new_tokens
+    if longest > subject.max_length:
+        what = f"the longest prompt and its answer take {longest} tokens, the model sees {subject.max_length}"
+        raise EvaluateError.of("LENGTH", subject.name, what, "lower max_new_tokens, or raise max_length")
+    answers = [""] * len(ids)
+    for batch in _batches(ids, batch_size):
+        input_ids, mask = _padded([ids[i] for i in batch], tokenizer.pad_token_id, subject.device, left=True)
+        made = subject.model.generate(
+            input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+            temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+def _batches(ids: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Row numbers in batches of like length, longest first, so that memory runs out at once or never."""
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of ids as `[B, T]` int64, and which of them are tokens."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for at, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[at, span], mask[at, span] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)
+
+
+@torch.inference_mode()
+def _logps(
+    subject: Subject, ids: Sequence[list[int]], starts: Sequence[int], batch_size: int
+) -> list[tuple[float, int]]:
+    """Summed log probability of the tokens from each row's start on, and how many they are."""
+    found = [(0.0, 0)] * len(ids)
+    for batch in _batches(ids, batch_size):
+        rows_BT, mask_BT = _padded([ids[i] for i in batch], subject.tokenizer.pad_token_id, subject.device, left=False)
+        logits_BTV = subject.model(input_ids=rows_BT, attention_mask=mask_BT).logits[:, :-1].float()
+        logp_BT = log_softmax(logits_BTV, -1).gather(2, rows_BT[:, 1:, None])[..., 0]
+        for at, i in enumerate(batch):
+            first = max(starts[i], 1)
+            found[i] = (float(logp_BT[at, first - 1 : len(ids[i]) - 1].sum()), len(ids[i]) - first)
+    return found
+
+
+def _preference(subject: Subject, rows: Sequence[Row], of: Measurement, batch_size: int) -> Score:
+    """Share of pairs whose chosen answer is likelier than the rejected one; a tie counts half."""
+    ids, starts, end = list[list[int]](), list[int](), subject.tokenizer.eos_token or ""
+    for row in rows:
+        prompt = prompt_text(row[of.prompt], subject.tokenizer)
+        start = len(_ids(subject, prompt, row[of.prompt]))
+        for key in ("chosen", "rejected"):
+            full = _ids(subject, prompt + _completion_text(row[key]) + end, row[of.prompt])
+            if len(full) > subject.max_length:
+                what = f"a pair takes {len(full)} tokens, the model sees {subject.max_length}"
+                raise EvaluateError.of("LENGTH", of.data, what, "remove such rows, or raise max_length")
+            ids.append(full)
+            starts.append(start)
+    sums = _logps(subject, ids, starts, batch_size)
+    scores = [logp / max(tokens, 1) if of.normalize else logp for logp, tokens in sums]
+    wins = [
+        1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in zip(scores[::2], scores[1::2], strict=True)
+    ]
+    return _mean(wins)
+
+
+def _perplexity(subject: Subject, lines: Sequence[str], by: str, batch_size: int) -> Score:
+    """exp of the mean loss of a token. `rows` are the mean losses of the windows (or lines), in nats."""
+    tokenizer, most = subject.tokenizer, subject.max_length
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    room = most - len(first)
+    windows: list[list[int]] = []
+    for text in lines if by == "line" else ["\n".join(lines)]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        windows += [[*first, *ids[at : at + room]] for at in range(0, len(ids), room)]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise EvaluateError.of("EVAL_DATA", subject.name, "the text has no token to predict", "give a longer text")
+    sums = _logps(subject, windows, [1] * len(windows), batch_size)
+    tokens = sum(count for _, count in sums)
+    loss = -math.fsum(logp for logp, _ in sums) / tokens
+    per_row = _mean([-logp / count for logp, count in sums])
+    value = math.exp(min(loss, 700.0))
+    return Score(value, value * per_row.stderr if per_row.stderr is not None else None, per_row.rows)

@@ -1,0 +1,122 @@
+"""What the Hub answers, and what the way to it does, in the words of our errors."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from paft_merge.errors import HubError
+
+_LOGIN = "log in with `hf auth login`"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TOKEN = re.compile(r"hf_\w{8,}")
+
+
+@contextmanager
+def asking(where: str) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises into a `HubError` about `where`: one line, with the way out, without a token."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        raise problem_of(error, where) from error
+    except transport_error() as error:
+        raise problem_of(error, where) from error
+
+
+def problem_of(error: BaseException, where: str) -> HubError:
+    """The `HubError` that says what `error` means."""
+    from huggingface_hub import errors
+
+    error = root_of(error)
+    if isinstance(error, errors.GatedRepoError):
+        fix = f"accept its terms on its page, then {_LOGIN}"
+        return HubError.of("HUB_GATED", where, "is gated, and this account may not read it", fix)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HubError.of("HUB_REVISION", where, "the repository has no such revision", "check the part after '@'")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        what = "is no folder here and no repository that you can see on the Hub"
+        return HubError.of("HUB_NOT_FOUND", where, what, f"check the name, or {_LOGIN}")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return HubError.of("HUB_OFFLINE", where, "HF_HUB_OFFLINE is set, and this needs the Hub", "unset it")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        what = "is no folder here, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        return HubError.of("HUB_OFFLINE", where, what, "check the path, or pull it first where there is a network")
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return HubError.of("HUB_FILE", where, "the repository has no such file", "check the name of the file")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refused(error, where)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return HubError.of("DISK", error.filename or where, f"{error.strerror}", "free some space and run again")
+    if isinstance(error, transport_error()):
+        what = f"the connection failed: {_line(error) or type(error).__name__}"
+        return HubError.of("HUB_UNREACHABLE", where, what, "try again later; what is there already is kept")
+    return HubError.of("HUB_ERROR", where, _line(error) or type(error).__name__, "")
+
+
+def root_of(error: BaseException) -> BaseException:
+    """What lies beneath the errors that huggingface_hub wraps another in: of an upload in a thread, of a first look."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def transport_error() -> type[Exception]:
+    """The error of the HTTP client that huggingface_hub is built on, of which there has been more than one."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    kinds = [kind for kind in HfHubHTTPError.__bases__ if kind is not OSError]
+    return kinds[0] if kinds else OSError
+
+
+def retry_after(response: Any) -> float | None:
+    """Seconds that a response asks us to wait, as a number or a date; None when it does not."""
+    import time
+    from email.utils import parsedate_to_datetime
+
+    asked = response.headers.get("Retry-After")
+    if asked is None:
+        return None
+    try:
+        return max(float(asked), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(parsedate_to_datetime(asked).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return None
+
+
+def _refused(error: Any, where: str) -> HubError:
+    """An answer that is an error by its number."""
+    status, said = error.response.status_code, _line(error.server_message or error)
+    if status == 401:
+        return HubError.of("HUB_LOGIN", where, "the Hub does not know this account", _LOGIN)
+    if status == 403:
+        fix = f"use a token with write permission for it, or {_LOGIN} as somebody who has it"
+        return HubError.of("HUB_FORBIDDEN", where, f"no permission: {said}", fix)
+    if status == 409:
+        return HubError.of("HUB_EXISTS", where, f"exists already: {said}", "choose another name")
+    if status == 412:
+        what = "somebody else has committed meanwhile, and nothing was changed"
+        return HubError.of("HUB_CONFLICT", where, what, "look at it, and push again; what was uploaded is kept")
+    if status == 429:
+        wait = retry_after(error.response)
+        fix = f"try again in {wait:.0f} seconds" if wait is not None else "try again in a few minutes"
+        return HubError.of("HUB_RATE_LIMIT", where, "too many requests", f"{fix}, or {_LOGIN} for a higher limit")
+    if status >= 500:
+        what = f"the Hub has trouble of its own (status {status})"
+        return HubError.of("HUB_SERVER", where, what, "run again later; what was transferred is kept")
+    return HubError.of("HUB_ERROR", where, said or f"the Hub answered with status {status}", "")
+
+
+def _line(error: object) -> str:
+    """The first line of a message that says something, with anything like a token blotted out."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return _TOKEN.sub("hf_***", lines[0]) if lines else ""

@@ -1,0 +1,227 @@
+"""A folder on this machine as one commit on the Hub: checked before, resumed where it stopped, never seen half."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paft_merge.checkpoint import UNFINISHED, Checkpoint
+from paft_merge.errors import HubError, Problem
+from paft_merge.hub.faults import asking
+from paft_merge.manifest import MANIFEST, is_merged, read_manifest, verify
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+log = logging.getLogger(__name__)
+
+_NOT_SENT = ("*.part", "*.tmp", "*.lock", "lock", "optimizer.pt", "scheduler.pt", "rng_state*", "__pycache__")
+_NOT_ENTERED = ("checkpoint-*", "__pycache__", "*.part")
+_TEXT = (".md", ".json", ".yaml", ".yml", ".txt", ".jinja", ".html", ".csv", ".py")
+_TEXT_BYTES = 20_000_000
+_SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is to be sent: the files by their names in the repository, and what kind of thing they are."""
+
+    folder: Path
+    files: dict[str, Path]
+    kind: str
+    """`merge` (with a manifest that its bytes agree with), `model`, `adapter`, or `report`."""
+    warnings: tuple[Problem, ...]
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """Send a folder to the Hub: a model, an adapter, or a report.
+
+    Large files are uploaded first and belong to no revision until one commit names all of them: a push that is cut off
+    changes nothing that anybody sees, and the next one uploads only what is not there yet. Weights of an older model
+    that the folder does not have are deleted by the same commit, since the two could not be told apart.
+
+    Args:
+        folder: what `pack` accepts.
+        repo_id: `name` or `user/name`; made when it does not exist.
+        private: who may see a repository that is made now; None leaves it to the account's default. One that exists
+            and is otherwise is refused, not changed.
+        branch: made from `main` when it does not exist; `main` by default.
+        create_pr: open a pull request instead of committing.
+        message: of the commit.
+        tags: that the commit is to have; none of them may exist.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        HubError: why it cannot be sent.
+        PaftMergeError: why the folder should not be: see `pack`.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    parcel = pack(folder)
+    for problem in parcel.warnings:
+        log.warning("%s", problem)
+    api = HfApi()
+    repo_id = _repository(api, repo_id, private)
+    with asking(repo_id):
+        _refuse_tags(api, repo_id, tags)
+        if branch and branch != "main":
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        head = api.model_info(repo_id, revision=branch, files_metadata=False)
+        there = [s.rfilename for s in head.siblings or ()]
+        adds = [CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()]
+        deletes = [CommitOperationDelete(name) for name in _replaced(parcel, there)]
+        made = api.create_commit(
+            repo_id, [*adds, *deletes], commit_message=message or f"{parcel.kind.capitalize()} sent by paft_merge",
+            revision=branch, create_pr=create_pr, parent_commit=head.sha,
+        )  # fmt: skip
+        for tag in tags:
+            api.create_tag(repo_id, tag=tag, revision=made.pr_revision if create_pr else made.oid)
+    return str(made.pr_url if create_pr and made.pr_url else made.commit_url)
+
+
+def pack(folder: Path) -> Parcel:
+    """See what a folder holds, and that it is whole.
+
+    Raises:
+        HubError: PUSH_FOLDER, it is none, holds nothing, or is a merge under way; PUSH_INCOMPLETE, its manifest says
+            so; PUSH_CHANGED, its bytes are not those that the merge wrote; PUSH_SECRET, a file holds a token.
+        CheckpointError: it is no whole checkpoint or adapter.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HubError.of("PUSH_FOLDER", folder, "is no folder", "give the folder that was written")
+    if folder.name.endswith(".part") or (folder / UNFINISHED).exists():
+        what = "is the output of a merge that did not finish"
+        raise HubError.of("PUSH_INCOMPLETE", folder, what, "finish it with `paft merge --resume`")
+    files = dict(sorted(_files(folder), key=lambda item: _sending_order(item[0])))
+    if not files:
+        raise HubError.of("PUSH_FOLDER", folder, "holds nothing to send", "give the folder that was written")
+    _refuse_secrets(files)
+    kind, warnings = _check(folder, files)
+    return Parcel(folder, files, kind, (*warnings, *_local_paths(files)))
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file that is sent; nothing hidden, nothing that a run leaves for itself, no folder behind a link."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _any(f, _NOT_ENTERED))
+        for name in names:
+            path = Path(here) / name
+            if not name.startswith(".") and not _any(name, _NOT_SENT) and path.is_file():
+                yield path.relative_to(folder).as_posix(), path
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _sending_order(name: str) -> tuple[int, str]:
+    """Weights first, what says how they belong together last."""
+    return (0 if name.endswith(".safetensors") else 1 if not name.endswith((".index.json", MANIFEST)) else 2), name
+
+
+def _check(folder: Path, files: dict[str, Path]) -> tuple[str, list[Problem]]:
+    """What kind of folder this is, once it is sure to be whole."""
+    if is_merged(folder):
+        manifest = read_manifest(folder / MANIFEST)
+        if manifest.get("complete") is not True:
+            raise HubError.of(
+                "PUSH_INCOMPLETE", folder, f"{MANIFEST} says that the merge is not complete", "merge again"
+            )
+        checked = verify(folder)
+        if not checked.ok:
+            changed = [Problem("PUSH_CHANGED", p.where, p.what, p.fix) for p in checked.problems]
+            raise HubError(changed)
+        return "merge", _nonfinite(folder, manifest)
+    if "adapter_config.json" in files:
+        with Checkpoint.open(folder / "adapter_model.safetensors"):
+            return "adapter", []
+    if any(_any(name, _WEIGHTS) for name in files) or "config.json" in files:
+        with Checkpoint.open(folder):
+            return "model", []
+    return "report", []
+
+
+def _nonfinite(folder: Path, manifest: Any) -> list[Problem]:
+    bad = {name: one["nonfinite"] for name, one in manifest["tensors"].items() if one.get("nonfinite")}
+    if not bad:
+        return []
+    what = f"{sum(bad.values()):,} elements of {len(bad)} tensors are NaN or infinite, the first in {next(iter(bad))!r}"
+    return [Problem("NONFINITE", str(folder), what, "say so in its card")]
+
+
+def _refuse_secrets(files: dict[str, Path]) -> None:
+    """No token may be sent: neither this account's, nor anything that looks like one."""
+    from huggingface_hub import get_token
+
+    own = (get_token() or "").encode()
+    for path in files.values():
+        if path.suffix in _TEXT and path.stat().st_size <= _TEXT_BYTES:
+            text = path.read_bytes()
+            if (own and own in text) or _SECRET.search(text):
+                what = "holds what looks like an access token of the Hub"
+                raise HubError.of("PUSH_SECRET", path, what, "take it out, and revoke it if it was ever shown")
+
+
+def _local_paths(files: dict[str, Path]) -> list[Problem]:
+    """A warning when the card or the manifest names folders of this machine: nobody else can follow them."""
+    found = []
+    for name in ("README.md", MANIFEST):
+        if name in files and (path := _home_path(files[name].read_text(encoding="utf-8", errors="replace"))):
+            what = f"names a place on this machine ({path}), which others will see and cannot use"
+            found.append(Problem("PUSH_PATHS", name, what, "name the sources by their Hub ids in the recipe"))
+    return found
+
+
+def _home_path(text: str) -> str | None:
+    found = re.search(r"(?<![\w/.:-])(?:/(?:home|Users|root|mnt|data|tmp|scratch|work)/|[A-Z]:\\)[^\s\"'`)|]*", text)
+    return found[0] if found else None
+
+
+# --- the repository ---------------------------------------------------------------------------------------------------
+
+
+def _repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """The repository's full name, once it is sure to exist and to be seen by whom it should."""
+    with asking(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private is not None and bool(api.model_info(repo_id).private) != private:
+            now, wanted = ("public", "private") if private else ("private", "public")
+            what = f"exists and is {now}, and was to be {wanted}"
+            raise HubError.of("HUB_VISIBILITY", repo_id, what, f"change it in its settings, or leave out --{wanted}")
+    return repo_id
+
+
+def _refuse_tags(api: HfApi, repo_id: str, tags: Sequence[str]) -> None:
+    if tags:
+        taken = sorted({tag.name for tag in api.list_repo_refs(repo_id).tags} & set(tags))
+        if taken:
+            raise HubError.of("HUB_EXISTS", repo_id, f"has the tag {', '.join(taken)} already", "choose another tag")
+
+
+def _replaced(parcel: Parcel, there: Sequence[str]) -> list[str]:
+    """Weights in the repository that the folder does not have, when it brings weights of its own."""
+    if not any(_any(name, _WEIGHTS) for name in parcel.files):
+        return []
+    return [n for n in there if "/" not in n and _any(n, _WEIGHTS) and n not in parcel.files]

@@ -1,0 +1,285 @@
+"""A file on the Hub, read by ranges and never stored: pinned to a commit, retried where it broke, never a mix.
+
+Reads are served from windows of the file that are fetched ahead by a few connections and forgotten when others need the
+room. `RemoteFile` looks to a checkpoint like a file on a disk.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from paft_merge.errors import HubError
+from paft_merge.hub.faults import asking, problem_of, retry_after, transport_error
+from paft_merge.hub.pulling import CONNECTIONS, Look, pause
+
+WINDOW_BYTES = 8 * 2**20
+ROOM_BYTES = 256 * 2**20
+_AHEAD = 1
+_HEAD_BYTES = 128 * 1024
+_ATTEMPTS = 6
+_AGAIN = (408, 429, 500, 502, 503, 504)
+_EXPIRED = (400, 401, 403)
+_TIMEOUT_S = 30.0
+
+
+class Windows:
+    """Recently read windows of remote files and those that come next; at most `room_bytes` of them, for all files together.
+
+    Reading a tensor twice, as rules with two passes do, asks the Hub again for what no longer fits.
+    """
+
+    def __init__(self, room_bytes: int, window_bytes: int) -> None:
+        self.window_bytes, self.room = window_bytes, max(room_bytes // window_bytes, 2 * CONNECTIONS)
+        self._held: OrderedDict[tuple[int, int], Future[memoryview]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="hub")
+
+    def read(self, file: RemoteFile, view: memoryview, offset: int) -> None:
+        """Fill `view` from byte `offset` of `file`; all of it lies within the file."""
+        size, stop = self.window_bytes, offset + len(view)
+        if len(view) > self.room * size // 4:  # a whole large tensor: nobody will read it again from here
+            file.fetch(view, offset)
+            return
+        numbers = range(offset // size, (stop - 1) // size + 1)
+        waiting = [self._window(file, number) for number in numbers]
+        for number in range(numbers.stop, numbers.stop + _AHEAD):
+            if number * size < file.size:
+                self._window(file, number)
+        for number, one in zip(numbers, waiting, strict=True):
+            start = number * size
+            part = one.result()[max(offset - start, 0) : stop - start]
+            at = start + max(offset - start, 0) - offset
+            view[at : at + len(part)] = part
+
+    def close(self) -> None:
+        """Stop fetching and forget what was fetched."""
+        self._pool.shutdown(cancel_futures=True)
+        self._held.clear()
+
+    def _window(self, file: RemoteFile, number: int) -> Future[memoryview]:
+        key = (id(file), number)
+        with self._lock:
+            found = self._held.get(key)
+            if found is None or (found.done() and (found.cancelled() or found.exception() is not None)):
+                found = self._held[key] = self._pool.submit(self._fetch, file, number)
+            self._held.move_to_end(key)
+            while len(self._held) > self.room:
+                oldest = next(iter(self._held))
+                if not self._held[oldest].done():
+                    break
+                del self._held[oldest]
+            return found
+
+    def _fetch(self, file: RemoteFile, number: int) -> memoryview:
+        start = number * self.window_bytes
+        held = memoryview(bytearray(min(self.window_bytes, file.size - start)))
+        file.fetch(held, start)
+        return held
+
+
+@dataclass
+class RemoteFile:
+    """One file of one commit of a repository."""
+
+    where: str
+    """Repository, revision and name, for messages."""
+    name: str
+    size: int
+    etag: str
+    """What the Hub called its content when it was listed: sha256, or git's name of the blob."""
+    url: str
+    commit: str
+    headers: Mapping[str, str] = field(repr=False)
+    """What every request carries; may hold a token, so it is never shown."""
+    windows: Windows = field(repr=False)
+    _head: bytes = b""
+    _direct: tuple[str, Mapping[str, str], str | None] | None = field(default=None, repr=False)
+    """Where the last redirect led, what it was asked with, and the etag that it had there."""
+
+    def read(self, view: memoryview, offset: int) -> int:
+        """Fill `view` from byte `offset` on; fewer bytes only where the file ends. Returns how many."""
+        count = max(min(len(view), self.size - offset), 0)
+        if offset + count <= len(self._head):
+            view[:count] = self._head[offset : offset + count]
+        elif count and offset < len(self._head) and offset == 0:  # a header that is longer than the first piece
+            self.fetch(view[:count], 0)
+        elif count:
+            self.windows.read(self, view[:count], offset)
+        return count
+
+    def read_head(self) -> None:
+        """Fetch the first piece, which most headers fit into, and keep it."""
+        held = bytearray(min(self.size, _HEAD_BYTES))
+        self.fetch(memoryview(held), 0)
+        self._head = bytes(held)
+
+    def changed(self) -> str:
+        """What differs from when it was listed, in words; empty when nothing does."""
+        from huggingface_hub import get_hf_file_metadata
+
+        with asking(self.where):
+            now = get_hf_file_metadata(self.url)
+        if now.commit_hash not in (None, self.commit):
+            return f"is of commit {now.commit_hash} now, and was of {self.commit}"
+        if self.etag and now.etag not in (None, self.etag):
+            return "has other content now than when it was listed"
+        return ""
+
+    def fetch(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from byte `offset` on with requests of its own, going on at the byte where a connection broke.
+
+        Raises:
+            HubError: HUB_CHANGED, it is not the file that was listed; else why it cannot be had.
+        """
+        done, failures = 0, 0
+        while done < len(view):
+            before, wait, fault = done, None, None
+            try:
+                for piece in self._pieces(offset + done, offset + len(view)):
+                    view[done : done + len(piece)] = piece
+                    done += len(piece)
+            except _AgainError as again:
+                wait, fault = again.wait, again.problem
+            except transport_error() as error:
+                fault = problem_of(error, self.where)
+            if done == len(view):
+                return
+            failures = 1 if done > before else failures + 1
+            if failures >= _ATTEMPTS:
+                cut = HubError.of("HUB_TRUNCATED", self.where, "the answer ends too early", "try again later")
+                raise fault or cut
+            time.sleep(wait if wait is not None else pause(failures - 1) * random.uniform(0.75, 1.25))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes [start, stop) as they arrive."""
+        from huggingface_hub import get_session
+
+        direct = self._direct
+        url, headers = (direct[0], direct[1]) if direct else (self.url, self.headers)
+        asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        with get_session().stream("GET", url, headers=asked, timeout=_TIMEOUT_S, follow_redirects=True) as response:
+            if direct and response.status_code in _EXPIRED:
+                self._direct = None  # the address was good for a while only; ask the Hub for another
+                raise _AgainError(problem_of(_status_error(response), self.where), 0.0)
+            self._check(response, start, stop, direct)
+            left = stop - start
+            for piece in response.iter_bytes():
+                if len(piece) > left:
+                    raise HubError.of("HUB_CHANGED", self.where, "more bytes arrive than were asked for", "try again")
+                left -= len(piece)
+                yield piece
+
+    def _check(self, response: Any, start: int, stop: int, direct: Any) -> None:
+        """Is this answer a piece of the file that was listed?"""
+        if response.status_code in (_AGAIN + _EXPIRED if response.history else _AGAIN):
+            raise _AgainError(problem_of(_status_error(response), self.where), retry_after(response))
+        if response.status_code == 416:
+            raise self._changed(f"no longer has bytes {start:,} to {stop:,}")
+        if response.status_code >= 400:
+            raise problem_of(_status_error(response), self.where)
+        first = response.history[0] if response.history else response
+        if not direct:
+            commit = first.headers.get("X-Repo-Commit", self.commit)
+            if commit != self.commit:
+                raise self._changed(f"is of commit {commit} now, and was of {self.commit}")
+            etag = _plain(first.headers.get("X-Linked-Etag") or first.headers.get("ETag"))
+            if self.etag and etag not in (None, self.etag):
+                raise self._changed("has other content now than when it was listed")
+        elif direct[2] not in (None, _plain(response.headers.get("ETag"))):
+            raise self._changed("has other content now than when it was first read")
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status_code == 206 and total.isdigit() and int(total) != self.size:
+            raise self._changed(f"is {int(total):,} bytes long now, and was {self.size:,}")
+        if response.status_code != 206 and (start, stop) != (0, self.size):
+            what = "the server sends whole files only, and tensors are read by ranges"
+            raise HubError.of("HUB_RANGES", self.where, what, "merge without --stream-from-hub")
+        if response.history and not direct:
+            kept = {k: v for k, v in self.headers.items() if k.lower() != "authorization" or _sent(response, k)}
+            self._direct = (str(response.url), kept, _plain(response.headers.get("ETag")))
+
+    def _changed(self, what: str) -> HubError:
+        return HubError.of("HUB_CHANGED", self.where, what, "merge again, so that all of it is of one version")
+
+
+class _AgainError(Exception):
+    """A request that failed in passing."""
+
+    def __init__(self, problem: HubError, wait: float | None) -> None:
+        self.problem, self.wait = problem, wait
+
+
+class Remote:
+    """The weights that are on the Hub only, as files to be read over the network; a context manager."""
+
+    def __init__(self) -> None:
+        self.windows = Windows(ROOM_BYTES, WINDOW_BYTES)
+        self._files: dict[str, dict[str, RemoteFile]] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, looks: Sequence[Look]) -> Iterator[Remote]:
+        """Open all that `looks` are missing; the headers are fetched at once, several at a time.
+
+        Raises:
+            HubError: why a header cannot be had.
+        """
+        remote = cls()
+        try:
+            if any(look.missing for look in looks):
+                remote._add(looks)
+            yield remote
+        finally:
+            remote.windows.close()
+
+    def files(self, look: Look) -> dict[str, RemoteFile]:
+        """What `look` is missing, by name."""
+        return {file.name: self._files[str(look.commit)][file.name] for file in look.missing}
+
+    def _add(self, looks: Sequence[Look]) -> None:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not marked as exported
+
+        headers = build_hf_headers()
+        for look in looks:
+            for file in look.missing:
+                if file.name not in self._files.setdefault(str(look.commit), {}):
+                    where, url = (
+                        f"{look.where}: {file.name}",
+                        hf_hub_url(str(look.repo_id), file.name, revision=look.commit),
+                    )
+                    self._files[str(look.commit)][file.name] = RemoteFile(
+                        where, file.name, file.size, file.etag, url, str(look.commit), headers, self.windows
+                    )
+        every = [file for files in self._files.values() for file in files.values()]
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(RemoteFile.read_head, every))
+
+
+def _sent(response: Any, key: str) -> bool:
+    """Whether the request that was answered in the end still carried this header: another host does not get our token."""
+    return key in response.request.headers
+
+
+def _plain(etag: str | None) -> str | None:
+    return etag.removeprefix("W/").strip('"') if etag else None
+
+
+def _status_error(response: Any) -> Exception:
+    """The error that huggingface_hub makes of an answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # documented as well
+
+    try:
+        response.read()
+        hf_raise_for_status(response)
+    except HfHubHTTPError as error:
+        return error
+    return HfHubHTTPError(f"status {response.status_code}", response=response)

@@ -1,0 +1,172 @@
+"""A run: one recipe from data to a merged model, stage by stage, each step done once.
+
+`run` reads and checks the recipe whole, plans its steps with fingerprints of what each is made of, and does those that are
+not done yet. `plan` does the first half only.
+
+| room | what it is |
+|---|---|
+| sections | the recipe as frozen models |
+| overrides | `--set key=value` |
+| arms | what is compared |
+| steps | the steps and their fingerprints |
+| prints | digests of files |
+| checks | what can be known before anything is run |
+| state | `run.json` and the lock |
+| stages | doing the steps |
+| table | the table at the end |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from paft_merge.errors import RunError
+from paft_merge.pipeline.checks import check_run, check_training
+from paft_merge.pipeline.sections import STAGES, RunRecipe, Stage, load_run
+from paft_merge.pipeline.stages import Doing, Event, Tell
+from paft_merge.pipeline.state import State, locked
+from paft_merge.pipeline.steps import Planner, Step
+from paft_merge.pipeline.table import Table
+from paft_merge.recipe.text import dump_yaml
+
+__all__ = ["STAGES", "Event", "Planned", "Run", "Stage", "load_run", "plan", "run"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run would do."""
+
+    recipe: RunRecipe
+    planner: Planner
+    state: State
+    todo: tuple[Step, ...]
+    """Steps to do, in order."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps, in the order of the stages."""
+        return tuple(sorted(self.planner.steps.values(), key=lambda step: STAGES.index(step.stage)))
+
+    def why(self, step: Step) -> str:
+        """Why a step will be done; empty when it will not."""
+        return (self.state.why(step) or "asked for") if step in self.todo else ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run gave."""
+
+    folder: Path
+    table: Table
+    done: tuple[str, ...]
+    """Names of the steps that were done this time."""
+
+
+def plan(
+    recipe: Path | str,
+    folder: Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    start: Stage | None = None,
+    only: Stage | None = None,
+) -> Planned:
+    """Read and check a recipe whole, and say what would be done in `folder`; nothing is written.
+
+    Args:
+        recipe: the file.
+        folder: the run folder, which may not be there yet.
+        overrides: `key=value`, as `load_run` takes them.
+        start: do this stage and those after it again, changed or not.
+        only: do nothing but this stage.
+
+    Raises:
+        RecipeError: everything that is wrong with the recipe and what it names.
+        RunError: STAGE, a stage that is asked for needs another, or is not in the recipe.
+    """
+    loaded = load_run(recipe, overrides)
+    check_run(loaded)
+    planner, state = Planner.plan(loaded, Path(folder)), State.read(Path(folder))
+    steps = sorted(planner.steps.values(), key=lambda step: STAGES.index(step.stage))
+    there = {step.stage for step in steps}
+    for stage in (start, only):
+        if stage is not None and stage not in there:
+            fix = f"its stages are {', '.join(s for s in STAGES if s in there)}"
+            raise RunError.of("STAGE", recipe, f"has no stage {stage}", fix)
+    again = STAGES[STAGES.index(start) :] if start else ()
+    todo = [s for s in steps if s.stage in again or not state.finished(s)]
+    if only is not None:
+        _check_before(steps, only, state)
+        todo = [step for step in todo if step.stage == only]
+    check_training(loaded, todo)
+    return Planned(loaded, planner, state, tuple(todo))
+
+
+def _check_before(steps: Sequence[Step], only: Stage, state: State) -> None:
+    """Raise RunError STAGE when what a stage needs is not finished."""
+    by_name = {step.name: step for step in steps}
+    needed = dict.fromkeys(n for s in steps if s.stage == only for n in s.needs if by_name[n].stage != only)
+    lacking = [name for name in needed if not state.finished(by_name[name])]
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        what = f"stage {only} needs {', '.join(lacking[:3])}{more}, not finished as the recipe is now"
+        raise RunError.of("STAGE", state.folder, what, "run without --only")
+
+
+def run(
+    recipe: Path | str,
+    folder: Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    start: Stage | None = None,
+    only: Stage | None = None,
+    tell: Tell = lambda event: None,
+    planned: Callable[[Planned], None] = lambda planned: None,
+) -> Run:
+    """Train, audit, merge, evaluate and push what a recipe says, in a run folder; what has not changed is not done again.
+
+    A run that was killed goes on where it was when it is started again in the same folder.
+
+    Args:
+        recipe, folder, overrides, start, only: as for `plan`.
+        tell: called when a step begins, gets on, and ends.
+        planned: called once, before the first step.
+
+    Returns:
+        The folder, its table, and the steps that were done.
+
+    Raises:
+        PaftMergeError: before anything is done, with everything that is wrong; later, with what is finished and how to
+            go on.
+    """
+    out = Path(folder)
+    if out.exists() and not out.is_dir():
+        raise RunError.of("OUTPUT", out, "is a file", "name a folder")
+    ready = plan(recipe, folder, overrides=overrides, start=start, only=only)
+    with locked(out):
+        planned(ready)
+        (out / "recipe.yaml").write_text(
+            ready.recipe.located.text or dump_yaml(ready.recipe.located.data), encoding="utf-8"
+        )
+        _forget(ready)
+        doing = Doing(ready.recipe, out.resolve(), ready.state, tell)
+        for stage in STAGES:
+            steps = [step for step in ready.todo if step.stage == stage]
+            if steps:
+                doing.stage(stage, steps)
+        made = Table.of(ready.planner.arms, ready.steps, ready.state, ready.recipe.evaluate)
+        made.write(out)
+    return Run(out, made, tuple(step.name for step in ready.todo))
+
+
+def _forget(ready: Planned) -> None:
+    """Forget records of steps that the recipe no longer has, and of those that are to be done again."""
+    names = ready.planner.steps.keys()
+    for name in [name for name in ready.state.steps if name not in names]:
+        del ready.state.steps[name]
+    for step in ready.todo:
+        record = ready.state.steps.get(step.name)
+        if record is not None and record["state"] == "done" and record["key"] == step.key:
+            record["state"] = "stale"
+    ready.state.write()

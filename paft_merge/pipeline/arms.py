@@ -1,0 +1,186 @@
+"""What is compared: the base, every adapter alone, one adapter upon the other, and both merged, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paft_merge.errors import Problems
+from paft_merge.pipeline.sections import CompareSpec, RunRecipe
+from paft_merge.recipe.text import did_you_mean
+
+if TYPE_CHECKING:
+    from paft_merge.pipeline.steps import Planner
+
+MERGES: Mapping[str, Mapping[str, Any]] = {
+    "linear": {"weight": 0.5},
+    "task_arithmetic": {"weight": 1.0},
+    "ties": {"weight": 1.0, "parameters": {"density": 0.5}},
+    "dare_ties": {"weight": 1.0, "parameters": {"density": 0.5}},
+    "dare_linear": {"weight": 1.0, "parameters": {"density": 0.5}},
+    "slerp": {"parameters": {"t": 0.5}},
+    "nuslerp": {"weight": 0.5},
+    "l1_ties": {"weight": 1.0},
+    "sign_election": {"weight": 1.0},
+}
+"""The merge recipe that a method's bare name under `compare: {methods: ...}` stands for; of others, its own defaults."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An adapter as it is trained: as the recipe says, or without its `l1` and `trim`."""
+
+    adapter: str
+    """Its name in the recipe."""
+    dense: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.adapter}-dense" if self.dense else self.adapter
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table, at one seed."""
+
+    name: str
+    group: str
+    """`base`, `individual`, `sequential`, `parallel`, or `merge`: the recipe's own."""
+    seed: int | None
+    parts: tuple[str, ...]
+    """The model, or a base and the adapters on it."""
+    needs: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """The name as a file is called."""
+        return re.sub(r"[^\w.-]+", "-", self.name).strip("-")
+
+
+def roles(recipe: RunRecipe) -> tuple[str | None, str | None]:
+    """The adapter that teaches the skill, and the one that teaches the preference."""
+    compare = recipe.compare or CompareSpec()
+    first = [name for name, spec in recipe.adapters.items() if spec.objective in ("sft", "ift")]
+    then = [name for name, spec in recipe.adapters.items() if spec.objective not in ("sft", "ift", "orpo")]
+    return compare.skill or next(iter(first), None), compare.preference or next(iter(then), None)
+
+
+def skills(recipe: RunRecipe) -> dict[str, Variant]:
+    """The variants of the skill adapter that are compared, by `dense` or `l1`."""
+    skill, _ = roles(recipe)
+    if recipe.compare is None or skill is None:
+        return {}
+    spec = recipe.adapters[skill]
+    sparse = bool(spec.l1 or spec.trim)
+    there = {"dense": Variant(skill, dense=sparse), **({"l1": Variant(skill)} if sparse else {})}
+    return {key: there[key] for key in (recipe.compare.sft or there) if key in there}
+
+
+def trained_for(recipe: RunRecipe) -> list[Variant]:
+    """Every adapter that is trained from the base."""
+    own = [Variant(name) for name in recipe.adapters]
+    return list(dict.fromkeys([*own, *skills(recipe).values()]))
+
+
+def check_compare(recipe: RunRecipe, problems: Problems) -> None:
+    """Note what a comparison asks for and the recipe does not have."""
+    compare = recipe.compare
+    if compare is None:
+        return
+    names = list(recipe.adapters)
+    for key in ("skill", "preference"):
+        named = getattr(compare, key)
+        if named is not None and named not in names:
+            fix = did_you_mean(named, names) or f"adapters are {', '.join(names)}"
+            problems.add("COMPARE", recipe.where("compare", key), f"no adapter {named!r}", fix)
+    skill, preference = roles(recipe)
+    both = {"sequential", "parallel"} & set(compare.arms)
+    if both and (skill is None or preference is None):
+        what = f"{' and '.join(sorted(both))} need an adapter for the skill and one for the preference"
+        problems.add("COMPARE", recipe.where("compare"), what, "name them with skill: and preference:")
+    elif skill in recipe.adapters and "l1" in (compare.sft or ()):
+        spec = recipe.adapters[str(skill)]
+        if not (spec.l1 or spec.trim):
+            fix = f"add l1: to adapters.{skill}, or leave l1 out"
+            problems.add("COMPARE", recipe.where("compare", "sft"), f"{skill} is not trained sparse", fix)
+
+
+def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple[str | int, ...]]]:
+    """Every merge recipe under `compare: {methods: ...}`: its name, itself, and where it stands."""
+    if recipe.compare is None or "parallel" not in recipe.compare.arms:
+        return
+    skill, preference = roles(recipe)
+    seen = dict[str, int]()
+    for at, given in enumerate(recipe.compare.methods):
+        written: dict[str, Any] = dict(given) if isinstance(given, dict) else {"merge_method": given}
+        method = str(written["merge_method"])
+        name = str(written.pop("name", None) or method)
+        seen[name] = seen.get(name, 0) + 1
+        known = MERGES.get(method, {}) if isinstance(given, str) else {}
+        if "models" not in written and "slices" not in written:
+            weight = known.get("weight") if isinstance(given, str) else MERGES.get(method, {}).get("weight")
+            written["models"] = [
+                {"model": model, **({"parameters": {"weight": weight}} if weight is not None else {})}
+                for model in (skill, preference)
+            ]
+        if known.get("parameters"):
+            written["parameters"] = dict(known["parameters"])
+        if method == "slerp" and "base_model" not in written:
+            written["base_model"] = skill
+        for key in ("out_dtype", "dtype", "rounding", "seed"):
+            if recipe.merge is not None and key in recipe.merge.data and key not in written:
+                written[key] = recipe.merge.data[key]
+        yield (f"{name} {seen[name]}" if seen[name] > 1 else name), written, ("compare", "methods", at)
+
+
+def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:
+    """The arms of one seed in the order of the table; their training and merging steps are added to the plan."""
+    recipe, place = planner.recipe, planner.place(seed)
+    arms = recipe.compare.arms if recipe.compare else []
+    base = str(Path(recipe.base))
+    if "base" in arms or not (recipe.adapters or recipe.merge):
+        yield Arm("base", "base", None, (recipe.base,))
+    if "individual" in arms:
+        for variant in trained_for(recipe):
+            parts = (base, str(place / "adapters" / variant.name))
+            yield Arm(_label(variant, recipe), "individual", seed, parts, (planner.trained(seed, variant),))
+    chosen, (_, preference) = skills(recipe), roles(recipe)
+    if "sequential" in arms and preference:
+        for key, variant in chosen.items():
+            model, adapter, needs = planner.sequential(seed, variant, Variant(preference))
+            yield Arm(_suffixed("sequential", key, chosen), "sequential", seed, (str(model), str(adapter)), needs)
+    if preference:
+        for key, variant in chosen.items():
+            for name, written, _ in merges_of(recipe):
+                label = _suffixed(f"parallel {name}", key, chosen)
+                slug = Arm(label, "", seed, ()).slug
+                step = planner.merged(seed, slug, place / "arms" / slug, written, [variant, Variant(preference)])
+                yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,))
+    if recipe.merge is not None:
+        own = [Variant(name) for name in recipe.adapters]
+        step = planner.merged(seed, "merged", place / "merged", recipe.merge.data, own)
+        yield Arm("merged", "merge", seed, (str(place / "merged"),), (step,))
+    elif recipe.adapters and recipe.compare is None:
+        for variant in trained_for(recipe):
+            parts = (base, str(place / "adapters" / variant.name))
+            yield Arm(variant.name, "individual", seed, parts, (planner.trained(seed, variant),))
+
+
+def _label(variant: Variant, recipe: RunRecipe) -> str:
+    spec = recipe.adapters[variant.adapter]
+    if variant.dense:
+        return f"{variant.adapter} (dense)"
+    return (
+        f"{variant.adapter} (l1)"
+        if (spec.l1 or spec.trim) and Variant(variant.adapter, True) in trained_for(recipe)
+        else variant.name
+    )
+
+
+def _suffixed(name: str, key: str, chosen: Mapping[str, Variant]) -> str:
+    """`parallel ties (l1)`, or without the parentheses where there is but one kind."""
+    return f"{name} ({key})" if len(chosen) > 1 else name

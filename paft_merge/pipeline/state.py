@@ -1,0 +1,131 @@
+"""`run.json`: what each step was made of, whether it is finished, and what it gave; and the lock of a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paft_merge.errors import RunError
+from paft_merge.pipeline.prints import sizes_below, still_there
+from paft_merge.pipeline.steps import Step
+from paft_merge.training.place import write_json
+from paft_merge.training.record import versions
+
+FILE, LOCK, FORMAT = "run.json", "run.lock", 1
+
+
+@dataclass
+class State:
+    """The steps of a run folder and their records; written after every change."""
+
+    folder: Path
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> State:
+        """The state of a run folder; an empty one where there is none.
+
+        Raises:
+            RunError: STATE, the file is broken, or of another format.
+        """
+        path = folder / FILE
+        if not path.exists():
+            return cls(folder)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise RunError.of("STATE", path, f"is of format {data['format']}", "use the version that wrote it")
+            return cls(folder, dict(data["steps"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fix = "remove it; adapters and merges are then made again"
+            raise RunError.of("STATE", path, f"cannot be read: {error}", fix) from error
+
+    def write(self) -> None:
+        """Write `run.json`, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / FILE, {"format": FORMAT, "versions": versions(), "steps": self.steps})
+
+    def finished(self, step: Step) -> bool:
+        """Whether a step was done with what it would be made of now, and its output is still there."""
+        record = self.steps.get(step.name, {})
+        if record.get("state") != "done" or record.get("key") != step.key:
+            return False
+        return step.out is None or still_there(step.out, record.get("outputs", {}))
+
+    def why(self, step: Step) -> str:
+        """Why a step has to run, in words; empty when it has not."""
+        record = self.steps.get(step.name)
+        if self.finished(step):
+            return ""
+        if record is None:
+            return "new"
+        if record.get("key") != step.key:
+            return "what it is made of has changed"
+        return {"done": "its output is gone", "failed": "it failed"}.get(str(record.get("state")), "it was interrupted")
+
+    def start(self, step: Step) -> None:
+        """Note that a step begins; remove what another one left in its place, keep what it can go on with."""
+        record = self.steps.get(step.name, {})
+        going_on = record.get("key") == step.key and record.get("state") in ("started", "failed")
+        if step.out is not None and not going_on:
+            for place in (step.out, step.out.with_name(step.out.name + ".part")):
+                _remove(place)
+        self.steps[step.name] = {"stage": step.stage, "key": step.key, "state": "started", "began": time.time()}
+        self.write()
+
+    def done(self, step: Step, result: Mapping[str, Any] | None = None) -> None:
+        """Note that a step is finished."""
+        record = self.steps[step.name]
+        record["seconds"] = round(time.time() - record.pop("began"), 2)
+        record["state"] = "done"
+        record["result"] = dict(result or {})
+        if step.out is not None:
+            record["outputs"] = sizes_below(step.out)
+        self.write()
+
+    def failed(self, step: Step, error: BaseException) -> None:
+        """Note why a step did not finish."""
+        record = self.steps.setdefault(step.name, {"stage": step.stage, "key": step.key})
+        record["state"] = "failed"
+        record["error"] = f"{type(error).__name__}: {error}"[:2000]
+        self.write()
+
+    def result(self, step: Step) -> dict[str, Any]:
+        """What a finished step gave."""
+        return dict(self.steps.get(step.name, {}).get("result", {}))
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder; the lock goes with the process, however it ends.
+
+    Raises:
+        RunError: BUSY, another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            raise RunError.of("BUSY", folder, f"a run is going on there ({who})", "wait for it, or stop it") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        yield

@@ -1,0 +1,351 @@
+"""From a recipe to the steps of its run, each with the fingerprint of what it is made of. Nothing is run or loaded here.
+
+train      an adapter (and, for `sequential`, the skill model that the next adapter is trained on)
+audit      the adapters of a seed
+merge      one model
+evaluate   one metric of one arm
+push       the merged model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from paft_merge.evaluating import HARNESS
+from paft_merge.evaluating.rows import code_of, is_file, place_of
+from paft_merge.methods import METHODS
+from paft_merge.pipeline.arms import Arm, Variant, arms_of, trained_for
+from paft_merge.pipeline.prints import Prints, key_of
+from paft_merge.pipeline.sections import RunRecipe, Stage
+from paft_merge.training.spec import AdapterSpec
+
+SPARSITY = "sparsity"
+"""The column that is measured of every arm with a base."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """An adapter on a base."""
+
+    adapter: str
+    section: Mapping[str, Any]
+    base: str
+    folder: Path
+    """Where the adapter's folder is made."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One model."""
+
+    recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Some adapters together."""
+
+    sources: tuple[str, ...]
+    base: str
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """One metric (or all of lm-eval's tasks) of one arm."""
+
+    arm: Arm
+    metric: str
+
+
+@dataclass(frozen=True)
+class Push:
+    """A folder to the Hub."""
+
+    folder: Path
+
+
+Job = Train | Merge | Audit | Evaluate | Push
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do once, and the fingerprint of everything that its result depends on."""
+
+    name: str
+    stage: Stage
+    key: str
+    job: Job
+    out: Path | None
+    needs: tuple[str, ...] = ()
+
+
+@dataclass
+class Planner:
+    """Makes the steps of a run, in an order in which they can be done."""
+
+    recipe: RunRecipe
+    run: Path
+    prints: Prints = field(default_factory=Prints)
+    steps: dict[str, Step] = field(default_factory=dict)
+    arms: list[Arm] = field(default_factory=list)
+
+    @classmethod
+    def plan(cls, recipe: RunRecipe, run: Path) -> Planner:
+        """All steps and arms of a recipe in a run folder."""
+        planner = cls(recipe, run.resolve())
+        for seed in recipe.seeds:
+            planner._train(seed)
+            planner._audit(seed)
+            planner._arms(seed)
+        planner._push()
+        return planner
+
+    def place(self, seed: int | None) -> Path:
+        """The folder of a seed: the run's own where the recipe names none."""
+        return self.run if seed is None else self.run / f"seed-{seed}"
+
+    @cached_property
+    def base_print(self) -> str:
+        """Digest of the base."""
+        return self.prints.of(self.recipe.base)
+
+    def _add(
+        self,
+        stage: Stage,
+        seed: int | None,
+        name: str,
+        job: Job,
+        out: Path | None,
+        needs: tuple[str, ...],
+        **parts: Any,
+    ) -> str:
+        full = f"{stage}/{name}" if seed is None else f"{stage}/seed-{seed}/{name}"
+        if full not in self.steps:
+            below = [self.steps[need].key for need in needs]
+            self.steps[full] = Step(full, stage, key_of(stage=stage, needs=below, **parts), job, out, needs)
+        return full
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def _train(self, seed: int | None) -> None:
+        for variant in trained_for(self.recipe):
+            self._adapter(seed, variant, self.place(seed) / "adapters", self.recipe.base, ())
+
+    def _adapter(self, seed: int | None, variant: Variant, folder: Path, base: str, needs: tuple[str, ...]) -> str:
+        section = section_of(self.recipe, variant, seed)
+        job = Train(variant.name, placed(section, self.recipe.folder), base, folder)
+        name = folder.relative_to(self.place(seed)).as_posix().removeprefix("adapters").strip("/")
+        return self._add(
+            "train", seed, f"{name}/{variant.name}".strip("/"), job, folder / variant.name, needs,
+            section=section, base=None if needs else self.base_print,
+            files=self.prints.all_of(files_of(self.recipe.adapters[variant.adapter], self.recipe.folder)),
+        )  # fmt: skip
+
+    def trained(self, seed: int | None, variant: Variant) -> str:
+        """The step that trains a variant from the base."""
+        return f"train/{variant.name}" if seed is None else f"train/seed-{seed}/{variant.name}"
+
+    def sequential(self, seed: int | None, skill: Variant, preference: Variant) -> tuple[Path, Path, tuple[str, ...]]:
+        """Add the steps that train one adapter on the merged model of another: that model, the adapter, their steps."""
+        folder = self.place(seed) / f"after-{skill.name}"
+        path = self.place(seed) / "adapters" / skill.name
+        out_dtype = (self.recipe.merge.data if self.recipe.merge else {}).get("out_dtype")
+        written = {
+            "merge_method": "task_arithmetic",
+            "base_model": self.recipe.base,
+            "models": [{"model": _reference(self.recipe.base, path), "parameters": {"weight": 1.0}}],
+            **({"out_dtype": out_dtype} if out_dtype else {}),
+        }
+        laid = self._add(
+            "train", seed, f"after-{skill.name}/base", Merge(written), folder / "base", (self.trained(seed, skill),),
+            out_dtype=out_dtype, base=self.base_print,
+        )  # fmt: skip
+        step = self._adapter(seed, preference, folder, str(folder / "base"), (laid,))
+        return folder / "base", folder / preference.name, (laid, step)
+
+    # --- everything after -------------------------------------------------------------------------------------------
+
+    def _audit(self, seed: int | None) -> None:
+        spec = self.recipe.audit
+        if spec is None:
+            return
+        variants = trained_for(self.recipe)
+        sources = tuple(str(self.place(seed) / "adapters" / variant.name) for variant in variants)
+        self._add(
+            "audit", seed, "adapters", Audit(sources, self.recipe.base), self.place(seed) / "audit",
+            tuple(self.trained(seed, variant) for variant in variants),
+            section=spec.model_dump(), base=self.base_print,
+        )  # fmt: skip
+
+    def merged(
+        self, seed: int | None, name: str, out: Path, written: Mapping[str, Any], variants: list[Variant]
+    ) -> str:
+        """Add the step that merges one model; `written` still names adapters as the recipe does."""
+        paths = {v.adapter: self.place(seed) / "adapters" / v.name for v in variants}
+        resolved = resolved_merge(written, paths, self.recipe)
+        others = {
+            place: self.prints.of(place)
+            for place in dict.fromkeys(references(resolved))
+            if not Path(place).is_relative_to(self.run)
+        }
+        needs = tuple(self.trained(seed, variant) for variant in variants if _names(written, variant.adapter))
+        return self._add(
+            "merge", seed, name, Merge(resolved), out, needs, written=written, models=sorted(others.values()),
+            base=self.base_print,
+        )  # fmt: skip
+
+    def _arms(self, seed: int | None) -> None:
+        for arm in arms_of(self, seed):
+            if any(known.name == arm.name and known.seed == arm.seed for known in self.arms):
+                continue
+            self.arms.append(arm)
+            self._measure(arm)
+
+    def _measure(self, arm: Arm) -> None:
+        spec = self.recipe.evaluate
+        if spec is None:
+            return
+        place = self.place(arm.seed) / "evaluations" / arm.slug
+        general = spec.model_dump(exclude={"metrics", "suite", "tasks"})
+        for name, measurement in spec.metrics.items():
+            files: dict[str, Path] = {"data": place_of(measurement.data, self.recipe.folder)}
+            code = code_of(measurement.function, self.recipe.folder) if measurement.function else None
+            self._add(
+                "evaluate", arm.seed, f"{arm.slug}/{name}", Evaluate(arm, name), place / f"{name}.json", arm.needs,
+                section=measurement.model_dump(), general=general, model=self._print_of(arm),
+                files=self.prints.all_of(files | ({"code": code} if code else {})),
+            )  # fmt: skip
+        if spec.needs_lm_eval:
+            tasks = {task: place_of(task, self.recipe.folder) for task in spec.tasks if is_file(task)}
+            self._add(
+                "evaluate", arm.seed, f"{arm.slug}/{HARNESS}", Evaluate(arm, HARNESS), place / f"{HARNESS}.json", arm.needs,
+                suite=spec.suite, tasks=spec.tasks, general=general, model=self._print_of(arm),
+                files=self.prints.all_of(tasks),
+            )  # fmt: skip
+        if arm.group != "base" and Path(self.recipe.base).is_dir():
+            epsilon = self.recipe.audit.epsilon if self.recipe.audit else 1e-5
+            self._add(
+                "evaluate", arm.seed, f"{arm.slug}/{SPARSITY}", Evaluate(arm, SPARSITY), place / f"{SPARSITY}.json",
+                arm.needs, epsilon=epsilon, model=self._print_of(arm),
+            )  # fmt: skip
+
+    def _print_of(self, arm: Arm) -> dict[str, Any]:
+        """The arm's model as far as it is not what its steps make."""
+        inside = [Path(part).is_relative_to(self.run) for part in arm.parts]
+        outside = [self.prints.of(p) for p, mine in zip(arm.parts, inside, strict=True) if not mine]
+        return {"outside": outside, "inside": [Path(p).name for p, mine in zip(arm.parts, inside, strict=True) if mine]}
+
+    def _push(self) -> None:
+        spec, seed = self.recipe.push, self.recipe.seeds[0]
+        if spec is None:
+            return
+        merged = next(
+            step for step in self.steps.values() if step.stage == "merge" and step.out == self.place(seed) / "merged"
+        )
+        assert merged.out is not None
+        self._add("push", None, spec.repo_id, Push(merged.out), None, (merged.name,), section=spec.model_dump())
+
+
+def section_of(recipe: RunRecipe, variant: Variant, seed: int | None) -> dict[str, Any]:
+    """An adapter's section for one variant and seed, its paths as written."""
+    given: dict[str, Any] = {**recipe.located.data["adapters"][variant.adapter]}
+    if variant.dense:
+        given = {key: value for key, value in given.items() if key not in ("l1", "trim")}
+    if seed is not None:
+        given["training"] = {**(given.get("training") or {}), "seed": seed}
+        if "sampling" in given:
+            given["sampling"] = {**given["sampling"], "seed": seed}
+    return given
+
+
+def placed(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A section whose files beside the recipe have absolute paths."""
+    given = dict(section)
+    for key in ("data", "eval_data"):
+        if given.get(key):
+            given[key] = _absolute_data(given[key], folder)
+    for key in ("chat_template", "accelerate_config"):
+        if isinstance(given.get(key), str) and (folder / given[key]).exists():
+            given[key] = str((folder / given[key]).resolve())
+    return given
+
+
+def _absolute_data(given: Any, folder: Path) -> Any:
+    if isinstance(given, list):
+        return [_absolute_data(one, folder) for one in given]
+    if isinstance(given, str):
+        return str((folder / given).resolve()) if (folder / given).exists() else given
+    return {**given, "path": _absolute_data(given["path"], folder)}
+
+
+def files_of(spec: AdapterSpec, folder: Path) -> dict[str, Path]:
+    """The local files that an adapter's training reads."""
+    found: dict[str, Path] = {}
+    for data in [*spec.data, *(spec.eval_data or [])]:
+        found[data.path] = place_of(data.path, folder)
+    if spec.chat_template:
+        found["chat_template"] = place_of(spec.chat_template, folder)
+    for reward in spec.reward:
+        code = code_of(reward.function) if reward.function else None
+        if code:
+            found[str(reward.function)] = code
+    return found
+
+
+# --- mergekit's language with the adapters' names in it ---------------------------------------------------------------
+
+
+def resolved_merge(written: Mapping[str, Any], paths: Mapping[str, Path], recipe: RunRecipe) -> dict[str, Any]:
+    """A merge recipe whose model references lead somewhere: a name of `adapters:` becomes the base with that adapter."""
+
+    def place(value: Any, steps: tuple[str | int, ...] = ()) -> Any:
+        if isinstance(value, Mapping):
+            return {key: place(inner, (*steps, key)) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [place(inner, (*steps, at)) for at, inner in enumerate(value)]
+        if not (isinstance(value, str) and steps and is_reference(steps)):
+            return value
+        if value in paths:
+            return _reference(recipe.base, paths[value])
+        return str((recipe.folder / value).resolve()) if (recipe.folder / value).is_dir() else value
+
+    resolved: dict[str, Any] = place(written)
+    method = METHODS.get(str(written.get("merge_method")))
+    if resolved.get("base_model") or (method and method.base == "ignored"):  # there, a base is one more model
+        return resolved
+    return {**resolved, "base_model": recipe.base}
+
+
+def is_reference(steps: tuple[str | int, ...]) -> bool:
+    """Whether a text at this way of a merge recipe names a model."""
+    return steps[-1] in ("model", "base_model") and "parameters" not in steps
+
+
+def _reference(base: str, adapter: Path) -> dict[str, Any]:
+    return {"model": {"path": base}, "lora": {"path": str(adapter)}}
+
+
+def references(resolved: Any, steps: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """Every path that a resolved merge recipe names."""
+    if isinstance(resolved, Mapping):
+        for key, inner in resolved.items():
+            if key == "path" or (isinstance(inner, str) and is_reference((*steps, key))):
+                yield str(inner)
+            else:
+                yield from references(inner, (*steps, key))
+    elif isinstance(resolved, list):
+        for at, inner in enumerate(resolved):
+            yield from references(inner, (*steps, at))
+
+
+def _names(written: Any, adapter: str, steps: tuple[str | int, ...] = ()) -> bool:
+    """Whether a merge recipe names an adapter."""
+    if isinstance(written, Mapping):
+        return any(_names(inner, adapter, (*steps, key)) for key, inner in written.items())
+    if isinstance(written, list):
+        return any(_names(inner, adapter, (*steps, at)) for at, inner in enumerate(written))
+    return bool(written == adapter and steps and is_reference(steps))

@@ -1,0 +1,93 @@
+"""The plan of a merge, from the recipe and headers alone: every output tensor, its inputs, its rule and its place.
+
+| room | what it is |
+|---|---|
+| stacks | layers and modules by the names of tensors |
+| models | one opened model reference |
+| places | where every output tensor comes from |
+| tensors | what is read for it, and which rule merges it |
+| config | what changes in `config.json` |
+| planned | the plan itself |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from paft_merge.checkpoint import Checkpoint
+from paft_merge.errors import CheckpointError, Problems, RecipeError
+from paft_merge.headers import capped
+from paft_merge.plan.config import config_changes
+from paft_merge.plan.models import Model
+from paft_merge.plan.planned import COPY, MergePlan, PlannedTensor
+from paft_merge.plan.tensors import Planner, resolved
+from paft_merge.recipe import ModelRef, Recipe
+from paft_merge.shards import Shard, plan_shards, split
+
+__all__ = ["COPY", "MergePlan", "Model", "PlannedTensor", "plan_merge", "resolved"]
+
+
+def plan_merge(
+    recipe: Recipe,
+    models: Mapping[ModelRef, Model],
+    *,
+    out_shard_bytes: int | None = None,
+    allow_crimes: bool = False,
+    allow_nonfinite: bool = False,
+) -> MergePlan:
+    """Plan a merge from headers.
+
+    Args:
+        recipe: what to merge.
+        models: every model that the recipe refers to, opened.
+        out_shard_bytes: largest size of an output file; None keeps the donor's files.
+        allow_crimes: merge models whose configs differ where tensors do not show it (heads, rope, activation).
+        allow_nonfinite: merge NaN and infinity as they come.
+
+    Raises:
+        RecipeError, CheckpointError: everything that headers show to be wrong, all at once.
+    """
+    _refuse_unplanned(recipe)
+    planner = Planner(recipe, models, allow_crimes)
+    tensors = list(planner.tensors())
+    planner.check_global_trim(tensors)
+    config = config_changes(recipe, planner.places, tensors, planner.problems, allow_crimes)
+    if planner.vocabulary:
+        config = planner.vocabulary.in_config(planner.donor.checkpoint.config, config)
+    if planner.problems.found:
+        raise CheckpointError(capped(list(dict.fromkeys(planner.problems.found)), "the recipe"))
+    shards = _layout(planner.donor.checkpoint, tensors, out_shard_bytes, as_donor=planner.places.whole)
+    order = {slot.name: i for i, slot in enumerate(slot for shard in shards for slot in shard.slots)}
+    tensors.sort(key=lambda t: order[t.name])
+    return MergePlan(
+        recipe, tuple(models.values()), planner.donor, tuple(tensors), shards, config,
+        (*recipe.warnings, *planner.warnings), allow_nonfinite, planner.vocabulary,
+    )  # fmt: skip
+
+
+def _refuse_unplanned(recipe: Recipe) -> None:
+    """Parts of mergekit's language that have no plan yet: left out, they would make another merge than asked for."""
+    problems = Problems()
+    if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
+        where, fix = recipe.located.spot(("rounding",)), "remove one of the two"
+        problems.add("RECIPE", where, "mergekit rounds to nearest, so its arithmetic has no stochastic rounding", fix)
+    problems.raise_as(RecipeError)
+
+
+_SHARD_BYTES = 5_000_000_000
+
+
+def _layout(
+    donor: Checkpoint, tensors: Sequence[PlannedTensor], out_shard_bytes: int | None, *, as_donor: bool
+) -> tuple[Shard, ...]:
+    """The output's files: the donor's own, unless a size is given, layers are new, or the donor is no safetensors checkpoint."""
+    rows = [(t.name, t.dtype, t.shape) for t in tensors]
+    if out_shard_bytes is not None or not as_donor or not all(f.name.endswith(".safetensors") for f in donor.files):
+        return plan_shards(split(rows, out_shard_bytes or _SHARD_BYTES))
+    last = donor.files[-1].name
+    files: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {f.name: [] for f in donor.files}
+    for row in rows:
+        info = donor.tensors.get(row[0])
+        files[info.file if info else last].append(row)
+    held = {file: rows for file, rows in files.items() if rows}
+    return plan_shards(held, {f.name: f.metadata for f in donor.files if f.metadata and f.name in held})

@@ -1,0 +1,149 @@
+"""What a plan is made of: opened models, the tensors of the output, and all of it together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from paft_merge.blocks import TILE, tile_bounds
+from paft_merge.bridge import WholeTensor
+from paft_merge.checkpoint import DTYPES
+from paft_merge.errors import CheckpointError, Problem, Problems
+from paft_merge.plan.models import Model
+from paft_merge.plan.places import Place
+from paft_merge.reading import Inputs
+from paft_merge.recipe import Recipe
+from paft_merge.rules import Rule, row_of
+from paft_merge.shards import Shard
+from paft_merge.vocabulary import Vocabulary
+
+COPY = "copy"
+"""The method of a tensor that no source changes: its bytes are copied."""
+
+COPY_BYTES = 4 * TILE
+"""Bytes that are copied at a time."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """Storage type, as safetensors names it."""
+    method: str
+    """A name of METHODS, or `copy`."""
+    inputs: Inputs
+    rule: Rule | WholeTensor
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Shared parameters after gradients and filters, and `sources`: one mapping a source."""
+    rounding_key: int = 0
+    """Stream of stochastic rounding; 0 rounds to nearest."""
+    place: Place | None = field(default=None, compare=False)
+    """Where the recipe puts it."""
+    why: str = ""
+    """Why it is copied."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element in the output."""
+        return DTYPES[self.dtype].bits // 8
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPES[self.dtype].bits // 8
+
+    @cached_property
+    def row(self) -> int:
+        """Elements of a row: blocks are whole rows, as adapters' deltas are."""
+        rows = {read.patch.row for read in self.inputs.reads if read.patch}
+        return math.lcm(row_of(self.rule, self.shape), *(rows or {max(self.shape[-1] if self.shape else 1, 1)}))
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Flat `[start, stop)` of every block."""
+        return tile_bounds(self.numel, self.row)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a block in the output, by which it is digested."""
+        if self.method == COPY:
+            return COPY_BYTES
+        return max((self.bounds[0][1] if self.bounds else 0) * self.width, 1)
+
+    @property
+    def block_bytes(self) -> int:
+        """Working memory of one block, about: every input and what is computed from it, float32."""
+        beneath = sum(read.checkpoint.working_bytes(read.name) for read in self.inputs.reads)
+        return beneath + self._block_bytes
+
+    @property
+    def _block_bytes(self) -> int:
+        if self.method == COPY:
+            return COPY_BYTES
+        if isinstance(self.rule, WholeTensor):
+            return self.numel * self.rule.bytes_per_element()
+        elements = self.bounds[0][1] if self.bounds else 0
+        return elements * 4 * (2 * len(self.inputs.reads) + 3)
+
+    def release(self) -> None:
+        """Let go of the adapters' factors, which are read when they are first needed."""
+        for read in self.inputs.reads:
+            if read.patch:
+                read.patch.release()
+            read.checkpoint.release(read.name)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All that a merge will do."""
+
+    recipe: Recipe
+    models: tuple[Model, ...]
+    donor: Model
+    """Whose names, order, files and side files the output has: the base, or the first model."""
+    tensors: tuple[PlannedTensor, ...]
+    """In the order they are written."""
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    """What changes in the donor's `config.json`."""
+    warnings: tuple[Problem, ...]
+    allow_nonfinite: bool = False
+    vocabulary: Vocabulary | None = None
+    """The output's tokenizer and chat template; None: the donor's."""
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of stored tensors and adapter files that one pass over all inputs reads."""
+        reads = {(r.checkpoint.place, r.name): r for t in self.tensors for r in t.inputs.reads}
+        stored = [r.checkpoint.bytes_behind(r.name) for r in reads.values()]
+        adapters = {m.adapter.folder: m.adapter.fingerprint() for m in self.models if m.adapter}
+        return sum(stored) + sum(int(file["size"]) for files in adapters.values() for file in files.values())
+
+    def check_inputs_unchanged(self) -> None:
+        """Raise CheckpointError INPUT_CHANGED when a file is not what it was when it was opened."""
+        problems = Problems()
+        for model in self.models:
+            with problems.catching():
+                model.checkpoint.check_unchanged()
+            if model.adapter:
+                with problems.catching():
+                    model.adapter.check_unchanged()
+        problems.raise_as(CheckpointError)
+
+    def close(self) -> None:
+        """Close every input."""
+        for model in self.models:
+            model.close()

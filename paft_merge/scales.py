@@ -1,0 +1,68 @@
+"""Whether the deltas of a merge are of one size: a source that is many times smaller than another is not heard in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from paft_merge.errors import Problem
+
+if TYPE_CHECKING:
+    from paft_merge.plan import MergePlan, PlannedTensor
+
+FOLD = 5.0
+"""Sizes further apart than this are told. (An SFT and a DPO adapter at their usual learning rates: about 15.)"""
+
+
+def weight_of(tensor: PlannedTensor, source: int) -> float:
+    """The weight of one source of a tensor; 1 where the method has none."""
+    parameters = tensor.parameters.get("sources", ())
+    given = parameters[source].get("weight") if source < len(parameters) else None
+    return 1.0 if given is None else float(given)
+
+
+def recorded(plan: MergePlan) -> list[Problem]:
+    """A warning when the records that `paft train` left beside the adapters show deltas of very different sizes.
+
+    Known from the plan alone; adapters of other trainers have no such record, and are told of by `measured`.
+    """
+    sizes: dict[str, float] = {}
+    for model in plan.models:
+        rms = _recorded_rms(model.adapter.record) if model.adapter else 0.0
+        squares = [
+            weight_of(tensor, i) ** 2
+            for tensor in plan.tensors
+            for i, read in enumerate(tensor.inputs.sources)
+            if read.source == model.ref and read.patch
+        ]
+        if rms and squares:
+            sizes[model.ref] = rms * math.sqrt(math.fsum(squares) / len(squares))
+    return _apart(sizes)
+
+
+def measured(totals: Iterable[Mapping[str, Any]]) -> list[Problem]:
+    """The same from the totals of a finished merge's manifest, which every source has."""
+    rows = [row for row in totals if row.get("weighted_l2") and row["entries"]]
+    return _apart({row["source"]: row["weighted_l2"] / math.sqrt(row["entries"]) for row in rows})
+
+
+def _recorded_rms(record: Mapping[str, Any]) -> float:
+    """Root mean square of the entries of the delta that a record is about; 0 when it does not say."""
+    matrices: Sequence[Mapping[str, Any]] = record.get("delta", {}).get("matrices", ())
+    entries = sum(int(m["entries"]) for m in matrices)
+    return float(record["delta"]["norm"]) / math.sqrt(entries) if entries else 0.0
+
+
+def _apart(sizes: Mapping[str, float]) -> list[Problem]:
+    if len(sizes) < 2 or max(sizes.values()) <= FOLD * min(sizes.values()):
+        return []
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    (large, most), (small, least) = ordered[0], ordered[-1]
+    each = ", ".join(f"{source} {size:.2g}" for source, size in ordered)
+    what = (
+        f"weight * delta differs {most / least:.0f}-fold between the sources (root mean square of the changed entries: {each}): "
+        f"{large} decides the sums and the elections nearly alone"
+    )
+    fix = f"if that is not meant, give {small} more weight, up to {most / least:.0f} times (docs/audit.md#scale)"
+    return [Problem("SCALE", "", what, fix)]

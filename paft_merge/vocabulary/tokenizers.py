@@ -1,0 +1,194 @@
+"""Tokenizers as folders and as vocabularies: loaded by transformers, cut to the rows there are, joined, and saved.
+
+transformers is imported when a recipe asks for a vocabulary, and never otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from paft_merge.errors import CheckpointError
+from paft_merge.headers import shown
+
+if TYPE_CHECKING:
+    from paft_merge.plan import Model
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+"""What a tokenizer is on disk."""
+
+_ANY_OF = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+_OF_THIS_RUN = ("is_local", "local_files_only", "name_or_path")
+"""What transformers writes into a saved tokenizer that says where it was loaded, and not what it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """One model's tokenizer.
+
+    Attributes:
+        ref: whose it is, for messages.
+        folder: where it lies.
+        ids: every token and its id.
+        added: the tokens that were added to it, with their settings, by id.
+        loaded: transformers' own object.
+        changed: it is not what the folder holds, and must be saved.
+    """
+
+    ref: str
+    folder: Path
+    ids: Mapping[str, int]
+    added: Mapping[int, Any]
+    loaded: Any
+    changed: bool = False
+
+    @classmethod
+    def load(cls, folder: Path, ref: str) -> Tokenizer:
+        """Load the tokenizer of a folder; its remote code is never run.
+
+        Raises:
+            CheckpointError: TOKENIZER: there is none, it cannot be read, or it has no fast form.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            with quiet():
+                loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # transformers raises anything on files that it does not know
+            first = str(error).strip().split("\n")[0][:200]
+            what = f"its tokenizer cannot be loaded: {type(error).__name__}: {first}"
+            raise CheckpointError.of("TOKENIZER", folder, what, _FAST) from error
+        if not loaded.is_fast:
+            raise CheckpointError.of("TOKENIZER", folder, "has no fast tokenizer (tokenizer.json)", _FAST)
+        return cls._of(ref, folder, loaded)
+
+    @classmethod
+    def _of(cls, ref: str, folder: Path, loaded: Any, changed: bool = False) -> Tokenizer:
+        ids = dict(sorted(loaded.get_vocab().items(), key=lambda item: item[1]))
+        return cls(ref, folder, ids, dict(sorted(loaded.added_tokens_decoder.items())), loaded, changed)
+
+    def beyond(self, rows: int) -> list[str]:
+        """The tokens that have no row."""
+        return [token for token, number in self.ids.items() if number >= rows]
+
+    def cut(self, rows: int) -> Tokenizer:
+        """Itself without the tokens that have no row in the model.
+
+        Raises:
+            CheckpointError: TOKENIZER, they cannot be taken out.
+        """
+        gone = set(self.beyond(rows))
+        if not gone:
+            return self
+        with TemporaryDirectory() as folder:
+            self._save(Path(folder))
+            file = Path(folder) / "tokenizer.json"
+            data = json.loads(file.read_text())
+            data["added_tokens"] = [one for one in data["added_tokens"] if one["id"] < rows]
+            _cut_model(data["model"], gone, rows)
+            file.write_text(json.dumps(data, ensure_ascii=False))
+            return replace(Tokenizer.load(Path(folder), self.ref), folder=self.folder, changed=True)
+
+    def with_tokens(self, tokens: Sequence[Any]) -> Tokenizer:
+        """Itself and, behind its last id, those of `tokens` (texts, or texts with settings) that it lacks."""
+        if not tokens:
+            return self
+        with TemporaryDirectory() as folder:  # a copy: the loaded object is others' too
+            self._save(Path(folder))
+            loaded = Tokenizer.load(Path(folder), self.ref).loaded
+        loaded.add_tokens(list(tokens))
+        return Tokenizer._of(self.ref, self.folder, loaded, changed=True)
+
+    def files(self) -> dict[str, bytes | Path]:
+        """Its files by name: those of its folder, or new ones where it was changed."""
+        if not self.changed:
+            return {name: self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()}
+        with TemporaryDirectory() as folder:
+            self._save(Path(folder))
+            return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+
+    def _save(self, folder: Path) -> None:
+        with quiet():
+            self.loaded.save_pretrained(str(folder))
+        file = folder / "tokenizer_config.json"
+        config = {k: v for k, v in json.loads(file.read_text()).items() if k not in _OF_THIS_RUN}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+_FAST = "load it where it works and save it again: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+
+
+def tokenizer_folder(model: Model) -> Path | None:
+    """Where a model's tokenizer lies: with its adapter, which was trained with it, else with its checkpoint; or nowhere."""
+    folders = [*([model.adapter.folder] if model.adapter else []), model.checkpoint.folder]
+    return next((folder for folder in folders if has_tokenizer(folder)), None)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _ANY_OF)
+
+
+def join(base: Tokenizer, others: Sequence[tuple[Tokenizer, int]]) -> tuple[Tokenizer, list[str]]:
+    """The union of tokenizers: the base's ids, then the tokens of the others, in their order and by their ids.
+
+    As in mergekit, but for the order, which is random there.
+
+    Args:
+        base: cut to its rows.
+        others: each with the number of rows of its model; tokens beyond them are left out.
+
+    Returns:
+        The union, and the tokens that were added with different settings (the first ones are kept).
+    """
+    settings = {info.content: info for info in base.added.values()}
+    doubtful: dict[str, None] = {}
+    for other, rows in others:
+        for number, info in other.added.items():
+            if number < rows and settings.setdefault(info.content, info) != info:
+                doubtful[info.content] = None
+    tokens = {info.content: info for info in settings.values() if info.content in base.ids}
+    for other, rows in others:
+        tokens |= {t: settings.get(t, t) for t, number in other.ids.items() if number < rows and t not in base.ids}
+    kept = {info.content for info in base.added.values()}
+    return base.with_tokens([info for token, info in tokens.items() if token not in kept]), list(doubtful)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its log and its warnings."""
+    from transformers.utils import logging
+
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(loud)
+
+
+def _cut_model(model: dict[str, Any], gone: set[str], rows: int) -> None:
+    """Take tokens out of the `model` of a tokenizer.json, with the merges that they are part of."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {token: number for token, number in vocabulary.items() if number < rows}
+    elif isinstance(vocabulary, list):
+        model["vocab"] = vocabulary[:rows]
+    else:
+        what = f"has tokens without a row, such as {shown(sorted(gone)[0])}, in a form that they cannot be taken out of"
+        raise CheckpointError.of("TOKENIZER", "tokenizer.json", what, "take them out first")
+    if "merges" in model:
+        pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
+        model["merges"] = [merge for merge, pair in pairs if not gone & {*pair, "".join(pair)}]
