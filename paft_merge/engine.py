@@ -218,6 +218,7 @@ class _Worker:
         for block_digest, bad in _in_order(self.pool, copy, starts, ahead=max(len(starts), 1)):
             digest.update(block_digest)
             nonfinite += bad
+        tensor.release()
         nothing = Tally.empty(0)
         return Finished(tensor.name, digest.hexdigest(), [], nothing.counts, nothing.total(), nonfinite)
 

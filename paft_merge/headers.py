@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import xxhash
 
 from paft_merge.errors import CheckpointError, Problem
+from paft_merge.scratch import uncollected
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -185,6 +186,7 @@ def scan(fd: int, path: Path) -> Header:
     return parse(_reader(fd), os.fstat(fd).st_size, path)
 
 
+@uncollected()
 def parse(read: ReadAt, size: int, path: Path) -> Header:
     """Parse and check the header of a file of `size` bytes, wherever it lies; as `scan`."""
     raw = _header_bytes(read, size, path)

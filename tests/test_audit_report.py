@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from conftest import random_state, save_adapter, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+from paft_merge import merge
 from paft_merge.auditing import Audit, audit
 from paft_merge.auditing.figures import figures
 from paft_merge.auditing.gate import METRICS, Requirement
@@ -48,15 +49,49 @@ def test_json_is_strict_versioned_and_documented(found: Audit) -> None:
     document = json.loads(found.dumps(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
     assert document["schema"] == SCHEMA
     assert SCHEMA in DOCS
-    keys = {
-        *document,
-        *document["sources"][0],
-        *document["sources"][0]["all"],
-        *document["pairs"][0],
-        *document["pairs"][0]["all"],
-        *document["preview"],
+    source, pair = document["sources"][0], document["pairs"][0]
+    parts = [
+        document, source, source["header"], source["all"], source["all"]["factors"], source["tensors"][0],
+        source["tensors"][0]["spectrum"], pair, pair["all"], pair["tensors"][0], document["preview"],
+        next(iter(document["preview"]["all"].values())), document["advice"][0],
+    ]  # fmt: skip
+    assert {key for part in parts for key in part if f"`{key}`" not in DOCS} == set()
+
+
+def test_every_key_that_the_documentation_names_is_in_the_json(found: Audit) -> None:
+    table = DOCS.split("## The JSON")[1].split("`paft audit OUT --json`")[0]
+    named = set(re.findall(r"`([a-z_0-9]+)`", table)) - {
+        "good",
+        "note",
+        "warn",
+        "objective",
+        "mode",
+        "target",
+        "strength",
+        "dtype",
     }
-    assert {key for key in keys if f"`{key}`" not in DOCS} == set()
+    named -= {"why", "names"}  # of what was left out; here nothing was
+    text = found.dumps()
+    assert {name for name in named if f'"{name}":' not in text and name not in ("norm", "l1")} == set()
+
+
+def test_what_the_documentation_says_of_a_manifest_is_in_one(
+    found: Audit, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    models = [{"model": f"{folders['base']}+{folders[name]}", "parameters": {"weight": 1.0}} for name in ("sft", "dpo")]
+    out = merge({"merge_method": "ties", "base_model": str(folders["base"]), "models": models}, tmp_path / "out")
+    manifest = json.loads((out / "merge_manifest.json").read_text())
+    table = DOCS.split("## What a merge measures by itself")[1]
+    columns = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ") and "manifest" not in line]
+    named = {name for column in columns for name in re.findall(r"`(\w[\w-]*)`", column)}
+    assert {"zeros", "hoyer", "weighted_l2", "kept", "warnings"} <= named
+    assert named <= {*manifest, *manifest["totals"][0]}
+    for row in manifest["totals"]:
+        label = Path(row["source"].split("+")[1]).name
+        measure = found.source(label).total.measure
+        assert row["hoyer"] == pytest.approx(measure.hoyer, rel=1e-5)
+        assert row["weighted_l2"] == row["l2"] == pytest.approx(measure.norm, rel=1e-6)
+        assert (row["zeros"], row["below_1e-05"]) == (measure.zeros, measure.below[1e-5])
 
 
 def test_every_metric_of_the_gate_and_every_page_of_the_advice_is_documented(found: Audit) -> None:

@@ -16,7 +16,7 @@ import paft_merge
 PACKAGE = Path(paft_merge.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "kernels", "scratch", "methods.parameters"},
+    {"errors", "kernels", "products", "scratch", "methods.parameters"},
     {"headers", "mixing", "unpickle", "bridge"},
     {"checkpoint", "casting", "shards", "blocks"},
     {"agreement", "scales", "adapters", "output", "sparsify", "torch_ops"},
@@ -42,7 +42,7 @@ ONLY_IN = {
     "trl": {"training"},
     "datasets": {"training"},
     "huggingface_hub": {"hub"},
-    "numba": {"kernels", "mixing", "auditing"},
+    "numba": {"kernels", "products", "mixing", "auditing"},
     "lm_eval": {"evaluating"},
     "matplotlib": {"auditing", "card", "tuning"},
     "optuna": {"tuning"},

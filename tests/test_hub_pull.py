@@ -363,6 +363,7 @@ def test_any_piece_read_from_any_thread_is_what_the_file_has(models: HubServer) 
 
         with ThreadPoolExecutor(6) as pool:
             assert all(pool.map(piece, range(150)))
+        assert piece(150)
         assert len(file.windows._held) <= 16
         file.windows.close()
 

@@ -56,12 +56,16 @@ def test_a_second_push_uploads_and_commits_nothing(hub: HubServer, tmp_path: Pat
     assert hub.count("/commit/") == 0
 
 
-@pytest.mark.parametrize("where", ["PUT /lfs/", "POST .*/commit/"])
-def test_a_push_that_breaks_changes_nothing_and_goes_on(hub: HubServer, tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "status"), [("PUT /lfs/", 400), ("POST .*/commit/", 400), ("POST .*/commit/", 500)], ids=str
+)
+def test_a_push_that_breaks_changes_nothing_and_goes_on(
+    hub: HubServer, tmp_path: Path, where: str, status: int
+) -> None:
     folder = save_checkpoint(tmp_path / "m", random_state(1), shards=3)
     push(save_checkpoint(tmp_path / "old", random_state(2)), "me/m")
     before = dict(hub.files("me/m"))
-    hub.fail(where, Status(400), times=1)
+    hub.fail(where, Status(status), times=1)
     with pytest.raises(HubError) as caught:
         push(folder, "me/m")
     assert "me/m" in str(caught.value)
@@ -81,6 +85,19 @@ def test_trouble_that_passes_is_not_seen(hub: HubServer, tmp_path: Path) -> None
     hub.fail("POST .*/preupload/", Status(429, {"Retry-After": "0"}), times=1)
     push(folder, "me/m")
     assert "model.safetensors" in hub.files("me/m")
+
+
+def test_a_push_through_xet_is_one_commit_too(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    (tmp_path / "cas").mkdir()
+    hub.xet = str(tmp_path / "cas")
+    folder = save_checkpoint(tmp_path / "m", random_state(1), shards=3)
+    push(folder, "me/m")
+    assert set(hub.files("me/m")) == {".gitattributes", *files_of(folder)}
+    assert len(hub.repositories["me/m"].commits) == 2
+    assert hub.count("PUT /lfs/") == 0
+    assert hub.count("xet-write-token") >= 1
 
 
 def test_a_pull_request_and_a_branch_leave_main_alone(hub: HubServer, tmp_path: Path) -> None:
@@ -210,6 +227,16 @@ def test_offline_and_unreachable_are_told_as_such(
     with pytest.raises(HubError) as caught:
         push(folder, "me/m")
     assert code_of(caught) == "HUB_UNREACHABLE"
+
+
+def test_metadata_that_the_hub_refuses_is_told_in_its_words(hub: HubServer, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", random_state(1), 2)
+    (folder / "README.md").write_text("---\nbase_model: /here\n---\n")
+    hub.metadata_faults = ['"base_model" with value "/here" is not valid']
+    with pytest.raises(HubError, match='"base_model" with value "/here" is not valid') as caught:
+        push(folder, "me/m")
+    assert len(str(caught.value).splitlines()) == 1
+    assert set(hub.files("me/m")) == {".gitattributes"}
 
 
 def test_places_on_this_machine_in_a_card_are_told(

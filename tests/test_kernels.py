@@ -8,6 +8,7 @@ import torch
 
 from paft_merge import kernels
 from paft_merge.blocks import Block, CpuOps, Election, Survival
+from paft_merge.products import product
 
 OPS = CpuOps()
 SIZE = 5_000
@@ -29,7 +30,7 @@ def pattern(value: float) -> int:
 def test_a_product_is_a_product(rows: int, width: int, rank: int) -> None:
     left, right = normal(0, rows, rank, size=1.0), normal(1, rank, width, size=1.0)
     out = np.full((rows, width), np.nan, np.float32)
-    kernels.product(left, right, out)
+    product(left, right, out)
     exact = left.astype(np.float64) @ right.astype(np.float64)
     np.testing.assert_allclose(out, exact, rtol=0, atol=1e-6 * rank)
 
@@ -37,14 +38,14 @@ def test_a_product_is_a_product(rows: int, width: int, rank: int) -> None:
 def test_bits_of_a_product_depend_on_row_and_column_alone() -> None:
     left, right = normal(0, 50, 13, size=1.0), normal(1, 13, 200, size=1.0)
     whole = np.empty((50, 200), np.float32)
-    kernels.product(left, right, whole)
+    product(left, right, whole)
     for rows, columns in (
         (slice(7, 12), slice(0, 200)),
         (slice(0, 50), slice(3, 77)),
         (slice(49, 50), slice(199, 200)),
     ):
         part = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.float32)
-        kernels.product(left[rows], np.ascontiguousarray(right[:, columns]), part)
+        product(left[rows], np.ascontiguousarray(right[:, columns]), part)
         np.testing.assert_array_equal(bits(part), bits(whole[rows, columns]))
 
 

@@ -260,6 +260,27 @@ def test_several_stacks_need_to_be_told_apart(tmp_path: Path) -> None:
     assert "write modules: with slices for one of" in text
 
 
+def test_layers_of_models_of_another_width_are_not_stacked(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 3}
+    narrow = save_checkpoint(tmp_path / "narrow", random_state(0), config=config)
+    wide = save_checkpoint(tmp_path / "wide", random_state(0, width=32), config=config)
+    text = refusals(sliced("passthrough", [source(narrow, 0, 2)], [source(wide, 1, 3)]))
+    assert "wide: model.layers.1.mlp.up_proj.weight: is [64, 32], and in" in text
+    assert "wide: lm_head.weight: is [40, 32]" in text
+    assert "is [64, 32], and" in refusals(
+        sliced("linear", [source(narrow, 0, 1, weight=1), source(wide, 0, 1, weight=1)])
+    )
+
+
+def test_a_model_of_another_depth_can_lend_layers(tmp_path: Path) -> None:
+    shallow = save_checkpoint(tmp_path / "a", random_state(0), config={"num_hidden_layers": 3})
+    deep = save_checkpoint(tmp_path / "b", random_state(1, layers=5), config={"num_hidden_layers": 5})
+    recipe = sliced("linear", [source(shallow, 0, 3, weight=0.5), source(deep, 2, 5, weight=0.5)])
+    made, a, b = (tensors_of(f) for f in (merge(recipe, tmp_path / "out"), shallow, deep))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    torch.testing.assert_close(made[name.format(2)], (a[name.format(2)] + b[name.format(4)]) / 2)
+
+
 def test_a_config_that_counts_otherwise_is_refused(tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "m", random_state(0), config={"num_hidden_layers": 2})
     text = refusals(sliced("passthrough", [source(model, 0, 2)]))

@@ -23,7 +23,7 @@ def test_a_recipe_that_trains_is_known_to_the_last_field(path, tmp_path):
 
 def test_the_zephyr_settings_are_there_for_both_bases_with_the_source_of_every_number():
     assert {path.stem for path in FILES} >= {"train-mistral-7b-zephyr", "train-llama-3-8b-zephyr"}
-    for path in FILES:
+    for path in (path for path in FILES if "zephyr" in path.stem):
         lines = path.read_text().splitlines()
         body = lines[lines.index("adapters:") :]
         for line in body:

@@ -219,11 +219,10 @@ def main(folder: Path, steps: int, data_only: bool) -> None:
     write_data(folder / "data")
     if data_only:
         return
-    tokenizer = make_tokenizer()
-    model = make_base(tokenizer, steps).to(torch.bfloat16)
+    model = make_base(make_tokenizer(), steps).to(torch.bfloat16)
     shutil.rmtree(folder / "base", ignore_errors=True)
     model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")  # a fresh one: padding leaves its mark
     click.echo(f"{folder}: {model.num_parameters():,} parameters")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paft_merge.adapters.rows import Rows
-from paft_merge.kernels import product
+from paft_merge.products import product
 
 T = TypeVar("T")
 Pair = tuple[Tensor, Tensor]

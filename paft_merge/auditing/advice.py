@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from paft_merge.auditing.results import Advice, Audit, PairAudit, SourceAudit
+from paft_merge.scales import FOLD
 
 PAGE = "docs/audit.md"
 
@@ -12,6 +14,8 @@ DENSE, SPARSE = 0.5, 0.9
 """Below the first a delta is called dense, from the second on sparse (PAFT's sparse adapters have over 0.9)."""
 HARSH = 0.25
 """A share of energy that is worth a warning when trimming or election takes it."""
+STEEP = 1.3
+"""How fast sparsity follows the L1 strength: logit(sparsity) against log(strength), measured on toys (1.2 to 1.4)."""
 ERASED = 0.5
 """A share of entries below bfloat16's resolution that is worth a warning."""
 
@@ -72,12 +76,34 @@ def _density(source: SourceAudit, epsilon: float) -> Advice:
     kind = "dense" if sparsity < DENSE else "half sparse"
     return Advice(
         "warn", f"The {label} delta is {kind} ({sparsity:.0%} below {epsilon:g}); TIES at density 0.2 will drop {lost:.0%} of its energy: "
-        "train with an l1.strength (or a larger one), or use l1_ties.", number, sparsity, f"{PAGE}#sparsity",
+        f"{_train_sparser(source, sparsity)}, or use l1_ties.", number, sparsity, f"{PAGE}#sparsity",
     )  # fmt: skip
+
+
+def _train_sparser(source: SourceAudit, sparsity: float) -> str:
+    """What to ask of the next training, by what the last one was asked for."""
+    trained, wanted = source.header.details.get("trained"), f"l1: {{target: {SPARSE:g}}}"
+    l1 = trained["l1"] if trained else None
+    if not l1 or not l1["strength"]:
+        how = "it was trained without; add" if trained else "train with"
+        return f"{how} {wanted}, which finds the l1.strength"
+    if not 0 < sparsity < 1:
+        return f"it was trained with l1.strength {l1['strength']:.2g}; train with {wanted}, which finds another"
+    apart = math.log(SPARSE / (1 - SPARSE)) - math.log(sparsity / (1 - sparsity))
+    more = l1["strength"] * math.exp(apart / STEEP)
+    return f"it was trained with l1.strength {l1['strength']:.2g}; train with about {more:.2g}, or {wanted}, which finds it"
 
 
 def _of_pair(audit: Audit, pair: PairAudit) -> Iterator[Advice]:
     total, names = pair.total, f"{pair.left} and {pair.right}"
+    if total.size_ratio > FOLD:
+        norms = sorted(((math.sqrt(total.left_square), pair.left), (math.sqrt(total.right_square), pair.right)))
+        (least, small), (most, large) = norms
+        yield Advice(
+            "warn", f"The {large} delta is {total.size_ratio:.0f} times as large as that of {small} (norms {most:.3g} and {least:.3g}): with equal "
+            f"weights {large} decides the merge nearly alone; give {small} up to {total.size_ratio:.0f} times the weight.",
+            "size_ratio", total.size_ratio, f"{PAGE}#scale",
+        )  # fmt: skip
     if not total.both:
         yield Advice(
             "good",

@@ -72,6 +72,7 @@ METRICS: Mapping[str, Metric] = {
     "effective_rank": Metric("source", lambda g, _: g.effective_rank, "mean effective rank"),
     "zero_rows": Metric("source", _factors("zero_rows", "rows"), "share of rows of B that are zero"),
     "zero_components": Metric("source", _factors("zero_components", "components"), "share of rank components that are zero"),
+    "size_ratio": Metric("pair", lambda p, _: p.size_ratio, "norm of the larger delta over that of the smaller"),
     "cosine": Metric("pair", lambda p, _: p.cosine, "cosine of two deltas"),
     "conflict": Metric("pair", lambda p, _: p.conflict, "share of signs that differ where neither is zero"),
     "conflict_above": Metric("pair", lambda p, _: p.conflict_above, "the same where both reach the audit's epsilon"),

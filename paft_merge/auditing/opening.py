@@ -356,7 +356,15 @@ def _header(model: Model, label: str) -> Header:
         return Header(model.ref, label, "checkpoint", {"dtype": "/".join(sorted(kinds))})
     config = model.adapter.config
     start = str(config.get("init_lora_weights", True)).lower()
-    kind = "shira" if config.get("peft_type") == "SHIRA" else "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    kind = (
+        "shira"
+        if config.get("peft_type") == "SHIRA"
+        else "dora"
+        if config.get("use_dora")
+        else "rslora"
+        if config.get("use_rslora")
+        else "lora"
+    )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank and alpha else None
     prints = model.adapter.fingerprint()
@@ -364,5 +372,18 @@ def _header(model: Model, label: str) -> Header:
         "rank": rank, "alpha": alpha, "scale": scale, "target_modules": config.get("target_modules"),
         "peft_version": config.get("peft_version"), "base": config.get("base_model_name_or_path"),
         "header_digest": next((str(p["header"]) for p in prints.values()), None),
+        "trained": _trained(model.adapter.record),
     }  # fmt: skip
     return Header(model.ref, label, start if start in ("pissa", "olora") else kind, details)
+
+
+def _trained(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `paft train` left beside an adapter, in short; None where another trainer made it."""
+    if not record:
+        return None
+    l1, delta = record.get("spec", {}).get("l1"), record["delta"]
+    trained = {"objective": record.get("objective"), "norm": delta["norm"], "sparsity": delta.get("below_epsilon")}
+    if not l1:
+        return {**trained, "l1": None}
+    strength = record.get("run", {}).get("l1_strength")
+    return {**trained, "l1": {"mode": l1.get("mode"), "target": l1.get("target"), "strength": strength}}

@@ -54,6 +54,12 @@ class PairMeasure:
         return _ratio(self.dot, math.sqrt(self.left_square) * math.sqrt(self.right_square))
 
     @property
+    def size_ratio(self) -> float:
+        """Norm of the larger delta over that of the smaller one, at least 1."""
+        sizes = sorted((self.left_square, self.right_square))
+        return math.sqrt(_ratio(sizes[1], sizes[0]))
+
+    @property
     def conflict(self) -> float:
         """Share of the entries that neither leaves at zero whose signs differ; 0.5 is chance."""
         return _ratio(self.conflicts, self.both)
@@ -89,7 +95,7 @@ class PairMeasure:
         """As the report's JSON has it."""
         left, right = self.conflict_energy
         return {
-            "cosine": self.cosine, "conflict": self.conflict, "conflict_above": self.conflict_above,
+            "size_ratio": self.size_ratio, "cosine": self.cosine, "conflict": self.conflict, "conflict_above": self.conflict_above,
             "conflict_weighted": self.conflict_weighted, "conflict_energy": [left, right],
             "overlap": self.overlap, "overlap_chance": self.overlap_chance,
             "both": self.both, "conflicts": self.conflicts, "above": self.above, "above_conflicts": self.above_conflicts,

@@ -15,6 +15,7 @@ from paft_merge.blocks import CpuOps, Survival
 from paft_merge.bridge import WholeTensor
 from paft_merge.errors import AuditError, Problems
 from paft_merge.methods import METHODS, REQUIRED, Parameter
+from paft_merge.ranks import RankedConsensus
 from paft_merge.rules import Consensus, Rule
 from paft_merge.sparsify import Trim, stream_key
 
@@ -165,18 +166,35 @@ class Preview:
         return math.sqrt(_ratio(merged, plain)) if plain else UNDEFINED
 
 
-def rules_for(subjects: Sequence[Subject], proposal: Proposal | None, pool: ThreadPoolExecutor) -> list[Rule | None]:
+Choosing = Consensus | RankedConsensus
+"""Rules that keep some entries and leave others, and say which."""
+
+
+def rules_for(
+    subjects: Sequence[Subject], proposal: Proposal | None, pool: ThreadPoolExecutor
+) -> list[Choosing | None]:
     """The rule to preview for each tensor: the recipe's, or the proposal's; None where neither trims nor elects.
 
     Thresholds over the whole model (`trim_scope: global`) are found here, which takes walks over every tensor.
     """
     rules = [_rule_for(subject, proposal) for subject in subjects]
-    ranked = [s for s, r in zip(subjects, rules, strict=True) if r is not None and r.trim_scope == "global"]
-    first = next((r for r in rules if r is not None and r.trim_scope == "global"), None)
-    if first is None:
+    ranked = [s for s, r in zip(subjects, rules, strict=True) if _is_global(r)]
+    first = next((r for r in rules if _is_global(r)), None)
+    if not isinstance(first, Consensus):
         return list(rules)
     fixed = first.over_the_model(sum(s.numel for s in ranked), ModelWalk(ranked, pool), CpuOps()).fixed
-    return [replace(r, fixed=fixed) if r is not None and r.trim_scope == "global" else r for r in rules]
+    return [replace(r, fixed=fixed) if isinstance(r, Consensus) and _is_global(r) else r for r in rules]
+
+
+def _is_global(rule: Rule | None) -> bool:
+    return isinstance(rule, Consensus) and rule.trim_scope == "global"
+
+
+def weights_of(rule: Rule | None) -> list[float]:
+    """What a rule multiplies each source's kept entries with, but for what it divides by; empty when it does not choose."""
+    if isinstance(rule, RankedConsensus):
+        return [weight * rule.election.factor for weight in rule.election.weights]
+    return [weight * rule.factor for weight in rule.weights] if isinstance(rule, Consensus) else []
 
 
 def trims_at(rule: Rule, density: float) -> bool:
@@ -196,11 +214,11 @@ def with_survivals(rule: Rule, survivals: Sequence[Survival], active: Sequence[i
     return replace(rule, fixed=tuple(fixed))
 
 
-def _rule_for(subject: Subject, proposal: Proposal | None) -> Consensus | None:
+def _rule_for(subject: Subject, proposal: Proposal | None) -> Choosing | None:
     rule = subject.rule
     if rule is None and proposal is not None:
         rule = proposal.rule([r.source for r in subject.inputs.sources], subject.name)
-    return rule if isinstance(rule, Consensus) else None
+    return rule if isinstance(rule, Consensus | RankedConsensus) else None
 
 
 def _value(spec: Parameter, text: str) -> Any:

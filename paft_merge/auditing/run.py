@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from paft_merge.auditing.gate import epsilons_of
 from paft_merge.auditing.metrics import EPSILONS
-from paft_merge.auditing.opening import Opened, Source, Subject, layer_of, module_of, open_sources
+from paft_merge.auditing.opening import Opened, Skipped, Source, Subject, layer_of, module_of, open_sources
 from paft_merge.auditing.pairs import PairMeasure
 from paft_merge.auditing.preview import Preview, PreviewTensor, Proposal, rules_for
 from paft_merge.auditing.results import Audit, PairAudit, PairTensor, SourceAudit, TensorAudit
 from paft_merge.auditing.survey import Survey, Wanted, survey
 from paft_merge.auditing.walk import Arena, Walker, working_pool
+from paft_merge.errors import Problem
 
 HELD_BYTES = 512 << 20
 """Memory for the deltas of one tensor; larger ones are computed anew for each walk."""
@@ -77,6 +79,7 @@ def audit(
         total, done = sum(s.numel for s in opened.subjects), 0
         rules = rules_for(opened.subjects, proposal if several else None, pool)
         for at, (subject, rule) in enumerate(zip(opened.subjects, rules, strict=True), 1):
+            subject = replace(subject, rule=rule or subject.rule)  # its blocks are whole rows of the rule
             found.append(survey(subject, Walker(subject, pool, arena), wanted, rule))
             subject.release()
             done += subject.numel
@@ -100,8 +103,32 @@ def _results(opened: Opened, found: Sequence[Survey], wanted: Wanted, proposal: 
     pairs = tuple(_pair(a.source, b.source, labels, held) for a, b in combinations(opened.headers, 2))
     return Audit(
         sources, pairs, _preview(opened, held, labels, proposal), opened.base, wanted.epsilon, wanted.density,
-        opened.skipped, opened.warnings,
+        (*opened.skipped, *_no_spectrum(sources)), (*opened.warnings, *_other_records(sources)),
     )  # fmt: skip
+
+
+def _no_spectrum(sources: Sequence[SourceAudit]) -> list[Skipped]:
+    """Fused experts hold a product for each expert, one below the other, and no low rank as a whole."""
+    fused = {s.label: tuple(t.name for t in s.tensors if t.kind == "experts" and not t.spectrum) for s in sources}
+    why = "each expert is a product of its own, so the spectrum and the overlap of subspaces are left out; all else is measured"
+    return [Skipped(label, names, why) for label, names in fused.items() if names]
+
+
+TRAINED_KINDS = ("lora", "shira")
+"""Deltas that the record of a training measures."""
+
+
+def _other_records(sources: Sequence[SourceAudit]) -> list[Problem]:
+    """A warning for each record of a training that is not of the adapter it lies beside."""
+    found = []
+    for source in sources:
+        trained = source.header.details.get("trained")
+        norm = math.sqrt(math.fsum(t.measure.square for t in source.tensors if t.kind in TRAINED_KINDS))
+        if trained and abs(norm - trained["norm"]) > 0.01 * max(norm, trained["norm"]):
+            what = f"paft_train.json says that the delta's norm is {trained['norm']:.4g}; it is {norm:.4g}"
+            fix = "the record is of another adapter, or this one was changed since"
+            found.append(Problem("TRAIN_RECORD", source.label, what, fix))
+    return found
 
 
 Held = Sequence[tuple[Subject, Survey]]

@@ -20,13 +20,13 @@ from paft_merge.auditing import loops
 from paft_merge.auditing.metrics import Histogram, Measure
 from paft_merge.auditing.opening import Subject
 from paft_merge.auditing.pairs import PairMeasure
-from paft_merge.auditing.preview import Survived, trims_at, with_survivals
+from paft_merge.auditing.preview import Survived, trims_at, weights_of, with_survivals
 from paft_merge.auditing.spectrum import FactorCounts, Factored, Spectrum
 from paft_merge.auditing.thresholds import largest_survive
 from paft_merge.auditing.walk import Walker
 from paft_merge.blocks import Block, CpuOps, Survival, Tally
 from paft_merge.errors import AuditError
-from paft_merge.rules import Consensus, Rule, Walk
+from paft_merge.rules import Rule, Walk
 from paft_merge.scratch import SCRATCH
 
 Pairs = Mapping[tuple[int, int], PairMeasure]
@@ -245,9 +245,10 @@ def _sum_square(
     pairs: Pairs,
 ) -> float:
     """||sum of weight * delta||^2, from the squares and the inner products."""
-    if not isinstance(rule, Consensus):
+    given = weights_of(rule)
+    if not given:
         return 0.0
-    weights = [rule.weights[i] * rule.factor for i in active]
+    weights = [given[i] for i in active]
     alone = math.fsum(w * w * measures[i].square for i, w in enumerate(weights))
     return alone + 2 * math.fsum(weights[a] * weights[b] * p.dot for (a, b), p in pairs.items())
 

@@ -46,7 +46,9 @@ def manifest_table(check: ManifestCheck) -> None:
         entries = row.get("entries") or 0
         shares = [percent(row[key] / entries if entries and key in row else None) for key in _COUNTED]
         energy = f"{percent(row.get('kept_energy'), 0)}, {percent(row.get('elected_energy'), 0)}"
-        table.add_row(escape(str(row["source"])), f"{entries:,}", *shares, energy, short(row.get("l2")))
+        table.add_row(
+            escape(_abridged(str(row["source"]).split("+")[-1])), f"{entries:,}", *shares, energy, short(row.get("l2"))
+        )
     console.print(table)
     if check.ok:
         text = f"{check.tensors:,} tensors, {check.nbytes:,} bytes: all are what the merge wrote"
@@ -122,13 +124,14 @@ def _groups(title: str, groups: Sequence[Group], epsilon: float) -> Table:
 
 def _pairs(pairs: Sequence[PairAudit]) -> Table:
     table = _table(
-        "against each other", ("pair", "cosine", "signs differ", "weighted", "overlap", "by chance", "subspaces")
+        "against each other",
+        ("pair", "sizes", "cosine", "signs\ndiffer", "weigh-\nted", "over-\nlap", "by\nchance", "sub-\nspaces"),
     )
     for pair in pairs:
         total, (left, right) = pair.total, pair.subspace
         table.add_row(
-            escape(f"{_abridged(pair.left)}, {_abridged(pair.right)}"), short(total.cosine), percent(total.conflict), percent(total.conflict_weighted),
-            percent(total.overlap), percent(total.overlap_chance), f"{percent(left, 0)}, {percent(right, 0)}",
+            escape(f"{_abridged(pair.left, 18)}\n{_abridged(pair.right, 18)}"), f"x {short(total.size_ratio)}", short(total.cosine),
+            percent(total.conflict), percent(total.conflict_weighted), percent(total.overlap), percent(total.overlap_chance), f"{percent(left, 0)}, {percent(right, 0)}",
         )  # fmt: skip
     return table
 

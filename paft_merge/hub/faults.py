@@ -55,7 +55,8 @@ def problem_of(error: BaseException, where: str) -> HubError:
     if isinstance(error, transport_error()):
         what = f"the connection failed: {_line(error) or type(error).__name__}"
         return HubError.of("HUB_UNREACHABLE", where, what, "try again later; what is there already is kept")
-    return HubError.of("HUB_ERROR", where, _line(error) or type(error).__name__, "")
+    said = "; ".join(_line(line) for line in str(error).splitlines() if line.strip())[:500]
+    return HubError.of("HUB_ERROR", where, said or type(error).__name__, "")
 
 
 def root_of(error: BaseException) -> BaseException:

@@ -195,7 +195,9 @@ def _local_paths(files: dict[str, Path]) -> list[Problem]:
 
 
 def _home_path(text: str) -> str | None:
-    found = re.search(r"(?<![\w/.:-])(?:/(?:home|Users|root|mnt|data|tmp|scratch|work)/|[A-Z]:\\)[^\s\"'`)|]*", text)
+    found = re.search(
+        r"(?<![\w/.:-])(?:/(?:home|Users|root|mnt|data|tmp|scratch|workspace)/|[A-Z]:\\)[^\s\"'`)|]*", text
+    )
     return found[0] if found else None
 
 

@@ -24,7 +24,7 @@ WINDOW_BYTES = 8 * 2**20
 ROOM_BYTES = 256 * 2**20
 _AHEAD = 1
 _HEAD_BYTES = 128 * 1024
-_ATTEMPTS = 6
+_ATTEMPTS = 8
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _EXPIRED = (400, 401, 403)
 _TIMEOUT_S = 30.0
@@ -71,11 +71,10 @@ class Windows:
             if found is None or (found.done() and (found.cancelled() or found.exception() is not None)):
                 found = self._held[key] = self._pool.submit(self._fetch, file, number)
             self._held.move_to_end(key)
-            while len(self._held) > self.room:
-                oldest = next(iter(self._held))
-                if not self._held[oldest].done():
-                    break
-                del self._held[oldest]
+            spare = len(self._held) - self.room
+            if spare > 0:  # what is on its way stays, for somebody waits for it
+                for old in [k for k, one in self._held.items() if one.done() and k != key][:spare]:
+                    del self._held[old]
             return found
 
     def _fetch(self, file: RemoteFile, number: int) -> memoryview:

@@ -40,7 +40,10 @@ def overridden(located: Located, overrides: Sequence[str]) -> Located:
         with problems.catching():
             if not equals:
                 raise RecipeError.of("SET", override, "has no '='", "write KEY=VALUE")
-            put(data, way(key.strip()), _value(override, value))
+            steps = way(key.strip())
+            if len(steps) > 1 and str(steps[0]) not in data:
+                raise RecipeError.of("SET", key, "the recipe has no such section", did_you_mean(steps[0], data))
+            put(data, steps, _value(override, value))
     problems.raise_as(RecipeError)
     return replace(located, data=data, text="")
 
@@ -76,8 +79,6 @@ def _enter(here: Any, step: str | int, so_far: Sequence[str | int]) -> Any:
         return _item(here, step, so_far)
     if not isinstance(here, dict):
         raise RecipeError.of("SET", dotted(so_far), f"{dotted(so_far[:-1])} is {show(here)}", "it has no keys")
-    if str(step) not in here and len(so_far) == 1:
-        raise RecipeError.of("SET", str(step), "the recipe has no such section", did_you_mean(step, here))
     return here.setdefault(str(step), {})
 
 

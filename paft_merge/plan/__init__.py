@@ -22,11 +22,13 @@ from paft_merge.plan.models import Model
 from paft_merge.plan.planned import COPY, MergePlan, PlannedTensor
 from paft_merge.plan.tensors import Planner, resolved
 from paft_merge.recipe import ModelRef, Recipe
+from paft_merge.scratch import uncollected
 from paft_merge.shards import Shard, plan_shards, split
 
 __all__ = ["COPY", "MergePlan", "Model", "PlannedTensor", "plan_merge", "resolved"]
 
 
+@uncollected()
 def plan_merge(
     recipe: Recipe,
     models: Mapping[ModelRef, Model],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from paft_merge.agreement import compare_configs, compare_tensors, compare_tokenizers
@@ -14,6 +15,7 @@ from paft_merge.methods import Method
 from paft_merge.plan.models import Model
 from paft_merge.plan.places import Making, Place, Places
 from paft_merge.plan.planned import COPY, COPY_BYTES, PlannedTensor
+from paft_merge.plan.stacks import split
 from paft_merge.reading import Inputs, Read, inputs_for
 from paft_merge.recipe import Memory, ModelRef, Recipe, Resolved, resolve_all
 from paft_merge.rules import Consensus, Rule, WeightedSum
@@ -92,7 +94,7 @@ class Planner:
         if not all(DTYPES[read.dtype].mergeable for read in (stored, *sources)):
             return self._verbatim(place, stored, sources)
         self._check_quantised(place.lead, stored, sources)
-        if place.names is not None:
+        if not self.places.whole:
             self._check_shapes(stored, sources)
         shared, per_source = self._parameters(place)
         keys = [stream_key(self.recipe.seed, model.ref, name, "drop") for _, model in making.sources]
@@ -134,12 +136,27 @@ class Planner:
         return found[0] if base else None, stored, sources
 
     def _check_shapes(self, stored: Read, sources: Sequence[Read]) -> None:
-        """Layers that a slice pairs must have equal shapes."""
+        """Layers that a slice pairs must have equal shapes, and those that follow each other must be of one width."""
+        known = self._donor_shapes.get(_without_layer(stored.name))
+        if known and stored.shape not in known and not stored.patch:
+            what = f"is {list(stored.shape)}, and in {self.donor.ref} it is {list(known[0])}"
+            fix = "stack layers of models of one size"
+            raise CheckpointError.of("SHAPE_MISMATCH", f"{stored.source}: {stored.name}", what, fix)
         for read in sources:
             if not read.patch and read.shape != stored.shape:
                 what = f"is {list(read.shape)}, and {stored.source}: {stored.name} is {list(stored.shape)}"
                 fix = "merge models of one architecture and size"
                 raise CheckpointError.of("SHAPE_MISMATCH", f"{read.source}: {read.name}", what, fix)
+
+    @cached_property
+    def _donor_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """The shapes that a tensor has in the donor, in any layer, by its name without the layer's number."""
+        found: dict[str, list[tuple[int, ...]]] = {}
+        for name, info in self.donor.checkpoint.tensors.items():
+            shapes = found.setdefault(_without_layer(name), [])
+            if info.shape not in shapes:
+                shapes.append(info.shape)
+        return found
 
     def _verbatim(self, place: Place, stored: Read, sources: Sequence[Read]) -> PlannedTensor:
         """A tensor of integers or the like: equal everywhere, or there is no merge."""
@@ -202,6 +219,11 @@ def resolved(place: Place, method: Method) -> tuple[dict[str, Resolved], list[di
         for i, (source, _) in enumerate(place.making.sources)
     ]
     return shared, per_source
+
+
+def _without_layer(name: str) -> str:
+    found = split(name)
+    return f"{found[0]}{found[2]}" if found else name
 
 
 def _why(making: Making, place: Place) -> str:

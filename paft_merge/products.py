@@ -1,0 +1,71 @@
+"""The low-rank product: an adapter's delta from its factors, with the same bits whichever rows are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+
+@njit(inline="always")
+def _aligned(rows: int, columns: int) -> Any:
+    """A `[rows, columns]` float32 array that begins on a cache line: vector loads that straddle two cost double."""
+    raw = np.empty(rows * columns + 16, np.float32)
+    skip = (-raw.ctypes.data % 64) // 4
+    return raw[skip : skip + rows * columns].reshape(rows, columns)
+
+
+_COLUMNS = 64
+"""Columns of a panel of `product`: with a rank of 64 the panel is 16 KiB and stays in the L1 cache."""
+
+
+@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, fastmath={"contract"})
+def product(left: Any, right: Any, out: Any) -> None:
+    """Low-rank product `out = left @ right` in float32, one fused multiply-add a rank, in the order of the ranks.
+
+    An element depends on its row of `left` and its column of `right` alone, whatever else is computed in the same call:
+    that is what a BLAS does not promise, and what makes a merge's bits independent of how rows are grouped. On ranks up to
+    64 it is also as fast as one, or faster.
+
+    Args:
+        left: `[N, R]` float32.
+        right: `[R, I]` float32.
+        out: `[N, I]` float32, overwritten.
+    """
+    n, rank = left.shape
+    width = right.shape[1]
+    padded = (rank + 3) // 4 * 4
+    panel, rows, total = _aligned(padded, _COLUMNS), _aligned(4, padded), _aligned(4, _COLUMNS)
+    panel[:] = 0
+    rows[:] = 0
+    for column in range(0, width, _COLUMNS):
+        m = min(_COLUMNS, width - column)
+        for r in range(rank):
+            source, line = right[r, column : column + m], panel[r]
+            for j in range(m):
+                line[j] = source[j]
+        for first in range(0, n, 4):
+            many = min(4, n - first)
+            for k in range(many):
+                for r in range(rank):
+                    rows[k, r] = left[first + k, r]
+            for k in range(4):
+                for j in range(_COLUMNS):
+                    total[k, j] = np.float32(0)
+            for r in range(0, padded, 4):
+                p = panel[r : r + 4]
+                a0, a1, a2, a3 = rows[0, r], rows[0, r + 1], rows[0, r + 2], rows[0, r + 3]
+                b0, b1, b2, b3 = rows[1, r], rows[1, r + 1], rows[1, r + 2], rows[1, r + 3]
+                c0, c1, c2, c3 = rows[2, r], rows[2, r + 1], rows[2, r + 2], rows[2, r + 3]
+                d0, d1, d2, d3 = rows[3, r], rows[3, r + 1], rows[3, r + 2], rows[3, r + 3]
+                for j in range(_COLUMNS):
+                    v0, v1, v2, v3 = p[0, j], p[1, j], p[2, j], p[3, j]
+                    total[0, j] = total[0, j] + a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
+                    total[1, j] = total[1, j] + b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
+                    total[2, j] = total[2, j] + c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
+                    total[3, j] = total[3, j] + d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
+            for k in range(many):
+                line = out[first + k, column : column + m]
+                for j in range(m):
+                    line[j] = total[k, j]
