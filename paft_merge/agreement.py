@@ -25,7 +25,10 @@ _OTHER_MODEL = "merge models of one architecture"
 
 
 def compare_tensors(
-    donor: Named, others: Sequence[Named], problems: Problems, names: Collection[str] | None = None,
+    donor: Named,
+    others: Sequence[Named],
+    problems: Problems,
+    names: Collection[str] | None = None,
     resized: Collection[str] = (),
 ) -> set[str]:
     """Every model must have every tensor of the donor, in its shape, and no other.

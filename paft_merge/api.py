@@ -149,7 +149,8 @@ def merge(
     from paft_merge.engine import merge_checkpoint
 
     recipe = _here(recipe)
-    documents = load_recipes(recipe, strict=strict, methods=import_methods(imports, METHODS))
+    with _also_where(Path(out), overwrite, Problems()):
+        documents = load_recipes(recipe, strict=strict, methods=import_methods(imports, METHODS))
     if output_name is None and len(documents.finals) > 1:
         for result in documents.finals:
             merge(recipe, Path(out) / str(result.name), output_name=result.name, **settings)

@@ -25,6 +25,28 @@ _NONFINITE: dict[str, tuple[Any, int, int]] = {
 """An element is NaN or infinite when its bits under the mask are the value: type, mask, value."""
 
 
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+
+
+def widen(stored: NDArray[np.uint8], dtype: str, out: NDArray[np.float32]) -> None:
+    """Put stored elements into `out` as float32, exactly but for F64, which is rounded.
+
+    Args:
+        stored: `[bytes]`, whole elements.
+        dtype: a mergeable type, as safetensors names it.
+        out: `[E]`.
+    """
+    if dtype == "BF16":
+        np.left_shift(stored.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+    elif dtype in _NUMPY:
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(out, stored.view(_NUMPY[dtype]), casting="same_kind")
+    else:
+        import torch
+
+        torch.from_numpy(out).copy_(torch.from_numpy(stored).view(getattr(torch, str(DTYPES[dtype].torch))))
+
+
 def count_nonfinite(stored: NDArray[np.uint8], dtype: str) -> int:
     """How many elements are NaN or infinite; 0 for types that cannot be merged, of which nothing is asked.
 

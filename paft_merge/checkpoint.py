@@ -90,7 +90,10 @@ class Checkpoint:
         files: the files that hold tensors, sorted by name.
         config: `config.json` parsed; empty when there is none.
         file: the one file that was asked for, when it was no folder.
+        tokenizer_files: of its tokenizer, by name, where they are not the folder's (a merge that is never written).
     """
+
+    tokenizer_files: Mapping[str, bytes | Path] | None = None
 
     def __init__(
         self, folder: Path, opened: Sequence[_Opened], config: Mapping[str, Any], strided: Mapping[str, Stored]

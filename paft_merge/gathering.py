@@ -21,6 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from paft_merge.blocks import tile_bounds
+from paft_merge.casting import widen
 from paft_merge.checkpoint import DTYPES
 from paft_merge.reading import Read
 from paft_merge.scratch import SCRATCH
@@ -124,9 +125,9 @@ class Gathered(Read):
             made[start:stop] = torch.from_numpy(values)
         return made.reshape(self.shape)
 
-    def _fetch(self, first: int, last: int, out: Tensor) -> None:
+    def _fetch(self, first: int, last: int, out: Any) -> None:
         """What adapters add to rows `[first, last)`, into `out` `[last - first, W]`."""
-        self._gather(first, last, _added, out.numpy())
+        self._gather(first, last, _added, out)
 
     def _gather(self, first: int, last: int, take: Take, out: Any) -> None:
         """Rows `[first, last)` by `take`, into `out`, float32."""
@@ -205,14 +206,7 @@ def _stored(read: Read, rows: Ids, out: Any) -> None:
     bits = SCRATCH.array("gathered_bits", (len(rows), size), np.uint8)
     for at, (first, count) in _placed(rows):
         read.checkpoint.read_into(read.name, first * size, bits[at : at + count])
-    if info.dtype == "F32":
-        out[:] = bits.view(np.float32)
-    elif info.dtype == "BF16":
-        np.left_shift(bits.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
-    else:
-        import torch
-
-        torch.from_numpy(out).copy_(torch.from_numpy(bits).view(_torch_dtype(read)))
+    widen(bits.reshape(-1), info.dtype, out.reshape(-1))
 
 
 def _added(read: Read, rows: Ids, out: Any) -> None:

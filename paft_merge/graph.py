@@ -163,7 +163,7 @@ def _check_circles(documents: Documents, problems: Problems) -> None:
 
 
 def _check_uses(documents: Documents, problems: Problems) -> None:
-    """Names that are no document's, by their look; and documents that cannot be merged on the way."""
+    """Names that are no document's, by their look."""
     for recipe in documents.recipes:
         for ref in recipe.references:
             if ref.path not in documents.named and "/" not in ref.path and not Path(ref.path).expanduser().exists():
@@ -174,13 +174,6 @@ def _check_uses(documents: Documents, problems: Problems) -> None:
             if ref.path in documents.named and ref.revision:
                 what = f"{ref.path} is a document of this file, which has no revision {ref.revision}"
                 problems.add("DOCUMENTS", recipe.located.spot(), what, f"write {ref.path}")
-    used = {name for recipe in documents.recipes for name in documents.used_by(recipe)}
-    for name in used:
-        recipe = documents.named[name]
-        for key in ("tokenizer_source", "tokenizer", "chat_template"):
-            if getattr(recipe.language, key):
-                what = f"{key} has no effect on {name}, which is merged on the way and never written"
-                problems.add("DOCUMENTS", recipe.located.spot((key,)), what, "write it in the document that uses it")
 
 
 # --- a model that is merged while it is read --------------------------------------------------------------------------
@@ -198,6 +191,7 @@ class Intermediate(Checkpoint):
         """`rounded`: values have the type the document would be written in, as if it had been; else they are float32."""
         super().__init__(plan.donor.checkpoint.folder, (), {**plan.donor.checkpoint.config, **plan.config}, {})
         self.name, self.plan = name, plan
+        self.tokenizer_files = plan.vocabulary.files if plan.vocabulary else plan.donor.checkpoint.tokenizer_files
         self._planned = {tensor.name: tensor for tensor in plan.tensors}
         self.files = tuple(CheckpointFile(shard.file, shard.size, 0, {}, "") for shard in plan.shards)
         self.tensors = {
@@ -274,7 +268,8 @@ class Intermediate(Checkpoint):
         """The document, and the fingerprints of all that it is made of."""
         files = {model.ref: model.checkpoint.fingerprint() for model in self.plan.models}
         adapters = {model.ref: model.adapter.fingerprint() for model in self.plan.models if model.adapter}
-        return {"recipe": self.plan.recipe.resolved(), "inputs": files, "adapters": adapters}
+        vocabulary = {"vocabulary": self.plan.vocabulary.digest()} if self.plan.vocabulary else {}
+        return {"recipe": self.plan.recipe.resolved(), "inputs": files, "adapters": adapters, **vocabulary}
 
     def sample(self) -> str:
         """XXH3-128 of the samples of all that it is made of."""

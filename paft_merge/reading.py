@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from paft_merge.blocks import Block, tile_bounds
+from paft_merge.casting import widen
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.rules import Wants
 from paft_merge.scratch import SCRATCH
@@ -84,12 +85,10 @@ class Read:
         if self.dtype == "F32":
             self.raw(start, end, out[: end - start])
             return
-        import torch
-
-        kind = DTYPES[self.dtype]
-        held = SCRATCH.array("stored", (end - start) * kind.bits // 8, np.uint8)
-        self.checkpoint.read_into(self.name, start * kind.bits // 8, held)
-        torch.from_numpy(out[: end - start]).copy_(torch.from_numpy(held).view(getattr(torch, str(kind.torch))))
+        size = DTYPES[self.dtype].bits // 8
+        held = SCRATCH.array("stored", (end - start) * size, np.uint8)
+        self.checkpoint.read_into(self.name, start * size, held)
+        widen(held, self.dtype, out[: end - start])
 
     @_quietly()
     def value(self, start: int, stop: int, out: Any) -> None:
@@ -121,15 +120,13 @@ class Read:
 
     def delta_of_patch(self, start: int, stop: int, out: Any, weight: Any = None) -> None:
         """The adapter's delta of elements `[start, stop)`, whole rows, float32 into `out`; `weight`: what it is added to."""
-        import torch
-
         assert self.patch is not None
         row = self.patch.row
         if weight is None and self.patch.needs_weight:
             weight = SCRATCH.array("patch_weight", stop - start, np.float32)
             self.weight(start, stop, weight)
-        below = torch.from_numpy(weight).view(-1, row) if self.patch.needs_weight else None
-        self.patch.delta(start // row, stop // row, below, torch.from_numpy(out).view(-1, row))
+        below = weight.reshape(-1, row) if self.patch.needs_weight else None
+        self.patch.delta(start // row, stop // row, below, out.reshape(-1, row))
 
 
 @dataclass(frozen=True)
@@ -259,9 +256,7 @@ def inputs_for(base: Read | None, sources: Sequence[Read], wants: Wants | Litera
         plain = replace(sources[0], patch=None)
         return Inputs(plain, tuple(sources), "deltas", subtract=False)
     reads = [*([base] if base and wants == "deltas" else []), *sources]
-    if all(
-        r.plain and r.dtype == reads[0].dtype and r.dtype in RAW and r.shape == reads[0].shape for r in reads
-    ):
+    if all(r.plain and r.dtype == reads[0].dtype and r.dtype in RAW and r.shape == reads[0].shape for r in reads):
         if wants != "deltas":
             return Inputs(None, tuple(sources), "raw", subtract=False)
         if not all(s.same_weight(sources[0]) for s in reads):

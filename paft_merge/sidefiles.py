@@ -61,8 +61,9 @@ def side_files(
     templates = folder / "additional_chat_templates"
     if templates.is_dir() and not plan.donor.checkpoint.file:
         files |= {f"{templates.name}/{f.name}": f for f in sorted(templates.glob("*.jinja"))}
-    if plan.vocabulary:
-        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | {**plan.vocabulary.files}
+    tokenizer = plan.vocabulary.files if plan.vocabulary else plan.donor.checkpoint.tokenizer_files
+    if tokenizer is not None:
+        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | {**tokenizer}
     if plan.donor.checkpoint.config and not plan.donor.checkpoint.file:
         files["config.json"] = _json({**plan.donor.checkpoint.config, **plan.config})
     document = manifest(plan, finished, options or {})
@@ -271,4 +272,3 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
             row_of_all["weighted_l2"] = weighted**0.5 if math.isfinite(weighted) else None
         found.append({"source": name, "entries": entries, **row_of_all})
     return found
-

@@ -194,7 +194,7 @@ def patched(weight: Tensor, patch: Any, rows: int | None = None) -> Tensor:
     for start in range(0, count, step):
         stop = min(start + step, count)
         out = torch.full((stop - start, patch.row), torch.nan)
-        patch.delta(start, stop, weight[start:stop] if start < len(weight) else None, out)
+        patch.delta(start, stop, weight[start:stop].numpy() if start < len(weight) else None, out.numpy())
         value[start:stop] += out
     return value.reshape(patch.shape)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from adapter_toys import Convolutions, Tensors, edit_config, edit_tensors, gemma3, llama, mixtral, train
@@ -224,7 +225,7 @@ def test_factors_that_are_not_finite_are_told_when_they_are_first_needed(
         with pytest.raises(
             AdapterError, match=r"lora_A.weight.*: 1 of the 64 values read are NaN or infinite, the first at 5"
         ):
-            patch.delta(0, 16, None, torch.empty(16, 16))
+            patch.delta(0, 16, None, np.empty((16, 16), np.float32))
 
 
 def test_saved_tensors_that_are_not_finite_are_told_when_they_are_read(adapter: Path, plain: Path) -> None:
@@ -232,7 +233,7 @@ def test_saved_tensors_that_are_not_finite_are_told_when_they_are_read(adapter: 
     edit_tensors(adapter, lambda tensors: spoilt(key, float("-inf"))(tensors | {key: torch.zeros(40, 16)}))
     with Checkpoint.open(plain / "base") as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         with pytest.raises(AdapterError) as caught:
-            opened.patches["lm_head.weight"].delta(0, 2, torch.zeros(2, 16), torch.empty(2, 16))
+            opened.patches["lm_head.weight"].delta(0, 2, np.zeros((2, 16), np.float32), np.empty((2, 16), np.float32))
     assert caught.value.problems[0].code == "NONFINITE"
 
 

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy as np
 import pytest
 import torch
 from adapter_toys import Tensors, edit_config, edit_tensors, error, llama, merged_by_peft, merged_by_us, train
@@ -122,11 +124,16 @@ def test_entries_that_cannot_be_added_are_an_error_when_they_are_read(
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         patch = opened.patches["model.layers.0.self_attn.q_proj.weight"]
         with pytest.raises(AdapterError, match=message):
-            patch.delta(0, 16, None, torch.empty(16, 16))
+            patch.delta(0, 16, None, np.empty((16, 16), np.float32))
 
 
-def test_indices_stored_as_floats_are_read_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t.float(), lambda t: t.long() if t.ndim == 2 else t, lambda t: t.flip(-1)],
+    ids=["F32", "I64", "turned"],
+)
+def test_indices_of_any_type_and_in_any_order_are_read(change: Any, tmp_path: Path) -> None:
     base, adapter = made(tmp_path)
     plain = merged_by_us(base, adapter)
-    edit_tensors(adapter, lambda held: {n: t.float() for n, t in held.items()})
+    edit_tensors(adapter, lambda held: {n: change(t) for n, t in held.items()})
     assert error(merged_by_us(base, adapter), plain) == 0

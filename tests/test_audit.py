@@ -204,7 +204,7 @@ def numbers(found: Audit) -> list[Any]:
                 m.largest,
                 m.erased,
                 tuple(m.histogram.count),
-                f"{m.l1:.10e} {m.square:.10e} {m.fourth:.10e}",
+                f"{m.l1:.7e} {m.square:.10e} {m.fourth:.10e}",
             ]
     for pair in found.pairs:
         counts += [
@@ -213,7 +213,7 @@ def numbers(found: Audit) -> list[Any]:
         ]
     assert found.preview is not None
     counts += [
-        (s.kept, s.elected, f"{s.elected_square:.10e}") for t in found.preview.tensors for s in t.sources.values()
+        (s.kept, s.elected, f"{s.elected_square:.7e}") for t in found.preview.tensors for s in t.sources.values()
     ]
     return counts
 

@@ -116,7 +116,7 @@ def test_fused_experts_are_measured_and_their_missing_spectrum_is_said(tmp_path:
         for tensor in fused:
             patch = opened.patches[tensor.name]
             dense = torch.empty(int(np.prod(patch.shape)) // patch.row, patch.row)
-            patch.delta(0, len(dense), None, dense)
+            patch.delta(0, len(dense), None, dense.numpy())
             assert tensor.measure.norm == pytest.approx(float(dense.double().norm()), rel=1e-6)
 
 

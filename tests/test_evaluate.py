@@ -162,6 +162,13 @@ def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(place: Pat
         evaluate(tmp_path / "adapter", section, folder=place)
 
 
+def test_sampled_answers_vary_with_the_seed_and_repeat_with_it(place: Path) -> None:
+    subject = load_subject(place / "base", EvaluateSpec())
+    first, same, other = (generate(subject, ["w1"] * 4, 8, 2, 1.0, seed) for seed in (0, 0, 1))
+    assert first == same != other
+    assert len(set(first)) > 1
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

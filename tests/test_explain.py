@@ -97,6 +97,15 @@ def test_the_table_shows_values_lines_and_defaults(recipe: Path) -> None:
     assert max(map(len, shown.stdout.splitlines())) <= 160
 
 
+def test_what_is_explained_is_what_is_planned(recipe: Path) -> None:
+    with open_plan(recipe) as plan:
+        for tensor, one in zip(plan.tensors, explain(plan), strict=True):
+            if not one.why:
+                shared = {name: value.value for name, value in one.shared.items()}
+                sources = [{name: value.value for name, value in s.parameters.items()} for s in one.sources]
+                assert tensor.parameters == {**shared, "sources": sources}, tensor.name
+
+
 def test_json_has_every_tensor_by_itself(recipe: Path) -> None:
     found = json.loads(paft("explain", recipe, "--json").stdout)
     with open_plan(recipe) as plan:

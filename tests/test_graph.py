@@ -193,11 +193,6 @@ def test_documents_that_do_not_fit_together_are_refused_all_at_once(family: Fami
     assert "midle is no document of this file and no folder here" in refusals(
         path, named("middle", f["x"]), named(None, "midle", f["y"])
     )[0]  # fmt: skip
-    vocabulary = {**named("a", f["x"]), "tokenizer_source": "base"}
-    assert (
-        "tokenizer_source has no effect on a, which is merged on the way"
-        in refusals(path, vocabulary, named(None, "a"))[0]
-    )
 
 
 def test_a_document_that_nothing_is_made_of_is_told(family: Family, tmp_path: Path) -> None:

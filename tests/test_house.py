@@ -148,6 +148,7 @@ def test_what_merges_checkpoints_is_imported_without_torch() -> None:
     light = [
         "cli",
         "api",
+        "adapters",
         "engine",
         "plan",
         "output",

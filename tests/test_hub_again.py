@@ -239,6 +239,7 @@ def test_a_recipe_may_lie_on_the_hub(models: HubServer, tmp_path: Path, merged: 
     assert models.requests == []
     assert paft("merge", "--dry-run", f"hf://me/recipes/ties/recipe.yaml@{old}").exit_code == 0
     assert paft("explain", f"hf://me/recipes/ties/recipe.yaml@{old}").exit_code == 0
+    assert paft("audit", f"hf://me/recipes/ties/recipe.yaml@{old}", "--no-preview").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -437,6 +437,16 @@ def test_a_pickle_is_fetched_only_where_it_is_asked_for(models: HubServer, tmp_p
     torch.save(state, tmp_path / "pytorch_model.bin")
     models.add("me/bin", {"config.json": b"{}", "pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()})
     assert set(files_of(fetch("me/bin"))) == {"config.json"}
+    for ref, code in (("me/bin", "PICKLE_REFUSED"), ("me/sft", "CHECKPOINT_MISSING")):
+        recipe = json.loads(json.dumps(RECIPE).replace("me/tuned", ref))
+        with pytest.raises(PaftMergeError) as caught:
+            paft_merge.merge(recipe, tmp_path / "out")
+        assert code_of(caught) == code
+        assert not models.count("GET /cdn/.*pytorch_model")
+    assert "base+adapter" in str(caught.value)
+    recipe = json.loads(json.dumps(RECIPE).replace("me/tuned", "me/bin"))
+    with paft_merge.open_plan(recipe, remote=True, lazy_unpickle=True) as plan:
+        assert "pytorch_model.bin" in {f.name for m in plan.models for f in m.checkpoint.files}
     assert set(files_of(fetch("me/bin", unpickle=True))) == {"config.json", "pytorch_model.bin"}
 
 

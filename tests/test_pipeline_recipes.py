@@ -218,10 +218,10 @@ def test_the_table_says_which_merges_win_trade_and_lose() -> None:
     assert table.verdicts() == [
         "sequential against sft: gains in loss; pays in skill",
         "merges against sequential: better and nowhere worse: parallel good; no difference: parallel same; "
-        "better in one column, worse in another: parallel mixed; worse and nowhere better: parallel bad",
+        "worse and nowhere better: parallel bad; 1 of 4 better in one column and worse in another",
         "a difference counts when it is above its standard error",
     ]
-    assert "no merge is better without being worse somewhere" in " ".join(
+    assert "none is better without being worse somewhere" in " ".join(
         table_of({"sequential": ("sequential", 0.7, 2.0), "parallel bad": ("parallel", 0.6, 2.0)}).verdicts()
     )
 

@@ -389,6 +389,35 @@ def test_a_prefix_is_a_module_and_default_is_the_rest(tmp_path: Path) -> None:
         assert bits_equal(made[name], (two if name.startswith("vision_tower.encoder.") else one)[name])
 
 
+def test_the_modules_of_t5_are_merged_as_mergekit_merges_them(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    fields = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 40}
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        T5ForConditionalGeneration(T5Config(feed_forward_proj="gated-gelu", **fields)).save_pretrained(tmp_path / name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    pair = [{"model": str(a), "parameters": {"weight": [0.3, 0.9]}}, {"model": str(b), "parameters": {"weight": 0.7}}]
+    stack = [
+        {"sources": [source(a, 0, 2, weight=1), source(b, 0, 2, weight=[0.1, 0.5])]},
+        {"sources": [source(b, 1, 2, weight=1), source(a, 0, 1, weight=1)]},
+    ]
+    modules = {
+        "encoder": {"slices": stack},
+        "decoder": {"models": pair, "parameters": {"normalize": False}},
+        "shared": {"models": pair},
+    }
+    recipe = {"merge_method": "linear", "dtype": "float32", "modules": modules}
+    theirs = mergekit_merge(recipe, tmp_path / "theirs")
+    ours = tensors_of(merge(recipe, tmp_path / "ours"))
+    # mergekit gives block 2 position biases of its own, which T5 has in the first block alone.
+    assert theirs.keys() - ours.keys() == {"encoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight"}
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
+    config = config_of(tmp_path / "ours")
+    assert (config["num_layers"], config["num_decoder_layers"]) == (3, 2)
+
+
 def test_the_parts_of_a_model_are_those_that_mergekit_knows() -> None:
     """Every architecture that mergekit describes: embeddings before the layers, norms and heads after, modules by name."""
     from mergekit.architecture.json_definitions import JSON_ARCHITECTURES

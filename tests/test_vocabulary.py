@@ -40,7 +40,7 @@ def raw(models: Family, method: str = "task_arithmetic", **extra: Any) -> dict[s
     return recipe(method, base, *sources, **extra)
 
 
-def merged(data: Mapping[str, Any], out: Path, **options: Any) -> tuple[State, list[Problem]]:
+def merged(data: Mapping[str, Any] | Path, out: Path, **options: Any) -> tuple[State, list[Problem]]:
     told: list[Problem] = []
     paft_merge.merge(data, out, warn=told.extend, **options)
     return tensors_of(out), told
@@ -279,6 +279,62 @@ def test_a_low_rank_update_of_an_embedding_follows_its_rows(models: Family, tmp_
     torch.testing.assert_close(got, want[[own[token] for token in common]], rtol=1e-6, atol=1e-8)
 
 
+def test_a_head_that_an_adapter_parts_from_its_embedding_has_the_new_vocabulary_too(tmp_path: Path) -> None:
+    models = vocabulary_family(tmp_path, tied=True)
+    base, folder = tensors_of(models["base"]), save_adapter(tmp_path / "adapter", tensors_of(models["base"]), 5)
+    head = base[EMBEDDINGS[0]] * 1.5
+    save_file(
+        {"base_model.model.lm_head.weight": head}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"modules_to_save": ["lm_head"], "target_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    weights = {"weight": 0.5}
+    data = recipe(
+        "task_arithmetic", models["base"], (on(models["base"], folder), weights), (models["x"], weights),
+        tokenizer_source="union",
+    )  # fmt: skip
+    state, _ = merged(data, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    ids, own = ids_of(tmp_path / "out"), {name: ids_of(models[name]) for name in ("base", "x")}
+    rows = {name: tensors_of(models[name])[EMBEDDINGS[0]].double() for name in own}
+    for token, i in ids.items():
+        x = rows["x"][own["x"][token]] if token in own["x"] else rows["base"][own["base"][token]]
+        was = rows["base"][own["base"][token]] if token in own["base"] else x
+        trained = head[own["base"][token]].double() if token in own["base"] else x
+        want = was + 0.5 * (trained - was) + 0.5 * (x - was)
+        torch.testing.assert_close(state["lm_head.weight"][i].double(), want, rtol=1e-6, atol=1e-8, msg=token)
+    assert len(state[EMBEDDINGS[0]]) == len(ids)
+
+
+def test_mergekit_s_arithmetic_has_its_rows_too(models: Family, tmp_path: Path) -> None:
+    data = raw(models, "ties", **with_models("padded", models))
+    mergekit_merge(data, tmp_path / "theirs")
+    merged({**data, "arithmetic": "mergekit"}, tmp_path / "ours")
+    assert_equal_by_token(tmp_path / "ours", tmp_path / "theirs", rtol=1e-6)
+
+
+def test_a_document_on_the_way_has_a_vocabulary_of_its_own(models: Family, tmp_path: Path) -> None:
+    """As if it had been written, and merged from there; what nothing changes has its tokenizer too."""
+    first = recipe("linear", models["base"], (models["base"], {"weight": 0.5}), (models["x"], {"weight": 0.5}))
+    first |= {"tokenizer_source": "union", "chat_template": LITERAL}
+    last = {"tokenizer": {"source": "union", "pad_to_multiple_of": 8}, "chat_template": "auto"}
+    for number, more in enumerate((last, {})):
+        file, sources = tmp_path / f"{number}.yaml", [(models["y"], {"weight": 0.3})] if more else []
+
+        def second(joined: Any, sources: Any = sources, more: Any = more) -> dict[str, Any]:
+            return recipe("linear", joined, (joined, {"weight": 0.7}), *sources, **more)
+
+        file.write_text("\n---\n".join(json.dumps(d) for d in ({"name": "joined", **first}, second("joined"))))
+        state, _ = merged(file, tmp_path / f"at once {number}")
+        merged(first, tmp_path / f"joined {number}")
+        wanted, _ = merged(second(tmp_path / f"joined {number}"), tmp_path / f"in steps {number}")
+        assert same(state, wanted)
+        found, steps = (files_of(tmp_path / f"{how} {number}") for how in ("at once", "in steps"))
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+            assert found[name] == steps[name], name
+
+
 # --- what mergekit crashes on, or does without a word ----------------------------------------------------------------
 
 
@@ -404,7 +460,7 @@ tokenizer:
 chat_template: "{{{{ messages[0] }} and no end of it"
 """)
     with pytest.raises(PaftMergeError) as caught:
-        merged(file, tmp_path / "out")  # type: ignore[arg-type]
+        merged(file, tmp_path / "out")
     lines = str(caught.value).splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"{file}:{n}" for n in (7, 8, 9)], lines
 

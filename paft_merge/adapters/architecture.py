@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
 from paft_merge.adapters.rows import row_of
 from paft_merge.checkpoint import Checkpoint
 from paft_merge.errors import AdapterError
@@ -209,6 +207,7 @@ class Architecture:
 
 def _meta_model(base: Checkpoint) -> Any:
     """The model of `config.json`: the class it names, else what transformers makes of its type."""
+    import torch
     import transformers
 
     loud = transformers.utils.logging.get_verbosity()

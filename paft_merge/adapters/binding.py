@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from paft_merge.adapters.architecture import Architecture, Place, Site
 from paft_merge.adapters.config import Settings
@@ -30,7 +29,7 @@ from paft_merge.adapters.patches import (
     olora_taken,
     pissa_taken,
 )
-from paft_merge.adapters.rows import Rows, row_of
+from paft_merge.adapters.rows import Array, Rows, row_of
 from paft_merge.adapters.sparse import Entries, Scattered, Sparse
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import AdapterError, Problems
@@ -76,7 +75,8 @@ class Factors:
     def oriented(self, scale: float, transposed: bool) -> Pair:
         """`left`, `right`, rows contiguous, for a tensor that stores s B A, or its transpose."""
         a, b = self.load()
-        return (a.T.contiguous() * scale, b.T.contiguous()) if transposed else (b * scale, a)
+        scaled = np.float32(scale)
+        return (np.ascontiguousarray(a.T) * scaled, np.ascontiguousarray(b.T)) if transposed else (b * scaled, a)
 
     def stacked(self, count: int, scale: float, grouped: bool, in_out: bool) -> Pair:
         """The factors of `count` experts as `left [experts, rows, r]`, `right [experts, r, row]`, rows contiguous.
@@ -89,9 +89,13 @@ class Factors:
         """
         a, b = self.load()
         a = a.reshape(count, -1, a.shape[1])
-        b = b.reshape(len(b), count, -1).permute(1, 0, 2) if grouped else b.reshape(len(b), -1, count).permute(2, 0, 1)
-        left, right = (a.mT, b.mT) if in_out else (b, a)
-        return left.contiguous() * scale, right.contiguous()
+        b = (
+            b.reshape(len(b), count, -1).transpose(1, 0, 2)
+            if grouped
+            else b.reshape(len(b), -1, count).transpose(2, 0, 1)
+        )
+        left, right = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if in_out else (b, a)
+        return np.ascontiguousarray(left) * np.float32(scale), np.ascontiguousarray(right)
 
 
 @dataclass
@@ -112,7 +116,7 @@ class Draft:
     experts: list[Part] | None = None
     new: Rows | None = None
     shared: bool = False
-    magnitude: Tensor | None = None
+    magnitude: Array | None = None
     columns: bool = False
     tokens: Tokens | None = None
     sparse: Once[Entries] | None = None
@@ -312,7 +316,7 @@ class Binder:
             raise self._wrong(module.path, f"has a lora_B.bias of {tuple(values.shape)}, the base has {place.shape}")
         scale = self._settings.scale(module.path, self._settings.rank_of(module.path))
         draft = self.draft(place.sites[0], place)
-        draft.kind, draft.low = "bias", Once(lambda: (values[:, None] * scale, torch.ones(1, 1)))
+        draft.kind, draft.low = "bias", Once(lambda: (values[:, None] * np.float32(scale), np.ones((1, 1), np.float32)))
 
     # Parameters that PEFT wraps by name (`target_parameters`): fused experts
 
@@ -419,8 +423,8 @@ class Binder:
         if len(set(indices)) < len(indices) or not all(0 <= index < draft.shape[0] for index in indices):
             what = f"has token indices that repeat, or lie outside the {draft.shape[0]:,} rows of the base"
             raise self._wrong(path, what)
-        order = torch.tensor(indices).argsort()
-        draft.tokens = Tokens(torch.tensor(indices)[order], values[order])
+        order = np.argsort(indices)
+        draft.tokens = Tokens(np.array(indices, np.int64)[order], values[order])
 
     # Single entries of a weight
 
@@ -456,7 +460,7 @@ class Binder:
             raise AdapterError.of("DTYPE_UNSUPPORTED", self._where, f"tensor {key!r} is {info.dtype}")
         return Rows.of(self._file, key)
 
-    def _values(self, key: str) -> Tensor:
+    def _values(self, key: str) -> Array:
         """A small tensor of the adapter, whole, float32."""
         return self._source(key).load().reshape(self._file.tensors[key].shape)
 
@@ -539,11 +543,14 @@ def _with_blocks(shape: tuple[int, ...], blocks: int) -> tuple[int, ...]:
     return (shape[0], shape[1] * blocks) if len(shape) == 2 and shape[0] % blocks == 0 else ()
 
 
-def _unblocked(factor: Tensor, blocks: int) -> Tensor:
+def _unblocked(factor: Array, blocks: int) -> Array:
     """The matrix whose diagonal blocks `factor` holds, one below the other."""
     if blocks == 1:
         return factor
-    diagonal: Tensor = torch.block_diag(*factor.chunk(blocks))  # type: ignore[no-untyped-call]
+    rows, columns = len(factor) // blocks, factor.shape[1]
+    diagonal = np.zeros((len(factor), columns * blocks), np.float32)
+    for i in range(blocks):
+        diagonal[i * rows : (i + 1) * rows, i * columns : (i + 1) * columns] = factor[i * rows : (i + 1) * rows]
     return diagonal
 
 

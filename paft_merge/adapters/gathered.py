@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from paft_merge.adapters.patches import Patch
+from paft_merge.adapters.rows import Array
 
-Fetch = Callable[[int, int, Tensor], None]
+Fetch = Callable[[int, int, Array], None]
 
 
 class GatheredPatch(Patch):
@@ -24,7 +23,7 @@ class GatheredPatch(Patch):
         super().__init__(shape, row, kind)
         self._patches, self._fetch = patches, fetch
 
-    def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
+    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         self._fetch(start, stop, out)
 
     def release(self) -> None:

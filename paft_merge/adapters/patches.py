@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from paft_merge.adapters.rows import Rows
+from paft_merge.adapters.rows import Array, Rows
 from paft_merge.products import product
 
 T = TypeVar("T")
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Array, Array]
 
 
 class Once(Generic[T]):
@@ -72,7 +72,7 @@ class Patch(ABC):
         self.beneath = beneath
 
     @abstractmethod
-    def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
+    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         """Write rows `[start, stop)` of the delta into `out`.
 
         Args:
@@ -110,9 +110,9 @@ class LowRank(Patch):
         super().__init__(shape, row, kind, beneath)
         self.pair = pair
 
-    def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
+    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         left, right = self.pair.get()
-        multiply(left[start:stop], right, out)
+        product(left[start:stop], right, out)
 
     def factors(self) -> list[Pair]:
         return [self.pair.get()]
@@ -146,12 +146,12 @@ class Experts(Patch):
         super().__init__(shape, shape[-1], "experts")
         self._parts = parts
 
-    def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
+    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         rows = self._parts[0].count
         for at in range(start // rows, -(-stop // rows)):
             left, right = self._parts[at].pair()
             first, end = max(start, at * rows), min(stop, (at + 1) * rows)
-            multiply(left[first - at * rows : end - at * rows], right, out[first - start : end - start])
+            product(left[first - at * rows : end - at * rows], right, out[first - start : end - start])
 
     def factors(self) -> list[Pair]:
         return [part.pair() for part in self._parts]
@@ -169,29 +169,28 @@ class Magnitude:
         norms: None when an output feature is a row; else the norms of the columns, `[I]`, from all rows of V.
     """
 
-    values: Tensor
-    norms: Once[Tensor] | None
+    values: Array
+    norms: Once[Array] | None
 
-    def apply(self, start: int, value: Tensor) -> None:
+    def apply(self, start: int, value: Array) -> None:
         """Scale `value` `[N, I]`, rows `start` and on of V, in place. A V of norm 0 stays 0 (PEFT: NaN)."""
         if self.norms is None:
-            norm = torch.linalg.vector_norm(value, dim=1)
-            value.mul_(_ratio(self.values[start : start + len(value)], norm)[:, None])
+            value *= _ratio(self.values[start : start + len(value)], _row_norms(value))[:, None]
         else:
-            value.mul_(_ratio(self.values, self.norms.get()))
+            value *= _ratio(self.values, self.norms.get())
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Rows that take the place of others: `indices [K]` int64, ascending, `values [K, I]` float32."""
 
-    indices: Tensor
-    values: Tensor
+    indices: NDArray[np.int64]
+    values: Array
 
-    def apply(self, start: int, value: Tensor) -> None:
+    def apply(self, start: int, value: Array) -> None:
         """Overwrite those of the rows `start` and on, in `value`, that are listed."""
-        first, end = torch.searchsorted(self.indices, torch.tensor([start, start + len(value)])).tolist()
-        value.index_copy_(0, self.indices[first:end] - start, self.values[first:end])
+        first, end = np.searchsorted(self.indices, [start, start + len(value)])
+        value[self.indices[first:end] - start] = self.values[first:end]
 
 
 class Rewritten(Patch):
@@ -217,47 +216,38 @@ class Rewritten(Patch):
         super().__init__(shape, row, kind, beneath)
         self.new, self.low, self.magnitude, self.tokens = new, low, magnitude, tokens
 
-    def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
+    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         if self.new is not None:
-            out.copy_(self.new.read(start, stop))
+            out[:] = self.new.read(start, stop)
         else:
             assert weight is not None, "this patch needs the weight beneath"
-            out.copy_(weight)
+            out[:] = weight
         if self.low is not None:
             left, right = self.low.pair.get()
-            out.add_(multiply(left[start:stop], right, torch.empty_like(out)))
+            out += _product(left[start:stop], right)
         if self.magnitude is not None:
             self.magnitude.apply(start, out)
         if self.tokens is not None:
             self.tokens.apply(start, out)
         if weight is not None:
-            out[: len(weight)].sub_(weight)
+            out[: len(weight)] -= weight
 
     def release(self) -> None:
         if self.low is not None:
             self.low.release()
 
 
-def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`left @ right` into `out` (all float32), by the product whose bits do not depend on which rows are asked for."""
-    if out.device.type == "cpu":
-        product(left.numpy(), right.numpy(), out.numpy())
-        return out
-    return torch.mm(left.to(out.device), right.to(out.device), out=out)
-
-
-def column_norms(beneath: Rows, low: LowRank) -> Tensor:
+def column_norms(beneath: Rows, low: LowRank) -> Array:
     """`||weight + delta||` of every column, `[I]` float32, from one pass over all rows (sums in float64)."""
     left, right = low.pair.get()
-    total = torch.zeros(beneath.row, dtype=torch.float64)
+    total = np.zeros(beneath.row)
     for start, stop in beneath.blocks():
-        value = beneath.read(start, stop)
-        value += multiply(left[start:stop], right, torch.empty_like(value))
-        total += value.double().square_().sum(0)
-    return total.sqrt_().float()
+        value = (beneath.read(start, stop) + _product(left[start:stop], right)).astype(np.float64)
+        total += np.square(value, out=value).sum(0)
+    return np.sqrt(total).astype(np.float32)
 
 
-def pissa_taken(weight: Tensor, rank: int, transposed: bool) -> Pair:
+def pissa_taken(weight: Array, rank: int, transposed: bool) -> Pair:
     """What PiSSA took out of the base (Meng et al. 2024, arXiv:2404.02948), negated: the largest `rank` components.
 
     Args:
@@ -265,24 +255,43 @@ def pissa_taken(weight: Tensor, rank: int, transposed: bool) -> Pair:
         rank: at most min(O, I).
         transposed: the layer is an HF `Conv1D`, which stores `[in, out]`. Only rounding depends on it.
     """
-    u, s, vh = torch.linalg.svd(weight.T if transposed else weight, full_matrices=False)
-    left, right = u[:, :rank] * -s[:rank], vh[:rank]
-    return (right.T.contiguous(), left.T.contiguous()) if transposed else (left, right.contiguous())
+    import torch
+
+    whole = torch.from_numpy(weight)
+    u, s, vh = torch.linalg.svd(whole.T if transposed else whole, full_matrices=False)
+    left, right = (u[:, :rank] * -s[:rank]).numpy(), vh[:rank].numpy()
+    pair = (right.T, left.T) if transposed else (left, right)
+    return np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1])
 
 
-def olora_taken(weight: Tensor, rank: int, scale: float) -> Pair:
+def olora_taken(weight: Array, rank: int, scale: float) -> Pair:
     """What OLoRA took out of the base (Buyukakyuz 2024, arXiv:2406.01775), negated: `scale` times the first of QR.
 
     PEFT takes the QR of the weight as stored, for HF `Conv1D` too.
     """
-    q, r = torch.linalg.qr(weight)
-    return q[:, :rank] * -scale, r[:rank].contiguous()
+    import torch
+
+    q, r = torch.linalg.qr(torch.from_numpy(weight))
+    return (q[:, :rank] * -scale).numpy(), r[:rank].contiguous().numpy()
 
 
 def joined(pairs: Sequence[Pair]) -> Pair:
     """One pair whose product is the sum of the products."""
-    return torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs])
+    return np.concatenate([left for left, _ in pairs], axis=1), np.concatenate([right for _, right in pairs])
 
 
-def _ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
-    return torch.where(norm == 0, 0.0, magnitude / norm)
+def _product(left: Array, right: Array) -> Array:
+    out = np.empty((len(left), right.shape[1]), np.float32)
+    product(left, right, out)
+    return out
+
+
+def _row_norms(value: Array) -> Array:
+    """`[N]`: in float64 and rounded once."""
+    norms: Array = np.sqrt(np.einsum("ij,ij->i", value, value, dtype=np.float64)).astype(np.float32)
+    return norms
+
+
+def _ratio(magnitude: Array, norm: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(norm == 0, np.float32(0), magnitude / norm)

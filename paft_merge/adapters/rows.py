@@ -6,12 +6,15 @@ import os
 from dataclasses import dataclass
 from math import prod
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from paft_merge.casting import widen
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import AdapterError
 from paft_merge.headers import shown
+
+Array = NDArray[np.float32]
 
 _BLOCK_BYTES = 1 << 20
 
@@ -47,7 +50,7 @@ class Rows:
         """The rows `[first, first + count)` of these."""
         return Rows(self.file, self.name, self.row, self.first + first, count)
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int) -> Array:
         """Read rows `[start, stop)` of these: `[stop - start, row]` float32, fresh memory.
 
         Raises:
@@ -56,13 +59,14 @@ class Rows:
         """
         info = self.file.tensors[self.name]
         size = DTYPES[info.dtype].bits // 8
-        raw = torch.empty((stop - start) * self.row * size, dtype=torch.uint8)
-        self.file.read_into(self.name, (self.first + start) * self.row * size, raw.numpy())
-        values = raw.view(getattr(torch, str(DTYPES[info.dtype].torch))).to(torch.float32)
+        raw = np.empty((stop - start) * self.row * size, np.uint8)
+        self.file.read_into(self.name, (self.first + start) * self.row * size, raw)
+        values = np.empty((stop - start, self.row), np.float32)
+        widen(raw, info.dtype, values.reshape(-1))
         check_finite(values, self)
-        return values.view(stop - start, self.row)
+        return values
 
-    def load(self) -> Tensor:
+    def load(self) -> Array:
         """Read all rows: `[count, row]` float32."""
         return self.read(0, self.count)
 
@@ -75,7 +79,7 @@ class Rows:
         """Do both hold the same float32 values? Reads both, a block at a time, until they differ."""
         if (self.row, self.count) != (other.row, other.count):
             return False
-        return all(torch.equal(self.read(*block), other.read(*block)) for block in self.blocks())
+        return all(np.array_equal(self.read(*block), other.read(*block)) for block in self.blocks())
 
     @property
     def where(self) -> str:
@@ -83,16 +87,17 @@ class Rows:
         return f"{os.path.join(self.file.folder, self.file.tensors[self.name].file)}: tensor {shown(self.name)}"
 
 
-def check_finite(values: Tensor, source: Rows) -> None:
+def check_finite(values: Array, source: Rows) -> None:
     """Refuse NaN and infinity.
 
     Raises:
         AdapterError: NONFINITE with how many there are and the flat index of the first.
     """
     # A sum is a third of the cost of isfinite, and finite values may overflow it: then the slow look decides.
-    if torch.isfinite(values.sum()):
-        return
-    bad = (~torch.isfinite(values)).flatten().nonzero()
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum()):
+            return
+    bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
-        what = f"{len(bad):,} of the {values.numel():,} values read are NaN or infinite, the first at {int(bad[0]):,}"
+        what = f"{len(bad):,} of the {values.size:,} values read are NaN or infinite, the first at {int(bad[0]):,}"
         raise AdapterError.of("NONFINITE", source.where, what, "train again, or take an earlier save")

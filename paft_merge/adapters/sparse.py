@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from paft_merge.adapters.patches import Once, Patch
-from paft_merge.adapters.rows import Rows
+from paft_merge.adapters.rows import Array, Rows
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import AdapterError
 from paft_merge.headers import shown
 
-Entries = tuple[Tensor, Tensor]
+Entries = tuple[NDArray[np.int64], Array]
 """Flat indices `[K]` int64, ascending, and values `[K]` float32."""
 
 _INDEX_TYPES = ("I32", "I64", "F32")
@@ -30,11 +30,11 @@ class Sparse(Patch):
         super().__init__(shape, shape[1], "shira", beneath)
         self._entries = entries
 
-    def delta(self, start: int, stop: int, weight: Tensor | None, out: Tensor) -> None:
+    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         places, values = self._entries.get()
-        first, end = torch.searchsorted(places, torch.tensor([start * self.row, stop * self.row])).tolist()
-        here = (places[first:end] - start * self.row).to(out.device)
-        out.zero_().view(-1)[here] = values[first:end].to(out.device)
+        first, end = np.searchsorted(places, [start * self.row, stop * self.row])
+        out[:] = 0
+        out.reshape(-1)[places[first:end] - start * self.row] = values[first:end]
 
     def release(self) -> None:
         self._entries.release()
@@ -65,7 +65,7 @@ class Scattered:
 
     def corner(self) -> tuple[int, int]:
         """One past the last row and the last column that hold a value: the weight is at least as large."""
-        rows, columns = self.file.tensor(self.indices).long()
+        rows, columns = self._read()
         return int(rows.max()) + 1, int(columns.max()) + 1
 
     def load(self, shape: tuple[int, ...]) -> Entries:
@@ -75,14 +75,23 @@ class Scattered:
             AdapterError: NONFINITE; ADAPTER_SHAPE, an index lies outside, or is there twice.
         """
         values = Rows.of(self.file, self.weight).load().flatten()
-        rows, columns = self.file.tensor(self.indices).long()
+        rows, columns = self._read()
         outside = (rows < 0) | (rows >= shape[0]) | (columns < 0) | (columns >= shape[1])
-        places, order = (rows * shape[1] + columns).sort()
+        places = rows * shape[1] + columns
+        order = np.argsort(places, kind="stable")
+        places = places[order]
         if outside.any():
             raise self._wrong(f"{int(outside.sum()):,} of its indices lie outside of {shape}")
         if twice := int((places[1:] == places[:-1]).sum()):
             raise self._wrong(f"{twice:,} of its indices are there twice")
         return places, values[order]
+
+    def _read(self) -> NDArray[np.int64]:
+        info = self.file.tensors[self.indices]
+        held = np.empty(info.nbytes, np.uint8)
+        self.file.read_into(self.indices, 0, held)
+        kinds = {"I32": np.int32, "I64": np.int64, "F32": np.float32}
+        return held.view(kinds[info.dtype]).astype(np.int64).reshape(info.shape)
 
     def _wrong(self, what: str) -> AdapterError:
         where = self.file.folder / self.file.tensors[self.indices].file

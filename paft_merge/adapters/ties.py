@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
 from paft_merge.adapters.architecture import Architecture, Place
 from paft_merge.adapters.binding import Draft, vocabulary_of
@@ -96,7 +96,7 @@ def _share(group: Mapping[str, Place], drafts: dict[str, Draft], settings: Setti
 def _unchanged(place: Place) -> Draft:
     """The draft of a parameter that keeps its value, but must be written by itself: a product of rank 0."""
     name, count = place.sites[0].name, place.sites[0].count
-    nothing = Once(lambda: (torch.empty(count, 0), torch.empty(0, place.row)))
+    nothing = Once(lambda: (np.empty((count, 0), np.float32), np.empty((0, place.row), np.float32)))
     return Draft(name, place.shape, place.row, place.beneath, "untied", nothing)
 
 
@@ -112,7 +112,7 @@ def _equal(a: Draft, b: Draft) -> bool:
     if not (_equal_pairs(a.low, b.low) and a.magnitude is None and b.magnitude is None and a.sparse is b.sparse):
         return False
     if a.tokens is not None and b.tokens is not None and a.tokens is not b.tokens:
-        same = torch.equal(a.tokens.indices, b.tokens.indices) and torch.equal(a.tokens.values, b.tokens.values)
+        same = np.array_equal(a.tokens.indices, b.tokens.indices) and np.array_equal(a.tokens.values, b.tokens.values)
         if not same:
             return False
     return a.new is None or b.new is None or a.new is b.new or a.new.same(b.new)
@@ -123,7 +123,7 @@ def _equal_pairs(a: Once[Pair] | None, b: Once[Pair] | None) -> bool:
         return a is None and b is None
     try:
         return all(
-            one.shape == other.shape and torch.equal(one, other) for one, other in zip(a.get(), b.get(), strict=True)
+            one.shape == other.shape and np.array_equal(one, other) for one, other in zip(a.get(), b.get(), strict=True)
         )
     finally:
         a.release()

@@ -294,8 +294,8 @@ def _preview(audit: Audit) -> Chart | None:
             continue
         left = [preview.of(source.label, [t for t in own if t.layer == k]) for k in layers]
         x = tuple(map(float, layers))
-        lines.append(Line(f"{source.label}, trimmed", x, tuple(s.kept_energy for s in left), hue, dashed=True))
-        lines.append(Line(f"{source.label}, elected", x, tuple(s.elected_energy for s in left), hue, points=True))
+        lines.append(Line("", x, tuple(s.kept_energy for s in left), hue, dashed=True))
+        lines.append(Line(source.label, x, tuple(s.elected_energy for s in left), hue, points=True))
     caption = "Share of each source's energy that survives trimming (dashed) and then the election (solid), before anything is merged."
     title = f"What {preview.method} would keep"
     return (

@@ -19,7 +19,7 @@ from paft_merge.blocks import tile_bounds
 from paft_merge.bridge import WholeTensor
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import AuditError, Problem, Problems
-from paft_merge.hub import fetch
+from paft_merge.hub import HF, fetch
 from paft_merge.plan import COPY, MergePlan, Model
 from paft_merge.reading import Inputs, Read
 from paft_merge.recipe import ModelRef, Recipe
@@ -116,7 +116,9 @@ def open_sources(sources: Sequence[Source], base: Path | str | None) -> Iterator
         if len(sources) > 1 or base is not None:
             raise AuditError.of("RECIPE", "", "a recipe names its sources and its base itself", "give the recipe alone")
         with api.open_plan(
-            recipes[0] if not isinstance(recipes[0], str) or "\n" in recipes[0] else Path(recipes[0])
+            recipes[0]
+            if not isinstance(recipes[0], str) or "\n" in recipes[0] or recipes[0].startswith(HF)
+            else Path(recipes[0])
         ) as planned:
             yield _not_empty(_of_plan(planned))
         return
@@ -139,7 +141,7 @@ def module_of(name: str) -> str:
 def _is_recipe(source: Source) -> bool:
     if isinstance(source, (Recipe, Mapping)):
         return True
-    return "\n" in str(source) or str(source).endswith((".yaml", ".yml"))
+    return "\n" in str(source) or str(source).startswith(HF) or str(source).endswith((".yaml", ".yml"))
 
 
 def _reference(source: Source) -> ModelRef:

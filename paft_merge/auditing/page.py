@@ -170,6 +170,7 @@ def _pairs(audit: Audit) -> str:
         return ""
     head = (
         "pair",
+        "sizes",
         "cosine",
         "signs differ",
         "weighted",
@@ -183,7 +184,7 @@ def _pairs(audit: Audit) -> str:
     for pair in audit.pairs:
         total, (left, right) = pair.total, pair.subspace
         rows.append([
-            f"{pair.left} and {pair.right}", short(total.cosine), percent(total.conflict), percent(total.conflict_weighted), percent(total.conflict_above),
+            f"{pair.left} and {pair.right}", f"x {short(total.size_ratio)}", short(total.cosine), percent(total.conflict), percent(total.conflict_weighted), percent(total.conflict_above),
             percent(total.overlap), percent(total.overlap_chance), percent(left), percent(right),
         ])  # fmt: skip
     return f"<h2>Against each other</h2>{_table(head, rows)}"

@@ -66,11 +66,17 @@ def _draw(figure: Figure, axes: Any, canvas: Any) -> None:
 
 def _chart(chart: Chart, axes: Any) -> None:
     for line in chart.lines:
-        style = {"color": hue(line.hue), "linestyle": "--" if line.dashed else "-", "label": _plain(line.label)}
+        style = {
+            "color": hue(line.hue),
+            "linestyle": "--" if line.dashed else "-",
+            "label": _plain(line.label) if line.label else None,
+        }
         marker = {"marker": _MARKERS[line.hue % len(_MARKERS)], "markersize": 4} if line.points else {}
         axes.plot(line.x, line.y, linewidth=1.8, **style, **marker)
         if line.band:
             axes.fill_between(line.x, *line.band, color=hue(line.hue), alpha=0.15, linewidth=0)
+    if any(line.dashed for line in chart.lines):
+        axes.plot([], [], color="#5b6672", linestyle="--", linewidth=1.8, label="after trimming alone")
     for mark in chart.marks:
         axes.axvline(
             mark.x, color="#1c2430" if mark.strong else "#aab3bd", linestyle="-" if mark.strong else ":", linewidth=1
@@ -102,14 +108,15 @@ def _chart(chart: Chart, axes: Any) -> None:
 
 
 def _dots(dots: Dots, axes: Any) -> None:
-    for label, number, values in dots.lines:
-        at = [(v, row) for row, v in enumerate(values) if v is not None]
+    for place, (label, number, values) in enumerate(dots.lines):
+        aside = 0.12 * (place - (len(dots.lines) - 1) / 2)
+        at = [(v, row + aside) for row, v in enumerate(values) if v is not None]
         x, y = [v for v, _ in at], [row for _, row in at]
         axes.scatter(
             x, y, color=hue(number), marker=_MARKERS[number % len(_MARKERS)], s=44, label=_plain(label), zorder=3
         )
     axes.set_yticks(range(len(dots.categories)), [_plain(c) for c in dots.categories])
-    axes.invert_yaxis()
+    axes.set_ylim(len(dots.categories) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(color="#e8ebef")

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paft_merge.auditing.metrics import UNDEFINED
@@ -92,9 +94,9 @@ class Factored:
     counts: FactorCounts
 
     @classmethod
-    def of(cls, b: Tensor, a: Tensor) -> Factored:
-        """Decompose B `[O, R]` and A `[R, I]` (any float dtype)."""
-        b_OR, a_RI = b.double(), a.double()
+    def of(cls, b: NDArray[np.float32], a: NDArray[np.float32]) -> Factored:
+        """Decompose B `[O, R]` and A `[R, I]`."""
+        b_OR, a_RI = torch.from_numpy(b).double(), torch.from_numpy(a).double()
         q_b, r_b = torch.linalg.qr(b_OR)
         q_a, r_a = torch.linalg.qr(a_RI.T)
         u, values, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)

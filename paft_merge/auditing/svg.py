@@ -89,7 +89,7 @@ def _chart(chart: Chart) -> str:
     )
     place_x = _scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT, chart.log_x)
     place_y = _scale(y_low, y_high, _HEIGHT - _BOTTOM, _TOP, chart.log_y)
-    parts = [_legend([(line.label, line.hue, line.dashed) for line in chart.lines])]
+    parts = [_legend([(line.label, line.hue, line.dashed) for line in chart.lines if line.label])]
     whole = all(float(v).is_integer() for line in chart.lines for v in line.x)
     for value in ticks(y_low, y_high, chart.log_y):
         parts.append(_line(_LEFT, place_y(value), _WIDTH - _RIGHT, place_y(value), "grid"))
@@ -145,10 +145,10 @@ def _legend(entries: Sequence[tuple[str, int, bool]]) -> str:
             f'<line x1="{x:.1f}" y1="14" x2="{x + 20:.1f}" y2="14" stroke="{hue(number)}" stroke-width="2"{dash}/>'
         )
         parts.append("" if dashed else _point(x + 10, 14, number))
-        most = max(int((min(room, 230) - 30) / 6.4), 4)
-        text = label if len(label) <= most else label[: most - 1] + "…"
+        most = max(int((min(room, 230) - 30) / 7.0), 4)
+        text = abridged(label, most)
         parts.append(_text(x + 26, 18, text, "legend", "start"))
-        x += min(room, 40 + 6.9 * len(text))
+        x += min(room, 40 + 7.2 * len(text))
     return "".join(parts)
 
 
@@ -273,3 +273,8 @@ def _scale(low: float, high: float, start: float, stop: float, log: bool) -> Pla
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def abridged(label: str, most: int = 22) -> str:
+    """A label in at most so many characters: its beginning and its end, since names of runs differ at either."""
+    return label if len(label) <= most else f"{label[: most // 2]}…{label[len(label) - (most - most // 2 - 1) :]}"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from paft_merge.auditing.page import percent, short
 from paft_merge.auditing.results import Audit, Group, PairAudit, SourceAudit
+from paft_merge.auditing.svg import abridged
 from paft_merge.auditing.verify import ManifestCheck
 
 _SIGNS = {"warn": "[bold yellow]![/]", "note": "[bold blue]·[/]", "good": "[bold green]✓[/]"}
@@ -47,7 +48,7 @@ def manifest_table(check: ManifestCheck) -> None:
         shares = [percent(row[key] / entries if entries and key in row else None) for key in _COUNTED]
         energy = f"{percent(row.get('kept_energy'), 0)}, {percent(row.get('elected_energy'), 0)}"
         table.add_row(
-            escape(_abridged(str(row["source"]).split("+")[-1])), f"{entries:,}", *shares, energy, short(row.get("l2"))
+            escape(abridged(str(row["source"]).split("+")[-1])), f"{entries:,}", *shares, energy, short(row.get("l2"))
         )
     console.print(table)
     if check.ok:
@@ -67,18 +68,13 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     return table
 
 
-def _abridged(label: str, most: int = 22) -> str:
-    """A label in at most so many characters: its beginning and its end."""
-    return label if len(label) <= most else f"{label[: most // 2]}…{label[len(label) - (most - most // 2 - 1) :]}"
-
-
 _WORDS = 32
 """Characters of the first column of the sources' table, with its borders."""
 
 
 def _sources(audit: Audit, width: int) -> Iterator[Table]:
     """One column a source, and as many sources a table as the terminal is wide."""
-    columns = [(_abridged(source.label), _numbers(source, audit.epsilon)) for source in audit.sources]
+    columns = [(abridged(source.label), _numbers(source, audit.epsilon)) for source in audit.sources]
     while columns:
         room, fit = width - _WORDS, 0
         for label, numbers in columns:
@@ -130,7 +126,7 @@ def _pairs(pairs: Sequence[PairAudit]) -> Table:
     for pair in pairs:
         total, (left, right) = pair.total, pair.subspace
         table.add_row(
-            escape(f"{_abridged(pair.left, 18)}\n{_abridged(pair.right, 18)}"), f"x {short(total.size_ratio)}", short(total.cosine),
+            escape(f"{abridged(pair.left, 18)}\n{abridged(pair.right, 18)}"), f"x {short(total.size_ratio)}", short(total.cosine),
             percent(total.conflict), percent(total.conflict_weighted), percent(total.overlap), percent(total.overlap_chance), f"{percent(left, 0)}, {percent(right, 0)}",
         )  # fmt: skip
     return table
@@ -149,7 +145,7 @@ def _preview(audit: Audit) -> Table:
             left = preview.of(source.label)
             elected = left.elected / left.entries if left.entries else None
             table.add_row(
-                escape(_abridged(source.label)),
+                escape(abridged(source.label)),
                 percent(left.kept_share),
                 percent(elected),
                 percent(left.kept_energy),

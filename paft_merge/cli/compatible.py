@@ -62,13 +62,14 @@ def accepts_mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
             os.environ["HF_HUB_CACHE"] = str(cache)
         return command(*arguments, **given, notes=list(_notes(theirs)))
 
+    flags, count = {**_ALWAYS, **_NOT_HERE}, click.IntRange(1)
     options = [
-        click.option("--cuda", "mergekit_cuda", is_flag=True, hidden=True),
-        click.option("--gpu-rich", "mergekit_gpu_rich", is_flag=True, hidden=True),
-        click.option("-j", "--num-threads", "mergekit_num_threads", type=click.IntRange(1), hidden=True),
-        click.option("--transformers-cache", "mergekit_transformers_cache", hidden=True),
-        *(click.option(name, _key(name), is_flag=True, hidden=True) for name in {**_ALWAYS, **_NOT_HERE}),
-        *(click.option(name, _key(name), hidden=True) for name in _VALUES),
+        click.option("--cuda", _key("--cuda"), is_flag=True, hidden=True, help="--device cuda."),
+        click.option("--gpu-rich", _key("--gpu-rich"), is_flag=True, hidden=True, help="--device cuda."),
+        click.option("-j", "--num-threads", _key("--num-threads"), type=count, hidden=True, help="--threads."),
+        click.option("--transformers-cache", _key("--transformers-cache"), hidden=True, help="HF_HUB_CACHE."),
+        *(click.option(name, _key(name), is_flag=True, hidden=True, help=_help(what)) for name, what in flags.items()),
+        *(click.option(name, _key(name), hidden=True, help=_help(what)) for name, what in _VALUES.items()),
     ]
     made: Callable[..., Any] = run
     for option in reversed(options):
@@ -83,6 +84,10 @@ def _notes(given: dict[str, Any]) -> list[Problem]:
         if value and what:
             found.append(Problem("OPTION", name, "has no effect here", what.format(value=value)))
     return found
+
+
+def _help(what: str) -> str:
+    return f"No effect here: {what or 'it is so anyway'}."
 
 
 def _key(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,7 +104,9 @@ def merge(
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """A bar on stderr with tensors, GB/s and the time left."""
+    """A bar on stderr with tensors, GB/s and the time left; until the first tensor it is left to the Hub's own bars."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -115,14 +118,18 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         TextColumn("{task.fields[tensors]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[name]}", style="dim"),
     )  # fmt: skip
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, tensors="", name="")
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None, tensors="", name="")
+    try:
 
         def advance(done: Progress) -> None:
+            bar.start()
             counts = f"{done.tensors}/{done.tensors_total} tensors"
             bar.update(task, total=done.bytes_total, completed=done.bytes_done, tensors=counts, name=done.name[-40:])
 
         yield advance
+    finally:
+        bar.stop()
 
 
 def _show_plan(planned: MergePlan, out: Path | None, as_json: bool) -> None:

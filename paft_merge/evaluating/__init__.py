@@ -79,7 +79,7 @@ def evaluate(
     for name, measurement in spec.metrics.items():
         if only is None or name in only:
             started = time.monotonic()
-            scores[name] = measure(subject, measurement, folder, spec.batch_size)
+            scores[name] = measure(subject, measurement, folder, spec.batch_size, spec.seed)
             progress(name, time.monotonic() - started)
     if spec.needs_lm_eval and (only is None or HARNESS in only):
         from paft_merge.evaluating.harness import run_tasks

@@ -40,8 +40,8 @@ class Score:
         return {"value": self.value, "stderr": self.stderr, "rows": list(self.rows), "outputs": list(self.outputs)}
 
 
-def measure(subject: Subject, of: Measurement, folder: Path, batch_size: int) -> Score:
-    """Run one light evaluation.
+def measure(subject: Subject, of: Measurement, folder: Path, batch_size: int, seed: int = 0) -> Score:
+    """Run one light evaluation; `seed` is of sampled answers.
 
     Raises:
         EvaluateError: EVAL_DATA, LENGTH. TrainError: REWARD, NONFINITE, from the function that scores.
@@ -52,7 +52,7 @@ def measure(subject: Subject, of: Measurement, folder: Path, batch_size: int) ->
     rows = read_rows(path, of.take)
     if of.kind == "preference":
         return _preference(subject, rows, of, batch_size)
-    outputs = generate(subject, [row[of.prompt] for row in rows], of.max_new_tokens, batch_size)
+    outputs = generate(subject, [row[of.prompt] for row in rows], of.max_new_tokens, batch_size, of.temperature, seed)
     if of.kind == "exact_match":
         right = [str(row[answer_column(of, row)]).strip() for row in rows]
         return _mean([float(_answer(o, of.extract) == r) for o, r in zip(outputs, right, strict=True)], outputs)
@@ -96,8 +96,17 @@ def _ids(subject: Subject, text: str, prompt: Any) -> list[int]:
 
 
 @torch.inference_mode()
-def generate(subject: Subject, prompts: Sequence[Any], max_new_tokens: int, batch_size: int) -> list[str]:
-    """Greedy answers, in the order of the prompts; each without its prompt and its closing tokens.
+def generate(
+    subject: Subject,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """Greedy (or, at a temperature, sampled) answers, in the order of the prompts, without prompts and closing tokens.
+
+    Greedy answers depend on the prompt alone; sampled ones on the seed and the batch size too.
 
     Raises:
         EvaluateError: LENGTH, a prompt and its answer do not fit the model.
@@ -109,11 +118,13 @@ def generate(subject: Subject, prompts: Sequence[Any], max_new_tokens: int, batc
         what = f"the longest prompt and its answer take {longest} tokens, the model sees {subject.max_length}"
         raise EvaluateError.of("LENGTH", subject.name, what, "lower max_new_tokens, or raise max_length")
     answers = [""] * len(ids)
+    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
+    torch.manual_seed(seed)
     for batch in _batches(ids, batch_size):
         input_ids, mask = _padded([ids[i] for i in batch], tokenizer.pad_token_id, subject.device, left=True)
         made = subject.model.generate(
-            input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
+            input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_beams=1,
+            top_p=None, top_k=0 if temperature else None, **how, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts, strict=True):

@@ -31,7 +31,7 @@ class Measurement(Section):
 
     kind: Kind
     """`exact_match`: greedy answers that equal the row's; `preference`: pairs whose chosen answer is the likelier;
-    `reward`: the mean of a Python function of greedy answers; `perplexity`: exp of the mean loss of a token."""
+    `reward`: the mean of a Python function of answers; `perplexity`: exp of the mean loss of a token."""
     data: str
     """A .jsonl file of rows (`perplexity`: a text file), beside the recipe or where the path says."""
     prompt: str = "prompt"
@@ -44,6 +44,8 @@ class Measurement(Section):
     """`reward`: `module:function` or `file.py:function`, called as TRL calls rewards:
     `f(prompts=, completions=, **columns) -> list[float]`."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """`reward`: sample answers at this temperature, with the section's seed; 0 for greedy ones."""
     normalize: bool = False
     """`preference`: compare the mean over tokens instead of the sum, so that length does not count."""
     by: Literal["text", "line"] = "text"
@@ -59,6 +61,8 @@ class Measurement(Section):
                 if self.kind == "reward"
                 else f"`function` means nothing for {self.kind}"
             )
+        if self.temperature and self.kind != "reward":
+            raise ValueError(f"`temperature` means nothing for {self.kind}")
         if self.kind != "exact_match":
             for key in ("answer", "extract"):
                 if getattr(self, key) is not None:

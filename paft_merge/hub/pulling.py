@@ -249,6 +249,11 @@ def _look(
     kind: Kind, unpickle: bool,
 ) -> Look:  # fmt: skip
     wanted = _weights(folder, files, kind, unpickle)
+    pickles = [name for name in files if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if kind == "model" and not wanted and pickles:
+        what = f"holds only pickles ({', '.join(pickles[:3])}), which can run code when they are loaded"
+        fix = "convert it to safetensors, or read it through mergekit's restricted unpickler with --lazy-unpickle"
+        raise HubError.of("PICKLE_REFUSED", where, what, fix)
     missing = tuple(files[name] for name in wanted if not (folder / name).exists())
     return Look(folder, where, repo_id, commit, revision, missing)
 
@@ -325,7 +330,7 @@ def _weights(
         index = f"pytorch_model.bin{_INDEX}"
         shards = [n for n in top if n.startswith("pytorch_model-") and n.endswith(".bin")] if index in top else []
         return [*adapter, *([index, *shards] if shards else [n for n in top if n == "pytorch_model.bin"])]
-    return adapter
+    return [_ADAPTER] if _ADAPTER in top else []  # for a model that was wanted, so that it can be said what there is
 
 
 def _shards(index: Path) -> list[str]:

@@ -114,11 +114,7 @@ def _check_audit(recipe: RunRecipe, problems: Problems) -> None:
 def _check_push(recipe: RunRecipe, problems: Problems) -> None:
     if recipe.push is None:
         return
-    from paft_merge import hub
-
     where = recipe.where("push")
-    if not hasattr(hub, "push"):
-        problems.add("PUSH", where, "this version cannot push", "remove push:, or update paft-merge")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         problems.add("PUSH", where, "HF_HUB_OFFLINE is set, so nothing can be pushed", "unset it, or remove push:")
 

@@ -230,7 +230,7 @@ class Doing:
                         found = run_tasks(subject, spec, self.recipe.folder)
                     else:
                         of = spec.metrics[job.metric]
-                        found = {job.metric: measure(subject, of, self.recipe.folder, spec.batch_size)}
+                        found = {job.metric: measure(subject, of, self.recipe.folder, spec.batch_size, spec.seed)}
                     scores = {name: score.to_json() for name, score in found.items()}
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(out, scores)
@@ -257,7 +257,7 @@ class Doing:
     # --- push -------------------------------------------------------------------------------------------------------
 
     def _push(self, steps: Sequence[Step]) -> None:
-        from paft_merge import hub
+        from paft_merge import hub  # here, so that a run without a push needs nothing of it
 
         spec = self.recipe.push
         assert spec is not None

@@ -132,15 +132,12 @@ class Table:
                 loses, wins = self._worse(row, sequential), self._worse(sequential, row)
                 kind = "trade" if loses and wins else "win" if wins else "lose" if loses else "tie"
                 kinds.setdefault(kind, []).append(row.name)
-            words = {
-                "win": "better and nowhere worse",
-                "tie": "no difference",
-                "trade": "better in one column, worse in another",
-                "lose": "worse and nowhere better",
-            }
+            words = {"win": "better and nowhere worse", "tie": "no difference", "lose": "worse and nowhere better"}
             parts = [f"{words[kind]}: {', '.join(kinds[kind])}" for kind in words if kind in kinds]
             if "win" not in kinds:
-                parts.insert(0, "no merge is better without being worse somewhere")
+                parts.insert(0, "none is better without being worse somewhere")
+            if "trade" in kinds:
+                parts.append(f"{len(kinds['trade'])} of {len(merged)} better in one column and worse in another")
             told.append(f"merges against {sequential.name}: {'; '.join(parts)}")
         if told:
             told.append("a difference counts when it is above its standard error")

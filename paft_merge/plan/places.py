@@ -6,6 +6,7 @@ the layers (embeddings) is made of the first slice's sources and what stands aft
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from paft_merge.plan.stacks import (
     StackError,
     choose_stack,
     is_before_layers,
+    is_for_all_layers,
     layer_t_of,
     modules_of,
     parts,
@@ -236,7 +238,7 @@ class Places:
             prefix, tails = stacks[id(checkpoint)].prefix, dict[int, dict[str, None]]()
             for name in checkpoint.tensors:
                 found = split(name)
-                if found and found[0] == prefix:
+                if found and found[0] == prefix and not is_for_all_layers(found[2]):
                     tails.setdefault(found[1], {})[found[2]] = None
             self._known_tails[id(checkpoint)] = tails
         return self._known_tails[id(checkpoint)]
@@ -287,7 +289,7 @@ class Places:
     ) -> list[str]:
         own = stacks[id(checkpoint)].prefix
         found = [(name, split(name)) for name in self.names_in(checkpoint, making.module)]
-        outside = [(name, place) for name, place in found if place is None or place[0] != own]
+        outside = [(n, at) for n, at in found if at is None or at[0] != own or is_for_all_layers(at[2])]
         return [name for name, place in outside if (place is not None or is_before_layers(name)) == before]
 
     # --- what is odd but possible -------------------------------------------------------------------------------------
@@ -298,10 +300,16 @@ class Places:
         tied = any(
             value_at(config, path) for path in (("tie_word_embeddings",), ("text_config", "tie_word_embeddings"))
         )
-        if tied and first.all_models != last.all_models and not any("head" in n for n in self.donor.checkpoint.tensors):
+        if tied and first.all_models != last.all_models and self._has_embedding_and_no_head(module):
             used = ", ".join(model.ref for model in first.all_models)
             what = f"the head is tied to the embedding, so it is made of {used}, as the first slice is"
             self.warnings.append(Problem("TIED_HEAD", str(module.slices[-1].spot), what))
+
+    def _has_embedding_and_no_head(self, module: OutputModule) -> bool:
+        names = self.names_in(self.donor.checkpoint, module.name)
+        return any(re.search(r"embed_tokens|embed_in|wte|word_embeddings", n) for n in names) and not any(
+            re.search(r"lm_head|embed_out|output\.weight", n) for n in self.donor.checkpoint.tensors
+        )
 
     def _tell_omitted(self) -> None:
         """Modules that the recipe does not name, which mergekit leaves out of the output without a word."""

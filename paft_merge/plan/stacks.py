@@ -23,6 +23,11 @@ def split(name: str) -> tuple[str, int, str] | None:
     return (found[1], int(found[2]), found[3]) if found else None
 
 
+def is_for_all_layers(tail: str) -> bool:
+    """Whether the tensor `tail` of a layer serves them all, though it stands in the first (T5's position biases)."""
+    return "relative_attention_bias" in tail
+
+
 def stacks_of(names: Iterable[str]) -> dict[str, int]:
     """Every numbered stack among `names` that counts from 0 without a gap, with its number of layers."""
     seen: dict[str, set[int]] = {}

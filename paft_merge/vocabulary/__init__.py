@@ -27,7 +27,15 @@ from paft_merge.reading import Read
 from paft_merge.recipe import ModelRef, Recipe, TokenizerEntry, TokenRow, ZeroRow, did_you_mean
 from paft_merge.vocabulary.alignment import Alignment, Word
 from paft_merge.vocabulary.tensors import vocabulary_rows, vocabulary_tensors
-from paft_merge.vocabulary.tokenizers import TOKENIZER_FILES, Tokenizer, has_tokenizer, join, tokenizer_folder
+from paft_merge.vocabulary.tokenizers import (
+    TOKENIZER_FILES,
+    Tokenizer,
+    TokenizerFiles,
+    files_in,
+    is_tokenizer,
+    join,
+    tokenizer_files,
+)
 
 if TYPE_CHECKING:
     from paft_merge.plan import Model
@@ -47,7 +55,7 @@ class Vocabulary:
         warnings: what is odd but possible.
     """
 
-    files: Mapping[str, bytes | Path]
+    files: TokenizerFiles
     alignment: Alignment | None = None
     tensors: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -69,7 +77,10 @@ class Vocabulary:
             return list(reads)
         for word in alignment.words.values():
             if word.model is not None and word.model not in everywhere:
-                what, fix = f"lacks {shown(name)}, of which the recipe takes a token's row", "take it from another model"
+                what, fix = (
+                    f"lacks {shown(name)}, of which the recipe takes a token's row",
+                    "take it from another model",
+                )
                 raise CheckpointError.of("VOCABULARY", word.model, what, fix)
         donors = tuple(everywhere.get(ref, reads[0]) for ref in alignment.own)  # the others lend no rows
         merged = tuple(dict.fromkeys(read.source for read in reads))
@@ -124,7 +135,7 @@ class _Reader:
     def __init__(self, recipe: Recipe, models: Mapping[ModelRef, Model], donor: Model) -> None:
         self.recipe, self.models, self.donor = recipe, models, donor
         self.problems, self.warnings = Problems(), list[Problem]()
-        self.loaded: dict[Path, Tokenizer | None] = {}
+        self.loaded: dict[tuple[object, ...], Tokenizer | None] = {}
 
     def read(self) -> Vocabulary:
         entry = self.recipe.tokenizer
@@ -168,23 +179,25 @@ class _Reader:
 
     def _of(self, model: Model, sizes: Mapping[str, int]) -> Tokenizer | None:
         """A model's own tokenizer, or the donor's where it has no other and as many rows."""
-        folder = tokenizer_folder(model)
-        if folder is None and model is not self.donor and sizes.get(model.ref) == sizes.get(self.donor.ref):
+        files = tokenizer_files(model)
+        if files is None and model is not self.donor and sizes.get(model.ref) == sizes.get(self.donor.ref):
             what = f"has no tokenizer; it is taken for that of {self.donor.ref}"
             self.warnings.append(Problem("TOKENIZER", model.ref, what, "put its tokenizer files beside its weights"))
-            folder = tokenizer_folder(self.donor)
-        if folder is None:
+            files = tokenizer_files(self.donor)
+        if files is None:
             what, fix = "has no tokenizer", "put its tokenizer files beside its weights"
             self.problems.add("TOKENIZER", model.ref, what, fix)
             return None
-        return self._load(folder, model.ref)
+        return self._load(files, model.ref)
 
-    def _load(self, folder: Path, ref: str) -> Tokenizer | None:
-        if folder not in self.loaded:
-            self.loaded[folder] = None
+    def _load(self, files: TokenizerFiles, ref: str) -> Tokenizer | None:
+        """A tokenizer, which several models may share."""
+        key = tuple(files.values())
+        if key not in self.loaded:
+            self.loaded[key] = None
             with self.problems.catching():
-                self.loaded[folder] = Tokenizer.load(folder, ref)
-        return self.loaded[folder]
+                self.loaded[key] = Tokenizer.load(files, ref)
+        return self.loaded[key]
 
     def _output(
         self, entry: TokenizerEntry, owned: Mapping[str, Tokenizer], sizes: Mapping[str, int]
@@ -226,8 +239,13 @@ class _Reader:
             for problem in error.problems:
                 self.problems.add(problem.code, self._spot("source"), f"{problem.where} {problem.what}", problem.fix)
             return None, None
-        folder = next((folder for folder in folders if has_tokenizer(folder)), folders[-1])
-        return self._load(folder, str(source)), None
+        found = [files for folder in folders if is_tokenizer(files := files_in(folder))]
+        if not found:
+            self.problems.add(
+                "TOKENIZER", self._spot("source"), f"{source} has no tokenizer", "name a model that has one"
+            )
+            return None, None
+        return self._load(found[0], str(source)), None
 
     def _words(
         self, entry: TokenizerEntry, output: Tokenizer, known: Mapping[str, Mapping[str, int]], sizes: Mapping[str, int]
@@ -326,21 +344,20 @@ class _Reader:
 
     def _copied(self) -> Vocabulary:
         """The donor's own tokenizer, to which only a template is added."""
-        folder = tokenizer_folder(self.donor) or self.donor.checkpoint.folder
-        return Vocabulary({name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()})
+        return Vocabulary(tokenizer_files(self.donor) or {})
 
-    def _with_template(self, files: Mapping[str, bytes | Path]) -> Mapping[str, bytes | Path]:
+    def _with_template(self, files: TokenizerFiles) -> TokenizerFiles:
         written, spot = self.recipe.chat_template, self.recipe.located.spot(("chat_template",))
         if not written:
             return files
         from paft_merge.vocabulary.templates import ChatTemplateError, choose_template, with_template
 
         try:
-            text = choose_template(written, [tokenizer_folder(model) for model in self.models.values()])
+            text = choose_template(written, [tokenizer_files(model) for model in self.models.values()])
         except ChatTemplateError as fault:
             self.problems.add("CHAT_TEMPLATE", spot, fault.what, fault.fix)
             return files
-        if "tokenizer_config.json" not in files and "tokenizer.json" not in files:
+        if not is_tokenizer(files):
             what = f"{self.donor.ref} has no tokenizer that a chat template could be written to"
             self.problems.add("CHAT_TEMPLATE", spot, what, "put its tokenizer files beside its weights, or remove it")
             return files

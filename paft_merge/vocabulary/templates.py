@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from paft_merge.bridge import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
+from paft_merge.vocabulary.tokenizers import TokenizerFiles
 
 TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
@@ -29,18 +30,18 @@ class ChatTemplateError(Exception):
         self.what, self.fix = what, fix
 
 
-def choose_template(written: str, folders: Sequence[Path | None]) -> str | None:
+def choose_template(written: str, tokenizers: Sequence[TokenizerFiles | None]) -> str | None:
     """The text of the template that a recipe asks for; None when `auto` finds none.
 
     Args:
         written: `auto`, one of `CHAT_TEMPLATES`, or a template.
-        folders: of the tokenizers of all models, in the recipe's order: the first of equally common ones is taken.
+        tokenizers: of all models, in the recipe's order: the first of equally common templates is taken.
 
     Raises:
         ChatTemplateError: it is no Jinja template.
     """
     if written == "auto":
-        found = [text.strip() for folder in folders if folder and (text := template_of(folder)) and text.strip()]
+        found = [text.strip() for files in tokenizers if files and (text := template_of(files)) and text.strip()]
         return Counter(found).most_common(1)[0][0] if found else None
     if written in CHAT_TEMPLATES:
         return chat_template(written)
@@ -48,12 +49,12 @@ def choose_template(written: str, folders: Sequence[Path | None]) -> str | None:
     return written
 
 
-def template_of(folder: Path) -> str | None:
-    """The chat template of a tokenizer's folder, as transformers finds it; the one called `default` of several."""
-    if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+def template_of(files: TokenizerFiles) -> str | None:
+    """The chat template of a tokenizer, as transformers finds it; the one called `default` of several."""
+    if TEMPLATE in files:
+        return _bytes(files[TEMPLATE]).decode("utf-8")
     for name in (_CONFIG, _OLD_TEMPLATE):
-        found = _json(folder / name).get("chat_template")
+        found = _json(files[name]).get("chat_template") if name in files else None
         if isinstance(found, list):
             found = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
         if isinstance(found, Mapping):
@@ -78,12 +79,11 @@ def check_template(text: str) -> None:
         raise ChatTemplateError(f"the template is no Jinja: {error}", "mend it") from error
 
 
-def with_template(files: Mapping[str, bytes | Path], text: str) -> dict[str, bytes | Path]:
+def with_template(files: TokenizerFiles, text: str) -> dict[str, bytes | Path]:
     """A tokenizer's files with `text` as their only default template, where transformers looks first."""
     made = {name: content for name, content in files.items() if name != _OLD_TEMPLATE} | {TEMPLATE: text.encode()}
-    content = made.get(_CONFIG)
-    if content is not None:
-        config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    if _CONFIG in made:
+        config = json.loads(_bytes(made[_CONFIG]))
         if config.pop("chat_template", None) is not None:
             made[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return made
@@ -104,10 +104,14 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
 )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, which other rooms tell of."""
+def _bytes(content: bytes | Path) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def _json(content: bytes | Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, of which the loading of a tokenizer tells."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(_bytes(content))
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """What a tokenizer is on disk."""
 
+TokenizerFiles = Mapping[str, bytes | Path]
+"""A tokenizer on disk, or about to be: name to content, or to the file that holds it."""
+
 _ANY_OF = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _OF_THIS_RUN = ("is_local", "local_files_only", "name_or_path")
 """What transformers writes into a saved tokenizer that says where it was loaded, and not what it is."""
@@ -38,44 +41,34 @@ class Tokenizer:
 
     Attributes:
         ref: whose it is, for messages.
-        folder: where it lies.
+        source: the files it was loaded from.
         ids: every token and its id.
         added: the tokens that were added to it, with their settings, by id.
         loaded: transformers' own object.
-        changed: it is not what the folder holds, and must be saved.
+        changed: it is not what those files hold, and must be saved.
     """
 
     ref: str
-    folder: Path
+    source: TokenizerFiles
     ids: Mapping[str, int]
     added: Mapping[int, Any]
     loaded: Any
     changed: bool = False
 
     @classmethod
-    def load(cls, folder: Path, ref: str) -> Tokenizer:
-        """Load the tokenizer of a folder; its remote code is never run.
+    def load(cls, source: TokenizerFiles, ref: str) -> Tokenizer:
+        """Load a tokenizer; its remote code is never run.
 
         Raises:
             CheckpointError: TOKENIZER: there is none, it cannot be read, or it has no fast form.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            with quiet():
-                loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # transformers raises anything on files that it does not know
-            first = str(error).strip().split("\n")[0][:200]
-            what = f"its tokenizer cannot be loaded: {type(error).__name__}: {first}"
-            raise CheckpointError.of("TOKENIZER", folder, what, _FAST) from error
-        if not loaded.is_fast:
-            raise CheckpointError.of("TOKENIZER", folder, "has no fast tokenizer (tokenizer.json)", _FAST)
-        return cls._of(ref, folder, loaded)
+        with _as_folder(source) as folder:
+            return cls._of(ref, source, _load(folder))
 
     @classmethod
-    def _of(cls, ref: str, folder: Path, loaded: Any, changed: bool = False) -> Tokenizer:
+    def _of(cls, ref: str, source: TokenizerFiles, loaded: Any, changed: bool = False) -> Tokenizer:
         ids = dict(sorted(loaded.get_vocab().items(), key=lambda item: item[1]))
-        return cls(ref, folder, ids, dict(sorted(loaded.added_tokens_decoder.items())), loaded, changed)
+        return cls(ref, source, ids, dict(sorted(loaded.added_tokens_decoder.items())), loaded, changed)
 
     def beyond(self, rows: int) -> list[str]:
         """The tokens that have no row."""
@@ -97,7 +90,7 @@ class Tokenizer:
             data["added_tokens"] = [one for one in data["added_tokens"] if one["id"] < rows]
             _cut_model(data["model"], gone, rows)
             file.write_text(json.dumps(data, ensure_ascii=False))
-            return replace(Tokenizer.load(Path(folder), self.ref), folder=self.folder, changed=True)
+            return Tokenizer._of(self.ref, self.source, _load(Path(folder)), changed=True)
 
     def with_tokens(self, tokens: Sequence[Any]) -> Tokenizer:
         """Itself and, behind its last id, those of `tokens` (texts, or texts with settings) that it lacks."""
@@ -105,14 +98,14 @@ class Tokenizer:
             return self
         with TemporaryDirectory() as folder:  # a copy: the loaded object is others' too
             self._save(Path(folder))
-            loaded = Tokenizer.load(Path(folder), self.ref).loaded
+            loaded = _load(Path(folder))
         loaded.add_tokens(list(tokens))
-        return Tokenizer._of(self.ref, self.folder, loaded, changed=True)
+        return Tokenizer._of(self.ref, self.source, loaded, changed=True)
 
     def files(self) -> dict[str, bytes | Path]:
-        """Its files by name: those of its folder, or new ones where it was changed."""
+        """Its files by name: those that it was loaded from, or new ones where it was changed."""
         if not self.changed:
-            return {name: self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()}
+            return dict(self.source)
         with TemporaryDirectory() as folder:
             self._save(Path(folder))
             return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
@@ -128,15 +121,22 @@ class Tokenizer:
 _FAST = "load it where it works and save it again: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
 
 
-def tokenizer_folder(model: Model) -> Path | None:
-    """Where a model's tokenizer lies: with its adapter, which was trained with it, else with its checkpoint; or nowhere."""
-    folders = [*([model.adapter.folder] if model.adapter else []), model.checkpoint.folder]
-    return next((folder for folder in folders if has_tokenizer(folder)), None)
+def tokenizer_files(model: Model) -> TokenizerFiles | None:
+    """A model's tokenizer: its adapter's, which was trained with it, else its checkpoint's; None where there is none."""
+    places = [files_in(model.adapter.folder)] if model.adapter else []
+    given = model.checkpoint.tokenizer_files
+    places.append(files_in(model.checkpoint.folder) if given is None else dict(given))
+    return next((files for files in places if is_tokenizer(files)), None)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has the files of a tokenizer."""
-    return any((folder / name).is_file() for name in _ANY_OF)
+def files_in(folder: Path) -> dict[str, bytes | Path]:
+    """The files of a tokenizer, or of a chat template alone, that lie in a folder."""
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def is_tokenizer(files: TokenizerFiles) -> bool:
+    """Whether these files make a tokenizer."""
+    return any(name in files for name in _ANY_OF)
 
 
 def join(base: Tokenizer, others: Sequence[tuple[Tokenizer, int]]) -> tuple[Tokenizer, list[str]]:
@@ -162,6 +162,35 @@ def join(base: Tokenizer, others: Sequence[tuple[Tokenizer, int]]) -> tuple[Toke
         tokens |= {t: settings.get(t, t) for t, number in other.ids.items() if number < rows and t not in base.ids}
     kept = {info.content for info in base.added.values()}
     return base.with_tokens([info for token, info in tokens.items() if token not in kept]), list(doubtful)
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises anything on files that it does not know
+        first = str(error).strip().split("\n")[0][:200]
+        what = f"its tokenizer cannot be loaded: {type(error).__name__}: {first}"
+        raise CheckpointError.of("TOKENIZER", folder, what, _FAST) from error
+    if not loaded.is_fast:
+        raise CheckpointError.of("TOKENIZER", folder, "has no fast tokenizer (tokenizer.json)", _FAST)
+    return loaded
+
+
+@contextmanager
+def _as_folder(files: TokenizerFiles) -> Iterator[Path]:
+    """A folder with the files: where they lie together, that one."""
+    folders = {content.parent for content in files.values() if isinstance(content, Path)}
+    if len(folders) == 1 and not any(isinstance(content, bytes) for content in files.values()):
+        yield folders.pop()
+        return
+    with TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        yield Path(folder)
 
 
 @contextmanager
