@@ -4,6 +4,9 @@ merge(recipe, out)     a recipe in mergekit's language to a model folder
 open_plan(recipe)      what that would do, from headers alone
 train(recipe, out)     the sparse adapters of a recipe
 audit(source, ...)     how sparse deltas are, and how they will merge
+evaluate(model, spec)  what a model, or an adapter on its base, can do
+run(recipe, folder)    one recipe from data to a merged model, each step done once
+tune(recipe, folder)   the search for a merge's parameters
 methods                the methods as functions on plain tensors
 """
 
@@ -18,20 +21,37 @@ if TYPE_CHECKING:
     from paft_merge.api import open_plan as open_plan
     from paft_merge.auditing import audit as audit
     from paft_merge.errors import PaftMergeError as PaftMergeError
+    from paft_merge.evaluating import evaluate as evaluate
+    from paft_merge.pipeline import run as run
     from paft_merge.recipe import load_recipe as load_recipe
     from paft_merge.training import train as train
+    from paft_merge.tuning import tune as tune
 
 # Found on first use, so that `import paft_merge` (and `paft --help`) does not import torch.
 _HOMES = {
     "PaftMergeError": "errors",
     "audit": "auditing",
+    "evaluate": "evaluating",
     "load_recipe": "recipe",
     "merge": "api",
     "open_plan": "api",
+    "run": "pipeline",
     "train": "training",
+    "tune": "tuning",
 }
 
-__all__ = ["PaftMergeError", "audit", "load_recipe", "merge", "methods", "open_plan", "train"]
+__all__ = [
+    "PaftMergeError",
+    "audit",
+    "evaluate",
+    "load_recipe",
+    "merge",
+    "methods",
+    "open_plan",
+    "run",
+    "train",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -166,8 +166,8 @@ class Open:
 
     place: NDArray[np.int32]
     """`[K]`: positions in the block, ascending."""
-    held: NDArray[np.float32]
-    """`[n + 1, K]`: the deltas of the sources there and, last, the base."""
+    held: list[NDArray[np.float32]]
+    """`[K]` each: the deltas of the sources there and, last, the base."""
     inside: list[NDArray[np.uint32]]
     """Of each source, the magnitudes inside its bracket."""
     above: Counts
@@ -176,8 +176,8 @@ class Open:
     @property
     def block(self) -> Block:
         """These entries one beside the other, as a block at flat index 0."""
-        bits = self.held.view(np.uint32)
-        return Block(0, bits[-1], bits[:-1], subtract=False)
+        *sources, base = [row.view(np.uint32) for row in self.held]
+        return Block(0, base, np.stack(sources), subtract=False)
 
 
 class Each(Protocol):
@@ -198,11 +198,15 @@ class CpuOps:
 
     def sample(self, block: Block, step: int) -> NDArray[np.uint32]:
         """The magnitudes of every `step`-th entry, `[n, ceil(E / step)]`."""
-        bits = block.sources[:, ::step]
-        values = np.stack([_as_float32(np.ascontiguousarray(row)) for row in bits])
+        rows, base = block.sources[:, ::step], block.base[::step]
+        made = np.empty(rows.shape, np.uint32)
+        _widen(rows, made)
         if block.subtract:
-            values -= _as_float32(np.ascontiguousarray(block.base[::step]))
-        return values.view(np.uint32) & np.uint32(0x7FFFFFFF)
+            below = SCRATCH.array("sampled_base", base.size, np.uint32)
+            _widen(base, below)
+            made.view(np.float32)[:] -= below.view(np.float32)
+        made &= np.uint32(0x7FFFFFFF)
+        return made
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
         """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""
@@ -255,19 +259,20 @@ class CpuOps:
 
     def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome:
         """Write the base plus the elected delta (see `kernels.consensus`)."""
-        return _consensus(block, out, survivals, election, key, None)[0]
+        return _consensus(block, out, survivals, election, key)[0]
 
     def consensus_outside(
-        self, block: Block, out: Any, brackets: Sequence[tuple[int, int]], election: Election
+        self, block: Block, out: Any, brackets: Sequence[tuple[int, int]], election: Election, room: Any
     ) -> tuple[Outcome, Open]:
         """Write what magnitudes outside the brackets decide, and set the rest aside; where they lie, `out` is the base.
 
         Args:
             brackets: lowest bits and number of bits, one a source. What is above survives, what is below does not; a
                 source with a width of 0 has no bracket, and all of it survives.
+            room: `[bytes]`, memory for what is set aside; beyond it there is fresh memory.
         """
         above = [Survival(low=low + width - 1 if width else 0) for low, width in brackets]
-        outcome, opened = _consensus(block, out, above, election, 0, brackets)
+        outcome, opened = _consensus(block, out, above, election, 0, brackets, room)
         assert opened is not None
         return outcome, opened
 
@@ -359,12 +364,14 @@ def _consensus(
     survivals: Sequence[Survival],
     election: Election,
     key: int,
-    brackets: Sequence[tuple[int, int]] | None,
+    brackets: Sequence[tuple[int, int]] | None = None,
+    room: Any = None,
 ) -> tuple[Outcome, Open | None]:
     n, size = block.sources.shape
-    outcome, room, above = _no_outcome(n), size if brackets is not None else 0, np.zeros(n, np.int64)
-    place = SCRATCH.array("open_place", room + 1 if room else 0, np.int32)
-    held = SCRATCH.array("open_held", (n + 1, room), np.float32)
+    outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n, 2), np.int64)
+    place = SCRATCH.array("open_place", most + 1 if most else 0, np.int32)
+    held = SCRATCH.array("open_held", (n + 1, most), np.float32)
+    found = SCRATCH.array("found", (n, most), np.uint32)
 
     def column(name: str, dtype: Any) -> Any:
         return np.array([getattr(s, name) for s in survivals], dtype)
@@ -377,14 +384,25 @@ def _consensus(
         column("shrink", np.float32), column("keep", np.uint64), column("key", np.uint64),
         kernels.ELECT[election.elect], election.tie_positive, kernels.NORMALIZE[election.normalize], election.factor,
         np.uint64(key), outcome.counts, outcome.sums,
-        np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, above,
+        np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, found, tally,
     )  # fmt: skip
-    if not room:
+    if not most:
         return outcome, None
-    kept = held[:, :many].copy()
-    sizes = kept[:n].view(np.uint32) & np.uint32(0x7FFFFFFF)
-    inside = [row[row - np.uint32(low) < width] for row, low, width in zip(sizes, lows, widths, strict=True)]
-    return outcome, Open(place[:many].copy(), kept, inside, above)
+    inside = [row[:count] for row, count in zip(found, tally[:, 0], strict=True)]
+    kept = _moved([place[:many], *(row[:many] for row in held), *inside], room)
+    return outcome, Open(kept[0], kept[1 : n + 2], kept[n + 2 :], tally[:, 1])
+
+
+def _moved(arrays: Sequence[Any], room: Any) -> list[Any]:
+    """Copies of arrays of 4-byte elements, one behind the other in `room` `[bytes]` as long as there is any."""
+    copies, at = [], 0
+    for array in arrays:
+        fits = at + array.nbytes <= room.size
+        copy = room[at : at + array.nbytes].view(array.dtype) if fits else np.empty_like(array)
+        copy[:] = array
+        copies.append(copy)
+        at += array.nbytes if fits else 0
+    return copies
 
 
 def _one_row(block: Block) -> Block:
@@ -395,6 +413,11 @@ def _one_row(block: Block) -> Block:
 def _no_outcome(sources: int) -> Outcome:
     counts = np.zeros((sources, len(kernels.COUNTS)), np.int64)
     return Outcome(0, counts, np.zeros((sources, len(kernels.SUMS))))
+
+
+def _widen(bits: Any, out: Any) -> None:
+    """Stored bits as those of float32, into `out`."""
+    np.left_shift(bits, np.uint32(0 if bits.dtype == np.uint32 else 16), out=out, dtype=np.uint32)
 
 
 def _as_float32(bits: Any) -> NDArray[np.float32]:

@@ -37,6 +37,9 @@ Written = tuple[bytes, Outcome]
 HELD_BYTES = 256 << 20
 """Merged tiles that are held at most, all tensors together, until their thresholds are known."""
 
+_HELD_TILE = 8 * TILE
+"""Bytes for one of them and what it sets aside; what is not used costs no memory."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -178,10 +181,12 @@ class _Worker:
         with self.held.tiles(len(bounds), tensor.nbytes) as held:
 
             def merge(block: Block) -> tuple[Any, Outcome, Open]:
-                out = SCRATCH.array("out", block.sources.shape[1], kind)
-                if held:
-                    out = held[block.index // bounds[0][1]][: out.nbytes].view(kind)
-                return out, *settling.merge(block, out)
+                if not held:
+                    out = SCRATCH.array("out", block.sources.shape[1], kind)
+                    return out, *settling.merge(block, out, out[:0].view(np.uint8))
+                tile = held[block.index // bounds[0][1]]
+                out = tile[: block.sources.shape[1] * tensor.width].view(kind)
+                return out, *settling.merge(block, out, tile[out.nbytes :])
 
             first = walk.each(merge)
             opened, starts = [o for _, _, o in first], [start for start, _ in bounds]
@@ -263,14 +268,14 @@ class _Held:
 
     @contextmanager
     def tiles(self, count: int, nbytes: int) -> Iterator[list[Any]]:
-        """`count` arrays of bytes, each as large as any tile, once `nbytes` are left for them; none where that is never."""
+        """`count` arrays of bytes, each for a tile and what it sets aside, once `nbytes` are left for them; none where that is never."""
         if nbytes > self._most:
             yield []
             return
         with self._turn:
             self._turn.wait_for(lambda: self._left >= nbytes)
             self._left -= nbytes
-            taken = [self._free.pop() if self._free else np.empty(4 * TILE, np.uint8) for _ in range(count)]
+            taken = [self._free.pop() if self._free else np.empty(_HELD_TILE, np.uint8) for _ in range(count)]
         try:
             yield taken
         finally:

@@ -25,7 +25,7 @@ from paft_merge.headers import ByteBuffer, as_bytes
 from paft_merge.methods import METHODS, Method
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 from paft_merge.reading import RAW
-from paft_merge.recipe import Located, Recipe, did_you_mean, load_documents, load_recipe
+from paft_merge.recipe import Located, Recipe, did_you_mean, dump_yaml, load_documents, load_recipe
 from paft_merge.rules import Combine, Consensus, Walk
 from paft_merge.scratch import SCRATCH
 
@@ -78,12 +78,20 @@ class Documents:
             if len(self.finals) > 1:
                 what = f"the file has several results: {', '.join(r.name or '' for r in self.finals)}"
                 raise RecipeError.of("DOCUMENTS", "", what, "choose one with --output-name")
-            return self.finals[0]
+            return self._with_text(self.finals[0])
         found = next((recipe for recipe in self.recipes if recipe.name == name), None)
         if found is None:
             fix = did_you_mean(name, names) or f"the file names {', '.join(names) or 'none'}"
             raise RecipeError.of("DOCUMENTS", name, "is no document of this file", fix)
-        return found
+        return self._with_text(found)
+
+    def _with_text(self, recipe: Recipe) -> Recipe:
+        """The recipe with the text of all documents that it is made of, for those who read how it was made."""
+        made_of = self.beneath(recipe)
+        if len(made_of) == 1:
+            return recipe
+        text = "---\n".join(dump_yaml(one.resolved()) for one in made_of)
+        return replace(recipe, located=replace(recipe.located, text=text))
 
     def beneath(self, recipe: Recipe) -> list[Recipe]:
         """The documents that a recipe is made of, each after those that it is made of itself, and the recipe last."""

@@ -391,7 +391,8 @@ def _nonfinite(bits: Any, count: int) -> Any:
 
 @njit(inline="always")
 def _set_aside(
-    bits: Any, values: Any, base_f: Any, m: int, start: int, low: Any, width: Any, place: Any, held: Any, above: Any, at: int
+    bits: Any, values: Any, base_f: Any, m: int, start: int, low: Any, width: Any, place: Any, held: Any, found: Any,
+    tally: Any, at: int,
 ) -> int:  # fmt: skip
     """Put a strip's open entries into `held` and make their deltas zero; returns how many are held by now."""
     n = len(bits)
@@ -405,7 +406,7 @@ def _set_aside(
                 u = row[j] & _MAGNITUDE
                 over = np.uint32(over + np.uint32(u >= high))
                 opened[j] |= np.uint8(np.uint32(u - lo) < span)
-            above[i] += over
+            tally[i, 1] += over
     first = at
     for word in range((m + 7) // 8):
         if words[word]:
@@ -416,6 +417,10 @@ def _set_aside(
         j = place[k]
         held[n, k] = base_f[j]
         for i in range(n):
+            u = bits[i, j] & _MAGNITUDE
+            if np.uint32(u - low[i]) < width[i]:
+                found[i, tally[i, 0]] = u
+                tally[i, 0] += 1
             held[i, k] = values[i, j]
             values[i, j] = np.float32(0)
         place[k] = start + j
@@ -427,7 +432,7 @@ def consensus(
     out: Any, base: Any, sources: Any, subtract: bool, index: int, weights: Any, scales: Any,
     low: Any, low_cut: Any, high: Any, high_cut: Any, shrink: Any, keep: Any, keys: Any,
     elect: int, tie_positive: bool, normalize: int, factor: float, key: np.uint64, counts: Any, sums: Any,
-    open_low: Any, open_width: Any, place: Any, held: Any, above: Any,
+    open_low: Any, open_width: Any, place: Any, held: Any, found: Any, tally: Any,
 ) -> tuple[int, int]:  # fmt: skip
     """Trim or drop each delta, elect a sign per entry, and add what agrees to the base.
 
@@ -451,7 +456,8 @@ def consensus(
             taken as zero; they are put aside for later.
         place: `[E + 1]` int32, receives the positions in the block of what is open, ascending; `[0]` when nothing can be.
         held: `[n + 1, E]` float32, receives the deltas of what is open and, last, the base; `[n + 1, 0]` likewise.
-        above: `[n]` int64; entries above each bracket are added.
+        found: `[n, E]` uint32, receives the magnitudes inside each source's bracket.
+        tally: `[n, 2]` int64; how many are inside each bracket, and above it, are added.
 
     Returns:
         The number of elements of `out` that are not finite, and of entries that are open.
@@ -478,7 +484,7 @@ def consensus(
             wide[i] = _tally(bits[i], values[i], m, counts[i])
             _norms(values[i], m, wide[i], lanes[i], totals[i])
         if place.size:
-            opened = _set_aside(bits, values, base_f, m, start, open_low, open_width, place, held, above, opened)
+            opened = _set_aside(bits, values, base_f, m, start, open_low, open_width, place, held, found, tally, opened)
         for i in range(n):
             delta_u, delta = bits[i], values[i]
             first = index + start

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from paft_merge.blocks import Block, CpuOps, Each, Election, Open, Outcome, Survival
-from paft_merge.sparsify import Trim, draw_sample, guess_bracket, kept_count
+from paft_merge.sparsify import EVERY_BRACKET, Trim, draw_sample, guess_bracket, kept_count
 
 _OPEN_AT_MOST = 0.1
 """Share of a sample that may be inside its bracket; a delta full of ties is cheaper measured first."""
@@ -31,9 +31,9 @@ class Settling:
     election: Election
     numel: int
 
-    def merge(self, block: Block, out: Any) -> tuple[Outcome, Open]:
-        """Write the block but for what is open; where that lies, the base."""
-        return CpuOps().consensus_outside(block, out, self.brackets, self.election)
+    def merge(self, block: Block, out: Any, room: Any) -> tuple[Outcome, Open]:
+        """Write the block but for what is open; where that lies, the base. `room` `[bytes]` is for what is set aside."""
+        return CpuOps().consensus_outside(block, out, self.brackets, self.election, room)
 
     def survivals(self, starts: Sequence[int], opened: Sequence[Open]) -> list[Survival] | None:
         """The thresholds, from what every block set aside; None when one of them is not in its bracket.
@@ -96,11 +96,14 @@ def settling(trims: Sequence[Trim], election: Election, numel: int, each: Each) 
     """
     ranks = [_rank(trim, numel) for trim in trims]
     known = [rank or 0 for rank in ranks]
-    if each.tiles <= 2 or None in ranks or not any(known):
+    if None in ranks or not any(known):
         return None
-    brackets, sample = [(0, 0)] * len(trims), draw_sample(each, CpuOps())
+    small = each.tiles <= 2  # too small for a sample, and small enough to set all of it aside
+    brackets, sample = [(0, 0)] * len(trims), [] if small else draw_sample(each, CpuOps())
     for i, rank in enumerate(known):
-        if rank:
+        if rank and small:
+            brackets[i] = EVERY_BRACKET
+        elif rank:
             low, width = brackets[i] = guess_bracket([tile[i] for tile in sample], rank / numel)
             inside = [np.mean(tile[i] - np.uint32(low) < np.uint32(width)) for tile in sample]
             if np.mean(inside) > _OPEN_AT_MOST:

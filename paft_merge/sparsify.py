@@ -22,6 +22,9 @@ from paft_merge.kernels import BINS
 _ALL_BITS = 0x7F800000
 """Bits of infinity: every finite magnitude is below."""
 
+EVERY_BRACKET = (1, _ALL_BITS - 1)
+"""Lowest bits and number of bits of every finite magnitude but zero."""
+
 _SAMPLE_STEP = 2
 """Of the sampled rows, one entry in this many is looked at: entries of a row are more alike than rows are."""
 
@@ -355,7 +358,7 @@ class _Search:
     def _guess(self, ranks: dict[int, int]) -> dict[int, tuple[int, int]]:
         """A range of bits for each rank: from a sample, or all of them where the tensor is no larger than two tiles."""
         if self.each.tiles <= 2:
-            return dict.fromkeys(ranks, (1, _ALL_BITS - 1))
+            return dict.fromkeys(ranks, EVERY_BRACKET)
         sample = draw_sample(self.each, self.ops)
         return {i: guess_bracket([tile[i] for tile in sample], rank / self.numel) for i, rank in ranks.items()}
 

@@ -28,7 +28,7 @@ slices:
             - {value: 0.5}
   - sources:
       - {model: BASE, layer_range: [1, 3]}
-      - {model: BASE+LORA, layer_range: [0, 2], parameters: {weight: 0.7}}
+      - {model: BASE+LORA, layer_range: [0, 2], parameters: {weight: [{filter: layers.0., value: 0.6}, {value: 0.7}]}}
     parameters: {lambda: 0.8}
 parameters: {density: 0.4}
 """
@@ -83,7 +83,7 @@ def test_a_copy_says_why(recipe: Path) -> None:
 def test_layers_of_which_the_same_can_be_said_are_told_once(recipe: Path) -> None:
     with open_plan(recipe) as plan:
         groups = alike(explain(plan, "*up_proj*"))
-    assert [[one.name.split(".")[2] for one in group] for group in groups] == [["0", "1"], ["2", "3"]]
+    assert [[one.name.split(".")[2] for one in group] for group in groups] == [["0", "1"], ["2"], ["3"]]
 
 
 def test_the_table_shows_values_lines_and_defaults(recipe: Path) -> None:

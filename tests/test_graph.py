@@ -43,7 +43,7 @@ def _replaced(document: dict[str, Any], out: Path, named: tuple[dict[str, Any], 
 def test_in_float32_one_pass_gives_the_bits_of_a_merge_in_stages(inner: str, family: Family, tmp_path: Path) -> None:
     f = family()
     middle = {**recipe_for(inner, f["base"], f["x"], f["y"], dtype="float32"), "name": "middle"}
-    final = recipe("slerp", "middle", f["x"], parameters={"t": 0.3}, dtype="float32")
+    final = recipe("slerp", f["y"], "middle", parameters={"t": 0.3}, dtype="float32")
     made = tensors_of(merge(written(tmp_path / "r.yaml", middle, final), tmp_path / "out"))
     staged = tensors_of(one_by_one(tmp_path / "stages", final, middle))
     assert made.keys() == staged.keys()
@@ -146,6 +146,9 @@ def test_the_manifest_holds_every_document_and_side_files_are_those_of_the_base_
         written(tmp_path / "r.yaml", middle, recipe("slerp", "middle", f["x"], parameters={"t": 0.3})), tmp_path / "out"
     )
     assert {"tokenizer.json", "config.json"} <= files_of(out).keys()
+    card = (out / "README.md").read_text()
+    text = card.split("```yaml\n")[1].split("```")[0]
+    assert [d["merge_method"] for d in yaml.safe_load_all(text)] == ["ties", "slerp"]
     held = manifest_of(out)["inputs"]["middle"]["checkpoint"]["files"]
     assert held["recipe"]["merge_method"] == "ties"
     assert set(held["inputs"]) == {str(f["base"]), str(f["x"]), str(f["y"])}

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hub_server import HubServer
+from hub_toys import UPLOADS, hub
 from run_toys import Killed, dying, make_world, outcome, write_rows
 from train_toys import THEIR_WARNINGS
 
@@ -21,6 +23,7 @@ from paft_merge.errors import AuditError, PaftMergeError, RecipeError, RunError
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.state import State
 
+__all__ = ["hub"]
 pytestmark = THEIR_WARNINGS
 
 
@@ -258,6 +261,15 @@ def test_the_merged_model_is_pushed_once(world: Path, copied: Path, monkeypatch:
     assert pushed == [("merged", "me/toy", settings)]
     assert run(world, copied, overrides=wanted).done == ()
     assert State.read(copied).steps["push/me/toy"]["result"]["url"] == "https://huggingface.co/me/toy"
+
+
+@UPLOADS
+def test_the_push_reaches_a_hub(world: Path, copied: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    run(world, copied, overrides=["push={repo_id: me/toy}"])
+    there = hub.files("me/toy")
+    assert there["model.safetensors"] == (copied / "merged/model.safetensors").read_bytes()
+    assert str(copied) not in there["README.md"].decode()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ seeds: [0, 0]
         ({"merge": {"merge_method": "tis", "models": [{"model": "sft"}]}}, "did you mean 'ties'?"),
         ({"merge": {"merge_method": "linear", "models": [{"model": "sfft", "parameters": {"weight": 1}}]}}, "'sfft' is no adapter and no folder here; did you mean 'sft'?"),
         ({"merge": {"merge_method": "ties", "models": [{"model": "sft", "parameters": {"weight": 1, "densty": 1}}]}}, "did you mean 'density'?"),
-        ({"audit": {"require": ["sparsty(1e-5) > 1"]}}, "audit.require: sparsty(1e-5) > 1: there is no metric 'sparsty'"),
+        ({"audit": {"require": ["sparsty(1e-5) > 1"]}}, "audit.require[0]: sparsty(1e-5) > 1: there is no metric 'sparsty'"),
+        ({"audit": {"require": ["sparsity(1e-5) [source=stf] > 1"]}}, "no adapter is called 'stf'; did you mean 'sft'?"),
+        ({"audit": {"require": ["kept > 1"]}}, "kept needs a preview of a merge"),
         ({"evaluate": {"metrics": {"a": {"kind": "perplexity", "data": "nix.txt"}}}}, "evaluate: nix.txt: cannot be read"),
         ({"evaluate": None, "compare": {}}, "compare needs evaluate"),
         ({"compare": {"skill": "sftt"}}, "compare.skill: no adapter 'sftt'; did you mean 'sft'?"),
@@ -114,6 +117,13 @@ def test_fields_targets_and_columns_of_training_are_looked_at_too(world: Path, t
     assert "SFTConfig has no such field; did you mean 'learning_rate'?" in text
     assert "lora.target_modules: q_prj: the base has no such module; did you mean 'q_proj'?" in text
     assert "objective dpo needs chosen+rejected, the columns are text" in text
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_an_evaluation_whose_package_is_missing_is_found_before_training(world: Path, tmp_path: Path) -> None:
+    text = told(world, tmp_path, evaluate={"suite": "open-llm-v1"})
+    assert ": evaluate: evaluate: lm_eval" in text
+    assert "not installed; pip install 'paft-merge[eval]'" in text
 
 
 def test_a_comparison_without_l1_has_no_sparse_arm(world: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from paft_merge.rules import Consensus, Walk
 from paft_merge.sparsify import Trim
 
 SIZE, TILE = 40_000, 1024
+ROOM = np.empty(0, np.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def settled(rule: Consensus, walk: Walk, out: np.ndarray) -> list[Outcome] | Non
     plan = rule.settling(walk)
     if plan is None:
         return None
-    merged = walk.each(lambda b: (b.index, *plan.merge(b, out[b.index : b.index + b.sources.shape[1]])))
+    merged = walk.each(lambda b: (b.index, *plan.merge(b, out[b.index : b.index + b.sources.shape[1]], ROOM)))
     starts, opened = [start for start, _, _ in merged], [o for _, _, o in merged]
     survivals = plan.survivals(starts, opened)
     if survivals is None:
@@ -126,7 +127,7 @@ def test_a_bracket_that_misses_says_so() -> None:
     low, width = plan.brackets[0]
     for bracket in ((low + 2 * width, width), (low - 2 * width, width)):
         off = settling.Settling(plan.ranks, (bracket, plan.brackets[1]), plan.election, SIZE)
-        merged = walk.each(lambda b, off=off: (b.index, off.merge(b, np.empty(b.sources.shape[1], np.uint16))[1]))
+        merged = walk.each(lambda b, off=off: (b.index, off.merge(b, np.empty(b.sources.shape[1], np.uint16), ROOM)[1]))
         assert off.survivals([start for start, _ in merged], [o for _, o in merged]) is None
 
 

@@ -115,6 +115,21 @@ def test_slices_are_merged_as_mergekit_merges_them(kind: str, llamas: dict[str, 
     assert counts == {1 + max(int(n.split(".")[2]) for n in ours if ".layers." in n)}
 
 
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same in bfloat16 and several files."""
+    return llama_family(tmp_path_factory.mktemp("halves"), torch.bfloat16, shards=3, layers=LAYERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_mergekit_s_arithmetic_slices_have_its_bits(kind: str, halves: dict[str, Path], tmp_path: Path) -> None:
+    recipe = frankenmerges(halves)[kind]
+    theirs = mergekit_merge(recipe, tmp_path / "theirs")
+    ours = tensors_of(merge({**recipe, "arithmetic": "mergekit"}, tmp_path / "ours"))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not bits_equal(ours[name], theirs[name])] == []
+
+
 def test_the_head_and_the_last_norm_are_the_last_slice_s_and_the_embedding_is_the_first_s(
     llamas: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -184,6 +199,23 @@ def test_adapters_are_read_from_the_layer_that_a_slice_names(tmp_path: Path) -> 
     torch.testing.assert_close(made[name.format(0)], other, rtol=0, atol=1e-6)
     half = state[name.format(0)] + 0.5 * (whole[name.format(0)] - state[name.format(0)])
     torch.testing.assert_close(made[name.format(1)], half, rtol=0, atol=1e-6)
+
+
+def test_adapters_in_slices_are_merged_as_mergekit_merges_them(llamas: dict[str, Path], tmp_path: Path) -> None:
+    base = llamas["base"]
+    targets = {n: t for n, t in tensors_of(base).items() if "q_proj" in n or "up_proj" in n}
+    one, two = (on(base, save_adapter(tmp_path / f"lora{i}", targets, i)) for i in (3, 4))
+    recipe = sliced(
+        "ties",
+        [source(base, 0, 2), source(one, 2, 4, weight=[0.3, 0.9], density=0.5), source(two, 0, 2, weight=0.4)],
+        [source(base, 3, 4), source(one, 0, 1, weight=1.0), source(two, 1, 2, weight=0.5)],
+        base_model=str(base), dtype="float32",
+    )  # fmt: skip
+    theirs = mergekit_merge(recipe, tmp_path / "theirs", lora_merge_cache=str(tmp_path / "cache"))
+    ours = tensors_of(merge(recipe, tmp_path / "ours"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -200,3 +200,40 @@ def test_processes_train_through_accelerate(tmp_path, monkeypatch):
     done = train(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="processes")
     assert (done["sft"] / "paft_train.json").exists()
     assert (tmp_path / "out" / "sft.log").exists()
+
+
+def test_the_command_prints_folders_alone_and_draws_progress_on_a_terminal(tmp_path, monkeypatch):
+    import io
+
+    from click.testing import CliRunner
+
+    from paft_merge.cli import cli
+    from paft_merge.training import launch
+    from paft_merge.training.callbacks import Progress
+
+    asked = {}
+
+    def fake(path, out, **options):
+        asked.update(options)
+        if options["progress"]:
+            for step, logs in ((1, {}), (2, {"loss": 3.25, "sparsity/below_1e-5": 0.5}), (2, {})):
+                options["progress"](Progress("sft", step, 2, logs))
+        return {"sft": Path(out) / "sft"}
+
+    monkeypatch.setattr(launch, "train", fake)
+    shown = CliRunner().invoke(cli, ["train", str(recipe(tmp_path)), "out", "--adapter", "sft", "--resume"])
+    assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "out/sft\n", "")
+    assert (asked["adapters"], asked["resume"], asked["progress"]) == (("sft",), True, None)
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    from paft_merge.cli.training import _train_progress
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with _train_progress(True) as quiet, _train_progress(False) as drawn:
+        assert quiet is None
+        fake("r", "out", progress=drawn)
+    assert "loss 3.25, sparse 0.5" in sys.stderr.getvalue()
+    assert "2/2" in sys.stderr.getvalue()

@@ -352,6 +352,14 @@ def test_what_the_sparse_format_cannot_hold_is_refused_before_training(base, tmp
     assert not hasattr(base, "peft_config")
 
 
+def test_a_target_that_was_missed_is_told_with_where_the_strength_ended(base, tmp_path):
+    section = spec(steps=3, l1={"strength": 1e-3, "target": 0.9}, trim={"density": 0.05})
+    out = train_adapter(base, section, tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    (told,) = record_of(out)["run"]["warnings"]
+    assert "the target was 0.9; give it more steps" in told
+    assert record_of(out)["delta"]["below_epsilon"] > 0.94  # which is the trimming's
+
+
 def test_prox_gives_exact_zeros_and_the_penalty_none(base, tmp_path):
     zeros = {}
     for mode in ("prox", "penalty"):
@@ -456,6 +464,13 @@ def test_report_to_gets_the_lines_with_our_measures(base, tmp_path, monkeypatch)
     assert "sparsity/below_1e-5" in seen[1]
 
 
+def test_no_trainer_tells_the_hub_of_itself(base, tmp_path, monkeypatch):
+    from trl.trainer import base_trainer
+
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda *args, **kwargs: pytest.fail("telemetry was sent"))
+    train_adapter(base, spec(steps=1), tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+
+
 def test_conversations_train_on_the_assistant_only_when_asked(base, tmp_path):
     turns = [
         {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
@@ -479,3 +494,20 @@ def test_prompt_completion_rows_and_packing_run(base, tmp_path):
         base, spec(steps=1, training=training), tmp_path / "packed", rows=texts(), tokenizer=tokenizer(), base_name="t"
     )
     assert record_of(out)["data"]["rows_trained_on"] < 64
+    assert "rows_cut" not in record_of(out)["data"]  # wrapped: what does not fit goes on in the next row
+
+
+def test_rows_that_packing_cuts_are_counted(tmp_path):
+    from types import SimpleNamespace
+
+    from paft_merge.training.run import _look_at_data
+
+    arguments = SimpleNamespace(packing=True, packing_strategy="bfd", max_length=8, lr_scheduler_type="cosine")
+    warned = []
+    job = SimpleNamespace(
+        rows=texts(), spec=SimpleNamespace(max_prompt_tokens=None, l1=None), tokenizer=tokenizer(), arguments=arguments,
+        warn=warned.append,
+    )  # fmt: skip
+    _look_at_data(job)
+    assert job.facts["rows_cut"] == 64
+    assert "64 of 64 rows looked at are longer than max_length 8" in warned[0]

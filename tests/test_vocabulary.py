@@ -13,11 +13,15 @@ from conftest import State, save_adapter
 from merge_toys import files_of, manifest_of, on, python, recipe, same, tensors_of
 from mergekit_toys import mergekit_merge
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from vocabulary_toys import TEXT, ids_of, save_llama, save_tokenizer, vocabulary_family
 
 import paft_merge
+from paft_merge.api import open_plan
 from paft_merge.errors import PaftMergeError, Problem
+from paft_merge.sidefiles import identity
 
 Family = dict[str, Path]
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -205,6 +209,20 @@ def test_equal_vocabularies_are_merged_as_if_nothing_was_said(tmp_path: Path) ->
         assert files["tokenizer.json"] == (tmp_path / "base" / "tokenizer.json").read_bytes()
 
 
+def test_a_merge_goes_on_only_with_the_tokenizers_that_it_began_with(tmp_path: Path) -> None:
+    models, found = vocabulary_family(tmp_path, padding=1), []
+    for added in (None, ["<pad>", "<|im_start|>", "<|im_end|>", "<more>"]):
+        if added:
+            save_tokenizer(models["x"], "x", added)
+        with open_plan(raw(models, tokenizer_source=str(models["base"]))) as planned:
+            found.append(identity(planned, "cpu"))
+        with open_plan(raw(models, tokenizer_source="union")) as planned:
+            found.append(identity(planned, "cpu"))
+    assert found[0] == found[2]  # the base's vocabulary has no place for the new token
+    assert found[1]["inputs"] == found[3]["inputs"]
+    assert found[1]["vocabulary"] != found[3]["vocabulary"]
+
+
 # --- adapters under a row map ----------------------------------------------------------------------------------------
 
 
@@ -252,31 +270,53 @@ def test_an_adapter_that_grew_the_vocabulary_merges_with_a_model_of_another(mode
             torch.testing.assert_close(state[name][i].double(), want, rtol=1e-6, atol=1e-8, msg=f"{name} {token}")
 
 
-def test_a_low_rank_update_of_an_embedding_follows_its_rows(models: Family, tmp_path: Path) -> None:
-    base = tensors_of(models["base"])
-    folder, rank = save_adapter(tmp_path / "adapter", base, 5), 3
-    made, rows = torch.Generator().manual_seed(1), len(base[EMBEDDINGS[0]])
-    a, b = torch.randn(rank, rows, generator=made), torch.randn(16, rank, generator=made)
-    factors = {
-        "base_model.model.model.embed_tokens.lora_embedding_A": a * 0.02,
-        "base_model.model.model.embed_tokens.lora_embedding_B": b * 0.02,
-    }
-    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+def embedding_adapter(folder: Path, base: State, size: float) -> torch.Tensor:
+    """Write a LoRA of rank 3 on the input embedding; its delta in float64."""
+    save_adapter(folder, base, 5)
+    made, rows, rank = torch.Generator().manual_seed(1), len(base[EMBEDDINGS[0]]), 3
+    a, b = (torch.randn(shape, generator=made) * size for shape in ((rank, rows), (16, rank)))
+    stem = "base_model.model.model.embed_tokens.lora_embedding_"
+    save_file({f"{stem}A": a, f"{stem}B": b}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"r": rank, "lora_alpha": rank, "target_modules": ["embed_tokens"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    source = on(models["base"], folder)
+    return (b.double() @ a.double()).T
+
+
+def test_a_low_rank_update_of_an_embedding_follows_its_rows(models: Family, tmp_path: Path) -> None:
+    base = tensors_of(models["base"])
+    delta = embedding_adapter(tmp_path / "adapter", base, 0.02)
+    source = on(models["base"], tmp_path / "adapter")
     data = recipe(
         "task_arithmetic", models["base"], (source, {"weight": 1.0}), (models["y"], {"weight": 0.0}),
         tokenizer_source=str(models["y"]),
     )  # fmt: skip
     state, _ = merged(data, tmp_path / "out")
     ids, own = ids_of(tmp_path / "out"), ids_of(models["base"])
-    want = base[EMBEDDINGS[0]].double() + (b.double() @ a.double() * 4e-4).T
     common = [token for token in ids if token in own]
     assert len(common) < len(ids)
     got = state[EMBEDDINGS[0]][[ids[token] for token in common]].double()
-    torch.testing.assert_close(got, want[[own[token] for token in common]], rtol=1e-6, atol=1e-8)
+    want = (base[EMBEDDINGS[0]].double() + delta)[[own[token] for token in common]]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_s_delta_is_as_exact_in_another_order(tmp_path: Path, dtype: torch.dtype) -> None:
+    """It is never the difference of two rounded weights: of an update of 1e-7 little would be left."""
+    models = vocabulary_family(tmp_path, dtype)
+    base = tensors_of(models["base"])
+    delta = embedding_adapter(tmp_path / "adapter", base, 2e-4)
+    source = on(models["base"], tmp_path / "adapter")
+    data = recipe(
+        "task_arithmetic", models["base"], (source, {"weight": 1e6}), (models["y"], {"weight": 0.0}),
+        tokenizer_source=str(models["y"]), out_dtype="float32",
+    )  # fmt: skip
+    state, _ = merged(data, tmp_path / "out")
+    ids, own = ids_of(tmp_path / "out"), ids_of(models["base"])
+    common = [token for token in ids if token in own]
+    rows = [own[token] for token in common]
+    got = state[EMBEDDINGS[0]][[ids[token] for token in common]].double() - base[EMBEDDINGS[0]][rows].double()
+    torch.testing.assert_close(got, 1e6 * delta[rows], rtol=1e-5, atol=1e-7)
 
 
 def test_a_head_that_an_adapter_parts_from_its_embedding_has_the_new_vocabulary_too(tmp_path: Path) -> None:
@@ -358,6 +398,59 @@ def test_tokens_beyond_a_model_s_rows_are_left_out_and_told(models: Family, tmp_
     ) == TEXT  # fmt: skip
 
 
+def test_a_special_token_beyond_the_rows_gets_one(models: Family, tmp_path: Path) -> None:
+    """transformers adds a tokenizer's special tokens again whenever it loads it, so to leave one out would not last."""
+    rows = save_tokenizer(tmp_path / "z", "x", [])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "z")
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained(tmp_path / "z")
+    state = {n: t[:rows].clone() if n in EMBEDDINGS else t for n, t in tensors_of(models["x"]).items()}
+    save_llama(tmp_path / "z", state, rows)
+    _, told = merged(
+        recipe("linear", None, (tmp_path / "z", {"weight": 1.0}), tokenizer_source="base"), tmp_path / "out"
+    )
+    assert ids_of(tmp_path / "out")["<padding>"] == rows
+    made = tensors_of(tmp_path / "out")[EMBEDDINGS[0]]
+    assert torch.equal(made[:rows], state[EMBEDDINGS[0]])
+    assert not made[rows:].any()
+    assert any("become zeros: '<padding>'" in p.what for p in told)
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "WordLevel"])
+def test_tokenizers_of_every_kind_are_cut_and_joined(models: Family, tmp_path: Path, kind: str) -> None:
+    """mergekit refuses to cut any but BPE."""
+    words = {"base": ["the", "quick", "brown", "fox", "lost"], "x": ["quick", "the", "dogs", "town"]}
+    for name, rows in (("base", 6), ("x", 6)):
+        pieces = ["<unk>", "<pad>", *words[name]]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        model = (
+            tokenizer_models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0)
+            if kind == "Unigram"
+            else getattr(tokenizer_models, kind)(vocabulary, unk_token="<unk>")
+        )
+        made = Tokenizer(model)
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>").save_pretrained(
+            tmp_path / name
+        )
+        state = {n: t[:rows].clone() if n in EMBEDDINGS else t for n, t in tensors_of(models["x"]).items()}
+        save_llama(tmp_path / name, state, rows)
+    data = recipe("task_arithmetic", tmp_path / "base", (tmp_path / "x", {"weight": 1.0}), tokenizer_source="union")
+    state, told = merged(data, tmp_path / "out")
+    assert ids_of(tmp_path / "out") == {
+        t: i for i, t in enumerate(["<unk>", "<pad>", "the", "quick", "brown", "fox", "dogs", "town"])
+    }
+    assert any("1 tokens of its tokenizer have no row" in p.what and "'lost'" in p.what for p in told)
+    rows = tensors_of(tmp_path / "x")[EMBEDDINGS[0]]
+    torch.testing.assert_close(state[EMBEDDINGS[0]], rows[[0, 1, 3, 2, 4, 5, 4, 5]])
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded.convert_ids_to_tokens(loaded("the brown town", add_special_tokens=False)["input_ids"]) == [
+        "the",
+        "brown",
+        "town",
+    ]
+
+
 def test_a_vocabulary_that_shrinks_is_told(tmp_path: Path) -> None:
     models = vocabulary_family(tmp_path, padding=9)
     rows = len(tensors_of(models["base"])[EMBEDDINGS[0]])
@@ -416,7 +509,14 @@ def _only_sentencepiece(models: Family, tmp_path: Path) -> dict[str, Any]:
     return data
 
 
+def _gaps(models: Family, tmp_path: Path) -> dict[str, Any]:
+    made = Tokenizer(tokenizer_models.WordLevel({"a": 0, "b": 10_000_000}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "gaps")
+    return raw(models, tokenizer_source=str(tmp_path / "gaps"))
+
+
 FAULTS: dict[str, tuple[Change, str]] = {
+    "ids with a gap of millions": (_gaps, "the ids of its 2 tokens go up to 10,000,000"),
     "no tokenizer": (_no_tokenizer, r"bare: has no tokenizer; put its tokenizer files beside its weights"),
     "a broken sentencepiece model alone": (_only_sentencepiece, r"bare: its tokenizer cannot be loaded.*save it again"),
     "a tokenizer source that is nowhere": (

@@ -290,7 +290,7 @@ def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped:
         extra = [n for n in m.checkpoint.tensors if n not in base.checkpoint.tensors]
         if extra:
             left_out.append(Skipped(m.ref, tuple(extra), "the base has no such tensor"))
-    headers = tuple(_header(m, label) for m, label in zip(models, _labels([m.ref for m in models]), strict=True))
+    headers = tuple(_header(m, label) for m, label in zip(models, labels_of([m.ref for m in models]), strict=True))
     warnings = [
         w for m in models if m.adapter for w in m.adapter.warnings if named is not None or w.code != "ADAPTER_BASE"
     ]
@@ -338,7 +338,7 @@ def _of_plan(planned: MergePlan) -> Opened:
     refs = list(dict.fromkeys(r.source for s in subjects for r in s.inputs.sources))
     why = f"{planned.recipe.merge_method} merges whole values there, not deltas"
     skipped = (Skipped("", tuple(left_out), why),) if left_out else ()
-    headers = tuple(_header(by_ref[ref], label) for ref, label in zip(refs, _labels(refs), strict=True))
+    headers = tuple(_header(by_ref[ref], label) for ref, label in zip(refs, labels_of(refs), strict=True))
     ordered = tuple(sorted(subjects, key=lambda s: natural(s.name)))
     return Opened(headers, str(base_ref), ordered, skipped, planned.warnings, planned.recipe)
 
@@ -346,7 +346,7 @@ def _of_plan(planned: MergePlan) -> Opened:
 # --- headers ----------------------------------------------------------------------------------------------------------
 
 
-def _labels(refs: Sequence[str]) -> list[str]:
+def labels_of(refs: Sequence[str]) -> list[str]:
     """The last part of each reference where that tells them apart, else the whole."""
     short = [ref.split("+")[-1].split("@")[0].rstrip("/").split("/")[-1] or ref for ref in refs]
     return [name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]

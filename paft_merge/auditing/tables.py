@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from paft_merge.auditing.opening import labels_of
 from paft_merge.auditing.page import percent, short
 from paft_merge.auditing.results import Audit, Group, PairAudit, SourceAudit
 from paft_merge.auditing.svg import abridged
@@ -41,16 +42,18 @@ def audit_table(audit: Audit) -> None:
 def manifest_table(check: ManifestCheck) -> None:
     """What a finished merge measured, and whether its bytes are still what it wrote."""
     console = Console()
-    headings = ("source", "entries", "< 1e-5", "kept", "elected", "their energy", "norm")
+    headings = ("source", "entries", "< 1e-5", "Hoyer", "kept", "elected", "their energy", "norm")
     table = _table("as measured when it was merged", headings)
-    for row in check.manifest.get("totals", []):
+    rows = check.manifest.get("totals", [])
+    for label, row in zip(labels_of([str(row["source"]) for row in rows]), rows, strict=True):
         entries = row.get("entries") or 0
         shares = [percent(row[key] / entries if entries and key in row else None) for key in _COUNTED]
         energy = f"{percent(row.get('kept_energy'), 0)}, {percent(row.get('elected_energy'), 0)}"
-        table.add_row(
-            escape(abridged(str(row["source"]).split("+")[-1])), f"{entries:,}", *shares, energy, short(row.get("l2"))
-        )
+        counted = shares[0], short(row.get("hoyer")), *shares[1:]
+        table.add_row(escape(abridged(label)), f"{entries:,}", *counted, energy, short(row.get("l2")))
     console.print(table)
+    for warning in check.manifest.get("warnings", []):
+        console.print(f"{_SIGNS['warn']} {escape(str(warning))}", highlight=False)
     if check.ok:
         text = f"{check.tensors:,} tensors, {check.nbytes:,} bytes: all are what the merge wrote"
         console.print(f"[bold green]✓[/] {escape(str(check.folder))}: {text}", highlight=False)

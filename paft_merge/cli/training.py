@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,44 @@ from paft_merge.cli.terminal import terminable
     "--schedule", type=click.Choice(["auto", "sequential", "processes"]), default="auto", show_default=True,
     help="One after another on one base in memory, or one process with its own GPUs for each adapter.",
 )  # fmt: skip
-def train(recipe: Path, out: Path, adapters: tuple[str, ...], resume: bool, schedule: Any) -> None:
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def train(recipe: Path, out: Path, adapters: tuple[str, ...], resume: bool, schedule: Any, quiet: bool) -> None:
     """Train the adapters of RECIPE, each into OUT/NAME (needs the extra: paft-merge[train])."""
     from paft_merge.training import train
 
-    with terminable():
-        for folder in train(recipe, out, adapters=adapters or None, resume=resume, schedule=schedule).values():
-            click.echo(folder)
+    with terminable(), _train_progress(quiet) as progress:
+        done = train(recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, progress=progress)
+    for folder in done.values():
+        click.echo(folder)
+
+
+@contextmanager
+def _train_progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
+    """A bar on stderr for every adapter, with the loss and the sparsity that were logged last."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    name, logged = TextColumn("{task.description}"), TextColumn("{task.fields[logged]}")
+    with Bar(
+        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), logged, console=Console(stderr=True)
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(done: Any) -> None:
+            if done.name not in tasks:
+                tasks[done.name] = bar.add_task(done.name, total=done.steps, logged="")
+            shown = [f"{key} {done.logs[name]:.4g}" for key, name in _SHOWN.items() if name in done.logs]
+            task = tasks[done.name]
+            bar.update(task, completed=done.step, total=done.steps)
+            if shown:
+                bar.update(task, logged=", ".join(shown))
+
+        yield advance
+
+
+_SHOWN = {"loss": "loss", "sparse": "sparsity/below_1e-5"}
+"""What the bar shows, and how it is logged."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ def _ids(subject: Subject, text: str, prompt: Any) -> list[int]:
     return list(subject.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
 
 
+@contextmanager
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a seed, and leave the caller's random numbers as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 @torch.inference_mode()
 def generate(
     subject: Subject,
@@ -119,16 +128,16 @@ def generate(
         raise EvaluateError.of("LENGTH", subject.name, what, "lower max_new_tokens, or raise max_length")
     answers = [""] * len(ids)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
-    torch.manual_seed(seed)
-    for batch in _batches(ids, batch_size):
-        input_ids, mask = _padded([ids[i] for i in batch], tokenizer.pad_token_id, subject.device, left=True)
-        made = subject.model.generate(
-            input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_beams=1,
-            top_p=None, top_k=0 if temperature else None, **how, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text
+    with _drawing(seed, subject.device):
+        for batch in _batches(ids, batch_size):
+            input_ids, mask = _padded([ids[i] for i in batch], tokenizer.pad_token_id, subject.device, left=True)
+            made = subject.model.generate(
+                input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_beams=1,
+                top_p=None, top_k=0 if temperature else None, **how, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text
     return answers
 
 

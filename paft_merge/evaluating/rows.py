@@ -146,5 +146,8 @@ def code_of(name: str, folder: Path = Path()) -> Path | None:
     source = name.rpartition(":")[0]
     if source.endswith(".py"):
         return place_of(source, folder)
-    found = importlib.util.find_spec(source)
+    try:
+        found = importlib.util.find_spec(source)
+    except (ImportError, ValueError):
+        return None  # `scorer` says what is wrong with it
     return Path(found.origin) if found and found.origin and found.has_location else None

@@ -72,8 +72,9 @@ def roles(recipe: RunRecipe) -> tuple[str | None, str | None]:
 def skills(recipe: RunRecipe) -> dict[str, Variant]:
     """The variants of the skill adapter that are compared, by `dense` or `l1`."""
     skill, _ = roles(recipe)
-    if recipe.compare is None or skill is None:
+    if recipe.compare is None or skill not in recipe.adapters:
         return {}
+    assert skill is not None
     spec = recipe.adapters[skill]
     sparse = bool(spec.l1 or spec.trim)
     there = {"dense": Variant(skill, dense=sparse), **({"l1": Variant(skill)} if sparse else {})}

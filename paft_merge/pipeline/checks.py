@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError
 from paft_merge.evaluating import check_evaluate
 from paft_merge.hub import is_repository
-from paft_merge.pipeline.arms import check_compare, merges_of
+from paft_merge.pipeline.arms import check_compare, merges_of, trained_for
 from paft_merge.pipeline.sections import RunRecipe
 from paft_merge.pipeline.steps import Step, Train, is_reference, references, resolved_merge
 from paft_merge.recipe import load_recipe
@@ -105,10 +106,21 @@ def _spot_of(recipe: RunRecipe, data: Any, steps: tuple[str | int, ...], wanted:
 def _check_audit(recipe: RunRecipe, problems: Problems) -> None:
     if recipe.audit is None:
         return
-    from paft_merge.auditing.gate import epsilons_of
+    from paft_merge.auditing.gate import METRICS, Requirement
 
-    with _at(recipe, ("audit", "require"), problems):
-        epsilons_of(recipe.audit.require)
+    names = [variant.name for variant in trained_for(recipe)]
+    for at, text in enumerate(recipe.audit.require):
+        with _at(recipe, ("audit", "require", at), problems):
+            wanted = Requirement.parse(text)
+            if METRICS[wanted.metric].of == "preview":
+                fix = "use paft audit on the finished run for it"
+                raise RunError.of(
+                    "GATE", text, f"{wanted.metric} needs a preview of a merge, which a run's audit has not", fix
+                )
+            source = wanted.scope.get("source", "*")
+            if not any(fnmatchcase(name, source) for name in names):
+                fix = did_you_mean(source, names) or f"adapters are {', '.join(names)}"
+                raise RunError.of("GATE", text, f"no adapter is called {source!r}", fix)
 
 
 def _check_push(recipe: RunRecipe, problems: Problems) -> None:

@@ -139,7 +139,7 @@ class Doing:
         try:
             train({"base_model": first.base, "adapters": sections}, first.folder, resume=True, progress=progress)
         except Exception as error:
-            step = next(step for step in steps if not self._trained(step))
+            step = next((step for step in steps if not self._trained(step)), steps[-1])
             self.state.failed(step, error)
             self.tell(Event(step.name, "failed", str(error).split("\n")[0]))
             raise
@@ -162,8 +162,7 @@ class Doing:
             assert isinstance(job, Audit)
             assert out is not None
             with self._doing(step) as result:
-                base = job.base if Path(job.base).is_dir() else None
-                done = audit(*job.sources, base=base, preview=None, epsilon=spec.epsilon, require=spec.require)
+                done = audit(*job.sources, base=job.base, preview=None, epsilon=spec.epsilon, require=spec.require)
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "audit.json").write_text(done.dumps() + "\n", encoding="utf-8")
                 if spec.html:
@@ -244,7 +243,9 @@ class Doing:
         from paft_merge.auditing import audit
 
         epsilon = self.recipe.audit.epsilon if self.recipe.audit else 1e-5
-        source = "+".join(job.arm.parts)
+        base, *adapters = job.arm.parts
+        # An adapter on the base is named by itself: a path may hold a plus.
+        source = adapters[0] if base == self.recipe.base and len(adapters) == 1 else "+".join(job.arm.parts)
         try:
             done = audit(source, base=self.recipe.base, preview=None, epsilon=epsilon)
         except AuditError as error:

@@ -226,7 +226,7 @@ class Planner:
                 suite=spec.suite, tasks=spec.tasks, general=general, model=self._print_of(arm),
                 files=self.prints.all_of(tasks),
             )  # fmt: skip
-        if arm.group != "base" and Path(self.recipe.base).is_dir():
+        if arm.group != "base":
             epsilon = self.recipe.audit.epsilon if self.recipe.audit else 1e-5
             self._add(
                 "evaluate", arm.seed, f"{arm.slug}/{SPARSITY}", Evaluate(arm, SPARSITY), place / f"{SPARSITY}.json",

@@ -180,8 +180,8 @@ def _look_at_data(job: Job) -> None:
         job.facts["prompts_cut"] = cut
         if cut:
             job.warn(f"{cut} of {len(job.rows)} prompts were cut from the left to {spec.max_prompt_tokens} tokens")
-    packed = getattr(job.arguments, "packing", False)
-    limit = None if packed else getattr(job.arguments, "max_length", None)
+    whole = getattr(job.arguments, "packing", False) and job.arguments.packing_strategy != "bfd"  # which cuts, as rows do
+    limit = None if whole else getattr(job.arguments, "max_length", None)
     counts = sets.count_cut(job.rows, tokenizer, limit, getattr(job.arguments, "dataset_text_field", "text"))
     job.facts.update(counts)
     if counts.get("rows_cut"):
@@ -328,9 +328,10 @@ def _name_base(folder: Path, base: str) -> None:
 def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
     state, l1 = trainer.state, trainer.l1
     target = job.spec.l1.target if job.spec.l1 else None
-    missed = target is not None and abs(stats.below_epsilon - target) > 0.02
-    if missed:
-        job.warn(f"the sparsity is {stats.below_epsilon:.3f}, the target was {target}; raise or lower l1.strength")
+    reached = trainer.watch.latest.get("sparsity/below_1e-5", stats.below_epsilon)  # before any trimming
+    if target is not None and abs(reached - target) > 0.02:
+        fix = "give it more steps, or start l1.strength nearer to where it ended"
+        job.warn(f"the sparsity is {reached:.3f}, the target was {target}; {fix} ({l1.strength:.2g})")
     if stats.norm == 0:
         job.warn("the delta is zero: nothing was learned")
     return {

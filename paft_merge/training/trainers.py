@@ -34,6 +34,9 @@ class L1Mixin:
     penalty_gradient: dict[torch.Tensor, torch.Tensor] | None = None
     """What the penalty adds to each factor's gradient in this step; only in steps that are logged."""
 
+    def _send_telemetry(self) -> None:
+        """Send nothing: TRL would tell the Hub of every trainer that is made."""
+
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Take TRL's step and, where it is logged, measure the penalty's and the task's part of the gradient apart."""
         self.penalty_gradient = None

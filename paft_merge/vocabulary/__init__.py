@@ -131,6 +131,10 @@ def read_vocabulary(recipe: Recipe, models: Mapping[ModelRef, Model], donor: Mod
     return _Reader(recipe, models, donor).read()
 
 
+_MOST_HOLES = 1 << 17
+"""Ids without a token that a tokenizer may have: each is a row of every embedding."""
+
+
 class _Reader:
     def __init__(self, recipe: Recipe, models: Mapping[ModelRef, Model], donor: Model) -> None:
         self.recipe, self.models, self.donor = recipe, models, donor
@@ -164,7 +168,11 @@ class _Reader:
             return None
         known = {ref: tokenizer.ids for ref, tokenizer in owned.items() if tokenizer}
         words = self._words(entry, output, known, sizes)
-        count = max(output.ids.values()) + 1
+        count = max(output.ids.values(), default=-1) + 1
+        if count > 2 * len(output.ids) + _MOST_HOLES:
+            what = f"the ids of its {len(output.ids):,} tokens go up to {count - 1:,}"
+            self.problems.add("TOKENIZER", output.ref, what, "take a tokenizer that numbers its tokens one by one")
+            return None
         multiple = entry.pad_to_multiple_of or 1
         rows = -(-count // multiple) * multiple
         alignment = Alignment.of(rows, output.ids, known, sizes, words, self._base_ref())
