@@ -86,7 +86,7 @@ def open_plan(
         notices.extend(made.warnings)
         return Intermediate(name, made, rounded=loaded.arithmetic == "mergekit")
 
-    notices += documents.unused([loaded])
+    notices += documents.unused([loaded]) if output_name is None else []
 
     if sources.missing_bytes and not remote:
         with sources.opened(compute) as models:

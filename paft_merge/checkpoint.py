@@ -205,6 +205,9 @@ class Checkpoint:
 
     # --- what a checkpoint that is computed does otherwise (see `graph.Intermediate`) --------------------------------------
 
+    computed = False
+    """Whether its tensors are merged while they are read."""
+
     @property
     def place(self) -> Hashable:
         """What tells its tensors from those of other checkpoints."""

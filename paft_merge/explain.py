@@ -23,7 +23,7 @@ class ExplainedSource:
     tensor: str
     """What it is called there."""
     delta: str
-    """`checkpoint`, or the kind of its adapter's delta; `none` when it is the base's own tensor."""
+    """`checkpoint`, `document` (merged on the way), or the kind of its adapter's delta; `none`: it is the base's own tensor."""
     parameters: dict[str, Resolved]
 
 
@@ -84,7 +84,7 @@ def _explained(plan: MergePlan, tensor: PlannedTensor) -> Explained:
     )
     base = None
     if making.base:
-        base = ExplainedSource(making.base.ref, place.lead, "checkpoint", {})
+        base = ExplainedSource(making.base.ref, place.lead, _delta(making.base.read(place.lead), None), {})
     sources = tuple(
         ExplainedSource(model.ref, place.name_in(i), _delta(model.read(place.name_in(i)), base), per_source[i])
         for i, (_, model) in enumerate(making.sources)
@@ -97,6 +97,8 @@ def _explained(plan: MergePlan, tensor: PlannedTensor) -> Explained:
 def _delta(read: Read, base: ExplainedSource | None) -> str:
     if read.patch:
         return read.patch.kind
+    if read.checkpoint.computed:
+        return "document"
     same = base is not None and read.source.split("+")[0] == base.model and read.name == base.tensor
     return "none" if same else "checkpoint"
 

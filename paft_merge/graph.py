@@ -195,6 +195,8 @@ class Intermediate(Checkpoint):
         plan: how it is made.
     """
 
+    computed = True
+
     def __init__(self, name: str, plan: MergePlan, *, rounded: bool) -> None:
         """`rounded`: values have the type the document would be written in, as if it had been; else they are float32."""
         super().__init__(plan.donor.checkpoint.folder, (), {**plan.donor.checkpoint.config, **plan.config}, {})
@@ -330,12 +332,13 @@ class _Ready:
 
     def compute(self, start: int, stop: int, dtype: str) -> Any:
         """Elements `[start, stop)`, one of `bounds`, as bytes of `dtype`; valid until this thread's next block."""
+        key = self.tensor.rounding_key if dtype == self.tensor.dtype else 0
         if self.combine is None:
-            return stored_bytes(self.whole[start:stop], dtype, 0, start)
+            return stored_bytes(self.whole[start:stop], dtype, key, start)
         block = self.tensor.inputs.block(start, stop)
         out = SCRATCH.array("out", stop - start, RAW.get(dtype, np.uint32))
-        self.combine(block, out, 0)
-        return out if dtype in RAW else cast(out.view(np.float32), dtype, 0, start)
+        self.combine(block, out, key)
+        return out if dtype in RAW else cast(out.view(np.float32), dtype, key, start)
 
 
 @dataclass(frozen=True)

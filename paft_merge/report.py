@@ -54,6 +54,7 @@ def plan_table(planned: MergePlan, out: Path | None) -> None:
     console.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
     for model in planned.models:
         role = "  (names, order, files, config and tokenizer are its)" if model is planned.donor else ""
+        role += "  (merged on the way)" if model.checkpoint.computed else ""
         console.print(f"  {escape(model.ref)}{role}", soft_wrap=True)
     where = "float32, rounded once" if recipe.arithmetic == "float32" else "as mergekit does it, in the storage type"
     console.print(f"arithmetic {where} ({recipe.rounding}), seed {recipe.seed}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy as np
 import pytest
 import torch
 from adapter_toys import Tensors, edit_config, edit_tensors, error, llama, merged_by_peft, merged_by_us, train

@@ -659,5 +659,5 @@ def test_the_card_has_the_metadata_of_mergekit_and_the_recipe(
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata == {"library_name": "transformers", "tags": ["mergekit", "merge", "paft"]}
     assert text in card
-    assert f"`{paths['base']}` (base)" in card
+    assert f"| `{paths['base']}` | base |" in card
     assert not (merge(text, tmp_path / "bare", write_model_card=False) / "README.md").exists()

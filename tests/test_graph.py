@@ -96,6 +96,7 @@ def test_nothing_is_rounded_on_the_way_unless_mergekit_s_arithmetic_is_asked_for
     assert made[name].dtype == torch.bfloat16
     assert (made[name] != exact).float().mean() < 0.001
     rounded = {**final, "arithmetic": "mergekit"}
+    middle["rounding"] = "stochastic"
     made = tensors_of(merge(written(tmp_path / "m.yaml", middle, rounded), tmp_path / "mergekit"))
     staged = tensors_of(one_by_one(tmp_path / "stages", rounded, middle))
     assert all(bits_equal(made[name], staged[name]) for name in made)
@@ -198,6 +199,19 @@ def test_documents_that_do_not_fit_together_are_refused_all_at_once(family: Fami
     )[0]  # fmt: skip
 
 
+def test_plans_and_explanations_say_what_is_merged_on_the_way(family: Family, tmp_path: Path) -> None:
+    f = family()
+    middle = {**recipe_for("ties", f["base"], f["x"], f["y"]), "name": "middle"}
+    path = written(tmp_path / "r.yaml", middle, recipe("slerp", "middle", f["x"], parameters={"t": 0.3}))
+    assert "middle (names, order, files, config and tokenizer are its) (merged on the way)" in " ".join(
+        paft("merge", path, "--dry-run").output.split()
+    )
+    told = paft("explain", path, "--tensor", "lm_head.weight").output
+    assert "base middle merged on the way" in " ".join(told.split())
+    told = paft("explain", path, "--tensor", "lm_head.weight", "--output-name", "middle").output
+    assert f"{path}:" in told
+
+
 def test_a_document_that_nothing_is_made_of_is_told(family: Family, tmp_path: Path) -> None:
     f = family()
     spare = {"name": "spare", **recipe("linear", None, (f["x"], {"weight": 1.0}))}
@@ -229,3 +243,53 @@ def test_a_merge_of_files_of_tensors(tmp_path: Path) -> None:
     for name, tensor in tensors_of(tmp_path / "out").items():
         s = {n: state[name] for n, state in states.items()}
         torch.testing.assert_close(tensor, s["b"] + 0.5 * (s["x"] - s["b"]) + 0.25 * (s["y"] - s["b"]))
+
+
+def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(family: Family, tmp_path: Path) -> None:
+    f = family()
+    middle = {**recipe_for("ties", f["base"], f["x"], f["y"]), "name": "middle"}
+    path = written(tmp_path / "r.yaml", middle, recipe("slerp", "middle", f["x"], parameters={"t": 0.3}))
+
+    def stop(done: Any) -> None:
+        if done.tensors == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(path, tmp_path / "out", progress=stop)
+    merge(path, tmp_path / "whole")
+    resumed: list[int] = []
+    merge(path, tmp_path / "out", resume=True, progress=lambda done: resumed.append(done.tensors))
+    assert resumed[0] >= 4
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    # Another document beneath is another merge.
+    with pytest.raises(KeyboardInterrupt):
+        merge(path, tmp_path / "other", progress=stop)
+    middle["models"][0]["parameters"]["weight"] = 0.9
+    written(path, middle, recipe("slerp", "middle", f["x"], parameters={"t": 0.3}))
+    with pytest.raises(PaftMergeError, match=r"was begun with another inputs \(middle\)"):
+        merge(path, tmp_path / "other", resume=True)
+
+
+def test_a_fault_in_what_is_merged_on_the_way_is_told_with_its_name(family: Family, tmp_path: Path) -> None:
+    import torch
+    from conftest import save_checkpoint
+
+    f = family()
+    state = tensors_of(f["y"])
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    bad = save_checkpoint(tmp_path / "bad", state)
+    middle = {**recipe("linear", None, (f["x"], {"weight": 0.5}), (bad, {"weight": 0.5})), "name": "middle"}
+    path = written(
+        tmp_path / "r.yaml", middle, recipe("linear", None, ("middle", {"weight": 0.5}), (f["x"], {"weight": 0.5}))
+    )
+    with pytest.raises(
+        PaftMergeError, match=r"middle: model\.layers\.1\.mlp\.up_proj\.weight: 1 of 1,152 elements are NaN"
+    ):
+        merge(path, tmp_path / "out")
+    narrow = {n: t for n, t in tensors_of(f["x"]).items() if n != "lm_head.weight"}
+    middle["models"][1]["model"] = str(save_checkpoint(tmp_path / "narrow", narrow))
+    with (
+        pytest.raises(PaftMergeError, match=r"narrow: lacks 'lm_head\.weight'"),
+        open_plan(written(path, middle, recipe("linear", None, ("middle", {"weight": 1.0})))),
+    ):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from paft_merge.cli import cli
 from paft_merge.errors import PaftMergeError, RecipeError
 from paft_merge.pipeline import load_run, plan, run
 from paft_merge.pipeline.overrides import put, way
-from paft_merge.pipeline.steps import Merge, Train
+from paft_merge.pipeline.steps import Merge, Planner, Train
 from paft_merge.pipeline.table import Cell, Row, Table
 from paft_merge.starter import starter
 
@@ -278,6 +279,14 @@ def test_an_override_is_read_as_yaml(world: Path) -> None:
     assert read.adapters["sft"].l1.strength == 1e-3
     assert read.seeds == (1, 2)
     assert read.audit is None
+
+
+def test_the_run_recipe_of_the_readme_is_one(tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(# paft run .*?)```", readme, re.DOTALL)
+    (tmp_path / "r.yaml").write_text(recipe)
+    made = Planner.plan(load_run(tmp_path / "r.yaml"), tmp_path / "run")
+    assert {step.stage for step in made.steps.values()} == {"train", "merge", "evaluate"}
 
 
 # --- paft init --------------------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_state, save_adapter, save_checkpoint
-from merge_toys import Ref, bits_equal, manifest_of, on, tensors_of
+from merge_toys import Ref, bits_equal, manifest_of, on, recipe_for, tensors_of
 from mergekit_toys import llama_family, mergekit_merge
 
 from paft_merge import merge
 from paft_merge.api import open_plan
 from paft_merge.errors import PaftMergeError
+from paft_merge.methods import METHODS
 
 LAYERS = 4
 
@@ -113,6 +114,28 @@ def test_slices_are_merged_as_mergekit_merges_them(kind: str, llamas: dict[str, 
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6, msg=name)
     counts = {config_of(tmp_path / who)["num_hidden_layers"] for who in ("theirs", "ours")}
     assert counts == {1 + max(int(n.split(".")[2]) for n in ours if ".layers." in n)}
+
+
+RANDOM_OR_OURS = {"l1_ties", "sign_election", "dare_linear", "dare_ties", "della", "della_linear"}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM_OR_OURS])
+def test_every_method_merges_slices_as_mergekit_does(method: str, llamas: dict[str, Path], tmp_path: Path) -> None:
+    plain = recipe_for(method, *(llamas[name] for name in ("base", "x", "y", "z")), dtype="float32")
+    base = [{"model": plain["base_model"]}] if "base_model" in plain else []
+    slices = []
+    for first in (0, 2, 1):
+        starts = [(first + i) % 3 for i, _ in enumerate((*base, *plain["models"]))]
+        spans = [[start, start + 2] for start in starts]
+        slices.append(
+            {"sources": [{**m, "layer_range": s} for m, s in zip([*base, *plain["models"]], spans, strict=True)]}
+        )
+    recipe = {**{k: v for k, v in plain.items() if k != "models"}, "slices": slices}
+    theirs = mergekit_merge(recipe, tmp_path / "theirs")
+    ours = tensors_of(merge(recipe, tmp_path / "ours"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ TEXTS = {
     "rounding": "`nearest` (default) or `stochastic`",
     "seed": "of all that is random",
     "arithmetic": "`float32` (default) or `mergekit`, for its numbers bit for bit",
-    "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`, a mapping `{model, lora, override_architecture}`, a document's name, or a lone `.safetensors` (`.pt` with `--lazy-unpickle`) file",
+    "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`, a mapping `{model, lora, override_architecture}`, a document's name, or a lone `.safetensors` (`.pt` with `--lazy-unpickle`) file, which gives a folder of weights, manifest and card",
     "models[].parameters": "for this source: a value, a gradient (list) over its layers, or conditions `{filter, value}`; a filter is part of a tensor's name",
     "slices[].sources": "one model each, all with equally many layers; the base among them where the method has one",
     "slices[].base_model": "instead of the recipe's",

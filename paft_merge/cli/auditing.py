@@ -13,7 +13,7 @@ import click
 from paft_merge.cli.terminal import terminable, warn
 
 
-@click.command()
+@click.command(short_help="How sparse adapters are, and whether they will merge.")
 @click.argument("sources", nargs=-1, required=True)
 @click.option(
     "--base", help="What the sources change, a folder or Hub name. Adapters do without it, as far as that goes."

@@ -15,7 +15,7 @@ from paft_merge.cli.terminal import terminable
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Measure a model, or an adapter on its base.")
 @click.argument("model")
 @click.option("--recipe", type=_FILE, help="Do what the section evaluate: of this recipe says.")
 @set_option

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from paft_merge.recipe import Resolved
 
 
-@click.command()
+@click.command(short_help="Every tensor's method, sources and parameters, with lines.")
 @click.argument("recipe")
 @click.option(
     "--tensor", "pattern", default="*", metavar="GLOB", help="Only tensors whose names fit, e.g. '*.0.mlp.*'."
@@ -68,7 +68,9 @@ def _show(group: Sequence[Explained]) -> None:
 def _input(tensor: Explained, source: ExplainedSource) -> str:
     from rich.markup import escape
 
-    kind = {"checkpoint": "", "none": "  [dim]no delta[/]"}.get(source.delta, f"  [dim]{source.delta}[/]")
+    kind = {"checkpoint": "", "none": "  [dim]no delta[/]", "document": "  [dim]merged on the way[/]"}.get(
+        source.delta, f"  [dim]{source.delta}[/]"
+    )
     renamed = "" if source.tensor == tensor.name else f"  [yellow]{escape(source.tensor)}[/]"
     return f"{escape(source.model)}{renamed}{kind}"
 

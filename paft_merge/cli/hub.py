@@ -13,7 +13,7 @@ from paft_merge.cli.terminal import import_option, terminable, warn
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Fetch what a merge needs from the Hub.")
 @click.argument("reference", metavar="REF")
 @click.option("--lazy-unpickle", is_flag=True, help="Take .bin files where there is nothing else.")
 def pull(reference: str, lazy_unpickle: bool) -> None:
@@ -37,7 +37,7 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
             click.echo(str(folder))
 
 
-@click.command()
+@click.command(short_help="Send a model, an adapter or a report to the Hub.")
 @click.argument("folder", type=FOLDER)
 @click.argument("repo_id")
 @click.option("--private/--public", default=None, help="Of a repository that is made now. Default: the account's own.")
@@ -60,7 +60,7 @@ def push(
     click.echo(url)
 
 
-@click.command()
+@click.command(short_help="Write the model card of a merge anew.")
 @click.argument("folder", type=FOLDER)
 @click.option("--overwrite", is_flag=True, help="Replace a card that was edited.")
 def card(folder: Path, overwrite: bool) -> None:
@@ -74,7 +74,7 @@ def card(folder: Path, overwrite: bool) -> None:
     click.echo(f"{folder / 'README.md'}")
 
 
-@click.command()
+@click.command(short_help="Merge again from a manifest, and compare the bytes.")
 @click.argument("place", metavar="FOLDER_OR_REPO")
 @click.argument("out", type=FOLDER, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

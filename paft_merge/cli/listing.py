@@ -7,7 +7,7 @@ import click
 from paft_merge.cli.terminal import import_option
 
 
-@click.command()
+@click.command(short_help="The merge methods, or one with its parameters.")
 @click.argument("name", required=False)
 @import_option
 def methods(name: str | None, imports: tuple[str, ...]) -> None:

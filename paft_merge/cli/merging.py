@@ -46,7 +46,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
+@click.command(short_help="Merge the models of a recipe into a folder.")
 @click.argument("recipe")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--dry-run", is_flag=True, help="Show the plan, from headers alone, and write nothing.")

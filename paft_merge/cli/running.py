@@ -24,7 +24,7 @@ set_option = click.option(
 )  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="Train, audit, merge, evaluate and push, as a recipe says.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
 @click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Write a commented recipe to begin with.")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path), required=False)
 @click.option("--base", required=True, help="The model to start from: a folder or Hub name.")
 @click.option(

@@ -13,7 +13,7 @@ import click
 from paft_merge.cli.terminal import terminable
 
 
-@click.command()
+@click.command(short_help="Train the sparse adapters of a recipe.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Train this adapter only; may be repeated.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from paft_merge.tuning import Trial
 
 
-@click.command()
+@click.command(short_help="Search for the weights and densities that merge best.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(file_okay=False, path_type=Path))
 @click.option(

@@ -131,7 +131,8 @@ def _entries(delta: Tensor, slots: int) -> tuple[Tensor, Tensor, int]:
     flat = delta.flatten()
     chosen = flat != 0
     count = int(chosen.sum())
-    spare = (~chosen).nonzero().flatten()
+    last = len(flat) - slots  # from here on there are zeros enough
+    spare = last + (~chosen[last:]).nonzero().flatten()
     chosen[spare[len(spare) - (slots - count) :]] = True
     where = chosen.nonzero().flatten()
     indices = torch.stack([where // delta.shape[1], where % delta.shape[1]]).to(torch.int32)

@@ -180,8 +180,8 @@ def _look_at_data(job: Job) -> None:
         job.facts["prompts_cut"] = cut
         if cut:
             job.warn(f"{cut} of {len(job.rows)} prompts were cut from the left to {spec.max_prompt_tokens} tokens")
-    whole = getattr(job.arguments, "packing", False) and job.arguments.packing_strategy != "bfd"  # which cuts, as rows do
-    limit = None if whole else getattr(job.arguments, "max_length", None)
+    uncut = getattr(job.arguments, "packing", False) and job.arguments.packing_strategy != "bfd"  # bfd cuts
+    limit = None if uncut else getattr(job.arguments, "max_length", None)
     counts = sets.count_cut(job.rows, tokenizer, limit, getattr(job.arguments, "dataset_text_field", "text"))
     job.facts.update(counts)
     if counts.get("rows_cut"):
