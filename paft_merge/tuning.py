@@ -252,7 +252,10 @@ def _write(recipe: RunRecipe, best: Trial, trials: list[Trial], spec: TuneSpec, 
     """Write the winning recipe (the whole run's, with the winner as its merge), every trial, and the plot."""
     data = {key: value for key, value in load_run(recipe.file).located.data.items() if key != "tune"}
     data["merge"] = merge_with(recipe, best.parameters)
-    head = f"# {spec.metric} = {best.value:.4f}: trial {best.number} of {len(trials)}; found by paft tune in {recipe.file.name}\n"
+    head = (
+        f"# {spec.metric} = {best.value:.4f}: trial {best.number} of {len(trials)}; found by paft tune.\n"
+        f"# Copy it beside {recipe.file.name}, where its relative paths start; its adapters are then not trained again.\n"
+    )
     (folder / BEST).write_text(head + dump_yaml(data), encoding="utf-8")
     keys, names = list(spec.space), list(best.scores)
     lines = [",".join(["trial", "value", *keys, *names])]
