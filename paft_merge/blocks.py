@@ -219,7 +219,7 @@ class CpuOps:
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
         """Per source: how many magnitudes lie inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
         n, size = block.sources.shape
-        found, counts = SCRATCH.array("found", (n, size), np.uint32), np.empty((n, 2), np.int64)
+        found, counts = SCRATCH.array("found", (n, size + 1), np.uint32), np.empty((n, 2), np.int64)
         bounds = np.array(low, np.uint32), np.array(width, np.uint32)
         kernels.collect(block.base, block.sources, block.subtract, *bounds, found, counts)
         return counts, [row[:inside].copy() for row, inside in zip(found, counts[:, 0], strict=True)]

@@ -286,9 +286,10 @@ class _Held:
 
 
 def _may_be_held(tensor: PlannedTensor) -> bool:
-    """Whether a tensor is of the kind and size that is merged in one pass."""
+    """Whether a tensor is of the kind and size that is merged in one pass: its deltas cost more than reading them again."""
     tile = tensor.bounds[0][1] if tensor.bounds else 0
-    return tensor.dtype in RAW and not tensor.rounding_key and tensor.nbytes <= HELD_BYTES and tile <= TILE
+    plain = tensor.inputs.form == "raw" or tensor.dtype not in RAW or tensor.rounding_key
+    return not plain and tensor.nbytes <= HELD_BYTES and tile <= TILE
 
 
 def _delta_block(base: Tensor, sources: Sequence[Tensor], start: int, stop: int) -> Block:

@@ -165,12 +165,14 @@ def collect(base: Any, sources: Any, subtract: bool, low: Any, width: Any, found
         base, sources, subtract: as in `histogram`.
         low: `[n]` uint32, the lowest magnitude (bits) of each source's bracket.
         width: `[n]` uint32, the number of bit patterns in the bracket; 0 skips the source.
-        found: `[n, E]` uint32; row i receives the magnitudes inside, in order of position.
+        found: `[n, E + 1]` uint32; row i receives the magnitudes inside, in order of position.
         counts: `[n, 2]` int64; receives how many are inside and how many above.
     """
     n, size = sources.shape
     base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
     base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    inside = np.zeros(STRIP, np.uint8)
+    words = inside.view(np.uint64)  # eight flags at a time: few are set
     for i in range(n):
         counts[i, 0] = 0
         counts[i, 1] = 0
@@ -183,18 +185,17 @@ def collect(base: Any, sources: Any, subtract: bool, low: Any, width: Any, found
                 continue
             _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
             lo, span, row, at = low[i], width[i], found[i], counts[i, 0]
-            high = lo + span
-            inside, above = 0, 0
+            high, above = lo + span, np.uint32(0)
             for j in range(m):
                 u = bits[j] & _MAGNITUDE
-                bits[j] = u - lo
-                above += u >= high
-                inside += (u - lo) < span
-            if inside:
-                for j in range(m):
-                    if bits[j] < span:
-                        row[at] = bits[j] + lo
-                        at += 1
+                bits[j] = u
+                above = np.uint32(above + np.uint32(u >= high))
+                inside[j] = np.uint8(np.uint32(u - lo) < span)
+            for word in range((m + 7) // 8):
+                if words[word]:
+                    for j in range(8 * word, min(8 * word + 8, m)):
+                        row[at] = bits[j]
+                        at += np.int64(inside[j])
             counts[i, 0] = at
             counts[i, 1] += above
 

@@ -137,7 +137,8 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setattr(blocks, "TILE", 1 << 10)
     made = torch.Generator().manual_seed(0)
     base = {f"layers.{i}.w": (torch.randn(120, 64 + i, generator=made) * 0.02).bfloat16() for i in range(4)}
-    states = {"base": base, "x": near(base, 1), "y": near(base, 2, 2e-3)}
+    wide = {name: tensor.float() for name, tensor in base.items()}  # of another type, so that deltas are computed
+    states = {"base": base, "x": near(wide, 1), "y": near(wide, 2, 2e-3)}
     return {name: save_checkpoint(tmp_path / name, state) for name, state in states.items()}
 
 
