@@ -272,6 +272,23 @@ def test_the_push_reaches_a_hub(world: Path, copied: Path, hub: HubServer, monke
     assert str(copied) not in there["README.md"].decode()
 
 
+@UPLOADS
+@pytest.mark.parametrize("noted", [True, False], ids=["after the note", "before the note"])
+def test_a_run_killed_in_the_push_sends_nothing_twice(
+    noted: bool, world: Path, copied: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    wanted = ["push={repo_id: me/toy, tags: [paft]}"]
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, 1, before_it_is_noted=not noted)
+        with pytest.raises(Killed):
+            run(world, copied, overrides=wanted)
+    first = hub.files("me/toy")
+    run(world, copied, overrides=wanted)
+    assert hub.files("me/toy") == first
+    assert run(world, copied, overrides=wanted).done == ()
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

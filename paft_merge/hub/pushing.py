@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -64,7 +65,7 @@ def push(
         branch: made from `main` when it does not exist; `main` by default.
         create_pr: open a pull request instead of committing.
         message: of the commit.
-        tags: that the commit is to have; none of them may exist.
+        tags: that the commit is to have; none of them may be on another commit.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -81,10 +82,10 @@ def push(
     api = HfApi()
     repo_id = _repository(api, repo_id, private)
     with asking(repo_id):
-        _refuse_tags(api, repo_id, tags)
         if branch and branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-        head = api.model_info(repo_id, revision=branch, files_metadata=False)
+        head = api.model_info(repo_id, revision=branch, files_metadata=bool(tags))
+        _refuse_tags(api, repo_id, tags, head.sha if tags and _holds(head.siblings or (), parcel) else None)
         there = [s.rfilename for s in head.siblings or ()]
         adds = [CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()]
         deletes = [CommitOperationDelete(name) for name in _replaced(parcel, there)]
@@ -93,7 +94,7 @@ def push(
             revision=branch, create_pr=create_pr, parent_commit=head.sha,
         )  # fmt: skip
         for tag in tags:
-            api.create_tag(repo_id, tag=tag, revision=made.pr_revision if create_pr else made.oid)
+            api.create_tag(repo_id, tag=tag, revision=made.pr_revision if create_pr else made.oid, exist_ok=True)
     return str(made.pr_url if create_pr and made.pr_url else made.commit_url)
 
 
@@ -215,11 +216,33 @@ def _repository(api: HfApi, repo_id: str, private: bool | None) -> str:
     return repo_id
 
 
-def _refuse_tags(api: HfApi, repo_id: str, tags: Sequence[str]) -> None:
+def _refuse_tags(api: HfApi, repo_id: str, tags: Sequence[str], commit: str | None) -> None:
+    """A tag may be there already only on `commit`, where a push of the same files that was cut off has put it."""
     if tags:
-        taken = sorted({tag.name for tag in api.list_repo_refs(repo_id).tags} & set(tags))
+        found = {tag.name for tag in api.list_repo_refs(repo_id).tags if tag.target_commit != commit}
+        taken = sorted(found & set(tags))
         if taken:
             raise HubError.of("HUB_EXISTS", repo_id, f"has the tag {', '.join(taken)} already", "choose another tag")
+
+
+def _holds(there: Sequence[Any], parcel: Parcel) -> bool:
+    """Whether a commit's files are those of the parcel, by the Hub's own digests: sha256, or git's name of a content."""
+    digests = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in there}
+    return all(
+        digests.get(name)
+        in (
+            _digest(path, hashlib.sha256()),
+            _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)),
+        )
+        for name, path in parcel.files.items()
+    )
+
+
+def _digest(path: Path, digest: Any) -> str:
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return str(digest.hexdigest())
 
 
 def _replaced(parcel: Parcel, there: Sequence[str]) -> list[str]:
