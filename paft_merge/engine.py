@@ -38,7 +38,7 @@ HELD_BYTES = 256 << 20
 """Merged tiles that are held at most, all tensors together, until their thresholds are known."""
 
 _HELD_TILE = 8 * TILE
-"""Bytes for one of them and what it sets aside; what is not used costs no memory."""
+"""Bytes for one of them, of float32 at most, and as many for what it sets aside; what is not used costs no memory."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _Worker:
                     return out, *settling.merge(block, out, out[:0].view(np.uint8))
                 tile = held[block.index // bounds[0][1]]
                 out = tile[: block.sources.shape[1] * tensor.width].view(kind)
-                return out, *settling.merge(block, out, tile[out.nbytes :])
+                return out, *settling.merge(block, out, tile[_HELD_TILE // 2 :])
 
             first = walk.each(merge)
             opened, starts = [o for _, _, o in first], [start for start, _ in bounds]

@@ -82,7 +82,7 @@ class Settling:
         # What the deltas are was counted when they were set aside; what is kept and elected of them only now.
         outcome.counts[:, 5:7] += late.counts[:, 5:7]
         outcome.sums[:, 2:] += late.sums[:, 2:]
-        outcome.bad += late.bad
+        outcome.bad += late.bad - int(np.count_nonzero(~np.isfinite(opened.held[-1])))  # the base stood there before
 
 
 def settling(trims: Sequence[Trim], election: Election, numel: int, each: Each) -> Settling | None:

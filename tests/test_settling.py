@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import near, save_checkpoint
-from merge_toys import files_of, recipe
+from conftest import near, random_state, save_adapter, save_checkpoint
+from merge_toys import files_of, manifest_of, on, recipe
 from test_sparsify import Cut, deltas
 
 import paft_merge
@@ -176,3 +176,23 @@ def test_the_output_does_not_depend_on_how_it_was_found(
     for name, content in reference.items():
         if name.endswith(".safetensors") or how in ("held", "not held"):
             assert out[name] == content, name
+
+
+def test_an_infinite_base_that_is_set_aside_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TILE", 1 << 10)
+    monkeypatch.setattr("paft_merge.sparsify._SAMPLE_MARGIN", 0.2)  # so that no bracket misses
+    name, base = "model.layers.0.mlp.up_proj.weight", random_state(0, torch.bfloat16, layers=1, width=33)
+    adapter = save_adapter(tmp_path / "sft", base, 3)
+    base[name].view(-1)[::5] = torch.inf
+    asked = recipe(
+        "ties", folder := save_checkpoint(tmp_path / "base", base), (on(folder, adapter), {"weight": 1, "density": 0.3})
+    )
+    outs = []
+    for held in (True, False):
+        with monkeypatch.context() as patch:
+            if not held:
+                patch.setattr(engine, "_may_be_held", lambda tensor: False)
+            out = paft_merge.merge(asked, tmp_path / f"out{held}", allow_nonfinite=True)
+            outs.append((files_of(out)["model.safetensors"], manifest_of(out)["tensors"][name].get("nonfinite")))
+    assert outs[0] == outs[1]
+    assert outs[0][1] == len(base[name].view(-1)[::5])
