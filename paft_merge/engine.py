@@ -318,7 +318,7 @@ class _Tiles:
         bounds = [self.tensor.bounds[i] for i in tiles] if tiles is not None else self.tensor.bounds
         if sample:
             row = self.tensor.row
-            bounds = [(a, a + max(1, (b - a) // row // 16) * row) for a, b in bounds]
+            bounds = [(a, a + max(1, (b - a) // row // 32) * row) for a, b in bounds]
         return list(_in_order(self.pool, run, bounds, ahead=len(bounds)))
 
 

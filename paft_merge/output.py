@@ -150,7 +150,8 @@ class Output:
         self.writer.write(name, start, buffer)
 
     def finish_tensor(self, finished: Finished) -> None:
-        """Note that all of a tensor's bytes are written."""
+        """Note that all of a tensor's bytes are written, once they are."""
+        self.writer.settle(finished.name)
         self.finished[finished.name] = finished
         with _writing(self.part):
             self.journal.write(_line(finished.to_json()))

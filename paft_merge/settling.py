@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from paft_merge.blocks import Block, CpuOps, Each, Election, Open, Outcome, Survival
-from paft_merge.sparsify import EVERY_BRACKET, Trim, draw_sample, guess_bracket, kept_count
+from paft_merge.sparsify import EVERY_BRACKET, Trim, draw_sample, guess_bracket, kept_count, small
 
 _OPEN_AT_MOST = 0.1
 """Share of a sample that may be inside its bracket; a delta full of ties is cheaper measured first."""
@@ -98,10 +98,10 @@ def settling(trims: Sequence[Trim], election: Election, numel: int, each: Each) 
     known = [rank or 0 for rank in ranks]
     if None in ranks or not any(known):
         return None
-    small = each.tiles <= 2  # too small for a sample, and small enough to set all of it aside
-    brackets, sample = [(0, 0)] * len(trims), [] if small else draw_sample(each, CpuOps())
+    every = small(numel, each)
+    brackets, sample = [(0, 0)] * len(trims), [] if every else draw_sample(each, CpuOps())
     for i, rank in enumerate(known):
-        if rank and small:
+        if rank and every:
             brackets[i] = EVERY_BRACKET
         elif rank:
             low, width = brackets[i] = guess_bracket([tile[i] for tile in sample], rank / numel)

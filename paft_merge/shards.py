@@ -8,12 +8,14 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from paft_merge.direct import Background, open_direct, write_all
 from paft_merge.errors import OutputError
 from paft_merge.headers import DTYPES, MAX_JSON_BYTES, ByteBuffer, as_bytes, fill
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 Planned: TypeAlias = "tuple[str, str, tuple[int, ...]]"
 """A tensor to be written: name, safetensors' dtype name, shape."""
+
+_DIRECT_FROM = 64 << 20
+"""Files from this size on are written past the page cache; smaller ones are often read right after."""
 
 _FORMAT = {"format": "pt"}  # transformers refuses a file that does not say so
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -187,6 +192,8 @@ class ShardWriter:
         self._slots = {slot.name: slot for shard in shards for slot in shard.slots}
         self._shards = {shard.file: shard for shard in shards}
         self._fds: dict[str, int] = {}
+        self._direct: dict[str, int] = {}
+        self._background, self._later = Background(), dict[str, list[Future[None]]]()
         made = list[str]()
         try:
             kept = {shard.file for shard in shards if resume and os.path.lexists(folder / shard.file)}
@@ -197,6 +204,9 @@ class ShardWriter:
                 else:
                     self._create(shard)
                     made.append(shard.file)
+                direct = open_direct(folder / shard.file) if shard.size >= _DIRECT_FROM else None
+                if direct is not None:
+                    self._direct[shard.file] = direct
         except BaseException:
             self.close()
             for file in made:
@@ -211,7 +221,7 @@ class ShardWriter:
         self.close()
 
     def write(self, name: str, start: int, buffer: ByteBuffer) -> None:
-        """Write bytes of tensor `name`, from its byte `start` on.
+        """Write bytes of tensor `name`, from its byte `start` on; of a large file some time later (see `settle`).
 
         Args:
             name: a tensor of the plan.
@@ -223,7 +233,18 @@ class ShardWriter:
         """
         slot, view = self._within(name, start, buffer)
         with self._telling(slot.file):
-            _write_all(self._fds[slot.file], view, slot.offset + start)
+            direct = self._direct.get(slot.file)
+            if direct is None:
+                write_all(self._fds[slot.file], view, slot.offset + start)
+            else:
+                later = self._background.write(self._fds[slot.file], direct, view, slot.offset + start)
+                self._later.setdefault(name, []).extend(later)
+
+    def settle(self, name: str) -> None:
+        """Wait until all that was written of tensor `name` is in its file; raises as `write` does."""
+        with self._telling(self._slots[name].file):
+            for write in self._later.pop(name, []):
+                write.result()
 
     def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
         """Read back what `write` has written; on resume, to check it against the journal."""
@@ -234,6 +255,8 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Bring every file, and then the names in the folder, safely to disk."""
+        for name in list(self._later):
+            self.settle(name)
         for file, fd in self._fds.items():
             with self._telling(file):
                 os.fsync(fd)
@@ -241,8 +264,10 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close every file; a second call does nothing."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self._background.close()
+        for fds in (self._direct, self._fds):
+            while fds:
+                os.close(fds.popitem()[1])
 
     def _within(self, name: str, start: int, buffer: ByteBuffer) -> tuple[Slot, memoryview]:
         slot, view = self._slots[name], as_bytes(buffer)
@@ -259,7 +284,7 @@ class ShardWriter:
             fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 _reserve(fd, shard.size)
-                _write_all(fd, memoryview(shard.header), 0)
+                write_all(fd, memoryview(shard.header), 0)
                 os.rename(made, path)
             except BaseException:
                 os.close(fd)
@@ -305,12 +330,6 @@ class ShardWriter:
 def _free_bytes(folder: Path) -> int:
     seen = os.statvfs(folder)
     return seen.f_bavail * seen.f_frsize
-
-
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
 
 
 def _reserve(fd: int, size: int) -> None:

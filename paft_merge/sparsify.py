@@ -25,8 +25,14 @@ _ALL_BITS = 0x7F800000
 EVERY_BRACKET = (1, _ALL_BITS - 1)
 """Lowest bits and number of bits of every finite magnitude but zero."""
 
-_SAMPLE_STEP = 2
+_SMALL = 1 << 16
+"""Entries of one or two tiles that are too few for a sample to tell anything."""
+
+_SAMPLE_STEP = 4
 """Of the sampled rows, one entry in this many is looked at: entries of a row are more alike than rows are."""
+
+_LISTED = 16
+"""Of a tile's magnitudes at most one in this many is held as it is; more are held as distinct ones, whose number ties keep small."""
 
 _SAMPLE_ERRORS = 3.5
 """Half the width of a guessed bracket, in standard errors of the sampled share between tiles. A miss costs one more pass."""
@@ -125,8 +131,15 @@ def trim_globally(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, re
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
 
 
+def small(numel: int, each: Each) -> bool:
+    """Whether a tensor is too small for a sample, and small enough to look at all of it."""
+    return each.tiles <= 2 and numel < _SMALL
+
+
 def draw_sample(each: Each, ops: Ops) -> list[Any]:
-    """Magnitudes of about one entry in 32 of every tile: `[n, K]` uint32 each."""
+    """Magnitudes of about one entry in 128 of every tile, or in 8 where there are one or two: `[n, K]` uint32 each."""
+    if each.tiles <= 2:
+        return each(lambda block: ops.sample(block, 2 * _SAMPLE_STEP))
     return each(lambda block: ops.sample(block, _SAMPLE_STEP), sample=True)
 
 
@@ -182,17 +195,18 @@ def _bits(value: float) -> int:
 
 @dataclass
 class _Bracket:
-    """The magnitudes of one source in a range of bits: distinct bits and their counts, tile by tile; zero is never inside."""
+    """The magnitudes of one source in a range of bits, tile by tile; zero is never inside."""
 
     low: int
     width: int
     above: int = 0
     tiles: Sequence[tuple[Any, Any]] = ()
+    """Each tile's bits, and None; or, where there are many, its distinct bits, ascending, and how often each occurs."""
 
     def merged(self) -> tuple[Any, Any]:
         """Distinct bits, largest first, and how often each occurs in the tensor."""
         bits = np.concatenate([b for b, _ in self.tiles])
-        counts = np.concatenate([c for _, c in self.tiles])
+        counts = np.concatenate([np.ones(b.size, np.int64) if c is None else c for b, c in self.tiles])
         order = np.argsort(bits, kind="stable")[::-1]
         bits, counts = bits[order], counts[order]
         if not bits.size:
@@ -202,8 +216,29 @@ class _Bracket:
 
     def holds(self, rank: int) -> bool:
         """Whether the `rank`-th largest magnitude is inside, or no entry that is not zero is left below."""
-        inside = sum(int(c.sum()) for _, c in self.tiles)
+        inside = sum(b.size if c is None else int(c.sum()) for b, c in self.tiles)
         return self.above < rank and (rank <= self.above + inside or self.low == 1)
+
+    def at(self, rank: int) -> tuple[int, int, int]:
+        """Bits of the `rank`-th largest magnitude, how many are larger, and how many are equal; zeros when it is zero."""
+        if any(counts is not None for _, counts in self.tiles):
+            bits, often = self.merged()
+            running = self.above + np.cumsum(often)
+            at = int(np.searchsorted(running, rank))
+            return (int(bits[at]), int(running[at] - often[at]), int(often[at])) if at < len(bits) else (0, 0, 0)
+        bits = np.concatenate([b for b, _ in self.tiles])
+        place = bits.size - (rank - self.above)
+        if place < 0:
+            return 0, 0, 0
+        bits.partition(place)  # the larger ones are behind it now
+        larger = int(np.count_nonzero(bits[place:] > bits[place]))
+        return int(bits[place]), self.above + larger, int(np.count_nonzero(bits == bits[place]))
+
+    def equal(self, tile: int, bits: int) -> int:
+        """How many magnitudes of a tile are exactly `bits`."""
+        values, counts = self.tiles[tile]
+        same = values == bits
+        return int(np.count_nonzero(same) if counts is None else counts[same].sum())
 
 
 class _Search:
@@ -292,21 +327,17 @@ class _Search:
     def _threshold(self, i: int, rank: int) -> tuple[int, int]:
         """Bits and cut of the `rank`-th largest magnitude of source `i`; (0, 0) when that is zero."""
         bracket = self.brackets[i, rank]
-        bits, often = bracket.merged()
-        running = bracket.above + np.cumsum(often)
-        at = int(np.searchsorted(running, rank))
-        if at == len(bits):
+        bits, larger, equal = bracket.at(rank)
+        if not equal:
             return 0, 0
-        spare = int(running[at]) - rank
-        if not spare or self.every_tie:
-            return int(bits[at]), self.numel
-        return int(bits[at]), self._cut(i, bracket, int(bits[at]), int(often[at]) - spare)
+        if larger + equal == rank or self.every_tie:
+            return bits, self.numel
+        return bits, self._cut(i, bracket, bits, rank - larger)
 
     def _cut(self, i: int, bracket: _Bracket, bits: int, kept: int) -> int:
         """The flat index below which entries equal to the threshold are kept, so that `kept` of them are."""
-        for tile, (values, counts) in enumerate(bracket.tiles):
-            at = int(np.searchsorted(values, bits))
-            here = int(counts[at]) if at < len(values) and values[at] == bits else 0
+        for tile in range(len(bracket.tiles)):
+            here = bracket.equal(tile, bits)
             if here >= kept:
                 return self._locate(i, tile, bits, kept - 1) + 1
             kept -= here
@@ -356,8 +387,8 @@ class _Search:
             self.brackets[i, ranks[i]] = bracket
 
     def _guess(self, ranks: dict[int, int]) -> dict[int, tuple[int, int]]:
-        """A range of bits for each rank: from a sample, or all of them where the tensor is no larger than two tiles."""
-        if self.each.tiles <= 2:
+        """A range of bits for each rank: from a sample, or all of them where the tensor is small."""
+        if small(self.numel, self.each):
             return dict.fromkeys(ranks, EVERY_BRACKET)
         sample = draw_sample(self.each, self.ops)
         return {i: guess_bracket([tile[i] for tile in sample], rank / self.numel) for i, rank in ranks.items()}
@@ -370,7 +401,8 @@ class _Search:
 
         def work(block: Any) -> tuple[Counts, list[tuple[Any, Any]]]:
             counts, found = self.ops.collect(block, low, width)
-            return counts, [np.unique(f, return_counts=True) for f in found]
+            many = block.sources.shape[1] // _LISTED
+            return counts, [np.unique(f, return_counts=True) if f.size > many else (f, None) for f in found]
 
         parts = self.each(work)
         return {

@@ -16,7 +16,7 @@ import paft_merge
 PACKAGE = Path(paft_merge.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "kernels", "products", "scratch", "methods.parameters"},
+    {"errors", "kernels", "products", "scratch", "direct", "methods.parameters"},
     {"headers", "mixing", "unpickle", "bridge"},
     {"checkpoint", "casting", "shards", "blocks"},
     {"agreement", "scales", "adapters", "output", "sparsify", "torch_ops"},
