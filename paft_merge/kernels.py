@@ -8,8 +8,8 @@ A block is a run of consecutive elements of one tensor, as bits: `uint16` holds 
 
 Every loop walks the block in strips that stay in the L1 cache and keeps each step a plain vector loop over the strip.
 Nothing here depends on where a block begins or ends, so the same bits come out for any block size and thread: counts are
-integers, and sums run in `STRIP` lanes, float32 for a few strips and then float64, that the caller adds block by block in
-order: what they tell of a delta is right to 2**-21 of itself, and in practice to nine digits.
+integers, and sums run over a strip in float32, in as many lanes as the processor's vectors have, and then in float64, that
+the caller adds block by block in order. What they tell of a delta is right to 2**-18 of itself, in practice to seven digits of a small tensor and nine of a large one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
 Bits = NDArray[np.uint16] | NDArray[np.uint32]
@@ -48,13 +49,33 @@ _INFINITY = np.uint32(INFINITY)
 _E6, _E5, _E4, _E3 = (np.float32(e).view(np.uint32) for e in (1e-6, 1e-5, 1e-4, 1e-3))
 _SMALL, _LARGE = (np.float32(e).view(np.uint32) for e in (2.0**-50, 2.0**60))
 """Bits of magnitudes whose squares, and some thousand of them added, are far from the ends of float32."""
-FLUSH = 8
-"""Strips whose statistics are added in float32 before they go to float64."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 
 jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+
+@intrinsic
+def _bits_of(_: Any, value: Any) -> Any:
+    """The bits of a float32, in a register: a view of a whole array, read as one type and written as another, is no vector loop."""
+    return types.uint32(types.float32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], ir.IntType(32))
+
+
+@intrinsic
+def _float_of(_: Any, bits: Any) -> Any:
+    """The float32 that has these bits."""
+    return types.float32(types.uint32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], ir.FloatType())
+
+
+@intrinsic
+def _sum(_: Any, total: Any, value: Any) -> Any:
+    """`total + value` in float32, where the order of many such additions is free: so that a loop of them can be a vector loop."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments, flags=("reassoc",))
+
+    return types.float32(types.float32, types.float32), generate
 
 
 def _load(x: Any, bits: Any) -> Any:
@@ -264,60 +285,45 @@ def gram(base: Any, sources: Any, subtract: bool, out: Any) -> None:
 
 
 @njit(inline="always")
-def _tally(bits: Any, values: Any, count: int, counts: Any) -> bool:
-    """Count one strip of a delta into its row of the tally; say whether its squares leave the range of float32."""
+def _tally(values: Any, count: int, counts: Any, sums: Any) -> bool:
+    """Add one strip of a delta to its row of the tally; say whether its squares leave the range of float32."""
     largest, zeros, e6, e5, e4, e3 = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+    absolute, square = np.float32(0), np.float32(0)
     for j in range(count):  # 32-bit counters: twice as many of them fit in a register
-        u = bits[j] & _MAGNITUDE
+        v = values[j]
+        u = _bits_of(v) & _MAGNITUDE
         largest = max(largest, u)
         zeros = np.uint32(zeros + np.uint32(u == np.uint32(0)))
         e6 = np.uint32(e6 + np.uint32(u < _E6))
         e5 = np.uint32(e5 + np.uint32(u < _E5))
         e4 = np.uint32(e4 + np.uint32(u < _E4))
         e3 = np.uint32(e3 + np.uint32(u < _E3))
+        absolute = _sum(absolute, abs(v))
+        square = _sum(square, v * v)
     counts[0] += zeros
     counts[1] += e6
     counts[2] += e5
     counts[3] += e4
     counts[4] += e3
     counts[7] = max(counts[7], np.int64(largest))
-    return (largest < _SMALL) | (largest > _LARGE)
-
-
-@njit(inline="always")
-def _norms(values: Any, count: int, wide: bool, lanes: Any, total: Any) -> None:
-    """Add a strip's |v| and v*v to float32 lanes `[2, STRIP]`, or to the float64 ones of `total` where those would not hold them."""
+    wide = (largest > _LARGE) | ((largest < _SMALL) & (largest > np.uint32(0)))
     if wide:
         for j in range(count):
-            size = abs(np.float64(values[j]))
-            total[0, j] += size
-            total[1, j] += size * size
+            sums[0] += abs(np.float64(values[j]))
+        sums[1] += _square(values, count)
     else:
-        absolute, square = lanes[0], lanes[1]
-        for j in range(count):
-            size = abs(values[j])
-            absolute[j] += size
-            square[j] += size * size
+        sums[0] += np.float64(absolute)
+        sums[1] += np.float64(square)
+    return wide
 
 
 @njit(inline="always")
-def _squares(values: Any, count: int, wide: bool, lane: Any, total: Any) -> None:
-    """Likewise for v*v alone: `lane`, `total` `[STRIP]`."""
-    if wide:
-        for j in range(count):
-            total[j] += np.float64(values[j]) * np.float64(values[j])
-    else:
-        for j in range(count):
-            lane[j] += values[j] * values[j]
-
-
-@njit(inline="always")
-def _flush(lanes: Any, totals: Any) -> None:
-    """Empty float32 lanes into float64 ones, all `[..., STRIP]`: after `FLUSH` strips a sum has lost 2**-21 of itself at most."""
-    for lane, total in zip(lanes, totals):  # noqa: B905  # numba knows no strict
-        for j in range(STRIP):
-            total[j] += np.float64(lane[j])
-            lane[j] = np.float32(0)
+def _square(values: Any, count: int) -> float:
+    """The sum of v*v over a strip whose squares are too large or too small for float32."""
+    total = 0.0
+    for j in range(count):
+        total += np.float64(values[j]) * np.float64(values[j])
+    return total
 
 
 @jit
@@ -344,9 +350,8 @@ def blend(
     n, size = sources.shape
     base_u, bits, total_u = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
     base_f, values, total = base_u.view(np.float32), bits.view(np.float32), total_u.view(np.float32)
-    lanes, totals = np.zeros((n, 2, STRIP), np.float32), np.zeros((n, 2, STRIP))
     wb = np.float32(base_weight)
-    bad, since = 0, 0
+    bad = 0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if base.size:
@@ -359,23 +364,16 @@ def blend(
         for i in range(n):
             _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
             if tally:
-                wide = _tally(bits, values, m, counts[i])
-                _norms(values, m, wide, lanes[i], totals[i])
+                _tally(values, m, counts[i], sums[i])
             w = weights[i]
             for j in range(m):
                 total[j] = total[j] + w * values[j]
         bad += _nonfinite(total_u, m)
         _store(total_u, out[start : start + m], key, index + start)
-        since += 1
-        if tally and (since == FLUSH or start + m == size):
-            since = 0
-            for i in range(n):
-                _flush(lanes[i], totals[i])
     for i in range(n):
-        sums[i, 0] += totals[i, 0].sum()
         # Nothing is trimmed and no sign is elected here: all that is not zero is kept, and counts as elected.
-        for k in range(1, 4):
-            sums[i, k] += totals[i, 1].sum()
+        for k in range(2, 4):
+            sums[i, k] = sums[i, 1]
         for k in range(5, 7):
             counts[i, k] += size - counts[i, 0]
     return bad
@@ -393,12 +391,12 @@ def _nonfinite(bits: Any, count: int) -> Any:
 @njit(inline="always")
 def _set_aside(
     bits: Any, values: Any, base_f: Any, m: int, start: int, low: Any, width: Any, place: Any, held: Any, found: Any,
-    tally: Any, at: int,
+    tally: Any, at: int, opened: Any,
 ) -> int:  # fmt: skip
     """Put a strip's open entries into `held` and make their deltas zero; returns how many are held by now."""
     n = len(bits)
-    opened = np.zeros(STRIP, np.uint8)
     words = opened.view(np.uint64)  # eight flags at a time: few are set
+    words[:] = np.uint64(0)
     for i in range(n):
         if width[i]:
             row, lo, span, over = bits[i], low[i], width[i], np.uint32(0)
@@ -464,17 +462,17 @@ def consensus(
         The number of elements of `out` that are not finite, and of entries that are open.
     """
     n, size = sources.shape
-    base_u, result_u = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
-    base_f, result = base_u.view(np.float32), result_u.view(np.float32)
-    bits = np.empty((n, STRIP), np.uint32)
-    values = bits.view(np.float32)
+    base_u, bits = np.empty(STRIP, np.uint32), np.empty((n, STRIP), np.uint32)
+    base_f, values = base_u.view(np.float32), bits.view(np.float32)
     vote, divisor = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
-    stays, wide = np.empty(STRIP, np.bool_), np.empty(n, np.bool_)
-    lanes, totals = np.zeros((n, 4, STRIP), np.float32), np.zeros((n, 4, STRIP))
+    result_u = np.empty(STRIP, np.uint32)
+    result = result_u.view(np.float32)
+    stays, wide, agreeing = np.empty(STRIP, np.bool_), np.empty(n, np.bool_), np.zeros(n)
     lam = np.float32(factor)
     zero, one = np.float32(0), np.float32(1)
     everything = np.uint64(1) << np.uint64(32)
-    bad, since, opened = 0, 0, 0
+    flags = np.empty(STRIP, np.uint8)
+    bad, opened = 0, 0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         _load(base[start : start + m], base_u)
@@ -482,27 +480,28 @@ def consensus(
             vote[j] = zero
         for i in range(n):
             _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
-            wide[i] = _tally(bits[i], values[i], m, counts[i])
-            _norms(values[i], m, wide[i], lanes[i], totals[i])
+            wide[i] = _tally(values[i], m, counts[i], sums[i])
         if place.size:
-            opened = _set_aside(bits, values, base_f, m, start, open_low, open_width, place, held, found, tally, opened)
+            opened = _set_aside(
+                bits, values, base_f, m, start, open_low, open_width, place, held, found, tally, opened, flags
+            )
         for i in range(n):
-            delta_u, delta = bits[i], values[i]
-            first = index + start
+            delta, first = values[i], index + start
             lo, lo_cut, hi, hi_cut = low[i], low_cut[i], high[i], high_cut[i]
-            soft, scale, w, kept = shrink[i], scales[i], weights[i], np.uint32(0)
+            soft, scale, w, kept, square = shrink[i], scales[i], weights[i], np.uint32(0), zero
             whole = (first + m <= lo_cut) | (first >= lo_cut)
             if whole & (hi == np.uint32(0xFFFFFFFF)) & (hi_cut <= 0) & (keep[i] >= everything) & (soft == zero):
-                # On the bits alone: reading bits and writing floats of one memory would not be a vector loop.
                 least = max(lo + np.uint32(first >= lo_cut), np.uint32(1))
                 for j in range(m):
-                    u = delta_u[j]
+                    u = _bits_of(delta[j])
                     stay = np.uint32((u & _MAGNITUDE) >= least)
-                    delta_u[j] = u * stay
+                    v = _float_of(np.uint32(u * stay))
+                    delta[j] = v
                     kept = np.uint32(kept + stay)
+                    square = _sum(square, v * v)
             else:
                 for j in range(m):
-                    u, at = delta_u[j] & _MAGNITUDE, first + j
+                    u, at = _bits_of(delta[j]) & _MAGNITUDE, first + j
                     stays[j] = ((u > lo) | ((u == lo) & (at < lo_cut))) & ~((u > hi) | ((u == hi) & (at < hi_cut)))
                 if keep[i] < everything:
                     for j in range(m):
@@ -512,20 +511,24 @@ def consensus(
                     v = v - soft if v > zero else (v + soft if v < zero else v)
                     delta[j] = v
                     kept = np.uint32(kept + np.uint32(v != zero))
+                    square = _sum(square, v * v)
             counts[i, 5] += kept
-            _squares(delta, m, wide[i], lanes[i, 2], totals[i, 2])
+            sums[i, 2] += _square(delta, m) if wide[i] else np.float64(square)
             if elect == 1:
                 for j in range(m):
-                    delta[j] = delta[j] * scale * w
-                    vote[j] += delta[j]
+                    v = delta[j] * scale * w
+                    delta[j] = v
+                    vote[j] += v
             elif elect == 2:
                 for j in range(m):
-                    delta[j] = delta[j] * scale
-                    vote[j] += delta[j]
+                    v = delta[j] * scale
+                    delta[j] = v
+                    vote[j] += v
             elif elect == 3:
                 for j in range(m):
-                    delta[j] = delta[j] * scale
-                    vote[j] += one if delta[j] > zero else (-one if delta[j] < zero else zero)
+                    v = delta[j] * scale
+                    delta[j] = v
+                    vote[j] += one if v > zero else (-one if v < zero else zero)
             else:
                 for j in range(m):
                     delta[j] = delta[j] * scale
@@ -535,21 +538,20 @@ def consensus(
             result[j] = zero
             divisor[j] = zero
         for i in range(n):
-            delta, w, elected = values[i], weights[i], np.uint32(0)
+            delta, w, elected, square = values[i], weights[i], np.uint32(0), zero
             coefficient = one if elect == 1 else w
             share = w if normalize == 1 else one
-            if elect != 0:
-                for j in range(m):
-                    v = delta[j]
-                    delta[j] = v if v * vote[j] > zero else zero
             for j in range(m):
                 v = delta[j]
+                v = v if (v * vote[j] > zero) | (elect == 0) else zero
                 agrees = v != zero
+                delta[j] = v
                 result[j] += v * coefficient
                 divisor[j] += share if agrees else zero
                 elected = np.uint32(elected + np.uint32(agrees))
+                square = _sum(square, v * v)
             counts[i, 6] += elected
-            _squares(delta, m, wide[i], lanes[i, 3], totals[i, 3])
+            agreeing[i] += _square(delta, m) if wide[i] else np.float64(square)
         if normalize != 0:
             for j in range(m):
                 d = divisor[j]
@@ -558,16 +560,9 @@ def consensus(
             result[j] = base_f[j] + lam * result[j]
         bad += _nonfinite(result_u, m)
         _store(result_u, out[start : start + m], key, index + start)
-        since += 1
-        if since == FLUSH or start + m == size:
-            since = 0
-            for i in range(n):
-                _flush(lanes[i], totals[i])
     for i in range(n):
-        # The elected lane holds weight * scale * delta; the tally is about the delta.
+        # What agrees is weight * scale * delta; the tally is about the delta.
         unit = np.float64(scales[i]) * (np.float64(weights[i]) if elect == 1 else 1.0)
-        for k in range(3):
-            sums[i, k] += totals[i, k].sum()
         if unit != 0.0:
-            sums[i, 3] += totals[i, 3].sum() / (unit * unit)
+            sums[i, 3] += agreeing[i] / (unit * unit)
     return bad, opened

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.kernels import FLUSH, STRIP, _flush, _hash, _load, _load_delta, _norms, _tally, jit
+from paft_merge.kernels import STRIP, _hash, _load, _load_delta, _tally, jit
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
@@ -27,24 +27,16 @@ def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any) -> No
     n, size = sources.shape
     base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
     base_f, values = base_u.view(np.float32), bits.view(np.float32)
-    lanes, totals, since = np.zeros((n, 2, STRIP), np.float32), np.zeros((n, 2, STRIP)), 0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
             _load(base[start : start + m], base_u)
         for i in range(n):
             _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
-            wide = _tally(bits, values, m, counts[i])
-            _norms(values, m, wide, lanes[i], totals[i])
-        since += 1
-        if since == FLUSH or start + m == size:
-            since = 0
-            for i in range(n):
-                _flush(lanes[i], totals[i])
+            _tally(values, m, counts[i], sums[i])
     for i in range(n):
-        sums[i, 0] += totals[i, 0].sum()
-        for k in range(1, 4):
-            sums[i, k] += totals[i, 1].sum()
+        for k in range(2, 4):
+            sums[i, k] = sums[i, 1]
         for k in range(5, 7):
             counts[i, k] += size - counts[i, 0]
 

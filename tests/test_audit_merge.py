@@ -95,7 +95,7 @@ def test_an_audit_counts_what_a_merge_writes_into_its_manifest(family: Family, t
         measure = source.total.measure
         assert (measure.entries, measure.zeros, measure.largest) == (total["entries"], total["zeros"], total["max"])
         assert [measure.below[e] for e in (1e-6, 1e-5, 1e-4, 1e-3)] == [total[f"below_1e-0{k}"] for k in (6, 5, 4, 3)]
-        assert measure.norm == pytest.approx(total["l2"], rel=1e-8)  # float32 squares in one, float64 in the other
+        assert measure.norm == pytest.approx(total["l2"], rel=2e-7)  # float32 squares in one, float64 in the other
 
 
 def test_a_proposal_previews_as_the_recipe_that_says_the_same(family: Family) -> None:

@@ -550,10 +550,10 @@ def test_the_manifest_counts_what_a_float64_reference_counts(
             assert ours[key] == ((np.abs(delta) < np.float32(bound)).sum() if bound else (delta == 0).sum()), key
         weight_of = {"x": trimmed(x[name].float() - tensor.float(), 0.25), "sft": np.zeros(tensor.shape)}
         assert ours["kept"] == np.count_nonzero(weight_of["x"])
-        assert ours["l1"] == pytest.approx(np.abs(delta).sum(), rel=1e-8)
-        assert ours["l2"] == pytest.approx(np.sqrt((delta**2).sum()), rel=1e-8)
+        assert ours["l1"] == pytest.approx(np.abs(delta).sum(), rel=2e-7)
+        assert ours["l2"] == pytest.approx(np.sqrt((delta**2).sum()), rel=2e-7)
         assert ours["max"] == np.abs(delta).max()
-        assert ours["kept_energy"] == pytest.approx((weight_of["x"] ** 2).sum() / (delta**2).sum(), rel=1e-8)
+        assert ours["kept_energy"] == pytest.approx((weight_of["x"] ** 2).sum() / (delta**2).sum(), rel=2e-7)
         assert (entry["method"], entry["dtype"], entry["shape"]) == ("ties", "BF16", list(tensor.shape))
         assert (ours["source"], ours["delta"], ours["parameters"]["density"]) == (str(paths["x"]), "checkpoint", 0.25)
         if name in sft:
