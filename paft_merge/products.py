@@ -16,8 +16,11 @@ def _aligned(rows: int, columns: int) -> Any:
     return raw[skip : skip + rows * columns].reshape(rows, columns)
 
 
-_COLUMNS = 64
-"""Columns of a panel of `product`: with a rank of 64 the panel is 16 KiB and stays in the L1 cache."""
+_COLUMNS = 512
+"""Columns of a panel of `product`, at most: four rows of it and four of totals are 16 KiB and stay in the L1 cache."""
+
+_LINE = 64
+"""What columns are rounded up to: a loop of a multiple of this is all vectors."""
 
 
 @njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, fastmath={"contract"})
@@ -41,6 +44,7 @@ def product(left: Any, right: Any, out: Any) -> None:
     rows[:] = 0
     for column in range(0, width, _COLUMNS):
         m = min(_COLUMNS, width - column)
+        columns = (m + _LINE - 1) // _LINE * _LINE
         for r in range(rank):
             source, line = right[r, column : column + m], panel[r]
             for j in range(m):
@@ -51,7 +55,7 @@ def product(left: Any, right: Any, out: Any) -> None:
                 for r in range(rank):
                     rows[k, r] = left[first + k, r]
             for k in range(4):
-                for j in range(_COLUMNS):
+                for j in range(columns):
                     total[k, j] = np.float32(0)
             for r in range(0, padded, 4):
                 p = panel[r : r + 4]
@@ -59,7 +63,7 @@ def product(left: Any, right: Any, out: Any) -> None:
                 b0, b1, b2, b3 = rows[1, r], rows[1, r + 1], rows[1, r + 2], rows[1, r + 3]
                 c0, c1, c2, c3 = rows[2, r], rows[2, r + 1], rows[2, r + 2], rows[2, r + 3]
                 d0, d1, d2, d3 = rows[3, r], rows[3, r + 1], rows[3, r + 2], rows[3, r + 3]
-                for j in range(_COLUMNS):
+                for j in range(columns):
                     v0, v1, v2, v3 = p[0, j], p[1, j], p[2, j], p[3, j]
                     total[0, j] = total[0, j] + a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
                     total[1, j] = total[1, j] + b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
