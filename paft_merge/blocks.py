@@ -190,7 +190,7 @@ class Each(Protocol):
     def __call__(
         self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
     ) -> list[T]:
-        """`sample`: on about one in 32 of each tile's rows only. `tiles`: on these tiles only."""
+        """`sample`: on a small part of each tile's rows only. `tiles`: on these tiles only."""
 
 
 class CpuOps:

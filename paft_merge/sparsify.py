@@ -28,8 +28,8 @@ EVERY_BRACKET = (1, _ALL_BITS - 1)
 _SMALL = 1 << 16
 """Entries of one or two tiles that are too few for a sample to tell anything."""
 
-_SAMPLE_STEP = 4
-"""Of the sampled rows, one entry in this many is looked at: entries of a row are more alike than rows are."""
+_SAMPLED, _SAMPLED_OF_FEW = 1 << 12, 1 << 14
+"""Entries that are looked at in each tile, and in each where there are only one or two."""
 
 _LISTED = 16
 """Of a tile's magnitudes at most one in this many is held as it is; more are held as distinct ones, whose number ties keep small."""
@@ -137,10 +137,11 @@ def small(numel: int, each: Each) -> bool:
 
 
 def draw_sample(each: Each, ops: Ops) -> list[Any]:
-    """Magnitudes of about one entry in 128 of every tile, or in 8 where there are one or two: `[n, K]` uint32 each."""
-    if each.tiles <= 2:
-        return each(lambda block: ops.sample(block, 2 * _SAMPLE_STEP))
-    return each(lambda block: ops.sample(block, _SAMPLE_STEP), sample=True)
+    """Magnitudes of some entries of every tile: `[n, K]` uint32 each."""
+    few = each.tiles <= 2
+    wanted = _SAMPLED_OF_FEW if few else _SAMPLED
+    # An odd step goes through all columns of rows whose length is even, instead of through the same few.
+    return each(lambda block: ops.sample(block, block.sources.shape[1] // wanted | 1), sample=not few)
 
 
 def guess_bracket(tiles: Sequence[Any], share: float) -> tuple[int, int]:

@@ -157,3 +157,16 @@ def test_tiles_cover_a_tensor_in_whole_rows() -> None:
         assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
         assert all(start % row == 0 for start, _ in bounds)
     assert blocks.tile_bounds(0, 5) == []
+
+
+def test_a_sample_goes_through_all_columns() -> None:
+    # Columns of an adapter's delta differ in size; a step that divides the row would meet the same few in every row and tile.
+    rows, row = 8192, 512
+    made = np.random.default_rng(0)
+    sizes = 1e-3 * made.lognormal(0, 1, row)
+    delta = (made.normal(0, 1, (2, rows, row)) * sizes).astype(np.float32).reshape(2, -1)
+    each = Cut(delta, tile=1 << 20)
+    survivals = trim_survivals([Trim("density", 0.2)] * 2, delta.shape[1], each, CpuOps())
+    assert each.reads == 1  # the bracket held the threshold at once
+    for values, survival in zip(delta, survivals, strict=True):
+        assert mask(values, survival).sum() == int(0.2 * values.size)
