@@ -9,12 +9,13 @@ The first run makes the data set (`bench_data.py`); later ones find it in the wo
 that is not timed, whose output is compared with a float64 reference (`bench_reference.py`) and which pays for numba's
 compilation; then rounds of plain copy, paft and mergekit in turn, each a fresh process on the same recipe file, with
 inputs in the page cache (or, with --cold, out of it). Outputs are deleted at once; all outputs of paft must be the same
-bytes. A table goes to stderr and one JSON line to stdout. Nothing else should run on the machine meanwhile.
+bytes. A table goes to stderr and one JSON line to stdout, and after every case to `measured.json` in the work folder, so
+that a run that is cut short has measured something. Nothing else should run on the machine meanwhile.
 
 Seconds are wall time from the start of the process to its end. Private memory is the peak of RssAnon + RssShmem of the
 process and its children, 50 times a second: the page cache does not count. Scratch is the peak of bytes on disk beside
-the output. Plain is one thread that reads every input and writes a file as large as the output, without fsync;
-`plain_fsync_s` is the median with one.
+the output. Plain is one thread that reads every input and writes a file as large as the output; durable is the same with an
+fsync at the end, as every merge of ours ends and none of mergekit's.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ VERSIONS = ("torch", "numpy", "numba", "safetensors", "transformers", "peft", "m
 FREE_BYTES = 300 << 20
 """What `Ballast` leaves free."""
 
-log = Console(stderr=True, highlight=False, width=140)
+log = Console(stderr=True, highlight=False, width=160)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -462,7 +463,20 @@ def versions() -> dict[str, str | None]:
 def table(results: Sequence[Result]) -> Table:
     """The results for people."""
     shown = Table(title="Seconds: median ± half the range. MB: private memory, peak.")
-    for column in ("case", "plain", "paft", "x plain", "GB/s", "MB", "right", "mergekit", "x paft", "MB", "scratch GB"):
+    for column in (
+        "case",
+        "plain",
+        "durable",
+        "paft",
+        "x plain",
+        "x durable",
+        "MB",
+        "right",
+        "mergekit",
+        "x paft",
+        "MB",
+        "scratch GB",
+    ):
         shown.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for result in results:
         moved = result.read_bytes + result.written_bytes
@@ -470,9 +484,10 @@ def table(results: Sequence[Result]) -> Table:
         shown.add_row(
             str(result.case),
             times(result.plain),
+            times(result.plain_fsync),
             times(seconds(result.paft)),
             text(over(median(seconds(result.paft)), median(result.plain))),
-            text(ours.get("gb_per_s")),
+            text(over(median(seconds(result.paft)), median(result.plain_fsync))),
             text(ours.get("private_mb")),
             "-" if result.paft_check is None else "yes" if result.passed else "NO",
             "fails" if result.mergekit_failed else times(seconds(result.mergekit)),
@@ -563,8 +578,10 @@ def main(
     for name in cases or CASES:
         log.print(name)
         results.append(bench.measure(CASES[name]))
+        line = json.dumps(report(results, shape, params, cold=cold, filled=fill))
+        (work / "measured.json").write_text(f"{line}\n")
     log.print(table(results))
-    click.echo(json.dumps(report(results, shape, params, cold=cold, filled=fill)))
+    click.echo(line)
     if not all(result.passed for result in results):
         raise click.ClickException("paft's output is wrong; see `check` and `identical_outputs` in the JSON line")
 
