@@ -194,8 +194,8 @@ class _RefusedError(Exception):
         self.code, self.error, self.message = code, error, message
 
 
-_MODEL = re.compile(r"^/api/models/([^/]+/[^/]+)(?:/(.*))?$")
-_RESOLVE = re.compile(r"^/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
+_MODEL = re.compile(r"^/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(.*))?$")
+_RESOLVE = re.compile(r"^/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 _BATCH = re.compile(r"^/([^/]+/[^/]+)\.git/info/lfs/objects/batch$")
 
 

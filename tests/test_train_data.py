@@ -248,3 +248,35 @@ def test_a_base_folder_is_loaded_with_its_tokenizer_and_template(tmp_path):
     with pytest.raises(TrainError, match="cannot be loaded") as caught:
         train_adapter(str(tmp_path / "no-base"), section, tmp_path / "y", folder=tmp_path)
     assert codes(caught) == ["TEMPLATE"]
+
+
+def test_an_empty_file_and_a_template_that_is_not_there_are_told_as_that(tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(TrainError, match=r"none\.jsonl: the file is empty"):
+        load_rows([DataSpec(path="none.jsonl")], tmp_path)
+    base = saved(tmp_path / "base")
+    with pytest.raises(TrainError, match=r"there is no file chat\.jinja; check chat_template"):
+        train_adapter(base, {"objective": "sft", "data": "x", "chat_template": "chat.jinja"}, tmp_path / "x")
+
+
+def test_a_data_set_of_the_hub_is_read_at_its_revision_and_one_that_is_not_there_is_told(monkeypatch, tmp_path):
+    import datasets
+    from hub_server import HubServer
+    from hub_toys import online
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", tmp_path / "modules")
+    with HubServer() as hub:
+        online(monkeypatch, hub.url, tmp_path / "home")
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        rows = [json.dumps({"prompt": f"p{i} ", "completion": "c"}).encode() for i in range(4)]
+        old = hub.add("me/words", {"train.jsonl": b"\n".join(rows[:3]), "test.jsonl": rows[3]})
+        hub.add("me/words", {"train.jsonl": rows[3]})
+        found = load_rows([DataSpec(path="me/words", split="train[:2]", revision=old)])
+        assert found["prompt"] == ["p0 ", "p1 "]
+        assert load_rows([DataSpec(path="me/words")])["prompt"] == ["p3 "]
+        with pytest.raises(TrainError, match="me/none: cannot be loaded: DatasetNotFoundError"):
+            load_rows([DataSpec(path="me/none")])
+        with pytest.raises(TrainError, match=r"me/words: cannot be loaded: ValueError: Unknown split .trian"):
+            load_rows([DataSpec(path="me/words", split="trian")])

@@ -15,7 +15,7 @@ from train_toys import FAST, THEIR_WARNINGS, preferences, pretrained, saved, tex
 
 from paft_merge.errors import RecipeError, TrainError
 from paft_merge.training import train
-from paft_merge.training.launch import Launch, command_for, free_port, run_all
+from paft_merge.training.children import Launch, command_for, devices_of, free_ports, run_all
 from paft_merge.training.spec import read_adapter
 
 pytestmark = THEIR_WARNINGS
@@ -154,7 +154,54 @@ def test_the_command_of_a_child_is_accelerates_with_its_own_port():
     assert command[command.index("--num_processes") + 1] == "2"
     assert command[command.index("--main_process_port") + 1] == "1234"
     assert command[-6:] == ("-m", "paft_merge.training.launch", "r.yaml", "out", "sft", "--resume")
-    assert 1024 <= free_port() < 65536
+    ports = free_ports(8)
+    assert len(set(ports)) == 8
+    assert all(1024 <= port < 65536 for port in ports)
+
+
+def test_devices_are_the_visible_gpus_those_that_are_named_or_processes_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices_of(None, {"a": 1, "b": 2}) == ("cpu", "cpu")
+    assert devices_of("cpu:3", {"a": 1}) == ("cpu", "cpu", "cpu")
+    assert devices_of("2, 3", {"a": 2}) == ("2", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert devices_of(None, {"a": 1}) == ("4", "5")
+    for nothing in ("gpu", "cpu:x", "0,x", "cpu:0"):
+        with pytest.raises(TrainError, match=r"names no device; write 0,1 \(GPUs\) or cpu:2 \(processes\)"):
+            devices_of(nothing, {"a": 1})
+    with pytest.raises(TrainError, match=r"a: asks for 3 processes, but there are 2 devices \(4, 5\)"):
+        devices_of(None, {"a": 3})
+
+
+def test_a_child_sees_its_own_devices_and_on_a_cpu_its_share_of_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    gpu = Launch("a", (), ("2", "3"), tmp_path / "a.log").environment
+    assert gpu["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert gpu.get("ACCELERATE_USE_CPU") == os.environ.get("ACCELERATE_USE_CPU")
+    cpu = Launch("a", (), ("cpu", "cpu"), tmp_path / "a.log", 3).environment
+    assert (cpu["ACCELERATE_USE_CPU"], cpu["OMP_NUM_THREADS"]) == ("true", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert Launch("a", (), ("cpu",), tmp_path / "a.log", 3).environment["OMP_NUM_THREADS"] == "7"
+
+
+def test_what_a_child_says_is_told_on_and_its_own_error_goes_before_the_echoes(tmp_path):
+    body = (
+        "import sys\n"
+        "print('step 1/2 {}'); print('step 2/2 {\"loss\": 3.5}'); print('noise: step 9/9 {}', flush=True)\n"
+        "print('[rank1]: RuntimeError: peer closed', flush=True)\n"
+        "print('TrainError: x: the data set is empty', flush=True)\n"
+        "print('[rank0]: ValueError: later', flush=True); sys.exit(3)\n"
+    )
+    (tmp_path / "x.log").write_text("TrainError: of an earlier run\n")
+    heard = []
+
+    def launch(name, devices):
+        return Launch(name, script(tmp_path, name, body), devices, tmp_path / "x.log")
+
+    with pytest.raises(TrainError, match="exit code 3: TrainError: x: the data set is empty; see"):
+        run_all({"x": 1}, ["cpu"], launch, lambda *told: heard.append(told), poll_s=0.02)
+    assert heard == [("x", 1, 2, {}), ("x", 2, 2, {"loss": 3.5})]
 
 
 FSDP = """
@@ -192,16 +239,6 @@ def test_an_accelerate_config_that_is_not_there_stops_before_anything_is_launche
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_processes_train_through_accelerate(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    done = train(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="processes")
-    assert (done["sft"] / "paft_train.json").exists()
-    assert (tmp_path / "out" / "sft.log").exists()
-
-
 def test_the_command_prints_folders_alone_and_draws_progress_on_a_terminal(tmp_path, monkeypatch):
     import io
 
@@ -224,6 +261,12 @@ def test_the_command_prints_folders_alone_and_draws_progress_on_a_terminal(tmp_p
     shown = CliRunner().invoke(cli, ["train", str(recipe(tmp_path)), "out", "--adapter", "sft", "--resume"])
     assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "out/sft\n", "")
     assert (asked["adapters"], asked["resume"], asked["progress"]) == (("sft",), True, None)
+    CliRunner().invoke(cli, ["train", str(recipe(tmp_path)), "out", "--devices", "cpu:2"])
+    assert asked["devices"] == "cpu:2"
+    wrong = CliRunner().invoke(
+        cli, ["train", str(recipe(tmp_path)), "out", "--devices", "0", "--schedule", "sequential"]
+    )
+    assert (wrong.exit_code, "use CUDA_VISIBLE_DEVICES" in wrong.stderr) == (2, True)
 
     class Terminal(io.StringIO):
         def isatty(self):

@@ -1,11 +1,12 @@
-"""Time and memory of a training step: plain TRL, ours, and ours with the product penalty, each in processes of its own.
+"""Time and memory of a training step: plain TRL, ours, and ours with the product penalty, each in a process of its own.
 
     python tools/bench_train.py                      # a small Llama on this CPU
     python tools/bench_train.py --device cuda --hidden 4096 --layers 32 --heads 32 --vocab 32000 --dtype bfloat16
     python tools/bench_train.py --penalty 4          # the penalty alone, on 4 layers of Mistral-7B's shapes
 
-The variants run in turn, `--rounds` times. The answer is checked: without L1 the losses are TRL's to the last bit.
-Prints one JSON line.
+The three processes take turns step by step, so that what slows the machine for a while slows all of them; ratios are medians over
+paired steps, of wall and of processor time, with the interval that holds them with 95 % confidence. The answer is checked:
+without L1 the losses are TRL's to the last bit. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
         ("hidden", 512), ("layers", 4), ("heads", 8), ("vocab", 4096), ("length", 512), ("batch", 4), ("rank", 16),
-        ("steps", 12), ("rounds", 5), ("threads", 2), ("penalty", 0),
+        ("steps", 34), ("rounds", 2), ("threads", 1), ("penalty", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -59,28 +61,28 @@ def main() -> None:
 
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:
-    """Run every variant in turn, `rounds` times, and put the medians together."""
+    """Run the variants in lockstep, `rounds` times, and put the paired steps together."""
     found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for turn in range(given.rounds):
-        for variant in (*VARIANTS[turn % 3 :], *VARIANTS[: turn % 3]):  # no variant is always the first
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[variant].append(json.loads(done.stdout.splitlines()[-1]))
+        for variant, run in lockstep(turn).items():
+            found[variant].append(run)
     losses = {variant: runs[0]["losses"] for variant, runs in found.items()}
     assert losses["ours"] == losses["trl"], "without L1 the losses must be TRL's"
     assert losses["ours_l1"][0] == losses["trl"][0], "the first loss must not know of the penalty"
+    wall = {v: [lap["wall_s"] for run in runs for lap in run["laps"]] for v, runs in found.items()}
+    cpu = {v: [lap["cpu_s"] for run in runs for lap in run["laps"]] for v, runs in found.items()}
     penalty_s = statistics.median(run["penalty_s"] for run in found["ours_l1"])
-    step = {v: statistics.median(s for run in runs for s in run["step_s"]) for v, runs in found.items()}
-    fastest = {v: min(s for run in runs for s in run["step_s"]) for v, runs in found.items()}
     peak = {v: statistics.median(run["peak_bytes"] for run in runs) for v, runs in found.items()}
     return {
         "bench": "train",
-        "step_s": {v: round(s, 4) for v, s in step.items()},
-        "spread_s": {v: spread([run["median_s"] for run in runs]) for v, runs in found.items()},
-        "fastest_s": {v: round(s, 4) for v, s in fastest.items()},
-        "speed_vs_trl": round(step["trl"] / step["ours"], 4),
-        "speed_vs_trl_fastest": round(fastest["trl"] / fastest["ours"], 4),
-        "penalty_share_of_step": round(penalty_s / step["ours_l1"], 4),
+        "steps": len(wall["trl"]),
+        "step_s": {v: round(statistics.median(laps), 4) for v, laps in wall.items()},
+        "cpu_s": {v: round(statistics.median(laps), 4) for v, laps in cpu.items()},
+        "speed_vs_trl": ratio(wall["trl"], wall["ours"]),
+        "speed_vs_trl_cpu": ratio(cpu["trl"], cpu["ours"]),
+        "speed_vs_trl_in_all": round(sum(cpu["trl"]) / sum(cpu["ours"]), 4),
+        "speed_of_l1_vs_ours": ratio(cpu["ours"], cpu["ours_l1"]),
+        "penalty_share_of_step": round(penalty_s / statistics.median(wall["ours_l1"]), 4),
         "peak_bytes": peak,
         "peak_vs_trl": round(peak["ours"] / peak["trl"], 4),
         "peak_of_l1": peak["ours_l1"] - peak["ours"],
@@ -90,24 +92,76 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def lockstep(turn: int) -> dict[str, dict[str, Any]]:
+    """Run every variant in a process of its own, one step of one at a time: whatever slows the machine slows all alike."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--variant"]
+    running = {
+        v: subprocess.Popen([*command, v], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for v in VARIANTS
+    }
+    laps: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    lines = {variant: heard(process) for variant, process in running.items()}
+    waiting = [variant for variant in VARIANTS if "lap" in next(lines[variant])]  # all stand at the end of step 1
+    while waiting:
+        turn += 1
+        order = (*VARIANTS[turn % 3 :], *VARIANTS[: turn % 3])  # none is always the first
+        for variant in [v for v in order if v in waiting]:
+            print(file=running[variant].stdin, flush=True)
+            lap = next(lines[variant])["lap"]
+            laps[variant].append(lap)
+            if lap["last"]:
+                waiting.remove(variant)
+    results = {variant: next(lines[variant]) for variant in VARIANTS}
+    assert all(process.wait() == 0 for process in running.values())
+    return {variant: results[variant] | {"laps": laps[variant][WARMUP_STEPS:]} for variant in VARIANTS}
+
+
+def heard(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a process; whatever else it prints is passed over."""
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
+def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Median of the ratios of paired steps, and between what it lies with 95 % confidence (by order statistics)."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    half = 0.98 * len(ratios) ** 0.5
+    low, high = max(0, int(len(ratios) / 2 - half)), min(len(ratios) - 1, int(len(ratios) / 2 + half))
+    return {
+        "median": round(statistics.median(ratios), 4),
+        "low": round(ratios[low], 4),
+        "high": round(ratios[high], 4),
+    }
+
+
 def spread(values: list[float]) -> list[float]:
     """Smallest and largest."""
     return [round(min(values), 4), round(max(values), 4)]
 
 
 def one_variant(given: argparse.Namespace) -> dict[str, Any]:
-    """Train a few steps one way; seconds per step, the losses, and the peak memory of the process."""
+    """Train a few steps one way, telling each; then the losses and the peak memory of the process."""
     import torch
     from transformers import TrainerCallback
 
     torch.set_num_threads(given.threads)
-    times: list[float] = []
+    began: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Tells each step's time, from the end of the one before it (its log included), and waits for leave to go on."""
+
+        def on_step_end(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
             if given.device == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter())
+            wall, cpu = (
+                (time.perf_counter() - began[-1][0], time.process_time() - began[-1][1]) if began else (0.0, 0.0)
+            )
+            last = state.global_step == state.max_steps
+            print(json.dumps({"lap": {"wall_s": wall, "cpu_s": cpu, "last": last}}), flush=True)
+            if not last:
+                sys.stdin.readline()
+            began.append((time.perf_counter(), time.process_time()))
 
     model, rows, tokenizer = materials(given)
     fields = {
@@ -119,12 +173,10 @@ def one_variant(given: argparse.Namespace) -> dict[str, Any]:
             losses, entries, penalty_s = plain_trl(given, model, rows, tokenizer, fields, folder, Clock()), 0, 0.0
         else:
             losses, entries, penalty_s = ours(given, model, rows, tokenizer, fields, folder, Clock())
-    steps = [b - a for a, b in zip(times[WARMUP_STEPS:], times[WARMUP_STEPS + 1 :], strict=False)]
     cuda = given.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "step_s": steps, "median_s": statistics.median(steps), "losses": losses, "peak_bytes": peak,
-        "delta_entries": entries, "penalty_s": penalty_s,
+        "losses": losses, "peak_bytes": peak, "delta_entries": entries, "penalty_s": penalty_s,
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from paft_merge.cli.running import hush
 from paft_merge.cli.terminal import terminable
 
 
@@ -22,13 +23,25 @@ from paft_merge.cli.terminal import terminable
     "--schedule", type=click.Choice(["auto", "sequential", "processes"]), default="auto", show_default=True,
     help="One after another on one base in memory, or one process with its own GPUs for each adapter.",
 )  # fmt: skip
+@click.option(
+    "--devices", metavar="LIST",
+    help="Train side by side on these: GPUs (0,1) or processes on the CPU (cpu:2). Default: every visible GPU.",
+)  # fmt: skip
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def train(recipe: Path, out: Path, adapters: tuple[str, ...], resume: bool, schedule: Any, quiet: bool) -> None:
+def train(
+    recipe: Path, out: Path, adapters: tuple[str, ...], resume: bool, schedule: Any, devices: str | None, quiet: bool
+) -> None:
     """Train the adapters of RECIPE, each into OUT/NAME (needs the extra: paft-merge[train])."""
+    if devices and schedule == "sequential":
+        raise click.UsageError("--devices are for processes; use CUDA_VISIBLE_DEVICES with --schedule sequential")
     from paft_merge.training import train
 
+    hush()
     with terminable(), _train_progress(quiet) as progress:
-        done = train(recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, progress=progress)
+        done = train(
+            recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, devices=devices,
+            progress=progress,
+        )  # fmt: skip
     for folder in done.values():
         click.echo(folder)
 

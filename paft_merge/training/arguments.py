@@ -43,8 +43,8 @@ UNMEASURED = {
 def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: Any) -> Any:
     """Build the TRL config of an adapter; `fixed` fields override the section's.
 
-    Ours beneath the user's: float32 where there is no GPU (TRL's default is bf16 everywhere), no report, no bar, and no
-    filter that hides a NaN in the logs.
+    Ours beneath the user's: float32 and no pinned memory where there is no GPU (TRL's default is bf16 everywhere), no
+    report, no bar, and no filter that hides a NaN in the logs.
 
     Raises:
         TrainError: TRAINING, with every field that the config does not know or does not take.
@@ -68,8 +68,8 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
                 problems.add("TRAINING", f"{name}: training.loss_type", f"TRL has no DPO loss {kind!r}", hint)
     problems.raise_as(TrainError)
     ours = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False, "output_dir": str(output_dir)}
-    if not torch.cuda.is_available() and not spec.training.get("fp16"):
-        ours["bf16"] = False
+    if not torch.cuda.is_available():
+        ours |= {"dataloader_pin_memory": False} | ({} if spec.training.get("fp16") else {"bf16": False})
     if spec.objective in ("rwr",):
         ours["remove_unused_columns"] = False  # the weights are a column of the rows
     try:

@@ -95,6 +95,8 @@ def _load_file(path: Path, source: DataSpec) -> Any:
         raise TrainError.of(
             "DATA", path, f"{path.suffix or 'no suffix'} is no known format", f"use {', '.join(LOADERS)}"
         )
+    if not path.stat().st_size:
+        raise TrainError.of("DATA", path, "the file is empty", "write a row a line, or take another file")
     split = source.split if source.split.startswith("train") else "train"
     return datasets.load_dataset(loader, data_files=str(path), split=split)
 

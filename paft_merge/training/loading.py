@@ -12,6 +12,7 @@ import xxhash
 from torch import nn
 
 from paft_merge.errors import TrainError
+from paft_merge.training.sparsity import whole
 from paft_merge.training.spec import AdapterSpec, BaseSpec, QuantizationSpec
 
 
@@ -44,7 +45,9 @@ def _quantization(spec: QuantizationSpec) -> Any:
     import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise TrainError.of("MISSING", "base.quantization", "bitsandbytes is not installed", "pip install bitsandbytes")
+        raise TrainError.of(
+            "MISSING", "base.quantization", "bitsandbytes is not installed", "pip install 'paft-merge[4bit]'"
+        )
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**spec.model_dump())
@@ -77,6 +80,8 @@ def _template(source: str, folder: Path) -> str:
     for path in (folder / source, Path(source)):
         if path.is_file():
             return path.read_text(encoding="utf-8")
+    if source.endswith((".jinja", ".j2")):
+        raise ValueError(f"there is no file {source}")
     from transformers import AutoTokenizer
 
     template = AutoTokenizer.from_pretrained(source).chat_template
@@ -87,14 +92,23 @@ def _template(source: str, folder: Path) -> str:
 
 @torch.no_grad()
 def digest_of(model: nn.Module) -> str:
-    """Digest of every parameter and buffer with its name (xxh3-128): equal only for bit-identical weights."""
+    """Digest of every parameter and buffer with its name (xxh3-128): equal only for bit-identical weights.
+
+    Of a sharded model (FSDP2) every process has to ask, since every tensor is gathered, one at a time.
+    """
     digest = xxhash.xxh3_128()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        plain = whole(tensor.detach())
+        digest.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
+        flat = plain.contiguous().view(-1).view(torch.uint8)
         for start in range(0, flat.numel(), 1 << 26):
             digest.update(flat[start : start + (1 << 26)].cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only its part of the weights (FSDP2)."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 @contextmanager

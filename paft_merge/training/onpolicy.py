@@ -197,10 +197,10 @@ def _round(job: Job, number: int, folder: Path, adapter: Path | None, done: list
 
 
 def _tidy(rounds: Path) -> None:
-    """Keep of every round its samples only."""
+    """Keep of every round its samples and its logs."""
     for folder in rounds.iterdir():
-        for part in ("adapter", "checkpoints"):
-            shutil.rmtree(folder / part, ignore_errors=True)
+        RoundPlace(folder).tidy()
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
 
 
 def _inner(job: Job, number: int, folder: Path, done: Sequence[dict[str, Any]]) -> Job:

@@ -57,10 +57,24 @@ class Place:
         found = [p for p in self.checkpoints.glob("checkpoint-*") if _complete(p)]
         return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
+    def tidy(self) -> None:
+        """Remove the checkpoints; what TensorBoard reads was written among them, and stays as `runs/`."""
+        if (self.checkpoints / "runs").exists():
+            os.replace(self.checkpoints / "runs", self.part / "runs")
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def holds_work(self) -> bool:
+        """Whether there is anything to resume, or to look at after a failure."""
+        return (
+            any(self.part.rglob("checkpoint-*"))
+            or any(self.part.rglob("samples.jsonl"))
+            or any(self.part.rglob("runs"))
+        )
+
     def finish(self, keep_checkpoints: bool = False) -> None:
         """Remove what only the run needed and give the folder its name."""
         if not keep_checkpoints:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.tidy()
         (self.part / RUN_FILE).unlink(missing_ok=True)
         os.replace(self.part, self.final)
 
@@ -70,7 +84,8 @@ def _complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    return (checkpoint / "adapter_model.safetensors").exists()
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))  # each process's part, instead of an adapter
+    return sharded or (checkpoint / "adapter_model.safetensors").exists()
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], part: Path) -> None:
@@ -91,3 +106,8 @@ def write_json(path: Path, value: Any) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def is_first() -> bool:
+    """Whether this is the only process of a run, or the first of several: the one that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"

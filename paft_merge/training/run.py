@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,7 @@ from paft_merge.training import data as sets
 from paft_merge.training.arguments import check_targets, lora_config, training_arguments
 from paft_merge.training.callbacks import L1, Progress, ProxCallback, Watch
 from paft_merge.training.loading import digest_of, lent, load_base, load_tokenizer
-from paft_merge.training.place import Place, write_json
+from paft_merge.training.place import Place, is_first, write_json
 from paft_merge.training.record import check_trim, write_card, write_record, write_trimmed
 from paft_merge.training.sparsity import Factors, Stats, adapted, measure, whole
 from paft_merge.training.spec import SAMPLING, AdapterSpec, read_adapter
@@ -51,8 +53,9 @@ class Job:
     """What is worth telling, for the log and the record."""
 
     def warn(self, text: str) -> None:
-        """Log a warning and keep it for the record."""
-        log.warning("%s: %s", self.name, text)
+        """Log a warning, once for all processes, and keep it for the record."""
+        if is_first():
+            log.warning("%s: %s", self.name, text)
         self.warnings.append(text)
 
 
@@ -100,7 +103,7 @@ def train_adapter(
         return place.final
     named = base_name or str(base if isinstance(base, str | Path) else base.config._name_or_path)
     arguments = training_arguments(spec, place.checkpoints, name)
-    _check_alone(spec, name)
+    _check_processes(spec, name)
     source = str(base) if isinstance(base, str | Path) else base_path or named
     tokenizer = tokenizer or load_tokenizer(source, spec, folder)
     rows = rows if rows is not None else sets.load_rows(spec.data, folder)
@@ -113,27 +116,31 @@ def train_adapter(
     job = Job(
         name, spec, place, model, named, tokenizer, arguments, rows, eval_rows, resume, progress, tuple(callbacks)
     )
-    job.base_digest = base_digest or digest_of(model)
+    job.base_digest = base_digest or (digest_of(model) if is_first() else "")
     _look_at_data(job)
     begun = place.part.exists()
     if _main_process():
         place.open(_plan(job), resume)
     _everyone()
     with lent(model):
-        if spec.objective in SAMPLING:
-            from paft_merge.training.onpolicy import train_in_rounds
-
-            train_in_rounds(job)
-        else:
-            try:
-                trainer = make_trainer(job)
-            except TrainError:
-                if not begun and _main_process():
-                    shutil.rmtree(place.part)  # nothing was trained, so there is nothing to resume
-                raise
-            run_trainer(job, trainer)
-            finish(job, trainer)
+        try:
+            _train(job)
+        except TrainError:
+            if not begun and _main_process() and not place.holds_work():
+                shutil.rmtree(place.part)  # there is nothing to resume
+            raise
     return place.final
+
+
+def _train(job: Job) -> None:
+    if job.spec.objective in SAMPLING:
+        from paft_merge.training.onpolicy import train_in_rounds
+
+        train_in_rounds(job)
+    else:
+        trainer = make_trainer(job)
+        run_trainer(job, trainer)
+        finish(job, trainer)
 
 
 def _need_extras() -> None:
@@ -143,9 +150,21 @@ def _need_extras() -> None:
         raise TrainError.of("MISSING", "train", f"{' and '.join(missing)} not installed", fix)
 
 
-def _check_alone(spec: AdapterSpec, name: str) -> None:
+def _old_fsdp(name: str) -> TrainError:
+    what = "FSDP 1 flattens the factors of all matrices into one tensor, so none of them can be measured or penalised"
+    return TrainError.of("FSDP", name, what, "set fsdp_config: {fsdp_version: 2} in the accelerate_config")
+
+
+def _check_processes(spec: AdapterSpec, name: str) -> None:
     from accelerate import PartialState
 
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate launch tells by the environment
+        if os.environ.get("FSDP_VERSION", "1") == "1":
+            raise _old_fsdp(name)
+        if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+            what = "its activation checkpointing renames modules, so that PEFT finds no adapter to put into checkpoints"
+            fix = "set fsdp_activation_checkpointing: false there, and training: {gradient_checkpointing: true} here"
+            raise TrainError.of("FSDP", f"{name}: accelerate_config", what, fix)
     if spec.objective in SAMPLING and PartialState().num_processes > 1:
         fix = "use processes: 1, or rloo/grpo, which TRL spreads over GPUs"
         raise TrainError.of("PROCESSES", name, f"{spec.objective} generates on one device", fix)
@@ -197,7 +216,7 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     """Build the objective's trainer on the job's base, with a fresh adapter, the weights of `adapter`, or a PeftModel.
 
     Raises:
-        TrainError: TARGET, when PEFT or TRL cannot adapt the base as asked; PROX_ZERO under DeepSpeed.
+        TrainError: TARGET, when PEFT or TRL cannot adapt the base as asked; PROX_ZERO, ZERO or FSDP, when the factors would be out of reach.
     """
     from paft_merge.training import trainers
 
@@ -266,16 +285,18 @@ def _load_adapter(model: Any, adapter: Path) -> None:
 
 def _check_sharding(job: Job, trainer: Any) -> None:
     l1 = job.spec.l1
-    if not (l1 and trainer.is_deepspeed_enabled):
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise _old_fsdp(job.name)
+    if not trainer.is_deepspeed_enabled:
         return
-    if l1.mode == "prox":
+    if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        what = "ZeRO-3 shards the factors, so they can be neither measured nor penalised"
+        raise TrainError.of("ZERO", job.name, what, "use FSDP 2, which shards them too and gathers them, or ZeRO-2")
+    if l1 and l1.mode == "prox":
         raise TrainError.of(
             "PROX_ZERO", job.name, "ZeRO keeps its own float32 copies, which overwrite what the proximal step shrinks",
             "use mode: penalty, or DDP or FSDP instead of DeepSpeed",
         )  # fmt: skip
-    if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3 and l1.penalises == "product":
-        fix = "use l1: {on: factors}, or ZeRO-2, DDP or FSDP"
-        raise TrainError.of("PROX_ZERO", job.name, "ZeRO-3 shards the factors, so their product is never whole", fix)
 
 
 def run_trainer(job: Job, trainer: Any) -> None:
@@ -301,8 +322,9 @@ def finish(job: Job, trainer: Any, **run: Any) -> Stats:
     if spec.trim:  # every process takes part in gathering, and one writes
         factors = tuple(replace(f, a_RI=whole(f.a_RI).detach(), b_OR=whole(f.b_OR).detach()) for f in factors)
     stats = measure(factors, density=density)
-    trainer.save_model(str(place.part))
+    save_adapter(trainer, place.part)
     if _main_process():
+        _check_written(place.part, factors)
         (place.part / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in words
         shutil.rmtree(place.part / "ref", ignore_errors=True)  # TRL's frozen copy of the policy, if there was one
         _name_base(place.part, job.base_name)
@@ -316,6 +338,30 @@ def finish(job: Job, trainer: Any, **run: Any) -> Stats:
         place.finish()
     _everyone()
     return stats
+
+
+def save_adapter(trainer: Any, folder: Path) -> None:
+    """Write the adapter and the tokenizer. Sharded factors are gathered; TRL would gather the base as well, or nothing."""
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model(str(folder))
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
+    if _main_process():
+        model.save_pretrained(str(folder), state_dict=state)
+        trainer.processing_class.save_pretrained(str(folder))
+
+
+def _check_written(folder: Path, factors: Sequence[Factors]) -> None:
+    """Raise TrainError ADAPTER unless the file holds every factor in its full size: what wraps a model hides names."""
+    from safetensors import safe_open
+
+    with safe_open(str(folder / "adapter_model.safetensors"), "pt") as held:
+        found = sum(math.prod(held.get_slice(key).get_shape()) for key in held.keys() if ".lora_" in key)  # noqa: SIM118
+    wanted = sum(f.a_RI.numel() + f.b_OR.numel() for f in factors)
+    if found != wanted:
+        what = f"{found} of the adapter's {wanted} numbers were written"
+        raise TrainError.of("ADAPTER", folder, what, "this is a fault of paft_merge; please report it")
 
 
 def _name_base(folder: Path, base: str) -> None:

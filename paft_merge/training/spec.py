@@ -263,7 +263,7 @@ class AdapterSpec(Section):
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Preference data: cut longer prompts from the left (TRL dropped `max_prompt_length`)."""
     processes: Annotated[int, Field(ge=1)] = 1
-    """GPUs this adapter trains on (through accelerate)."""
+    """GPUs, or processes on the CPU, that this adapter trains on (through accelerate)."""
     accelerate_config: str | None = None
     """A file for `accelerate launch --config_file` (FSDP and the like)."""
 
