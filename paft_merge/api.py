@@ -41,6 +41,7 @@ def open_plan(
     lazy_unpickle: bool = False,
     allow_crimes: bool = False,
     allow_nonfinite: bool = False,
+    tensor_names: Literal["intersection", "union"] | None = None,
     output_name: str | None = None,
     remote: bool = False,
     before_pull: Callable[[MergePlan, Sources], None] | None = None,
@@ -55,6 +56,8 @@ def open_plan(
         lazy_unpickle: read `.bin` checkpoints through mergekit's restricted unpickler.
         allow_crimes: merge models whose configs differ where their tensors do not.
         allow_nonfinite: merge NaN and infinity as they come.
+        tensor_names: of files of tensors that do not hold the same ones, merge those that all have, or each of those that have
+            it. None: that is an error.
         output_name: which document of a file with several is the result; the one without a name by default, else the
             only one that no other uses.
         remote: leave the weights that are on the Hub only where they are, and read headers (and what is asked for
@@ -76,8 +79,9 @@ def open_plan(
     def plan(models: Mapping[ModelRef, Model], of: Recipe = loaded) -> MergePlan:
         own = {ref: models[ref] for ref in of.references}
         made = plan_merge(
-            of, own, out_shard_bytes=out_shard_bytes, allow_crimes=allow_crimes, allow_nonfinite=allow_nonfinite
-        )
+            of, own, out_shard_bytes=out_shard_bytes, allow_crimes=allow_crimes, allow_nonfinite=allow_nonfinite,
+            tensor_names=tensor_names,
+        )  # fmt: skip
         told = dict.fromkeys((*notices, *made.warnings, *scales.recorded(made)))
         return replace(made, warnings=tuple(told) if of is loaded else made.warnings)
 
@@ -114,6 +118,7 @@ def merge(
     trust_remote_code: bool = False,
     allow_crimes: bool = False,
     allow_nonfinite: bool = False,
+    tensor_names: Literal["intersection", "union"] | None = None,
     write_model_card: bool = True,
     stream_from_hub: bool = False,
     output_name: str | None = None,
@@ -123,7 +128,7 @@ def merge(
     """Merge the models of a recipe into the folder `out`, which `AutoModelForCausalLM.from_pretrained` then loads.
 
     Args:
-        recipe, strict, imports, out_shard_bytes, lazy_unpickle, allow_crimes, allow_nonfinite, output_name: as for
+        recipe, strict, imports, out_shard_bytes, lazy_unpickle, allow_crimes, allow_nonfinite, tensor_names, output_name: as for
             `open_plan`. Of a file with several results each is written to a folder of its name inside `out`.
         out: folder to write; must not exist, or be empty, unless `overwrite`. It grows as `out.part`.
         device: where the arithmetic is done, `cpu` or `cuda` (`cuda:1`).
@@ -169,7 +174,7 @@ def merge(
                 open_plan(
                     recipe, strict=strict, imports=imports, out_shard_bytes=out_shard_bytes, lazy_unpickle=lazy_unpickle,
                     allow_crimes=allow_crimes, allow_nonfinite=allow_nonfinite, remote=stream_from_hub,
-                    before_pull=before_pull, output_name=output_name,
+                    before_pull=before_pull, output_name=output_name, tensor_names=tensor_names,
                 )
             )  # fmt: skip
         check_output(planned, out, overwrite=overwrite, problems=problems)
@@ -185,6 +190,7 @@ def merge(
             asked = {
                 "device": device, "imports": list(imports), "out_shard_bytes": out_shard_bytes, "lazy_unpickle": lazy_unpickle,
                 "allow_crimes": allow_crimes, "allow_nonfinite": allow_nonfinite, "trust_remote_code": trust_remote_code,
+                **({"tensor_names": tensor_names} if tensor_names else {}),
             }  # fmt: skip
             files = side_files(
                 planned, output.finished, trust_remote_code=trust_remote_code, card=write_model_card, options=asked

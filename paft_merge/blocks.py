@@ -39,6 +39,14 @@ def tile_bounds(numel: int, row: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, numel)) for start in range(0, numel, step)]
 
 
+def sample_end(start: int, stop: int, row: int) -> int:
+    """Where a sample of the tile `[start, stop)` ends: a whole number of its rows of `row`, and one at least.
+
+    One row of 16, as rows of an adapter's delta differ more than entries of a row do; one entry of 32 where rows are single ones.
+    """
+    return start + max(1, (stop - start) // row // (32 if row == 1 else 16)) * row
+
+
 @dataclass(slots=True)
 class Block:
     """One tile of the base and of the sources, as bits (see `kernels`) or, on another device, as float32 tensors."""

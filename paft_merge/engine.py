@@ -15,11 +15,14 @@ import numpy as np
 import xxhash
 
 from paft_merge import kernels
-from paft_merge.blocks import TILE, Block, CpuOps, Open, Ops, Outcome, Tally
+from paft_merge.blocks import TILE, Block, CpuOps, Open, Ops, Outcome, Tally, sample_end
 from paft_merge.bridge import WholeTensor
 from paft_merge.casting import cast, count_nonfinite, stored_bytes
 from paft_merge.checkpoint import DTYPES
 from paft_merge.errors import MergeError
+from paft_merge.measures.record import note
+from paft_merge.measures.sample import Sample
+from paft_merge.measures.spectrum import on_one_core
 from paft_merge.output import Finished, Output
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 from paft_merge.reading import RAW
@@ -81,7 +84,12 @@ def merge_checkpoint(
     todo = [tensor for tensor in plan.tensors if tensor.name not in output.finished]
     total, count = sum(t.nbytes for t in plan.tensors), len(plan.tensors)
     done, first = total - sum(t.nbytes for t in todo), count - len(todo) + 1
-    with _single_threaded_torch(), ThreadPoolExecutor(threads) as blocks, ThreadPoolExecutor(threads + 1) as tensors:
+    with (
+        _single_threaded_torch(),
+        on_one_core(),
+        ThreadPoolExecutor(threads) as blocks,
+        ThreadPoolExecutor(threads + 1) as tensors,
+    ):
         todo = _with_global_thresholds(plan.tensors, todo, blocks, ops or CpuOps())
         worker = _Worker(output, blocks, ops or CpuOps(), _Held(hold), plan.allow_nonfinite)
         for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
@@ -149,27 +157,29 @@ class _Worker:
         if isinstance(tensor.rule, WholeTensor):
             return self.pool.submit(self._whole, tensor, tensor.rule).result()
         tiles, sources = _Tiles(tensor, self.pool), tensor.inputs.active
-        walk = Walk(tensor.numel, tiles, self.ops, sources, tensor.shape)
-        written = self._settled(tensor, tensor.rule, walk) or self._measured(tensor, tensor.rule, walk)
+        walk, sample = Walk(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
+        rule = tensor.rule
+        written = self._settled(tensor, rule, walk, sample) or self._measured(tensor, rule, walk, sample)
         tally, digest, nonfinite = Tally.empty(len(sources)), xxhash.xxh3_128(), 0
         for block_digest, outcome in written:
             digest.update(block_digest)
             tally.add(outcome.counts, outcome.sums)
             nonfinite += outcome.bad
-        tensor.release()
-        return Finished(tensor.name, digest.hexdigest(), sources, tally.counts, tally.total(), nonfinite)
+        return _finished(tensor, digest.hexdigest(), sources, tally, sample, nonfinite)
 
-    def _measured(self, tensor: PlannedTensor, rule: Rule, walk: Walk) -> list[Written]:
+    def _measured(self, tensor: PlannedTensor, rule: Rule, walk: Walk, sample: Sample) -> list[Written]:
         """Measure the tensor, then merge it: every block is read for each."""
         combine = rule.prepare(walk, tensor.inputs.deltas)
 
         def write(block: Block) -> Written:
+            if tensor.inputs.deltas:
+                sample.take(block)
             out = SCRATCH.array("out", block.sources.shape[1], RAW.get(tensor.dtype, np.uint32))
             return self._write(tensor, block.index, out, combine(block, out, tensor.rounding_key))
 
         return walk.each(write)
 
-    def _settled(self, tensor: PlannedTensor, rule: Rule, walk: Walk) -> list[Written] | None:
+    def _settled(self, tensor: PlannedTensor, rule: Rule, walk: Walk, sample: Sample) -> list[Written] | None:
         """Merge the tensor as it is read, and settle what a sample left open; None where that cannot be, or missed."""
         settling = None
         # By what is planned alone, not by the memory there is: the statistics are added in another order here.
@@ -181,6 +191,7 @@ class _Worker:
         with self.held.tiles(len(bounds), tensor.nbytes) as held:
 
             def merge(block: Block) -> tuple[Any, Outcome, Open]:
+                sample.take(block)
                 if not held:
                     out = SCRATCH.array("out", block.sources.shape[1], kind)
                     return out, *settling.merge(block, out, out[:0].view(np.uint8))
@@ -232,19 +243,20 @@ class _Worker:
         base, sources = tensor.inputs.whole(baked=rule.baked)
         merged = rule.merge(base, sources, tensor.name).reshape(-1)
         known = sources if base is not None else []
-        tally, digest, nonfinite = Tally.empty(len(known)), xxhash.xxh3_128(), 0
+        tally, digest, nonfinite, sample = Tally.empty(len(known)), xxhash.xxh3_128(), 0, Sample(tensor.numel)
         for start, stop in tensor.bounds:
             stored = stored_bytes(merged[start:stop], tensor.dtype, tensor.rounding_key, start)
             bad = count_nonfinite(stored, tensor.dtype)
             if bad and not self.allow_nonfinite:
                 raise _not_finite(tensor, bad)
             if base is not None:
-                tally.add(*CpuOps().tally(_delta_block(base, known, start, stop)))
+                block = _delta_block(base, known, start, stop)
+                sample.take(block)
+                tally.add(*CpuOps().tally(block))
             self.output.write(tensor.name, start * tensor.width, stored)
             digest.update(xxhash.xxh3_128_digest(stored.data))
             nonfinite += bad
-        tensor.release()
-        return Finished(tensor.name, digest.hexdigest(), range(len(known)), tally.counts, tally.total(), nonfinite)
+        return _finished(tensor, digest.hexdigest(), range(len(known)), tally, sample, nonfinite)
 
     def _write(self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome) -> Written:
         """Check one merged block and write it where it belongs."""
@@ -257,6 +269,19 @@ class _Worker:
             raise _not_finite(tensor, outcome.bad)
         self.output.write(tensor.name, start * tensor.width, stored)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
+
+
+def _finished(
+    tensor: PlannedTensor, digest: str, active: Sequence[int], tally: Tally, sample: Sample, nonfinite: int
+) -> Finished:
+    """A merged tensor with what was measured of its deltas, its inputs let go of."""
+    sums, noted = tally.total(), {}
+    if tally.counts.any():
+        exact = not isinstance(tensor.rule, WholeTensor)  # else an adapter may have been rounded into its checkpoint
+        factors = [tensor.inputs.factors(i) if exact else None for i in active]
+        noted = note(sample, [float(square) for square in sums[:, 1]], factors)
+    tensor.release()
+    return Finished(tensor.name, digest, active, tally.counts, sums, nonfinite, noted)
 
 
 class _Held:
@@ -317,9 +342,7 @@ class _Tiles:
 
         bounds = [self.tensor.bounds[i] for i in tiles] if tiles is not None else self.tensor.bounds
         if sample:
-            # Rows of an adapter's delta differ more than entries of a row do.
-            row, share = self.tensor.row, 32 if self.tensor.inputs.form == "raw" else 16
-            bounds = [(a, a + max(1, (b - a) // row // share) * row) for a, b in bounds]
+            bounds = [(start, sample_end(start, stop, self.tensor.row)) for start, stop in bounds]
         return list(_in_order(self.pool, run, bounds, ahead=len(bounds)))
 
 

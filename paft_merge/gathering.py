@@ -118,12 +118,7 @@ class Gathered(Read):
             kind = torch.empty(0, dtype=_torch_dtype(self)).dtype
             for donor in self.donors:
                 kind = torch.promote_types(kind, _torch_dtype(donor))
-        made = torch.empty(math.prod(self.shape), dtype=kind)
-        for start, stop in tile_bounds(len(made), self.row):
-            values = SCRATCH.array("whole", stop - start, np.float32)
-            self.value(start, stop, values)
-            made[start:stop] = torch.from_numpy(values)
-        return made.reshape(self.shape)
+        return self._in_memory(kind)
 
     def _fetch(self, first: int, last: int, out: Any) -> None:
         """What adapters add to rows `[first, last)`, into `out` `[last - first, W]`."""

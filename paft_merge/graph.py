@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xxhash
 
-from paft_merge.blocks import Block, CpuOps
+from paft_merge.blocks import Block, CpuOps, sample_end
 from paft_merge.bridge import WholeTensor
 from paft_merge.casting import cast, stored_bytes
 from paft_merge.checkpoint import DTYPES, Checkpoint, CheckpointFile, TensorInfo
@@ -360,6 +360,6 @@ class _Blocks:
         for tensor in self.tensors:
             bounds = tensor.bounds if tiles is None else [tensor.bounds[i] for i in tiles]
             for start, stop in bounds:
-                end = start + max(1, (stop - start) // tensor.row // 16) * tensor.row if sample else stop
+                end = sample_end(start, stop, tensor.row) if sample else stop
                 found.append(work(tensor.inputs.block(start, end, all_sources=self.every)))
         return found

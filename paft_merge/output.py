@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,13 @@ class Finished:
     sums: Sums
     nonfinite: int = 0
     """How many of its elements are NaN or infinite, which `allow_nonfinite` lets pass."""
+    noted: Mapping[str, Any] = field(default_factory=dict)
+    """What else was noted of its deltas, see `measures.record`."""
 
     def to_json(self) -> dict[str, Any]:
         """One line of the journal; floats keep every bit."""
         rows = {"active": list(self.active), "counts": self.counts.tolist(), "sums": self.sums.tolist()}
-        return {"name": self.name, "digest": self.digest, **rows, "nonfinite": self.nonfinite}
+        return {"name": self.name, "digest": self.digest, **rows, "nonfinite": self.nonfinite, "noted": self.noted}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Finished:
@@ -60,7 +62,7 @@ class Finished:
         rows = len(line["active"])
         counts = np.array(line["counts"], np.int64).reshape(rows, len(kernels.COUNTS))
         sums = np.array(line["sums"], np.float64).reshape(rows, len(kernels.SUMS))
-        return cls(line["name"], line["digest"], line["active"], counts, sums, line["nonfinite"])
+        return cls(line["name"], line["digest"], line["active"], counts, sums, line["nonfinite"], line["noted"])
 
 
 def part_of(out: Path) -> Path:

@@ -110,7 +110,12 @@ class Read:
 
         if baked and not self.patch:
             return self.checkpoint.tensor(self.name)
-        kind = getattr(torch, str(DTYPES[self.dtype].torch)) if baked else torch.float32
+        return self._in_memory(getattr(torch, str(DTYPES[self.dtype].torch)) if baked else torch.float32)
+
+    def _in_memory(self, kind: Any) -> Tensor:
+        """The values as a tensor of the type `kind`."""
+        import torch
+
         made = torch.empty(math.prod(self.shape), dtype=kind)
         for start, stop in tile_bounds(len(made), self.row):
             values = SCRATCH.array("whole", stop - start, np.float32)
@@ -167,6 +172,18 @@ class Inputs:
         """The base, if there is one, and every source."""
         return [*([self.base] if self.base else []), *self.sources]
 
+    def row(self, shape: Sequence[int], of_rule: int) -> int:
+        """Elements of a row of the merged tensor: blocks are whole rows, as adapters' deltas are, and of those of the rule."""
+        rows = {read.patch.row for read in self.reads if read.patch}
+        return math.lcm(of_rule, *(rows or {max(shape[-1] if shape else 1, 1)}))
+
+    def release(self) -> None:
+        """Let go of the adapters' factors and of computed tensors, which are made when they are first needed."""
+        for read in self.reads:
+            if read.patch:
+                read.patch.release()
+            read.checkpoint.release(read.name)
+
     @property
     def active(self) -> list[int]:
         """Indices of the sources that a block's rows hold."""
@@ -202,6 +219,17 @@ class Inputs:
                 self._delta(read, start, stop, row)
         base_bits = base_f if base_f.dtype == np.uint16 else base_f.view(np.uint32)
         return Block(start, base_bits, values.view(np.uint32), subtract=False)
+
+    def factors(self, source: int) -> tuple[Any, Any] | None:
+        """B `[O, R]` and A `[R, I]` of a source's delta, float32, scale in B, where it is one product and nothing else.
+
+        A head that is only untied from its embeddings is a product of rank 0, and has nothing to tell.
+        """
+        base, read = self.base, self.sources[source]
+        if base is None or base.patch or read.patch is None or not read.same_weight(base) or read.patch.kind == "bias":
+            return None
+        pairs = read.patch.factors()
+        return pairs[0] if pairs is not None and len(pairs) == 1 and pairs[0][0].shape[1] else None
 
     def whole(self, *, baked: bool) -> tuple[Tensor | None, list[Tensor]]:
         """Base, or None, and every source as whole tensors in memory (see `Read.tensor`)."""

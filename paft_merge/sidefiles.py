@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from paft_merge.checkpoint import Checkpoint
 from paft_merge.errors import Problem
 from paft_merge.hub import SIDE_FILES, is_repository, snapshot_of
 from paft_merge.manifest import FORMAT, MANIFEST
+from paft_merge.measures.record import pair_row_of, row_of, totals_of
 from paft_merge.output import Finished
 from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
 from paft_merge.vocabulary import TOKENIZER_FILES
@@ -68,7 +71,7 @@ def side_files(
         files["config.json"] = _json({**plan.donor.checkpoint.config, **plan.config})
     document = manifest(plan, finished, options or {})
     document["files"] = {name: _digest_of(content) for name, content in sorted(files.items())}
-    files[MANIFEST] = _json(document)
+    files[MANIFEST] = _NUMBERS.sub(_in_a_line, _json(document).decode()).encode()
     if card:
         files["README.md"] = model_card(document).encode()
     return files
@@ -135,16 +138,30 @@ def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+_NUMBERS = re.compile(r"\[\n\s+[-\d.e+]+(?:,\n\s+[-\d.e+]+)*\n\s+\]")
+"""A list of numbers as `_json` writes it; no text holds a line's end."""
+
+
+def _in_a_line(numbers: re.Match[str]) -> str:
+    return "[" + ", ".join(numbers[0][1:-1].replace(",", "").split()) + "]"
+
+
 def versions(plan: MergePlan) -> dict[str, str]:
     """Versions of what computes a merge's bits."""
     found = {"python": platform.python_version()}
     borrowed = any(isinstance(tensor.rule, WholeTensor) for tensor in plan.tensors)
     for name in ("paft-merge", "torch", "numpy", "numba", "safetensors", *(["mergekit"] if borrowed else [])):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
+        found[name] = _version(name)
     return found
+
+
+@cache
+def _version(package: str) -> str:
+    """The version that is installed; looked up once, because it is read from a file."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def identity(plan: MergePlan, device: str) -> dict[str, Any]:
@@ -195,7 +212,8 @@ def manifest(
     `options` what was asked for beside the recipe, `documents` the other recipes of its file, `files` the XXH3-128 of
     what stands beside the weights.
     """
-    measured = totals(plan, finished)
+    measured, entries = totals(plan, finished), {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors}
+    noted, pairs = totals_of(entries.values(), [row["source"] for row in measured])
     return {
         "format": FORMAT,
         "complete": True,
@@ -212,9 +230,10 @@ def manifest(
         "inputs": _without_times({m.ref: _fingerprint(m) for m in plan.models}),
         "versions": versions(plan),
         **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),
-        "totals": measured,
+        "totals": [{**row, **noted.get(row["source"], {})} for row in measured],
+        "pairs": pairs,
         "warnings": [str(problem) for problem in scales.measured(measured)],
-        "tensors": {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors},
+        "tensors": entries,
     }
 
 
@@ -227,15 +246,22 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
         entry["nonfinite"] = finished.nonfinite
     if tensor.method == COPY:
         return entry | {"from": tensor.inputs.reads[0].source}
-    sources = []
+    sources, noted = [], finished.noted
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None
         measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.numel)
+        if row is not None and noted:
+            measured = row_of(measured, noted["sources"][row], tensor.numel, noted["sampled"])
         kind = "none" if row is None else read.patch.kind if read.patch else "checkpoint"
         sources.append({"source": read.source, "delta": kind, **measured})
     for source, parameters in zip(sources, tensor.parameters.get("sources", ()), strict=False):
         source["parameters"] = parameters
-    return entry | {"parameters": {k: v for k, v in tensor.parameters.items() if k != "sources"}, "sources": sources}
+    entry |= {"parameters": {k: v for k, v in tensor.parameters.items() if k != "sources"}, "sources": sources}
+    if noted:
+        at = [([finished.active[i] for i in pair["of"]], pair) for pair in noted["pairs"]]
+        pairs = [pair_row_of(pair, sources, places, tensor.numel, noted["sampled"]) for places, pair in at]
+        entry |= {"sampled": noted["sampled"], "pairs": pairs}
+    return entry
 
 
 def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:

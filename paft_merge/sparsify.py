@@ -94,7 +94,15 @@ def rescale_drops(survivals: Sequence[Survival], each: Each, ops: Ops) -> list[S
     return [replace(s, scale=l1_ratio(*norm)) for s, norm in zip(survivals, norms, strict=True)]
 
 
-def trim_survivals(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, rescale: bool = False) -> list[Survival]:
+def trim_survivals(
+    trims: Sequence[Trim],
+    numel: int,
+    each: Each,
+    ops: Ops,
+    *,
+    rescale: bool = False,
+    full: tuple[Counts, Counts] | None = None,
+) -> list[Survival]:
     """Resolve every source's trim of one tensor into a threshold, reading the tensor at most three times.
 
     Args:
@@ -102,13 +110,15 @@ def trim_survivals(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, r
         numel: entries of the tensor.
         each, ops: how to walk its blocks, and what to compute there.
         rescale: scale the survivors so that the delta keeps its L1 norm.
+        full: the histogram of every source with its lower bits (`Ops.histogram`), where it is known already.
 
     Returns:
         One `Survival` a source. Ties at a threshold keep the lowest flat indices.
     """
     if numel == 0:
         return [Survival()] * len(trims)
-    search = _Search(trims, numel, each, ops, norms=rescale or any(t.rule == "l1_mass" for t in trims))
+    norms = rescale or any(t.rule == "l1_mass" for t in trims)
+    search = _Search(trims, numel, each, ops, norms=norms, full=full)
     survivals = [search.survival(i) for i in range(len(trims))]
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
 
@@ -253,9 +263,18 @@ class _Search:
     every_tie: ClassVar[bool] = False
     """Keep all entries equal to the last one kept, instead of the first of them."""
 
-    def __init__(self, trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, norms: bool) -> None:
+    def __init__(
+        self,
+        trims: Sequence[Trim],
+        numel: int,
+        each: Each,
+        ops: Ops,
+        *,
+        norms: bool,
+        full: tuple[Counts, Counts] | None = None,
+    ) -> None:
         self.trims, self.numel, self.each, self.ops = trims, numel, each, ops
-        self.full = self._histogram(norms=True) if norms else None
+        self.full = full or (self._histogram(norms=True) if norms else None)
         self.brackets: dict[tuple[int, int], _Bracket] = {}
         self.ranks = [self._ranks(i) for i in range(len(trims))]
         for i, rank in self._mass_ranks().items():

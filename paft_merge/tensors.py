@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from paft_merge.blocks import Block, CpuOps, tile_bounds
+from paft_merge.blocks import Block, CpuOps, sample_end, tile_bounds
 from paft_merge.rules import Rule, Walk, row_of
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class InMemory:
     ) -> list[T]:
         results = []
         for start, stop in self.bounds if tiles is None else [self.bounds[i] for i in tiles]:
-            end = start + max(1, (stop - start) // 16) if sample else stop
+            end = sample_end(start, stop, 1) if sample else stop
             sources = np.ascontiguousarray(self.sources[:, start:end])
             results.append(work(Block(start, self.base[start:end], sources, subtract=False)))
         return results

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 import paft_merge
 from paft_merge import blocks, kernels
 from paft_merge.auditing import Audit, Group, audit
-from paft_merge.auditing.metrics import Histogram, Measure
-from paft_merge.auditing.thresholds import largest_survive
 from paft_merge.blocks import Block, CpuOps, Survival
 from paft_merge.errors import AuditError
+from paft_merge.measures.metrics import Measure
 from paft_merge.sparsify import Trim, trim_survivals
 
 EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3, 0.02, 0.2)
@@ -343,9 +342,10 @@ def test_thresholds_from_the_histogram_are_those_of_the_search(kind: str, densit
     counts, lows = np.zeros((2, 1 << 15), np.int64), np.zeros((2, 1 << 15), np.int64)
     kernels.histogram(held[0], held, False, counts, lows)
 
-    found = largest_survive([Histogram.of(c, w) for c, w in zip(counts, lows, strict=True)], 3000, density, each)
+    trims = [Trim("density", density)] * 2
+    found = trim_survivals(trims, 3000, each, CpuOps(), full=(counts, lows))
 
-    expected = trim_survivals([Trim("density", density)] * 2, 3000, each, CpuOps())
+    expected = trim_survivals(trims, 3000, each, CpuOps())
     for row, ours, theirs in zip(np.abs(values), found, expected, strict=True):
         kept = [survivors(row, s) for s in (ours, theirs)]
         assert np.array_equal(*kept)

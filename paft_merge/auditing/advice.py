@@ -42,7 +42,8 @@ def _of_source(audit: Audit, source: SourceAudit) -> Iterator[Advice]:
     erased = measure.bf16_sparsity
     if erased is None:
         yield Advice(
-            "note", f"The weights beneath {label} are not known here, so what a cast to bfloat16 would erase is not measured: pass --base.",
+            "note", f"The weights beneath {label} are not known here, so what a cast to bfloat16 would erase is not measured: pass "
+            f"{'--base' if audit.base is None else '--fetch-base'}.",
             "rms", measure.rms, f"{PAGE}#bf16",
         )  # fmt: skip
     elif erased - measure.zero_share >= ERASED:
@@ -145,7 +146,7 @@ def _of_preview(audit: Audit) -> Iterator[Advice]:
         if not left.square or lost < HARSH:
             continue
         yield Advice(
-            "warn", f"{audit.preview.method} as previewed keeps {left.elected_energy:.0%} of the energy of {source.label}: trimming takes "
-            f"{1 - left.kept_energy:.0%}, the election {left.kept_energy - left.elected_energy:.0%}.",
+            "warn", f"{audit.preview.method} {'as previewed keeps' if audit.sampled is None else 'kept'} {left.elected_energy:.0%} of the energy of {source.label}: trimming takes "
+            f"{1 - left.kept_energy:.0%}, the election {max(left.kept_energy - left.elected_energy, 0):.0%}.",
             "elected_energy", left.elected_energy, f"{PAGE}#preview",
         )  # fmt: skip

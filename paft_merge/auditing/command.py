@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paft_merge.auditing.files import csv_text, write
+from paft_merge.auditing.recorded import recorded
 from paft_merge.auditing.results import Audit
 from paft_merge.auditing.tables import audit_table, manifest_table
 from paft_merge.auditing.verify import ManifestCheck
@@ -37,6 +38,11 @@ def report(audit: Audit, outlets: Outlets, require: Sequence[str], warn: Callabl
         sys.stdout.write(audit.dumps() + "\n")
     else:
         audit_table(audit)
+    _elsewhere(audit, outlets, require)
+
+
+def _elsewhere(audit: Audit, outlets: Outlets, require: Sequence[str]) -> None:
+    """Write the files that are wanted, and raise what is required and fails."""
     if outlets.csv:
         write(outlets.csv, csv_text(audit))
     if outlets.html:
@@ -50,15 +56,24 @@ def report(audit: Audit, outlets: Outlets, require: Sequence[str], warn: Callabl
         raise AuditError(failed)
 
 
-def report_manifest(check: ManifestCheck, as_json: bool) -> None:
-    """Print how a finished merge compares with its manifest.
+def report_manifest(check: ManifestCheck, outlets: Outlets, require: Sequence[str]) -> None:
+    """Print how a finished merge compares with its manifest, and what that says of its sources, then hold it against `require`.
 
     Raises:
-        AuditError: MANIFEST, with every tensor that is not what the merge wrote.
+        AuditError: MANIFEST, with every tensor that is not what the merge wrote, or nothing is recorded that was asked
+            for; REQUIRED and GATE as in `report`.
+        OutputError: a file cannot be written.
     """
-    if as_json:
-        sys.stdout.write(json.dumps(check.to_json(), indent=2) + "\n")
+    audit = recorded(check.manifest)
+    if outlets.as_json:
+        document = {**check.to_json(), "audit": audit.to_json() if audit else None}
+        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     else:
-        manifest_table(check)
+        manifest_table(check, audit)
     if check.problems:
         raise AuditError(check.problems)
+    if audit:
+        _elsewhere(audit, outlets, require)
+    elif require or outlets != Outlets(outlets.as_json):
+        what = "its manifest has no measured deltas: they were merged from values, or by an older version"
+        raise AuditError.of("MANIFEST", check.folder, what, "pass --base to audit the model itself")

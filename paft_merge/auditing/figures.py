@@ -296,8 +296,8 @@ def _preview(audit: Audit) -> Chart | None:
         x = tuple(map(float, layers))
         lines.append(Line("", x, tuple(s.kept_energy for s in left), hue, dashed=True))
         lines.append(Line(source.label, x, tuple(s.elected_energy for s in left), hue, points=True))
-    caption = "Share of each source's energy that survives trimming (dashed) and then the election (solid), before anything is merged."
-    title = f"What {preview.method} would keep"
+    caption = "Share of each source's energy that survives trimming (dashed) and then the election (solid)."
+    title = f"What {preview.method} {'would keep' if audit.sampled is None else 'kept'}"
     return (
         Chart("preview", title, caption, "layer", "energy kept", tuple(lines), percent_y=True, y_range=(0, 1))
         if lines

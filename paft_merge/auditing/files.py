@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paft_merge.auditing.pairs import PairMeasure
 from paft_merge.auditing.preview import Survived
 from paft_merge.auditing.results import Audit, Group
 from paft_merge.errors import OutputError
+from paft_merge.measures.pairs import PairMeasure
 
 _PLACE = ("source", "other", "scope", "key")
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from paft_merge.auditing.pairs import PairMeasure
 from paft_merge.auditing.results import Audit, Group, SourceAudit
 from paft_merge.errors import AuditError, Problem, Problems
+from paft_merge.measures.pairs import PairMeasure
 
 _TEXT = re.compile(
     r"\s*(?P<metric>\w+)\s*(?:\((?P<argument>[^()]*)\))?\s*(?:\[(?P<scope>[^\]]*)\])?\s*"
@@ -201,7 +201,9 @@ def _one(
         ) from None
     if value is None:
         raise _unreadable(
-            wanted.text, f"{wanted.metric} was not measured for {label}", "pass --base, or ask for no scope"
+            wanted.text,
+            f"{wanted.metric} was not measured for {label}",
+            "pass --base (and --fetch-base where it is on the Hub), or ask for no scope",
         )
     return (f"{label}: {where}" if where else label), value
 

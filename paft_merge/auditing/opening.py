@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge import api
-from paft_merge.adapters import Adapter
+from paft_merge.adapters import Adapter, Patch
 from paft_merge.adapters.config import read_settings
 from paft_merge.auditing.shapes import Known, ShapesOnly, known_of, natural, weights_of
 from paft_merge.blocks import tile_bounds
 from paft_merge.bridge import WholeTensor
 from paft_merge.checkpoint import DTYPES, Checkpoint
 from paft_merge.errors import AuditError, Problem, Problems
-from paft_merge.hub import HF, fetch
+from paft_merge.hub import HF, Look, Remote, download, fetch, look
 from paft_merge.plan import COPY, MergePlan, Model
 from paft_merge.reading import Inputs, Read
 from paft_merge.recipe import ModelRef, Recipe
@@ -49,9 +49,8 @@ class Subject:
 
     @cached_property
     def row(self) -> int:
-        """Elements of a row: blocks are whole rows, as adapters' deltas are."""
-        rows = {read.patch.row for read in self.inputs.reads if read.patch}
-        return math.lcm(row_of(self.rule, self.shape), *(rows or {max(self.shape[-1] if self.shape else 1, 1)}))
+        """Elements of a row, of which blocks hold whole ones."""
+        return self.inputs.row(self.shape, row_of(self.rule, self.shape))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -59,9 +58,7 @@ class Subject:
 
     def release(self) -> None:
         """Let go of the adapters' factors, which are read when they are first needed."""
-        for read in self.inputs.reads:
-            if read.patch:
-                read.patch.release()
+        self.inputs.release()
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,9 @@ class Opened:
 
     headers: tuple[Header, ...]
     base: str | None
-    """None when only shapes are known; then nothing that needs the weights is measured."""
+    """None when only what adapters' own files tell is known."""
+    weights: bool
+    """The base's weights can be read; else nothing that needs them is measured."""
     subjects: tuple[Subject, ...]
     skipped: tuple[Skipped, ...]
     warnings: tuple[Problem, ...]
@@ -100,12 +99,14 @@ class Opened:
 
 
 @contextmanager
-def open_sources(sources: Sequence[Source], base: Path | str | None) -> Iterator[Opened]:
+def open_sources(sources: Sequence[Source], base: Path | str | None, *, fetch_base: bool = False) -> Iterator[Opened]:
     """Open what is to be audited.
 
     Args:
         sources: adapters, checkpoints, `base+adapter` references, or one recipe (a file, text with a newline, a mapping).
         base: what they change; not with a recipe, which names it.
+        fetch_base: fetch the weights of a base that is on the Hub only. Without it headers are all that is read of the base of
+            adapters; that of whole models is fetched in any case, as their deltas are the difference from it.
 
     Raises:
         AuditError: NO_BASE, EMPTY (there is nothing to audit), RECIPE.
@@ -115,15 +116,17 @@ def open_sources(sources: Sequence[Source], base: Path | str | None) -> Iterator
     if recipes:
         if len(sources) > 1 or base is not None:
             raise AuditError.of("RECIPE", "", "a recipe names its sources and its base itself", "give the recipe alone")
-        with api.open_plan(
-            recipes[0]
-            if not isinstance(recipes[0], str) or "\n" in recipes[0] or recipes[0].startswith(HF)
-            else Path(recipes[0])
-        ) as planned:
+        inline = not isinstance(recipes[0], str) or "\n" in recipes[0] or recipes[0].startswith(HF)
+        recipe = recipes[0] if inline else Path(str(recipes[0]))
+        with ExitStack() as stack:
+            planned = stack.enter_context(api.open_plan(recipe, remote=not fetch_base))
+            if not all(_only_adapters(tensor.inputs) for tensor in planned.tensors):
+                stack.close()
+                planned = stack.enter_context(api.open_plan(recipe))
             yield _not_empty(_of_plan(planned))
         return
     with ExitStack() as stack:
-        yield _not_empty(_of_references([_reference(s) for s in sources], base, stack))
+        yield _not_empty(_of_references([_reference(s) for s in sources], base, stack, fetch_base))
 
 
 def layer_of(name: str) -> int | None:
@@ -162,7 +165,7 @@ def _not_empty(opened: Opened) -> Opened:
 # --- from references --------------------------------------------------------------------------------------------------
 
 
-def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: ExitStack) -> Opened:
+def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: ExitStack, fetch_base: bool) -> Opened:
     folders, problems = list[Path](), Problems()
     for ref in {r for r in refs if refs.count(r) > 1}:
         problems.add("TWICE", ref, "is given twice", "give each source once")
@@ -182,22 +185,49 @@ def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: Exi
         problems.raise_as(AuditError)
         return _without_base([str(r) for r in refs], folders, stack)
     model = ModelRef.parse(str(named)) if not Path(named).exists() else ModelRef(str(named))
-    checkpoint = stack.enter_context(Checkpoint.open(fetch(model.path, model.revision)))
-    models = list[Model]()
+    bases = _Bases(stack, folders if all(adapters) and not fetch_base else None)
+    checkpoint, models, skipped = bases.open(model), list[Model](), list[Skipped]()
     for ref, folder, is_adapter in zip(refs, folders, adapters, strict=True):
         with problems.catching():
-            models.append(_open_model(ref, folder, is_adapter, checkpoint, stack))
+            own = bases.open(ref) if ref.lora else checkpoint
+            opened = _open_model(ref, folder, is_adapter, own, stack)
+            if opened.adapter and isinstance(own, ShapesOnly):
+                skipped += _drop_what_needs_weights(str(ref), opened.adapter, "--fetch-base")
+            models.append(opened)
     problems.raise_as(AuditError)
-    return _of_models(models, Model(str(named), checkpoint), str(named), ())
+    return _of_models(models, Model(str(named), checkpoint), str(named), skipped)
 
 
 def _open_model(ref: ModelRef, folder: Path, is_adapter: bool, base: Checkpoint, stack: ExitStack) -> Model:
     if not is_adapter:
         return Model(str(ref), stack.enter_context(Checkpoint.open(folder)))
-    own = base
-    if ref.lora and fetch(ref.path, ref.revision).resolve() != base.folder.resolve():
-        own = stack.enter_context(Checkpoint.open(fetch(ref.path, ref.revision)))
-    return Model(str(ref), own, stack.enter_context(Adapter.open(folder, own)))
+    return Model(str(ref), base, stack.enter_context(Adapter.open(folder, base)))
+
+
+class _Bases:
+    """The checkpoints beneath, each opened once; of those on the Hub only the headers where that is enough."""
+
+    def __init__(self, stack: ExitStack, adapters: Sequence[Path] | None) -> None:
+        """`adapters`: their folders, when there is nothing else to audit; None to fetch what is missing."""
+        self._stack, self._adapters, self._opened = stack, adapters, dict[Path, Checkpoint]()
+
+    def open(self, ref: ModelRef) -> Checkpoint:
+        found = look(ref.path, ref.revision)
+        key = found.folder.resolve()
+        if key not in self._opened:
+            far = self._adapters is not None and not any(file.name.endswith(".bin") for file in found.missing)
+            self._opened[key] = self._headers(found) if far and found.missing else self._whole(found)
+        return self._opened[key]
+
+    def _whole(self, found: Look) -> Checkpoint:
+        return self._stack.enter_context(Checkpoint.open(download([found])[0]))
+
+    def _headers(self, found: Look) -> Checkpoint:
+        with Remote.open([found]) as remote, Checkpoint.open(found.folder, far=remote.files(found)) as checkpoint:
+            held = [
+                (known_of(f), self._stack.enter_context(Checkpoint.open(weights_of(f)))) for f in self._adapters or ()
+            ]
+            return ShapesOnly(held, checkpoint)
 
 
 def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack) -> Opened:
@@ -216,7 +246,7 @@ def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack
     for ref, folder in zip(refs, folders, strict=True):
         with problems.catching():
             adapter = stack.enter_context(Adapter.open(folder, base))
-            skipped += _drop_what_needs_weights(ref, adapter)
+            skipped += _drop_what_needs_weights(ref, adapter, "--base")
             models.append(Model(ref, base, adapter))
     problems.raise_as(AuditError)
     opened = _of_models(models, Model("", base), None, skipped)
@@ -240,17 +270,21 @@ def _known(ref: str, folder: Path) -> Known:
     return known_of(folder, rows, settings.rank)
 
 
-def _drop_what_needs_weights(ref: str, adapter: Adapter) -> list[Skipped]:
+def _drop_what_needs_weights(ref: str, adapter: Adapter, option: str) -> list[Skipped]:
     """Take out the patches whose delta depends on the weights, and say so."""
     groups: dict[str, list[str]] = {}
     for name, patch in list(adapter.patches.items()):
-        if patch.needs_weight or patch.kind in ("pissa", "olora"):
+        if _needs_weights(patch):
             del adapter.patches[name]
             groups.setdefault(patch.kind, []).append(name)
     return [
-        Skipped(ref, tuple(names), f"{_WHY[kind]}, and without --base its delta is unknown")
+        Skipped(ref, tuple(names), f"{_WHY[kind]}, and without {option} its delta is unknown")
         for kind, names in groups.items()
     ]
+
+
+def _needs_weights(patch: Patch) -> bool:
+    return patch.needs_weight or patch.kind in ("pissa", "olora")
 
 
 _WHY = {
@@ -295,7 +329,14 @@ def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped:
         w for m in models if m.adapter for w in m.adapter.warnings if named is not None or w.code != "ADAPTER_BASE"
     ]
     ordered = sorted(subjects, key=lambda s: natural(s.name))
-    return Opened(headers, named, tuple(ordered), tuple(left_out), tuple(warnings))
+    weights = not isinstance(base.checkpoint, ShapesOnly)
+    warnings += [_only_headers(named)] if named is not None and not weights else []
+    return Opened(headers, named, weights, tuple(ordered), tuple(left_out), tuple(warnings))
+
+
+def _only_headers(base: str) -> Problem:
+    what = "is on the Hub only, and its headers are all that was read; what needs its weights is left out"
+    return Problem("HEADERS_ONLY", base, what, "pass --fetch-base to fetch them")
 
 
 def _read(model: Model, name: str, under: str | None) -> Read | None:
@@ -317,13 +358,22 @@ def _unfit(beneath: Read, reads: Sequence[Read | None], changed: Sequence[Read])
 # --- from a recipe ----------------------------------------------------------------------------------------------------
 
 
+def _only_adapters(inputs: Inputs) -> bool:
+    """Whether what a tensor's sources add to their base is known without it, or its base is here."""
+    base = inputs.base
+    if base is None or not any(read.checkpoint.far for read in inputs.reads):
+        return True
+    return all(read.same_weight(base) for read in inputs.sources)
+
+
 def _of_plan(planned: MergePlan) -> Opened:
     """What a recipe merges, tensor by tensor with its rule."""
     base_ref = planned.recipe.slices[0].base
     if base_ref is None:
         what = f"{planned.recipe.merge_method} here has no base, so there are no deltas to audit"
         raise AuditError.of("NO_BASE", "", what, "give the recipe a base_model")
-    subjects, left_out = list[Subject](), list[str]()
+    subjects, left_out, unread = list[Subject](), list[str](), dict[Checkpoint, Checkpoint]()
+    skipped = list[Skipped]()
     for tensor in planned.tensors:
         if tensor.method == COPY or not tensor.inputs.sources:
             continue
@@ -331,16 +381,36 @@ def _of_plan(planned: MergePlan) -> Opened:
             left_out.append(tensor.name)
             continue
         inputs = Inputs(tensor.inputs.base, tensor.inputs.sources, "deltas", subtract=False)
+        if tensor.inputs.base.checkpoint.far:
+            needing = [(r.source, r.patch.kind) for r in inputs.reads if r.patch and _needs_weights(r.patch)]
+            if needing:
+                source, kind = needing[0]
+                why = f"{_WHY[kind]}, and without --fetch-base its delta is unknown"
+                skipped.append(Skipped(source, (tensor.name,), why))
+                continue
+            inputs = _unread(inputs, unread)
         if inputs.active:
             rule = None if isinstance(tensor.rule, WholeTensor) else tensor.rule
             subjects.append(Subject(tensor.name, inputs, rule))
     by_ref = {m.ref: m for m in planned.models}
     refs = list(dict.fromkeys(r.source for s in subjects for r in s.inputs.sources))
     why = f"{planned.recipe.merge_method} merges whole values there, not deltas"
-    skipped = (Skipped("", tuple(left_out), why),) if left_out else ()
+    skipped += [Skipped("", tuple(left_out), why)] if left_out else []
+    warnings = [*planned.warnings, *([_only_headers(str(base_ref))] if unread else [])]
     headers = tuple(_header(by_ref[ref], label) for ref, label in zip(refs, labels_of(refs), strict=True))
     ordered = tuple(sorted(subjects, key=lambda s: natural(s.name)))
-    return Opened(headers, str(base_ref), ordered, skipped, planned.warnings, planned.recipe)
+    return Opened(headers, str(base_ref), not unread, ordered, tuple(skipped), tuple(warnings), planned.recipe)
+
+
+def _unread(inputs: Inputs, unread: dict[Checkpoint, Checkpoint]) -> Inputs:
+    """The same tensor with zeros for the base's weights; the base's substitutes are kept in `unread`."""
+
+    def beneath(read: Read) -> Read:
+        held = unread.setdefault(read.checkpoint, ShapesOnly((), read.checkpoint))
+        return replace(read, checkpoint=held)
+
+    assert inputs.base is not None
+    return replace(inputs, base=beneath(inputs.base), sources=tuple(map(beneath, inputs.sources)))
 
 
 # --- headers ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from paft_merge.auditing.results import Audit, Group, SourceAudit
 from paft_merge.auditing.svg import draw, swatch
 
 _STYLE = """
-.paft{--ink:#1c2430;--soft:#5b6675;--rule:#e3e7ec;--wash:#f6f8fa;color:var(--ink);background:#fff;font:15px/1.5 system-ui,-apple-system,"Segoe UI",
+.paft{--ink:#1c2430;--soft:#5b6675;--rule:#e3e7ec;--wash:#f6f8fa;--card:#fff;--warn:#a34700;--good:#00664a;--note:#005c91;--grid:#e8ebef;--axis:#9aa4b0;--mark:#aab3bd;--none:#f0f1f3;
+color:var(--ink);background:var(--card);font:15px/1.5 system-ui,-apple-system,"Segoe UI",
 Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:32px 28px 64px;box-sizing:border-box}
 .paft *{box-sizing:border-box}
 .paft h1{font-size:27px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em}
@@ -20,7 +21,7 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 .paft p{margin:0 0 8px}
 .paft .soft{color:var(--soft)}
 .paft .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:16px;margin-top:22px}
-.paft .card{border:1px solid var(--rule);border-radius:10px;padding:16px 18px;background:#fff}
+.paft .card{border:1px solid var(--rule);border-radius:10px;padding:16px 18px;background:var(--card)}
 .paft .card .name{font-weight:650;font-size:17px;overflow-wrap:anywhere}
 .paft .big{display:grid;grid-template-columns:repeat(auto-fit,minmax(104px,1fr));gap:12px;margin:12px 0 4px}
 .paft .big b{display:block;font-size:25px;line-height:1.15;font-weight:650;font-variant-numeric:tabular-nums}
@@ -31,19 +32,19 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 .paft ul.advice li:last-child{border-bottom:1px solid var(--rule)}
 .paft .tag{font-size:12.5px;font-weight:600;white-space:nowrap}
 .paft .tag i{font-style:normal;display:inline-block;width:20px}
-.paft .warn .tag{color:#a34700}.paft .good .tag{color:#00664a}.paft .note .tag{color:#005c91}
+.paft .warn .tag{color:var(--warn)}.paft .good .tag{color:var(--good)}.paft .note .tag{color:var(--note)}
 .paft .why{color:var(--soft);font-size:13px}
 .paft div.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(520px,100%),1fr));gap:18px}
-.paft figure{margin:0;border:1px solid var(--rule);border-radius:10px;padding:16px 18px 10px;background:#fff;break-inside:avoid}
+.paft figure{margin:0;border:1px solid var(--rule);border-radius:10px;padding:16px 18px 10px;background:var(--card);break-inside:avoid}
 .paft figure p{color:var(--soft);font-size:13px;margin:0 0 8px}
 .paft figure svg{width:100%;height:auto;display:block}
 .paft svg text{font-family:inherit}
-.paft .tick,.paft .mark-text,.paft .cell{font-size:11px;fill:#5b6675}
+.paft .tick,.paft .mark-text,.paft .cell{font-size:11px;fill:var(--soft)}
 .paft .cell{fill:#1c2430;font-size:10.5px}.paft .cell.light{fill:#fff}
-.paft .label{font-size:12px;fill:#1c2430}.paft .legend{font-size:12.5px;fill:#1c2430}
-.paft line.grid{stroke:#e8ebef}.paft .axis{stroke:#9aa4b0}.paft .rail{stroke:#e8ebef}
-.paft .mark{stroke:#aab3bd;stroke-dasharray:2 3}.paft .mark.strong{stroke:#1c2430;stroke-dasharray:none;stroke-width:1.2}
-.paft .none{fill:#f0f1f3}
+.paft .label{font-size:12px;fill:var(--ink)}.paft .legend{font-size:12.5px;fill:var(--ink)}
+.paft line.grid{stroke:var(--grid)}.paft .axis{stroke:var(--axis)}.paft .rail{stroke:var(--grid)}
+.paft .mark{stroke:var(--mark);stroke-dasharray:2 3}.paft .mark.strong{stroke:var(--ink);stroke-dasharray:none;stroke-width:1.2}
+.paft .none{fill:var(--none)}
 .paft table{border-collapse:collapse;width:100%;font-size:12.5px;font-variant-numeric:tabular-nums}
 .paft th,.paft td{padding:5px 6px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 .paft th{font-weight:600;color:var(--soft);background:var(--wash)}
@@ -55,6 +56,15 @@ Roboto,"Helvetica Neue",Arial,sans-serif;max-width:1240px;margin:0 auto;padding:
 .paft dt{font-weight:600}.paft dd{margin:0;color:var(--soft)}
 @media print{.paft{padding:0;max-width:none}.paft .grid{grid-template-columns:1fr 1fr}}
 """
+
+_DARK = """
+:root{color-scheme:light dark}
+body{margin:0;background:#fff}
+@media screen and (prefers-color-scheme:dark){body{background:#12161c}
+.paft{--ink:#e6eaf0;--soft:#a3adba;--rule:#2b333d;--wash:#1a2028;--card:#12161c;--warn:#ffa057;--good:#4fd1a5;--note:#6cbcf5;--grid:#27303a;
+--axis:#6b7684;--mark:#6b7684;--none:#1f262e}}
+"""
+"""Only of the whole page: a notebook has colours of its own, in which the report stays light."""
 
 _TAGS = {"warn": ("▲", "look here"), "note": ("●", "to know"), "good": ("✔", "good")}
 
@@ -92,7 +102,7 @@ def page(audit: Audit) -> str:
     """A whole HTML document."""
     title = escape("Audit of " + ", ".join(s.label for s in audit.sources))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
-    return f'<!doctype html><html lang="en"><head>{head}<style>body{{margin:0;background:#fff}}</style></head><body>{fragment(audit)}</body></html>\n'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{fragment(audit)}<style>{_DARK}</style></body></html>\n'
 
 
 def fragment(audit: Audit) -> str:
@@ -128,7 +138,19 @@ def _head(audit: Audit) -> str:
     names = " and ".join(s.label for s in audit.sources) if len(audit.sources) < 3 else f"{len(audit.sources)} sources"
     whose = "its" if len(audit.sources) == 1 else "their"
     base = f"on {audit.base}" if audit.base else f"without {whose} base: what needs its weights is left out"
-    return f'<h1>How sparse, and will it merge?</h1><p class="soft">{escape(names)}, {escape(base)}. Sparse means |delta| &lt; {audit.epsilon:g}.</p>'
+    asked, note = ("How sparse, and will it merge?", "")
+    if audit.sampled is not None:
+        asked, note = "How sparse, and what was merged?", f'<p class="soft">{escape(sampled_line(audit.sampled))}</p>'
+    return f'<h1>{asked}</h1><p class="soft">{escape(names)}, {escape(base)}. Sparse means |delta| &lt; {audit.epsilon:g}.</p>{note}'
+
+
+def sampled_line(share: float) -> str:
+    """Which numbers of a merge's own record are estimates, and from how much."""
+    return (
+        "As the merge measured on the way. Thresholds, zeros, norms, Hoyer, and what was kept and elected are counted on every entry; "
+        "spectra, and cosines between adapters, are exact from the factors; everything else (bf16, participation, energy of the "
+        f"largest, histogram, signs, overlap) is estimated from {percent(share)} of the entries."
+    )
 
 
 def _cards(audit: Audit) -> str:
@@ -144,7 +166,7 @@ def _card(audit: Audit, number: int, source: SourceAudit) -> str:
     if not source.tensors:
         return f'<div class="card">{name}<p class="soft">{escape(about)}</p><p>Nothing of it could be audited; see below.</p></div>'
     measure = source.total.measure
-    big = [(percent(source.paft_sparsity(audit.epsilon)), f"sparse (below {audit.epsilon:g})")]
+    big = [(percent(source.paft_sparsity(audit.epsilon)), f"sparse (below {audit.epsilon:g})".replace("-", "\u2011"))]
     big += [(percent(measure.bf16_sparsity), "erased by a bf16 cast")] if measure.bf16_sparsity is not None else []
     big += [(percent(measure.top_energy(0.2), 0), "energy in the top 20 %")]
     if audit.preview and any(source.label in t.sources for t in audit.preview.tensors):

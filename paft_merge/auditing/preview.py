@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paft_merge.auditing.metrics import UNDEFINED
 from paft_merge.auditing.opening import Subject
 from paft_merge.auditing.walk import ModelWalk
 from paft_merge.blocks import CpuOps, Survival
 from paft_merge.bridge import WholeTensor
 from paft_merge.errors import AuditError, Problems
+from paft_merge.measures.metrics import UNDEFINED
 from paft_merge.methods import METHODS, REQUIRED, Parameter
 from paft_merge.ranks import RankedConsensus
 from paft_merge.rules import Consensus, Rule

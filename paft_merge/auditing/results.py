@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from paft_merge.auditing.metrics import UNDEFINED, Measure
 from paft_merge.auditing.opening import Header, Skipped
-from paft_merge.auditing.pairs import PairMeasure
 from paft_merge.auditing.preview import Preview
-from paft_merge.auditing.spectrum import FactorCounts, Spectrum
 from paft_merge.errors import Problem
+from paft_merge.measures.metrics import UNDEFINED, Measure
+from paft_merge.measures.pairs import PairMeasure
+from paft_merge.measures.spectrum import FactorCounts, Spectrum
 
 SCHEMA = "paft_merge.audit/1"
 """The version of the JSON; fields may be added under it, and none changes its meaning (docs/audit.md)."""
@@ -210,6 +210,8 @@ class Audit:
     """At which supports were compared."""
     skipped: tuple[Skipped, ...]
     warnings: tuple[Problem, ...]
+    sampled: float | None = None
+    """Of what a merge noted of itself: the share of the entries behind what it did not count on all; None where all were."""
 
     def source(self, label: str) -> SourceAudit:
         """The source of that label.
@@ -246,6 +248,7 @@ class Audit:
             "base": self.base,
             "epsilon": self.epsilon,
             "overlap_density": self.density,
+            "sampled": self.sampled,
             "sources": [s.to_json() for s in self.sources],
             "pairs": [p.to_json() for p in self.pairs],
             "preview": _preview_json(self.preview, [s.label for s in self.sources]) if self.preview else None,

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.auditing.gate import epsilons_of
-from paft_merge.auditing.metrics import EPSILONS
 from paft_merge.auditing.opening import Opened, Skipped, Source, Subject, layer_of, module_of, open_sources
-from paft_merge.auditing.pairs import PairMeasure
 from paft_merge.auditing.preview import Preview, PreviewTensor, Proposal, rules_for
 from paft_merge.auditing.results import Audit, PairAudit, PairTensor, SourceAudit, TensorAudit
 from paft_merge.auditing.survey import Survey, Wanted, survey
 from paft_merge.auditing.walk import Arena, Walker, working_pool
 from paft_merge.errors import Problem
+from paft_merge.measures.metrics import EPSILONS
+from paft_merge.measures.pairs import PairMeasure
 
 HELD_BYTES = 512 << 20
 """Memory for the deltas of one tensor; larger ones are computed anew for each walk."""
@@ -42,6 +42,7 @@ def audit(
     epsilons: Sequence[float] = (),
     density: float = 0.2,
     require: Sequence[str] = (),
+    fetch_base: bool = False,
     threads: int | None = None,
     held_bytes: int = HELD_BYTES,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -57,6 +58,8 @@ def audit(
         epsilons: further thresholds to count.
         density: share of the largest entries whose overlap is compared, in (0, 1].
         require: requirements that will be checked, whose thresholds are then counted (see `Audit.check`).
+        fetch_base: fetch the weights of a base that is on the Hub only. Without it headers are all that is read of the base of
+            adapters, and what needs its weights is left out, and said.
         threads: blocks computed at a time; all cores by default. Changes no count.
         held_bytes: memory for the deltas of one tensor; larger ones are computed anew for each walk.
         progress: called after each tensor.
@@ -72,9 +75,9 @@ def audit(
         raise TypeError("audit() needs at least one source")
     proposal = _proposal(preview)
     counted = tuple(sorted({*EPSILONS, epsilon, *epsilons, *epsilons_of(require)}))
-    with open_sources(sources, base) as opened, working_pool(threads) as pool:
+    with open_sources(sources, base, fetch_base=fetch_base) as opened, working_pool(threads) as pool:
         several = len(opened.headers) > 1
-        wanted = Wanted(epsilon, counted, opened.base is not None, several, density)
+        wanted = Wanted(epsilon, counted, opened.weights, several, density)
         arena, found = Arena(opened.subjects, held_bytes), list[Survey]()
         total, done = sum(s.numel for s in opened.subjects), 0
         rules = rules_for(opened.subjects, proposal if several else None, pool)

@@ -34,13 +34,20 @@ class ShapesOnly(Checkpoint):
     """A base without weights: a tensor reads as zeros, which is right for all that only looks at a LoRA's delta.
 
     Where an adapter carries a copy of the weight beneath, that is what is read.
+
+    Args:
+        known: what adapters tell of their base.
+        headers: the base, if there is one, of which names, types and shapes are all that is looked at.
     """
 
-    def __init__(self, known: Sequence[tuple[Known, Checkpoint]]) -> None:
-        super().__init__(NO_BASE, (), {}, {})
+    def __init__(self, known: Sequence[tuple[Known, Checkpoint]], headers: Checkpoint | None = None) -> None:
+        super().__init__(headers.folder if headers else NO_BASE, (), headers.config if headers else {}, {})
         shapes = {name: shape for one, _ in known for name, shape in one.shapes.items()}
         self._copies = {name: (file, key) for one, file in known for name, key in one.copies.items()}
-        self.tensors = {name: self._info(name, shapes[name]) for name in sorted(shapes, key=natural)}
+        if headers:
+            self.tensors = {name: self._stored(info) for name, info in headers.tensors.items()}
+        else:
+            self.tensors = {name: self._info(name, shapes[name]) for name in sorted(shapes, key=natural)}
 
     def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
         """Fill `buffer` with zeros, or from the copy."""
@@ -49,6 +56,14 @@ class ShapesOnly(Checkpoint):
             file.read_into(key, start, buffer)
         else:
             as_bytes(buffer)[:] = bytes(len(as_bytes(buffer)))
+
+    def _stored(self, info: TensorInfo) -> TensorInfo:
+        """The base's tensor, or the copy of it where that is of the same shape."""
+        copy = self._info(info.name, info.shape) if info.name in self._copies else info
+        if copy.shape == info.shape:
+            return copy
+        del self._copies[info.name]  # it has more rows: then it is a new value, and the adapter says so
+        return info
 
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         if name in self._copies:

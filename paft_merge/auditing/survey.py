@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 from paft_merge import kernels
-from paft_merge.auditing import loops
-from paft_merge.auditing.metrics import Histogram, Measure
 from paft_merge.auditing.opening import Subject
-from paft_merge.auditing.pairs import PairMeasure
 from paft_merge.auditing.preview import Survived, trims_at, weights_of, with_survivals
-from paft_merge.auditing.spectrum import FactorCounts, Factored, Spectrum
-from paft_merge.auditing.thresholds import largest_survive
 from paft_merge.auditing.walk import Walker
 from paft_merge.blocks import Block, CpuOps, Survival, Tally
 from paft_merge.errors import AuditError
+from paft_merge.measures import loops
+from paft_merge.measures.metrics import Histogram, Measure
+from paft_merge.measures.pairs import PairMeasure
+from paft_merge.measures.spectrum import FactorCounts, Factored, Spectrum
 from paft_merge.rules import Rule, Walk
 from paft_merge.scratch import SCRATCH
+from paft_merge.sparsify import Trim, trim_survivals
 
 Pairs = Mapping[tuple[int, int], PairMeasure]
 
@@ -75,7 +75,8 @@ def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) 
     related = {(a, b): walker.pool.submit(_relate, factored[a], factored[b]) for a, b in pairs}
     survivals: list[Survival] = []
     if pairs:
-        survivals = largest_survive([m.histogram for m in measures], subject.numel, wanted.density, walker)
+        trims = [Trim("density", wanted.density)] * len(active)
+        survivals = trim_survivals(trims, subject.numel, walker, CpuOps(), full=first.full)
     survived, merged, support = _second(subject, walker, rule, survivals, wanted)
     subspaces = {}
     for (a, b), later in related.items():
@@ -146,6 +147,11 @@ class _First:
         if largest >= kernels.INFINITY:
             raise _not_finite(self.subject, i)
         return largest
+
+    @property
+    def full(self) -> tuple[Any, Any]:
+        """The histograms of all blocks, as `sparsify.trim_survivals` takes them."""
+        return self._counts, self._lows
 
     def measures(self, parts: Sequence[_Part], subject: Subject) -> list[Measure]:
         """Every source's measure, from all blocks."""
@@ -235,7 +241,7 @@ def _relate(left: Factored | None, right: Factored | None) -> tuple[float, tuple
 
     That product is exact, where the stream rounds each entry to float32 first.
     """
-    return (left.dot(right), left.overlap(right)) if left and right else None
+    return left.relate(right) if left and right else None
 
 
 def _sum_square(
@@ -255,12 +261,8 @@ def _sum_square(
 
 def _factored(subject: Subject, i: int) -> Factored | None:
     """The decomposed factors of a source's delta, where one product is all it is."""
-    base, source = subject.inputs.base, subject.inputs.sources[i]
-    assert base is not None
-    if source.patch is None or base.patch is not None or not source.same_weight(base) or source.patch.kind == "bias":
-        return None
-    factors = source.patch.factors()
-    return Factored.of(*factors[0]) if factors is not None and len(factors) == 1 else None
+    factors = subject.inputs.factors(i)
+    return Factored.of(*factors) if factors else None
 
 
 def _not_finite(subject: Subject, row: int) -> AuditError:

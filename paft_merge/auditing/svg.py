@@ -8,7 +8,7 @@ from html import escape
 
 from paft_merge.auditing.figures import Chart, Dots, Figure, Heat, Line
 
-HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
 """Okabe and Ito's palette, in the order in which its colours are furthest apart; yellow is left out (too pale for a line)."""
 
 _WIDTH, _HEIGHT = 560, 300

@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from paft_merge.auditing.opening import labels_of
-from paft_merge.auditing.page import percent, short
+from paft_merge.auditing.page import percent, sampled_line, short
 from paft_merge.auditing.results import Audit, Group, PairAudit, SourceAudit
 from paft_merge.auditing.svg import abridged
 from paft_merge.auditing.verify import ManifestCheck
@@ -23,6 +22,8 @@ def audit_table(audit: Audit) -> None:
     console = Console()
     base = f"on {audit.base}" if audit.base else "without a base: what needs its weights is left out"
     console.print(f"sparse means |delta| < {audit.epsilon:g}; {escape(base)}", highlight=False)
+    if audit.sampled is not None:
+        console.print(escape(sampled_line(audit.sampled)), highlight=False)
     for table in _sources(audit, console.width):
         console.print(table)
     for source in audit.sources:
@@ -39,27 +40,16 @@ def audit_table(audit: Audit) -> None:
         console.print(f"[dim]left out: {escape(f'{skipped.source}: {names}: {skipped.why}')}[/]", highlight=False)
 
 
-def manifest_table(check: ManifestCheck) -> None:
-    """What a finished merge measured, and whether its bytes are still what it wrote."""
+def manifest_table(check: ManifestCheck, audit: Audit | None) -> None:
+    """What a finished merge measured (`audit`), and whether its bytes are still what it wrote."""
     console = Console()
-    headings = ("source", "entries", "< 1e-5", "Hoyer", "kept", "elected", "their energy", "norm")
-    table = _table("as measured when it was merged", headings)
-    rows = check.manifest.get("totals", [])
-    for label, row in zip(labels_of([str(row["source"]) for row in rows]), rows, strict=True):
-        entries = row.get("entries") or 0
-        shares = [percent(row[key] / entries if entries and key in row else None) for key in _COUNTED]
-        energy = f"{percent(row.get('kept_energy'), 0)}, {percent(row.get('elected_energy'), 0)}"
-        counted = shares[0], short(row.get("hoyer")), *shares[1:]
-        table.add_row(escape(abridged(label)), f"{entries:,}", *counted, energy, short(row.get("l2")))
-    console.print(table)
+    if audit:
+        audit_table(audit)
     for warning in check.manifest.get("warnings", []):
         console.print(f"{_SIGNS['warn']} {escape(str(warning))}", highlight=False)
     if check.ok:
         text = f"{check.tensors:,} tensors, {check.nbytes:,} bytes: all are what the merge wrote"
         console.print(f"[bold green]✓[/] {escape(str(check.folder))}: {text}", highlight=False)
-
-
-_COUNTED = ("below_1e-05", "kept", "elected")
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
@@ -140,7 +130,7 @@ def _preview(audit: Audit) -> Table:
     assert preview is not None
     given = ", ".join(f"{k}={v}" for k, v in preview.parameters.items())
     table = _table(
-        f"what {preview.method}{f' ({given})' if given else ''} would keep",
+        f"what {preview.method}{f' ({given})' if given else ''} {'would keep' if audit.sampled is None else 'kept'}",
         ("source", "entries", "after election", "energy", "after election"),
     )
     for source in audit.sources:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from paft_merge.auditing.opening import Subject
-from paft_merge.blocks import Block
+from paft_merge.blocks import Block, sample_end
+from paft_merge.measures.spectrum import on_one_core
 
 T = TypeVar("T")
 
@@ -59,13 +60,12 @@ class Walker:
     def __call__(
         self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
     ) -> list[T]:
-        """As `first`, from what it held. `sample`: on a sixteenth of each tile's rows. `tiles`: on these only."""
+        """As `first`, from what it held. `sample`: on some of each tile's rows. `tiles`: on these only."""
         bounds = self.subject.bounds if tiles is None else [self.subject.bounds[i] for i in tiles]
         return list(self.pool.map(lambda b: work(self._block(b[0], b[1], sample)), bounds))
 
     def _block(self, start: int, stop: int, sample: bool) -> Block:
-        row = self.subject.row
-        end = start + max(1, (stop - start) // row // 16) * row if sample else stop
+        end = sample_end(start, stop, self.subject.row) if sample else stop
         zeros = self._zeros[: end - start]
         if self._held is None:
             return Block(start, zeros, self.subject.inputs.block(start, end).sources, subtract=False)
@@ -113,7 +113,7 @@ def working_pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with on_one_core(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)

@@ -18,6 +18,11 @@ from paft_merge.cli.terminal import terminable, warn
 @click.option(
     "--base", help="What the sources change, a folder or Hub name. Adapters do without it, as far as that goes."
 )
+@click.option(
+    "--fetch-base",
+    is_flag=True,
+    help="Fetch the weights of adapters' base from the Hub. Without it its headers are all that is read there.",
+)
 @click.option("--method", default="ties", show_default=True, help="Method to preview when there are several sources.")
 @click.option(
     "-p",
@@ -47,24 +52,20 @@ from paft_merge.cli.terminal import terminable, warn
 )
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def audit(
-    sources: tuple[str, ...], base: str | None, method: str, parameters: tuple[str, ...], no_preview: bool, epsilon: float,
+    sources: tuple[str, ...], base: str | None, fetch_base: bool, method: str, parameters: tuple[str, ...], no_preview: bool, epsilon: float,
     as_json: bool, csv: Path | None, html: Path | None, plots: Path | None, require: tuple[str, ...], threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Audit SOURCES: adapters, fine-tuned models with --base, `base+adapter`, one recipe, or a finished merge.
 
     Says how sparse each delta is, how several get along, and what a merge would keep of each. A finished merge without
-    --base is compared with its own manifest.
+    --base is compared with its own manifest, which also has what the merge measured of its sources.
     """
     from paft_merge import auditing
     from paft_merge.auditing.command import Outlets, report, report_manifest
     from paft_merge.auditing.verify import is_merged
 
     if len(sources) == 1 and base is None and is_merged(sources[0]):
-        if csv or html or plots or require:
-            raise click.UsageError(
-                "A finished merge is compared with its manifest; --csv, --html, --plots and --require need --base."
-            )
-        report_manifest(auditing.verify(sources[0]), as_json)
+        report_manifest(auditing.verify(sources[0]), Outlets(as_json, csv, html, plots), require)
         return
     proposal = (
         None
@@ -75,8 +76,9 @@ def audit(
     )
     with terminable(), _audit_progress(quiet) as progress:
         done = auditing.audit(
-            *sources, base=base, preview=proposal, epsilon=epsilon, require=require, threads=threads, progress=progress
-        )
+            *sources, base=base, preview=proposal, epsilon=epsilon, require=require, fetch_base=fetch_base, threads=threads,
+            progress=progress,
+        )  # fmt: skip
     report(done, Outlets(as_json, csv, html, plots), require, warn)
 
 

@@ -63,9 +63,8 @@ class PlannedTensor:
 
     @cached_property
     def row(self) -> int:
-        """Elements of a row: blocks are whole rows, as adapters' deltas are."""
-        rows = {read.patch.row for read in self.inputs.reads if read.patch}
-        return math.lcm(row_of(self.rule, self.shape), *(rows or {max(self.shape[-1] if self.shape else 1, 1)}))
+        """Elements of a row, of which blocks hold whole ones."""
+        return self.inputs.row(self.shape, row_of(self.rule, self.shape))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -96,10 +95,7 @@ class PlannedTensor:
 
     def release(self) -> None:
         """Let go of the adapters' factors, which are read when they are first needed."""
-        for read in self.inputs.reads:
-            if read.patch:
-                read.patch.release()
-            read.checkpoint.release(read.name)
+        self.inputs.release()
 
 
 @dataclass(frozen=True)

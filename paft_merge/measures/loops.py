@@ -226,3 +226,55 @@ def square_of(bits: Any) -> float:
     for j in range(bits.size):
         total += np.float64(values[j]) * np.float64(values[j])
     return total
+
+
+_CHUNK = 64
+"""Rows whose products are added in the factors' own type before they go to float64, and columns that are done together."""
+
+
+@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, fastmath={"contract"})
+def crossed(left: Any, right: Any, out: Any) -> None:
+    """Inner products of columns, `out = left.T @ right`, in a fixed order.
+
+    A BLAS would do as well on an idle machine; on a busy one its threads wait for each other.
+
+    Args:
+        left: `[N, R]`, float32 or float64; the sums of `_CHUNK` rows are as exact as that.
+        right: `[N, S]` of the same type.
+        out: `[R, S]` float64, overwritten.
+    """
+    n, rank = left.shape
+    columns, padded = right.shape[1], (rank + 3) // 4 * 4
+    turned, held = np.zeros((padded, _CHUNK), left.dtype), np.zeros((_CHUNK, _CHUNK), left.dtype)
+    total = np.zeros((4, _CHUNK), left.dtype)
+    out[:] = 0
+    for column in range(0, columns, _CHUNK):
+        wide = min(_CHUNK, columns - column)
+        held[:] = 0
+        for start in range(0, n, _CHUNK):
+            m = min(_CHUNK, n - start)
+            if m < _CHUNK:
+                turned[:] = 0
+                held[:] = 0
+            for k in range(m):
+                for r in range(rank):
+                    turned[r, k] = left[start + k, r]
+                for j in range(wide):
+                    held[k, j] = right[start + k, column + j]
+            for i in range(0, padded, 4):
+                total[:] = 0
+                for k in range(0, _CHUNK, 4):
+                    p, t = held[k : k + 4], turned[i : i + 4, k : k + 4]
+                    a0, a1, a2, a3 = t[0, 0], t[0, 1], t[0, 2], t[0, 3]
+                    b0, b1, b2, b3 = t[1, 0], t[1, 1], t[1, 2], t[1, 3]
+                    c0, c1, c2, c3 = t[2, 0], t[2, 1], t[2, 2], t[2, 3]
+                    d0, d1, d2, d3 = t[3, 0], t[3, 1], t[3, 2], t[3, 3]
+                    for j in range(_CHUNK):
+                        v0, v1, v2, v3 = p[0, j], p[1, j], p[2, j], p[3, j]
+                        total[0, j] = total[0, j] + a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
+                        total[1, j] = total[1, j] + b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
+                        total[2, j] = total[2, j] + c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
+                        total[3, j] = total[3, j] + d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
+                for r in range(min(4, rank - i)):
+                    for j in range(wide):
+                        out[i + r, column + j] += np.float64(total[r, j])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from paft_merge.auditing.metrics import UNDEFINED
+from paft_merge.measures.metrics import UNDEFINED
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ class PairMeasure:
     def total(cls, parts: Sequence[PairMeasure]) -> PairMeasure:
         """The measure of everything in `parts`."""
         return cls(**{name: sum(getattr(p, name) for p in parts) for name in cls.__dataclass_fields__})
+
+    @property
+    def turned(self) -> PairMeasure:
+        """The same with left as right."""
+        return replace(
+            self, left_square=self.right_square, right_square=self.left_square,
+            left_conflict_square=self.right_conflict_square, right_conflict_square=self.left_conflict_square,
+        )  # fmt: skip
 
     @property
     def cosine(self) -> float:
