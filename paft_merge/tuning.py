@@ -61,7 +61,7 @@ def tune(
     *,
     overrides: tuple[str, ...] = (),
     trials: int | None = None,
-    progress: Callable[[Trial, int], None] = lambda trial, total: None,
+    progress: Callable[[Trial, int, int], None] = lambda trial, done, total: None,
 ) -> Found:
     """Search the space of a recipe's `tune:` for the merge with the highest metric.
 
@@ -70,7 +70,7 @@ def tune(
         folder: A run folder; adapters that are not trained there yet are trained first.
         overrides: `key=value`, as for `run`.
         trials: Trials in all, those of earlier searches in this folder counted; `tune: {trials: ...}` by default.
-        progress: Called after each trial with the trial and the number of trials in all.
+        progress: Called after each trial with the trial, and how many there are now, of how many.
 
     Returns:
         The best trial, all trials, and the file of the winning recipe. `tune.png` and `trials.csv` lie beside it.
@@ -102,7 +102,7 @@ def tune(
             trial.set_user_attr("scores", scores)
             trial.set_user_attr("parameters", chosen)
             study.tell(trial, value)
-            progress(Trial(trial.number, value, chosen, scores), total)
+            progress(Trial(trial.number, value, chosen, scores), len(_finished(study)), total)
         found = _finished(study)
         best = max(found, key=lambda trial: (trial.value, -trial.number))
         _write(loaded, best, found, spec, out)
@@ -116,7 +116,10 @@ def _checked(recipe: RunRecipe) -> TuneSpec:
         fix = "add tune: {metric: ..., space: {...}}"
         raise RecipeError.of("TUNE", recipe.where(), "has no section tune", fix)
     known = [*recipe.evaluate.metrics]
-    for name in _terms(recipe.tune.metric):
+    for name, weight in _terms(recipe.tune.metric).items():
+        if weight < 0 and _less_is_better(recipe, name):
+            what = f"less of {name} counts as better already, so {recipe.tune.metric!r} would seek more of it"
+            problems.add("TUNE", recipe.where("tune", "metric"), what, f"add it: + {-weight:g} * {name}")
         if name not in known and not recipe.evaluate.needs_lm_eval:
             fix = did_you_mean(name, known) or f"evaluations are {', '.join(known)}"
             problems.add("TUNE", recipe.where("tune", "metric"), f"there is no evaluation {name!r}", fix)
@@ -205,7 +208,13 @@ def _try(
     chosen = {key: _suggest(trial, key, choices) for key, choices in spec.space.items()}
     data = merge_with(recipe, chosen)
     try:
-        merge(resolved_merge(data, paths, recipe), scratch, overwrite=True, write_model_card=False, warn=_log)
+        merge(
+            resolved_merge(data, paths, recipe, recipe.seeds[0]),
+            scratch,
+            overwrite=True,
+            write_model_card=False,
+            warn=_log,
+        )
         found = evaluate(scratch, recipe.evaluate, folder=recipe.folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -220,9 +229,12 @@ def _try(
 
 def _upwards(recipe: RunRecipe, name: str, value: float) -> float:
     """A score as more is better."""
+    return -value if _less_is_better(recipe, name) else value
+
+
+def _less_is_better(recipe: RunRecipe, name: str) -> bool:
     known = recipe.evaluate.metrics if recipe.evaluate else {}
-    kind = known[name].kind if name in known else name
-    return -value if kind in LOWER_IS_BETTER else value
+    return (known[name].kind if name in known else name) in LOWER_IS_BETTER
 
 
 def _log(problems: Any) -> None:
@@ -273,6 +285,7 @@ def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
     keys = list(spec.space)
     figure = Figure(figsize=(3.2 * (len(keys) + 1), 3.2), layout="constrained")
@@ -283,6 +296,7 @@ def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
     panels[0].scatter(numbers, values, s=14, color="#4477aa")
     panels[0].step(numbers, best, where="post", color="#cc3311", linewidth=1)
     panels[0].set(xlabel="trial", ylabel=spec.metric)
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel, key in zip(panels[1:], keys, strict=True):
         choices = [t.parameters[key] for t in trials]
         plain = _is_range(spec.space[key])
@@ -290,4 +304,7 @@ def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
         panel.set(xlabel=dotted(way(key)))
         if plain and len(spec.space[key]) == 3:
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            panel.xaxis.set_minor_locator(NullLocator())
     figure.savefig(path, dpi=120)

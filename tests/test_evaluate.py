@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import train_toys
+import yaml
 from click.testing import CliRunner
 from run_toys import write_rows
 from train_toys import THEIR_WARNINGS
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from paft_merge.cli import cli
 from paft_merge.errors import EvaluateError, PaftMergeError, RecipeError
 from paft_merge.evaluating import check_evaluate, evaluate
+from paft_merge.evaluating.harness import check_data
 from paft_merge.evaluating.light import generate
 from paft_merge.evaluating.models import load_subject
 from paft_merge.evaluating.spec import EvaluateSpec
@@ -269,6 +276,128 @@ def test_lm_eval_runs_a_local_task_file_offline(place: Path, tmp_path: Path) -> 
     assert 0.5 < found["mine"].value <= 1
     with pytest.raises(EvaluateError, match="lm-eval has no task 'hellaswg'; did you mean 'hellaswag'"):
         check_evaluate(EvaluateSpec(tasks=["hellaswg"]))
+
+
+@pytest.fixture(scope="module")
+def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the suite's data sets under their own names, a few generated rows in each; `datasets` looks there first."""
+    folder, draw = tmp_path_factory.mktemp("hub"), random.Random(0)
+
+    def text(count: int = 3) -> str:
+        return " ".join(draw.choices(["the", "red", "fox", "went", "to", "a", "hill"], k=count))
+
+    def put(repository: str, configs: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+        card = []
+        for name, splits in configs.items():
+            card.append(
+                {"config_name": name, "data_files": [{"split": s, "path": f"{name}/{s}.jsonl"} for s in splits]}
+            )
+            (folder / repository / name).mkdir(parents=True)
+            for split, rows in splits.items():
+                write_rows(folder / repository / name / f"{split}.jsonl", rows)
+        (folder / repository / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': card})}---\n")
+
+    def both(row: Callable[[], dict[str, Any]], held_out: str = "validation") -> dict[str, list[dict[str, Any]]]:
+        return {"train": [row() for _ in range(30)], held_out: [row() for _ in range(3)]}
+
+    four = [text() for _ in range(4)]
+    put("allenai/ai2_arc", {"ARC-Challenge": both(lambda: {
+        "question": text(), "choices": {"text": four, "label": list("ABCD")}, "answerKey": draw.choice("ABCD"),
+    }, "test")})  # fmt: skip
+    put("Rowan/hellaswag", {"default": both(lambda: {
+        "activity_label": text(1), "ctx_a": text(), "ctx_b": "then", "endings": four, "label": draw.choice("0123"),
+    })})  # fmt: skip
+    put("allenai/winogrande", {"winogrande_xl": both(lambda: {
+        "sentence": "the fox and the hill , _ was red", "option1": "fox", "option2": "hill", "answer": draw.choice("12"),
+    })})  # fmt: skip
+    put(
+        "openai/gsm8k",
+        {"main": both(lambda: {"question": text(), "answer": f"{text()}\n#### {draw.randint(1, 9)}"}, "test")},
+    )
+    targets = {"choices": four, "labels": [1, 1, 0, 0]}
+    rows = [{"question": text(), "mc1_targets": targets, "mc2_targets": targets} for _ in range(3)]
+    put("truthfulqa/truthful_qa", {"multiple_choice": {"validation": rows}})
+
+    def question() -> dict[str, Any]:
+        return {"question": text(), "choices": four, "answer": draw.randrange(4)}
+
+    own = Path(find_spec("lm_eval").origin).parent / "tasks/mmlu/default"
+    subjects = [yaml.safe_load(file.read_text())["dataset_name"] for file in sorted(own.glob("mmlu_*.yaml"))]
+    assert len(subjects) == 57
+    put("cais/mmlu", {
+        subject: {"dev": [question() for _ in range(5)], "test": [question() for _ in range(1 + at % 3)]}
+        for at, subject in enumerate(subjects)
+    })  # fmt: skip
+    return folder
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (extra [eval])")
+@pytest.mark.filterwarnings("default")
+def test_the_suite_is_the_leaderboards_and_runs_offline(
+    data_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval's own tasks, shots and metrics, on rows that stand in for their data; the mean, and MMLU's over subjects."""
+    import datasets
+    import lm_eval
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(data_sets)
+    base = tmp_path / "base"
+    world = Path(__file__).parent.parent / "recipes/quickstart/base"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=2048, initializer_range=0.5,
+    )).save_pretrained(base)  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(world / name, base)
+    asked, told = lm_eval.simple_evaluate, dict[str, dict[str, Any]]()
+
+    def listening(**given: Any) -> Any:
+        found = asked(**{**given, "log_samples": True})
+        for key in ("results", "n-shot", "samples", "group_subtasks", "configs"):
+            told.setdefault(key, {}).update(found[key])
+        return found
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", listening)
+    found = evaluate(base, {"suite": "open-llm-v1", "batch_size": 32})
+    shots = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5}
+    assert list(found) == [*shots, "open-llm-v1"]
+    assert found["open-llm-v1"].value == pytest.approx(sum(found[name].value for name in shots) / 6)
+    parts = [name for group in told["group_subtasks"]["mmlu"] for name in told["group_subtasks"][group]]
+    assert len(parts) == 57
+    of_parts = [told["results"][name]["acc,none"] for name in parts]
+    assert found["mmlu"].value == pytest.approx(sum(of_parts) / 57), "of subjects, as the leaderboard's was"
+    assert found["mmlu"].value != pytest.approx(told["results"]["mmlu"]["acc,none"]), "lm-eval weighs by rows"
+    for name, count in {**dict.fromkeys(parts, 5), **shots}.items():
+        if name != "mmlu":
+            assert told["n-shot"][name] == count, name
+            metric = "acc_norm" if count > 5 else "exact_match" if name == "gsm8k" else "acc"
+            assert metric in [one["metric"] for one in told["configs"][name]["metric_list"]], name
+    for name, metric in (("arc_challenge", "acc_norm,none"), ("gsm8k", "exact_match,strict-match")):
+        assert found[name].value == told["results"][name][metric]
+        asked_with = str(told["samples"][name][0]["arguments"])
+        assert asked_with.count("Question:") - asked_with.count("'Question:'") == {
+            "arc_challenge": 4 * 26, "gsm8k": 6,
+        }[name]  # fmt: skip
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (extra [eval])")
+@pytest.mark.filterwarnings("default")
+def test_a_task_whose_data_is_not_here_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(TASK.format(name="mine", rows=tmp_path / "none.jsonl"))
+    with pytest.raises(EvaluateError, match=r"mine: .*none.jsonl.*; its data must be loadable here"):
+        check_data(EvaluateSpec(tasks=["mine.yaml"]), tmp_path)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (extra [eval])")
+@pytest.mark.filterwarnings("default")
+def test_prompts_that_do_not_fit_are_told_once(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "w1 " * 200, "choices": ["w2", "w3"], "gold": 1}] * 4)
+    (tmp_path / "mine.yaml").write_text(TASK.format(name="mine", rows=tmp_path / "rows.jsonl"))
+    evaluate(place / "base", {"tasks": [str(tmp_path / "mine.yaml")]})
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "lm_eval" not in r.name]
+    assert warning.startswith("mine: there are prompts longer than the 128 tokens")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from paft_merge.cli import cli
 from paft_merge.errors import AuditError, PaftMergeError, RecipeError, RunError
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.state import State
+from paft_merge.reproduce import reproduce
 
 __all__ = ["hub"]
 pytestmark = THEIR_WARNINGS
@@ -67,6 +68,33 @@ def test_an_unchanged_run_does_nothing_again(world: Path, copied: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.suffix in (".safetensors",)}
     assert run(world, copied).done == ()
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+DROPS = ("merge.merge_method=dare_ties", "merge.parameters={density: 0.5}", "merge.models[0].parameters={weight: 1.0}")
+"""The toy's merge with random drops."""
+
+
+def weights(folder: Path) -> bytes:
+    """The merged tensors of a run."""
+    return (folder / "merged/model.safetensors").read_bytes()
+
+
+def test_random_drops_are_the_same_in_any_run_folder_however_it_is_spelt(
+    world: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (Path(shutil.copytree(unbroken, tmp_path / name)) for name in ("one", "deeper/two"))
+    monkeypatch.chdir(tmp_path)
+    run(world, one, overrides=(*DROPS, "evaluate=false", "audit=false"))
+    run(world, "./deeper/../deeper/two", overrides=(*DROPS, "evaluate=false", "audit=false"))
+    assert weights(one) == weights(two) != weights(unbroken)
+    sources = json.loads((one / "merged/merge_manifest.json").read_text())["recipe"]["models"]
+    assert [source["model"]["label"] for source in sources] == ["sft", "dpo"]
+    again = reproduce(one / "merged", tmp_path / "again")
+    assert again.identical
+    assert again.tensors > 5
+    assert (tmp_path / "again/model.safetensors").read_bytes() == weights(one)
+    run(world, one, overrides=(*DROPS, "merge.seed=7", "evaluate=false", "audit=false"))
+    assert weights(one) != weights(two), "another seed drops others"
 
 
 def test_times_do_not_matter_and_bytes_do(world: Path, copied: Path) -> None:

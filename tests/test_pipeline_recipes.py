@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,15 +13,18 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from rich.console import Console
 from run_toys import make_world, sections
 from train_toys import THEIR_WARNINGS
 
-from paft_merge.cli import cli
+from paft_merge.cli import cli, results
 from paft_merge.errors import PaftMergeError, RecipeError
 from paft_merge.pipeline import load_run, plan, run
 from paft_merge.pipeline.overrides import put, way
-from paft_merge.pipeline.steps import Merge, Planner, Train
+from paft_merge.pipeline.stages import _renamed
+from paft_merge.pipeline.steps import Merge, Planner, Train, labels
 from paft_merge.pipeline.table import Cell, Row, Table
+from paft_merge.recipe import ModelRef
 from paft_merge.starter import starter
 
 pytestmark = THEIR_WARNINGS
@@ -127,6 +131,16 @@ def test_an_evaluation_whose_package_is_missing_is_found_before_training(world: 
     assert "not installed; pip install 'paft-merge[eval]'" in text
 
 
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (extra [eval])")
+@pytest.mark.filterwarnings("default")
+def test_a_task_whose_data_is_not_here_is_found_before_training(world: Path, tmp_path: Path) -> None:
+    task = {"task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "none.jsonl"}},
+            "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "x", "doc_to_choice": ["a"], "doc_to_target": 0}  # fmt: skip
+    (world.parent / "mine.yaml").write_text(yaml.safe_dump(task))
+    assert re.search(r"evaluate: .*mine: .*none.jsonl", told(world, tmp_path, evaluate={"tasks": ["mine.yaml"]}))
+    planned(world, tmp_path, evaluate={"tasks": ["mine.yaml"]}, adapters=None, audit=None, merge=None)
+
+
 def test_a_comparison_without_l1_has_no_sparse_arm(world: Path, tmp_path: Path) -> None:
     adapters = sections()["adapters"]
     del adapters["sft"]["l1"]
@@ -175,6 +189,47 @@ def test_a_methods_name_stands_for_a_recipe_on_both_adapters(world: Path, tmp_pa
     assert recipes["merge/parallel-slerp"]["base_model"]["lora"]["path"].endswith("sft-dense")
     assert "base_model" not in recipes["merge/parallel-linear"], "linear would merge it as one more model"
     assert recipes["merge/merged"]["models"][0]["model"]["lora"]["path"].endswith("adapters/sft")
+
+
+def test_the_methods_of_a_comparison_are_the_papers_and_ours_by_default(world: Path, tmp_path: Path) -> None:
+    made = planned(world, tmp_path, compare={"arms": ["parallel"], "sft": ["l1"]})
+    names = ("slerp", "ties", "dare_ties", "task_arithmetic", "linear", "l1_ties", "sign_election")
+    assert [arm.name for arm in made.planner.arms] == [*(f"parallel {name}" for name in names), "merged"]
+
+
+def test_faults_of_sections_files_columns_and_merges_are_told_together(world: Path, tmp_path: Path) -> None:
+    adapters = sections()["adapters"]
+    adapters["sft"]["data"] = "pairs.jsonl"
+    adapters["dpo"]["training"] = {"learning_rat": 1}
+    merge = {**sections()["merge"], "merge_method": "l1_tis"}
+    text = told(
+        world, tmp_path, adapters=adapters, merge=merge, evaluate={"suit": "open-llm-v1"}, audit={"epsilon": -1}
+    )
+    for part in ("audit.epsilon", "evaluate.suit", "did you mean 'l1_ties'", "the columns are", "'learning_rate'"):
+        assert part in text
+
+
+def test_a_source_keeps_the_name_that_the_recipe_gives_it(world: Path, tmp_path: Path) -> None:
+    other = world.parent / "other"
+    other.mkdir(exist_ok=True)
+    models = [{"model": "sft"}, {"model": "./other"}, {"model": f"other@main+{other}"}, {"model": "org/name"}]
+    merge = {**sections()["merge"], "models": models}
+    made = planned(world, tmp_path, merge=merge, seeds=[3, 4], compare={"arms": ["parallel"], "methods": ["ties"]})
+    recipes = {s.name: s.job.recipe for s in made.steps if isinstance(s.job, Merge) and s.stage == "merge"}
+    refs = [ModelRef.parse(one["model"]) for one in recipes["merge/seed-4/merged"]["models"]]
+    assert [ref.label for ref in refs] == ["sft", "./other", f"other@main+{other}", None], "drops go by these"
+    assert [ref.path for ref in refs] == [str(world.parent / "base"), str(other), str(other), "org/name"]
+    names = labels(recipes["merge/seed-4/merged"])
+    long = f"{world.parent / 'base'}+{tmp_path / 'run/seed-4/adapters/sft'}"
+    assert _renamed(f"{long} is larger than {other}", names) == "sft is larger than ./other"
+    for name in ("parallel-ties-dense", "parallel-ties-l1"):
+        names = [one["model"]["label"] for one in recipes[f"merge/seed-3/{name}"]["models"]]
+        assert names == ["sft", "dpo"], "the same drops for the dense twin, so that the two can be compared"
+    assert {name: recipe["seed"] for name, recipe in recipes.items() if "merged" in name} == {
+        "merge/seed-3/merged": 3, "merge/seed-4/merged": 4,
+    }  # fmt: skip
+    own = planned(world, tmp_path, merge={**sections()["merge"], "seed": 7}, seeds=[3, 4])
+    assert [step.job.recipe["seed"] for step in own.steps if isinstance(step.job, Merge)] == [7, 7]
 
 
 def test_a_comparison_runs_to_its_table(world: Path, tmp_path: Path) -> None:
@@ -235,6 +290,19 @@ def test_the_table_says_which_merges_win_trade_and_lose() -> None:
     assert "none is better without being worse somewhere" in " ".join(
         table_of({"sequential": ("sequential", 0.7, 2.0), "parallel bad": ("parallel", 0.6, 2.0)}).verdicts()
     )
+
+
+def test_the_terminal_breaks_names_and_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = {column: Cell((-0.125, 0.25), 0.1) for column in ("skill", "happy", "pairs", "text", "sparsity")}
+    rows = tuple(Row(f"parallel {name} (dense)", "parallel", cells) for name in ("task_arithmetic", "sign_election"))
+    shown = Table(tuple(cells), rows, (0, 1), dict.fromkeys(cells, 1))
+    for width, number in ((80, "0.062±0.265"), (120, "0.062 ± 0.265")):
+        console = Console(width=width, file=io.StringIO())
+        monkeypatch.setattr(results, "_console", lambda console=console: console)
+        results.table(shown)
+        text = console.file.getvalue()
+        assert text.count(number) == 10, f"at {width} columns"
+        assert all(len(line) <= width for line in text.splitlines()[:12])
 
 
 def test_a_cell_has_its_spread_over_seeds() -> None:

@@ -61,7 +61,7 @@ def test_a_killed_search_goes_on_with_the_trials_it_has(world: Path, searched: P
     assert [row["trial"] for row in rows] == ["0", "1", "3", "4"], "the third was killed, and is another one now"
     assert len({row["parameters.trim.l1_mass"] for row in rows}) == 4, "nothing is tried twice"
     told = []
-    found = tune(world, searched, trials=5, progress=lambda trial, total: told.append((trial.number, total)))
+    found = tune(world, searched, trials=5, progress=lambda trial, done, total: told.append((done, total)))
     assert told == [(5, 5)]
     assert len(found.trials) == 5
     assert tune(world, searched, trials=5).best == found.best
@@ -104,6 +104,10 @@ def test_the_command_tells_trials_and_prints_the_winner(world: Path, searched: P
     ("change", "expected"),
     [
         ("tune.metric=txet", "tune.metric: there is no evaluation 'txet'; did you mean 'text'?"),
+        (
+            "tune.metric=pairs - 2 * text",
+            "less of text counts as better already, so 'pairs - 2 * text' would seek more of it; add it: + 2 * text",
+        ),
         ("tune.space={parameters.trim.l1_mass: [0.5, 3.0]}", "l1_mass"),
         ("tune.space={parameters.densty: [0.1, 0.2]}", "did you mean 'density'?"),
         ("tune.space={'models[5].parameters.weight': [0, 1]}", "models is a list of 2"),

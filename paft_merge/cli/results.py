@@ -26,11 +26,15 @@ def _console() -> Console:
 
 
 def table(results: Results) -> None:
-    """The table of a run: the best of a column in bold, then what it says."""
-    shown = Table(box=box.SIMPLE_HEAD)
+    """The table of a run: the best of a column in bold, then what it says. Numbers are never broken, names may be."""
+    console = _console()
+    widest = max((len(str(cell)) for row in results.rows for cell in row.cells.values()), default=0)
+    names = max((len(row.name) for row in results.rows), default=0)
+    tight = names + (widest + 3) * len(results.columns) + 6 > console.width
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1) if tight else (0, 1))
     shown.add_column("arm")
     for column in results.columns:
-        shown.add_column(escape(column) + _ARROWS[results.better[column]], justify="right")
+        shown.add_column(escape(column) + _ARROWS[results.better[column]], justify="right", no_wrap=True)
     group = results.rows[0].group if results.rows else ""
     for row in results.rows:
         if row.group != group:
@@ -40,9 +44,9 @@ def table(results: Results) -> None:
         for column in results.columns:
             cell = row.cells.get(column)
             best = cell is not None and cell.mean == results.best(column)
-            cells.append("" if cell is None else f"[bold]{cell}[/]" if best else str(cell))
+            text = str(cell).replace(" ± ", "±") if tight else str(cell)
+            cells.append("" if cell is None else f"[bold]{text}[/]" if best else text)
         shown.add_row(escape(row.name), *cells)
-    console = _console()
     console.print(shown)
     if len(results.seeds) > 1:
         console.print(f"mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}", style="dim")
@@ -54,7 +58,7 @@ def steps_table(planned: Planned) -> None:
     """Every step, and why it will be done or not; the evaluations of one model are one row."""
     shown = Table(box=box.SIMPLE_HEAD)
     for column in ("step", "will be done", "output"):
-        shown.add_column(column)
+        shown.add_column(column, overflow="fold")
     rows: dict[tuple[str, str, str], int] = {}
     for step in planned.steps:
         out = step.out.relative_to(planned.planner.run) if step.out else None

@@ -63,12 +63,15 @@ def hush() -> None:
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     import warnings
+    from logging import ERROR, getLogger
 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="(trl|peft|transformers).*")
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # without a GPU torch does not pin
+    getLogger("bitsandbytes").setLevel(ERROR)  # it tells at import which kernels it would rather have
 
 
 @contextmanager

@@ -41,13 +41,13 @@ def tune(recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, .
 
 
 @contextmanager
-def _lines(quiet: bool) -> Iterator[Callable[[Trial, int], None]]:
-    def tell(trial: Trial, total: int) -> None:
+def _lines(quiet: bool) -> Iterator[Callable[[Trial, int, int], None]]:
+    def tell(trial: Trial, done: int, total: int) -> None:
         if not quiet:
             chosen = ", ".join(
                 f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.parameters.items()
             )
-            click.echo(f"trial {trial.number + 1}/{total}: {trial.value:.4f}  {chosen}", err=True)
+            click.echo(f"trial {done}/{total}: {trial.value:.4f}  {chosen}", err=True)
             sys.stderr.flush()
 
     yield tell

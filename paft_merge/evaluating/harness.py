@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,31 +29,34 @@ class Task:
     name: str
     shots: int | None = None
     metric: str | None = None
+    parts: bool = False
+    """Of a group: the plain mean over its parts, which lm-eval would weigh by their rows."""
 
 
 SUITES: Mapping[str, tuple[Task, ...]] = {
     "open-llm-v1": (
         Task("arc_challenge", 25, "acc_norm,none"),
         Task("hellaswag", 10, "acc_norm,none"),
-        Task("mmlu", 5, "acc,none"),
+        Task("mmlu", 5, "acc,none", parts=True),
         Task("truthfulqa_mc2", 0, "acc,none"),
         Task("winogrande", 5, "acc,none"),
         Task("gsm8k", 5, "exact_match,strict-match"),
     ),
 }
-"""Suites by name. `open-llm-v1` is the Open LLM Leaderboard's first one, whose mean is the number that PAFT reports."""
+"""Suites by name. `open-llm-v1` is the Open LLM Leaderboard's first one, whose mean is the number that PAFT reports; its
+MMLU was the mean over 57 subjects."""
 
 _PREFERRED = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "bits_per_byte", "word_perplexity")
 """What stands in the table of a task that reports several, in this order."""
 
 
 def tasks_of(spec: EvaluateSpec, folder: Path) -> list[Task]:
-    """Every task of a section; a file is known by the name inside it."""
-    found = list(SUITES[spec.suite]) if spec.suite else []
+    """Every task of a section; a file is known by the name inside it, and stands in for a suite's task of that name."""
+    found = {task.name: task for task in (SUITES[spec.suite] if spec.suite else ())}
     for task in spec.tasks:
         name = str(load_yaml(place_of(task, folder)).data["task"]) if is_file(task) else task
-        found.append(Task(name, spec.num_fewshot))
-    return found
+        found.setdefault(name, Task(name, spec.num_fewshot))
+    return list(found.values())
 
 
 def check_tasks(spec: EvaluateSpec, folder: Path) -> None:
@@ -83,12 +89,29 @@ def check_tasks(spec: EvaluateSpec, folder: Path) -> None:
     problems.raise_as(EvaluateError)
 
 
+def check_data(spec: EvaluateSpec, folder: Path) -> None:
+    """Load the data of every task, as running them would, so that what cannot be had is known before anything is trained.
+
+    Raises:
+        EvaluateError: LM_EVAL, as `run_tasks`.
+    """
+    if spec.needs_lm_eval:
+        names = [task.name for task in tasks_of(spec, folder)]
+        with _told("evaluate", names):
+            _manager(spec, folder).load(names)
+
+
 def _manager(spec: EvaluateSpec, folder: Path) -> Any:
+    own = sorted({str(place_of(task, folder).resolve().parent) for task in spec.tasks if is_file(task)})
+    return _index(tuple(own), spec.suite is not None or not all(map(is_file, spec.tasks)))
+
+
+@cache
+def _index(own: tuple[str, ...], defaults: bool) -> Any:
+    """lm-eval's index of tasks; kept, since it is read from more than ten thousand files."""
     from lm_eval.tasks import TaskManager
 
-    own = sorted({str(place_of(task, folder).resolve().parent) for task in spec.tasks if is_file(task)})
-    defaults = spec.suite is not None or not all(map(is_file, spec.tasks))
-    return TaskManager(include_path=own or None, include_defaults=defaults)
+    return TaskManager(include_path=list(own) or None, include_defaults=defaults)
 
 
 def run_tasks(subject: Subject, spec: EvaluateSpec, folder: Path) -> dict[str, Score]:
@@ -97,11 +120,19 @@ def run_tasks(subject: Subject, spec: EvaluateSpec, folder: Path) -> dict[str, S
     Raises:
         EvaluateError: LM_EVAL, a task cannot be run (its data is not here, most often).
     """
+    from lm_eval.models.huggingface import HFLM
+
     tasks = tasks_of(spec, folder)
+    with _quieter(subject, tasks):
+        asked = HFLM(
+            pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=spec.batch_size,
+            max_length=subject.max_length,
+        )  # fmt: skip
     found: dict[str, Score] = {}
     for shots in dict.fromkeys(task.shots for task in tasks):
         mine = [task for task in tasks if task.shots == shots]
-        results = _evaluate(subject, [task.name for task in mine], shots, spec, folder)
+        with _told(subject.name, [task.name for task in mine]), _quieter(subject, mine):
+            results = _evaluate(asked, [task.name for task in mine], shots, spec, folder)
         found |= {task.name: _score(results, task) for task in mine}
     ordered = {task.name: found[task.name] for task in tasks}
     if spec.suite:
@@ -110,32 +141,83 @@ def run_tasks(subject: Subject, spec: EvaluateSpec, folder: Path) -> dict[str, S
     return ordered
 
 
-def _evaluate(subject: Subject, names: Sequence[str], shots: int | None, spec: EvaluateSpec, folder: Path) -> Any:
+def _evaluate(model: Any, names: list[str], shots: int | None, spec: EvaluateSpec, folder: Path) -> Any:
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
-    asked = HFLM(
-        pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=spec.batch_size, max_length=subject.max_length
-    )
     limit = int(spec.limit) if spec.limit and spec.limit >= 1 else spec.limit
+    return lm_eval.simple_evaluate(
+        model=model, tasks=names, num_fewshot=shots, limit=limit, task_manager=_manager(spec, folder),
+        random_seed=spec.seed, numpy_random_seed=spec.seed, torch_random_seed=spec.seed,
+        fewshot_random_seed=spec.seed, bootstrap_iters=200, log_samples=False,
+    )  # fmt: skip
+
+
+@contextmanager
+def _told(where: str, names: Sequence[str]) -> Iterator[None]:
+    """Turn whatever lm-eval raises into an EvaluateError."""
     try:
-        return lm_eval.simple_evaluate(
-            model=asked, tasks=list(names), num_fewshot=shots, limit=limit, task_manager=_manager(spec, folder),
-            random_seed=spec.seed, numpy_random_seed=spec.seed, torch_random_seed=spec.seed,
-            fewshot_random_seed=spec.seed, bootstrap_iters=200, log_samples=False,
-        )["results"]  # fmt: skip
+        yield
     except Exception as error:  # a harness of many authors: a task may fail in any way, and all mean the same here
         what = f"{', '.join(names)}: {type(error).__name__}: {str(error).strip()[:300]}"
-        fix = "check that its data can be loaded here (HF_HUB_OFFLINE forbids downloads)"
-        raise EvaluateError.of("LM_EVAL", subject.name, what, fix) from error
+        fix = "leave the task out, or ask lm-eval itself for more"
+        if isinstance(error, OSError):  # so are the errors of datasets and of the Hub
+            fix = "its data must be loadable here: HF_HUB_OFFLINE forbids downloads, but not what is in the cache"
+        raise EvaluateError.of("LM_EVAL", where, what, fix) from error
 
 
-def _score(results: Mapping[str, Mapping[str, Any]], task: Task) -> Score:
-    numbers = {k: v for k, v in results[task.name].items() if isinstance(v, int | float) and "_stderr," not in k}
-    chosen = task.metric if task.metric in numbers else _chosen(numbers)
+class _Quieter(logging.Handler):
+    """Takes lm-eval's warnings, most of which are told once a prompt or task, into our log, and notes whether prompts were cut."""
+
+    cut = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "Truncating" in record.getMessage():
+            self.cut = True
+        else:
+            log.log(record.levelno if record.levelno > logging.WARNING else logging.INFO, "%s", record.getMessage())
+
+
+@contextmanager
+def _quieter(subject: Subject, tasks: Sequence[Task]) -> Iterator[None]:
+    """Tell once that prompts were longer than the model can see, and little else."""
+    theirs, handler = logging.getLogger("lm_eval"), _Quieter()
+    before = theirs.propagate
+    theirs.addHandler(handler)
+    theirs.propagate = False
+    try:
+        yield
+    finally:
+        theirs.removeHandler(handler)
+        theirs.propagate = before
+    if handler.cut:
+        log.warning(
+            "%s: there are prompts longer than the %d tokens that %s sees; they lost their beginning, examples first, "
+            "so these are not the scores of the task",
+            ", ".join(task.name for task in tasks), subject.max_length, subject.name,
+        )  # fmt: skip
+
+
+def _score(found: Mapping[str, Any], task: Task) -> Score:
+    if task.parts:
+        parts = [_score(found, Task(name, task.shots, task.metric)) for name in _parts(found, task.name)]
+        errors = [part.stderr for part in parts if part.stderr is not None]
+        spread = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
+        return Score(sum(part.value for part in parts) / len(parts), spread, ())
+    results: Mapping[str, Any] = found["results"][task.name]
+    numbers = {k: v for k, v in results.items() if isinstance(v, int | float) and "_stderr," not in k}
+    chosen = task.metric or _chosen(numbers)
+    if chosen not in numbers:
+        what = f"{task.name} reports no {chosen}"
+        raise EvaluateError.of("LM_EVAL", "evaluate", what, f"it has {', '.join(numbers)}")
     metric, _, rest = chosen.partition(",")
-    error = results[task.name].get(f"{metric}_stderr,{rest}")
+    error = results.get(f"{metric}_stderr,{rest}")
     return Score(float(numbers[chosen]), float(error) if isinstance(error, int | float) else None, ())
+
+
+def _parts(found: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks of a group, those of the groups in it too."""
+    below = found["group_subtasks"].get(name)
+    return [part for inner in below for part in _parts(found, inner)] if below else [name]
 
 
 def _chosen(numbers: Mapping[str, Any]) -> str:

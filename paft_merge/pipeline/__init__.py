@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paft_merge.errors import RunError
-from paft_merge.pipeline.checks import check_run, check_training
-from paft_merge.pipeline.sections import STAGES, RunRecipe, Stage, load_run
+from paft_merge.errors import RecipeError, RunError
+from paft_merge.pipeline.checks import check_adapters, check_run, check_task_data, check_training
+from paft_merge.pipeline.sections import STAGES, RunRecipe, Stage, load_run, read_run
 from paft_merge.pipeline.stages import Doing, Event, Tell
 from paft_merge.pipeline.state import State, locked
 from paft_merge.pipeline.steps import Planner, Step
@@ -85,8 +85,15 @@ def plan(
         RecipeError: everything that is wrong with the recipe and what it names.
         RunError: STAGE, a stage that is asked for needs another, or is not in the recipe.
     """
-    loaded = load_run(recipe, overrides)
-    check_run(loaded)
+    loaded, problems = read_run(recipe, overrides)
+    if loaded is not None:
+        with problems.catching():
+            check_run(loaded)
+        if problems.found and not any(problem.code == "BASE" for problem in problems.found):
+            with problems.catching():
+                check_adapters(loaded, loaded.adapters)
+    problems.raise_as(RecipeError)
+    assert loaded is not None
     planner, state = Planner.plan(loaded, Path(folder)), State.read(Path(folder))
     steps = sorted(planner.steps.values(), key=lambda step: STAGES.index(step.stage))
     there = {step.stage for step in steps}
@@ -100,6 +107,7 @@ def plan(
         _check_before(steps, only, state)
         todo = [step for step in todo if step.stage == only]
     check_training(loaded, todo)
+    check_task_data(loaded, todo)
     return Planned(loaded, planner, state, tuple(todo))
 
 

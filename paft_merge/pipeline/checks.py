@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError
-from paft_merge.evaluating import check_evaluate
+from paft_merge.evaluating import HARNESS, check_evaluate
 from paft_merge.hub import is_repository
 from paft_merge.pipeline.arms import check_compare, merges_of, trained_for
 from paft_merge.pipeline.sections import RunRecipe
-from paft_merge.pipeline.steps import Step, Train, is_reference, references, resolved_merge
+from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
 from paft_merge.recipe import load_recipe
 from paft_merge.recipe.text import Located, Steps, did_you_mean
 
@@ -71,11 +71,9 @@ def _check_merges(recipe: RunRecipe, problems: Problems) -> None:
 def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | int, ...], problems: Problems) -> None:
     paths = {name: Path("adapters") / name for name in recipe.adapters}
     resolved = resolved_merge(data, paths, recipe)
-    at = recipe.located.data
-    for step in steps:
-        at = at[step]
-    # The lines of a whole recipe are its own; of a method's bare name, that of the name.
-    lines: Mapping[Steps, int] = recipe.located.lines if isinstance(at, dict) else {(): recipe.located.line(steps) or 1}
+    # The lines of a whole recipe are its own; of a method's bare name (or of one by default), that of the name.
+    whole = isinstance(_value_at(recipe.located.data, steps), dict)
+    lines: Mapping[Steps, int] = recipe.located.lines if whole else {(): recipe.located.line(steps) or 1}
     located = Located(resolved, recipe.located.file, prefix=steps, lines=lines)
     with problems.catching():
         load_recipe(located, strict=True)
@@ -89,6 +87,14 @@ def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | i
             or f"adapters are {', '.join(paths) or 'none'}; a model is a folder or OWNER/NAME"
         )
         problems.add("MODEL", _spot_of(recipe, data, steps, place), f"{place!r} is no adapter and no folder here", fix)
+
+
+def _value_at(data: Any, steps: Steps) -> Any:
+    """What stands there; None where nothing does."""
+    for step in steps:
+        inside = (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int))
+        data = data[step] if inside else None
+    return data
 
 
 def _spot_of(recipe: RunRecipe, data: Any, steps: tuple[str | int, ...], wanted: str) -> str:
@@ -135,16 +141,37 @@ def _check_push(recipe: RunRecipe, problems: Problems) -> None:
 
 
 def check_training(recipe: RunRecipe, steps: Sequence[Step]) -> None:
-    """Check what the adapters that will be trained need: packages, TRL's and PEFT's fields, targets, data sets.
+    """Check what the adapters that will be trained need, as `check_adapters`."""
+    check_adapters(recipe, [step.job.adapter.removesuffix("-dense") for step in steps if isinstance(step.job, Train)])
+
+
+def check_adapters(recipe: RunRecipe, names: Iterable[str]) -> None:
+    """Check what training adapters needs: packages, TRL's and PEFT's fields, targets, data sets.
 
     Raises:
         RecipeError: everything that is wrong, by adapter.
     """
-    names = dict.fromkeys(step.job.adapter.removesuffix("-dense") for step in steps if isinstance(step.job, Train))
     problems = Problems()
-    for name in names:
+    for name in dict.fromkeys(names):
         with _at(recipe, ("adapters", name), problems):
             _check_adapter(recipe, name)
+    problems.raise_as(RecipeError)
+
+
+def check_task_data(recipe: RunRecipe, steps: Sequence[Step]) -> None:
+    """Load the data of lm-eval's tasks where it is needed after something is trained.
+
+    Raises:
+        RecipeError: it cannot be had.
+    """
+    asked = any(isinstance(step.job, Evaluate) and step.job.metric == HARNESS for step in steps)
+    if recipe.evaluate is None or not asked or not any(isinstance(step.job, Train) for step in steps):
+        return
+    from paft_merge.evaluating.harness import check_data
+
+    problems = Problems()
+    with _at(recipe, ("evaluate",), problems):
+        check_data(recipe.evaluate, recipe.folder)
     problems.raise_as(RecipeError)
 
 

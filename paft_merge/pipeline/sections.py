@@ -138,6 +138,21 @@ def load_run(recipe: Path | str, overrides: Sequence[str] = ()) -> RunRecipe:
     Raises:
         RecipeError: everything that is wrong with it, each with its line.
     """
+    loaded, problems = read_run(recipe, overrides)
+    problems.raise_as(RecipeError)
+    assert loaded is not None
+    return loaded
+
+
+def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunRecipe | None, Problems]:
+    """What of a run's recipe can be read, and what is wrong with it; sections that cannot be read are left out.
+
+    Returns:
+        The recipe, so that the rest of it can be checked too; None where base, adapters or merge are at fault.
+
+    Raises:
+        RecipeError: it is no YAML mapping, or an override leads nowhere.
+    """
     file, problems = Path(recipe), Problems()
     located = load_yaml(file)
     if not isinstance(located.data, dict):
@@ -157,10 +172,16 @@ def load_run(recipe: Path | str, overrides: Sequence[str] = ()) -> RunRecipe:
             "BASE", located.spot(("base_model",)), "no base_model", "name the model that everything starts from"
         )
     adapters: dict[str, AdapterSpec] = {}
+    merge = located.sub("merge") if "merge" in data else None
+    if merge is not None and not isinstance(merge.data, dict):
+        problems.add(
+            "RECIPE", merge.spot(), f"a merge recipe is a mapping, got {show(merge.data)}", "begin with merge_method"
+        )
     if "adapters" in data:
         with problems.catching():
             adapters = read_adapters(data, lambda path: str(located.spot(path)))
             _check_names(adapters, located, problems)
+    sound = not problems.found
     found: dict[str, Any] = dict.fromkeys(_SECTIONS)
     for key, model in _SECTIONS.items():
         if key in data:
@@ -171,17 +192,14 @@ def load_run(recipe: Path | str, overrides: Sequence[str] = ()) -> RunRecipe:
         with problems.catching():
             evaluate = read_evaluate(located.sub("evaluate"))
     seeds = _seeds(data.get("seeds"), located, problems)
-    merge = located.sub("merge") if "merge" in data else None
-    if merge is not None and not isinstance(merge.data, dict):
-        problems.add(
-            "RECIPE", merge.spot(), f"a merge recipe is a mapping, got {show(merge.data)}", "begin with merge_method"
-        )
     if not problems.found:
         _check_together(data, adapters, evaluate, found["tune"], located, problems)
-    problems.raise_as(RecipeError)
-    return RunRecipe(
+    if not sound:
+        return None, problems
+    read = RunRecipe(
         located, file, _base(str(base), file.parent), adapters, merge, evaluate=evaluate, seeds=seeds, **found
     )
+    return read, problems
 
 
 def _known(model: type[Section]) -> Known:

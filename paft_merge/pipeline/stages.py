@@ -16,7 +16,7 @@ from typing import Any, Literal
 from paft_merge.errors import AuditError, PaftMergeError, Problem
 from paft_merge.pipeline.sections import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
-from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train
+from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train, labels
 from paft_merge.training.place import DONE_FILE, write_json
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,14 @@ class Doing:
             assert isinstance(job, Audit)
             assert out is not None
             with self._doing(step) as result:
-                done = audit(*job.sources, base=job.base, preview=None, epsilon=spec.epsilon, require=spec.require)
+                done = audit(
+                    *job.sources,
+                    base=job.base,
+                    preview=None,
+                    epsilon=spec.epsilon,
+                    require=spec.require,
+                    fetch_base=True,
+                )
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "audit.json").write_text(done.dumps() + "\n", encoding="utf-8")
                 if spec.html:
@@ -177,13 +184,13 @@ class Doing:
     def _merge(self, steps: Sequence[Step]) -> None:
         from paft_merge.api import merge
 
-        def keep(step: Step, told: list[str], problems: Sequence[Problem]) -> None:
-            own = (
-                step.name.rpartition("/")[2] == "merged"
-            )  # the arms of a comparison warn into run.json and the log alone
+        def keep(step: Step, names: Mapping[str, str], told: list[str], problems: Sequence[Problem]) -> None:
+            # The arms of a comparison warn into run.json and the log alone.
+            own = step.name.rpartition("/")[2] == "merged"
             for problem in problems:
-                log.log(logging.WARNING if own else logging.INFO, "%s: %s", step.name, problem)
-                told.append(str(problem))
+                text = _renamed(str(problem), names)
+                log.log(logging.WARNING if own else logging.INFO, "%s: %s", step.name, text)
+                told.append(text)
 
         for step in steps:
             job, out = step.job, step.out
@@ -191,7 +198,7 @@ class Doing:
             assert out is not None
             with self._doing(step) as result:
                 told = result.setdefault("warnings", [])
-                merge(job.recipe, out, resume=True, overwrite=True, warn=partial(keep, step, told))
+                merge(job.recipe, out, resume=True, overwrite=True, warn=partial(keep, step, labels(job.recipe), told))
 
     # --- evaluate ---------------------------------------------------------------------------------------------------
 
@@ -267,6 +274,13 @@ class Doing:
             with self._doing(step) as result:
                 settings = spec.model_dump(exclude={"repo_id"})
                 result["url"] = hub.push(step.job.folder, spec.repo_id, **settings)
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    """A message with its sources as the recipe calls them."""
+    for long in sorted(names, key=len, reverse=True):
+        text = text.replace(long, names[long])
+    return text
 
 
 def _facts(step: Step) -> dict[str, Any]:

@@ -10,17 +10,19 @@ push       the merged model
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.rows import code_of, is_file, place_of
 from paft_merge.methods import METHODS
 from paft_merge.pipeline.arms import Arm, Variant, arms_of, trained_for
 from paft_merge.pipeline.prints import Prints, key_of
 from paft_merge.pipeline.sections import RunRecipe, Stage
+from paft_merge.recipe import ModelRef
 from paft_merge.training.spec import AdapterSpec
 
 SPARSITY = "sparsity"
@@ -186,7 +188,7 @@ class Planner:
     ) -> str:
         """Add the step that merges one model; `written` still names adapters as the recipe does."""
         paths = {v.adapter: self.place(seed) / "adapters" / v.name for v in variants}
-        resolved = resolved_merge(written, paths, self.recipe)
+        resolved = resolved_merge(written, paths, self.recipe, seed)
         others = {
             place: self.prints.of(place)
             for place in dict.fromkeys(references(resolved))
@@ -195,7 +197,7 @@ class Planner:
         needs = tuple(self.trained(seed, variant) for variant in variants if _names(written, variant.adapter))
         return self._add(
             "merge", seed, name, Merge(resolved), out, needs, written=written, models=sorted(others.values()),
-            base=self.base_print,
+            base=self.base_print, drawn=resolved.get("seed", 0),
         )  # fmt: skip
 
     def _arms(self, seed: int | None) -> None:
@@ -299,25 +301,45 @@ def files_of(spec: AdapterSpec, folder: Path) -> dict[str, Path]:
 # --- mergekit's language with the adapters' names in it ---------------------------------------------------------------
 
 
-def resolved_merge(written: Mapping[str, Any], paths: Mapping[str, Path], recipe: RunRecipe) -> dict[str, Any]:
-    """A merge recipe whose model references lead somewhere: a name of `adapters:` becomes the base with that adapter."""
+def resolved_merge(
+    written: Mapping[str, Any], paths: Mapping[str, Path], recipe: RunRecipe, seed: int | None = None
+) -> dict[str, Any]:
+    """A merge recipe whose model references lead somewhere: a name of `adapters:` becomes the base with that adapter.
+
+    A reference that is replaced stays its source's label, so that random drops do not depend on folders. `seed` of a run
+    is the merge's too, unless the recipe gives it one.
+    """
 
     def place(value: Any, steps: tuple[str | int, ...] = ()) -> Any:
+        if steps and is_reference(steps) and isinstance(value, str | Mapping):
+            if isinstance(value, str) and value in paths:
+                return {**_reference(recipe.base, paths[value]), "label": value}
+            return _beside(value, recipe.folder)
         if isinstance(value, Mapping):
             return {key: place(inner, (*steps, key)) for key, inner in value.items()}
         if isinstance(value, list):
             return [place(inner, (*steps, at)) for at, inner in enumerate(value)]
-        if not (isinstance(value, str) and steps and is_reference(steps)):
-            return value
-        if value in paths:
-            return _reference(recipe.base, paths[value])
-        return str((recipe.folder / value).resolve()) if (recipe.folder / value).is_dir() else value
+        return value
 
-    resolved: dict[str, Any] = place(written)
+    resolved: dict[str, Any] = {**({} if seed is None else {"seed": seed}), **place(written)}
     method = METHODS.get(str(written.get("merge_method")))
     if resolved.get("base_model") or (method and method.base == "ignored"):  # there, a base is one more model
         return resolved
     return {**resolved, "base_model": recipe.base}
+
+
+def _beside(value: str | Mapping[str, Any], folder: Path) -> Any:
+    """A reference whose folders beside the recipe have absolute paths; as it is where it has none."""
+
+    def absolute(path: str | None) -> str | None:
+        return str((folder / path).resolve()) if path and (folder / path).is_dir() else path
+
+    try:
+        ref = ModelRef.parse(value)
+    except RecipeError:
+        return value  # told with its line when the merge is read
+    placed = replace(ref, path=absolute(ref.path) or ref.path, lora=absolute(ref.lora), label=ref.stream)
+    return value if (placed.path, placed.lora) == (ref.path, ref.lora) else placed.written()
 
 
 def is_reference(steps: tuple[str | int, ...]) -> bool:
@@ -327,6 +349,15 @@ def is_reference(steps: tuple[str | int, ...]) -> bool:
 
 def _reference(base: str, adapter: Path) -> dict[str, Any]:
     return {"model": {"path": base}, "lora": {"path": str(adapter)}}
+
+
+def labels(resolved: Any) -> dict[str, str]:
+    """What the sources of a resolved merge recipe are called, by their references in full."""
+    if isinstance(resolved, Mapping) and "label" in resolved:
+        ref = ModelRef.parse(resolved)
+        return {str(ref): ref.stream}
+    parts = resolved.values() if isinstance(resolved, Mapping) else resolved if isinstance(resolved, list) else ()
+    return {long: short for part in parts for long, short in labels(part).items()}
 
 
 def references(resolved: Any, steps: tuple[str | int, ...] = ()) -> Iterator[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from paft_merge.errors import RecipeError
@@ -25,10 +25,12 @@ class ModelRef:
     lora: str | None = None
     lora_revision: str | None = None
     override_architecture: str | None = None
+    label: str | None = field(default=None, compare=False)
+    """A name for what random drops go by, wherever the files lie; it tells no two models apart."""
 
     @classmethod
     def parse(cls, value: ModelRef | str | Mapping[str, Any]) -> ModelRef:
-        """Read `path@revision+lora@revision` or `{model: ..., lora: ..., override_architecture: ...}`.
+        """Read `path@revision+lora@revision` or `{model: ..., lora: ..., override_architecture: ..., label: ...}`.
 
         A `model:` before the path (old model cards) is dropped.
 
@@ -52,16 +54,24 @@ class ModelRef:
         """The same model without its adapter."""
         return ModelRef(self.path, self.revision, override_architecture=self.override_architecture)
 
+    @property
+    def stream(self) -> str:
+        """What the random numbers of this source are drawn by: its label, else the reference as written."""
+        return self.label or str(self)
+
     def written(self) -> str | dict[str, Any]:
         """The form that `parse` reads back as an equal reference."""
         places = [self.path, self.revision, self.lora, self.lora_revision]
         marked = any(mark in place for place in places if place for mark in "+@") or self.path.startswith("model:")
-        if not marked and self.override_architecture is None:
+        if not marked and self.override_architecture is None and self.label is None:
             return str(self)
         form: dict[str, Any] = {"model": {"path": self.path, "revision": self.revision}}
         if self.lora:
             form["lora"] = {"path": self.lora, "revision": self.lora_revision}
-        return form | {"override_architecture": self.override_architecture}
+        return form | {
+            "override_architecture": self.override_architecture,
+            **({"label": self.label} if self.label else {}),
+        }
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -110,6 +120,7 @@ class _Form(_Strict):
     model: _Place
     lora: _Place | None = None
     override_architecture: str | None = None
+    label: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -117,7 +128,8 @@ class _Form(_Strict):
         if isinstance(value, ModelRef):
             lora = {"path": value.lora, "revision": value.lora_revision} if value.lora else None
             model = {"path": value.path, "revision": value.revision}
-            return {"model": model, "lora": lora, "override_architecture": value.override_architecture}
+            more = {"override_architecture": value.override_architecture, "label": value.label}
+            return {"model": model, "lora": lora, **more}
         if isinstance(value, str):
             parts = value.removeprefix("model:").split("+")
             if len(parts) > 2:
@@ -133,7 +145,9 @@ class _Form(_Strict):
     def reference(self) -> ModelRef:
         """The flat form."""
         lora, lora_revision = (self.lora.path, self.lora.revision) if self.lora else (None, None)
-        return ModelRef(self.model.path, self.model.revision, lora, lora_revision, self.override_architecture)
+        return ModelRef(
+            self.model.path, self.model.revision, lora, lora_revision, self.override_architecture, self.label
+        )
 
 
 _ADAPTER: TypeAdapter[ModelRef] = TypeAdapter(ModelRef)
