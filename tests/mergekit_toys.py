@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,21 @@ def mergekit_merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> Stat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_merge(MergeConfiguration.model_validate(dict(recipe)), str(out), settings)
+    return load_state(out)
+
+
+def raw_merge(recipe: Mapping[str, Any], out: Path, *options: str) -> State:
+    """What mergekit-pytorch makes of a recipe of files of tensors, in `out`."""
+    from click.testing import CliRunner
+    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache, main
+
+    SimpleLoaderCache().loaders.clear()
+    path = out.with_suffix(".json")
+    path.write_text(json.dumps(recipe))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = CliRunner().invoke(main, [str(path), str(out), *options])
+    assert done.exit_code == 0, done.output
     return load_state(out)
 
 

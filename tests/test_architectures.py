@@ -105,6 +105,8 @@ class Case:
 
 
 ALL = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+"""Every expert of a layer in one parameter, as transformers has them; on disk each expert has tensors of its own."""
 CASES = {
     "Llama": Case(llama, ALL),
     "Mistral": Case(by_name("MistralForCausalLM", "MistralConfig", **GROUPED), ALL),
@@ -120,8 +122,8 @@ CASES = {
     "T5": Case(t5, ["q", "v", "wi"], both_sides, "encoder"),
     "Whisper": Case(whisper, ["q_proj", "fc1"], sound, "encoder"),
     "LLaVA": Case(llava, ["q_proj", "up_proj", "fc1", "linear_1"], picture, "text_decoder"),
-    "Mixtral": Case(mixtral, ["q_proj", "v_proj"]),
-    "Qwen3-MoE": Case(qwen3_moe, ["q_proj", "v_proj"]),
+    "Mixtral": Case(mixtral, ["q_proj", "v_proj"], peft={"target_parameters": EXPERTS}),
+    "Qwen3-MoE": Case(qwen3_moe, ["q_proj", "v_proj"], peft={"target_parameters": EXPERTS}),
     "Mamba": Case(
         by_name("MambaForCausalLM", "MambaConfig", hidden_size=16, num_hidden_layers=2, vocab_size=40, state_size=4),
         ["in_proj", "x_proj"],
@@ -180,6 +182,16 @@ def test_a_merge_computes_what_peft_s_merge_in_memory_computes(case: Case, tmp_p
     expected = quietly(lambda: logits(case, base, (one, 0.5), (two, 0.25)))
     torch.testing.assert_close(quietly(lambda: logits(case, summed)), expected, rtol=1e-4, atol=1e-5)
     assert (quietly(lambda: logits(case, base)) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_an_adapter_on_the_experts_changes_each_of_them_where_it_lies_on_disk(name: str, tmp_path: Path) -> None:
+    base, one, _ = quietly(lambda: trained(CASES[name], tmp_path))
+    before, after = (tensors_of(f) for f in (base, merge(recipe("passthrough", None, on(base, one)), tmp_path / "out")))
+    experts = [key for key in before if ".experts." in key]
+    assert len(experts) == 2 * 3 * CASES[name].make().config.num_local_experts  # type: ignore[union-attr]
+    assert all(before[key].ndim == 2 and before[key].shape == after[key].shape for key in experts)
+    assert all((before[key] != after[key]).all() for key in experts)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -26,6 +26,7 @@ README = Path(HERE) / "README.md"
 MERGE_FLAGS = {
     "--dry-run", "--json", "--device", "--threads", "--memory", "--resume", "--overwrite", "--trust-remote-code",
     "--write-model-card", "--quiet", "--stream-from-hub", "--strict", "--out-shard-size", "--lazy-unpickle", "--allow-crimes", "--allow-nonfinite",
+    "--tensor-intersection", "--tensor-union",
 }  # fmt: skip
 """Frozen: flags say where, how loud, or what is let pass. None of them changes a merged number."""
 

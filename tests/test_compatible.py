@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -27,12 +28,12 @@ def spellings(command: click.Command) -> set[str]:
     return {name for p in command.params if isinstance(p, click.Option) for name in [*p.opts, *p.secondary_opts]}
 
 
-def test_every_option_of_mergekit_yaml_is_taken() -> None:
+@pytest.mark.parametrize("script", ["run_yaml", "multimerge", "merge_raw_pytorch"])
+def test_every_option_of_mergekit_s_commands_is_taken(script: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what mergekit imports
-        from mergekit.scripts.run_yaml import main
-    # A short -v stands before the verb here, and what is on by default has no word for that.
-    on_anyway = {"-v", "--verbose", "--help", "--no-allow-crimes"}
+        main = import_module(f"mergekit.scripts.{script}").main
+    on_anyway = {"--verbose", "--help", "--no-allow-crimes"}  # what is on by default has no word for that
     assert spellings(main) - spellings(cli.commands["merge"]) - on_anyway == set()
 
 

@@ -245,6 +245,55 @@ def test_a_merge_of_files_of_tensors(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, s["b"] + 0.5 * (s["x"] - s["b"]) + 0.25 * (s["y"] - s["b"]))
 
 
+def test_files_that_do_not_hold_the_same_tensors_are_merged_as_mergekit_pytorch_merges_them(tmp_path: Path) -> None:
+    import torch
+    from mergekit_toys import raw_merge
+    from safetensors.torch import save_file
+
+    made = torch.Generator().manual_seed(0)
+    names = {"b": "acdf", "x": "abcf", "y": "abdf"}  # f is in all of them
+    states = {n: {k: torch.randn(4, 3, generator=made) for k in held} for n, held in names.items()}
+    files = {n: tmp_path / f"{n}.safetensors" for n in names}
+    for name, state in states.items():
+        save_file(state, files[name])
+    plain = recipe("linear", None, *((files[n], {"weight": w}) for n, w in (("b", 0.5), ("x", 0.3), ("y", 0.7))))
+    path = written(tmp_path / "linear.yaml", plain)
+    refused = paft("merge", path, tmp_path / "out")
+    assert "lacks 'b', which" not in refused.output
+    assert "lacks 'd', which" in refused.output
+    for flag, held in (("-i", "af"), ("-u", "abcdf")):
+        said = paft("merge", path, tmp_path / flag, flag, "--quiet")
+        assert said.exit_code == 0, said.output
+        assert "tensors are not in every file ('c', 'd' and 1 more)" in said.output
+        ours, theirs = tensors_of(tmp_path / flag), raw_merge(plain, tmp_path / f"theirs{flag}", flag)
+        assert set(ours) == set(theirs) == set(held)
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name])
+    based = recipe("task_arithmetic", files["b"], *((files[n], {"weight": 0.5}) for n in "xy"))
+    path = written(tmp_path / "based.yaml", based)
+    made_of_some = paft("merge", path, tmp_path / "some", "--tensor-union", "--quiet")
+    assert "lacks 'b', which" in made_of_some.output
+    assert (
+        "and task_arithmetic needs the base's; leave such tensors out with --tensor-intersection" in made_of_some.output
+    )
+    del states["x"]["b"], states["y"]["b"]
+    states["b"]["e"] = torch.randn(2, 2, generator=made)  # which no source has
+    for name, state in states.items():
+        save_file(state, files[name])
+    assert paft("merge", path, tmp_path / "some", "--tensor-union", "--quiet").exit_code == 0
+    ours = tensors_of(tmp_path / "some")
+    assert set(ours) == set("acdef")
+    assert bits_equal(ours["e"], states["b"]["e"])
+    torch.testing.assert_close(ours["c"], (states["b"]["c"] + states["x"]["c"]) / 2)
+    assert paft("reproduce", tmp_path / "some").exit_code == 0
+
+
+def test_models_have_to_hold_the_same_tensors(family: Family, tmp_path: Path) -> None:
+    f = family()
+    path = written(tmp_path / "r.yaml", recipe("linear", None, (f["x"], {"weight": 1.0}), (f["y"], {"weight": 1.0})))
+    assert "the union of their tensors is for files of tensors" in paft("merge", path, "--dry-run", "-u").output
+
+
 def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(family: Family, tmp_path: Path) -> None:
     f = family()
     middle = {**recipe_for("ties", f["base"], f["x"], f["y"]), "name": "middle"}

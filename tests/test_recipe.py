@@ -234,6 +234,7 @@ class TestReferences:
             ({"model": "a@r"}, ModelRef("a", "r")),
             ({"model": {"path": "a+b@c"}, "lora": {"path": "l", "revision": "r"}}, ModelRef("a+b@c", None, "l", "r")),
             ({"model": "a", "lora": None, "override_architecture": "X"}, ModelRef("a", override_architecture="X")),
+            ({"model": "a", "label": "sft"}, ModelRef("a", label="sft")),
         ],
     )
     def test_the_object_form(self, form: Any, ref: ModelRef) -> None:
@@ -244,6 +245,25 @@ class TestReferences:
             len({ModelRef.parse("a"), ModelRef.parse({"model": "a"}), ModelRef.parse("./a"), ModelRef.parse("a@main")})
             == 3
         )
+
+    def test_a_label_tells_no_models_apart_and_is_what_drops_go_by(self) -> None:
+        plain, labelled = ModelRef.parse("a+l"), ModelRef.parse({"model": "a", "lora": "l", "label": "sft"})
+        assert len({plain, labelled}) == 1
+        assert (plain.stream, labelled.stream) == ("a+l", "sft")
+        assert ModelRef.parse(labelled.written()).stream == "sft"
+        assert ModelRef.parse(labelled).stream == "sft"
+        assert str(labelled) == "a+l"
+
+    @pytest.mark.parametrize(("one", "other"), [("x", "x"), ("x", None)])
+    def test_two_sources_with_one_label_are_refused(self, one: str, other: str | None) -> None:
+        second = {"model": "y", "label": other} if other else "x"
+        models = [{"model": {"model": "z", "label": one}}, {"model": second}]
+        with pytest.raises(
+            RecipeError, match=r"models\[1\]: .* has the label x, as z has, so their drops would be the same"
+        ):
+            load_recipe(
+                {"merge_method": "dare_linear", "base_model": "b", "parameters": {"weight": 1}, "models": models}
+            )
 
     def test_the_base_of_a_reference_is_without_its_adapter(self) -> None:
         assert ModelRef.parse("a@r+l@s").base == ModelRef("a", "r")
@@ -275,12 +295,14 @@ class TestReferences:
             st.none() | st.text("l@+", min_size=1),
             st.none(),
             st.none() | st.just("X"),
+            st.none() | st.text("a@+", min_size=1),
         )
     )
     @example(ModelRef("model:a"))
     def test_what_is_written_parses_back(self, ref: ModelRef) -> None:
-        assert ModelRef.parse(ref.written()) == ref
-        assert ModelRef.parse(ref) == ref
+        for again in (ModelRef.parse(ref.written()), ModelRef.parse(ref)):
+            assert again == ref
+            assert again.label == ref.label
 
 
 class TestShape:

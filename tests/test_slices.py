@@ -257,6 +257,8 @@ def test_adapters_in_slices_are_merged_as_mergekit_merges_them(llamas: dict[str,
             {"text_config": {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "hidden_size": 24}},
             {"text_config": {"num_hidden_layers": 4, "layer_types": ["a", "b", "b", "c"], "hidden_size": 24}},
         ),
+        ({"text_config": {"hidden_size": 24}}, {"text_config": {"hidden_size": 24, "num_hidden_layers": 4}}),
+        ({"hidden_size": 24}, {"hidden_size": 24, "num_hidden_layers": 4}),
         ({"num_hidden_layers": 3, "eos_token_id": [1, 2, 5]}, {"num_hidden_layers": 4, "eos_token_id": [1, 2, 5]}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -267,11 +269,15 @@ def test_the_config_follows_the_layers(config: dict[str, Any], expected: dict[st
     assert config_of(out) == {**config_of(model), **expected}
 
 
-def test_a_rule_that_places_kinds_of_layers_is_told_where_the_order_breaks_it(tmp_path: Path) -> None:
+def test_a_rule_that_places_kinds_of_layers_is_refused_where_the_order_breaks_it(tmp_path: Path) -> None:
     model = save_checkpoint(
         tmp_path / "m", random_state(0), config={"num_hidden_layers": 3, "sliding_window_pattern": 3}
     )
-    with open_plan(sliced("passthrough", [source(model, 0, 2)], [source(model, 1, 3)])) as plan:
+    broken = sliced("passthrough", [source(model, 0, 2)], [source(model, 1, 3)])
+    assert "sliding_window_pattern: 3 tells a layer's kind by its number, and layer 1 becomes layer 2" in refusals(
+        broken
+    )
+    with open_plan(broken, allow_crimes=True) as plan:
         assert [w.code for w in plan.warnings] == ["LAYER_KINDS"]
     with open_plan(sliced("passthrough", [source(model, 0, 3)], [source(model, 0, 3)])) as plan:
         assert not plan.warnings
@@ -471,6 +477,24 @@ def test_the_modules_of_t5_are_merged_as_mergekit_merges_them(tmp_path: Path) ->
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
     config = config_of(tmp_path / "ours")
     assert (config["num_layers"], config["num_decoder_layers"]) == (3, 2)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_t5_that_says_one_number_for_both_sides_says_two(side: str, tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    fields = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 40}
+    T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **fields)).save_pretrained(tmp_path / "a")
+    config = {k: v for k, v in config_of(tmp_path / "a").items() if k != "num_decoder_layers"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    stack = {"slices": [{"sources": [source(tmp_path / "a", 0, 2)]}, {"sources": [source(tmp_path / "a", 1, 2)]}]}
+    others = {n: {"models": [{"model": str(tmp_path / "a")}]} for n in ("encoder", "decoder", "shared") if n != side}
+    out = merge({"merge_method": "passthrough", "modules": {side: stack, **others}}, tmp_path / "out")
+    _, loading = T5ForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    found = config_of(out)
+    assert (found["num_layers"], found["num_decoder_layers"]) == ((3, 2) if side == "encoder" else (2, 3))
 
 
 def test_the_parts_of_a_model_are_those_that_mergekit_knows() -> None:

@@ -29,7 +29,7 @@ OURS = {"rounding", "seed", "arithmetic"}
 TEXTS = {
     "merge_method": "one of the methods above, or one that somebody registered (`--import`)",
     "models": "whole models; `base_model` belongs to them, listed or not",
-    "slices": "layers of the output, slice after slice: repeated, overlapping, reordered; `num_hidden_layers` (or what the architecture calls it) and lists with an entry a layer follow",
+    "slices": "layers of the output, slice after slice: repeated, overlapping, reordered; `num_hidden_layers` (or what the architecture calls it) and what the config says layer by layer follow, a list is added where a rule (every sixth layer) would tell otherwise, and layers that predict further tokens (DeepSeek-V3) stay behind the last",
     "modules": "parts of a composite model, each with `models` or `slices`: `text_decoder`, `vision_tower`, `multi_modal_projector`, `encoder`, `decoder`, `shared`, `default`, or what tensor names begin with. A part that is not listed is not written, as in mergekit; here that is told",
     "base_model": "the checkpoint merged into; its config, tokenizer and files are the output's. Without it the first model is that one (mergekit takes a random one)",
     "parameters": "for everything, unless a more specific place says otherwise: source, slice, module, recipe",
@@ -42,7 +42,7 @@ TEXTS = {
     "rounding": "`nearest` (default) or `stochastic`",
     "seed": "of all that is random",
     "arithmetic": "`float32` (default) or `mergekit`, for its numbers bit for bit",
-    "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`, a mapping `{model, lora, override_architecture}`, a document's name, or a lone `.safetensors` (`.pt` with `--lazy-unpickle`) file, which gives a folder of weights, manifest and card",
+    "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`, a mapping `{model, lora, override_architecture, label}` (random drops go by the label, or else by the reference as written), a document's name, or a lone `.safetensors` (`.pt` with `--lazy-unpickle`) file, which gives a folder of weights, manifest and card",
     "models[].parameters": "for this source: a value, a gradient (list) over its layers, or conditions `{filter, value}`; a filter is part of a tensor's name",
     "slices[].sources": "one model each, all with equally many layers; the base among them where the method has one",
     "slices[].base_model": "instead of the recipe's",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +31,8 @@ _ALWAYS = {
     "--no-clone-tensors": "",
     "--no-async-write": "",
     "--no-multi-gpu": "",
+    "--lazy": "documents are merged on the way; --resume goes on with an interrupted merge",
+    "--no-lazy": "",
 }
 """Flags that change nothing: what they ask for is so anyway. A text says how."""
 
@@ -44,9 +48,13 @@ _VALUES = {
     "--lora-merge-cache": "adapters are read on the fly, and nothing is cached",
     "--lora-merge-dtype": "an adapter's delta is float32 and is rounded once, at the end",
     "--write-threads": "writing is done by the threads of --threads",
+    "--intermediate-dir": "documents of one file are merged on the way, and none but the result is written",
     "--random-seed": "a seed changes the result, so it stands in the recipe: write seed: {value} there",
 }
 """Options with a value that have no counterpart."""
+
+
+_SHORT = {"--intermediate-dir": ("-I",)}
 
 
 def accepts_mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +66,9 @@ def accepts_mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if theirs.pop("cuda") or theirs.pop("gpu_rich", False):
             given["device"] = "cuda" if given["device"] == "cpu" else given["device"]
         given["threads"] = given["threads"] or theirs.pop("num_threads", None)
+        given["out"] = given["out"] or theirs.pop("out_path", None)
+        if theirs.pop("verbose"):
+            logging.getLogger().setLevel(logging.INFO)
         if cache := theirs.pop("transformers_cache"):
             os.environ["HF_HUB_CACHE"] = str(cache)
         return command(*arguments, **given, notes=list(_notes(theirs)))
@@ -67,9 +78,14 @@ def accepts_mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--cuda", _key("--cuda"), is_flag=True, hidden=True, help="--device cuda."),
         click.option("--gpu-rich", _key("--gpu-rich"), is_flag=True, hidden=True, help="--device cuda."),
         click.option("-j", "--num-threads", _key("--num-threads"), type=count, hidden=True, help="--threads."),
+        click.option("-v", _key("--verbose"), count=True, hidden=True, help="paft -v."),
+        click.option("--out-path", _key("--out-path"), type=click.Path(path_type=Path), hidden=True, help="OUT."),
         click.option("--transformers-cache", _key("--transformers-cache"), hidden=True, help="HF_HUB_CACHE."),
         *(click.option(name, _key(name), is_flag=True, hidden=True, help=_help(what)) for name, what in flags.items()),
-        *(click.option(name, _key(name), hidden=True, help=_help(what)) for name, what in _VALUES.items()),
+        *(
+            click.option(name, *_SHORT.get(name, ()), _key(name), hidden=True, help=_help(what))
+            for name, what in _VALUES.items()
+        ),
     ]
     made: Callable[..., Any] = run
     for option in reversed(options):

@@ -39,6 +39,20 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--allow-crimes", is_flag=True, help="Merge models whose configs differ where their tensors do not."
         ),
         click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity as they come."),
+        click.option(
+            "-i",
+            "--tensor-intersection",
+            "tensor_names",
+            flag_value="intersection",
+            help="Of files of tensors, merge those that all of them have (as mergekit-pytorch).",
+        ),
+        click.option(
+            "-u",
+            "--tensor-union",
+            "tensor_names",
+            flag_value="union",
+            help="Of files of tensors, merge each of those that have it (as mergekit-pytorch).",
+        ),
         click.option("--output-name", metavar="NAME", help="Which document of a file with several is the result."),
     ]
     for option in reversed(options):

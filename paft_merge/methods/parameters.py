@@ -36,6 +36,8 @@ class Parameter:
     low: float = -float("inf")
     high: float = float("inf")
     """Closed bounds of a number."""
+    inert: bool = False
+    """Accepted because recipes have it, and without any effect."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Method:
 
 LAMBDA = Parameter("lambda", float, "shared", 1.0, "Multiplies the merged delta.")
 INT8_MASK = Parameter(
-    "int8_mask", bool, "shared", False, "Accepted for mergekit's recipes; masks are never stored here."
+    "int8_mask", bool, "shared", False, "Accepted for mergekit's recipes; masks are never stored here.", inert=True
 )
 TRIM_SCOPE = Parameter(
     "trim_scope", str, "shared", "tensor",

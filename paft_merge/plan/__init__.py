@@ -6,6 +6,7 @@
 | models | one opened model reference |
 | places | where every output tensor comes from |
 | tensors | what is read for it, and which rule merges it |
+| kinds | which kind a layer is by its number |
 | config | what changes in `config.json` |
 | planned | the plan itself |
 """
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from paft_merge.checkpoint import Checkpoint
 from paft_merge.errors import CheckpointError, Problems, RecipeError
@@ -36,6 +38,7 @@ def plan_merge(
     out_shard_bytes: int | None = None,
     allow_crimes: bool = False,
     allow_nonfinite: bool = False,
+    tensor_names: Literal["intersection", "union"] | None = None,
 ) -> MergePlan:
     """Plan a merge from headers.
 
@@ -45,12 +48,13 @@ def plan_merge(
         out_shard_bytes: largest size of an output file; None keeps the donor's files.
         allow_crimes: merge models whose configs differ where tensors do not show it (heads, rope, activation).
         allow_nonfinite: merge NaN and infinity as they come.
+        tensor_names: which tensors of files that do not hold the same ones are merged; None: that is an error.
 
     Raises:
         RecipeError, CheckpointError: everything that headers show to be wrong, all at once.
     """
     _refuse_unplanned(recipe)
-    planner = Planner(recipe, models, allow_crimes)
+    planner = Planner(recipe, models, allow_crimes, tensor_names)
     tensors = list(planner.tensors())
     planner.check_global_trim(tensors)
     config = config_changes(recipe, planner.places, tensors, planner.problems, allow_crimes)

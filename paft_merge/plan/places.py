@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from paft_merge.checkpoint import Checkpoint
@@ -91,6 +91,17 @@ class Renumbered:
     stack: Stack
     layers: tuple[tuple[Checkpoint, int], ...]
     """For every output layer the checkpoint and the layer that it follows."""
+    stacks: Mapping[int, Stack]
+    """The stack of every checkpoint in the slices, by its id."""
+
+    def count_of(self, checkpoint: Checkpoint) -> int:
+        """How many layers the checkpoint has."""
+        return self.stacks[id(checkpoint)].count
+
+    @property
+    def moved(self) -> bool:
+        """Whether a layer has another number than before, or some are left out."""
+        return [at for _, at in self.layers] != list(range(self.stack.count))
 
 
 @dataclass
@@ -104,6 +115,8 @@ class Places:
     """Tensors of whole-model slices that some model lacks, or has in another shape."""
     renumbered: list[Renumbered] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    tensor_names: str | None = None
+    """`intersection` or `union`, where models may have other tensors than the others."""
 
     @cached_property
     def makings(self) -> list[tuple[OutputModule, list[Making]]]:
@@ -130,7 +143,7 @@ class Places:
         self._tell_omitted()
         for module, makings in self.makings:
             if makings[0].output.sources[0].layers is None:
-                yield from self._whole(makings[0])
+                yield from self._of_some(makings[0]) if self.tensor_names else self._whole(makings[0])
             else:
                 with self.problems.catching():
                     yield from list(self._sliced(module, makings))
@@ -159,6 +172,43 @@ class Places:
                 found = split(name)
                 yield Place(name, making, layer_t(found[1], counts[found[0]]) if found else 0.0, name)
 
+    def _of_some(self, making: Making) -> Iterator[Place]:
+        """Tensors that all models have, or (`union`) that some have, each made of those."""
+        models, left = making.all_models, list[str]()
+        names = list(dict.fromkeys(name for model in models for name in model.checkpoint.tensors))
+        counts, some = layer_t_of(names), dict[tuple[int, ...], Making | None]()
+        for name in names:
+            having = [model for model in models if model.has(name)]
+            made: Making | None = making
+            if len(having) < len(models):
+                left.append(name)
+                key = tuple(map(id, having))
+                if key not in some:
+                    some[key] = self._among(making, having, name) if self.tensor_names == "union" else None
+                made = some[key]
+            if made and name not in self.faulty:
+                found = split(name)
+                yield Place(name, made, layer_t(found[1], counts[found[0]]) if found else 0.0, name)
+        if left:
+            done = "made of those that have them" if self.tensor_names == "union" else "left out"
+            what = f"{len(left):,} tensors are not in every file ({_some(left, 2)}) and are {done}"
+            self.warnings.append(Problem("TENSOR_NAMES", self.donor.ref, what))
+
+    def _among(self, making: Making, having: Sequence[Model], name: str) -> Making | None:
+        """`making` of only the models that have a tensor; None where its method cannot do with them."""
+        method, least = self.recipe.method, self.recipe.method.min_sources
+        sources = tuple((source, model) for source, model in making.sources if model in having)
+        fix = "leave such tensors out with --tensor-intersection"
+        if making.base and making.base not in having:
+            what = f"lacks {shown(name)}, which {having[0].ref} has, and {method.name} needs the base's"
+            self.problems.add("KEYS_MISSING", making.base.ref, what, fix)
+        elif len(sources) < least and not (making.base and not sources):
+            what = f"is in {len(sources)} of the sources, and {method.name} takes at least {least}"
+            self.problems.add("KEYS_MISSING", shown(name), what, fix)
+        else:
+            return replace(making, lead=making.base or sources[0][1], sources=sources)
+        return None
+
     def _takes(self, name: str, module: str) -> bool:
         return parts([*self.donor.checkpoint.tensors, name], self._wanted).get(name) == module
 
@@ -174,7 +224,8 @@ class Places:
         for making in makings:
             yield from self._layers(making, stacks, prefix, follows)
         yield from self._outside(last, stacks, before=False)
-        self.renumbered.append(Renumbered(stacks[id(self.donor.checkpoint)], tuple(follows)))
+        yield from self._predicting(last, stacks, prefix, len(follows))
+        self.renumbered.append(Renumbered(stacks[id(self.donor.checkpoint)], tuple(follows), stacks))
 
     def _stacks(self, makings: Sequence[Making]) -> dict[int, Stack]:
         """The stack that layer ranges count, of every checkpoint in the slices; checks the ranges.
@@ -193,6 +244,8 @@ class Places:
                     what = (
                         f"[{a}, {b}] goes to layer {b - 1}, and {source.ref} has {stack.count}, 0 to {stack.count - 1}"
                     )
+                    if stack.beyond:
+                        what += f", and behind them {stack.beyond} that predicts further tokens and follows the last by itself"
                     fix = (
                         f"the end is not included: [{min(a, stack.count - 1)}, {stack.count}] ends with the last layer"
                     )
@@ -268,6 +321,26 @@ class Places:
                     self.problems.add(code, f"{ref}: layer {first + k}", what, "pair layers of the same kind")
             common = [tail for tail in common if tail in theirs]
         return common
+
+    def _predicting(self, last: Making, stacks: Mapping[int, Stack], prefix: str, end: int) -> Iterator[Place]:
+        """The layers behind the last that predict further tokens: of the last slice's sources, as the head is."""
+        lead = stacks[id(last.lead.checkpoint)]
+        for k in range(lead.beyond):
+            tails = list(self._tails(last.lead.checkpoint, stacks)[lead.count + k])
+            for model in last.all_models:
+                own = stacks[id(model.checkpoint)]
+                theirs = self._tails(model.checkpoint, stacks).get(own.count + k, {})
+                if missing := [tail for tail in tails if tail not in theirs]:
+                    what = f"lacks {_some(missing)} of layer {lead.count + k} of {last.lead.ref}, which predicts further tokens"
+                    self.problems.add("KEYS_MISSING", model.ref, what, "merge models that both have it")
+                    tails = [tail for tail in tails if tail in theirs]
+            own_prefixes = [
+                f"{stacks[id(model.checkpoint)].prefix}{stacks[id(model.checkpoint)].count + k}."
+                for _, model in last.sources
+            ]
+            for tail in tails:
+                names = tuple(f"{one}{tail}" for one in own_prefixes)
+                yield Place(f"{prefix}{end + k}.{tail}", last, 0.0, f"{lead.prefix}{lead.count + k}.{tail}", names)
 
     def _outside(self, making: Making, stacks: Mapping[int, Stack], *, before: bool) -> Iterator[Place]:
         """What stands before the layers, or after them, made of a slice's sources; other stacks count as before."""

@@ -45,6 +45,8 @@ class Stack:
     count: int
     keys: tuple[Path, ...]
     """Where the config says how many layers it has."""
+    beyond: int = 0
+    """Layers behind the last, which predict further tokens (DeepSeek-V3); the config does not count them."""
 
 
 class StackError(Exception):
@@ -64,6 +66,8 @@ def choose_stack(names: Collection[str], config: Mapping[str, Any]) -> Stack:
     stacks = stacks_of(names)
     known = {prefix: layer_keys(config, prefix) for prefix in stacks}
     agreeing = [p for p, count in stacks.items() if any(value_at(config, path) == count for path in known[p])]
+    if not agreeing and (longer := _with_predicting(stacks, config, known)):
+        return longer
     if len(agreeing) > 1:
         listed = ", ".join(f"{prefix.rstrip('.')} ({stacks[prefix]})" for prefix in agreeing)
         parts = sorted(set(modules_of(names).values()))
@@ -86,6 +90,22 @@ def choose_stack(names: Collection[str], config: Mapping[str, Any]) -> Stack:
     return Stack(prefix, count, ())
 
 
+_PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
+
+
+def _with_predicting(
+    stacks: Mapping[str, int], config: Mapping[str, Any], known: Mapping[str, Sequence[Path]]
+) -> Stack | None:
+    """The one stack that is longer than the config says by the layers that predict further tokens."""
+    found = []
+    for prefix, count in stacks.items():
+        for path in known[prefix]:
+            beyond = count - value_at(config, path)
+            if beyond > 0 and beyond in [value_at(config, (*path[:-1], key)) for key in _PREDICTING]:
+                found.append(Stack(prefix, count - beyond, (path,), beyond))
+    return found[0] if len(found) == 1 else None
+
+
 def layer_t_of(names: Iterable[str]) -> dict[str, int]:
     """The number of layers of each stack by its highest layer, for gradients over whole models."""
     last: dict[str, int] = {}
@@ -97,10 +117,10 @@ def layer_t_of(names: Iterable[str]) -> dict[str, int]:
 
 # --- what a config says of layers -------------------------------------------------------------------------------------
 
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_OF_ENCODER = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
-_OF_DECODER = ("decoder_layers", "num_decoder_layers")
-_OF_VISION = ("num_hidden_layers", "depth", "n_layers", "num_layers")
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "num_blocks", "layers")
+_OF_ENCODER = ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers", "num_layers", "num_hidden_layers")
+_OF_DECODER = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers")
+_OF_VISION = ("num_hidden_layers", "depth", "n_layers", "num_layers", "layers")
 _SECTIONS = {"vision": ("vision", "visual"), "audio": ("audio",)}
 
 
@@ -120,6 +140,14 @@ def layer_keys(config: Mapping[str, Any], prefix: str) -> list[Path]:
     else:
         counts = _COUNTS
     return [(*place, key) for place in places for key in counts if _is_count(value_at(config, (*place, key)))]
+
+
+def count_place(config: Mapping[str, Any], prefix: str) -> Path:
+    """Where a config that does not state the number of layers of the stack `prefix` would."""
+    words = _SECTIONS.get(role_of(prefix), ("text", "llm", "language"))
+    nested = [key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    own = next((key for key in nested if any(word in key for word in words)), None)
+    return (own, "num_hidden_layers") if own else ("num_hidden_layers",)
 
 
 def value_at(config: Mapping[str, Any], path: Path) -> Any:

@@ -26,16 +26,21 @@ from paft_merge.vocabulary import read_vocabulary
 class Planner:
     """Decides, for each output tensor, what is read and which rule merges it."""
 
-    def __init__(self, recipe: Recipe, models: Mapping[ModelRef, Model], allow_crimes: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, models: Mapping[ModelRef, Model], allow_crimes: bool, tensor_names: str | None = None
+    ) -> None:
         self.recipe, self.models = recipe, models
         self.method, self.memory = recipe.method, Memory(recipe.method)
         self.problems = Problems()
         self.warnings: list[Problem] = [w for m in models.values() if m.adapter for w in m.adapter.warnings]
-        self.places = Places(recipe, models, self.problems, set(), warnings=self.warnings)
+        self.places = Places(recipe, models, self.problems, set(), warnings=self.warnings, tensor_names=tensor_names)
         self.donor = self.places.donor
         self.vocabulary = read_vocabulary(recipe, models, self.donor)
         self.warnings += self.vocabulary.warnings if self.vocabulary else ()
         donor, others = (self.donor.ref, self.donor.checkpoint), self._others()
+        if tensor_names and not (self.places.whole and all(m.checkpoint.file for m in models.values())):
+            what = f"the {tensor_names} of their tensors is for files of tensors, and models have to hold the same ones"
+            self.problems.add("TENSOR_NAMES", self.donor.ref, what, "leave it out, or name files")
         if not allow_crimes:
             compare_configs(donor, others, self.problems)
         for _, (making, *_) in self.places.makings:
@@ -61,6 +66,8 @@ class Planner:
         names = None
         if making.module is not None:
             names = {name for one in within for name in self.places.names_in(one, making.module)}
+        if self.places.tensor_names:
+            names = {name for name in within[0].tensors if all(name in one.tensors for one in within)}
         lead = (making.lead.ref, making.lead.checkpoint)
         resized = self.vocabulary.tensors if self.vocabulary else ()
         self.places.faulty |= compare_tensors(lead, self._others(making), self.problems, names, resized)
@@ -94,10 +101,12 @@ class Planner:
         if not all(DTYPES[read.dtype].mergeable for read in (stored, *sources)):
             return self._verbatim(place, stored, sources)
         self._check_quantised(place.lead, stored, sources)
-        if not self.places.whole:
+        if not self.places.whole or self.places.tensor_names:
             self._check_shapes(stored, sources)
+        if not sources:
+            return self._base_alone(place, stored)
         shared, per_source = self._parameters(place)
-        keys = [stream_key(self.recipe.seed, model.ref, name, "drop") for _, model in making.sources]
+        keys = [stream_key(self.recipe.seed, source.ref.stream, name, "drop") for source, _ in making.sources]
         rule = self._rule(making, per_source, shared, keys)
         dtype = self._out_dtype(kind.name, rule, [*([base] if base else []), *sources])
         if base and rule.wants == "values":  # the base is the first of the values (slerp)
@@ -170,6 +179,14 @@ class Planner:
         inputs, rule = Inputs.one(stored), WeightedSum((), "deltas")
         why = f"{stored.dtype} is not merged, and it is the same in all sources"
         return PlannedTensor(place.name, stored.shape, stored.dtype, COPY, inputs, rule, place=place, why=why)
+
+    def _base_alone(self, place: Place, stored: Read) -> PlannedTensor:
+        """A tensor that only the base has."""
+        rule = WeightedSum((), "deltas")
+        dtype = self._out_dtype(DTYPES[stored.checkpoint.written_dtype(stored.name)].name, rule, [stored])
+        method = COPY if stored.plain and stored.dtype == dtype else self.method.name
+        why = "the base alone has it"
+        return PlannedTensor(place.name, stored.shape, dtype, method, Inputs.one(stored), rule, place=place, why=why)
 
     def _check_quantised(self, name: str, stored: Read, sources: Sequence[Read]) -> None:
         scales = [f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('weight')}weight_scale"]

@@ -70,6 +70,10 @@ def _check_sources(output: OutputSlice, method: Method, report: Report) -> None:
         if source.ref in refs[:i]:
             first = output.sources[refs.index(source.ref)].spot
             report.error(source.spot, f"{source.ref} is already listed at {first.path or first}", "list it once")
+        same = [ref for ref in refs[:i] if ref != source.ref and ref.stream == source.ref.stream]
+        if any(ref.label for ref in (*same, source.ref)) and same:
+            what = f"{source.ref} has the label {source.ref.stream}, as {same[0]} has, so their drops would be the same"
+            report.error(source.spot, what, "give each source a label of its own")
     if method.base != "ignored" and output.base and not has_base:
         what = f"base_model {output.base} is not among the sources of this slice, and {method.name} needs it there"
         report.error(output.spot, what, "add it to sources, with its layer_range")
@@ -175,15 +179,17 @@ def _given(level: Level | None, method: Method) -> Iterator[tuple[Parameter, Set
 def _check_misplaced(
     parameter: Parameter, setting: Setting, output: OutputSlice, method: Method, report: Report
 ) -> None:
-    """A shared parameter under one source has no effect in mergekit: harmless where it says what holds anyway."""
+    """A shared parameter under one source has no effect in mergekit: refused, unless the merge is the same with it.
+
+    It is where it says what holds anyway, and where the parameter changes nothing wherever it stands.
+    """
     what = f"{parameter.name} is one value for all sources of {method.name}, so it would be ignored under one of them"
-    if _says(setting.always, parameter) == _in_force(output.levels, parameter):
-        report.warn(setting.spot, what, "move it to the recipe's parameters", "IGNORED")
+    if parameter.inert:
+        report.warn(setting.spot, f"{what}, and it changes nothing anywhere", "remove it", "IGNORED")
+    elif _says(setting.always, parameter) == _in_force(output.levels, parameter):
+        report.warn(setting.spot, f"{what}; that value holds anyway", "move it to the recipe's parameters", "IGNORED")
     else:
         report.error(setting.spot, what, "move it to the recipe's parameters, or remove it", "MISPLACED")
-
-
-_UNKNOWN = object()
 
 
 def _says(condition: Condition | None, parameter: Parameter) -> Any:

@@ -37,7 +37,7 @@ _KNOWN: Mapping[str, Collection[str]] = {
 }
 """The keys of a mapping, by the last key around it. Anything else that has keys is a model reference."""
 
-_REFERENCE = ("model", "lora", "override_architecture", "path", "revision")
+_REFERENCE = ("model", "lora", "override_architecture", "label", "path", "revision")
 _SHAPES = {"models", "slices", "modules", "tokenizer", "tokenizer_source", "token", "token_id"}
 """When one of these was faulty, what is wrong with the mapping around it follows from that."""
 
@@ -159,8 +159,10 @@ class _Reader:
                 spot, "ignored, because a parameter belongs under 'parameters'", f"write parameters: {{{key}: ...}}"
             )
         else:
-            fix = did_you_mean(key, known) or f"known here: {', '.join(known)}"
-            self.report.warn(spot, "unknown key, so it is ignored", fix)
+            fix = did_you_mean(key, known)
+            if not fix and "parameters" in known and (near := did_you_mean(key, self.parameters)):
+                fix = f"{near.removesuffix('?')}, under 'parameters'?"
+            self.report.warn(spot, "unknown key, so it is ignored", fix or f"known here: {', '.join(known)}")
 
 
 def _steps(location: tuple[str | int, ...], data: Any) -> Steps:
