@@ -172,10 +172,11 @@ class _Worker:
         combine = rule.prepare(walk, tensor.inputs.deltas)
 
         def write(block: Block) -> Written:
+            out = SCRATCH.array("out", block.sources.shape[1], RAW.get(tensor.dtype, np.uint32))
+            outcome = combine(block, out, tensor.rounding_key)
             if tensor.inputs.deltas:
                 sample.take(block)
-            out = SCRATCH.array("out", block.sources.shape[1], RAW.get(tensor.dtype, np.uint32))
-            return self._write(tensor, block.index, out, combine(block, out, tensor.rounding_key))
+            return self._write(tensor, block.index, out, outcome)
 
         return walk.each(write)
 

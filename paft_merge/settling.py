@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from paft_merge.blocks import Block, CpuOps, Each, Election, Open, Outcome, Survival
-from paft_merge.sparsify import EVERY_BRACKET, Trim, draw_sample, guess_bracket, kept_count, small
+from paft_merge.sparsify import EVERY_BRACKET, Trim, draw_sample, guess_bracket, kept_count, largest, small
 
 _OPEN_AT_MOST = 0.1
 """Share of a sample that may be inside its bracket; a delta full of ties is cheaper measured first."""
@@ -51,9 +51,8 @@ class Settling:
                 continue
             if not 0 < rank <= bits.size:
                 return None
-            threshold = int(np.partition(bits, bits.size - rank)[bits.size - rank])
-            kept = rank - int(np.count_nonzero(bits > threshold))
-            found.append(Survival(threshold, self._cut(i, threshold, kept, starts, opened)))
+            threshold, larger, _ = largest(bits, rank)
+            found.append(Survival(threshold, self._cut(i, threshold, rank - larger, starts, opened)))
         return found
 
     def _cut(self, i: int, threshold: int, kept: int, starts: Sequence[int], opened: Sequence[Open]) -> int:

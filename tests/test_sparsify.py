@@ -8,10 +8,12 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from paft_merge import blocks, sparsify
 from paft_merge.blocks import Block, CpuOps, Survival
-from paft_merge.sparsify import Trim, kept_count, trim_survivals
+from paft_merge.sparsify import Trim, kept_count, largest, trim_survivals
 
 T = TypeVar("T")
 
@@ -170,3 +172,21 @@ def test_a_sample_goes_through_all_columns() -> None:
     assert each.reads == 1  # the bracket held the threshold at once
     for values, survival in zip(delta, survivals, strict=True):
         assert mask(values, survival).sum() == int(0.2 * values.size)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 20_000), st.integers(1, 2**31), st.data())
+def test_the_largest_of_many_numbers(size: int, spread: int, data: st.DataObject) -> None:
+    bits = np.random.default_rng(size).integers(0, spread, size).astype(np.uint32)
+    if data.draw(st.booleans()):
+        bits.sort()
+    rank = data.draw(st.integers(1, size))
+    value = int(np.sort(bits)[size - rank])
+    assert largest(bits, rank) == (value, int((bits > value).sum()), int((bits == value).sum()))
+
+
+@pytest.mark.parametrize("rank", [1, 5_000, 40_000, 79_999, 80_000])
+def test_the_largest_where_the_sample_misleads(rank: int) -> None:
+    bits = np.tile(np.arange(20, dtype=np.uint32), 4000)  # every sampled one is equal to the others
+    value = int(np.sort(bits)[bits.size - rank])
+    assert largest(bits, rank) == (value, int((bits > value).sum()), int((bits == value).sum()))

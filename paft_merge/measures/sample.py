@@ -16,11 +16,11 @@ from paft_merge.kernels import _hash, _load, _load_delta, jit
 RUN = 64
 """Entries that lie together: two cache lines of bfloat16."""
 
-WHOLE = 1 << 16
+WHOLE = 1 << 15
 """Entries that a sample has at least, or all there are."""
 
-MOST = 64
-"""The largest stride: never less than one entry of 64."""
+MOST = 256
+"""The largest stride: never less than one entry of 256."""
 
 
 def stride_of(numel: int) -> int:
