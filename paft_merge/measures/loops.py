@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
-from paft_merge.kernels import STRIP
+from paft_merge.kernels import STRIP, _load
 
 COUNT_SHIFT = 40
 """Bits of a packed bin that hold the sum; 2**23 entries are the most that fit, see `MOST`."""
@@ -27,27 +26,6 @@ _HALF = np.uint32(16)
 
 # Sums may be regrouped, which lets them run in vector lanes; an audit's float64 sums do not promise their last bits.
 _sums = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
-
-
-def _weight_bits(x: Any, bits: Any) -> Any:
-    """Put the elements of `x` into `bits` as float32 bits."""
-
-
-@overload(_weight_bits, inline="always")
-def _weight_bits_impl(x: Any, bits: Any) -> Any:
-    if x.dtype == types.uint16:
-
-        def widen(x: Any, bits: Any) -> Any:
-            for j in range(x.size):
-                bits[j] = np.uint32(x[j]) << np.uint32(16)
-
-        return widen
-
-    def copy(x: Any, bits: Any) -> Any:
-        for j in range(x.size):
-            bits[j] = x[j]
-
-    return copy
 
 
 @_sums
@@ -111,7 +89,7 @@ def erased(delta: Any, base: Any, sums: Any) -> int:
     count = 0
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
-        _weight_bits(base[start : start + m], weight_u)
+        _load(base[start : start + m], weight_u)
         floats, square, same = values[start : start + m], 0.0, np.int32(0)
         for j in range(m):
             moved[j] = weight[j] + floats[j]

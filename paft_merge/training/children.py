@@ -49,9 +49,8 @@ class Launch:
     def environment(self) -> dict[str, str]:
         """The child's environment: what it sees of the machine, and no bars in its log."""
         mine = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-        mine["PYTHONWARNINGS"] = os.environ.get(
-            "PYTHONWARNINGS", "ignore::FutureWarning"
-        )  # TRL's, of names it will change
+        # TRL's, of names it will change
+        mine["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")
         if CPU in self.devices:  # or each of its processes would take itself for the only one
             mine |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(self.threads or 1)}
             mine |= {key: os.environ[key] for key in ("OMP_NUM_THREADS",) if key in os.environ}
