@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from paft_merge.direct import Background, open_direct, write_all
@@ -192,8 +193,9 @@ class ShardWriter:
         self._slots = {slot.name: slot for shard in shards for slot in shard.slots}
         self._shards = {shard.file: shard for shard in shards}
         self._fds: dict[str, int] = {}
-        self._direct: dict[str, int] = {}
-        self._background, self._later = Background(), dict[str, list[Future[None]]]()
+        self._direct: dict[str, int | None] = {}
+        self._unsettled = {shard.file: {slot.name for slot in shard.slots} for shard in shards}
+        self._background, self._later, self._opening = Background(), dict[str, list[Future[None]]](), Lock()
         made = list[str]()
         try:
             kept = {shard.file for shard in shards if resume and os.path.lexists(folder / shard.file)}
@@ -204,9 +206,6 @@ class ShardWriter:
                 else:
                     self._create(shard)
                     made.append(shard.file)
-                direct = open_direct(folder / shard.file) if shard.size >= _DIRECT_FROM else None
-                if direct is not None:
-                    self._direct[shard.file] = direct
         except BaseException:
             self.close()
             for file in made:
@@ -233,7 +232,7 @@ class ShardWriter:
         """
         slot, view = self._within(name, start, buffer)
         with self._telling(slot.file):
-            direct = self._direct.get(slot.file)
+            direct = self._direct_to(slot.file)
             if direct is None:
                 write_all(self._fds[slot.file], view, slot.offset + start)
             else:
@@ -245,6 +244,10 @@ class ShardWriter:
         with self._telling(self._slots[name].file):
             for write in self._later.pop(name, []):
                 write.result()
+        file = self._slots[name].file
+        self._unsettled[file].discard(name)
+        if not self._unsettled[file]:
+            _close(self._direct.pop(file, None))
 
     def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
         """Read back what `write` has written; on resume, to check it against the journal."""
@@ -267,7 +270,16 @@ class ShardWriter:
         self._background.close()
         for fds in (self._direct, self._fds):
             while fds:
-                os.close(fds.popitem()[1])
+                _close(fds.popitem()[1])
+
+    def _direct_to(self, file: str) -> int | None:
+        """A descriptor past the page cache, open from a large file's first write to its last: models have many files."""
+        if self._shards[file].size < _DIRECT_FROM:
+            return None
+        with self._opening:
+            if file not in self._direct:
+                self._direct[file] = open_direct(self.folder / file)
+            return self._direct[file]
 
     def _within(self, name: str, start: int, buffer: ByteBuffer) -> tuple[Slot, memoryview]:
         slot, view = self._slots[name], as_bytes(buffer)
@@ -325,6 +337,11 @@ class ShardWriter:
                 raise OutputError.of("OUTPUT", self.folder / file, what) from error
             needed = self._shards[file].size
             raise self._full(f"{file}: {error.strerror}", needed, _free_bytes(self.folder)) from error
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
 
 
 def _free_bytes(folder: Path) -> int:

@@ -153,3 +153,17 @@ def test_a_merge_writes_the_same_bytes_either_way(tmp_path: Path, monkeypatch: p
     merge(recipe, tmp_path / "through")
     past, through = ((tmp_path / way / "model.safetensors").read_bytes() for way in ("past", "through"))
     assert past == through
+
+
+def test_a_descriptor_is_open_only_while_its_file_grows(tmp_path: Path) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    files = plan_shards({f"{i}.safetensors": [("x" + str(i), "U8", (1 << 20,))] for i in range(20)})
+    with ShardWriter(tmp_path, files) as writer:
+        before = descriptors()
+        for i in range(20):
+            writer.write(f"x{i}", 0, bytes(1 << 20))
+            assert descriptors() <= before + 1
+            writer.settle(f"x{i}")
+        assert descriptors() == before

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paft_merge.cli import cli
 from paft_merge.errors import EvaluateError, PaftMergeError, RecipeError
-from paft_merge.evaluating import check_evaluate, evaluate
+from paft_merge.evaluating import check_evaluate, evaluate, harness
 from paft_merge.evaluating.harness import check_data
 from paft_merge.evaluating.light import generate
 from paft_merge.evaluating.models import load_subject
@@ -256,8 +256,10 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
-def test_without_lm_eval_its_tasks_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_without_lm_eval_its_tasks_are_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(EvaluateError, match=r"lm_eval.* not installed; pip install 'paft-merge\[eval\]'"):
         evaluate(tmp_path / "nothing", {"suite": "open-llm-v1"})
 

@@ -19,6 +19,7 @@ from train_toys import THEIR_WARNINGS
 
 from paft_merge.cli import cli, results
 from paft_merge.errors import PaftMergeError, RecipeError
+from paft_merge.evaluating import harness
 from paft_merge.pipeline import load_run, plan, run
 from paft_merge.pipeline.overrides import put, way
 from paft_merge.pipeline.stages import _renamed
@@ -124,10 +125,12 @@ def test_fields_targets_and_columns_of_training_are_looked_at_too(world: Path, t
     assert "objective dpo needs chosen+rejected, the columns are text" in text
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
-def test_an_evaluation_whose_package_is_missing_is_found_before_training(world: Path, tmp_path: Path) -> None:
+def test_an_evaluation_whose_package_is_missing_is_found_before_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
     text = told(world, tmp_path, evaluate={"suite": "open-llm-v1"})
-    assert ": evaluate: evaluate: lm_eval" in text
+    assert ": evaluate: lm-eval's tasks: lm_eval and requests" in text
     assert "not installed; pip install 'paft-merge[eval]'" in text
 
 

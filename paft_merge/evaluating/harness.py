@@ -70,7 +70,7 @@ def check_tasks(spec: EvaluateSpec, folder: Path) -> None:
     missing = [package for package in ("lm_eval", "requests") if find_spec(package) is None]
     if missing:
         fix = "pip install 'paft-merge[eval]', or use evaluate: {metrics: ...}, which needs no package"
-        raise EvaluateError.of("MISSING", "evaluate", f"{' and '.join(missing)} not installed", fix)
+        raise EvaluateError.of("MISSING", "lm-eval's tasks", f"{' and '.join(missing)} not installed", fix)
     problems = Problems()
     for task in filter(is_file, spec.tasks):
         with problems.catching():
