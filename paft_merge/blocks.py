@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from paft_merge import kernels, mixing
+from paft_merge import loops
+from paft_merge.loops import lines
 from paft_merge.scratch import SCRATCH
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def sample_end(start: int, stop: int, row: int) -> int:
 
 @dataclass(slots=True)
 class Block:
-    """One tile of the base and of the sources, as bits (see `kernels`) or, on another device, as float32 tensors."""
+    """One tile of the base and of the sources, as bits (see `loops`) or, on another device, as float32 tensors."""
 
     index: int
     """Flat index of the first element in its tensor."""
@@ -84,14 +85,14 @@ NOTHING = Survival(low=0xFFFFFFFF)
 
 @dataclass
 class Tally:
-    """What a merge saw of each source's delta of one tensor, gathered block by block (columns: `kernels.COUNTS`, `SUMS`)."""
+    """What a merge saw of each source's delta of one tensor, gathered block by block (columns: `loops.COUNTS`, `SUMS`)."""
 
     counts: Counts
     sums: list[Sums] = field(default_factory=list)
 
     @classmethod
     def empty(cls, sources: int) -> Tally:
-        return cls(np.zeros((sources, len(kernels.COUNTS)), np.int64))
+        return cls(np.zeros((sources, len(loops.COUNTS)), np.int64))
 
     def add(self, counts: Counts, sums: Sums) -> None:
         """Add one block; blocks must come in tile order, because their sums are rounded."""
@@ -103,7 +104,7 @@ class Tally:
     def total(self) -> Sums:
         """`[n, 4]` float64: the correctly rounded sum over the blocks, so that their order cannot matter."""
         if not self.sums:
-            return np.zeros((len(self.counts), len(kernels.SUMS)))
+            return np.zeros((len(self.counts), len(loops.SUMS)))
         stacked = np.stack(self.sums)
         return np.array(
             [[math.fsum(stacked[:, i, k]) for k in range(stacked.shape[2])] for i in range(stacked.shape[1])]
@@ -202,7 +203,7 @@ class Each(Protocol):
 
 
 class CpuOps:
-    """The operations by `kernels`: blocks are NumPy bits."""
+    """The operations by `loops`: blocks are NumPy bits."""
 
     def sample(self, block: Block, step: int) -> NDArray[np.uint32]:
         """The magnitudes of every `step`-th entry, `[n, ceil(E / step)]`."""
@@ -219,54 +220,55 @@ class CpuOps:
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
         """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""
         n = len(block.sources)
-        counts = np.zeros((n, kernels.BINS), np.int64)
-        low = np.zeros((n, kernels.BINS if lows else 0), np.int64)
-        kernels.histogram(block.base, block.sources, block.subtract, counts, low)
+        counts = np.zeros((n, loops.BINS), np.int64)
+        low = np.zeros((n, loops.BINS if lows else 0), np.int64)
+        loops.histogram(block.base, block.sources, block.subtract, counts, low, lines(2))
         return counts, low
 
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
         """Per source: how many magnitudes lie inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
         n, size = block.sources.shape
-        found, counts = SCRATCH.array("found", (n, size + 1), np.uint32), np.empty((n, 2), np.int64)
+        found, counts = SCRATCH.array("found", (n, size), np.uint32), np.empty((n, 2), np.int64)
         bounds = np.array(low, np.uint32), np.array(width, np.uint32)
-        kernels.collect(block.base, block.sources, block.subtract, *bounds, found, counts)
+        loops.collect(block.base, block.sources, block.subtract, *bounds, found, counts, lines(2))
         return counts, [row[:inside].copy() for row, inside in zip(found, counts[:, 0], strict=True)]
 
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
         """Flat index in the tensor of the `nth` entry (from 0) of the block whose magnitude is exactly `bits`."""
-        row = block.sources[source]
-        if block.subtract:
-            delta = _as_float32(row) - _as_float32(block.base)
-            row = delta.view(np.uint32)
-        return block.index + int(np.flatnonzero((row & np.uint32(0x7FFFFFFF)) == bits)[nth])
+        at = loops.locate(block.base, block.sources[source], block.subtract, np.uint32(bits), nth, lines(2))
+        assert at >= 0
+        return block.index + at
 
     def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums:
         """`[n, 2]`: the sums of |delta| before and after the random drop of each survival."""
         sums = np.empty((len(block.sources), 2))
         keep = np.array([s.keep for s in survivals], np.uint64)
         keys = np.array([s.key for s in survivals], np.uint64)
-        kernels.dropped_l1(block.base, block.sources, block.subtract, block.index, keep, keys, sums)
+        loops.dropped_l1(
+            block.base, block.sources, block.subtract, block.index, keep, keys, sums, *_strips(2, 2 * len(sums))
+        )
         return sums
 
     def gram(self, block: Block) -> Sums:
         """`[n, n]`: inner products of the sources (or deltas)."""
         out = np.empty((len(block.sources),) * 2)
-        kernels.gram(block.base, block.sources, block.subtract, out)
+        n = len(out)
+        loops.gram(block.base, block.sources, block.subtract, out, *_strips(n + 1, n * n))
         return out
 
     def blend(
         self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
     ) -> Outcome:
-        """Write `base_weight * base + sum weights_i * source_i` (see `kernels.blend`)."""
+        """Write `base_weight * base + sum weights_i * source_i` (see `loops.kernels.blend`)."""
         outcome = _no_outcome(len(block.sources))
-        outcome.bad = kernels.blend(
+        outcome.bad = loops.blend(
             out, block.base, block.sources, base_weight, np.array(weights, np.float32), block.subtract, block.index,
-            np.uint64(key), tally, outcome.counts, outcome.sums,
+            np.uint64(key), tally, outcome.counts, outcome.sums, lines(3),
         )  # fmt: skip
         return outcome
 
     def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome:
-        """Write the base plus the elected delta (see `kernels.consensus`)."""
+        """Write the base plus the elected delta (see `loops.kernels.consensus`)."""
         return _consensus(block, out, survivals, election, key)[0]
 
     def consensus_outside(
@@ -275,50 +277,52 @@ class CpuOps:
         """Write what magnitudes outside the brackets decide, and set the rest aside; where they lie, `out` is the base.
 
         Args:
-            brackets: lowest bits and number of bits, one a source. What is above survives, what is below does not; a
-                source with a width of 0 has no bracket, and all of it survives.
+            brackets: lowest bits, at least 1, and number of bits, one a source. What is above survives, what is below does not.
             room: `[bytes]`, memory for what is set aside; beyond it there is fresh memory.
         """
-        above = [Survival(low=low + width - 1 if width else 0) for low, width in brackets]
+        above = [Survival(low=low + width - 1) for low, width in brackets]
         outcome, opened = _consensus(block, out, above, election, 0, brackets, room)
         assert opened is not None
         return outcome, opened
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
-        """The block's share of a tally, of deltas that are merged as they are (see `mixing.tally`)."""
+        """The block's share of a tally, of deltas that are merged as they are (see `loops.mixing.tally`)."""
         outcome = _no_outcome(len(block.sources))
-        mixing.tally(block.base, block.sources, block.subtract, outcome.counts, outcome.sums)
+        loops.tally(block.base, block.sources, block.subtract, outcome.counts, outcome.sums, lines(2))
         return outcome.counts, outcome.sums
 
     def variance(self, block: Block, total: int) -> Block:
         """One row: every entry's variance over `total` sources, those that are not here being zero."""
         out = _one_row(block)
-        mixing.variance(block.base, block.sources, block.subtract, total, out.sources[0].view(np.float32))
+        made, memory = out.sources[0].view(np.float32), _strips(len(block.sources) + 1, 2)
+        loops.variance(block.base, block.sources, block.subtract, total, made, *memory)
         return out
 
     def select(self, block: Block, by: Block, survival: Survival) -> Block:
         """The deltas where the only row of `by`, which is not negative, survives by its size; zero elsewhere."""
         out = np.empty(block.sources.shape, np.float32)
         bounds = np.uint32(survival.low), survival.low_cut
-        mixing.select(block.base, block.sources, block.subtract, block.index, by.sources[0], *bounds, out)
+        loops.select(block.base, block.sources, block.subtract, block.index, by.sources[0], *bounds, out, lines(2))
         return Block(block.index, block.base, out.view(np.uint32), subtract=False)
 
     def swap(self, block: Block, t: float) -> Block:
-        """One row: the delta of the only source, cut to what is near (see `mixing.swap`)."""
+        """One row: the delta of the only source, cut to what is near (see `loops.mixing.swap`)."""
         out = _one_row(block)
-        mixing.swap(block.base, block.sources, block.subtract, t, out.sources[0].view(np.float32))
+        loops.swap(block.base, block.sources, block.subtract, float(t), out.sources[0].view(np.float32), lines(2))
         return out
 
     def overlaps(self, block: Block, epsilon: float) -> tuple[Counts, Sums]:
         """Changed entries `[n, 2]`, shared ones and the source's own, and the sum of their squares `[n]`."""
         counts, energy = np.zeros((len(block.sources), 2), np.int64), np.zeros(len(block.sources))
-        mixing.overlaps(block.base, block.sources, block.subtract, epsilon, counts, energy)
+        memory = _strips(len(counts) + 3, len(counts))
+        loops.overlaps(block.base, block.sources, block.subtract, float(epsilon), counts, energy, *memory)
         return counts, energy
 
     def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
-        """One row: own changes times `scales`, shared ones averaged (see `mixing.share`)."""
+        """One row: own changes times `scales`, shared ones averaged (see `loops.mixing.share`)."""
         out, own = _one_row(block), np.array(scales, np.float32)
-        mixing.share(block.base, block.sources, block.subtract, epsilon, own, out.sources[0].view(np.float32))
+        made, memory = out.sources[0].view(np.float32), lines(len(own) + 3)
+        loops.share(block.base, block.sources, block.subtract, float(epsilon), own, made, memory)
         return out
 
     def fuse(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
@@ -326,7 +330,7 @@ class CpuOps:
         n = len(block.sources)
         out, elected, energy = _one_row(block), np.zeros(n, np.int64), np.zeros(n)
         merged, own = out.sources[0].view(np.float32), np.array(weights, np.float32)
-        mixing.fuse(block.base, block.sources, block.subtract, own, merged, elected, energy)
+        loops.fuse(block.base, block.sources, block.subtract, own, merged, elected, energy, *_strips(n + 4, n))
         return out, elected, energy
 
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
@@ -342,27 +346,30 @@ class CpuOps:
         places = np.arange(length, dtype=np.uint64)
         for row, kept, drop in zip(deltas, out, drops, strict=True):
             magnitudes = (row.view(np.uint32) & np.uint32(0x7FFFFFFF)).reshape(-1, length, inner).swapaxes(1, 2)
-            order = np.sort((magnitudes.astype(np.uint64) << np.uint64(32)) | places).reshape(-1, length)
-            mixing.keep_ranked(row, order, inner, block.index, drop.keep, np.uint64(drop.key), kept)
+            order = np.sort(np.ascontiguousarray((magnitudes.astype(np.uint64) << np.uint64(32)) | places)).reshape(
+                -1, length
+            )
+            loops.keep_ranked(row, order, inner, block.index, drop.keep, np.uint64(drop.key), kept)
         return Block(block.index, block.base, out.view(np.uint32), subtract=False)
 
     def gram_rows(self, block: Block, row: int) -> Sums:
         """`[E / row, n, n]`: inner products of the sources within every row."""
         n, size = block.sources.shape
         out = np.zeros((size // row, n, n))
-        mixing.gram_rows(block.base, block.sources, block.subtract, row, out)
+        loops.gram_rows(block.base, block.sources, block.subtract, row, out, *_strips(n + 1, n * n))
         return out
 
     def gram_columns(self, block: Block, row: int) -> Sums:
         """`[n, n, row]`: inner products of the sources within every column of the block's rows."""
         out = np.zeros((*[len(block.sources)] * 2, row))
-        mixing.gram_columns(block.base, block.sources, block.subtract, row, out)
+        loops.gram_columns(block.base, block.sources, block.subtract, row, out, lines(len(out) + 1))
         return out
 
     def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block:
         """One row: the weighted sum with weights `[n, E / row]`, one a row, or `[n, row]` with `across`, one a column."""
         out, own = _one_row(block), np.ascontiguousarray(weights, np.float32)
-        mixing.mix(block.base, block.sources, block.subtract, row, across, own, out.sources[0].view(np.float32))
+        made = out.sources[0].view(np.float32)
+        loops.mix(block.base, block.sources, block.subtract, row, across, own, made, lines(3))
         return out
 
 
@@ -376,8 +383,8 @@ def _consensus(
     room: Any = None,
 ) -> tuple[Outcome, Open | None]:
     n, size = block.sources.shape
-    outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n, 2), np.int64)
-    place = SCRATCH.array("open_place", most + 1 if most else 0, np.int32)
+    outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n + 1, 2), np.int64)
+    place = SCRATCH.array("open_place", most, np.int32)
     held = SCRATCH.array("open_held", (n + 1, most), np.float32)
     found = SCRATCH.array("found", (n, most), np.uint32)
 
@@ -385,20 +392,22 @@ def _consensus(
         return np.array([getattr(s, name) for s in survivals], dtype)
 
     lows, widths = zip(*brackets, strict=True) if brackets else ([0] * n, [0] * n)
-    outcome.bad, many = kernels.consensus(
+    outcome.bad = loops.consensus(
         out, block.base, block.sources, block.subtract, block.index,
         np.array(election.weights, np.float32), column("scale", np.float32),
         column("low", np.uint32), column("low_cut", np.int64), column("high", np.uint32), column("high_cut", np.int64),
         column("shrink", np.float32), column("keep", np.uint64), column("key", np.uint64),
-        kernels.ELECT[election.elect], election.tie_positive, kernels.NORMALIZE[election.normalize], election.factor,
+        loops.ELECT[election.elect], election.tie_positive, loops.NORMALIZE[election.normalize], election.factor,
         np.uint64(key), outcome.counts, outcome.sums,
         np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, found, tally,
+        SCRATCH.array("wide", n, np.uint8), lines(n + 5),
     )  # fmt: skip
     if not most:
         return outcome, None
-    inside = [row[:count] for row, count in zip(found, tally[:, 0], strict=True)]
+    many = int(tally[n, 0])
+    inside = [row[:count] for row, count in zip(found, tally[:n, 0], strict=True)]
     kept = _moved([place[:many], *(row[:many] for row in held), *inside], room)
-    return outcome, Open(kept[0], kept[1 : n + 2], kept[n + 2 :], tally[:, 1])
+    return outcome, Open(kept[0], kept[1 : n + 2], kept[n + 2 :], tally[:n, 1])
 
 
 def _moved(arrays: Sequence[Any], room: Any) -> list[Any]:
@@ -413,14 +422,18 @@ def _moved(arrays: Sequence[Any], room: Any) -> list[Any]:
     return copies
 
 
+def _strips(of_float32: int, of_float64: int) -> tuple[Any, Any]:
+    return lines(of_float32), lines(of_float64, of=np.float64)
+
+
 def _one_row(block: Block) -> Block:
     """A block of one row for what is computed from `block`."""
     return Block(block.index, block.base, np.empty((1, block.sources.shape[1]), np.uint32), subtract=False)
 
 
 def _no_outcome(sources: int) -> Outcome:
-    counts = np.zeros((sources, len(kernels.COUNTS)), np.int64)
-    return Outcome(0, counts, np.zeros((sources, len(kernels.SUMS))))
+    counts = np.zeros((sources, len(loops.COUNTS)), np.int64)
+    return Outcome(0, counts, np.zeros((sources, len(loops.SUMS))))
 
 
 def _widen(bits: Any, out: Any) -> None:

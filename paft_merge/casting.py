@@ -67,7 +67,7 @@ def cast(values: NDArray[np.float32], dtype: str, key: int = 0, index: int = 0) 
         values: `[E]`.
         dtype: a mergeable type, as safetensors names it. What is too large for it becomes infinite, or NaN where the
             type has no infinity.
-        key: stream of stochastic rounding, as in `kernels`.
+        key: stream of stochastic rounding, as in `loops.strips`.
         index: flat index of the first element in its tensor.
 
     Returns:
@@ -113,7 +113,7 @@ def _other_side(bits: Any, values: NDArray[np.float32], nearest: NDArray[np.floa
 
 
 def _uniform(key: int, index: int, count: int) -> NDArray[np.float32]:
-    """`count` numbers in [0, 1) of the stream `key` (SplitMix64, as `kernels`), in steps of 2**-24."""
+    """`count` numbers in [0, 1) of the stream `key` (SplitMix64, as `loops.strips`), in steps of 2**-24."""
     z = np.arange(index + 1, index + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

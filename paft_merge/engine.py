@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import xxhash
 
-from paft_merge import kernels
+from paft_merge import loops
 from paft_merge.blocks import TILE, Block, CpuOps, Open, Ops, Outcome, Tally, sample_end
 from paft_merge.bridge import WholeTensor
 from paft_merge.casting import cast, count_nonfinite, stored_bytes
@@ -266,7 +266,7 @@ class _Worker:
             stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, start)
             outcome.bad = count_nonfinite(stored, tensor.dtype)
         largest = int(outcome.counts[:, -1].max(initial=0))
-        if (outcome.bad or largest >= kernels.INFINITY) and not self.allow_nonfinite:
+        if (outcome.bad or largest >= loops.INFINITY) and not self.allow_nonfinite:
             raise _not_finite(tensor, outcome.bad)
         self.output.write(tensor.name, start * tensor.width, stored)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome

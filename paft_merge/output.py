@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from paft_merge import kernels
+from paft_merge import loops
 from paft_merge.blocks import Counts, Sums
 from paft_merge.checkpoint import UNFINISHED
 from paft_merge.errors import OutputError, Problems
@@ -60,8 +60,8 @@ class Finished:
     def from_json(cls, line: Mapping[str, Any]) -> Finished:
         """What `to_json` wrote; ValueError, KeyError or TypeError for anything else."""
         rows = len(line["active"])
-        counts = np.array(line["counts"], np.int64).reshape(rows, len(kernels.COUNTS))
-        sums = np.array(line["sums"], np.float64).reshape(rows, len(kernels.SUMS))
+        counts = np.array(line["counts"], np.int64).reshape(rows, len(loops.COUNTS))
+        sums = np.array(line["sums"], np.float64).reshape(rows, len(loops.SUMS))
         return cls(line["name"], line["digest"], line["active"], counts, sums, line["nonfinite"], line["noted"])
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from paft_merge.blocks import Block, CpuOps, Each, Election, Open, Outcome, Survival
-from paft_merge.sparsify import EVERY_BRACKET, Trim, draw_sample, guess_bracket, kept_count, largest, small
+from paft_merge.brackets import EVERY, FOREVER, NONE, Bracket, draw_sample, guess_bracket, largest, small
+from paft_merge.sparsify import Trim, kept_count
 
 _OPEN_AT_MOST = 0.1
 """Share of a sample that may be inside its bracket; a delta full of ties is cheaper measured first."""
@@ -26,14 +27,15 @@ class Settling:
 
     ranks: tuple[int, ...]
     """Of each source's last entry kept; 0 keeps everything."""
-    brackets: tuple[tuple[int, int], ...]
-    """Lowest bits and number of bits; a width of 0 for a source that keeps everything."""
+    brackets: tuple[Bracket, ...]
+    """One a source; `brackets.NONE` where it keeps everything."""
     election: Election
     numel: int
 
     def merge(self, block: Block, out: Any, room: Any) -> tuple[Outcome, Open]:
         """Write the block but for what is open; where that lies, the base. `room` `[bytes]` is for what is set aside."""
-        return CpuOps().consensus_outside(block, out, self.brackets, self.election, room)
+        bounds = [bracket.within(block.index, block.index + block.sources.shape[1]) for bracket in self.brackets]
+        return CpuOps().consensus_outside(block, out, bounds, self.election, room)
 
     def survivals(self, starts: Sequence[int], opened: Sequence[Open]) -> list[Survival] | None:
         """The thresholds, from what every block set aside; None when one of them is not in its bracket.
@@ -43,10 +45,10 @@ class Settling:
             opened: what each of them set aside.
         """
         found = []
-        for i, (rank, (low, width)) in enumerate(zip(self.ranks, self.brackets, strict=True)):
+        for i, (rank, bracket) in enumerate(zip(self.ranks, self.brackets, strict=True)):
             bits = np.concatenate([o.inside[i] for o in opened])
             rank -= sum(int(o.above[i]) for o in opened)
-            if not width or (rank > bits.size and low == 1):
+            if bracket is NONE or (rank > bits.size and bracket.open_below):
                 found.append(Survival())  # all of it is kept, or fewer entries than that are not zero
                 continue
             if not 0 < rank <= bits.size:
@@ -57,7 +59,10 @@ class Settling:
 
     def _cut(self, i: int, threshold: int, kept: int, starts: Sequence[int], opened: Sequence[Open]) -> int:
         """The flat index below which `kept` entries of source `i` equal the threshold: ties keep the lowest."""
-        for start, o in zip(starts, opened, strict=True):
+        for start, stop, o in zip(starts, [*starts[1:], FOREVER], opened, strict=True):
+            low, width = self.brackets[i].within(start, stop)
+            if not low <= threshold < low + width:
+                continue  # its ties are decided; what is set aside of them was another source's to open
             ties = o.place[(o.held[i].view(np.uint32) & np.uint32(0x7FFFFFFF)) == threshold]
             if ties.size >= kept:
                 return start + int(ties[kept - 1]) + 1
@@ -97,15 +102,11 @@ def settling(trims: Sequence[Trim], election: Election, numel: int, each: Each) 
     known = [rank or 0 for rank in ranks]
     if None in ranks or not any(known):
         return None
-    every = small(numel, each)
-    brackets, sample = [(0, 0)] * len(trims), [] if every else draw_sample(each, CpuOps())
+    brackets, sample = [NONE] * len(trims), None if small(numel, each) else draw_sample(each, CpuOps())
     for i, rank in enumerate(known):
-        if rank and every:
-            brackets[i] = EVERY_BRACKET
-        elif rank:
-            low, width = brackets[i] = guess_bracket([tile[i] for tile in sample], rank / numel)
-            inside = [np.mean(tile[i] - np.uint32(low) < np.uint32(width)) for tile in sample]
-            if np.mean(inside) > _OPEN_AT_MOST:
+        if rank:
+            brackets[i] = EVERY if sample is None else guess_bracket(sample, i, rank / numel)
+            if sample is not None and sample.inside(i, brackets[i]) > _OPEN_AT_MOST:
                 return None
     return Settling(tuple(known), tuple(brackets), election, numel)
 

@@ -17,28 +17,11 @@ import numpy as np
 import xxhash
 
 from paft_merge.blocks import NOTHING, Counts, Each, Ops, Sums, Survival
-from paft_merge.kernels import BINS
-
-_ALL_BITS = 0x7F800000
-"""Bits of infinity: every finite magnitude is below."""
-
-EVERY_BRACKET = (1, _ALL_BITS - 1)
-"""Lowest bits and number of bits of every finite magnitude but zero."""
-
-_SMALL = 1 << 16
-"""Entries of one or two tiles that are too few for a sample to tell anything."""
-
-_SAMPLED, _SAMPLED_OF_FEW = 1 << 12, 1 << 14
-"""Entries that are looked at in each tile, and in each where there are only one or two."""
+from paft_merge.brackets import EVERY, FOREVER, NOWHERE, Bracket, draw_sample, guess_bracket, largest, small
+from paft_merge.loops import BINS
 
 _LISTED = 16
 """Of a tile's magnitudes at most one in this many is held as it is; more are held as distinct ones, whose number ties keep small."""
-
-_SAMPLE_ERRORS = 3.5
-"""Half the width of a guessed bracket, in standard errors of the sampled share between tiles. A miss costs one more pass."""
-
-_SAMPLE_MARGIN = 0.01
-"""Half the width of a guessed bracket, as a share of the entries, where tiles are too few to tell the standard error."""
 
 
 @dataclass(frozen=True)
@@ -141,60 +124,6 @@ def trim_globally(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, re
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
 
 
-def largest(bits: Any, rank: int) -> tuple[int, int, int]:
-    """The `rank`-th largest of `[K]` unsigned numbers, how many are larger, and how many are equal; 1 <= rank <= K.
-
-    Only what lies between two numbers of a sample is put in order, if it is there: a few per cent, or one large tie.
-    """
-    some = np.sort(bits[:: max(1, bits.size // 4096)])
-    at = (bits.size - rank) * some.size // bits.size
-    low, high = some[max(at - 96, 0)], some[min(at + 96, some.size - 1)]
-    larger = int(np.count_nonzero(bits > high))
-    near = bits[(bits >= low) & (bits <= high)]
-    if not larger < rank <= larger + near.size:
-        near, larger = bits, 0
-    place = near.size - (rank - larger)
-    found = np.partition(near, place)[place] if low != high or near is bits else low
-    return int(found), larger + int(np.count_nonzero(near > found)), int(np.count_nonzero(near == found))
-
-
-def small(numel: int, each: Each) -> bool:
-    """Whether a tensor is too small for a sample, and small enough to look at all of it."""
-    return each.tiles <= 2 and numel < _SMALL
-
-
-def draw_sample(each: Each, ops: Ops) -> list[Any]:
-    """Magnitudes of some entries of every tile: `[n, K]` uint32 each."""
-    few = each.tiles <= 2
-    wanted = _SAMPLED_OF_FEW if few else _SAMPLED
-    # An odd step goes through all columns of rows whose length is even, instead of through the same few.
-    return each(lambda block: ops.sample(block, block.sources.shape[1] // wanted | 1), sample=not few)
-
-
-def guess_bracket(tiles: Sequence[Any], share: float) -> tuple[int, int]:
-    """Lowest bits and number of bits of a range that very likely holds the magnitude that `share` of all entries reach.
-
-    Args:
-        tiles: one source's sampled magnitudes, tile by tile.
-        share: in (0, 1).
-    """
-    every = np.concatenate(tiles)
-
-    def at(place: float) -> int:
-        rank = max(every.size - 1 - int(place), 0)
-        every.partition(rank)
-        return int(every[rank])
-
-    margin = _SAMPLE_MARGIN
-    if len(tiles) >= 8:
-        centre = max(at(share * every.size), 1)
-        reached = [np.count_nonzero(tile >= centre) / tile.size for tile in tiles]
-        margin = max(_SAMPLE_ERRORS * float(np.std(reached, ddof=1)) / math.sqrt(len(tiles)), _SAMPLE_MARGIN / 10)
-    high = at((share - margin) * every.size) if share > margin else _ALL_BITS - 1
-    low = max(at((share + margin) * every.size), 1) if share + margin < 1 else 1
-    return low, max(high, low) - low + 1
-
-
 def l1_of_bins(counts: Counts, lows: Counts) -> Sums:
     """The L1 norm of each bin of a histogram with `lows`: exact integers, rounded once to float64.
 
@@ -222,11 +151,10 @@ def _bits(value: float) -> int:
 
 
 @dataclass
-class _Bracket:
-    """The magnitudes of one source in a range of bits, tile by tile; zero is never inside."""
+class _Found:
+    """The magnitudes of one source that are inside a bracket, tile by tile; zero never is."""
 
-    low: int
-    width: int
+    bracket: Bracket
     above: int = 0
     tiles: Sequence[tuple[Any, Any]] = ()
     """Each tile's bits, and None; or, where there are many, its distinct bits, ascending, and how often each occurs."""
@@ -245,7 +173,7 @@ class _Bracket:
     def holds(self, rank: int) -> bool:
         """Whether the `rank`-th largest magnitude is inside, or no entry that is not zero is left below."""
         inside = sum(b.size if c is None else int(c.sum()) for b, c in self.tiles)
-        return self.above < rank and (rank <= self.above + inside or self.low == 1)
+        return self.above < rank and (rank <= self.above + inside or self.bracket.open_below)
 
     def at(self, rank: int) -> tuple[int, int, int]:
         """Bits of the `rank`-th largest magnitude, how many are larger, and how many are equal; zeros when it is zero."""
@@ -290,7 +218,7 @@ class _Search:
     ) -> None:
         self.trims, self.numel, self.each, self.ops = trims, numel, each, ops
         self.full = full or (self._histogram(norms=True) if norms else None)
-        self.brackets: dict[tuple[int, int], _Bracket] = {}
+        self.brackets: dict[tuple[int, int], _Found] = {}
         self.ranks = [self._ranks(i) for i in range(len(trims))]
         for i, rank in self._mass_ranks().items():
             self.ranks[i] = [rank]
@@ -346,7 +274,7 @@ class _Search:
                 goals[i] = trim.value * float(held[-1])
                 place = int(np.searchsorted(held, goals[i]))
                 heads[i] = float(held[place - 1]) if place else 0.0
-                ranges[i] = _bin_range(BINS - 1 - place)
+                ranges[i] = _bin(BINS - 1 - place)
         ranks = {}
         for i, bracket in self._gather(ranges).items():
             bits, often = bracket.merged()
@@ -365,11 +293,11 @@ class _Search:
         bits, larger, equal = bracket.at(rank)
         if not equal:
             return 0, 0
-        if larger + equal == rank or self.every_tie:
+        if self.every_tie or (larger + equal == rank and bits != bracket.bracket.low):
             return bits, self.numel
         return bits, self._cut(i, bracket, bits, rank - larger)
 
-    def _cut(self, i: int, bracket: _Bracket, bits: int, kept: int) -> int:
+    def _cut(self, i: int, bracket: _Found, bits: int, kept: int) -> int:
         """The flat index below which entries equal to the threshold are kept, so that `kept` of them are."""
         for tile in range(len(bracket.tiles)):
             here = bracket.equal(tile, bits)
@@ -385,7 +313,7 @@ class _Search:
         """How many entries of source `i` pass a threshold, and their L1 norm; `rank` says how many where ties are cut."""
         assert self.full is not None
         norms, top = l1_of_bins(self.full[0][i], self.full[1][i]), low >> 16
-        bracket = self.brackets[i, rank] if rank else self._gather({i: _bin_range(top)})[i]
+        bracket = self.brackets[i, rank] if rank else self._gather({i: _bin(top)})[i]
         bits, often = bracket.merged()
         over = bits > low
         count = int(self.full[0][i][top + 1 :].sum()) + int(often[over].sum())
@@ -417,33 +345,37 @@ class _Search:
         if not ranks:
             return
         self.full = self.full or self._histogram()
-        ranges = {i: _bin_range(_bin_of(self.full[0][i], rank)) for i, rank in ranks.items()}
+        ranges = {i: _bin(_bin_of(self.full[0][i], rank)) for i, rank in ranks.items()}
         for i, bracket in self._gather(ranges).items():
             self.brackets[i, ranks[i]] = bracket
 
-    def _guess(self, ranks: dict[int, int]) -> dict[int, tuple[int, int]]:
-        """A range of bits for each rank: from a sample, or all of them where the tensor is small."""
+    def _guess(self, ranks: dict[int, int]) -> dict[int, Bracket]:
+        """A bracket for each rank: from a sample, or all entries where the tensor is small."""
         if small(self.numel, self.each):
-            return dict.fromkeys(ranks, EVERY_BRACKET)
+            return dict.fromkeys(ranks, EVERY)
         sample = draw_sample(self.each, self.ops)
-        return {i: guess_bracket([tile[i] for tile in sample], rank / self.numel) for i, rank in ranks.items()}
+        return {i: guess_bracket(sample, i, rank / self.numel) for i, rank in ranks.items()}
 
-    def _gather(self, ranges: dict[int, tuple[int, int]]) -> dict[int, _Bracket]:
-        """Read the tensor once and collect, for some sources, the magnitudes in a range of bits."""
-        if not ranges:
+    def _gather(self, brackets: dict[int, Bracket]) -> dict[int, _Found]:
+        """Read the tensor once and collect, for some sources, the magnitudes inside a bracket."""
+        if not brackets:
             return {}
-        low, width = zip(*(ranges.get(i, (0, 0)) for i in range(len(self.trims))), strict=True)
 
         def work(block: Any) -> tuple[Counts, list[tuple[Any, Any]]]:
-            counts, found = self.ops.collect(block, low, width)
-            many = block.sources.shape[1] // _LISTED
-            return counts, [np.unique(f, return_counts=True) if f.size > many else (f, None) for f in found]
+            size = block.sources.shape[1]
+            counts, found = self.ops.collect(block, *self._bounds(brackets, block.index, block.index + size))
+            return counts, [np.unique(f, return_counts=True) if f.size > size // _LISTED else (f, None) for f in found]
 
         parts = self.each(work)
         return {
-            i: _Bracket(low[i], width[i], sum(int(c[i, 1]) for c, _ in parts), [found[i] for _, found in parts])
-            for i in ranges
+            i: _Found(bracket, sum(int(c[i, 1]) for c, _ in parts), [found[i] for _, found in parts])
+            for i, bracket in brackets.items()
         }
+
+    def _bounds(self, brackets: dict[int, Bracket], start: int, stop: int) -> tuple[list[int], list[int]]:
+        """Lowest bits and numbers of bits in a block, one a source."""
+        bounds = [brackets.get(i, NOWHERE).within(start, stop) for i in range(len(self.trims))]
+        return [low for low, _ in bounds], [width for _, width in bounds]
 
 
 class _GlobalSearch(_Search):
@@ -455,15 +387,15 @@ class _GlobalSearch(_Search):
 
     every_tie: ClassVar[bool] = True
 
-    def _gather(self, ranges: dict[int, tuple[int, int]]) -> dict[int, _Bracket]:
-        if not ranges:
+    def _gather(self, brackets: dict[int, Bracket]) -> dict[int, _Found]:
+        if not brackets:
             return {}
         n, lock = len(self.trims), Lock()
-        low, width = zip(*(ranges.get(i, (0, 0)) for i in range(n)), strict=True)
+        bounds = self._bounds(brackets, 0, FOREVER)
         inside, above = np.zeros((n, 1 << 16), np.int64), np.zeros(n, np.int64)
 
         def work(block: Any) -> None:
-            counts, found = self.ops.collect(block, low, width)
+            counts, found = self.ops.collect(block, *bounds)
             for i, bits in enumerate(found):
                 some = np.bincount(bits & 0xFFFF, minlength=1 << 16)
                 with lock:
@@ -471,10 +403,10 @@ class _GlobalSearch(_Search):
                     above[i] += counts[i, 1]
 
         self.each(work)
-        found = {i: np.flatnonzero(inside[i]).astype(np.uint32) for i in ranges}
+        found = {i: np.flatnonzero(inside[i]).astype(np.uint32) for i in brackets}
         return {
-            i: _Bracket(low[i], width[i], int(above[i]), [((low[i] & ~0xFFFF) | found[i], inside[i][found[i]])])
-            for i in ranges
+            i: _Found(bracket, int(above[i]), [((bracket.low & ~0xFFFF) | found[i], inside[i][found[i]])])
+            for i, bracket in brackets.items()
         }
 
 
@@ -483,6 +415,6 @@ def _bin_of(counts: Any, rank: int) -> int:
     return max(BINS - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), rank)), 0)
 
 
-def _bin_range(index: int) -> tuple[int, int]:
-    """First bits and number of bits of a bin, without the zero in the lowest."""
-    return (index << 16, 1 << 16) if index else (1, (1 << 16) - 1)
+def _bin(index: int) -> Bracket:
+    """All of a bin, without the zero in the lowest."""
+    return Bracket(index << 16, 1 << 16) if index else Bracket(1, (1 << 16) - 1)

@@ -1,4 +1,4 @@
-"""The operations on a block by torch, for a GPU: the arithmetic of `kernels`, step by step, on whole blocks.
+"""The operations on a block by torch, for a GPU: the arithmetic of `loops.kernels`, step by step, on whole blocks.
 
 Every elementwise step is the same float32 operation in the same order, so results differ from the CPU's only where sums
 (norms, inner products) are rounded in another order.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paft_merge import kernels
+from paft_merge import loops
 from paft_merge.blocks import Block, Counts, Election, Outcome, RankedKeep, Sums, Survival
 
 _MAGNITUDE = 0x7FFFFFFF
@@ -35,9 +35,9 @@ class TorchOps:
         counts, low = [], []
         for row in bits:
             bins = row >> 16
-            counts.append(torch.bincount(bins, minlength=kernels.BINS))
+            counts.append(torch.bincount(bins, minlength=loops.BINS))
             if lows:  # sums below 2**53 are exact in float64
-                low.append(torch.bincount(bins, (row & 0xFFFF).double(), minlength=kernels.BINS).long())
+                low.append(torch.bincount(bins, (row & 0xFFFF).double(), minlength=loops.BINS).long())
         empty = np.zeros((len(counts), 0), np.int64)
         return torch.stack(counts).cpu().numpy(), torch.stack(low).cpu().numpy() if lows else empty
 
@@ -47,7 +47,7 @@ class TorchOps:
         for i, (row, first, span) in enumerate(zip(bits, low, width, strict=True)):
             inside = row[(row >= first) & (row < first + span)]
             found.append(inside.cpu().numpy().astype(np.uint32))
-            if span:
+            if first != 0xFFFFFFFF:
                 counts[i] = len(found[-1]), int((row >= first + span).sum())
         return counts, found
 
@@ -224,7 +224,7 @@ class TorchOps:
         return _shift(self._hash(survival.key, index, size), 32) < survival.keep
 
     def _hash(self, key: int, index: int, size: int) -> Tensor:
-        """`kernels._hash` of `size` indices; int64 wraps as uint64 does, shifts are made logical."""
+        """`loops.strips.random` of `size` indices; int64 wraps as uint64 does, shifts are made logical."""
         z = torch.arange(index + 1, index + size + 1, device=self.device) * _signed(0x9E3779B97F4A7C15) + _signed(key)
         z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
         z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
@@ -263,7 +263,7 @@ def _shift(z: Tensor, by: int) -> Tensor:
 
 
 def _no_tally(sources: int) -> tuple[Counts, Sums]:
-    return np.zeros((sources, len(kernels.COUNTS)), np.int64), np.zeros((sources, len(kernels.SUMS)))
+    return np.zeros((sources, len(loops.COUNTS)), np.int64), np.zeros((sources, len(loops.SUMS)))
 
 
 def _tally(rows: Tensor) -> tuple[Counts, Sums]:

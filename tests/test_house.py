@@ -16,9 +16,10 @@ import paft_merge
 PACKAGE = Path(paft_merge.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "kernels", "products", "scratch", "direct", "methods.parameters"},
-    {"headers", "mixing", "unpickle", "bridge"},
+    {"errors", "scratch", "direct", "methods.parameters"},
+    {"headers", "loops", "unpickle", "bridge"},
     {"checkpoint", "casting", "shards", "blocks"},
+    {"brackets"},
     {"agreement", "scales", "adapters", "output", "sparsify", "torch_ops"},
     {"settling", "device", "manifest", "measures"},
     {"rules"},
@@ -42,7 +43,8 @@ ONLY_IN = {
     "trl": {"training"},
     "datasets": {"training"},
     "huggingface_hub": {"hub"},
-    "numba": {"kernels", "products", "mixing", "measures"},
+    "numba": {"loops"},
+    "llvmlite": {"loops"},
     "lm_eval": {"evaluating"},
     "matplotlib": {"auditing", "card", "tuning"},
     "optuna": {"tuning"},

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from paft_merge import kernels
+from paft_merge import loops
 from paft_merge.blocks import Block, CpuOps, Election, Survival
-from paft_merge.products import product
+from paft_merge.loops import product
 
 OPS = CpuOps()
 SIZE = 5_000
@@ -71,7 +71,7 @@ def test_stochastic_rounding_is_unbiased_and_leaves_what_fits() -> None:
     assert abs((rounded[1:] > 1).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / values.size)
 
 
-@pytest.mark.parametrize("split", [1, 1000, kernels.STRIP, 2500])
+@pytest.mark.parametrize("split", [1, 1000, loops.STRIP, 2500])
 def test_blocks_may_be_cut_anywhere(split: int) -> None:
     base, deltas = normal(0, SIZE, size=0.02), normal(1, 2, SIZE)
     survivals = [
@@ -104,7 +104,7 @@ def test_a_tally_is_what_numpy_counts() -> None:
     kept = np.where([np.abs(deltas[0]) > np.float32(1e-4), np.ones(SIZE, bool)], wide, 0)
     weighted = kept * np.array([[0.5], [-0.7]])
     agrees = (weighted != 0) & (np.sign(weighted) == np.where(weighted.sum(0) >= 0, 1, -1))
-    counts = dict(zip(kernels.COUNTS, outcome.counts.T, strict=True))
+    counts = dict(zip(loops.COUNTS, outcome.counts.T, strict=True))
     for name, threshold in (("below_1e-06", 1e-6), ("below_1e-05", 1e-5), ("below_1e-04", 1e-4), ("below_1e-03", 1e-3)):
         np.testing.assert_array_equal(counts[name], (np.abs(deltas) < np.float32(threshold)).sum(1))
     np.testing.assert_array_equal(counts["zeros"], (deltas == 0).sum(1))

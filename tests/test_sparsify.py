@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paft_merge import blocks, sparsify
+from paft_merge import blocks, brackets, sparsify
 from paft_merge.blocks import Block, CpuOps, Survival
-from paft_merge.sparsify import Trim, kept_count, largest, trim_survivals
+from paft_merge.brackets import largest
+from paft_merge.sparsify import Trim, kept_count, trim_survivals
 
 T = TypeVar("T")
 
@@ -172,6 +173,40 @@ def test_a_sample_goes_through_all_columns() -> None:
     assert each.reads == 1  # the bracket held the threshold at once
     for values, survival in zip(delta, survivals, strict=True):
         assert mask(values, survival).sum() == int(0.2 * values.size)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 20])
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.6, 0.95])
+def test_a_bracket_is_short_where_many_are_equal(levels: int, density: float) -> None:
+    # As the differences of bfloat16 checkpoints are: here every magnitude is one of a few.
+    size, tile = 1 << 18, 1 << 12
+    made = np.random.default_rng(levels).integers(0, levels, (1, size)) + 1
+    delta = (made * np.random.default_rng(9).choice([-1, 1], made.shape) * 1e-3).astype(np.float32)
+    each = Cut(delta, tile)
+    sample = brackets.draw_sample(each, CpuOps())
+    bracket = brackets.guess_bracket(sample, 0, density)
+    assert sample.inside(0, bracket) < 0.08  # of 64 tiles a few, and not the fifth of all that are equal
+    each.reads = 0
+    (survival,) = trim_survivals([Trim("density", density)], size, each, CpuOps())
+    assert each.reads == 1
+    kept = mask(delta[0], survival)
+    np.testing.assert_array_equal(
+        np.flatnonzero(kept), np.sort(np.argsort(-np.abs(delta[0]), kind="stable")[: int(density * size)])
+    )
+
+
+def test_a_bracket_cuts_at_the_ends_of_blocks() -> None:
+    bracket = brackets.Bracket(low=100, width=11, begin=40, end=60)
+    assert [bracket.within(start, start + 20) for start in range(0, 100, 20)] == [
+        (100, 10),
+        (100, 10),
+        (100, 11),
+        (101, 10),
+        (101, 10),
+    ]
+    assert bracket.within(30, 70) == (100, 11)
+    one = brackets.Bracket(low=7, width=1, begin=40, end=60)
+    assert [one.within(start, start + 20) for start in (20, 40, 60)] == [(7, 0), (7, 1), (8, 0)]
 
 
 @settings(max_examples=200)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from paft_merge import kernels
+from paft_merge import loops
 from paft_merge.blocks import Block, CpuOps, Election, Survival
 from paft_merge.torch_ops import TorchOps
 
@@ -83,7 +83,7 @@ def test_blends_are_equal(block: Block, ops: TorchOps, out: type, key: int) -> N
 @pytest.mark.parametrize("key", [0, 987654321987654321])
 def test_every_election_is_equal(block: Block, ops: TorchOps, key: int) -> None:
     ours, theirs = np.empty(SIZE, np.uint16), np.empty(SIZE, np.uint16)
-    for elect, normalize, tie in itertools.product(kernels.ELECT, kernels.NORMALIZE, (True, False)):
+    for elect, normalize, tie in itertools.product(loops.ELECT, loops.NORMALIZE, (True, False)):
         election = Election((0.5, 0.8, -0.3), elect, tie, normalize, 1.3)
         outcomes = [o.consensus(block, to, SURVIVALS, election, key) for o, to in ((CPU, ours), (ops, theirs))]
         np.testing.assert_array_equal(ours, theirs, err_msg=f"{elect} {normalize} {tie}")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.adapters.rows import Array, Rows
-from paft_merge.products import product
+from paft_merge.loops import product
 
 T = TypeVar("T")
 Pair = tuple[Array, Array]

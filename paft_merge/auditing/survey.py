@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge import kernels
+from paft_merge import loops
 from paft_merge.auditing.opening import Subject
 from paft_merge.auditing.preview import Survived, trims_at, weights_of, with_survivals
 from paft_merge.auditing.walk import Walker
 from paft_merge.blocks import Block, CpuOps, Survival, Tally
 from paft_merge.errors import AuditError
-from paft_merge.measures import loops
 from paft_merge.measures.metrics import Histogram, Measure
 from paft_merge.measures.pairs import PairMeasure
 from paft_merge.measures.spectrum import FactorCounts, Factored, Spectrum
@@ -116,8 +115,8 @@ class _First:
         self.subject, self.wanted, self.n = subject, wanted, n
         self.edges = np.array([_bits(1e-45), *map(_bits, wanted.epsilons)], np.uint32)
         self.combinations = list(combinations(range(n), 2)) if wanted.pairs else []
-        self._counts = np.zeros((n, kernels.BINS), np.int64)
-        self._lows = np.zeros((n, kernels.BINS), np.int64)
+        self._counts = np.zeros((n, loops.BINS), np.int64)
+        self._lows = np.zeros((n, loops.BINS), np.int64)
         self._lock = Lock()
 
     def work(self, block: Block) -> _Part:
@@ -126,25 +125,25 @@ class _First:
         weight, erased = np.zeros(1), list[int]()
         for row in block.sources if self.wanted.weights else ():
             weight[0] = 0.0
-            erased.append(loops.erased(row, block.base, weight))
+            erased.append(loops.erased(row, block.base, weight, loops.lines(2)))
         edge = np.uint32(max(_bits(self.wanted.epsilon), 1))
         pair_counts, pair_sums = np.zeros((len(self.combinations), 4), np.int64), np.zeros((len(self.combinations), 5))
         for k, (a, b) in enumerate(self.combinations):
-            loops.compare(block.sources[a], block.sources[b], edge, pair_counts[k], pair_sums[k])
+            loops.compare(block.sources[a], block.sources[b], edge, pair_counts[k], pair_sums[k], loops.lines(2))
         return _Part(sums, below, largest, erased, float(weight[0]), pair_counts, pair_sums)
 
     def _measure(self, i: int, row: Any, below: Any, sums: Any) -> int:
         """Measure one delta; its histogram is integers, which may be added in any order."""
         largest = 0
         for start in range(0, row.size, loops.MOST):
-            packed = np.zeros(kernels.BINS, np.int64)
+            packed = np.zeros(loops.BINS, np.int64)
             chunk = row[start : start + loops.MOST]
             largest = max(largest, loops.measure(chunk, self.edges, below, packed, sums))
             filled = np.flatnonzero(packed)
             with self._lock:
                 self._counts[i, filled] += packed[filled] >> loops.COUNT_SHIFT
                 self._lows[i, filled] += packed[filled] & ((1 << loops.COUNT_SHIFT) - 1)
-        if largest >= kernels.INFINITY:
+        if largest >= loops.INFINITY:
             raise _not_finite(self.subject, i)
         return largest
 
@@ -204,7 +203,9 @@ def _second(
         if combine is not None:
             out = SCRATCH.array("audit_out", block.sources.shape[1], np.uint32)
             outcome = combine(block, out, 0)
-            square = loops.square_of(out)
+            squares = np.zeros(1)
+            loops.add_squares(out, squares)
+            square = float(squares[0])
         counts = np.zeros((len(every), 4), np.int64)
         for k, (a, b) in enumerate(every):
             loops.shared_support(block.sources[a], block.sources[b], block.index, lows[[a, b]], cuts[[a, b]], counts[k])
@@ -222,8 +223,8 @@ def _second(
 
 def _survived(tally: Tally, numel: int) -> dict[int, Survived]:
     counts, sums = tally.counts, tally.total()
-    kept, elected = kernels.COUNTS.index("kept"), kernels.COUNTS.index("elected")
-    square = [kernels.SUMS.index(name) for name in ("square", "kept_square", "elected_square")]
+    kept, elected = loops.COUNTS.index("kept"), loops.COUNTS.index("elected")
+    square = [loops.SUMS.index(name) for name in ("square", "kept_square", "elected_square")]
     return {
         i: Survived(numel, int(c[kept]), int(c[elected]), *(float(sums[i][k]) for k in square))
         for i, c in enumerate(counts)

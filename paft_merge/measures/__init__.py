@@ -5,7 +5,6 @@
 | metrics | what is counted of one delta, and the metrics that follow |
 | pairs | the same of two |
 | spectrum | what factors tell without their product |
-| loops | the loops over a block's entries |
 | sample | the entries that a merge looks at more closely |
 | record | what a merge notes of a tensor, and measures again from those notes |
 """

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge import kernels
-from paft_merge.measures import loops
+from paft_merge import loops
 from paft_merge.measures.metrics import ENERGY_SHARES, EPSILONS, Histogram, Measure
 from paft_merge.measures.pairs import PairMeasure
 from paft_merge.measures.sample import Sample
@@ -62,13 +61,13 @@ def note(sample: Sample, squares: Sequence[float], factors: Sequence[Pair | None
 
 def _sampled(delta: Any, base: Any) -> dict[str, Any]:
     """Counts and sums over the sampled entries of one source."""
-    packed, sums, weight = np.zeros(kernels.BINS, np.int64), np.zeros(3), np.zeros(1)
-    none, counts = np.empty(0, np.uint32), np.zeros(kernels.BINS, np.int64)
+    packed, sums, weight = np.zeros(loops.BINS, np.int64), np.zeros(3), np.zeros(1)
+    none, counts = np.empty(0, np.uint32), np.zeros(loops.BINS, np.int64)
     for start in range(0, delta.size, loops.MOST):
         loops.measure(delta[start : start + loops.MOST], none, none.view(np.int64), packed, sums)
         counts += packed >> loops.COUNT_SHIFT
         packed[:] = 0
-    erased = loops.erased(delta, base, weight)
+    erased = loops.erased(delta, base, weight, loops.lines(2))
     filled = np.flatnonzero(counts)
     index = filled >> (DROPPED - 16)
     coarse = np.bincount(index - index[0], counts[filled]).astype(np.int64)
@@ -90,7 +89,7 @@ def _threshold(histogram: Mapping[str, Any], sampled: int) -> int:
 def _pair(left: Any, right: Any, tops: tuple[int, int]) -> dict[str, Any]:
     """Counts and sums over the sampled entries of two sources."""
     counts, sums, shared = np.zeros(4, np.int64), np.zeros(5), np.zeros(4, np.int64)
-    loops.compare(left, right, np.float32(EPSILON).view(np.uint32), counts, sums)
+    loops.compare(left, right, np.float32(EPSILON).view(np.uint32), counts, sums, loops.lines(2))
     loops.shared_support(left, right, 0, np.array(tops, np.uint32) - np.uint32(1), np.zeros(2, np.int64), shared)
     both, conflicts, above, above_conflicts = map(int, counts)
     dot, least, least_conflict, left_conflict, right_conflict = map(float, sums)

@@ -7,24 +7,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-
-@njit(inline="always")
-def _aligned(rows: int, columns: int) -> Any:
-    """A `[rows, columns]` float32 array that begins on a cache line: vector loads that straddle two cost double."""
-    raw = np.empty(rows * columns + 16, np.float32)
-    skip = (-raw.ctypes.data % 64) // 4
-    return raw[skip : skip + rows * columns].reshape(rows, columns)
-
-
-_COLUMNS = 512
-"""Columns of a panel of `product`, at most: four rows of it and four of totals are 16 KiB and stay in the L1 cache."""
+from paft_merge.loops import COLUMNS
 
 _LINE = 64
 """What columns are rounded up to: a loop of a multiple of this is all vectors."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, fastmath={"contract"})
-def product(left: Any, right: Any, out: Any) -> None:
+@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+def product(left: Any, right: Any, out: Any, panel: Any, total: Any, rows: Any) -> None:
     """Low-rank product `out = left @ right` in float32, one fused multiply-add a rank, in the order of the ranks.
 
     An element depends on its row of `left` and its column of `right` alone, whatever else is computed in the same call:
@@ -35,15 +25,15 @@ def product(left: Any, right: Any, out: Any) -> None:
         left: `[N, R]` float32.
         right: `[R, I]` float32.
         out: `[N, I]` float32, overwritten.
+        panel, total, rows: `[P, STRIDE]`, `[4, STRIDE]`, `[4, P]` float32, memory; P is R rounded up to fours.
     """
     n, rank = left.shape
     width = right.shape[1]
     padded = (rank + 3) // 4 * 4
-    panel, rows, total = _aligned(padded, _COLUMNS), _aligned(4, padded), _aligned(4, _COLUMNS)
-    panel[:] = 0
-    rows[:] = 0
-    for column in range(0, width, _COLUMNS):
-        m = min(_COLUMNS, width - column)
+    panel[:] = np.float32(0)
+    rows[:] = np.float32(0)
+    for column in range(0, width, COLUMNS):
+        m = min(COLUMNS, width - column)
         columns = (m + _LINE - 1) // _LINE * _LINE
         for r in range(rank):
             source, line = right[r, column : column + m], panel[r]

@@ -11,21 +11,15 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from paft_merge.kernels import STRIP, _load
+from paft_merge.loops import COUNT_SHIFT, STRIP
+from paft_merge.loops.strips import MAGNITUDE, widen
 
-COUNT_SHIFT = 40
-"""Bits of a packed bin that hold the sum; 2**23 entries are the most that fit, see `MOST`."""
-
-MOST = 1 << 22
-"""Entries that may be counted into one packed histogram."""
-
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 _ROUND = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _HALF = np.uint32(16)
 
 # Sums may be regrouped, which lets them run in vector lanes; an audit's float64 sums do not promise their last bits.
-_sums = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+_sums = njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
 
 
 @_sums
@@ -50,11 +44,11 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
         for t in range(edges.size):
             edge, count = edges[t], np.int32(0)
             for j in range(m):
-                count += np.int32((strip[j] & _MAGNITUDE) < edge)
+                count += np.int32((strip[j] & MAGNITUDE) < edge)
             below[t] += count
         top, first, second, fourth = np.uint32(0), 0.0, 0.0, 0.0
         for j in range(m):
-            top = max(top, strip[j] & _MAGNITUDE)
+            top = max(top, strip[j] & MAGNITUDE)
         for j in range(m):
             size = abs(np.float64(floats[j]))
             square = size * size
@@ -66,30 +60,31 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
         sums[2] += fourth
         largest = max(largest, top)
         for j in range(m):
-            u = strip[j] & _MAGNITUDE
+            u = strip[j] & MAGNITUDE
             packed[u >> _HALF] += (np.int64(1) << COUNT_SHIFT) | np.int64(u & np.uint32(0xFFFF))
     return largest
 
 
 @_sums
-def erased(delta: Any, base: Any, sums: Any) -> int:
+def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
     """Count the entries that the cast to bfloat16 erases: `bf16(weight + delta) == bf16(weight)`.
 
     Args:
         delta: `[E]` uint32.
         base: `[E]` bits of the weight, bfloat16 (uint16) or float32 (uint32).
         sums: `[1]` float64; the sum of the weights' squares is added.
+        lines: of two strips.
 
     Returns:
         How many are erased; entries that are zero are among them.
     """
     values = delta.view(np.float32)
-    weight_u, moved_u = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
-    weight, moved = weight_u.view(np.float32), moved_u.view(np.float32)
+    weight, moved = lines[0], lines[1]
+    weight_u, moved_u = weight.view(np.uint32), moved.view(np.uint32)
     count = 0
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
-        _load(base[start : start + m], weight_u)
+        widen(base[start : start + m], weight)
         floats, square, same = values[start : start + m], 0.0, np.int32(0)
         for j in range(m):
             moved[j] = weight[j] + floats[j]
@@ -106,7 +101,7 @@ def erased(delta: Any, base: Any, sums: Any) -> int:
 
 
 @_sums
-def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any) -> None:
+def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any, lines: Any) -> None:
     """Compare two deltas entry by entry.
 
     Args:
@@ -115,17 +110,18 @@ def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any) -> N
         counts: `[4]` int64, added to: both are not zero, of these the signs differ; both above, of these the signs differ.
         sums: `[5]` float64, added to: products; the smaller magnitude of each entry, and of those whose signs differ; the
             squares of left and of right where the signs differ.
+        lines: of two strips.
     """
     a_values, b_values = left.view(np.float32), right.view(np.float32)
-    least_u, against_f = np.empty(STRIP, np.uint32), np.empty(STRIP, np.float32)
-    least_f = least_u.view(np.float32)
+    least_f, against_f = lines[0], lines[1]
+    least_u = least_f.view(np.uint32)
     for start in range(0, left.size, STRIP):
         m = min(STRIP, left.size - start)
         a_u, b_u = left[start : start + m], right[start : start + m]
         a_f, b_f = a_values[start : start + m], b_values[start : start + m]
         both, against, above, above_against = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
         for j in range(m):
-            least = min(a_u[j] & _MAGNITUDE, b_u[j] & _MAGNITUDE)
+            least = min(a_u[j] & MAGNITUDE, b_u[j] & MAGNITUDE)
             differ = (a_u[j] ^ b_u[j]) >> np.uint32(31)
             here, over = np.uint32(least != np.uint32(0)), np.uint32(least >= edge)
             least_u[j] = least
@@ -179,13 +175,13 @@ def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts
             least_a = low_a if first < cut_a else low_a + _ONE
             least_b = low_b if first < cut_b else low_b + _ONE
             for j in range(m):
-                a, b = (a_u[j] & _MAGNITUDE) >= least_a, (b_u[j] & _MAGNITUDE) >= least_b
+                a, b = (a_u[j] & MAGNITUDE) >= least_a, (b_u[j] & MAGNITUDE) >= least_b
                 both += np.int32(a & b)
                 in_a += np.int32(a)
                 in_b += np.int32(b)
         else:
             for j in range(m):
-                u, v = a_u[j] & _MAGNITUDE, b_u[j] & _MAGNITUDE
+                u, v = a_u[j] & MAGNITUDE, b_u[j] & MAGNITUDE
                 a = (u > low_a) | ((u == low_a) & (first + j < cut_a))
                 b = (v > low_b) | ((v == low_b) & (first + j < cut_b))
                 both += np.int32(a & b)
@@ -198,9 +194,9 @@ def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts
 
 
 @_sums
-def square_of(bits: Any) -> float:
-    """The sum of squares of `[E]` float32 bits, in float64."""
+def add_squares(bits: Any, sums: Any) -> None:
+    """Add the squares of `[E]` float32 bits to `sums` `[1]` float64."""
     total, values = 0.0, bits.view(np.float32)
     for j in range(bits.size):
         total += np.float64(values[j]) * np.float64(values[j])
-    return total
+    sums[0] += total

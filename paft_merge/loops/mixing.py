@@ -5,6 +5,7 @@ again, and `kernels.blend` or `kernels.consensus` writes it.
 
     base     [E]     bits, read only with `subtract`
     sources  [n, E]  bits: values, or deltas
+    lines, lanes     [K, LINE] float32 and float64, memory for strips
 """
 
 from __future__ import annotations
@@ -13,27 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.kernels import STRIP, _hash, _load, _load_delta, _tally, jit
-
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
+from paft_merge.loops import STRIP
+from paft_merge.loops.strips import jit, load, load_counted, random, widen
 
 
 @jit
-def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any) -> None:
-    """Add what a block's deltas hold to `counts` `[n, 8]` int64 and `sums` `[n, 4]` float64 (see `kernels.COUNTS`, `SUMS`).
+def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any, lines: Any) -> None:
+    """Add what a block's deltas hold to `counts` `[n, 8]` int64 and `sums` `[n, 4]` float64 (see `loops.COUNTS`, `SUMS`).
 
     Nothing is trimmed and no sign is elected here: all that is not zero counts as kept, and as elected.
     """
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    minus, values = lines[0], lines[1]
+    minus[:] = np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            _load(base[start : start + m], base_u)
+            widen(base[start : start + m], minus)
         for i in range(n):
-            _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
-            _tally(values, m, counts[i], sums[i])
+            load_counted(sources[i, start : start + m], minus, values, counts[i], sums[i])
     for i in range(n):
         for k in range(2, 4):
             sums[i, k] = sums[i, 1]
@@ -42,7 +41,7 @@ def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any) -> No
 
 
 @jit
-def variance(base: Any, sources: Any, subtract: bool, total: int, out: Any) -> None:
+def variance(base: Any, sources: Any, subtract: bool, total: int, out: Any, lines: Any, lanes: Any) -> None:
     """Variance of every entry over `total` sources, of which those that are not here are zero.
 
     Args:
@@ -51,18 +50,18 @@ def variance(base: Any, sources: Any, subtract: bool, total: int, out: Any) -> N
         out: `[E]` float32, written; computed in float64 and rounded once, so equal sources give exactly zero.
     """
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty((n, STRIP), np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
-    mean, spread = np.empty(STRIP), np.empty(STRIP)
+    minus, values = lines[0], lines[1:]
+    minus[:] = np.float32(0)
+    mean, spread = lanes[0], lanes[1]
     absent = np.float64(total - n)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            _load(base[start : start + m], base_u)
+            widen(base[start : start + m], minus)
         for j in range(m):
             mean[j] = 0.0
         for i in range(n):
-            _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
+            load(sources[i, start : start + m], minus, values[i])
             for j in range(m):
                 mean[j] += np.float64(values[i, j])
         for j in range(m):
@@ -77,7 +76,9 @@ def variance(base: Any, sources: Any, subtract: bool, total: int, out: Any) -> N
 
 
 @jit
-def select(base: Any, sources: Any, subtract: bool, index: int, by: Any, low: Any, low_cut: int, out: Any) -> None:
+def select(
+    base: Any, sources: Any, subtract: bool, index: int, by: Any, low: Any, low_cut: int, out: Any, lines: Any
+) -> None:
     """Keep, in every source, the entries at which `by` is large enough; the others become zero.
 
     Args:
@@ -88,15 +89,15 @@ def select(base: Any, sources: Any, subtract: bool, index: int, by: Any, low: An
         out: `[n, E]` float32, written.
     """
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    minus, values = lines[0], lines[1]
+    minus[:] = np.float32(0)
     bound = np.uint32(low)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            _load(base[start : start + m], base_u)
+            widen(base[start : start + m], minus)
         for i in range(n):
-            _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
+            load(sources[i, start : start + m], minus, values)
             for j in range(m):
                 u = by[start + j]
                 stays = (u > bound) | ((u == bound) & (index + start + j < low_cut))
@@ -104,24 +105,26 @@ def select(base: Any, sources: Any, subtract: bool, index: int, by: Any, low: An
 
 
 @jit
-def swap(base: Any, sources: Any, subtract: bool, t: float, out: Any) -> None:
+def swap(base: Any, sources: Any, subtract: bool, t: float, out: Any, lines: Any) -> None:
     """NearSwap: `delta * clip(t / max(|delta|, 1e-6), 0, 1)` of the only source into `out` `[E]` float32."""
     size = sources.shape[1]
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    minus, values = lines[0], lines[1]
+    minus[:] = np.float32(0)
     reach, zero, one, least = np.float32(t), np.float32(0), np.float32(1), np.float32(1e-6)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            _load(base[start : start + m], base_u)
-        _load_delta(sources[0, start : start + m], base_f, subtract, bits, values)
+            widen(base[start : start + m], minus)
+        load(sources[0, start : start + m], minus, values)
         for j in range(m):
             weight = reach / max(abs(values[j]), least)
             out[start + j] = values[j] * min(max(weight, zero), one)
 
 
 @jit
-def overlaps(base: Any, sources: Any, subtract: bool, epsilon: float, counts: Any, energy: Any) -> None:
+def overlaps(
+    base: Any, sources: Any, subtract: bool, epsilon: float, counts: Any, energy: Any, lines: Any, lanes: Any
+) -> None:
     """Count, per source, the entries with |delta| > epsilon that other sources share and those that are its own.
 
     Args:
@@ -131,36 +134,37 @@ def overlaps(base: Any, sources: Any, subtract: bool, epsilon: float, counts: An
         energy: `[n]` float64, added to: the sum of the squares of both.
     """
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    minus, values, many, large = lines[0], lines[1], lines[2], lines[3:]
+    minus[:] = np.float32(0)
     bound = np.float32(epsilon)
-    large, many, lanes = np.empty((n, STRIP), np.bool_), np.empty(STRIP, np.int32), np.zeros((n, STRIP))
+    zero, one = np.float32(0), np.float32(1)
+    lanes[:] = 0.0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            _load(base[start : start + m], base_u)
+            widen(base[start : start + m], minus)
         for j in range(m):
-            many[j] = 0
+            many[j] = zero
         for i in range(n):
-            _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
+            load(sources[i, start : start + m], minus, values)
             for j in range(m):
-                large[i, j] = abs(values[j]) > bound
+                large[i, j] = one if abs(values[j]) > bound else zero
                 many[j] += large[i, j]
-                wide = np.float64(values[j]) if large[i, j] else 0.0
+                wide = np.float64(values[j]) if large[i, j] > zero else 0.0
                 lanes[i, j] += wide * wide
         for i in range(n):
             shared, own = 0, 0
             for j in range(m):
-                shared += large[i, j] & (many[j] > 1)
-                own += large[i, j] & (many[j] == 1)
+                shared += (large[i, j] > zero) & (many[j] > one)
+                own += (large[i, j] > zero) & (many[j] == one)
             counts[i, 0] += shared
             counts[i, 1] += own
     for i in range(n):
-        energy[i] += lanes[i].sum()
+        energy[i] += lanes[i, :STRIP].sum()
 
 
 @jit
-def share(base: Any, sources: Any, subtract: bool, epsilon: float, scales: Any, out: Any) -> None:
+def share(base: Any, sources: Any, subtract: bool, epsilon: float, scales: Any, out: Any, lines: Any) -> None:
     """Reinforced Agent Merging: what one source alone changes is added, what several change is averaged over them.
 
     Args:
@@ -170,19 +174,18 @@ def share(base: Any, sources: Any, subtract: bool, epsilon: float, scales: Any, 
         out: `[E]` float32, written.
     """
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty((n, STRIP), np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    minus, many, total, values = lines[0], lines[1], lines[2], lines[3:]
+    minus[:] = np.float32(0)
     bound, zero = np.float32(epsilon), np.float32(0)
-    many, total = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            _load(base[start : start + m], base_u)
+            widen(base[start : start + m], minus)
         for j in range(m):
             many[j] = zero
             total[j] = zero
         for i in range(n):
-            _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
+            load(sources[i, start : start + m], minus, values[i])
             for j in range(m):
                 values[i, j] = values[i, j] if abs(values[i, j]) > bound else zero
                 many[j] += np.float32(values[i, j] != zero)
@@ -195,7 +198,9 @@ def share(base: Any, sources: Any, subtract: bool, epsilon: float, scales: Any, 
 
 
 @jit
-def fuse(base: Any, sources: Any, subtract: bool, weights: Any, out: Any, elected: Any, energy: Any) -> None:
+def fuse(
+    base: Any, sources: Any, subtract: bool, weights: Any, out: Any, elected: Any, energy: Any, lines: Any, lanes: Any
+) -> None:
     """SCE's fusion: the weighted mean, at each entry, of the deltas that have the sign of their sum (zero elects +).
 
     Args:
@@ -206,11 +211,10 @@ def fuse(base: Any, sources: Any, subtract: bool, weights: Any, out: Any, electe
         energy: `[n]` float64, added to: the sum of their squares.
     """
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty((n, STRIP), np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
+    minus, vote, total, divisor, values = lines[0], lines[1], lines[2], lines[3], lines[4:]
+    minus[:] = np.float32(0)
     zero, least = np.float32(0), np.float32(1e-6)
-    vote, total, divisor = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
-    lanes = np.zeros((n, STRIP))
+    lanes[:] = 0.0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         for j in range(m):
@@ -218,9 +222,9 @@ def fuse(base: Any, sources: Any, subtract: bool, weights: Any, out: Any, electe
             total[j] = zero
             divisor[j] = zero
         if subtract:
-            _load(base[start : start + m], base_u)
+            widen(base[start : start + m], minus)
         for i in range(n):
-            _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
+            load(sources[i, start : start + m], minus, values[i])
             for j in range(m):
                 vote[j] += values[i, j]
         for i in range(n):
@@ -237,7 +241,7 @@ def fuse(base: Any, sources: Any, subtract: bool, weights: Any, out: Any, electe
         for j in range(m):
             out[start + j] = total[j] / max(divisor[j], least)
     for i in range(n):
-        energy[i] += lanes[i].sum()
+        energy[i] += lanes[i, :STRIP].sum()
 
 
 @jit
@@ -258,53 +262,53 @@ def keep_ranked(delta: Any, order: Any, inner: int, index: int, keep: Any, key: 
         first = row // inner * (length * inner) + row % inner
         for rank in range(length):
             at = first + np.int64(order[row, rank] & np.uint64(0xFFFFFFFF)) * inner
-            stays = (_hash(key, index + at) >> np.uint64(32)) < keep[rank]
+            stays = (random(key, index + at) >> np.uint64(32)) < keep[rank]
             out[at] = delta[at] if stays else np.float32(0)
 
 
 @jit
-def gram_rows(base: Any, sources: Any, subtract: bool, row: int, out: Any) -> None:
+def gram_rows(base: Any, sources: Any, subtract: bool, row: int, out: Any, lines: Any, lanes: Any) -> None:
     """Inner products of the sources within every row of `row` entries, into `out` `[E / row, n, n]` float64."""
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty((n, STRIP), np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
-    lanes = np.empty((n, n, STRIP))
+    minus, values = lines[0], lines[1:]
+    minus[:] = np.float32(0)
     width = min(row, STRIP)
     for r in range(size // row):
         for i in range(n):
             for k in range(i + 1):
                 for j in range(width):
-                    lanes[i, k, j] = 0.0
+                    lanes[i * n + k, j] = 0.0
         for start in range(r * row, (r + 1) * row, STRIP):
             m = min(STRIP, (r + 1) * row - start)
             if subtract:
-                _load(base[start : start + m], base_u)
+                widen(base[start : start + m], minus)
             for i in range(n):
-                _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
+                load(sources[i, start : start + m], minus, values[i])
             for i in range(n):
                 for k in range(i + 1):
                     for j in range(m):
-                        lanes[i, k, j] += np.float64(values[i, j]) * np.float64(values[k, j])
+                        lanes[i * n + k, j] += np.float64(values[i, j]) * np.float64(values[k, j])
         for i in range(n):
             for k in range(i + 1):
-                out[r, i, k] = lanes[i, k, :width].sum()
+                out[r, i, k] = lanes[i * n + k, :width].sum()
                 out[r, k, i] = out[r, i, k]
 
 
 @jit
-def gram_columns(base: Any, sources: Any, subtract: bool, row: int, out: Any) -> None:
+def gram_columns(base: Any, sources: Any, subtract: bool, row: int, out: Any, lines: Any) -> None:
     """Inner products of the sources within every column of rows of `row` entries, added to `out` `[n, n, row]` float64."""
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty((n, STRIP), np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
-    for first in range(0, size, row):
+    minus, values = lines[0], lines[1:]
+    minus[:] = np.float32(0)
+    for r in range(size // row):
+        first = r * row
         for column in range(0, row, STRIP):
             m = min(STRIP, row - column)
             start = first + column
             if subtract:
-                _load(base[start : start + m], base_u)
+                widen(base[start : start + m], minus)
             for i in range(n):
-                _load_delta(sources[i, start : start + m], base_f, subtract, bits[i], values[i])
+                load(sources[i, start : start + m], minus, values[i])
             for i in range(n):
                 for k in range(n):
                     lane = out[i, k, column : column + m]
@@ -313,7 +317,7 @@ def gram_columns(base: Any, sources: Any, subtract: bool, row: int, out: Any) ->
 
 
 @jit
-def mix(base: Any, sources: Any, subtract: bool, row: int, across: bool, weights: Any, out: Any) -> None:
+def mix(base: Any, sources: Any, subtract: bool, row: int, across: bool, weights: Any, out: Any, lines: Any) -> None:
     """Weighted sum of the sources with weights of its own for every row, or for every column.
 
     Args:
@@ -323,19 +327,18 @@ def mix(base: Any, sources: Any, subtract: bool, row: int, across: bool, weights
         out: `[E]` float32, written.
     """
     n, size = sources.shape
-    base_u, bits = np.empty(STRIP, np.uint32), np.empty(STRIP, np.uint32)
-    base_f, values = base_u.view(np.float32), bits.view(np.float32)
-    total = np.empty(STRIP, np.float32)
+    minus, values, total = lines[0], lines[1], lines[2]
+    minus[:] = np.float32(0)
     for r in range(size // row):
         for column in range(0, row, STRIP):
             m = min(STRIP, row - column)
             start = r * row + column
             if subtract:
-                _load(base[start : start + m], base_u)
+                widen(base[start : start + m], minus)
             for j in range(m):
                 total[j] = np.float32(0)
             for i in range(n):
-                _load_delta(sources[i, start : start + m], base_f, subtract, bits, values)
+                load(sources[i, start : start + m], minus, values)
                 if across:
                     own = weights[i, column : column + m]
                     for j in range(m):

@@ -1,0 +1,108 @@
+"""The fused loops that a merge and an audit spend their time in: one block of a tensor at a time, no lock held.
+
+| part | what it holds |
+|---|---|
+| compiled | their machine code, kept on disk |
+| strips | the steps that they are made of |
+| kernels | from a block to the merged elements |
+| mixing | from one block to another, for the rarer methods |
+| products | the low-rank product |
+| audits | counts and sums over deltas |
+
+A block is a run of consecutive elements of one tensor, as bits: `uint16` holds bfloat16, `uint32` holds float32. Callers know the
+loops by the names below and never import numba; only the parts do, and only to compile. `lines` `[K, LINE]` float32 is
+memory for a loop's strips, with as many of them as it says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from paft_merge.loops.compiled import Compiled
+from paft_merge.scratch import SCRATCH
+
+STRIP = 1024
+"""Elements of a strip: 4 KiB of float32, so that a handful of strips fill the L1 cache."""
+
+LINE = STRIP + 144
+"""Elements from a strip to the next. Strips a multiple of 4 KiB apart share their sets of the L1 cache, and a load is held up by
+a store that has the same last 12 bits of address: a loop over such strips takes up to three times as long."""
+
+BINS = 1 << 15
+"""Bins of a histogram of magnitudes: the upper 15 bits of a float32 without its sign (8 of exponent, 7 of mantissa)."""
+
+ELECT = {"none": 0, "weighted": 1, "unweighted": 2, "count": 3}
+"""How the sign of an entry is elected; see `methods.Consensus`."""
+
+NORMALIZE = {"none": 0, "weights": 1, "count": 2}
+"""What the kept entries are divided by; see `methods.Consensus`."""
+
+COUNTS = ("zeros", "below_1e-06", "below_1e-05", "below_1e-04", "below_1e-03", "kept", "elected", "max_bits")
+"""The integer columns of a tally, one row a source."""
+
+SUMS = ("abs", "square", "kept_square", "elected_square")
+"""The float64 columns of a tally, one row a source: what the delta holds, and what trimming and election leave of it."""
+
+MAGNITUDE = 0x7FFFFFFF
+"""Bits of a float32 but its sign."""
+
+INFINITY = 0x7F800000
+"""Bits of infinity: every finite magnitude is below."""
+
+COUNT_SHIFT = 40
+"""Bits of a packed bin of `measure` that hold the sum; 2**23 entries are the most that fit, see `MOST`."""
+
+MOST = 1 << 22
+"""Entries that may be counted into one packed histogram."""
+
+RUN = 64
+"""Entries of a sample that lie together: two cache lines of bfloat16."""
+
+COLUMNS, STRIDE, SHIFT = 512, 768, 128
+"""Columns of a panel of `product`; floats from a row to the next, and from the panel's last to the first of totals. Four rows of
+it and four of totals are 16 KiB and stay in the L1 cache, and lie 512 bytes apart in every page (see `LINE`)."""
+
+histogram = Compiled("kernels.histogram")
+collect = Compiled("kernels.collect")
+locate = Compiled("kernels.locate")
+dropped_l1 = Compiled("kernels.dropped_l1")
+gram = Compiled("kernels.gram")
+blend = Compiled("kernels.blend")
+consensus = Compiled("kernels.consensus")
+pick = Compiled("kernels.pick")
+
+tally = Compiled("mixing.tally")
+variance = Compiled("mixing.variance")
+select = Compiled("mixing.select")
+swap = Compiled("mixing.swap")
+overlaps = Compiled("mixing.overlaps")
+share = Compiled("mixing.share")
+fuse = Compiled("mixing.fuse")
+keep_ranked = Compiled("mixing.keep_ranked")
+gram_rows = Compiled("mixing.gram_rows")
+gram_columns = Compiled("mixing.gram_columns")
+mix = Compiled("mixing.mix")
+
+measure = Compiled("audits.measure")
+erased = Compiled("audits.erased")
+compare = Compiled("audits.compare")
+shared_support = Compiled("audits.shared_support")
+add_squares = Compiled("audits.add_squares")
+
+_product = Compiled("products.product")
+
+
+def lines(count: int, *, of: Any = np.float32) -> Any:
+    """Memory of this thread for `count` strips: `[count, LINE]`, 64-byte aligned."""
+    return SCRATCH.array(f"lines of {np.dtype(of).name}", (count, LINE), of)
+
+
+def product(left: Any, right: Any, out: Any) -> None:
+    """Low-rank product `out [N, I] = left [N, R] @ right [R, I]` in float32 (see `products.product`)."""
+    padded = (left.shape[1] + 3) // 4 * 4
+    memory = SCRATCH.array("product", (padded + 4) * STRIDE + SHIFT + 4 * padded, np.float32)
+    panel, after = memory[: padded * STRIDE].reshape(padded, STRIDE), padded * STRIDE + SHIFT
+    total, rows = memory[after : after + 4 * STRIDE].reshape(4, STRIDE), memory[after + 4 * STRIDE :].reshape(4, padded)
+    _product(*(np.ascontiguousarray(factor) for factor in (left, right)), out, panel, total, rows)

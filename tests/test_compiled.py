@@ -1,0 +1,106 @@
+"""The machine code of the loops on disk: made once, the same as numba's, never trusted when it is not whole."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import numpy as np
+import pytest
+
+from paft_merge import loops
+from paft_merge.loops import compiled
+from paft_merge.loops.compiled import Compiled
+
+USED = """
+import sys
+import numpy as np
+from paft_merge.loops import product
+left, right, out = np.ones((3, 5), np.float32), np.full((5, 4), 2, np.float32), np.empty((3, 4), np.float32)
+product(left, right, out)
+print(out.sum(), "numba" in sys.modules)
+"""
+
+
+def used(code: str, folder: Path) -> str:
+    """What a fresh process prints that keeps its object files in `folder`."""
+    environment = {"NUMBA_CACHE_DIR": str(folder), "PATH": "", "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    run = subprocess.run(
+        [sys.executable, "-c", dedent(code)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_numba_is_imported_once_for_a_loop(tmp_path: Path) -> None:
+    assert used(USED, tmp_path) == "120.0 True"
+    (kept,) = tmp_path.iterdir()
+    assert used(USED, tmp_path) == "120.0 False"
+    assert [kept] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
+def test_a_broken_object_file_is_made_again(tmp_path: Path, harm: str) -> None:
+    used(USED, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    kept.write_bytes({"cut": whole[: len(whole) // 2], "flipped": bytes(flipped), "empty": b""}[harm])
+    assert used(USED, tmp_path) == "120.0 True"
+    assert used(USED, tmp_path) == "120.0 False"
+
+
+def test_where_nothing_can_be_kept_a_loop_still_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert used(USED, tmp_path / "file" / "folder") == "120.0 True"
+
+
+def test_an_object_file_belongs_to_the_sources_of_the_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "loops"
+    shutil.copytree(Path(compiled.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(compiled, "__file__", str(copy / "compiled.py"))
+    names = []
+    for text in ("", "\n# another step\n"):
+        monkeypatch.setattr(compiled, "_ENVIRONMENT", [])
+        (copy / "strips.py").write_text((copy / "strips.py").read_text() + text)
+        names.append(compiled._environment())
+    assert names[0] != names[1]
+
+
+def test_types_that_differ_are_compiled_apart_and_give_the_same() -> None:
+    sums = np.zeros(1)
+    values = np.arange(5, dtype=np.float32)
+    loops.add_squares(values.view(np.uint32), sums)
+    assert sums[0] == 30
+    out = [np.empty(5, kind) for kind in (np.uint16, np.uint32)]
+    for one in out:
+        bad = loops.blend(
+            one, values.view(np.uint32), np.empty((0, 5), np.uint32), 2.0, np.empty(0, np.float32), False, 0,
+            np.uint64(0), False, np.empty((0, 8), np.int64), np.empty((0, 4)), loops.lines(3),
+        )  # fmt: skip
+        assert bad == 0
+    np.testing.assert_array_equal(out[1].view(np.float32), 2 * values)
+    np.testing.assert_array_equal(out[0].astype(np.uint32) << 16, out[1])
+
+
+def test_arrays_with_gaps_are_refused() -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        loops.add_squares(np.zeros(10, np.uint32)[::2], np.zeros(1))
+
+
+def every_loop() -> list[str]:
+    return sorted(name for name, value in vars(loops).items() if isinstance(value, Compiled))
+
+
+@pytest.mark.parametrize("name", every_loop())
+def test_every_loop_is_where_its_name_says(name: str) -> None:
+    from importlib import import_module
+
+    loop = getattr(loops, name)
+    found = getattr(import_module(f"paft_merge.loops.{loop.module}"), loop.name)
+    assert hasattr(found, "py_func")
+    assert found.py_func.__doc__
