@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import cache
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from paft_merge import kernels, scales
+from paft_merge import loops, scales
 from paft_merge.bridge import WholeTensor
 from paft_merge.card import about, licence, model_card
 from paft_merge.checkpoint import Checkpoint
@@ -71,7 +70,7 @@ def side_files(
         files["config.json"] = _json({**plan.donor.checkpoint.config, **plan.config})
     document = manifest(plan, finished, options or {})
     document["files"] = {name: _digest_of(content) for name, content in sorted(files.items())}
-    files[MANIFEST] = _NUMBERS.sub(_in_a_line, _json(document).decode()).encode()
+    files[MANIFEST] = _json(document)
     if card:
         files["README.md"] = model_card(document).encode()
     return files
@@ -135,15 +134,20 @@ def licence_notice(plan: MergePlan) -> list[Problem]:
 
 
 def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    return (_lines(data) + "\n").encode()
 
 
-_NUMBERS = re.compile(r"\[\n\s+[-\d.e+]+(?:,\n\s+[-\d.e+]+)*\n\s+\]")
-"""A list of numbers as `_json` writes it; no text holds a line's end."""
-
-
-def _in_a_line(numbers: re.Match[str]) -> str:
-    return "[" + ", ".join(numbers[0][1:-1].replace(",", "").split()) + "]"
+def _lines(data: Any, pad: str = "") -> str:
+    """JSON with a line for each entry, but for lists of numbers, which stand in one."""
+    inner, marks = f"{pad}  ", "{}" if isinstance(data, Mapping) else "[]"
+    if isinstance(data, Mapping):
+        entries = [f"{json.dumps(key, ensure_ascii=False)}: {_lines(value, inner)}" for key, value in data.items()]
+    elif isinstance(data, list | tuple) and not {type(entry) for entry in data} <= {int, float}:
+        entries = [_lines(entry, inner) for entry in data]
+    else:
+        return json.dumps(data, ensure_ascii=False)
+    joined = f",\n{inner}".join(entries)
+    return f"{marks[0]}\n{inner}{joined}\n{pad}{marks[1]}" if entries else marks
 
 
 def versions(plan: MergePlan) -> dict[str, str]:
@@ -268,7 +272,7 @@ def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:
     """One row of a tally over so many entries as the manifest writes it; {} when nothing was measured (values, not deltas)."""
     if not sums[0] and not counts[0]:
         return {}
-    row = {name: int(value) for name, value in zip(kernels.COUNTS, counts, strict=True) if name != "max_bits"}
+    row = {name: int(value) for name, value in zip(loops.COUNTS, counts, strict=True) if name != "max_bits"}
     largest = float(np.uint32(counts[-1]).view(np.float32))
     l1, square, kept, elected = (float(s) for s in sums)
     shares = {"kept_energy": kept / square if square else 0.0, "elected_energy": elected / square if square else 0.0}
@@ -283,7 +287,7 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
     names = dict.fromkeys(r.source for t in plan.tensors for r in t.inputs.sources)
     found = []
     for name in names:
-        counts, sums, entries = np.zeros(len(kernels.COUNTS), np.int64), np.zeros(len(kernels.SUMS)), 0
+        counts, sums, entries = np.zeros(len(loops.COUNTS), np.int64), np.zeros(len(loops.SUMS)), 0
         weighted = 0.0
         for tensor in plan.tensors:
             done = finished[tensor.name]
@@ -292,7 +296,7 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
                     largest = max(counts[-1], done.counts[row][-1])
                     counts, sums, entries = counts + done.counts[row], sums + done.sums[row], entries + tensor.numel
                     counts[-1] = largest
-                    weighted += scales.weight_of(tensor, i) ** 2 * float(done.sums[row][kernels.SUMS.index("square")])
+                    weighted += scales.weight_of(tensor, i) ** 2 * float(done.sums[row][loops.SUMS.index("square")])
         row_of_all = measured_row(counts, sums, entries)
         if row_of_all:
             row_of_all["weighted_l2"] = weighted**0.5 if math.isfinite(weighted) else None
