@@ -7,6 +7,7 @@ of them can be short where many are equal, as in the difference of two bfloat16 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +108,18 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
         share: in (0, 1).
     """
     tiles = [tile[source] for tile in sample.tiles]
-    every = np.concatenate(tiles)
-    ordered = every.copy()
-    ends = np.cumsum([tile.size for tile in tiles])
+    every, sizes = np.concatenate(tiles), np.array([tile.size for tile in tiles])
+    ends = np.cumsum(sizes)
+    ordered, parted = every.copy(), [0, every.size]
 
     def at(place: float) -> tuple[int, int]:
         """The magnitude at a place in order of size, and the tile where it is."""
         rank = max(every.size - 1 - int(place), 0)
-        ordered.partition(rank)
+        # What was asked before has left smaller ones before it and larger ones behind.
+        cut = bisect_right(parted, rank)
+        part = ordered[parted[cut - 1] : parted[cut]]
+        part.partition(rank - parted[cut - 1])
+        insort(parted, rank)
         bits = ordered[rank]
         equal = np.flatnonzero(every == bits)
         before = int(place) - int(np.count_nonzero(every > bits))
@@ -124,8 +129,8 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
     if len(tiles) >= 8:
         centre = max(at(share * every.size)[0], 1)
         # Of those that are equal there, the tiles before the threshold hold all, and the ones behind it none.
-        reached = [[np.count_nonzero(tile >= bits) / tile.size for tile in tiles] for bits in (centre, centre + 1)]
-        error = float(np.std(reached, axis=1, ddof=1).max()) / math.sqrt(len(tiles))
+        counts = [np.add.reduceat(every >= bits, ends - sizes, dtype=np.int64) for bits in (centre, centre + 1)]
+        error = float(np.std(counts / sizes, axis=1, ddof=1).max()) / math.sqrt(len(tiles))
         margin = max(_SAMPLE_ERRORS * error, _SAMPLE_MARGIN / 10)
     high, first = at((share - margin) * every.size) if share > margin else (INFINITY - 1, 0)
     low, last = at((share + margin) * every.size) if share + margin < 1 else (0, -1)

@@ -137,15 +137,18 @@ def _json(data: Any) -> bytes:
     return (_lines(data) + "\n").encode()
 
 
+_ENCODED = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _lines(data: Any, pad: str = "") -> str:
     """JSON with a line for each entry, but for lists of numbers, which stand in one."""
-    inner, marks = f"{pad}  ", "{}" if isinstance(data, Mapping) else "[]"
-    if isinstance(data, Mapping):
-        entries = [f"{json.dumps(key, ensure_ascii=False)}: {_lines(value, inner)}" for key, value in data.items()]
-    elif isinstance(data, list | tuple) and not {type(entry) for entry in data} <= {int, float}:
-        entries = [_lines(entry, inner) for entry in data]
+    inner = f"{pad}  "
+    if isinstance(data, dict):
+        marks, entries = "{}", [f"{_ENCODED(key)}: {_lines(value, inner)}" for key, value in data.items()]
+    elif isinstance(data, list | tuple) and not {*map(type, data)} <= {int, float}:
+        marks, entries = "[]", [_lines(entry, inner) for entry in data]
     else:
-        return json.dumps(data, ensure_ascii=False)
+        return _ENCODED(data)
     joined = f",\n{inner}".join(entries)
     return f"{marks[0]}\n{inner}{joined}\n{pad}{marks[1]}" if entries else marks
 

@@ -184,9 +184,11 @@ def _environment() -> str:
 
 def _folders() -> list[Path]:
     """Where object files may lie: where `NUMBA_CACHE_DIR` says, beside the sources, or in the user's cache."""
-    own = os.environ.get("NUMBA_CACHE_DIR")
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paft_merge"
-    return [Path(own)] if own else [Path(__file__).parent / "__pycache__", users]
+    if own := os.environ.get("NUMBA_CACHE_DIR"):
+        return [Path(own)]
+    users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Where nobody has a home, the tilde is left as it is.
+    return [Path(__file__).parent / "__pycache__", *([Path(users, "paft_merge")] if os.path.isabs(users) else [])]
 
 
 def _read(name: str) -> bytes | None:
