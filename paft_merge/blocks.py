@@ -262,7 +262,7 @@ class CpuOps:
         """Write `base_weight * base + sum weights_i * source_i` (see `loops.kernels.blend`)."""
         outcome = _no_outcome(len(block.sources))
         outcome.bad = loops.blend(
-            out, block.base, block.sources, base_weight, np.array(weights, np.float32), block.subtract, block.index,
+            out, block.base, block.sources, float(base_weight), np.array(weights, np.float32), block.subtract, block.index,
             np.uint64(key), tally, outcome.counts, outcome.sums, lines(3),
         )  # fmt: skip
         return outcome
@@ -397,7 +397,7 @@ def _consensus(
         np.array(election.weights, np.float32), column("scale", np.float32),
         column("low", np.uint32), column("low_cut", np.int64), column("high", np.uint32), column("high_cut", np.int64),
         column("shrink", np.float32), column("keep", np.uint64), column("key", np.uint64),
-        loops.ELECT[election.elect], election.tie_positive, loops.NORMALIZE[election.normalize], election.factor,
+        loops.ELECT[election.elect], election.tie_positive, loops.NORMALIZE[election.normalize], float(election.factor),
         np.uint64(key), outcome.counts, outcome.sums,
         np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, found, tally,
         SCRATCH.array("wide", n, np.uint8), lines(n + 5),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from paft_merge import loops
 from paft_merge.blocks import Block, Counts, Election, Outcome, RankedKeep, Sums, Survival
+from paft_merge.brackets import NOWHERE
 
 _MAGNITUDE = 0x7FFFFFFF
 _THRESHOLDS = tuple(int(np.float32(e).view(np.uint32)) for e in (1e-6, 1e-5, 1e-4, 1e-3))
@@ -47,7 +48,7 @@ class TorchOps:
         for i, (row, first, span) in enumerate(zip(bits, low, width, strict=True)):
             inside = row[(row >= first) & (row < first + span)]
             found.append(inside.cpu().numpy().astype(np.uint32))
-            if first != 0xFFFFFFFF:
+            if first != NOWHERE.low:
                 counts[i] = len(found[-1]), int((row >= first + span).sum())
         return counts, found
 

@@ -87,9 +87,11 @@ def test_types_that_differ_are_compiled_apart_and_give_the_same() -> None:
     np.testing.assert_array_equal(out[0].astype(np.uint32) << 16, out[1])
 
 
-def test_arrays_with_gaps_are_refused() -> None:
+def test_what_no_loop_can_read_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         loops.add_squares(np.zeros(10, np.uint32)[::2], np.zeros(1))
+    with pytest.raises(TypeError, match="not a list"):
+        loops.add_squares([1, 2], np.zeros(1))
 
 
 def every_loop() -> list[str]:

@@ -50,6 +50,7 @@ class Compiled:
 
         Raises:
             ValueError: an array is not contiguous.
+            TypeError: an argument is neither an array nor a number.
         """
         kinds = tuple(map(_kind, arguments))
         run = self._made.get(kinds)
@@ -72,7 +73,10 @@ def _kind(argument: Any) -> str:
         if not argument.flags.c_contiguous:
             raise ValueError("the arrays of a compiled loop are contiguous")
         return f"{argument.dtype.char}{argument.ndim}"
-    return _OF_SCALAR[type(argument)]
+    kind = _OF_SCALAR.get(type(argument))
+    if kind is None:
+        raise TypeError(f"a compiled loop takes arrays and numbers, not a {type(argument).__name__}")
+    return kind
 
 
 def _callable(code: bytes, kinds: tuple[str, ...]) -> Callable[..., int]:
