@@ -18,10 +18,10 @@ from paft_merge.loops.compiled import Compiled
 USED = """
 import sys
 import numpy as np
-from paft_merge.loops import product
-left, right, out = np.ones((3, 5), np.float32), np.full((5, 4), 2, np.float32), np.empty((3, 4), np.float32)
-product(left, right, out)
-print(out.sum(), "numba" in sys.modules)
+from paft_merge.loops import add_squares
+sums = np.zeros(1)
+add_squares(np.full(30, 2, np.float32).view(np.uint32), sums)
+print(sums[0], "numba" in sys.modules)
 """
 
 
