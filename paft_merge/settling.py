@@ -18,7 +18,7 @@ from paft_merge.brackets import EVERY, FOREVER, NONE, Bracket, draw_sample, gues
 from paft_merge.sparsify import Trim, kept_count
 
 _OPEN_AT_MOST = 0.1
-"""Share of a sample that may be inside its bracket; a delta full of ties is cheaper measured first."""
+"""Share of a sample that may be inside its bracket; where tiles differ so much that more is, measuring first is cheaper."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Settling:
         for i, (rank, bracket) in enumerate(zip(self.ranks, self.brackets, strict=True)):
             bits = np.concatenate([o.inside[i] for o in opened])
             rank -= sum(int(o.above[i]) for o in opened)
-            if bracket is NONE or (rank > bits.size and bracket.open_below):
+            if bracket == NONE or (rank > bits.size and bracket.open_below):
                 found.append(Survival())  # all of it is kept, or fewer entries than that are not zero
                 continue
             if not 0 < rank <= bits.size:
