@@ -6,8 +6,6 @@ of them can be short where many are equal, as in the difference of two bfloat16 
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from paft_merge.blocks import Each, Ops
-from paft_merge.loops import INFINITY
+from paft_merge.loops import INFINITY, MAGNITUDE, product
+from paft_merge.scratch import SCRATCH
 
 FOREVER = 1 << 62
 """Beyond every flat index."""
@@ -26,11 +25,14 @@ _SMALL = 1 << 16
 _SAMPLED, _SAMPLED_OF_FEW = 1 << 12, 1 << 14
 """Entries that are looked at in each tile, and in each where there are only one or two."""
 
+_ROWS, _SAMPLED_OF_ROWS = 64, 1 << 17
+"""Rows of a product that are looked at, and entries in all of them."""
+
 _SAMPLE_ERRORS = 3.5
-"""Half the width of a guessed bracket, in standard errors of the sampled share between tiles. A miss costs one more pass."""
+"""Half the width of a guessed bracket, in standard errors of the sampled share. A miss costs one more pass."""
 
 _SAMPLE_MARGIN = 0.01
-"""Half the width of a guessed bracket, as a share of the entries, where tiles are too few to tell the standard error."""
+"""Half the width of a guessed bracket, as a share of the entries, where parts are too few to tell the standard error."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,58 @@ NOWHERE = Bracket(0xFFFFFFFF, 0)
 
 @dataclass(frozen=True)
 class Sample:
-    """Magnitudes of some entries of every tile of a tensor."""
+    """Magnitudes of some entries of a tensor, in parts: of its tiles, or of rows from the smallest to the largest.
 
-    starts: Sequence[int]
-    """Flat index of each tile's first element, ascending."""
-    tiles: Sequence[Any]
-    """`[n, K]` uint32 each: of every source."""
+    Neighbouring parts are alike, so that the differences between them tell how far the sample may be off.
+    """
+
+    bits: Any
+    """`[n, K]` uint32: of every source, part by part."""
+    ends: Any
+    """`[P]` int64: where each part ends in `bits`."""
+    starts: Sequence[int] = ()
+    """Flat index of each tile's first element, ascending; empty where parts are rows."""
 
     def inside(self, source: int, bracket: Bracket) -> float:
         """The share of a source's sampled entries that are inside a bracket."""
-        shares = []
-        for start, stop, tile in zip(self.starts, [*self.starts[1:], FOREVER], self.tiles, strict=True):
+        bits, found, begin = self.bits[source], 0, 0
+        tiles = zip(self.starts, [*self.starts[1:], FOREVER], self.ends, strict=True)
+        for start, stop, end in tiles if self.starts else [(0, FOREVER, bits.size)]:
             low, width = bracket.within(start, stop)
-            shares.append(np.mean(tile[source] - np.uint32(low) < np.uint32(width)))
-        return float(np.mean(shares))
+            found += int(np.count_nonzero(bits[begin:end] - np.uint32(low) < np.uint32(width)))
+            begin = end
+        return float(found / bits.size)
+
+
+class Ranked:
+    """`[K]` unsigned numbers in order of size, of which only those near one rank are put in order.
+
+    What is near is told by a sample of them: a few per cent, or one large tie.
+    """
+
+    _REACH = 160
+    """Of 4096 sampled numbers, how many on either side are near: five standard errors and more."""
+
+    def __init__(self, bits: Any, rank: int) -> None:
+        self.bits = bits
+        some = np.sort(bits[:: max(1, bits.size // 4096)])
+        at = (bits.size - rank) * some.size // bits.size
+        self._order(some[max(at - self._REACH, 0)], some[min(at + self._REACH, some.size - 1)])
+
+    def __call__(self, rank: int) -> tuple[int, int, int]:
+        """The `rank`-th largest number, how many are larger, and how many are equal; 1 <= rank <= K."""
+        if not self._larger < rank <= self._larger + self._near.size:
+            self._order(0, 0xFFFFFFFF)
+        near = self._near
+        found = near[near.size - (rank - self._larger)]
+        first, end = np.searchsorted(near, found, side="left"), np.searchsorted(near, found, side="right")
+        return int(found), self._larger + near.size - int(end), int(end - first)
+
+    def _order(self, low: Any, high: Any) -> None:
+        self._near = self.bits[(self.bits >= low) & (self.bits <= high)]
+        if low < high:
+            self._near.sort()
+        self._larger = int(np.count_nonzero(self.bits > high))
 
 
 def small(numel: int, each: Each) -> bool:
@@ -96,7 +136,35 @@ def draw_sample(each: Each, ops: Ops) -> Sample:
     wanted = _SAMPLED_OF_FEW if few else _SAMPLED
     # An odd step goes through all columns of rows whose length is even, instead of through the same few.
     drawn = each(lambda b: (b.index, ops.sample(b, b.sources.shape[1] // wanted | 1)), sample=not few)
-    return Sample([start for start, _ in drawn], [tile for _, tile in drawn])
+    tiles = [tile for _, tile in drawn]
+    return Sample(np.concatenate(tiles, axis=1), np.cumsum([t.shape[1] for t in tiles]), [start for start, _ in drawn])
+
+
+def draw_rows(pairs: Sequence[tuple[Any, Any] | None]) -> Sample | None:
+    """Look at some rows of every delta, when all of them are products of factors.
+
+    A row's norm is known from the factors without the row, and entries differ in size as the norms of their rows do. So the rows
+    that are looked at are spread evenly over the order of norms; those of a few tiles would be seven times as far off.
+
+    Args:
+        pairs: of each source, B `[O, R]` and A `[R, I]`, or None where its delta is not `B @ A`.
+
+    Returns:
+        None where there is a source without factors, or too few rows.
+    """
+    picked, count = [], 0
+    for pair in pairs:
+        if pair is None or (count := min(_ROWS, len(pair[0]) // 8)) < 16:
+            return None
+        left, right = pair
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told of when it is merged
+            norms = np.einsum("or,or->o", left @ (right @ right.T), left)
+        rows = np.argsort(norms)[(2 * np.arange(count) + 1) * len(left) // (2 * count)]
+        made = SCRATCH.array("sampled_rows", (count, right.shape[1]), np.float32)
+        product(left[rows], right, made)
+        step = made.size // _SAMPLED_OF_ROWS | 1
+        picked.append(made.reshape(-1)[::step].view(np.uint32) & np.uint32(MAGNITUDE))
+    return Sample(np.stack(picked), -(-np.arange(1, count + 1) * made.shape[1] // step))
 
 
 def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
@@ -107,51 +175,41 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
         source: its row.
         share: in (0, 1).
     """
-    tiles = [tile[source] for tile in sample.tiles]
-    every, sizes = np.concatenate(tiles), np.array([tile.size for tile in tiles])
-    ends = np.cumsum(sizes)
-    ordered, parted = every.copy(), [0, every.size]
+    bits, parts = sample.bits[source], len(sample.ends)
+    size = bits.size
+    ranked = Ranked(bits, max(int(share * size), 1))
 
     def at(place: float) -> tuple[int, int]:
         """The magnitude at a place in order of size, and the tile where it is."""
-        rank = max(every.size - 1 - int(place), 0)
-        # What was asked before has left smaller ones before it and larger ones behind.
-        cut = bisect_right(parted, rank)
-        part = ordered[parted[cut - 1] : parted[cut]]
-        part.partition(rank - parted[cut - 1])
-        insort(parted, rank)
-        bits = ordered[rank]
-        equal = np.flatnonzero(every == bits)
-        before = int(place) - int(np.count_nonzero(every > bits))
-        return int(bits), int(np.searchsorted(ends, equal[min(before, equal.size - 1)], side="right"))
+        before = min(int(place), size - 1)
+        value, larger, _ = ranked(before + 1)
+        if not sample.starts:
+            return value, 0
+        equal = np.flatnonzero(bits == value)
+        return value, int(np.searchsorted(sample.ends, equal[before - larger], side="right"))
 
     margin = _SAMPLE_MARGIN
-    if len(tiles) >= 8:
-        centre = max(at(share * every.size)[0], 1)
+    if parts >= 8:
+        centre = max(at(share * size)[0], 1)
         # Of those that are equal there, the tiles before the threshold hold all, and the ones behind it none.
-        counts = [np.add.reduceat(every >= bits, ends - sizes, dtype=np.int64) for bits in (centre, centre + 1)]
-        error = float(np.std(counts / sizes, axis=1, ddof=1).max()) / math.sqrt(len(tiles))
-        margin = max(_SAMPLE_ERRORS * error, _SAMPLE_MARGIN / 10)
-    high, first = at((share - margin) * every.size) if share > margin else (INFINITY - 1, 0)
-    low, last = at((share + margin) * every.size) if share + margin < 1 else (0, -1)
+        margin = _SAMPLE_ERRORS * max(_standard_error(bits, sample.ends, least) for least in (centre, centre + 1))
+        margin = max(margin, _SAMPLE_MARGIN / 10)
+    high, first = at((share - margin) * size) if share > margin else (INFINITY - 1, 0)
+    low, last = at((share + margin) * size) if share + margin < 1 else (0, -1)
+    begin = sample.starts[first] if sample.starts else 0
     if low == 0:
-        return Bracket(1, max(high, 1), sample.starts[first])
-    end = sample.starts[last + 1] if last + 1 < len(tiles) else FOREVER
-    return Bracket(low, max(high, low) - low + 1, sample.starts[first], end)
+        return Bracket(1, max(high, 1), begin)
+    end = sample.starts[last + 1] if last + 1 < len(sample.starts) else FOREVER
+    return Bracket(low, max(high, low) - low + 1, begin, end)
+
+
+def _standard_error(bits: Any, ends: Any, least: int) -> float:
+    """How far off the share of entries that are at least `least` may be, from the differences of parts that are neighbours."""
+    counts = np.diff(np.searchsorted(np.flatnonzero(bits >= least), ends), prepend=0)
+    steps = np.diff(counts / np.diff(ends, prepend=0))
+    return float(np.sqrt(np.square(steps).mean() / 2 / len(ends)))
 
 
 def largest(bits: Any, rank: int) -> tuple[int, int, int]:
-    """The `rank`-th largest of `[K]` unsigned numbers, how many are larger, and how many are equal; 1 <= rank <= K.
-
-    Only what lies between two numbers of a sample is put in order, if it is there: a few per cent, or one large tie.
-    """
-    some = np.sort(bits[:: max(1, bits.size // 4096)])
-    at = (bits.size - rank) * some.size // bits.size
-    low, high = some[max(at - 96, 0)], some[min(at + 96, some.size - 1)]
-    larger = int(np.count_nonzero(bits > high))
-    near = bits[(bits >= low) & (bits <= high)]
-    if not larger < rank <= larger + near.size:
-        near, larger = bits, 0
-    place = near.size - (rank - larger)
-    found = np.partition(near, place)[place] if low != high or near is bits else low
-    return int(found), larger + int(np.count_nonzero(near > found)), int(np.count_nonzero(near == found))
+    """The `rank`-th largest of `[K]` unsigned numbers, how many are larger, and how many are equal; 1 <= rank <= K."""
+    return Ranked(bits, rank)(rank)

@@ -185,7 +185,7 @@ class _Worker:
         settling = None
         # By what is planned alone, not by the memory there is: the statistics are added in another order here.
         if isinstance(rule, Consensus) and isinstance(self.ops, CpuOps) and _may_be_held(tensor):
-            settling = rule.settling(walk)
+            settling = rule.settling(walk, lambda: [tensor.inputs.factors(i) for i in walk.active])
         if settling is None:
             return None
         bounds, kind = tensor.bounds, RAW[tensor.dtype]

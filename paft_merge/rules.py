@@ -145,13 +145,16 @@ class Consensus:
 
         return combine
 
-    def settling(self, walk: Walk) -> Settling | None:
-        """How to merge a tensor in one pass; None where its thresholds must be known before."""
+    def settling(self, walk: Walk, pairs: Callable[[], Sequence[tuple[Any, Any] | None]]) -> Settling | None:
+        """How to merge a tensor in one pass; None where its thresholds must be known before.
+
+        `pairs`: of each active source, the factors B and A that its delta is the product of, or None.
+        """
         thin = [self.thin[i] for i in walk.active]
         trims = [t for t in thin if isinstance(t, Trim)]
         if self.rescale or self.fixed is not None or len(trims) < len(thin):
             return None
-        return settling(trims, self._election(walk), walk.numel, walk.each)
+        return settling(trims, self._election(walk), walk.numel, walk.each, pairs())
 
     def _election(self, walk: Walk) -> Election:
         weights = tuple(self.weights[i] for i in walk.active)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from paft_merge.blocks import Block, CpuOps, Each, Election, Open, Outcome, Survival
-from paft_merge.brackets import EVERY, FOREVER, NONE, Bracket, draw_sample, guess_bracket, largest, small
+from paft_merge.brackets import EVERY, FOREVER, NONE, Bracket, draw_rows, draw_sample, guess_bracket, largest, small
 from paft_merge.sparsify import Trim, kept_count
 
 _OPEN_AT_MOST = 0.1
@@ -89,7 +89,9 @@ class Settling:
         outcome.bad += late.bad - int(np.count_nonzero(~np.isfinite(opened.held[-1])))  # the base stood there before
 
 
-def settling(trims: Sequence[Trim], election: Election, numel: int, each: Each) -> Settling | None:
+def settling(
+    trims: Sequence[Trim], election: Election, numel: int, each: Each, pairs: Sequence[tuple[Any, Any] | None]
+) -> Settling | None:
     """Guess the brackets of one tensor; None where measuring first is the better way.
 
     Args:
@@ -97,12 +99,14 @@ def settling(trims: Sequence[Trim], election: Election, numel: int, each: Each) 
         election: how what survives is merged.
         numel: entries of the tensor.
         each: walks its blocks.
+        pairs: of each source, the factors that its delta is the product of, where it is one (see `brackets.draw_rows`).
     """
     ranks = [_rank(trim, numel) for trim in trims]
     known = [rank or 0 for rank in ranks]
     if None in ranks or not any(known):
         return None
-    brackets, sample = [NONE] * len(trims), None if small(numel, each) else draw_sample(each, CpuOps())
+    brackets = [NONE] * len(trims)
+    sample = None if small(numel, each) else draw_rows(pairs) or draw_sample(each, CpuOps())
     for i, rank in enumerate(known):
         if rank:
             brackets[i] = EVERY if sample is None else guess_bracket(sample, i, rank / numel)

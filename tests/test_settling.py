@@ -24,6 +24,10 @@ SIZE, TILE = 40_000, 1024
 ROOM = np.empty(0, np.uint8)
 
 
+def no_factors() -> list[None]:
+    return [None, None]
+
+
 @pytest.fixture(autouse=True)
 def _whatever_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples of tiles as small as these tell little, so that much is open."""
@@ -53,7 +57,7 @@ def measured(rule: Consensus, walk: Walk, out: np.ndarray) -> list[Outcome]:
 
 
 def settled(rule: Consensus, walk: Walk, out: np.ndarray) -> list[Outcome] | None:
-    plan = rule.settling(walk)
+    plan = rule.settling(walk, no_factors)
     if plan is None:
         return None
     merged = walk.each(lambda b: (b.index, *plan.merge(b, out[b.index : b.index + b.sources.shape[1]], ROOM)))
@@ -94,7 +98,7 @@ def test_a_source_that_keeps_everything_has_no_bracket() -> None:
     made = deltas("smooth", SIZE)
     rule = Consensus((0.6, 0.4), (Trim("density", 1.0), Trim("density", 0.3)))
     walk = Walk(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
-    plan = rule.settling(walk)
+    plan = rule.settling(walk, no_factors)
     assert plan is not None
     assert plan.brackets[0] == NONE
     assert plan.brackets[1].width
@@ -116,20 +120,34 @@ def test_a_source_that_keeps_everything_has_no_bracket() -> None:
 )
 def test_what_no_bracket_can_tell_is_measured_first(thin: tuple[Trim, Trim]) -> None:
     walk = Walk(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
-    assert Consensus((0.5, 0.5), thin).settling(walk) is None
-    assert Consensus((0.5, 0.5), (Trim("density", 0.2),) * 2, rescale=True).settling(walk) is None
+    assert Consensus((0.5, 0.5), thin).settling(walk, no_factors) is None
+    assert Consensus((0.5, 0.5), (Trim("density", 0.2),) * 2, rescale=True).settling(walk, no_factors) is None
 
 
 def test_a_bracket_that_misses_says_so() -> None:
     rule = Consensus((0.5, 0.5), (Trim("density", 0.2),) * 2)
     walk = Walk(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
-    plan = rule.settling(walk)
+    plan = rule.settling(walk, no_factors)
     assert plan is not None
     low, width = plan.brackets[0].low, plan.brackets[0].width
     for bracket in (Bracket(low + width, width), Bracket(1, low - 1)):
         off = settling.Settling(plan.ranks, (bracket, plan.brackets[1]), plan.election, SIZE)
         merged = walk.each(lambda b, off=off: (b.index, off.merge(b, np.empty(b.sources.shape[1], np.uint16), ROOM)[1]))
         assert off.survivals([start for start, _ in merged], [o for _, o in merged]) is None
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every tensor that is merged in one pass from now on, whether its thresholds were where they had been guessed."""
+    used: list[bool] = []
+    real: Callable[..., object] = settling.Settling.survivals
+
+    def spied(self: settling.Settling, *arguments: object) -> object:
+        found = real(self, *arguments)
+        used.append(found is not None)
+        return found
+
+    monkeypatch.setattr(settling.Settling, "survivals", spied)
+    return used
 
 
 @pytest.fixture
@@ -153,15 +171,7 @@ def test_the_output_does_not_depend_on_how_it_was_found(
         (large["x"], {"weight": 0.6, "density": 0.2}),
         (large["y"], {"weight": 0.4, "density": 0.3}),
     )
-    used: list[bool] = []
-    real: Callable[..., object] = settling.Settling.survivals
-
-    def spied(self: settling.Settling, *arguments: object) -> object:
-        found = real(self, *arguments)
-        used.append(found is not None)
-        return found
-
-    monkeypatch.setattr(settling.Settling, "survivals", spied)
+    used = spy(monkeypatch)
     reference = files_of(paft_merge.merge(asked, tmp_path / "reference"))
     assert True in used
     used.clear()
@@ -177,6 +187,25 @@ def test_the_output_does_not_depend_on_how_it_was_found(
     for name, content in reference.items():
         if name.endswith(".safetensors") or how in ("held", "not held"):
             assert out[name] == content, name
+
+
+def test_adapters_are_merged_from_what_a_few_rows_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TILE", 1 << 10)
+    name, base = "model.layers.0.mlp.up_proj.weight", random_state(0, torch.bfloat16, layers=1, width=256)
+    adapters = [save_adapter(tmp_path / str(seed), base, seed) for seed in (3, 4)]
+    folder = save_checkpoint(tmp_path / "base", base)
+    asked = recipe("ties", folder, *((on(folder, a), {"weight": 0.5, "density": 0.2}) for a in adapters))
+    drawn, used = [], spy(monkeypatch)
+    real = settling.draw_rows
+    monkeypatch.setattr(settling, "draw_rows", lambda pairs: drawn.append(real(pairs)) or drawn[-1])
+    out = files_of(paft_merge.merge(asked, tmp_path / "out"))
+    assert used.count(True) > 0.8 * len(used)
+    assert len(drawn) == len(used) > 1
+    assert None not in drawn
+    monkeypatch.setattr(engine, "_may_be_held", lambda tensor: False)
+    measured_first = files_of(paft_merge.merge(asked, tmp_path / "measured"))
+    assert out["model.safetensors"] == measured_first["model.safetensors"]
+    assert manifest_of(tmp_path / "out")["tensors"][name]["sources"]
 
 
 def test_an_infinite_base_that_is_set_aside_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

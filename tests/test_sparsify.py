@@ -225,3 +225,31 @@ def test_the_largest_where_the_sample_misleads(rank: int) -> None:
     bits = np.tile(np.arange(20, dtype=np.uint32), 4000)  # every sampled one is equal to the others
     value = int(np.sort(bits)[bits.size - rank])
     assert largest(bits, rank) == (value, int((bits > value).sum()), int((bits == value).sum()))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.9])
+def test_a_few_rows_tell_where_the_threshold_of_a_product_is(spread: float, density: float) -> None:
+    # Rows that differ in size by e**spread: a few of them taken anywhere would be off by far more than what is inside here.
+    made, misses = np.random.default_rng(int(10 * spread)), 0
+    for _ in range(5):
+        left = made.normal(0, 1e-2, (1024, 8)) * made.lognormal(0, spread, (1024, 1))
+        right = made.normal(0, 1e-2, (8, 257))
+        pair = left.astype(np.float32), right.astype(np.float32)
+        sample = brackets.draw_rows([pair, pair])
+        assert sample is not None
+        bracket = brackets.guess_bracket(sample, 1, density)
+        every = np.sort(np.abs(pair[0] @ pair[1]).reshape(-1).view(np.uint32))
+        threshold = every[every.size - int(density * every.size)]
+        misses += not bracket.low <= threshold < bracket.low + bracket.width
+        assert ((every >= bracket.low) & (every < bracket.low + bracket.width)).mean() < 0.03
+        assert sample.inside(1, bracket) < 0.03
+    assert misses <= 1
+
+
+def test_rows_are_not_sampled_where_there_are_few_or_no_factors() -> None:
+    made = np.random.default_rng(0)
+    pair = made.normal(size=(200, 4)).astype(np.float32), made.normal(size=(4, 9)).astype(np.float32)
+    assert brackets.draw_rows([pair]) is not None
+    assert brackets.draw_rows([pair, None]) is None
+    assert brackets.draw_rows([(pair[0][:100], pair[1])]) is None
