@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 
 from paft_merge import loops
 from paft_merge.loops import lines
+from paft_merge.loops.feed import FULL, Feed
 from paft_merge.scratch import SCRATCH
 
 T = TypeVar("T")
 Counts = NDArray[np.int64]
 Sums = NDArray[np.float64]
 
-TILE = 1 << 19
-"""Elements of a tile, about: 2 MiB of float32, small beside a shared cache and large beside the cost of a call."""
+TILE = 1 << 21
+"""Elements of a tile, about: large beside the cost of a call, small beside memory; caches see its pieces (see `loops.feed`)."""
 
 
 def tile_bounds(numel: int, row: int) -> list[tuple[int, int]]:
@@ -48,18 +49,62 @@ def sample_end(start: int, stop: int, row: int) -> int:
     return start + max(1, (stop - start) // row // (32 if row == 1 else 16)) * row
 
 
-@dataclass(slots=True)
 class Block:
-    """One tile of the base and of the sources, as bits (see `loops`) or, on another device, as float32 tensors."""
+    """One tile of the base and of the sources, as bits (see `loops`) or, on another device, as float32 tensors.
 
-    index: int
-    """Flat index of the first element in its tensor."""
-    base: Any
-    """`[E]`, or `[0]` where the merge has no base."""
-    sources: Any
-    """`[n, E]`: values, or deltas."""
-    subtract: bool
-    """The sources are values and the method wants their deltas."""
+    Args:
+        index: flat index of the first element in its tensor.
+        base: `[E]`, or `[0]` where the merge has no base.
+        sources: `[n, E]`: values, or deltas.
+        subtract: the sources are values and the method wants their deltas.
+        feed: what the arrays are filled with when they are first looked at, or by a loop that walks them (see `unfilled`).
+    """
+
+    __slots__ = ("_base", "_feed", "_sources", "index", "subtract")
+
+    def __init__(self, index: int, base: Any, sources: Any, subtract: bool, feed: Feed | None = None) -> None:
+        self.index, self.subtract = index, subtract
+        self._base, self._sources, self._feed = base, sources, feed
+
+    @property
+    def base(self) -> Any:
+        self._fill()
+        return self._base
+
+    @property
+    def sources(self) -> Any:
+        self._fill()
+        return self._sources
+
+    @property
+    def size(self) -> int:
+        """E."""
+        return int(self._sources.shape[1])
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(self._sources)
+
+    def unfilled(self) -> tuple[Any, Any, bool, Any]:
+        """Base, sources, `subtract` and what fills them, for a loop that walks the whole block; then tell `filled`."""
+        return self._base, self._sources, self.subtract, self._feed.how if self._feed else FULL
+
+    def filled(self, result: int) -> int:
+        """`result` of such a loop, where it is not negative.
+
+        Raises:
+            PaftMergeError: what the block is made of cannot be read.
+        """
+        if result < 0 and self._feed:
+            self._feed.explain()
+        self._feed = None
+        return result
+
+    def _fill(self) -> None:
+        if self._feed:
+            self._feed.all()
+            self._feed = None
 
 
 @dataclass(frozen=True)
@@ -219,18 +264,18 @@ class CpuOps:
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
         """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""
-        n = len(block.sources)
+        n = block.count
         counts = np.zeros((n, loops.BINS), np.int64)
         low = np.zeros((n, loops.BINS if lows else 0), np.int64)
-        loops.histogram(block.base, block.sources, block.subtract, counts, low, lines(2))
+        block.filled(loops.histogram(*block.unfilled(), counts, low, lines(2)))
         return counts, low
 
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
         """Per source: how many magnitudes lie inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
-        n, size = block.sources.shape
+        n, size = block.count, block.size
         found, counts = SCRATCH.array("found", (n, size), np.uint32), np.empty((n, 2), np.int64)
         bounds = np.array(low, np.uint32), np.array(width, np.uint32)
-        loops.collect(block.base, block.sources, block.subtract, *bounds, found, counts, lines(2))
+        block.filled(loops.collect(*block.unfilled(), *bounds, found, counts, lines(2)))
         return counts, [row[:inside].copy() for row, inside in zip(found, counts[:, 0], strict=True)]
 
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
@@ -241,30 +286,29 @@ class CpuOps:
 
     def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums:
         """`[n, 2]`: the sums of |delta| before and after the random drop of each survival."""
-        sums = np.empty((len(block.sources), 2))
+        sums = np.empty((block.count, 2))
         keep = np.array([s.keep for s in survivals], np.uint64)
         keys = np.array([s.key for s in survivals], np.uint64)
-        loops.dropped_l1(
-            block.base, block.sources, block.subtract, block.index, keep, keys, sums, *_strips(2, 2 * len(sums))
-        )
+        memory = _strips(2, 2 * len(sums))
+        block.filled(loops.dropped_l1(*block.unfilled(), block.index, keep, keys, sums, *memory))
         return sums
 
     def gram(self, block: Block) -> Sums:
         """`[n, n]`: inner products of the sources (or deltas)."""
-        out = np.empty((len(block.sources),) * 2)
-        n = len(out)
-        loops.gram(block.base, block.sources, block.subtract, out, *_strips(n + 1, n * n))
+        n = block.count
+        out = np.empty((n, n))
+        block.filled(loops.gram(*block.unfilled(), out, *_strips(n + 1, n * n)))
         return out
 
     def blend(
         self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
     ) -> Outcome:
         """Write `base_weight * base + sum weights_i * source_i` (see `loops.kernels.blend`)."""
-        outcome = _no_outcome(len(block.sources))
-        outcome.bad = loops.blend(
-            out, block.base, block.sources, float(base_weight), np.array(weights, np.float32), block.subtract, block.index,
+        outcome = _no_outcome(block.count)
+        outcome.bad = block.filled(loops.blend(
+            out, *block.unfilled(), block.index, float(base_weight), np.array(weights, np.float32),
             np.uint64(key), tally, outcome.counts, outcome.sums, lines(3),
-        )  # fmt: skip
+        ))  # fmt: skip
         return outcome
 
     def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome:
@@ -382,7 +426,7 @@ def _consensus(
     brackets: Sequence[tuple[int, int]] | None = None,
     room: Any = None,
 ) -> tuple[Outcome, Open | None]:
-    n, size = block.sources.shape
+    n, size = block.count, block.size
     outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n + 1, 2), np.int64)
     place = SCRATCH.array("open_place", most, np.int32)
     held = SCRATCH.array("open_held", (n + 1, most), np.float32)
@@ -392,8 +436,8 @@ def _consensus(
         return np.array([getattr(s, name) for s in survivals], dtype)
 
     lows, widths = zip(*brackets, strict=True) if brackets else ([0] * n, [0] * n)
-    outcome.bad = loops.consensus(
-        out, block.base, block.sources, block.subtract, block.index,
+    outcome.bad = block.filled(loops.consensus(
+        out, *block.unfilled(), block.index,
         np.array(election.weights, np.float32), column("scale", np.float32),
         column("low", np.uint32), column("low_cut", np.int64), column("high", np.uint32), column("high_cut", np.int64),
         column("shrink", np.float32), column("keep", np.uint64), column("key", np.uint64),
@@ -401,7 +445,7 @@ def _consensus(
         np.uint64(key), outcome.counts, outcome.sums,
         np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, found, tally,
         SCRATCH.array("wide", n, np.uint8), lines(n + 5),
-    )  # fmt: skip
+    ))  # fmt: skip
     if not most:
         return outcome, None
     many = int(tally[n, 0])
@@ -428,7 +472,7 @@ def _strips(of_float32: int, of_float64: int) -> tuple[Any, Any]:
 
 def _one_row(block: Block) -> Block:
     """A block of one row for what is computed from `block`."""
-    return Block(block.index, block.base, np.empty((1, block.sources.shape[1]), np.uint32), subtract=False)
+    return Block(block.index, block.base, np.empty((1, block.size), np.uint32), subtract=False)
 
 
 def _no_outcome(sources: int) -> Outcome:

@@ -22,8 +22,8 @@ FOREVER = 1 << 62
 _SMALL = 1 << 16
 """Entries of one or two tiles that are too few for a sample to tell anything."""
 
-_SAMPLED, _SAMPLED_OF_FEW = 1 << 12, 1 << 14
-"""Entries that are looked at in each tile, and in each where there are only one or two."""
+_SAMPLED = 1 << 12, 1 << 15
+"""Entries that are looked at in each tile, and in all tiles together, at least."""
 
 _ROWS, _SAMPLED_OF_ROWS = 64, 1 << 17
 """Rows of a product that are looked at, and entries in all of them."""
@@ -31,8 +31,11 @@ _ROWS, _SAMPLED_OF_ROWS = 64, 1 << 17
 _SAMPLE_ERRORS = 3.5
 """Half the width of a guessed bracket, in standard errors of the sampled share. A miss costs one more pass."""
 
-_SAMPLE_MARGIN = 0.01
-"""Half the width of a guessed bracket, as a share of the entries, where parts are too few to tell the standard error."""
+_SAMPLE_MARGIN = 0.001
+"""Half the width of a guessed bracket, as a share of the entries, at least."""
+
+_PARTS = 64
+"""Parts of a sample, whose differences tell how far off it may be."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,14 @@ NOWHERE = Bracket(0xFFFFFFFF, 0)
 
 @dataclass(frozen=True)
 class Sample:
-    """Magnitudes of some entries of a tensor, in parts: of its tiles, or of rows from the smallest to the largest.
-
-    Neighbouring parts are alike, so that the differences between them tell how far the sample may be off.
-    """
+    """Magnitudes of some entries of a tensor: of its tiles one after the other, or of rows from the smallest to the largest."""
 
     bits: Any
-    """`[n, K]` uint32: of every source, part by part."""
-    ends: Any
-    """`[P]` int64: where each part ends in `bits`."""
+    """`[n, K]` uint32: of every source."""
     starts: Sequence[int] = ()
-    """Flat index of each tile's first element, ascending; empty where parts are rows."""
+    """Flat index of each tile's first element, ascending; empty where the order is another one."""
+    ends: Sequence[int] = ()
+    """Where each tile ends in `bits`."""
 
     def inside(self, source: int, bracket: Bracket) -> float:
         """The share of a source's sampled entries that are inside a bracket."""
@@ -92,6 +92,17 @@ class Sample:
             found += int(np.count_nonzero(bits[begin:end] - np.uint32(low) < np.uint32(width)))
             begin = end
         return float(found / bits.size)
+
+    def error(self, source: int, least: int) -> float:
+        """The standard error of the share of a source's entries that are at least `least`.
+
+        From the differences of neighbours: parts of a sample that goes through a tensor in order are alike.
+        """
+        bits = self.bits[source]
+        ends = bits.size * np.arange(1, _PARTS + 1) // _PARTS
+        counts = np.diff(np.searchsorted(np.flatnonzero(bits >= least), ends), prepend=0)
+        steps = np.diff(counts) * (_PARTS / bits.size)
+        return float(np.sqrt(np.square(steps).mean() / 2 / _PARTS))
 
 
 class Ranked:
@@ -132,12 +143,13 @@ def small(numel: int, each: Each) -> bool:
 
 def draw_sample(each: Each, ops: Ops) -> Sample:
     """Look at some entries of every tile."""
-    few = each.tiles <= 2
-    wanted = _SAMPLED_OF_FEW if few else _SAMPLED
+    of_each, of_all = _SAMPLED
+    wanted = max(of_each, of_all // each.tiles)
     # An odd step goes through all columns of rows whose length is even, instead of through the same few.
-    drawn = each(lambda b: (b.index, ops.sample(b, b.sources.shape[1] // wanted | 1)), sample=not few)
+    drawn = each(lambda b: (b.index, ops.sample(b, b.size // wanted | 1)), sample=each.tiles > 2)
     tiles = [tile for _, tile in drawn]
-    return Sample(np.concatenate(tiles, axis=1), np.cumsum([t.shape[1] for t in tiles]), [start for start, _ in drawn])
+    ends = np.cumsum([tile.shape[1] for tile in tiles]).tolist()
+    return Sample(np.concatenate(tiles, axis=1), [start for start, _ in drawn], ends)
 
 
 def draw_rows(pairs: Sequence[tuple[Any, Any] | None]) -> Sample | None:
@@ -164,7 +176,7 @@ def draw_rows(pairs: Sequence[tuple[Any, Any] | None]) -> Sample | None:
         product(left[rows], right, made)
         step = made.size // _SAMPLED_OF_ROWS | 1
         picked.append(made.reshape(-1)[::step].view(np.uint32) & np.uint32(MAGNITUDE))
-    return Sample(np.stack(picked), -(-np.arange(1, count + 1) * made.shape[1] // step))
+    return Sample(np.stack(picked))
 
 
 def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
@@ -175,7 +187,7 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
         source: its row.
         share: in (0, 1).
     """
-    bits, parts = sample.bits[source], len(sample.ends)
+    bits = sample.bits[source]
     size = bits.size
     ranked = Ranked(bits, max(int(share * size), 1))
 
@@ -188,12 +200,9 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
         equal = np.flatnonzero(bits == value)
         return value, int(np.searchsorted(sample.ends, equal[before - larger], side="right"))
 
-    margin = _SAMPLE_MARGIN
-    if parts >= 8:
-        centre = max(at(share * size)[0], 1)
-        # Of those that are equal there, the tiles before the threshold hold all, and the ones behind it none.
-        margin = _SAMPLE_ERRORS * max(_standard_error(bits, sample.ends, least) for least in (centre, centre + 1))
-        margin = max(margin, _SAMPLE_MARGIN / 10)
+    centre = max(at(share * size)[0], 1)
+    # Of those that are equal there, the tiles before the threshold hold all, and the ones behind it none.
+    margin = max(_SAMPLE_ERRORS * max(sample.error(source, least) for least in (centre, centre + 1)), _SAMPLE_MARGIN)
     high, first = at((share - margin) * size) if share > margin else (INFINITY - 1, 0)
     low, last = at((share + margin) * size) if share + margin < 1 else (0, -1)
     begin = sample.starts[first] if sample.starts else 0
@@ -201,13 +210,6 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
         return Bracket(1, max(high, 1), begin)
     end = sample.starts[last + 1] if last + 1 < len(sample.starts) else FOREVER
     return Bracket(low, max(high, low) - low + 1, begin, end)
-
-
-def _standard_error(bits: Any, ends: Any, least: int) -> float:
-    """How far off the share of entries that are at least `least` may be, from the differences of parts that are neighbours."""
-    counts = np.diff(np.searchsorted(np.flatnonzero(bits >= least), ends), prepend=0)
-    steps = np.diff(counts / np.diff(ends, prepend=0))
-    return float(np.sqrt(np.square(steps).mean() / 2 / len(ends)))
 
 
 def largest(bits: Any, rank: int) -> tuple[int, int, int]:

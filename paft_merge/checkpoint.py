@@ -170,14 +170,24 @@ class Checkpoint:
         Raises:
             CheckpointError: INPUT_CHANGED when the file has become shorter, SHARD_UNREADABLE when the disk fails.
         """
-        info = self.tensors[name]
         view = as_bytes(buffer)
-        if not 0 <= start <= info.nbytes - len(view):
-            raise ValueError(f"bytes {start} to {start + len(view)} of {name!r}, which has {info.nbytes}")
+        info = self._holding(name, start, len(view))
         if name in self._strided:
             view[:] = self._pack(name)[start : start + len(view)]
         else:
             self._read(info.file, info.offset + start, view)
+
+    def lies_at(self, name: str, start: int, nbytes: int) -> tuple[int, int] | None:
+        """Where bytes of tensor `name` lie: a descriptor and the offset of byte `start`; None where no file holds them as they are."""
+        info = self._holding(name, start, nbytes)
+        fd = None if name in self._strided else self._fds.get(info.file)
+        return None if fd is None else (fd, info.offset + start)
+
+    def _holding(self, name: str, start: int, nbytes: int) -> TensorInfo:
+        info = self.tensors[name]
+        if not 0 <= start <= info.nbytes - nbytes:
+            raise ValueError(f"bytes {start} to {start + nbytes} of {name!r}, which has {info.nbytes}")
+        return info
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor whole, into fresh memory, in its storage dtype.

@@ -172,7 +172,7 @@ class _Worker:
         combine = rule.prepare(walk, tensor.inputs.deltas)
 
         def write(block: Block) -> Written:
-            out = SCRATCH.array("out", block.sources.shape[1], RAW.get(tensor.dtype, np.uint32))
+            out = SCRATCH.array("out", block.size, RAW.get(tensor.dtype, np.uint32))
             outcome = combine(block, out, tensor.rounding_key)
             if tensor.inputs.deltas:
                 sample.take(block)
@@ -192,13 +192,14 @@ class _Worker:
         with self.held.tiles(len(bounds), tensor.nbytes) as held:
 
             def merge(block: Block) -> tuple[Any, Outcome, Open]:
+                if held:
+                    tile = held[block.index // bounds[0][1]]
+                    out, room = tile[: block.size * tensor.width].view(kind), tile[_HELD_TILE // 2 :]
+                else:
+                    out, room = SCRATCH.array("out", block.size, kind), np.empty(0, np.uint8)
+                merged = settling.merge(block, out, room)
                 sample.take(block)
-                if not held:
-                    out = SCRATCH.array("out", block.sources.shape[1], kind)
-                    return out, *settling.merge(block, out, out[:0].view(np.uint8))
-                tile = held[block.index // bounds[0][1]]
-                out = tile[: block.sources.shape[1] * tensor.width].view(kind)
-                return out, *settling.merge(block, out, tile[_HELD_TILE // 2 :])
+                return out, *merged
 
             first = walk.each(merge)
             opened, starts = [o for _, _, o in first], [start for start, _ in bounds]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from paft_merge.blocks import Block, tile_bounds
 from paft_merge.casting import widen
 from paft_merge.checkpoint import DTYPES, Checkpoint
+from paft_merge.loops.feed import Feed
 from paft_merge.rules import Wants
 from paft_merge.scratch import SCRATCH
 
@@ -70,6 +72,13 @@ class Read:
         """Read elements `[start, stop)` into `out`, an array of the storage type's size."""
         width = DTYPES[self.dtype].bits // 8
         self.checkpoint.read_into(self.name, start * width, out.view(np.uint8))
+
+    def fed(self, feed: Feed, start: int, out: Any) -> bool:
+        """Let `feed` read the stored elements from `start` on into `out`, an array of the storage type; whether it can."""
+        place = self.checkpoint.lies_at(self.name, start * DTYPES[self.dtype].bits // 8, out.nbytes)
+        if place:
+            feed.read(out, *place)
+        return place is not None
 
     def weight(self, start: int, stop: int, out: Any) -> None:
         """Elements `[start, stop)` of the stored tensor as float32 into `out` `[stop - start]`; zero beyond its end.
@@ -201,24 +210,41 @@ class Inputs:
         """
         rows = list(self.sources) if all_sources else [self.sources[i] for i in self.active]
         size = stop - start
+        left: list[Callable[[], None]] = []  # what is read while the block is walked, to be read at once if that fails
+
+        def again() -> None:
+            for read in left:
+                read()
+
+        patches = [read.patch for read in rows if read.patch]
+        feed = Feed(size, patches[0].row if patches else 1, again)
         if self.form == "raw":
             dtype = RAW[self.reads[0].dtype]
             base = SCRATCH.array("base", size if self.base else 0, dtype)
             sources = SCRATCH.array("sources", (len(rows), size), dtype)
-            if self.base:
-                self.base.raw(start, stop, base)
-            for read, row in zip(rows, sources, strict=True):
-                read.raw(start, stop, row)
-            return Block(start, base, sources, self.subtract)
+            for read, row in [*([(self.base, base)] if self.base else []), *zip(rows, sources, strict=True)]:
+                raw = partial(read.raw, start, stop, row)
+                left.append(raw) if read.fed(feed, start, row) else raw()
+            return Block(start, base, sources, self.subtract, feed)
         values = SCRATCH.array("sources", (len(rows), size), np.float32)
-        base_f = self._base(start, stop)
+        base_f = self._base(start, stop, feed, left)
         for read, row in zip(rows, values, strict=True):
             if self.form == "values":
                 read.value(start, stop, row)
-            else:
+            elif not self._fed(read, feed, start, row):
                 self._delta(read, start, stop, row)
         base_bits = base_f if base_f.dtype == np.uint16 else base_f.view(np.uint32)
-        return Block(start, base_bits, values.view(np.uint32), subtract=False)
+        return Block(start, base_bits, values.view(np.uint32), subtract=False, feed=feed)
+
+    def _fed(self, source: Read, feed: Feed, start: int, out: Any) -> bool:
+        """Let `feed` compute a source's delta, where it is one product; whether it is."""
+        base, patch = self.base, source.patch
+        if base is None or base.patch or patch is None or patch.row != feed.row or not source.same_weight(base):
+            return False
+        product = patch.product(start // feed.row, (start + out.size) // feed.row)
+        if product:
+            feed.multiply(out, *product)
+        return product is not None
 
     def factors(self, source: int) -> tuple[Any, Any] | None:
         """B `[O, R]` and A `[R, I]` of a source's delta, float32, scale in B, where it is one product and nothing else.
@@ -236,13 +262,14 @@ class Inputs:
         base = self.base.tensor(baked=baked) if self.base else None
         return base, [source.tensor(baked=baked) for source in self.sources]
 
-    def _base(self, start: int, stop: int) -> Any:
+    def _base(self, start: int, stop: int, feed: Feed, left: list[Callable[[], None]]) -> Any:
         """The base's part of a block: stored bits where they can be used as they are, else float32."""
         if self.base is None:
             return SCRATCH.array("base", 0, np.float32)
         if self.base.dtype == "BF16" and self.base.plain and not self._extended:
             base = SCRATCH.array("base", stop - start, np.uint16)
-            self.base.raw(start, stop, base)
+            raw = partial(self.base.raw, start, stop, base)
+            left.append(raw) if self.base.fed(feed, start, base) else raw()
             return base
         base = SCRATCH.array("base", stop - start, np.float32)
         self.base.value(start, stop, base)

@@ -77,7 +77,7 @@ def write_merged(ops: Ops, block: Block, merged: Block, out: Any, key: int, delt
     outcome = ops.blend(merged, out, 1.0 if deltas else 0.0, [1.0], key, False)
     if deltas:
         return Outcome(outcome.bad, *ops.tally(block))
-    nothing = Tally.empty(len(block.sources))
+    nothing = Tally.empty(block.count)
     return Outcome(outcome.bad, nothing.counts, nothing.total())
 
 

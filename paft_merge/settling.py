@@ -34,7 +34,7 @@ class Settling:
 
     def merge(self, block: Block, out: Any, room: Any) -> tuple[Outcome, Open]:
         """Write the block but for what is open; where that lies, the base. `room` `[bytes]` is for what is set aside."""
-        bounds = [bracket.within(block.index, block.index + block.sources.shape[1]) for bracket in self.brackets]
+        bounds = [bracket.within(block.index, block.index + block.size) for bracket in self.brackets]
         return CpuOps().consensus_outside(block, out, bounds, self.election, room)
 
     def survivals(self, starts: Sequence[int], opened: Sequence[Open]) -> list[Survival] | None:

@@ -362,7 +362,7 @@ class _Search:
             return {}
 
         def work(block: Any) -> tuple[Counts, list[tuple[Any, Any]]]:
-            size = block.sources.shape[1]
+            size = block.size
             counts, found = self.ops.collect(block, *self._bounds(brackets, block.index, block.index + size))
             return counts, [np.unique(f, return_counts=True) if f.size > size // _LISTED else (f, None) for f in found]
 

@@ -66,5 +66,5 @@ def merge_tensors(rule: Rule, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     combine = rule.prepare(Walk(sources.shape[1], each, ops, range(len(tensors)), shape), deltas)
     out = torch.empty(sources.shape[1], dtype=torch.float32)
     bits = out.numpy().view(np.uint32)
-    each(lambda block: combine(block, bits[block.index : block.index + block.sources.shape[1]], 0))
+    each(lambda block: combine(block, bits[block.index : block.index + block.size], 0))
     return out.reshape(tensors[0].shape)

@@ -76,7 +76,7 @@ class TorchOps:
         if tally and len(rows):
             counts[:, 5:7] = rows.shape[1] - counts[:, :1]
             sums[:, 2:] = sums[:, 1:2]
-        total = torch.zeros(block.sources.shape[1], device=self.device)
+        total = torch.zeros(block.size, device=self.device)
         if block.base.size:
             total = self._float(block.base) * float(np.float32(base_weight))
         for row, weight in zip(rows, weights, strict=True):
@@ -110,13 +110,13 @@ class TorchOps:
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
         counts, sums = _tally(self._deltas(block))
-        counts[:, 5:7] = block.sources.shape[1] - counts[:, :1]
+        counts[:, 5:7] = block.size - counts[:, :1]
         sums[:, 2:] = sums[:, 1:2]
         return counts, sums
 
     def variance(self, block: Block, total: int) -> Block:
         rows = self._deltas(block).double()
-        mean = torch.zeros(block.sources.shape[1], dtype=torch.float64, device=self.device)
+        mean = torch.zeros(block.size, dtype=torch.float64, device=self.device)
         for row in rows:
             mean = mean + row
         mean = mean / total
@@ -155,7 +155,7 @@ class TorchOps:
     def fuse(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
         rows = self._deltas(block)
         agree = _agreement(list(rows), Election((), "unweighted", True, "weights", 1.0))
-        total = torch.zeros(block.sources.shape[1], device=self.device)
+        total = torch.zeros(block.size, device=self.device)
         divisor, elected, energy = total, [], []
         for row, agrees, weight in zip(rows, agree, weights, strict=True):
             held = torch.where(agrees, row, torch.zeros_like(row))
@@ -178,15 +178,15 @@ class TorchOps:
         return _derived(block, kept)
 
     def gram_rows(self, block: Block, row: int) -> Sums:
-        deltas = self._deltas(block).double().view(len(block.sources), -1, row).transpose(0, 1)
+        deltas = self._deltas(block).double().view(block.count, -1, row).transpose(0, 1)
         return (deltas @ deltas.mT).cpu().numpy()
 
     def gram_columns(self, block: Block, row: int) -> Sums:
-        deltas = self._deltas(block).double().view(len(block.sources), -1, row)
+        deltas = self._deltas(block).double().view(block.count, -1, row)
         return torch.stack([(deltas * one).sum(1) for one in deltas]).cpu().numpy()
 
     def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block:
-        deltas = self._deltas(block).view(len(block.sources), -1, row)
+        deltas = self._deltas(block).view(block.count, -1, row)
         own = torch.from_numpy(np.ascontiguousarray(weights, np.float32)).to(self.device)
         total = torch.zeros(deltas.shape[1:], device=self.device)
         for one, weight in zip(deltas, own, strict=True):
@@ -217,7 +217,7 @@ class TorchOps:
 
     def _places(self, block: Block) -> Tensor:
         """The flat index of every entry of a block in its tensor."""
-        return torch.arange(block.index, block.index + block.sources.shape[1], device=self.device)
+        return torch.arange(block.index, block.index + block.size, device=self.device)
 
     def _kept(self, survival: Survival, index: int, size: int) -> Tensor:
         if survival.keep >= 2**32:

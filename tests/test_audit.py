@@ -20,6 +20,7 @@ from paft_merge import blocks, loops
 from paft_merge.auditing import Audit, Group, audit
 from paft_merge.blocks import Block, CpuOps, Survival
 from paft_merge.errors import AuditError
+from paft_merge.loops.feed import FULL
 from paft_merge.measures.metrics import Measure
 from paft_merge.sparsify import Trim, trim_survivals
 
@@ -340,7 +341,7 @@ def test_thresholds_from_the_histogram_are_those_of_the_search(kind: str, densit
     held = values.astype(np.float32).view(np.uint32)
     each = InMemory(held, 700)
     counts, lows = np.zeros((2, 1 << 15), np.int64), np.zeros((2, 1 << 15), np.int64)
-    loops.histogram(held[0], held, False, counts, lows, loops.lines(2))
+    loops.histogram(held[0], held, False, FULL, counts, lows, loops.lines(2))
 
     trims = [Trim("density", density)] * 2
     found = trim_survivals(trims, 3000, each, CpuOps(), full=(counts, lows))

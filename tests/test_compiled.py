@@ -14,6 +14,7 @@ import pytest
 from paft_merge import loops
 from paft_merge.loops import compiled
 from paft_merge.loops.compiled import Compiled
+from paft_merge.loops.feed import FULL
 
 USED = """
 import sys
@@ -79,7 +80,7 @@ def test_types_that_differ_are_compiled_apart_and_give_the_same() -> None:
     out = [np.empty(5, kind) for kind in (np.uint16, np.uint32)]
     for one in out:
         bad = loops.blend(
-            one, values.view(np.uint32), np.empty((0, 5), np.uint32), 2.0, np.empty(0, np.float32), False, 0,
+            one, values.view(np.uint32), np.empty((0, 5), np.uint32), False, FULL, 0, 2.0, np.empty(0, np.float32),
             np.uint64(0), False, np.empty((0, 8), np.int64), np.empty((0, 4)), loops.lines(3),
         )  # fmt: skip
         assert bad == 0

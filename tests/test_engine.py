@@ -16,9 +16,9 @@ from conftest import dense_deltas, near, random_state, save_adapter, save_checkp
 from merge_toys import State, bits_equal, files_of, manifest_of, on, recipe, recipe_for, same, tensors_of, write_recipe
 from safetensors.torch import save_file
 
-from paft_merge import merge, open_plan
+from paft_merge import blocks, merge, open_plan
 from paft_merge.api import threads_within
-from paft_merge.blocks import TILE, CpuOps
+from paft_merge.blocks import CpuOps
 from paft_merge.bridge import WholeTensor
 from paft_merge.casting import stored_bytes
 from paft_merge.engine import Progress
@@ -33,10 +33,14 @@ LARGE = "model.layers.1.self_attn.q_proj.weight"
 """The one tensor of the large family that takes more than one tile."""
 
 
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TILE", 1 << 14)
+
+
 def large_state(dtype: torch.dtype) -> State:
     state = random_state(0, dtype, layers=2)
-    state[LARGE] = (torch.randn(600, 1024, generator=torch.Generator().manual_seed(9)) * 0.02).to(dtype)
-    assert state[LARGE].numel() > TILE
+    state[LARGE] = (torch.randn(150, 256, generator=torch.Generator().manual_seed(9)) * 0.02).to(dtype)
     return state
 
 

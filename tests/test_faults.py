@@ -525,7 +525,7 @@ def test_too_little_memory_for_one_block_names_the_tensor_and_the_bytes(models: 
 
 
 def test_a_tensor_larger_than_the_memory_is_merged_in_blocks(tmp_path: Path) -> None:
-    base = {"w": torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()}
+    base = {"w": torch.randn(16384, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()}
     a, b = save_checkpoint(tmp_path / "a", base), save_checkpoint(tmp_path / "b", near(base, 1))
     file = write_recipe(tmp_path / "r.yaml", recipe("ties", a, (b, {"weight": 1, "density": 0.5})))
     code = """if True:
@@ -534,7 +534,7 @@ def test_a_tensor_larger_than_the_memory_is_merged_in_blocks(tmp_path: Path) -> 
         assert paft("merge", sys.argv[1], sys.argv[2] + "0", "--dry-run").exit_code == 0
         import paft_merge.engine
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        result = paft("merge", sys.argv[1], sys.argv[2], "--memory", "16M")
+        result = paft("merge", sys.argv[1], sys.argv[2], "--memory", "64M")
         assert result.exit_code == 0, result.output
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     """

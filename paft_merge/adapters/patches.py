@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.adapters.rows import Array, Rows
-from paft_merge.loops import product
+from paft_merge.loops import multiply, product
+from paft_merge.loops.feed import packed
 
 T = TypeVar("T")
 Pair = tuple[Array, Array]
@@ -91,6 +92,14 @@ class Patch(ABC):
     def release(self) -> None:
         """Let go of what was read or worked out for `delta`; it is made again, at a price, when it is wanted again."""
 
+    def product(self, start: int, stop: int) -> Pair | None:
+        """What rows `[start, stop)` of the delta are the product of, when they are one and nothing else.
+
+        Returns:
+            Those rows of B `[N, R]`, and A in panels (see `loops.multiply`).
+        """
+        return None
+
     def factors(self) -> list[Pair] | None:
         """The delta as low-rank products, when it is nothing else.
 
@@ -109,15 +118,19 @@ class LowRank(Patch):
     ) -> None:
         super().__init__(shape, row, kind, beneath)
         self.pair = pair
+        self._panels = Once(lambda: packed(self.pair.get()[1]))
 
     def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
-        left, right = self.pair.get()
-        product(left[start:stop], right, out)
+        multiply(*self.product(start, stop), out)
+
+    def product(self, start: int, stop: int) -> Pair:
+        return self.pair.get()[0][start:stop], self._panels.get()
 
     def factors(self) -> list[Pair]:
         return [self.pair.get()]
 
     def release(self) -> None:
+        self._panels.release()
         self.pair.release()
 
 

@@ -91,6 +91,8 @@ def merge(
 
     The options of mergekit-yaml are taken too; those that mean nothing here say so.
     """
+    # Read when NumPy is imported. A merge uses its BLAS on the core that asks; threads beside that one only wait, and not idly.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from paft_merge import api
 
     warn(notes)

@@ -7,6 +7,7 @@
 | kernels | from a block to the merged elements |
 | mixing | from one block to another, for the rarer methods |
 | products | the low-rank product |
+| feed, filling | what fills a block piece by piece, just before a loop comes to it |
 | audits | counts and sums over deltas |
 
 A block is a run of consecutive elements of one tensor, as bits: `uint16` holds bfloat16, `uint32` holds float32. Callers know the
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from paft_merge.loops.compiled import Compiled
+from paft_merge.loops.feed import memory_for, packed
 from paft_merge.scratch import SCRATCH
 
 STRIP = 1024
@@ -60,10 +62,6 @@ MOST = 1 << 22
 RUN = 64
 """Entries of a sample that lie together: two cache lines of bfloat16."""
 
-COLUMNS, STRIDE, SHIFT = 512, 768, 128
-"""Columns of a panel of `product`; floats from a row to the next, and from the panel's last to the first of totals. Four rows of
-it and four of totals are 16 KiB and stay in the L1 cache, and lie 512 bytes apart in every page (see `LINE`)."""
-
 histogram = Compiled("kernels.histogram")
 collect = Compiled("kernels.collect")
 locate = Compiled("kernels.locate")
@@ -91,7 +89,7 @@ compare = Compiled("audits.compare")
 shared_support = Compiled("audits.shared_support")
 add_squares = Compiled("audits.add_squares")
 
-_product = Compiled("products.product")
+_multiply = Compiled("products.multiply")
 
 
 def lines(count: int, *, of: Any = np.float32) -> Any:
@@ -100,9 +98,10 @@ def lines(count: int, *, of: Any = np.float32) -> Any:
 
 
 def product(left: Any, right: Any, out: Any) -> None:
-    """Low-rank product `out [N, I] = left [N, R] @ right [R, I]` in float32 (see `products.product`)."""
-    padded = (left.shape[1] + 3) // 4 * 4
-    memory = SCRATCH.array("product", (padded + 4) * STRIDE + SHIFT + 4 * padded, np.float32)
-    panel, after = memory[: padded * STRIDE].reshape(padded, STRIDE), padded * STRIDE + SHIFT
-    total, rows = memory[after : after + 4 * STRIDE].reshape(4, STRIDE), memory[after + 4 * STRIDE :].reshape(4, padded)
-    _product(*(np.ascontiguousarray(factor) for factor in (left, right)), out, panel, total, rows)
+    """Low-rank product `out [N, I] = left [N, R] @ right [R, I]` in float32 (see `products.multiply`)."""
+    multiply(left, packed(right, lambda size, dtype: SCRATCH.array("packed", size, dtype)), out)
+
+
+def multiply(left: Any, panels: Any, out: Any) -> None:
+    """`product` with the right factor as `packed` gives it."""
+    _multiply(np.ascontiguousarray(left), panels, out, *memory_for(panels.shape[1]))

@@ -40,6 +40,7 @@ class Compiled:
     def __init__(self, place: str) -> None:
         self.module, self.name = place.split(".")
         self._made: dict[tuple[str, ...], Callable[..., int]] = {}
+        self._entries: dict[tuple[str, ...], int] = {}
         self.__doc__ = f"`{place}`, compiled."
 
     def __call__(self, *arguments: Any) -> int:
@@ -59,13 +60,23 @@ class Compiled:
                 run = self._made[kinds] = self._made.get(kinds) or self._prepare(kinds)
         return run(*arguments)
 
+    def entry(self, *arguments: Any) -> int:
+        """The address of the loop's machine code for such arguments: a C function of each array's address and lengths."""
+        kinds = tuple(map(_kind, arguments))
+        if kinds not in self._entries:
+            with _LOCK:
+                self._prepare(kinds)
+        return self._entries[kinds]
+
     def _prepare(self, kinds: tuple[str, ...]) -> Callable[..., int]:
         name = f"{self.name}-{xxhash.xxh3_64_hexdigest('|'.join((self.module, *kinds, _environment())).encode())}.o"
         code = _read(name)
         if code is None:
             code = _compile(self.module, self.name, kinds)
             _write(name, code)
-        return _callable(code, kinds)
+        symbol, _, machine = code.partition(b"\0")
+        self._entries[kinds] = _address(symbol.decode(), machine)
+        return _callable(self._entries[kinds], kinds)
 
 
 def _kind(argument: Any) -> str:
@@ -79,13 +90,12 @@ def _kind(argument: Any) -> str:
     return kind
 
 
-def _callable(code: bytes, kinds: tuple[str, ...]) -> Callable[..., int]:
-    """The loop in an object file, called with arrays and numbers."""
-    symbol, _, machine = code.partition(b"\0")
+def _callable(entry: int, kinds: tuple[str, ...]) -> Callable[..., int]:
+    """The loop at an address, called with arrays and numbers."""
     types: list[Any] = []
     for kind in kinds:
         types += [_SCALARS[kind]] if kind in _SCALARS else [ctypes.c_void_p, *[ctypes.c_int64] * int(kind[1:])]
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(_address(symbol.decode(), machine))
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(entry)
 
     def run(*arguments: Any) -> int:
         flat: list[Any] = []

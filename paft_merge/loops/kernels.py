@@ -23,6 +23,7 @@ from paft_merge.loops.strips import (
     MAGNITUDE,
     bits_of,
     counter,
+    feed,
     float_of,
     inside,
     jit,
@@ -42,23 +43,32 @@ from paft_merge.loops.strips import (
 
 
 @jit
-def histogram(base: Any, sources: Any, subtract: bool, counts: Any, lows: Any, lines: Any) -> None:
+def histogram(base: Any, sources: Any, subtract: bool, how: Any, counts: Any, lows: Any, lines: Any) -> int:
     """Count magnitudes by their upper bits, exactly.
 
     Args:
         base: `[E]` bits; read only with `subtract`.
         sources: `[n, E]` bits.
         subtract: sources are values, and their deltas are meant.
+        how: `[K]` int64, what fills the block while the loop goes over it (see `feed`); `[0]` where it is full.
         counts: `[n, BINS]` int64; entries of each bin are added.
         lows: `[n, BINS]` int64; the sum of the entries' lower 16 bits is added. With `counts` it gives the L1 norm of a
             bin without rounding (see `sparsify.l1_of_bins`). May be `[n, 0]` when it is not wanted.
         lines: of two strips.
+
+    Returns:
+        0; -1 where the block could not be filled.
     """
     n, size = sources.shape
+    ready = 0 if how.size else size
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
+        if start + m > ready:
+            ready = feed(how, start + m)
+            if ready < 0:
+                return -1
         if subtract:
             widen(base[start : start + m], minus)
         for i in range(n):
@@ -72,21 +82,28 @@ def histogram(base: Any, sources: Any, subtract: bool, counts: Any, lows: Any, l
             else:
                 for j in range(m):
                     row[(bits_of(values[j]) & MAGNITUDE) >> np.uint32(16)] += 1
+    return 0
 
 
 @jit
-def collect(base: Any, sources: Any, subtract: bool, low: Any, width: Any, found: Any, counts: Any, lines: Any) -> None:
+def collect(
+    base: Any, sources: Any, subtract: bool, how: Any, low: Any, width: Any, found: Any, counts: Any, lines: Any
+) -> int:
     """Gather the magnitudes inside a bracket and count those above it.
 
     Args:
-        base, sources, subtract: as in `histogram`.
+        base, sources, subtract, how: as in `histogram`.
         low: `[n]` uint32, the lowest magnitude (bits) of each source's bracket.
         width: `[n]` uint32, the number of bit patterns in the bracket. A source whose `low` is all ones is passed over.
         found: `[n, E]` uint32; row i receives the magnitudes inside, in order of position.
         counts: `[n, 2]` int64; receives how many are inside and how many above.
         lines: of two strips.
+
+    Returns:
+        0; -1 where the block could not be filled.
     """
     n, size = sources.shape
+    ready = 0 if how.size else size
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for i in range(n):
@@ -94,6 +111,10 @@ def collect(base: Any, sources: Any, subtract: bool, low: Any, width: Any, found
         counts[i, 1] = 0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
+        if start + m > ready:
+            ready = feed(how, start + m)
+            if ready < 0:
+                return -1
         if subtract:
             widen(base[start : start + m], minus)
         for i in range(n):
@@ -114,6 +135,7 @@ def collect(base: Any, sources: Any, subtract: bool, low: Any, width: Any, found
                     left &= left - np.uint64(1)
             counts[i, 0] = at
             counts[i, 1] += above >> 1
+    return 0
 
 
 @jit
@@ -144,25 +166,33 @@ def locate(base: Any, source: Any, subtract: bool, bits: np.uint32, nth: int, li
 
 @jit
 def dropped_l1(
-    base: Any, sources: Any, subtract: bool, index: int, keep: Any, keys: Any, sums: Any, lines: Any, lanes: Any
-) -> None:  # fmt: skip
+    base: Any, sources: Any, subtract: bool, how: Any, index: int, keep: Any, keys: Any, sums: Any, lines: Any, lanes: Any
+) -> int:  # fmt: skip
     """Add up |delta| before and after a random drop.
 
     Args:
-        base, sources, subtract: as in `histogram`.
+        base, sources, subtract, how: as in `histogram`.
         index: flat index of the block's first element in its tensor.
         keep: `[n]` uint64, an entry stays when the upper 32 bits of its hash are below this.
         keys: `[n]` uint64, the stream of each source.
         sums: `[n, 2]` float64; receives the sums before and after.
         lines, lanes: of two strips, and of 2 * n in float64.
+
+    Returns:
+        0; -1 where the block could not be filled.
     """
     n, size = sources.shape
+    ready = 0 if how.size else size
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     before, after = lanes[:n], lanes[n:]
     lanes[:] = 0.0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
+        if start + m > ready:
+            ready = feed(how, start + m)
+            if ready < 0:
+                return -1
         if subtract:
             widen(base[start : start + m], minus)
         for i in range(n):
@@ -177,23 +207,32 @@ def dropped_l1(
     for i in range(n):
         sums[i, 0] = before[i, :STRIP].sum()
         sums[i, 1] = after[i, :STRIP].sum()
+    return 0
 
 
 @jit
-def gram(base: Any, sources: Any, subtract: bool, out: Any, lines: Any, lanes: Any) -> None:
+def gram(base: Any, sources: Any, subtract: bool, how: Any, out: Any, lines: Any, lanes: Any) -> int:
     """Inner products of the sources (or of their deltas) over one block.
 
     Args:
-        base, sources, subtract: as in `histogram`.
+        base, sources, subtract, how: as in `histogram`.
         out: `[n, n]` float64; receives the symmetric matrix.
         lines, lanes: of n + 1 strips, and of n * n in float64.
+
+    Returns:
+        0; -1 where the block could not be filled.
     """
     n, size = sources.shape
+    ready = 0 if how.size else size
     minus, values = lines[0], lines[1:]
     minus[:] = np.float32(0)
     lanes[:] = 0.0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
+        if start + m > ready:
+            ready = feed(how, start + m)
+            if ready < 0:
+                return -1
         if subtract:
             widen(base[start : start + m], minus)
         for i in range(n):
@@ -207,11 +246,12 @@ def gram(base: Any, sources: Any, subtract: bool, out: Any, lines: Any, lanes: A
         for k in range(i + 1):
             out[i, k] = lanes[i * n + k, :STRIP].sum()
             out[k, i] = out[i, k]
+    return 0
 
 
 @jit
 def blend(
-    out: Any, base: Any, sources: Any, base_weight: float, weights: Any, subtract: bool, index: int, key: np.uint64,
+    out: Any, base: Any, sources: Any, subtract: bool, how: Any, index: int, base_weight: float, weights: Any, key: np.uint64,
     tally: bool, counts: Any, sums: Any, lines: Any,
 ) -> int:  # fmt: skip
     """Weighted sum: `base_weight * base + sum_i weights_i * source_i`, in that order, in float32, rounded once.
@@ -220,23 +260,29 @@ def blend(
         out: `[E]` bits, written.
         base: `[E]` bits, or empty when `base_weight` is 0.
         sources: `[n, E]` bits.
+        subtract: a source stands for its delta, `source_i - base`.
+        how: as in `histogram`.
+        index: flat index of the block's first element in its tensor.
         base_weight: float32.
         weights: `[n]` float32.
-        subtract: a source stands for its delta, `source_i - base`.
-        index: flat index of the block's first element in its tensor.
         key: stream of stochastic rounding, 0 for rounding to nearest.
         tally: whether to count the sources as deltas into `counts` `[n, 8]` and `sums` `[n, 4]`.
         lines: of three strips.
 
     Returns:
-        The number of elements of `out` that are not finite.
+        The number of elements of `out` that are not finite; -1 where the block could not be filled.
     """
     n, size = sources.shape
+    ready = 0 if how.size else size
     minus, values, total = lines[0], lines[1], lines[2]
     minus[:] = np.float32(0)
     wb, bad = np.float32(base_weight), 0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
+        if start + m > ready:
+            ready = feed(how, start + m)
+            if ready < 0:
+                return -1
         if subtract:
             widen(base[start : start + m], minus)
         if base.size:
@@ -359,7 +405,7 @@ def _agree(
 
 @jit
 def consensus(
-    out: Any, base: Any, sources: Any, subtract: bool, index: int, weights: Any, scales: Any,
+    out: Any, base: Any, sources: Any, subtract: bool, how: Any, index: int, weights: Any, scales: Any,
     low: Any, low_cut: Any, high: Any, high_cut: Any, shrink: Any, keep: Any, keys: Any,
     elect: int, tie_positive: bool, normalize: int, factor: float, key: np.uint64, counts: Any, sums: Any,
     open_low: Any, open_width: Any, place: Any, held: Any, found: Any, tally: Any,
@@ -368,7 +414,7 @@ def consensus(
     """Trim or drop each delta, elect a sign per entry, and add what agrees to the base.
 
     Args:
-        out, base, sources, subtract, index, key: as in `blend`.
+        out, base, sources, subtract, how, index, key: as in `blend`.
         weights: `[n]` float32, the scalar of each source.
         scales: `[n]` float32, what survives of a delta is multiplied by this (rescaling).
         low, low_cut: `[n]` uint32 and int64: an entry survives when its magnitude (bits) is above `low`, or equal to it
@@ -393,9 +439,10 @@ def consensus(
         lines: of n + 5 strips.
 
     Returns:
-        The number of elements of `out` that are not finite.
+        The number of elements of `out` that are not finite; -1 where the block could not be filled.
     """
     n, size = sources.shape
+    ready = 0 if how.size else size
     base_f, nothing, vote, result, divisor, values = lines[0], lines[1], lines[2], lines[3], lines[4], lines[5:]
     nothing[:] = np.float32(0)
     minus = base_f if subtract else nothing
@@ -404,6 +451,10 @@ def consensus(
     bad, many = 0, 0
     for start in range(0, size, STRIP):
         m, first = min(STRIP, size - start), index + start
+        if start + m > ready:
+            ready = feed(how, start + m)
+            if ready < 0:
+                return -1
         widen(base[start : start + m], base_f)
         for i in range(n):
             wide[i] = load_counted(sources[i, start : start + m], minus, values[i], counts[i], sums[i])

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from paft_merge.loops import COLUMNS
+from paft_merge.loops.feed import COLUMNS
 
 _LINE = 64
 """What columns are rounded up to: a loop of a multiple of this is all vectors."""
 
 
 @njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
-def product(left: Any, right: Any, out: Any, panel: Any, total: Any, rows: Any) -> None:
+def multiply(left: Any, panels: Any, out: Any, total: Any, rows: Any) -> None:
     """Low-rank product `out = left @ right` in float32, one fused multiply-add a rank, in the order of the ranks.
 
     An element depends on its row of `left` and its column of `right` alone, whatever else is computed in the same call:
@@ -23,22 +23,17 @@ def product(left: Any, right: Any, out: Any, panel: Any, total: Any, rows: Any) 
 
     Args:
         left: `[N, R]` float32.
-        right: `[R, I]` float32.
+        panels: `[C, P, STRIDE]` float32, the right factor `[R, I]` in panels of COLUMNS columns (see `feed.packed`).
         out: `[N, I]` float32, overwritten.
-        panel, total, rows: `[P, STRIDE]`, `[4, STRIDE]`, `[4, P]` float32, memory; P is R rounded up to fours.
+        total, rows: `[4, STRIDE]`, `[4, P]` float32, memory; P is R rounded up to fours.
     """
     n, rank = left.shape
-    width = right.shape[1]
-    padded = (rank + 3) // 4 * 4
-    panel[:] = np.float32(0)
+    width, padded = out.shape[1], panels.shape[1]
     rows[:] = np.float32(0)
-    for column in range(0, width, COLUMNS):
+    for c in range(panels.shape[0]):
+        column, panel = c * COLUMNS, panels[c]
         m = min(COLUMNS, width - column)
         columns = (m + _LINE - 1) // _LINE * _LINE
-        for r in range(rank):
-            source, line = right[r, column : column + m], panel[r]
-            for j in range(m):
-                line[j] = source[j]
         for first in range(0, n, 4):
             many = min(4, n - first)
             for k in range(many):

@@ -100,6 +100,21 @@ def plus(_: Any, total: Any, value: Any) -> Any:
     return types.float32(types.float32, types.float32), generate
 
 
+@intrinsic
+def feed(_: Any, how: Any, upto: Any) -> Any:
+    """Let what fills the block go on until `upto` entries are there: how many are, or -1 (see `filling.fill`)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole, integer = ir.IntType(64).as_pointer(), ir.IntType(64)
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        kind = ir.FunctionType(integer, [whole, integer, integer])
+        fill = builder.inttoptr(builder.load(array.data), kind.as_pointer())
+        length = builder.extract_value(array.shape, 0)
+        return builder.call(fill, [array.data, length, arguments[1]])
+
+    return types.int64(how, types.int64), generate
+
+
 @njit(inline="always")
 def widen(bits: Any, values: Any) -> None:
     """Put stored elements into `values` as float32."""

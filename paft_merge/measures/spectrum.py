@@ -106,7 +106,7 @@ class Factored:
             dtype: of the arithmetic. float64 gives every singular value; float32, at half of the time, those from about
                 1e-3 of the largest on, and inner products to six digits.
         """
-        b_OR, a_IR = b.astype(dtype, order="C", copy=False), a.T.astype(dtype, order="C")
+        b_OR, a_IR = b.astype(dtype, order="C", copy=False), a.astype(dtype, order="C", copy=False).T
         bb_RR, aa_RR = _crossed(b_OR, b_OR), _crossed(a_IR, a_IR)
         squares, e_RR = np.linalg.eigh(bb_RR)
         s_R = np.sqrt(np.where(squares > 64 * np.finfo(dtype).eps * squares[-1], squares, 0.0))
