@@ -49,22 +49,30 @@ def sample_end(start: int, stop: int, row: int) -> int:
     return start + max(1, (stop - start) // row // (32 if row == 1 else 16)) * row
 
 
+NOT_PICKED = 1, np.empty((1, 0), np.uint32), np.zeros(1, np.int64)
+"""The `picking` of a block of which nothing is wanted."""
+
+
 class Block:
     """One tile of the base and of the sources, as bits (see `loops`) or, on another device, as float32 tensors.
 
     Args:
         index: flat index of the first element in its tensor.
-        base: `[E]`, or `[0]` where the merge has no base.
-        sources: `[n, E]`: values, or deltas.
+        base: `[E]`, or `[0]` where the merge has no base; `[0]` of its type where `feed` makes all of the block.
+        sources: `[n, E]`: values, or deltas; `[n, 0]` likewise.
         subtract: the sources are values and the method wants their deltas.
-        feed: what the arrays are filled with when they are first looked at, or by a loop that walks them (see `unfilled`).
+        feed: what fills the arrays when they are first looked at, or, piece by piece, while a loop walks them (see `unfilled`).
     """
 
-    __slots__ = ("_base", "_feed", "_sources", "index", "subtract")
+    __slots__ = ("_base", "_feed", "_sources", "index", "picking", "size", "subtract")
 
     def __init__(self, index: int, base: Any, sources: Any, subtract: bool, feed: Feed | None = None) -> None:
         self.index, self.subtract = index, subtract
         self._base, self._sources, self._feed = base, sources, feed
+        self.size = feed.size if feed else int(sources.shape[1])
+        """E."""
+        self.picking: tuple[int, Any, Any] = NOT_PICKED
+        """What a loop that writes the block takes of it for a sample: `stride`, `picked`, `taken` of `loops.kernels.blend`."""
 
     @property
     def base(self) -> Any:
@@ -77,18 +85,16 @@ class Block:
         return self._sources
 
     @property
-    def size(self) -> int:
-        """E."""
-        return int(self._sources.shape[1])
-
-    @property
     def count(self) -> int:
         """n."""
         return len(self._sources)
 
     def unfilled(self) -> tuple[Any, Any, bool, Any]:
         """Base, sources, `subtract` and what fills them, for a loop that walks the whole block; then tell `filled`."""
-        return self._base, self._sources, self.subtract, self._feed.how if self._feed else FULL
+        if self._feed is None:
+            return self._base, self._sources, self.subtract, FULL
+        arrays = self._arrays(self._feed.piece) if self._made else (self._base, self._sources)
+        return *arrays, self.subtract, self._feed.how(*arrays)
 
     def filled(self, result: int) -> int:
         """`result` of such a loop, where it is not negative.
@@ -98,13 +104,27 @@ class Block:
         """
         if result < 0 and self._feed:
             self._feed.explain()
-        self._feed = None
+        if not self._made:
+            self._feed = None
         return result
 
     def _fill(self) -> None:
         if self._feed:
-            self._feed.all()
+            if self._made:
+                self._base, self._sources = self._arrays(self.size)
+            self._feed.fill(self._base, self._sources)
             self._feed = None
+
+    @property
+    def _made(self) -> bool:
+        """Whether the feed makes all of the block, so that a piece of memory does."""
+        return self._feed is not None and self._sources.shape[1] < self.size
+
+    def _arrays(self, size: int) -> tuple[Any, Any]:
+        """Memory of this thread for so many entries."""
+        assert self._feed is not None
+        base = SCRATCH.array("base", size if self._feed.has_base else 0, self._base.dtype)
+        return base, SCRATCH.array("sources", (self.count, size), self._sources.dtype)
 
 
 @dataclass(frozen=True)
@@ -307,7 +327,7 @@ class CpuOps:
         outcome = _no_outcome(block.count)
         outcome.bad = block.filled(loops.blend(
             out, *block.unfilled(), block.index, float(base_weight), np.array(weights, np.float32),
-            np.uint64(key), tally, outcome.counts, outcome.sums, lines(3),
+            np.uint64(key), tally, outcome.counts, outcome.sums, *block.picking, lines(4),
         ))  # fmt: skip
         return outcome
 
@@ -444,7 +464,7 @@ def _consensus(
         loops.ELECT[election.elect], election.tie_positive, loops.NORMALIZE[election.normalize], float(election.factor),
         np.uint64(key), outcome.counts, outcome.sums,
         np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, found, tally,
-        SCRATCH.array("wide", n, np.uint8), lines(n + 5),
+        *block.picking, SCRATCH.array("wide", n, np.uint8), lines(n + 5),
     ))  # fmt: skip
     if not most:
         return outcome, None

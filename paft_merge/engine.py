@@ -173,6 +173,8 @@ class _Worker:
 
         def write(block: Block) -> Written:
             out = SCRATCH.array("out", block.size, RAW.get(tensor.dtype, np.uint32))
+            if tensor.inputs.deltas:
+                sample.offer(block)
             outcome = combine(block, out, tensor.rounding_key)
             if tensor.inputs.deltas:
                 sample.take(block)
@@ -197,6 +199,7 @@ class _Worker:
                     out, room = tile[: block.size * tensor.width].view(kind), tile[_HELD_TILE // 2 :]
                 else:
                     out, room = SCRATCH.array("out", block.size, kind), np.empty(0, np.uint8)
+                sample.offer(block)
                 merged = settling.merge(block, out, room)
                 sample.take(block)
                 return out, *merged

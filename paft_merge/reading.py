@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -73,11 +72,12 @@ class Read:
         width = DTYPES[self.dtype].bits // 8
         self.checkpoint.read_into(self.name, start * width, out.view(np.uint8))
 
-    def fed(self, feed: Feed, start: int, out: Any) -> bool:
-        """Let `feed` read the stored elements from `start` on into `out`, an array of the storage type; whether it can."""
-        place = self.checkpoint.lies_at(self.name, start * DTYPES[self.dtype].bits // 8, out.nbytes)
+    def fed(self, feed: Feed, start: int, row: int) -> bool:
+        """Let `feed` read the stored elements from `start` on into a row; whether it can."""
+        width = DTYPES[self.dtype].bits // 8
+        place = self.checkpoint.lies_at(self.name, start * width, feed.size * width)
         if place:
-            feed.read(out, *place)
+            feed.read(row, *place)
         return place is not None
 
     def weight(self, start: int, stop: int, out: Any) -> None:
@@ -209,41 +209,49 @@ class Inputs:
         `all_sources`: one row a source, zeros for those that have no delta; else one for each that is `active`.
         """
         rows = list(self.sources) if all_sources else [self.sources[i] for i in self.active]
-        size = stop - start
-        left: list[Callable[[], None]] = []  # what is read while the block is walked, to be read at once if that fails
-
-        def again() -> None:
-            for read in left:
-                read()
-
+        size, raw, base = stop - start, self.form == "raw", self.base
         patches = [read.patch for read in rows if read.patch]
-        feed = Feed(size, patches[0].row if patches else 1, again)
-        if self.form == "raw":
-            dtype = RAW[self.reads[0].dtype]
-            base = SCRATCH.array("base", size if self.base else 0, dtype)
-            sources = SCRATCH.array("sources", (len(rows), size), dtype)
-            for read, row in [*([(self.base, base)] if self.base else []), *zip(rows, sources, strict=True)]:
-                raw = partial(read.raw, start, stop, row)
-                left.append(raw) if read.fed(feed, start, row) else raw()
-            return Block(start, base, sources, self.subtract, feed)
-        values = SCRATCH.array("sources", (len(rows), size), np.float32)
-        base_f = self._base(start, stop, feed, left)
-        for read, row in zip(rows, values, strict=True):
-            if self.form == "values":
-                read.value(start, stop, row)
-            elif not self._fed(read, feed, start, row):
-                self._delta(read, start, stop, row)
-        base_bits = base_f if base_f.dtype == np.uint16 else base_f.view(np.uint32)
-        return Block(start, base_bits, values.view(np.uint32), subtract=False, feed=feed)
+        feed = Feed(size, patches[0].row if patches else 1, lambda: self._reread(rows, start, stop))
+        stored = base is not None and (raw or (base.dtype == "BF16" and base.plain and not self._extended))
+        kinds = (RAW[base.dtype] if stored and base else np.uint32), (RAW[rows[0].dtype] if raw and rows else np.uint32)
+        fed = {-1} if stored and base and base.fed(feed, start, -1) else set[int]()
+        fed |= {
+            i for i, read in enumerate(rows) if (read.fed(feed, start, i) if raw else self._fed(read, feed, start, i))
+        }
+        if len(fed) == len(rows) + (base is not None):
+            return Block(start, np.empty(0, kinds[0]), np.empty((len(rows), 0), kinds[1]), raw and self.subtract, feed)
+        bits = SCRATCH.array("base", size if base else 0, kinds[0])
+        sources = SCRATCH.array("sources", (len(rows), size), kinds[1])
+        if base and -1 not in fed:
+            base.raw(start, stop, bits) if stored else base.value(start, stop, bits.view(np.float32))
+        for i, (read, row) in enumerate(zip(rows, sources, strict=True)):
+            if i not in fed:
+                self._read(read, start, stop, row)
+        return Block(start, bits, sources, raw and self.subtract, feed if fed else None)
 
-    def _fed(self, source: Read, feed: Feed, start: int, out: Any) -> bool:
+    def _read(self, source: Read, start: int, stop: int, out: Any) -> None:
+        """A source's row of a block."""
+        if self.form == "raw":
+            source.raw(start, stop, out)
+        elif self.form == "values":
+            source.value(start, stop, out.view(np.float32))
+        else:
+            self._delta(source, start, stop, out.view(np.float32))
+
+    def _reread(self, rows: Sequence[Read], start: int, stop: int) -> None:
+        """Read what a block is made of once more, to be told what is wrong with it."""
+        held = np.empty(stop - start, np.float32)
+        for read in [*([self.base] if self.base else []), *rows]:
+            read.weight(start, stop, held)
+
+    def _fed(self, source: Read, feed: Feed, start: int, row: int) -> bool:
         """Let `feed` compute a source's delta, where it is one product; whether it is."""
-        base, patch = self.base, source.patch
-        if base is None or base.patch or patch is None or patch.row != feed.row or not source.same_weight(base):
+        base, patch, width = self.base, source.patch, feed.width
+        if self.form != "deltas" or base is None or base.patch or patch is None or patch.row != width:
             return False
-        product = patch.product(start // feed.row, (start + out.size) // feed.row)
+        product = patch.product(start // width, (start + feed.size) // width) if source.same_weight(base) else None
         if product:
-            feed.multiply(out, *product)
+            feed.multiply(row, *product)
         return product is not None
 
     def factors(self, source: int) -> tuple[Any, Any] | None:
@@ -261,19 +269,6 @@ class Inputs:
         """Base, or None, and every source as whole tensors in memory (see `Read.tensor`)."""
         base = self.base.tensor(baked=baked) if self.base else None
         return base, [source.tensor(baked=baked) for source in self.sources]
-
-    def _base(self, start: int, stop: int, feed: Feed, left: list[Callable[[], None]]) -> Any:
-        """The base's part of a block: stored bits where they can be used as they are, else float32."""
-        if self.base is None:
-            return SCRATCH.array("base", 0, np.float32)
-        if self.base.dtype == "BF16" and self.base.plain and not self._extended:
-            base = SCRATCH.array("base", stop - start, np.uint16)
-            raw = partial(self.base.raw, start, stop, base)
-            left.append(raw) if self.base.fed(feed, start, base) else raw()
-            return base
-        base = SCRATCH.array("base", stop - start, np.float32)
-        self.base.value(start, stop, base)
-        return base
 
     @property
     def _extended(self) -> bool:

@@ -81,7 +81,8 @@ def test_types_that_differ_are_compiled_apart_and_give_the_same() -> None:
     for one in out:
         bad = loops.blend(
             one, values.view(np.uint32), np.empty((0, 5), np.uint32), False, FULL, 0, 2.0, np.empty(0, np.float32),
-            np.uint64(0), False, np.empty((0, 8), np.int64), np.empty((0, 4)), loops.lines(3),
+            np.uint64(0), False, np.empty((0, 8), np.int64), np.empty((0, 4)), 1,
+            np.empty((1, 0), np.uint32), np.zeros(1, np.int64), loops.lines(4),
         )  # fmt: skip
         assert bad == 0
     np.testing.assert_array_equal(out[1].view(np.float32), 2 * values)

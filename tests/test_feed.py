@@ -73,9 +73,9 @@ def test_filled_on_the_way_or_before_is_the_same(
     try:
         arrays = np.full(size, 0xFFFF, np.uint16), np.full((2, size), np.nan, np.float32)
         fed = Feed(size, width, never)
-        fed.read(arrays[0], fd, 8)
-        for (left, right), out in zip(pairs, arrays[1], strict=True):
-            fed.multiply(out, left, packed(right))
+        fed.read(-1, fd, 8)
+        for row, (left, right) in enumerate(pairs):
+            fed.multiply(row, left, packed(right))
         block = Block(77, arrays[0], arrays[1].view(np.uint32), subtract=False, feed=fed)
         found = LOOPS[loop](block)
         os.ftruncate(os.open(tmp_path / "base", os.O_RDWR), 0)
@@ -104,7 +104,7 @@ def test_a_file_that_became_shorter_is_named(loop: str, tmp_path: Path) -> None:
 def test_what_cannot_be_read_for_a_moment_is_no_result() -> None:
     held = np.zeros(10, np.uint16)
     fed = Feed(10, 1, lambda: None)
-    fed.read(held, 1 << 20, 0)  # no such descriptor
+    fed.read(-1, 1 << 20, 0)  # no such descriptor
     with pytest.raises(CheckpointError, match="for a moment"):
         OPS.blend(Block(0, held, np.zeros((0, 10), np.uint32), False, fed), np.empty(10, np.uint16), 1.0, [], 0, False)
 

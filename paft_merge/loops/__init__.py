@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 
 from paft_merge.loops.compiled import Compiled
+from paft_merge.loops.feed import STRIP as STRIP
 from paft_merge.loops.feed import memory_for, packed
 from paft_merge.scratch import SCRATCH
-
-STRIP = 1024
-"""Elements of a strip: 4 KiB of float32, so that a handful of strips fill the L1 cache."""
 
 LINE = STRIP + 144
 """Elements from a strip to the next. Strips a multiple of 4 KiB apart share their sets of the L1 cache, and a load is held up by

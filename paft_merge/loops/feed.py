@@ -7,6 +7,7 @@ computing. A loop that feeds itself takes the array `how` (see `filling.fill`), 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +17,20 @@ from paft_merge.errors import CheckpointError
 from paft_merge.loops.compiled import Compiled
 from paft_merge.scratch import SCRATCH
 
+STRIP = 1024
+"""Elements of a strip: 4 KiB of float32, so that a handful of strips fill the L1 cache."""
+
 PIECE = 1 << 16
-"""Entries of a piece, about: with two sources and the output half of a cache of 1 MiB."""
+"""Entries of a piece, about; whole strips: with two sources and the output half of a cache of 1 MiB."""
 
 COLUMNS, STRIDE, SHIFT = 512, 768, 128
 """Columns of a panel of a product's right factor; floats from a row to the next; floats by which memory for totals lies off a
 page. Four rows of a panel and four of totals are 16 KiB and stay in the L1 cache, and lie 512 bytes apart in every page (see
 `loops.LINE`)."""
 
-ENTRY, READY, STEP, SIZE, READS, PRODUCTS, PREAD, ROW, TOTAL, ROWS, HEAD = range(11)
-"""Places in `how`: the address of `fill`; entries that are there; entries of a piece, and of the block; how many reads and products
-follow; the address of the C library's pread; entries of a product's row; addresses of memory for a product. What follows the
+ENTRY, READY, STEP, SIZE, KEPT, READS, PRODUCTS, PREAD, ROW, TOTAL, ROWS, HEAD = range(12)
+"""Places in `how`: the address of `fill`; entries that are there; entries of a piece, and of the block; whether the arrays hold all of
+it, or a piece at a time; how many reads and products follow; the address of the C library's pread; entries of a product's row; addresses of memory for a product. What follows the
 head is, of each read, an address, bytes of an entry, a file descriptor and an offset; of each product, an address, the address of
 its rows of the left factor, its rank, and the address of the right one's panels."""
 
@@ -38,54 +42,67 @@ _pread = ctypes.cast(ctypes.CDLL(None).pread, ctypes.c_void_p).value
 
 
 class Feed:
-    """What the arrays of one block are to be filled with; of the thread that made it.
+    """What the rows of a block are filled with, of the thread that made it. Row -1 is the base, the others are the sources.
 
     Args:
         size: entries of the block.
-        row: entries of a row of the products; `size` is a number of rows.
+        width: entries of a row of the products; `size` is a number of those.
         again: called when something cannot be read; raises what is wrong.
     """
 
-    def __init__(self, size: int, row: int, again: Callable[[], None]) -> None:
-        self.row = row
-        self._size, self._again = size, again
-        self._reads: list[int] = []
-        self._products: list[int] = []
-        self._held: list[Any] = []
-        self._rank = 0
+    def __init__(self, size: int, width: int, again: Callable[[], None]) -> None:
+        self.size, self.width = size, width
+        self._again = again
+        self._reads: list[tuple[int, int, int]] = []
+        self._products: list[tuple[int, Any, Any]] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._reads or self._products)
-
-    def read(self, out: Any, fd: int, offset: int) -> None:
-        """Fill `out` `[size]` with what a file holds from byte `offset` on."""
-        self._reads += (_address(out), out.itemsize, fd, offset)
-
-    def multiply(self, out: Any, left: Any, panels: Any) -> None:
-        """Fill `out` `[size]` float32 with the product of `left` `[size / row, R]` and a factor's `panels` (see `packed`)."""
-        left = np.ascontiguousarray(left)
-        self._held += (left, panels)
-        self._rank = max(self._rank, panels.shape[1])
-        self._products += (_address(out), _address(left), left.shape[1], _address(panels))
+    def __len__(self) -> int:
+        """How many rows it fills."""
+        return len(self._reads) + len(self._products)
 
     @property
-    def how(self) -> Any:
-        """What a loop takes, for one walk over the block."""
-        total, rows = memory_for(self._rank) if self._products else (FULL, FULL)
-        step = max(PIECE // self.row // 4 * 4, 4) * self.row if self._products else PIECE
+    def has_base(self) -> bool:
+        """Whether it fills a base."""
+        return any(row < 0 for row, _, _ in self._reads)
+
+    def read(self, row: int, fd: int, offset: int) -> None:
+        """Fill a row with what a file holds from byte `offset` on."""
+        self._reads.append((row, fd, offset))
+
+    def multiply(self, row: int, left: Any, panels: Any) -> None:
+        """Fill a row with the product of `left` `[size / width, R]` and a factor's `panels` (see `packed`)."""
+        self._products.append((row, np.ascontiguousarray(left), panels))
+
+    @property
+    def piece(self) -> int:
+        """Entries that arrays need which are used again for every piece: whole strips, and whole rows of products."""
+        step = math.lcm(4 * self.width, STRIP) if self._products else STRIP
+        return min(max(PIECE // step, 1) * step, self.size)
+
+    def how(self, base: Any, sources: Any) -> Any:
+        """What a loop takes to fill such arrays in one walk over the block; with fewer entries than it has they hold pieces."""
+        rank = max((panels.shape[1] for _, _, panels in self._products), default=0)
+        total, rows = memory_for(rank) if self._products else (FULL, FULL)
+        kept = sources.shape[1] == self.size
         head = (
-            _fill.entry(FULL, 0), 0, step, self._size, len(self._reads) // 4, len(self._products) // 4, _pread, self.row,
+            _fill.entry(FULL, 0), 0, self.piece, self.size, kept, len(self._reads), len(self._products), _pread, self.width,
             _address(total), _address(rows),
         )  # fmt: skip
-        return np.array((*head, *self._reads, *self._products), np.int64)
+        made = list(head)
+        for row, fd, offset in self._reads:
+            out = sources[row] if row >= 0 else base
+            made += (_address(out), out.itemsize, fd, offset)
+        for row, left, panels in self._products:
+            made += (_address(sources[row]), _address(left), left.shape[1], _address(panels))
+        return np.array(made, np.int64)
 
-    def all(self) -> None:
-        """Fill the arrays at once.
+    def fill(self, base: Any, sources: Any) -> None:
+        """Fill arrays of the whole block at once.
 
         Raises:
             PaftMergeError: something cannot be read.
         """
-        if _fill(self.how, self._size) < 0:
+        if _fill(self.how(base, sources), self.size) < 0:
             self.explain()
 
     def explain(self) -> None:

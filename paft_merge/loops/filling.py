@@ -8,7 +8,21 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from paft_merge.loops.feed import COLUMNS, HEAD, PREAD, PRODUCTS, READS, READY, ROW, ROWS, SIZE, STEP, STRIDE, TOTAL
+from paft_merge.loops.feed import (
+    COLUMNS,
+    HEAD,
+    KEPT,
+    PREAD,
+    PRODUCTS,
+    READS,
+    READY,
+    ROW,
+    ROWS,
+    SIZE,
+    STEP,
+    STRIDE,
+    TOTAL,
+)
 from paft_merge.loops.products import multiply
 from paft_merge.loops.strips import jit
 
@@ -39,7 +53,7 @@ def _pread(_: Any, function: Any, fd: Any, address: Any, count: Any, offset: Any
 
 @jit
 def fill(how: Any, upto: int) -> int:
-    """Fill the arrays of a block until at least `upto` entries are there.
+    """Fill the arrays of a block until at least `upto` entries are there, or have been.
 
     Args:
         how: `[K]` int64, what with (see `feed`); keeps how many are there.
@@ -51,23 +65,24 @@ def fill(how: Any, upto: int) -> int:
     ready, size, row = how[READY], how[SIZE], how[ROW]
     while ready < upto:
         count = min(how[STEP], size - ready)
+        at = ready if how[KEPT] else 0
         for k in range(how[READS]):
-            at = HEAD + 4 * k
-            address, width, fd, offset = how[at], how[at + 1], how[at + 2], how[at + 3]
-            done, wanted = ready * width, (ready + count) * width
+            job = HEAD + 4 * k
+            address, width, fd, offset = how[job] + at * how[job + 1], how[job + 1], how[job + 2], how[job + 3]
+            done, wanted = 0, count * width
             while done < wanted:
-                got = _pread(how[PREAD], fd, address + done, wanted - done, offset + done)
+                got = _pread(how[PREAD], fd, address + done, wanted - done, offset + ready * width + done)
                 if got <= 0:
                     return -1
                 done += got
         for k in range(how[READS], how[READS] + how[PRODUCTS]):
-            at = HEAD + 4 * k
-            address, left, rank, right = how[at], how[at + 1], how[at + 2], how[at + 3]
+            job = HEAD + 4 * k
+            address, left, rank, right = how[job], how[job + 1], how[job + 2], how[job + 3]
             padded, first, many = (rank + 3) // 4 * 4, ready // row, count // row
             multiply(
                 carray(_floats(left + 4 * first * rank), (many, rank)),
                 carray(_floats(right), ((row + COLUMNS - 1) // COLUMNS, padded, STRIDE)),
-                carray(_floats(address + 4 * ready), (many, row)),
+                carray(_floats(address + 4 * at), (many, row)),
                 carray(_floats(how[TOTAL]), (4, STRIDE)),
                 carray(_floats(how[ROWS]), (4, padded)),
             )

@@ -21,10 +21,11 @@ from paft_merge.loops import RUN, STRIP
 from paft_merge.loops.strips import (
     GOLDEN,
     MAGNITUDE,
+    begun,
     bits_of,
     counter,
-    feed,
     float_of,
+    gone_on,
     inside,
     jit,
     load,
@@ -59,20 +60,20 @@ def histogram(base: Any, sources: Any, subtract: bool, how: Any, counts: Any, lo
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size = sources.shape
-    ready = 0 if how.size else size
+    n, size, ready, origin = begun(sources, how)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            ready = feed(how, start + m)
+            origin, ready = gone_on(how, ready)
             if ready < 0:
                 return -1
+        at = start - origin
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(base[at : at + m], minus)
         for i in range(n):
-            load(sources[i, start : start + m], minus, values)
+            load(sources[i, at : at + m], minus, values)
             row, low = counts[i], lows[i]
             if low.size:
                 for j in range(m):
@@ -102,8 +103,7 @@ def collect(
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size = sources.shape
-    ready = 0 if how.size else size
+    n, size, ready, origin = begun(sources, how)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for i in range(n):
@@ -112,16 +112,17 @@ def collect(
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            ready = feed(how, start + m)
+            origin, ready = gone_on(how, ready)
             if ready < 0:
                 return -1
+        at = start - origin
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(base[at : at + m], minus)
         for i in range(n):
             if low[i] == np.uint32(0xFFFFFFFF):
                 continue
-            lo, span, row, at = low[i], width[i], found[i], counts[i, 0]
-            high, above, source = np.uint32(lo + span), np.uint32(0), sources[i, start : start + m]
+            lo, span, row, many = low[i], width[i], found[i], counts[i, 0]
+            high, above, source = np.uint32(lo + span), np.uint32(0), sources[i, at : at + m]
             for j in range(m):
                 v = float_of(source[j]) - minus[j]
                 u = np.uint32(bits_of(v) & MAGNITUDE)
@@ -130,10 +131,10 @@ def collect(
             for first in range(0, m, 64):
                 left = inside(values, first, lo, span) & up_to(m - first)
                 while left:
-                    row[at] = bits_of(values[first + lowest(left)]) & MAGNITUDE
-                    at += 1
+                    row[many] = bits_of(values[first + lowest(left)]) & MAGNITUDE
+                    many += 1
                     left &= left - np.uint64(1)
-            counts[i, 0] = at
+            counts[i, 0] = many
             counts[i, 1] += above >> 1
     return 0
 
@@ -181,8 +182,7 @@ def dropped_l1(
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size = sources.shape
-    ready = 0 if how.size else size
+    n, size, ready, origin = begun(sources, how)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     before, after = lanes[:n], lanes[n:]
@@ -190,13 +190,14 @@ def dropped_l1(
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            ready = feed(how, start + m)
+            origin, ready = gone_on(how, ready)
             if ready < 0:
                 return -1
+        at = start - origin
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(base[at : at + m], minus)
         for i in range(n):
-            load(sources[i, start : start + m], minus, values)
+            load(sources[i, at : at + m], minus, values)
             bound, lanes_before, lanes_after = keep[i], before[i], after[i]
             z = counter(keys[i], index + start)
             for j in range(m):
@@ -222,21 +223,21 @@ def gram(base: Any, sources: Any, subtract: bool, how: Any, out: Any, lines: Any
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size = sources.shape
-    ready = 0 if how.size else size
+    n, size, ready, origin = begun(sources, how)
     minus, values = lines[0], lines[1:]
     minus[:] = np.float32(0)
     lanes[:] = 0.0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            ready = feed(how, start + m)
+            origin, ready = gone_on(how, ready)
             if ready < 0:
                 return -1
+        at = start - origin
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(base[at : at + m], minus)
         for i in range(n):
-            load(sources[i, start : start + m], minus, values[i])
+            load(sources[i, at : at + m], minus, values[i])
         for i in range(n):
             for k in range(i + 1):
                 left, right, lane = values[i], values[k], lanes[i * n + k]
@@ -250,9 +251,30 @@ def gram(base: Any, sources: Any, subtract: bool, how: Any, out: Any, lines: Any
 
 
 @jit
+def _pick(
+    base: Any, sources: Any, subtract: bool, skip: int, index: int, size: int, stride: int, out: Any, at: int, nothing: Any
+) -> int:  # fmt: skip
+    """`pick` of `size` entries from place `skip` of the arrays on, whose flat index is `index`; the first goes to place `at`."""
+    n, span, values = sources.shape[0], RUN * stride, out.view(np.float32)
+    for number in range(index // span, (index + size + span - 1) // span):
+        first = number * span + RUN * np.int64(random(np.uint64(0), number) % np.uint64(stride)) - index
+        start, stop = max(int(first), 0), min(int(first) + RUN, size)
+        m = stop - start
+        if m <= 0:
+            continue
+        below = values[n, at : at + m]
+        widen(base[skip + start : skip + stop], below)
+        minus = below if subtract else nothing
+        for i in range(n):
+            load(sources[i, skip + start : skip + stop], minus, values[i, at : at + m])
+        at += m
+    return at
+
+
+@jit
 def blend(
     out: Any, base: Any, sources: Any, subtract: bool, how: Any, index: int, base_weight: float, weights: Any, key: np.uint64,
-    tally: bool, counts: Any, sums: Any, lines: Any,
+    tally: bool, counts: Any, sums: Any, stride: int, picked: Any, taken: Any, lines: Any,
 ) -> int:  # fmt: skip
     """Weighted sum: `base_weight * base + sum_i weights_i * source_i`, in that order, in float32, rounded once.
 
@@ -267,26 +289,36 @@ def blend(
         weights: `[n]` float32.
         key: stream of stochastic rounding, 0 for rounding to nearest.
         tally: whether to count the sources as deltas into `counts` `[n, 8]` and `sums` `[n, 4]`.
-        lines: of three strips.
+        stride, picked, taken: as `stride` and `out` of `pick`, and `[1]` int64, receives how many entries were taken; `picked` is
+            `[n + 1, 0]` where none are wanted.
+        lines: of four strips.
 
     Returns:
         The number of elements of `out` that are not finite; -1 where the block could not be filled.
     """
-    n, size = sources.shape
-    ready = 0 if how.size else size
-    minus, values, total = lines[0], lines[1], lines[2]
+    n, size, ready, origin = begun(sources, how)
+    minus, values, total, nothing = lines[0], lines[1], lines[2], lines[3]
     minus[:] = np.float32(0)
+    nothing[:] = np.float32(0)
     wb, bad = np.float32(base_weight), 0
+    taken[0] = 0
+    if picked.size and ready:
+        taken[0] = _pick(base, sources, subtract, 0, index, size, stride, picked, 0, nothing)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            ready = feed(how, start + m)
+            begin = ready
+            origin, ready = gone_on(how, begin)
             if ready < 0:
                 return -1
+            if picked.size:
+                skip, count = begin - origin, ready - begin
+                taken[0] = _pick(base, sources, subtract, skip, index + begin, count, stride, picked, taken[0], nothing)
+        at = start - origin
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(base[at : at + m], minus)
         if base.size:
-            below = base[start : start + m]
+            below = base[at : at + m]
             for j in range(m):
                 total[j] = wb * float_of(below[j])
         else:
@@ -295,11 +327,11 @@ def blend(
         for i in range(n):
             w = weights[i]
             if tally:
-                load_counted(sources[i, start : start + m], minus, values, counts[i], sums[i])
+                load_counted(sources[i, at : at + m], minus, values, counts[i], sums[i])
                 for j in range(m):
                     total[j] = total[j] + w * values[j]
             else:
-                source = sources[i, start : start + m]
+                source = sources[i, at : at + m]
                 for j in range(m):
                     total[j] = total[j] + w * (float_of(source[j]) - minus[j])
         bad += nonfinite(total, m)
@@ -409,7 +441,7 @@ def consensus(
     low: Any, low_cut: Any, high: Any, high_cut: Any, shrink: Any, keep: Any, keys: Any,
     elect: int, tie_positive: bool, normalize: int, factor: float, key: np.uint64, counts: Any, sums: Any,
     open_low: Any, open_width: Any, place: Any, held: Any, found: Any, tally: Any,
-    wide: Any, lines: Any,
+    stride: int, picked: Any, taken: Any, wide: Any, lines: Any,
 ) -> int:  # fmt: skip
     """Trim or drop each delta, elect a sign per entry, and add what agrees to the base.
 
@@ -435,29 +467,38 @@ def consensus(
         held: `[n + 1, E]` float32, receives the deltas of what is open and, last, the base; `[n + 1, 0]` likewise.
         found: `[n, E]` uint32, receives the magnitudes inside each source's bracket.
         tally: `[n + 1, 2]` int64; how many are inside each bracket, and above it, are added; and, last, how many are open.
+        stride, picked, taken: as `stride` and `out` of `pick`, and `[1]` int64, receives how many entries were taken; `picked` is
+            `[n + 1, 0]` where none are wanted.
         wide: `[n]` uint8, memory.
         lines: of n + 5 strips.
 
     Returns:
         The number of elements of `out` that are not finite; -1 where the block could not be filled.
     """
-    n, size = sources.shape
-    ready = 0 if how.size else size
+    n, size, ready, origin = begun(sources, how)
     base_f, nothing, vote, result, divisor, values = lines[0], lines[1], lines[2], lines[3], lines[4], lines[5:]
     nothing[:] = np.float32(0)
     minus = base_f if subtract else nothing
     lam, zero, one = np.float32(factor), np.float32(0), np.float32(1)
     everything = np.uint64(1) << np.uint64(32)
     bad, many = 0, 0
+    taken[0] = 0
+    if picked.size and ready:
+        taken[0] = _pick(base, sources, subtract, 0, index, size, stride, picked, 0, nothing)
     for start in range(0, size, STRIP):
         m, first = min(STRIP, size - start), index + start
         if start + m > ready:
-            ready = feed(how, start + m)
+            begin = ready
+            origin, ready = gone_on(how, begin)
             if ready < 0:
                 return -1
-        widen(base[start : start + m], base_f)
+            if picked.size:
+                skip, count = begin - origin, ready - begin
+                taken[0] = _pick(base, sources, subtract, skip, index + begin, count, stride, picked, taken[0], nothing)
+        at = start - origin
+        widen(base[at : at + m], base_f)
         for i in range(n):
-            wide[i] = load_counted(sources[i, start : start + m], minus, values[i], counts[i], sums[i])
+            wide[i] = load_counted(sources[i, at : at + m], minus, values[i], counts[i], sums[i])
         if place.size:
             many = _set_aside(values, base_f, m, start, open_low, open_width, place, held, found, tally, many)
         for i in range(n):
@@ -536,21 +577,5 @@ def pick(base: Any, sources: Any, subtract: bool, index: int, stride: int, out: 
     Returns:
         How many entries were taken.
     """
-    n, size = sources.shape
-    span, at = RUN * stride, 0
-    values = out.view(np.float32)
-    nothing = lines[0]
-    nothing[:RUN] = np.float32(0)
-    for number in range(index // span, (index + size + span - 1) // span):
-        first = number * span + RUN * np.int64(random(np.uint64(0), number) % np.uint64(stride)) - index
-        start, stop = max(first, 0), min(first + RUN, size)
-        m = stop - start
-        if m <= 0:
-            continue
-        below = values[n, at : at + m]
-        widen(base[start:stop], below)
-        minus = below if subtract else nothing
-        for i in range(n):
-            load(sources[i, start:stop], minus, values[i, at : at + m])
-        at += m
-    return at
+    lines[0, :RUN] = np.float32(0)
+    return int(_pick(base, sources, subtract, 0, index, sources.shape[1], stride, out, 0, lines[0]))

@@ -14,6 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from paft_merge import loops
+from paft_merge.loops.feed import KEPT, SIZE
 
 MAGNITUDE = np.uint32(loops.MAGNITUDE)
 _INFINITY = np.uint32(loops.INFINITY)
@@ -101,7 +102,7 @@ def plus(_: Any, total: Any, value: Any) -> Any:
 
 
 @intrinsic
-def feed(_: Any, how: Any, upto: Any) -> Any:
+def _feed(_: Any, how: Any, upto: Any) -> Any:
     """Let what fills the block go on until `upto` entries are there: how many are, or -1 (see `filling.fill`)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -113,6 +114,19 @@ def feed(_: Any, how: Any, upto: Any) -> Any:
         return builder.call(fill, [array.data, length, arguments[1]])
 
     return types.int64(how, types.int64), generate
+
+
+@njit(inline="always")
+def begun(sources: Any, how: Any) -> tuple[int, int, int, int]:
+    """Of a block: its sources, its entries, how many are there, and which is the first in the arrays (see `feed`)."""
+    n, held = sources.shape
+    return (n, how[SIZE], 0, 0) if how.size else (n, held, held, 0)
+
+
+@njit(inline="always")
+def gone_on(how: Any, ready: int) -> tuple[int, int]:
+    """Let the next piece of a block be filled: the first entry in the arrays, and how many have been there, or -1."""
+    return (0 if how[KEPT] else ready), _feed(how, ready + 1)
 
 
 @njit(inline="always")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.blocks import Block
+from paft_merge.blocks import NOT_PICKED, Block
 from paft_merge.loops import RUN, lines, pick
 
 WHOLE = 1 << 15
@@ -32,12 +32,19 @@ class Sample:
         self.numel, self.stride = numel, stride_of(numel)
         self._parts: dict[int, Any] = {}
 
+    def offer(self, block: Block) -> None:
+        """Let the loop that writes `block` take what is sampled on its way."""
+        room = (block.size // (RUN * self.stride) + 2) * RUN
+        block.picking = self.stride, np.empty((block.count + 1, room), np.uint32), np.full(1, -1)
+
     def take(self, block: Block) -> None:
         """Keep what is sampled of `block`; taken twice it is the same."""
-        room = (block.sources.shape[1] // (RUN * self.stride) + 2) * RUN
-        held = np.empty((len(block.sources) + 1, room), np.uint32)
-        count = pick(block.base, block.sources, block.subtract, block.index, self.stride, held, lines(1))
-        self._parts[block.index] = held[:, :count]
+        if block.picking is NOT_PICKED:
+            self.offer(block)
+        stride, held, taken = block.picking
+        if taken[0] < 0:
+            taken[0] = pick(block.base, block.sources, block.subtract, block.index, stride, held, lines(1))
+        self._parts[block.index] = held[:, : taken[0]]
 
     @property
     def rows(self) -> Any:
