@@ -89,12 +89,15 @@ class Block:
         """n."""
         return len(self._sources)
 
-    def unfilled(self) -> tuple[Any, Any, bool, Any]:
-        """Base, sources, `subtract` and what fills them, for a loop that walks the whole block; then tell `filled`."""
+    def unfilled(self, only: int | None = None) -> tuple[Any, Any, bool, Any]:
+        """Base, sources, `subtract` and what fills them, for a loop that walks the whole block; then tell `filled`.
+
+        `only`: the one source that the loop looks at; the others stay as they are.
+        """
         if self._feed is None:
             return self._base, self._sources, self.subtract, FULL
         arrays = self._arrays(self._feed.piece) if self._made else (self._base, self._sources)
-        return *arrays, self.subtract, self._feed.how(*arrays)
+        return *arrays, self.subtract, self._feed.how(*arrays, only)
 
     def filled(self, result: int) -> int:
         """`result` of such a loop, where it is not negative.
@@ -300,8 +303,10 @@ class CpuOps:
 
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
         """Flat index in the tensor of the `nth` entry (from 0) of the block whose magnitude is exactly `bits`."""
-        at = loops.locate(block.base, block.sources[source], block.subtract, np.uint32(bits), nth, lines(2))
-        assert at >= 0
+        at = loops.locate(*block.unfilled(source), source, np.uint32(bits), nth, lines(2))
+        if at < 0:
+            block.filled(at)
+        assert at < block.size
         return block.index + at
 
     def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums:

@@ -55,9 +55,10 @@ LOOPS: dict[str, Callable[[Block], list[object]]] = {
 
 @pytest.mark.parametrize("piece", [1 << 9, 1 << 12, 1 << 20])
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (40, 130), (7, 1100), (300, 33)])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (40, 130), (7, 1100), (300, 33), (64, 256)])
 def test_filled_on_the_way_or_before_is_the_same(
-    loop: str, piece: int, rows: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loop: str, piece: int, kept: bool, rows: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "PIECE", piece)
     made, size = np.random.default_rng(0), rows * width
@@ -71,20 +72,49 @@ def test_filled_on_the_way_or_before_is_the_same(
 
     fd = os.open(tmp_path / "base", os.O_RDONLY)
     try:
-        arrays = np.full(size, 0xFFFF, np.uint16), np.full((2, size), np.nan, np.float32)
+        held = size if kept else 0  # arrays that are given are filled; where none are, a piece is used again and again
+        arrays = np.full(held, 0xFFFF, np.uint16), np.full((2, held), np.nan, np.float32)
         fed = Feed(size, width, never)
         fed.read(-1, fd, 8)
         for row, (left, right) in enumerate(pairs):
             fed.multiply(row, left, packed(right))
         block = Block(77, arrays[0], arrays[1].view(np.uint32), subtract=False, feed=fed)
         found = LOOPS[loop](block)
-        os.ftruncate(os.open(tmp_path / "base", os.O_RDWR), 0)
-        assert len(LOOPS["looked at"](block)) == 2  # nothing is read twice
+        if kept:
+            os.truncate(tmp_path / "base", 0)  # nothing is read twice
+        np.testing.assert_array_equal(block.sources.view(np.float32), full.reshape(2, -1))
+        np.testing.assert_array_equal(block.base, base)
     finally:
         os.close(fd)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("row", [64, 33])
+def test_a_place_is_found_in_one_source_without_filling_the_others(tmp_path: Path, row: int) -> None:
+    made = np.random.default_rng(0)
+    size, pairs = 4096 * row, []
+    full = np.empty((2, 4096, row), np.float32)
+    for out in full:
+        left, right = (made.normal(0, 1, shape).astype(np.float32) for shape in ((4096, 3), (3, row)))
+        product(left, right, out)
+        pairs.append((left, packed(right)))
+    fed = Feed(size, row, never)
+    (tmp_path / "base").write_bytes(bytes(2 * size))
+    fd = os.open(tmp_path / "base", os.O_RDONLY)
+    fed.read(-1, fd, 0)
+    for source, pair in enumerate(pairs):
+        fed.multiply(source, *pair)
+    block = Block(1000, np.empty(0, np.uint16), np.empty((2, 0), np.uint32), subtract=False, feed=fed)
+    bits = full.reshape(2, -1).view(np.uint32)
+    for source in (0, 1):
+        magnitudes = bits[source] & 0x7FFFFFFF
+        for place in (0, size // 2, size - 1):
+            nth = int((magnitudes[:place] == magnitudes[place]).sum())
+            assert OPS.locate(block, source, int(magnitudes[place]), nth) == 1000 + place
+    np.testing.assert_array_equal(block.sources, bits)
+    os.close(fd)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

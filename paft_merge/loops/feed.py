@@ -79,22 +79,27 @@ class Feed:
         step = math.lcm(4 * self.width, STRIP) if self._products else STRIP
         return min(max(PIECE // step, 1) * step, self.size)
 
-    def how(self, base: Any, sources: Any) -> Any:
-        """What a loop takes to fill such arrays in one walk over the block; with fewer entries than it has they hold pieces."""
+    def how(self, base: Any, sources: Any, only: int | None = None) -> Any:
+        """What a loop takes to fill such arrays in one walk over the block; with fewer entries than it has they hold pieces.
+
+        `only`: the one source that is filled.
+        """
         rank = max((panels.shape[1] for _, _, panels in self._products), default=0)
         total, rows = memory_for(rank) if self._products else (FULL, FULL)
         kept = sources.shape[1] == self.size
+        reads, products = list[int](), list[int]()
+        for row, fd, offset in self._reads:
+            if only in (None, row) or row < 0:
+                out = sources[row] if row >= 0 else base
+                reads += (_address(out), out.itemsize, fd, offset)
+        for row, left, panels in self._products:
+            if only in (None, row):
+                products += (_address(sources[row]), _address(left), left.shape[1], _address(panels))
         head = (
-            _fill.entry(FULL, 0), 0, self.piece, self.size, kept, len(self._reads), len(self._products), _pread, self.width,
+            _fill.entry(FULL, 0), 0, self.piece, self.size, kept, len(reads) // 4, len(products) // 4, _pread, self.width,
             _address(total), _address(rows),
         )  # fmt: skip
-        made = list(head)
-        for row, fd, offset in self._reads:
-            out = sources[row] if row >= 0 else base
-            made += (_address(out), out.itemsize, fd, offset)
-        for row, left, panels in self._products:
-            made += (_address(sources[row]), _address(left), left.shape[1], _address(panels))
-        return np.array(made, np.int64)
+        return np.array((*head, *reads, *products), np.int64)
 
     def fill(self, base: Any, sources: Any) -> None:
         """Fill arrays of the whole block at once.

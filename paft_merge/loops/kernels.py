@@ -140,21 +140,31 @@ def collect(
 
 
 @jit
-def locate(base: Any, source: Any, subtract: bool, bits: np.uint32, nth: int, lines: Any) -> int:
-    """The position in the block of the `nth` entry (from 0) whose magnitude is exactly `bits`; -1 where there are fewer.
+def locate(
+    base: Any, sources: Any, subtract: bool, how: Any, source: int, bits: np.uint32, nth: int, lines: Any
+) -> int:  # fmt: skip
+    """The position in the block of the `nth` entry (from 0) of a source whose magnitude is exactly `bits`.
 
     Args:
-        base, subtract: as in `histogram`.
-        source: `[E]` bits.
+        base, sources, subtract, how: as in `histogram`; `how` need not fill the other sources.
         lines: of two strips.
+
+    Returns:
+        -1 where the block could not be filled; its size where there are fewer.
     """
+    _, size, ready, origin = begun(sources, how)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
-    for start in range(0, source.size, STRIP):
-        m = min(STRIP, source.size - start)
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if start + m > ready:
+            origin, ready = gone_on(how, ready)
+            if ready < 0:
+                return -1
+        at = start - origin
         if subtract:
-            widen(base[start : start + m], minus)
-        load(source[start : start + m], minus, values)
+            widen(base[at : at + m], minus)
+        load(sources[source, at : at + m], minus, values)
         for first in range(0, m, 64):
             left = inside(values, first, bits, np.uint32(1)) & up_to(m - first)
             while left:
@@ -162,7 +172,7 @@ def locate(base: Any, source: Any, subtract: bool, bits: np.uint32, nth: int, li
                     return int(start + first + lowest(left))
                 nth -= 1
                 left &= left - np.uint64(1)
-    return -1
+    return int(size)
 
 
 @jit
