@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -88,7 +89,9 @@ def family_of(pid):
 
 def start(path, out, *more):
     command = [sys.executable, "-m", "paft_merge.cli", "train", str(path), str(out), "--devices", "cpu:3", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in a shell's background, Ctrl-C is ignored, and so it would be by every process they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def until(condition, seconds=120):
