@@ -69,7 +69,7 @@ class Block:
     def __init__(self, index: int, base: Any, sources: Any, subtract: bool, feed: Feed | None = None) -> None:
         self.index, self.subtract = index, subtract
         self._base, self._sources, self._feed = base, sources, feed
-        self.size = feed.size if feed else int(sources.shape[1])
+        self.size = feed.size if feed is not None else int(sources.shape[1])
         """E."""
         self.picking: tuple[int, Any, Any] = NOT_PICKED
         """What a loop that writes the block takes of it for a sample: `stride`, `picked`, `taken` of `loops.kernels.blend`."""
@@ -105,14 +105,14 @@ class Block:
         Raises:
             PaftMergeError: what the block is made of cannot be read.
         """
-        if result < 0 and self._feed:
+        if result < 0 and self._feed is not None:
             self._feed.explain()
         if not self._made:
             self._feed = None
         return result
 
     def _fill(self) -> None:
-        if self._feed:
+        if self._feed is not None:
             if self._made:
                 self._base, self._sources = self._arrays(self.size)
             self._feed.fill(self._base, self._sources)

@@ -56,10 +56,6 @@ class Feed:
         self._reads: list[tuple[int, int, int]] = []
         self._products: list[tuple[int, Any, Any]] = []
 
-    def __len__(self) -> int:
-        """How many rows it fills."""
-        return len(self._reads) + len(self._products)
-
     @property
     def has_base(self) -> bool:
         """Whether it fills a base."""

@@ -282,6 +282,18 @@ def _pick(
 
 
 @jit
+def _picked_on(
+    base: Any, sources: Any, subtract: bool, how: Any, index: int, begin: int, stride: int, picked: Any, taken: Any, nothing: Any
+) -> tuple[int, int]:  # fmt: skip
+    """`gone_on` from the entry `begin`, and take what is sampled of the piece."""
+    origin, ready = gone_on(how, begin)
+    if picked.size and ready > begin:
+        skip, count = begin - origin, ready - begin
+        taken[0] = _pick(base, sources, subtract, skip, index + begin, count, stride, picked, taken[0], nothing)
+    return origin, ready
+
+
+@jit
 def blend(
     out: Any, base: Any, sources: Any, subtract: bool, how: Any, index: int, base_weight: float, weights: Any, key: np.uint64,
     tally: bool, counts: Any, sums: Any, stride: int, picked: Any, taken: Any, lines: Any,
@@ -317,13 +329,9 @@ def blend(
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            begin = ready
-            origin, ready = gone_on(how, begin)
+            origin, ready = _picked_on(base, sources, subtract, how, index, ready, stride, picked, taken, nothing)
             if ready < 0:
                 return -1
-            if picked.size:
-                skip, count = begin - origin, ready - begin
-                taken[0] = _pick(base, sources, subtract, skip, index + begin, count, stride, picked, taken[0], nothing)
         at = start - origin
         if subtract:
             widen(base[at : at + m], minus)
@@ -498,13 +506,9 @@ def consensus(
     for start in range(0, size, STRIP):
         m, first = min(STRIP, size - start), index + start
         if start + m > ready:
-            begin = ready
-            origin, ready = gone_on(how, begin)
+            origin, ready = _picked_on(base, sources, subtract, how, index, ready, stride, picked, taken, nothing)
             if ready < 0:
                 return -1
-            if picked.size:
-                skip, count = begin - origin, ready - begin
-                taken[0] = _pick(base, sources, subtract, skip, index + begin, count, stride, picked, taken[0], nothing)
         at = start - origin
         widen(base[at : at + m], base_f)
         for i in range(n):
