@@ -23,12 +23,13 @@ STRIP = 1024
 PIECE = 1 << 16
 """Entries of a piece, about; whole strips: with two sources and the output half of a cache of 1 MiB."""
 
-COLUMNS, STRIDE, SHIFT = 512, 768, 128
-"""Columns of a panel of a product's right factor; floats from a row to the next; floats by which memory for totals lies off a
-page. Four rows of a panel and four of totals are 16 KiB and stay in the L1 cache, and lie 512 bytes apart in every page (see
-`loops.LINE`)."""
+COLUMNS, ROWS = 64, 4
+"""Columns of a panel of a product's right factor, which at rank 64 takes half of the L1 cache; rows that are computed at a time."""
 
-ENTRY, READY, STEP, SIZE, KEPT, READS, PRODUCTS, PREAD, ROW, TOTAL, ROWS, HEAD = range(12)
+_LEAST = 16
+"""Rows of a product that a piece has at least: all panels come from a slower cache for every piece."""
+
+ENTRY, READY, STEP, SIZE, KEPT, READS, PRODUCTS, PREAD, ROW, TOTAL, LEFT, HEAD = range(12)
 """Places in `how`: the address of `fill`; entries that are there; entries of a piece, and of the block; whether the arrays hold all of
 it, or a piece at a time; how many reads and products follow; the address of the C library's pread; entries of a product's row; addresses of memory for a product. What follows the
 head is, of each read, an address, bytes of an entry, a file descriptor and an offset; of each product, an address, the address of
@@ -72,8 +73,9 @@ class Feed:
     @property
     def piece(self) -> int:
         """Entries that arrays need which are used again for every piece: whole strips, and whole rows of products."""
-        step = math.lcm(4 * self.width, STRIP) if self._products else STRIP
-        return min(max(PIECE // step, 1) * step, self.size)
+        step = math.lcm(ROWS * self.width, STRIP) if self._products else STRIP
+        least = _LEAST * self.width if self._products else 1
+        return min(max(PIECE // step, -(-least // step)) * step, self.size)
 
     def how(self, base: Any, sources: Any, only: int | None = None) -> Any:
         """What a loop takes to fill such arrays in one walk over the block; with fewer entries than it has they hold pieces.
@@ -115,35 +117,26 @@ class Feed:
 
 
 def packed(right: Any, memory: Callable[[int, Any], Any] = np.empty) -> Any:
-    """The panels of a product's right factor `[R, I]`: `[ceil(I / COLUMNS), P, STRIDE]` float32, P being R rounded up to fours.
+    """The panels of a product's right factor `[R, I]`: `[ceil(I / COLUMNS), R, COLUMNS]` float32, filled up with zeros.
 
-    `memory` makes the array for them. What is not of the factor is zero, or undefined where no product looks at it.
+    `memory` makes the array for them.
     """
     rank, width = right.shape
-    panels = _on_a_page(memory, (-(-width // COLUMNS), (rank + 3) // 4 * 4, STRIDE))
-    panels[:, rank:] = 0
-    for panel, column in zip(panels, range(0, width, COLUMNS), strict=True):
-        part = right[:, column : column + COLUMNS]
-        panel[:rank, : part.shape[1]] = part
+    shape = -(-width // COLUMNS), rank, COLUMNS
+    raw = memory(math.prod(shape) + COLUMNS, np.float32)
+    panels = raw[-raw.ctypes.data % 64 // 4 :][: math.prod(shape)].reshape(shape)  # no vector in two lines of the cache
+    whole = width // COLUMNS
+    panels[:whole] = right[:, : whole * COLUMNS].reshape(rank, whole, COLUMNS).transpose(1, 0, 2)
+    if width % COLUMNS:
+        panels[-1] = 0
+        panels[-1, :, : width % COLUMNS] = right[:, whole * COLUMNS :]
     return panels
 
 
-def memory_for(padded: int) -> tuple[Any, Any]:
-    """Memory of this thread for a product of a rank rounded up to fours: `total` `[4, STRIDE]` and `rows` `[4, padded]`."""
-
-    def raw(size: int, dtype: Any) -> Any:
-        return SCRATCH.array("product", size, dtype)
-
-    memory = _on_a_page(raw, (SHIFT + 4 * STRIDE + 4 * padded,))[SHIFT:]
-    return memory[: 4 * STRIDE].reshape(4, STRIDE), memory[4 * STRIDE :].reshape(4, padded)
-
-
-def _on_a_page(make: Callable[[int, Any], Any], shape: tuple[int, ...]) -> Any:
-    """Float32 memory that begins with a page."""
-    size = int(np.prod(shape))
-    raw = make(size + 1024, np.float32)
-    skip = -raw.ctypes.data % 4096 // 4
-    return raw[skip : skip + size].reshape(shape)
+def memory_for(rank: int) -> tuple[Any, Any]:
+    """Memory of this thread for a product: `total` `[ROWS, COLUMNS]` and `rows` `[ROWS, rank]`."""
+    memory = SCRATCH.array("product", ROWS * (COLUMNS + rank), np.float32)
+    return memory[: ROWS * COLUMNS].reshape(ROWS, COLUMNS), memory[ROWS * COLUMNS :].reshape(ROWS, rank)
 
 
 def _address(array: Any) -> int:

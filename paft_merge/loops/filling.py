@@ -12,6 +12,7 @@ from paft_merge.loops.feed import (
     COLUMNS,
     HEAD,
     KEPT,
+    LEFT,
     PREAD,
     PRODUCTS,
     READS,
@@ -20,7 +21,6 @@ from paft_merge.loops.feed import (
     ROWS,
     SIZE,
     STEP,
-    STRIDE,
     TOTAL,
 )
 from paft_merge.loops.products import multiply
@@ -78,13 +78,13 @@ def fill(how: Any, upto: int) -> int:
         for k in range(how[READS], how[READS] + how[PRODUCTS]):
             job = HEAD + 4 * k
             address, left, rank, right = how[job], how[job + 1], how[job + 2], how[job + 3]
-            padded, first, many = (rank + 3) // 4 * 4, ready // row, count // row
+            first, many = ready // row, count // row
             multiply(
                 carray(_floats(left + 4 * first * rank), (many, rank)),
-                carray(_floats(right), ((row + COLUMNS - 1) // COLUMNS, padded, STRIDE)),
+                carray(_floats(right), ((row + COLUMNS - 1) // COLUMNS, rank, COLUMNS)),
                 carray(_floats(address + 4 * at), (many, row)),
-                carray(_floats(how[TOTAL]), (4, STRIDE)),
-                carray(_floats(how[ROWS]), (4, padded)),
+                carray(_floats(how[TOTAL]), (ROWS, COLUMNS)),
+                carray(_floats(how[LEFT]), (ROWS, rank)),
             )
         ready += count
     how[READY] = ready
