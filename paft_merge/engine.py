@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from paft_merge.blocks import TILE, Block, CpuOps, Open, Ops, Outcome, Tally, sa
 from paft_merge.bridge import WholeTensor
 from paft_merge.casting import cast, count_nonfinite, stored_bytes
 from paft_merge.checkpoint import DTYPES
+from paft_merge.direct import Room
 from paft_merge.errors import MergeError
 from paft_merge.measures.record import note
 from paft_merge.measures.sample import Sample
@@ -27,7 +29,6 @@ from paft_merge.output import Finished, Output
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 from paft_merge.reading import RAW
 from paft_merge.rules import Consensus, Rule, Walk
-from paft_merge.scratch import SCRATCH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +41,8 @@ Written = tuple[bytes, Outcome]
 HELD_BYTES = 256 << 20
 """Merged tiles that are held at most, all tensors together, until their thresholds are known."""
 
-_HELD_TILE = 8 * TILE
-"""Bytes for one of them, of float32 at most, and as many for what it sets aside; what is not used costs no memory."""
+_ASIDE = 4 * TILE
+"""Bytes for what one of them sets aside; what is not used costs no memory."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +173,14 @@ class _Worker:
         combine = rule.prepare(walk, tensor.inputs.deltas)
 
         def write(block: Block) -> Written:
-            out = SCRATCH.array("out", block.size, RAW.get(tensor.dtype, np.uint32))
+            room, kind = _ROOMS.next(), np.dtype(RAW.get(tensor.dtype, np.uint32))
+            out = self._memory(room, tensor, block, kind)
             if tensor.inputs.deltas:
                 sample.offer(block)
             outcome = combine(block, out, tensor.rounding_key)
             if tensor.inputs.deltas:
                 sample.take(block)
-            return self._write(tensor, block.index, out, outcome)
+            return self._write(tensor, block.index, out, outcome, room)
 
         return walk.each(write)
 
@@ -190,30 +192,27 @@ class _Worker:
             settling = rule.settling(walk, lambda: [tensor.inputs.factors(i) for i in walk.active])
         if settling is None:
             return None
-        bounds, kind = tensor.bounds, RAW[tensor.dtype]
+        bounds, kind = tensor.bounds, np.dtype(RAW[tensor.dtype])
         with self.held.tiles(len(bounds), tensor.nbytes) as held:
 
-            def merge(block: Block) -> tuple[Any, Outcome, Open]:
-                if held:
-                    tile = held[block.index // bounds[0][1]]
-                    out, room = tile[: block.size * tensor.width].view(kind), tile[_HELD_TILE // 2 :]
-                else:
-                    out, room = SCRATCH.array("out", block.size, kind), np.empty(0, np.uint8)
+            def merge(block: Block) -> tuple[Any, Outcome, Open, Room]:
+                room, aside = held[block.index // bounds[0][1]] if held else (_ROOMS.next(), np.empty(0, np.uint8))
+                out = self._memory(room, tensor, block, kind)
                 sample.offer(block)
-                merged = settling.merge(block, out, room)
+                merged = settling.merge(block, out, aside)
                 sample.take(block)
-                return out, *merged
+                return out, *merged, room
 
             first = walk.each(merge)
-            opened, starts = [o for _, _, o in first], [start for start, _ in bounds]
+            opened, starts = [one[2] for one in first], [start for start, _ in bounds]
             survivals = settling.survivals(starts, opened)
             if survivals is None:
                 return None
 
-            def settle(start: int, merged: tuple[Any, Outcome, Open]) -> Written:
-                out, outcome, opened = merged
+            def settle(start: int, merged: tuple[Any, Outcome, Open, Room]) -> Written:
+                out, outcome, opened, room = merged
                 settling.settle(start, opened, survivals, out, outcome)
-                return self._write(tensor, start, out, outcome)
+                return self._write(tensor, start, out, outcome, room)
 
             if held:
                 return list(
@@ -226,12 +225,13 @@ class _Worker:
         read, step = tensor.inputs.reads[0], tensor.tile_bytes
 
         def copy(start: int) -> tuple[bytes, int]:
-            held = SCRATCH.array("copied", min(step, tensor.nbytes - start), np.uint8)
+            room = _ROOMS.next()
+            held = self.output.memory(room, tensor.name, start, min(step, tensor.nbytes - start))
             read.checkpoint.read_into(read.name, start, held)
             bad = count_nonfinite(held, tensor.dtype)
             if bad and not self.allow_nonfinite:
                 raise _not_finite(tensor)
-            self.output.write(tensor.name, start, held)
+            self.output.write(tensor.name, start, held, room)
             return xxhash.xxh3_128_digest(held), bad
 
         digest, nonfinite = xxhash.xxh3_128(), 0
@@ -263,8 +263,13 @@ class _Worker:
             nonfinite += bad
         return _finished(tensor, digest.hexdigest(), range(len(known)), tally, sample, nonfinite)
 
-    def _write(self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome) -> Written:
-        """Check one merged block and write it where it belongs."""
+    def _memory(self, room: Room, tensor: PlannedTensor, block: Block, kind: np.dtype[Any]) -> Any:
+        """Memory for a merged block, `[E]` of `kind`."""
+        nbytes = block.size * kind.itemsize
+        return self.output.memory(room, tensor.name, block.index * tensor.width, nbytes).view(kind)
+
+    def _write(self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome, room: Room) -> Written:
+        """Check one merged block, which lies in `room`, and write it where it belongs."""
         stored = out
         if tensor.dtype not in RAW:
             stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, start)
@@ -272,7 +277,7 @@ class _Worker:
         largest = int(outcome.counts[:, -1].max(initial=0))
         if (outcome.bad or largest >= loops.INFINITY) and not self.allow_nonfinite:
             raise _not_finite(tensor, outcome.bad)
-        self.output.write(tensor.name, start * tensor.width, stored)
+        self.output.write(tensor.name, start * tensor.width, stored, room if stored is out else None)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
 
 
@@ -289,23 +294,37 @@ def _finished(
     return Finished(tensor.name, digest, active, tally.counts, sums, nonfinite, noted)
 
 
+class _Rooms(threading.local):
+    """A thread's memory for what it merges: two in turn, as one is written while the other fills."""
+
+    def __init__(self) -> None:
+        self._two = deque((Room(), Room()))
+
+    def next(self) -> Room:
+        self._two.rotate()
+        return self._two[0]
+
+
+_ROOMS = _Rooms()
+
+
 class _Held:
     """Memory for merged tiles that wait for their thresholds, used again and again: fresh memory costs more than the merge."""
 
     def __init__(self, nbytes: int) -> None:
-        self._left, self._most, self._free = nbytes, nbytes, list[Any]()
+        self._left, self._most, self._free = nbytes, nbytes, list[tuple[Room, Any]]()
         self._turn = Condition()
 
     @contextmanager
-    def tiles(self, count: int, nbytes: int) -> Iterator[list[Any]]:
-        """`count` arrays of bytes, each for a tile and what it sets aside, once `nbytes` are left for them; none where that is never."""
+    def tiles(self, count: int, nbytes: int) -> Iterator[list[tuple[Room, Any]]]:
+        """Rooms for `count` tiles, with bytes for what each sets aside, once `nbytes` are left for them; none where that is never."""
         if nbytes > self._most:
             yield []
             return
         with self._turn:
             self._turn.wait_for(lambda: self._left >= nbytes)
             self._left -= nbytes
-            taken = [self._free.pop() if self._free else np.empty(_HELD_TILE, np.uint8) for _ in range(count)]
+            taken = [self._free.pop() if self._free else (Room(), np.empty(_ASIDE, np.uint8)) for _ in range(count)]
         try:
             yield taken
         finally:

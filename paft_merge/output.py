@@ -26,6 +26,7 @@ import xxhash
 from paft_merge import loops
 from paft_merge.blocks import Counts, Sums
 from paft_merge.checkpoint import UNFINISHED
+from paft_merge.direct import Room
 from paft_merge.errors import OutputError, Problems
 from paft_merge.shards import Shard, ShardWriter, Slot, index_of, index_text
 
@@ -147,9 +148,13 @@ class Output:
             finally:
                 writer.close()
 
-    def write(self, name: str, start: int, buffer: Any) -> None:
-        """Write `buffer` at `start` bytes into the tensor `name`; from any thread."""
-        self.writer.write(name, start, buffer)
+    def memory(self, room: Room, name: str, start: int, nbytes: int) -> Any:
+        """`[nbytes]` uint8 of `room` for what goes to `start` bytes into the tensor `name`."""
+        return room.array(nbytes, self.writer.offset(name, start))
+
+    def write(self, name: str, start: int, buffer: Any, room: Room | None = None) -> None:
+        """Write `buffer` at `start` bytes into the tensor `name`; from any thread. `room`: as for `ShardWriter.write`."""
+        self.writer.write(name, start, buffer, room)
 
     def finish_tensor(self, finished: Finished) -> None:
         """Note that all of a tensor's bytes are written, once they are."""

@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from paft_merge.direct import Background, open_direct, write_all
+from paft_merge.direct import Background, Room, Writes, open_direct, write_all
 from paft_merge.errors import OutputError
 from paft_merge.headers import DTYPES, MAX_JSON_BYTES, ByteBuffer, as_bytes, fill
 
@@ -195,7 +194,7 @@ class ShardWriter:
         self._fds: dict[str, int] = {}
         self._direct: dict[str, int | None] = {}
         self._unsettled = {shard.file: {slot.name for slot in shard.slots} for shard in shards}
-        self._background, self._later, self._opening = Background(), dict[str, list[Future[None]]](), Lock()
+        self._background, self._under_way, self._opening = Background(), dict[str, Writes](), Lock()
         made = list[str]()
         try:
             kept = {shard.file for shard in shards if resume and os.path.lexists(folder / shard.file)}
@@ -219,32 +218,37 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, name: str, start: int, buffer: ByteBuffer) -> None:
+    def offset(self, name: str, start: int) -> int:
+        """Where byte `start` of tensor `name` lies in its file, as a `Room` wants to know it."""
+        return self._slots[name].offset + start
+
+    def write(self, name: str, start: int, buffer: ByteBuffer, room: Room | None = None) -> None:
         """Write bytes of tensor `name`, from its byte `start` on; of a large file some time later (see `settle`).
 
         Args:
             name: a tensor of the plan.
             start: in bytes from the beginning of the tensor, not negative.
-            buffer: C-contiguous; its bytes from `start` on must lie within the tensor.
+            buffer: C-contiguous; its bytes from `start` on must lie within the tensor. It may be changed at once, unless it
+                lies in `room`.
+            room: memory for `offset(name, start)` that the buffer lies in, if it does: it is written without a copy.
 
         Raises:
             OutputError: DISK when the disk, a quota or the limit of file sizes is full; OUTPUT when it fails otherwise.
         """
         slot, view = self._within(name, start, buffer)
         with self._telling(slot.file):
-            direct = self._direct_to(slot.file)
-            if direct is None:
+            under_way = self._past_the_cache(slot)
+            if under_way is None:
                 write_all(self._fds[slot.file], view, slot.offset + start)
             else:
-                later = self._background.write(self._fds[slot.file], direct, view, slot.offset + start)
-                self._later.setdefault(name, []).extend(later)
+                under_way.write(view, slot.offset + start, room)
 
     def settle(self, name: str) -> None:
         """Wait until all that was written of tensor `name` is in its file; raises as `write` does."""
-        with self._telling(self._slots[name].file):
-            for write in self._later.pop(name, []):
-                write.result()
         file = self._slots[name].file
+        with self._telling(file):
+            if name in self._under_way:
+                self._under_way.pop(name).finish()
         self._unsettled[file].discard(name)
         if not self._unsettled[file]:
             _close(self._direct.pop(file, None))
@@ -258,7 +262,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Bring every file, and then the names in the folder, safely to disk."""
-        for name in list(self._later):
+        for name in list(self._under_way):
             self.settle(name)
         for file, fd in self._fds.items():
             with self._telling(file):
@@ -272,14 +276,18 @@ class ShardWriter:
             while fds:
                 _close(fds.popitem()[1])
 
-    def _direct_to(self, file: str) -> int | None:
-        """A descriptor past the page cache, open from a large file's first write to its last: models have many files."""
+    def _past_the_cache(self, slot: Slot) -> Writes | None:
+        """What is being written of a large file's tensor. Its descriptor is open from the first write to the last: models have many files."""
+        file = slot.file
         if self._shards[file].size < _DIRECT_FROM:
             return None
         with self._opening:
             if file not in self._direct:
                 self._direct[file] = open_direct(self.folder / file)
-            return self._direct[file]
+            direct = self._direct[file]
+            if direct is not None and slot.name not in self._under_way:
+                self._under_way[slot.name] = Writes(self._background, self._fds[file], direct)
+            return self._under_way.get(slot.name)
 
     def _within(self, name: str, start: int, buffer: ByteBuffer) -> tuple[Slot, memoryview]:
         slot, view = self._slots[name], as_bytes(buffer)

@@ -466,10 +466,10 @@ def test_an_error_in_a_thread_stops_the_merge_and_what_was_finished_is_kept(
 ) -> None:
     write = Output.write
 
-    def fails(self: Output, name: str, start: int, buffer: Any) -> None:
+    def fails(self: Output, name: str, start: int, buffer: Any, *room: Any) -> None:
         if "layers.1" in name:
             raise ZeroDivisionError(name)
-        write(self, name, start, buffer)
+        write(self, name, start, buffer, *room)
 
     with monkeypatch.context() as patched:
         patched.setattr(Output, "write", fails)
