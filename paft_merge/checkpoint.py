@@ -108,6 +108,7 @@ class Checkpoint:
         self._strided = strided
         self._packed: dict[str, memoryview] = {}
         self._packing = Lock()
+        self._sampled: str | None = None
 
     @classmethod
     def open(cls, folder: Path, *, unpickle: bool = False, far: Mapping[str, FarFile] | None = None) -> Checkpoint:
@@ -244,13 +245,18 @@ class Checkpoint:
         """Let go of what is held for tensor `name`."""
 
     def sample(self) -> str:
-        """XXH3-128 of the first 4 KiB of every tensor: headers of fine-tunes are equal, their first weights hardly ever are."""
-        digest = xxhash.xxh3_128()
-        for name, info in self.tensors.items():
-            held = bytearray(min(info.nbytes, _SAMPLE_BYTES))
-            self.read_into(name, 0, held)
-            digest.update(held)
-        return digest.hexdigest()
+        """XXH3-128 of the first 4 KiB of every tensor: headers of fine-tunes are equal, their first weights hardly ever are.
+
+        Read once: `check_unchanged` tells of files that are not what they were.
+        """
+        if self._sampled is None:
+            digest = xxhash.xxh3_128()
+            for name, info in self.tensors.items():
+                held = bytearray(min(info.nbytes, _SAMPLE_BYTES))
+                self.read_into(name, 0, held)
+                digest.update(held)
+            self._sampled = digest.hexdigest()
+        return self._sampled
 
     # ----------------------------------------------------------------------------------------------------------------------
 

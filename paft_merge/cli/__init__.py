@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import sys
 from typing import Any
@@ -48,6 +50,8 @@ def cli(verbose: bool) -> None:
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
 
+
+atexit.register(gc.freeze)  # or all that was imported is searched for garbage once more, at the end, for 0.05 s
 
 for verb in (run, init, tune, evaluate, merge, explain, audit, train, pull, push, card, reproduce, methods):
     cli.add_command(verb)
