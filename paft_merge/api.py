@@ -72,8 +72,6 @@ def open_plan(
     documents = load_recipes(recipe, strict=strict, methods=methods)
     loaded = documents.only(output_name)
     made_of = documents.beneath(loaded)
-    refs = tuple(dict.fromkeys(ref for one in made_of for ref in one.references))
-    sources = Sources.find(refs, unpickle=lazy_unpickle, computed=documents.named.keys())
     notices: list[Problem] = []
 
     def plan(models: Mapping[ModelRef, Model], of: Recipe = loaded) -> MergePlan:
@@ -92,14 +90,18 @@ def open_plan(
 
     notices += documents.unused([loaded]) if output_name is None else []
 
-    if sources.missing_bytes and not remote:
-        with sources.opened(compute) as models:
-            glance = plan(models)
-            if before_pull:
-                before_pull(glance, sources)
-        sources.pull()
-    with sources.opened(compute) as models:
-        yield plan(models)
+    with ExitStack() as inputs:
+        with _told_with(loaded.warnings):
+            refs = tuple(dict.fromkeys(ref for one in made_of for ref in one.references))
+            sources = Sources.find(refs, unpickle=lazy_unpickle, computed=documents.named.keys())
+            if sources.missing_bytes and not remote:
+                with sources.opened(compute) as models:
+                    glance = plan(models)
+                    if before_pull:
+                        before_pull(glance, sources)
+                sources.pull()
+            planned = plan(inputs.enter_context(sources.opened(compute)))
+        yield planned
 
 
 def merge(
@@ -233,7 +235,17 @@ def _also_where(out: Path, overwrite: bool, problems: Problems) -> Iterator[None
         yield
     except PaftMergeError as error:
         check_place(out, (), 0, overwrite=overwrite, problems=problems)
-        raise type(error)([*error.problems, *problems.found]) from error
+        raise type(error)([*error.problems, *problems.found], error.warnings) from error
+
+
+@contextmanager
+def _told_with(warnings: Sequence[Problem]) -> Iterator[None]:
+    """Tell of warnings beside the error that keeps them from being told by a plan."""
+    try:
+        yield
+    except PaftMergeError as error:
+        error.warnings = (*warnings, *error.warnings)
+        raise
 
 
 def _here(recipe: Source) -> Source:

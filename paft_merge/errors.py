@@ -41,11 +41,14 @@ class Problem:
 
 
 class PaftMergeError(Exception):
-    """A fault that the user can mend; `str()` is one line per problem."""
+    """A fault that the user can mend; `str()` is one line per problem.
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    `warnings` are what was found odd, and possible, before the fault: a mistyped key is often its cause.
+    """
+
+    def __init__(self, problems: Sequence[Problem], warnings: Sequence[Problem] = ()) -> None:
         super().__init__("\n".join(map(str, problems)))
-        self.problems = tuple(problems)
+        self.problems, self.warnings = tuple(problems), tuple(warnings)
 
     @classmethod
     def of(cls: type[E], code: str, where: object, what: str, fix: str = "") -> E:

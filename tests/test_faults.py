@@ -406,6 +406,17 @@ def test_a_key_that_is_misspelt_is_a_warning_and_with_strict_an_error(models: Mo
     assert not (tmp_path / "strict").exists()
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["merge", "plan"])
+def test_a_key_that_is_misspelt_is_told_of_beside_a_source_that_is_missing(
+    dry: list[str], models: Models, tmp_path: Path
+) -> None:
+    asked = recipe("ties", models["base"], (tmp_path / "gone", {"weight": 1, "densty": 0.2}))
+    result = paft("merge", write_recipe(tmp_path / "r.yaml", asked), tmp_path / "out", *dry)
+    assert result.exit_code == 1
+    assert len(re.findall(r"^warning\[UNKNOWN_KEY\]: .*did you mean 'density'", result.stderr, re.MULTILINE)) == 1
+    assert re.findall(r"^error\[(\w+)\]: .*gone", result.stderr, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     "extra",
     [{"tokenizer_source": "union"}, {"chat_template": "chatml"}, {"tokenizer": {"source": "base"}}],

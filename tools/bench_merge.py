@@ -139,6 +139,7 @@ def run(command: Sequence[str | Path], folder: Path) -> Run:
     """Run a command whose scratch goes to `folder`, and measure it."""
     (folder / "tmp").mkdir(exist_ok=True)
     env = os.environ | {"TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # a checkout has its modules compiled, as an installed package has
     with (folder / "log").open("wb") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env)

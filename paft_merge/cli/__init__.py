@@ -19,7 +19,7 @@ from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
 from paft_merge.cli.starting import init
 from paft_merge.cli.terminal import Size as Size
-from paft_merge.cli.terminal import line
+from paft_merge.cli.terminal import line, warn
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
 from paft_merge.errors import PaftMergeError
@@ -32,6 +32,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except PaftMergeError as error:
+            warn(error.warnings)
             for problem in error.problems:
                 click.echo(line("error", problem), err=True)
             ctx.exit(1)

@@ -67,7 +67,7 @@ class Doing:
                 ]
                 what = f"stage {stage} stopped; finished steps ({', '.join(finished) or 'none yet'}) are kept in {self.folder}"
                 fix = "mend it, then give the same command again: it goes on from there"
-                raise type(error)([*error.problems, Problem("RUN", "", what, fix)]) from error
+                raise type(error)([*error.problems, Problem("RUN", "", what, fix)], error.warnings) from error
 
     @contextmanager
     def _doing(self, step: Step, *, aloud: bool = True) -> Iterator[dict[str, Any]]:
