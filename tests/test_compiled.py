@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,20 @@ def test_a_broken_object_file_is_made_again(tmp_path: Path, harm: str) -> None:
     assert used(USED, tmp_path) == "120.0 False"
 
 
+def test_what_a_loop_was_long_ago_goes_when_it_is_made_again(tmp_path: Path) -> None:
+    used(USED, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    stem = kept.name.rpartition("-")[0]
+    long_ago, lately, another = (tmp_path / name for name in (f"{stem}-a.o", f"{stem}-b.o", "blend-1-a.o"))
+    for old in (long_ago, lately, another):
+        old.write_bytes(b"")
+    for old in (long_ago, another):
+        os.utime(old, (0, 0))
+    kept.unlink()
+    used(USED, tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([kept, lately, another])
+
+
 def test_where_nothing_can_be_kept_a_loop_still_runs(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert used(USED, tmp_path / "file" / "folder") == "120.0 True"
@@ -72,21 +87,23 @@ def test_an_object_file_belongs_to_the_sources_of_the_loops(tmp_path: Path, monk
     assert names[0] != names[1]
 
 
-def test_types_that_differ_are_compiled_apart_and_give_the_same() -> None:
-    sums = np.zeros(1)
+def test_bits_of_either_type_are_one_loop_s_and_give_the_same() -> None:
     values = np.arange(5, dtype=np.float32)
-    loops.add_squares(values.view(np.uint32), sums)
-    assert sums[0] == 30
-    out = [np.empty(5, kind) for kind in (np.uint16, np.uint32)]
-    for one in out:
-        bad = loops.blend(
-            one, values.view(np.uint32), np.empty((0, 5), np.uint32), False, FULL, 0, 2.0, np.empty(0, np.float32),
-            np.uint64(0), False, np.empty((0, 8), np.int64), np.empty((0, 4)), 1,
-            np.empty((1, 0), np.uint32), np.zeros(1, np.int64), loops.lines(4),
-        )  # fmt: skip
-        assert bad == 0
-    np.testing.assert_array_equal(out[1].view(np.float32), 2 * values)
-    np.testing.assert_array_equal(out[0].astype(np.uint32) << 16, out[1])
+    wide = values.view(np.uint32)
+    narrow = (wide >> 16).astype(np.uint16)
+    blend = Compiled("kernels.blend", (0, 1, 2))
+    for base in (wide, narrow):
+        out = [np.empty(5, kind) for kind in (np.uint16, np.uint32)]
+        for one in out:
+            bad = blend(
+                one, base, base[None, :], False, FULL, 0, 2.0, np.ones(1, np.float32),
+                np.uint64(0), False, np.empty((1, 8), np.int64), np.empty((1, 4)), 1,
+                np.empty((2, 0), np.uint32), np.zeros(1, np.int64), loops.lines(4),
+            )  # fmt: skip
+            assert bad == 0
+        np.testing.assert_array_equal(out[1].view(np.float32), 3 * values)
+        np.testing.assert_array_equal(out[0].astype(np.uint32) << 16, out[1])
+    assert len(blend._made) == 1
 
 
 def test_what_no_loop_can_read_is_refused() -> None:
@@ -94,6 +111,16 @@ def test_what_no_loop_can_read_is_refused() -> None:
         loops.add_squares(np.zeros(10, np.uint32)[::2], np.zeros(1))
     with pytest.raises(TypeError, match="not a list"):
         loops.add_squares([1, 2], np.zeros(1))
+    with pytest.raises(TypeError, match="uint16 or uint32, not float32"):
+        loops.pick(
+            np.zeros(4, np.float32),
+            np.zeros((1, 4), np.uint32),
+            False,
+            0,
+            1,
+            np.zeros((2, 64), np.uint32),
+            loops.lines(1),
+        )
 
 
 def every_loop() -> list[str]:

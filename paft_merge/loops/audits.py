@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from paft_merge.loops import COUNT_SHIFT, STRIP
-from paft_merge.loops.strips import MAGNITUDE, widen
+from paft_merge.loops.strips import MAGNITUDE, strip, widen
 
 _ROUND = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
@@ -84,7 +84,7 @@ def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
     count = 0
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
-        widen(base[start : start + m], weight)
+        widen(strip(base, start, m), weight)
         floats, square, same = values[start : start + m], 0.0, np.int32(0)
         for j in range(m):
             moved[j] = weight[j] + floats[j]

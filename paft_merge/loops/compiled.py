@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
@@ -27,6 +28,12 @@ _OF_SCALAR = {bool: "?", int: "q", float: "d", np.int64: "q", np.float64: "d", n
 _OF_LIBC = {"memset", "memcpy", "memmove"}
 """What the code of a loop may call: nothing that only a process with numba has, as memory of its own would need."""
 
+_BITS = "*"
+"""What stands for the type of bits, in the type of an argument."""
+
+_AGE = 7 * 86400
+"""Seconds after which an object file is removed when its loop is compiled again: until then another environment may want it."""
+
 _LOCK = Lock()
 
 
@@ -35,10 +42,13 @@ class Compiled:
 
     Args:
         place: its module and name in this room, as "kernels.blend".
+        bits: which of its arguments are bits of a block: uint16 or uint32, the same machine code for either. The loop sees
+            two arrays of them, one of each type, of which one is empty.
     """
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, bits: tuple[int, ...] = ()) -> None:
         self.module, self.name = place.split(".")
+        self._bits = frozenset(bits)
         self._made: dict[tuple[str, ...], Callable[..., int]] = {}
         self._entries: dict[tuple[str, ...], int] = {}
         self.__doc__ = f"`{place}`, compiled."
@@ -53,7 +63,7 @@ class Compiled:
             ValueError: an array is not contiguous.
             TypeError: an argument is neither an array nor a number.
         """
-        kinds = tuple(map(_kind, arguments))
+        kinds = self._kinds(arguments)
         run = self._made.get(kinds)
         if run is None:
             with _LOCK:
@@ -62,14 +72,18 @@ class Compiled:
 
     def entry(self, *arguments: Any) -> int:
         """The address of the loop's machine code for such arguments: a C function of each array's address and lengths."""
-        kinds = tuple(map(_kind, arguments))
+        kinds = self._kinds(arguments)
         if kinds not in self._entries:
             with _LOCK:
                 self._prepare(kinds)
         return self._entries[kinds]
 
+    def _kinds(self, arguments: tuple[Any, ...]) -> tuple[str, ...]:
+        return tuple(_kind(argument, i in self._bits) for i, argument in enumerate(arguments))
+
     def _prepare(self, kinds: tuple[str, ...]) -> Callable[..., int]:
-        name = f"{self.name}-{xxhash.xxh3_64_hexdigest('|'.join((self.module, *kinds, _environment())).encode())}.o"
+        of_loop = xxhash.xxh3_64_hexdigest("|".join((self.module, *kinds)).encode())
+        name = f"{self.name}-{of_loop}-{xxhash.xxh3_64_hexdigest(_environment().encode())}.o"
         code = _read(name)
         if code is None:
             code = _compile(self.module, self.name, kinds)
@@ -79,11 +93,14 @@ class Compiled:
         return _callable(self._entries[kinds], kinds)
 
 
-def _kind(argument: Any) -> str:
+def _kind(argument: Any, bits: bool) -> str:
+    """The type of an argument: of an array its dtype's character, or `bits`', and its dimensions."""
     if isinstance(argument, np.ndarray):
         if not argument.flags.c_contiguous:
             raise ValueError("the arrays of a compiled loop are contiguous")
-        return f"{argument.dtype.char}{argument.ndim}"
+        if bits and argument.dtype not in (np.uint16, np.uint32):
+            raise TypeError(f"the bits of a block are uint16 or uint32, not {argument.dtype}")
+        return f"{_BITS if bits else argument.dtype.char}{argument.ndim}"
     kind = _OF_SCALAR.get(type(argument))
     if kind is None:
         raise TypeError(f"a compiled loop takes arrays and numbers, not a {type(argument).__name__}")
@@ -94,17 +111,26 @@ def _callable(entry: int, kinds: tuple[str, ...]) -> Callable[..., int]:
     """The loop at an address, called with arrays and numbers."""
     types: list[Any] = []
     for kind in kinds:
-        types += [_SCALARS[kind]] if kind in _SCALARS else [ctypes.c_void_p, *[ctypes.c_int64] * int(kind[1:])]
+        if kind in _SCALARS:
+            types.append(_SCALARS[kind])
+        else:
+            twice = kind[0] == _BITS
+            types += [ctypes.c_void_p] * (1 + twice) + [ctypes.c_int64] * (int(kind[1:]) + twice)
     function = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(entry)
 
     def run(*arguments: Any) -> int:
         flat: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, np.ndarray):
-                flat.append(argument.__array_interface__["data"][0])
-                flat += argument.shape
-            else:
+        for argument, kind in zip(arguments, kinds, strict=True):
+            if not isinstance(argument, np.ndarray):
                 flat.append(argument)
+                continue
+            address = argument.__array_interface__["data"][0]
+            if kind[0] == _BITS:
+                *rows, entries = argument.shape
+                half = argument.itemsize == 2
+                flat += [address, address, *rows, entries * half, entries * (not half)]
+            else:
+                flat += [address, *argument.shape]
         return int(function(*flat))
 
     return run
@@ -128,6 +154,13 @@ def _compile(module: str, name: str, kinds: tuple[str, ...]) -> bytes:
             signature.append(scalars[kind])
             continue
         lengths = [f"a{i}_{k}" for k in range(int(kind[1:]))]
+        if kind[0] == _BITS:
+            rows = "".join(f"{length}, " for length in lengths[:-1])
+            taken += [f"a{i}h", f"a{i}w", *lengths[:-1], f"a{i}_h", f"a{i}_w"]
+            given.append(f"(carray(a{i}h, ({rows}a{i}_h,)), carray(a{i}w, ({rows}a{i}_w,)))")
+            pointers = types.CPointer(types.uint16), types.CPointer(types.uint32)
+            signature += [*pointers, *[types.int64] * (len(lengths) + 1)]
+            continue
         taken += [f"a{i}", *lengths]
         given.append(f"carray(a{i}, ({''.join(f'{length}, ' for length in lengths)}))")
         signature += [types.CPointer(getattr(types, np.dtype(kind[0]).name)), *[types.int64] * len(lengths)]
@@ -218,13 +251,16 @@ def _read(name: str) -> bytes | None:
 
 
 def _write(name: str, code: bytes) -> None:
-    """Keep an object file in the first folder that lets us; where none does, the next process compiles again."""
+    """Keep an object file in the first folder that lets us, and not what it was long ago; where none does, the next process compiles again."""
     for folder in _folders():
         part = folder / f"{name}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             part.write_bytes(xxhash.xxh3_128_digest(code) + code)
             part.replace(folder / name)
+            for old in folder.glob(f"{name.rpartition('-')[0]}-*.o"):
+                if time.time() - old.stat().st_mtime > _AGE:
+                    old.unlink()
         except OSError:
             continue
         return

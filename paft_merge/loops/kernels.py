@@ -24,6 +24,7 @@ from paft_merge.loops.strips import (
     begun,
     bits_of,
     counter,
+    extent,
     float_of,
     gone_on,
     inside,
@@ -37,6 +38,8 @@ from paft_merge.loops.strips import (
     random,
     square_of,
     store,
+    strip,
+    strip_of,
     two_if,
     up_to,
     widen,
@@ -71,9 +74,9 @@ def histogram(base: Any, sources: Any, subtract: bool, how: Any, counts: Any, lo
                 return -1
         at = start - origin
         if subtract:
-            widen(base[at : at + m], minus)
+            widen(strip(base, at, m), minus)
         for i in range(n):
-            load(sources[i, at : at + m], minus, values)
+            load(strip_of(sources, i, at, m), minus, values)
             row, low = counts[i], lows[i]
             if low.size:
                 for j in range(m):
@@ -117,17 +120,13 @@ def collect(
                 return -1
         at = start - origin
         if subtract:
-            widen(base[at : at + m], minus)
+            widen(strip(base, at, m), minus)
         for i in range(n):
             if low[i] == np.uint32(0xFFFFFFFF):
                 continue
             lo, span, row, many = low[i], width[i], found[i], counts[i, 0]
-            high, above, source = np.uint32(lo + span), np.uint32(0), sources[i, at : at + m]
-            for j in range(m):
-                v = float_of(source[j]) - minus[j]
-                u = np.uint32(bits_of(v) & MAGNITUDE)
-                values[j] = v
-                above = np.uint32(above + two_if(u >= high))
+            high, (half, whole) = np.uint32(lo + span), strip_of(sources, i, at, m)
+            above = _load_above(half, minus, values, high) + _load_above(whole, minus, values, high)
             for first in range(0, m, 64):
                 left = inside(values, first, lo, span) & up_to(m - first)
                 while left:
@@ -135,8 +134,20 @@ def collect(
                     many += 1
                     left &= left - np.uint64(1)
             counts[i, 0] = many
-            counts[i, 1] += above >> 1
+            counts[i, 1] += above
     return 0
+
+
+@jit
+def _load_above(bits: Any, minus: Any, values: Any, high: Any) -> int:
+    """`load`, and how many magnitudes are at least `high`."""
+    above = np.uint32(0)
+    for j in range(bits.size):
+        v = float_of(bits[j]) - minus[j]
+        u = np.uint32(bits_of(v) & MAGNITUDE)
+        values[j] = v
+        above = np.uint32(above + two_if(u >= high))
+    return np.int64(above >> np.uint32(1))
 
 
 @jit
@@ -163,8 +174,8 @@ def locate(
                 return -1
         at = start - origin
         if subtract:
-            widen(base[at : at + m], minus)
-        load(sources[source, at : at + m], minus, values)
+            widen(strip(base, at, m), minus)
+        load(strip_of(sources, source, at, m), minus, values)
         for first in range(0, m, 64):
             left = inside(values, first, bits, np.uint32(1)) & up_to(m - first)
             while left:
@@ -205,9 +216,9 @@ def dropped_l1(
                 return -1
         at = start - origin
         if subtract:
-            widen(base[at : at + m], minus)
+            widen(strip(base, at, m), minus)
         for i in range(n):
-            load(sources[i, at : at + m], minus, values)
+            load(strip_of(sources, i, at, m), minus, values)
             bound, lanes_before, lanes_after = keep[i], before[i], after[i]
             z = counter(keys[i], index + start)
             for j in range(m):
@@ -245,9 +256,9 @@ def gram(base: Any, sources: Any, subtract: bool, how: Any, out: Any, lines: Any
                 return -1
         at = start - origin
         if subtract:
-            widen(base[at : at + m], minus)
+            widen(strip(base, at, m), minus)
         for i in range(n):
-            load(sources[i, at : at + m], minus, values[i])
+            load(strip_of(sources, i, at, m), minus, values[i])
         for i in range(n):
             for k in range(i + 1):
                 left, right, lane = values[i], values[k], lanes[i * n + k]
@@ -265,7 +276,7 @@ def _pick(
     base: Any, sources: Any, subtract: bool, skip: int, index: int, size: int, stride: int, out: Any, at: int, nothing: Any
 ) -> int:  # fmt: skip
     """`pick` of `size` entries from place `skip` of the arrays on, whose flat index is `index`; the first goes to place `at`."""
-    n, span, values = sources.shape[0], RUN * stride, out.view(np.float32)
+    n, span, values = extent(sources)[0], RUN * stride, out.view(np.float32)
     for number in range(index // span, (index + size + span - 1) // span):
         first = number * span + RUN * np.int64(random(np.uint64(0), number) % np.uint64(stride)) - index
         start, stop = max(int(first), 0), min(int(first) + RUN, size)
@@ -273,10 +284,10 @@ def _pick(
         if m <= 0:
             continue
         below = values[n, at : at + m]
-        widen(base[skip + start : skip + stop], below)
+        widen(strip(base, skip + start, m), below)
         minus = below if subtract else nothing
         for i in range(n):
-            load(sources[i, skip + start : skip + stop], minus, values[i, at : at + m])
+            load(strip_of(sources, i, skip + start, m), minus, values[i, at : at + m])
         at += m
     return at
 
@@ -334,26 +345,29 @@ def blend(
                 return -1
         at = start - origin
         if subtract:
-            widen(base[at : at + m], minus)
-        if base.size:
-            below = base[at : at + m]
-            for j in range(m):
-                total[j] = wb * float_of(below[j])
-        else:
+            widen(strip(base, at, m), minus)
+        half, whole = strip(base, at, m)
+        for j in range(half.size):
+            total[j] = wb * float_of(half[j])
+        for j in range(whole.size):
+            total[j] = wb * float_of(whole[j])
+        if half.size + whole.size == 0:
             for j in range(m):
                 total[j] = np.float32(0)
         for i in range(n):
             w = weights[i]
             if tally:
-                load_counted(sources[i, at : at + m], minus, values, counts[i], sums[i])
+                load_counted(strip_of(sources, i, at, m), minus, values, counts[i], sums[i])
                 for j in range(m):
                     total[j] = total[j] + w * values[j]
             else:
-                source = sources[i, at : at + m]
-                for j in range(m):
-                    total[j] = total[j] + w * (float_of(source[j]) - minus[j])
+                half, whole = strip_of(sources, i, at, m)
+                for j in range(half.size):
+                    total[j] = total[j] + w * (float_of(half[j]) - minus[j])
+                for j in range(whole.size):
+                    total[j] = total[j] + w * (float_of(whole[j]) - minus[j])
         bad += nonfinite(total, m)
-        store(total, out[start : start + m], key, index + start)
+        store(total, strip(out, start, m), key, index + start)
     for i in range(n):
         # Nothing is trimmed and no sign is elected here: all that is not zero is kept, and counts as elected.
         for k in range(2, 4):
@@ -510,9 +524,9 @@ def consensus(
             if ready < 0:
                 return -1
         at = start - origin
-        widen(base[at : at + m], base_f)
+        widen(strip(base, at, m), base_f)
         for i in range(n):
-            wide[i] = load_counted(sources[i, at : at + m], minus, values[i], counts[i], sums[i])
+            wide[i] = load_counted(strip_of(sources, i, at, m), minus, values[i], counts[i], sums[i])
         if place.size:
             many = _set_aside(values, base_f, m, start, open_low, open_width, place, held, found, tally, many)
         for i in range(n):
@@ -568,7 +582,7 @@ def consensus(
         for j in range(m):
             result[j] = base_f[j] + lam * result[j]
         bad += nonfinite(result, m)
-        store(result, out[start : start + m], key, first)
+        store(result, strip(out, start, m), key, first)
     for i in range(n):
         # What agrees is weight * scale * delta; the tally is about the delta.
         unit = np.float64(scales[i]) * (np.float64(weights[i]) if elect == 1 else 1.0)
@@ -592,4 +606,4 @@ def pick(base: Any, sources: Any, subtract: bool, index: int, stride: int, out: 
         How many entries were taken.
     """
     lines[0, :RUN] = np.float32(0)
-    return int(_pick(base, sources, subtract, 0, index, sources.shape[1], stride, out, 0, lines[0]))
+    return int(_pick(base, sources, subtract, 0, index, extent(sources)[1], stride, out, 0, lines[0]))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from paft_merge.loops import STRIP
-from paft_merge.loops.strips import jit, load, load_counted, random, widen
+from paft_merge.loops.strips import extent, jit, load, load_counted, random, strip, strip_of, widen
 
 
 @jit
@@ -24,15 +24,15 @@ def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any, lines
 
     Nothing is trimmed and no sign is elected here: all that is not zero counts as kept, and as elected.
     """
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(strip(base, start, m), minus)
         for i in range(n):
-            load_counted(sources[i, start : start + m], minus, values, counts[i], sums[i])
+            load_counted(strip_of(sources, i, start, m), minus, values, counts[i], sums[i])
     for i in range(n):
         for k in range(2, 4):
             sums[i, k] = sums[i, 1]
@@ -49,7 +49,7 @@ def variance(base: Any, sources: Any, subtract: bool, total: int, out: Any, line
         total: at least n.
         out: `[E]` float32, written; computed in float64 and rounded once, so equal sources give exactly zero.
     """
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, values = lines[0], lines[1:]
     minus[:] = np.float32(0)
     mean, spread = lanes[0], lanes[1]
@@ -57,11 +57,11 @@ def variance(base: Any, sources: Any, subtract: bool, total: int, out: Any, line
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(strip(base, start, m), minus)
         for j in range(m):
             mean[j] = 0.0
         for i in range(n):
-            load(sources[i, start : start + m], minus, values[i])
+            load(strip_of(sources, i, start, m), minus, values[i])
             for j in range(m):
                 mean[j] += np.float64(values[i, j])
         for j in range(m):
@@ -88,16 +88,16 @@ def select(
         low, low_cut: an entry is kept where `by` is above `low` (bits), or equal to it at a flat index below `low_cut`.
         out: `[n, E]` float32, written.
     """
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     bound = np.uint32(low)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(strip(base, start, m), minus)
         for i in range(n):
-            load(sources[i, start : start + m], minus, values)
+            load(strip_of(sources, i, start, m), minus, values)
             for j in range(m):
                 u = by[start + j]
                 stays = (u > bound) | ((u == bound) & (index + start + j < low_cut))
@@ -107,15 +107,15 @@ def select(
 @jit
 def swap(base: Any, sources: Any, subtract: bool, t: float, out: Any, lines: Any) -> None:
     """NearSwap: `delta * clip(t / max(|delta|, 1e-6), 0, 1)` of the only source into `out` `[E]` float32."""
-    size = sources.shape[1]
+    size = extent(sources)[1]
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     reach, zero, one, least = np.float32(t), np.float32(0), np.float32(1), np.float32(1e-6)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            widen(base[start : start + m], minus)
-        load(sources[0, start : start + m], minus, values)
+            widen(strip(base, start, m), minus)
+        load(strip_of(sources, 0, start, m), minus, values)
         for j in range(m):
             weight = reach / max(abs(values[j]), least)
             out[start + j] = values[j] * min(max(weight, zero), one)
@@ -133,7 +133,7 @@ def overlaps(
         counts: `[n, 2]` int64, added to: shared, and the source's own.
         energy: `[n]` float64, added to: the sum of the squares of both.
     """
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, values, many, large = lines[0], lines[1], lines[2], lines[3:]
     minus[:] = np.float32(0)
     bound = np.float32(epsilon)
@@ -142,11 +142,11 @@ def overlaps(
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(strip(base, start, m), minus)
         for j in range(m):
             many[j] = zero
         for i in range(n):
-            load(sources[i, start : start + m], minus, values)
+            load(strip_of(sources, i, start, m), minus, values)
             for j in range(m):
                 large[i, j] = one if abs(values[j]) > bound else zero
                 many[j] += large[i, j]
@@ -173,19 +173,19 @@ def share(base: Any, sources: Any, subtract: bool, epsilon: float, scales: Any, 
         scales: `[n]` float32, multiplies what is a source's own.
         out: `[E]` float32, written.
     """
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, many, total, values = lines[0], lines[1], lines[2], lines[3:]
     minus[:] = np.float32(0)
     bound, zero = np.float32(epsilon), np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(strip(base, start, m), minus)
         for j in range(m):
             many[j] = zero
             total[j] = zero
         for i in range(n):
-            load(sources[i, start : start + m], minus, values[i])
+            load(strip_of(sources, i, start, m), minus, values[i])
             for j in range(m):
                 values[i, j] = values[i, j] if abs(values[i, j]) > bound else zero
                 many[j] += np.float32(values[i, j] != zero)
@@ -210,7 +210,7 @@ def fuse(
         elected: `[n]` int64, added to: entries with the elected sign.
         energy: `[n]` float64, added to: the sum of their squares.
     """
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, vote, total, divisor, values = lines[0], lines[1], lines[2], lines[3], lines[4:]
     minus[:] = np.float32(0)
     zero, least = np.float32(0), np.float32(1e-6)
@@ -222,9 +222,9 @@ def fuse(
             total[j] = zero
             divisor[j] = zero
         if subtract:
-            widen(base[start : start + m], minus)
+            widen(strip(base, start, m), minus)
         for i in range(n):
-            load(sources[i, start : start + m], minus, values[i])
+            load(strip_of(sources, i, start, m), minus, values[i])
             for j in range(m):
                 vote[j] += values[i, j]
         for i in range(n):
@@ -269,7 +269,7 @@ def keep_ranked(delta: Any, order: Any, inner: int, index: int, keep: Any, key: 
 @jit
 def gram_rows(base: Any, sources: Any, subtract: bool, row: int, out: Any, lines: Any, lanes: Any) -> None:
     """Inner products of the sources within every row of `row` entries, into `out` `[E / row, n, n]` float64."""
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, values = lines[0], lines[1:]
     minus[:] = np.float32(0)
     width = min(row, STRIP)
@@ -281,9 +281,9 @@ def gram_rows(base: Any, sources: Any, subtract: bool, row: int, out: Any, lines
         for start in range(r * row, (r + 1) * row, STRIP):
             m = min(STRIP, (r + 1) * row - start)
             if subtract:
-                widen(base[start : start + m], minus)
+                widen(strip(base, start, m), minus)
             for i in range(n):
-                load(sources[i, start : start + m], minus, values[i])
+                load(strip_of(sources, i, start, m), minus, values[i])
             for i in range(n):
                 for k in range(i + 1):
                     for j in range(m):
@@ -297,7 +297,7 @@ def gram_rows(base: Any, sources: Any, subtract: bool, row: int, out: Any, lines
 @jit
 def gram_columns(base: Any, sources: Any, subtract: bool, row: int, out: Any, lines: Any) -> None:
     """Inner products of the sources within every column of rows of `row` entries, added to `out` `[n, n, row]` float64."""
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, values = lines[0], lines[1:]
     minus[:] = np.float32(0)
     for r in range(size // row):
@@ -306,9 +306,9 @@ def gram_columns(base: Any, sources: Any, subtract: bool, row: int, out: Any, li
             m = min(STRIP, row - column)
             start = first + column
             if subtract:
-                widen(base[start : start + m], minus)
+                widen(strip(base, start, m), minus)
             for i in range(n):
-                load(sources[i, start : start + m], minus, values[i])
+                load(strip_of(sources, i, start, m), minus, values[i])
             for i in range(n):
                 for k in range(n):
                     lane = out[i, k, column : column + m]
@@ -326,7 +326,7 @@ def mix(base: Any, sources: Any, subtract: bool, row: int, across: bool, weights
         across: False: `weights` is `[n, E / row]`, one a row. True: `[n, row]`, one a column. float32.
         out: `[E]` float32, written.
     """
-    n, size = sources.shape
+    n, size = extent(sources)
     minus, values, total = lines[0], lines[1], lines[2]
     minus[:] = np.float32(0)
     for r in range(size // row):
@@ -334,11 +334,11 @@ def mix(base: Any, sources: Any, subtract: bool, row: int, across: bool, weights
             m = min(STRIP, row - column)
             start = r * row + column
             if subtract:
-                widen(base[start : start + m], minus)
+                widen(strip(base, start, m), minus)
             for j in range(m):
                 total[j] = np.float32(0)
             for i in range(n):
-                load(sources[i, start : start + m], minus, values)
+                load(strip_of(sources, i, start, m), minus, values)
                 if across:
                     own = weights[i, column : column + m]
                     for j in range(m):

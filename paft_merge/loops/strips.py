@@ -1,5 +1,8 @@
 """A strip: the piece of a block that stays in the L1 cache, and the steps that the fused loops are made of.
 
+A block's bits are two arrays to every loop, of uint16 and of uint32, and one of them is empty (see `compiled`): so a loop is compiled
+once for whatever is stored, and a step goes over both.
+
 Each step is a plain loop over a strip that LLVM makes a vector loop; what Python's words for it would not become one is said
 to LLVM in its own. Sums run over a strip in float32, in as many lanes as the processor's vectors have, and then in float64.
 """
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from paft_merge import loops
 from paft_merge.loops.feed import KEPT, SIZE
@@ -117,9 +120,27 @@ def _feed(_: Any, how: Any, upto: Any) -> Any:
 
 
 @njit(inline="always")
+def extent(sources: Any) -> tuple[int, int]:
+    """Sources, and entries of each in the arrays."""
+    return sources[0].shape[0], sources[0].shape[1] + sources[1].shape[1]
+
+
+@njit(inline="always")
+def strip(bits: Any, at: int, count: int) -> Any:
+    """`count` entries from `at` on, of bits `[E]`."""
+    return bits[0][at : at + count], bits[1][at : at + count]
+
+
+@njit(inline="always")
+def strip_of(bits: Any, i: int, at: int, count: int) -> Any:
+    """`count` entries of row `i` from `at` on, of bits `[n, E]`."""
+    return bits[0][i, at : at + count], bits[1][i, at : at + count]
+
+
+@njit(inline="always")
 def begun(sources: Any, how: Any) -> tuple[int, int, int, int]:
     """Of a block: its sources, its entries, how many are there, and which is the first in the arrays (see `feed`)."""
-    n, held = sources.shape
+    n, held = extent(sources)
     return (n, how[SIZE], 0, 0) if how.size else (n, held, held, 0)
 
 
@@ -132,15 +153,19 @@ def gone_on(how: Any, ready: int) -> tuple[int, int]:
 @njit(inline="always")
 def widen(bits: Any, values: Any) -> None:
     """Put stored elements into `values` as float32."""
-    for j in range(bits.size):
-        values[j] = float_of(bits[j])
+    for j in range(bits[0].size):
+        values[j] = float_of(bits[0][j])
+    for j in range(bits[1].size):
+        values[j] = float_of(bits[1][j])
 
 
 @njit(inline="always")
 def load(bits: Any, minus: Any, values: Any) -> None:
     """Put stored elements less `minus` into `values`: a strip of a source's delta from the base, or of its values with zeros."""
-    for j in range(bits.size):
-        values[j] = float_of(bits[j]) - minus[j]
+    for j in range(bits[0].size):
+        values[j] = float_of(bits[0][j]) - minus[j]
+    for j in range(bits[1].size):
+        values[j] = float_of(bits[1][j]) - minus[j]
 
 
 @njit(inline="always")
@@ -163,33 +188,22 @@ def mixed(z: np.uint64) -> Any:
     return z ^ (z >> np.uint64(31))
 
 
-def store(values: Any, out: Any, key: Any, index: Any) -> Any:
+@njit(inline="always")
+def store(values: Any, out: Any, key: Any, index: Any) -> None:
     """Round float32 into the bits `out`: to nearest even, or stochastically when `key` is not 0."""
-
-
-@overload(store, inline="always")
-def _store_impl(values: Any, out: Any, key: Any, index: Any) -> Any:
-    if out.dtype == types.uint16:
-
-        def narrow(values: Any, out: Any, key: Any, index: Any) -> Any:
-            if key != np.uint64(0):
-                for j in range(out.size):
-                    # A uniform 16-bit number added below the cut carries with the probability that the cut-off part has.
-                    noise = np.uint32(random(key, index + j) >> np.uint64(48))
-                    out[j] = np.uint16((bits_of(values[j]) + noise) >> np.uint32(16))
-            else:
-                for j in range(out.size):
-                    u = bits_of(values[j])
-                    odd = (u >> np.uint32(16)) & np.uint32(1)
-                    out[j] = np.uint16((u + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-        return narrow
-
-    def copy(values: Any, out: Any, key: Any, index: Any) -> Any:
-        for j in range(out.size):
-            out[j] = bits_of(values[j])
-
-    return copy
+    half, whole = out
+    if key != np.uint64(0):
+        for j in range(half.size):
+            # A uniform 16-bit number added below the cut carries with the probability that the cut-off part has.
+            noise = np.uint32(random(key, index + j) >> np.uint64(48))
+            half[j] = np.uint16((bits_of(values[j]) + noise) >> np.uint32(16))
+    else:
+        for j in range(half.size):
+            u = bits_of(values[j])
+            odd = (u >> np.uint32(16)) & np.uint32(1)
+            half[j] = np.uint16((u + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    for j in range(whole.size):
+        whole[j] = bits_of(values[j])
 
 
 @njit(inline="always")
@@ -208,12 +222,30 @@ def up_to(count: int) -> Any:
 
 
 @njit(inline="always")
-def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> bool:
+def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> Any:
     """`load` a strip of a delta and add it to its row of the tally; say whether its squares leave the range of float32."""
-    count = bits.size
+    count = bits[0].size + bits[1].size
+    largest, absolute, square = (
+        _counted(bits[0], minus, values, counts) if bits[0].size else _counted(bits[1], minus, values, counts)
+    )
+    counts[7] = max(counts[7], np.int64(largest))
+    wide = (largest > _LARGE) | ((largest < _SMALL) & (largest > np.uint32(0)))
+    if wide:
+        for j in range(count):
+            sums[0] += abs(np.float64(values[j]))
+        sums[1] += square_of(values, count)
+    else:
+        sums[0] += np.float64(absolute)
+        sums[1] += np.float64(square)
+    return wide
+
+
+@jit
+def _counted(bits: Any, minus: Any, values: Any, counts: Any) -> Any:
+    """The largest magnitude (bits) of a strip, and the sums of its magnitudes and squares."""
     largest, zeros, e6, e5, e4, e3 = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
     absolute, square = np.float32(0), np.float32(0)
-    for j in range(count):  # 32-bit counters: twice as many of them fit in a register
+    for j in range(bits.size):  # 32-bit counters: twice as many of them fit in a register
         v = float_of(bits[j]) - minus[j]
         values[j] = v
         u = np.uint32(bits_of(v) & MAGNITUDE)
@@ -230,16 +262,7 @@ def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> 
     counts[2] += e5 >> 1
     counts[3] += e4 >> 1
     counts[4] += e3 >> 1
-    counts[7] = max(counts[7], np.int64(largest))
-    wide = (largest > _LARGE) | ((largest < _SMALL) & (largest > np.uint32(0)))
-    if wide:
-        for j in range(count):
-            sums[0] += abs(np.float64(values[j]))
-        sums[1] += square_of(values, count)
-    else:
-        sums[0] += np.float64(absolute)
-        sums[1] += np.float64(square)
-    return wide
+    return largest, absolute, square
 
 
 @njit(inline="always")
