@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import local
 
 import numpy as np
 import pytest
@@ -74,6 +76,52 @@ def check(folder: Path, contents: dict[str, bytes]) -> None:
 
 def test_pieces_of_any_length_at_any_place_from_any_thread(tmp_path: Path) -> None:
     check(tmp_path, write_in_pieces(tmp_path))
+
+
+def test_pages_are_written_from_a_room_as_they_lie_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a copy, from any thread, and the room is not filled again before it is on the disk."""
+    monkeypatch.setattr(direct.Background, "write_copy", None)
+    pwrite = os.pwrite
+
+    def slow(fd: int, view: memoryview, at: int) -> int:
+        time.sleep(0.002)
+        return pwrite(fd, view, at)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    made = np.random.default_rng(2)
+    contents = {name: made.integers(0, 256, size, np.uint8) for name, size in SIZES.items()}
+    step = 50_001
+    pieces = [(name, at) for name, content in contents.items() for at in range(0, len(content), step)]
+    random.Random(2).shuffle(pieces)
+    rooms = local()
+
+    def write(piece: tuple[str, int]) -> None:
+        name, at = piece
+        part = contents[name][at : at + step]
+        rooms.mine = getattr(rooms, "mine", None) or direct.Room()
+        offset = writer.offset(name, at)
+        held = rooms.mine.array(len(part), offset)
+        assert offset % 4 or (held.ctypes.data - offset) % 4096 == 0
+        held[:] = part
+        writer.write(name, at, held, rooms.mine)
+
+    # Where a tensor begins at an odd byte, memory for its elements cannot lie as the file does.
+    aligned = [piece for piece in pieces if writer_offset(piece) % 4 == 0]
+    assert len(aligned) > 20
+    with ShardWriter(tmp_path, plan()) as writer, ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, aligned))
+        for name in contents:
+            writer.settle(name)
+        for name, at in aligned:
+            held = bytearray(len(contents[name][at : at + step]))
+            writer.read_into(name, at, held)
+            assert held == contents[name][at : at + step].tobytes()
+
+
+def writer_offset(piece: tuple[str, int]) -> int:
+    name, at = piece
+    (shard,) = plan()
+    return next(slot.offset for slot in shard.slots if slot.name == name) + at
 
 
 def test_whole_pages_do_pass_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

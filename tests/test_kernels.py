@@ -26,7 +26,9 @@ def pattern(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
-@pytest.mark.parametrize(("rows", "width", "rank"), [(1, 1, 1), (3, 65, 2), (17, 300, 7), (64, 128, 64), (5, 70, 130)])
+@pytest.mark.parametrize(
+    ("rows", "width", "rank"), [(1, 1, 1), (3, 65, 2), (17, 300, 7), (64, 128, 64), (5, 70, 130), (5, 70, 0)]
+)
 def test_a_product_is_a_product(rows: int, width: int, rank: int) -> None:
     left, right = normal(0, rows, rank, size=1.0), normal(1, rank, width, size=1.0)
     out = np.full((rows, width), np.nan, np.float32)
