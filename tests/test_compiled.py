@@ -70,6 +70,18 @@ def test_what_a_loop_was_long_ago_goes_when_it_is_made_again(tmp_path: Path) -> 
     assert sorted(tmp_path.iterdir()) == sorted([kept, lately, another])
 
 
+def test_every_loop_can_be_compiled_ahead() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSTARTUP"}
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, runpy; runpy.run_module('paft_merge.loops'); print(sorted({*sys.modules} & {'numba'}))",
+    ]
+    for expected in (None, "[]"):  # once they are there, nothing is compiled
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert expected is None or run.stdout.strip() == expected
+
+
 def test_where_nothing_can_be_kept_a_loop_still_runs(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert used(USED, tmp_path / "file" / "folder") == "120.0 True"
@@ -91,11 +103,10 @@ def test_bits_of_either_type_are_one_loop_s_and_give_the_same() -> None:
     values = np.arange(5, dtype=np.float32)
     wide = values.view(np.uint32)
     narrow = (wide >> 16).astype(np.uint16)
-    blend = Compiled("kernels.blend", (0, 1, 2))
     for base in (wide, narrow):
         out = [np.empty(5, kind) for kind in (np.uint16, np.uint32)]
         for one in out:
-            bad = blend(
+            bad = loops.blend(
                 one, base, base[None, :], False, FULL, 0, 2.0, np.ones(1, np.float32),
                 np.uint64(0), False, np.empty((1, 8), np.int64), np.empty((1, 4)), 1,
                 np.empty((2, 0), np.uint32), np.zeros(1, np.int64), loops.lines(4),
@@ -103,24 +114,30 @@ def test_bits_of_either_type_are_one_loop_s_and_give_the_same() -> None:
             assert bad == 0
         np.testing.assert_array_equal(out[1].view(np.float32), 3 * values)
         np.testing.assert_array_equal(out[0].astype(np.uint32) << 16, out[1])
-    assert len(blend._made) == 1
 
 
-def test_what_no_loop_can_read_is_refused() -> None:
-    with pytest.raises(ValueError, match="contiguous"):
-        loops.add_squares(np.zeros(10, np.uint32)[::2], np.zeros(1))
-    with pytest.raises(TypeError, match="not a list"):
-        loops.add_squares([1, 2], np.zeros(1))
-    with pytest.raises(TypeError, match="uint16 or uint32, not float32"):
-        loops.pick(
-            np.zeros(4, np.float32),
-            np.zeros((1, 4), np.uint32),
-            False,
-            0,
-            1,
-            np.zeros((2, 64), np.uint32),
-            loops.lines(1),
-        )
+@pytest.mark.parametrize(
+    ("argument", "error", "match"),
+    [
+        (np.zeros(10, np.uint32)[::2], ValueError, "contiguous"),
+        ([1, 2], TypeError, r"takes an array \(u4.1\) and not list"),
+        (np.zeros(4, np.float32), TypeError, "not float32, 1-d"),
+        (np.zeros((2, 2), np.uint32), TypeError, "not uint32, 2-d"),
+    ],
+)
+def test_what_a_loop_cannot_read_is_refused(argument: object, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        loops.add_squares(argument, np.zeros(1))
+
+
+def test_numbers_and_bits_of_another_type_are_refused() -> None:
+    some, room = np.zeros((1, 4), np.uint32), np.zeros((2, 64), np.uint32)
+    with pytest.raises(TypeError, match=r"bits.1\) and not float32"):
+        loops.pick(np.zeros(4, np.float32), some, False, 0, 1, room, loops.lines(1))
+    with pytest.raises(TypeError, match=r"number \(int\) and not a float"):
+        loops.pick(some[0], some, False, 0, 1.0, room, loops.lines(1))
+    with pytest.raises(ValueError, match="shorter"):
+        loops.pick(some[0], some, False, 0, 1, room)
 
 
 def every_loop() -> list[str]:
@@ -133,5 +150,5 @@ def test_every_loop_is_where_its_name_says(name: str) -> None:
 
     loop = getattr(loops, name)
     found = getattr(import_module(f"paft_merge.loops.{loop.module}"), loop.name)
-    assert hasattr(found, "py_func")
+    assert found.py_func.__code__.co_argcount == len(loop.takes)
     assert found.py_func.__doc__

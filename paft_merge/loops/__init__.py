@@ -23,7 +23,7 @@ import numpy as np
 
 from paft_merge.loops.compiled import Compiled
 from paft_merge.loops.feed import STRIP as STRIP
-from paft_merge.loops.feed import memory_for, packed
+from paft_merge.loops.feed import fill, memory_for, packed
 from paft_merge.scratch import SCRATCH
 
 LINE = STRIP + 144
@@ -60,35 +60,46 @@ MOST = 1 << 22
 RUN = 64
 """Entries of a sample that lie together: two cache lines of bfloat16."""
 
-_OF_SOURCES = 0, 1  # of most loops, the first arguments are base and sources
-histogram = Compiled("kernels.histogram", _OF_SOURCES)
-collect = Compiled("kernels.collect", _OF_SOURCES)
-locate = Compiled("kernels.locate", _OF_SOURCES)
-dropped_l1 = Compiled("kernels.dropped_l1", _OF_SOURCES)
-gram = Compiled("kernels.gram", _OF_SOURCES)
-blend = Compiled("kernels.blend", (0, 1, 2))
-consensus = Compiled("kernels.consensus", (0, 1, 2))
-pick = Compiled("kernels.pick", _OF_SOURCES)
+histogram = Compiled("kernels.histogram", "bits.1 bits.2 bool i8.1 i8.2 i8.2 f4.2")
+collect = Compiled("kernels.collect", "bits.1 bits.2 bool i8.1 u4.1 u4.1 u4.2 i8.2 f4.2")
+locate = Compiled("kernels.locate", "bits.1 bits.2 bool i8.1 int uint32 int f4.2")
+dropped_l1 = Compiled("kernels.dropped_l1", "bits.1 bits.2 bool i8.1 int u8.1 u8.1 f8.2 f4.2 f8.2")
+gram = Compiled("kernels.gram", "bits.1 bits.2 bool i8.1 f8.2 f4.2 f8.2")
+blend = Compiled(
+    "kernels.blend", "bits.1 bits.1 bits.2 bool i8.1 int float f4.1 uint64 bool i8.2 f8.2 int u4.2 i8.1 f4.2"
+)
+consensus = Compiled(
+    "kernels.consensus",
+    "bits.1 bits.1 bits.2 bool i8.1 int f4.1 f4.1 u4.1 i8.1 u4.1 i8.1 f4.1 u8.1 u8.1 int bool int float uint64 i8.2 f8.2 u4.1 u4.1 i4.1 f4.2 u4.2 i8.2 int u4.2 i8.1 u1.1 f4.2",
+)
+pick = Compiled("kernels.pick", "bits.1 bits.2 bool int int u4.2 f4.2")
 
-tally = Compiled("mixing.tally", _OF_SOURCES)
-variance = Compiled("mixing.variance", _OF_SOURCES)
-select = Compiled("mixing.select", _OF_SOURCES)
-swap = Compiled("mixing.swap", _OF_SOURCES)
-overlaps = Compiled("mixing.overlaps", _OF_SOURCES)
-share = Compiled("mixing.share", _OF_SOURCES)
-fuse = Compiled("mixing.fuse", _OF_SOURCES)
-keep_ranked = Compiled("mixing.keep_ranked")
-gram_rows = Compiled("mixing.gram_rows", _OF_SOURCES)
-gram_columns = Compiled("mixing.gram_columns", _OF_SOURCES)
-mix = Compiled("mixing.mix", _OF_SOURCES)
+tally = Compiled("mixing.tally", "bits.1 bits.2 bool i8.2 f8.2 f4.2")
+variance = Compiled("mixing.variance", "bits.1 bits.2 bool int f4.1 f4.2 f8.2")
+select = Compiled("mixing.select", "bits.1 bits.2 bool int u4.1 uint32 int f4.2 f4.2")
+swap = Compiled("mixing.swap", "bits.1 bits.2 bool float f4.1 f4.2")
+overlaps = Compiled("mixing.overlaps", "bits.1 bits.2 bool float i8.2 f8.1 f4.2 f8.2")
+share = Compiled("mixing.share", "bits.1 bits.2 bool float f4.1 f4.1 f4.2")
+fuse = Compiled("mixing.fuse", "bits.1 bits.2 bool f4.1 f4.1 i8.1 f8.1 f4.2 f8.2")
+keep_ranked = Compiled("mixing.keep_ranked", "f4.1 u8.2 int int u8.1 uint64 f4.1")
+gram_rows = Compiled("mixing.gram_rows", "bits.1 bits.2 bool int f8.3 f4.2 f8.2")
+gram_columns = Compiled("mixing.gram_columns", "bits.1 bits.2 bool int f8.3 f4.2")
+mix = Compiled("mixing.mix", "bits.1 bits.2 bool int bool f4.2 f4.1 f4.2")
 
-measure = Compiled("audits.measure")
-erased = Compiled("audits.erased", (1,))
-compare = Compiled("audits.compare")
-shared_support = Compiled("audits.shared_support")
-add_squares = Compiled("audits.add_squares")
+measure = Compiled("audits.measure", "u4.1 u4.1 i8.1 i8.1 f8.1")
+erased = Compiled("audits.erased", "u4.1 bits.1 f8.1 f4.2")
+compare = Compiled("audits.compare", "u4.1 u4.1 uint32 i8.1 f8.1 f4.2")
+shared_support = Compiled("audits.shared_support", "u4.1 u4.1 int u4.1 i8.1 i8.1")
+add_squares = Compiled("audits.add_squares", "u4.1 f8.1")
 
-_multiply = Compiled("products.multiply")
+_multiply = Compiled("products.multiply", "f4.2 f4.3 f4.2 f4.2 f4.2")
+
+
+def prepare() -> None:
+    """Compile every loop, or see that it is there: for an image of a machine that could not keep what it compiles."""
+    for loop in (*globals().values(), fill):
+        if isinstance(loop, Compiled):
+            assert loop.entry
 
 
 def lines(count: int, *, of: Any = np.float32) -> Any:

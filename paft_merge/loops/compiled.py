@@ -1,6 +1,6 @@
 """Machine code of the fused loops, kept on disk: a merge that finds it there starts without a compiler.
 
-numba compiles a loop for the types it is first called with. Importing numba and loading what it has kept itself takes a second,
+numba compiles a loop when it is first called. Importing numba and loading what it has kept itself takes a second,
 which is as long as a merge of a small model; the same code as a plain object file, through LLVM alone, takes milliseconds.
 An object file belongs to the sources of the loops, the versions of numba and LLVM, and the processor, all of which its
 name is made from; it begins with a digest of itself.
@@ -12,7 +12,8 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +24,14 @@ import numpy as np
 import xxhash
 
 _ROOM = "paft_merge.loops"
-_SCALARS = {"?": ctypes.c_int64, "q": ctypes.c_int64, "d": ctypes.c_double, "I": ctypes.c_uint32, "Q": ctypes.c_uint64}
-_OF_SCALAR = {bool: "?", int: "q", float: "d", np.int64: "q", np.float64: "d", np.uint32: "I", np.uint64: "Q"}
+_SCALARS = {
+    "bool": (ctypes.c_int64, (bool,)), "int": (ctypes.c_int64, (int, np.int64)), "float": (ctypes.c_double, (float,)),
+    "uint32": (ctypes.c_uint32, (np.uint32,)), "uint64": (ctypes.c_uint64, (np.uint64,)),
+}  # fmt: skip
 _OF_LIBC = {"memset", "memcpy", "memmove"}
 """What the code of a loop may call: nothing that only a process with numba has, as memory of its own would need."""
 
-_BITS = "*"
-"""What stands for the type of bits, in the type of an argument."""
+_BITS = np.dtype(np.uint16), np.dtype(np.uint32)
 
 _AGE = 7 * 86400
 """Seconds after which an object file is removed when its loop is compiled again: until then another environment may want it."""
@@ -38,19 +40,20 @@ _LOCK = Lock()
 
 
 class Compiled:
-    """A loop of this room, called with contiguous arrays and numbers; compiled when it is first called with their types.
+    """A loop of this room, called with contiguous arrays and numbers; compiled when it is first called.
 
     Args:
         place: its module and name in this room, as "kernels.blend".
-        bits: which of its arguments are bits of a block: uint16 or uint32, the same machine code for either. The loop sees
-            two arrays of them, one of each type, of which one is empty.
+        takes: its arguments, a word each: `f4.2` is an array of float32 with two dimensions, likewise `f8`, `i4`, `i8`, `u1`, `u4` and `u8`;
+            `bool`, `int`, `float`, `uint32` and `uint64` are numbers. `bits.1` are bits of a block, uint16 or uint32, with the same
+            machine code for either: the loop sees two arrays of them, one of each type, of which one is empty.
     """
 
-    def __init__(self, place: str, bits: tuple[int, ...] = ()) -> None:
+    def __init__(self, place: str, takes: str) -> None:
         self.module, self.name = place.split(".")
-        self._bits = frozenset(bits)
-        self._made: dict[tuple[str, ...], Callable[..., int]] = {}
-        self._entries: dict[tuple[str, ...], int] = {}
+        self.takes = [_Taken.of(word) for word in takes.split()]
+        self._function: Callable[..., int] | None = None
+        self._entry = 0
         self.__doc__ = f"`{place}`, compiled."
 
     def __call__(self, *arguments: Any) -> int:
@@ -61,109 +64,120 @@ class Compiled:
 
         Raises:
             ValueError: an array is not contiguous.
-            TypeError: an argument is neither an array nor a number.
+            TypeError: an argument is not what the loop takes.
         """
-        kinds = self._kinds(arguments)
-        run = self._made.get(kinds)
-        if run is None:
-            with _LOCK:
-                run = self._made[kinds] = self._made.get(kinds) or self._prepare(kinds)
-        return run(*arguments)
+        if self._function is None:
+            self._prepare()
+        assert self._function is not None
+        flat: list[Any] = []
+        for taken, argument in zip(self.takes, arguments, strict=True):
+            taken.put(argument, flat)
+        return int(self._function(*flat))
 
-    def entry(self, *arguments: Any) -> int:
-        """The address of the loop's machine code for such arguments: a C function of each array's address and lengths."""
-        kinds = self._kinds(arguments)
-        if kinds not in self._entries:
-            with _LOCK:
-                self._prepare(kinds)
-        return self._entries[kinds]
+    @property
+    def entry(self) -> int:
+        """The address of the loop's machine code: a C function of each array's address and lengths."""
+        if not self._entry:
+            self._prepare()
+        return self._entry
 
-    def _kinds(self, arguments: tuple[Any, ...]) -> tuple[str, ...]:
-        return tuple(_kind(argument, i in self._bits) for i, argument in enumerate(arguments))
+    def _prepare(self) -> None:
+        with _LOCK:
+            if self._entry:
+                return
+            takes = " ".join(taken.word for taken in self.takes)
+            of_loop = xxhash.xxh3_64_hexdigest(f"{self.module} {takes}".encode())
+            name = f"{self.name}-{of_loop}-{xxhash.xxh3_64_hexdigest(_environment().encode())}.o"
+            code = _read(name)
+            if code is None:
+                code = _compile(self.module, self.name, self.takes)
+                _write(name, code)
+            symbol, _, machine = code.partition(b"\0")
+            entry = _address(symbol.decode(), machine)
+            types = [kind for taken in self.takes for kind in taken.types]
+            self._function, self._entry = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(entry), entry
 
-    def _prepare(self, kinds: tuple[str, ...]) -> Callable[..., int]:
-        of_loop = xxhash.xxh3_64_hexdigest("|".join((self.module, *kinds)).encode())
-        name = f"{self.name}-{of_loop}-{xxhash.xxh3_64_hexdigest(_environment().encode())}.o"
-        code = _read(name)
-        if code is None:
-            code = _compile(self.module, self.name, kinds)
-            _write(name, code)
-        symbol, _, machine = code.partition(b"\0")
-        self._entries[kinds] = _address(symbol.decode(), machine)
-        return _callable(self._entries[kinds], kinds)
 
+@dataclass(frozen=True)
+class _Taken:
+    """An argument of a loop."""
 
-def _kind(argument: Any, bits: bool) -> str:
-    """The type of an argument: of an array its dtype's character, or `bits`', and its dimensions."""
-    if isinstance(argument, np.ndarray):
+    word: str
+    dtypes: tuple[Any, ...]
+    """Of an array, those it may have; empty for a number."""
+    ndim: int
+
+    @classmethod
+    def of(cls, word: str) -> _Taken:
+        if word in _SCALARS:
+            return cls(word, (), 0)
+        name, ndim = word.split(".")
+        return cls(word, _BITS if name == "bits" else (np.dtype(name),), int(ndim))
+
+    @property
+    def bits(self) -> bool:
+        return self.dtypes == _BITS
+
+    @property
+    def types(self) -> list[Any]:
+        """What it is to C: an array's address and lengths, of bits the address twice and the last length of each type."""
+        if not self.dtypes:
+            return [_SCALARS[self.word][0]]
+        return [ctypes.c_void_p] * (1 + self.bits) + [ctypes.c_int64] * (self.ndim + self.bits)
+
+    def put(self, argument: Any, flat: list[Any]) -> None:
+        """Add it to what a C function is called with."""
+        if not self.dtypes:
+            if not isinstance(argument, _SCALARS[self.word][1]):
+                raise TypeError(f"this loop takes a number ({self.word}) and not a {type(argument).__name__}")
+            flat.append(argument)
+            return
+        if not isinstance(argument, np.ndarray) or argument.dtype not in self.dtypes or argument.ndim != self.ndim:
+            what = (
+                f"{argument.dtype}, {argument.ndim}-d" if isinstance(argument, np.ndarray) else type(argument).__name__
+            )
+            raise TypeError(f"this loop takes an array ({self.word}) and not {what}")
         if not argument.flags.c_contiguous:
             raise ValueError("the arrays of a compiled loop are contiguous")
-        if bits and argument.dtype not in (np.uint16, np.uint32):
-            raise TypeError(f"the bits of a block are uint16 or uint32, not {argument.dtype}")
-        return f"{_BITS if bits else argument.dtype.char}{argument.ndim}"
-    kind = _OF_SCALAR.get(type(argument))
-    if kind is None:
-        raise TypeError(f"a compiled loop takes arrays and numbers, not a {type(argument).__name__}")
-    return kind
-
-
-def _callable(entry: int, kinds: tuple[str, ...]) -> Callable[..., int]:
-    """The loop at an address, called with arrays and numbers."""
-    types: list[Any] = []
-    for kind in kinds:
-        if kind in _SCALARS:
-            types.append(_SCALARS[kind])
+        address = argument.__array_interface__["data"][0]
+        if self.bits:
+            *rows, entries = argument.shape
+            half = argument.itemsize == 2
+            flat += [address, address, *rows, entries * half, entries * (not half)]
         else:
-            twice = kind[0] == _BITS
-            types += [ctypes.c_void_p] * (1 + twice) + [ctypes.c_int64] * (int(kind[1:]) + twice)
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(entry)
-
-    def run(*arguments: Any) -> int:
-        flat: list[Any] = []
-        for argument, kind in zip(arguments, kinds, strict=True):
-            if not isinstance(argument, np.ndarray):
-                flat.append(argument)
-                continue
-            address = argument.__array_interface__["data"][0]
-            if kind[0] == _BITS:
-                *rows, entries = argument.shape
-                half = argument.itemsize == 2
-                flat += [address, address, *rows, entries * half, entries * (not half)]
-            else:
-                flat += [address, *argument.shape]
-        return int(function(*flat))
-
-    return run
+            flat += [address, *argument.shape]
 
 
-def _compile(module: str, name: str, kinds: tuple[str, ...]) -> bytes:
+def _compile(module: str, name: str, takes: Sequence[_Taken]) -> bytes:
     """Compile a loop by numba: the name of its entry, a zero byte and its object file.
 
-    The entry takes, for an array, its address and its lengths.
+    The entry takes, for an array, its address and its lengths (see `_Taken.types`).
     """
     from llvmlite import binding
     from numba import carray, cfunc, types
 
     loop = getattr(import_module(f"{_ROOM}.{module}"), name)
-    scalars = {"?": types.int64, "q": types.int64, "d": types.float64, "I": types.uint32, "Q": types.uint64}
+    scalars = {
+        "bool": types.int64,
+        "int": types.int64,
+        "float": types.float64,
+        "uint32": types.uint32,
+        "uint64": types.uint64,
+    }
     taken, given, signature = [], [], []
-    for i, kind in enumerate(kinds):
-        if kind in scalars:
+    for i, one in enumerate(takes):
+        if not one.dtypes:
             taken.append(f"a{i}")
-            given.append(f"a{i} != 0" if kind == "?" else f"a{i}")
-            signature.append(scalars[kind])
+            given.append(f"a{i} != 0" if one.word == "bool" else f"a{i}")
+            signature.append(scalars[one.word])
             continue
-        lengths = [f"a{i}_{k}" for k in range(int(kind[1:]))]
-        if kind[0] == _BITS:
-            rows = "".join(f"{length}, " for length in lengths[:-1])
-            taken += [f"a{i}h", f"a{i}w", *lengths[:-1], f"a{i}_h", f"a{i}_w"]
-            given.append(f"(carray(a{i}h, ({rows}a{i}_h,)), carray(a{i}w, ({rows}a{i}_w,)))")
-            pointers = types.CPointer(types.uint16), types.CPointer(types.uint32)
-            signature += [*pointers, *[types.int64] * (len(lengths) + 1)]
-            continue
-        taken += [f"a{i}", *lengths]
-        given.append(f"carray(a{i}, ({''.join(f'{length}, ' for length in lengths)}))")
-        signature += [types.CPointer(getattr(types, np.dtype(kind[0]).name)), *[types.int64] * len(lengths)]
+        lengths = [f"a{i}_{k}" for k in range(one.ndim - 1)]
+        rows, addresses = "".join(f"{length}, " for length in lengths), [f"a{i}_{dtype}" for dtype in one.dtypes]
+        arrays = [f"carray({address}, ({rows}n{address},))" for address in addresses]
+        given.append(f"({', '.join(arrays)})" if one.bits else arrays[0])
+        taken += [*addresses, *lengths, *(f"n{address}" for address in addresses)]
+        signature += [types.CPointer(getattr(types, dtype.name)) for dtype in one.dtypes]
+        signature += [types.int64] * (len(lengths) + len(addresses))
     returns = "return int64(result)" if _returns(loop) else "return 0"
     source = f"def {name}({', '.join(taken)}):\n    result = loop({', '.join(given)})\n    {returns}\n"
     scope = {"loop": loop, "carray": carray, "int64": np.int64}

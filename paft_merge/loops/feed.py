@@ -38,7 +38,7 @@ its rows of the left factor, its rank, and the address of the right one's panels
 FULL = np.empty(0, np.int64)
 """The `how` of a block that is full."""
 
-_fill = Compiled("filling.fill")
+fill = Compiled("filling.fill", "i8.1 int")
 _pread = ctypes.cast(ctypes.CDLL(None).pread, ctypes.c_void_p).value
 
 
@@ -94,7 +94,7 @@ class Feed:
             if only in (None, row):
                 products += (_address(sources[row]), _address(left), left.shape[1], _address(panels))
         head = (
-            _fill.entry(FULL, 0), 0, self.piece, self.size, kept, len(reads) // 4, len(products) // 4, _pread, self.width,
+            fill.entry, 0, self.piece, self.size, kept, len(reads) // 4, len(products) // 4, _pread, self.width,
             _address(total), _address(rows),
         )  # fmt: skip
         return np.array((*head, *reads, *products), np.int64)
@@ -105,7 +105,7 @@ class Feed:
         Raises:
             PaftMergeError: something cannot be read.
         """
-        if _fill(self.how(base, sources), self.size) < 0:
+        if fill(self.how(base, sources), self.size) < 0:
             self.explain()
 
     def explain(self) -> None:
