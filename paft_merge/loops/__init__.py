@@ -23,7 +23,8 @@ import numpy as np
 
 from paft_merge.loops.compiled import Compiled
 from paft_merge.loops.feed import STRIP as STRIP
-from paft_merge.loops.feed import fill, memory_for, packed
+from paft_merge.loops.feed import fill as fill
+from paft_merge.loops.feed import memory_for, packed
 from paft_merge.scratch import SCRATCH
 
 LINE = STRIP + 144
@@ -97,9 +98,9 @@ _multiply = Compiled("products.multiply", "f4.2 f4.3 f4.2 f4.2 f4.2")
 
 def prepare() -> None:
     """Compile every loop, or see that it is there: for an image of a machine that could not keep what it compiles."""
-    for loop in (*globals().values(), fill):
+    for loop in tuple(globals().values()):  # compiling imports parts of this room, whose names appear here
         if isinstance(loop, Compiled):
-            assert loop.entry
+            loop.prepare()
 
 
 def lines(count: int, *, of: Any = np.float32) -> Any:

@@ -67,7 +67,7 @@ class Compiled:
             TypeError: an argument is not what the loop takes.
         """
         if self._function is None:
-            self._prepare()
+            self.prepare()
         assert self._function is not None
         flat: list[Any] = []
         for taken, argument in zip(self.takes, arguments, strict=True):
@@ -78,10 +78,11 @@ class Compiled:
     def entry(self) -> int:
         """The address of the loop's machine code: a C function of each array's address and lengths."""
         if not self._entry:
-            self._prepare()
+            self.prepare()
         return self._entry
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Load the loop's machine code, or make it."""
         with _LOCK:
             if self._entry:
                 return

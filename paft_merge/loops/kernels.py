@@ -30,6 +30,7 @@ from paft_merge.loops.strips import (
     inside,
     jit,
     load,
+    load_above,
     load_counted,
     lowest,
     mixed,
@@ -126,7 +127,7 @@ def collect(
                 continue
             lo, span, row, many = low[i], width[i], found[i], counts[i, 0]
             high, (half, whole) = np.uint32(lo + span), strip_of(sources, i, at, m)
-            above = _load_above(half, minus, values, high) + _load_above(whole, minus, values, high)
+            above = load_above(half, minus, values, high) + load_above(whole, minus, values, high)
             for first in range(0, m, 64):
                 left = inside(values, first, lo, span) & up_to(m - first)
                 while left:
@@ -136,18 +137,6 @@ def collect(
             counts[i, 0] = many
             counts[i, 1] += above
     return 0
-
-
-@jit
-def _load_above(bits: Any, minus: Any, values: Any, high: Any) -> int:
-    """`load`, and how many magnitudes are at least `high`."""
-    above = np.uint32(0)
-    for j in range(bits.size):
-        v = float_of(bits[j]) - minus[j]
-        u = np.uint32(bits_of(v) & MAGNITUDE)
-        values[j] = v
-        above = np.uint32(above + two_if(u >= high))
-    return np.int64(above >> np.uint32(1))
 
 
 @jit

@@ -221,6 +221,18 @@ def up_to(count: int) -> Any:
     return ~np.uint64(0) if count >= 64 else (np.uint64(1) << np.uint64(count)) - np.uint64(1)
 
 
+@jit
+def load_above(bits: Any, minus: Any, values: Any, high: Any) -> int:
+    """`load` a strip of one type, and say how many magnitudes are at least `high` (bits)."""
+    above = np.uint32(0)
+    for j in range(bits.size):
+        v = float_of(bits[j]) - minus[j]
+        u = np.uint32(bits_of(v) & MAGNITUDE)
+        values[j] = v
+        above = np.uint32(above + two_if(u >= high))
+    return np.int64(above >> np.uint32(1))
+
+
 @njit(inline="always")
 def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> Any:
     """`load` a strip of a delta and add it to its row of the tally; say whether its squares leave the range of float32."""

@@ -87,7 +87,7 @@ class PlannedTensor:
     @property
     def _block_bytes(self) -> int:
         if self.method == COPY:
-            return COPY_BYTES
+            return 2 * COPY_BYTES  # one is written while the other is read
         if isinstance(self.rule, WholeTensor):
             return self.numel * self.rule.bytes_per_element()
         elements = self.bounds[0][1] if self.bounds else 0
