@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paft_merge import methods as methods
-    from paft_merge.api import merge as merge
-    from paft_merge.api import open_plan as open_plan
     from paft_merge.auditing import audit as audit
+    from paft_merge.engine.api import merge as merge
+    from paft_merge.engine.api import open_plan as open_plan
     from paft_merge.errors import PaftMergeError as PaftMergeError
     from paft_merge.evaluating import evaluate as evaluate
     from paft_merge.pipeline import run as run
+    from paft_merge.pipeline.tuning import tune as tune
     from paft_merge.recipe import load_recipe as load_recipe
     from paft_merge.training import train as train
-    from paft_merge.tuning import tune as tune
 
 # Found on first use, so that `import paft_merge` (and `paft --help`) does not import torch.
 _HOMES = {
@@ -33,11 +33,11 @@ _HOMES = {
     "audit": "auditing",
     "evaluate": "evaluating",
     "load_recipe": "recipe",
-    "merge": "api",
-    "open_plan": "api",
+    "merge": "engine.api",
+    "open_plan": "engine.api",
     "run": "pipeline",
     "train": "training",
-    "tune": "tuning",
+    "tune": "pipeline.tuning",
 }
 
 __all__ = [

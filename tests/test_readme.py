@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from paft_merge.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT / "tools"))
 
 
 def test_the_table_of_methods_is_that_of_the_code() -> None:
@@ -42,7 +40,7 @@ def test_every_room_is_in_the_picture() -> None:
         for p in (ROOT / "paft_merge").iterdir()
         if not p.name.startswith(("_", "."))
     }
-    assert {r for r in rooms - {"py.typed", "cli/"} if not re.search(rf"(^|\s){re.escape(r)}", picture)} == set()
+    assert {r for r in rooms - {"py.typed"} if r not in picture} == {"cli/"}
 
 
 def test_the_recipe_of_the_readme_loads_without_a_warning() -> None:
@@ -54,7 +52,7 @@ def test_the_recipe_of_the_readme_loads_without_a_warning() -> None:
 def test_ready_recipes_load_without_a_warning(path: Path) -> None:
     data = yaml.safe_load(path.read_text())
     if "adapters" in data:
-        from paft_merge.training.spec import AdapterSpec
+        from paft_merge.training.schema import AdapterSpec
 
         for section in data["adapters"].values():
             AdapterSpec.model_validate(section)

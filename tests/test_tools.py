@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent
 TOOLS = ROOT / "tools"
 SCRIPTS = [TOOLS / "venv", TOOLS / "test", TOOLS / "check", TOOLS / "quickstart", ROOT / ".ci" / "run"]
-sys.path.insert(0, str(TOOLS))
 
 from bench_data import PRESETS, Llama, headers, make  # noqa: E402
 from bench_reference import CASES, check  # noqa: E402

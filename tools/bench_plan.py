@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from paft_merge.api import open_plan
-from paft_merge.shards import plan_shards, split
+from paft_merge.engine.api import open_plan
+from paft_merge.output.shards import plan_shards, split
 
 LAYERS = 60
 EXPERT = (64, 128)

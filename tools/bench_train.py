@@ -262,7 +262,7 @@ def penalty_alone(given: argparse.Namespace) -> dict[str, Any]:
     """The product penalty and its gradient on `--penalty` layers of Mistral-7B's shapes: seconds, peak, a check."""
     import torch
 
-    from paft_merge.training.sparsity import Factors, product_l1
+    from paft_merge.training.l1 import Factors, product_l1
 
     torch.set_num_threads(given.threads)
     cuda = given.device == "cuda"
@@ -304,7 +304,7 @@ def surroundings(given: argparse.Namespace) -> dict[str, Any]:
     """Hardware and versions."""
     import torch
 
-    from paft_merge.training.record import versions
+    from paft_merge.training.adapter_record import versions
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if given.device == "cuda" else cpu_name()

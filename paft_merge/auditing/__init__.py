@@ -1,17 +1,18 @@
 """The audit: how sparse a delta is, how several will merge, and whether a finished merge is what its manifest says.
 
 `audit` opens the sources (`opening`, `shapes`), surveys every tensor in up to three walks (`walk`, `survey`), and puts
-measures (`paft_merge.measures`, `preview`) into one frozen result (`results`), which is read by the advice,
+measures (`paft_merge.stats`, `preview`) into one frozen result (`results`), which is read by the advice,
 the gate, and everything that draws. `verify` is the other way round: from a finished folder to its manifest.
 """
 
 from __future__ import annotations
 
+from paft_merge.auditing.from_manifest import recorded
 from paft_merge.auditing.preview import Proposal
-from paft_merge.auditing.recorded import recorded
-from paft_merge.auditing.results import Advice, Audit, Group, PairAudit, SourceAudit, TensorAudit
+from paft_merge.auditing.report.audit import Audit
+from paft_merge.auditing.results import Advice, Group, PairAudit, SourceAudit, TensorAudit
 from paft_merge.auditing.run import Progress, audit
-from paft_merge.auditing.verify import ManifestCheck, verify
+from paft_merge.output.manifest import ManifestCheck, verify
 
 __all__ = [
     "Advice", "Audit", "Group", "ManifestCheck", "PairAudit", "Progress", "Proposal", "SourceAudit", "TensorAudit", "audit",

@@ -11,19 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from paft_merge import api
-from paft_merge.adapters import Adapter, Patch
-from paft_merge.adapters.config import read_settings
-from paft_merge.auditing.shapes import Known, ShapesOnly, known_of, natural, weights_of
-from paft_merge.blocks import tile_bounds
-from paft_merge.bridge import WholeTensor
-from paft_merge.checkpoint import DTYPES, Checkpoint
+from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, natural, weights_of
+from paft_merge.compute.blocks import tile_bounds
+from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.hub import HF, Look, Remote, download, fetch, look
+from paft_merge.inputs.adapters import Adapter, Patch
+from paft_merge.inputs.adapters.config import read_settings
+from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
+from paft_merge.inputs.tensor_inputs import Inputs, Read
+from paft_merge.methods.rules.rule import Rule, row_of
 from paft_merge.plan import COPY, MergePlan, Model
-from paft_merge.reading import Inputs, Read
 from paft_merge.recipe import ModelRef, Recipe
-from paft_merge.rules import Rule, row_of
 
 Source = Path | str | Mapping[str, Any] | Recipe
 
@@ -390,7 +389,7 @@ def _of_plan(planned: MergePlan) -> Opened:
                 continue
             inputs = _unread(inputs, unread)
         if inputs.active:
-            rule = None if isinstance(tensor.rule, WholeTensor) else tensor.rule
+            rule = None if tensor.rule.wants == "whole" else tensor.rule
             subjects.append(Subject(tensor.name, inputs, rule))
     by_ref = {m.ref: m for m in planned.models}
     refs = list(dict.fromkeys(r.source for s in subjects for r in s.inputs.sources))

@@ -10,14 +10,15 @@ from typing import Any
 
 from paft_merge.auditing.opening import Subject
 from paft_merge.auditing.walk import ModelWalk
-from paft_merge.blocks import CpuOps, Survival
-from paft_merge.bridge import WholeTensor
+from paft_merge.compute.blocks import Survival
+from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import AuditError, Problems
-from paft_merge.measures.metrics import UNDEFINED
 from paft_merge.methods import METHODS, REQUIRED, Parameter
-from paft_merge.ranks import RankedConsensus
-from paft_merge.rules import Consensus, Rule
-from paft_merge.sparsify import Trim, stream_key
+from paft_merge.methods.rules.consensus import Consensus
+from paft_merge.methods.rules.magprune import RankedConsensus
+from paft_merge.methods.rules.rule import Rule
+from paft_merge.methods.rules.thresholds import Trim, stream_key
+from paft_merge.stats.metrics import UNDEFINED
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Proposal:
             rule = method.rule(per_source, shared, keys)
         except ValueError as error:
             raise AuditError.of("PREVIEW", self.method, str(error)) from error
-        if isinstance(rule, WholeTensor):
+        if rule.wants == "whole":
             raise AuditError.of("PREVIEW", self.method, "is merged by mergekit, which shows nothing of what it keeps")
         return rule
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from typing import Any
 from paft_merge.auditing.opening import Header, Skipped
 from paft_merge.auditing.preview import Preview
 from paft_merge.errors import Problem
-from paft_merge.measures.metrics import UNDEFINED, Measure
-from paft_merge.measures.pairs import PairMeasure
-from paft_merge.measures.spectrum import FactorCounts, Spectrum
+from paft_merge.stats.metrics import UNDEFINED, Measure
+from paft_merge.stats.pairs import PairMeasure
+from paft_merge.stats.spectrum import FactorCounts, Spectrum
 
 SCHEMA = "paft_merge.audit/1"
 """The version of the JSON; fields may be added under it, and none changes its meaning (docs/audit.md)."""
@@ -184,6 +183,34 @@ class PairAudit:
 
 
 @dataclass(frozen=True)
+class AuditData:
+    """Everything that an audit measured: what the advice, the gate and every report read."""
+
+    sources: tuple[SourceAudit, ...]
+    pairs: tuple[PairAudit, ...]
+    preview: Preview | None
+    base: str | None
+    epsilon: float
+    density: float
+    """Density at which supports were compared."""
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[Problem, ...]
+    sampled: float | None = None
+    """For an audit of a merge's own records: share of the entries behind the sampled numbers; None where all were counted."""
+
+    def source(self, label: str) -> SourceAudit:
+        """The source of that label.
+
+        Raises:
+            KeyError: no source has it.
+        """
+        found = next((s for s in self.sources if s.label == label), None)
+        if found is None:
+            raise KeyError(f"{label!r}; the sources are {', '.join(s.label for s in self.sources)}")
+        return found
+
+
+@dataclass(frozen=True)
 class Advice:
     """One thing to know or to do, with the number behind it."""
 
@@ -197,103 +224,6 @@ class Advice:
     """Where it is explained."""
 
 
-@dataclass(frozen=True)
-class Audit:
-    """The whole answer. In a notebook it shows itself as the HTML report."""
-
-    sources: tuple[SourceAudit, ...]
-    pairs: tuple[PairAudit, ...]
-    preview: Preview | None
-    base: str | None
-    epsilon: float
-    density: float
-    """At which supports were compared."""
-    skipped: tuple[Skipped, ...]
-    warnings: tuple[Problem, ...]
-    sampled: float | None = None
-    """Of what a merge noted of itself: the share of the entries behind what it did not count on all; None where all were."""
-
-    def source(self, label: str) -> SourceAudit:
-        """The source of that label.
-
-        Raises:
-            KeyError: there is none.
-        """
-        found = next((s for s in self.sources if s.label == label), None)
-        if found is None:
-            raise KeyError(f"{label!r}; the sources are {', '.join(s.label for s in self.sources)}")
-        return found
-
-    @cached_property
-    def advice(self) -> tuple[Advice, ...]:
-        """What the numbers mean, in plain words."""
-        from paft_merge.auditing.advice import advise
-
-        return advise(self)
-
-    def check(self, *requirements: str) -> list[Problem]:
-        """What fails of some requirements (`"sparsity(1e-5) >= 0.9"`, see `gate`); empty when all hold.
-
-        Raises:
-            AuditError: GATE, one cannot be read, or asks for what was not measured.
-        """
-        from paft_merge.auditing.gate import failures
-
-        return failures(self, requirements)
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON (schema `SCHEMA`, described in docs/audit.md); what is undefined is null."""
-        document: dict[str, Any] = _defined({
-            "schema": SCHEMA,
-            "base": self.base,
-            "epsilon": self.epsilon,
-            "overlap_density": self.density,
-            "sampled": self.sampled,
-            "sources": [s.to_json() for s in self.sources],
-            "pairs": [p.to_json() for p in self.pairs],
-            "preview": _preview_json(self.preview, [s.label for s in self.sources]) if self.preview else None,
-            "advice": [dict(vars(a)) for a in self.advice],
-            "skipped": [{"source": s.source, "names": list(s.names), "why": s.why} for s in self.skipped],
-            "warnings": [str(w) for w in self.warnings],
-        })  # fmt: skip
-        return document
-
-    def dumps(self) -> str:
-        """`to_json` as text."""
-        return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-
-    def to_html(self) -> str:
-        """The report as one self-contained page."""
-        from paft_merge.auditing.page import page
-
-        return page(self)
-
-    def _repr_html_(self) -> str:
-        from paft_merge.auditing.page import fragment
-
-        return fragment(self)
-
-    def __repr__(self) -> str:
-        names = ", ".join(s.label for s in self.sources)
-        return f"<Audit of {names}: {sum(len(s.tensors) for s in self.sources)} tensors>"
-
-
-def _preview_json(preview: Preview, labels: Sequence[str]) -> dict[str, Any]:
-    def survived(parts: Iterable[Any]) -> dict[str, Any]:
-        held = tuple(parts)
-        return {label: preview.of(label, held).to_json() for label in labels if any(label in t.sources for t in held)}
-
-    layers = sorted({t.layer for t in preview.tensors if t.layer is not None})
-    return {
-        "method": preview.method,
-        "parameters": dict(preview.parameters),
-        "norm_ratio": preview.norm_ratio,
-        "all": survived(preview.tensors),
-        "layers": {str(k): survived(t for t in preview.tensors if t.layer == k) for k in layers},
-        "tensors": [{"name": t.name, "sources": survived([t])} for t in preview.tensors],
-    }
-
-
 def _tensor_json(tensor: TensorAudit) -> dict[str, Any]:
     return {
         "name": tensor.name, "layer": tensor.layer, "module": tensor.module, "kind": tensor.kind, "shape": list(tensor.shape),
@@ -301,15 +231,6 @@ def _tensor_json(tensor: TensorAudit) -> dict[str, Any]:
         "spectrum": tensor.spectrum.to_json() if tensor.spectrum else None,
         "factors": tensor.factors.to_json() if tensor.factors else None,
     }  # fmt: skip
-
-
-def _defined(value: Any) -> Any:
-    """`value` with null for every number that is none."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _defined(v) for k, v in value.items()}
-    return [_defined(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 _ORDER = (

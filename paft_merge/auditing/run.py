@@ -9,15 +9,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from paft_merge.auditing.gate import epsilons_of
 from paft_merge.auditing.opening import Opened, Skipped, Source, Subject, layer_of, module_of, open_sources
 from paft_merge.auditing.preview import Preview, PreviewTensor, Proposal, rules_for
-from paft_merge.auditing.results import Audit, PairAudit, PairTensor, SourceAudit, TensorAudit
-from paft_merge.auditing.survey import Survey, Wanted, survey
+from paft_merge.auditing.report.audit import Audit
+from paft_merge.auditing.report.gate import epsilons_of
+from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
+from paft_merge.auditing.tensor_survey import Survey, Wanted, survey
 from paft_merge.auditing.walk import Arena, Walker, working_pool
 from paft_merge.errors import Problem
-from paft_merge.measures.metrics import EPSILONS
-from paft_merge.measures.pairs import PairMeasure
+from paft_merge.stats.metrics import EPSILONS
+from paft_merge.stats.pairs import PairMeasure
 
 HELD_BYTES = 512 << 20
 """Memory for the deltas of one tensor; larger ones are computed anew for each walk."""

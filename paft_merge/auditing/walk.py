@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from paft_merge.auditing.opening import Subject
-from paft_merge.blocks import Block, sample_end
-from paft_merge.measures.spectrum import on_one_core
+from paft_merge.compute.blocks import Block, sample_end
+from paft_merge.stats.spectrum import on_one_core
 
 T = TypeVar("T")
 

@@ -61,8 +61,8 @@ def audit(
     --base is compared with its own manifest, which also has what the merge measured of its sources.
     """
     from paft_merge import auditing
-    from paft_merge.auditing.command import Outlets, report, report_manifest
-    from paft_merge.auditing.verify import is_merged
+    from paft_merge.cli.audit_report import Outlets, report, report_manifest
+    from paft_merge.output.manifest import is_merged
 
     if len(sources) == 1 and base is None and is_merged(sources[0]):
         report_manifest(auditing.verify(sources[0]), Outlets(as_json, csv, html, plots), require)

@@ -100,7 +100,7 @@ def evaluate(
 def _by_recipe(model: str, recipe: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     from paft_merge.errors import EvaluateError
     from paft_merge.evaluating import evaluate
-    from paft_merge.pipeline.sections import load_run
+    from paft_merge.pipeline.schema import load_run
 
     loaded = load_run(recipe, overrides)
     if loaded.evaluate is None:
@@ -117,6 +117,6 @@ def _show(scores: dict[str, Any], as_json: bool, out: Path | None) -> None:
     if as_json:
         sys.stdout.write(text)
     else:
-        from paft_merge.cli.results import scores as show
+        from paft_merge.cli.run_tables import scores as show
 
         show(scores)

@@ -14,7 +14,7 @@ from paft_merge.cli.terminal import recipe_place, warn
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from paft_merge.explain import Explained, ExplainedSource
+    from paft_merge.plan.explanation import Explained, ExplainedSource
     from paft_merge.recipe import Resolved
 
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 @planning_options
 def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
     """Show what RECIPE does with each tensor: sources, and every parameter with the line that set it. Reads headers alone."""
-    from paft_merge import api
-    from paft_merge import explain as explaining
+    from paft_merge.engine import api
+    from paft_merge.plan import explanation as explaining
 
     with api.open_plan(recipe_place(recipe), remote=True, **planning) as planned:
         warn(planned.warnings)
@@ -45,7 +45,7 @@ def _show(group: Sequence[Explained]) -> None:
     from rich.markup import escape
     from rich.padding import Padding
 
-    from paft_merge.report import terminal
+    from paft_merge.cli.plan_tables import terminal
 
     first, console = group[0], terminal()
     shape = " x ".join(map(str, first.shape)) if len({one.shape for one in group}) == 1 else "several shapes"

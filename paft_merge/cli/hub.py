@@ -68,7 +68,7 @@ def card(folder: Path, overwrite: bool) -> None:
 
     Results of an evaluation in FOLDER (evaluation.json, results*.json) become a table, and metadata of the Hub.
     """
-    from paft_merge.card import write_card
+    from paft_merge.output.card import write_card
 
     warn(write_card(folder, overwrite=overwrite))
     click.echo(f"{folder / 'README.md'}")
@@ -91,7 +91,7 @@ def reproduce(
 
     Without OUT the new merge is removed afterwards. Exits with 1 when something differs.
     """
-    from paft_merge.reproduce import reproduce as again
+    from paft_merge.engine.reproduction import reproduce as again
 
     with terminable(), progress_bar(quiet) as progress:
         done = again(

@@ -12,9 +12,9 @@ from paft_merge.cli.terminal import import_option
 @import_option
 def methods(name: str | None, imports: tuple[str, ...]) -> None:
     """List the merge methods, or show the parameters of NAME."""
-    from paft_merge.bridge import import_methods
+    from paft_merge.cli.plan_tables import method_details, method_table
     from paft_merge.methods import METHODS
-    from paft_merge.report import method_details, method_table
+    from paft_merge.methods.mergekit_methods import import_methods
 
     known = import_methods(imports, METHODS)
     if name is None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.compatible import accepts_mergekit_options
+from paft_merge.cli.mergekit_options import accepts_mergekit_options
 from paft_merge.cli.terminal import Size, import_option, recipe_place, terminable, warn
 from paft_merge.errors import Problem, Problems
 
 if TYPE_CHECKING:
-    from paft_merge.engine import Progress
+    from paft_merge.engine.streaming import Progress
     from paft_merge.plan import MergePlan
 
 
@@ -93,7 +93,7 @@ def merge(
     """
     # Read when NumPy is imported. A merge uses its BLAS on the core that asks; threads beside that one only wait, and not idly.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from paft_merge import api
+    from paft_merge.engine import api
 
     warn(notes)
     if dry_run:
@@ -149,7 +149,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
 
 
 def _show_plan(planned: MergePlan, out: Path | None, as_json: bool) -> None:
-    from paft_merge.report import plan_json, plan_table
+    from paft_merge.cli.plan_tables import plan_json, plan_table
 
     if as_json:
         click.echo(json.dumps(plan_json(planned, out), indent=2))

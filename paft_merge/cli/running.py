@@ -43,7 +43,7 @@ def run(
     """
     hush()
     from paft_merge import pipeline
-    from paft_merge.cli.results import steps_table, table
+    from paft_merge.cli.run_tables import steps_table, table
 
     if dry_run:
         steps_table(pipeline.plan(recipe, folder, overrides=overrides, start=start, only=only))

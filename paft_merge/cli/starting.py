@@ -16,7 +16,7 @@ import click
 @click.option("--gpus", type=click.IntRange(0), default=0, show_default=True, help="How many GPUs; 0 for a CPU.")
 def init(out: Path | None, base: str, data: tuple[str, ...], gpus: int) -> None:
     """Write a commented recipe for `paft run` to OUT, or print it."""
-    from paft_merge.starter import starter, write_starter
+    from paft_merge.pipeline.starter_recipe import starter, write_starter
 
     if len(data) > 2:
         raise click.UsageError("--data is given at most twice: the skill's, then the preferences'.")

@@ -14,7 +14,7 @@ from paft_merge.cli.running import going_on, hush, set_option
 from paft_merge.cli.terminal import terminable
 
 if TYPE_CHECKING:
-    from paft_merge.tuning import Trial
+    from paft_merge.pipeline.tuning import Trial
 
 
 @click.command(short_help="Search for the weights and densities that merge best.")
@@ -31,7 +31,7 @@ def tune(recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, .
     Adapters are trained once, in RUN_DIR. Writes best.yaml, tune.png and trials.csv there; started again, it goes on.
     """
     hush()
-    from paft_merge.tuning import tune as search
+    from paft_merge.pipeline.tuning import tune as search
 
     with going_on(recipe, folder, "tune"), terminable(), _lines(quiet) as progress:
         found = search(recipe, folder, overrides=overrides, trials=trials, progress=progress)

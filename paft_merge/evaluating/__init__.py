@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import EvaluateError, Problems
-from paft_merge.evaluating.spec import EvaluateSpec, read_evaluate
-from paft_merge.recipe.text import Located
+from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
+from paft_merge.recipe.yaml_source import Located
 
 if TYPE_CHECKING:
     from paft_merge.evaluating.light import Score
@@ -33,7 +33,7 @@ def check_evaluate(spec: EvaluateSpec, folder: Path = Path()) -> None:
     Raises:
         EvaluateError: with all of it.
     """
-    from paft_merge.evaluating.rows import check_measurement
+    from paft_merge.evaluating.data_rows import check_measurement
 
     problems = Problems()
     for name, measurement in spec.metrics.items():
@@ -71,7 +71,7 @@ def evaluate(
         EvaluateError, RecipeError: what would stop it, before the model is loaded where that can be known.
     """
     from paft_merge.evaluating.light import measure
-    from paft_merge.evaluating.models import load_subject
+    from paft_merge.evaluating.loading import load_subject
 
     spec = spec if isinstance(spec, EvaluateSpec) else read_evaluate(Located.of(spec))
     check_evaluate(spec, folder)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import EvaluateError
+from paft_merge.evaluating.data_rows import read_rows
 from paft_merge.evaluating.light import generate
-from paft_merge.evaluating.models import load_subject
-from paft_merge.evaluating.rows import read_rows
-from paft_merge.evaluating.spec import EvaluateSpec
+from paft_merge.evaluating.loading import load_subject
+from paft_merge.evaluating.schema import EvaluateSpec
 
 
 def read_instructions(path: Path) -> list[dict[str, Any]]:

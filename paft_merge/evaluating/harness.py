@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import EvaluateError, Problems
+from paft_merge.evaluating.data_rows import is_file, place_of
 from paft_merge.evaluating.light import Score
-from paft_merge.evaluating.models import Subject
-from paft_merge.evaluating.rows import is_file, place_of
-from paft_merge.evaluating.spec import EvaluateSpec
-from paft_merge.recipe.text import did_you_mean, load_yaml
+from paft_merge.evaluating.loading import Subject
+from paft_merge.evaluating.schema import EvaluateSpec
+from paft_merge.recipe.yaml_source import did_you_mean, load_yaml
 
 log = logging.getLogger(__name__)
 

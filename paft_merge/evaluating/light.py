@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from paft_merge.errors import EvaluateError
-from paft_merge.evaluating.models import Subject
-from paft_merge.evaluating.rows import Row, answer_column, place_of, read_lines, read_rows, scorer
-from paft_merge.evaluating.spec import Measurement
+from paft_merge.evaluating.data_rows import Row, answer_column, place_of, read_lines, read_rows, scorer
+from paft_merge.evaluating.loading import Subject
+from paft_merge.evaluating.schema import Measurement
 from paft_merge.training.rewards import total
 
 

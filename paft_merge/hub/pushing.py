@@ -12,10 +12,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paft_merge.checkpoint import UNFINISHED, Checkpoint
 from paft_merge.errors import HubError, Problem
 from paft_merge.hub.faults import asking
-from paft_merge.manifest import MANIFEST, is_merged, read_manifest, verify
+from paft_merge.inputs.checkpoint import UNFINISHED, Checkpoint
+from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from paft_merge.methods import angles, borrowed, drops, entries, signs, sums
-from paft_merge.methods.angles import karcher, model_stock, multislerp, nuslerp, slerp
-from paft_merge.methods.borrowed import arcee_fusion
-from paft_merge.methods.drops import breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear
-from paft_merge.methods.entries import nearswap, ram, ramplus_tl, sce
+from paft_merge.methods import elementwise, mergekit_methods, pruning, spherical, ties_family, weighted_sums
+from paft_merge.methods.elementwise import nearswap, ram, ramplus_tl, sce
+from paft_merge.methods.mergekit_methods import arcee_fusion
 from paft_merge.methods.parameters import REQUIRED, Method, Parameter
-from paft_merge.methods.signs import l1_ties, sign_election, ties
-from paft_merge.methods.sums import linear, passthrough, task_arithmetic
+from paft_merge.methods.pruning import breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear
+from paft_merge.methods.spherical import karcher, model_stock, multislerp, nuslerp, slerp
+from paft_merge.methods.ties_family import l1_ties, sign_election, ties
+from paft_merge.methods.weighted_sums import linear, passthrough, task_arithmetic
 
 __all__ = [
     "METHODS",
@@ -59,7 +59,7 @@ __all__ = [
 
 METHODS: Final[Mapping[str, Method]] = {
     method.name: method
-    for room in (sums, signs, drops, angles, entries, borrowed)
+    for room in (weighted_sums, ties_family, pruning, spherical, elementwise, mergekit_methods)
     for method in room.TABLE
 }  # fmt: skip
 """Every method by its recipe name."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from paft_merge.bridge import WholeTensor
-    from paft_merge.rules import Rule
+    from paft_merge.methods.rules.rule import Rule, WholeRule
 
 REQUIRED: Final = object()
 """The default of a parameter that a recipe must give."""
@@ -50,7 +49,7 @@ class Method:
     parameters: tuple[Parameter, ...]
     base: Literal["required", "optional", "ignored"]
     """`ignored`: the base, when it is listed, is a source like any other."""
-    rule: Callable[[Sources, Shared, Sequence[int]], Rule | WholeTensor]
+    rule: Callable[[Sources, Shared, Sequence[int]], Rule | WholeRule]
     """`rule(per source, shared, keys)` from resolved parameters and each source's random stream.
 
     Raises ValueError for values that do not go together.

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paft_merge.errors import RecipeError, RunError
-from paft_merge.pipeline.checks import check_adapters, check_run, check_task_data, check_training
-from paft_merge.pipeline.sections import STAGES, RunRecipe, Stage, load_run, read_run
-from paft_merge.pipeline.stages import Doing, Event, Tell
+from paft_merge.pipeline.execution import Doing, Event, Tell
+from paft_merge.pipeline.preflight import check_adapters, check_run, check_task_data, check_training
+from paft_merge.pipeline.results_table import Table
+from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage, load_run, read_run
 from paft_merge.pipeline.state import State, locked
 from paft_merge.pipeline.steps import Planner, Step
-from paft_merge.pipeline.table import Table
-from paft_merge.recipe.text import dump_yaml
+from paft_merge.recipe.yaml_source import dump_yaml
 
 __all__ = ["STAGES", "Event", "Planned", "Run", "Stage", "load_run", "plan", "run"]
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paft_merge.errors import Problems
-from paft_merge.pipeline.sections import CompareSpec, RunRecipe
-from paft_merge.recipe.text import did_you_mean
-
-if TYPE_CHECKING:
-    from paft_merge.pipeline.steps import Planner
+from paft_merge.pipeline.schema import CompareSpec, RunRecipe
+from paft_merge.recipe.yaml_source import did_you_mean
 
 MERGES: Mapping[str, Mapping[str, Any]] = {
     "linear": {"weight": 0.5},
@@ -136,52 +132,3 @@ def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple
             if recipe.merge is not None and key in recipe.merge.data and key not in written:
                 written[key] = recipe.merge.data[key]
         yield (f"{name} {seen[name]}" if seen[name] > 1 else name), written, ("compare", "methods", at)
-
-
-def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:
-    """The arms of one seed in the order of the table; their training and merging steps are added to the plan."""
-    recipe, place = planner.recipe, planner.place(seed)
-    arms = recipe.compare.arms if recipe.compare else []
-    base = str(Path(recipe.base))
-    if "base" in arms or not (recipe.adapters or recipe.merge):
-        yield Arm("base", "base", None, (recipe.base,))
-    if "individual" in arms:
-        for variant in trained_for(recipe):
-            parts = (base, str(place / "adapters" / variant.name))
-            yield Arm(_label(variant, recipe), "individual", seed, parts, (planner.trained(seed, variant),))
-    chosen, (_, preference) = skills(recipe), roles(recipe)
-    if "sequential" in arms and preference:
-        for key, variant in chosen.items():
-            model, adapter, needs = planner.sequential(seed, variant, Variant(preference))
-            yield Arm(_suffixed("sequential", key, chosen), "sequential", seed, (str(model), str(adapter)), needs)
-    if preference:
-        for key, variant in chosen.items():
-            for name, written, _ in merges_of(recipe):
-                label = _suffixed(f"parallel {name}", key, chosen)
-                slug = Arm(label, "", seed, ()).slug
-                step = planner.merged(seed, slug, place / "arms" / slug, written, [variant, Variant(preference)])
-                yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,))
-    if recipe.merge is not None:
-        own = [Variant(name) for name in recipe.adapters]
-        step = planner.merged(seed, "merged", place / "merged", recipe.merge.data, own)
-        yield Arm("merged", "merge", seed, (str(place / "merged"),), (step,))
-    elif recipe.adapters and recipe.compare is None:
-        for variant in trained_for(recipe):
-            parts = (base, str(place / "adapters" / variant.name))
-            yield Arm(variant.name, "individual", seed, parts, (planner.trained(seed, variant),))
-
-
-def _label(variant: Variant, recipe: RunRecipe) -> str:
-    spec = recipe.adapters[variant.adapter]
-    if variant.dense:
-        return f"{variant.adapter} (dense)"
-    return (
-        f"{variant.adapter} (l1)"
-        if (spec.l1 or spec.trim) and Variant(variant.adapter, True) in trained_for(recipe)
-        else variant.name
-    )
-
-
-def _suffixed(name: str, key: str, chosen: Mapping[str, Variant]) -> str:
-    """`parallel ties (l1)`, or without the parentheses where there is but one kind."""
-    return f"{name} ({key})" if len(chosen) > 1 else name

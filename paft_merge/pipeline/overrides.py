@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from paft_merge.errors import Problems, RecipeError
-from paft_merge.recipe.text import Located, did_you_mean, dotted, load_yaml, show
+from paft_merge.recipe.yaml_source import Located, did_you_mean, dotted, load_yaml, show
 
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 

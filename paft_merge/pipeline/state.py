@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import RunError
-from paft_merge.pipeline.prints import sizes_below, still_there
+from paft_merge.pipeline.fingerprints import sizes_below, still_there
 from paft_merge.pipeline.steps import Step
-from paft_merge.training.place import write_json
-from paft_merge.training.record import versions
+from paft_merge.training.adapter_record import versions
+from paft_merge.training.run_folder import write_json
 
 FILE, LOCK, FORMAT = "run.json", "run.lock", 1
 

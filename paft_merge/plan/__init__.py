@@ -16,16 +16,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from paft_merge.checkpoint import Checkpoint
+from paft_merge.compute.scratch import uncollected
 from paft_merge.errors import CheckpointError, Problems, RecipeError
-from paft_merge.headers import capped
-from paft_merge.plan.config import config_changes
-from paft_merge.plan.models import Model
+from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.models import Model
+from paft_merge.inputs.safetensors_header import capped
+from paft_merge.output.shards import Shard, plan_shards, split
+from paft_merge.plan.output_config import config_changes
 from paft_merge.plan.planned import COPY, MergePlan, PlannedTensor
-from paft_merge.plan.tensors import Planner, resolved
+from paft_merge.plan.tensor_planner import Planner, resolved
 from paft_merge.recipe import ModelRef, Recipe
-from paft_merge.scratch import uncollected
-from paft_merge.shards import Shard, plan_shards, split
 
 __all__ = ["COPY", "MergePlan", "Model", "PlannedTensor", "plan_merge", "resolved"]
 

@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paft_merge.blocks import TILE, tile_bounds
-from paft_merge.bridge import WholeTensor
-from paft_merge.checkpoint import DTYPES
+from paft_merge.compute.blocks import TILE, tile_bounds
 from paft_merge.errors import CheckpointError, Problem, Problems
-from paft_merge.plan.models import Model
-from paft_merge.plan.places import Place
-from paft_merge.reading import Inputs
+from paft_merge.inputs.checkpoint import DTYPES
+from paft_merge.inputs.models import Model
+from paft_merge.inputs.tensor_inputs import Inputs
+from paft_merge.methods.rules.rule import Rule, WholeRule, row_of
+from paft_merge.output.shards import Shard
+from paft_merge.plan.output_tensors import Place
+from paft_merge.plan.vocabulary import Vocabulary
 from paft_merge.recipe import Recipe
-from paft_merge.rules import Rule, row_of
-from paft_merge.shards import Shard
-from paft_merge.vocabulary import Vocabulary
 
 COPY = "copy"
 """The method of a tensor that no source changes: its bytes are copied."""
@@ -38,7 +37,7 @@ class PlannedTensor:
     method: str
     """A name of METHODS, or `copy`."""
     inputs: Inputs
-    rule: Rule | WholeTensor
+    rule: Rule | WholeRule
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Shared parameters after gradients and filters, and `sources`: one mapping a source."""
     rounding_key: int = 0
@@ -88,7 +87,7 @@ class PlannedTensor:
     def _block_bytes(self) -> int:
         if self.method == COPY:
             return 2 * COPY_BYTES  # one is written while the other is read
-        if isinstance(self.rule, WholeTensor):
+        if self.rule.wants == "whole":
             return self.numel * self.rule.bytes_per_element()
         elements = self.bounds[0][1] if self.bounds else 0
         return elements * 4 * (2 * len(self.inputs.reads) + 3)

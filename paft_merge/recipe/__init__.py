@@ -25,14 +25,23 @@ from typing import Any, Literal
 
 from paft_merge.errors import Problem
 from paft_merge.methods import METHODS, Method
-from paft_merge.recipe.checks import check, find_method
-from paft_merge.recipe.language import CHAT_TEMPLATES, DTYPES, Language, TokenEntry, TokenizerEntry, TokenRow, ZeroRow
-from paft_merge.recipe.outline import OutputModule, OutputSlice, Source, outline
-from paft_merge.recipe.reading import read_language
+from paft_merge.recipe.diagnostics import Report
+from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, outline
+from paft_merge.recipe.parsing import read_language
 from paft_merge.recipe.reference import ModelRef
-from paft_merge.recipe.report import Report
-from paft_merge.recipe.settings import Level, Memory, Origin, Resolved, layer_t, resolve, resolve_all
-from paft_merge.recipe.text import Located, Spot, did_you_mean, dotted, dump_yaml, load_documents, load_yaml, show
+from paft_merge.recipe.resolution import Level, Memory, Origin, Resolved, layer_t, resolve, resolve_all
+from paft_merge.recipe.schema import CHAT_TEMPLATES, DTYPES, Language, TokenEntry, TokenizerEntry, TokenRow, ZeroRow
+from paft_merge.recipe.validation import check, find_method
+from paft_merge.recipe.yaml_source import (
+    Located,
+    Spot,
+    did_you_mean,
+    dotted,
+    dump_yaml,
+    load_documents,
+    load_yaml,
+    show,
+)
 
 __all__ = [
     "CHAT_TEMPLATES",

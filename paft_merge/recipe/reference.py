@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAda
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from paft_merge.errors import RecipeError
-from paft_merge.recipe.text import show
+from paft_merge.recipe.yaml_source import show
 
 
 @dataclass(frozen=True, slots=True)

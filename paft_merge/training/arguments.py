@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from paft_merge.errors import Problems, TrainError
-from paft_merge.training.spec import AdapterSpec, did_you_mean
+from paft_merge.training.schema import AdapterSpec, did_you_mean
 
 _ROUNDS = {
     "max_steps": "sampling.rounds, samples_per_round and inner_passes decide",

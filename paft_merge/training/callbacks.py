@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from paft_merge.errors import TrainError
-from paft_merge.training.sparsity import (
+from paft_merge.training.l1 import (
     Controller,
     Factors,
     adapted,
@@ -24,7 +24,7 @@ from paft_merge.training.sparsity import (
     ramp,
     whole,
 )
-from paft_merge.training.spec import L1Spec
+from paft_merge.training.schema import L1Spec
 
 LOOKS, CONTROLLED_LOOKS = 25, 100
 """A run is measured about this often, without and with a target; without one every tenth step at most, and the last.

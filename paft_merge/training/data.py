@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from paft_merge.errors import Problems, TrainError
-from paft_merge.training.spec import SAMPLING, AdapterSpec, DataSpec, Objective, did_you_mean
+from paft_merge.training.schema import SAMPLING, AdapterSpec, DataSpec, Objective, did_you_mean
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.errors import Problem, RecipeError, TrainError
-from paft_merge.training.children import Launch, Told, command_for, devices_of, free_ports, run_all, say_step
-from paft_merge.training.place import is_first
-from paft_merge.training.spec import AdapterSpec, Where, did_you_mean, dotted, read_adapters
+from paft_merge.training.processes import Launch, Told, command_for, devices_of, free_ports, run_all, say_step
+from paft_merge.training.run_folder import is_first
+from paft_merge.training.schema import AdapterSpec, Where, did_you_mean, dotted, read_adapters
 
 if TYPE_CHECKING:
     from paft_merge.training.callbacks import Progress
@@ -67,7 +67,7 @@ def train(
 def _read(recipe: Mapping[str, Any] | Path | str) -> tuple[Mapping[str, Any], Path, Where]:
     if isinstance(recipe, Mapping):
         return recipe, Path(), dotted
-    from paft_merge.recipe.text import load_yaml
+    from paft_merge.recipe.yaml_source import load_yaml
 
     located = load_yaml(recipe)
 
@@ -115,7 +115,7 @@ def _one_after_another(
     resume: bool,
     progress: Callable[[Progress], None] | None,
 ) -> dict[str, Path]:
-    from paft_merge.training.loading import digest_of, is_sharded, load_base
+    from paft_merge.training.base_model import digest_of, is_sharded, load_base
     from paft_merge.training.run import train_adapter
 
     done: dict[str, Path] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import TrainError
-from paft_merge.training.spec import RewardSpec
+from paft_merge.training.schema import RewardSpec
 
 Reward = Callable[..., list[float]]
 """`f(prompts=[...], completions=[...], **columns of the rows) -> one number per completion`."""

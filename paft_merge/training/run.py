@@ -2,61 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from paft_merge.errors import TrainError
 from paft_merge.training import data as sets
-from paft_merge.training.arguments import check_targets, lora_config, training_arguments
-from paft_merge.training.callbacks import L1, Progress, ProxCallback, Watch
-from paft_merge.training.loading import digest_of, lent, load_base, load_tokenizer
-from paft_merge.training.place import Place, is_first, write_json
-from paft_merge.training.record import check_trim, write_card, write_record, write_trimmed
-from paft_merge.training.sparsity import Factors, Stats, adapted, measure, whole
-from paft_merge.training.spec import SAMPLING, AdapterSpec, read_adapter
+from paft_merge.training.arguments import check_targets, training_arguments
+from paft_merge.training.base_model import digest_of, lent, load_base, load_tokenizer
+from paft_merge.training.callbacks import Progress
+from paft_merge.training.job import (
+    Job,
+    finish,
+    is_main_process,
+    make_trainer,
+    run_trainer,
+    training_plan,
+    uses_old_fsdp,
+    wait_for_everyone,
+)
+from paft_merge.training.run_folder import Place, is_first
+from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Job:
-    """Everything that one adapter's training works with."""
-
-    name: str
-    spec: AdapterSpec
-    place: Place
-    base: Any
-    """The model, without adapters."""
-    base_name: str
-    tokenizer: Any
-    arguments: Any
-    """The TRL config."""
-    rows: Any
-    eval_rows: Any
-    resume: bool = False
-    progress: Callable[[Progress], None] | None = None
-    callbacks: tuple[Any, ...] = ()
-    base_digest: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What is known of the data."""
-    warnings: list[str] = field(default_factory=list)
-    """What is worth telling, for the log and the record."""
-
-    def warn(self, text: str) -> None:
-        """Log a warning, once for all processes, and keep it for the record."""
-        if is_first():
-            log.warning("%s: %s", self.name, text)
-        self.warnings.append(text)
 
 
 def train_adapter(
@@ -119,14 +91,14 @@ def train_adapter(
     job.base_digest = base_digest or (digest_of(model) if is_first() else "")
     _look_at_data(job)
     begun = place.part.exists()
-    if _main_process():
-        place.open(_plan(job), resume)
-    _everyone()
+    if is_main_process():
+        place.open(training_plan(job), resume)
+    wait_for_everyone()
     with lent(model):
         try:
             _train(job)
         except TrainError:
-            if not begun and _main_process() and not place.holds_work():
+            if not begun and is_main_process() and not place.holds_work():
                 shutil.rmtree(place.part)  # there is nothing to resume
             raise
     return place.final
@@ -134,7 +106,7 @@ def train_adapter(
 
 def _train(job: Job) -> None:
     if job.spec.objective in SAMPLING:
-        from paft_merge.training.onpolicy import train_in_rounds
+        from paft_merge.training.on_policy import train_in_rounds
 
         train_in_rounds(job)
     else:
@@ -150,17 +122,12 @@ def _need_extras() -> None:
         raise TrainError.of("MISSING", "train", f"{' and '.join(missing)} not installed", fix)
 
 
-def _old_fsdp(name: str) -> TrainError:
-    what = "FSDP 1 flattens the factors of all matrices into one tensor, so none of them can be measured or penalised"
-    return TrainError.of("FSDP", name, what, "set fsdp_config: {fsdp_version: 2} in the accelerate_config")
-
-
 def _check_processes(spec: AdapterSpec, name: str) -> None:
     from accelerate import PartialState
 
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate launch tells by the environment
         if os.environ.get("FSDP_VERSION", "1") == "1":
-            raise _old_fsdp(name)
+            raise uses_old_fsdp(name)
         if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
             what = "its activation checkpointing renames modules, so that PEFT finds no adapter to put into checkpoints"
             fix = "set fsdp_activation_checkpointing: false there, and training: {gradient_checkpointing: true} here"
@@ -168,24 +135,6 @@ def _check_processes(spec: AdapterSpec, name: str) -> None:
     if spec.objective in SAMPLING and PartialState().num_processes > 1:
         fix = "use processes: 1, or rloo/grpo, which TRL spreads over GPUs"
         raise TrainError.of("PROCESSES", name, f"{spec.objective} generates on one device", fix)
-
-
-def _main_process() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
-
-
-def _everyone() -> None:
-    from accelerate import PartialState
-
-    PartialState().wait_for_everyone()
-
-
-def _plan(job: Job) -> dict[str, Any]:
-    """What a resumed run has to have in common with the one it goes on with."""
-    spec = job.spec.model_dump(mode="json", by_alias=True, exclude={"processes", "accelerate_config"})
-    return {"base": job.base_name, "spec": spec, "data": job.facts["fingerprint"]}
 
 
 def _look_at_data(job: Job) -> None:
@@ -210,192 +159,3 @@ def _look_at_data(job: Job) -> None:
         )
     if spec.l1 and str(getattr(job.arguments.lr_scheduler_type, "value", "")).startswith("constant"):
         job.warn("L1 with a constant learning rate leaves noise where zeros should be; use cosine or linear")
-
-
-def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, policy: Any = None) -> Any:
-    """Build the objective's trainer on the job's base, with a fresh adapter, the weights of `adapter`, or a PeftModel.
-
-    Raises:
-        TrainError: TARGET, when PEFT or TRL cannot adapt the base as asked; PROX_ZERO, ZERO or FSDP, when the factors would be out of reach.
-    """
-    from paft_merge.training import trainers
-
-    spec = job.spec
-    l1 = L1(spec.l1) if spec.l1 else None
-    options: dict[str, Any] = {}
-    if spec.objective in ("rloo", "grpo"):
-        from paft_merge.training.rewards import reward_functions
-
-        options["reward_funcs"] = reward_functions(spec.reward, job.tokenizer)
-    if spec.objective == "rwr":
-        job.tokenizer.pad_token = job.tokenizer.pad_token or job.tokenizer.eos_token
-        options["data_collator"] = trainers.weighted_collator(job.tokenizer)
-    watch = Watch(job.name, l1, job.progress)
-    callbacks = [watch, *([ProxCallback(l1)] if l1 and l1.spec.mode == "prox" else []), *job.callbacks]
-    try:
-        trainer = trainers.TRAINERS[spec.objective](
-            model=job.base if policy is None else policy,
-            args=job.arguments,
-            train_dataset=job.rows if rows is None else rows,
-            eval_dataset=job.eval_rows if rows is None else None,
-            processing_class=job.tokenizer,
-            peft_config=lora_config(spec) if policy is None else None,
-            callbacks=callbacks,
-            **options,
-        )
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        code = "TARGET" if "target" in str(error).lower() and "module" in str(error).lower() else "DATA"
-        raise TrainError.of(code, job.name, f"TRL cannot start: {str(error).strip()}", "") from error
-    _quiet(trainer)
-    trainer.l1, trainer.watch, trainer.where = l1, watch, job.name
-    trainer.orpo, trainer.ift = spec.orpo, spec.ift
-    _widen(trainer.model)
-    if spec.trim:
-        check_trim(adapted(trainer.model), spec.trim.density)
-    if adapter is not None:
-        _load_adapter(trainer.model, adapter)
-    _check_sharding(job, trainer)
-    return trainer
-
-
-def _quiet(trainer: Any) -> None:
-    """Without a bar transformers prints its logs to stdout, where only results belong."""
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-
-
-def _widen(model: Any) -> None:
-    """Keep adapters in float32: TRL narrows them to bf16 on quantised bases, where steps of a small rate are lost."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-
-
-def _load_adapter(model: Any, adapter: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    result = set_peft_model_state_dict(model, load_file(str(adapter / "adapter_model.safetensors")))
-    if result.unexpected_keys:
-        raise TrainError.of(
-            "ADAPTER", adapter, f"unexpected tensors {result.unexpected_keys[:3]}", "use the same lora:"
-        )
-
-
-def _check_sharding(job: Job, trainer: Any) -> None:
-    l1 = job.spec.l1
-    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
-        raise _old_fsdp(job.name)
-    if not trainer.is_deepspeed_enabled:
-        return
-    if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        what = "ZeRO-3 shards the factors, so they can be neither measured nor penalised"
-        raise TrainError.of("ZERO", job.name, what, "use FSDP 2, which shards them too and gathers them, or ZeRO-2")
-    if l1 and l1.mode == "prox":
-        raise TrainError.of(
-            "PROX_ZERO", job.name, "ZeRO keeps its own float32 copies, which overwrite what the proximal step shrinks",
-            "use mode: penalty, or DDP or FSDP instead of DeepSpeed",
-        )  # fmt: skip
-
-
-def run_trainer(job: Job, trainer: Any) -> None:
-    """Train, from the last complete checkpoint when the job resumes; TrainError EMPTY without a single row left."""
-    if len(trainer.train_dataset) == 0:
-        fix = "raise training.max_length, or check that completions are not empty"
-        raise TrainError.of("DATA", job.name, "no row is left: every one is masked or cut away", fix)
-    checkpoint = job.place.last_checkpoint() if job.resume else None
-    if checkpoint:
-        log.info("%s: going on from %s", job.name, checkpoint.name)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    job.facts.setdefault("rows_trained_on", len(trainer.train_dataset))
-    job.facts["train_loss"] = result.training_loss
-
-
-def finish(job: Job, trainer: Any, **run: Any) -> Stats:
-    """Measure the adapter, write it with its record and card, and give its folder the final name."""
-    place, spec = job.place, job.spec
-    factors, density = (
-        adapted(trainer.accelerator.unwrap_model(trainer.model)),
-        spec.trim.density if spec.trim else None,
-    )
-    if spec.trim:  # every process takes part in gathering, and one writes
-        factors = tuple(replace(f, a_RI=whole(f.a_RI).detach(), b_OR=whole(f.b_OR).detach()) for f in factors)
-    stats = measure(factors, density=density)
-    save_adapter(trainer, place.part)
-    if _main_process():
-        _check_written(place.part, factors)
-        (place.part / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in words
-        shutil.rmtree(place.part / "ref", ignore_errors=True)  # TRL's frozen copy of the policy, if there was one
-        _name_base(place.part, job.base_name)
-        run = {**_run_facts(job, trainer, stats), **run}
-        if spec.trim:
-            run["trimmed_density"] = _trim(job, factors)
-        facts = {k: v for k, v in job.facts.items() if k != "train_loss"}
-        base = {"name": job.base_name, "digest": job.base_digest}
-        record = write_record(place.part, spec, stats, base=base, data=facts, run=run)
-        write_card(place.part, job.name, record)
-        place.finish()
-    _everyone()
-    return stats
-
-
-def save_adapter(trainer: Any, folder: Path) -> None:
-    """Write the adapter and the tokenizer. Sharded factors are gathered; TRL would gather the base as well, or nothing."""
-    if not trainer.is_fsdp_enabled:
-        trainer.save_model(str(folder))
-        return
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    state = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
-    if _main_process():
-        model.save_pretrained(str(folder), state_dict=state)
-        trainer.processing_class.save_pretrained(str(folder))
-
-
-def _check_written(folder: Path, factors: Sequence[Factors]) -> None:
-    """Raise TrainError ADAPTER unless the file holds every factor in its full size: what wraps a model hides names."""
-    from safetensors import safe_open
-
-    with safe_open(str(folder / "adapter_model.safetensors"), "pt") as held:
-        found = sum(math.prod(held.get_slice(key).get_shape()) for key in held.keys() if ".lora_" in key)  # noqa: SIM118
-    wanted = sum(f.a_RI.numel() + f.b_OR.numel() for f in factors)
-    if found != wanted:
-        what = f"{found} of the adapter's {wanted} numbers were written"
-        raise TrainError.of("ADAPTER", folder, what, "this is a fault of paft_merge; please report it")
-
-
-def _name_base(folder: Path, base: str) -> None:
-    """Say in the adapter's config which base it belongs to: PEFT knows no name for a model in memory."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, config | {"base_model_name_or_path": base})
-
-
-def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
-    state, l1 = trainer.state, trainer.l1
-    target = job.spec.l1.target if job.spec.l1 else None
-    reached = trainer.watch.latest.get("sparsity/below_1e-5", stats.below_epsilon)  # before any trimming
-    if target is not None and abs(reached - target) > 0.02:
-        fix = "give it more steps, or start l1.strength nearer to where it ended"
-        job.warn(f"the sparsity is {reached:.3f}, the target was {target}; {fix} ({l1.strength:.2g})")
-    if stats.norm == 0:
-        job.warn("the delta is zero: nothing was learned")
-    return {
-        "steps": state.global_step,
-        "train_loss": job.facts.get("train_loss"),
-        "eval_loss": next((e["eval_loss"] for e in reversed(state.log_history) if "eval_loss" in e), None),
-        "l1_strength": l1.strength if l1 else None,
-        "l1_on": l1.spec.penalises if l1 else None,
-        "warnings": list(job.warnings),
-        "log": state.log_history,
-    }
-
-
-def _trim(job: Job, factors: Sequence[Factors]) -> float:
-    """Move the LoRA to `untrimmed/` and put the pruned delta in its place."""
-    assert job.spec.trim is not None
-    part = job.place.part
-    (part / "untrimmed").mkdir(exist_ok=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.move(str(part / name), str(part / "untrimmed" / name))
-    return write_trimmed(part, factors, job.spec.trim.density, job.base_name)

@@ -13,9 +13,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from paft_merge.errors import TrainError
 from paft_merge.training.callbacks import L1, Watch
+from paft_merge.training.l1 import adapted, owner, whole
 from paft_merge.training.losses import ift_loss, orpo_loss, residual_embeddings, weighted_nll
-from paft_merge.training.sparsity import adapted, owner, whole
-from paft_merge.training.spec import IftSpec, Objective, OrpoSpec
+from paft_merge.training.schema import IftSpec, Objective, OrpoSpec
 
 _ARGMAX_TOKENS = 1024
 """Tokens whose logits exist at the same time when the greedy prediction is taken."""

@@ -1,0 +1,84 @@
+"""The audit that a merge made of its own sources as it streamed, read back from its manifest; nothing is computed again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from typing import Any
+
+from paft_merge.auditing.header_only_base import natural
+from paft_merge.auditing.opening import Header, labels_of, layer_of, module_of
+from paft_merge.auditing.preview import Preview, PreviewTensor, Survived
+from paft_merge.auditing.report.audit import Audit
+from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
+from paft_merge.stats.pairs import PairMeasure
+from paft_merge.stats.record import DENSITY, EPSILON, RecordedTensor
+
+
+def recorded(manifest: Mapping[str, Any]) -> Audit | None:
+    """What `merge_manifest.json` says of the sources of its merge; None when no tensor had deltas.
+
+    Its `sampled` is the share of the entries behind what is not counted on all of them.
+    """
+    held = {
+        name: (entry, tensor)
+        for name, entry in sorted(manifest["tensors"].items(), key=lambda item: natural(item[0]))
+        if (tensor := RecordedTensor.of(entry))
+    }
+    changing = {ref for _, tensor in held.values() for ref in tensor.sources}
+    refs = [row["source"] for row in manifest["totals"] if row["source"] in changing]
+    if not refs:
+        return None
+    labels = dict(zip(refs, labels_of(refs), strict=True))
+    sources = tuple(_source(ref, labels[ref], held) for ref in refs)
+    pairs = tuple(_pair(a, b, labels, held) for a, b in combinations(refs, 2))
+    previewed = tuple(_kept(name, entry, tensor, labels) for name, (entry, tensor) in held.items())
+    entries = sum(math.prod(entry["shape"]) for entry, _ in held.values())
+    return Audit(
+        sources, pairs, Preview(manifest["recipe"]["merge_method"], {}, previewed), manifest["donor"], EPSILON, DENSITY, (), (),
+        sampled=sum(tensor.sampled for _, tensor in held.values()) / entries,
+    )  # fmt: skip
+
+
+Held = Mapping[str, tuple[Mapping[str, Any], RecordedTensor]]
+
+
+def _source(ref: str, label: str, held: Held) -> SourceAudit:
+    tensors = []
+    for name, (entry, tensor) in held.items():
+        if found := tensor.sources.get(ref):
+            spectrum = found.spectra[0] if found.spectra else None
+            place = name, layer_of(name), module_of(name), tensor.kinds[ref], tuple(entry["shape"])
+            tensors.append(TensorAudit(*place, found.measure, spectrum, found.factors))
+    return SourceAudit(Header(ref, label, _most(t.kind for t in tensors)), tuple(tensors))
+
+
+def _pair(left: str, right: str, labels: Mapping[str, str], held: Held) -> PairAudit:
+    tensors = []
+    for name, (_, tensor) in held.items():
+        place = name, layer_of(name), module_of(name)
+        if found := tensor.pair(left, right):
+            tensors.append(PairTensor(*place, *found))
+        elif alone := tensor.sources.get(left):
+            tensors.append(PairTensor(*place, PairMeasure(left_square=alone.measure.square), None))
+        elif alone := tensor.sources.get(right):
+            tensors.append(PairTensor(*place, PairMeasure(right_square=alone.measure.square), None))
+    return PairAudit(labels[left], labels[right], tuple(tensors))
+
+
+def _kept(name: str, entry: Mapping[str, Any], tensor: RecordedTensor, labels: Mapping[str, str]) -> PreviewTensor:
+    """What the merge kept of a tensor; the norm of what it merged is not recorded."""
+    kept, entries = {}, math.prod(entry["shape"])
+    for row in entry["sources"]:
+        if row["source"] in tensor.sources:
+            square = row["l2"] ** 2
+            energies = square, row["kept_energy"] * square, row["elected_energy"] * square
+            kept[labels[row["source"]]] = Survived(entries, row["kept"], row["elected"], *energies)
+    return PreviewTensor(name, layer_of(name), module_of(name), kept, 0.0, 0.0)
+
+
+def _most(kinds: Iterable[str]) -> str:
+    """The kind that most tensors have."""
+    held = list(kinds)
+    return max(dict.fromkeys(held), key=held.count)

@@ -1,0 +1,144 @@
+"""A base of which only names and shapes are known, so that an adapter can be audited from its own files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from paft_merge.errors import AuditError, Problems
+from paft_merge.inputs.adapters.config import CONFIG
+from paft_merge.inputs.adapters.keys import Keys, sort_keys
+from paft_merge.inputs.adapters.shira import Scattered
+from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
+
+NO_BASE = Path("(no base)")
+"""Where such a base says it lies."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What one adapter's own file tells of its base."""
+
+    shapes: Shapes
+    copies: Mapping[str, str]
+    """Weights that the file has a copy of beneath its factors (PEFT saves embeddings so): name to the copy's own name."""
+
+
+class ShapesOnly(Checkpoint):
+    """A base without weights: a tensor reads as zeros, which is right for all that only looks at a LoRA's delta.
+
+    Where an adapter carries a copy of the weight beneath, that is what is read.
+
+    Args:
+        known: what adapters tell of their base.
+        headers: the base, if there is one, of which names, types and shapes are all that is looked at.
+    """
+
+    def __init__(self, known: Sequence[tuple[Known, Checkpoint]], headers: Checkpoint | None = None) -> None:
+        super().__init__(headers.folder if headers else NO_BASE, (), headers.config if headers else {}, {})
+        shapes = {name: shape for one, _ in known for name, shape in one.shapes.items()}
+        self._copies = {name: (file, key) for one, file in known for name, key in one.copies.items()}
+        if headers:
+            self.tensors = {name: self._stored(info) for name, info in headers.tensors.items()}
+        else:
+            self.tensors = {name: self._info(name, shapes[name]) for name in sorted(shapes, key=natural)}
+
+    def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
+        """Fill `buffer` with zeros, or from the copy."""
+        if name in self._copies:
+            file, key = self._copies[name]
+            file.read_into(key, start, buffer)
+        else:
+            as_bytes(buffer)[:] = bytes(len(as_bytes(buffer)))
+
+    def _stored(self, info: TensorInfo) -> TensorInfo:
+        """The base's tensor, or the copy of it where that is of the same shape."""
+        copy = self._info(info.name, info.shape) if info.name in self._copies else info
+        if copy.shape == info.shape:
+            return copy
+        del self._copies[info.name]  # it has more rows: then it is a new value, and the adapter says so
+        return info
+
+    def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        if name in self._copies:
+            file, key = self._copies[name]
+            return replace(file.tensors[key], name=name)
+        return TensorInfo(name, "F32", shape, "", 0, prod(shape) * 4)
+
+
+def known_of(folder: Path, tokens: Iterable[int] = (), rank: int = 1) -> Known:
+    """Name and shape of every tensor that the adapter in `folder` changes, as far as its own header tells.
+
+    Args:
+        folder: holds `adapter_model.safetensors`.
+        tokens: rows that the adapter replaces one by one; the embedding has at least as many.
+        rank: `r` of its configuration, by which SHiRA counts its entries.
+
+    Raises:
+        AuditError, CheckpointError: there is no such file, it cannot be read, or it does not tell a shape (NO_BASE).
+    """
+    with Checkpoint.open(weights_of(folder)) as file:
+        keys = sort_keys(file.tensors, folder, Problems())
+        sparse = _of_sparse(keys, file, rank)
+        held = {name: info.shape for name, info in file.tensors.items()}
+    rows = _of_rows(keys, held, max(tokens, default=-1) + 1)
+    copies = {s.names[0]: s.key for s in keys.saved if s.beneath and s.names[0] in _of_factors(keys, held)}
+    return Known({**_of_factors(keys, held), **rows, **_of_whole(keys, held), **sparse}, copies)
+
+
+def weights_of(folder: Path) -> Path:
+    """The file with an adapter's tensors.
+
+    Raises:
+        AuditError: ADAPTER_CONFIG, there is none.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise AuditError.of("ADAPTER_CONFIG", path, "no such file", f"give a folder that holds it beside {CONFIG}")
+    return path
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _of_factors(keys: Keys, held: Shapes) -> Shapes:
+    found: Shapes = {}
+    for module in keys.modules.values():
+        parts = {part: held[key] for part, key in module.parts.items()}
+        if "embedding_A" in parts and "embedding_B" in parts:
+            found[f"{module.path}.weight"] = (parts["embedding_A"][-1], parts["embedding_B"][0])
+        elif "A" in parts and "B" in parts:
+            found[f"{module.path}.weight"] = (parts["B"][0], *parts["A"][1:])
+        if "B.bias" in parts:
+            found[f"{module.path}.bias"] = parts["B.bias"]
+    return found
+
+
+def _of_sparse(keys: Keys, file: Checkpoint, rank: int) -> Shapes:
+    """SHiRA holds r (rows + columns) entries of a weight, which tell its shape when they reach its last row and column."""
+    found: Shapes = {}
+    for path, parts in keys.sparse.items():
+        if parts.keys() != {"weight", "indices"} or (held := Scattered(file, **parts)).fault:
+            continue  # the adapter, when it is opened, says what is wrong
+        rows, columns = held.corner()
+        if held.count != rank * (rows + columns):
+            what = f"the entries of {path} do not tell how large it is"
+            raise AuditError.of("NO_BASE", file.folder, what, "pass --base")
+        found[f"{path}.weight"] = rows, columns
+    return found
+
+
+def _of_rows(keys: Keys, held: Shapes, rows: int) -> Shapes:
+    return {f"{path}.weight": (rows, held[key][-1]) for path, key in keys.tokens.items()}
+
+
+def _of_whole(keys: Keys, held: Shapes) -> Shapes:
+    return {saved.names[0]: held[saved.key] for saved in keys.saved}

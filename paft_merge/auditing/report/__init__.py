@@ -1,0 +1,1 @@
+"""What an audit shows: advice, gate, charts, HTML page, CSV."""

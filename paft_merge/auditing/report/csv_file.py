@@ -1,0 +1,95 @@
+"""The files of an audit: CSV, HTML, and PNG pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paft_merge.auditing.preview import Survived
+from paft_merge.auditing.results import AuditData, Group
+from paft_merge.errors import OutputError
+from paft_merge.stats.pairs import PairMeasure
+
+_PLACE = ("source", "other", "scope", "key")
+
+
+def csv_text(audit: AuditData) -> str:
+    """One row for every source, layer, kind of module and tensor; and the same for every pair (`other` is then filled).
+
+    Columns are the union of all metrics, named as in a gate, with a cell left empty where a metric has no value.
+    """
+    rows = list(_rows(audit))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {k: "" if v is None or (isinstance(v, float) and math.isnan(v)) else v for k, v in row.items()} for row in rows
+    )
+    return text.getvalue()
+
+
+def write(place: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        OutputError: OUTPUT, it cannot be written.
+    """
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError.of(
+            "OUTPUT", place, error.strerror or str(error), "choose a place that can be written"
+        ) from error
+
+
+def _rows(audit: AuditData) -> Iterator[dict[str, Any]]:
+    for source in audit.sources:
+        groups = [("all", "", source.total)] if source.tensors else []
+        groups += [("layer", str(k), g) for k, g in source.layers.items()] + [
+            ("module", k, g) for k, g in source.modules.items()
+        ]
+        groups += [("tensor", t.name, Group(t.name, (t,))) for t in source.tensors]
+        for scope, key, group in groups:
+            names = {t.name for t in group.tensors}
+            held = (
+                [t for t in audit.preview.tensors if t.name in names and source.label in t.sources]
+                if audit.preview
+                else []
+            )
+            survived = Survived.total([t.sources[source.label] for t in held]) if held else None
+            yield dict(zip(_PLACE, (source.label, "", scope, key), strict=True)) | _metrics(group, survived)
+    for pair in audit.pairs:
+        pairs = [("all", "", pair.total)] + [("layer", str(k), m) for k, m in pair.layers.items()]
+        pairs += [("module", k, m) for k, m in pair.modules.items()] + [
+            ("tensor", t.name, t.measure) for t in pair.tensors
+        ]
+        for scope, key, measure in pairs:
+            yield dict(zip(_PLACE, (pair.left, pair.right, scope, key), strict=True)) | _pair_metrics(measure)
+
+
+def _metrics(group: Group, survived: Survived | None) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in group.to_json().items():
+        if isinstance(value, dict):
+            flat |= {f"{name}_{key}": inner for key, inner in value.items()}
+        elif name != "factors":
+            flat[name] = value
+    if survived is not None:
+        flat |= {
+            "kept": survived.kept_share,
+            "kept_energy": survived.kept_energy,
+            "elected_energy": survived.elected_energy,
+        }
+    return flat
+
+
+def _pair_metrics(measure: PairMeasure) -> dict[str, Any]:
+    flat = {k: v for k, v in measure.to_json().items() if k != "conflict_energy"}
+    left, right = measure.conflict_energy
+    return {**flat, "conflict_energy_left": left, "conflict_energy_right": right}

@@ -1,0 +1,253 @@
+"""`--require`: a metric, a scope, a bound. What fails is a `Problem`, and the exit code of `paft audit` is 1.
+
+    sparsity(1e-5) >= 0.9                       of every source, all its tensors together
+    sparsity(1e-5) [source=sft, layer=*] >= 90% in each layer of sft by itself
+    hoyer [module=q_proj] > 0.3                 over the q_proj of all layers
+    conflict_weighted < 0.4                     of every pair
+    elected_energy [layer=*] >= 0.5             of every source in the preview, layer by layer
+
+A scope names `source`, `layer`, `module`, `tensor`, each with a pattern (`*`, `?`); every group that matches must pass.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from paft_merge.auditing.results import AuditData, Group, SourceAudit
+from paft_merge.errors import AuditError, Problem, Problems
+from paft_merge.stats.pairs import PairMeasure
+
+_TEXT = re.compile(
+    r"\s*(?P<metric>\w+)\s*(?:\((?P<argument>[^()]*)\))?\s*(?:\[(?P<scope>[^\]]*)\])?\s*"
+    r"(?P<operator>>=|<=|==|>|<)\s*(?P<value>[^\s%]+)\s*(?P<percent>%)?\s*"
+)
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq,
+}  # fmt: skip
+_KEYS = ("source", "layer", "module", "tensor")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that a gate can ask for."""
+
+    of: Literal["source", "pair", "preview"]
+    value: Callable[[Any, float], float | None]
+    """From a `Group`, a `PairMeasure` or a `Survived`, and the argument; None when it was not measured."""
+    doc: str
+    argument: str = ""
+    """What stands in the parentheses; empty when nothing does."""
+
+
+def _factors(name: str, of: str) -> Callable[[Group, float], float | None]:
+    def value(group: Group, _: float) -> float | None:
+        counts = group.factors
+        return getattr(counts, name) / getattr(counts, of) if counts else None
+
+    return value
+
+
+METRICS: Mapping[str, Metric] = {
+    "sparsity": Metric("source", lambda g, x: g.measure.sparsity(x), "share of |delta| below a threshold", "threshold"),
+    "paft_sparsity": Metric("source", lambda g, x: None, "the same per layer, and of these the mean (PAFT, Figure 2)", "threshold"),
+    "zeros": Metric("source", lambda g, _: g.measure.zero_share, "share of entries that are exactly zero"),
+    "bf16_sparsity": Metric("source", lambda g, _: g.measure.bf16_sparsity, "share of entries that a cast to bfloat16 erases"),
+    "relative_rms": Metric("source", lambda g, x: g.measure.relative_rms(x), "share of |delta| <= x * rms", "x"),
+    "relative_max": Metric("source", lambda g, x: g.measure.relative_max(x), "share of |delta| <= x * largest", "x"),
+    "hoyer": Metric("source", lambda g, _: g.measure.hoyer, "Hoyer sparsity, 0 flat to 1 a single entry"),
+    "participation": Metric("source", lambda g, _: g.measure.participation, "share of entries that carries the energy"),
+    "top_energy": Metric("source", lambda g, x: g.measure.top_energy(x), "energy held by the largest share x", "x"),
+    "density_for": Metric("source", lambda g, x: g.measure.density_for(x), "smallest share of entries with energy x", "x"),
+    "norm": Metric("source", lambda g, _: g.measure.norm, "Frobenius norm"),
+    "rms": Metric("source", lambda g, _: g.measure.rms, "root mean square"),
+    "largest": Metric("source", lambda g, _: g.measure.largest, "largest |delta|"),
+    "relative_norm": Metric("source", lambda g, _: g.measure.relative_norm, "norm over the norm of the weights"),
+    "stable_rank": Metric("source", lambda g, _: g.stable_rank, "mean stable rank"),
+    "effective_rank": Metric("source", lambda g, _: g.effective_rank, "mean effective rank"),
+    "zero_rows": Metric("source", _factors("zero_rows", "rows"), "share of rows of B that are zero"),
+    "zero_components": Metric("source", _factors("zero_components", "components"), "share of rank components that are zero"),
+    "size_ratio": Metric("pair", lambda p, _: p.size_ratio, "norm of the larger delta over that of the smaller"),
+    "cosine": Metric("pair", lambda p, _: p.cosine, "cosine of two deltas"),
+    "conflict": Metric("pair", lambda p, _: p.conflict, "share of signs that differ where neither is zero"),
+    "conflict_above": Metric("pair", lambda p, _: p.conflict_above, "the same where both reach the audit's epsilon"),
+    "conflict_weighted": Metric("pair", lambda p, _: p.conflict_weighted, "the same, weighted by min(|d1|, |d2|)"),
+    "overlap": Metric("pair", lambda p, _: p.overlap, "Jaccard index of the largest entries"),
+    "overlap_excess": Metric("pair", lambda p, _: p.overlap / p.overlap_chance if p.overlap_chance else math.nan, "overlap over its chance level"),
+    "kept_energy": Metric("preview", lambda s, _: s.kept_energy, "energy that survives trimming"),
+    "elected_energy": Metric("preview", lambda s, _: s.elected_energy, "energy that survives trimming and election"),
+    "kept": Metric("preview", lambda s, _: s.kept_share, "share of entries that survives trimming"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One requirement, read."""
+
+    text: str
+    metric: str
+    argument: float
+    scope: Mapping[str, str]
+    operator: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Requirement:
+        """Read `METRIC(ARGUMENT) [SCOPE] OPERATOR NUMBER`.
+
+        Raises:
+            AuditError: GATE, with what is wrong.
+        """
+        found = _TEXT.fullmatch(text)
+        if not found:
+            raise _unreadable(text, "is no requirement", 'write for example "sparsity(1e-5) [layer=*] >= 0.9"')
+        name = found["metric"]
+        if name not in METRICS:
+            raise _unreadable(text, f"there is no metric {name!r}", f"one of {', '.join(METRICS)}")
+        wanted = METRICS[name].argument
+        if bool(wanted) != (found["argument"] is not None):
+            raise _unreadable(text, f"{name} takes {'a ' + wanted if wanted else 'nothing'} in parentheses")
+        bound = _number(text, found["value"]) / (100 if found["percent"] else 1)
+        argument = _number(text, found["argument"]) if wanted else 0.0
+        return cls(text, name, argument, _scope(text, found["scope"] or ""), found["operator"], bound)
+
+
+def epsilons_of(requirements: Sequence[str]) -> list[float]:
+    """The thresholds that must be counted for them.
+
+    Raises:
+        AuditError: GATE, with every requirement that cannot be read.
+    """
+    problems, found = Problems(), list[Requirement]()
+    for text in requirements:
+        with problems.catching():
+            found.append(Requirement.parse(text))
+    problems.raise_as(AuditError)
+    return [r.argument for r in found if r.metric in ("sparsity", "paft_sparsity")]
+
+
+def failures(audit: AuditData, requirements: Sequence[str]) -> list[Problem]:
+    """What of `requirements` does not hold.
+
+    Raises:
+        AuditError: GATE, one cannot be read, matches nothing, or asks for what was not measured.
+    """
+    found = list[Problem]()
+    for requirement in map(Requirement.parse, requirements):
+        values = list(_values(audit, requirement))
+        if not values:
+            raise _unreadable(requirement.text, "matches nothing", _known(audit, requirement))
+        for where, value in values:
+            if not _OPERATORS[requirement.operator](value, requirement.bound):
+                shown = "undefined, since the delta is zero there" if math.isnan(value) else f"{value:.4g}"
+                name = (
+                    f"{requirement.metric}({requirement.argument:g})"
+                    if METRICS[requirement.metric].argument
+                    else requirement.metric
+                )
+                found.append(
+                    Problem(
+                        "REQUIRED",
+                        where,
+                        f"{name} is {shown}, and {requirement.operator} {requirement.bound:g} is required",
+                    )
+                )
+    return found
+
+
+def _values(audit: AuditData, wanted: Requirement) -> Iterator[tuple[str, float]]:
+    """Every group that a requirement speaks of, by name, and its value."""
+    metric = METRICS[wanted.metric]
+    if metric.of == "source":
+        for source in audit.sources:
+            if _fits(wanted.scope.get("source", "*"), source.label):
+                yield from _of_source(source, wanted, metric)
+    elif metric.of == "pair":
+        for pair in audit.pairs:
+            if any(_fits(wanted.scope.get("source", "*"), label) for label in (pair.left, pair.right)):
+                for where, tensors in _groups(pair.tensors, wanted):
+                    yield _one(f"{pair.left} and {pair.right}", where, metric, pair.of(tensors), wanted)
+    elif audit.preview is None:
+        raise _unreadable(wanted.text, "there is no preview", "audit several sources, or a recipe that trims")
+    else:
+        for source in audit.sources:
+            if _fits(wanted.scope.get("source", "*"), source.label):
+                present = [t for t in audit.preview.tensors if source.label in t.sources]
+                for where, tensors in _groups(present, wanted):
+                    yield _one(source.label, where, metric, audit.preview.of(source.label, tensors), wanted)
+
+
+def _of_source(source: SourceAudit, wanted: Requirement, metric: Metric) -> Iterator[tuple[str, float]]:
+    if wanted.metric == "paft_sparsity" and not wanted.scope.keys() - {"source"}:
+        yield _one(source.label, "", Metric("source", lambda s, x: s.paft_sparsity(x), ""), source, wanted)
+        return
+    for where, tensors in _groups(source.tensors, wanted):
+        yield _one(source.label, where, metric, Group(where, tuple(tensors)), wanted)
+
+
+def _one(
+    label: str, where: str, metric: Metric, thing: Group | PairMeasure | Any, wanted: Requirement
+) -> tuple[str, float]:
+    try:
+        value = metric.value(thing, wanted.argument)
+    except KeyError:
+        raise _unreadable(
+            wanted.text, f"{wanted.argument:g} was not counted", f"audit with epsilons=[{wanted.argument:g}]"
+        ) from None
+    if value is None:
+        raise _unreadable(
+            wanted.text,
+            f"{wanted.metric} was not measured for {label}",
+            "pass --base (and --fetch-base where it is on the Hub), or ask for no scope",
+        )
+    return (f"{label}: {where}" if where else label), value
+
+
+def _groups(tensors: Sequence[Any], wanted: Requirement) -> Iterator[tuple[str, list[Any]]]:
+    """The tensors that the scope admits, grouped by the keys that it names."""
+    keys = [k for k in _KEYS[1:] if k in wanted.scope]
+    groups: dict[str, list[Any]] = {}
+    for tensor in tensors:
+        own = {"layer": str(tensor.layer), "module": tensor.module, "tensor": tensor.name}
+        if ("layer" in keys and tensor.layer is None) or not all(_fits(wanted.scope[k], own[k]) for k in keys):
+            continue
+        where = own["tensor"] if "tensor" in keys else ", ".join(f"{k} {own[k]}" for k in keys)
+        groups.setdefault(where, []).append(tensor)
+    yield from groups.items()
+
+
+def _known(audit: AuditData, wanted: Requirement) -> str:
+    labels = ", ".join(s.label for s in audit.sources)
+    modules = ", ".join(dict.fromkeys(t.module for s in audit.sources for t in s.tensors))
+    need = " (a pair needs two sources)" if METRICS[wanted.metric].of == "pair" and not audit.pairs else ""
+    return f"sources are {labels}, modules are {modules}{need}"
+
+
+def _scope(text: str, scope: str) -> dict[str, str]:
+    found = {}
+    for part in filter(None, (p.strip() for p in scope.split(","))):
+        key, equals, value = (p.strip() for p in part.partition("="))
+        if not equals or key not in _KEYS or not value:
+            raise _unreadable(text, f"{part!r} is no scope", f"write KEY=PATTERN with one of {', '.join(_KEYS)}")
+        found[key] = value
+    return found
+
+
+def _number(text: str, number: str) -> float:
+    try:
+        return float(number)
+    except ValueError:
+        raise _unreadable(text, f"{number!r} is no number") from None
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern)
+
+
+def _unreadable(text: str, what: str, fix: str = "") -> AuditError:
+    return AuditError.of("GATE", text, what, fix)

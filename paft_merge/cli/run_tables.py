@@ -1,0 +1,86 @@
+"""What the terminal shows of runs and evaluations."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from paft_merge.evaluating.light import Score
+    from paft_merge.pipeline import Planned
+    from paft_merge.pipeline.results_table import Table as Results
+
+_ARROWS = {1: " ↑", -1: " ↓", 0: ""}
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() else max(shutil.get_terminal_size().columns, 160)
+    return Console(width=width, highlight=False)
+
+
+def table(results: Results) -> None:
+    """The table of a run: the best of a column in bold, then what it says. Numbers are never broken, names may be."""
+    console = _console()
+    widest = max((len(str(cell)) for row in results.rows for cell in row.cells.values()), default=0)
+    names = max((len(row.name) for row in results.rows), default=0)
+    tight = names + (widest + 3) * len(results.columns) + 6 > console.width
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1) if tight else (0, 1))
+    shown.add_column("arm")
+    for column in results.columns:
+        shown.add_column(escape(column) + _ARROWS[results.better[column]], justify="right", no_wrap=True)
+    group = results.rows[0].group if results.rows else ""
+    for row in results.rows:
+        if row.group != group:
+            shown.add_section()
+            group = row.group
+        cells = []
+        for column in results.columns:
+            cell = row.cells.get(column)
+            best = cell is not None and cell.mean == results.best(column)
+            text = str(cell).replace(" ± ", "±") if tight else str(cell)
+            cells.append("" if cell is None else f"[bold]{text}[/]" if best else text)
+        shown.add_row(escape(row.name), *cells)
+    console.print(shown)
+    if len(results.seeds) > 1:
+        console.print(f"mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}", style="dim")
+    for verdict in results.verdicts():
+        console.print(f"- {escape(verdict)}", soft_wrap=True)
+
+
+def steps_table(planned: Planned) -> None:
+    """Every step, and why it will be done or not; the evaluations of one model are one row."""
+    shown = Table(box=box.SIMPLE_HEAD)
+    for column in ("step", "will be done", "output"):
+        shown.add_column(column, overflow="fold")
+    rows: dict[tuple[str, str, str], int] = {}
+    for step in planned.steps:
+        out = step.out.relative_to(planned.planner.run) if step.out else None
+        several = step.stage == "evaluate"
+        name = step.name.rpartition("/")[0] if several else step.name
+        place = (out.parent if several else out).as_posix() if out else ""
+        row = name, planned.why(step), place
+        rows[row] = rows.get(row, 0) + 1
+    for (name, why, place), count in rows.items():
+        times = f" ({count} evaluations)" if count > 1 else ""
+        shown.add_row(escape(name) + times, escape(why) if why else "[dim]no[/]", escape(place))
+    console = _console()
+    console.print(shown)
+    console.print(f"{len(planned.todo)} of {len(planned.steps)} steps to do")
+
+
+def scores(found: Mapping[str, Score]) -> None:
+    """Evaluations of one model."""
+    shown = Table(box=box.SIMPLE_HEAD)
+    shown.add_column("evaluation")
+    shown.add_column("value", justify="right")
+    shown.add_column("standard error", justify="right")
+    for name, score in found.items():
+        shown.add_row(escape(name), f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}")
+    _console().print(shown)

@@ -1,0 +1,1 @@
+"""Blocks of tensors and the operations on them: compiled kernels, torch operations, devices, scratch memory."""

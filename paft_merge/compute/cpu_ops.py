@@ -1,0 +1,259 @@
+"""The operations on a block by the compiled kernels, on NumPy bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paft_merge.compute import kernels
+from paft_merge.compute.blocks import Block, Counts, Election, Open, Outcome, RankedKeep, Sums, Survival
+from paft_merge.compute.kernels import lines
+from paft_merge.compute.scratch import SCRATCH
+
+
+class CpuOps:
+    """The operations by `kernels`: blocks are NumPy bits."""
+
+    def sample(self, block: Block, step: int) -> NDArray[np.uint32]:
+        """The magnitudes of every `step`-th entry, `[n, ceil(E / step)]`."""
+        rows, base = block.sources[:, ::step], block.base[::step]
+        made = np.empty(rows.shape, np.uint32)
+        _widen(rows, made)
+        if block.subtract:
+            below = SCRATCH.array("sampled_base", base.size, np.uint32)
+            _widen(base, below)
+            made.view(np.float32)[:] -= below.view(np.float32)
+        made &= np.uint32(0x7FFFFFFF)
+        return made
+
+    def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
+        """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""
+        n = block.count
+        counts = np.zeros((n, kernels.BINS), np.int64)
+        low = np.zeros((n, kernels.BINS if lows else 0), np.int64)
+        block.filled(kernels.histogram(*block.unfilled(), counts, low, lines(2)))
+        return counts, low
+
+    def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
+        """Per source: how many magnitudes lie inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
+        n, size = block.count, block.size
+        found, counts = SCRATCH.array("found", (n, size), np.uint32), np.empty((n, 2), np.int64)
+        bounds = np.array(low, np.uint32), np.array(width, np.uint32)
+        block.filled(kernels.collect(*block.unfilled(), *bounds, found, counts, lines(2)))
+        return counts, [row[:inside].copy() for row, inside in zip(found, counts[:, 0], strict=True)]
+
+    def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
+        """Flat index in the tensor of the `nth` entry (from 0) of the block whose magnitude is exactly `bits`."""
+        at = kernels.locate(*block.unfilled(source), source, np.uint32(bits), nth, lines(2))
+        if at < 0:
+            block.filled(at)
+        assert at < block.size
+        return block.index + at
+
+    def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums:
+        """`[n, 2]`: the sums of |delta| before and after the random drop of each survival."""
+        sums = np.empty((block.count, 2))
+        keep = np.array([s.keep for s in survivals], np.uint64)
+        keys = np.array([s.key for s in survivals], np.uint64)
+        memory = _strips(2, 2 * len(sums))
+        block.filled(kernels.dropped_l1(*block.unfilled(), block.index, keep, keys, sums, *memory))
+        return sums
+
+    def gram(self, block: Block) -> Sums:
+        """`[n, n]`: inner products of the sources (or deltas)."""
+        n = block.count
+        out = np.empty((n, n))
+        block.filled(kernels.gram(*block.unfilled(), out, *_strips(n + 1, n * n)))
+        return out
+
+    def blend(
+        self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
+    ) -> Outcome:
+        """Write `base_weight * base + sum weights_i * source_i` (see `kernels.merging.blend`)."""
+        outcome = _no_outcome(block.count)
+        outcome.bad = block.filled(kernels.blend(
+            out, *block.unfilled(), block.index, float(base_weight), np.array(weights, np.float32),
+            np.uint64(key), tally, outcome.counts, outcome.sums, *block.picking, lines(4),
+        ))  # fmt: skip
+        return outcome
+
+    def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome:
+        """Write the base plus the elected delta (see `kernels.merging.consensus`)."""
+        return _consensus(block, out, survivals, election, key)[0]
+
+    def consensus_outside(
+        self, block: Block, out: Any, brackets: Sequence[tuple[int, int]], election: Election, room: Any
+    ) -> tuple[Outcome, Open]:
+        """Write what magnitudes outside the brackets decide, and set the rest aside; where they lie, `out` is the base.
+
+        Args:
+            brackets: lowest bits, at least 1, and number of bits, one a source. What is above survives, what is below does not.
+            room: `[bytes]`, memory for what is set aside; beyond it there is fresh memory.
+        """
+        above = [Survival(low=low + width - 1) for low, width in brackets]
+        outcome, opened = _consensus(block, out, above, election, 0, brackets, room)
+        assert opened is not None
+        return outcome, opened
+
+    def tally(self, block: Block) -> tuple[Counts, Sums]:
+        """The block's share of a tally, of deltas that are merged as they are (see `kernels.block_transforms.tally`)."""
+        outcome = _no_outcome(len(block.sources))
+        kernels.tally(block.base, block.sources, block.subtract, outcome.counts, outcome.sums, lines(2))
+        return outcome.counts, outcome.sums
+
+    def variance(self, block: Block, total: int) -> Block:
+        """One row: every entry's variance over `total` sources, those that are not here being zero."""
+        out = _one_row(block)
+        made, memory = out.sources[0].view(np.float32), _strips(len(block.sources) + 1, 2)
+        kernels.variance(block.base, block.sources, block.subtract, total, made, *memory)
+        return out
+
+    def select(self, block: Block, by: Block, survival: Survival) -> Block:
+        """The deltas where the only row of `by`, which is not negative, survives by its size; zero elsewhere."""
+        out = np.empty(block.sources.shape, np.float32)
+        bounds = np.uint32(survival.low), survival.low_cut
+        kernels.select(block.base, block.sources, block.subtract, block.index, by.sources[0], *bounds, out, lines(2))
+        return Block(block.index, block.base, out.view(np.uint32), subtract=False)
+
+    def swap(self, block: Block, t: float) -> Block:
+        """One row: the delta of the only source, cut to what is near (see `kernels.block_transforms.swap`)."""
+        out = _one_row(block)
+        kernels.swap(block.base, block.sources, block.subtract, float(t), out.sources[0].view(np.float32), lines(2))
+        return out
+
+    def overlaps(self, block: Block, epsilon: float) -> tuple[Counts, Sums]:
+        """Changed entries `[n, 2]`, shared ones and the source's own, and the sum of their squares `[n]`."""
+        counts, energy = np.zeros((len(block.sources), 2), np.int64), np.zeros(len(block.sources))
+        memory = _strips(len(counts) + 3, len(counts))
+        kernels.overlaps(block.base, block.sources, block.subtract, float(epsilon), counts, energy, *memory)
+        return counts, energy
+
+    def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
+        """One row: own changes times `scales`, shared ones averaged (see `kernels.block_transforms.share`)."""
+        out, own = _one_row(block), np.array(scales, np.float32)
+        made, memory = out.sources[0].view(np.float32), lines(len(own) + 3)
+        kernels.share(block.base, block.sources, block.subtract, float(epsilon), own, made, memory)
+        return out
+
+    def fuse(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
+        """One row: the elected weighted mean of deltas; and, `[n]` each, how many were elected and their squares' sum."""
+        n = len(block.sources)
+        out, elected, energy = _one_row(block), np.zeros(n, np.int64), np.zeros(n)
+        merged, own = out.sources[0].view(np.float32), np.array(weights, np.float32)
+        kernels.fuse(block.base, block.sources, block.subtract, own, merged, elected, energy, *_strips(n + 4, n))
+        return out, elected, energy
+
+    def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
+        """Drop entries of each source by their rank among `length` entries that lie `inner` apart; ties rank by position."""
+        deltas = (
+            np.stack([_as_float32(row) for row in block.sources])
+            if len(block.sources)
+            else np.empty((0, 0), np.float32)
+        )
+        if block.subtract:
+            deltas -= _as_float32(block.base)
+        out = np.empty_like(deltas)
+        places = np.arange(length, dtype=np.uint64)
+        for row, kept, drop in zip(deltas, out, drops, strict=True):
+            magnitudes = (row.view(np.uint32) & np.uint32(0x7FFFFFFF)).reshape(-1, length, inner).swapaxes(1, 2)
+            order = np.sort(np.ascontiguousarray((magnitudes.astype(np.uint64) << np.uint64(32)) | places)).reshape(
+                -1, length
+            )
+            kernels.keep_ranked(row, order, inner, block.index, drop.keep, np.uint64(drop.key), kept)
+        return Block(block.index, block.base, out.view(np.uint32), subtract=False)
+
+    def gram_rows(self, block: Block, row: int) -> Sums:
+        """`[E / row, n, n]`: inner products of the sources within every row."""
+        n, size = block.sources.shape
+        out = np.zeros((size // row, n, n))
+        kernels.gram_rows(block.base, block.sources, block.subtract, row, out, *_strips(n + 1, n * n))
+        return out
+
+    def gram_columns(self, block: Block, row: int) -> Sums:
+        """`[n, n, row]`: inner products of the sources within every column of the block's rows."""
+        out = np.zeros((*[len(block.sources)] * 2, row))
+        kernels.gram_columns(block.base, block.sources, block.subtract, row, out, lines(len(out) + 1))
+        return out
+
+    def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block:
+        """One row: the weighted sum with weights `[n, E / row]`, one a row, or `[n, row]` with `across`, one a column."""
+        out, own = _one_row(block), np.ascontiguousarray(weights, np.float32)
+        made = out.sources[0].view(np.float32)
+        kernels.mix(block.base, block.sources, block.subtract, row, across, own, made, lines(3))
+        return out
+
+
+def _consensus(
+    block: Block,
+    out: Any,
+    survivals: Sequence[Survival],
+    election: Election,
+    key: int,
+    brackets: Sequence[tuple[int, int]] | None = None,
+    room: Any = None,
+) -> tuple[Outcome, Open | None]:
+    n, size = block.count, block.size
+    outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n + 1, 2), np.int64)
+    place = SCRATCH.array("open_place", most, np.int32)
+    held = SCRATCH.array("open_held", (n + 1, most), np.float32)
+    found = SCRATCH.array("found", (n, most), np.uint32)
+
+    def column(name: str, dtype: Any) -> Any:
+        return np.array([getattr(s, name) for s in survivals], dtype)
+
+    lows, widths = zip(*brackets, strict=True) if brackets else ([0] * n, [0] * n)
+    outcome.bad = block.filled(kernels.consensus(
+        out, *block.unfilled(), block.index,
+        np.array(election.weights, np.float32), column("scale", np.float32),
+        column("low", np.uint32), column("low_cut", np.int64), column("high", np.uint32), column("high_cut", np.int64),
+        column("shrink", np.float32), column("keep", np.uint64), column("key", np.uint64),
+        kernels.ELECT[election.elect], election.tie_positive, kernels.NORMALIZE[election.normalize], float(election.factor),
+        np.uint64(key), outcome.counts, outcome.sums,
+        np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, found, tally,
+        *block.picking, SCRATCH.array("wide", n, np.uint8), lines(n + 5),
+    ))  # fmt: skip
+    if not most:
+        return outcome, None
+    many = int(tally[n, 0])
+    inside = [row[:count] for row, count in zip(found, tally[:n, 0], strict=True)]
+    kept = _moved([place[:many], *(row[:many] for row in held), *inside], room)
+    return outcome, Open(kept[0], kept[1 : n + 2], kept[n + 2 :], tally[:n, 1])
+
+
+def _moved(arrays: Sequence[Any], room: Any) -> list[Any]:
+    """Copies of arrays of 4-byte elements, one behind the other in `room` `[bytes]` as long as there is any."""
+    copies, at = [], 0
+    for array in arrays:
+        fits = at + array.nbytes <= room.size
+        copy = room[at : at + array.nbytes].view(array.dtype) if fits else np.empty_like(array)
+        copy[:] = array
+        copies.append(copy)
+        at += array.nbytes if fits else 0
+    return copies
+
+
+def _strips(of_float32: int, of_float64: int) -> tuple[Any, Any]:
+    return lines(of_float32), lines(of_float64, of=np.float64)
+
+
+def _one_row(block: Block) -> Block:
+    """A block of one row for what is computed from `block`."""
+    return Block(block.index, block.base, np.empty((1, block.size), np.uint32), subtract=False)
+
+
+def _no_outcome(sources: int) -> Outcome:
+    counts = np.zeros((sources, len(kernels.COUNTS)), np.int64)
+    return Outcome(0, counts, np.zeros((sources, len(kernels.SUMS))))
+
+
+def _widen(bits: Any, out: Any) -> None:
+    """Stored bits as those of float32, into `out`."""
+    np.left_shift(bits, np.uint32(0 if bits.dtype == np.uint32 else 16), out=out, dtype=np.uint32)
+
+
+def _as_float32(bits: Any) -> NDArray[np.float32]:
+    wide = bits if bits.dtype == np.uint32 else bits.astype(np.uint32) << np.uint32(16)
+    return wide.view(np.float32)  # type: ignore[no-any-return]

@@ -1,0 +1,423 @@
+"""The fused float32 loops that a CPU merge spends its time in: numba, one block of a tensor at a time, no lock held.
+
+    base     [E]     the base's elements
+    sources  [n, E]  the sources' elements, or (float32 only) their deltas
+    out      [E]     where the merged elements go
+
+Every loop walks the block in strips that stay in the L1 cache and keeps each step a plain vector loop over the strip.
+Nothing here depends on where a block begins or ends, so the same bits come out for any block size and thread: counts are
+integers, and sums run over a strip in float32, in as many lanes as the processor's vectors have, and then in float64, that
+the caller adds block by block in order. What they tell of a delta is right to 2**-18 of itself, in practice to seven digits of a small tensor and nine of a large one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from paft_merge.compute.kernels import RUN, STRIP
+from paft_merge.compute.kernels.primitives import (
+    GOLDEN,
+    MAGNITUDE,
+    begun,
+    bits_of,
+    counter,
+    extent,
+    float_of,
+    gone_on,
+    inside,
+    jit,
+    load,
+    load_counted,
+    lowest,
+    mixed,
+    nonfinite,
+    plus,
+    random,
+    square_of,
+    store,
+    strip,
+    strip_of,
+    two_if,
+    up_to,
+    widen,
+)
+
+
+@jit
+def gram(base: Any, sources: Any, subtract: bool, how: Any, out: Any, lines: Any, lanes: Any) -> int:
+    """Inner products of the sources (or of their deltas) over one block.
+
+    Args:
+        base, sources, subtract, how: as in `histogram`.
+        out: `[n, n]` float64; receives the symmetric matrix.
+        lines, lanes: of n + 1 strips, and of n * n in float64.
+
+    Returns:
+        0; -1 where the block could not be filled.
+    """
+    n, size, ready, origin = begun(sources, how)
+    minus, values = lines[0], lines[1:]
+    minus[:] = np.float32(0)
+    lanes[:] = 0.0
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if start + m > ready:
+            origin, ready = gone_on(how, ready)
+            if ready < 0:
+                return -1
+        at = start - origin
+        if subtract:
+            widen(strip(base, at, m), minus)
+        for i in range(n):
+            load(strip_of(sources, i, at, m), minus, values[i])
+        for i in range(n):
+            for k in range(i + 1):
+                left, right, lane = values[i], values[k], lanes[i * n + k]
+                for j in range(m):
+                    lane[j] += np.float64(left[j]) * np.float64(right[j])
+    for i in range(n):
+        for k in range(i + 1):
+            out[i, k] = lanes[i * n + k, :STRIP].sum()
+            out[k, i] = out[i, k]
+    return 0
+
+
+@jit
+def _pick(
+    base: Any, sources: Any, subtract: bool, skip: int, index: int, size: int, stride: int, out: Any, at: int, nothing: Any
+) -> int:  # fmt: skip
+    """`pick` of `size` entries from place `skip` of the arrays on, whose flat index is `index`; the first goes to place `at`."""
+    n, span, values = extent(sources)[0], RUN * stride, out.view(np.float32)
+    for number in range(index // span, (index + size + span - 1) // span):
+        first = number * span + RUN * np.int64(random(np.uint64(0), number) % np.uint64(stride)) - index
+        start, stop = max(int(first), 0), min(int(first) + RUN, size)
+        m = stop - start
+        if m <= 0:
+            continue
+        below = values[n, at : at + m]
+        widen(strip(base, skip + start, m), below)
+        minus = below if subtract else nothing
+        for i in range(n):
+            load(strip_of(sources, i, skip + start, m), minus, values[i, at : at + m])
+        at += m
+    return at
+
+
+@jit
+def _picked_on(
+    base: Any, sources: Any, subtract: bool, how: Any, index: int, begin: int, stride: int, picked: Any, taken: Any, nothing: Any
+) -> tuple[int, int]:  # fmt: skip
+    """`gone_on` from the entry `begin`, and take what is sampled of the piece."""
+    origin, ready = gone_on(how, begin)
+    if picked.size and ready > begin:
+        skip, count = begin - origin, ready - begin
+        taken[0] = _pick(base, sources, subtract, skip, index + begin, count, stride, picked, taken[0], nothing)
+    return origin, ready
+
+
+@jit
+def blend(
+    out: Any, base: Any, sources: Any, subtract: bool, how: Any, index: int, base_weight: float, weights: Any, key: np.uint64,
+    tally: bool, counts: Any, sums: Any, stride: int, picked: Any, taken: Any, lines: Any,
+) -> int:  # fmt: skip
+    """Weighted sum: `base_weight * base + sum_i weights_i * source_i`, in that order, in float32, rounded once.
+
+    Args:
+        out: `[E]` bits, written.
+        base: `[E]` bits, or empty when `base_weight` is 0.
+        sources: `[n, E]` bits.
+        subtract: a source stands for its delta, `source_i - base`.
+        how: as in `histogram`.
+        index: flat index of the block's first element in its tensor.
+        base_weight: float32.
+        weights: `[n]` float32.
+        key: stream of stochastic rounding, 0 for rounding to nearest.
+        tally: whether to count the sources as deltas into `counts` `[n, 8]` and `sums` `[n, 4]`.
+        stride, picked, taken: as `stride` and `out` of `pick`, and `[1]` int64, receives how many entries were taken; `picked` is
+            `[n + 1, 0]` where none are wanted.
+        lines: of four strips.
+
+    Returns:
+        The number of elements of `out` that are not finite; -1 where the block could not be filled.
+    """
+    n, size, ready, origin = begun(sources, how)
+    minus, values, total, nothing = lines[0], lines[1], lines[2], lines[3]
+    minus[:] = np.float32(0)
+    nothing[:] = np.float32(0)
+    wb, bad = np.float32(base_weight), 0
+    taken[0] = 0
+    if picked.size and ready:
+        taken[0] = _pick(base, sources, subtract, 0, index, size, stride, picked, 0, nothing)
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if start + m > ready:
+            origin, ready = _picked_on(base, sources, subtract, how, index, ready, stride, picked, taken, nothing)
+            if ready < 0:
+                return -1
+        at = start - origin
+        if subtract:
+            widen(strip(base, at, m), minus)
+        half, whole = strip(base, at, m)
+        for j in range(half.size):
+            total[j] = wb * float_of(half[j])
+        for j in range(whole.size):
+            total[j] = wb * float_of(whole[j])
+        if half.size + whole.size == 0:
+            for j in range(m):
+                total[j] = np.float32(0)
+        for i in range(n):
+            w = weights[i]
+            if tally:
+                load_counted(strip_of(sources, i, at, m), minus, values, counts[i], sums[i])
+                for j in range(m):
+                    total[j] = total[j] + w * values[j]
+            else:
+                half, whole = strip_of(sources, i, at, m)
+                for j in range(half.size):
+                    total[j] = total[j] + w * (float_of(half[j]) - minus[j])
+                for j in range(whole.size):
+                    total[j] = total[j] + w * (float_of(whole[j]) - minus[j])
+        bad += nonfinite(total, m)
+        store(total, strip(out, start, m), key, index + start)
+    for i in range(n):
+        # Nothing is trimmed and no sign is elected here: all that is not zero is kept, and counts as elected.
+        for k in range(2, 4):
+            sums[i, k] = sums[i, 1]
+        for k in range(5, 7):
+            counts[i, k] += size - counts[i, 0]
+    return bad
+
+
+@njit(inline="always")
+def _set_aside(
+    values: Any, base_f: Any, m: int, start: int, low: Any, width: Any, place: Any, held: Any, found: Any, tally: Any, at: int
+) -> int:  # fmt: skip
+    """Put a strip's open entries into `held` and make their deltas zero; returns how many are held by now."""
+    n, begin = len(low), at
+    for first in range(0, m, 64):
+        left = np.uint64(0)
+        for i in range(n):
+            left |= inside(values[i], first, low[i], width[i])
+        left &= up_to(m - first)
+        while left:
+            place[at] = first + lowest(left)
+            at += 1
+            left &= left - np.uint64(1)
+    for i in range(n):
+        row, lo, span, many, above = values[i], low[i], width[i], tally[i, 0], tally[i, 1]
+        high = np.uint32(lo + span)
+        for k in range(begin, at):
+            j = place[k]
+            v = row[j]
+            row[j] = np.float32(0)
+            held[i, k] = v
+            u = np.uint32(bits_of(v) & MAGNITUDE)
+            found[i, many] = u
+            many += np.int64(np.uint32(u - lo) < span)
+            above += np.int64(u >= high)
+        tally[i, 0], tally[i, 1] = many, above
+    for k in range(begin, at):
+        j = place[k]
+        held[n, k] = base_f[j]
+        place[k] = start + j
+    return at
+
+
+@njit(inline="always")
+def _cast_vote(
+    delta: Any, m: int, least: Any, scale: Any, weight: Any, by_count: bool, vote: Any, fresh: bool
+) -> tuple[int, float]:  # fmt: skip
+    """Trim a strip, scale what is left and add it to the votes; returns how many are kept, and the sum of their squares.
+
+    Args:
+        delta: `[m]` float32; receives what is kept, by `scale * weight`.
+        least: magnitudes (bits) below this are trimmed.
+        by_count: a kept entry's vote is its sign.
+        vote: `[m]` float32, added to; set with `fresh`.
+    """
+    zero, one = np.float32(0), np.float32(1)
+    kept, square = np.uint32(0), zero
+    for j in range(m):
+        u = bits_of(delta[j])
+        stays = np.uint32(u & MAGNITUDE) >= least
+        v = float_of(u) if stays else zero
+        kept = np.uint32(kept + two_if(stays))
+        square = plus(square, v * v)
+        v = v * scale * weight
+        delta[j] = v
+        sign = one if v > zero else (-one if v < zero else zero)
+        before = vote[j]
+        vote[j] = (zero if fresh else before) + (sign if by_count else v)
+    return kept >> 1, square
+
+
+@njit(inline="always")
+def _agree(
+    delta: Any, m: int, vote: Any, everyone: bool, weight: Any, share: Any, result: Any, divisor: Any, fresh: bool
+) -> tuple[int, float]:  # fmt: skip
+    """Add what has the elected sign to the result; returns how many have it, and the sum of their squares.
+
+    Args:
+        delta: `[m]` float32, what a source has kept.
+        vote: `[m]` float32, the elected signs; `everyone` agrees without them.
+        weight: multiplies the delta.
+        share: is added to the divisor wherever the source agrees and is not zero.
+        result, divisor: `[m]` float32, added to; set with `fresh`.
+    """
+    zero = np.float32(0)
+    elected, square = np.uint32(0), zero
+    for j in range(m):
+        v = delta[j]
+        v = v if (v * vote[j] > zero) | everyone else zero
+        agrees = v != zero
+        so_far, divided = result[j], divisor[j]
+        result[j] = (zero if fresh else so_far) + v * weight
+        divisor[j] = (zero if fresh else divided) + (share if agrees else zero)
+        elected = np.uint32(elected + two_if(agrees))
+        square = plus(square, v * v)
+    return elected >> 1, square
+
+
+@jit
+def consensus(
+    out: Any, base: Any, sources: Any, subtract: bool, how: Any, index: int, weights: Any, scales: Any,
+    low: Any, low_cut: Any, high: Any, high_cut: Any, shrink: Any, keep: Any, keys: Any,
+    elect: int, tie_positive: bool, normalize: int, factor: float, key: np.uint64, counts: Any, sums: Any,
+    open_low: Any, open_width: Any, place: Any, held: Any, found: Any, tally: Any,
+    stride: int, picked: Any, taken: Any, wide: Any, lines: Any,
+) -> int:  # fmt: skip
+    """Trim or drop each delta, elect a sign per entry, and add what agrees to the base.
+
+    Args:
+        out, base, sources, subtract, how, index, key: as in `blend`.
+        weights: `[n]` float32, the scalar of each source.
+        scales: `[n]` float32, what survives of a delta is multiplied by this (rescaling).
+        low, low_cut: `[n]` uint32 and int64: an entry survives when its magnitude (bits) is above `low`, or equal to it
+            with a flat index below `low_cut`.
+        high, high_cut: likewise, and an entry that passes this one is dropped again (outliers); `high` of 0xFFFFFFFF
+            drops none.
+        shrink: `[n]` float32, taken off the magnitude of each survivor (soft thresholding).
+        keep, keys: as in `dropped_l1`; `keep` of 2**32 or more drops nothing.
+        elect: a value of ELECT.
+        tie_positive: an election that ends in zero elects + (else nothing agrees there).
+        normalize: a value of NORMALIZE; a divisor of zero is taken as one.
+        factor: float32, multiplies the merged delta.
+        counts, sums: `[n, 8]` int64 and `[n, 4]` float64, the tally (`kernels.COUNTS`, `SUMS`), zeros.
+        open_low, open_width: `[n]` uint32, a bracket of magnitudes as in `collect`: an entry is open when any source is
+            inside its bracket, so that nobody can say yet what survives there. Its deltas count as they are and are then
+            taken as zero; they are put aside for later.
+        place: `[E]` int32, receives the positions in the block of what is open, ascending; `[0]` when nothing can be.
+        held: `[n + 1, E]` float32, receives the deltas of what is open and, last, the base; `[n + 1, 0]` likewise.
+        found: `[n, E]` uint32, receives the magnitudes inside each source's bracket.
+        tally: `[n + 1, 2]` int64; how many are inside each bracket, and above it, are added; and, last, how many are open.
+        stride, picked, taken: as `stride` and `out` of `pick`, and `[1]` int64, receives how many entries were taken; `picked` is
+            `[n + 1, 0]` where none are wanted.
+        wide: `[n]` uint8, memory.
+        lines: of n + 5 strips.
+
+    Returns:
+        The number of elements of `out` that are not finite; -1 where the block could not be filled.
+    """
+    n, size, ready, origin = begun(sources, how)
+    base_f, nothing, vote, result, divisor, values = lines[0], lines[1], lines[2], lines[3], lines[4], lines[5:]
+    nothing[:] = np.float32(0)
+    minus = base_f if subtract else nothing
+    lam, zero, one = np.float32(factor), np.float32(0), np.float32(1)
+    everything = np.uint64(1) << np.uint64(32)
+    bad, many = 0, 0
+    taken[0] = 0
+    if picked.size and ready:
+        taken[0] = _pick(base, sources, subtract, 0, index, size, stride, picked, 0, nothing)
+    for start in range(0, size, STRIP):
+        m, first = min(STRIP, size - start), index + start
+        if start + m > ready:
+            origin, ready = _picked_on(base, sources, subtract, how, index, ready, stride, picked, taken, nothing)
+            if ready < 0:
+                return -1
+        at = start - origin
+        widen(strip(base, at, m), base_f)
+        for i in range(n):
+            wide[i] = load_counted(strip_of(sources, i, at, m), minus, values[i], counts[i], sums[i])
+        if place.size:
+            many = _set_aside(values, base_f, m, start, open_low, open_width, place, held, found, tally, many)
+        for i in range(n):
+            delta, soft, least = values[i], shrink[i], np.uint32(1)
+            lo, lo_cut, hi, hi_cut = low[i], low_cut[i], high[i], high_cut[i]
+            whole = (first + m <= lo_cut) | (first >= lo_cut)
+            if whole & (hi == np.uint32(0xFFFFFFFF)) & (hi_cut <= 0) & (soft == zero):
+                least = np.uint32(min(max(lo + np.uint32(first >= lo_cut), 1), 0xFFFFFFFF))
+            else:
+                for j in range(m):
+                    u, at = np.uint32(bits_of(delta[j]) & MAGNITUDE), first + j
+                    stays = ((u > lo) | ((u == lo) & (at < lo_cut))) & ~((u > hi) | ((u == hi) & (at < hi_cut)))
+                    delta[j] = delta[j] if stays else zero
+            if keep[i] < everything:
+                z = counter(keys[i], first)
+                for j in range(m):
+                    delta[j] = delta[j] if (mixed(z) >> np.uint64(32)) < keep[i] else zero
+                    z += GOLDEN
+            if soft != zero:
+                for j in range(m):
+                    v = delta[j]
+                    delta[j] = v - soft if v > zero else (v + soft if v < zero else v)
+            if wide[i]:
+                for j in range(m):
+                    delta[j] = delta[j] if (bits_of(delta[j]) & MAGNITUDE) >= least else zero
+                sums[i, 2] += square_of(delta, m)
+            weight = weights[i] if elect == 1 else one
+            kept, square = _cast_vote(delta, m, least, scales[i], weight, elect == 3, vote, i == 0)
+            counts[i, 5] += kept
+            tally[i, 1] += kept  # outside a bracket, what is kept is what is above
+            if not wide[i]:
+                sums[i, 2] += np.float64(square)
+        for j in range(m):
+            s = vote[j]
+            vote[j] = one if (s > zero) | (tie_positive & (s == zero)) else (-one if s < zero else zero)
+        for i in range(n):
+            delta, everyone = values[i], elect == 0
+            if wide[i]:
+                for j in range(m):
+                    delta[j] = delta[j] if (delta[j] * vote[j] > zero) | everyone else zero
+                sums[i, 3] += square_of(delta, m)
+            weight, share = one if elect == 1 else weights[i], weights[i] if normalize == 1 else one
+            elected, square = _agree(delta, m, vote, everyone, weight, share, result, divisor, i == 0)
+            counts[i, 6] += elected
+            if not wide[i]:
+                sums[i, 3] += np.float64(square)
+        if n == 0:
+            result[:m] = zero
+        elif normalize != 0:
+            for j in range(m):
+                d = divisor[j]
+                result[j] = result[j] / (d if d != zero else one)
+        for j in range(m):
+            result[j] = base_f[j] + lam * result[j]
+        bad += nonfinite(result, m)
+        store(result, strip(out, start, m), key, first)
+    for i in range(n):
+        # What agrees is weight * scale * delta; the tally is about the delta.
+        unit = np.float64(scales[i]) * (np.float64(weights[i]) if elect == 1 else 1.0)
+        sums[i, 3] = sums[i, 3] / (unit * unit) if unit != 0.0 else 0.0
+    tally[n, 0] = many
+    return bad
+
+
+@jit
+def pick(base: Any, sources: Any, subtract: bool, index: int, stride: int, out: Any, lines: Any) -> int:
+    """Put the sampled entries of a block into `out`.
+
+    Args:
+        base, sources, subtract: as in `histogram`.
+        index: flat index of the block's first element in its tensor.
+        stride: one run of so many is taken.
+        out: `[n + 1, K]` uint32, receives the deltas and, last, the base; K must do.
+        lines: of one strip.
+
+    Returns:
+        How many entries were taken.
+    """
+    lines[0, :RUN] = np.float32(0)
+    return int(_pick(base, sources, subtract, 0, index, extent(sources)[1], stride, out, 0, lines[0]))

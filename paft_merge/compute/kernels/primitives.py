@@ -1,0 +1,286 @@
+"""A strip: the piece of a block that stays in the L1 cache, and the steps that the fused loops are made of.
+
+A block's bits are two arrays to every loop, of uint16 and of uint32, and one of them is empty (see `compiled`): so a loop is compiled
+once for whatever is stored, and a step goes over both.
+
+Each step is a plain loop over a strip that LLVM makes a vector loop; what Python's words for it would not become one is said
+to LLVM in its own. Sums run over a strip in float32, in as many lanes as the processor's vectors have, and then in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from paft_merge.compute import kernels
+from paft_merge.compute.kernels.block_source import KEPT, SIZE
+
+MAGNITUDE = np.uint32(kernels.MAGNITUDE)
+_INFINITY = np.uint32(kernels.INFINITY)
+_E6, _E5, _E4, _E3 = (np.float32(e).view(np.uint32) for e in (1e-6, 1e-5, 1e-4, 1e-3))
+_SMALL, _LARGE = (np.float32(e).view(np.uint32) for e in (2.0**-50, 2.0**60))
+"""Bits of magnitudes whose squares, and some thousand of them added, are far from the ends of float32."""
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+jit = njit(error_model="numpy", boundscheck=False)
+
+
+@intrinsic
+def bits_of(_: Any, value: Any) -> Any:
+    """The bits of a float32, in a register: a view of a whole array, read as one type and written as another, is no vector loop."""
+    return types.uint32(types.float32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], ir.IntType(32))
+
+
+@intrinsic
+def float_of(_: Any, bits: Any) -> Any:
+    """The float32 that has these bits, or the bfloat16 that has them if they are 16."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        (wide,) = arguments
+        if bits == types.uint16:
+            wide = builder.shl(builder.zext(wide, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@intrinsic
+def two_if(_: Any, condition: Any) -> Any:
+    """2 or 0, to count in twos by: LLVM turns a sum of ones into more instructions, and a choice in Python into branches."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        two, none = (ir.Constant(ir.IntType(32), number) for number in (2, 0))
+        return builder.select(arguments[0], two, none)
+
+    return types.uint32(types.boolean), generate
+
+
+@intrinsic
+def inside(_: Any, values: Any, first: Any, low: Any, width: Any) -> Any:
+    """Which of the 64 values from `values[first]` on have a magnitude (bits) in `[low, low + width)`: a bit each, the first lowest."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, at, *bounds = arguments
+        kind = ir.VectorType(ir.IntType(32), 64)
+        begin = builder.gep(context.make_array(signature.args[0])(context, builder, row).data, [at])
+        bits = builder.load(builder.bitcast(begin, kind.as_pointer()), align=4)
+        undefined, all_first = ir.Constant(kind, ir.Undefined), ir.Constant(kind, None)
+        lows, widths = (
+            builder.shuffle_vector(
+                builder.insert_element(undefined, b, ir.Constant(ir.IntType(32), 0)), undefined, all_first
+            )
+            for b in bounds
+        )
+        magnitudes = builder.and_(bits, ir.Constant(kind, [int(MAGNITUDE)] * 64))
+        within = builder.icmp_unsigned("<", builder.sub(magnitudes, lows), widths)
+        return builder.bitcast(within, ir.IntType(64))
+
+    return types.uint64(values, types.int64, types.uint32, types.uint32), generate
+
+
+@intrinsic
+def lowest(_: Any, bits: Any) -> Any:
+    """The position of the lowest bit that is set; one is."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def plus(_: Any, total: Any, value: Any) -> Any:
+    """`total + value` in float32, where the order of many such additions is free: so that a loop of them can be a vector loop."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments, flags=("reassoc",))
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@intrinsic
+def _feed(_: Any, how: Any, upto: Any) -> Any:
+    """Let what fills the block go on until `upto` entries are there: how many are, or -1 (see `filling.fill`)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole, integer = ir.IntType(64).as_pointer(), ir.IntType(64)
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        kind = ir.FunctionType(integer, [whole, integer, integer])
+        fill = builder.inttoptr(builder.load(array.data), kind.as_pointer())
+        length = builder.extract_value(array.shape, 0)
+        return builder.call(fill, [array.data, length, arguments[1]])
+
+    return types.int64(how, types.int64), generate
+
+
+@njit(inline="always")
+def extent(sources: Any) -> tuple[int, int]:
+    """Sources, and entries of each in the arrays."""
+    return sources[0].shape[0], sources[0].shape[1] + sources[1].shape[1]
+
+
+@njit(inline="always")
+def strip(bits: Any, at: int, count: int) -> Any:
+    """`count` entries from `at` on, of bits `[E]`."""
+    return bits[0][at : at + count], bits[1][at : at + count]
+
+
+@njit(inline="always")
+def strip_of(bits: Any, i: int, at: int, count: int) -> Any:
+    """`count` entries of row `i` from `at` on, of bits `[n, E]`."""
+    return bits[0][i, at : at + count], bits[1][i, at : at + count]
+
+
+@njit(inline="always")
+def begun(sources: Any, how: Any) -> tuple[int, int, int, int]:
+    """Of a block: its sources, its entries, how many are there, and which is the first in the arrays (see `feed`)."""
+    n, held = extent(sources)
+    return (n, how[SIZE], 0, 0) if how.size else (n, held, held, 0)
+
+
+@njit(inline="always")
+def gone_on(how: Any, ready: int) -> tuple[int, int]:
+    """Let the next piece of a block be filled: the first entry in the arrays, and how many have been there, or -1."""
+    return (0 if how[KEPT] else ready), _feed(how, ready + 1)
+
+
+@njit(inline="always")
+def widen(bits: Any, values: Any) -> None:
+    """Put stored elements into `values` as float32."""
+    for j in range(bits[0].size):
+        values[j] = float_of(bits[0][j])
+    for j in range(bits[1].size):
+        values[j] = float_of(bits[1][j])
+
+
+@njit(inline="always")
+def load(bits: Any, minus: Any, values: Any) -> None:
+    """Put stored elements less `minus` into `values`: a strip of a source's delta from the base, or of its values with zeros."""
+    for j in range(bits[0].size):
+        values[j] = float_of(bits[0][j]) - minus[j]
+    for j in range(bits[1].size):
+        values[j] = float_of(bits[1][j]) - minus[j]
+
+
+@njit(inline="always")
+def random(key: np.uint64, index: int) -> Any:
+    """The `index`-th number of SplitMix64 started at `key` (Steele, Lea, Flood 2014)."""
+    return mixed(counter(key, index))
+
+
+@njit(inline="always")
+def counter(key: np.uint64, index: int) -> np.uint64:
+    """SplitMix64's counter for its `index`-th number; the next one is `GOLDEN` more."""
+    return key + np.uint64(index + 1) * GOLDEN
+
+
+@njit(inline="always")
+def mixed(z: np.uint64) -> Any:
+    """SplitMix64's number for a counter."""
+    z = (z ^ (z >> np.uint64(30))) * _MIX1
+    z = (z ^ (z >> np.uint64(27))) * _MIX2
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(inline="always")
+def store(values: Any, out: Any, key: Any, index: Any) -> None:
+    """Round float32 into the bits `out`: to nearest even, or stochastically when `key` is not 0."""
+    half, whole = out
+    if key != np.uint64(0):
+        for j in range(half.size):
+            # A uniform 16-bit number added below the cut carries with the probability that the cut-off part has.
+            noise = np.uint32(random(key, index + j) >> np.uint64(48))
+            half[j] = np.uint16((bits_of(values[j]) + noise) >> np.uint32(16))
+    else:
+        for j in range(half.size):
+            u = bits_of(values[j])
+            odd = (u >> np.uint32(16)) & np.uint32(1)
+            half[j] = np.uint16((u + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    for j in range(whole.size):
+        whole[j] = bits_of(values[j])
+
+
+@njit(inline="always")
+def nonfinite(values: Any, count: int) -> Any:
+    """How many of a strip's values are NaN or infinite."""
+    bad = np.uint32(0)
+    for j in range(count):
+        bad = np.uint32(bad + np.uint32((bits_of(values[j]) & MAGNITUDE) >= _INFINITY))
+    return bad
+
+
+@njit(inline="always")
+def up_to(count: int) -> Any:
+    """The bits of the first `count` of 64."""
+    return ~np.uint64(0) if count >= 64 else (np.uint64(1) << np.uint64(count)) - np.uint64(1)
+
+
+@jit
+def load_above(bits: Any, minus: Any, values: Any, high: Any) -> int:
+    """`load` a strip of one type, and say how many magnitudes are at least `high` (bits)."""
+    above = np.uint32(0)
+    for j in range(bits.size):
+        v = float_of(bits[j]) - minus[j]
+        u = np.uint32(bits_of(v) & MAGNITUDE)
+        values[j] = v
+        above = np.uint32(above + two_if(u >= high))
+    return np.int64(above >> np.uint32(1))
+
+
+@njit(inline="always")
+def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> Any:
+    """`load` a strip of a delta and add it to its row of the tally; say whether its squares leave the range of float32."""
+    count = bits[0].size + bits[1].size
+    largest, absolute, square = (
+        _counted(bits[0], minus, values, counts) if bits[0].size else _counted(bits[1], minus, values, counts)
+    )
+    counts[7] = max(counts[7], np.int64(largest))
+    wide = (largest > _LARGE) | ((largest < _SMALL) & (largest > np.uint32(0)))
+    if wide:
+        for j in range(count):
+            sums[0] += abs(np.float64(values[j]))
+        sums[1] += square_of(values, count)
+    else:
+        sums[0] += np.float64(absolute)
+        sums[1] += np.float64(square)
+    return wide
+
+
+@jit
+def _counted(bits: Any, minus: Any, values: Any, counts: Any) -> Any:
+    """The largest magnitude (bits) of a strip, and the sums of its magnitudes and squares."""
+    largest, zeros, e6, e5, e4, e3 = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+    absolute, square = np.float32(0), np.float32(0)
+    for j in range(bits.size):  # 32-bit counters: twice as many of them fit in a register
+        v = float_of(bits[j]) - minus[j]
+        values[j] = v
+        u = np.uint32(bits_of(v) & MAGNITUDE)
+        largest = u if u > largest else largest
+        zeros = np.uint32(zeros + two_if(u == np.uint32(0)))
+        e6 = np.uint32(e6 + two_if(u < _E6))
+        e5 = np.uint32(e5 + two_if(u < _E5))
+        e4 = np.uint32(e4 + two_if(u < _E4))
+        e3 = np.uint32(e3 + two_if(u < _E3))
+        absolute = plus(absolute, abs(v))
+        square = plus(square, v * v)
+    counts[0] += zeros >> 1
+    counts[1] += e6 >> 1
+    counts[2] += e5 >> 1
+    counts[3] += e4 >> 1
+    counts[4] += e3 >> 1
+    return largest, absolute, square
+
+
+@njit(inline="always")
+def square_of(values: Any, count: int) -> float:
+    """The sum of v*v over a strip whose squares are too large or too small for float32."""
+    total = 0.0
+    for j in range(count):
+        total += np.float64(values[j]) * np.float64(values[j])
+    return total

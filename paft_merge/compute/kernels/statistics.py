@@ -1,0 +1,202 @@
+"""The loops of an audit over one block of deltas: numba, float64 sums, exact counts.
+
+E elements of a block; a delta is its float32 bits, `[E]` uint32. A histogram packs a bin's count and the sum of its
+entries' lower 16 bits into one int64 (`COUNT_SHIFT`), so that counting costs one update an entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from paft_merge.compute.kernels import COUNT_SHIFT, STRIP
+from paft_merge.compute.kernels.primitives import MAGNITUDE, strip, widen
+
+_ROUND = np.uint32(0x7FFF)
+_ONE = np.uint32(1)
+_HALF = np.uint32(16)
+
+# Sums may be regrouped, which lets them run in vector lanes; an audit's float64 sums do not promise their last bits.
+_sums = njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+
+
+@_sums
+def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
+    """Count and sum one block of a delta.
+
+    Args:
+        delta: `[E]` uint32, at most MOST entries.
+        edges: `[T]` uint32, thresholds as bits.
+        below: `[T]` int64; entries with a magnitude below each threshold are added.
+        packed: `[BINS]` int64, the packed histogram, added to.
+        sums: `[3]` float64; the sums of |delta|, delta**2 and delta**4 are added.
+
+    Returns:
+        The largest magnitude, as bits.
+    """
+    values = delta.view(np.float32)
+    largest = np.uint32(0)
+    for start in range(0, delta.size, STRIP):
+        m = min(STRIP, delta.size - start)
+        strip, floats = delta[start : start + m], values[start : start + m]
+        for t in range(edges.size):
+            edge, count = edges[t], np.int32(0)
+            for j in range(m):
+                count += np.int32((strip[j] & MAGNITUDE) < edge)
+            below[t] += count
+        top, first, second, fourth = np.uint32(0), 0.0, 0.0, 0.0
+        for j in range(m):
+            top = max(top, strip[j] & MAGNITUDE)
+        for j in range(m):
+            size = abs(np.float64(floats[j]))
+            square = size * size
+            first += size
+            second += square
+            fourth += square * square
+        sums[0] += first
+        sums[1] += second
+        sums[2] += fourth
+        largest = max(largest, top)
+        for j in range(m):
+            u = strip[j] & MAGNITUDE
+            packed[u >> _HALF] += (np.int64(1) << COUNT_SHIFT) | np.int64(u & np.uint32(0xFFFF))
+    return largest
+
+
+@_sums
+def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
+    """Count the entries that the cast to bfloat16 erases: `bf16(weight + delta) == bf16(weight)`.
+
+    Args:
+        delta: `[E]` uint32.
+        base: `[E]` bits of the weight, bfloat16 (uint16) or float32 (uint32).
+        sums: `[1]` float64; the sum of the weights' squares is added.
+        lines: of two strips.
+
+    Returns:
+        How many are erased; entries that are zero are among them.
+    """
+    values = delta.view(np.float32)
+    weight, moved = lines[0], lines[1]
+    weight_u, moved_u = weight.view(np.uint32), moved.view(np.uint32)
+    count = 0
+    for start in range(0, delta.size, STRIP):
+        m = min(STRIP, delta.size - start)
+        widen(strip(base, start, m), weight)
+        floats, square, same = values[start : start + m], 0.0, np.int32(0)
+        for j in range(m):
+            moved[j] = weight[j] + floats[j]
+            wide = np.float64(weight[j])
+            square += wide * wide
+        for j in range(m):
+            a, b = weight_u[j], moved_u[j]
+            a = (a + _ROUND + ((a >> _HALF) & _ONE)) >> _HALF
+            b = (b + _ROUND + ((b >> _HALF) & _ONE)) >> _HALF
+            same += np.int32((a == b) | (((a | b) << np.uint32(17)) == np.uint32(0)))
+        sums[0] += square
+        count += same
+    return count
+
+
+@_sums
+def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any, lines: Any) -> None:
+    """Compare two deltas entry by entry.
+
+    Args:
+        left, right: `[E]` uint32.
+        edge: magnitude as bits, not 0; an entry counts as above when both magnitudes are at least this.
+        counts: `[4]` int64, added to: both are not zero, of these the signs differ; both above, of these the signs differ.
+        sums: `[5]` float64, added to: products; the smaller magnitude of each entry, and of those whose signs differ; the
+            squares of left and of right where the signs differ.
+        lines: of two strips.
+    """
+    a_values, b_values = left.view(np.float32), right.view(np.float32)
+    least_f, against_f = lines[0], lines[1]
+    least_u = least_f.view(np.uint32)
+    for start in range(0, left.size, STRIP):
+        m = min(STRIP, left.size - start)
+        a_u, b_u = left[start : start + m], right[start : start + m]
+        a_f, b_f = a_values[start : start + m], b_values[start : start + m]
+        both, against, above, above_against = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+        for j in range(m):
+            least = min(a_u[j] & MAGNITUDE, b_u[j] & MAGNITUDE)
+            differ = (a_u[j] ^ b_u[j]) >> np.uint32(31)
+            here, over = np.uint32(least != np.uint32(0)), np.uint32(least >= edge)
+            least_u[j] = least
+            against_f[j] = np.float32(differ)
+            both += here
+            against += here & differ
+            above += over
+            above_against += over & differ
+        product, smaller, smaller_against, left_square, right_square = 0.0, 0.0, 0.0, 0.0, 0.0
+        for j in range(m):
+            a, b, least, differ = (
+                np.float64(a_f[j]),
+                np.float64(b_f[j]),
+                np.float64(least_f[j]),
+                np.float64(against_f[j]),
+            )
+            differ = differ if least > 0.0 else 0.0
+            product += a * b
+            smaller += least
+            smaller_against += least * differ
+            left_square += a * a * differ
+            right_square += b * b * differ
+        counts[0] += both
+        counts[1] += against
+        counts[2] += above
+        counts[3] += above_against
+        sums[0] += product
+        sums[1] += smaller
+        sums[2] += smaller_against
+        sums[3] += left_square
+        sums[4] += right_square
+
+
+@_sums
+def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts: Any) -> None:
+    """Count which entries survive a threshold in both deltas, and in either.
+
+    Args:
+        left, right: `[E]` uint32.
+        index: flat index of the block's first element in its tensor.
+        low, cut: `[2]` uint32 and int64, a `blocks.Survival`'s threshold of left and of right.
+        counts: `[4]` int64, added to: in both, in either, in left, in right.
+    """
+    low_a, low_b, cut_a, cut_b = low[0], low[1], cut[0], cut[1]
+    for start in range(0, left.size, STRIP):
+        m = min(STRIP, left.size - start)
+        a_u, b_u = left[start : start + m], right[start : start + m]
+        first = index + start
+        both, in_a, in_b = np.int32(0), np.int32(0), np.int32(0)
+        if (first >= cut_a or first + m <= cut_a) and (first >= cut_b or first + m <= cut_b):
+            least_a = low_a if first < cut_a else low_a + _ONE
+            least_b = low_b if first < cut_b else low_b + _ONE
+            for j in range(m):
+                a, b = (a_u[j] & MAGNITUDE) >= least_a, (b_u[j] & MAGNITUDE) >= least_b
+                both += np.int32(a & b)
+                in_a += np.int32(a)
+                in_b += np.int32(b)
+        else:
+            for j in range(m):
+                u, v = a_u[j] & MAGNITUDE, b_u[j] & MAGNITUDE
+                a = (u > low_a) | ((u == low_a) & (first + j < cut_a))
+                b = (v > low_b) | ((v == low_b) & (first + j < cut_b))
+                both += np.int32(a & b)
+                in_a += np.int32(a)
+                in_b += np.int32(b)
+        counts[0] += both
+        counts[1] += in_a + in_b - both
+        counts[2] += in_a
+        counts[3] += in_b
+
+
+@_sums
+def add_squares(bits: Any, sums: Any) -> None:
+    """Add the squares of `[E]` float32 bits to `sums` `[1]` float64."""
+    total, values = 0.0, bits.view(np.float32)
+    for j in range(bits.size):
+        total += np.float64(values[j]) * np.float64(values[j])
+    sums[0] += total

@@ -1,0 +1,201 @@
+"""Kernels that find thresholds: histograms of magnitudes, the entries inside an interval, what a drop removes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from paft_merge.compute.kernels import STRIP
+from paft_merge.compute.kernels.primitives import (
+    GOLDEN,
+    MAGNITUDE,
+    begun,
+    bits_of,
+    counter,
+    gone_on,
+    inside,
+    jit,
+    load,
+    load_above,
+    lowest,
+    mixed,
+    strip,
+    strip_of,
+    up_to,
+    widen,
+)
+
+
+@jit
+def histogram(base: Any, sources: Any, subtract: bool, how: Any, counts: Any, lows: Any, lines: Any) -> int:
+    """Count magnitudes by their upper bits, exactly.
+
+    Args:
+        base: `[E]` bits; read only with `subtract`.
+        sources: `[n, E]` bits.
+        subtract: sources are values, and their deltas are meant.
+        how: `[K]` int64, what fills the block while the loop goes over it (see `feed`); `[0]` where it is full.
+        counts: `[n, BINS]` int64; entries of each bin are added.
+        lows: `[n, BINS]` int64; the sum of the entries' lower 16 bits is added. With `counts` it gives the L1 norm of a
+            bin without rounding (see `histogram.l1_of_bins`). May be `[n, 0]` when it is not wanted.
+        lines: of two strips.
+
+    Returns:
+        0; -1 where the block could not be filled.
+    """
+    n, size, ready, origin = begun(sources, how)
+    minus, values = lines[0], lines[1]
+    minus[:] = np.float32(0)
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if start + m > ready:
+            origin, ready = gone_on(how, ready)
+            if ready < 0:
+                return -1
+        at = start - origin
+        if subtract:
+            widen(strip(base, at, m), minus)
+        for i in range(n):
+            load(strip_of(sources, i, at, m), minus, values)
+            row, low = counts[i], lows[i]
+            if low.size:
+                for j in range(m):
+                    u = bits_of(values[j]) & MAGNITUDE
+                    row[u >> np.uint32(16)] += 1
+                    low[u >> np.uint32(16)] += np.int64(u & np.uint32(0xFFFF))
+            else:
+                for j in range(m):
+                    row[(bits_of(values[j]) & MAGNITUDE) >> np.uint32(16)] += 1
+    return 0
+
+
+@jit
+def collect(
+    base: Any, sources: Any, subtract: bool, how: Any, low: Any, width: Any, found: Any, counts: Any, lines: Any
+) -> int:
+    """Gather the magnitudes inside a bracket and count those above it.
+
+    Args:
+        base, sources, subtract, how: as in `histogram`.
+        low: `[n]` uint32, the lowest magnitude (bits) of each source's bracket.
+        width: `[n]` uint32, the number of bit patterns in the bracket. A source whose `low` is all ones is passed over.
+        found: `[n, E]` uint32; row i receives the magnitudes inside, in order of position.
+        counts: `[n, 2]` int64; receives how many are inside and how many above.
+        lines: of two strips.
+
+    Returns:
+        0; -1 where the block could not be filled.
+    """
+    n, size, ready, origin = begun(sources, how)
+    minus, values = lines[0], lines[1]
+    minus[:] = np.float32(0)
+    for i in range(n):
+        counts[i, 0] = 0
+        counts[i, 1] = 0
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if start + m > ready:
+            origin, ready = gone_on(how, ready)
+            if ready < 0:
+                return -1
+        at = start - origin
+        if subtract:
+            widen(strip(base, at, m), minus)
+        for i in range(n):
+            if low[i] == np.uint32(0xFFFFFFFF):
+                continue
+            lo, span, row, many = low[i], width[i], found[i], counts[i, 0]
+            high, (half, whole) = np.uint32(lo + span), strip_of(sources, i, at, m)
+            above = load_above(half, minus, values, high) + load_above(whole, minus, values, high)
+            for first in range(0, m, 64):
+                left = inside(values, first, lo, span) & up_to(m - first)
+                while left:
+                    row[many] = bits_of(values[first + lowest(left)]) & MAGNITUDE
+                    many += 1
+                    left &= left - np.uint64(1)
+            counts[i, 0] = many
+            counts[i, 1] += above
+    return 0
+
+
+@jit
+def locate(
+    base: Any, sources: Any, subtract: bool, how: Any, source: int, bits: np.uint32, nth: int, lines: Any
+) -> int:  # fmt: skip
+    """The position in the block of the `nth` entry (from 0) of a source whose magnitude is exactly `bits`.
+
+    Args:
+        base, sources, subtract, how: as in `histogram`; `how` need not fill the other sources.
+        lines: of two strips.
+
+    Returns:
+        -1 where the block could not be filled; its size where there are fewer.
+    """
+    _, size, ready, origin = begun(sources, how)
+    minus, values = lines[0], lines[1]
+    minus[:] = np.float32(0)
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if start + m > ready:
+            origin, ready = gone_on(how, ready)
+            if ready < 0:
+                return -1
+        at = start - origin
+        if subtract:
+            widen(strip(base, at, m), minus)
+        load(strip_of(sources, source, at, m), minus, values)
+        for first in range(0, m, 64):
+            left = inside(values, first, bits, np.uint32(1)) & up_to(m - first)
+            while left:
+                if nth == 0:
+                    return int(start + first + lowest(left))
+                nth -= 1
+                left &= left - np.uint64(1)
+    return int(size)
+
+
+@jit
+def dropped_l1(
+    base: Any, sources: Any, subtract: bool, how: Any, index: int, keep: Any, keys: Any, sums: Any, lines: Any, lanes: Any
+) -> int:  # fmt: skip
+    """Add up |delta| before and after a random drop.
+
+    Args:
+        base, sources, subtract, how: as in `histogram`.
+        index: flat index of the block's first element in its tensor.
+        keep: `[n]` uint64, an entry stays when the upper 32 bits of its hash are below this.
+        keys: `[n]` uint64, the stream of each source.
+        sums: `[n, 2]` float64; receives the sums before and after.
+        lines, lanes: of two strips, and of 2 * n in float64.
+
+    Returns:
+        0; -1 where the block could not be filled.
+    """
+    n, size, ready, origin = begun(sources, how)
+    minus, values = lines[0], lines[1]
+    minus[:] = np.float32(0)
+    before, after = lanes[:n], lanes[n:]
+    lanes[:] = 0.0
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if start + m > ready:
+            origin, ready = gone_on(how, ready)
+            if ready < 0:
+                return -1
+        at = start - origin
+        if subtract:
+            widen(strip(base, at, m), minus)
+        for i in range(n):
+            load(strip_of(sources, i, at, m), minus, values)
+            bound, lanes_before, lanes_after = keep[i], before[i], after[i]
+            z = counter(keys[i], index + start)
+            for j in range(m):
+                size_j = abs(np.float64(values[j]))
+                lanes_before[j] += size_j
+                lanes_after[j] += size_j if (mixed(z) >> np.uint64(32)) < bound else 0.0
+                z += GOLDEN
+    for i in range(n):
+        sums[i, 0] = before[i, :STRIP].sum()
+        sums[i, 1] = after[i, :STRIP].sum()
+    return 0

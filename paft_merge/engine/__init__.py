@@ -1,0 +1,1 @@
+"""`merge()` and `open_plan()`: the streaming merge, intermediate documents, reproduction."""

@@ -1,0 +1,213 @@
+"""Several recipes in one file, run as one: a model that a recipe names is merged while it is read, and never written.
+
+A document with a `name:` may be a source of the others. To them it is a checkpoint whose tensors are computed: block by
+block, in float32, without a rounding in between. What its method has to know of a whole tensor is measured once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from paft_merge.compute.blocks import Block, sample_end
+from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.scratch import SCRATCH
+from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, CheckpointFile, TensorInfo
+from paft_merge.inputs.dtypes import cast, stored_bytes
+from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
+from paft_merge.inputs.tensor_inputs import RAW
+from paft_merge.methods.rules.consensus import Consensus
+from paft_merge.methods.rules.rule import Combine, Walk
+from paft_merge.plan import COPY, MergePlan, PlannedTensor
+
+T = TypeVar("T")
+
+
+# --- the documents of a file ------------------------------------------------------------------------------------------
+
+
+# --- a model that is merged while it is read --------------------------------------------------------------------------
+
+
+class Intermediate(Checkpoint):
+    """The result of a plan as a checkpoint whose tensors are computed when they are read.
+
+    Attributes:
+        name: what the recipe calls it.
+        plan: how it is made.
+    """
+
+    computed = True
+
+    def __init__(self, name: str, plan: MergePlan, *, rounded: bool) -> None:
+        """`rounded`: values have the type the document would be written in, as if it had been; else they are float32."""
+        super().__init__(plan.donor.checkpoint.folder, (), {**plan.donor.checkpoint.config, **plan.config}, {})
+        self.name, self.plan = name, plan
+        self.tokenizer_files = plan.vocabulary.files if plan.vocabulary else plan.donor.checkpoint.tokenizer_files
+        self._planned = {tensor.name: tensor for tensor in plan.tensors}
+        self.files = tuple(CheckpointFile(shard.file, shard.size, 0, {}, "") for shard in plan.shards)
+        self.tensors = {
+            slot.name: self._info(slot.name, shard.file, rounded) for shard in plan.shards for slot in shard.slots
+        }
+        self._ready: dict[str, _Ready] = {}
+        self._locks = {name: Lock() for name in self.tensors}
+        self._fixing, self._fixed = Lock(), dict[str, PlannedTensor]()
+
+    def _info(self, name: str, file: str, rounded: bool) -> TensorInfo:
+        planned = self._planned[name]
+        dtype = planned.dtype if rounded or planned.method == COPY or planned.dtype == "F64" else "F32"
+        return TensorInfo(name, dtype, planned.shape, file, 0, planned.numel * DTYPES[dtype].bits // 8)
+
+    def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
+        """Compute what `Checkpoint.read_into` would read; whole blocks, of which the wanted part is kept.
+
+        Raises:
+            PaftMergeError: as the merge of the document would.
+        """
+        planned, view = self._planned[name], as_bytes(buffer)
+        if planned.method == COPY:
+            read = planned.inputs.reads[0]
+            read.checkpoint.read_into(read.name, start, view)
+            return
+        ready, width = self._prepared(name), DTYPES[self.tensors[name].dtype].bits // 8
+        stop = start + len(view)
+        for first, last in ready.bounds:
+            a, b = max(first * width, start), min(last * width, stop)
+            if a < b:
+                with SCRATCH.nested():
+                    made = ready.compute(first, last, self.tensors[name].dtype)
+                    view[a - start : b - start] = as_bytes(made)[a - first * width : b - first * width]
+
+    def _prepared(self, name: str) -> _Ready:
+        """The tensor with all that is to be known before its blocks are computed; measured by the first who asks."""
+        with self._locks[name]:
+            if name not in self._ready:
+                planned = self._with_thresholds(self._planned[name])
+                with SCRATCH.nested():
+                    self._ready[name] = _Ready.of(planned)
+            return self._ready[name]
+
+    def _with_thresholds(self, planned: PlannedTensor) -> PlannedTensor:
+        """With `trim_scope: global`, the thresholds over all tensors of the document."""
+        if not isinstance(planned.rule, Consensus) or planned.rule.trim_scope != "global":
+            return planned
+        with self._fixing, SCRATCH.nested():
+            if not self._fixed:
+                ranked = [
+                    t for t in self.plan.tensors if isinstance(t.rule, Consensus) and t.rule.trim_scope == "global"
+                ]
+                found = planned.rule.over_the_model(sum(t.numel for t in ranked), _Blocks(ranked, every=True), CpuOps())
+                for one in ranked:
+                    assert isinstance(one.rule, Consensus)
+                    self._fixed[one.name] = replace(one, rule=replace(one.rule, fixed=found.fixed))
+        return self._fixed[planned.name]
+
+    def hint_soon(self, name: str) -> None:
+        """Pass the hint on to what the tensor is made of."""
+        for read in self._planned[name].inputs.reads:
+            read.checkpoint.hint_soon(read.name)
+
+    def close(self) -> None:
+        """Close every file that it is made of."""
+        self._ready.clear()
+        self.plan.close()
+
+    def check_unchanged(self) -> None:
+        """See `MergePlan.check_inputs_unchanged`."""
+        self.plan.check_inputs_unchanged()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The document, and the fingerprints of all that it is made of."""
+        files = {model.ref: model.checkpoint.fingerprint() for model in self.plan.models}
+        adapters = {model.ref: model.adapter.fingerprint() for model in self.plan.models if model.adapter}
+        vocabulary = {"vocabulary": self.plan.vocabulary.digest()} if self.plan.vocabulary else {}
+        return {"recipe": self.plan.recipe.resolved(), "inputs": files, "adapters": adapters, **vocabulary}
+
+    def sample(self) -> str:
+        """XXH3-128 of the samples of all that it is made of."""
+        return xxhash.xxh3_128_hexdigest("".join(model.checkpoint.sample() for model in self.plan.models).encode())
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.name, id(self.plan)
+
+    @property
+    def folders(self) -> list[Path]:
+        own = [folder for model in self.plan.models for folder in model.checkpoint.folders]
+        return own + [model.adapter.folder for model in self.plan.models if model.adapter]
+
+    def written_dtype(self, name: str) -> str:
+        return self._planned[name].dtype
+
+    def bytes_behind(self, name: str) -> int:
+        return sum(read.checkpoint.bytes_behind(read.name) for read in self._planned[name].inputs.reads)
+
+    def working_bytes(self, name: str) -> int:
+        return self._planned[name].block_bytes
+
+    def release(self, name: str) -> None:
+        with self._locks[name]:
+            self._ready.pop(name, None)
+            self._planned[name].release()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """One tensor, measured: its blocks can be computed from any thread."""
+
+    tensor: PlannedTensor
+    combine: Combine | None
+    whole: Any = None
+    """The merged tensor, where the method cannot do with less."""
+
+    @classmethod
+    def of(cls, tensor: PlannedTensor) -> _Ready:
+        if tensor.rule.wants == "whole":
+            base, sources = tensor.inputs.whole(baked=tensor.rule.baked)
+            return cls(tensor, None, tensor.rule.merge(base, sources, tensor.name).reshape(-1))
+        walk = Walk(tensor.numel, _Blocks([tensor]), CpuOps(), tensor.inputs.active, tensor.shape)
+        return cls(tensor, tensor.rule.prepare(walk, tensor.inputs.deltas))
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        return self.tensor.bounds
+
+    def compute(self, start: int, stop: int, dtype: str) -> Any:
+        """Elements `[start, stop)`, one of `bounds`, as bytes of `dtype`; valid until this thread's next block."""
+        key = self.tensor.rounding_key if dtype == self.tensor.dtype else 0
+        if self.combine is None:
+            return stored_bytes(self.whole[start:stop], dtype, key, start)
+        block = self.tensor.inputs.block(start, stop)
+        out = SCRATCH.array("out", stop - start, RAW.get(dtype, np.uint32))
+        self.combine(block, out, key)
+        return out if dtype in RAW else cast(out.view(np.float32), dtype, key, start)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Walks the blocks of tensors one after the other, in this thread (see `blocks.Each`)."""
+
+    tensors: Sequence[PlannedTensor]
+    every: bool = False
+    """One row a source in each block, zeros for those that have no delta."""
+
+    @property
+    def tiles(self) -> int:
+        return sum(len(tensor.bounds) for tensor in self.tensors)
+
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
+        found = []
+        for tensor in self.tensors:
+            bounds = tensor.bounds if tiles is None else [tensor.bounds[i] for i in tiles]
+            for start, stop in bounds:
+                end = sample_end(start, stop, tensor.row) if sample else stop
+                found.append(work(tensor.inputs.block(start, end, all_sources=self.every)))
+        return found

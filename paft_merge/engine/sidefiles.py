@@ -1,0 +1,309 @@
+"""What stands beside the merged weights: config, tokenizer and processor files, the manifest and the model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from paft_merge.compute import kernels
+from paft_merge.engine import imbalance
+from paft_merge.errors import Problem
+from paft_merge.hub import SIDE_FILES, is_repository, snapshot_of
+from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.output.card import about, licence, model_card
+from paft_merge.output.folder import Finished
+from paft_merge.output.manifest import FORMAT, MANIFEST
+from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
+from paft_merge.plan.vocabulary import TOKENIZER_FILES
+from paft_merge.stats.record import pair_row_of, row_of, totals_of
+
+_NOT_COPIED = (
+    "*.index.json", "adapter_config.json", "trainer_state.json", "training_args*", "all_results.json", "*_results.json",
+    "config.json", MANIFEST, "requirements*.txt", "paft_train.json",
+)  # fmt: skip
+_CODE = "*.py"
+
+
+def side_files(
+    plan: MergePlan,
+    finished: Mapping[str, Finished],
+    *,
+    trust_remote_code: bool = False,
+    card: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, bytes | Path]:
+    """Everything but the shards and their index: name in the output to content, or to the file to copy.
+
+    Args:
+        plan: the merge.
+        finished: every tensor as it was written.
+        trust_remote_code: copy the donor's Python files too, which transformers would run when told to.
+        card: write a model card (README.md).
+        options: what was asked for beside the recipe, for the manifest.
+    """
+    folder = plan.donor.checkpoint.folder
+    copied = (*SIDE_FILES, _CODE) if trust_remote_code else SIDE_FILES
+    files: dict[str, bytes | Path] = {
+        f.name: f
+        for f in sorted(folder.iterdir())
+        if f.is_file() and any(fnmatch(f.name, p) for p in copied) and not any(fnmatch(f.name, p) for p in _NOT_COPIED)
+    }
+    if plan.donor.checkpoint.file:  # a file of tensors, whose neighbours need not belong to it
+        files = {}
+    templates = folder / "additional_chat_templates"
+    if templates.is_dir() and not plan.donor.checkpoint.file:
+        files |= {f"{templates.name}/{f.name}": f for f in sorted(templates.glob("*.jinja"))}
+    tokenizer = plan.vocabulary.files if plan.vocabulary else plan.donor.checkpoint.tokenizer_files
+    if tokenizer is not None:
+        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | {**tokenizer}
+    if plan.donor.checkpoint.config and not plan.donor.checkpoint.file:
+        files["config.json"] = _json({**plan.donor.checkpoint.config, **plan.config})
+    document = manifest(plan, finished, options or {})
+    document["files"] = {name: _digest_of(content) for name, content in sorted(files.items())}
+    files[MANIFEST] = _json(document)
+    if card:
+        files["README.md"] = model_card(document).encode()
+    return files
+
+
+def _digest_of(content: bytes | Path) -> str:
+    return xxhash.xxh3_128_hexdigest(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def origins(plan: MergePlan) -> list[dict[str, Any]]:
+    """Where every model and adapter came from: `path` and `revision` as written, the repository's commit if it is one
+    of the Hub's, and what its card says of its licence and data."""
+    found: dict[tuple[str, str | None, str], dict[str, Any]] = {}
+
+    def add(path: str, revision: str | None, kind: str, folder: Path, *, donor: bool = False) -> None:
+        place = snapshot_of(folder) if is_repository(path) and not Path(path).expanduser().exists() else None
+        hub = {"repo_id": path, "commit": place[1]} if place else {}
+        entry = {"path": path, "revision": revision, "kind": kind, **hub, **({"donor": True} if donor else {})}
+        found.setdefault((path, revision, kind), entry | ({"card": said} if (said := about(folder)) else {}))
+
+    def walk(plan: MergePlan, top: bool) -> None:
+        refs = {str(ref): ref for ref in plan.recipe.references}
+        for model in plan.models:
+            ref = refs[model.ref]
+            if isinstance(beneath := getattr(model.checkpoint, "plan", None), MergePlan):
+                walk(beneath, top=False)
+            else:
+                add(ref.path, ref.revision, "model", model.checkpoint.folder, donor=top and model is plan.donor)
+            if ref.lora and model.adapter:
+                add(ref.lora, ref.lora_revision, "adapter", model.adapter.folder)
+
+    walk(plan, top=True)
+    return list(found.values())
+
+
+def documents(plan: MergePlan) -> list[dict[str, Any]]:
+    """The other documents of the recipe's file that the merge is made of, each after those it is made of itself."""
+    found: dict[str, dict[str, Any]] = {}
+    for model in plan.models:
+        if isinstance(beneath := getattr(model.checkpoint, "plan", None), MergePlan):
+            found |= {str(one.get("name")): one for one in documents(beneath)}
+            found[str(beneath.recipe.name)] = beneath.recipe.resolved()
+    return list(found.values())
+
+
+def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
+    """A warning when the donor brings Python code: it was copied, or the output's config names what is not there."""
+    checkpoint = plan.donor.checkpoint
+    files = sorted(f.name for f in checkpoint.folder.glob(_CODE))
+    if not files or not (trust_remote_code or "auto_map" in checkpoint.config):
+        return []
+    if trust_remote_code:
+        return [Problem("REMOTE_CODE", plan.donor.ref, f"its {', '.join(files)} are copied, and not run", "read them")]
+    what = f"its config.json names code of its own, and {', '.join(files)} are not copied"
+    return [Problem("REMOTE_CODE", plan.donor.ref, what, "pass --trust-remote-code to copy them; they are never run")]
+
+
+def licence_notice(plan: MergePlan) -> list[Problem]:
+    """A warning when the sources state different licences."""
+    return licence({"sources": origins(plan)})[1]
+
+
+def _json(data: Any) -> bytes:
+    return (_lines(data) + "\n").encode()
+
+
+_ENCODED = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _lines(data: Any, pad: str = "") -> str:
+    """JSON with a line for each entry, but for lists of numbers, which stand in one."""
+    inner = f"{pad}  "
+    if isinstance(data, dict):
+        marks, entries = "{}", [f"{_ENCODED(key)}: {_lines(value, inner)}" for key, value in data.items()]
+    elif isinstance(data, list | tuple) and not {*map(type, data)} <= {int, float}:
+        marks, entries = "[]", [_lines(entry, inner) for entry in data]
+    else:
+        return _ENCODED(data)
+    joined = f",\n{inner}".join(entries)
+    return f"{marks[0]}\n{inner}{joined}\n{pad}{marks[1]}" if entries else marks
+
+
+def versions(plan: MergePlan) -> dict[str, str]:
+    """Versions of what computes a merge's bits."""
+    found = {"python": platform.python_version()}
+    borrowed = any(tensor.rule.wants == "whole" for tensor in plan.tensors)
+    for name in ("paft-merge", "torch", "numpy", "numba", "safetensors", *(["mergekit"] if borrowed else [])):
+        found[name] = _version(name)
+    return found
+
+
+@cache
+def _version(package: str) -> str:
+    """The version that is installed; looked up once, because it is read from a file."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def identity(plan: MergePlan, device: str) -> dict[str, Any]:
+    """What makes a merge this merge: a resumed one must have the same. `device` as in `device.ops_for`."""
+    return {
+        "device": device.split(":")[0],
+        "recipe": plan.recipe.resolved(),
+        "inputs": {m.ref: _fingerprint(m) for m in plan.models},
+        "versions": versions(plan),
+        "files": {s.file: s.size for s in plan.shards},
+        **({"vocabulary": plan.vocabulary.digest()} if plan.vocabulary else {}),
+    }
+
+
+def _fingerprint(model: Model) -> dict[str, Any]:
+    """What tells a model from others: sizes, times, digests of headers and configs, a sample of the data."""
+    found = {"checkpoint": _fingerprint_of(model.checkpoint, model.checkpoint.config)}
+    if model.adapter:
+        found["adapter"] = _fingerprint_of(model.adapter.file, model.adapter.config)
+    return found
+
+
+def _fingerprint_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(config, sort_keys=True).encode())
+    found: dict[str, Any] = {"files": checkpoint.fingerprint(), "config": digest}
+    if not checkpoint.far:  # an etag stands for all bytes, and a sample would be a request a tensor
+        found["sample"] = checkpoint.sample()
+    return found
+
+
+def _without_times(found: Any) -> Any:
+    """Fingerprints as they are on any machine: a copy of a file has the same."""
+    if isinstance(found, Mapping):
+        return {key: _without_times(value) for key, value in found.items() if key != "mtime_ns"}
+    return found
+
+
+def manifest(
+    plan: MergePlan, finished: Mapping[str, Finished], options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`merge_manifest.json`: how these bytes came to be, and what was measured on the way.
+
+    Per tensor: `method`, `digest` (XXH3-128 over the XXH3-128 of each `block_bytes`), the parameters, and per source the
+    counts and norms of its delta: `zeros`, entries `below_` four thresholds, `kept` by trimming or dropping, `elected`;
+    `max`, `l1`, `l2`, `hoyer`, and the shares of `l2` squared that were kept and elected; null for what is not finite.
+    `totals` has the same of every source over all tensors, and `weighted_l2`, the norm of weight * delta; `warnings` what
+    they show to be odd. docs/audit.md says what only an audit measures. `sources` says where everything came from,
+    `options` what was asked for beside the recipe, `documents` the other recipes of its file, `files` the XXH3-128 of
+    what stands beside the weights.
+    """
+    measured, entries = totals(plan, finished), {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors}
+    noted, pairs = totals_of(entries.values(), [row["source"] for row in measured])
+    return {
+        "format": FORMAT,
+        "complete": True,
+        "recipe": plan.recipe.resolved(),
+        "recipe_text": plan.recipe.text,
+        **({"documents": beneath} if (beneath := documents(plan)) else {}),
+        "options": dict(options or {}),
+        "sources": origins(plan),
+        "seed": plan.recipe.seed,
+        "arithmetic": plan.recipe.arithmetic,
+        "rounding": plan.recipe.rounding,
+        "allow_nonfinite": plan.allow_nonfinite,
+        "donor": plan.donor.ref,
+        "inputs": _without_times({m.ref: _fingerprint(m) for m in plan.models}),
+        "versions": versions(plan),
+        **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),
+        "totals": [{**row, **noted.get(row["source"], {})} for row in measured],
+        "pairs": pairs,
+        "warnings": [str(problem) for problem in imbalance.measured(measured)],
+        "tensors": entries,
+    }
+
+
+def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "method": tensor.method, "dtype": tensor.dtype, "shape": list(tensor.shape),
+        "digest": finished.digest, "block_bytes": tensor.tile_bytes,
+    }  # fmt: skip
+    if finished.nonfinite:
+        entry["nonfinite"] = finished.nonfinite
+    if tensor.method == COPY:
+        return entry | {"from": tensor.inputs.reads[0].source}
+    sources, noted = [], finished.noted
+    for i, read in enumerate(tensor.inputs.sources):
+        row = finished.active.index(i) if i in finished.active else None
+        measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.numel)
+        if row is not None and noted:
+            measured = row_of(measured, noted["sources"][row], tensor.numel, noted["sampled"])
+        kind = "none" if row is None else read.patch.kind if read.patch else "checkpoint"
+        sources.append({"source": read.source, "delta": kind, **measured})
+    for source, parameters in zip(sources, tensor.parameters.get("sources", ()), strict=False):
+        source["parameters"] = parameters
+    entry |= {"parameters": {k: v for k, v in tensor.parameters.items() if k != "sources"}, "sources": sources}
+    if noted:
+        at = [([finished.active[i] for i in pair["of"]], pair) for pair in noted["pairs"]]
+        pairs = [pair_row_of(pair, sources, places, tensor.numel, noted["sampled"]) for places, pair in at]
+        entry |= {"sampled": noted["sampled"], "pairs": pairs}
+    return entry
+
+
+def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:
+    """One row of a tally over so many entries as the manifest writes it; {} when nothing was measured (values, not deltas)."""
+    if not sums[0] and not counts[0]:
+        return {}
+    row = {name: int(value) for name, value in zip(kernels.COUNTS, counts, strict=True) if name != "max_bits"}
+    largest = float(np.uint32(counts[-1]).view(np.float32))
+    l1, square, kept, elected = (float(s) for s in sums)
+    shares = {"kept_energy": kept / square if square else 0.0, "elected_energy": elected / square if square else 0.0}
+    l2, root = square**0.5, entries**0.5
+    hoyer = (root - l1 / l2) / (root - 1) if l2 and entries > 1 else math.nan
+    measured = {"max": largest, "l1": l1, "l2": l2, "hoyer": hoyer, **shares}
+    return {**row, **{key: value if math.isfinite(value) else None for key, value in measured.items()}}
+
+
+def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, Any]]:
+    """The measured rows of every source added up over all tensors that it changes."""
+    names = dict.fromkeys(r.source for t in plan.tensors for r in t.inputs.sources)
+    found = []
+    for name in names:
+        counts, sums, entries = np.zeros(len(kernels.COUNTS), np.int64), np.zeros(len(kernels.SUMS)), 0
+        weighted = 0.0
+        for tensor in plan.tensors:
+            done = finished[tensor.name]
+            for row, i in enumerate(done.active):
+                if tensor.inputs.sources[i].source == name:
+                    largest = max(counts[-1], done.counts[row][-1])
+                    counts, sums, entries = counts + done.counts[row], sums + done.sums[row], entries + tensor.numel
+                    counts[-1] = largest
+                    weighted += imbalance.weight_of(tensor, i) ** 2 * float(
+                        done.sums[row][kernels.SUMS.index("square")]
+                    )
+        row_of_all = measured_row(counts, sums, entries)
+        if row_of_all:
+            row_of_all["weighted_l2"] = weighted**0.5 if math.isfinite(weighted) else None
+        found.append({"source": name, "entries": entries, **row_of_all})
+    return found

@@ -1,0 +1,429 @@
+"""The main path: read -> delta -> method -> write, tensor by tensor, a block at a time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import Condition
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from paft_merge.compute import kernels
+from paft_merge.compute.blocks import TILE, Block, Open, Ops, Outcome, Tally, sample_end
+from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.errors import MergeError
+from paft_merge.inputs.checkpoint import DTYPES
+from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
+from paft_merge.inputs.tensor_inputs import RAW
+from paft_merge.methods.rules.consensus import Consensus
+from paft_merge.methods.rules.rule import Rule, Walk, WholeRule
+from paft_merge.output.direct_io import Room
+from paft_merge.output.folder import Finished, Output
+from paft_merge.plan import COPY, MergePlan, PlannedTensor
+from paft_merge.stats.record import note
+from paft_merge.stats.sample import Sample
+from paft_merge.stats.spectrum import on_one_core
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+S = TypeVar("S")
+T = TypeVar("T")
+Written = tuple[bytes, Outcome]
+"""A block's digest, and what merging it showed."""
+
+HELD_BYTES = 256 << 20
+"""Merged tiles that are held at most, all tensors together, until their thresholds are known."""
+
+_ASIDE = 4 * TILE
+"""Bytes for what one of them sets aside; what is not used costs no memory."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a merge has done so far; tensors of a resumed merge that were already there count as done."""
+
+    tensors: int
+    tensors_total: int
+    bytes_done: int
+    """Bytes of finished tensors in the output."""
+    bytes_total: int
+    name: str
+    """The tensor that was finished last."""
+
+
+def merge_checkpoint(
+    plan: MergePlan,
+    output: Output,
+    *,
+    threads: int,
+    ops: Ops | None = None,
+    hold: int = HELD_BYTES,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> None:
+    """Merge every planned tensor into `output`, which must be open. This is the main path.
+
+    Args:
+        plan: every output tensor with its inputs and its rule, in output order.
+        output: the folder being written; tensors that it already holds (a resumed merge) are passed over.
+        threads: blocks computed at a time, each on one core. Changes no bit of the result.
+        ops: operations of the device; the CPU's by default.
+        hold: bytes of merged tensors that may be held in memory until their thresholds are known. Changes no bit.
+        progress: called after every finished tensor, from the calling thread.
+
+    Raises:
+        MergeError: an input or a result is not finite; names the tensor and the source.
+        CheckpointError: an input changed while it was read.
+        OutputError: the output cannot be written.
+    """
+    todo = [tensor for tensor in plan.tensors if tensor.name not in output.finished]
+    total, count = sum(t.nbytes for t in plan.tensors), len(plan.tensors)
+    done, first = total - sum(t.nbytes for t in todo), count - len(todo) + 1
+    with (
+        _single_threaded_torch(),
+        on_one_core(),
+        ThreadPoolExecutor(threads) as blocks,
+        ThreadPoolExecutor(threads + 1) as tensors,
+    ):
+        todo = _with_global_thresholds(plan.tensors, todo, blocks, ops or CpuOps())
+        worker = _Worker(output, blocks, ops or CpuOps(), _Held(hold), plan.allow_nonfinite)
+        for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
+            output.finish_tensor(finished)
+            done += todo[at - first].nbytes
+            progress(Progress(at, count, done, total, finished.name))
+    plan.check_inputs_unchanged()
+
+
+def _with_global_thresholds(
+    tensors: Sequence[PlannedTensor], todo: list[PlannedTensor], pool: ThreadPoolExecutor, ops: Ops
+) -> list[PlannedTensor]:
+    """`todo` with the thresholds of `trim_scope: global` filled in, from passes over every tensor of the plan."""
+    ranked = [t for t in tensors if isinstance(t.rule, Consensus) and t.rule.trim_scope == "global"]
+    if not ranked or not todo:
+        return todo
+    first = ranked[0].rule
+    assert isinstance(first, Consensus)
+    fixed = first.over_the_model(sum(t.numel for t in ranked), _Model(ranked, pool), ops).fixed
+    rules = {t.name: replace(t.rule, fixed=fixed) for t in ranked if isinstance(t.rule, Consensus)}
+    return [replace(t, rule=rules.get(t.name, t.rule)) for t in todo]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Walks the blocks of many tensors, every source in each (see `blocks.Each`)."""
+
+    tensors: Sequence[PlannedTensor]
+    pool: ThreadPoolExecutor
+
+    @property
+    def tiles(self) -> int:
+        return sum(len(tensor.bounds) for tensor in self.tensors)
+
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
+        assert not sample
+        assert tiles is None
+        results: list[T] = []
+        for tensor in self.tensors:
+
+            def run(bounds: tuple[int, int], tensor: PlannedTensor = tensor) -> T:
+                return work(tensor.inputs.block(*bounds, all_sources=True))
+
+            results += _in_order(self.pool, run, tensor.bounds, ahead=len(tensor.bounds))
+            tensor.release()
+        return results
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Merges one tensor at a time; the blocks of several tensors share one pool."""
+
+    output: Output
+    pool: ThreadPoolExecutor
+    ops: Ops
+    held: _Held
+    allow_nonfinite: bool
+
+    def merge(self, tensor: PlannedTensor) -> Finished:
+        """Read -> delta -> method -> write, for one tensor."""
+        if tensor.method == COPY:
+            return self._copy(tensor)
+        if tensor.rule.wants == "whole":
+            return self.pool.submit(self._whole, tensor, tensor.rule).result()
+        tiles, sources = _Tiles(tensor, self.pool), tensor.inputs.active
+        walk, sample = Walk(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
+        rule = tensor.rule
+        written = self._settled(tensor, rule, walk, sample) or self._measured(tensor, rule, walk, sample)
+        tally, digest, nonfinite = Tally.empty(len(sources)), xxhash.xxh3_128(), 0
+        for block_digest, outcome in written:
+            digest.update(block_digest)
+            tally.add(outcome.counts, outcome.sums)
+            nonfinite += outcome.bad
+        return _finished(tensor, digest.hexdigest(), sources, tally, sample, nonfinite)
+
+    def _measured(self, tensor: PlannedTensor, rule: Rule, walk: Walk, sample: Sample) -> list[Written]:
+        """Measure the tensor, then merge it: every block is read for each."""
+        combine = rule.prepare(walk, tensor.inputs.deltas)
+
+        def write(block: Block) -> Written:
+            room, kind = _ROOMS.next(), np.dtype(RAW.get(tensor.dtype, np.uint32))
+            out = self._memory(room, tensor, block, kind)
+            if tensor.inputs.deltas:
+                sample.offer(block)
+            outcome = combine(block, out, tensor.rounding_key)
+            if tensor.inputs.deltas:
+                sample.take(block)
+            return self._write(tensor, block.index, out, outcome, room)
+
+        return walk.each(write)
+
+    def _settled(self, tensor: PlannedTensor, rule: Rule, walk: Walk, sample: Sample) -> list[Written] | None:
+        """Merge the tensor as it is read, and settle what a sample left open; None where that cannot be, or missed."""
+        settling = None
+        # By what is planned alone, not by the memory there is: the statistics are added in another order here.
+        if isinstance(rule, Consensus) and isinstance(self.ops, CpuOps) and _may_be_held(tensor):
+            settling = rule.settling(walk, lambda: [tensor.inputs.factors(i) for i in walk.active])
+        if settling is None:
+            return None
+        bounds, kind = tensor.bounds, np.dtype(RAW[tensor.dtype])
+        with self.held.tiles(len(bounds), tensor.nbytes) as held:
+
+            def merge(block: Block) -> tuple[Any, Outcome, Open, Room]:
+                room, aside = held[block.index // bounds[0][1]] if held else (_ROOMS.next(), np.empty(0, np.uint8))
+                out = self._memory(room, tensor, block, kind)
+                sample.offer(block)
+                merged = settling.merge(block, out, aside)
+                sample.take(block)
+                return out, *merged, room
+
+            first = walk.each(merge)
+            opened, starts = [one[2] for one in first], [start for start, _ in bounds]
+            survivals = settling.survivals(starts, opened)
+            if survivals is None:
+                return None
+
+            def settle(start: int, merged: tuple[Any, Outcome, Open, Room]) -> Written:
+                out, outcome, opened, room = merged
+                settling.settle(start, opened, survivals, out, outcome)
+                return self._write(tensor, start, out, outcome, room)
+
+            if held:
+                return list(
+                    _in_order(self.pool, lambda at: settle(starts[at], first[at]), range(len(bounds)), len(bounds))
+                )
+            return walk.each(lambda block: settle(block.index, merge(block)))
+
+    def _copy(self, tensor: PlannedTensor) -> Finished:
+        """The bytes of a tensor that no source changes, whatever their type."""
+        read, step = tensor.inputs.reads[0], tensor.tile_bytes
+
+        def copy(start: int) -> tuple[bytes, int]:
+            room = _ROOMS.next()
+            held = self.output.memory(room, tensor.name, start, min(step, tensor.nbytes - start))
+            read.checkpoint.read_into(read.name, start, held)
+            bad = count_nonfinite(held, tensor.dtype)
+            if bad and not self.allow_nonfinite:
+                raise _not_finite(tensor)
+            self.output.write(tensor.name, start, held, room)
+            return xxhash.xxh3_128_digest(held), bad
+
+        digest, nonfinite = xxhash.xxh3_128(), 0
+        starts = range(0, tensor.nbytes, step)
+        for block_digest, bad in _in_order(self.pool, copy, starts, ahead=max(len(starts), 1)):
+            digest.update(block_digest)
+            nonfinite += bad
+        tensor.release()
+        nothing = Tally.empty(0)
+        return Finished(tensor.name, digest.hexdigest(), [], nothing.counts, nothing.total(), nonfinite)
+
+    def _whole(self, tensor: PlannedTensor, rule: WholeRule) -> Finished:
+        """Merge a tensor in one piece, in memory, and write it block by block."""
+        base, sources = tensor.inputs.whole(baked=rule.baked)
+        merged = rule.merge(base, sources, tensor.name).reshape(-1)
+        known = sources if base is not None else []
+        tally, digest, nonfinite, sample = Tally.empty(len(known)), xxhash.xxh3_128(), 0, Sample(tensor.numel)
+        for start, stop in tensor.bounds:
+            stored = stored_bytes(merged[start:stop], tensor.dtype, tensor.rounding_key, start)
+            bad = count_nonfinite(stored, tensor.dtype)
+            if bad and not self.allow_nonfinite:
+                raise _not_finite(tensor, bad)
+            if base is not None:
+                block = _delta_block(base, known, start, stop)
+                sample.take(block)
+                tally.add(*CpuOps().tally(block))
+            self.output.write(tensor.name, start * tensor.width, stored)
+            digest.update(xxhash.xxh3_128_digest(stored.data))
+            nonfinite += bad
+        return _finished(tensor, digest.hexdigest(), range(len(known)), tally, sample, nonfinite)
+
+    def _memory(self, room: Room, tensor: PlannedTensor, block: Block, kind: np.dtype[Any]) -> Any:
+        """Memory for a merged block, `[E]` of `kind`."""
+        nbytes = block.size * kind.itemsize
+        return self.output.memory(room, tensor.name, block.index * tensor.width, nbytes).view(kind)
+
+    def _write(self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome, room: Room) -> Written:
+        """Check one merged block, which lies in `room`, and write it where it belongs."""
+        stored = out
+        if tensor.dtype not in RAW:
+            stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, start)
+            outcome.bad = count_nonfinite(stored, tensor.dtype)
+        largest = int(outcome.counts[:, -1].max(initial=0))
+        if (outcome.bad or largest >= kernels.INFINITY) and not self.allow_nonfinite:
+            raise _not_finite(tensor, outcome.bad)
+        self.output.write(tensor.name, start * tensor.width, stored, room if stored is out else None)
+        return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
+
+
+def _finished(
+    tensor: PlannedTensor, digest: str, active: Sequence[int], tally: Tally, sample: Sample, nonfinite: int
+) -> Finished:
+    """A merged tensor with what was measured of its deltas, its inputs let go of."""
+    sums, noted = tally.total(), {}
+    if tally.counts.any():
+        exact = tensor.rule.wants != "whole"  # else an adapter may have been rounded into its checkpoint
+        factors = [tensor.inputs.factors(i) if exact else None for i in active]
+        noted = note(sample, [float(square) for square in sums[:, 1]], factors)
+    tensor.release()
+    return Finished(tensor.name, digest, active, tally.counts, sums, nonfinite, noted)
+
+
+class _Rooms(threading.local):
+    """A thread's memory for what it merges: two in turn, as one is written while the other fills."""
+
+    def __init__(self) -> None:
+        self._two = deque((Room(), Room()))
+
+    def next(self) -> Room:
+        self._two.rotate()
+        return self._two[0]
+
+
+_ROOMS = _Rooms()
+
+
+class _Held:
+    """Memory for merged tiles that wait for their thresholds, used again and again: fresh memory costs more than the merge."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._left, self._most, self._free = nbytes, nbytes, list[tuple[Room, Any]]()
+        self._turn = Condition()
+
+    @contextmanager
+    def tiles(self, count: int, nbytes: int) -> Iterator[list[tuple[Room, Any]]]:
+        """Rooms for `count` tiles, with bytes for what each sets aside, once `nbytes` are left for them; none where that is never."""
+        if nbytes > self._most:
+            yield []
+            return
+        with self._turn:
+            self._turn.wait_for(lambda: self._left >= nbytes)
+            self._left -= nbytes
+            taken = [self._free.pop() if self._free else (Room(), np.empty(_ASIDE, np.uint8)) for _ in range(count)]
+        try:
+            yield taken
+        finally:
+            with self._turn:
+                self._free += taken
+                self._left += nbytes
+                self._turn.notify_all()
+
+
+def _may_be_held(tensor: PlannedTensor) -> bool:
+    """Whether a tensor is of the kind and size that is merged in one pass: its deltas cost more than reading them again."""
+    tile = tensor.bounds[0][1] if tensor.bounds else 0
+    plain = tensor.inputs.form == "raw" or tensor.dtype not in RAW or tensor.rounding_key
+    return not plain and tensor.nbytes <= HELD_BYTES and tile <= TILE
+
+
+def _delta_block(base: Tensor, sources: Sequence[Tensor], start: int, stop: int) -> Block:
+    """A block of tensors in memory, to be tallied."""
+    bits = [tensor.reshape(-1)[start:stop].float().numpy().view(np.uint32) for tensor in (base, *sources)]
+    return Block(start, bits[0], np.stack(bits[1:]), subtract=True)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Walks the blocks of one planned tensor on a pool (see `blocks.Each`)."""
+
+    tensor: PlannedTensor
+    pool: ThreadPoolExecutor
+
+    @property
+    def tiles(self) -> int:
+        return len(self.tensor.bounds)
+
+    def __call__(
+        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
+    ) -> list[T]:
+        def run(bounds: tuple[int, int]) -> T:
+            return work(self.tensor.inputs.block(*bounds))
+
+        bounds = [self.tensor.bounds[i] for i in tiles] if tiles is not None else self.tensor.bounds
+        if sample:
+            bounds = [(start, sample_end(start, stop, self.tensor.row)) for start, stop in bounds]
+        return list(_in_order(self.pool, run, bounds, ahead=len(bounds)))
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[S], ahead: int) -> Iterator[T]:
+    """`work` of every item on the pool, at most `ahead` started before their turn, results in the items' order.
+
+    The first failure cancels what has not begun and is raised once what has begun is over.
+    """
+    waiting: deque[Future[T]] = deque()
+    feed = iter(items)
+    try:
+        for item in feed:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    """One core a block: the pool is the parallelism, and a norm's bits must not depend on torch's threads."""
+    if "torch" not in sys.modules:  # a merge of plain checkpoints does without
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _not_finite(tensor: PlannedTensor, overflowed: int = 0) -> MergeError:
+    """Say which input brought NaN or infinity into a tensor, how many, and where the first one is.
+
+    `overflowed`: results of one block that are not finite, for when every input is.
+    """
+    for read in tensor.inputs.reads:
+        count, first = 0, -1
+        for start, stop in tensor.bounds:
+            values = np.empty(stop - start, np.float32)
+            read.value(start, stop, values)
+            bad = np.flatnonzero(~np.isfinite(values))
+            first = start + int(bad[0]) if bad.size and first < 0 else first
+            count += bad.size
+        if count:
+            what = f"{count:,} of {tensor.numel:,} elements are NaN or infinite, the first at flat index {first:,}"
+            fix = "mend the source, or pass --allow-nonfinite to merge it as it is"
+            return MergeError.of("NONFINITE", f"{read.source}: {read.name}", what, fix)
+    wide = tensor.dtype in ("F64", *RAW)
+    fix = "use smaller weights or lambda" if wide else "write out_dtype: bfloat16 or float32"
+    what = f"{overflowed:,} merged values or more are too large for {DTYPES[tensor.dtype].torch}"
+    return MergeError.of("OVERFLOW", tensor.name, what, fix)

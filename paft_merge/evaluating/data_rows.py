@@ -1,0 +1,153 @@
+"""Files that evaluations read: rows of a .jsonl, text, and Python functions that score; checked before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paft_merge.errors import EvaluateError, Problems
+from paft_merge.evaluating.schema import Measurement
+from paft_merge.recipe.yaml_source import did_you_mean, show
+from paft_merge.training.rewards import Reward, imported
+
+Row = dict[str, Any]
+
+
+def place_of(path: str, folder: Path) -> Path:
+    """A file that a recipe names: beside the recipe where it is there, else as written."""
+    beside = folder / path
+    return beside if beside.exists() else Path(path)
+
+
+def is_file(task: str) -> bool:
+    """Whether a task of lm-eval is a YAML file of the user's own."""
+    return task.endswith((".yaml", ".yml"))
+
+
+def read_rows(path: Path, take: int | None = None) -> list[Row]:
+    """Rows of a .jsonl file.
+
+    Raises:
+        EvaluateError: EVAL_DATA, with every line that is no JSON object; or the file cannot be read, or is empty.
+    """
+    rows, problems = list[Row](), Problems()
+    for number, line in _lines(path):
+        if take is not None and len(rows) == take:
+            break
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            problems.add("EVAL_DATA", f"{path}:{number}", f"is no JSON: {error}", "write one JSON object a line")
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            problems.add("EVAL_DATA", f"{path}:{number}", f"is {show(row)}", "write one JSON object a line")
+    if not rows and not problems.found:
+        problems.add("EVAL_DATA", path, "holds no rows", "give a file with at least one JSON object")
+    problems.raise_as(EvaluateError)
+    return rows
+
+
+def read_lines(path: Path, take: int | None = None) -> list[str]:
+    """Lines of a text file that hold something."""
+    lines = [line for _, line in _lines(path)][:take]
+    if not lines:
+        raise EvaluateError.of("EVAL_DATA", path, "is empty", "give a text file")
+    return lines
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise EvaluateError.of("EVAL_DATA", path, f"cannot be read: {what}", "name an existing text file") from error
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def answer_column(of: Measurement, row: Row) -> str:
+    """The column that holds the right answer."""
+    return of.answer or ("answer" if "answer" in row else "completion")
+
+
+def check_measurement(name: str, of: Measurement, folder: Path) -> None:
+    """Find whatever would stop a light evaluation.
+
+    Raises:
+        EvaluateError: EVAL_DATA, REWARD, EXTRACT; everything at once.
+    """
+    problems, path = Problems(), place_of(of.data, folder)
+    if of.extract is not None:
+        try:
+            groups = re.compile(of.extract).groups
+        except re.error as error:
+            problems.add("EXTRACT", name, f"extract is no regular expression: {error}", "mend it")
+        else:
+            if groups < 1:
+                problems.add("EXTRACT", name, "extract has no group", "put what is the answer in parentheses")
+    if of.function is not None:
+        with problems.catching():
+            scorer(of.function, folder)
+    with problems.catching():
+        if of.kind == "perplexity":
+            read_lines(path, of.take)
+        else:
+            _check_columns(name, of, path, read_rows(path, of.take), problems)
+    problems.raise_as(EvaluateError)
+
+
+def _check_columns(name: str, of: Measurement, path: Path, rows: Sequence[Row], problems: Problems) -> None:
+    wanted = [of.prompt]
+    if of.kind == "exact_match":
+        wanted.append(answer_column(of, rows[0]))
+    if of.kind == "preference":
+        wanted += ["chosen", "rejected"]
+    for column in wanted:
+        lacking = next((number for number, row in enumerate(rows, 1) if not row.get(column)), None)
+        if lacking is not None:
+            hint = did_you_mean(column, rows[0])
+            fix = hint or f"the first row has {', '.join(sorted(rows[0]))}"
+            problems.add("EVAL_DATA", f"{path} row {lacking}", f"{name} needs the column {column!r}", fix)
+
+
+def scorer(name: str, folder: Path = Path()) -> Reward:
+    """The function that `module:function` or `file.py:function` names.
+
+    Raises:
+        TrainError: REWARD, it cannot be imported. EvaluateError: REWARD, the file is not there or does not run.
+    """
+    source, _, function = name.rpartition(":")
+    if not source.endswith(".py"):
+        return imported(name)
+    path = place_of(source, folder)
+    spec = importlib.util.spec_from_file_location(f"paft_reward_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise EvaluateError.of("REWARD", path, "there is no such file", "write file.py:function, beside the recipe")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises: it is told with its kind
+        what = f"cannot be run: {type(error).__name__}: {error}"
+        raise EvaluateError.of("REWARD", path, what, "it must be importable by itself") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        hint = did_you_mean(function, [key for key, value in vars(module).items() if callable(value)])
+        raise EvaluateError.of("REWARD", name, f"{path} has no function {function!r}", hint or "name one")
+    return found  # type: ignore[no-any-return]
+
+
+def code_of(name: str, folder: Path = Path()) -> Path | None:
+    """The file a reward function is written in; None when it is of a package without a file."""
+    source = name.rpartition(":")[0]
+    if source.endswith(".py"):
+        return place_of(source, folder)
+    try:
+        found = importlib.util.find_spec(source)
+    except (ImportError, ValueError):
+        return None  # `scorer` says what is wrong with it
+    return Path(found.origin) if found and found.origin and found.has_location else None

@@ -1,0 +1,82 @@
+"""The model that is evaluated: a folder or Hub name, or a base with adapters on it that are never written as a model.
+
+merged                 a model
+base+adapter           a base and an adapter
+base+sft+dpo           an adapter upon another, each added with its own scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paft_merge.errors import EvaluateError, PaftMergeError
+from paft_merge.evaluating.schema import EvaluateSpec
+from paft_merge.hub import fetch
+
+MOST_TOKENS = 4096
+"""How many tokens a model sees at once at most, unless `max_length` says so."""
+
+
+@dataclass
+class Subject:
+    """A model in memory, ready to be asked."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    max_length: int
+
+
+def parts_of(model: Path | str | Sequence[str]) -> tuple[str, ...]:
+    """`base+adapter` as its parts; a folder whose name has a plus in it is one part."""
+    if not isinstance(model, Path | str):
+        return tuple(model)
+    return (str(model),) if Path(model).exists() else tuple(str(model).split("+"))
+
+
+def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec) -> Subject:
+    """Load what is to be evaluated.
+
+    Raises:
+        EvaluateError: MODEL, a part cannot be loaded. HubError: it is not here and cannot be fetched.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, *adapters = parts_of(model)
+    name = "+".join((base, *adapters))
+    device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = fetch(base)
+    if not adapters and (folder / "adapter_config.json").is_file():
+        what = "is an adapter, and an adapter is evaluated on its base"
+        raise EvaluateError.of("MODEL", name, what, f"write BASE+{name}")
+    dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        for adapter in adapters:
+            loaded = _adapted(loaded, fetch(adapter))
+    except PaftMergeError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        what = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        raise EvaluateError.of("MODEL", name, what, "give a causal language model, or BASE+ADAPTER") from error
+    loaded = loaded.eval().to(device)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
+    return Subject(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
+
+
+def _adapted(model: Any, adapter: Path) -> Any:
+    """Put an adapter on a model. One that is already there is added to the weights first."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload(safe_merge=True)
+    return PeftModel.from_pretrained(model, str(adapter))

@@ -1,0 +1,260 @@
+"""A tensor with one row per token, read in the order of another vocabulary: rows are gathered, and missing ones filled.
+
+A block of such a tensor is a gather of rows of stored tensors: rows that follow each other are read with one `pread`, so
+that memory stays that of the block. What is added to the rows by adapters is gathered alike, apart from what is stored,
+which keeps their deltas exact.
+
+    V  rows of the output       D  donors: the tensor as each model has it       W  elements of a row
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from paft_merge.compute.blocks import tile_bounds
+from paft_merge.compute.scratch import SCRATCH
+from paft_merge.inputs.adapters.deltas import Patch
+from paft_merge.inputs.adapters.rows import Array
+from paft_merge.inputs.checkpoint import DTYPES
+from paft_merge.inputs.dtypes import widen
+from paft_merge.inputs.tensor_inputs import Read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ZERO, MEAN, PAD = -1, -2, -3
+"""Donors that are no model: nothing; the mean of a row of several; the mean of all rows that are not `PAD`."""
+
+Ids = NDArray[np.int64]
+Take = Callable[[Read, Ids, Any], None]
+"""Writes the given rows of a tensor, or of what its adapter adds to them, into `[len(rows), W]` float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Where each row of one model's tensor comes from, when it has another vocabulary.
+
+    Attributes:
+        donor: `[V]`: index of a donor, or `ZERO`, `MEAN`, `PAD`.
+        row: `[V]`: the row in that donor; for `MEAN` the line of `shared`.
+        shared: `[S, D]`: per mean the row in each donor, -1 where it takes no part; at least one does.
+    """
+
+    donor: Ids
+    row: Ids
+    shared: Ids
+
+    def is_own(self, model: int, rows: int) -> bool:
+        """Whether the tensor of donor `model`, of `rows` rows, is already in this order."""
+        return len(self.row) == rows and bool((self.donor == model).all() and (self.row == np.arange(rows)).all())
+
+
+@dataclass(frozen=True)
+class Gathered(Read):
+    """One model's tensor in the output's vocabulary. The first dimension that is longer than one is the vocabulary's."""
+
+    donors: tuple[Read, ...] = field(default=(), compare=False, repr=False)
+    """This tensor as every model of the merge has it, in its own vocabulary."""
+    map: RowMap = field(kw_only=True, compare=False, repr=False)
+    _mean: dict[Take, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _lock: Any = field(default_factory=Lock, init=False, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, read: Read, donors: tuple[Read, ...], rows: RowMap) -> Gathered:
+        """`read`, which is one of `donors`, with the rows that `rows` says."""
+        made = cls(read.source, read.checkpoint, read.name, None, donors, map=rows)
+        used = [donors[i] for i in np.unique(rows.donor) if i >= 0]
+        used += [donor for donor, column in zip(donors, rows.shared.T, strict=True) if (column >= 0).any()]
+        if not any(donor.patch for donor in used):
+            return made
+        patches = tuple(dict.fromkeys(donor.patch for donor in used if donor.patch))
+        kind = read.patch.kind if read.patch else patches[0].kind
+        patch = GatheredPatch(made.shape, made.row, kind, patches, made._fetch)
+        return cls(read.source, read.checkpoint, read.name, patch, donors, map=rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        own = self.checkpoint.tensors[self.name].shape
+        count = len(self.map.row)
+        return (1, count) if is_flat(own) else (count, *own[1:])
+
+    @property
+    def row(self) -> int:
+        return max(math.prod(self.shape) // max(len(self.map.row), 1), 1)
+
+    @property
+    def plain(self) -> bool:
+        return False
+
+    @cached_property
+    def stored_at(self) -> object:
+        """The stored rows, in order: equal for two that begin with the same ones."""
+        places: dict[object, int] = {}
+        number = np.array([places.setdefault(donor.stored_at, len(places)) for donor in self.donors], np.int64)
+        donor = np.where(self.map.donor < 0, self.map.donor, number[np.maximum(self.map.donor, 0)])
+        digest = xxhash.xxh3_128()
+        for part in (donor, self.map.row, self.map.shared, number):
+            digest.update(part.tobytes())
+        return tuple(places), digest.digest()
+
+    def weight(self, start: int, stop: int, out: Any) -> None:
+        self._gather(start // self.row, stop // self.row, _stored, out)
+
+    def tensor(self, *, baked: bool) -> Tensor:
+        """As `Read.tensor`; baked, in the type that all donors are promoted to."""
+        import torch
+
+        kind = torch.float32
+        if baked:
+            kind = torch.empty(0, dtype=_torch_dtype(self)).dtype
+            for donor in self.donors:
+                kind = torch.promote_types(kind, _torch_dtype(donor))
+        return self._in_memory(kind)
+
+    def _fetch(self, first: int, last: int, out: Any) -> None:
+        """What adapters add to rows `[first, last)`, into `out` `[last - first, W]`."""
+        self._gather(first, last, _added, out)
+
+    def _gather(self, first: int, last: int, take: Take, out: Any) -> None:
+        """Rows `[first, last)` by `take`, into `out`, float32."""
+        table = out.reshape(last - first, self.row)
+        donor, row = self.map.donor[first:last], self.map.row[first:last]
+        for one in np.unique(donor):
+            places = np.flatnonzero(donor == one)
+            if one == ZERO:
+                table[places] = 0
+            elif one == PAD:
+                table[places] = self._padding(take)
+            elif one == MEAN:
+                table[places] = self._means(row[places], take)
+            elif len(places) == len(table):
+                take(self.donors[one], row, table)
+            else:
+                held = SCRATCH.array("gathered", (len(places), self.row), np.float32)
+                take(self.donors[one], row[places], held)
+                table[places] = held
+
+    def _means(self, lines: Ids, take: Take) -> Any:
+        """The means of rows that several models share, `[len(lines), W]`; in the order of the donors, in float64."""
+        total, count = np.zeros((len(lines), self.row)), np.zeros((len(lines), 1))
+        for donor, rows in zip(self.donors, self.map.shared[lines].T, strict=True):
+            has = np.flatnonzero(rows >= 0)
+            if not len(has):
+                continue
+            held = np.empty((len(has), self.row), np.float32)
+            take(donor, rows[has], held)
+            total[has] += held
+            count[has] += 1
+        return total / count
+
+    def _padding(self, take: Take) -> Any:
+        """The mean of all rows that are not padding, `[W]`: one pass over the tensor, by the first thread that asks."""
+        with self._lock:
+            if take not in self._mean:
+                total, count = np.zeros(self.row), 0
+                for start, stop in tile_bounds(math.prod(self.shape), self.row):
+                    bounds = start // self.row, stop // self.row
+                    known = np.flatnonzero(self.map.donor[slice(*bounds)] != PAD)
+                    if len(known):
+                        # Padding lies behind the tokens, but for ids that a tokenizer leaves out.
+                        parts = [(int(a), int(b)) for a, b in _runs(known + bounds[0])]
+                        for first, many in parts:
+                            held = np.empty((many, self.row), np.float32)
+                            self._gather(first, first + many, take, held)
+                            total += held.sum(0, dtype=np.float64)
+                        count += len(known)
+                self._mean[take] = total / max(count, 1)
+            return self._mean[take]
+
+
+def is_flat(shape: tuple[int, ...]) -> bool:
+    """Whether the vocabulary lies along the second dimension, the first being one (BART's `final_logits_bias`)."""
+    return len(shape) == 2 and shape[0] == 1 and shape[1] > 1
+
+
+def rows_of(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor that has one per token."""
+    return shape[1] if is_flat(shape) else shape[0] if shape else 0
+
+
+def _stored(read: Read, rows: Ids, out: Any) -> None:
+    """Rows as they are stored; zero beyond the last one, which is where an adapter has extended the vocabulary."""
+    info = read.checkpoint.tensors[read.name]
+    inside = np.flatnonzero(rows < rows_of(info.shape))
+    if len(inside) < len(rows):
+        out[:] = 0
+        if len(inside):
+            held = np.empty((len(inside), out.shape[1]), np.float32)
+            _stored(read, rows[inside], held)
+            out[inside] = held
+        return
+    size = info.nbytes // rows_of(info.shape)
+    bits = SCRATCH.array("gathered_bits", (len(rows), size), np.uint8)
+    for at, (first, count) in _placed(rows):
+        read.checkpoint.read_into(read.name, first * size, bits[at : at + count])
+    widen(bits.reshape(-1), info.dtype, out.reshape(-1))
+
+
+def _added(read: Read, rows: Ids, out: Any) -> None:
+    """What the adapter adds to rows; zero without one."""
+    if read.patch is None:
+        out[:] = 0
+        return
+    width = out.shape[1]
+    for at, (first, count) in _placed(rows):
+        read.delta_of_patch(first * width, (first + count) * width, out[at : at + count].reshape(-1))
+
+
+def _placed(rows: Ids) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The runs of `rows`, each with the place where it begins."""
+    at = 0
+    for first, count in _runs(rows):
+        yield at, (first, count)
+        at += count
+
+
+def _runs(rows: Ids) -> Iterator[tuple[int, int]]:
+    """Consecutive numbers in `rows` as first and count."""
+    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+    begins = [0, *cuts.tolist()]
+    for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):
+        yield int(rows[begin]), end - begin
+
+
+def _torch_dtype(read: Read) -> Any:
+    import torch
+
+    return getattr(torch, str(DTYPES[read.checkpoint.tensors[read.name].dtype].torch))
+
+
+Fetch = Callable[[int, int, Array], None]
+
+
+class GatheredPatch(Patch):
+    """The rows of other patches in another order; it has no factors of its own.
+
+    Args:
+        shape, row, kind: as for `Patch`; `kind` is that of the model's own adapter.
+        patches: those whose rows are taken.
+        fetch: writes rows `[start, stop)` of the delta into its last argument.
+    """
+
+    def __init__(self, shape: tuple[int, ...], row: int, kind: str, patches: Sequence[Patch], fetch: Fetch) -> None:
+        super().__init__(shape, row, kind)
+        self._patches, self._fetch = patches, fetch
+
+    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
+        self._fetch(start, stop, out)
+
+    def release(self) -> None:
+        for patch in self._patches:
+            patch.release()

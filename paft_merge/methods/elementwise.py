@@ -1,0 +1,118 @@
+"""Entry by entry: what is near, what is shared, what varies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from paft_merge.methods.in_memory import run
+from paft_merge.methods.parameters import INT8_MASK, REQUIRED, Method, Parameter, Shared, Sources
+
+if TYPE_CHECKING:
+    import torch
+
+    from paft_merge.methods.rules.rule import Rule
+
+
+def _nearswap_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.elementwise import NearSwap
+
+    return NearSwap(shared["t"])
+
+
+def _ram_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.elementwise import Overlap
+
+    return Overlap(shared["epsilon"], shared.get("r", 0.0), shared.get("alpha", 0.0))
+
+
+def _sce_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.elementwise import Fuse
+
+    return Fuse(len(sources), shared["select_topk"])
+
+
+_CHANGED = Parameter(
+    "epsilon", float, "shared", 1e-5, "An entry is changed by a source where |delta| is larger.", low=0.0
+)
+
+NEARSWAP = Method(
+    "nearswap", "NearSwap", "huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    (Parameter("t", float, "shared", REQUIRED, "Take the source where it is no further than this; less of it elsewhere."),),
+    "required", _nearswap_rule, max_sources=1,
+)  # fmt: skip
+RAM = Method("ram", "Reinforced Agent Merging", "arXiv:2601.13572", (_CHANGED,), "required", _ram_rule)
+RAMPLUS_TL = Method(
+    "ramplus_tl", "Reinforced Agent Merging Plus (tensor-local)", "arXiv:2601.13572",
+    (
+        Parameter("r", float, "shared", 0.1, "How much a source's own changes are boosted by its overlap with others."),
+        Parameter("alpha", float, "shared", 0.2, "Most overlap that counts: shared over own changes.", low=0.0),
+        _CHANGED,
+    ),
+    "required", _ram_rule,
+)  # fmt: skip
+SCE = Method(
+    "sce", "SCE", "arXiv:2408.07990",
+    (
+        Parameter("select_topk", float, "shared", 1.0, "Share of the entries merged, the most varied.", low=0.0, high=1.0),
+        INT8_MASK,
+    ),
+    "required", _sce_rule,
+)  # fmt: skip
+TABLE: Final = (NEARSWAP, RAM, RAMPLUS_TL, SCE)
+
+
+def nearswap(delta: torch.Tensor, t: float) -> torch.Tensor:
+    """A delta where it is small, and less and less of it where it is large: `delta * clip(t / |delta|, 0, 1)`.
+
+    Args:
+        delta: `[*shape]`, any float dtype; not modified. Magnitudes under 1e-6 count as 1e-6.
+        t: entries no larger than this pass whole.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    return run(NEARSWAP, [delta], {}, {"t": t})
+
+
+def ram(deltas: Sequence[torch.Tensor], *, epsilon: float = 1e-5) -> torch.Tensor:
+    """Add what one delta alone changes, average what several change (Reinforced Agent Merging, arXiv:2601.13572).
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        epsilon: an entry is changed where |delta| is larger; what is not changed is dropped.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    return run(RAM, deltas, {}, {"epsilon": epsilon})
+
+
+def ramplus_tl(
+    deltas: Sequence[torch.Tensor], *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
+) -> torch.Tensor:
+    """As `ram`, with a delta's own changes times `1 + r * min(shared / own, alpha)`, from its counts of changed entries.
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        r, alpha: the boost and its limit.
+        epsilon: as in `ram`.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    return run(RAMPLUS_TL, deltas, {}, {"r": r, "alpha": alpha, "epsilon": epsilon})
+
+
+def sce(deltas: Sequence[torch.Tensor], *, select_topk: float = 1.0) -> torch.Tensor:
+    """Select what varies, calculate weights by energy, erase minority signs (SCE, arXiv:2408.07990; see `entries.Fuse`).
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        select_topk: share in [0, 1] of the entries whose variance is not zero; ties by the lowest index. At 1 all entries
+            are merged, those without variance too.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    return run(SCE, deltas, {}, {"select_topk": select_topk})

@@ -1,0 +1,292 @@
+"""Drop entries by chance (DARE), as outliers (Breadcrumbs) or by chance and rank (DELLA); then add up, elected or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from paft_merge.methods.in_memory import run
+from paft_merge.methods.parameters import (  # fmt: skip
+    INT8_MASK,
+    LAMBDA,
+    Method,
+    Parameter,
+    Shared,
+    Sources,
+    by_all_weights,
+    density,
+    elect,
+    normalize,
+    rescale,
+    shares,
+    weight,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from paft_merge.methods.rules.rule import Rule
+
+
+def _dare_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.consensus import Drop
+
+    return _consensus(sources, shared, [Drop(s["density"], key) for s, key in zip(sources, keys, strict=True)])
+
+
+def _breadcrumbs_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.thresholds import Trim
+
+    return _consensus(sources, shared, [Trim("outliers", s["density"], gamma=s["gamma"]) for s in sources])
+
+
+def _della_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.compute.blocks import Election
+    from paft_merge.methods.rules.magprune import RankedConsensus, RankedDrop
+
+    drops = tuple(RankedDrop(s["density"], s["epsilon"], key) for s, key in zip(sources, keys, strict=True))
+    weights, how = _weights(sources, shared), _election(shared)
+    election = Election(weights, how["elect"], how["tie_positive"], how["normalize"], how["factor"])
+    return RankedConsensus(drops, election, shared["rescale"])
+
+
+def _consensus(sources: Sources, shared: Shared, thin: Sequence[Any]) -> Rule:
+    from paft_merge.methods.rules.consensus import Consensus
+
+    return Consensus(
+        weights=_weights(sources, shared), thin=tuple(thin), rescale=shared["rescale"], **_election(shared)
+    )
+
+
+def _weights(sources: Sources, shared: Shared) -> tuple[float, ...]:
+    """Without an election mergekit divides by all the weights, not by those that happened to survive at an entry."""
+    weights = [s["weight"] for s in sources]
+    return shares(weights, "elect" not in shared and shared["normalize"], zero=1.0)
+
+
+def _election(shared: Shared) -> dict[str, Any]:
+    return {
+        "elect": shared.get("elect", "none"),
+        "tie_positive": shared.get("elect_tie", "positive") == "positive",
+        "normalize": shared["normalize"] if "elect" in shared else "none",
+        "factor": shared["lambda"],
+    }
+
+
+_KEPT = "Share of the delta's entries that is kept, {}"
+_AT_RANDOM = density(_KEPT.format("at random."))
+_AFTER_OUTLIERS = density(_KEPT.format("the largest after the outliers. 1 keeps everything, outliers too."))
+_BY_RANK = density(_KEPT.format("at random, the larger of a row the likelier."))
+_GAMMA = Parameter(
+    "gamma",
+    float,
+    "source",
+    0.01,
+    "Share of the largest entries that is dropped.",
+    low=0.0,
+    high=1.0,
+)
+_EPSILON = Parameter(
+    "epsilon",
+    float,
+    "source",
+    0.15,
+    "From density - epsilon for the smallest of a row to density + epsilon.",
+)
+
+
+def _table(
+    names: tuple[str, str], titles: tuple[str, str], paper: str, own: tuple[Parameter, ...],
+    rule: Callable[[Sources, Shared, Sequence[int]], Rule], *, rescaled: bool, normalized: bool = False,
+) -> tuple[Method, Method]:  # fmt: skip
+    """A method without an election, and its sister with TIES'; `normalized`: the sister's default."""
+    plain = (weight(), *own, by_all_weights(False), rescale(rescaled), LAMBDA, INT8_MASK)
+    elected = (
+        weight(),
+        *own,
+        normalize("weights" if normalized else "none"),
+        rescale(rescaled),
+        LAMBDA,
+        *elect("weighted"),
+        INT8_MASK,
+    )
+    return (
+        Method(names[0], titles[0], paper, plain, "required", rule),
+        Method(names[1], titles[1], paper, elected, "required", rule),
+    )
+
+
+DARE_LINEAR, DARE_TIES = _table(
+    ("dare_linear", "dare_ties"),
+    ("DARE", "DARE with TIES' election"),
+    "arXiv:2311.03099",
+    (_AT_RANDOM,),
+    _dare_rule,
+    rescaled=True,
+)
+BREADCRUMBS, BREADCRUMBS_TIES = _table(
+    ("breadcrumbs", "breadcrumbs_ties"), ("Model Breadcrumbs", "Model Breadcrumbs with TIES' election"), "arXiv:2312.06795",
+    (_AFTER_OUTLIERS, _GAMMA), _breadcrumbs_rule, rescaled=False,
+)  # fmt: skip
+DELLA_LINEAR, DELLA = _table(
+    ("della_linear", "della"), ("DELLA without an election", "DELLA"), "arXiv:2406.11617", (_BY_RANK, _EPSILON), _della_rule,
+    rescaled=True, normalized=True,
+)  # fmt: skip
+TABLE: Final = (DARE_LINEAR, DARE_TIES, BREADCRUMBS, BREADCRUMBS_TIES, DELLA_LINEAR, DELLA)
+
+
+def dare_linear(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float],
+    *,
+    density: float | Sequence[float] = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Drop entries at random, rescale, add up (DARE, arXiv:2311.03099, sec. 3.2).
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta.
+        density: probability in [0, 1] that an entry stays (the paper's 1 - p).
+        normalize: divide by the sum of the weights.
+        rescale: multiply by (L1 norm before / L1 norm after), as mergekit does; the paper divides by the density.
+        lambda_: multiplies the result.
+        seed: of the masks, which depend on the seed, the delta's place in the list and the entry.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    shared = {"normalize": normalize, "rescale": rescale, "lambda": lambda_}
+    return run(DARE_LINEAR, deltas, {"weight": weight, "density": density}, shared, seed)
+
+
+def dare_ties(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float],
+    *,
+    density: float | Sequence[float] = 1.0,
+    normalize: str | bool = "none",
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    elect: str = "weighted",
+    elect_tie: str = "positive",
+    seed: int = 0,
+) -> torch.Tensor:
+    """Drop entries at random, rescale, then elect signs and merge as `ties` does.
+
+    Args and result are those of `dare_linear` and `ties`.
+    """
+    shared = _with_election(normalize, rescale, lambda_, elect, elect_tie)
+    return run(DARE_TIES, deltas, {"weight": weight, "density": density}, shared, seed)
+
+
+def breadcrumbs(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float],
+    *,
+    density: float | Sequence[float] = 1.0,
+    gamma: float | Sequence[float] = 0.01,
+    normalize: bool = False,
+    rescale: bool = False,
+    lambda_: float = 1.0,
+) -> torch.Tensor:
+    """Drop the largest entries and the smallest, add up what is between (Model Breadcrumbs, arXiv:2312.06795, sec. 3).
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta.
+        density: share kept in [0, 1], `int(density * numel)` entries; 1 keeps everything, the outliers too, as in mergekit.
+        gamma: share of the largest entries that is dropped, fewer where the density could not be had otherwise. Ties at
+            either end go by the lowest index.
+        normalize: divide by the sum of the weights.
+        rescale: scale each thinned delta back to its L1 norm.
+        lambda_: multiplies the result.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    shared = {"normalize": normalize, "rescale": rescale, "lambda": lambda_}
+    return run(BREADCRUMBS, deltas, {"weight": weight, "density": density, "gamma": gamma}, shared)
+
+
+def breadcrumbs_ties(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float],
+    *,
+    density: float | Sequence[float] = 1.0,
+    gamma: float | Sequence[float] = 0.01,
+    normalize: str | bool = "none",
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    elect: str = "weighted",
+    elect_tie: str = "positive",
+) -> torch.Tensor:
+    """Drop the largest entries and the smallest, then elect signs and merge as `ties` does.
+
+    Args and result are those of `breadcrumbs` and `ties`.
+    """
+    shared = _with_election(normalize, rescale, lambda_, elect, elect_tie)
+    return run(BREADCRUMBS_TIES, deltas, {"weight": weight, "density": density, "gamma": gamma}, shared)
+
+
+def della_linear(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float],
+    *,
+    density: float | Sequence[float] = 1.0,
+    epsilon: float | Sequence[float] = 0.15,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Drop entries at random, the smaller of a row the likelier, rescale, add up (DELLA, arXiv:2406.11617, sec. 3.1).
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified. Entries are ranked along the second dimension (a vector as a
+            whole), ties by position; a row of one entry is kept with the density.
+        weight: one for all, or one a delta.
+        density: mean probability in [0, 1] that an entry stays; 1 keeps everything.
+        epsilon: the probability runs from `density - epsilon` for the smallest entry of a row to `density + epsilon` for the
+            largest; both must lie inside (0, 1) unless the density is 0 or 1.
+        normalize: divide by the sum of the weights.
+        rescale: multiply by (L1 norm before / L1 norm after), as mergekit does; the paper divides by the probability.
+        lambda_: multiplies the result.
+        seed: of the masks, which depend on the seed, the delta's place in the list and the entry.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+
+    Raises:
+        ValueError: `density` plus or minus `epsilon` leaves (0, 1).
+    """
+    shared = {"normalize": normalize, "rescale": rescale, "lambda": lambda_}
+    return run(DELLA_LINEAR, deltas, {"weight": weight, "density": density, "epsilon": epsilon}, shared, seed)
+
+
+def della(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float],
+    *,
+    density: float | Sequence[float] = 1.0,
+    epsilon: float | Sequence[float] = 0.15,
+    normalize: str | bool = "weights",
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    elect: str = "weighted",
+    elect_tie: str = "positive",
+    seed: int = 0,
+) -> torch.Tensor:
+    """Drop entries at random, the smaller of a row the likelier, rescale, then elect signs and merge as `ties` does.
+
+    Args and result are those of `della_linear` and `ties`.
+    """
+    shared = _with_election(normalize, rescale, lambda_, elect, elect_tie)
+    return run(DELLA, deltas, {"weight": weight, "density": density, "epsilon": epsilon}, shared, seed)
+
+
+def _with_election(normalize: str | bool, rescale: bool, lambda_: float, elect: str, elect_tie: str) -> dict[str, Any]:
+    return {"normalize": normalize, "rescale": rescale, "lambda": lambda_, "elect": elect, "elect_tie": elect_tie}

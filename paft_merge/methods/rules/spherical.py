@@ -1,0 +1,271 @@
+"""Rules by angles and lengths: everything is a function of the sources' inner products, and the result a weighted sum.
+
+So a tensor is read twice and never held: once for its Gram matrix, once to be merged. All of it is float64 on n x n
+numbers. With rows or columns as the vectors, there is a Gram matrix, and there are weights, for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paft_merge.compute.blocks import Block, Outcome
+from paft_merge.errors import MergeError
+from paft_merge.methods.rules.rule import Combine, Walk, write_merged
+
+Matrix = NDArray[np.float64]
+"""`[..., n, n]`, the inner products of all sources of a rule; a source without a delta has zeros."""
+Weights = NDArray[np.float64]
+"""`[..., n]`"""
+
+COLUMN_TILES = 32
+"""Tiles whose sums over columns are held at a time."""
+
+
+@dataclass(frozen=True)
+class Slerp:
+    """Spherical interpolation from the first value to the second by `t`, each tensor one vector.
+
+    Nearly parallel or opposite vectors (|cos| > 0.9995) are interpolated linearly, and a norm under 1e-8 counts as one, as in
+    mergekit.
+    """
+
+    t: float
+    wants: Literal["values"] = "values"
+    keeps_equals: bool = True
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        return _sum(walk, self._weights(_gram(walk, 2)), deltas)
+
+    def _weights(self, dots: Matrix) -> Weights:
+        lengths = np.sqrt(np.diagonal(dots))
+        lengths = np.where(lengths > 1e-8, lengths, 1.0)
+        cosine = min(max(dots[0, 1] / (lengths[0] * lengths[1]), -1.0), 1.0)
+        if abs(cosine) > 0.9995:
+            return np.array([1 - self.t, self.t])
+        angle = math.acos(cosine)
+        return np.sin(np.array([1 - self.t, self.t]) * angle) / math.sin(angle)
+
+
+@dataclass(frozen=True)
+class NuSlerp:
+    """Spherical interpolation from one source to another, of their deltas where there is a base and of their values else.
+
+    The sources keep their lengths: the weights of an interpolation on the unit sphere are put on them as they are. Vectors
+    whose squared cosine is one to float32 are interpolated linearly.
+    """
+
+    t: float
+    of: Literal["tensor", "rows", "columns"] = "tensor"
+    """What a vector is: the whole tensor, its last dimension, or its first one."""
+    wants: Literal["offsets"] = "offsets"
+    keeps_equals: bool = True
+
+    def row(self, shape: tuple[int, ...]) -> int:
+        """Blocks must hold whole rows, or whole lines of columns."""
+        if self.of == "tensor" or (self.of == "columns" and len(shape) < 2):
+            return 1
+        return max(math.prod(shape[1:]) if self.of == "columns" else math.prod(shape[-1:]), 1)
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        if self.of == "columns" and len(walk.shape) >= 2:
+            return _by_column(walk, self._weights, deltas, self.row(walk.shape))
+        if self.of == "tensor" or self.of == "columns":
+            return _sum(walk, self._weights(_gram(walk, 2)), deltas)
+        return _by_row(walk, self._weights, deltas, 2, self.row(walk.shape))
+
+    def _weights(self, dots: Matrix) -> Weights:
+        lengths = np.maximum(np.sqrt(np.diagonal(dots, axis1=-2, axis2=-1)), 1e-7)
+        cosine = np.clip(dots[..., 0, 1] / (lengths[..., 0] * lengths[..., 1]), -1, 1)
+        # A cosine that float32 cannot tell from one: there the sphere's formula divides by nearly zero.
+        colinear = 1 - np.square(cosine.astype(np.float32)) <= 1e-16
+        angle = np.arccos(np.where(colinear, 0.0, cosine))[..., None]
+        share = np.array([1 - self.t, self.t])
+        return np.where(colinear[..., None], share, np.sin(share * angle) / np.sin(angle))
+
+
+@dataclass(frozen=True)
+class MultiSlerp:
+    """Barycentric interpolation on a sphere, of deltas where there is a base and of values else.
+
+    mergekit's formula goes to the tangent space at the weighted mean of the unit vectors and back. The weighted sum of the
+    tangents is zero there, because the mean is what it is; so the result is that mean's direction with the weighted mean of
+    the lengths. A lone source comes back as it is; two that cancel out are interpolated linearly.
+    """
+
+    weights: tuple[float, ...]
+    eps: float
+    wants: Literal["offsets"] = "offsets"
+    keeps_equals: bool = True
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        return _sum(walk, self._weights(_gram(walk, len(self.weights))), deltas)
+
+    def _weights(self, dots: Matrix) -> Weights:
+        weights = np.array(self.weights)
+        if len(weights) == 1:
+            return np.ones(1)
+        lengths = np.sqrt(np.diagonal(dots))
+        shares = weights / (lengths + self.eps)
+        mean = math.sqrt(max(float(shares @ dots @ shares), 0.0))
+        if mean > 0 and mean >= self.eps:
+            return shares * (float(lengths @ weights) / mean)
+        if len(weights) == 2 or not lengths.any():
+            return weights
+        raise MergeError.of(
+            "DEGENERATE", "multislerp", "the sources' directions cancel out under these weights, so they have no mean",
+            "use other weights",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Karcher:
+    """The Karcher mean of the sources' directions, times the mean of their lengths; all sources count alike.
+
+    Riemannian gradient descent on the unit sphere, written in the coordinates of the sources: at most `max_iter` steps, until
+    a step is shorter than `tol`. Sources shorter than `tol` have no direction, but a length.
+    """
+
+    sources: int
+    max_iter: int
+    tol: float
+    wants: Literal["values"] = "values"
+    keeps_equals: bool = True
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
+
+    def _weights(self, dots: Matrix) -> Weights:
+        lengths = np.sqrt(np.diagonal(dots))
+        valid = np.flatnonzero(lengths > self.tol)
+        if self.sources == 1 or not valid.size:
+            return np.ones(self.sources) if self.sources == 1 else np.zeros(self.sources)
+        units = dots[np.ix_(valid, valid)] / np.outer(lengths[valid], lengths[valid])
+        weights = np.zeros(self.sources)
+        weights[valid] = self._mean(units) / lengths[valid] * lengths.mean()
+        return weights
+
+    def _mean(self, units: Matrix) -> Weights:
+        """The mean direction as coordinates on unit vectors with the inner products `units`."""
+        n = len(units)
+        mean = np.full(n, 1 / n)
+        length = _length(mean, units)
+        mean = mean / length if length >= self.tol else np.eye(n)[0]
+        for _ in range(self.max_iter):
+            tangent = self._tangent(mean, units)
+            step = _length(tangent, units)
+            if step < self.tol:
+                break
+            mean = math.cos(step) * mean + math.sin(step) / step * tangent
+            mean = mean / _length(mean, units)
+        return mean
+
+    def _tangent(self, mean: Weights, units: Matrix) -> Weights:
+        """The mean of the sources' logarithms at `mean`."""
+        cosines = np.clip(units @ mean, -1, 1)
+        angles = np.arccos(cosines)
+        # An opposite vector lies in every direction at once, and pulls in none.
+        pulls = np.where(
+            (angles < self.tol) | (angles > math.pi - 1e-6), 0.0, angles / np.maximum(np.sin(angles), 1e-300)
+        )
+        return (pulls - float(pulls @ cosines) * mean) / len(units)
+
+
+@dataclass(frozen=True)
+class ModelStock:
+    """The base plus `t` times the mean delta, with `t` from the angle between the deltas (arXiv:2403.19522, eq. 5).
+
+    `t = n c / (1 + (n - 1) c)` for n deltas whose cosines have the mean `c`; where that has no value the base is kept.
+    """
+
+    sources: int
+    by_row: bool
+    wants: Literal["deltas"] = "deltas"
+    keeps_equals: bool = True
+
+    def row(self, shape: tuple[int, ...]) -> int:
+        """With `by_row`, blocks must hold whole rows."""
+        return max(math.prod(shape[-1:]), 1) if self.by_row else 1
+
+    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+        if self.by_row:
+            return _by_row(walk, self._weights, deltas, self.sources, self.row(walk.shape))
+        return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
+
+    def _weights(self, dots: Matrix) -> Weights:
+        n = self.sources
+        lengths = np.sqrt(np.diagonal(dots, axis1=-2, axis2=-1))
+        products = np.maximum(lengths[..., :, None] * lengths[..., None, :], 1e-6)
+        cosines = np.clip(dots / products, -1, 1)
+        first, second = np.triu_indices(n, 1)
+        cosine = cosines[..., first, second].mean(-1)
+        divisor = 1 + (n - 1) * cosine
+        singular = np.abs(divisor) < 1e-6
+        t = np.where(singular, 0.0, n * cosine / np.where(singular, 1.0, divisor))
+        return np.repeat(t[..., None] / n, n, axis=-1)
+
+
+def _length(vector: Weights, dots: Matrix) -> float:
+    return math.sqrt(max(float(vector @ dots @ vector), 0.0))
+
+
+def _gram(walk: Walk, sources: int) -> Matrix:
+    """The Gram matrix of a whole tensor: the correctly rounded sum over its blocks, so that their order cannot matter."""
+    blocks = walk.each(walk.ops.gram)
+    full = np.zeros((sources, sources))
+    for i, one in enumerate(walk.active):
+        for j, other in enumerate(walk.active):
+            full[one, other] = math.fsum(block[i, j] for block in blocks)
+    return full
+
+
+def _full(walk: Walk, sources: int, dots: Matrix) -> Matrix:
+    """`[..., n, n]` of all sources from that of the active ones."""
+    if len(walk.active) == sources:
+        return dots
+    full = np.zeros((*dots.shape[:-2], sources, sources))
+    active = np.array(walk.active)
+    full[..., active[:, None], active] = dots
+    return full
+
+
+def _sum(walk: Walk, weights: Weights, deltas: bool) -> Combine:
+    """Write the weighted sum of whole sources, on top of the base if they are deltas."""
+    active = [float(weights[i]) for i in walk.active]
+
+    def combine(block: Block, out: Any, key: int) -> Outcome:
+        return walk.ops.blend(block, out, 1.0 if deltas else 0.0, active, key, deltas)
+
+    return combine
+
+
+def _by_row(walk: Walk, weigh: Callable[[Matrix], Weights], deltas: bool, sources: int, row: int) -> Combine:
+    """Write every row with weights of its own, which a block with whole rows knows by itself."""
+
+    def combine(block: Block, out: Any, key: int) -> Outcome:
+        weights = weigh(_full(walk, sources, walk.ops.gram_rows(block, row)))[:, list(walk.active)]
+        merged = walk.ops.mix(block, weights.T, row, across=False)
+        return write_merged(walk.ops, block, merged, out, key, deltas)
+
+    return combine
+
+
+def _by_column(walk: Walk, weigh: Callable[[Matrix], Weights], deltas: bool, row: int) -> Combine:
+    """Write every column with weights of its own; `row`: entries from one line of columns to the next."""
+    dots = np.zeros((*[len(walk.active)] * 2, row))
+    for first in range(0, walk.each.tiles, COLUMN_TILES):
+        tiles = range(first, min(first + COLUMN_TILES, walk.each.tiles))
+        for part in walk.each(lambda block: walk.ops.gram_columns(block, row), tiles=tiles):
+            dots += part
+    weights = weigh(_full(walk, 2, np.moveaxis(dots, -1, 0)))[:, list(walk.active)].T
+
+    def combine(block: Block, out: Any, key: int) -> Outcome:
+        merged = walk.ops.mix(block, weights, row, across=True)
+        return write_merged(walk.ops, block, merged, out, key, deltas)
+
+    return combine

@@ -1,0 +1,417 @@
+"""Which entries of a delta survive: thresholds by rank, by L1 mass or fixed, random drops, and the rescaling after them.
+
+Magnitudes are compared as the bits of a float32 without its sign, which order like the magnitudes themselves. A threshold
+is exact: the k-th largest of a whole tensor, found in two streaming passes (a histogram, from a sample where that is
+enough, and the few magnitudes that fall into the bracket it gives), never by sorting the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import xxhash
+
+from paft_merge.compute.blocks import NOTHING, Counts, Each, Ops, Survival
+from paft_merge.compute.histogram import l1_of_bins
+from paft_merge.compute.kernels import BINS
+from paft_merge.methods.rules.threshold_bounds import (
+    EVERY,
+    FOREVER,
+    NOWHERE,
+    Bracket,
+    draw_sample,
+    guess_bracket,
+    largest,
+    small,
+)
+
+_LISTED = 16
+"""Of a tile's magnitudes at most one in this many is held as it is; more are held as distinct ones, whose number ties keep small."""
+
+
+@dataclass(frozen=True)
+class Trim:
+    """What survives of one delta by its magnitude.
+
+    `density`  the `kept_count(numel, value)` largest entries (TIES-Merging, arXiv:2306.01708, sec. 3.1; their k / 100).
+    `count`    the `value` largest entries.
+    `l1_mass`  the fewest largest entries that hold the share `value` of the delta's L1 norm.
+    `epsilon`  the entries with |delta| > `value` (PAFT, arXiv:2406.17923, sec. 2.2 calls the others sparse).
+    `outliers` as `density`, after the largest `int(gamma * numel)` are dropped (Breadcrumbs, arXiv:2312.06795), or
+               fewer where that many cannot be dropped without missing the density.
+    """
+
+    rule: Literal["density", "count", "l1_mass", "epsilon", "outliers"]
+    value: float
+    gamma: float = 0.0
+    soft: bool = False
+    """Take the threshold's magnitude off the survivors too: the proximal step of the L1 norm."""
+
+
+EVERYTHING = Trim("density", 1.0)
+
+
+def kept_count(numel: int, density: float) -> int:
+    """How many of `numel` entries a density keeps: `int(density * numel)`, at least one; all from 1 up, none from 0 down.
+
+    mergekit's rule. PEFT may keep none of a small tensor, and other tools keep every tie of the last one.
+    """
+    if density >= 1:
+        return numel
+    return 0 if density <= 0 or numel == 0 else max(1, int(density * numel))
+
+
+def stream_key(seed: int, source: str, name: str, purpose: str) -> int:
+    """The 64-bit key of the random numbers for one source's tensor: the same in any order, on any shard and thread."""
+    return xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{name}\0{purpose}".encode()) or 1
+
+
+def drop_survival(density: float, key: int) -> Survival:
+    """Keep each entry with probability `density`, by SplitMix64 of (`key`, flat index); resolution 2**-32."""
+    return Survival(keep=min(max(round(density * 2**32), 0), 2**32), key=key)
+
+
+def rescale_drops(survivals: Sequence[Survival], each: Each, ops: Ops) -> list[Survival]:
+    """Scale what a random drop leaves by (L1 norm before / L1 norm after), as mergekit's DARE does.
+
+    The DARE paper (arXiv:2311.03099) divides by the density instead; the two agree in expectation. Norms under 1e-7 are
+    left alone, as mergekit leaves them.
+    """
+    blocks = each(lambda block: ops.dropped_l1(block, survivals))
+    norms = [[math.fsum(block[i, k] for block in blocks) for k in (0, 1)] for i in range(len(survivals))]
+    return [replace(s, scale=l1_ratio(*norm)) for s, norm in zip(survivals, norms, strict=True)]
+
+
+def trim_survivals(
+    trims: Sequence[Trim],
+    numel: int,
+    each: Each,
+    ops: Ops,
+    *,
+    rescale: bool = False,
+    full: tuple[Counts, Counts] | None = None,
+) -> list[Survival]:
+    """Resolve every source's trim of one tensor into a threshold, reading the tensor at most three times.
+
+    Args:
+        trims: one a source.
+        numel: entries of the tensor.
+        each, ops: how to walk its blocks, and what to compute there.
+        rescale: scale the survivors so that the delta keeps its L1 norm.
+        full: the histogram of every source with its lower bits (`Ops.histogram`), where it is known already.
+
+    Returns:
+        One `Survival` a source. Ties at a threshold keep the lowest flat indices.
+    """
+    if numel == 0:
+        return [Survival()] * len(trims)
+    norms = rescale or any(t.rule == "l1_mass" for t in trims)
+    search = _Search(trims, numel, each, ops, norms=norms, full=full)
+    survivals = [search.survival(i) for i in range(len(trims))]
+    return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
+
+
+def trim_globally(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, rescale: bool = False) -> list[Survival]:
+    """Resolve every source's trim over a whole model, as the TIES paper does: one threshold for all its tensors.
+
+    Args:
+        trims, ops, rescale: as in `trim_survivals`.
+        numel: entries of all tensors together.
+        each: walks the blocks of all of them; every block has a row for every source.
+
+    Returns:
+        One `Survival` a source. Every tie of the last entry is kept, as in the paper's code.
+    """
+    if numel == 0:
+        return [Survival()] * len(trims)
+    search = _GlobalSearch(trims, numel, each, ops, norms=True)
+    survivals = [search.survival(i) for i in range(len(trims))]
+    return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
+
+
+def l1_ratio(before: float, after: float) -> float:
+    """What gives a thinned delta its L1 norm back; norms under 1e-7 are left alone, as mergekit leaves them."""
+    return 1.0 if before < 1e-7 or after < 1e-7 else before / after
+
+
+def _value(bits: int) -> float:
+    return float(np.uint32(bits).view(np.float32))
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))
+
+
+@dataclass
+class _Found:
+    """The magnitudes of one source that are inside a bracket, tile by tile; zero never is."""
+
+    bracket: Bracket
+    above: int = 0
+    tiles: Sequence[tuple[Any, Any]] = ()
+    """Each tile's bits, and None; or, where there are many, its distinct bits, ascending, and how often each occurs."""
+
+    def merged(self) -> tuple[Any, Any]:
+        """Distinct bits, largest first, and how often each occurs in the tensor."""
+        bits = np.concatenate([b for b, _ in self.tiles])
+        counts = np.concatenate([np.ones(b.size, np.int64) if c is None else c for b, c in self.tiles])
+        order = np.argsort(bits, kind="stable")[::-1]
+        bits, counts = bits[order], counts[order]
+        if not bits.size:
+            return bits, counts
+        first = np.flatnonzero(np.concatenate([[True], bits[1:] != bits[:-1]]))
+        return bits[first], np.add.reduceat(counts, first)
+
+    def holds(self, rank: int) -> bool:
+        """Whether the `rank`-th largest magnitude is inside, or no entry that is not zero is left below."""
+        inside = sum(b.size if c is None else int(c.sum()) for b, c in self.tiles)
+        return self.above < rank and (rank <= self.above + inside or self.bracket.open_below)
+
+    def at(self, rank: int) -> tuple[int, int, int]:
+        """Bits of the `rank`-th largest magnitude, how many are larger, and how many are equal; zeros when it is zero."""
+        if any(counts is not None for _, counts in self.tiles):
+            bits, often = self.merged()
+            running = self.above + np.cumsum(often)
+            at = int(np.searchsorted(running, rank))
+            return (int(bits[at]), int(running[at] - often[at]), int(often[at])) if at < len(bits) else (0, 0, 0)
+        bits = np.concatenate([b for b, _ in self.tiles])
+        if rank - self.above > bits.size:
+            return 0, 0, 0
+        found, larger, equal = largest(bits, rank - self.above)
+        return found, self.above + larger, equal
+
+    def equal(self, tile: int, bits: int) -> int:
+        """How many magnitudes of a tile are exactly `bits`."""
+        values, counts = self.tiles[tile]
+        same = values == bits
+        return int(np.count_nonzero(same) if counts is None else counts[same].sum())
+
+
+class _Search:
+    """Exact thresholds of all sources of one tensor, sharing the passes over it.
+
+    A source asks for ranks (1 = the largest magnitude): the last entry kept and, for outliers, the last one dropped. A
+    rank's threshold is found inside a bracket of magnitudes that is guessed from a sample, or taken from a full histogram
+    when L1 norms are wanted anyway or the guess missed.
+    """
+
+    every_tie: ClassVar[bool] = False
+    """Keep all entries equal to the last one kept, instead of the first of them."""
+
+    def __init__(
+        self,
+        trims: Sequence[Trim],
+        numel: int,
+        each: Each,
+        ops: Ops,
+        *,
+        norms: bool,
+        full: tuple[Counts, Counts] | None = None,
+    ) -> None:
+        self.trims, self.numel, self.each, self.ops = trims, numel, each, ops
+        self.full = full or (self._histogram(norms=True) if norms else None)
+        self.brackets: dict[tuple[int, int], _Found] = {}
+        self.ranks = [self._ranks(i) for i in range(len(trims))]
+        for i, rank in self._mass_ranks().items():
+            self.ranks[i] = [rank]
+        for place in (0, 1):
+            self._find({i: ranks[place] for i, ranks in enumerate(self.ranks) if len(ranks) > place})
+
+    def survival(self, i: int) -> Survival:
+        """The threshold of source `i`."""
+        trim = self.trims[i]
+        if trim.rule == "epsilon":
+            return Survival(low=_bits(trim.value), shrink=_value(_bits(trim.value)) if trim.soft else 0.0)
+        if not self.ranks[i]:
+            return Survival() if trim.value >= 1 else NOTHING
+        low, low_cut = self._threshold(i, self.ranks[i][0])
+        survival = Survival(low=low, low_cut=low_cut, shrink=_value(low) if trim.soft else 0.0)
+        if len(self.ranks[i]) == 2:
+            high, high_cut = self._threshold(i, self.ranks[i][1])
+            survival = replace(survival, high=high, high_cut=high_cut)
+        return survival
+
+    def rescaled(self, i: int, survival: Survival) -> Survival:
+        """`survival` with the scale that gives source `i` its L1 norm back."""
+        assert self.full is not None
+        before = math.fsum(l1_of_bins(self.full[0][i], self.full[1][i]))
+        if survival in (Survival(), NOTHING):
+            return survival
+        kept, mass = self._above(i, survival.low, self.ranks[i][0] if self.ranks[i] else None)
+        if len(self.ranks[i]) == 2:
+            dropped, lost = self._above(i, survival.high, self.ranks[i][1])
+            kept, mass = kept - dropped, mass - lost
+        return replace(survival, scale=l1_ratio(before, mass - kept * survival.shrink))
+
+    def _ranks(self, i: int) -> list[int]:
+        trim = self.trims[i]
+        if trim.rule == "count" and 0 < trim.value < self.numel:
+            return [int(trim.value)]
+        if trim.rule in ("epsilon", "l1_mass") or not 0 < trim.value < 1:
+            return []
+        if trim.rule == "density":
+            return [kept_count(self.numel, trim.value)]
+        wanted, top = int(trim.value * self.numel), int(trim.gamma * self.numel)
+        dropped = self.numel - max(0, self.numel - wanted - top) - wanted
+        return [wanted + dropped, *([dropped] if dropped else [])] if wanted else []
+
+    def _mass_ranks(self) -> dict[int, int]:
+        """How many of the largest entries of each `l1_mass` source it takes to hold that share (at least one)."""
+        goals, ranges, heads = {}, {}, {}
+        for i, trim in enumerate(self.trims):
+            if trim.rule == "l1_mass" and 0 < trim.value < 1:
+                assert self.full is not None
+                norms = l1_of_bins(self.full[0][i], self.full[1][i])
+                held = np.cumsum(norms[::-1])
+                goals[i] = trim.value * float(held[-1])
+                place = int(np.searchsorted(held, goals[i]))
+                heads[i] = float(held[place - 1]) if place else 0.0
+                ranges[i] = _bin(BINS - 1 - place)
+        ranks = {}
+        for i, bracket in self._gather(ranges).items():
+            bits, often = bracket.merged()
+            values = bits.view(np.float32).astype(np.float64)
+            running = np.concatenate([[heads[i]], heads[i] + np.cumsum(values * often)])
+            at = max(min(int(np.searchsorted(running, goals[i])) - 1, len(bits) - 1), 0)
+            part = math.ceil((goals[i] - running[at]) / values[at]) if len(bits) else 0
+            last = min(max(part, 1), int(often[at])) if len(bits) else 0
+            ranks[i] = max(1, bracket.above + int(often[:at].sum()) + last)
+            self.brackets[i, ranks[i]] = bracket
+        return ranks
+
+    def _threshold(self, i: int, rank: int) -> tuple[int, int]:
+        """Bits and cut of the `rank`-th largest magnitude of source `i`; (0, 0) when that is zero."""
+        bracket = self.brackets[i, rank]
+        bits, larger, equal = bracket.at(rank)
+        if not equal:
+            return 0, 0
+        if self.every_tie or (larger + equal == rank and bits != bracket.bracket.low):
+            return bits, self.numel
+        return bits, self._cut(i, bracket, bits, rank - larger)
+
+    def _cut(self, i: int, bracket: _Found, bits: int, kept: int) -> int:
+        """The flat index below which entries equal to the threshold are kept, so that `kept` of them are."""
+        for tile in range(len(bracket.tiles)):
+            here = bracket.equal(tile, bits)
+            if here >= kept:
+                return self._locate(i, tile, bits, kept - 1) + 1
+            kept -= here
+        raise AssertionError("the ties of a threshold were counted and then not found")
+
+    def _locate(self, i: int, tile: int, bits: int, nth: int) -> int:
+        return self.each(lambda block: self.ops.locate(block, i, bits, nth), tiles=[tile])[0]
+
+    def _above(self, i: int, low: int, rank: int | None) -> tuple[int, float]:
+        """How many entries of source `i` pass a threshold, and their L1 norm; `rank` says how many where ties are cut."""
+        assert self.full is not None
+        norms, top = l1_of_bins(self.full[0][i], self.full[1][i]), low >> 16
+        bracket = self.brackets[i, rank] if rank else self._gather({i: _bin(top)})[i]
+        bits, often = bracket.merged()
+        over = bits > low
+        count = int(self.full[0][i][top + 1 :].sum()) + int(often[over].sum())
+        mass = math.fsum([*norms[top + 1 :], *(bits[over].view(np.float32).astype(np.float64) * often[over])])
+        equal = int(often[bits == low].sum()) if rank else 0
+        ties = equal if self.every_tie or not rank else min(rank - count, equal)
+        return count + ties, mass + ties * _value(low)
+
+    def _histogram(self, *, norms: bool = False) -> tuple[Counts, Counts]:
+        n, lock = len(self.trims), Lock()
+        counts, lows = np.zeros((n, BINS), np.int64), np.zeros((n, BINS if norms else 0), np.int64)
+
+        def work(block: Any) -> None:
+            some, low = self.ops.histogram(block, norms)
+            with lock:  # integers: the order of blocks does not matter
+                np.add(counts, some, out=counts)
+                np.add(lows, low, out=lows)
+
+        self.each(work)
+        return counts, lows
+
+    def _find(self, ranks: dict[int, int]) -> None:
+        """Gather a bracket that holds the rank, for one rank a source."""
+        ranks = {i: rank for i, rank in ranks.items() if (i, rank) not in self.brackets}
+        if ranks and self.full is None:
+            for i, bracket in self._gather(self._guess(ranks)).items():
+                if bracket.holds(ranks[i]):
+                    self.brackets[i, ranks.pop(i)] = bracket
+        if not ranks:
+            return
+        self.full = self.full or self._histogram()
+        ranges = {i: _bin(_bin_of(self.full[0][i], rank)) for i, rank in ranks.items()}
+        for i, bracket in self._gather(ranges).items():
+            self.brackets[i, ranks[i]] = bracket
+
+    def _guess(self, ranks: dict[int, int]) -> dict[int, Bracket]:
+        """A bracket for each rank: from a sample, or all entries where the tensor is small."""
+        if small(self.numel, self.each):
+            return dict.fromkeys(ranks, EVERY)
+        sample = draw_sample(self.each, self.ops)
+        return {i: guess_bracket(sample, i, rank / self.numel) for i, rank in ranks.items()}
+
+    def _gather(self, brackets: dict[int, Bracket]) -> dict[int, _Found]:
+        """Read the tensor once and collect, for some sources, the magnitudes inside a bracket."""
+        if not brackets:
+            return {}
+
+        def work(block: Any) -> tuple[Counts, list[tuple[Any, Any]]]:
+            size = block.size
+            counts, found = self.ops.collect(block, *self._bounds(brackets, block.index, block.index + size))
+            return counts, [np.unique(f, return_counts=True) if f.size > size // _LISTED else (f, None) for f in found]
+
+        parts = self.each(work)
+        return {
+            i: _Found(bracket, sum(int(c[i, 1]) for c, _ in parts), [found[i] for _, found in parts])
+            for i, bracket in brackets.items()
+        }
+
+    def _bounds(self, brackets: dict[int, Bracket], start: int, stop: int) -> tuple[list[int], list[int]]:
+        """Lowest bits and numbers of bits in a block, one a source."""
+        bounds = [brackets.get(i, NOWHERE).within(start, stop) for i in range(len(self.trims))]
+        return [low for low, _ in bounds], [width for _, width in bounds]
+
+
+class _GlobalSearch(_Search):
+    """A search over all tensors of a model, whose memory does not grow with the model.
+
+    Its brackets are single bins of a full histogram, so what is inside is 65,536 counts and not a list by tile; where a
+    tie lies is forgotten, and every tie of the last entry is kept.
+    """
+
+    every_tie: ClassVar[bool] = True
+
+    def _gather(self, brackets: dict[int, Bracket]) -> dict[int, _Found]:
+        if not brackets:
+            return {}
+        n, lock = len(self.trims), Lock()
+        bounds = self._bounds(brackets, 0, FOREVER)
+        inside, above = np.zeros((n, 1 << 16), np.int64), np.zeros(n, np.int64)
+
+        def work(block: Any) -> None:
+            counts, found = self.ops.collect(block, *bounds)
+            for i, bits in enumerate(found):
+                some = np.bincount(bits & 0xFFFF, minlength=1 << 16)
+                with lock:
+                    inside[i] += some
+                    above[i] += counts[i, 1]
+
+        self.each(work)
+        found = {i: np.flatnonzero(inside[i]).astype(np.uint32) for i in brackets}
+        return {
+            i: _Found(bracket, int(above[i]), [((bracket.low & ~0xFFFF) | found[i], inside[i][found[i]])])
+            for i, bracket in brackets.items()
+        }
+
+
+def _bin_of(counts: Any, rank: int) -> int:
+    """The bin that holds the `rank`-th largest magnitude; the lowest bin when there are fewer."""
+    return max(BINS - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), rank)), 0)
+
+
+def _bin(index: int) -> Bracket:
+    """All of a bin, without the zero in the lowest."""
+    return Bracket(index << 16, 1 << 16) if index else Bracket(1, (1 << 16) - 1)

@@ -1,0 +1,166 @@
+"""Trim, elect a sign, merge what agrees: TIES and what is ours in its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from paft_merge.methods.in_memory import run
+from paft_merge.methods.parameters import (
+    INT8_MASK,
+    LAMBDA,
+    TRIM_SCOPE,
+    Method,
+    Parameter,
+    Shared,
+    Sources,
+    density,
+    elect,
+    normalize,
+    rescale,
+    weight,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from paft_merge.methods.rules.rule import Rule
+
+
+def _ties_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.consensus import Consensus
+
+    return Consensus(
+        weights=tuple(s["weight"] for s in sources),
+        thin=tuple(_trim(s, soft=shared.get("shrink") == "soft") for s in sources),
+        elect=shared["elect"],
+        tie_positive=shared["elect_tie"] == "positive",
+        normalize=shared["normalize"],
+        factor=shared["lambda"],
+        rescale=shared.get("rescale") in (True, "l1"),
+        trim_scope=shared.get("trim_scope", "tensor"),
+    )
+
+
+def _trim(source: Mapping[str, Any], *, soft: bool) -> Any:
+    from paft_merge.methods.rules.thresholds import Trim
+
+    rule = next(r for r in ("epsilon", "density", "l1_mass") if source.get(r) is not None)
+    return Trim(rule, source[rule], soft=soft)  # type: ignore[arg-type]
+
+
+TIES = Method(
+    "ties", "TIES", "arXiv:2306.01708",
+    (weight(), density(), normalize("weights"), rescale(False), LAMBDA, *elect("weighted"), TRIM_SCOPE, INT8_MASK),
+    "required", _ties_rule,
+)  # fmt: skip
+L1_TIES = Method(
+    "l1_ties", "L1-aware TIES", "ours, after arXiv:2306.01708 and PAFT (arXiv:2406.17923)",
+    (
+        weight(1.0),
+        Parameter("density", float, "source", None, "trim: keep this share of the entries.", low=0.0, high=1.0),
+        Parameter("l1_mass", float, "source", 0.95, "trim: keep the fewest with this share of the L1 norm.", low=0.0, high=1.0),
+        Parameter("epsilon", float, "source", None, "trim: keep the entries with |delta| > epsilon.", low=0.0),
+        Parameter("shrink", str, "shared", "hard", "soft: take the threshold off what is kept.", choices=("hard", "soft")),
+        Parameter("rescale", str, "shared", "l1", "Scale back to the L1 norm.", choices=("none", "l1"), flags=("none", "l1")),
+        normalize("none"), LAMBDA, *elect("none"), TRIM_SCOPE,
+    ),
+    "required", _ties_rule,
+)  # fmt: skip
+SIGN_ELECTION = Method(
+    "sign_election", "Sign election", "ours, after PAFT (arXiv:2406.17923) and arXiv:2306.01708",
+    (weight(1.0), density(), normalize("none"), LAMBDA, *elect("weighted"), TRIM_SCOPE),
+    "required", _ties_rule,
+)  # fmt: skip
+TABLE: Final = (TIES, L1_TIES, SIGN_ELECTION)
+
+
+def ties(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float],
+    *,
+    density: float | Sequence[float] = 1.0,
+    normalize: str | bool = "weights",
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    elect: str = "weighted",
+    elect_tie: str = "positive",
+) -> torch.Tensor:
+    """Trim, elect signs, merge what agrees (TIES-Merging, arXiv:2306.01708, sec. 3.1).
+
+    The defaults are mergekit's: signs are elected on *weighted* deltas, and a negative weight therefore votes for the
+    opposite sign and is subtracted where that sign wins. The paper is `elect="unweighted", normalize="count"` (then
+    `lambda_`), and so is PEFT's `ties_svd` before its SVD. PAFT elects by `elect="count"` (`elect_tie="zero"`: sgn(0) = 0).
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta.
+        density: share kept in [0, 1] (the paper's k / 100): the `sparsify.kept_count` largest, ties by lowest index.
+        normalize: `weights`, `count` or `none`; True is `weights`, False `none`.
+        rescale: scale each trimmed delta back to its L1 norm.
+        lambda_: multiplies the result.
+        elect: `weighted`, `unweighted`, `count` or `none`.
+        elect_tie: `positive` or `zero`.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    shared = {
+        "normalize": normalize, "rescale": rescale, "lambda": lambda_, "elect": elect, "elect_tie": elect_tie,
+    }  # fmt: skip
+    return run(TIES, deltas, {"weight": weight, "density": density}, shared)
+
+
+def l1_ties(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float] = 1.0,
+    *,
+    density: float | Sequence[float] | None = None,
+    l1_mass: float | Sequence[float] | None = 0.95,
+    epsilon: float | Sequence[float] | None = None,
+    shrink: str = "hard",
+    rescale: str | bool = "l1",
+    normalize: str | bool = "none",
+    lambda_: float = 1.0,
+    elect: str = "none",
+    elect_tie: str = "positive",
+) -> torch.Tensor:
+    """TIES that trims by what sparse training made: by L1 mass rather than by a fixed density.
+
+    A delta that was trained with an L1 penalty (PAFT, arXiv:2406.17923, eq. 1) holds nearly all of its L1 norm in few
+    entries and passes almost untouched; a dense one is cut harder. `shrink="soft"` is the proximal step of the L1 norm.
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta.
+        density, l1_mass, epsilon: what is kept (see `sparsify.Trim`); `epsilon` goes before `density`, and that before `l1_mass`.
+        shrink: `hard` or `soft`.
+        rescale: `l1` scales each trimmed delta back to its L1 norm; `none` does not.
+        normalize, lambda_, elect, elect_tie: as in `ties`.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    shared = {
+        "shrink": shrink, "rescale": rescale, "normalize": normalize, "lambda": lambda_, "elect": elect, "elect_tie": elect_tie,
+    }  # fmt: skip
+    source = {"weight": weight, "density": density, "l1_mass": l1_mass, "epsilon": epsilon}
+    return run(L1_TIES, deltas, source, shared)
+
+
+def sign_election(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float] = 1.0,
+    *,
+    density: float | Sequence[float] = 1.0,
+    normalize: str | bool = "none",
+    lambda_: float = 1.0,
+    elect: str = "weighted",
+    elect_tie: str = "positive",
+) -> torch.Tensor:
+    """Elect a sign for every entry and add up what agrees with it; nothing is trimmed unless `density` says so.
+
+    Args and result are those of `ties`.
+    """
+    shared = {"normalize": normalize, "lambda": lambda_, "elect": elect, "elect_tie": elect_tie}
+    return run(SIGN_ELECTION, deltas, {"weight": weight, "density": density}, shared)

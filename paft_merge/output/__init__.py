@@ -1,0 +1,1 @@
+"""The output folder: shards, direct I/O, journal, manifest and model card."""

@@ -1,0 +1,96 @@
+"""The text of a card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from paft_merge.output.card.metadata import Score, card_metadata, licence
+from paft_merge.output.manifest import MANIFEST
+
+
+def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | None) -> str:
+    """Everything but the mark at the end; `picture` is the name of the file beside it."""
+    recipe = manifest["recipe"]
+    name = recipe.get("name") or "Merged model"
+    data = yaml.safe_dump(card_metadata(manifest, name, scores), sort_keys=False, allow_unicode=True).strip()
+    made = f"Made by [paft_merge](https://pypi.org/project/paft-merge/) with the method `{recipe['merge_method']}`."
+    parts = [
+        ["---", data, "---", "", f"# {name}", "", made, ""],
+        _sources(manifest),
+        _measured(manifest),
+        [f"![Sparsity of each source, layer by layer]({picture})", ""] if picture else [],
+        _scores(scores),
+        ["## Recipe", "", "```yaml", (manifest.get("recipe_text") or _yaml(manifest)).strip(), "```", ""],
+        _reproduce(manifest),
+    ]
+    return "\n".join(line for part in parts for line in part)
+
+
+def _yaml(manifest: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(manifest["recipe"], sort_keys=False, allow_unicode=True)
+
+
+def _sources(manifest: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for source in manifest.get("sources", ()):
+        role = "adapter" if source["kind"] == "adapter" else "base" if source.get("donor") else "model"
+        licensed = source.get("card", {}).get("license_name") or source.get("card", {}).get("license") or "not stated"
+        if source.get("repo_id"):
+            repo, commit = source["repo_id"], source["commit"]
+            asked = f" (`{source['revision']}`)" if source.get("revision") not in (None, commit) else ""
+            place, revision = f"[{repo}](https://huggingface.co/{repo})", f"`{commit}`{asked}"
+        else:
+            place, revision = f"`{source['path']}`", "a local folder"
+        rows.append(f"| {place} | {role} | {revision} | {licensed} |")
+    if not rows:
+        return []
+    problems = [line for problem in licence(manifest)[1] for line in (f"Note: {problem.what}.", "")]
+    head = ["| source | as | revision | licence |", "|---|---|---|---|"]
+    return ["## Sources", "", *head, *rows, "", *problems]
+
+
+def _measured(manifest: Mapping[str, Any]) -> list[str]:
+    """What each source brought: its delta, and what of it was merged."""
+    rows = [row for row in manifest.get("totals", ()) if row.get("l2")]
+    notes = [line for text in manifest.get("warnings", ()) for line in (f"Note: {text}", "")]
+    if not rows:
+        return notes
+    head = ["| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
+    body = [
+        f"| `{r['source']}` | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} "
+        f"| {r['l2']:.4g} |"
+        for r in rows
+    ]
+    said = "Entries of each source's delta (its difference from the base), and the share that is almost zero, that the"
+    return ["## What was merged", "", f"{said} method kept, and whose sign was elected.", "", *head, *body, "", *notes]
+
+
+def _share(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key] / row['entries']:.1%}" if row["entries"] and row.get(key) is not None else "-"
+
+
+def _scores(scores: Sequence[Score]) -> list[str]:
+    if not scores:
+        return []
+    head = ["| task | metric | shots | value | standard error |", "|---|---|---|---|---|"]
+    body = [
+        f"| {s.task} | {s.metric} | {'-' if s.shots is None else s.shots} | {s.value:.4g} "
+        f"| {'-' if s.stderr is None else f'{s.stderr:.2g}'} |"
+        for s in scores
+    ]
+    return ["## Evaluation", "", *head, *body, ""]
+
+
+def _reproduce(manifest: Mapping[str, Any]) -> list[str]:
+    version = manifest.get("versions", {}).get("paft-merge", "")
+    local = [s["path"] for s in manifest.get("sources", ()) if not s.get("repo_id")]
+    needs = f" It needs {', '.join(f'`{path}`' for path in local)} as they were." if local else ""
+    told = f"`{MANIFEST}` holds every tensor's parameters, counts and digest, and the commit of every source."
+    return [
+        "## Reproduce", "", "```sh", f"pip install paft-merge=={version}",
+        "paft reproduce REPOSITORY_OR_FOLDER   # merges again, and says whether every byte is the same", "```", "",
+        f"{told}{needs}", "",
+    ]  # fmt: skip

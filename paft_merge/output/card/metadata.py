@@ -1,0 +1,124 @@
+"""What the Hub's widgets read of a card: base models, licence, tags, data sets, and the results of evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paft_merge.errors import Problem
+
+_KEPT = ("license", "license_name", "license_link", "datasets", "language")
+_RESULTS = ("evaluation.json", "results*.json")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of an evaluation."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    shots: int | None = None
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What the card of a source says of its licence, data sets and languages; {} when it has none, or says nothing."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    head, _, rest = text.partition("---\n")
+    if head.strip() or "---" not in rest:
+        return {}
+    try:
+        data = yaml.safe_load(rest.partition("\n---")[0])
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    found = {k: data[k] for k in _KEPT if isinstance(data, Mapping) and isinstance(data.get(k), str | list)}
+    return {k: v for k, v in found.items() if isinstance(v, str) or all(isinstance(one, str) for one in v)}
+
+
+def licence(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The licence that all sources which state one agree on, as metadata; a warning when they do not agree."""
+    stated: dict[tuple[Any, ...], list[str]] = {}
+    fields = ("license", "license_name", "license_link")
+    for source in manifest.get("sources", ()):
+        if said := source.get("card", {}).get("license"):
+            key = (tuple(said) if isinstance(said, list) else said, *(source["card"].get(f) for f in fields[1:]))
+            stated.setdefault(key, []).append(source["path"])
+    if len(stated) > 1:
+        told = "; ".join(f"{', '.join(paths)}: {key[1] or key[0]}" for key, paths in stated.items())
+        fix = "read them, and set `license` in the card yourself"
+        return {}, [
+            Problem("LICENSE", "", f"the sources have different licences ({told}), so the card states none", fix)
+        ]
+    values = next(iter(stated), ())
+    return {
+        f: list(v) if isinstance(v, tuple) else v for f, v in zip(fields, values, strict=False) if v is not None
+    }, []
+
+
+def card_metadata(manifest: Mapping[str, Any], name: str, scores: Sequence[Score]) -> dict[str, Any]:
+    """The card's YAML as data."""
+    sources = manifest.get("sources", ())
+    hub = list(dict.fromkeys(s["repo_id"] for s in sources if s.get("repo_id")))
+    data_sets = sorted({name for s in sources for name in _listed(s, "datasets")})
+    languages = sorted({name for s in sources for name in _listed(s, "language")})
+    found: dict[str, Any] = {"base_model": hub, "base_model_relation": "merge"} if hub else {}
+    found |= {"library_name": "transformers", "tags": ["mergekit", "merge", "paft"], **licence(manifest)[0]}
+    found |= {key: value for key, value in (("datasets", data_sets), ("language", languages)) if value}
+    return found | ({"model-index": [_index(name, scores)]} if scores else {})
+
+
+def _listed(source: Mapping[str, Any], key: str) -> list[str]:
+    value = source.get("card", {}).get(key, [])
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _index(name: str, scores: Sequence[Score]) -> dict[str, Any]:
+    """Results in the form that the Hub's leaderboards read (model-index)."""
+    results = []
+    for task in dict.fromkeys(score.task for score in scores):
+        metrics = [{"type": s.metric, "value": s.value, "name": s.metric} for s in scores if s.task == task]
+        data_set = {"type": task, "name": task}
+        results.append({"task": {"type": "text-generation"}, "dataset": data_set, "metrics": metrics})
+    return {"name": name, "results": results}
+
+
+def scores_in(folder: Path) -> list[Score]:
+    """The results of evaluations that lie in a folder: lm-eval's `results*.json`, or `evaluation.json`, a number a task."""
+    found = dict.fromkeys(path for pattern in _RESULTS for path in sorted(folder.glob(pattern)))
+    return [score for path in found for score in _scores_of(path)]
+
+
+def _scores_of(path: Path) -> Iterator[Score]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    results = data.get("results", data) if isinstance(data, dict) else {}
+    shots = data.get("n-shot", {}) if isinstance(data, dict) else {}
+    for task, numbers in results.items() if isinstance(results, dict) else ():
+        if _is_number(numbers):
+            numbers = {"value": numbers}
+        if not isinstance(numbers, dict):
+            continue
+        for metric, value in numbers.items():
+            name = metric.split(",")[0]
+            if _is_number(value) and not name.endswith("stderr") and name not in ("sample_len", "rows"):
+                deviation = numbers.get(metric.replace(name, f"{name}_stderr", 1), numbers.get("stderr"))
+                shot = shots.get(task) if isinstance(shots, dict) else None
+                yield Score(
+                    task, "score" if name == "value" else name, value,
+                    deviation if _is_number(deviation) else None, shot if isinstance(shot, int) else None,
+                )  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

@@ -1,0 +1,124 @@
+"""`merge_manifest.json`: its name and form, how it is read, and a finished merge held against it, byte by byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paft_merge.errors import AuditError, Problem, Problems
+from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.output.folder import digest_of
+from paft_merge.output.shards import Slot
+
+MANIFEST = "merge_manifest.json"
+FORMAT = "paft_merge.manifest/1"
+
+
+@dataclass(frozen=True)
+class ManifestCheck:
+    """What a finished merge looks like beside its manifest."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    tensors: int
+    """Tensors whose bytes were compared."""
+    nbytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is what the merge wrote."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """As `paft audit OUT --json` prints it."""
+        return {
+            "schema": "paft_merge.audit.manifest/1",
+            "folder": str(self.folder),
+            "ok": self.ok,
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "problems": [str(p) for p in self.problems],
+            "totals": self.manifest.get("totals", []),
+        }
+
+
+def is_merged(folder: Path | str) -> bool:
+    """Whether a folder holds the manifest of a finished merge."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def verify(
+    folder: Path | str,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+    manifest: Mapping[str, Any] | None = None,
+) -> ManifestCheck:
+    """Compare a finished merge with its `merge_manifest.json`: names, dtypes, shapes, and the digest of every tensor.
+
+    Args:
+        folder: as `paft merge` wrote it.
+        manifest: of another merge that should be the same; the folder's own by default.
+        progress: called with bytes done, bytes in all, and the tensor that was compared.
+
+    Raises:
+        AuditError: MANIFEST, there is none, or it cannot be read.
+        CheckpointError: the folder is no whole checkpoint.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder / MANIFEST) if manifest is None else manifest
+    problems, planned = Problems(), manifest["tensors"]
+    with Checkpoint.open(folder) as checkpoint:
+        held, done = checkpoint.tensors, 0
+        _compare_names(planned, held, folder, problems)
+        both = [name for name in planned if name in held]
+        total = sum(held[n].nbytes for n in both)
+        for name in both:
+            entry, info = planned[name], held[name]
+            if (entry["dtype"], tuple(entry["shape"])) != (info.dtype, info.shape):
+                what = f"is {info.dtype} {list(info.shape)}, and was written as {entry['dtype']} {entry['shape']}"
+                problems.add("MANIFEST", f"{folder}: {name}", what, "merge again")
+            slot = Slot(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
+            if digest_of(folder, slot, entry["block_bytes"]) != entry["digest"]:
+                problems.add(
+                    "MANIFEST", f"{folder}: {name}", "its bytes are not those that the merge wrote", "merge again"
+                )
+            done += info.nbytes
+            progress(done, total, name)
+    return ManifestCheck(folder, manifest, len(both), done, tuple(problems.found))
+
+
+def _compare_names(planned: Mapping[str, Any], held: Mapping[str, Any], folder: Path, problems: Problems) -> None:
+    for name in planned.keys() - held.keys():
+        problems.add("MANIFEST", f"{folder}: {name}", "is in the manifest and not in the checkpoint", "merge again")
+    for name in held.keys() - planned.keys():
+        problems.add("MANIFEST", f"{folder}: {name}", "is in the checkpoint and not in the manifest", "merge again")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a finished merge.
+
+    Raises:
+        AuditError: MANIFEST, it cannot be read, or has another format.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AuditError.of(
+            "MANIFEST", path, f"cannot be read: {error.strerror}", "give a folder that paft merge wrote"
+        ) from error
+    except ValueError as error:
+        raise AuditError.of("MANIFEST", path, f"is not JSON: {error}", "merge again") from error
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("tensors"), dict)
+    ):
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise AuditError.of("MANIFEST", path, f"has the format {found!r}, and this version reads {FORMAT!r}")
+    return manifest
+
+
+__all__ = ["ManifestCheck", "is_merged", "verify"]

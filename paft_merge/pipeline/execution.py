@@ -1,0 +1,323 @@
+"""Doing the steps: stage by stage, each step noted when it begins and when it is finished."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from paft_merge.errors import AuditError, PaftMergeError, Problem
+from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
+from paft_merge.pipeline.state import State
+from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train, labels
+from paft_merge.training.run_folder import DONE_FILE, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a run tells on its way."""
+
+    step: str
+    what: Literal["start", "progress", "done", "failed"]
+    text: str = ""
+
+
+Tell = Callable[[Event], None]
+
+
+@dataclass
+class Doing:
+    """A run on its way."""
+
+    recipe: RunRecipe
+    folder: Path
+    state: State
+    tell: Tell
+
+    def stage(self, stage: Stage, steps: Sequence[Step]) -> None:
+        """Do the steps of a stage that have to be done.
+
+        Raises:
+            PaftMergeError: the first that fails, with what is finished and how to go on.
+        """
+        do = {
+            "train": self._train,
+            "audit": self._audit,
+            "merge": self._merge,
+            "evaluate": self._evaluate,
+            "push": self._push,
+        }
+        with logged(self.folder / "logs" / f"{stage}.log"):
+            try:
+                do[stage](steps)
+            except PaftMergeError as error:
+                finished = [
+                    s
+                    for s in STAGES
+                    if any(r["stage"] == s and r["state"] == "done" for r in self.state.steps.values())
+                ]
+                what = f"stage {stage} stopped; finished steps ({', '.join(finished) or 'none yet'}) are kept in {self.folder}"
+                fix = "mend it, then give the same command again: it goes on from there"
+                raise type(error)([*error.problems, Problem("RUN", "", what, fix)], error.warnings) from error
+
+    @contextmanager
+    def _doing(self, step: Step, *, aloud: bool = True) -> Iterator[dict[str, Any]]:
+        """Note a step's beginning and end; what the block puts into the mapping is its result."""
+        result: dict[str, Any] = {}
+        self.state.start(step)
+        self.tell(Event(step.name, "start"))
+        began = time.monotonic()
+        try:
+            yield result
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.state.failed(step, error)
+                self.tell(Event(step.name, "failed", str(error).split("\n")[0]))
+            raise
+        self._finish(step, result, time.monotonic() - began, aloud=aloud)
+
+    def _finish(self, step: Step, result: Mapping[str, Any], seconds: float, *, aloud: bool = True) -> None:
+        self.state.done(step, result)
+        log.info("%s: done in %.1f s %s", step.name, seconds, dict(result))
+        if aloud:
+            self.tell(Event(step.name, "done", f"{seconds:.1f} s"))
+
+    # --- train ------------------------------------------------------------------------------------------------------
+
+    def _train(self, steps: Sequence[Step]) -> None:
+        """Adapters of one base and place together, so that the base is loaded once; models they need before them."""
+        waiting = list(steps)
+        while waiting:
+            step = waiting[0]
+            if isinstance(step.job, Train):
+                mine = [s for s in waiting if isinstance(s.job, Train) and s.job.folder == step.job.folder]
+                self._adapters(mine)
+            else:
+                mine = [step]
+                self._merge(mine)
+            waiting = [s for s in waiting if s not in mine]
+
+    def _adapters(self, steps: Sequence[Step]) -> None:
+        from paft_merge.training.launch import train
+
+        jobs = {step.job.adapter: step for step in steps if isinstance(step.job, Train)}
+        first = next(iter(jobs.values())).job
+        assert isinstance(first, Train)
+        sections = {name: step.job.section for name, step in jobs.items() if isinstance(step.job, Train)}
+        for step in steps:
+            self.state.start(step)
+        seen, last = set[str](), [0.0]
+
+        def finish() -> None:
+            for step in steps:
+                record = self.state.steps[step.name]
+                if record["state"] == "started" and self._trained(step):
+                    self._finish(step, _facts(step), time.time() - float(record["began"]))
+
+        def progress(now: Any) -> None:
+            step = jobs[now.name]
+            if now.name not in seen:
+                finish()  # an adapter begins when the one before it is written
+                seen.add(now.name)
+                self.state.steps[step.name]["began"] = time.time()
+                self.tell(Event(step.name, "start"))
+            if now.logs:
+                log.info("%s: step %d: %s", step.name, now.step, dict(now.logs))
+            if time.monotonic() - last[0] > 1.0 or now.step == now.steps:
+                last[0] = time.monotonic()
+                self.tell(Event(step.name, "progress", f"step {now.step}/{now.steps}"))
+
+        try:
+            train({"base_model": first.base, "adapters": sections}, first.folder, resume=True, progress=progress)
+        except Exception as error:
+            step = next((step for step in steps if not self._trained(step)), steps[-1])
+            self.state.failed(step, error)
+            self.tell(Event(step.name, "failed", str(error).split("\n")[0]))
+            raise
+        finally:
+            finish()
+
+    @staticmethod
+    def _trained(step: Step) -> bool:
+        return step.out is not None and (step.out / DONE_FILE).is_file()
+
+    # --- audit ------------------------------------------------------------------------------------------------------
+
+    def _audit(self, steps: Sequence[Step]) -> None:
+        from paft_merge.auditing import audit
+
+        spec = self.recipe.audit
+        assert spec is not None
+        for step in steps:
+            job, out = step.job, step.out
+            assert isinstance(job, Audit)
+            assert out is not None
+            with self._doing(step) as result:
+                done = audit(
+                    *job.sources,
+                    base=job.base,
+                    preview=None,
+                    epsilon=spec.epsilon,
+                    require=spec.require,
+                    fetch_base=True,
+                )
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "audit.json").write_text(done.dumps() + "\n", encoding="utf-8")
+                if spec.html:
+                    (out / "audit.html").write_text(done.to_html(), encoding="utf-8")
+                result |= {s.label: {"sparsity": s.total.measure.sparsity(spec.epsilon)} for s in done.sources}
+                failed = done.check(*spec.require)
+                if failed:
+                    raise AuditError(failed)
+
+    # --- merge ------------------------------------------------------------------------------------------------------
+
+    def _merge(self, steps: Sequence[Step]) -> None:
+        from paft_merge.engine.api import merge
+
+        def keep(step: Step, names: Mapping[str, str], told: list[str], problems: Sequence[Problem]) -> None:
+            # The arms of a comparison warn into run.json and the log alone.
+            own = step.name.rpartition("/")[2] == "merged"
+            for problem in problems:
+                text = _renamed(str(problem), names)
+                log.log(logging.WARNING if own else logging.INFO, "%s: %s", step.name, text)
+                told.append(text)
+
+        for step in steps:
+            job, out = step.job, step.out
+            assert isinstance(job, Merge)
+            assert out is not None
+            with self._doing(step) as result:
+                told = result.setdefault("warnings", [])
+                merge(job.recipe, out, resume=True, overwrite=True, warn=partial(keep, step, labels(job.recipe), told))
+
+    # --- evaluate ---------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, steps: Sequence[Step]) -> None:
+        """Metrics of one arm together, so that its model is loaded once."""
+        spec = self.recipe.evaluate
+        assert spec is not None
+        waiting = list(steps)
+        while waiting:
+            first = waiting[0].job
+            assert isinstance(first, Evaluate)
+            mine = [s for s in waiting if isinstance(s.job, Evaluate) and s.job.arm == first.arm]
+            waiting = [s for s in waiting if s not in mine]
+            self._arm(mine)
+
+    def _arm(self, steps: Sequence[Step]) -> None:
+        from paft_merge.evaluating import HARNESS
+        from paft_merge.evaluating.light import measure
+        from paft_merge.evaluating.loading import load_subject
+
+        spec, subject, told, began = self.recipe.evaluate, None, list[str](), time.monotonic()
+        assert spec is not None
+        for step in steps:
+            job, out = step.job, step.out
+            assert isinstance(job, Evaluate)
+            assert out is not None
+            with self._doing(step, aloud=False) as result:
+                if job.metric == SPARSITY:
+                    scores = {SPARSITY: {"value": self._sparsity(job), "stderr": None}}
+                else:
+                    subject = subject or load_subject(job.arm.parts, spec)
+                    if job.metric == HARNESS:
+                        from paft_merge.evaluating.harness import run_tasks
+
+                        found = run_tasks(subject, spec, self.recipe.folder)
+                    else:
+                        of = spec.metrics[job.metric]
+                        found = {job.metric: measure(subject, of, self.recipe.folder, spec.batch_size, spec.seed)}
+                    scores = {name: score.to_json() for name, score in found.items()}
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(out, scores)
+                result |= {name: {"value": s["value"], "stderr": s["stderr"]} for name, s in scores.items()}
+            told += [f"{name} {score['value']:.3f}" for name, score in scores.items() if score["value"] is not None]
+        seconds = time.monotonic() - began
+        self.tell(Event(steps[0].name.rpartition("/")[0], "done", f"{', '.join(told)} ({seconds:.1f} s)"))
+
+    def _sparsity(self, job: Evaluate) -> float | None:
+        """Share of the entries that the arm leaves within epsilon of the base's; None when nothing was changed."""
+        from paft_merge.auditing import audit
+
+        epsilon = self.recipe.audit.epsilon if self.recipe.audit else 1e-5
+        base, *adapters = job.arm.parts
+        # An adapter on the base is named by itself: a path may hold a plus.
+        source = adapters[0] if base == self.recipe.base and len(adapters) == 1 else "+".join(job.arm.parts)
+        try:
+            done = audit(source, base=self.recipe.base, preview=None, epsilon=epsilon)
+        except AuditError as error:
+            if all(problem.code == "EMPTY" for problem in error.problems):
+                return None
+            raise
+        value = done.sources[0].total.measure.sparsity(epsilon)
+        return None if math.isnan(value) else value
+
+    # --- push -------------------------------------------------------------------------------------------------------
+
+    def _push(self, steps: Sequence[Step]) -> None:
+        from paft_merge import hub  # here, so that a run without a push needs nothing of it
+
+        spec = self.recipe.push
+        assert spec is not None
+        for step in steps:
+            assert isinstance(step.job, Push)
+            with self._doing(step) as result:
+                settings = spec.model_dump(exclude={"repo_id"})
+                result["url"] = hub.push(step.job.folder, spec.repo_id, **settings)
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    """A message with its sources as the recipe calls them."""
+    for long in sorted(names, key=len, reverse=True):
+        text = text.replace(long, names[long])
+    return text
+
+
+def _facts(step: Step) -> dict[str, Any]:
+    """What is worth keeping of a finished adapter's record."""
+    assert step.out is not None
+    record = json.loads((step.out / DONE_FILE).read_text(encoding="utf-8"))
+    delta, run = record["delta"], record["run"]
+    return {
+        "steps": run["steps"], "train_loss": run["train_loss"], "norm": delta["norm"],
+        "below_epsilon": delta["below_epsilon"],
+    }  # fmt: skip
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Write what the library and those below it log into a file, besides where it goes anyway."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours = logging.getLogger("paft_merge")
+    level = ours.level
+    handlers = [ours, *(logging.getLogger(name) for name in ("transformers", "trl", "peft", "datasets"))]
+    shown = logging.getLogger().getEffectiveLevel()
+    for one in handlers:
+        one.addHandler(handler)
+    if not ours.isEnabledFor(logging.INFO):
+        ours.setLevel(logging.INFO)
+    # The file gets what -v would show; the terminal keeps its own level.
+    held = [(h, h.level) for h in logging.getLogger().handlers]
+    for root_handler, _ in held:
+        root_handler.setLevel(max(root_handler.level, shown))
+    try:
+        yield
+    finally:
+        for root_handler, before in held:
+            root_handler.setLevel(before)
+        ours.setLevel(level)
+        for one in handlers:
+            one.removeHandler(handler)
+        handler.close()

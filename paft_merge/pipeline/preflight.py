@@ -1,0 +1,225 @@
+"""Everything about a run that can be known before its first minute is spent: files, columns, fields, packages, names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError
+from paft_merge.evaluating import HARNESS, check_evaluate
+from paft_merge.hub import is_repository
+from paft_merge.pipeline.arms import check_compare, merges_of, trained_for
+from paft_merge.pipeline.schema import RunRecipe
+from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
+from paft_merge.recipe import load_recipe
+from paft_merge.recipe.yaml_source import Located, Steps, did_you_mean
+
+
+def check_run(recipe: RunRecipe) -> None:
+    """Check what a recipe says, without its data: comparisons, merges, the audit's gate, evaluations, the push.
+
+    Raises:
+        RecipeError: everything that is wrong, each with where it stands.
+    """
+    problems = Problems()
+    check_compare(recipe, problems)
+    _check_base(recipe, problems)
+    if not problems.found:
+        _check_merges(recipe, problems)
+    _check_audit(recipe, problems)
+    if recipe.evaluate is not None:
+        with _at(recipe, ("evaluate",), problems):
+            check_evaluate(recipe.evaluate, recipe.folder)
+    _check_push(recipe, problems)
+    problems.raise_as(RecipeError)
+
+
+@contextmanager
+def _at(recipe: RunRecipe, steps: tuple[str | int, ...], problems: Problems) -> Iterator[None]:
+    """Note a block's errors with the section they belong to."""
+    where = recipe.where(*steps)
+    try:
+        yield
+    except PaftMergeError as error:
+        problems.found += [replace(p, where=f"{where}: {p.where}" if p.where else where) for p in error.problems]
+
+
+def _check_base(recipe: RunRecipe, problems: Problems) -> None:
+    base = Path(recipe.base)
+    where = recipe.where("base_model")
+    if base.is_dir():
+        if not (base / "config.json").is_file():
+            problems.add("BASE", where, f"{recipe.base} has no config.json", "name a model folder")
+    elif not is_repository(recipe.base):
+        problems.add(
+            "BASE", where, f"{recipe.base} is no folder here, and no name of a Hub repository", "check the path"
+        )
+
+
+def _check_merges(recipe: RunRecipe, problems: Problems) -> None:
+    if recipe.merge is not None:
+        check_merge(recipe, recipe.merge.data, ("merge",), problems)
+    for _, data, steps in merges_of(recipe):
+        check_merge(recipe, data, steps, problems)
+
+
+def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | int, ...], problems: Problems) -> None:
+    paths = {name: Path("adapters") / name for name in recipe.adapters}
+    resolved = resolved_merge(data, paths, recipe)
+    # The lines of a whole recipe are its own; of a method's bare name (or of one by default), that of the name.
+    whole = isinstance(_value_at(recipe.located.data, steps), dict)
+    lines: Mapping[Steps, int] = recipe.located.lines if whole else {(): recipe.located.line(steps) or 1}
+    located = Located(resolved, recipe.located.file, prefix=steps, lines=lines)
+    with problems.catching():
+        load_recipe(located, strict=True)
+    for place in references(resolved):
+        if Path(place).exists() or place == recipe.base or place in map(str, paths.values()):
+            continue
+        if "/" in place and is_repository(place):
+            continue
+        fix = (
+            did_you_mean(place, paths)
+            or f"adapters are {', '.join(paths) or 'none'}; a model is a folder or OWNER/NAME"
+        )
+        problems.add("MODEL", _spot_of(recipe, data, steps, place), f"{place!r} is no adapter and no folder here", fix)
+
+
+def _value_at(data: Any, steps: Steps) -> Any:
+    """What stands there; None where nothing does."""
+    for step in steps:
+        inside = (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int))
+        data = data[step] if inside else None
+    return data
+
+
+def _spot_of(recipe: RunRecipe, data: Any, steps: tuple[str | int, ...], wanted: str) -> str:
+    """Where a merge recipe names a model."""
+
+    def find(value: Any, way: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
+        if isinstance(value, Mapping | list):
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            return next((found for key, inner in pairs if (found := find(inner, (*way, key)))), None)
+        return way if value == wanted and is_reference(way) else None
+
+    return recipe.where(*(find(data, steps) or steps))
+
+
+def _check_audit(recipe: RunRecipe, problems: Problems) -> None:
+    if recipe.audit is None:
+        return
+    from paft_merge.auditing.report.gate import METRICS, Requirement
+
+    names = [variant.name for variant in trained_for(recipe)]
+    for at, text in enumerate(recipe.audit.require):
+        with _at(recipe, ("audit", "require", at), problems):
+            wanted = Requirement.parse(text)
+            if METRICS[wanted.metric].of == "preview":
+                fix = "use paft audit on the finished run for it"
+                raise RunError.of(
+                    "GATE", text, f"{wanted.metric} needs a preview of a merge, which a run's audit has not", fix
+                )
+            source = wanted.scope.get("source", "*")
+            if not any(fnmatchcase(name, source) for name in names):
+                fix = did_you_mean(source, names) or f"adapters are {', '.join(names)}"
+                raise RunError.of("GATE", text, f"no adapter is called {source!r}", fix)
+
+
+def _check_push(recipe: RunRecipe, problems: Problems) -> None:
+    if recipe.push is None:
+        return
+    where = recipe.where("push")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        problems.add("PUSH", where, "HF_HUB_OFFLINE is set, so nothing can be pushed", "unset it, or remove push:")
+
+
+# --- what training reads ----------------------------------------------------------------------------------------------
+
+
+def check_training(recipe: RunRecipe, steps: Sequence[Step]) -> None:
+    """Check what the adapters that will be trained need, as `check_adapters`."""
+    check_adapters(recipe, [step.job.adapter.removesuffix("-dense") for step in steps if isinstance(step.job, Train)])
+
+
+def check_adapters(recipe: RunRecipe, names: Iterable[str]) -> None:
+    """Check what training adapters needs: packages, TRL's and PEFT's fields, targets, data sets.
+
+    Raises:
+        RecipeError: everything that is wrong, by adapter.
+    """
+    problems = Problems()
+    for name in dict.fromkeys(names):
+        with _at(recipe, ("adapters", name), problems):
+            _check_adapter(recipe, name)
+    problems.raise_as(RecipeError)
+
+
+def check_task_data(recipe: RunRecipe, steps: Sequence[Step]) -> None:
+    """Load the data of lm-eval's tasks where it is needed after something is trained.
+
+    Raises:
+        RecipeError: it cannot be had.
+    """
+    asked = any(isinstance(step.job, Evaluate) and step.job.metric == HARNESS for step in steps)
+    if recipe.evaluate is None or not asked or not any(isinstance(step.job, Train) for step in steps):
+        return
+    from paft_merge.evaluating.harness import check_data
+
+    problems = Problems()
+    with _at(recipe, ("evaluate",), problems):
+        check_data(recipe.evaluate, recipe.folder)
+    problems.raise_as(RecipeError)
+
+
+def _check_adapter(recipe: RunRecipe, name: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for package in ("trl", "datasets") if find_spec(package) is None]
+    if missing:
+        fix = "pip install 'paft-merge[train]'"
+        raise RunError.of("MISSING", "train", f"{' and '.join(missing)} not installed", fix)
+    from paft_merge.training import data
+    from paft_merge.training.arguments import lora_config, training_arguments
+    from paft_merge.training.base_model import load_tokenizer
+    from paft_merge.training.rewards import imported
+
+    spec, problems = recipe.adapters[name], Problems()
+    with problems.catching():
+        training_arguments(spec, Path("checkpoints"), name)
+    with problems.catching():
+        lora_config(spec)
+        _check_targets(recipe, name)
+    for reward in spec.reward:
+        if reward.function:
+            with problems.catching():
+                imported(reward.function)
+    with problems.catching():
+        tokenizer = load_tokenizer(recipe.base, spec, recipe.folder)
+        for key, sources in (("data", spec.data), ("eval_data", spec.eval_data or [])):
+            if sources:
+                with problems.catching():
+                    data.check_rows(data.load_rows(sources, recipe.folder), spec, tokenizer, key)
+    problems.raise_as(RunError)
+
+
+def _check_targets(recipe: RunRecipe, name: str) -> None:
+    """Hold the modules that an adapter names against the base's, of which only the shapes are made."""
+    spec = recipe.adapters[name]
+    if isinstance(spec.lora.target_modules, str) or not Path(recipe.base).is_dir():
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from paft_merge.training.arguments import check_targets
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.base))
+    except (OSError, ValueError, KeyError) as error:
+        what = f"cannot be read: {str(error).strip().splitlines()[0]}"
+        raise RunError.of("BASE", recipe.base, what, "name a causal language model") from error
+    check_targets(spec, model)

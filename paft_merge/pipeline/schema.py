@@ -1,0 +1,259 @@
+"""A recipe of a run as frozen models: `adapters:`, `merge:`, `audit:`, `evaluate:`, `compare:`, `push:`, `seeds:`, `tune:`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from paft_merge.errors import Problems, RecipeError
+from paft_merge.evaluating.schema import EvaluateSpec, Known, Section, read_evaluate, read_section
+from paft_merge.pipeline.overrides import overridden
+from paft_merge.recipe.yaml_source import Located, did_you_mean, load_yaml, show
+from paft_merge.training.schema import AdapterSpec, read_adapters
+
+Stage = Literal["train", "audit", "merge", "evaluate", "push"]
+STAGES: tuple[Stage, ...] = ("train", "audit", "merge", "evaluate", "push")
+
+Arms = Literal["base", "individual", "sequential", "parallel"]
+
+PAPER_METHODS = ("slerp", "ties", "dare_ties", "task_arithmetic", "linear")
+"""The five methods of PAFT's tables."""
+OUR_METHODS = ("l1_ties", "sign_election")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | Mapping) else value
+
+
+class AuditSpec(Section):
+    """The section `audit:`."""
+
+    epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """An entry is sparse when |delta| is below this."""
+    require: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    """What must hold before anything is merged, as `paft audit --require` takes it."""
+    html: bool = True
+    """Write the report with pictures too."""
+
+
+class CompareSpec(Section):
+    """The section `compare:`: further arms, trained, merged and measured like the recipe's own."""
+
+    arms: Annotated[list[Arms], BeforeValidator(_as_list)] = Field(default_factory=lambda: list[Arms](get_args(Arms)))
+    """`base`; `individual`: every adapter alone; `sequential`: the preference adapter trained on the merged skill model;
+    `parallel`: both trained from the base, then merged by each of `methods`."""
+    skill: str | None = None
+    """The adapter that is trained first in `sequential`; the first one with objective sft or ift by default."""
+    preference: str | None = None
+    """The adapter that is trained upon it; the first one with another objective by default."""
+    sft: Annotated[list[Literal["dense", "l1"]], BeforeValidator(_as_list)] | None = None
+    """Which skill adapters: as the recipe makes it sparse (`l1`), and its twin without (`dense`); all there are by default."""
+    methods: Annotated[list[str | dict[str, Any]], BeforeValidator(_as_list)] = Field(
+        default_factory=lambda: list[str | dict[str, Any]]((*PAPER_METHODS, *OUR_METHODS))
+    )
+    """Names of methods, or whole merge recipes (`models` may be left out; `name` is what the table calls it)."""
+
+    @field_validator("methods")
+    @classmethod
+    def _named(cls, given: list[Any]) -> list[Any]:
+        for one in given:
+            if isinstance(one, dict) and "merge_method" not in one:
+                raise ValueError("a merge recipe needs merge_method")
+        return given
+
+
+class PushSpec(Section):
+    """The section `push:`."""
+
+    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    private: bool = True
+    branch: str | None = None
+    create_pr: bool = False
+    message: str | None = None
+    tags: list[str] = Field(default_factory=list)
+
+
+class TuneSpec(Section):
+    """The section `tune:`: what `paft tune` searches, and what it maximises."""
+
+    metric: str
+    """An evaluation of `evaluate:`; or several, added: `skill + 0.1 * happy`."""
+    space: Annotated[dict[str, list[Any]], Field(min_length=1)]
+    """Ways into `merge:` to `[low, high]` (two numbers), `[low, high, log]`, or a list of choices:
+    `parameters.trim.l1_mass: [0.5, 1.0]`, `models[0].parameters.weight: [0.2, 1.5]`."""
+    trials: Annotated[int, Field(ge=1)] = 40
+    seed: int = 0
+    startup_trials: Annotated[int, Field(ge=1)] = 10
+    """Random trials before the sampler (TPE) models what it has seen."""
+
+
+_SECTIONS: Mapping[str, type[Section]] = {
+    "audit": AuditSpec,
+    "compare": CompareSpec,
+    "push": PushSpec,
+    "tune": TuneSpec,
+}
+KEYS = ("base_model", "adapters", "merge", "audit", "evaluate", "compare", "push", "seeds", "tune")
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """A recipe of a run, read; made by `load_run`."""
+
+    located: Located
+    file: Path
+    base: str
+    """As `from_pretrained` takes it: a folder beside the recipe as an absolute path, or the name as written."""
+    adapters: Mapping[str, AdapterSpec]
+    merge: Located | None
+    """mergekit's language; a name of `adapters` means the base with that adapter."""
+    audit: AuditSpec | None
+    evaluate: EvaluateSpec | None
+    compare: CompareSpec | None
+    push: PushSpec | None
+    tune: TuneSpec | None
+    seeds: tuple[int | None, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start."""
+        return self.file.parent
+
+    def where(self, *steps: str | int) -> str:
+        """Where a key stands, for a message."""
+        return str(self.located.spot(steps))
+
+
+def load_run(recipe: Path | str, overrides: Sequence[str] = ()) -> RunRecipe:
+    """Read a run's recipe: shapes, types and names; `checks.check_run` looks at what it names.
+
+    Args:
+        recipe: the file.
+        overrides: `key=value` with a dotted key, each applied to the data before it is read.
+
+    Raises:
+        RecipeError: everything that is wrong with it, each with its line.
+    """
+    loaded, problems = read_run(recipe, overrides)
+    problems.raise_as(RecipeError)
+    assert loaded is not None
+    return loaded
+
+
+def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunRecipe | None, Problems]:
+    """What of a run's recipe can be read, and what is wrong with it; sections that cannot be read are left out.
+
+    Returns:
+        The recipe, so that the rest of it can be checked too; None where base, adapters or merge are at fault.
+
+    Raises:
+        RecipeError: it is no YAML mapping, or an override leads nowhere.
+    """
+    file, problems = Path(recipe), Problems()
+    located = load_yaml(file)
+    if not isinstance(located.data, dict):
+        what = "the recipe is empty" if located.data is None else f"a recipe is a mapping, got {show(located.data)}"
+        raise RecipeError.of("RECIPE", located.spot(), what, "begin with base_model: ...")
+    located = overridden(located, overrides)
+    # `compare: false`, or --set compare=false, leaves a section out.
+    data: dict[str, Any] = {key: value for key, value in located.data.items() if value is not False}
+    located = replace(located, data=data)
+    for key in data:
+        if key not in KEYS:
+            fix = did_you_mean(key, KEYS) or f"known: {', '.join(KEYS)}"
+            problems.add("KEY", located.spot((key,)), "unknown key", fix)
+    base = data.get("base_model")
+    if not isinstance(base, str) or not base:
+        problems.add(
+            "BASE", located.spot(("base_model",)), "no base_model", "name the model that everything starts from"
+        )
+    adapters: dict[str, AdapterSpec] = {}
+    merge = located.sub("merge") if "merge" in data else None
+    if merge is not None and not isinstance(merge.data, dict):
+        problems.add(
+            "RECIPE", merge.spot(), f"a merge recipe is a mapping, got {show(merge.data)}", "begin with merge_method"
+        )
+    if "adapters" in data:
+        with problems.catching():
+            adapters = read_adapters(data, lambda path: str(located.spot(path)))
+            _check_names(adapters, located, problems)
+    sound = not problems.found
+    found: dict[str, Any] = dict.fromkeys(_SECTIONS)
+    for key, model in _SECTIONS.items():
+        if key in data:
+            with problems.catching():
+                found[key] = read_section(model, located.sub(key), _known(model))
+    evaluate = None
+    if "evaluate" in data:
+        with problems.catching():
+            evaluate = read_evaluate(located.sub("evaluate"))
+    seeds = _seeds(data.get("seeds"), located, problems)
+    if not problems.found:
+        _check_together(data, adapters, evaluate, found["tune"], located, problems)
+    if not sound:
+        return None, problems
+    read = RunRecipe(
+        located, file, _base(str(base), file.parent), adapters, merge, evaluate=evaluate, seeds=seeds, **found
+    )
+    return read, problems
+
+
+def _known(model: type[Section]) -> Known:
+    return lambda way: model.model_fields
+
+
+def _base(name: str, folder: Path) -> str:
+    """The base as everything after takes it."""
+    beside = folder / name
+    return (
+        str((beside if beside.is_dir() else Path(name)).resolve()) if beside.is_dir() or Path(name).is_dir() else name
+    )
+
+
+def _check_names(adapters: Mapping[str, AdapterSpec], located: Located, problems: Problems) -> None:
+    for name in adapters:
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+            fix = "letters, digits, '-', '_' and '.'"
+            problems.add("ADAPTERS", located.spot(("adapters", name)), "no name for a folder", fix)
+        elif name.endswith("-dense") or name.startswith("after-") or name == "base":
+            fix = "choose another name"
+            problems.add("ADAPTERS", located.spot(("adapters", name)), "a name that comparisons use themselves", fix)
+
+
+def _seeds(given: Any, located: Located, problems: Problems) -> tuple[int | None, ...]:
+    if given is None:
+        return (None,)
+    good = isinstance(given, list) and given and all(type(seed) is int and seed >= 0 for seed in given)
+    if not good or len(set(given)) < len(given):
+        problems.add(
+            "VALUE", located.spot(("seeds",)), f"must be different whole numbers, got {show(given)}", "e.g. [0, 1, 2]"
+        )
+        return (None,)
+    return tuple(given)
+
+
+def _check_together(
+    data: Mapping[str, Any], adapters: Mapping[str, AdapterSpec], evaluate: EvaluateSpec | None, tune: TuneSpec | None,
+    located: Located, problems: Problems,
+) -> None:  # fmt: skip
+    """What sections ask of each other."""
+
+    def need(key: str, other: str, why: str) -> None:
+        if key in data and other not in data:
+            problems.add("SECTION", located.spot((key,)), f"{key} needs {other}, {why}", f"add {other}:")
+
+    need("push", "merge", "which makes the model that is pushed")
+    need("audit", "adapters", "which it audits")
+    need("compare", "adapters", "which it compares")
+    need("compare", "evaluate", "which makes the columns of the table")
+    need("tune", "merge", "whose parameters it searches")
+    need("tune", "evaluate", "whose metric it maximises")
+    if not data.keys() & {"adapters", "merge", "evaluate"}:
+        problems.add("SECTION", located.spot(), "nothing to do", "add adapters:, merge: or evaluate:")
+    if evaluate is not None and not evaluate.metrics and not evaluate.needs_lm_eval:
+        fix = "add metrics:, suite: or tasks:"
+        problems.add("SECTION", located.spot(("evaluate",)), "names no evaluation", fix)

@@ -1,0 +1,310 @@
+"""The search for a merge's parameters: Optuna proposes, the streaming engine merges into a scratch folder, an evaluation judges.
+
+The adapters are trained once, as `paft run` would; a trial is a merge and an evaluation. The storage file (`tune.db`) makes
+the search resumable: a search that is started again in the same folder goes on with the trials it has.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paft_merge.errors import Problems, RecipeError, RunError
+from paft_merge.evaluating.schema import LOWER_IS_BETTER
+from paft_merge.pipeline import plan, run
+from paft_merge.pipeline.fingerprints import key_of
+from paft_merge.pipeline.overrides import put, way
+from paft_merge.pipeline.preflight import check_merge
+from paft_merge.pipeline.schema import RunRecipe, TuneSpec, load_run
+from paft_merge.pipeline.state import locked
+from paft_merge.pipeline.steps import resolved_merge
+from paft_merge.recipe.yaml_source import did_you_mean, dotted, dump_yaml
+
+if TYPE_CHECKING:
+    import optuna
+
+log = logging.getLogger(__name__)
+
+STORAGE, BEST, PLOT, TRIALS = "tune.db", "best.yaml", "tune.png", "trials.csv"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One merge that was tried."""
+
+    number: int
+    value: float
+    parameters: Mapping[str, Any]
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gave."""
+
+    best: Trial
+    trials: tuple[Trial, ...]
+    recipe: Path
+    """The winning recipe."""
+
+
+def tune(
+    recipe: Path | str,
+    folder: Path | str,
+    *,
+    overrides: tuple[str, ...] = (),
+    trials: int | None = None,
+    progress: Callable[[Trial, int, int], None] = lambda trial, done, total: None,
+) -> Found:
+    """Search the space of a recipe's `tune:` for the merge with the highest metric.
+
+    Args:
+        recipe: A run's recipe with `merge:`, `evaluate:` and `tune:`.
+        folder: A run folder; adapters that are not trained there yet are trained first.
+        overrides: `key=value`, as for `run`.
+        trials: Trials in all, those of earlier searches in this folder counted; `tune: {trials: ...}` by default.
+        progress: Called after each trial with the trial, and how many there are now, of how many.
+
+    Returns:
+        The best trial, all trials, and the file of the winning recipe. `tune.png` and `trials.csv` lie beside it.
+
+    Raises:
+        RecipeError: TUNE, with all that is wrong with the section. RunError: MISSING, optuna is not installed; TUNE,
+            the folder holds a search of something else.
+    """
+    if find_spec("optuna") is None:
+        raise RunError.of("MISSING", "tune", "optuna not installed", "pip install 'paft-merge[tune]'")
+    alone = (*overrides, "compare=false", "push=false")
+    loaded, out = load_run(recipe, alone), Path(folder)
+    spec = _checked(loaded)
+    if loaded.adapters:
+        run(recipe, folder, overrides=alone, only="train")
+    planner = plan(recipe, folder, overrides=alone).planner
+    seed = loaded.seeds[0]
+    paths = {name: planner.place(seed) / "adapters" / name for name in loaded.adapters}
+    # What a trial's value depends on besides its parameters: another search has another name in the storage.
+    trained = sorted(step.key for step in planner.steps.values() if step.stage == "train")
+    judged = sorted(s.key for s in planner.steps.values() if s.stage == "evaluate" and "/merged/" in s.name)
+    name = key_of(metric=spec.metric, space=spec.space, trained=trained, judged=judged, seed=spec.seed)
+    with locked(out):
+        study = _study(out, name, spec)
+        total = trials or spec.trials
+        while len(_finished(study)) < total:
+            trial = study.ask()
+            value, scores, chosen = _try(loaded, spec, trial, paths, out / "scratch")
+            trial.set_user_attr("scores", scores)
+            trial.set_user_attr("parameters", chosen)
+            study.tell(trial, value)
+            progress(Trial(trial.number, value, chosen, scores), len(_finished(study)), total)
+        found = _finished(study)
+        best = max(found, key=lambda trial: (trial.value, -trial.number))
+        _write(loaded, best, found, spec, out)
+    return Found(best, tuple(found), out / BEST)
+
+
+def _checked(recipe: RunRecipe) -> TuneSpec:
+    """The section `tune:`, held against the recipe; RecipeError with everything that is wrong."""
+    problems = Problems()
+    if recipe.tune is None or recipe.merge is None or recipe.evaluate is None:
+        fix = "add tune: {metric: ..., space: {...}}"
+        raise RecipeError.of("TUNE", recipe.where(), "has no section tune", fix)
+    known = [*recipe.evaluate.metrics]
+    for name, weight in _terms(recipe.tune.metric).items():
+        if weight < 0 and _less_is_better(recipe, name):
+            what = f"less of {name} counts as better already, so {recipe.tune.metric!r} would seek more of it"
+            problems.add("TUNE", recipe.where("tune", "metric"), what, f"add it: + {-weight:g} * {name}")
+        if name not in known and not recipe.evaluate.needs_lm_eval:
+            fix = did_you_mean(name, known) or f"evaluations are {', '.join(known)}"
+            problems.add("TUNE", recipe.where("tune", "metric"), f"there is no evaluation {name!r}", fix)
+    for key, choices in recipe.tune.space.items():
+        where = recipe.where("tune", "space", key)
+        if not choices:
+            problems.add("TUNE", where, "has nothing to choose from", "write [low, high], or a list of choices")
+        elif _is_range(choices) and choices[0] >= choices[1]:
+            problems.add("TUNE", where, f"{choices[0]} is not below {choices[1]}", "write [low, high]")
+        elif _is_range(choices) and len(choices) == 3 and choices[0] <= 0:
+            problems.add("TUNE", where, "a logarithmic range starts above 0", "raise the lower end")
+        else:
+            for end in choices[:2] if _is_range(choices) else choices:
+                data = copy.deepcopy(recipe.merge.data)
+                with problems.catching():
+                    put(data, way(key), end)
+                    check_merge(recipe, data, ("merge",), problems)
+    problems.found = list(dict.fromkeys(problems.found))
+    problems.raise_as(RecipeError)
+    return recipe.tune
+
+
+def _terms(metric: str) -> dict[str, float]:
+    """`skill + 0.1 * happy` as weights by name.
+
+    Raises:
+        RecipeError: TUNE, it is no sum of evaluations.
+    """
+    terms: dict[str, float] = {}
+    for part in metric.replace("-", "+-").split("+"):
+        if not part.strip():
+            continue
+        factor, star, name = part.rpartition("*")
+        sign = 1.0
+        if not star and name.strip().startswith("-"):
+            sign, name = -1.0, name.strip()[1:]
+        try:
+            terms[name.strip()] = sign * (float(factor.replace(" ", "")) if star else 1.0)
+        except ValueError:
+            fix = "write for example skill, or skill + 0.1 * happy"
+            raise RecipeError.of("TUNE", "tune.metric", f"{metric!r} is no sum of evaluations", fix) from None
+    return terms
+
+
+def _is_range(choices: list[Any]) -> bool:
+    numbers = [isinstance(one, int | float) and not isinstance(one, bool) for one in choices]
+    return (len(choices) == 2 and all(numbers)) or (len(choices) == 3 and all(numbers[:2]) and choices[2] == "log")
+
+
+def _study(folder: Path, name: str, spec: TuneSpec) -> optuna.Study:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = f"sqlite:///{folder / STORAGE}"
+    # Each start draws anew from where it is, so that a resumed search does not repeat its first trials.
+    sampler = optuna.samplers.TPESampler(seed=spec.seed, n_startup_trials=spec.startup_trials)
+    study = optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True, sampler=sampler
+    )
+    study.sampler = optuna.samplers.TPESampler(seed=spec.seed + len(study.trials), n_startup_trials=spec.startup_trials)
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a search that was killed left it
+    return study
+
+
+def _finished(study: optuna.Study) -> list[Trial]:
+    import optuna
+
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return [
+        Trial(t.number, float(t.value or 0.0), t.user_attrs["parameters"], t.user_attrs["scores"])
+        for t in done
+        if t.value is not None
+    ]
+
+
+def _try(
+    recipe: RunRecipe, spec: TuneSpec, trial: optuna.Trial, paths: Mapping[str, Path], scratch: Path
+) -> tuple[float, dict[str, float], dict[str, Any]]:
+    """Merge with a trial's parameters and evaluate: its value, every score, and what was chosen."""
+    from paft_merge.engine.api import merge
+    from paft_merge.evaluating import evaluate
+
+    assert recipe.merge is not None
+    assert recipe.evaluate is not None
+    chosen = {key: _suggest(trial, key, choices) for key, choices in spec.space.items()}
+    data = merge_with(recipe, chosen)
+    try:
+        merge(
+            resolved_merge(data, paths, recipe, recipe.seeds[0]),
+            scratch,
+            overwrite=True,
+            write_model_card=False,
+            warn=_log,
+        )
+        found = evaluate(scratch, recipe.evaluate, folder=recipe.folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    scores = {name: score.value for name, score in found.items()}
+    missing = [name for name in _terms(spec.metric) if name not in scores]
+    if missing:
+        fix = did_you_mean(missing[0], scores) or f"evaluations are {', '.join(scores)}"
+        raise RunError.of("TUNE", recipe.where("tune", "metric"), f"there is no evaluation {missing[0]!r}", fix)
+    value = sum(weight * _upwards(recipe, name, scores[name]) for name, weight in _terms(spec.metric).items())
+    return value, scores, chosen
+
+
+def _upwards(recipe: RunRecipe, name: str, value: float) -> float:
+    """A score as more is better."""
+    return -value if _less_is_better(recipe, name) else value
+
+
+def _less_is_better(recipe: RunRecipe, name: str) -> bool:
+    known = recipe.evaluate.metrics if recipe.evaluate else {}
+    return (known[name].kind if name in known else name) in LOWER_IS_BETTER
+
+
+def _log(problems: Any) -> None:
+    for problem in problems:
+        log.info("%s", problem)
+
+
+def _suggest(trial: optuna.Trial, key: str, choices: list[Any]) -> Any:
+    if not _is_range(choices):
+        return trial.suggest_categorical(key, choices)
+    low, high = choices[:2]
+    if isinstance(low, int) and isinstance(high, int) and len(choices) == 2:
+        return trial.suggest_int(key, low, high)
+    return trial.suggest_float(key, float(low), float(high), log=len(choices) == 3)
+
+
+def merge_with(recipe: RunRecipe, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `merge:` with values put at ways into it."""
+    assert recipe.merge is not None
+    data: dict[str, Any] = copy.deepcopy(recipe.merge.data)
+    for key, value in chosen.items():
+        put(data, way(key), value)
+    return data
+
+
+def _write(recipe: RunRecipe, best: Trial, trials: list[Trial], spec: TuneSpec, folder: Path) -> None:
+    """Write the winning recipe (the whole run's, with the winner as its merge), every trial, and the plot."""
+    data = {key: value for key, value in load_run(recipe.file).located.data.items() if key != "tune"}
+    data["merge"] = merge_with(recipe, best.parameters)
+    head = (
+        f"# {spec.metric} = {best.value:.4f}: trial {best.number} of {len(trials)}; found by paft tune.\n"
+        f"# Copy it beside {recipe.file.name}, where its relative paths start; its adapters are then not trained again.\n"
+    )
+    (folder / BEST).write_text(head + dump_yaml(data), encoding="utf-8")
+    keys, names = list(spec.space), list(best.scores)
+    lines = [",".join(["trial", "value", *keys, *names])]
+    for trial in trials:
+        cells = [trial.number, trial.value, *(trial.parameters[k] for k in keys), *(trial.scores[n] for n in names)]
+        lines.append(",".join(json.dumps(cell) for cell in cells))
+    (folder / TRIALS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plot(trials, spec, folder / PLOT)
+
+
+def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
+    """Draw the search as a PNG: the value over the trials, and over every parameter; skipped without matplotlib."""
+    if find_spec("matplotlib") is None:
+        log.warning("no %s: matplotlib is not installed (pip install 'paft-merge[plots]')", path.name)
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
+
+    keys = list(spec.space)
+    figure = Figure(figsize=(3.2 * (len(keys) + 1), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(keys) + 1, sharey=True, squeeze=False)[0]
+    numbers, values = [t.number for t in trials], [t.value for t in trials]
+    best = [max(values[: at + 1]) for at in range(len(values))]
+    panels[0].scatter(numbers, values, s=14, color="#4477aa")
+    panels[0].step(numbers, best, where="post", color="#cc3311", linewidth=1)
+    panels[0].set(xlabel="trial", ylabel=spec.metric)
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for panel, key in zip(panels[1:], keys, strict=True):
+        choices = [t.parameters[key] for t in trials]
+        plain = _is_range(spec.space[key])
+        panel.scatter(choices if plain else [str(c) for c in choices], values, s=14, c=numbers, cmap="viridis")
+        panel.set(xlabel=dotted(way(key)))
+        if plain and len(spec.space[key]) == 3:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            panel.xaxis.set_minor_locator(NullLocator())
+    figure.savefig(path, dpi=120)

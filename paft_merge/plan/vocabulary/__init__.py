@@ -1,0 +1,404 @@
+"""The vocabulary of the output: its tokenizer, and every row of every embedding that belongs to it.
+
+| room | what it is |
+|---|---|
+| tokenizers | tokenizers loaded, cut, joined and saved |
+| alignment | from which row of which model each row comes |
+| tensors | which tensors have one row per token |
+| templates | the chat template |
+
+What is read is in `gathering`: one gather of rows per tensor and model, in blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from paft_merge.errors import CheckpointError, PaftMergeError, Problem, Problems, RecipeError
+from paft_merge.inputs.remapped_embeddings import Gathered
+from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.tensor_inputs import Read
+from paft_merge.plan.vocabulary.alignment import Alignment, Word
+from paft_merge.plan.vocabulary.embedding_tensors import vocabulary_rows, vocabulary_tensors
+from paft_merge.plan.vocabulary.tokenizers import (
+    TOKENIZER_FILES,
+    Tokenizer,
+    TokenizerFiles,
+    files_in,
+    is_tokenizer,
+    join,
+    tokenizer_files,
+)
+from paft_merge.recipe import ModelRef, Recipe, TokenizerEntry, TokenRow, ZeroRow, did_you_mean
+
+if TYPE_CHECKING:
+    from paft_merge.inputs.models import Model
+
+__all__ = ["TOKENIZER_FILES", "Vocabulary", "read_vocabulary"]
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """What a recipe's tokenizer and chat template make of the output.
+
+    Attributes:
+        files: the tokenizer's files by name: content, or the file to copy. They take the place of the donor's.
+        alignment: the rows of the embeddings; None where they stay as they are.
+        tensors: names of tensors with one row per token.
+        facts: for the manifest.
+        warnings: what is odd but possible.
+    """
+
+    files: TokenizerFiles
+    alignment: Alignment | None = None
+    tensors: frozenset[str] = frozenset()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[Problem, ...] = ()
+
+    def align(self, reads: Sequence[Read], name: str, everywhere: Mapping[str, Read]) -> list[Read]:
+        """`reads`, which one tensor of the output is merged from, in the output's vocabulary.
+
+        Args:
+            reads: one a model.
+            name: of the tensor; those without a row per token stay as they are.
+            everywhere: the tensor as every model of the recipe has it, if it has it.
+
+        Raises:
+            CheckpointError: VOCABULARY, a row is to come from a model that lacks the tensor.
+        """
+        alignment = self.alignment
+        if alignment is None or name not in self.tensors:
+            return list(reads)
+        for word in alignment.words.values():
+            if word.model is not None and word.model not in everywhere:
+                what, fix = (
+                    f"lacks {shown(name)}, of which the recipe takes a token's row",
+                    "take it from another model",
+                )
+                raise CheckpointError.of("VOCABULARY", word.model, what, fix)
+        donors = tuple(everywhere.get(ref, reads[0]) for ref in alignment.own)  # the others lend no rows
+        merged = tuple(dict.fromkeys(read.source for read in reads))
+        made = []
+        for read in reads:
+            rows = alignment.map(read.source, merged)
+            at, size = list(alignment.own).index(read.source), alignment.sizes[read.source]
+            made.append(read if rows.is_own(at, size) else Gathered.of(read, donors, rows))
+        return made
+
+    def in_config(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """`changes` of a config, with the size of the vocabulary where `config` says nothing of it or another one."""
+        if self.alignment is None:
+            return dict(changes)
+        rows, made = self.alignment.rows, dict(changes)
+        inner = next((key for key in ("text_config", "llm_config") if isinstance(config.get(key), Mapping)), None)
+        if inner and "vocab_size" not in config:
+            section = {**config[inner], **made.get(inner, {})}
+            if section.get("vocab_size") != rows:
+                made[inner] = {**section, "vocab_size": rows}
+        elif {**config, **made}.get("vocab_size") != rows:
+            made["vocab_size"] = rows
+        return made
+
+    def digest(self) -> str:
+        """Of everything that the output takes from tokenizers: a merge is only resumed with the same."""
+        digest = xxhash.xxh3_128()
+        for name, content in sorted(self.files.items()):
+            digest.update(name.encode() + b"\0" + (content if isinstance(content, bytes) else content.read_bytes()))
+        for ref, own in self.alignment.own.items() if self.alignment else ():
+            digest.update(ref.encode() + own.tobytes())
+        return digest.hexdigest()
+
+
+def read_vocabulary(recipe: Recipe, models: Mapping[ModelRef, Model], donor: Model) -> Vocabulary | None:
+    """What the recipe's `tokenizer`, `tokenizer_source` and `chat_template` ask for; None when it has none of them.
+
+    Args:
+        recipe: may have any.
+        models: every model that the recipe refers to, opened.
+        donor: the base, or the first model.
+
+    Raises:
+        RecipeError: everything that is wrong with it, all at once.
+    """
+    if recipe.tokenizer is None and not recipe.chat_template:
+        return None
+    return _Reader(recipe, models, donor).read()
+
+
+_MOST_HOLES = 1 << 17
+"""Ids without a token that a tokenizer may have: each is a row of every embedding."""
+
+
+class _Reader:
+    def __init__(self, recipe: Recipe, models: Mapping[ModelRef, Model], donor: Model) -> None:
+        self.recipe, self.models, self.donor = recipe, models, donor
+        self.problems, self.warnings = Problems(), list[Problem]()
+        self.loaded: dict[tuple[object, ...], Tokenizer | None] = {}
+
+    def read(self) -> Vocabulary:
+        entry = self.recipe.tokenizer
+        made = self._with_tokenizer(entry) if entry is not None else self._copied()
+        files = self._with_template(made.files) if made is not None else {}
+        self.problems.raise_as(RecipeError)
+        assert made is not None, "without a fault there is a vocabulary"
+        return Vocabulary(files, made.alignment, made.tensors, made.facts, tuple(self.warnings))
+
+    # Rows
+
+    def _with_tokenizer(self, entry: TokenizerEntry) -> Vocabulary | None:
+        """The tokenizer that the recipe asks for, and the rows that it has in every model."""
+        sizes: dict[str, int] = {}
+        for model in self.models.values():
+            with self.problems.catching():
+                sizes[model.ref] = vocabulary_rows(model)
+        owned = {model.ref: self._of(model, sizes) for model in self.models.values()}
+        base = owned[self.donor.ref]
+        if self.problems.found or base is None or None in owned.values():
+            return None
+        output = None
+        with self.problems.catching():
+            output = self._output(entry, {ref: t for ref, t in owned.items() if t}, sizes)
+        if output is None:
+            return None
+        known = {ref: tokenizer.ids for ref, tokenizer in owned.items() if tokenizer}
+        words = self._words(entry, output, known, sizes)
+        count = max(output.ids.values(), default=-1) + 1
+        if count > 2 * len(output.ids) + _MOST_HOLES:
+            what = f"the ids of its {len(output.ids):,} tokens go up to {count - 1:,}"
+            self.problems.add("TOKENIZER", output.ref, what, "take a tokenizer that numbers its tokens one by one")
+            return None
+        multiple = entry.pad_to_multiple_of or 1
+        rows = -(-count // multiple) * multiple
+        alignment = Alignment.of(rows, output.ids, known, sizes, words, self._base_ref())
+        self._tell(output, alignment, base)
+        facts = {
+            "tokens": len(output.ids), "rows": rows,
+            "models": {ref: alignment.counts(ref) for ref in alignment.own},
+        }  # fmt: skip
+        if not alignment.is_needed:
+            return Vocabulary(output.files(), facts=facts)
+        return Vocabulary(output.files(), alignment, self._tensors(sizes), facts)
+
+    def _of(self, model: Model, sizes: Mapping[str, int]) -> Tokenizer | None:
+        """A model's own tokenizer, or the donor's where it has no other and as many rows."""
+        files = tokenizer_files(model)
+        if files is None and model is not self.donor and sizes.get(model.ref) == sizes.get(self.donor.ref):
+            what = f"has no tokenizer; it is taken for that of {self.donor.ref}"
+            self.warnings.append(Problem("TOKENIZER", model.ref, what, "put its tokenizer files beside its weights"))
+            files = tokenizer_files(self.donor)
+        if files is None:
+            what, fix = "has no tokenizer", "put its tokenizer files beside its weights"
+            self.problems.add("TOKENIZER", model.ref, what, fix)
+            return None
+        return self._load(files, model.ref)
+
+    def _load(self, files: TokenizerFiles, ref: str) -> Tokenizer | None:
+        """A tokenizer, which several models may share."""
+        key = tuple(files.values())
+        if key not in self.loaded:
+            self.loaded[key] = None
+            with self.problems.catching():
+                self.loaded[key] = Tokenizer.load(files, ref)
+        return self.loaded[key]
+
+    def _output(
+        self, entry: TokenizerEntry, owned: Mapping[str, Tokenizer], sizes: Mapping[str, int]
+    ) -> Tokenizer | None:
+        """The output's tokenizer, with the tokens that the recipe adds."""
+        ref = self.donor.ref
+        if isinstance(entry.source, ModelRef):
+            chosen, rows = self._chosen(entry.source, owned, sizes)
+            if chosen is None:
+                return None
+        else:
+            chosen, rows = owned[ref], sizes[ref]
+        output = chosen.cut(rows) if rows is not None else chosen
+        if gone := [token for token in chosen.ids if token not in output.ids]:
+            what = f"{len(gone):,} tokens of its tokenizer have no row in the model and are left out: {_some(gone)}"
+            self.warnings.append(Problem("TOKENIZER", chosen.ref, what, "resize its embeddings if it needs them"))
+        if entry.source == "union":
+            others = [(tokenizer, sizes[other]) for other, tokenizer in owned.items() if other != ref]
+            output, doubtful = join(output, others)
+            for token in doubtful:
+                what = f"token {shown(token)} was added with different settings in several models"
+                self.warnings.append(Problem("TOKENIZER", self._spot("source"), what, "those of the first are kept"))
+        return output.with_tokens([token for token in entry.tokens or () if token not in output.ids])
+
+    def _chosen(
+        self, source: ModelRef, owned: Mapping[str, Tokenizer], sizes: Mapping[str, int]
+    ) -> tuple[Tokenizer | None, int | None]:
+        """The tokenizer of a named model, which need not be merged, and its rows where they are known."""
+        from paft_merge.hub import fetch
+
+        if source in self.models:
+            ref = self.models[source].ref
+            return owned[ref], sizes[ref]
+        try:
+            folders = [fetch(source.path, source.revision, kind="side")]
+            if source.lora:
+                folders.insert(0, fetch(source.lora, source.lora_revision, kind="side"))
+        except PaftMergeError as error:
+            for problem in error.problems:
+                self.problems.add(problem.code, self._spot("source"), f"{problem.where} {problem.what}", problem.fix)
+            return None, None
+        found = [files for folder in folders if is_tokenizer(files := files_in(folder))]
+        if not found:
+            self.problems.add(
+                "TOKENIZER", self._spot("source"), f"{source} has no tokenizer", "name a model that has one"
+            )
+            return None, None
+        return self._load(found[0], str(source)), None
+
+    def _words(
+        self, entry: TokenizerEntry, output: Tokenizer, known: Mapping[str, Mapping[str, int]], sizes: Mapping[str, int]
+    ) -> dict[int, Word]:
+        """What `tokens:` says, by id; every fault of it is noted."""
+        words: dict[int, Word] = {}
+        for token, said in (entry.tokens or {}).items():
+            if token not in output.ids:
+                continue  # an empty text, which no tokenizer can hold
+            number = output.ids[token]
+            needed = said.force or not all(-1 < ids.get(token, -1) < sizes[ref] for ref, ids in known.items())
+            if isinstance(said.source, ZeroRow):
+                words[number] = Word(None, 0, said.force)
+                continue
+            ref = self._referenced(token, said.source.model if isinstance(said.source, TokenRow) else said.source)
+            if ref is None:
+                continue
+            wanted: str | int = token
+            if isinstance(said.source, TokenRow):
+                wanted = said.source.token or said.source.token_id or 0
+            row = wanted if isinstance(wanted, int) else known[ref].get(wanted, -1)
+            if not 0 <= row < sizes[ref] and needed:
+                self._no_row(token, ref, wanted, known[ref], sizes[ref])
+            else:
+                words[number] = Word(ref, row, said.force)
+        return words
+
+    def _referenced(self, token: str, source: ModelRef) -> str | None:
+        """The model that a token's row is taken from."""
+        if source in self.models:
+            return self.models[source].ref
+        names = [model.ref for model in self.models.values()]
+        fix = did_you_mean(str(source), names) or f"name one of {', '.join(names)}"
+        self.problems.add("TOKENIZER", self._spot("tokens", token, "source"), f"{source} is not merged here", fix)
+        return None
+
+    def _no_row(self, token: str, ref: str, wanted: str | int, ids: Mapping[str, int], size: int) -> None:
+        if isinstance(wanted, int):
+            what, fix = f"{ref} has no row {wanted:,}: it has {size:,}", f"give a token_id from 0 to {size - 1:,}"
+        elif wanted in ids:
+            what, fix = f"{shown(wanted)} of {ref} has id {ids[wanted]:,}, and {size:,} rows are all", "name another"
+        else:
+            what = f"{ref} has no token {shown(wanted)}"
+            fix = did_you_mean(wanted, list(ids)) or "name a token that it has"
+        self.problems.add("TOKENIZER", self._spot("tokens", token, "source"), what, fix)
+
+    def _base_ref(self) -> str | None:
+        base = self.recipe.base_model
+        return self.models[base].ref if base else None
+
+    def _tensors(self, sizes: Mapping[str, int]) -> frozenset[str]:
+        """The tensors that have one row per token in any model; they must have one in all."""
+        found: set[str] = set()
+        for model in self.models.values():
+            with self.problems.catching():
+                found |= vocabulary_tensors(model, sizes[model.ref])
+        return frozenset(found)
+
+    # What is worth a word
+
+    def _tell(self, output: Tokenizer, alignment: Alignment, base: Tokenizer) -> None:
+        old, rows = alignment.sizes[self.donor.ref], alignment.rows
+        if rows < old:
+            what = f"the vocabulary shrinks from {old:,} to {rows:,} rows, {len(output.ids):,} of them tokens"
+            fix = f"write pad_to_multiple_of: {_multiple(rows, old)} to keep {old:,}"
+            fix = fix if _multiple(rows, old) else "the rows left out belong to no token of the output"
+            self.warnings.append(Problem("VOCABULARY", self._spot(), what, fix))
+        if lacking := alignment.lacking():
+            what = f"{len(lacking):,} tokens have no row in any model and become zeros: {_some(lacking)}"
+            self.warnings.append(
+                Problem("VOCABULARY", self._spot(), what, "say under tokens: where their rows come from")
+            )
+        self._tell_moved(output, base)
+
+    def _tell_moved(self, output: Tokenizer, base: Tokenizer) -> None:
+        """A warning for each id in the configs that means another token now."""
+        before, after = ({number: token for token, number in t.ids.items()} for t in (base, output))
+        folder = self.donor.checkpoint.folder
+        for name in ("config.json", "generation_config.json"):
+            for key, number in _ids_in(_config(folder / name)):
+                token = before.get(number)
+                if token is None or after.get(number) == token:
+                    continue
+                now = f"{shown(after[number])} now" if number in after else "nothing now"
+                what = f"{key} is {number}, which was {shown(token)} and is {now}"
+                fix = f"set it to {output.ids[token]}" if token in output.ids else "set it to a token of the output"
+                self.warnings.append(Problem("TOKENIZER", f"{self.donor.ref}: {name}", what, fix))
+
+    def _spot(self, *steps: str) -> str:
+        """Where the recipe says it."""
+        language = self.recipe.language
+        key = "tokenizer_source" if language.tokenizer_source else "tokenizer"
+        return str(self.recipe.located.spot((key,) if key == "tokenizer_source" else (key, *steps)))
+
+    # The chat template
+
+    def _copied(self) -> Vocabulary:
+        """The donor's own tokenizer, to which only a template is added."""
+        return Vocabulary(tokenizer_files(self.donor) or {})
+
+    def _with_template(self, files: TokenizerFiles) -> TokenizerFiles:
+        written, spot = self.recipe.chat_template, self.recipe.located.spot(("chat_template",))
+        if not written:
+            return files
+        from paft_merge.plan.vocabulary.chat_templates import ChatTemplateError, choose_template, with_template
+
+        try:
+            text = choose_template(written, [tokenizer_files(model) for model in self.models.values()])
+        except ChatTemplateError as fault:
+            self.problems.add("CHAT_TEMPLATE", spot, fault.what, fault.fix)
+            return files
+        if not is_tokenizer(files):
+            what = f"{self.donor.ref} has no tokenizer that a chat template could be written to"
+            self.problems.add("CHAT_TEMPLATE", spot, what, "put its tokenizer files beside its weights, or remove it")
+            return files
+        if text is None:
+            self.warnings.append(Problem("CHAT_TEMPLATE", str(spot), "no model has a chat template", "name one"))
+            return files
+        return with_template(files, text)
+
+
+def _some(tokens: Sequence[str]) -> str:
+    return ", ".join(map(shown, tokens[:5])) + (f" and {len(tokens) - 5:,} more" if len(tokens) > 5 else "")
+
+
+def _multiple(rows: int, old: int) -> int:
+    """The smallest usual multiple that pads `rows` to `old`; 0 when none does."""
+    return next((m for m in (8, 16, 32, 64, 128, 256, 512, 1024) if -(-rows // m) * m == old), 0)
+
+
+def _config(path: Path) -> Any:
+    """A JSON file of the donor; nothing where there is none. A broken one was told when the checkpoint was opened."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _ids_in(config: Any, within: str = "") -> list[tuple[str, int]]:
+    """Every token id that a config names, with its key."""
+    found: list[tuple[str, int]] = []
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith("_config"):
+            found += _ids_in(value, f"{within}{key}.")
+        elif key.endswith(("_token_id", "_token_ids", "_token_index")):
+            values = value if isinstance(value, list) else [value]
+            found += [(f"{within}{key}", v) for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    return found

@@ -1,0 +1,93 @@
+"""Which tensors of a checkpoint have one row per token: its input and output embeddings, and the biases beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from paft_merge.errors import CheckpointError, Problems
+from paft_merge.inputs.remapped_embeddings import rows_of
+from paft_merge.inputs.safetensors_header import shown
+
+if TYPE_CHECKING:
+    from paft_merge.inputs.models import Model
+
+_INPUT = r"embed_tokens|tok_embeddings|word_embeddings|embed_in|wte|shared|embeddings|embedding|embed"
+_OUTPUT = (
+    r"lm_head|lm_head\.(decoder|linear)|embed_out|output_layer|output|proj_out|vocab_projector|predictions|decoder"
+)
+_IS_INPUT = re.compile(rf"(^|\.)({_INPUT})\.weight$")
+_IS_KNOWN = re.compile(rf"(^|\.)({_INPUT}|{_OUTPUT}|linear)\.(weight|bias)$|(^|\.)final_logits_bias$")
+_IS_OTHER = re.compile(
+    r"(^|\.)(embed_tokens_per_layer|embed_tokens|word_embeddings|wte|lm_head|embed_out)\.(weight|bias)$"
+)
+_LAYERED = re.compile(r"\.\d+\.")
+_FIX = "merge this architecture without tokenizer, or give all models one vocabulary first"
+
+
+def vocabulary_rows(model: Model) -> int:
+    """Rows of a model's embeddings: one per token, and perhaps padding.
+
+    Raises:
+        CheckpointError: VOCABULARY, no tensor is known to be its input embedding.
+    """
+    if model.adapter and model.adapter.vocab_size:
+        return model.adapter.vocab_size
+    tensors = model.checkpoint.tensors
+    inputs = [name for name in tensors if _IS_INPUT.search(name) and len(tensors[name].shape) == 2]
+    said = {v for v in _said(model.checkpoint.config) if any(tensors[n].shape[0] == v for n in inputs)}
+    inputs = [name for name in inputs if not said or tensors[name].shape[0] in said] or _asked(model)
+    if not inputs:
+        raise CheckpointError.of("VOCABULARY", model.ref, "none of its tensors is known to be its embedding", _FIX)
+    return tensors[inputs[0]].shape[0]
+
+
+def vocabulary_tensors(model: Model, rows: int) -> set[str]:
+    """The names of a model's tensors that have one row per token, those that only its adapter makes included.
+
+    Raises:
+        CheckpointError: VOCABULARY, naming tensors that may have one and may not.
+    """
+    stored = {name: info.shape for name, info in model.checkpoint.tensors.items()}
+    before = rows if not (model.adapter and model.adapter.vocab_size) else _stored_rows(stored)
+    of_adapter = {name: patch.shape for name, patch in model.adapter.patches.items()} if model.adapter else {}
+    shapes = {**stored, **of_adapter}
+    found = {name for name, shape in shapes.items() if _IS_KNOWN.search(name) and rows_of(shape) in (rows, before)}
+    unclear = [n for n, shape in shapes.items() if n not in found and _may_be(n, shape, (rows, before))]
+    if unclear:
+        asked = set(_asked(model))
+        found |= asked & set(unclear)
+        problems = Problems()
+        for name in (name for name in unclear if name not in asked):
+            what = f"tensor {shown(name)} of shape {list(shapes[name])} may have one row per token, and may not"
+            problems.add("VOCABULARY", model.ref, what, _FIX)
+        problems.raise_as(CheckpointError)
+    return found
+
+
+def _may_be(name: str, shape: tuple[int, ...], rows: Iterable[int]) -> bool:
+    """Whether a tensor that no rule knows could belong to the vocabulary: by its rows, or by its name alone."""
+    return bool(_IS_OTHER.search(name)) or (rows_of(shape) in rows and len(shape) < 3 and not _LAYERED.search(name))
+
+
+def _stored_rows(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Rows before an adapter resized them."""
+    return next((rows_of(shape) for name, shape in shapes.items() if _IS_INPUT.search(name)), 0)
+
+
+def _asked(model: Model) -> list[str]:
+    """The embeddings that transformers knows in the model's class, by the names in the checkpoint."""
+    from paft_merge.inputs.adapters.architecture import Architecture
+
+    architecture = Architecture.of(model.checkpoint)
+    places = [architecture.place(name) for name in architecture.vocabulary()] if architecture else []
+    return [place.stored for place in places if place and place.stored in model.checkpoint.tensors]
+
+
+def _said(config: object) -> list[int]:
+    """What a config, and the configs inside it, say of the size of the vocabulary."""
+    if not isinstance(config, dict):
+        return []
+    own = [value for key, value in config.items() if key == "vocab_size" and isinstance(value, int)]
+    return own + [size for key, value in config.items() if key.endswith("_config") for size in _said(value)]

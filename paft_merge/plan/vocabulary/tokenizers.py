@@ -1,0 +1,223 @@
+"""Tokenizers as folders and as vocabularies: loaded by transformers, cut to the rows there are, joined, and saved.
+
+transformers is imported when a recipe asks for a vocabulary, and never otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from paft_merge.errors import CheckpointError
+from paft_merge.inputs.safetensors_header import shown
+
+if TYPE_CHECKING:
+    from paft_merge.inputs.models import Model
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+"""What a tokenizer is on disk."""
+
+TokenizerFiles = Mapping[str, bytes | Path]
+"""A tokenizer on disk, or about to be: name to content, or to the file that holds it."""
+
+_ANY_OF = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+_OF_THIS_RUN = ("is_local", "local_files_only", "name_or_path")
+"""What transformers writes into a saved tokenizer that says where it was loaded, and not what it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """One model's tokenizer.
+
+    Attributes:
+        ref: whose it is, for messages.
+        source: the files it was loaded from.
+        ids: every token and its id.
+        added: the tokens that were added to it, with their settings, by id.
+        loaded: transformers' own object.
+        changed: it is not what those files hold, and must be saved.
+    """
+
+    ref: str
+    source: TokenizerFiles
+    ids: Mapping[str, int]
+    added: Mapping[int, Any]
+    loaded: Any
+    changed: bool = False
+
+    @classmethod
+    def load(cls, source: TokenizerFiles, ref: str) -> Tokenizer:
+        """Load a tokenizer; its remote code is never run.
+
+        Raises:
+            CheckpointError: TOKENIZER: there is none, it cannot be read, or it has no fast form.
+        """
+        with _as_folder(source) as folder:
+            return cls._of(ref, source, _load(folder))
+
+    @classmethod
+    def _of(cls, ref: str, source: TokenizerFiles, loaded: Any, changed: bool = False) -> Tokenizer:
+        ids = dict(sorted(loaded.get_vocab().items(), key=lambda item: item[1]))
+        return cls(ref, source, ids, dict(sorted(loaded.added_tokens_decoder.items())), loaded, changed)
+
+    def beyond(self, rows: int) -> list[str]:
+        """The tokens that have no row."""
+        return [token for token, number in self.ids.items() if number >= rows]
+
+    def cut(self, rows: int) -> Tokenizer:
+        """Itself without the tokens that have no row in the model.
+
+        Raises:
+            CheckpointError: TOKENIZER, they cannot be taken out.
+        """
+        gone = set(self.beyond(rows))
+        if not gone:
+            return self
+        with TemporaryDirectory() as folder:
+            self._save(Path(folder))
+            file = Path(folder) / "tokenizer.json"
+            data = json.loads(file.read_text())
+            data["added_tokens"] = [one for one in data["added_tokens"] if one["id"] < rows]
+            _cut_model(data["model"], gone, rows)
+            file.write_text(json.dumps(data, ensure_ascii=False))
+            return Tokenizer._of(self.ref, self.source, _load(Path(folder)), changed=True)
+
+    def with_tokens(self, tokens: Sequence[Any]) -> Tokenizer:
+        """Itself and, behind its last id, those of `tokens` (texts, or texts with settings) that it lacks."""
+        if not tokens:
+            return self
+        with TemporaryDirectory() as folder:  # a copy: the loaded object is others' too
+            self._save(Path(folder))
+            loaded = _load(Path(folder))
+        loaded.add_tokens(list(tokens))
+        return Tokenizer._of(self.ref, self.source, loaded, changed=True)
+
+    def files(self) -> dict[str, bytes | Path]:
+        """Its files by name: those that it was loaded from, or new ones where it was changed."""
+        if not self.changed:
+            return dict(self.source)
+        with TemporaryDirectory() as folder:
+            self._save(Path(folder))
+            return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+
+    def _save(self, folder: Path) -> None:
+        with quiet():
+            self.loaded.save_pretrained(str(folder))
+        file = folder / "tokenizer_config.json"
+        config = {k: v for k, v in json.loads(file.read_text()).items() if k not in _OF_THIS_RUN}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+_FAST = "load it where it works and save it again: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+
+
+def tokenizer_files(model: Model) -> TokenizerFiles | None:
+    """A model's tokenizer: its adapter's, which was trained with it, else its checkpoint's; None where there is none."""
+    places = [files_in(model.adapter.folder)] if model.adapter else []
+    given = model.checkpoint.tokenizer_files
+    places.append(files_in(model.checkpoint.folder) if given is None else dict(given))
+    return next((files for files in places if is_tokenizer(files)), None)
+
+
+def files_in(folder: Path) -> dict[str, bytes | Path]:
+    """The files of a tokenizer, or of a chat template alone, that lie in a folder."""
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def is_tokenizer(files: TokenizerFiles) -> bool:
+    """Whether these files make a tokenizer."""
+    return any(name in files for name in _ANY_OF)
+
+
+def join(base: Tokenizer, others: Sequence[tuple[Tokenizer, int]]) -> tuple[Tokenizer, list[str]]:
+    """The union of tokenizers: the base's ids, then the tokens of the others, in their order and by their ids.
+
+    As in mergekit, but for the order, which is random there.
+
+    Args:
+        base: cut to its rows.
+        others: each with the number of rows of its model; tokens beyond them are left out.
+
+    Returns:
+        The union, and the tokens that were added with different settings (the first ones are kept).
+    """
+    settings = {info.content: info for info in base.added.values()}
+    doubtful: dict[str, None] = {}
+    for other, rows in others:
+        for number, info in other.added.items():
+            if number < rows and settings.setdefault(info.content, info) != info:
+                doubtful[info.content] = None
+    tokens = {info.content: info for info in settings.values() if info.content in base.ids}
+    for other, rows in others:
+        tokens |= {t: settings.get(t, t) for t, number in other.ids.items() if number < rows and t not in base.ids}
+    kept = {info.content for info in base.added.values()}
+    return base.with_tokens([info for token, info in tokens.items() if token not in kept]), list(doubtful)
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises anything on files that it does not know
+        first = str(error).strip().split("\n")[0][:200]
+        what = f"its tokenizer cannot be loaded: {type(error).__name__}: {first}"
+        raise CheckpointError.of("TOKENIZER", folder, what, _FAST) from error
+    if not loaded.is_fast:
+        raise CheckpointError.of("TOKENIZER", folder, "has no fast tokenizer (tokenizer.json)", _FAST)
+    return loaded
+
+
+@contextmanager
+def _as_folder(files: TokenizerFiles) -> Iterator[Path]:
+    """A folder with the files: where they lie together, that one."""
+    folders = {content.parent for content in files.values() if isinstance(content, Path)}
+    if len(folders) == 1 and not any(isinstance(content, bytes) for content in files.values()):
+        yield folders.pop()
+        return
+    with TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        yield Path(folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its log and its warnings."""
+    from transformers.utils import logging
+
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(loud)
+
+
+def _cut_model(model: dict[str, Any], gone: set[str], rows: int) -> None:
+    """Take tokens out of the `model` of a tokenizer.json, with the merges that they are part of."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {token: number for token, number in vocabulary.items() if number < rows}
+    elif isinstance(vocabulary, list):
+        model["vocab"] = vocabulary[:rows]
+    else:
+        what = f"has tokens without a row, such as {shown(sorted(gone)[0])}, in a form that they cannot be taken out of"
+        raise CheckpointError.of("TOKENIZER", "tokenizer.json", what, "take them out first")
+    if "merges" in model:
+        pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
+        model["merges"] = [merge for merge, pair in pairs if not gone & {*pair, "".join(pair)}]

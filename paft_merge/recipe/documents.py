@@ -1,0 +1,162 @@
+"""The documents of one recipe file: which are intermediate, which are results, and in which order they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from paft_merge.errors import Problem, Problems, RecipeError
+from paft_merge.methods import METHODS, Method
+from paft_merge.recipe import Located, Recipe, did_you_mean, dump_yaml, load_documents, load_recipe
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The recipes of one file and which of them are made from which."""
+
+    recipes: tuple[Recipe, ...]
+
+    @cached_property
+    def named(self) -> dict[str, Recipe]:
+        """The recipes that others may use."""
+        return {recipe.name: recipe for recipe in self.recipes if recipe.name} if len(self.recipes) > 1 else {}
+
+    def used_by(self, recipe: Recipe) -> list[str]:
+        """The other documents that a recipe merges."""
+        return [name for name in dict.fromkeys(ref.path for ref in recipe.references) if name in self.named]
+
+    @property
+    def finals(self) -> list[Recipe]:
+        """What is written: the recipe without a name, else every one that no other uses."""
+        used = {name for recipe in self.recipes for name in self.used_by(recipe)}
+        unnamed = [recipe for recipe in self.recipes if not recipe.name]
+        return unnamed or [recipe for recipe in self.recipes if recipe.name not in used]
+
+    def unused(self, finals: Sequence[Recipe]) -> list[Problem]:
+        """A warning for every document that no result is made of."""
+        needed = {one.name for final in finals for one in self.beneath(final)}
+        left = [recipe for recipe in self.recipes if recipe.name not in needed]
+        fix = "write it with --output-name, or remove it"
+        return [
+            Problem("UNUSED", str(r.located.spot(("name",))), f"nothing is made of {r.name}, so it is not merged", fix)
+            for r in left
+        ]
+
+    def only(self, name: str | None) -> Recipe:
+        """The recipe to write: the one called `name`, or the only one of `finals`.
+
+        Raises:
+            RecipeError: there is none of that name, or several that no other uses.
+        """
+        names = [recipe.name for recipe in self.recipes if recipe.name]
+        if name is None:
+            if len(self.finals) > 1:
+                what = f"the file has several results: {', '.join(r.name or '' for r in self.finals)}"
+                raise RecipeError.of("DOCUMENTS", "", what, "choose one with --output-name")
+            return self._with_text(self.finals[0])
+        found = next((recipe for recipe in self.recipes if recipe.name == name), None)
+        if found is None:
+            fix = did_you_mean(name, names) or f"the file names {', '.join(names) or 'none'}"
+            raise RecipeError.of("DOCUMENTS", name, "is no document of this file", fix)
+        return self._with_text(found)
+
+    def _with_text(self, recipe: Recipe) -> Recipe:
+        """The recipe with the text of all documents that it is made of, for those who read how it was made."""
+        made_of = self.beneath(recipe)
+        if len(made_of) == 1:
+            return recipe
+        text = "---\n".join(dump_yaml(one.resolved()) for one in made_of)
+        return replace(recipe, located=replace(recipe.located, text=text))
+
+    def beneath(self, recipe: Recipe) -> list[Recipe]:
+        """The documents that a recipe is made of, each after those that it is made of itself, and the recipe last."""
+        found: dict[str, Recipe] = {}
+        for name in self.used_by(recipe):
+            found |= {one.name or "": one for one in self.beneath(self.named[name])}
+        return [*found.values(), recipe]
+
+
+def load_recipes(
+    source: Path | str | Mapping[str, Any] | Located | Recipe, *, strict: bool = False,
+    methods: Mapping[str, Method] = METHODS,
+) -> Documents:  # fmt: skip
+    """Read every document of a file.
+
+    Args:
+        source, strict, methods: as for `load_recipe`.
+
+    Raises:
+        RecipeError: faults of all documents; two without a name or with the same; documents that need each other.
+    """
+    if isinstance(source, Recipe):
+        return Documents((source,))
+    if not isinstance(source, Path | str):
+        return Documents((load_recipe(source, strict=strict, methods=methods),))
+    located, problems, recipes = load_documents(source), Problems(), list[Recipe]()
+    if len(located) == 1:
+        return Documents((load_recipe(source, strict=strict, methods=methods),))
+    for document in located:
+        with problems.catching():
+            recipes.append(load_recipe(document, strict=strict, methods=methods))
+    _check_names(located, problems)
+    documents = Documents(tuple(recipes))
+    if not problems.found:
+        _check_circles(documents, problems)
+        _check_uses(documents, problems)
+    problems.raise_as(RecipeError)
+    return documents
+
+
+def _check_names(located: Sequence[Located], problems: Problems) -> None:
+    """At most one document without a name, and no name twice."""
+    seen: dict[str, Located] = {}
+    for document in located:
+        name = document.data.get("name") if isinstance(document.data, Mapping) else None
+        where = document.spot(("name",) if name else ())
+        if not isinstance(name, str | None):
+            continue
+        if name in seen or (not name and "" in seen):
+            first = seen[name or ""].spot(("name",) if name else ())
+            what = (
+                f"the name {name} is already on line {first.line}"
+                if name
+                else f"a second document without a name; the first is on line {first.line}"
+            )
+            problems.add("DOCUMENTS", where, what, "give every document but the result a name of its own")
+        seen.setdefault(name or "", document)
+        if name and ("/" in name or "@" in name or "+" in name or name in (".", "..")):
+            problems.add("DOCUMENTS", where, f"{name!r} cannot be the name of a document", "use a plain word")
+
+
+def _check_circles(documents: Documents, problems: Problems) -> None:
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        if name in way:
+            circle = " -> ".join((*way[way.index(name) :], name))
+            where = documents.named[name].located.spot(("name",))
+            problems.add("DOCUMENTS", where, f"needs itself: {circle}", "a document can use only what does not use it")
+        elif name not in done:
+            for other in documents.used_by(documents.named[name]):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in documents.named:
+        visit(name, ())
+
+
+def _check_uses(documents: Documents, problems: Problems) -> None:
+    """Names that are no document's, by their look."""
+    for recipe in documents.recipes:
+        for ref in recipe.references:
+            if ref.path not in documents.named and "/" not in ref.path and not Path(ref.path).expanduser().exists():
+                near = did_you_mean(ref.path, documents.named)
+                if near:
+                    where = recipe.located.spot()
+                    problems.add("DOCUMENTS", where, f"{ref.path} is no document of this file and no folder here", near)
+            if ref.path in documents.named and ref.revision:
+                what = f"{ref.path} is a document of this file, which has no revision {ref.revision}"
+                problems.add("DOCUMENTS", recipe.located.spot(), what, f"write {ref.path}")

@@ -1,0 +1,272 @@
+"""The language of a recipe as written: mergekit's whole YAML and our few top-level keys, as frozen models.
+
+A model here says what may be written, with its shape and type; what it means for a merge is in `outline`, and what is
+wrong with it beyond its shape in `checks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from paft_merge.recipe.reference import ModelRef, refused
+from paft_merge.recipe.yaml_source import did_you_mean, show
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""What `dtype` and `out_dtype` may be."""
+
+CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+"""The chat templates that have a name."""
+
+_ALIASES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+}
+_TAG = "\0"
+"""Begins the names of alternatives, so that they can be told from keys in the place of an error."""
+
+T = TypeVar("T")
+
+
+def _frozen(value: Any) -> Any:
+    """Plain data that cannot be changed."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({key: _frozen(item) for key, item in value.items()})
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _thawed(item) for key, item in value.items()}
+    return [_thawed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read_dtype(value: Any) -> Any:
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name is None or name in DTYPES:
+        return name
+    if name == "int64":
+        raise refused("int64 would cut every weight to a whole number", f"use one of {', '.join(DTYPES)}")
+    near = did_you_mean(_ALIASES.get(str(name), name), DTYPES)
+    raise refused(f"unknown dtype {show(value)}", near or f"use one of {', '.join(DTYPES)}")
+
+
+def _read_layers(value: Any) -> Any:
+    try:
+        first, end = _LAYERS.validate_python(value)
+    except ValidationError:
+        fix = "write [0, 8] for the first eight layers"
+        raise refused(f"must be [first, end], two whole numbers, got {_shown_list(value)}", fix) from None
+    if first >= 0 > end:
+        meant = f"did you mean [{first}, N], with N the number of layers?"
+        fix = meant if end == -1 else "count the end from the first layer"
+        raise refused(f"[{first}, {end}] holds no layer, because layers are not counted from the end", fix)
+    if not 0 <= first < end:
+        raise refused(f"[{first}, {end}] holds no layer", "the first is counted from 0 and the end is not included")
+    return first, end
+
+
+def _shown_list(value: Any) -> str:
+    return f"[{', '.join(map(show, value))}]" if isinstance(value, list | tuple) and len(value) < 5 else show(value)
+
+
+def _read_template(value: Any) -> Any:
+    if not isinstance(value, str) or value in ("auto", *CHAT_TEMPLATES) or (len(value) >= 20 and "{" in value):
+        return value
+    known = f"auto, {', '.join(CHAT_TEMPLATES)}, or a Jinja template"
+    raise refused(
+        f"{show(value)} is no chat template", did_you_mean(value, ("auto", *CHAT_TEMPLATES)) or f"use {known}"
+    )
+
+
+def _read_kind(value: Any) -> Any:
+    if value != "model_token":
+        kinds = ("zero", "model_token")
+        raise refused(f"must be one of zero, model_token, got {show(value)}", did_you_mean(value, kinds))
+    return value
+
+
+def _read_tokenizer(value: Any) -> Any:
+    if isinstance(value, str):
+        raise refused("must be a mapping", f"write tokenizer: {{source: {value}}}, or tokenizer_source: {value}")
+    return value
+
+
+_LAYERS: TypeAdapter[tuple[int, int]] = TypeAdapter(tuple[int, int])
+
+
+def _word_or_reference(*words: str) -> Discriminator:
+    return Discriminator(lambda value: f"{_TAG}word" if value in words else f"{_TAG}model")
+
+
+def _kind_of_row(value: Any) -> str:
+    """Which alternative a token's source is: `{kind: ...}`, or a model whose row is taken."""
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return _TAG + ("model" if kind is None else "zero" if kind == "zero" else "model_token")
+
+
+Frozen = Annotated[Mapping[str, T], AfterValidator(_frozen), PlainSerializer(_thawed)]
+Parameters = Annotated[
+    Mapping[str, Any], BeforeValidator(lambda v: _thawed(v)), AfterValidator(_frozen), PlainSerializer(_thawed)
+]
+DtypeName = Annotated[Literal["bfloat16", "float16", "float32", "float64"] | None, BeforeValidator(_read_dtype)]
+Layers = Annotated[tuple[int, int], BeforeValidator(_read_layers)]
+ChatTemplate = Annotated[str | None, BeforeValidator(_read_template)]
+TokenizerSource = Annotated[
+    Annotated[Literal["union", "base"], Tag(f"{_TAG}word")] | Annotated[ModelRef, Tag(f"{_TAG}model")],
+    _word_or_reference("union", "base"),
+]
+
+
+class Written(BaseModel):
+    """Frozen, and closed: an unknown key is an error here, which `load_recipe` softens to a warning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelEntry(Written):
+    """One of `models:`."""
+
+    model: ModelRef
+    parameters: Parameters | None = None
+
+
+class SourceEntry(Written):
+    """One of a slice's `sources:`."""
+
+    model: ModelRef
+    layer_range: Layers
+    """The first layer, and the one after the last."""
+    parameters: Parameters | None = None
+
+
+class SliceEntry(Written):
+    """One of `slices:`: layers of the output, made of the same number of layers of each source."""
+
+    sources: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
+    base_model: ModelRef | None = None
+    """Instead of the recipe's."""
+    parameters: Parameters | None = None
+
+
+class ModuleEntry(Written):
+    """One of `modules:`: a part of a composite model, such as a text decoder."""
+
+    models: tuple[ModelEntry, ...] | None = None
+    slices: tuple[SliceEntry, ...] | None = None
+    parameters: Parameters | None = None
+
+    @model_validator(mode="after")
+    def one_form(self) -> ModuleEntry:
+        if bool(self.models) == bool(self.slices):
+            raise refused(
+                "Must specify either output slices or models to merge", "give exactly one of models and slices"
+            )
+        return self
+
+
+class ZeroRow(Written):
+    """A token whose embedding is zero."""
+
+    kind: Literal["zero"]
+
+
+class TokenRow(Written):
+    """A token whose embedding is that of a token of a model."""
+
+    kind: Annotated[Literal["model_token"], BeforeValidator(_read_kind)]
+    model: ModelRef
+    token: str | None = None
+    token_id: int | None = None
+
+    @model_validator(mode="after")
+    def one_token(self) -> TokenRow:
+        if (self.token is None) == (self.token_id is None):
+            raise refused("needs exactly one of token and token_id", "name the token whose embedding is taken")
+        return self
+
+
+class TokenEntry(Written):
+    """Where one token's embedding comes from."""
+
+    source: Annotated[
+        Annotated[ZeroRow, Tag(f"{_TAG}zero")]
+        | Annotated[TokenRow, Tag(f"{_TAG}model_token")]
+        | Annotated[ModelRef, Tag(f"{_TAG}model")],
+        Discriminator(_kind_of_row),
+    ]
+    force: bool = False
+    """For every model, also where it has the token itself."""
+
+
+class TokenizerEntry(Written):
+    """Which vocabulary the output has."""
+
+    source: TokenizerSource = "union"
+    tokens: Frozen[TokenEntry] | None = None
+    pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
+
+
+class Language(Written):
+    """A recipe as written. mergekit's keys first, then ours."""
+
+    merge_method: str
+    models: tuple[ModelEntry, ...] | None = None
+    slices: tuple[SliceEntry, ...] | None = None
+    modules: Frozen[ModuleEntry] | None = None
+    base_model: ModelRef | None = None
+    """The checkpoint merged into, and the donor of config and tokenizer."""
+    parameters: Parameters | None = None
+    dtype: DtypeName = None
+    """The output's type when there is no `out_dtype`; with `arithmetic: mergekit` also that of the arithmetic."""
+    out_dtype: DtypeName = None
+    tokenizer_source: TokenizerSource | None = None
+    """The short form of `tokenizer`."""
+    tokenizer: Annotated[TokenizerEntry | None, BeforeValidator(_read_tokenizer)] = None
+    chat_template: ChatTemplate = None
+    """`auto`, one of `CHAT_TEMPLATES`, or a Jinja template."""
+
+    name: str | None = None
+    """What the other documents of a multi-document file call the result."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How float32 becomes the output's type."""
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    """Of everything random: drops, stochastic rounding."""
+    arithmetic: Literal["float32", "mergekit"] = "float32"
+    """`mergekit` computes in `dtype`, as mergekit does, for parity."""
+
+    @model_validator(mode="after")
+    def one_form(self) -> Language:
+        forms = [form for form in (self.models, self.slices, self.modules) if form]
+        if len(forms) != 1:
+            empty = next((name for name in ("models", "slices", "modules") if getattr(self, name) is not None), None)
+            found = f"{empty} is empty: " if empty and not forms else ""
+            raise refused(
+                f"{found}Exactly one of 'models', 'slices', or 'modules' must be present", "list what is merged"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def one_tokenizer(self) -> Language:
+        if self.tokenizer_source and self.tokenizer:
+            raise refused("Cannot specify both tokenizer_source and tokenizer", "keep tokenizer, with its source")
+        return self

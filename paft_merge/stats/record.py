@@ -1,0 +1,287 @@
+"""What a merge notes of a tensor beside its tally, as JSON for journal and manifest, and the measures made of it again.
+
+The tally of a merge counts every entry: zeros, thresholds, norms, what was kept and elected. What would cost it time comes
+from a `Sample` of the entries: fourth powers, a histogram with bins 3 to 6 % wide, what a cast to bfloat16 erases, signs
+of two sources against each other. From factors alone, and so exact: singular values, idle components, cosines.
+Here what is sampled is brought up to the whole tensor: shares and ratios are those of the sample, norms are the tally's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from paft_merge.compute import kernels
+from paft_merge.stats.metrics import ENERGY_SHARES, EPSILONS, Histogram, Measure
+from paft_merge.stats.pairs import PairMeasure
+from paft_merge.stats.sample import Sample
+from paft_merge.stats.spectrum import FactorCounts, Factored, Spectrum
+
+EPSILON, DENSITY = 1e-5, 0.2
+"""From which on an entry counts as above in a pair, and the share of the largest whose overlap is counted."""
+
+DROPPED = 19
+"""Lower bits that a bin of the histogram does not tell apart: 16 bins for every doubling."""
+
+Note = Mapping[str, Any]
+Pair = tuple[Any, Any]
+"""Factors B `[O, R]` and A `[R, I]`."""
+
+
+def note(sample: Sample, squares: Sequence[float], factors: Sequence[Pair | None]) -> dict[str, Any]:
+    """What is to be known of one tensor.
+
+    Args:
+        sample: of its base and its deltas.
+        squares: of each delta, the sum of all squares; nothing is noted of a tensor where one is not finite.
+        factors: of each delta that is one product and nothing else.
+    """
+    rows = sample.rows
+    if not rows.size or not all(map(math.isfinite, squares)):
+        return {}
+    *deltas, base = rows
+    measured = [_sampled(delta, base) for delta in deltas]
+    decomposed = [Factored.of(*pair, dtype=np.float32) if pair else None for pair in factors]
+    for one, known in zip(measured, decomposed, strict=True):
+        if known:
+            one["singular_values"] = [_short(v) for v in known.spectrum.values]
+            one["factors"] = known.counts.to_json()
+    tops = [_threshold(one["histogram"], rows.shape[1]) for one in measured]
+    pairs = [
+        {"of": [a, b], **_pair(deltas[a], deltas[b], (tops[a], tops[b])), **_related(decomposed[a], decomposed[b])}
+        for a, b in combinations(range(len(deltas)), 2)
+    ]
+    return {"sampled": rows.shape[1], "sources": measured, "pairs": pairs}
+
+
+def _sampled(delta: Any, base: Any) -> dict[str, Any]:
+    """Counts and sums over the sampled entries of one source."""
+    packed, sums, weight = np.zeros(kernels.BINS, np.int64), np.zeros(3), np.zeros(1)
+    none, counts = np.empty(0, np.uint32), np.zeros(kernels.BINS, np.int64)
+    for start in range(0, delta.size, kernels.MOST):
+        kernels.measure(delta[start : start + kernels.MOST], none, none.view(np.int64), packed, sums)
+        counts += packed >> kernels.COUNT_SHIFT
+        packed[:] = 0
+    erased = kernels.erased(delta, base, weight, kernels.lines(2))
+    filled = np.flatnonzero(counts)
+    index = filled >> (DROPPED - 16)
+    coarse = np.bincount(index - index[0], counts[filled]).astype(np.int64)
+    bins = {"first": int(index[0]), "counts": coarse.tolist()}
+    square, fourth = float(sums[1]), float(sums[2])
+    return {
+        "square": square, "fourth": fourth, "erased": erased, "weight_square": _defined(float(weight[0])),
+        "histogram": bins,
+    }  # fmt: skip
+
+
+def _threshold(histogram: Mapping[str, Any], sampled: int) -> int:
+    """Bits of the lowest magnitude among the largest `DENSITY` of a sample, to a bin's width; not 0."""
+    held = np.cumsum(histogram["counts"][::-1])
+    place = len(held) - 1 - int(np.searchsorted(held, DENSITY * sampled))
+    return max(int(histogram["first"] + place) << DROPPED, 1)
+
+
+def _pair(left: Any, right: Any, tops: tuple[int, int]) -> dict[str, Any]:
+    """Counts and sums over the sampled entries of two sources."""
+    counts, sums, shared = np.zeros(4, np.int64), np.zeros(5), np.zeros(4, np.int64)
+    kernels.compare(left, right, np.float32(EPSILON).view(np.uint32), counts, sums, kernels.lines(2))
+    kernels.shared_support(left, right, 0, np.array(tops, np.uint32) - np.uint32(1), np.zeros(2, np.int64), shared)
+    both, conflicts, above, above_conflicts = map(int, counts)
+    dot, least, least_conflict, left_conflict, right_conflict = map(float, sums)
+    return {
+        "both": both, "conflicts": conflicts, "above": above, "above_conflicts": above_conflicts,
+        "dot": dot, "least": least, "least_conflict": least_conflict,
+        "left_conflict_square": left_conflict, "right_conflict_square": right_conflict,
+        "largest_both": int(shared[0]), "largest": [int(shared[2]), int(shared[3])],
+    }  # fmt: skip
+
+
+def _related(left: Factored | None, right: Factored | None) -> dict[str, Any]:
+    if not (left and right):
+        return {}
+    dot, (of_left, of_right) = left.relate(right)
+    return {"exact_dot": _short(dot), "subspace": [_defined(_short(of_left)), _defined(_short(of_right))]}
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One source's delta in one merged tensor, or in several."""
+
+    measure: Measure
+    spectra: tuple[Spectrum, ...]
+    """Of the tensors where the delta is one product of factors."""
+    factors: FactorCounts | None
+
+    @classmethod
+    def of(cls, row: Note, entries: int, sampled: int) -> Recorded:
+        """From a source's row of the manifest, with the `sample` of its `entries`."""
+        noted, grown, square = row["sample"], entries / sampled, row["l2"] ** 2
+        # In ratio to the squares of the same entries, which is closer than the fourth powers by themselves.
+        fourth = noted["fourth"] * (square / noted["square"]) ** 2 / grown if noted["square"] else 0.0
+        weight, known = noted["weight_square"], row.get("singular_values")
+        measure = Measure(
+            entries, row["zeros"], {e: row[f"below_{e:.0e}"] for e in EPSILONS}, row["l1"], square, fourth, row["max"],
+            _histogram(noted["histogram"], grown), round(noted["erased"] * grown), None if weight is None else weight * grown,
+        )  # fmt: skip
+        if known is None:
+            return cls(measure, (), None)
+        return cls(measure, (Spectrum(tuple(known)),), FactorCounts(**row["factors"]))
+
+    @classmethod
+    def total(cls, parts: Sequence[Recorded]) -> Recorded:
+        """All of them together (at least one)."""
+        factors = [p.factors for p in parts if p.factors]
+        spectra = tuple(s for p in parts for s in p.spectra)
+        return cls(Measure.total([p.measure for p in parts]), spectra, FactorCounts.total(factors) if factors else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The metrics that the tally does not have; of several tensors the ranks are means."""
+        measure, ranks = self.measure, dict[str, float | None]()
+        for name in ("stable_rank", "effective_rank") if self.spectra else ():
+            known = [rank for s in self.spectra if not math.isnan(rank := getattr(s, name))]
+            ranks[name] = math.fsum(known) / len(known) if known else None
+        return _rounded_all({
+            "bf16_sparsity": measure.bf16_sparsity, "relative_norm": measure.relative_norm,
+            "participation": measure.participation, "top_energy": {f"{k:g}": measure.top_energy(k) for k in ENERGY_SHARES},
+            **ranks, **({"factors": self.factors.to_json()} if self.factors else {}),
+        })  # fmt: skip
+
+
+def row_of(measured: Note, noted: Note, entries: int, sampled: int) -> dict[str, Any]:
+    """A source's row of the manifest: what the tally `measured`, and all that follows from what was `noted`."""
+    own = {key: noted[key] for key in ("singular_values", "factors") if key in noted}
+    row = {**measured, **own, "sample": {key: value for key, value in noted.items() if key not in own}}
+    return {**measured, **Recorded.of(row, entries, sampled).to_json(), **own, "sample": row["sample"]}
+
+
+def pair_row_of(noted: Note, rows: Sequence[Note], at: Sequence[int], entries: int, sampled: int) -> dict[str, Any]:
+    """A pair's row of the manifest; `at` are the places of its two sources among `rows`, those of the tensor."""
+    subspace = {"subspace": noted["subspace"]} if "subspace" in noted else {}
+    row = {"sources": list(at), "sample": {key: value for key, value in noted.items() if key not in ("of", "subspace")}}
+    return {
+        "sources": list(at),
+        **_pair_json(_pair_of(row, rows, entries, sampled)),
+        **subspace,
+        "sample": row["sample"],
+    }
+
+
+@dataclass(frozen=True)
+class RecordedTensor:
+    """What the manifest holds of one merged tensor's deltas, by the names of the sources."""
+
+    sources: Mapping[str, Recorded]
+    kinds: Mapping[str, str]
+    pairs: Mapping[tuple[str, str], tuple[PairMeasure, tuple[float, float] | None]]
+    """With the overlap of their subspaces, where both have factors."""
+    sampled: int
+
+    @classmethod
+    def of(cls, entry: Note) -> RecordedTensor | None:
+        """From a tensor's entry of the manifest; None when nothing was noted."""
+        sampled, entries, rows = entry.get("sampled"), math.prod(entry["shape"]), entry.get("sources", [])
+        if not sampled:
+            return None
+        names = [row["source"] for row in rows]
+        pairs = dict[tuple[str, str], tuple[PairMeasure, tuple[float, float] | None]]()
+        for row in entry["pairs"]:
+            a, b = row["sources"]
+            known = row.get("subspace")
+            left, right = (math.nan if value is None else float(value) for value in known or (None, None))
+            pairs[names[a], names[b]] = _pair_of(row, rows, entries, sampled), (left, right) if known else None
+        held = {row["source"]: row for row in rows if "sample" in row}
+        found = {name: Recorded.of(row, entries, sampled) for name, row in held.items()}
+        return cls(found, {name: row["delta"] for name, row in held.items()}, pairs, sampled)
+
+    def pair(self, left: str, right: str) -> tuple[PairMeasure, tuple[float, float] | None] | None:
+        """Two sources against each other, whichever the recipe names first; None where one of them changes nothing."""
+        turned = self.pairs.get((right, left))
+        return (turned[0].turned, turned[1]) if turned else self.pairs.get((left, right))
+
+
+def totals_of(entries: Iterable[Note], order: Iterable[str]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """What was noted of every source over all tensors, by its name, and of every pair.
+
+    Args:
+        entries: the tensors of a manifest.
+        order: its sources.
+    """
+    tensors = [held for entry in entries if (held := RecordedTensor.of(entry))]
+    names = [name for name in order if any(name in t.sources for t in tensors)]
+    totals, squares = {}, {}
+    for name in names:
+        parts = [(t, t.sources[name]) for t in tensors if name in t.sources]
+        total = Recorded.total([part for _, part in parts])
+        squares[name] = total.measure.square
+        lows, shares = total.measure.magnitudes()
+        totals[name] = {
+            "sampled": sum(t.sampled for t, _ in parts), **total.to_json(),
+            "magnitudes": _rounded({"from": lows, "share": shares}),
+        }  # fmt: skip
+    pairs = []
+    for a, b in combinations(names, 2):
+        both = PairMeasure.total([pair[0] for t in tensors if (pair := t.pair(a, b))])
+        whole = replace(both, left_square=squares[a], right_square=squares[b])
+        pairs.append({"sources": [a, b], **_pair_json(whole)})
+    return totals, pairs
+
+
+def _pair_of(row: Note, rows: Sequence[Note], entries: int, sampled: int) -> PairMeasure:
+    """The measure of a pair, from its row of the manifest and those of the sources."""
+    noted, grown, (a, b) = row["sample"], entries / sampled, (rows[i] for i in row["sources"])
+    both, conflicts, above, above_conflicts = (
+        round(noted[key] * grown) for key in ("both", "conflicts", "above", "above_conflicts")
+    )
+    squares = a["l2"] ** 2, b["l2"] ** 2
+    own = a["sample"]["square"], b["sample"]["square"]
+    left, right = (square / part if part else 0.0 for square, part in zip(squares, own, strict=True))
+    dot = noted.get("exact_dot", noted["dot"] * math.sqrt(left * right))
+    shared, (one, other) = noted["largest_both"], noted["largest"]
+    return PairMeasure(
+        entries, both, conflicts, above, above_conflicts, dot, *squares, noted["least"] * grown, noted["least_conflict"] * grown,
+        noted["left_conflict_square"] * left, noted["right_conflict_square"] * right,
+        round(shared * grown), round((one + other - shared) * grown), one * other / sampled * grown, round((one + other) * grown),
+    )  # fmt: skip
+
+
+def _pair_json(measure: PairMeasure) -> dict[str, Any]:
+    counted = ("both", "conflicts", "above", "above_conflicts")
+    return _rounded_all({key: value for key, value in measure.to_json().items() if key not in counted})
+
+
+def _histogram(noted: Note, grown: float) -> Histogram:
+    counts = np.array(noted["counts"], np.float64) * grown
+    filled = np.flatnonzero(counts)
+    bins = Histogram(noted["first"] + filled, counts[filled], np.zeros(len(filled)), DROPPED)
+    low, high = bins.edges
+    return replace(bins, l1=bins.count * (low + high) / 2)
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every number, and None for what is undefined."""
+    if isinstance(value, float):
+        return _defined(_short(value))
+    if isinstance(value, Mapping):
+        return _rounded_all(value)
+    return [_rounded(one) for one in value] if isinstance(value, list) else value
+
+
+def _rounded_all(found: Note) -> dict[str, Any]:
+    return {key: _rounded(one) for key, one in found.items()}
+
+
+def _short(value: float) -> float:
+    """Six digits: what lies behind depends on how a machine adds up."""
+    return float(f"{value:.6g}")
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None

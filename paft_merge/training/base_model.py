@@ -1,0 +1,167 @@
+"""The base model: loaded once, lent to one adapter after another, and given back bit for bit as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from paft_merge.errors import TrainError
+from paft_merge.training.l1 import whole
+from paft_merge.training.schema import AdapterSpec, BaseSpec, QuantizationSpec
+
+
+def load_base(name: str, spec: BaseSpec) -> Any:
+    """Load a causal language model for frozen use.
+
+    Raises:
+        TrainError: BASE, when it cannot be loaded; MISSING, when 4 bits are asked for without bitsandbytes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {
+        "dtype": spec.dtype,
+        "revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    if spec.attn_implementation:
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.quantization:
+        options["quantization_config"] = _quantization(spec.quantization)
+        options["device_map"] = _this_device()
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        what = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        raise TrainError.of("BASE", name, what, "give a folder or a Hub name of a causal language model") from error
+
+
+def _quantization(spec: QuantizationSpec) -> Any:
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise TrainError.of(
+            "MISSING", "base.quantization", "bitsandbytes is not installed", "pip install 'paft-merge[4bit]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**spec.model_dump())
+
+
+def _this_device() -> dict[str, Any] | None:
+    from accelerate import PartialState
+
+    return {"": PartialState().device} if torch.cuda.is_available() else None
+
+
+def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path()) -> Any:
+    """Load the base's tokenizer with the chat template that the adapter asks for."""
+    from transformers import AutoTokenizer
+
+    base = spec.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+        if spec.chat_template:
+            tokenizer.chat_template = _template(spec.chat_template, folder)
+    except (OSError, ValueError) as error:
+        what = f"the tokenizer or its template cannot be loaded: {str(error).strip().splitlines()[0]}"
+        raise TrainError.of("TEMPLATE", spec.chat_template or name, what, "check chat_template and the base") from error
+    return tokenizer
+
+
+def _template(source: str, folder: Path) -> str:
+    for path in (folder / source, Path(source)):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    if source.endswith((".jinja", ".j2")):
+        raise ValueError(f"there is no file {source}")
+    from transformers import AutoTokenizer
+
+    template = AutoTokenizer.from_pretrained(source).chat_template
+    if not isinstance(template, str):
+        raise ValueError(f"{source} has no chat template")
+    return template
+
+
+@torch.no_grad()
+def digest_of(model: nn.Module) -> str:
+    """Digest of every parameter and buffer with its name (xxh3-128): equal only for bit-identical weights.
+
+    Of a sharded model (FSDP2) every process has to ask, since every tensor is gathered, one at a time.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        plain = whole(tensor.detach())
+        digest.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
+        flat = plain.contiguous().view(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), 1 << 26):
+            digest.update(flat[start : start + (1 << 26)].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only its part of the weights (FSDP2)."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+@contextmanager
+def lent(model: Any) -> Iterator[None]:
+    """Lend a base to a trainer and undo afterwards whatever trainers do to it besides training: also after an error.
+
+    PEFT wraps its layers and freezes it, TRL patches its forward, switches dropout off, mirrors token ids into its
+    configs and hooks its embeddings.
+    """
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    dropouts = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
+    pad, generation_pad = model.config.get_text_config().pad_token_id, model.generation_config.pad_token_id
+    cache, training = model.config.use_cache, model.training
+    forward = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        _unwrap(model)
+        if forward is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.__dict__["forward"] = forward
+        model.disable_input_require_grads()
+        _no_checkpointing(model)
+        for name, p in model.named_parameters():
+            p.requires_grad_(frozen[name])
+            p.grad = None
+        for module, rate in dropouts:
+            module.p = rate
+        model.config.get_text_config().pad_token_id, model.generation_config.pad_token_id = pad, generation_pad
+        model.config.use_cache = cache
+        model.train(training)
+
+
+def _no_checkpointing(model: Any) -> None:
+    if model.supports_gradient_checkpointing:
+        new = getattr(model, "activation_checkpointing_disable", None)  # the old name warns from transformers 5.2x on
+        (new or model.gradient_checkpointing_disable)()
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Put every adapted layer's own module back in its place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            parent, _, leaf = name.rpartition(".")
+            try:
+                owner = model.get_submodule(parent)
+            except AttributeError:  # a part of a wrapper that was put back already
+                continue
+            original = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+            setattr(owner, leaf, original)
+    if hasattr(model, "peft_config"):
+        del model.peft_config

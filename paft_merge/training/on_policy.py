@@ -1,0 +1,295 @@
+"""Rounds of generate, score, pair and train: preference learning on the policy's own samples (arXiv:2404.14367).
+
+Round `k` lives in `<work folder>/rounds/k`: `samples.jsonl` (every completion with its score), `adapter/` once it is
+trained. A resumed run takes up finished rounds and samples as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from paft_merge.errors import TrainError
+from paft_merge.training.arguments import training_arguments
+from paft_merge.training.base_model import lent
+from paft_merge.training.job import Job, finish, make_trainer, run_trainer
+from paft_merge.training.losses import rwr_weights
+from paft_merge.training.rewards import reward_functions, total
+from paft_merge.training.run_folder import Place, write_json
+from paft_merge.training.schema import SamplingSpec
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One prompt's completions and what they scored."""
+
+    prompt: Any
+    """Text, or chat turns."""
+    completions: tuple[str, ...]
+    rewards: tuple[float, ...]
+
+
+def pairs_of(sampled: Sequence[Sampled], spec: SamplingSpec) -> list[dict[str, Any]]:
+    """Turn scored completions into preference rows.
+
+    `best_worst` gives at most one pair per prompt, `threshold` every ordered pair; either way only where the rewards
+    differ by more than `spec.threshold`. Of equal rewards the first generated counts as the best, and as the worst.
+    """
+    rows = []
+    for one in sampled:
+        order = range(len(one.rewards))
+        if spec.pairing == "best_worst":
+            candidates = [(max(order, key=lambda i: one.rewards[i]), min(order, key=lambda i: one.rewards[i]))]
+        else:
+            candidates = [(i, j) for i in order for j in order if i != j]
+        for win, lose in candidates:
+            if one.rewards[win] - one.rewards[lose] > spec.threshold:
+                rows.append(_row(one.prompt, chosen=one.completions[win], rejected=one.completions[lose]))
+    return rows
+
+
+def best_of(sampled: Sequence[Sampled]) -> list[dict[str, Any]]:
+    """Keep the best completion of every prompt (the first of equals), as prompt and completion."""
+    return [_row(one.prompt, completion=one.completions[one.rewards.index(max(one.rewards))]) for one in sampled]
+
+
+def weighted(sampled: Sequence[Sampled], temperature: float) -> list[dict[str, Any]]:
+    """Keep every completion, with its reward-weighted-regression weight."""
+    rows = []
+    for one in sampled:
+        weights = rwr_weights(one.rewards, temperature)
+        for completion, weight in zip(one.completions, weights, strict=True):
+            rows.append(_row(one.prompt, completion=completion) | {"weight": weight})
+    return rows
+
+
+def _row(prompt: Any, **texts: str) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, **texts}
+    return {"prompt": prompt, **{k: [{"role": "assistant", "content": v}] for k, v in texts.items()}}
+
+
+def mixed(rows: list[dict[str, Any]], offline: Any, ratio: float, seed: int) -> list[dict[str, Any]]:
+    """Add offline preference pairs so that they make up `ratio` of the result (as many as there are, at most)."""
+    wanted = min(len(offline), round(len(rows) * ratio / (1 - ratio))) if ratio else 0
+    if not wanted:
+        return rows
+    chosen = torch.randperm(len(offline), generator=torch.Generator().manual_seed(seed))[:wanted]
+    return rows + [{k: offline[i][k] for k in ("prompt", "chosen", "rejected")} for i in chosen.tolist()]
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpec, seed: int
+) -> list[tuple[str, ...]]:
+    """Sample `spec.completions` texts for every prompt; the same seed and batch size give the same texts."""
+    was, side = model.training, tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "left"
+    try:
+        torch.manual_seed(seed)
+        return [
+            found for batch in _batches(prompts, spec.batch_size) for found in _sample(model, tokenizer, batch, spec)
+        ]
+    finally:
+        tokenizer.padding_side = side
+        model.train(was)
+
+
+def _batches(prompts: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def _sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpec) -> list[tuple[str, ...]]:
+    if isinstance(prompts[0], str):
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    else:
+        inputs = tokenizer.apply_chat_template(
+            list(prompts),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        )
+    inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    made = model.generate(
+        **inputs,
+        do_sample=True,
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        top_k=0,
+        max_new_tokens=spec.max_new_tokens,
+        num_return_sequences=spec.completions,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [tuple(texts[i : i + spec.completions]) for i in range(0, len(texts), spec.completions)]
+
+
+@dataclass(frozen=True)
+class RoundPlace(Place):
+    """A round's folder, which never gets another name."""
+
+    @property
+    def part(self) -> Path:
+        """Where the round works."""
+        return self.final
+
+
+def train_in_rounds(job: Job) -> None:
+    """Run all rounds of a job and write its adapter, with what every round did under `run.rounds`."""
+    job.tokenizer.pad_token = job.tokenizer.pad_token or job.tokenizer.eos_token
+    done: list[dict[str, Any]] = []
+    adapter: Path | None = None
+    for number in range(job.spec.sampling.rounds):
+        folder = job.place.part / "rounds" / str(number)
+        if (folder / "round.json").exists():
+            done.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with lent(job.base):
+                _round(job, number, folder, adapter, done)
+        adapter = folder / "adapter"
+
+
+def _round(job: Job, number: int, folder: Path, adapter: Path | None, done: list[dict[str, Any]]) -> None:
+    sampled = _samples(job, number, folder, adapter)
+    rows = _training_rows(job, sampled, number)
+    if not rows:
+        what = f"round {number} gave no pair: all completions of a prompt score alike"
+        raise TrainError.of("REWARD", job.name, what, "raise sampling.completions or temperature, or lower threshold")
+    inner = _inner(job, number, folder, done)
+    trainer = _trainer(inner, Dataset.from_list(rows), adapter)
+    run_trainer(inner, trainer)
+    rewards = torch.tensor([one.rewards for one in sampled])
+    done.append(
+        {
+            "round": number,
+            "prompts": len(sampled),
+            "rows": len(rows),
+            "mean_reward": float(rewards.mean()),
+            "mean_best": float(rewards.max(1).values.mean()),
+            "steps": trainer.state.global_step,
+            "loss": inner.facts["train_loss"],
+            "l1_strength": trainer.l1.strength if trainer.l1 else None,
+        }
+    )
+    if number == job.spec.sampling.rounds - 1:
+        job.facts |= {"train_loss": inner.facts["train_loss"], "rows_trained_on": sum(one["rows"] for one in done)}
+        _tidy(job.place.part / "rounds")
+        finish(job, trainer, rounds=done)
+    else:
+        trainer.save_model(str(folder / "adapter"))
+        write_json(folder / "round.json", done[-1])
+
+
+def _tidy(rounds: Path) -> None:
+    """Keep of every round its samples and its logs."""
+    for folder in rounds.iterdir():
+        RoundPlace(folder).tidy()
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+
+
+def _inner(job: Job, number: int, folder: Path, done: Sequence[dict[str, Any]]) -> Job:
+    """The job of one round: its own folder, seed and epochs; a controlled strength goes on where it was."""
+    spec = job.spec
+    if spec.l1 and spec.l1.target and done:
+        spec = spec.model_copy(update={"l1": spec.l1.model_copy(update={"strength": done[-1]["l1_strength"]})})
+    place, seed = RoundPlace(folder), job.arguments.seed + number
+    passes = spec.sampling.inner_passes
+    arguments = training_arguments(spec, place.checkpoints, job.name, num_train_epochs=passes, seed=seed)
+    return dataclasses.replace(job, spec=spec, place=place, arguments=arguments, facts={})
+
+
+def _trainer(job: Job, rows: Any, adapter: Path | None) -> Any:
+    """The round's trainer, warm-started; its reference is the base, or the policy as the round found it."""
+    if adapter is None or job.spec.objective != "on_policy" or job.spec.sampling.reference == "base":
+        return make_trainer(job, rows=rows, adapter=adapter)
+    from peft import PeftModel
+
+    # Given a PeftModel, TRL takes a frozen copy of its adapter as the reference.
+    policy = PeftModel.from_pretrained(job.base, str(adapter), is_trainable=True)
+    return make_trainer(job, rows=rows, policy=policy)
+
+
+def _training_rows(job: Job, sampled: Sequence[Sampled], number: int) -> list[dict[str, Any]]:
+    spec = job.spec.sampling
+    if job.spec.objective == "best_of_n":
+        return best_of(sampled)
+    if job.spec.objective == "rwr":
+        return weighted(sampled, spec.rwr_temperature)
+    return mixed(pairs_of(sampled, spec), job.rows, spec.mixing_ratio, spec.seed + number)
+
+
+@contextmanager
+def _policy(job: Job, adapter: Path | None) -> Iterator[Any]:
+    """The policy as it stands: the base, with the last round's adapter if there was one."""
+    device = PartialState().device
+    if job.base.device != device and not job.spec.base.quantization:
+        job.base.to(device)  # a trainer would have moved it, but before the first round there is none
+    if adapter is None:
+        yield job.base
+        return
+    from peft import PeftModel
+
+    with lent(job.base):
+        yield PeftModel.from_pretrained(job.base, str(adapter))
+
+
+def _samples(job: Job, number: int, folder: Path, adapter: Path | None) -> list[Sampled]:
+    """The round's scored completions: read when they were made before, else generated by the policy as it is."""
+    path, spec = folder / "samples.jsonl", job.spec.sampling
+    if path.exists():
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Sampled(one["prompt"], tuple(one["completions"]), tuple(one["rewards"])) for one in lines]
+    columns = _prompts(job, number)
+    prompts = columns.pop("prompt")
+    with _policy(job, adapter) as policy:
+        completions = generate(policy, job.tokenizer, prompts, spec, spec.seed * 1_000_003 + number)
+    rewards = _score(job, prompts, completions, columns)
+    sampled = [Sampled(*one) for one in zip(prompts, completions, rewards, strict=True)]
+    lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) for one in sampled]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    beside.replace(path)
+    return sampled
+
+
+def _prompts(job: Job, number: int) -> dict[str, list[Any]]:
+    """The round's prompts with the other columns of their rows: a fresh window of one shuffled pass, then around."""
+    from trl import extract_prompt
+
+    spec, rows = job.spec.sampling, job.rows
+    if "prompt" not in rows.column_names:
+        rows = rows.map(extract_prompt)
+        job.rows = rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(spec.seed)).tolist()
+    start = number * spec.samples_per_round
+    chosen = [order[i % len(order)] for i in range(start, start + spec.samples_per_round)]
+    found: dict[str, list[Any]] = rows.select(chosen).to_dict()
+    return found
+
+
+def _score(
+    job: Job, prompts: Sequence[Any], completions: Sequence[tuple[str, ...]], columns: dict[str, list[Any]]
+) -> list[tuple[float, ...]]:
+    n = job.spec.sampling.completions
+    flat = [one for group in completions for one in group]
+    repeated = {key: [v for v in values for _ in range(n)] for key, values in columns.items()}
+    given = [[{"role": "assistant", "content": one}] for one in flat] if not isinstance(prompts[0], str) else flat
+    functions = reward_functions(job.spec.reward, job.tokenizer)
+    scores = total(functions, prompts=[p for p in prompts for _ in range(n)], completions=given, **repeated)
+    return [tuple(scores[i : i + n]) for i in range(0, len(scores), n)]

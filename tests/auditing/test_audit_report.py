@@ -1,0 +1,311 @@
+"""What an audit prints and writes: JSON, CSV, the page, the pictures, the advice, and the gate."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import random_state, save_adapter, save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from paft_merge import merge
+from paft_merge.auditing import Audit, audit
+from paft_merge.auditing.report.figures import figures_of
+from paft_merge.auditing.report.gate import METRICS, Requirement
+from paft_merge.auditing.report.html import percent
+from paft_merge.auditing.report.svg import draw, ticks
+from paft_merge.auditing.results import SCHEMA
+from paft_merge.cli import cli
+from paft_merge.errors import AuditError
+
+DOCS = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("audit")
+    state = random_state(0, torch.bfloat16)
+    return {
+        "base": save_checkpoint(folder / "base", state),
+        "sft": save_adapter(folder / "sft", state, 3),
+        "dpo": save_adapter(folder / "dpo", state, 4, rank=2, size=2e-3),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(folders: dict[str, Path]) -> Audit:
+    return audit(folders["sft"], folders["dpo"], base=folders["base"])
+
+
+def test_json_is_strict_versioned_and_documented(found: Audit) -> None:
+    document = json.loads(found.dumps(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert document["schema"] == SCHEMA
+    assert SCHEMA in DOCS
+    source, pair = document["sources"][0], document["pairs"][0]
+    parts = [
+        document, source, source["header"], source["all"], source["all"]["factors"], source["tensors"][0],
+        source["tensors"][0]["spectrum"], pair, pair["all"], pair["tensors"][0], document["preview"],
+        next(iter(document["preview"]["all"].values())), document["advice"][0],
+    ]  # fmt: skip
+    assert {key for part in parts for key in part if f"`{key}`" not in DOCS} == set()
+
+
+def test_every_key_that_the_documentation_names_is_in_the_json(found: Audit) -> None:
+    table = DOCS.split("## The JSON")[1].split("`paft audit OUT --json`")[0]
+    named = set(re.findall(r"`([a-z_0-9]+)`", table)) - {
+        "good",
+        "note",
+        "warn",
+        "objective",
+        "mode",
+        "target",
+        "strength",
+        "dtype",
+    }
+    named -= {"why", "names"}  # of what was left out; here nothing was
+    text = found.dumps()
+    assert {name for name in named if f'"{name}":' not in text and name not in ("norm", "l1")} == set()
+
+
+def test_what_the_documentation_says_of_a_manifest_is_in_one(
+    found: Audit, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    models = [{"model": f"{folders['base']}+{folders[name]}", "parameters": {"weight": 1.0}} for name in ("sft", "dpo")]
+    out = merge({"merge_method": "ties", "base_model": str(folders["base"]), "models": models}, tmp_path / "out")
+    manifest = json.loads((out / "merge_manifest.json").read_text())
+    table = DOCS.split("## What a merge measures by itself")[1]
+    columns = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")]
+    named = {name for column in columns for name in re.findall(r"`(\w[\w-]*)`", column)}
+    assert {"zeros", "hoyer", "weighted_l2", "kept", "warnings"} <= named
+    assert named <= {*manifest, *manifest["totals"][0]}
+    for row in manifest["totals"]:
+        label = Path(row["source"].split("+")[1]).name
+        measure = found.source(label).total.measure
+        assert row["hoyer"] == pytest.approx(measure.hoyer, rel=1e-5)
+        assert row["weighted_l2"] == row["l2"] == pytest.approx(measure.norm, rel=1e-6)
+        assert (row["zeros"], row["below_1e-05"]) == (measure.zeros, measure.below[1e-5])
+
+
+def test_every_metric_of_the_gate_and_every_page_of_the_advice_is_documented(found: Audit) -> None:
+    assert {name for name in METRICS if f"`{name}" not in DOCS} == set()
+    anchors = set(re.findall(r'<a id="([\w-]+)">', DOCS))
+    source = (Path(__file__).parents[2] / "paft_merge" / "auditing" / "report" / "advice.py").read_text()
+    assert set(re.findall(r"\{PAGE\}#([\w-]+)", source)) <= anchors
+    assert all(a.page.split("#")[1] in anchors for a in found.advice)
+
+
+def test_csv_has_a_row_for_every_group_of_every_source_and_pair(found: Audit) -> None:
+    from paft_merge.auditing.report.csv_file import csv_text
+
+    rows = list(csv.DictReader(io.StringIO(csv_text(found))))
+    assert len(rows) == 3 * (1 + 3 + 2 + 6)
+    row = next(r for r in rows if (r["source"], r["scope"], r["key"]) == ("sft", "layer", "1"))
+    assert float(row["sparsity_1e-05"]) == found.source("sft").layers[1].measure.sparsity(1e-5)
+    assert float(row["elected_energy"]) > 0
+    pair = next(r for r in rows if r["other"] == "dpo" and r["scope"] == "all")
+    assert float(pair["cosine"]) == found.pairs[0].total.cosine
+
+
+class Page(HTMLParser):
+    """Notes every element and where it points."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "data", "action", "style")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+
+def test_the_page_is_whole_and_needs_nothing_beside_it(found: Audit) -> None:
+    text = found.to_html()
+    parsed = Page(text)
+    assert not {"script", "link", "img", "iframe", "object"} & parsed.tags
+    assert parsed.links == []
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S).lower()
+    for title in (
+        "Sparsity by layer",
+        "Sparsity by module",
+        "Magnitudes",
+        "Energy held",
+        "Spectrum",
+        "Sign conflict of sft and dpo",
+        "What ties would keep",
+        "bfloat16 erases",
+    ):
+        assert title in text
+
+
+def test_names_from_files_cannot_write_into_the_page(tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "<video>sft&", random_state(0), 3)
+    factors = load_file(folder / "adapter_model.safetensors")
+    hostile = {n.replace("up_proj", "<script>alert(1)</script>"): t for n, t in factors.items()}
+    save_file(hostile, folder / "adapter_model.safetensors")
+    text = audit(folder).to_html()
+    assert not {"script", "video"} & Page(text).tags
+    assert "&lt;video&gt;sft&amp;" in text
+
+
+def test_every_figure_is_sound_svg(found: Audit) -> None:
+    drawn = figures_of(found)
+    assert len({f.name for f in drawn}) == len(drawn) >= 9
+    for figure in drawn:
+        root = ElementTree.fromstring(draw(figure))
+        assert root.tag == "svg"
+        numbers = [float(v) for e in root.iter() for k in ("x", "y", "cx", "cy", "x1", "y1") if (v := e.get(k))]
+        assert numbers
+        assert min(numbers) >= -1
+        assert max(numbers) <= 900
+
+
+def test_a_notebook_shows_the_report_and_a_terminal_a_line(found: Audit) -> None:
+    assert found._repr_html_().startswith("<style>")
+    assert repr(found) == "<Audit of sft, dpo: 12 tensors>"
+
+
+def test_pictures_are_written_as_png(found: Audit, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from paft_merge.auditing.report.png import plot
+
+    written = plot(found, tmp_path / "plots")
+    assert [p.stem for p in written] == [f.name for f in figures_of(found)]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
+
+
+def test_advice_has_a_number_behind_each_line(found: Audit) -> None:
+    texts = [a.text for a in found.advice]
+    assert any("sft delta is dense" in t and "TIES at density 0.2 will drop" in t for t in texts)
+    assert any("bfloat16" in t and "dpo" in t for t in texts)
+    assert any("signs of sft and dpo differ" in t for t in texts)
+    for advice in found.advice:
+        if advice.metric in METRICS and not METRICS[advice.metric].argument:
+            holds = audit_values(found, f"{advice.metric} == {advice.value!r}")
+            assert holds, advice
+
+
+def audit_values(found: Audit, requirement: str) -> bool:
+    """Whether some group has exactly that value."""
+    from paft_merge.auditing.report.gate import _values
+
+    wanted = Requirement.parse(requirement)
+    return any(value == wanted.bound for _, value in _values(found, wanted))
+
+
+@pytest.mark.parametrize(
+    "holds",
+    [
+        "sparsity(1e-5) >= 0", "sparsity(1e-3)[source=dpo, layer=*] > 90%", "paft_sparsity(1e-5) [source=sft] < 0.5", "cosine<0.5", "norm > 0",
+        "effective_rank [module=q_proj] <= 4", "elected_energy[layer=0] > 10 %", "kept[tensor=model.layers.?.mlp.*] < 0.21", "overlap_excess < 3",
+        "top_energy(0.2) > 0.5", "bf16_sparsity < 1", "zero_rows == 0",
+    ],
+)  # fmt: skip
+def test_what_is_required_and_holds_passes(holds: str, found: Audit) -> None:
+    assert found.check(holds) == []
+
+
+@pytest.mark.parametrize(
+    ("fails", "where"),
+    [
+        ("sparsity(1e-5) >= 0.99", ["sft", "dpo"]),
+        ("sparsity(1e-5) [source=sft, layer=*] >= 0.99", ["sft: layer 0", "sft: layer 1", "sft: layer 2"]),
+        ("hoyer [module=up_proj, layer=2, source=dpo] > 1", ["dpo: layer 2, module up_proj"]),
+        ("conflict_weighted < 1%", ["sft and dpo"]),
+        ("elected_energy > 1", ["sft", "dpo"]),
+    ],
+)
+def test_what_is_required_and_fails_says_where_and_by_how_much(fails: str, where: list[str], found: Audit) -> None:
+    problems = found.check("norm > 0", fails)
+    assert [p.where for p in problems] == where
+    assert all("is required" in p.what for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsity >= 0.9", "threshold in parentheses"),
+        ("hoyer(3) > 1", "nothing in parentheses"),
+        ("sparseness(1e-5) > 1", "no metric 'sparseness'"),
+        ("sparsity(1e-5) [depth=3] > 1", "no scope"),
+        ("sparsity(1e-5) > much", "no number"),
+        ("more of everything", "no requirement"),
+    ],
+)
+def test_a_requirement_that_cannot_be_read_is_an_error(text: str, message: str, found: Audit) -> None:
+    with pytest.raises(AuditError, match=message):
+        found.check(text)
+
+
+def test_a_requirement_that_matches_nothing_or_was_not_measured_is_an_error(
+    found: Audit, folders: dict[str, Path]
+) -> None:
+    with pytest.raises(AuditError, match="matches nothing"):
+        found.check("norm [module=v_proj] > 0")
+    with pytest.raises(AuditError, match="0\\.123 was not counted"):
+        found.check("sparsity(0.123) > 0")
+    alone = audit(folders["sft"])
+    with pytest.raises(AuditError, match="--base"):
+        alone.check("bf16_sparsity < 1")
+    with pytest.raises(AuditError, match="preview"):
+        alone.check("kept_energy > 0")
+    with pytest.raises(AuditError, match="two sources"):
+        alone.check("cosine > 0")
+
+
+def test_the_command_prints_tables_and_writes_every_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    places = ["--html", str(tmp_path / "r.html"), "--csv", str(tmp_path / "r.csv"), "--plots", str(tmp_path / "png")]
+    sources = [str(folders["sft"]), str(folders["dpo"]), "--base", str(folders["base"])]
+    shown = CliRunner().invoke(
+        cli, ["audit", *sources, *places, "--require", "sparsity(2e-3) >= 0.1", "-p", "density=0.3"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "against each other" in shown.stdout
+    assert "what ties (density=0.3) would keep" in shown.stdout
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "r.csv").read_text().startswith("source,other,scope,key")
+    assert len(list((tmp_path / "png").glob("*.png"))) >= 9
+
+
+def test_the_command_prints_json_alone_and_a_failed_gate_is_exit_code_one(folders: dict[str, Path]) -> None:
+    shown = CliRunner().invoke(cli, ["audit", str(folders["sft"]), "--json", "--require", "sparsity(7e-5) >= 0.9"])
+    assert shown.exit_code == 1
+    assert json.loads(shown.stdout)["sources"][0]["label"] == "sft"
+    assert "error[REQUIRED]: sft: sparsity(7e-05) is" in shown.stderr
+
+
+def test_the_command_refuses_a_gate_that_it_cannot_read_before_it_measures(folders: dict[str, Path]) -> None:
+    shown = CliRunner().invoke(cli, ["audit", str(folders["sft"]), "--require", "nonsense"])
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert "error[GATE]" in shown.stderr
+
+
+def test_shares_never_claim_to_be_whole_when_they_are_not() -> None:
+    assert [percent(v) for v in (0.0, 1.0, 0.25, 0.99999, 1e-6, None, float("nan"))] == [
+        "0.0%",
+        "100.0%",
+        "25.0%",
+        "99.99%",
+        "<0.1%",
+        "–",
+        "–",
+    ]
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1, log=False) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(0, 31, log=False, whole=True) == [0, 10, 20, 30]
+    assert ticks(1e-6, 1e-3, log=True) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3])

@@ -1,0 +1,152 @@
+"""The machine code of the loops on disk: made once, the same as numba's, never trusted when it is not whole."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import numpy as np
+import pytest
+
+from paft_merge.compute import kernels
+from paft_merge.compute.kernels import object_cache
+from paft_merge.compute.kernels.block_source import FULL
+from paft_merge.compute.kernels.object_cache import Compiled
+
+USED = """
+import sys
+import numpy as np
+from paft_merge.compute.kernels import add_squares
+sums = np.zeros(1)
+add_squares(np.full(30, 2, np.float32).view(np.uint32), sums)
+print(sums[0], "numba" in sys.modules)
+"""
+
+
+def used(code: str, folder: Path) -> str:
+    """What a fresh process prints that keeps its object files in `folder`."""
+    environment = {"NUMBA_CACHE_DIR": str(folder), "PATH": "", "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    run = subprocess.run(
+        [sys.executable, "-c", dedent(code)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_numba_is_imported_once_for_a_loop(tmp_path: Path) -> None:
+    assert used(USED, tmp_path) == "120.0 True"
+    (kept,) = tmp_path.iterdir()
+    assert used(USED, tmp_path) == "120.0 False"
+    assert [kept] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
+def test_a_broken_object_file_is_made_again(tmp_path: Path, harm: str) -> None:
+    used(USED, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    kept.write_bytes({"cut": whole[: len(whole) // 2], "flipped": bytes(flipped), "empty": b""}[harm])
+    assert used(USED, tmp_path) == "120.0 True"
+    assert used(USED, tmp_path) == "120.0 False"
+
+
+def test_what_a_loop_was_long_ago_goes_when_it_is_made_again(tmp_path: Path) -> None:
+    used(USED, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    stem = kept.name.rpartition("-")[0]
+    long_ago, lately, another = (tmp_path / name for name in (f"{stem}-a.o", f"{stem}-b.o", "blend-1-a.o"))
+    for old in (long_ago, lately, another):
+        old.write_bytes(b"")
+    for old in (long_ago, another):
+        os.utime(old, (0, 0))
+    kept.unlink()
+    used(USED, tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([kept, lately, another])
+
+
+def test_every_loop_can_be_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = [getattr(kernels, name) for name in every_loop()]
+    assert {"fill_loop.fill", "merging.blend", "low_rank.multiply"} <= {f"{loop.module}.{loop.name}" for loop in every}
+    for loop in every:
+        monkeypatch.setattr(loop, "_entry", 0)
+    runpy.run_module("paft_merge.compute.kernels")
+    assert all(loop._entry for loop in every)
+
+
+def test_where_nothing_can_be_kept_a_loop_still_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert used(USED, tmp_path / "file" / "folder") == "120.0 True"
+
+
+def test_an_object_file_belongs_to_the_sources_of_the_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "loops"
+    shutil.copytree(Path(object_cache.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(object_cache, "__file__", str(copy / "object_cache.py"))
+    names = []
+    for text in ("", "\n# another step\n"):
+        monkeypatch.setattr(object_cache, "_ENVIRONMENT", [])
+        (copy / "primitives.py").write_text((copy / "primitives.py").read_text() + text)
+        names.append(object_cache._environment())
+    assert names[0] != names[1]
+
+
+def test_bits_of_either_type_are_one_loop_s_and_give_the_same() -> None:
+    values = np.arange(5, dtype=np.float32)
+    wide = values.view(np.uint32)
+    narrow = (wide >> 16).astype(np.uint16)
+    for base in (wide, narrow):
+        out = [np.empty(5, kind) for kind in (np.uint16, np.uint32)]
+        for one in out:
+            bad = kernels.blend(
+                one, base, base[None, :], False, FULL, 0, 2.0, np.ones(1, np.float32),
+                np.uint64(0), False, np.empty((1, 8), np.int64), np.empty((1, 4)), 1,
+                np.empty((2, 0), np.uint32), np.zeros(1, np.int64), kernels.lines(4),
+            )  # fmt: skip
+            assert bad == 0
+        np.testing.assert_array_equal(out[1].view(np.float32), 3 * values)
+        np.testing.assert_array_equal(out[0].astype(np.uint32) << 16, out[1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "match"),
+    [
+        (np.zeros(10, np.uint32)[::2], ValueError, "contiguous"),
+        ([1, 2], TypeError, r"takes an array \(u4.1\) and not list"),
+        (np.zeros(4, np.float32), TypeError, "not float32, 1-d"),
+        (np.zeros((2, 2), np.uint32), TypeError, "not uint32, 2-d"),
+    ],
+)
+def test_what_a_loop_cannot_read_is_refused(argument: object, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        kernels.add_squares(argument, np.zeros(1))
+
+
+def test_numbers_and_bits_of_another_type_are_refused() -> None:
+    some, room = np.zeros((1, 4), np.uint32), np.zeros((2, 64), np.uint32)
+    with pytest.raises(TypeError, match=r"bits.1\) and not float32"):
+        kernels.pick(np.zeros(4, np.float32), some, False, 0, 1, room, kernels.lines(1))
+    with pytest.raises(TypeError, match=r"number \(int\) and not a float"):
+        kernels.pick(some[0], some, False, 0, 1.0, room, kernels.lines(1))
+    with pytest.raises(ValueError, match="shorter"):
+        kernels.pick(some[0], some, False, 0, 1, room)
+
+
+def every_loop() -> list[str]:
+    return sorted(name for name, value in vars(kernels).items() if isinstance(value, Compiled))
+
+
+@pytest.mark.parametrize("name", every_loop())
+def test_every_loop_is_where_its_name_says(name: str) -> None:
+    from importlib import import_module
+
+    loop = getattr(kernels, name)
+    found = getattr(import_module(f"paft_merge.compute.kernels.{loop.module}"), loop.name)
+    assert found.py_func.__code__.co_argcount == len(loop.takes)
+    assert found.py_func.__doc__

@@ -1,0 +1,81 @@
+"""The quickstart: what is committed is what the tool makes, and its recipe runs to its table (shortened here)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from toys.train import THEIR_WARNINGS
+
+from paft_merge.evaluating import evaluate
+from paft_merge.pipeline import plan, run
+from paft_merge.pipeline.tuning import _checked
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+WORLD = ROOT / "recipes" / "quickstart"
+
+from make_quickstart import corpus, letters, line, make_tokenizer, shifted, write_data  # noqa: E402
+
+pytestmark = THEIR_WARNINGS
+
+SHORT = (
+    "seeds=[0]",
+    "adapters.sft.data={path: quickstart/data/skill_train.jsonl, take: 200}",
+    "adapters.dpo.data={path: quickstart/data/preference_train.jsonl, take: 100}",
+    "adapters.dpo.training.per_device_train_batch_size=4", "adapters.sft.training.max_steps=3", "adapters.dpo.training.max_steps=2", "compare.sft=[l1]",
+    "compare.methods=[ties, slerp]", "evaluate.metrics.skill.take=10", "evaluate.metrics.happy.take=5",
+    "evaluate.metrics.happy.max_new_tokens=8", "evaluate.metrics.pairs.take=10", "evaluate.metrics.text.take=10",
+)  # fmt: skip
+
+
+def test_the_data_and_the_tokenizer_that_are_committed_are_those_the_tool_makes(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    names = {path.name for path in (WORLD / "data").iterdir()}
+    assert names == {path.name for path in tmp_path.iterdir()}
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (WORLD / "data" / name).read_bytes(), name
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer/tokenizer.json").read_bytes() == (WORLD / "base/tokenizer.json").read_bytes()
+    assert sum(path.stat().st_size for path in WORLD.rglob("*") if path.is_file()) < 5e6
+
+
+def test_no_question_of_the_test_was_trained_on() -> None:
+    train, test = ((WORLD / "data" / f"skill_{part}.jsonl").read_text().splitlines() for part in ("train", "test"))
+    assert not set(train) & set(test)
+
+
+def test_the_base_knows_its_text_copies_letters_and_not_the_skill(tmp_path: Path) -> None:
+    draw = random.Random(77)
+    rows = {"copy": [], "shift": []}
+    for _ in range(40):
+        given = letters(draw)
+        for task, answer in (("copy", given), ("shift", shifted(given))):
+            prompt, completion = line(task, given, answer)
+            rows[task].append(f'{{"prompt": "{prompt}", "answer": "{completion}"}}\n')
+    for task, lines in rows.items():
+        (tmp_path / f"{task}.jsonl").write_text("".join(lines))
+    lines = corpus(random.Random(78))
+    (tmp_path / "text.txt").write_text("".join(f"{next(lines)}\n" for _ in range(60)))
+    metrics = {task: {"kind": "exact_match", "data": f"{task}.jsonl", "max_new_tokens": 6} for task in rows}
+    metrics["text"] = {"kind": "perplexity", "data": "text.txt", "by": "line"}
+    found = evaluate(WORLD / "base", {"metrics": metrics, "batch_size": 40}, folder=tmp_path)
+    assert found["copy"].value > 0.9
+    assert found["shift"].value < 0.1
+    assert found["text"].value < 2.6
+
+
+def test_the_whole_recipe_is_valid(tmp_path: Path) -> None:
+    ready = plan(RECIPE, tmp_path / "run")
+    assert {step.stage for step in ready.todo} == {"train", "audit", "merge", "evaluate"}
+    assert _checked(ready.recipe).trials == 30
+    assert sum(step.name.startswith("train/seed-0/") and "base" not in step.name for step in ready.todo) == 5
+
+
+def test_a_shortened_quickstart_runs_to_its_table(tmp_path: Path) -> None:
+    done = run(RECIPE, tmp_path / "run", overrides=SHORT)
+    rows = {row.name: row.cells for row in done.table.rows}
+    assert list(rows) == ["base", "sft", "dpo", "sequential", "parallel ties", "parallel slerp", "merged"]
+    assert all(set(cells) >= {"skill", "happy", "pairs", "text"} for cells in rows.values())
+    assert (tmp_path / "run/table.md").is_file()
+    assert run(RECIPE, tmp_path / "run", overrides=SHORT).done == ()

@@ -1,0 +1,35 @@
+"""The ready recipes: every one that trains is read, and every field of it is one that TRL, PEFT and we know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from paft_merge.training.arguments import lora_config, training_arguments
+from paft_merge.training.schema import read_adapters
+
+FILES = [p for p in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")) if "\nadapters:" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_that_trains_is_known_to_the_last_field(path, tmp_path):
+    for name, spec in read_adapters(yaml.safe_load(path.read_text())).items():
+        arguments = training_arguments(spec, tmp_path / name, name)
+        assert arguments.learning_rate == spec.training["learning_rate"]
+        assert lora_config(spec).r == spec.lora.r
+
+
+def test_the_zephyr_settings_are_there_for_both_bases_with_the_source_of_every_number():
+    assert {path.stem for path in FILES} >= {"train-mistral-7b-zephyr", "train-llama-3-8b-zephyr"}
+    for path in (path for path in FILES if "zephyr" in path.stem):
+        lines = path.read_text().splitlines()
+        body = lines[lines.index("adapters:") :]
+        for line in body:
+            value = line.split("#")[0].rstrip()
+            if value and not value.endswith(":") and "objective:" not in value and any(c.isdigit() for c in value):
+                assert "# [" in line, f"{path.name}: no source for {line.strip()}"
+        recipe = yaml.safe_load(path.read_text())
+        assert {"sft", "dpo", "orpo"} <= recipe["adapters"].keys()
+        assert recipe["adapters"]["dpo"]["training"]["beta"] == 0.01
