@@ -15,8 +15,8 @@ from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, na
 from paft_merge.compute.blocks import tile_bounds
 from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
-from paft_merge.hub import HF, Look, Remote, download, fetch, look
-from paft_merge.inputs.adapters import Adapter, Patch
+from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
+from paft_merge.inputs.adapters import Adapter, AdapterDelta
 from paft_merge.inputs.adapters.config import read_settings
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.tensor_inputs import Inputs, Read
@@ -30,7 +30,7 @@ _LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
-class Subject:
+class AuditedTensor:
     """One tensor to audit."""
 
     name: str
@@ -91,7 +91,7 @@ class Opened:
     """None when only what adapters' own files tell is known."""
     weights: bool
     """The base's weights can be read; else nothing that needs them is measured."""
-    subjects: tuple[Subject, ...]
+    subjects: tuple[AuditedTensor, ...]
     skipped: tuple[Skipped, ...]
     warnings: tuple[Problem, ...]
     recipe: Recipe | None = None
@@ -211,17 +211,17 @@ class _Bases:
         self._stack, self._adapters, self._opened = stack, adapters, dict[Path, Checkpoint]()
 
     def open(self, ref: ModelRef) -> Checkpoint:
-        found = look(ref.path, ref.revision)
+        found = resolve(ref.path, ref.revision)
         key = found.folder.resolve()
         if key not in self._opened:
             far = self._adapters is not None and not any(file.name.endswith(".bin") for file in found.missing)
             self._opened[key] = self._headers(found) if far and found.missing else self._whole(found)
         return self._opened[key]
 
-    def _whole(self, found: Look) -> Checkpoint:
+    def _whole(self, found: ResolvedRepo) -> Checkpoint:
         return self._stack.enter_context(Checkpoint.open(download([found])[0]))
 
-    def _headers(self, found: Look) -> Checkpoint:
+    def _headers(self, found: ResolvedRepo) -> Checkpoint:
         with Remote.open([found]) as remote, Checkpoint.open(found.folder, far=remote.files(found)) as checkpoint:
             held = [
                 (known_of(f), self._stack.enter_context(Checkpoint.open(weights_of(f)))) for f in self._adapters or ()
@@ -282,7 +282,7 @@ def _drop_what_needs_weights(ref: str, adapter: Adapter, option: str) -> list[Sk
     ]
 
 
-def _needs_weights(patch: Patch) -> bool:
+def _needs_weights(patch: AdapterDelta) -> bool:
     return patch.needs_weight or patch.kind in ("pissa", "olora")
 
 
@@ -305,7 +305,7 @@ def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped:
         for n, under in m.adapter.unties.items()
         if n not in base.checkpoint.tensors
     }
-    subjects, left_out = list[Subject](), list(skipped)
+    subjects, left_out = list[AuditedTensor](), list(skipped)
     for name in [*base.checkpoint.tensors, *unties]:
         under = unties.get(name)
         reads = [_read(m, name, under) for m in models]
@@ -318,7 +318,7 @@ def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped:
         if why:
             left_out.append(Skipped(changed[0].source, (name,), why))
         else:
-            subjects.append(Subject(name, Inputs(beneath, tuple(present), "deltas", subtract=False)))
+            subjects.append(AuditedTensor(name, Inputs(beneath, tuple(present), "deltas", subtract=False)))
     for m in models:
         extra = [n for n in m.checkpoint.tensors if n not in base.checkpoint.tensors]
         if extra:
@@ -371,7 +371,7 @@ def _of_plan(planned: MergePlan) -> Opened:
     if base_ref is None:
         what = f"{planned.recipe.merge_method} here has no base, so there are no deltas to audit"
         raise AuditError.of("NO_BASE", "", what, "give the recipe a base_model")
-    subjects, left_out, unread = list[Subject](), list[str](), dict[Checkpoint, Checkpoint]()
+    subjects, left_out, unread = list[AuditedTensor](), list[str](), dict[Checkpoint, Checkpoint]()
     skipped = list[Skipped]()
     for tensor in planned.tensors:
         if tensor.method == COPY or not tensor.inputs.sources:
@@ -390,7 +390,7 @@ def _of_plan(planned: MergePlan) -> Opened:
             inputs = _unread(inputs, unread)
         if inputs.active:
             rule = None if tensor.rule.wants == "whole" else tensor.rule
-            subjects.append(Subject(tensor.name, inputs, rule))
+            subjects.append(AuditedTensor(tensor.name, inputs, rule))
     by_ref = {m.ref: m for m in planned.models}
     refs = list(dict.fromkeys(r.source for s in subjects for r in s.inputs.sources))
     why = f"{planned.recipe.merge_method} merges whole values there, not deltas"

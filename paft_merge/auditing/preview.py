@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paft_merge.auditing.opening import Subject
+from paft_merge.auditing.opening import AuditedTensor
 from paft_merge.auditing.walk import ModelWalk
-from paft_merge.compute.blocks import Survival
+from paft_merge.compute.blocks import KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import AuditError, Problems
 from paft_merge.methods import METHODS, REQUIRED, Parameter
@@ -172,7 +172,7 @@ Choosing = Consensus | RankedConsensus
 
 
 def rules_for(
-    subjects: Sequence[Subject], proposal: Proposal | None, pool: ThreadPoolExecutor
+    subjects: Sequence[AuditedTensor], proposal: Proposal | None, pool: ThreadPoolExecutor
 ) -> list[Choosing | None]:
     """The rule to preview for each tensor: the recipe's, or the proposal's; None where neither trims nor elects.
 
@@ -206,16 +206,16 @@ def trims_at(rule: Rule, density: float) -> bool:
     return all(t == plain for t in rule.thin)
 
 
-def with_survivals(rule: Rule, survivals: Sequence[Survival], active: Sequence[int]) -> Rule:
+def with_survivals(rule: Rule, survivals: Sequence[KeepThreshold], active: Sequence[int]) -> Rule:
     """The same rule with thresholds that were found already, for the active sources."""
     assert isinstance(rule, Consensus)
-    fixed = [Survival()] * len(rule.thin)
+    fixed = [KeepThreshold()] * len(rule.thin)
     for i, survival in zip(active, survivals, strict=True):
         fixed[i] = survival
     return replace(rule, fixed=tuple(fixed))
 
 
-def _rule_for(subject: Subject, proposal: Proposal | None) -> Choosing | None:
+def _rule_for(subject: AuditedTensor, proposal: Proposal | None) -> Choosing | None:
     rule = subject.rule
     if rule is None and proposal is not None:
         rule = proposal.rule([r.source for r in subject.inputs.sources], subject.name)

@@ -9,13 +9,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from paft_merge.auditing.opening import Opened, Skipped, Source, Subject, layer_of, module_of, open_sources
+from paft_merge.auditing.opening import AuditedTensor, Opened, Skipped, Source, layer_of, module_of, open_sources
 from paft_merge.auditing.preview import Preview, PreviewTensor, Proposal, rules_for
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.gate import epsilons_of
 from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
-from paft_merge.auditing.tensor_survey import Survey, Wanted, survey
-from paft_merge.auditing.walk import Arena, Walker, working_pool
+from paft_merge.auditing.tensor_survey import TensorStats, Wanted, survey
+from paft_merge.auditing.walk import Arena, BlockWalk, working_pool
 from paft_merge.errors import Problem
 from paft_merge.stats.metrics import EPSILONS
 from paft_merge.stats.pairs import PairMeasure
@@ -79,12 +79,12 @@ def audit(
     with open_sources(sources, base, fetch_base=fetch_base) as opened, working_pool(threads) as pool:
         several = len(opened.headers) > 1
         wanted = Wanted(epsilon, counted, opened.weights, several, density)
-        arena, found = Arena(opened.subjects, held_bytes), list[Survey]()
+        arena, found = Arena(opened.subjects, held_bytes), list[TensorStats]()
         total, done = sum(s.numel for s in opened.subjects), 0
         rules = rules_for(opened.subjects, proposal if several else None, pool)
         for at, (subject, rule) in enumerate(zip(opened.subjects, rules, strict=True), 1):
             subject = replace(subject, rule=rule or subject.rule)  # its blocks are whole rows of the rule
-            found.append(survey(subject, Walker(subject, pool, arena), wanted, rule))
+            found.append(survey(subject, BlockWalk(subject, pool, arena), wanted, rule))
             subject.release()
             done += subject.numel
             progress(Progress(at, len(opened.subjects), done, total, subject.name))
@@ -100,7 +100,7 @@ def _proposal(preview: Proposal | str | Mapping[str, Any] | None) -> Proposal | 
     return Proposal(given.pop("method", "ties"), given)
 
 
-def _results(opened: Opened, found: Sequence[Survey], wanted: Wanted, proposal: Proposal | None) -> Audit:
+def _results(opened: Opened, found: Sequence[TensorStats], wanted: Wanted, proposal: Proposal | None) -> Audit:
     labels = {h.source: h.label for h in opened.headers}
     held = list(zip(opened.subjects, found, strict=True))
     sources = tuple(SourceAudit(h, tuple(_tensors(h.source, held))) for h in opened.headers)
@@ -135,10 +135,10 @@ def _other_records(sources: Sequence[SourceAudit]) -> list[Problem]:
     return found
 
 
-Held = Sequence[tuple[Subject, Survey]]
+Held = Sequence[tuple[AuditedTensor, TensorStats]]
 
 
-def _row(subject: Subject, source: str) -> int | None:
+def _row(subject: AuditedTensor, source: str) -> int | None:
     """Which of the subject's sources this is, if it changes the tensor."""
     return next((i for i in subject.inputs.active if subject.inputs.sources[i].source == source), None)
 

@@ -1,6 +1,6 @@
 """Everything that is measured of one tensor: each source's delta, every pair of them, and what a merge would keep.
 
-n active sources; blocks come from a `Walker`. Counts do not depend on the order in which blocks are done, and sums are
+n active sources; blocks come from a `BlockWalk`. Counts do not depend on the order in which blocks are done, and sums are
 taken block by block and added in tile order.
 """
 
@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.auditing.opening import Subject
+from paft_merge.auditing.opening import AuditedTensor
 from paft_merge.auditing.preview import Survived, trims_at, weights_of, with_survivals
-from paft_merge.auditing.walk import Walker
+from paft_merge.auditing.walk import BlockWalk
 from paft_merge.compute import kernels
-from paft_merge.compute.blocks import Block, Survival, Tally
+from paft_merge.compute.blocks import Block, KeepThreshold, Tally
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import AuditError
-from paft_merge.methods.rules.rule import Rule, Walk
+from paft_merge.methods.rules.rule import Rule, TensorPass
 from paft_merge.methods.rules.thresholds import Trim, trim_survivals
 from paft_merge.stats.metrics import Histogram, Measure
 from paft_merge.stats.pairs import PairMeasure
@@ -46,7 +46,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Survey:
+class TensorStats:
     """One tensor, measured. Sources are indices into the subject's."""
 
     measures: Mapping[int, Measure]
@@ -59,7 +59,7 @@ class Survey:
     sum_square: float
 
 
-def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) -> Survey:
+def survey(subject: AuditedTensor, walker: BlockWalk, wanted: Wanted, rule: Rule | None) -> TensorStats:
     """Measure one tensor in one walk, and in two more (from memory where it fits) where sources are compared.
 
     Raises:
@@ -73,7 +73,7 @@ def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) 
     factored = [later.result() for later in decomposed]
     pairs = first.pairs(blocks, measures)
     related = {(a, b): walker.pool.submit(_relate, factored[a], factored[b]) for a, b in pairs}
-    survivals: list[Survival] = []
+    survivals: list[KeepThreshold] = []
     if pairs:
         trims = [Trim("density", wanted.density)] * len(active)
         survivals = trim_survivals(trims, subject.numel, walker, CpuOps(), full=first.full)
@@ -85,7 +85,7 @@ def survey(subject: Subject, walker: Walker, wanted: Wanted, rule: Rule | None) 
         if relation is not None:
             pairs[a, b] = replace(pairs[a, b], dot=relation[0])
             subspaces[active[a], active[b]] = relation[1]
-    return Survey(
+    return TensorStats(
         dict(zip(active, measures, strict=True)),
         {i: (f.spectrum, f.counts) for i, f in zip(active, factored, strict=True) if f},
         {(active[a], active[b]): pair for (a, b), pair in pairs.items()},
@@ -112,7 +112,7 @@ class _Part:
 class _First:
     """The first walk: each delta by itself and, where wanted, against every other."""
 
-    def __init__(self, subject: Subject, wanted: Wanted, n: int) -> None:
+    def __init__(self, subject: AuditedTensor, wanted: Wanted, n: int) -> None:
         self.subject, self.wanted, self.n = subject, wanted, n
         self.edges = np.array([_bits(1e-45), *map(_bits, wanted.epsilons)], np.uint32)
         self.combinations = list(combinations(range(n), 2)) if wanted.pairs else []
@@ -153,7 +153,7 @@ class _First:
         """The histograms of all blocks, as `sparsify.trim_survivals` takes them."""
         return self._counts, self._lows
 
-    def measures(self, parts: Sequence[_Part], subject: Subject) -> list[Measure]:
+    def measures(self, parts: Sequence[_Part], subject: AuditedTensor) -> list[Measure]:
         """Every source's measure, from all blocks."""
         found = []
         for i in range(self.n):
@@ -184,7 +184,7 @@ class _First:
 
 
 def _second(
-    subject: Subject, walker: Walker, rule: Rule | None, survivals: list[Survival], wanted: Wanted
+    subject: AuditedTensor, walker: BlockWalk, rule: Rule | None, survivals: list[KeepThreshold], wanted: Wanted
 ) -> tuple[dict[int, Survived], float, dict[tuple[int, int], Any]]:
     """The last walk: merge the deltas as `rule` does, and compare the supports of every pair."""
     n = len(subject.inputs.active)
@@ -194,7 +194,9 @@ def _second(
     if rule is not None:
         if survivals and trims_at(rule, wanted.density):
             rule = with_survivals(rule, survivals, subject.inputs.active)
-        combine = rule.prepare(Walk(subject.numel, walker, CpuOps(), subject.inputs.active, subject.shape), deltas=True)
+        combine = rule.prepare(
+            TensorPass(subject.numel, walker, CpuOps(), subject.inputs.active, subject.shape), deltas=True
+        )
     every = list(combinations(range(n), 2)) if survivals else []
     lows = np.array([s.low for s in survivals], np.uint32)
     cuts = np.array([s.low_cut for s in survivals], np.int64)
@@ -263,13 +265,13 @@ def _sum_square(
     return alone + 2 * math.fsum(weights[a] * weights[b] * p.dot for (a, b), p in pairs.items())
 
 
-def _factored(subject: Subject, i: int) -> Factored | None:
+def _factored(subject: AuditedTensor, i: int) -> Factored | None:
     """The decomposed factors of a source's delta, where one product is all it is."""
     factors = subject.inputs.factors(i)
     return Factored.of(*factors) if factors else None
 
 
-def _not_finite(subject: Subject, row: int) -> AuditError:
+def _not_finite(subject: AuditedTensor, row: int) -> AuditError:
     source = subject.inputs.sources[subject.inputs.active[row]].source
     return AuditError.of(
         "NONFINITE", f"{source}: {subject.name}", "the delta has values that are NaN or infinite", "mend the source"

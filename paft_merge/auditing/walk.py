@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from paft_merge.auditing.opening import Subject
+from paft_merge.auditing.opening import AuditedTensor
 from paft_merge.compute.blocks import Block, sample_end
 from paft_merge.stats.spectrum import on_one_core
 
@@ -20,24 +20,24 @@ T = TypeVar("T")
 class Arena:
     """Memory for the deltas of one tensor after the other, taken once: fresh memory costs more than the arithmetic."""
 
-    def __init__(self, subjects: Sequence[Subject], limit_bytes: int) -> None:
+    def __init__(self, subjects: Sequence[AuditedTensor], limit_bytes: int) -> None:
         sizes = [len(s.inputs.active) * s.numel * 4 for s in subjects]
         self._held = np.empty(max((s for s in sizes if s <= limit_bytes), default=0) // 4, np.uint32)
 
-    def hold(self, subject: Subject) -> Any:
+    def hold(self, subject: AuditedTensor) -> Any:
         """`[n * numel]` uint32 for the deltas of `subject`, or None when they do not fit."""
         size = len(subject.inputs.active) * subject.numel
         return self._held[:size] if size <= self._held.size else None
 
 
-class Walker:
+class BlockWalk:
     """Runs a function on every block of one tensor on a pool, results in tile order (`blocks.Each`).
 
     The first walk, `first`, sees the base's weights; later ones see zeros in their place, so that what is merged there is
     the delta alone. Tiles depend on the tensor's shape alone.
     """
 
-    def __init__(self, subject: Subject, pool: ThreadPoolExecutor, arena: Arena) -> None:
+    def __init__(self, subject: AuditedTensor, pool: ThreadPoolExecutor, arena: Arena) -> None:
         self.subject, self.pool, self._held = subject, pool, arena.hold(subject)
         self._n = len(subject.inputs.active)
         self._zeros = np.zeros(max((stop - start for start, stop in subject.bounds), default=0), np.uint32)
@@ -81,7 +81,7 @@ class Walker:
 class ModelWalk:
     """Walks the blocks of many tensors, every source in each (`blocks.Each`): for thresholds over a whole model."""
 
-    def __init__(self, subjects: Sequence[Subject], pool: ThreadPoolExecutor) -> None:
+    def __init__(self, subjects: Sequence[AuditedTensor], pool: ThreadPoolExecutor) -> None:
         self._subjects, self._pool = subjects, pool
 
     @property
@@ -97,7 +97,7 @@ class ModelWalk:
         found: list[T] = []
         for subject in self._subjects:
 
-            def run(bounds: tuple[int, int], subject: Subject = subject) -> T:
+            def run(bounds: tuple[int, int], subject: AuditedTensor = subject) -> T:
                 return work(subject.inputs.block(*bounds, all_sources=True))
 
             found += self._pool.map(run, subject.bounds)

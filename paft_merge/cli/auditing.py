@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.terminal import terminable, warn
+from paft_merge.cli.terminal import sigterm_as_interrupt, warn
 
 
 @click.command(short_help="How sparse adapters are, and whether they will merge.")
@@ -74,7 +74,7 @@ def audit(
         if parameters or method != "ties"
         else auditing.Proposal()
     )
-    with terminable(), _audit_progress(quiet) as progress:
+    with sigterm_as_interrupt(), _audit_progress(quiet) as progress:
         done = auditing.audit(
             *sources, base=base, preview=proposal, epsilon=epsilon, require=require, fetch_base=fetch_base, threads=threads,
             progress=progress,

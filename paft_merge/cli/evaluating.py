@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.running import hush, set_option
-from paft_merge.cli.terminal import terminable
+from paft_merge.cli.running import set_option, silence_libraries
+from paft_merge.cli.terminal import sigterm_as_interrupt
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -73,14 +73,14 @@ def evaluate(
         )
     if overrides and recipe is None:
         raise click.UsageError("--set changes a recipe, and needs --recipe.")
-    hush()
+    silence_libraries()
     from paft_merge.evaluating import EvaluateSpec
 
     given = {
         "metrics": metrics, "suite": suite, "tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit,
         "batch_size": batch_size, "device": device,
     }  # fmt: skip
-    with terminable():
+    with sigterm_as_interrupt():
         scores: dict[str, Any] = {}
         if recipe is not None:
             scores |= _by_recipe(model, recipe, overrides)

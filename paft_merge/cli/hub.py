@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from paft_merge.cli.merging import progress_bar
-from paft_merge.cli.terminal import import_option, terminable, warn
+from paft_merge.cli.terminal import import_option, sigterm_as_interrupt, warn
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -22,17 +22,17 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
     REF is a repository, `user/name` or `user/name@revision`, BASE+ADAPTER for both, or a file, hf://user/name/recipe.yaml.
     Unlike a merge, which takes what the cache has, this asks the Hub where a branch stands now.
     """
-    from paft_merge.hub import HF, download, fetch_file, look
+    from paft_merge.hub import HF, download, fetch_file, resolve
     from paft_merge.recipe import ModelRef
 
     if reference.startswith(HF):
         click.echo(str(fetch_file(reference, refresh=True)))
         return
     ref = ModelRef.parse(reference)
-    looks = [look(ref.path, ref.revision, kind="model" if ref.lora else "any", unpickle=lazy_unpickle, refresh=True)]
+    looks = [resolve(ref.path, ref.revision, kind="model" if ref.lora else "any", unpickle=lazy_unpickle, refresh=True)]
     if ref.lora:
-        looks.append(look(ref.lora, ref.lora_revision, kind="adapter", refresh=True))
-    with terminable():
+        looks.append(resolve(ref.lora, ref.lora_revision, kind="adapter", refresh=True))
+    with sigterm_as_interrupt():
         for folder in download(looks):
             click.echo(str(folder))
 
@@ -55,7 +55,7 @@ def push(
     """
     from paft_merge import hub
 
-    with terminable():
+    with sigterm_as_interrupt():
         url = hub.push(folder, repo_id, private=private, branch=branch, create_pr=create_pr, message=message, tags=tags)
     click.echo(url)
 
@@ -93,7 +93,7 @@ def reproduce(
     """
     from paft_merge.engine.reproduction import reproduce as again
 
-    with terminable(), progress_bar(quiet) as progress:
+    with sigterm_as_interrupt(), progress_bar(quiet) as progress:
         done = again(
             place, out, imports=imports, threads=threads, stream_from_hub=stream_from_hub, progress=progress, warn=warn
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.mergekit_options import accepts_mergekit_options
-from paft_merge.cli.terminal import Size, import_option, recipe_place, terminable, warn
+from paft_merge.cli.terminal import Size, import_option, recipe_place, sigterm_as_interrupt, warn
 from paft_merge.errors import Problem, Problems
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def merge(
         raise click.UsageError("--json shows a plan, and needs --dry-run.")
     if out is None:
         raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
-    with terminable(), progress_bar(quiet) as progress:
+    with sigterm_as_interrupt(), progress_bar(quiet) as progress:
         api.merge(
             recipe_place(recipe), out, device=device, threads=threads, memory=memory, resume=resume, overwrite=overwrite,
             trust_remote_code=trust_remote_code, write_model_card=write_model_card, stream_from_hub=stream_from_hub,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.terminal import terminable
+from paft_merge.cli.terminal import sigterm_as_interrupt
 
 if TYPE_CHECKING:
     from paft_merge.pipeline import Event, Planned
@@ -41,14 +41,14 @@ def run(
 
     A run that was killed goes on when the same command is given again. The table of results comes last.
     """
-    hush()
+    silence_libraries()
     from paft_merge import pipeline
     from paft_merge.cli.run_tables import steps_table, table
 
     if dry_run:
         steps_table(pipeline.plan(recipe, folder, overrides=overrides, start=start, only=only))
         return
-    with going_on(recipe, folder), terminable(), _lines(quiet) as tell:
+    with resume_hint(recipe, folder), sigterm_as_interrupt(), _lines(quiet) as tell:
         done = pipeline.run(
             recipe, folder, overrides=overrides, start=start, only=only, tell=tell, planned=_planned(quiet)
         )
@@ -58,7 +58,7 @@ def run(
         click.echo(f"{len(done.done)} steps done; everything is in {folder}: run.json, table.md, logs/", err=True)
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Keep the bars of the libraries below out of the terminal; they log into the run's folder."""
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
@@ -75,7 +75,7 @@ def hush() -> None:
 
 
 @contextmanager
-def going_on(recipe: Path, folder: Path, verb: str = "run") -> Iterator[None]:
+def resume_hint(recipe: Path, folder: Path, verb: str = "run") -> Iterator[None]:
     """Tell how to go on after Ctrl-C."""
     try:
         yield

@@ -56,7 +56,7 @@ def warn(problems: Sequence[Problem]) -> None:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """Let SIGTERM unwind like Ctrl-C, so that files are closed and the way to resume is told."""
 
     def stop(number: int, frame: object) -> NoReturn:

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.running import hush
-from paft_merge.cli.terminal import terminable
+from paft_merge.cli.running import silence_libraries
+from paft_merge.cli.terminal import sigterm_as_interrupt
 
 
 @click.command(short_help="Train the sparse adapters of a recipe.")
@@ -36,8 +36,8 @@ def train(
         raise click.UsageError("--devices are for processes; use CUDA_VISIBLE_DEVICES with --schedule sequential")
     from paft_merge.training import train
 
-    hush()
-    with terminable(), _train_progress(quiet) as progress:
+    silence_libraries()
+    with sigterm_as_interrupt(), _train_progress(quiet) as progress:
         done = train(
             recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, devices=devices,
             progress=progress,

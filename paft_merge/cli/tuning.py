@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from paft_merge.cli.running import going_on, hush, set_option
-from paft_merge.cli.terminal import terminable
+from paft_merge.cli.running import resume_hint, set_option, silence_libraries
+from paft_merge.cli.terminal import sigterm_as_interrupt
 
 if TYPE_CHECKING:
     from paft_merge.pipeline.tuning import Trial
@@ -30,10 +30,10 @@ def tune(recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, .
 
     Adapters are trained once, in RUN_DIR. Writes best.yaml, tune.png and trials.csv there; started again, it goes on.
     """
-    hush()
+    silence_libraries()
     from paft_merge.pipeline.tuning import tune as search
 
-    with going_on(recipe, folder, "tune"), terminable(), _lines(quiet) as progress:
+    with resume_hint(recipe, folder, "tune"), sigterm_as_interrupt(), _lines(quiet) as progress:
         found = search(recipe, folder, overrides=overrides, trials=trials, progress=progress)
     if not quiet:
         click.echo(f"best of {len(found.trials)}: {found.best.value:.4f} {dict(found.best.parameters)}", err=True)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.compute import kernels
-from paft_merge.compute.kernels.block_source import FULL, Feed
+from paft_merge.compute.kernels.block_source import FULL, BlockSource
 from paft_merge.compute.scratch import SCRATCH
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Block:
 
     __slots__ = ("_base", "_feed", "_sources", "index", "picking", "size", "subtract")
 
-    def __init__(self, index: int, base: Any, sources: Any, subtract: bool, feed: Feed | None = None) -> None:
+    def __init__(self, index: int, base: Any, sources: Any, subtract: bool, feed: BlockSource | None = None) -> None:
         self.index, self.subtract = index, subtract
         self._base, self._sources, self._feed = base, sources, feed
         self.size = feed.size if feed is not None else int(sources.shape[1])
@@ -134,7 +134,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Survival:
+class KeepThreshold:
     """Which entries of one delta survive, and what becomes of them. The default keeps everything as it is.
 
     An entry survives when its magnitude (float32 bits) is above `low`, or equal to it at a flat index below `low_cut`;
@@ -151,7 +151,7 @@ class Survival:
     scale: float = 1.0
 
 
-NOTHING = Survival(low=NO_BITS)
+NOTHING = KeepThreshold(low=NO_BITS)
 
 
 @dataclass
@@ -208,19 +208,19 @@ class Ops(Protocol):
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]: ...
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]: ...
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int: ...
-    def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums: ...
+    def dropped_l1(self, block: Block, survivals: Sequence[KeepThreshold]) -> Sums: ...
     def gram(self, block: Block) -> Sums: ...
     def blend(
         self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
     ) -> Outcome: ...
     def consensus(
-        self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int
+        self, block: Block, out: Any, survivals: Sequence[KeepThreshold], election: Election, key: int
     ) -> Outcome: ...
 
     # From one block to another, for the rarer methods.
     def tally(self, block: Block) -> tuple[Counts, Sums]: ...
     def variance(self, block: Block, total: int) -> Block: ...
-    def select(self, block: Block, by: Block, survival: Survival) -> Block: ...
+    def select(self, block: Block, by: Block, survival: KeepThreshold) -> Block: ...
     def swap(self, block: Block, t: float) -> Block: ...
     def overlaps(self, block: Block, epsilon: float) -> tuple[Counts, Sums]: ...
     def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block: ...
@@ -241,7 +241,7 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class Open:
+class Undecided:
     """The entries of a block of which nobody can say yet what survives, because a source lies inside its bracket there."""
 
     place: NDArray[np.int32]
@@ -260,7 +260,7 @@ class Open:
         return Block(0, base, np.stack(sources), subtract=False)
 
 
-class Each(Protocol):
+class BlockMap(Protocol):
     """Runs a function on every block of a tensor and returns the results in tile order."""
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.compute import kernels
-from paft_merge.compute.blocks import Block, Counts, Election, Open, Outcome, RankedKeep, Sums, Survival
+from paft_merge.compute.blocks import Block, Counts, Election, KeepThreshold, Outcome, RankedKeep, Sums, Undecided
 from paft_merge.compute.kernels import lines
 from paft_merge.compute.scratch import SCRATCH
 
@@ -53,7 +53,7 @@ class CpuOps:
         assert at < block.size
         return block.index + at
 
-    def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums:
+    def dropped_l1(self, block: Block, survivals: Sequence[KeepThreshold]) -> Sums:
         """`[n, 2]`: the sums of |delta| before and after the random drop of each survival."""
         sums = np.empty((block.count, 2))
         keep = np.array([s.keep for s in survivals], np.uint64)
@@ -80,20 +80,22 @@ class CpuOps:
         ))  # fmt: skip
         return outcome
 
-    def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome:
+    def consensus(
+        self, block: Block, out: Any, survivals: Sequence[KeepThreshold], election: Election, key: int
+    ) -> Outcome:
         """Write the base plus the elected delta (see `kernels.merging.consensus`)."""
         return _consensus(block, out, survivals, election, key)[0]
 
     def consensus_outside(
         self, block: Block, out: Any, brackets: Sequence[tuple[int, int]], election: Election, room: Any
-    ) -> tuple[Outcome, Open]:
+    ) -> tuple[Outcome, Undecided]:
         """Write what magnitudes outside the brackets decide, and set the rest aside; where they lie, `out` is the base.
 
         Args:
             brackets: lowest bits, at least 1, and number of bits, one a source. What is above survives, what is below does not.
             room: `[bytes]`, memory for what is set aside; beyond it there is fresh memory.
         """
-        above = [Survival(low=low + width - 1) for low, width in brackets]
+        above = [KeepThreshold(low=low + width - 1) for low, width in brackets]
         outcome, opened = _consensus(block, out, above, election, 0, brackets, room)
         assert opened is not None
         return outcome, opened
@@ -111,7 +113,7 @@ class CpuOps:
         kernels.variance(block.base, block.sources, block.subtract, total, made, *memory)
         return out
 
-    def select(self, block: Block, by: Block, survival: Survival) -> Block:
+    def select(self, block: Block, by: Block, survival: KeepThreshold) -> Block:
         """The deltas where the only row of `by`, which is not negative, survives by its size; zero elsewhere."""
         out = np.empty(block.sources.shape, np.float32)
         bounds = np.uint32(survival.low), survival.low_cut
@@ -189,12 +191,12 @@ class CpuOps:
 def _consensus(
     block: Block,
     out: Any,
-    survivals: Sequence[Survival],
+    survivals: Sequence[KeepThreshold],
     election: Election,
     key: int,
     brackets: Sequence[tuple[int, int]] | None = None,
     room: Any = None,
-) -> tuple[Outcome, Open | None]:
+) -> tuple[Outcome, Undecided | None]:
     n, size = block.count, block.size
     outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n + 1, 2), np.int64)
     place = SCRATCH.array("open_place", most, np.int32)
@@ -220,7 +222,7 @@ def _consensus(
     many = int(tally[n, 0])
     inside = [row[:count] for row, count in zip(found, tally[:n, 0], strict=True)]
     kept = _moved([place[:many], *(row[:many] for row in held), *inside], room)
-    return outcome, Open(kept[0], kept[1 : n + 2], kept[n + 2 :], tally[:n, 1])
+    return outcome, Undecided(kept[0], kept[1 : n + 2], kept[n + 2 :], tally[:n, 1])
 
 
 def _moved(arrays: Sequence[Any], room: Any) -> list[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paft_merge.compute import kernels
-from paft_merge.compute.blocks import NO_BITS, Block, Counts, Election, Outcome, RankedKeep, Sums, Survival
+from paft_merge.compute.blocks import NO_BITS, Block, Counts, Election, KeepThreshold, Outcome, RankedKeep, Sums
 
 _MAGNITUDE = 0x7FFFFFFF
 _THRESHOLDS = tuple(int(np.float32(e).view(np.uint32)) for e in (1e-6, 1e-5, 1e-4, 1e-3))
@@ -55,7 +55,7 @@ class TorchOps:
         row = _bits(self._deltas(block))[source] & _MAGNITUDE
         return block.index + int(torch.nonzero(row == bits)[nth, 0])
 
-    def dropped_l1(self, block: Block, survivals: Sequence[Survival]) -> Sums:
+    def dropped_l1(self, block: Block, survivals: Sequence[KeepThreshold]) -> Sums:
         deltas = self._deltas(block)
         sums = []
         for row, survival in zip(deltas, survivals, strict=True):
@@ -82,7 +82,9 @@ class TorchOps:
             total = total + row * float(np.float32(weight))
         return Outcome(self._store(total, out, key, block.index), counts, sums)
 
-    def consensus(self, block: Block, out: Any, survivals: Sequence[Survival], election: Election, key: int) -> Outcome:
+    def consensus(
+        self, block: Block, out: Any, survivals: Sequence[KeepThreshold], election: Election, key: int
+    ) -> Outcome:
         deltas, base = self._deltas(block), self._float(block.base)
         counts, sums = _tally(deltas)
         weights = [float(np.float32(w)) for w in election.weights]
@@ -124,7 +126,7 @@ class TorchOps:
             spread = spread + (row - mean) * (row - mean)
         return _derived(block, (spread / total).float()[None])
 
-    def select(self, block: Block, by: Block, survival: Survival) -> Block:
+    def select(self, block: Block, by: Block, survival: KeepThreshold) -> Block:
         deltas = self._deltas(block)
         bits, at = _bits(self._float(by.sources[0])), self._places(block)
         stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
@@ -204,7 +206,7 @@ class TorchOps:
         rows = self._float(block.sources.reshape(-1)).view(block.sources.shape)
         return rows - self._float(block.base) if block.subtract else rows
 
-    def _surviving(self, delta: Tensor, survival: Survival, index: int) -> Tensor:
+    def _surviving(self, delta: Tensor, survival: KeepThreshold, index: int) -> Tensor:
         bits = _bits(delta) & _MAGNITUDE
         at = torch.arange(index, index + len(delta), device=self.device)
         stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
@@ -218,7 +220,7 @@ class TorchOps:
         """The flat index of every entry of a block in its tensor."""
         return torch.arange(block.index, block.index + block.size, device=self.device)
 
-    def _kept(self, survival: Survival, index: int, size: int) -> Tensor:
+    def _kept(self, survival: KeepThreshold, index: int, size: int) -> Tensor:
         if survival.keep >= 2**32:
             return torch.ones(size, dtype=torch.bool, device=self.device)
         return _shift(self._hash(survival.key, index, size), 32) < survival.keep

@@ -23,7 +23,7 @@ from paft_merge.inputs.dtypes import cast, stored_bytes
 from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
 from paft_merge.inputs.tensor_inputs import RAW
 from paft_merge.methods.rules.consensus import Consensus
-from paft_merge.methods.rules.rule import Combine, Walk
+from paft_merge.methods.rules.rule import Combine, TensorPass
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 
 T = TypeVar("T")
@@ -171,7 +171,7 @@ class _Ready:
         if tensor.rule.wants == "whole":
             base, sources = tensor.inputs.whole(baked=tensor.rule.baked)
             return cls(tensor, None, tensor.rule.merge(base, sources, tensor.name).reshape(-1))
-        walk = Walk(tensor.numel, _Blocks([tensor]), CpuOps(), tensor.inputs.active, tensor.shape)
+        walk = TensorPass(tensor.numel, _Blocks([tensor]), CpuOps(), tensor.inputs.active, tensor.shape)
         return cls(tensor, tensor.rule.prepare(walk, tensor.inputs.deltas))
 
     @property

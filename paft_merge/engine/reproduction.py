@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from paft_merge.engine.api import merge, open_plan
 from paft_merge.engine.sidefiles import identity
 from paft_merge.errors import MergeError, Problem, Problems
-from paft_merge.hub import look, pinned
+from paft_merge.hub import pinned, resolve
 from paft_merge.output.manifest import MANIFEST, read_manifest, verify
 from paft_merge.recipe import dump_yaml
 
@@ -71,7 +71,7 @@ def reproduce(
         PaftMergeError: the manifest cannot be read; and as `api.merge`.
     """
     path, _, revision = str(place).partition("@")
-    found = look(str(place)) if Path(place).expanduser().exists() else look(path, revision or None, kind="side")
+    found = resolve(str(place)) if Path(place).expanduser().exists() else resolve(path, revision or None, kind="side")
     manifest = read_manifest(found.folder / MANIFEST)
     options = dict(manifest.get("options", {}))
     needed = [name for name in options.pop("imports", ()) if name not in imports]

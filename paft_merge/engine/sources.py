@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paft_merge.errors import PaftMergeError, Problem, Problems
-from paft_merge.hub import Kind, Look, Remote, check_room, download, look
+from paft_merge.hub import Kind, Remote, ResolvedRepo, check_room, download, resolve
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.plan import Model
 from paft_merge.recipe import ModelRef
@@ -25,7 +25,7 @@ class Sources:
 
     def __init__(self, refs: Sequence[ModelRef], unpickle: bool, computed: Collection[str] = ()) -> None:
         self.refs, self.unpickle, self.computed = tuple(refs), unpickle, computed
-        self.looks: dict[_Place, Look] = {}
+        self.looks: dict[_Place, ResolvedRepo] = {}
         self.faults: dict[_Place, PaftMergeError] = {}
         """What could not be found; raised by `opened`, together with what is wrong with the rest."""
 
@@ -44,7 +44,7 @@ class Sources:
         for place in dict.fromkeys(place for ref in refs for place in found.places(ref)):
             path, revision, kind = place
             try:
-                found.looks[place] = one = look(path, revision, kind=kind, unpickle=unpickle)
+                found.looks[place] = one = resolve(path, revision, kind=kind, unpickle=unpickle)
                 if any(file.name.endswith(".bin") for file in one.missing):
                     download([one])
                     found.looks[place] = replace(one, missing=())
@@ -120,7 +120,7 @@ class Sources:
         return [place for place in _places(ref) if place[2] == "adapter" or ref.path not in self.computed]
 
     def _checkpoint(
-        self, at: Look, checkpoints: dict[Path | str, Checkpoint | None], remote: Remote
+        self, at: ResolvedRepo, checkpoints: dict[Path | str, Checkpoint | None], remote: Remote
     ) -> Checkpoint | None:
         """The checkpoint there; None when it has failed to open for another reference, which was told."""
         key = at.folder.resolve()
@@ -139,7 +139,7 @@ def _places(ref: ModelRef) -> list[_Place]:
     return [model, (ref.lora, ref.lora_revision, "adapter")] if ref.lora else [model]
 
 
-def _open_adapter(at: Look, checkpoint: Checkpoint, remote: Remote) -> Adapter:
+def _open_adapter(at: ResolvedRepo, checkpoint: Checkpoint, remote: Remote) -> Adapter:
     from paft_merge.inputs.adapters import Adapter  # imports torch, which a merge of plain checkpoints does without
 
     return Adapter.open(at.folder, checkpoint, remote.files(at))

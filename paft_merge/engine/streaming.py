@@ -16,15 +16,15 @@ import numpy as np
 import xxhash
 
 from paft_merge.compute import kernels
-from paft_merge.compute.blocks import TILE, Block, Open, Ops, Outcome, Tally, sample_end
+from paft_merge.compute.blocks import TILE, Block, Ops, Outcome, Tally, Undecided, sample_end
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import MergeError
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
 from paft_merge.inputs.tensor_inputs import RAW
 from paft_merge.methods.rules.consensus import Consensus
-from paft_merge.methods.rules.rule import Rule, Walk, WholeRule
-from paft_merge.output.direct_io import Room
+from paft_merge.methods.rules.rule import Rule, TensorPass, WholeRule
+from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.folder import Finished, Output
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 from paft_merge.stats.record import note
@@ -159,7 +159,7 @@ class _Worker:
         if tensor.rule.wants == "whole":
             return self.pool.submit(self._whole, tensor, tensor.rule).result()
         tiles, sources = _Tiles(tensor, self.pool), tensor.inputs.active
-        walk, sample = Walk(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
+        walk, sample = TensorPass(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
         rule = tensor.rule
         written = self._settled(tensor, rule, walk, sample) or self._measured(tensor, rule, walk, sample)
         tally, digest, nonfinite = Tally.empty(len(sources)), xxhash.xxh3_128(), 0
@@ -169,7 +169,7 @@ class _Worker:
             nonfinite += outcome.bad
         return _finished(tensor, digest.hexdigest(), sources, tally, sample, nonfinite)
 
-    def _measured(self, tensor: PlannedTensor, rule: Rule, walk: Walk, sample: Sample) -> list[Written]:
+    def _measured(self, tensor: PlannedTensor, rule: Rule, walk: TensorPass, sample: Sample) -> list[Written]:
         """Measure the tensor, then merge it: every block is read for each."""
         combine = rule.prepare(walk, tensor.inputs.deltas)
 
@@ -185,7 +185,7 @@ class _Worker:
 
         return walk.each(write)
 
-    def _settled(self, tensor: PlannedTensor, rule: Rule, walk: Walk, sample: Sample) -> list[Written] | None:
+    def _settled(self, tensor: PlannedTensor, rule: Rule, walk: TensorPass, sample: Sample) -> list[Written] | None:
         """Merge the tensor as it is read, and settle what a sample left open; None where that cannot be, or missed."""
         settling = None
         # By what is planned alone, not by the memory there is: the statistics are added in another order here.
@@ -196,7 +196,7 @@ class _Worker:
         bounds, kind = tensor.bounds, np.dtype(RAW[tensor.dtype])
         with self.held.tiles(len(bounds), tensor.nbytes) as held:
 
-            def merge(block: Block) -> tuple[Any, Outcome, Open, Room]:
+            def merge(block: Block) -> tuple[Any, Outcome, Undecided, PageAlignedBuffer]:
                 room, aside = held[block.index // bounds[0][1]] if held else (_ROOMS.next(), np.empty(0, np.uint8))
                 out = self._memory(room, tensor, block, kind)
                 sample.offer(block)
@@ -210,7 +210,7 @@ class _Worker:
             if survivals is None:
                 return None
 
-            def settle(start: int, merged: tuple[Any, Outcome, Open, Room]) -> Written:
+            def settle(start: int, merged: tuple[Any, Outcome, Undecided, PageAlignedBuffer]) -> Written:
                 out, outcome, opened, room = merged
                 settling.settle(start, opened, survivals, out, outcome)
                 return self._write(tensor, start, out, outcome, room)
@@ -264,12 +264,12 @@ class _Worker:
             nonfinite += bad
         return _finished(tensor, digest.hexdigest(), range(len(known)), tally, sample, nonfinite)
 
-    def _memory(self, room: Room, tensor: PlannedTensor, block: Block, kind: np.dtype[Any]) -> Any:
+    def _memory(self, room: PageAlignedBuffer, tensor: PlannedTensor, block: Block, kind: np.dtype[Any]) -> Any:
         """Memory for a merged block, `[E]` of `kind`."""
         nbytes = block.size * kind.itemsize
         return self.output.memory(room, tensor.name, block.index * tensor.width, nbytes).view(kind)
 
-    def _write(self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome, room: Room) -> Written:
+    def _write(self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome, room: PageAlignedBuffer) -> Written:
         """Check one merged block, which lies in `room`, and write it where it belongs."""
         stored = out
         if tensor.dtype not in RAW:
@@ -299,9 +299,9 @@ class _Rooms(threading.local):
     """A thread's memory for what it merges: two in turn, as one is written while the other fills."""
 
     def __init__(self) -> None:
-        self._two = deque((Room(), Room()))
+        self._two = deque((PageAlignedBuffer(), PageAlignedBuffer()))
 
-    def next(self) -> Room:
+    def next(self) -> PageAlignedBuffer:
         self._two.rotate()
         return self._two[0]
 
@@ -313,11 +313,11 @@ class _Held:
     """Memory for merged tiles that wait for their thresholds, used again and again: fresh memory costs more than the merge."""
 
     def __init__(self, nbytes: int) -> None:
-        self._left, self._most, self._free = nbytes, nbytes, list[tuple[Room, Any]]()
+        self._left, self._most, self._free = nbytes, nbytes, list[tuple[PageAlignedBuffer, Any]]()
         self._turn = Condition()
 
     @contextmanager
-    def tiles(self, count: int, nbytes: int) -> Iterator[list[tuple[Room, Any]]]:
+    def tiles(self, count: int, nbytes: int) -> Iterator[list[tuple[PageAlignedBuffer, Any]]]:
         """Rooms for `count` tiles, with bytes for what each sets aside, once `nbytes` are left for them; none where that is never."""
         if nbytes > self._most:
             yield []
@@ -325,7 +325,10 @@ class _Held:
         with self._turn:
             self._turn.wait_for(lambda: self._left >= nbytes)
             self._left -= nbytes
-            taken = [self._free.pop() if self._free else (Room(), np.empty(_ASIDE, np.uint8)) for _ in range(count)]
+            taken = [
+                self._free.pop() if self._free else (PageAlignedBuffer(), np.empty(_ASIDE, np.uint8))
+                for _ in range(count)
+            ]
         try:
             yield taken
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 from paft_merge.errors import EvaluateError, Problems
 from paft_merge.evaluating.data_rows import is_file, place_of
 from paft_merge.evaluating.light import Score
-from paft_merge.evaluating.loading import Subject
+from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.recipe.yaml_source import did_you_mean, load_yaml
 
@@ -114,7 +114,7 @@ def _index(own: tuple[str, ...], defaults: bool) -> Any:
     return TaskManager(include_path=list(own) or None, include_defaults=defaults)
 
 
-def run_tasks(subject: Subject, spec: EvaluateSpec, folder: Path) -> dict[str, Score]:
+def run_tasks(subject: EvaluatedModel, spec: EvaluateSpec, folder: Path) -> dict[str, Score]:
     """Run a section's lm-eval tasks on a model in memory; a suite's mean is added under its name.
 
     Raises:
@@ -178,7 +178,7 @@ class _Quieter(logging.Handler):
 
 
 @contextmanager
-def _quieter(subject: Subject, tasks: Sequence[Task]) -> Iterator[None]:
+def _quieter(subject: EvaluatedModel, tasks: Sequence[Task]) -> Iterator[None]:
     """Tell once that prompts were longer than the model can see, and little else."""
     theirs, handler = logging.getLogger("lm_eval"), _Quieter()
     before = theirs.propagate

@@ -20,7 +20,7 @@ from torch.nn.functional import log_softmax
 
 from paft_merge.errors import EvaluateError
 from paft_merge.evaluating.data_rows import Row, answer_column, place_of, read_lines, read_rows, scorer
-from paft_merge.evaluating.loading import Subject
+from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.training.rewards import total
 
@@ -41,7 +41,7 @@ class Score:
         return {"value": self.value, "stderr": self.stderr, "rows": list(self.rows), "outputs": list(self.outputs)}
 
 
-def measure(subject: Subject, of: Measurement, folder: Path, batch_size: int, seed: int = 0) -> Score:
+def measure(subject: EvaluatedModel, of: Measurement, folder: Path, batch_size: int, seed: int = 0) -> Score:
     """Run one light evaluation; `seed` is of sampled answers.
 
     Raises:
@@ -91,7 +91,7 @@ def _completion_text(completion: Any) -> str:
     return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
 
 
-def _ids(subject: Subject, text: str, prompt: Any) -> list[int]:
+def _ids(subject: EvaluatedModel, text: str, prompt: Any) -> list[int]:
     """Token ids; a chat template writes its own first token."""
     return list(subject.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
 
@@ -106,7 +106,7 @@ def _drawing(seed: int, device: torch.device) -> Iterator[None]:
 
 @torch.inference_mode()
 def generate(
-    subject: Subject,
+    subject: EvaluatedModel,
     prompts: Sequence[Any],
     max_new_tokens: int,
     batch_size: int,
@@ -159,7 +159,7 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, le
 
 @torch.inference_mode()
 def _logps(
-    subject: Subject, ids: Sequence[list[int]], starts: Sequence[int], batch_size: int
+    subject: EvaluatedModel, ids: Sequence[list[int]], starts: Sequence[int], batch_size: int
 ) -> list[tuple[float, int]]:
     """Summed log probability of the tokens from each row's start on, and how many they are."""
     found = [(0.0, 0)] * len(ids)
@@ -173,7 +173,7 @@ def _logps(
     return found
 
 
-def _preference(subject: Subject, rows: Sequence[Row], of: Measurement, batch_size: int) -> Score:
+def _preference(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, batch_size: int) -> Score:
     """Share of pairs whose chosen answer is likelier than the rejected one; a tie counts half."""
     ids, starts, end = list[list[int]](), list[int](), subject.tokenizer.eos_token or ""
     for row in rows:
@@ -194,7 +194,7 @@ def _preference(subject: Subject, rows: Sequence[Row], of: Measurement, batch_si
     return _mean(wins)
 
 
-def _perplexity(subject: Subject, lines: Sequence[str], by: str, batch_size: int) -> Score:
+def _perplexity(subject: EvaluatedModel, lines: Sequence[str], by: str, batch_size: int) -> Score:
     """exp of the mean loss of a token. `rows` are the mean losses of the windows (or lines), in nats."""
     tokenizer, most = subject.tokenizer, subject.max_length
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []

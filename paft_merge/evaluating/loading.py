@@ -23,7 +23,7 @@ MOST_TOKENS = 4096
 
 
 @dataclass
-class Subject:
+class EvaluatedModel:
     """A model in memory, ready to be asked."""
 
     name: str
@@ -40,7 +40,7 @@ def parts_of(model: Path | str | Sequence[str]) -> tuple[str, ...]:
     return (str(model),) if Path(model).exists() else tuple(str(model).split("+"))
 
 
-def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec) -> Subject:
+def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec) -> EvaluatedModel:
     """Load what is to be evaluated.
 
     Raises:
@@ -70,7 +70,7 @@ def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec) -> Subje
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
-    return Subject(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
+    return EvaluatedModel(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
 
 
 def _adapted(model: Any, adapter: Path) -> Any:

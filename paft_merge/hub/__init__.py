@@ -16,36 +16,36 @@ from paft_merge.hub.pulling import (
     HF,
     SIDE_FILES,
     Kind,
-    Look,
+    ResolvedRepo,
     cache_folder,
     check_room,
     download,
     fetch,
     fetch_file,
     is_repository,
-    look,
     pinned,
+    resolve,
     snapshot_of,
 )
-from paft_merge.hub.pushing import Parcel, pack, push
+from paft_merge.hub.pushing import UploadPlan, prepare_upload, push
 from paft_merge.hub.ranges import Remote
 
 __all__ = [
     "HF",
     "SIDE_FILES",
     "Kind",
-    "Look",
-    "Parcel",
     "Remote",
+    "ResolvedRepo",
+    "UploadPlan",
     "cache_folder",
     "check_room",
     "download",
     "fetch",
     "fetch_file",
     "is_repository",
-    "look",
-    "pack",
     "pinned",
+    "prepare_upload",
     "push",
+    "resolve",
     "snapshot_of",
 ]

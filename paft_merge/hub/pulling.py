@@ -1,6 +1,6 @@
 """Where a model reference leads: a local folder, or a snapshot of a Hub repository in huggingface_hub's own cache.
 
-`look` brings the small files of a repository (config, tokenizer, index) and says which weights are not here; `download`
+`resolve` brings the small files of a repository (config, tokenizer, index) and says which weights are not here; `download`
 brings those. What the cache holds whole is taken as it is, without asking the Hub whether a branch has moved since:
 that is what `refresh` is for, as a merge that is run twice should be the same merge.
 """
@@ -57,7 +57,7 @@ _CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Listed:
+class RepoFile:
     """A file of a repository; `etag` is its sha256 where Git LFS (or Xet) keeps it, else git's name of the blob."""
 
     name: str
@@ -66,7 +66,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Look:
+class ResolvedRepo:
     """What a reference leads to: a folder that holds every small file, and the weights that are not in it yet."""
 
     folder: Path
@@ -74,7 +74,7 @@ class Look:
     repo_id: str | None = None
     commit: str | None = None
     revision: str | None = None
-    missing: tuple[Listed, ...] = ()
+    missing: tuple[RepoFile, ...] = ()
 
     @property
     def missing_bytes(self) -> int:
@@ -93,7 +93,7 @@ def fetch(path: str, revision: str | None = None, *, kind: Kind = "any", unpickl
     Raises:
         HubError: it is neither; or the Hub cannot be reached, does not have it, or does not let us.
     """
-    return download([look(path, revision, kind=kind, unpickle=unpickle)])[0]
+    return download([resolve(path, revision, kind=kind, unpickle=unpickle)])[0]
 
 
 def fetch_file(place: str, *, refresh: bool = False) -> Path:
@@ -147,9 +147,9 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def look(
+def resolve(
     path: str, revision: str | None = None, *, kind: Kind = "any", unpickle: bool = False, refresh: bool = False
-) -> Look:
+) -> ResolvedRepo:
     """See what `path` leads to, fetching no weights.
 
     Args:
@@ -161,7 +161,7 @@ def look(
     """
     local = Path(path).expanduser()
     if local.exists():
-        return Look(local, path)
+        return ResolvedRepo(local, path)
     if not is_repository(path):
         raise HubError.of("NOT_FOUND", path, "is no folder here, and no name of a Hub repository", "check the path")
     revision = _PINS.get().get((path, revision), revision)
@@ -179,7 +179,7 @@ def look(
     return _ask(path, revision, where, kind, unpickle)
 
 
-def download(looks: Sequence[Look]) -> list[Path]:
+def download(looks: Sequence[ResolvedRepo]) -> list[Path]:
     """Fetch what is missing into huggingface_hub's cache, several files at a time, and check what came by its sha256.
 
     Files that are whole are kept when another fails, so a second call goes on with the rest.
@@ -188,7 +188,9 @@ def download(looks: Sequence[Look]) -> list[Path]:
         HubError: DISK, there is too little room, told before anything is fetched; and as `fetch`.
     """
     check_room(looks)
-    files = dict.fromkeys((look.repo_id, look.commit, look.where, file) for look in looks for file in look.missing)
+    files = dict.fromkeys(
+        (resolve.repo_id, resolve.commit, resolve.where, file) for resolve in looks for file in resolve.missing
+    )
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         waiting = [pool.submit(_bring, str(repo), str(commit), where, file) for repo, commit, where, file in files]
         try:
@@ -203,7 +205,7 @@ def download(looks: Sequence[Look]) -> list[Path]:
     return [seen.folder for seen in looks]
 
 
-def check_room(looks: Iterable[Look], also: int = 0, beside: Path | None = None) -> None:
+def check_room(looks: Iterable[ResolvedRepo], also: int = 0, beside: Path | None = None) -> None:
     """Raise HubError DISK when the cache's disk has too little room for what is missing (and `also` bytes at `beside`)."""
     needed = sum({(one.commit, file.etag): file.size for one in looks for file in one.missing}.values())
     if not needed:
@@ -224,14 +226,14 @@ def check_room(looks: Iterable[Look], also: int = 0, beside: Path | None = None)
 # --- what a repository holds ------------------------------------------------------------------------------------------
 
 
-def _ask(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> Look:
+def _ask(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> ResolvedRepo:
     """Ask the Hub what the revision is and what it holds, and bring the small files."""
     from huggingface_hub import HfApi, snapshot_download
 
     with asking(where):
         info = HfApi().model_info(path, revision=revision, files_metadata=True)
         files = {
-            s.rfilename: Listed(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "")
+            s.rfilename: RepoFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "")
             for s in info.siblings or ()
         }
     _refuse_names(files, where)
@@ -245,9 +247,9 @@ def _ask(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool
 
 
 def _look(
-    folder: Path, where: str, repo_id: str, commit: str, revision: str | None, files: Mapping[str, Listed],
+    folder: Path, where: str, repo_id: str, commit: str, revision: str | None, files: Mapping[str, RepoFile],
     kind: Kind, unpickle: bool,
-) -> Look:  # fmt: skip
+) -> ResolvedRepo:  # fmt: skip
     wanted = _weights(folder, files, kind, unpickle)
     pickles = [name for name in files if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if kind == "model" and not wanted and pickles:
@@ -255,10 +257,10 @@ def _look(
         fix = "convert it to safetensors, or read it through mergekit's restricted unpickler with --lazy-unpickle"
         raise HubError.of("PICKLE_REFUSED", where, what, fix)
     missing = tuple(files[name] for name in wanted if not (folder / name).exists())
-    return Look(folder, where, repo_id, commit, revision, missing)
+    return ResolvedRepo(folder, where, repo_id, commit, revision, missing)
 
 
-def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> Look | None:
+def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> ResolvedRepo | None:
     """What the cache knows of a reference, without the network; `missing` says what it knows to be missing.
 
     A listing of the repository, which newer versions of huggingface_hub keep, tells all. Without one, as left by others,
@@ -278,16 +280,18 @@ def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: b
     if files is None:
         if not _is_offline():
             return None
-        files = {f.name: Listed(f.name, f.stat().st_size, "") for f in folder.iterdir() if f.is_file()}
+        files = {f.name: RepoFile(f.name, f.stat().st_size, "") for f in folder.iterdir() if f.is_file()}
         weights = [n for n in _weights(folder, files, kind, unpickle, absent=True) if n not in files]
         found = _look(folder, where, path, folder.name, revision, files, kind, unpickle)
-        return Look(folder, where, path, folder.name, revision, (*found.missing, *(Listed(n, 0, "") for n in weights)))
+        return ResolvedRepo(
+            folder, where, path, folder.name, revision, (*found.missing, *(RepoFile(n, 0, "") for n in weights))
+        )
     found = _look(folder, where, path, folder.name, revision, files, kind, unpickle)
     lost = tuple(files[name] for name in _small(files) if not (folder / name).exists())
-    return Look(folder, where, path, folder.name, revision, (*lost, *found.missing))
+    return ResolvedRepo(folder, where, path, folder.name, revision, (*lost, *found.missing))
 
 
-def _listing(repo_id: str, folder: Path) -> dict[str, Listed] | None:
+def _listing(repo_id: str, folder: Path) -> dict[str, RepoFile] | None:
     """The files of a cached commit as huggingface_hub noted them; None when it did not."""
     try:
         from huggingface_hub import get_cached_repo_tree  # version 2 and later
@@ -298,7 +302,7 @@ def _listing(repo_id: str, folder: Path) -> dict[str, Listed] | None:
         entries = get_cached_repo_tree(repo_id, revision=folder.name)
     except CachedRepoTreeNotFoundError:
         return None
-    return {f.path: Listed(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in entries}
+    return {f.path: RepoFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in entries}
 
 
 def _small(files: Iterable[str]) -> list[str]:
@@ -365,7 +369,7 @@ def _is_offline() -> bool:
 # --- fetching ---------------------------------------------------------------------------------------------------------
 
 
-def _bring(repo_id: str, commit: str, where: str, file: Listed) -> None:
+def _bring(repo_id: str, commit: str, where: str, file: RepoFile) -> None:
     """Fetch one file into the cache, and again when the connection breaks in a way that the client does not mend."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -399,7 +403,7 @@ def pause(attempt: int) -> float:
     return min(0.25 * 2.0**attempt, 30.0)
 
 
-def _is_whole(path: Path, file: Listed) -> bool:
+def _is_whole(path: Path, file: RepoFile) -> bool:
     if path.stat().st_size != file.size:
         return False
     if len(file.etag) != 64:  # a small file, by git's name of it
@@ -411,20 +415,20 @@ def _is_whole(path: Path, file: Listed) -> bool:
     return digest.hexdigest() == file.etag
 
 
-def _remember(look: Look) -> None:
+def _remember(resolve: ResolvedRepo) -> None:
     """Note which commit a branch or tag led to, as the Hub's client does, now that all of it is there."""
-    if look.commit is None or _is_commit(look.revision):
+    if resolve.commit is None or _is_commit(resolve.revision):
         return
-    ref = look.folder.parent.parent / "refs" / (look.revision or "main")
+    ref = resolve.folder.parent.parent / "refs" / (resolve.revision or "main")
     try:
-        if ref.is_file() and ref.read_text() == look.commit:
+        if ref.is_file() and ref.read_text() == resolve.commit:
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
         made = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
-        made.write_text(look.commit)
+        made.write_text(resolve.commit)
         os.replace(made, ref)
     except OSError as error:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):  # a cache that others keep
             log.info("%s cannot be written: %s", ref, error.strerror)
             return
-        raise problem_of(error, look.where) from error
+        raise problem_of(error, resolve.where) from error

@@ -31,7 +31,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
-class Parcel:
+class UploadPlan:
     """What is to be sent: the files by their names in the repository, and what kind of thing they are."""
 
     folder: Path
@@ -58,7 +58,7 @@ def push(
     that the folder does not have are deleted by the same commit, since the two could not be told apart.
 
     Args:
-        folder: what `pack` accepts.
+        folder: what `prepare_upload` accepts.
         repo_id: `name` or `user/name`; made when it does not exist.
         private: who may see a repository that is made now; None leaves it to the account's default. One that exists
             and is otherwise is refused, not changed.
@@ -72,11 +72,11 @@ def push(
 
     Raises:
         HubError: why it cannot be sent.
-        PaftMergeError: why the folder should not be: see `pack`.
+        PaftMergeError: why the folder should not be: see `prepare_upload`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    parcel = pack(folder)
+    parcel = prepare_upload(folder)
     for problem in parcel.warnings:
         log.warning("%s", problem)
     api = HfApi()
@@ -98,7 +98,7 @@ def push(
     return str(made.pr_url if create_pr and made.pr_url else made.commit_url)
 
 
-def pack(folder: Path) -> Parcel:
+def prepare_upload(folder: Path) -> UploadPlan:
     """See what a folder holds, and that it is whole.
 
     Raises:
@@ -117,7 +117,7 @@ def pack(folder: Path) -> Parcel:
         raise HubError.of("PUSH_FOLDER", folder, "holds nothing to send", "give the folder that was written")
     _refuse_secrets(files)
     kind, warnings = _check(folder, files)
-    return Parcel(folder, files, kind, (*warnings, *_local_paths(files)))
+    return UploadPlan(folder, files, kind, (*warnings, *_local_paths(files)))
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def _refuse_tags(api: HfApi, repo_id: str, tags: Sequence[str], commit: str | No
             raise HubError.of("HUB_EXISTS", repo_id, f"has the tag {', '.join(taken)} already", "choose another tag")
 
 
-def _holds(there: Sequence[Any], parcel: Parcel) -> bool:
+def _holds(there: Sequence[Any], parcel: UploadPlan) -> bool:
     """Whether a commit's files are those of the parcel, by the Hub's own digests: sha256, or git's name of a content."""
     digests = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in there}
     return all(
@@ -245,7 +245,7 @@ def _digest(path: Path, digest: Any) -> str:
     return str(digest.hexdigest())
 
 
-def _replaced(parcel: Parcel, there: Sequence[str]) -> list[str]:
+def _replaced(parcel: UploadPlan, there: Sequence[str]) -> list[str]:
     """Weights in the repository that the folder does not have, when it brings weights of its own."""
     if not any(_any(name, _WEIGHTS) for name in parcel.files):
         return []

@@ -18,7 +18,7 @@ from typing import Any
 
 from paft_merge.errors import HubError
 from paft_merge.hub.faults import asking, problem_of, retry_after, transport_error
-from paft_merge.hub.pulling import CONNECTIONS, Look, pause
+from paft_merge.hub.pulling import CONNECTIONS, ResolvedRepo, pause
 
 WINDOW_BYTES = 8 * 2**20
 ROOM_BYTES = 256 * 2**20
@@ -224,7 +224,7 @@ class Remote:
 
     @classmethod
     @contextmanager
-    def open(cls, looks: Sequence[Look]) -> Iterator[Remote]:
+    def open(cls, looks: Sequence[ResolvedRepo]) -> Iterator[Remote]:
         """Open all that `looks` are missing; the headers are fetched at once, several at a time.
 
         Raises:
@@ -238,11 +238,11 @@ class Remote:
         finally:
             remote.windows.close()
 
-    def files(self, look: Look) -> dict[str, RemoteFile]:
+    def files(self, look: ResolvedRepo) -> dict[str, RemoteFile]:
         """What `look` is missing, by name."""
         return {file.name: self._files[str(look.commit)][file.name] for file in look.missing}
 
-    def _add(self, looks: Sequence[Look]) -> None:
+    def _add(self, looks: Sequence[ResolvedRepo]) -> None:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not marked as exported
 

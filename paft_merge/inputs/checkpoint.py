@@ -22,16 +22,16 @@ from paft_merge.inputs.safetensors_header import (
     Header,
     TensorInfo,
     as_bytes,
-    capped,
     fill,
     open_regular,
     parse,
+    quote,
     read_header,
     read_text,
     reading,
     scan,
-    shown,
     strict_json,
+    truncate,
 )
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class Checkpoint:
         info = self.tensors[name]
         dtype = getattr(torch, DTYPES[info.dtype].torch or "", None)
         if not isinstance(dtype, torch.dtype):
-            what = f"tensor {shown(name)} is {info.dtype}, for which this torch has no dtype"
+            what = f"tensor {quote(name)} is {info.dtype}, for which this torch has no dtype"
             raise CheckpointError.of("DTYPE_UNSUPPORTED", self.folder / info.file, what)
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         self.read_into(name, 0, raw.numpy())
@@ -419,7 +419,7 @@ def _is_part_of_many(name: str) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(map(quote, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _choose_pickle(folder: Path, present: Sequence[str], unpickle: bool) -> str:
@@ -452,14 +452,14 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError.of("INDEX_INVALID", path, "has no weight_map of tensor names to files")
-    faults = [Problem("INDEX_INVALID", str(path), f"key {shown(key)} stands more than once") for key in twice]
+    faults = [Problem("INDEX_INVALID", str(path), f"key {quote(key)} stands more than once") for key in twice]
     for name, file in weight_map.items():
         if type(file) is not str:
-            faults.append(Problem("INDEX_INVALID", str(path), f"the file of tensor {shown(name)} is not a text"))
+            faults.append(Problem("INDEX_INVALID", str(path), f"the file of tensor {quote(name)} is not a text"))
     for file in sorted({file for file in weight_map.values() if type(file) is str and not _is_plain(file)}):
-        faults.append(Problem("INDEX_PATH", str(path), f"names {shown(file)}, which is not a plain file name"))
+        faults.append(Problem("INDEX_PATH", str(path), f"names {quote(file)}, which is not a plain file name"))
     if faults:
-        raise CheckpointError(capped(faults, path))
+        raise CheckpointError(truncate(faults, path))
     return weight_map
 
 
@@ -480,17 +480,17 @@ def _compare(weight_map: Mapping[str, str], opened: Iterable[_Opened], folder: P
     for name, file in weight_map.items():
         if file in held and name not in held[file]:
             where = next((f"{other} has it" for other in held if name in held[other]), "no file has it")
-            what = f"tensor {shown(name)} is not there though the index says so; {where}"
+            what = f"tensor {quote(name)} is not there though the index says so; {where}"
             faults.append(Problem("INDEX_MISMATCH", str(folder / file), what))
     for file, tensors in held.items():
         for name in tensors:
             if name not in weight_map:
-                what = f"tensor {shown(name)} is not in the index"
+                what = f"tensor {quote(name)} is not in the index"
                 faults.append(Problem("INDEX_MISMATCH", str(folder / file), what))
             elif weight_map[name] != file and name in held.get(weight_map[name], {}):
-                what = f"tensor {shown(name)} is in {weight_map[name]} too"
+                what = f"tensor {quote(name)} is in {weight_map[name]} too"
                 faults.append(Problem("INDEX_MISMATCH", str(folder / file), what))
-    return capped(faults, folder)
+    return truncate(faults, folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from paft_merge.compute.blocks import tile_bounds
 from paft_merge.compute.scratch import SCRATCH
-from paft_merge.inputs.adapters.deltas import Patch
+from paft_merge.inputs.adapters.deltas import AdapterDelta
 from paft_merge.inputs.adapters.rows import Array
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import widen
@@ -239,16 +239,18 @@ def _torch_dtype(read: Read) -> Any:
 Fetch = Callable[[int, int, Array], None]
 
 
-class GatheredPatch(Patch):
+class GatheredPatch(AdapterDelta):
     """The rows of other patches in another order; it has no factors of its own.
 
     Args:
-        shape, row, kind: as for `Patch`; `kind` is that of the model's own adapter.
+        shape, row, kind: as for `AdapterDelta`; `kind` is that of the model's own adapter.
         patches: those whose rows are taken.
         fetch: writes rows `[start, stop)` of the delta into its last argument.
     """
 
-    def __init__(self, shape: tuple[int, ...], row: int, kind: str, patches: Sequence[Patch], fetch: Fetch) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], row: int, kind: str, patches: Sequence[AdapterDelta], fetch: Fetch
+    ) -> None:
         super().__init__(shape, row, kind)
         self._patches, self._fetch = patches, fetch
 

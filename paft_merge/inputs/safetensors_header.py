@@ -153,24 +153,24 @@ def parse(read: ReadAt, size: int, path: Path) -> Header:
     """Parse and check the header of a file of `size` bytes, wherever it lies; as `scan`."""
     raw = _header_bytes(read, size, path)
     document, twice = _header_json(raw, path)
-    faults = [Problem("SHARD_HEADER", str(path), f"name {shown(name)} stands more than once") for name in twice]
+    faults = [Problem("SHARD_HEADER", str(path), f"name {quote(name)} stands more than once") for name in twice]
     metadata = _metadata(document.pop("__metadata__", None), path, faults)
     spans = []
     for name, entry in document.items():
         if fault := _entry_fault(name, entry):
-            faults.append(Problem(fault[0], str(path), f"tensor {shown(name)}: {fault[1]}"))
+            faults.append(Problem(fault[0], str(path), f"tensor {quote(name)}: {fault[1]}"))
         else:
             spans.append(_Span(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]))
     spans.sort(key=lambda span: (span.begin, span.end))
     if not faults:
         _check_layout(spans, size - len(raw), path, faults)
     if faults:
-        raise CheckpointError(capped(faults, path))
+        raise CheckpointError(truncate(faults, path))
     tensors = {s.name: TensorInfo(s.name, s.dtype, s.shape, path.name, len(raw) + s.begin, s.size) for s in spans}
     return Header(tensors, metadata, xxhash.xxh3_128_hexdigest(raw))
 
 
-def capped(faults: Sequence[Problem], where: object) -> list[Problem]:
+def truncate(faults: Sequence[Problem], where: object) -> list[Problem]:
     """The first twenty faults and a count of the rest, so that a hostile file cannot flood the screen."""
     rest = len(faults) - _MAX_FAULTS
     if rest <= 0:
@@ -178,7 +178,7 @@ def capped(faults: Sequence[Problem], where: object) -> list[Problem]:
     return [*faults[:_MAX_FAULTS], Problem(faults[0].code, str(where), f"and {rest:,} more faults")]
 
 
-def shown(name: str) -> str:
+def quote(name: str) -> str:
     """A tensor's name as messages print it: quoted, escaped, and cut to 200 characters."""
     return repr(name) if len(name) <= 200 else f"{name[:200]!r}... ({len(name):,} characters)"
 
@@ -332,7 +332,7 @@ def _entry_fault(name: str, entry: Any) -> tuple[str, str] | None:
     if type(dtype) is not str or not isinstance(shape, list) or not isinstance(offsets, list):
         return "SHARD_HEADER", "its entry is not {dtype: text, shape: list, data_offsets: list}"
     if dtype not in DTYPES:
-        return "DTYPE_UNSUPPORTED", f"dtype {shown(dtype)} is none of {', '.join(DTYPES)}"
+        return "DTYPE_UNSUPPORTED", f"dtype {quote(dtype)} is none of {', '.join(DTYPES)}"
     if len(shape) > _MAX_RANK or not all(type(size) is int for size in shape):
         return "SHARD_LAYOUT", f"shape {_listed(shape)} is impossible"
     if prod(size or 1 for size in shape) * DTYPES[dtype].bits > _MAX_INT:
@@ -359,15 +359,15 @@ def _check_layout(spans: Sequence[_Span], data_bytes: int, path: Path, faults: l
     reached, owner = 0, ""
     for span in spans:
         if span.begin < reached:
-            add(f"tensors {shown(owner)} and {shown(span.name)} share bytes from {span.begin:,} on")
+            add(f"tensors {quote(owner)} and {quote(span.name)} share bytes from {span.begin:,} on")
         elif span.begin > reached:
-            after = f"tensor {shown(owner)}" if owner else "the header"
-            add(f"{span.begin - reached:,} bytes between {after} and tensor {shown(span.name)} are unused")
+            after = f"tensor {quote(owner)}" if owner else "the header"
+            add(f"{span.begin - reached:,} bytes between {after} and tensor {quote(span.name)} are unused")
         if span.end >= reached:
             reached, owner = span.end, span.name
     if reached > data_bytes:
         cut = next(span.name for span in spans if span.end > data_bytes)
-        what = f"holds {data_bytes:,} of {reached:,} bytes of data; tensor {shown(cut)} is the first that is cut"
+        what = f"holds {data_bytes:,} of {reached:,} bytes of data; tensor {quote(cut)} is the first that is cut"
         add(what, "SHARD_TRUNCATED", "download it again")
     elif reached < data_bytes:
         add(f"{data_bytes - reached:,} bytes follow the last tensor")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from paft_merge.compute.blocks import Block, Wants, tile_bounds
-from paft_merge.compute.kernels.block_source import Feed
+from paft_merge.compute.kernels.block_source import BlockSource
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.dtypes import widen
@@ -18,7 +18,7 @@ from paft_merge.inputs.dtypes import widen
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paft_merge.inputs.adapters import Patch
+    from paft_merge.inputs.adapters import AdapterDelta
 
 RAW = {"BF16": np.uint16, "F32": np.uint32}
 """Storage types that a block holds as they are."""
@@ -37,7 +37,7 @@ class Read:
     """The model reference, as messages and the manifest show it."""
     checkpoint: Checkpoint = field(compare=False, repr=False)
     name: str
-    patch: Patch | None = field(default=None, compare=False, repr=False)
+    patch: AdapterDelta | None = field(default=None, compare=False, repr=False)
 
     @property
     def dtype(self) -> str:
@@ -71,7 +71,7 @@ class Read:
         width = DTYPES[self.dtype].bits // 8
         self.checkpoint.read_into(self.name, start * width, out.view(np.uint8))
 
-    def fed(self, feed: Feed, start: int, row: int) -> bool:
+    def fed(self, feed: BlockSource, start: int, row: int) -> bool:
         """Let `feed` read the stored elements from `start` on into a row; whether it can."""
         width = DTYPES[self.dtype].bits // 8
         place = self.checkpoint.lies_at(self.name, start * width, feed.size * width)
@@ -210,7 +210,7 @@ class Inputs:
         rows = list(self.sources) if all_sources else [self.sources[i] for i in self.active]
         size, raw, base = stop - start, self.form == "raw", self.base
         patches = [read.patch for read in rows if read.patch]
-        feed = Feed(size, patches[0].row if patches else 1, lambda: self._reread(rows, start, stop))
+        feed = BlockSource(size, patches[0].row if patches else 1, lambda: self._reread(rows, start, stop))
         stored = base is not None and (raw or (base.dtype == "BF16" and base.plain and not self._extended))
         kinds = (RAW[base.dtype] if stored and base else np.uint32), (RAW[rows[0].dtype] if raw and rows else np.uint32)
         fed = {-1} if stored and base and base.fed(feed, start, -1) else set[int]()
@@ -243,7 +243,7 @@ class Inputs:
         for read in [*([self.base] if self.base else []), *rows]:
             read.weight(start, stop, held)
 
-    def _fed(self, source: Read, feed: Feed, start: int, row: int) -> bool:
+    def _fed(self, source: Read, feed: BlockSource, start: int, row: int) -> bool:
         """Let `feed` compute a source's delta, where it is one product; whether it is."""
         base, patch, width = self.base, source.patch, feed.width
         if self.form != "deltas" or base is None or base.patch or patch is None or patch.row != width:

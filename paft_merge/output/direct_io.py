@@ -41,7 +41,7 @@ def open_direct(path: Path) -> int | None:
         return None
 
 
-class Room:
+class PageAlignedBuffer:
     """Memory that is written as it lies there, without a copy, and used again once it is."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Writes:
         """By its offset, a page that is not whole yet, and `[_PAGE]` bool, which of its bytes are there."""
         self._lock = Lock()
 
-    def write(self, view: memoryview, offset: int, room: Room | None = None) -> None:
+    def write(self, view: memoryview, offset: int, room: PageAlignedBuffer | None = None) -> None:
         """Write `view` at `offset`: the pages in it soon, a page that it begins or ends in when that is whole, or at the end.
 
         Args:
@@ -148,7 +148,7 @@ class Writes:
                 del self._shared[page]
                 self._begun(self._background.write(self._cached, self._direct, memoryview(held), page))
 
-    def _begun(self, write: Future[None], room: Room | None = None) -> None:
+    def _begun(self, write: Future[None], room: PageAlignedBuffer | None = None) -> None:
         self._under_way.append(write)
         if room:
             room.keeps(write)

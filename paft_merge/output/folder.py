@@ -27,7 +27,7 @@ from paft_merge.compute import kernels
 from paft_merge.compute.blocks import Counts, Sums
 from paft_merge.errors import OutputError, Problems
 from paft_merge.inputs.checkpoint import UNFINISHED
-from paft_merge.output.direct_io import Room
+from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.shards import Shard, ShardWriter, Slot, index_of, index_text
 
 log = logging.getLogger(__name__)
@@ -148,11 +148,11 @@ class Output:
             finally:
                 writer.close()
 
-    def memory(self, room: Room, name: str, start: int, nbytes: int) -> Any:
+    def memory(self, room: PageAlignedBuffer, name: str, start: int, nbytes: int) -> Any:
         """`[nbytes]` uint8 of `room` for what goes to `start` bytes into the tensor `name`."""
         return room.array(nbytes, self.writer.offset(name, start))
 
-    def write(self, name: str, start: int, buffer: Any, room: Room | None = None) -> None:
+    def write(self, name: str, start: int, buffer: Any, room: PageAlignedBuffer | None = None) -> None:
         """Write `buffer` at `start` bytes into the tensor `name`; from any thread. `room`: as for `ShardWriter.write`."""
         self.writer.write(name, start, buffer, room)
 

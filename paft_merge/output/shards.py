@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from paft_merge.errors import OutputError
 from paft_merge.inputs.dtypes import DTYPES
 from paft_merge.inputs.safetensors_header import MAX_JSON_BYTES, ByteBuffer, as_bytes, fill
-from paft_merge.output.direct_io import Background, Room, Writes, open_direct, write_all
+from paft_merge.output.direct_io import Background, PageAlignedBuffer, Writes, open_direct, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -220,10 +220,10 @@ class ShardWriter:
         self.close()
 
     def offset(self, name: str, start: int) -> int:
-        """Where byte `start` of tensor `name` lies in its file, as a `Room` wants to know it."""
+        """Where byte `start` of tensor `name` lies in its file, as a `PageAlignedBuffer` wants to know it."""
         return self._slots[name].offset + start
 
-    def write(self, name: str, start: int, buffer: ByteBuffer, room: Room | None = None) -> None:
+    def write(self, name: str, start: int, buffer: ByteBuffer, room: PageAlignedBuffer | None = None) -> None:
         """Write bytes of tensor `name`, from its byte `start` on; of a large file some time later (see `settle`).
 
         Args:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paft_merge.errors import RecipeError, RunError
-from paft_merge.pipeline.execution import Doing, Event, Tell
+from paft_merge.pipeline.execution import Event, Executor, OnEvent
 from paft_merge.pipeline.preflight import check_adapters, check_run, check_task_data, check_training
 from paft_merge.pipeline.results_table import Table
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage, load_run, read_run
@@ -129,7 +129,7 @@ def run(
     overrides: Sequence[str] = (),
     start: Stage | None = None,
     only: Stage | None = None,
-    tell: Tell = lambda event: None,
+    tell: OnEvent = lambda event: None,
     planned: Callable[[Planned], None] = lambda planned: None,
 ) -> Run:
     """Train, audit, merge, evaluate and push what a recipe says, in a run folder; what has not changed is not done again.
@@ -158,7 +158,7 @@ def run(
             ready.recipe.located.text or dump_yaml(ready.recipe.located.data), encoding="utf-8"
         )
         _forget(ready)
-        doing = Doing(ready.recipe, out.resolve(), ready.state, tell)
+        doing = Executor(ready.recipe, out.resolve(), ready.state, tell)
         for stage in STAGES:
             steps = [step for step in ready.todo if step.stage == stage]
             if steps:

@@ -31,17 +31,17 @@ class Event:
     text: str = ""
 
 
-Tell = Callable[[Event], None]
+OnEvent = Callable[[Event], None]
 
 
 @dataclass
-class Doing:
+class Executor:
     """A run on its way."""
 
     recipe: RunRecipe
     folder: Path
     state: State
-    tell: Tell
+    tell: OnEvent
 
     def stage(self, stage: Stage, steps: Sequence[Step]) -> None:
         """Do the steps of a stage that have to be done.

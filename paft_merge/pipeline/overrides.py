@@ -14,7 +14,7 @@ from paft_merge.recipe.yaml_source import Located, did_you_mean, dotted, load_ya
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
 
-def way(text: str) -> tuple[str | int, ...]:
+def parse_key_path(text: str) -> tuple[str | int, ...]:
     """`merge.models[0].parameters.weight` (or `merge.models.0...`) as steps.
 
     Raises:
@@ -40,7 +40,7 @@ def overridden(located: Located, overrides: Sequence[str]) -> Located:
         with problems.catching():
             if not equals:
                 raise RecipeError.of("SET", override, "has no '='", "write KEY=VALUE")
-            steps = way(key.strip())
+            steps = parse_key_path(key.strip())
             if len(steps) > 1 and str(steps[0]) not in data:
                 raise RecipeError.of("SET", key, "the recipe has no such section", did_you_mean(steps[0], data))
             put(data, steps, _value(override, value))

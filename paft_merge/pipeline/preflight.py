@@ -17,7 +17,7 @@ from paft_merge.pipeline.arms import check_compare, merges_of, trained_for
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
 from paft_merge.recipe import load_recipe
-from paft_merge.recipe.yaml_source import Located, Steps, did_you_mean
+from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean
 
 
 def check_run(recipe: RunRecipe) -> None:
@@ -73,7 +73,7 @@ def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | i
     resolved = resolved_merge(data, paths, recipe)
     # The lines of a whole recipe are its own; of a method's bare name (or of one by default), that of the name.
     whole = isinstance(_value_at(recipe.located.data, steps), dict)
-    lines: Mapping[Steps, int] = recipe.located.lines if whole else {(): recipe.located.line(steps) or 1}
+    lines: Mapping[KeyPath, int] = recipe.located.lines if whole else {(): recipe.located.line(steps) or 1}
     located = Located(resolved, recipe.located.file, prefix=steps, lines=lines)
     with problems.catching():
         load_recipe(located, strict=True)
@@ -89,7 +89,7 @@ def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | i
         problems.add("MODEL", _spot_of(recipe, data, steps, place), f"{place!r} is no adapter and no folder here", fix)
 
 
-def _value_at(data: Any, steps: Steps) -> Any:
+def _value_at(data: Any, steps: KeyPath) -> Any:
     """What stands there; None where nothing does."""
     for step in steps:
         inside = (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int))

@@ -20,7 +20,7 @@ from paft_merge.errors import Problems, RecipeError, RunError
 from paft_merge.evaluating.schema import LOWER_IS_BETTER
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.fingerprints import key_of
-from paft_merge.pipeline.overrides import put, way
+from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
 from paft_merge.pipeline.schema import RunRecipe, TuneSpec, load_run
 from paft_merge.pipeline.state import locked
@@ -46,7 +46,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Found:
+class TuneResult:
     """What a search gave."""
 
     best: Trial
@@ -62,7 +62,7 @@ def tune(
     overrides: tuple[str, ...] = (),
     trials: int | None = None,
     progress: Callable[[Trial, int, int], None] = lambda trial, done, total: None,
-) -> Found:
+) -> TuneResult:
     """Search the space of a recipe's `tune:` for the merge with the highest metric.
 
     Args:
@@ -106,7 +106,7 @@ def tune(
         found = _finished(study)
         best = max(found, key=lambda trial: (trial.value, -trial.number))
         _write(loaded, best, found, spec, out)
-    return Found(best, tuple(found), out / BEST)
+    return TuneResult(best, tuple(found), out / BEST)
 
 
 def _checked(recipe: RunRecipe) -> TuneSpec:
@@ -135,7 +135,7 @@ def _checked(recipe: RunRecipe) -> TuneSpec:
             for end in choices[:2] if _is_range(choices) else choices:
                 data = copy.deepcopy(recipe.merge.data)
                 with problems.catching():
-                    put(data, way(key), end)
+                    put(data, parse_key_path(key), end)
                     check_merge(recipe, data, ("merge",), problems)
     problems.found = list(dict.fromkeys(problems.found))
     problems.raise_as(RecipeError)
@@ -256,7 +256,7 @@ def merge_with(recipe: RunRecipe, chosen: Mapping[str, Any]) -> dict[str, Any]:
     assert recipe.merge is not None
     data: dict[str, Any] = copy.deepcopy(recipe.merge.data)
     for key, value in chosen.items():
-        put(data, way(key), value)
+        put(data, parse_key_path(key), value)
     return data
 
 
@@ -301,7 +301,7 @@ def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
         choices = [t.parameters[key] for t in trials]
         plain = _is_range(spec.space[key])
         panel.scatter(choices if plain else [str(c) for c in choices], values, s=14, c=numbers, cmap="viridis")
-        panel.set(xlabel=dotted(way(key)))
+        panel.set(xlabel=dotted(parse_key_path(key)))
         if plain and len(spec.space[key]) == 3:
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

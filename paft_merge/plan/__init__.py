@@ -20,7 +20,7 @@ from paft_merge.compute.scratch import uncollected
 from paft_merge.errors import CheckpointError, Problems, RecipeError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
-from paft_merge.inputs.safetensors_header import capped
+from paft_merge.inputs.safetensors_header import truncate
 from paft_merge.output.shards import Shard, plan_shards, split
 from paft_merge.plan.output_config import config_changes
 from paft_merge.plan.planned import COPY, MergePlan, PlannedTensor
@@ -61,7 +61,7 @@ def plan_merge(
     if planner.vocabulary:
         config = planner.vocabulary.in_config(planner.donor.checkpoint.config, config)
     if planner.problems.found:
-        raise CheckpointError(capped(list(dict.fromkeys(planner.problems.found)), "the recipe"))
+        raise CheckpointError(truncate(list(dict.fromkeys(planner.problems.found)), "the recipe"))
     shards = _layout(planner.donor.checkpoint, tensors, out_shard_bytes, as_donor=planner.places.whole)
     order = {slot.name: i for i, slot in enumerate(slot for shard in shards for slot in shard.slots)}
     tensors.sort(key=lambda t: order[t.name])

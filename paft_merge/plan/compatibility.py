@@ -8,12 +8,12 @@ from typing import Any
 
 from paft_merge.errors import Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.safetensors_header import quote
 
 Named = tuple[str, Checkpoint]
 """A model reference as messages show it, and the checkpoint that it leads to."""
 
-MEANING = (
+MUST_MATCH = (
     "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "sliding_window",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "tie_word_embeddings",
     "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps",
@@ -92,7 +92,7 @@ def _of_a_token(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _meaning(config: Mapping[str, Any], within: str = "") -> dict[str, Any]:
     """The fields of a config, and of the configs inside it, that give the same tensors another meaning."""
-    found = {f"{within}{key}": config[key] for key in MEANING if key in config}
+    found = {f"{within}{key}": config[key] for key in MUST_MATCH if key in config}
     rope = config.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:  # where transformers 5 keeps it
         found.setdefault(f"{within}rope_theta", rope["rope_theta"])
@@ -124,7 +124,7 @@ def _vocabulary(text: bytes) -> dict[str, int]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    return ", ".join(map(quote, names[:5])) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def _shape_fix(one: tuple[int, ...], other: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
-from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.safetensors_header import quote
 from paft_merge.plan.layer_stacks import (
     Stack,
     StackError,
@@ -31,11 +31,11 @@ from paft_merge.recipe import ModelRef, OutputModule, OutputSlice, Recipe, Sourc
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OutputTensor:
     """One output tensor and what it is made of."""
 
     name: str
-    making: Making
+    making: ResolvedSlice
     t: float
     """Place on gradients, in [0, 1]."""
     lead: str
@@ -49,7 +49,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Making:
+class ResolvedSlice:
     """An output slice with its models opened."""
 
     output: OutputSlice
@@ -62,7 +62,9 @@ class Making:
     module: str | None
 
     @classmethod
-    def of(cls, output: OutputSlice, module: str | None, models: Mapping[ModelRef, Model], base_counts: bool) -> Making:
+    def of(
+        cls, output: OutputSlice, module: str | None, models: Mapping[ModelRef, Model], base_counts: bool
+    ) -> ResolvedSlice:
         """Open a slice; `base_counts`: the method treats the base like any other source."""
         listed = [source.ref for source in output.sources]
         sources = tuple((s, models[s.ref]) for s in output.sources if base_counts or s.ref != output.base)
@@ -119,11 +121,11 @@ class Places:
     """`intersection` or `union`, where models may have other tensors than the others."""
 
     @cached_property
-    def makings(self) -> list[tuple[OutputModule, list[Making]]]:
+    def makings(self) -> list[tuple[OutputModule, list[ResolvedSlice]]]:
         """Every module with its slices, opened."""
         ignored = self.recipe.method.base == "ignored"
         return [
-            (module, [Making.of(output, module.name, self.models, ignored) for output in module.slices])
+            (module, [ResolvedSlice.of(output, module.name, self.models, ignored) for output in module.slices])
             for module in self.recipe.modules
         ]
 
@@ -138,7 +140,7 @@ class Places:
         """Whether every module is made of whole models, so that names stay what they are."""
         return not any(source.layers for output in self.recipe.slices for source in output.sources)
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[OutputTensor]:
         """Every output tensor: in the lead's order for whole models; before, layer by layer, and after, for slices."""
         self._tell_omitted()
         for module, makings in self.makings:
@@ -163,23 +165,23 @@ class Places:
     def _wanted(self) -> list[str]:
         return [module.name for module in self.recipe.modules if module.name is not None]
 
-    def _whole(self, making: Making) -> Iterator[Place]:
+    def _whole(self, making: ResolvedSlice) -> Iterator[OutputTensor]:
         names = [*self.names_in(making.lead.checkpoint, making.module)]
         names += [name for name in making.untied if making.module is None or self._takes(name, making.module)]
         counts = layer_t_of(names)
         for name in names:
             if making.untied.get(name, name) not in self.faulty:
                 found = split(name)
-                yield Place(name, making, layer_t(found[1], counts[found[0]]) if found else 0.0, name)
+                yield OutputTensor(name, making, layer_t(found[1], counts[found[0]]) if found else 0.0, name)
 
-    def _of_some(self, making: Making) -> Iterator[Place]:
+    def _of_some(self, making: ResolvedSlice) -> Iterator[OutputTensor]:
         """Tensors that all models have, or (`union`) that some have, each made of those."""
         models, left = making.all_models, list[str]()
         names = list(dict.fromkeys(name for model in models for name in model.checkpoint.tensors))
-        counts, some = layer_t_of(names), dict[tuple[int, ...], Making | None]()
+        counts, some = layer_t_of(names), dict[tuple[int, ...], ResolvedSlice | None]()
         for name in names:
             having = [model for model in models if model.has(name)]
-            made: Making | None = making
+            made: ResolvedSlice | None = making
             if len(having) < len(models):
                 left.append(name)
                 key = tuple(map(id, having))
@@ -188,23 +190,23 @@ class Places:
                 made = some[key]
             if made and name not in self.faulty:
                 found = split(name)
-                yield Place(name, made, layer_t(found[1], counts[found[0]]) if found else 0.0, name)
+                yield OutputTensor(name, made, layer_t(found[1], counts[found[0]]) if found else 0.0, name)
         if left:
             done = "made of those that have them" if self.tensor_names == "union" else "left out"
             what = f"{len(left):,} tensors are not in every file ({_some(left, 2)}) and are {done}"
             self.warnings.append(Problem("TENSOR_NAMES", self.donor.ref, what))
 
-    def _among(self, making: Making, having: Sequence[Model], name: str) -> Making | None:
+    def _among(self, making: ResolvedSlice, having: Sequence[Model], name: str) -> ResolvedSlice | None:
         """`making` of only the models that have a tensor; None where its method cannot do with them."""
         method, least = self.recipe.method, self.recipe.method.min_sources
         sources = tuple((source, model) for source, model in making.sources if model in having)
         fix = "leave such tensors out with --tensor-intersection"
         if making.base and making.base not in having:
-            what = f"lacks {shown(name)}, which {having[0].ref} has, and {method.name} needs the base's"
+            what = f"lacks {quote(name)}, which {having[0].ref} has, and {method.name} needs the base's"
             self.problems.add("KEYS_MISSING", making.base.ref, what, fix)
         elif len(sources) < least and not (making.base and not sources):
             what = f"is in {len(sources)} of the sources, and {method.name} takes at least {least}"
-            self.problems.add("KEYS_MISSING", shown(name), what, fix)
+            self.problems.add("KEYS_MISSING", quote(name), what, fix)
         else:
             return replace(making, lead=making.base or sources[0][1], sources=sources)
         return None
@@ -214,7 +216,7 @@ class Places:
 
     # --- slices -------------------------------------------------------------------------------------------------------
 
-    def _sliced(self, module: OutputModule, makings: Sequence[Making]) -> Iterator[Place]:
+    def _sliced(self, module: OutputModule, makings: Sequence[ResolvedSlice]) -> Iterator[OutputTensor]:
         stacks = self._stacks(makings)
         first, last = makings[0], makings[-1]
         prefix = stacks[id(first.lead.checkpoint)].prefix
@@ -227,7 +229,7 @@ class Places:
         yield from self._predicting(last, stacks, prefix, len(follows))
         self.renumbered.append(Renumbered(stacks[id(self.donor.checkpoint)], tuple(follows), stacks))
 
-    def _stacks(self, makings: Sequence[Making]) -> dict[int, Stack]:
+    def _stacks(self, makings: Sequence[ResolvedSlice]) -> dict[int, Stack]:
         """The stack that layer ranges count, of every checkpoint in the slices; checks the ranges.
 
         Raises:
@@ -254,7 +256,7 @@ class Places:
         problems.raise_as(CheckpointError)
         return stacks
 
-    def _stack(self, model: Model, making: Making, stacks: dict[int, Stack], problems: Problems) -> None:
+    def _stack(self, model: Model, making: ResolvedSlice, stacks: dict[int, Stack], problems: Problems) -> None:
         if id(model.checkpoint) not in stacks:
             try:
                 names = self.names_in(model.checkpoint, making.module)
@@ -263,8 +265,8 @@ class Places:
                 problems.add("LAYERS", model.ref, refusal.what, refusal.fix)
 
     def _layers(
-        self, making: Making, stacks: Mapping[int, Stack], prefix: str, follows: list[tuple[Checkpoint, int]]
-    ) -> Iterator[Place]:
+        self, making: ResolvedSlice, stacks: Mapping[int, Stack], prefix: str, follows: list[tuple[Checkpoint, int]]
+    ) -> Iterator[OutputTensor]:
         """The tensors of one slice; `follows` grows by its layers."""
         ranges = {source.ref: source.layers or (0, 0) for source in making.output.sources}
         lead_first = next(r[0] for ref, r in ranges.items() if self.models[ref] is making.lead)
@@ -282,7 +284,7 @@ class Places:
             ]
             for tail in tails:
                 names = tuple(f"{one}{tail}" for one in prefixes)
-                yield Place(f"{prefix}{at}.{tail}", making, t, f"{lead_prefix}{tail}", names)
+                yield OutputTensor(f"{prefix}{at}.{tail}", making, t, f"{lead_prefix}{tail}", names)
             follows.append((making.lead.checkpoint, lead_first + k))
 
     def _tails(self, checkpoint: Checkpoint, stacks: Mapping[int, Stack]) -> Mapping[int, dict[str, None]]:
@@ -301,7 +303,7 @@ class Places:
         return {}
 
     def _compare(
-        self, making: Making, of_lead: int, tails: Mapping[str, None], ranges: Mapping[ModelRef, tuple[int, int]],
+        self, making: ResolvedSlice, of_lead: int, tails: Mapping[str, None], ranges: Mapping[ModelRef, tuple[int, int]],
         k: int, stacks: Mapping[int, Stack],
     ) -> list[str]:  # fmt: skip
         """Every source must have the layer's tensors, and no others; returns those that all have."""
@@ -322,7 +324,9 @@ class Places:
             common = [tail for tail in common if tail in theirs]
         return common
 
-    def _predicting(self, last: Making, stacks: Mapping[int, Stack], prefix: str, end: int) -> Iterator[Place]:
+    def _predicting(
+        self, last: ResolvedSlice, stacks: Mapping[int, Stack], prefix: str, end: int
+    ) -> Iterator[OutputTensor]:
         """The layers behind the last that predict further tokens: of the last slice's sources, as the head is."""
         lead = stacks[id(last.lead.checkpoint)]
         for k in range(lead.beyond):
@@ -340,9 +344,11 @@ class Places:
             ]
             for tail in tails:
                 names = tuple(f"{one}{tail}" for one in own_prefixes)
-                yield Place(f"{prefix}{end + k}.{tail}", last, 0.0, f"{lead.prefix}{lead.count + k}.{tail}", names)
+                yield OutputTensor(
+                    f"{prefix}{end + k}.{tail}", last, 0.0, f"{lead.prefix}{lead.count + k}.{tail}", names
+                )
 
-    def _outside(self, making: Making, stacks: Mapping[int, Stack], *, before: bool) -> Iterator[Place]:
+    def _outside(self, making: ResolvedSlice, stacks: Mapping[int, Stack], *, before: bool) -> Iterator[OutputTensor]:
         """What stands before the layers, or after them, made of a slice's sources; other stacks count as before."""
         lead, fix = making.lead, "merge models of one architecture"
         names = [*self._names_outside(lead.checkpoint, making, stacks, before), *making.untied]
@@ -355,10 +361,10 @@ class Places:
                 names = [name for name in names if name not in missing]
         for name in names:
             if is_before_layers(name) == before or name not in making.untied:
-                yield Place(name, making, 0.0, name)
+                yield OutputTensor(name, making, 0.0, name)
 
     def _names_outside(
-        self, checkpoint: Checkpoint, making: Making, stacks: Mapping[int, Stack], before: bool
+        self, checkpoint: Checkpoint, making: ResolvedSlice, stacks: Mapping[int, Stack], before: bool
     ) -> list[str]:
         own = stacks[id(checkpoint)].prefix
         found = [(name, split(name)) for name in self.names_in(checkpoint, making.module)]
@@ -367,7 +373,7 @@ class Places:
 
     # --- what is odd but possible -------------------------------------------------------------------------------------
 
-    def _tell_tied(self, module: OutputModule, first: Making, last: Making) -> None:
+    def _tell_tied(self, module: OutputModule, first: ResolvedSlice, last: ResolvedSlice) -> None:
         """A head that is the embedding is made of the first slice's sources, though it is used after the last."""
         config = self.donor.checkpoint.config
         tied = any(
@@ -405,4 +411,4 @@ class Places:
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(map(shown, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return ", ".join(map(quote, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")

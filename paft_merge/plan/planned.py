@@ -15,7 +15,7 @@ from paft_merge.inputs.models import Model
 from paft_merge.inputs.tensor_inputs import Inputs
 from paft_merge.methods.rules.rule import Rule, WholeRule, row_of
 from paft_merge.output.shards import Shard
-from paft_merge.plan.output_tensors import Place
+from paft_merge.plan.output_tensors import OutputTensor
 from paft_merge.plan.vocabulary import Vocabulary
 from paft_merge.recipe import Recipe
 
@@ -42,7 +42,7 @@ class PlannedTensor:
     """Shared parameters after gradients and filters, and `sources`: one mapping a source."""
     rounding_key: int = 0
     """Stream of stochastic rounding; 0 rounds to nearest."""
-    place: Place | None = field(default=None, compare=False)
+    place: OutputTensor | None = field(default=None, compare=False)
     """Where the recipe puts it."""
     why: str = ""
     """Why it is copied."""

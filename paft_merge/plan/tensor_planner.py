@@ -18,10 +18,10 @@ from paft_merge.methods.rules.rule import Rule, WeightedSum, WholeRule
 from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.plan.compatibility import compare_configs, compare_tensors, compare_tokenizers
 from paft_merge.plan.layer_stacks import split
-from paft_merge.plan.output_tensors import Making, Place, Places
+from paft_merge.plan.output_tensors import OutputTensor, Places, ResolvedSlice
 from paft_merge.plan.planned import COPY, COPY_BYTES, PlannedTensor
 from paft_merge.plan.vocabulary import read_vocabulary
-from paft_merge.recipe import Memory, ModelRef, Recipe, Resolved, resolve_all
+from paft_merge.recipe import ModelRef, ParameterCache, Recipe, Resolved, resolve_all
 
 
 class Planner:
@@ -31,7 +31,7 @@ class Planner:
         self, recipe: Recipe, models: Mapping[ModelRef, Model], allow_crimes: bool, tensor_names: str | None = None
     ) -> None:
         self.recipe, self.models = recipe, models
-        self.method, self.memory = recipe.method, Memory(recipe.method)
+        self.method, self.memory = recipe.method, ParameterCache(recipe.method)
         self.problems = Problems()
         self.warnings: list[Problem] = [w for m in models.values() if m.adapter for w in m.adapter.warnings]
         self.places = Places(recipe, models, self.problems, set(), warnings=self.warnings, tensor_names=tensor_names)
@@ -53,7 +53,7 @@ class Planner:
             what = "is a file of tensors, so the output has no config and no tokenizer"
             self.warnings.append(Problem("RAW", self.donor.ref, what, "name its folder to have them"))
 
-    def _others(self, of: Making | None = None) -> list[tuple[str, Checkpoint]]:
+    def _others(self, of: ResolvedSlice | None = None) -> list[tuple[str, Checkpoint]]:
         """Every checkpoint beside the donor's (or the lead's), once, by the first reference that leads to it."""
         makings = [of] if of else [making for _, makings in self.places.makings for making in makings]
         pairs = [pair for making in makings for pair in making.sources]
@@ -61,7 +61,7 @@ class Planner:
         found.pop(id(of.lead.checkpoint if of else self.donor.checkpoint), None)
         return list(reversed(found.values()))
 
-    def _compare(self, making: Making) -> None:
+    def _compare(self, making: ResolvedSlice) -> None:
         """Whole models must have the same tensors, within the module if there is one."""
         within = [making.lead.checkpoint, *(checkpoint for _, checkpoint in self._others(making))]
         names = None
@@ -89,7 +89,7 @@ class Planner:
                 "give each source one density (or l1_mass, epsilon) without gradients and filters",
             )  # fmt: skip
 
-    def _tensor(self, place: Place) -> PlannedTensor:
+    def _tensor(self, place: OutputTensor) -> PlannedTensor:
         name, making = place.name, place.making
         under = making.untied.get(place.lead)
         base = self._base(place, under)
@@ -124,7 +124,7 @@ class Planner:
                 return PlannedTensor(name, shape, dtype, COPY, inputs, rule, place=place, why=_why(making, place))
         return PlannedTensor(name, shape, dtype, self.method.name, inputs, rule, parameters, key, place)
 
-    def _base(self, place: Place, under: str | None) -> Read | None:
+    def _base(self, place: OutputTensor, under: str | None) -> Read | None:
         """How the base has the tensor; it is the lead wherever the method has a base."""
         return self._read(place.making.base, place.lead, under) if place.making.base else None
 
@@ -168,7 +168,7 @@ class Planner:
                 shapes.append(info.shape)
         return found
 
-    def _verbatim(self, place: Place, stored: Read, sources: Sequence[Read]) -> PlannedTensor:
+    def _verbatim(self, place: OutputTensor, stored: Read, sources: Sequence[Read]) -> PlannedTensor:
         """A tensor of integers or the like: equal everywhere, or there is no merge."""
         for read in sources:
             if read.patch or not (read.same_weight(stored) or _equal(read, stored)):
@@ -181,7 +181,7 @@ class Planner:
         why = f"{stored.dtype} is not merged, and it is the same in all sources"
         return PlannedTensor(place.name, stored.shape, stored.dtype, COPY, inputs, rule, place=place, why=why)
 
-    def _base_alone(self, place: Place, stored: Read) -> PlannedTensor:
+    def _base_alone(self, place: OutputTensor, stored: Read) -> PlannedTensor:
         """A tensor that only the base has."""
         rule = WeightedSum((), "deltas")
         dtype = self._out_dtype(DTYPES[stored.checkpoint.written_dtype(stored.name)].name, rule, [stored])
@@ -199,7 +199,7 @@ class Planner:
                 "dequantise the model first, and merge that",
             )  # fmt: skip
 
-    def _parameters(self, place: Place) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _parameters(self, place: OutputTensor) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The values of all parameters for one tensor: the shared ones, and one mapping a source."""
         shared = self.memory.values(place.making.output.levels, "shared", place.name, place.t)
         return shared, [
@@ -208,7 +208,7 @@ class Planner:
         ]
 
     def _rule(
-        self, making: Making, per_source: list[dict[str, Any]], shared: dict[str, Any], keys: list[int]
+        self, making: ResolvedSlice, per_source: list[dict[str, Any]], shared: dict[str, Any], keys: list[int]
     ) -> Rule | WholeRule:
         recipe = self.recipe
         try:
@@ -226,7 +226,7 @@ class Planner:
         return stored if wanted is None else next(d.name for d in DTYPES.values() if d.torch == wanted)
 
 
-def resolved(place: Place, method: Method) -> tuple[dict[str, Resolved], list[dict[str, Resolved]]]:
+def resolved(place: OutputTensor, method: Method) -> tuple[dict[str, Resolved], list[dict[str, Resolved]]]:
     """The value and the origin of every parameter for one tensor: the shared ones, and one mapping a source.
 
     Filters see the output's name for shared parameters, and the source's own name for its own, as in mergekit.
@@ -244,7 +244,7 @@ def _without_layer(name: str) -> str:
     return f"{found[0]}{found[2]}" if found else name
 
 
-def _why(making: Making, place: Place) -> str:
+def _why(making: ResolvedSlice, place: OutputTensor) -> str:
     if making.base is None and len(making.sources) == 1:
         return "there is one source, and nothing changes it"
     return "every source has the base's own tensor" if making.base else "every source has the same tensor"

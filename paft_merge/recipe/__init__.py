@@ -29,12 +29,12 @@ from paft_merge.recipe.diagnostics import Report
 from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, outline
 from paft_merge.recipe.parsing import read_language
 from paft_merge.recipe.reference import ModelRef
-from paft_merge.recipe.resolution import Level, Memory, Origin, Resolved, layer_t, resolve, resolve_all
+from paft_merge.recipe.resolution import Level, Origin, ParameterCache, Resolved, layer_t, resolve, resolve_all
 from paft_merge.recipe.schema import CHAT_TEMPLATES, DTYPES, Language, TokenEntry, TokenizerEntry, TokenRow, ZeroRow
 from paft_merge.recipe.validation import check, find_method
 from paft_merge.recipe.yaml_source import (
     Located,
-    Spot,
+    SourceLocation,
     did_you_mean,
     dotted,
     dump_yaml,
@@ -49,15 +49,15 @@ __all__ = [
     "Language",
     "Level",
     "Located",
-    "Memory",
     "ModelRef",
     "Origin",
     "OutputModule",
     "OutputSlice",
+    "ParameterCache",
     "Recipe",
     "Resolved",
     "Source",
-    "Spot",
+    "SourceLocation",
     "TokenEntry",
     "TokenRow",
     "TokenizerEntry",

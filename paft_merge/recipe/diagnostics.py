@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paft_merge.errors import Problem, RecipeError
-from paft_merge.recipe.yaml_source import Located, Spot
+from paft_merge.recipe.yaml_source import Located, SourceLocation
 
 
 class Report:
@@ -14,11 +14,11 @@ class Report:
         self.errors: list[tuple[int, Problem]] = []
         self.warnings: list[tuple[int, Problem]] = [(0, problem) for problem in located.warnings]
 
-    def error(self, spot: Spot, what: str, fix: str = "", code: str = "RECIPE") -> None:
+    def error(self, spot: SourceLocation, what: str, fix: str = "", code: str = "RECIPE") -> None:
         """Note what the recipe cannot be run with."""
         self.errors.append((spot.line or 0, Problem(code, str(spot), what, fix)))
 
-    def warn(self, spot: Spot, what: str, fix: str = "", code: str = "UNKNOWN_KEY") -> None:
+    def warn(self, spot: SourceLocation, what: str, fix: str = "", code: str = "UNKNOWN_KEY") -> None:
         """Note what has no effect."""
         self.warnings.append((spot.line or 0, Problem(code, str(spot), what, fix)))
 

@@ -14,7 +14,7 @@ from paft_merge.recipe.diagnostics import Report
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.resolution import TRIM_RULES, Level, Setting, read_setting
 from paft_merge.recipe.schema import Language, ModelEntry, ModuleEntry, SliceEntry
-from paft_merge.recipe.yaml_source import Spot, Steps, did_you_mean, show
+from paft_merge.recipe.yaml_source import KeyPath, SourceLocation, did_you_mean, show
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Source:
     """Where its parameters may be, most specific first. Places that say nothing are left out."""
     implicit: bool
     """It is the `base_model`, which no list names."""
-    spot: Spot
+    spot: SourceLocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class OutputSlice:
     base: ModelRef | None
     levels: tuple[Level, ...]
     """Where shared parameters may be, most specific first."""
-    spot: Spot
+    spot: SourceLocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class OutputModule:
     name: str | None
     """None: the whole model."""
     slices: tuple[OutputSlice, ...]
-    spot: Spot
+    spot: SourceLocation
 
 
 def outline(language: Language, method: Method | None, report: Report) -> tuple[OutputModule, ...]:
@@ -89,7 +89,7 @@ class _Outliner:
             slices = tuple(self.slice(steps, i, one, levels) for i, one in enumerate(entry.slices or ()))
         return OutputModule(name, slices, self.spot(steps))
 
-    def whole(self, steps: Steps, entries: tuple[ModelEntry, ...], around: tuple[Level, ...]) -> OutputSlice:
+    def whole(self, steps: KeyPath, entries: tuple[ModelEntry, ...], around: tuple[Level, ...]) -> OutputSlice:
         """The one slice of a `models:` list. The base belongs to it, named or not."""
         base, shared = self.language.base_model, around + self.recipe_levels
         sources = []
@@ -101,7 +101,7 @@ class _Outliner:
             sources.append(Source(base, None, shared, True, self.spot(("base_model",))))
         return OutputSlice(tuple(sources), base, shared, self.spot((*steps, "models")))
 
-    def slice(self, steps: Steps, i: int, entry: SliceEntry, around: tuple[Level, ...]) -> OutputSlice:
+    def slice(self, steps: KeyPath, i: int, entry: SliceEntry, around: tuple[Level, ...]) -> OutputSlice:
         steps = (*steps, "slices", i)
         shared = self.level("slice", steps, entry.parameters) + around + self.recipe_levels
         sources = []
@@ -112,7 +112,7 @@ class _Outliner:
         return OutputSlice(tuple(sources), entry.base_model or self.language.base_model, shared, self.spot(steps))
 
     def level(
-        self, kind: Literal["source", "slice", "module", "recipe"], steps: Steps, parameters: Mapping[str, Any] | None
+        self, kind: Literal["source", "slice", "module", "recipe"], steps: KeyPath, parameters: Mapping[str, Any] | None
     ) -> tuple[Level, ...]:
         """The level that `parameters` make, or none when nothing is written there."""
         steps = (*steps, "parameters")
@@ -129,7 +129,7 @@ class _Outliner:
             settings |= flat
         return (Level(kind, settings, self.spot(steps)),) if settings else ()
 
-    def trim(self, steps: Steps, raw: Any) -> dict[str, Setting]:
+    def trim(self, steps: KeyPath, raw: Any) -> dict[str, Setting]:
         """`trim: {density: 0.2}` says the same as `density: 0.2`."""
         steps = (*steps, "trim")
         known = f"one of {', '.join(TRIM_RULES)}"
@@ -148,8 +148,8 @@ class _Outliner:
     def takes_trim(self) -> bool:
         return self.method is not None and self.method.parameter("trim") is not None
 
-    def setting(self, steps: Steps, raw: Any) -> Setting:
+    def setting(self, steps: KeyPath, raw: Any) -> Setting:
         return read_setting(self.report, steps, raw)
 
-    def spot(self, steps: Steps) -> Spot:
+    def spot(self, steps: KeyPath) -> SourceLocation:
         return self.report.located.spot(steps)

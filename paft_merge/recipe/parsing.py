@@ -25,7 +25,7 @@ from paft_merge.recipe.schema import (
     TokenizerEntry,
     TokenRow,
 )
-from paft_merge.recipe.yaml_source import Located, Steps, did_you_mean, dotted, show
+from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean, dotted, show
 
 _KNOWN: Mapping[str, Collection[str]] = {
     "": Language.model_fields,
@@ -86,9 +86,9 @@ def read_language(located: Located, report: Report, parameters: Collection[str])
 class _Reader:
     def __init__(self, located: Located, report: Report, parameters: Collection[str]) -> None:
         self.located, self.report, self.parameters = located, report, parameters
-        self.settled: dict[Steps, int] = {}
+        self.settled: dict[KeyPath, int] = {}
         self.passes = 0
-        self.taken_out: set[Steps] = set()
+        self.taken_out: set[KeyPath] = set()
 
     def settle_all(self, data: dict[str, Any], found: list[ErrorDetails]) -> bool:
         """Note the faults of one reading and take them out of `data`; False when one has to stay."""
@@ -121,11 +121,11 @@ class _Reader:
         """The keys whose values were faulty."""
         return {str(place[-1]) for place in self.taken_out}
 
-    def fault(self, steps: Steps, details: ErrorDetails) -> None:
+    def fault(self, steps: KeyPath, details: ErrorDetails) -> None:
         what, fix = _words(details, steps)
         self.report.error(self.located.spot(steps), what, fix)
 
-    def take_out(self, steps: Steps, around: Any) -> bool:
+    def take_out(self, steps: KeyPath, around: Any) -> bool:
         """Replace a faulty value by a stand-in, or remove it, where a recipe is still a recipe without it."""
         key = steps[-1] if steps else None
         if not isinstance(key, str):
@@ -145,7 +145,7 @@ class _Reader:
         self.taken_out.add(steps)
         return True
 
-    def unknown(self, steps: Steps, around: Mapping[str, Any]) -> None:
+    def unknown(self, steps: KeyPath, around: Mapping[str, Any]) -> None:
         """Say that a key is ignored, and what was probably meant."""
         key = str(steps[-1])
         known = _known(steps[:-1])
@@ -165,7 +165,7 @@ class _Reader:
             self.report.warn(spot, "unknown key, so it is ignored", fix or f"known here: {', '.join(known)}")
 
 
-def _steps(location: tuple[str | int, ...], data: Any) -> Steps:
+def _steps(location: tuple[str | int, ...], data: Any) -> KeyPath:
     """The place of a pydantic error in the data, as far as the data goes."""
     steps: list[str | int] = []
     for part in location:
@@ -181,13 +181,13 @@ def _steps(location: tuple[str | int, ...], data: Any) -> Steps:
     return tuple(steps)
 
 
-def _at(data: Any, steps: Steps) -> Any:
+def _at(data: Any, steps: KeyPath) -> Any:
     for step in steps:
         data = data.get(step) if isinstance(data, dict) else data[step]
     return data
 
 
-def _known(steps: Steps) -> Collection[str]:
+def _known(steps: KeyPath) -> Collection[str]:
     """The keys that a mapping at `steps` may have."""
     words = [step for step in steps if isinstance(step, str)]
     if len(words) > 1 and words[-2] in ("modules", "tokens"):
@@ -195,7 +195,7 @@ def _known(steps: Steps) -> Collection[str]:
     return _KNOWN.get(words[-1] if words else "", _REFERENCE)
 
 
-def _words(details: ErrorDetails, steps: Steps) -> tuple[str, str]:
+def _words(details: ErrorDetails, steps: KeyPath) -> tuple[str, str]:
     """What is wrong and what mends it."""
     kind, context, value = details["type"], details.get("ctx", {}), details["input"]
     if kind in ("recipe", "reference"):

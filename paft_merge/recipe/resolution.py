@@ -17,14 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 from paft_merge.errors import Problem, RecipeError
 from paft_merge.methods import REQUIRED, Method, Parameter
 from paft_merge.recipe.diagnostics import Report
-from paft_merge.recipe.yaml_source import Spot, Steps, did_you_mean, show
+from paft_merge.recipe.yaml_source import KeyPath, SourceLocation, did_you_mean, show
 
 Scalar: TypeAlias = bool | int | float | str
 
 TRIM_RULES: Final = ("density", "l1_mass", "epsilon")
 """What `trim: {...}` may name. A method with an `l1_mass` trims by one of them: the one of the most specific level."""
 
-_DEFAULT = Spot("", None, "")
+_DEFAULT = SourceLocation("", None, "")
 
 
 class SettingError(Exception):
@@ -42,7 +42,7 @@ class Condition:
     value: Scalar | tuple[Scalar, ...]
     filter: str | None
     """None: every tensor."""
-    spot: Spot
+    spot: SourceLocation
 
     def matches(self, tensor_name: str) -> bool:
         """Whether it holds for a tensor; a plain substring, and `*` means every tensor."""
@@ -59,7 +59,7 @@ class Setting:
     """All that one level says of one parameter. The first condition that matches is the one in force."""
 
     conditions: tuple[Condition, ...]
-    spot: Spot
+    spot: SourceLocation
 
     def pick(self, tensor_name: str) -> Condition | None:
         """The condition in force for a tensor; None when none matches, or it is an empty list."""
@@ -79,14 +79,14 @@ class Level:
 
     kind: Literal["source", "slice", "module", "recipe"]
     settings: Mapping[str, Setting]
-    spot: Spot
+    spot: SourceLocation
 
 
 class Origin(NamedTuple):
     """Where a value comes from; `spot` has the file, the line and the path, and is empty for a default."""
 
     level: Literal["source", "slice", "module", "recipe", "default"]
-    spot: Spot
+    spot: SourceLocation
 
     def __str__(self) -> str:
         return f"{self.level}: {self.spot}" if self.level != "default" else "default"
@@ -223,7 +223,7 @@ def resolve_all(
     }
 
 
-class Memory:
+class ParameterCache:
     """`resolve_all` for the many tensors of one recipe: a name matters only by the filters that are part of it."""
 
     def __init__(self, method: Method) -> None:
@@ -261,7 +261,7 @@ def rivals(method: Method) -> tuple[str, ...]:
     return TRIM_RULES if method.parameter("l1_mass") else ()
 
 
-def read_setting(report: Report, steps: Steps, raw: Any) -> Setting:
+def read_setting(report: Report, steps: KeyPath, raw: Any) -> Setting:
     """A setting from plain data at `steps`; what is wrong with it is noted in `report`."""
     if isinstance(raw, Mapping):
         conditions = [_condition(report, steps, raw)]
@@ -274,7 +274,7 @@ def read_setting(report: Report, steps: Steps, raw: Any) -> Setting:
     return Setting(tuple(conditions), report.located.spot(steps))
 
 
-def _condition(report: Report, steps: Steps, raw: Any) -> Condition:
+def _condition(report: Report, steps: KeyPath, raw: Any) -> Condition:
     spot = report.located.spot(steps)
     if not isinstance(raw, Mapping):
         report.error(
@@ -297,7 +297,7 @@ def _condition(report: Report, steps: Steps, raw: Any) -> Condition:
     return Condition(_value(report, (*steps, "value"), raw["value"]), name, spot)
 
 
-def _value(report: Report, steps: Steps, raw: Any) -> Scalar | tuple[Scalar, ...]:
+def _value(report: Report, steps: KeyPath, raw: Any) -> Scalar | tuple[Scalar, ...]:
     """A scalar or a gradient; an empty one where it was faulty."""
     listed = isinstance(raw, list | tuple)
     items = raw if listed else [raw]

@@ -20,7 +20,7 @@ import yaml
 
 from paft_merge.errors import Problem, RecipeError
 
-Steps: TypeAlias = tuple[str | int, ...]
+KeyPath: TypeAlias = tuple[str | int, ...]
 """A way into nested data: `("models", 0, "parameters")`."""
 
 MAX_BYTES = 4 << 20
@@ -33,7 +33,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class SourceLocation:
     """A place in a recipe; `str()` is `file:line: models[0].weight`, as far as each is known."""
 
     file: str
@@ -54,11 +54,11 @@ class Located:
     """As the user wrote it; empty when the data came from Python."""
     text: str = field(default="", repr=False)
     """The file as written, when this is all of it."""
-    prefix: Steps = ()
+    prefix: KeyPath = ()
     """Where `data` lies in its document; every way below starts there."""
     warnings: tuple[Problem, ...] = ()
-    lines: Mapping[Steps, int] = field(default_factory=dict, repr=False)
-    spellings: Mapping[Steps, str] = field(default_factory=dict, repr=False)
+    lines: Mapping[KeyPath, int] = field(default_factory=dict, repr=False)
+    spellings: Mapping[KeyPath, str] = field(default_factory=dict, repr=False)
     """The text of what is a number here and text in YAML 1.1 (`1e5`), for a place that wants text."""
 
     @classmethod
@@ -66,16 +66,16 @@ class Located:
         """Data made in Python, copied; RecipeError where a key is not text, or the data contains itself."""
         return cls(_plain(data, (), 0))
 
-    def line(self, steps: Steps = ()) -> int | None:
+    def line(self, steps: KeyPath = ()) -> int | None:
         """The line (from 1) of the key or item at `steps`, or of the nearest thing around it; None without a file."""
         way = self.prefix + steps
         return next((self.lines[way[:n]] for n in range(len(way), -1, -1) if way[:n] in self.lines), None)
 
-    def spot(self, steps: Steps = ()) -> Spot:
+    def spot(self, steps: KeyPath = ()) -> SourceLocation:
         """Where `steps` is, for a message."""
-        return Spot(self.file, self.line(steps), dotted(self.prefix + steps))
+        return SourceLocation(self.file, self.line(steps), dotted(self.prefix + steps))
 
-    def spelling(self, steps: Steps) -> str | None:
+    def spelling(self, steps: KeyPath) -> str | None:
         """The text of the number at `steps` when mergekit would read it as text."""
         return self.spellings.get(self.prefix + steps)
 
@@ -97,7 +97,10 @@ def load_yaml(source: Path | str) -> Located:
     if len(documents) > 1:
         line = documents[1].line()
         raise RecipeError.of(
-            "RECIPE", Spot(documents[1].file, line, ""), "a second document begins here", "keep one recipe in a file"
+            "RECIPE",
+            SourceLocation(documents[1].file, line, ""),
+            "a second document begins here",
+            "keep one recipe in a file",
         )
     return documents[0]
 
@@ -270,13 +273,13 @@ class _Builder:
 
     def __init__(self, loader: _Loader, file: str) -> None:
         self.loader, self.file = loader, file
-        self.lines: dict[Steps, int] = {}
-        self.spellings: dict[Steps, str] = {}
+        self.lines: dict[KeyPath, int] = {}
+        self.spellings: dict[KeyPath, str] = {}
         self.warnings: list[Problem] = []
         self.open: set[int] = set()
         self.from_alias = 0
 
-    def build(self, node: yaml.Node, steps: Steps, repeated: bool = False) -> Any:
+    def build(self, node: yaml.Node, steps: KeyPath, repeated: bool = False) -> Any:
         """The data of `node` at `steps`; `repeated` inside what an alias may stand for."""
         self.lines.setdefault(steps, node.start_mark.line + 1)
         repeated = repeated or id(node) in self.loader.aliased
@@ -305,11 +308,11 @@ class _Builder:
         yield
         self.open.remove(id(node))
 
-    def items(self, node: yaml.Node, steps: Steps, repeated: bool) -> list[Any]:
+    def items(self, node: yaml.Node, steps: KeyPath, repeated: bool) -> list[Any]:
         self.expect(node, "seq")
         return [self.build(item, (*steps, i), repeated) for i, item in enumerate(node.value)]
 
-    def mapping(self, node: yaml.MappingNode, steps: Steps, repeated: bool) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, steps: KeyPath, repeated: bool) -> dict[str, Any]:
         data = {}
         for key, (key_node, value) in self.pairs(node).items():
             self.lines[(*steps, key)] = key_node.start_mark.line + 1
@@ -346,7 +349,7 @@ class _Builder:
             self.count(source, len(found[-1]))
         return found
 
-    def scalar(self, node: yaml.ScalarNode, steps: Steps) -> Any:
+    def scalar(self, node: yaml.ScalarNode, steps: KeyPath) -> Any:
         kind = node.tag.removeprefix(_TAG)
         if kind == "float#exponent":
             self.spellings[steps] = node.value
@@ -368,10 +371,10 @@ class _Builder:
         self.warn_of_traps(node, steps, value)
         return value
 
-    def warn_of_traps(self, node: yaml.ScalarNode, steps: Steps, value: Any) -> None:
+    def warn_of_traps(self, node: yaml.ScalarNode, steps: KeyPath, value: Any) -> None:
         """`012` is ten and `1:30` is ninety in YAML 1.1: say so."""
         if re.fullmatch(r"[-+]?0[0-7_]+", node.value) or (":" in node.value and isinstance(value, int | float)):
-            where = Spot(self.file, node.start_mark.line + 1, dotted(steps))
+            where = SourceLocation(self.file, node.start_mark.line + 1, dotted(steps))
             what = f"{node.value} is {value} in YAML 1.1"
             self.warnings.append(Problem("NUMBER", str(where), what, f"write {value}, or quote it if it is text"))
 
@@ -382,7 +385,7 @@ class _Builder:
             _refuse(node, f"the tag {shown} is not allowed", "a recipe holds plain data; remove the tag")
 
 
-def _plain(data: Any, steps: Steps, depth: int) -> Any:
+def _plain(data: Any, steps: KeyPath, depth: int) -> Any:
     """A copy of containers as dict and list; everything else as it is."""
     if depth > MAX_DEPTH:
         raise RecipeError.of("RECIPE", dotted(steps[:4]) + "...", f"nested deeper than {MAX_DEPTH} levels")

@@ -112,7 +112,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def lent(model: Any) -> Iterator[None]:
+def restoring_base(model: Any) -> Iterator[None]:
     """Lend a base to a trainer and undo afterwards whatever trainers do to it besides training: also after an error.
 
     PEFT wraps its layers and freezes it, TRL patches its forward, switches dropout off, mirrors token ids into its

@@ -17,10 +17,10 @@ from paft_merge.training.l1 import (
     Factors,
     adapted,
     factor_l1,
-    glance,
     owner,
     product_l1,
     prox_step_,
+    quick_stats,
     ramp,
     whole,
 )
@@ -173,7 +173,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         lr = max(float(group["lr"]) for group in optimizer.param_groups)
         penalised = self.l1 is not None and self.l1.spec.mode == "penalty"
         fall = max(0.0, lr - _last_lr(scheduler, state.max_steps)) if penalised else 0.0
-        seen = glance(factors, fall * NOISE[self.l1.spec.penalises] if self.l1 else 0.0)
+        seen = quick_stats(factors, fall * NOISE[self.l1.spec.penalises] if self.l1 else 0.0)
         self.latest = {
             "sparsity/below_1e-5": seen.below_epsilon,
             "sparsity/exact_zero": seen.exact_zero,

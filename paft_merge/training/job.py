@@ -18,7 +18,7 @@ from paft_merge.training.adapter_record import check_trim, write_card, write_rec
 from paft_merge.training.arguments import lora_config
 from paft_merge.training.callbacks import L1, Progress, ProxCallback, Watch
 from paft_merge.training.l1 import Factors, Stats, adapted, measure, whole
-from paft_merge.training.run_folder import Place, is_first, write_json
+from paft_merge.training.run_folder import RunFolder, is_first, write_json
 from paft_merge.training.schema import AdapterSpec
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Job:
 
     name: str
     spec: AdapterSpec
-    place: Place
+    place: RunFolder
     base: Any
     """The model, without adapters."""
     base_name: str

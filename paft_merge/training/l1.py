@@ -254,7 +254,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Glance:
+class QuickStats:
     """What is measured while training: one pass over the delta, chunk by chunk."""
 
     below_epsilon: float
@@ -266,7 +266,7 @@ class Glance:
 
 
 @torch.no_grad()
-def glance(factors: Sequence[Factors], step: float = 0.0, epsilon: float = EPSILON) -> Glance:
+def quick_stats(factors: Sequence[Factors], step: float = 0.0, epsilon: float = EPSILON) -> QuickStats:
     """Measure PAFT's sparsity, exact zeros and the scale-free one (means over matrices), and the norm.
 
     `settled` foretells the first for when the learning rate will have gone to zero: a subgradient never rests on zero,
@@ -292,7 +292,7 @@ def glance(factors: Sequence[Factors], step: float = 0.0, epsilon: float = EPSIL
         rows.append(counts / f.numel)
         square += norm**2
     below, zero, faint, settled = torch.stack(rows).mean(0).tolist()
-    return Glance(below, zero, faint, settled, math.sqrt(square))
+    return QuickStats(below, zero, faint, settled, math.sqrt(square))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.errors import Problem, RecipeError, TrainError
-from paft_merge.training.processes import Launch, Told, command_for, devices_of, free_ports, run_all, say_step
+from paft_merge.training.processes import Launch, Told, command_for, devices_of, free_ports, run_all, step_printer
 from paft_merge.training.run_folder import is_first
 from paft_merge.training.schema import AdapterSpec, Where, did_you_mean, dotted, read_adapters
 
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s: %(message)s")
     logging.getLogger("paft_merge").setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import which kernels it would rather have
-    progress = say_step(sys.stdout.write) if first else None
+    progress = step_printer(sys.stdout.write) if first else None
     try:
         train(recipe, out, adapters=[name], resume="--resume" in rest, schedule="sequential", progress=progress)
     except (TrainError, RecipeError) as error:

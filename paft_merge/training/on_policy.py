@@ -21,11 +21,11 @@ from datasets import Dataset
 
 from paft_merge.errors import TrainError
 from paft_merge.training.arguments import training_arguments
-from paft_merge.training.base_model import lent
+from paft_merge.training.base_model import restoring_base
 from paft_merge.training.job import Job, finish, make_trainer, run_trainer
 from paft_merge.training.losses import rwr_weights
 from paft_merge.training.rewards import reward_functions, total
-from paft_merge.training.run_folder import Place, write_json
+from paft_merge.training.run_folder import RunFolder, write_json
 from paft_merge.training.schema import SamplingSpec
 
 
@@ -140,7 +140,7 @@ def _sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSp
 
 
 @dataclass(frozen=True)
-class RoundPlace(Place):
+class RoundPlace(RunFolder):
     """A round's folder, which never gets another name."""
 
     @property
@@ -160,7 +160,7 @@ def train_in_rounds(job: Job) -> None:
             done.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            with lent(job.base):
+            with restoring_base(job.base):
                 _round(job, number, folder, adapter, done)
         adapter = folder / "adapter"
 
@@ -245,7 +245,7 @@ def _policy(job: Job, adapter: Path | None) -> Iterator[Any]:
         return
     from peft import PeftModel
 
-    with lent(job.base):
+    with restoring_base(job.base):
         yield PeftModel.from_pretrained(job.base, str(adapter))
 
 

@@ -232,7 +232,7 @@ def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
     psutil.wait_procs(left, timeout=GRACE_S)
 
 
-def say_step(say: Callable[[str], Any], every_s: float = 1.0) -> Callable[[Any], None]:
+def step_printer(say: Callable[[str], Any], every_s: float = 1.0) -> Callable[[Any], None]:
     """A child's progress, as lines that `Child.listen` reads: every log, the last step, and steps a second apart."""
     last = [0.0]
 

@@ -13,7 +13,7 @@ from typing import Any
 from paft_merge.errors import TrainError
 from paft_merge.training import data as sets
 from paft_merge.training.arguments import check_targets, training_arguments
-from paft_merge.training.base_model import digest_of, lent, load_base, load_tokenizer
+from paft_merge.training.base_model import digest_of, load_base, load_tokenizer, restoring_base
 from paft_merge.training.callbacks import Progress
 from paft_merge.training.job import (
     Job,
@@ -25,7 +25,7 @@ from paft_merge.training.job import (
     uses_old_fsdp,
     wait_for_everyone,
 )
-from paft_merge.training.run_folder import Place, is_first
+from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def train_adapter(
     """
     spec = spec if isinstance(spec, AdapterSpec) else read_adapter(spec, name)
     _need_extras()
-    place = Place(Path(out))
+    place = RunFolder(Path(out))
     if resume and place.finished:
         return place.final
     named = base_name or str(base if isinstance(base, str | Path) else base.config._name_or_path)
@@ -94,7 +94,7 @@ def train_adapter(
     if is_main_process():
         place.open(training_plan(job), resume)
     wait_for_everyone()
-    with lent(model):
+    with restoring_base(model):
         try:
             _train(job)
         except TrainError:

@@ -16,7 +16,7 @@ DONE_FILE = "paft_train.json"
 
 
 @dataclass(frozen=True)
-class Place:
+class RunFolder:
     """The folders of one adapter's run."""
 
     final: Path

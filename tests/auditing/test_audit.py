@@ -18,7 +18,7 @@ from toys.audit import dense_by_definition, plain_metrics, plain_pair
 import paft_merge
 from paft_merge.auditing import Audit, Group, audit
 from paft_merge.compute import blocks, kernels
-from paft_merge.compute.blocks import Block, Survival
+from paft_merge.compute.blocks import Block, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels.block_source import FULL
 from paft_merge.errors import AuditError
@@ -353,13 +353,13 @@ def test_thresholds_from_the_histogram_are_those_of_the_search(kind: str, densit
         assert np.array_equal(*kept)
 
 
-def survivors(size: Any, survival: Survival) -> Any:
+def survivors(size: Any, survival: KeepThreshold) -> Any:
     bits, at = size.astype(np.float32).view(np.uint32), np.arange(size.size)
     return np.flatnonzero(((bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))) & (bits > 0))
 
 
 class InMemory:
-    """Walks an array in tiles (`blocks.Each`)."""
+    """Walks an array in tiles (`blocks.BlockMap`)."""
 
     def __init__(self, held: Any, step: int) -> None:
         self.held, self.starts, self.step = held, list(range(0, held.shape[1], step)), step

@@ -14,17 +14,17 @@ from toys.merge import files_of, on, recipe
 
 import paft_merge
 from paft_merge.compute import blocks
-from paft_merge.compute.blocks import Block, Election, Survival
+from paft_merge.compute.blocks import Block, Election, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels import block_source, product
-from paft_merge.compute.kernels.block_source import Feed, packed
+from paft_merge.compute.kernels.block_source import BlockSource, packed
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.tensor_inputs import Read, inputs_for
 
 OPS = CpuOps()
 ELECTION = Election((0.6, 0.4), "weighted", True, "weights", 1.0)
-SURVIVALS = [Survival(low=0x38000000, low_cut=700), Survival(keep=1 << 31, key=5)]
+SURVIVALS = [KeepThreshold(low=0x38000000, low_cut=700), KeepThreshold(keep=1 << 31, key=5)]
 
 
 def never() -> None:
@@ -75,7 +75,7 @@ def test_filled_on_the_way_or_before_is_the_same(
     try:
         held = size if kept else 0  # arrays that are given are filled; where none are, a piece is used again and again
         arrays = np.full(held, 0xFFFF, np.uint16), np.full((2, held), np.nan, np.float32)
-        fed = Feed(size, width, never)
+        fed = BlockSource(size, width, never)
         fed.read(-1, fd, 8)
         for row, (left, right) in enumerate(pairs):
             fed.multiply(row, left, packed(right))
@@ -101,7 +101,7 @@ def test_a_place_is_found_in_one_source_without_filling_the_others(tmp_path: Pat
         left, right = (made.normal(0, 1, shape).astype(np.float32) for shape in ((4096, 3), (3, row)))
         product(left, right, out)
         pairs.append((left, packed(right)))
-    fed = Feed(size, row, never)
+    fed = BlockSource(size, row, never)
     (tmp_path / "base").write_bytes(bytes(2 * size))
     fd = os.open(tmp_path / "base", os.O_RDONLY)
     fed.read(-1, fd, 0)
@@ -134,7 +134,7 @@ def test_a_file_that_became_shorter_is_named(loop: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_for_a_moment_is_no_result() -> None:
     held = np.zeros(10, np.uint16)
-    fed = Feed(10, 1, lambda: None)
+    fed = BlockSource(10, 1, lambda: None)
     fed.read(-1, 1 << 20, 0)  # no such descriptor
     with pytest.raises(CheckpointError, match="for a moment"):
         OPS.blend(Block(0, held, np.zeros((0, 10), np.uint32), False, fed), np.empty(10, np.uint16), 1.0, [], 0, False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from paft_merge.compute import blocks
-from paft_merge.compute.blocks import NOTHING, Block, RankedKeep, Survival
+from paft_merge.compute.blocks import NOTHING, Block, KeepThreshold, RankedKeep
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.torch_ops import TorchOps
 from paft_merge.methods.rules.magprune import RankedDrop
@@ -79,16 +79,16 @@ def test_selections(block: Block, ops: TorchOps) -> None:
     by = CPU.variance(block, 3)
     middle = int(np.sort(by.sources[0])[SIZE // 2])
     for survival in (
-        Survival(low=middle, low_cut=block.index + SIZE // 2),
+        KeepThreshold(low=middle, low_cut=block.index + SIZE // 2),
         NOTHING,
-        Survival(low_cut=block.index + SIZE),
+        KeepThreshold(low_cut=block.index + SIZE),
     ):
         ours, theirs = CPU.select(block, by, survival), ops.select(block, ops.variance(block, 3), survival)
         np.testing.assert_array_equal(wide(ours), wide(theirs))
         at, bits = np.arange(block.index, block.index + SIZE), by.sources[0]
         stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
         np.testing.assert_array_equal(wide(ours), np.where(stays, wide(block), 0))
-    assert wide(CPU.select(block, by, Survival(low_cut=block.index + SIZE))).any(axis=1).all()
+    assert wide(CPU.select(block, by, KeepThreshold(low_cut=block.index + SIZE))).any(axis=1).all()
 
 
 def test_swaps(block: Block, ops: TorchOps) -> None:
@@ -118,7 +118,7 @@ def test_overlaps_and_shares(block: Block, ops: TorchOps) -> None:
 
 
 def test_fusions(block: Block, ops: TorchOps) -> None:
-    deltas, weights = CPU.select(block, CPU.variance(block, 3), Survival(low=1)), [0.5, 0.4, 1e-7]
+    deltas, weights = CPU.select(block, CPU.variance(block, 3), KeepThreshold(low=1)), [0.5, 0.4, 1e-7]
     (ours, elected, energy), (theirs, their_elected, their_energy) = (
         CPU.fuse(deltas, weights),
         ops.fuse(deltas, weights),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from paft_merge.compute import kernels
-from paft_merge.compute.blocks import Block, Election, Survival
+from paft_merge.compute.blocks import Block, Election, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels import product
 
@@ -78,8 +78,8 @@ def test_stochastic_rounding_is_unbiased_and_leaves_what_fits() -> None:
 def test_blocks_may_be_cut_anywhere(split: int) -> None:
     base, deltas = normal(0, SIZE, size=0.02), normal(1, 2, SIZE)
     survivals = [
-        Survival(low=pattern(1e-3), low_cut=1234, keep=1 << 31, key=5, scale=1.5),
-        Survival(low=pattern(abs(deltas[1, 40])), low_cut=3000, high=pattern(2e-3), high_cut=2000),
+        KeepThreshold(low=pattern(1e-3), low_cut=1234, keep=1 << 31, key=5, scale=1.5),
+        KeepThreshold(low=pattern(abs(deltas[1, 40])), low_cut=3000, high=pattern(2e-3), high_cut=2000),
     ]
     election = Election((0.5, 0.7), "weighted", True, "weights", 1.0)
 
@@ -98,7 +98,7 @@ def test_blocks_may_be_cut_anywhere(split: int) -> None:
 def test_a_tally_is_what_numpy_counts() -> None:
     base, deltas = normal(0, SIZE, size=0.02), normal(1, 2, SIZE, size=1e-4)
     deltas[0, :100] = 0
-    survivals = [Survival(low=pattern(1e-4)), Survival()]
+    survivals = [KeepThreshold(low=pattern(1e-4)), KeepThreshold()]
     outcome = OPS.consensus(
         Block(0, bits(base), bits(deltas), False), np.empty(SIZE, np.uint32), survivals,
         Election((0.5, -0.7), "weighted", True, "none", 1.0), 0,

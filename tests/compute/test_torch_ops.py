@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from paft_merge.compute import kernels
-from paft_merge.compute.blocks import Block, Election, Survival
+from paft_merge.compute.blocks import Block, Election, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.torch_ops import TorchOps
 
 SIZE = 20_003
 MILLI = int(np.float32(1e-3).view(np.uint32))
 SURVIVALS = [
-    Survival(low=MILLI, low_cut=SIZE // 2, high=MILLI + 3_000_000, high_cut=SIZE // 3),
-    Survival(keep=1 << 31, key=12345678901234567890, scale=2.0),
-    Survival(low=MILLI, shrink=1e-3),
+    KeepThreshold(low=MILLI, low_cut=SIZE // 2, high=MILLI + 3_000_000, high_cut=SIZE // 3),
+    KeepThreshold(keep=1 << 31, key=12345678901234567890, scale=2.0),
+    KeepThreshold(low=MILLI, shrink=1e-3),
 ]
 CPU = CpuOps()
 

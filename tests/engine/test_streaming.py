@@ -25,7 +25,7 @@ from paft_merge.errors import MergeError, Problems
 from paft_merge.inputs.dtypes import stored_bytes
 from paft_merge.methods import METHODS
 from paft_merge.methods.mergekit_methods import WholeTensor
-from paft_merge.methods.rules.rule import Walk
+from paft_merge.methods.rules.rule import TensorPass
 from paft_merge.methods.rules.whole_tensors import InMemory
 from paft_merge.plan import COPY, PlannedTensor
 from paft_merge.recipe import load_recipe
@@ -90,7 +90,7 @@ def in_memory(tensor: PlannedTensor) -> torch.Tensor:
                 if inputs.deltas:
                     row -= base_f
         each = InMemory(base_f.view(np.uint32), rows.view(np.uint32), tensor.row)
-        combine = tensor.rule.prepare(Walk(tensor.numel, each, CpuOps(), inputs.active, shape), inputs.deltas)
+        combine = tensor.rule.prepare(TensorPass(tensor.numel, each, CpuOps(), inputs.active, shape), inputs.deltas)
         out = np.empty(tensor.numel, np.uint32)
         each(lambda block: combine(block, out[block.index : block.index + block.sources.shape[1]], 0))
         values = torch.from_numpy(out.view(np.float32))

@@ -15,7 +15,7 @@ from toys.hub_server import READER, HubServer, Lie, Status, Truncate
 
 import paft_merge
 from paft_merge.errors import HubError, PaftMergeError
-from paft_merge.hub import download, fetch, look
+from paft_merge.hub import download, fetch, resolve
 
 __all__ = ["hub"]
 
@@ -94,7 +94,7 @@ def test_pull_asks_whether_a_branch_has_moved_and_a_merge_does_not(models: HubSe
     before = fetch("me/tuned")
     models.add("me/tuned", {"config.json": b'{"model_type": "llama", "new": 1}'})
     assert fetch("me/tuned") == before
-    after = download([look("me/tuned", refresh=True)])[0]
+    after = download([resolve("me/tuned", refresh=True)])[0]
     assert after != before
     assert fetch("me/tuned") == after
     assert fetch("me/tuned", before.name) == before
@@ -126,7 +126,7 @@ def test_what_arrived_whole_is_not_fetched_again(models: HubServer) -> None:
 def test_an_incomplete_cache_is_not_taken_for_a_whole_one(
     models: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen = look("me/base")
+    seen = resolve("me/base")
     assert {file.name for file in seen.missing} == {f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
     assert seen.missing_bytes > 1000
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -169,7 +169,7 @@ def test_bytes_that_are_never_right_leave_nothing(models: HubServer) -> None:
     with pytest.raises(HubError) as caught:
         fetch("me/tuned")
     assert code_of(caught) == "HUB_CORRUPT"
-    seen = look("me/tuned")
+    seen = resolve("me/tuned")
     assert [file.name for file in seen.missing] == ["model.safetensors"]
     assert not list(seen.folder.parents[1].glob("blobs/*.incomplete"))
 
@@ -249,7 +249,7 @@ def test_a_full_disk_is_told_before_and_when_it_happens(models: HubServer, monke
         with pytest.raises(HubError) as caught:
             fetch("me/tuned")
     assert code_of(caught) == "DISK"
-    assert [file.name for file in look("me/tuned").missing] == ["model.safetensors"]
+    assert [file.name for file in resolve("me/tuned").missing] == ["model.safetensors"]
 
 
 # --- headers first ----------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_any_piece_read_from_any_thread_is_what_the_file_has(models: HubServer) 
     from paft_merge.hub.ranges import Remote, Windows
 
     whole = models.files("me/tuned")["model.safetensors"]
-    seen = look("me/tuned", kind="model")
+    seen = resolve("me/tuned", kind="model")
     with Remote.open([seen]) as remote:
         file = remote.files(seen)["model.safetensors"]
         assert "hf_writer" not in repr(file)
@@ -374,7 +374,7 @@ def test_a_server_that_names_the_wait_is_obeyed(models: HubServer, monkeypatch: 
     waits: list[float] = []
     monkeypatch.setattr("paft_merge.hub.ranges.time.sleep", waits.append)
     models.fail("GET .*/resolve/.*safetensors", Status(429, {"Retry-After": "7"}), times=2)
-    with Remote.open([look("me/tuned", kind="model")]):
+    with Remote.open([resolve("me/tuned", kind="model")]):
         pass
     assert waits == [7.0, 7.0]
 

@@ -20,7 +20,7 @@ from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.engine import streaming
 from paft_merge.methods.rules import one_pass
 from paft_merge.methods.rules.consensus import Consensus
-from paft_merge.methods.rules.rule import Walk
+from paft_merge.methods.rules.rule import TensorPass
 from paft_merge.methods.rules.threshold_bounds import NONE, Bracket
 from paft_merge.methods.rules.thresholds import Trim
 
@@ -55,12 +55,12 @@ class OnBase(Cut):
         return super().__call__(on_base, sample=sample, tiles=tiles)
 
 
-def measured(rule: Consensus, walk: Walk, out: np.ndarray) -> list[Outcome]:
+def measured(rule: Consensus, walk: TensorPass, out: np.ndarray) -> list[Outcome]:
     combine = rule.prepare(walk, deltas=True)
     return walk.each(lambda b: combine(b, out[b.index : b.index + b.sources.shape[1]], 0))
 
 
-def settled(rule: Consensus, walk: Walk, out: np.ndarray) -> list[Outcome] | None:
+def settled(rule: Consensus, walk: TensorPass, out: np.ndarray) -> list[Outcome] | None:
     plan = rule.settling(walk, no_factors)
     if plan is None:
         return None
@@ -85,7 +85,7 @@ def test_one_pass_merges_as_two_do(kind: str, density: float, out: type) -> None
     ):
         thin = (Trim("density", density), Trim("count", 777))
         rule = Consensus((0.6, -0.4), thin, elect, normalize=normalize, factor=1.3)  # type: ignore[arg-type]
-        walk = Walk(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
+        walk = TensorPass(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
         ours, theirs = np.empty(SIZE, out), np.empty(SIZE, out)
         one, two = settled(rule, walk, ours), measured(rule, walk, theirs)
         if one is None:
@@ -101,7 +101,7 @@ def test_one_pass_merges_as_two_do(kind: str, density: float, out: type) -> None
 def test_a_source_that_keeps_everything_has_no_bracket() -> None:
     made = deltas("smooth", SIZE)
     rule = Consensus((0.6, 0.4), (Trim("density", 1.0), Trim("density", 0.3)))
-    walk = Walk(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
+    walk = TensorPass(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
     plan = rule.settling(walk, no_factors)
     assert plan is not None
     assert plan.brackets[0] == NONE
@@ -123,14 +123,14 @@ def test_a_source_that_keeps_everything_has_no_bracket() -> None:
     ],
 )
 def test_what_no_bracket_can_tell_is_measured_first(thin: tuple[Trim, Trim]) -> None:
-    walk = Walk(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
+    walk = TensorPass(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
     assert Consensus((0.5, 0.5), thin).settling(walk, no_factors) is None
     assert Consensus((0.5, 0.5), (Trim("density", 0.2),) * 2, rescale=True).settling(walk, no_factors) is None
 
 
 def test_a_bracket_that_misses_says_so() -> None:
     rule = Consensus((0.5, 0.5), (Trim("density", 0.2),) * 2)
-    walk = Walk(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
+    walk = TensorPass(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
     plan = rule.settling(walk, no_factors)
     assert plan is not None
     low, width = plan.brackets[0].low, plan.brackets[0].width

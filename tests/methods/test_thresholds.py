@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toys.deltas import Cut, deltas
 
 from paft_merge.compute import blocks
-from paft_merge.compute.blocks import Block, Survival
+from paft_merge.compute.blocks import Block, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.histogram import l1_of_bins
 from paft_merge.methods.rules import threshold_bounds, thresholds
@@ -19,7 +19,7 @@ from paft_merge.methods.rules.threshold_bounds import largest
 from paft_merge.methods.rules.thresholds import Trim, kept_count, trim_survivals
 
 
-def mask(delta: np.ndarray, survival: Survival) -> np.ndarray:
+def mask(delta: np.ndarray, survival: KeepThreshold) -> np.ndarray:
     """The entries that survive, read off the definition."""
     size, at = np.abs(delta).view(np.uint32), np.arange(delta.size)
     passes = (size > survival.low) | ((size == survival.low) & (at < survival.low_cut))

@@ -99,7 +99,7 @@ def test_pages_are_written_from_a_room_as_they_lie_there(tmp_path: Path, monkeyp
     def write(piece: tuple[str, int]) -> None:
         name, at = piece
         part = contents[name][at : at + step]
-        rooms.mine = getattr(rooms, "mine", None) or direct_io.Room()
+        rooms.mine = getattr(rooms, "mine", None) or direct_io.PageAlignedBuffer()
         offset = writer.offset(name, at)
         held = rooms.mine.array(len(part), offset)
         assert offset % 4 or (held.ctypes.data - offset) % 4096 == 0

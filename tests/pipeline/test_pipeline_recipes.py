@@ -22,7 +22,7 @@ from paft_merge.errors import PaftMergeError, RecipeError
 from paft_merge.evaluating import harness
 from paft_merge.pipeline import load_run, plan, run
 from paft_merge.pipeline.execution import _renamed
-from paft_merge.pipeline.overrides import put, way
+from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.results_table import Cell, Row, Table
 from paft_merge.pipeline.starter_recipe import starter
 from paft_merge.pipeline.steps import Merge, Planner, Train, labels
@@ -321,9 +321,9 @@ def test_a_cell_has_its_spread_over_seeds() -> None:
 
 def test_overrides_reach_any_depth_and_lists() -> None:
     data: dict[str, Any] = {"a": {"b": [{"c": 1}]}}
-    put(data, way("a.b[0].c"), 2)
-    put(data, way("a.b.0.d"), 3)
-    put(data, way("a.new.deep"), 4)
+    put(data, parse_key_path("a.b[0].c"), 2)
+    put(data, parse_key_path("a.b.0.d"), 3)
+    put(data, parse_key_path("a.new.deep"), 4)
     assert data == {"a": {"b": [{"c": 2, "d": 3}], "new": {"deep": 4}}}
 
 

@@ -16,10 +16,10 @@ from paft_merge.training.l1 import (
     adapted,
     factor_l1,
     frobenius,
-    glance,
     measure,
     product_l1,
     prox_step_,
+    quick_stats,
     ramp,
     rows_per_chunk,
     soft_threshold_,
@@ -126,7 +126,7 @@ def test_the_measures_of_a_known_delta_are_exact():
     assert stats.relative_norm == pytest.approx(delta.norm().item() / math.sqrt(48), rel=1e-6)
     assert stats.hoyer == pytest.approx((12**0.5 - (delta.abs().sum() / delta.norm()).item()) / (12**0.5 - 1), rel=1e-6)
     assert stats.effective_rank == pytest.approx(1.0)
-    assert glance([f]).norm == pytest.approx(stats.norm)
+    assert quick_stats([f]).norm == pytest.approx(stats.norm)
 
 
 def test_energy_in_the_top_tenth_agrees_with_a_sort():

@@ -11,7 +11,7 @@ from toys.train import FAST, THEIR_WARNINGS, preferences, pretrained, texts, tok
 
 from paft_merge.errors import TrainError
 from paft_merge.training import train_adapter
-from paft_merge.training.run_folder import Place
+from paft_merge.training.run_folder import RunFolder
 
 pytestmark = THEIR_WARNINGS
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
     straight = run(tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", callbacks=[killer(7)])
-    place = Place(tmp_path / "killed")
+    place = RunFolder(tmp_path / "killed")
     assert place.last_checkpoint().name == "checkpoint-6"
     state = place.checkpoints / "checkpoint-6" / "trainer_state.json"
     state.write_text(state.read_text()[:40])

@@ -22,7 +22,7 @@ from toys.train import (
 
 from paft_merge.errors import TrainError
 from paft_merge.training import train_adapter
-from paft_merge.training.base_model import digest_of, lent
+from paft_merge.training.base_model import digest_of, restoring_base
 from paft_merge.training.l1 import adapted, product_l1
 
 pytestmark = THEIR_WARNINGS
@@ -239,7 +239,7 @@ def test_the_base_comes_back_after_an_error_too():
     def adapt_and_fail():
         from peft import LoraConfig, get_peft_model
 
-        with lent(model):
+        with restoring_base(model):
             get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
             raise KeyError
 

@@ -42,7 +42,7 @@ fill = Compiled("fill_loop.fill", "i8.1 int")
 _pread = ctypes.cast(ctypes.CDLL(None).pread, ctypes.c_void_p).value
 
 
-class Feed:
+class BlockSource:
     """What the rows of a block are filled with, of the thread that made it. Row -1 is the base, the others are the sources.
 
     Args:

@@ -21,27 +21,27 @@ from paft_merge.compute.kernels import RUN, STRIP
 from paft_merge.compute.kernels.primitives import (
     GOLDEN,
     MAGNITUDE,
-    begun,
+    advance_block,
     bits_of,
     counter,
+    double_if,
     extent,
     float_of,
-    gone_on,
-    inside,
+    in_range_mask,
     jit,
     load,
     load_counted,
+    low_mask,
     lowest,
     mixed,
     nonfinite,
-    plus,
     random,
+    reassoc_add,
     square_of,
+    start_block,
     store,
     strip,
     strip_of,
-    two_if,
-    up_to,
     widen,
 )
 
@@ -58,14 +58,14 @@ def gram(base: Any, sources: Any, subtract: bool, how: Any, out: Any, lines: Any
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size, ready, origin = begun(sources, how)
+    n, size, ready, origin = start_block(sources, how)
     minus, values = lines[0], lines[1:]
     minus[:] = np.float32(0)
     lanes[:] = 0.0
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = gone_on(how, ready)
+            origin, ready = advance_block(how, ready)
             if ready < 0:
                 return -1
         at = start - origin
@@ -110,8 +110,8 @@ def _pick(
 def _picked_on(
     base: Any, sources: Any, subtract: bool, how: Any, index: int, begin: int, stride: int, picked: Any, taken: Any, nothing: Any
 ) -> tuple[int, int]:  # fmt: skip
-    """`gone_on` from the entry `begin`, and take what is sampled of the piece."""
-    origin, ready = gone_on(how, begin)
+    """`advance_block` from the entry `begin`, and take what is sampled of the piece."""
+    origin, ready = advance_block(how, begin)
     if picked.size and ready > begin:
         skip, count = begin - origin, ready - begin
         taken[0] = _pick(base, sources, subtract, skip, index + begin, count, stride, picked, taken[0], nothing)
@@ -143,7 +143,7 @@ def blend(
     Returns:
         The number of elements of `out` that are not finite; -1 where the block could not be filled.
     """
-    n, size, ready, origin = begun(sources, how)
+    n, size, ready, origin = start_block(sources, how)
     minus, values, total, nothing = lines[0], lines[1], lines[2], lines[3]
     minus[:] = np.float32(0)
     nothing[:] = np.float32(0)
@@ -200,8 +200,8 @@ def _set_aside(
     for first in range(0, m, 64):
         left = np.uint64(0)
         for i in range(n):
-            left |= inside(values[i], first, low[i], width[i])
-        left &= up_to(m - first)
+            left |= in_range_mask(values[i], first, low[i], width[i])
+        left &= low_mask(m - first)
         while left:
             place[at] = first + lowest(left)
             at += 1
@@ -244,8 +244,8 @@ def _cast_vote(
         u = bits_of(delta[j])
         stays = np.uint32(u & MAGNITUDE) >= least
         v = float_of(u) if stays else zero
-        kept = np.uint32(kept + two_if(stays))
-        square = plus(square, v * v)
+        kept = np.uint32(kept + double_if(stays))
+        square = reassoc_add(square, v * v)
         v = v * scale * weight
         delta[j] = v
         sign = one if v > zero else (-one if v < zero else zero)
@@ -276,8 +276,8 @@ def _agree(
         so_far, divided = result[j], divisor[j]
         result[j] = (zero if fresh else so_far) + v * weight
         divisor[j] = (zero if fresh else divided) + (share if agrees else zero)
-        elected = np.uint32(elected + two_if(agrees))
-        square = plus(square, v * v)
+        elected = np.uint32(elected + double_if(agrees))
+        square = reassoc_add(square, v * v)
     return elected >> 1, square
 
 
@@ -321,7 +321,7 @@ def consensus(
     Returns:
         The number of elements of `out` that are not finite; -1 where the block could not be filled.
     """
-    n, size, ready, origin = begun(sources, how)
+    n, size, ready, origin = start_block(sources, how)
     base_f, nothing, vote, result, divisor, values = lines[0], lines[1], lines[2], lines[3], lines[4], lines[5:]
     nothing[:] = np.float32(0)
     minus = base_f if subtract else nothing

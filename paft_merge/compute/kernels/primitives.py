@@ -51,7 +51,7 @@ def float_of(_: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def two_if(_: Any, condition: Any) -> Any:
+def double_if(_: Any, condition: Any) -> Any:
     """2 or 0, to count in twos by: LLVM turns a sum of ones into more instructions, and a choice in Python into branches."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
@@ -62,7 +62,7 @@ def two_if(_: Any, condition: Any) -> Any:
 
 
 @intrinsic
-def inside(_: Any, values: Any, first: Any, low: Any, width: Any) -> Any:
+def in_range_mask(_: Any, values: Any, first: Any, low: Any, width: Any) -> Any:
     """Which of the 64 values from `values[first]` on have a magnitude (bits) in `[low, low + width)`: a bit each, the first lowest."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -95,7 +95,7 @@ def lowest(_: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def plus(_: Any, total: Any, value: Any) -> Any:
+def reassoc_add(_: Any, total: Any, value: Any) -> Any:
     """`total + value` in float32, where the order of many such additions is free: so that a loop of them can be a vector loop."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
@@ -138,14 +138,14 @@ def strip_of(bits: Any, i: int, at: int, count: int) -> Any:
 
 
 @njit(inline="always")
-def begun(sources: Any, how: Any) -> tuple[int, int, int, int]:
+def start_block(sources: Any, how: Any) -> tuple[int, int, int, int]:
     """Of a block: its sources, its entries, how many are there, and which is the first in the arrays (see `feed`)."""
     n, held = extent(sources)
     return (n, how[SIZE], 0, 0) if how.size else (n, held, held, 0)
 
 
 @njit(inline="always")
-def gone_on(how: Any, ready: int) -> tuple[int, int]:
+def advance_block(how: Any, ready: int) -> tuple[int, int]:
     """Let the next piece of a block be filled: the first entry in the arrays, and how many have been there, or -1."""
     return (0 if how[KEPT] else ready), _feed(how, ready + 1)
 
@@ -216,7 +216,7 @@ def nonfinite(values: Any, count: int) -> Any:
 
 
 @njit(inline="always")
-def up_to(count: int) -> Any:
+def low_mask(count: int) -> Any:
     """The bits of the first `count` of 64."""
     return ~np.uint64(0) if count >= 64 else (np.uint64(1) << np.uint64(count)) - np.uint64(1)
 
@@ -229,7 +229,7 @@ def load_above(bits: Any, minus: Any, values: Any, high: Any) -> int:
         v = float_of(bits[j]) - minus[j]
         u = np.uint32(bits_of(v) & MAGNITUDE)
         values[j] = v
-        above = np.uint32(above + two_if(u >= high))
+        above = np.uint32(above + double_if(u >= high))
     return np.int64(above >> np.uint32(1))
 
 
@@ -262,13 +262,13 @@ def _counted(bits: Any, minus: Any, values: Any, counts: Any) -> Any:
         values[j] = v
         u = np.uint32(bits_of(v) & MAGNITUDE)
         largest = u if u > largest else largest
-        zeros = np.uint32(zeros + two_if(u == np.uint32(0)))
-        e6 = np.uint32(e6 + two_if(u < _E6))
-        e5 = np.uint32(e5 + two_if(u < _E5))
-        e4 = np.uint32(e4 + two_if(u < _E4))
-        e3 = np.uint32(e3 + two_if(u < _E3))
-        absolute = plus(absolute, abs(v))
-        square = plus(square, v * v)
+        zeros = np.uint32(zeros + double_if(u == np.uint32(0)))
+        e6 = np.uint32(e6 + double_if(u < _E6))
+        e5 = np.uint32(e5 + double_if(u < _E5))
+        e4 = np.uint32(e4 + double_if(u < _E4))
+        e3 = np.uint32(e3 + double_if(u < _E3))
+        absolute = reassoc_add(absolute, abs(v))
+        square = reassoc_add(square, v * v)
     counts[0] += zeros >> 1
     counts[1] += e6 >> 1
     counts[2] += e5 >> 1

@@ -10,19 +10,19 @@ from paft_merge.compute.kernels import STRIP
 from paft_merge.compute.kernels.primitives import (
     GOLDEN,
     MAGNITUDE,
-    begun,
+    advance_block,
     bits_of,
     counter,
-    gone_on,
-    inside,
+    in_range_mask,
     jit,
     load,
     load_above,
+    low_mask,
     lowest,
     mixed,
+    start_block,
     strip,
     strip_of,
-    up_to,
     widen,
 )
 
@@ -44,13 +44,13 @@ def histogram(base: Any, sources: Any, subtract: bool, how: Any, counts: Any, lo
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size, ready, origin = begun(sources, how)
+    n, size, ready, origin = start_block(sources, how)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = gone_on(how, ready)
+            origin, ready = advance_block(how, ready)
             if ready < 0:
                 return -1
         at = start - origin
@@ -87,7 +87,7 @@ def collect(
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size, ready, origin = begun(sources, how)
+    n, size, ready, origin = start_block(sources, how)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for i in range(n):
@@ -96,7 +96,7 @@ def collect(
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = gone_on(how, ready)
+            origin, ready = advance_block(how, ready)
             if ready < 0:
                 return -1
         at = start - origin
@@ -109,7 +109,7 @@ def collect(
             high, (half, whole) = np.uint32(lo + span), strip_of(sources, i, at, m)
             above = load_above(half, minus, values, high) + load_above(whole, minus, values, high)
             for first in range(0, m, 64):
-                left = inside(values, first, lo, span) & up_to(m - first)
+                left = in_range_mask(values, first, lo, span) & low_mask(m - first)
                 while left:
                     row[many] = bits_of(values[first + lowest(left)]) & MAGNITUDE
                     many += 1
@@ -132,13 +132,13 @@ def locate(
     Returns:
         -1 where the block could not be filled; its size where there are fewer.
     """
-    _, size, ready, origin = begun(sources, how)
+    _, size, ready, origin = start_block(sources, how)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = gone_on(how, ready)
+            origin, ready = advance_block(how, ready)
             if ready < 0:
                 return -1
         at = start - origin
@@ -146,7 +146,7 @@ def locate(
             widen(strip(base, at, m), minus)
         load(strip_of(sources, source, at, m), minus, values)
         for first in range(0, m, 64):
-            left = inside(values, first, bits, np.uint32(1)) & up_to(m - first)
+            left = in_range_mask(values, first, bits, np.uint32(1)) & low_mask(m - first)
             while left:
                 if nth == 0:
                     return int(start + first + lowest(left))
@@ -172,7 +172,7 @@ def dropped_l1(
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size, ready, origin = begun(sources, how)
+    n, size, ready, origin = start_block(sources, how)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     before, after = lanes[:n], lanes[n:]
@@ -180,7 +180,7 @@ def dropped_l1(
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = gone_on(how, ready)
+            origin, ready = advance_block(how, ready)
             if ready < 0:
                 return -1
         at = start - origin

@@ -2,7 +2,7 @@
 
 The main path: `read_settings` judges adapter_config.json, `sort_keys` takes the tensor names apart, `Binder` finds the
 tensor of the base that each belongs to (asking transformers for the architecture only where names do not suffice),
-`untie` looks after tied embeddings, and what is left is one `Patch` per tensor. Whatever has no exact delta is refused.
+`untie` looks after tied embeddings, and what is left is one `AdapterDelta` per tensor. Whatever has no exact delta is refused.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 from paft_merge.errors import AdapterError, CheckpointError, Problem, Problems
 from paft_merge.inputs.adapters.binding import Binder, Draft
 from paft_merge.inputs.adapters.config import Settings, read_settings
-from paft_merge.inputs.adapters.deltas import Patch
+from paft_merge.inputs.adapters.deltas import AdapterDelta
 from paft_merge.inputs.adapters.keys import Keys, sort_keys
 from paft_merge.inputs.adapters.tied_weights import may_be_tied, untie
 from paft_merge.inputs.checkpoint import Checkpoint, FarFile
-from paft_merge.inputs.safetensors_header import capped, read_text
+from paft_merge.inputs.safetensors_header import read_text, truncate
 
-__all__ = ["Adapter", "Patch"]
+__all__ = ["Adapter", "AdapterDelta"]
 
 _WEIGHTS = "adapter_model.safetensors"
 _RECORD = "paft_train.json"
 
 
 class Adapter:
-    """One adapter, bound to one base. Its factors are read when they are first needed, and again after `Patch.release`.
+    """One adapter, bound to one base. Its factors are read when they are first needed, and again after `AdapterDelta.release`.
 
     Attributes:
         folder: where it lies.
@@ -46,7 +46,7 @@ class Adapter:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], file: Checkpoint) -> None:
         self.folder, self.config = folder, config
-        self.patches: dict[str, Patch] = {}
+        self.patches: dict[str, AdapterDelta] = {}
         self.unties: dict[str, str] = {}
         self.vocab_size: int | None = None
         self.record: Mapping[str, Any] = {}
@@ -122,7 +122,7 @@ class Adapter:
             with problems.catching():
                 self.vocab_size = _new_vocabulary(base, binder, self.folder)
         if problems.found:
-            raise AdapterError(capped(problems.found, self.folder))
+            raise AdapterError(truncate(problems.found, self.folder))
         order = {name: at for at, name in enumerate(base.tensors)}
         drafts = sorted(binder.drafts.items(), key=lambda item: order.get(item[0], len(order)))
         self.patches = {name: draft.finish(base) for name, draft in drafts}

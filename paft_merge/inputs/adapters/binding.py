@@ -15,13 +15,13 @@ from paft_merge.errors import AdapterError, Problems
 from paft_merge.inputs.adapters.architecture import Architecture, Place, Site
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import (
+    AdapterDelta,
     Experts,
+    Lazy,
     LowRank,
     Magnitude,
-    Once,
     Pair,
     Part,
-    Patch,
     Rewritten,
     Tokens,
     column_norms,
@@ -33,7 +33,7 @@ from paft_merge.inputs.adapters.keys import Keys, Module, Saved
 from paft_merge.inputs.adapters.rows import Array, Rows, row_of
 from paft_merge.inputs.adapters.shira import Entries, Scattered, Sparse
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
-from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.safetensors_header import quote
 
 _OTHER_BASE = "was this adapter trained on another base?"
 
@@ -112,16 +112,16 @@ class Draft:
     row: int
     beneath: str | None = None
     kind: str = "lora"
-    low: Once[Pair] | None = None
+    low: Lazy[Pair] | None = None
     experts: list[Part] | None = None
     new: Rows | None = None
     shared: bool = False
     magnitude: Array | None = None
     columns: bool = False
     tokens: Tokens | None = None
-    sparse: Once[Entries] | None = None
+    sparse: Lazy[Entries] | None = None
 
-    def finish(self, base: Checkpoint) -> Patch:
+    def finish(self, base: Checkpoint) -> AdapterDelta:
         """The patch of this draft; `base` is read later, and only for the norms of columns."""
         if self.sparse is not None:
             return Sparse(self.shape, self.sparse, self.beneath)
@@ -135,7 +135,7 @@ class Draft:
         if self.magnitude is not None:
             assert low is not None
             rows = self.new or Rows.of(base, self.beneath or self.name)
-            norms = Once(lambda: column_norms(rows, low)) if self.columns else None
+            norms = Lazy(lambda: column_norms(rows, low)) if self.columns else None
             parts["magnitude"] = Magnitude(self.magnitude, norms)
         return Rewritten(self.shape, self.row, **parts)
 
@@ -150,7 +150,7 @@ class Binder:
 
     def __init__(self, settings: Settings, keys: Keys, file: Checkpoint, base: Checkpoint, problems: Problems) -> None:
         self.drafts: dict[str, Draft] = {}
-        self.architecture = Once(lambda: Architecture.of(base))
+        self.architecture = Lazy(lambda: Architecture.of(base))
         self._settings, self._keys, self._file, self._base, self._problems = settings, keys, file, base, problems
         self._where = file.folder
         self._absent: list[str] = []
@@ -187,7 +187,7 @@ class Binder:
             stored = self._base.tensors[place.beneath or site.name]
             if not DTYPES[stored.dtype].mergeable:
                 fix = "take the base that was not quantised, or dequantise it first"
-                what = f"tensor {shown(stored.name)} of the base is {stored.dtype}, to which no delta can be added"
+                what = f"tensor {quote(stored.name)} of the base is {stored.dtype}, to which no delta can be added"
                 raise AdapterError.of("DTYPE_UNSUPPORTED", self._where, what, fix)
             self.drafts[site.name] = Draft(site.name, stored.shape, row_of(stored.shape), place.beneath)
         return self.drafts[site.name]
@@ -292,7 +292,7 @@ class Binder:
         """Put factors, magnitude and the bias of a module into its drafts."""
         if draft.low is not None:
             raise self._wrong(module.path, "has two pairs of factors for one tensor", "ADAPTER_CONFIG")
-        draft.low, draft.columns = Once(make), columns
+        draft.low, draft.columns = Lazy(make), columns
         dora, bias = self._settings.flag("use_dora"), self._settings.flag("lora_bias")
         for part, wanted, field in (("magnitude_vector", dora, "use_dora"), ("B.bias", bias, "lora_bias")):
             if (part in module.parts) != wanted:
@@ -316,7 +316,7 @@ class Binder:
             raise self._wrong(module.path, f"has a lora_B.bias of {tuple(values.shape)}, the base has {place.shape}")
         scale = self._settings.scale(module.path, self._settings.rank_of(module.path))
         draft = self.draft(place.sites[0], place)
-        draft.kind, draft.low = "bias", Once(lambda: (values[:, None] * np.float32(scale), np.ones((1, 1), np.float32)))
+        draft.kind, draft.low = "bias", Lazy(lambda: (values[:, None] * np.float32(scale), np.ones((1, 1), np.float32)))
 
     # Parameters that PEFT wraps by name (`target_parameters`): fused experts
 
@@ -370,7 +370,7 @@ class Binder:
         self._check_rank(name, rank)
         scale, grouped = self._settings.scale(name, rank), self._is_grouped(name, count, rank)
         in_out = self._experts_in_out(name, place.shape, factors, transposed)
-        stack = Once(lambda: factors.stacked(count, scale, grouped, in_out), users=len(place.sites))
+        stack = Lazy(lambda: factors.stacked(count, scale, grouped, in_out), users=len(place.sites))
         for site in place.sites:
             draft = self.draft(site, place)
             if draft.low is not None or draft.experts is not None or draft.new is not None:
@@ -449,7 +449,7 @@ class Binder:
             )
             raise AdapterError.of("ADAPTER_SHAPE", self._where, f"{path!r} {what}", _OTHER_BASE)
         shape = draft.shape
-        draft.kind, draft.sparse = "shira", Once(lambda: held.load(shape))
+        draft.kind, draft.sparse = "shira", Lazy(lambda: held.load(shape))
 
     # Checks
 

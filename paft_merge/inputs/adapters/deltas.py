@@ -23,7 +23,7 @@ T = TypeVar("T")
 Pair = tuple[Array, Array]
 
 
-class Once(Generic[T]):
+class Lazy(Generic[T]):
     """A value made at its first use, by one thread, and kept until all its users have released it.
 
     Args:
@@ -52,7 +52,7 @@ class Once(Generic[T]):
                 self._made, self._releases = None, 0
 
 
-class Patch(ABC):
+class AdapterDelta(ABC):
     """What one adapter does to one tensor. Thread-safe; holds factors once they are used, never a dense delta.
 
     Attributes:
@@ -110,15 +110,15 @@ class Patch(ABC):
         return None
 
 
-class LowRank(Patch):
+class LowRank(AdapterDelta):
     """`left @ right`: LoRA on a linear layer, an embedding, a convolution, one expert; and a bias, with rank 1."""
 
     def __init__(
-        self, shape: tuple[int, ...], row: int, pair: Once[Pair], kind: str = "lora", beneath: str | None = None
+        self, shape: tuple[int, ...], row: int, pair: Lazy[Pair], kind: str = "lora", beneath: str | None = None
     ) -> None:
         super().__init__(shape, row, kind, beneath)
         self.pair = pair
-        self._panels = Once(lambda: packed(self.pair.get()[1]))
+        self._panels = Lazy(lambda: packed(self.pair.get()[1]))
 
     def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         multiply(*self.product(start, stop), out)
@@ -138,7 +138,7 @@ class LowRank(Patch):
 class Part:
     """One expert of stacked factors, or rows `[first, first + count)` of its product."""
 
-    stack: Once[Pair]
+    stack: Lazy[Pair]
     expert: int
     first: int
     count: int
@@ -149,7 +149,7 @@ class Part:
         return left[self.expert, self.first : self.first + self.count], right[self.expert]
 
 
-class Experts(Patch):
+class Experts(AdapterDelta):
     """Rows of the products of stacked factors, `left [E, O, R]`, `right [E, R, I]`, one below the other.
 
     All of them for a fused tensor `[experts, rows, row]`; one part when each expert is a tensor of its own.
@@ -183,7 +183,7 @@ class Magnitude:
     """
 
     values: Array
-    norms: Once[Array] | None
+    norms: Lazy[Array] | None
 
     def apply(self, start: int, value: Array) -> None:
         """Scale `value` `[N, I]`, rows `start` and on of V, in place. A V of norm 0 stays 0 (PEFT: NaN)."""
@@ -206,7 +206,7 @@ class Tokens:
         value[self.indices[first:end] - start] = self.values[first:end]
 
 
-class Rewritten(Patch):
+class Rewritten(AdapterDelta):
     """A new value that is not the weight plus a product: its delta is that value minus the weight.
 
     The value is `new` (else the weight), plus `low`, scaled by `magnitude`, with the rows of `tokens` put in.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from paft_merge.errors import AdapterError
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.dtypes import widen
-from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.safetensors_header import quote
 
 Array = NDArray[np.float32]
 
@@ -84,7 +84,7 @@ class Rows:
     @property
     def where(self) -> str:
         """The file and the tensor, for messages."""
-        return f"{os.path.join(self.file.folder, self.file.tensors[self.name].file)}: tensor {shown(self.name)}"
+        return f"{os.path.join(self.file.folder, self.file.tensors[self.name].file)}: tensor {quote(self.name)}"
 
 
 def check_finite(values: Array, source: Rows) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.errors import AdapterError
-from paft_merge.inputs.adapters.deltas import Once, Patch
+from paft_merge.inputs.adapters.deltas import AdapterDelta, Lazy
 from paft_merge.inputs.adapters.rows import Array, Rows
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
-from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.safetensors_header import quote
 
 Entries = tuple[NDArray[np.int64], Array]
 """Flat indices `[K]` int64, ascending, and values `[K]` float32."""
@@ -23,10 +23,10 @@ _INDEX_TYPES = ("I32", "I64", "F32")
 """How PEFT stores indices; as floats on Windows."""
 
 
-class Sparse(Patch):
+class Sparse(AdapterDelta):
     """`weight[rows, columns] += values`: a delta that is zero everywhere else."""
 
-    def __init__(self, shape: tuple[int, ...], entries: Once[Entries], beneath: str | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], entries: Lazy[Entries], beneath: str | None = None) -> None:
         super().__init__(shape, shape[1], "shira", beneath)
         self._entries = entries
 
@@ -96,5 +96,5 @@ class Scattered:
     def _wrong(self, what: str) -> AdapterError:
         where = self.file.folder / self.file.tensors[self.indices].file
         return AdapterError.of(
-            "ADAPTER_SHAPE", where, f"tensor {shown(self.indices)}: {what}", "save it again with PEFT"
+            "ADAPTER_SHAPE", where, f"tensor {quote(self.indices)}: {what}", "save it again with PEFT"
         )

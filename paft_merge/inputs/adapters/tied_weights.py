@@ -18,7 +18,7 @@ from paft_merge.errors import AdapterError
 from paft_merge.inputs.adapters.architecture import Architecture, Place
 from paft_merge.inputs.adapters.binding import Draft, vocabulary_of
 from paft_merge.inputs.adapters.config import Settings
-from paft_merge.inputs.adapters.deltas import Once, Pair
+from paft_merge.inputs.adapters.deltas import Lazy, Pair
 
 
 def may_be_tied(config: Mapping[str, Any], drafts: Iterable[Draft]) -> bool:
@@ -96,7 +96,7 @@ def _share(group: Mapping[str, Place], drafts: dict[str, Draft], settings: Setti
 def _unchanged(place: Place) -> Draft:
     """The draft of a parameter that keeps its value, but must be written by itself: a product of rank 0."""
     name, count = place.sites[0].name, place.sites[0].count
-    nothing = Once(lambda: (np.empty((count, 0), np.float32), np.empty((0, place.row), np.float32)))
+    nothing = Lazy(lambda: (np.empty((count, 0), np.float32), np.empty((0, place.row), np.float32)))
     return Draft(name, place.shape, place.row, place.beneath, "untied", nothing)
 
 
@@ -118,7 +118,7 @@ def _equal(a: Draft, b: Draft) -> bool:
     return a.new is None or b.new is None or a.new is b.new or a.new.same(b.new)
 
 
-def _equal_pairs(a: Once[Pair] | None, b: Once[Pair] | None) -> bool:
+def _equal_pairs(a: Lazy[Pair] | None, b: Lazy[Pair] | None) -> bool:
     if a is None or b is None:
         return a is None and b is None
     try:

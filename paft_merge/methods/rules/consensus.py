@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from paft_merge.compute.blocks import Block, Each, Election, Ops, Outcome, Survival
+from paft_merge.compute.blocks import Block, BlockMap, Election, KeepThreshold, Ops, Outcome
 from paft_merge.methods.rules.one_pass import Settling, settling
-from paft_merge.methods.rules.rule import Combine, Walk
+from paft_merge.methods.rules.rule import Combine, TensorPass
 from paft_merge.methods.rules.thresholds import (
     EVERYTHING,
     Trim,
@@ -51,13 +51,13 @@ class Consensus:
     rescale: bool = False
     trim_scope: Literal["tensor", "global"] = "tensor"
     """`global`: magnitudes are ranked over the whole model (TIES paper), so `over_the_model` comes before `prepare`."""
-    fixed: tuple[Survival, ...] | None = None
+    fixed: tuple[KeepThreshold, ...] | None = None
     """Thresholds that were found over the whole model; they stand in for `thin`."""
 
     wants: Literal["deltas"] = "deltas"
     keeps_equals: bool = True
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         survivals, election = self._survivals(walk), self._election(walk)
 
         def combine(block: Block, out: Any, key: int) -> Outcome:
@@ -65,7 +65,7 @@ class Consensus:
 
         return combine
 
-    def settling(self, walk: Walk, pairs: Callable[[], Sequence[tuple[Any, Any] | None]]) -> Settling | None:
+    def settling(self, walk: TensorPass, pairs: Callable[[], Sequence[tuple[Any, Any] | None]]) -> Settling | None:
         """How to merge a tensor in one pass; None where its thresholds must be known before.
 
         `pairs`: of each active source, the factors B and A that its delta is the product of, or None.
@@ -76,20 +76,20 @@ class Consensus:
             return None
         return settling(trims, self._election(walk), walk.numel, walk.each, pairs())
 
-    def _election(self, walk: Walk) -> Election:
+    def _election(self, walk: TensorPass) -> Election:
         weights = tuple(self.weights[i] for i in walk.active)
         return Election(weights, self.elect, self.tie_positive, self.normalize, self.factor)
 
-    def over_the_model(self, numel: int, each: Each, ops: Ops) -> Consensus:
+    def over_the_model(self, numel: int, each: BlockMap, ops: Ops) -> Consensus:
         """This rule with thresholds over all tensors together: `numel` entries, every source in every block of `each`."""
         trims = [t if isinstance(t, Trim) else EVERYTHING for t in self.thin]
         return replace(self, fixed=tuple(trim_globally(trims, numel, each, ops, rescale=self.rescale)))
 
-    def _survivals(self, walk: Walk) -> list[Survival]:
+    def _survivals(self, walk: TensorPass) -> list[KeepThreshold]:
         if self.fixed is not None:
             return [self.fixed[i] for i in walk.active]
         thin = [self.thin[i] for i in walk.active]
-        drops = [drop_survival(t.density, t.key) if isinstance(t, Drop) else Survival() for t in thin]
+        drops = [drop_survival(t.density, t.key) if isinstance(t, Drop) else KeepThreshold() for t in thin]
         if any(isinstance(t, Drop) and t.density < 1 for t in thin):
             return rescale_drops(drops, walk.each, walk.ops) if self.rescale else drops
         trims = [t if isinstance(t, Trim) else EVERYTHING for t in thin]

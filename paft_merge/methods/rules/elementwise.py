@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from paft_merge.compute.blocks import NOTHING, Block, Each, Outcome, Survival
-from paft_merge.methods.rules.rule import Combine, Walk, write_merged
+from paft_merge.compute.blocks import NOTHING, Block, BlockMap, KeepThreshold, Outcome
+from paft_merge.methods.rules.rule import Combine, TensorPass, write_merged
 from paft_merge.methods.rules.thresholds import Trim, trim_survivals
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ class NearSwap:
     wants: Literal["deltas"] = "deltas"
     keeps_equals: bool = True
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         def combine(block: Block, out: Any, key: int) -> Outcome:
             return write_merged(walk.ops, block, walk.ops.swap(block, self.t), out, key, deltas)
 
@@ -45,7 +45,7 @@ class Overlap:
     wants: Literal["deltas"] = "deltas"
     keeps_equals: bool = True
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         scales = self._scales(walk) if self.boost else [1.0] * len(walk.active)
 
         def combine(block: Block, out: Any, key: int) -> Outcome:
@@ -56,7 +56,7 @@ class Overlap:
 
         return combine
 
-    def _scales(self, walk: Walk) -> list[float]:
+    def _scales(self, walk: TensorPass) -> list[float]:
         blocks = walk.each(lambda block: walk.ops.overlaps(block, self.epsilon)[0])
         counts = np.sum(blocks, axis=0) if blocks else np.zeros((len(walk.active), 2), np.int64)
         # A source with nothing of its own has nothing to boost; the epsilon below is mergekit's guard.
@@ -79,7 +79,7 @@ class Fuse:
     wants: Literal["deltas"] = "deltas"
     keeps_equals: bool = True
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         selected = self._selection(walk)
         squares = walk.each(lambda block: walk.ops.tally(selected(block))[1][:, 1])
         energies = [math.fsum(block[i] for block in squares) / max(walk.numel, 1) for i in range(len(walk.active))]
@@ -97,7 +97,7 @@ class Fuse:
 
         return combine
 
-    def _selection(self, walk: Walk) -> Callable[[Block], Block]:
+    def _selection(self, walk: TensorPass) -> Callable[[Block], Block]:
         if self.topk >= 1:
             return lambda block: block
         survival = self._survival(walk)
@@ -107,7 +107,7 @@ class Fuse:
 
         return selected
 
-    def _survival(self, walk: Walk) -> Survival:
+    def _survival(self, walk: TensorPass) -> KeepThreshold:
         """Which variances survive."""
         spread = Derived(walk.each, lambda block: walk.ops.variance(block, self.sources))
         zeros = sum(spread(lambda block: int(walk.ops.tally(block)[0][0, 0])))
@@ -119,7 +119,7 @@ class Fuse:
 class Derived:
     """Walks the blocks that are computed from another walk's (see `blocks.Each`)."""
 
-    each: Each
+    each: BlockMap
     derive: Callable[[Block], Block]
 
     @property

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paft_merge.compute.blocks import Block, Election, Outcome, RankedKeep, Survival
-from paft_merge.methods.rules.rule import Combine, Walk
+from paft_merge.compute.blocks import Block, Election, KeepThreshold, Outcome, RankedKeep
+from paft_merge.methods.rules.rule import Combine, TensorPass
 from paft_merge.methods.rules.thresholds import l1_ratio
 
 
@@ -64,7 +64,7 @@ class RankedConsensus:
         """Blocks must hold whole rows."""
         return max(math.prod(shape[1:] if len(shape) > 1 else shape), 1)
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         shape = walk.shape if len(walk.shape) > 1 else (1, walk.numel)
         length, inner = max(shape[1], 1), max(math.prod(shape[2:]), 1)
         drops = [self.drops[i] for i in walk.active]
@@ -77,12 +77,12 @@ class RankedConsensus:
         def dropped(block: Block) -> Block:
             return walk.ops.drop_ranked(block, length, inner, keeps)
 
-        survivals = [Survival()] * len(drops)
+        survivals = [KeepThreshold()] * len(drops)
         if self.rescale and any(drop.random for drop in drops):
             tallies = walk.each(lambda block: (walk.ops.tally(block)[1][:, 0], walk.ops.tally(dropped(block))[1][:, 0]))
             for i, drop in enumerate(drops):
                 before, after = (math.fsum(part[k][i] for part in tallies) for k in (0, 1))
-                survivals[i] = Survival(scale=l1_ratio(before, after) if drop.random else 1.0)
+                survivals[i] = KeepThreshold(scale=l1_ratio(before, after) if drop.random else 1.0)
 
         def combine(block: Block, out: Any, key: int) -> Outcome:
             outcome = walk.ops.consensus(dropped(block), out, survivals, election, key)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.compute.blocks import Block, Each, Election, Open, Outcome, Survival
+from paft_merge.compute.blocks import Block, BlockMap, Election, KeepThreshold, Outcome, Undecided
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.methods.rules.threshold_bounds import (
     EVERY,
@@ -43,12 +43,12 @@ class Settling:
     election: Election
     numel: int
 
-    def merge(self, block: Block, out: Any, room: Any) -> tuple[Outcome, Open]:
+    def merge(self, block: Block, out: Any, room: Any) -> tuple[Outcome, Undecided]:
         """Write the block but for what is open; where that lies, the base. `room` `[bytes]` is for what is set aside."""
         bounds = [bracket.within(block.index, block.index + block.size) for bracket in self.brackets]
         return CpuOps().consensus_outside(block, out, bounds, self.election, room)
 
-    def survivals(self, starts: Sequence[int], opened: Sequence[Open]) -> list[Survival] | None:
+    def survivals(self, starts: Sequence[int], opened: Sequence[Undecided]) -> list[KeepThreshold] | None:
         """The thresholds, from what every block set aside; None when one of them is not in its bracket.
 
         Args:
@@ -60,15 +60,15 @@ class Settling:
             bits = np.concatenate([o.inside[i] for o in opened])
             rank -= sum(int(o.above[i]) for o in opened)
             if bracket == NONE or (rank > bits.size and bracket.open_below):
-                found.append(Survival())  # all of it is kept, or fewer entries than that are not zero
+                found.append(KeepThreshold())  # all of it is kept, or fewer entries than that are not zero
                 continue
             if not 0 < rank <= bits.size:
                 return None
             threshold, larger, _ = largest(bits, rank)
-            found.append(Survival(threshold, self._cut(i, threshold, rank - larger, starts, opened)))
+            found.append(KeepThreshold(threshold, self._cut(i, threshold, rank - larger, starts, opened)))
         return found
 
-    def _cut(self, i: int, threshold: int, kept: int, starts: Sequence[int], opened: Sequence[Open]) -> int:
+    def _cut(self, i: int, threshold: int, kept: int, starts: Sequence[int], opened: Sequence[Undecided]) -> int:
         """The flat index below which `kept` entries of source `i` equal the threshold: ties keep the lowest."""
         for start, stop, o in zip(starts, [*starts[1:], FOREVER], opened, strict=True):
             low, width = self.brackets[i].within(start, stop)
@@ -80,7 +80,9 @@ class Settling:
             kept -= ties.size
         raise AssertionError("the ties of a threshold were counted and then not found")
 
-    def settle(self, start: int, opened: Open, survivals: Sequence[Survival], out: Any, outcome: Outcome) -> None:
+    def settle(
+        self, start: int, opened: Undecided, survivals: Sequence[KeepThreshold], out: Any, outcome: Outcome
+    ) -> None:
         """Merge what a block set aside, into its merged elements `out` and its `outcome`.
 
         Args:
@@ -90,7 +92,7 @@ class Settling:
             out, outcome: what `merge` wrote and returned.
         """
         cuts = [int(np.searchsorted(opened.place, s.low_cut - start)) for s in survivals]
-        near = [Survival(s.low, cut) for s, cut in zip(survivals, cuts, strict=True)]
+        near = [KeepThreshold(s.low, cut) for s, cut in zip(survivals, cuts, strict=True)]
         merged = np.empty(opened.place.size, out.dtype)
         late = CpuOps().consensus(opened.block, merged, near, self.election, 0)
         out[opened.place] = merged
@@ -101,7 +103,7 @@ class Settling:
 
 
 def settling(
-    trims: Sequence[Trim], election: Election, numel: int, each: Each, pairs: Sequence[tuple[Any, Any] | None]
+    trims: Sequence[Trim], election: Election, numel: int, each: BlockMap, pairs: Sequence[tuple[Any, Any] | None]
 ) -> Settling | None:
     """Guess the brackets of one tensor; None where measuring first is the better way.
 

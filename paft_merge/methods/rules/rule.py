@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from paft_merge.compute.blocks import Block, Each, Ops, Outcome, Tally, Wants
+from paft_merge.compute.blocks import Block, BlockMap, Ops, Outcome, Tally, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +21,11 @@ Combine = Callable[[Block, Any, int], Outcome]
 
 
 @dataclass(frozen=True)
-class Walk:
+class TensorPass:
     """One tensor as a rule sees it: its size, how to walk its blocks and what to compute on them."""
 
     numel: int
-    each: Each
+    each: BlockMap
     ops: Ops
     active: Sequence[int]
     """Which sources the rows of a block's `sources` are, as indices into the rule's own tuples."""
@@ -73,7 +73,7 @@ class Rule(Protocol):
     def keeps_equals(self) -> bool:
         """Whether sources that are all equal (to the base too, where there is one) come out as they went in."""
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the tensor. `deltas`: the blocks hold deltas or, with `subtract`, stand for them."""
 
 
@@ -114,7 +114,7 @@ class WeightedSum:
     def keeps_equals(self) -> bool:
         return self.of == "deltas" or abs(math.fsum(self.weights) - 1) < 1e-6
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         weights = [self.weights[i] for i in walk.active]
         # A sum of values that share a base is that base times all weights, plus the weighted deltas.
         base = 1.0 if self.of == "deltas" else math.fsum(self.weights) if deltas else 0.0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from paft_merge.compute.blocks import Block, Outcome
 from paft_merge.errors import MergeError
-from paft_merge.methods.rules.rule import Combine, Walk, write_merged
+from paft_merge.methods.rules.rule import Combine, TensorPass, write_merged
 
 Matrix = NDArray[np.float64]
 """`[..., n, n]`, the inner products of all sources of a rule; a source without a delta has zeros."""
@@ -39,7 +39,7 @@ class Slerp:
     wants: Literal["values"] = "values"
     keeps_equals: bool = True
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         return _sum(walk, self._weights(_gram(walk, 2)), deltas)
 
     def _weights(self, dots: Matrix) -> Weights:
@@ -72,7 +72,7 @@ class NuSlerp:
             return 1
         return max(math.prod(shape[1:]) if self.of == "columns" else math.prod(shape[-1:]), 1)
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         if self.of == "columns" and len(walk.shape) >= 2:
             return _by_column(walk, self._weights, deltas, self.row(walk.shape))
         if self.of == "tensor" or self.of == "columns":
@@ -103,7 +103,7 @@ class MultiSlerp:
     wants: Literal["offsets"] = "offsets"
     keeps_equals: bool = True
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         return _sum(walk, self._weights(_gram(walk, len(self.weights))), deltas)
 
     def _weights(self, dots: Matrix) -> Weights:
@@ -137,7 +137,7 @@ class Karcher:
     wants: Literal["values"] = "values"
     keeps_equals: bool = True
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
 
     def _weights(self, dots: Matrix) -> Weights:
@@ -192,7 +192,7 @@ class ModelStock:
         """With `by_row`, blocks must hold whole rows."""
         return max(math.prod(shape[-1:]), 1) if self.by_row else 1
 
-    def prepare(self, walk: Walk, deltas: bool) -> Combine:
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         if self.by_row:
             return _by_row(walk, self._weights, deltas, self.sources, self.row(walk.shape))
         return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
@@ -214,7 +214,7 @@ def _length(vector: Weights, dots: Matrix) -> float:
     return math.sqrt(max(float(vector @ dots @ vector), 0.0))
 
 
-def _gram(walk: Walk, sources: int) -> Matrix:
+def _gram(walk: TensorPass, sources: int) -> Matrix:
     """The Gram matrix of a whole tensor: the correctly rounded sum over its blocks, so that their order cannot matter."""
     blocks = walk.each(walk.ops.gram)
     full = np.zeros((sources, sources))
@@ -224,7 +224,7 @@ def _gram(walk: Walk, sources: int) -> Matrix:
     return full
 
 
-def _full(walk: Walk, sources: int, dots: Matrix) -> Matrix:
+def _full(walk: TensorPass, sources: int, dots: Matrix) -> Matrix:
     """`[..., n, n]` of all sources from that of the active ones."""
     if len(walk.active) == sources:
         return dots
@@ -234,7 +234,7 @@ def _full(walk: Walk, sources: int, dots: Matrix) -> Matrix:
     return full
 
 
-def _sum(walk: Walk, weights: Weights, deltas: bool) -> Combine:
+def _sum(walk: TensorPass, weights: Weights, deltas: bool) -> Combine:
     """Write the weighted sum of whole sources, on top of the base if they are deltas."""
     active = [float(weights[i]) for i in walk.active]
 
@@ -244,7 +244,7 @@ def _sum(walk: Walk, weights: Weights, deltas: bool) -> Combine:
     return combine
 
 
-def _by_row(walk: Walk, weigh: Callable[[Matrix], Weights], deltas: bool, sources: int, row: int) -> Combine:
+def _by_row(walk: TensorPass, weigh: Callable[[Matrix], Weights], deltas: bool, sources: int, row: int) -> Combine:
     """Write every row with weights of its own, which a block with whole rows knows by itself."""
 
     def combine(block: Block, out: Any, key: int) -> Outcome:
@@ -255,7 +255,7 @@ def _by_row(walk: Walk, weigh: Callable[[Matrix], Weights], deltas: bool, source
     return combine
 
 
-def _by_column(walk: Walk, weigh: Callable[[Matrix], Weights], deltas: bool, row: int) -> Combine:
+def _by_column(walk: TensorPass, weigh: Callable[[Matrix], Weights], deltas: bool, row: int) -> Combine:
     """Write every column with weights of its own; `row`: entries from one line of columns to the next."""
     dots = np.zeros((*[len(walk.active)] * 2, row))
     for first in range(0, walk.each.tiles, COLUMN_TILES):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.compute.blocks import NO_BITS, Each, Ops
+from paft_merge.compute.blocks import NO_BITS, BlockMap, Ops
 from paft_merge.compute.kernels import INFINITY, MAGNITUDE, product
 from paft_merge.compute.scratch import SCRATCH
 
@@ -136,12 +136,12 @@ class Ranked:
         self._larger = int(np.count_nonzero(self.bits > high))
 
 
-def small(numel: int, each: Each) -> bool:
+def small(numel: int, each: BlockMap) -> bool:
     """Whether a tensor is too small for a sample, and small enough to look at all of it."""
     return each.tiles <= 2 and numel < _SMALL
 
 
-def draw_sample(each: Each, ops: Ops) -> Sample:
+def draw_sample(each: BlockMap, ops: Ops) -> Sample:
     """Look at some entries of every tile."""
     of_each, of_all = _SAMPLED
     wanted = max(of_each, of_all // each.tiles)

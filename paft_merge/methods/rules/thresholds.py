@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import xxhash
 
-from paft_merge.compute.blocks import NOTHING, Counts, Each, Ops, Survival
+from paft_merge.compute.blocks import NOTHING, BlockMap, Counts, KeepThreshold, Ops
 from paft_merge.compute.histogram import l1_of_bins
 from paft_merge.compute.kernels import BINS
 from paft_merge.methods.rules.threshold_bounds import (
@@ -71,12 +71,12 @@ def stream_key(seed: int, source: str, name: str, purpose: str) -> int:
     return xxhash.xxh3_64_intdigest(f"{seed}\0{source}\0{name}\0{purpose}".encode()) or 1
 
 
-def drop_survival(density: float, key: int) -> Survival:
+def drop_survival(density: float, key: int) -> KeepThreshold:
     """Keep each entry with probability `density`, by SplitMix64 of (`key`, flat index); resolution 2**-32."""
-    return Survival(keep=min(max(round(density * 2**32), 0), 2**32), key=key)
+    return KeepThreshold(keep=min(max(round(density * 2**32), 0), 2**32), key=key)
 
 
-def rescale_drops(survivals: Sequence[Survival], each: Each, ops: Ops) -> list[Survival]:
+def rescale_drops(survivals: Sequence[KeepThreshold], each: BlockMap, ops: Ops) -> list[KeepThreshold]:
     """Scale what a random drop leaves by (L1 norm before / L1 norm after), as mergekit's DARE does.
 
     The DARE paper (arXiv:2311.03099) divides by the density instead; the two agree in expectation. Norms under 1e-7 are
@@ -90,12 +90,12 @@ def rescale_drops(survivals: Sequence[Survival], each: Each, ops: Ops) -> list[S
 def trim_survivals(
     trims: Sequence[Trim],
     numel: int,
-    each: Each,
+    each: BlockMap,
     ops: Ops,
     *,
     rescale: bool = False,
     full: tuple[Counts, Counts] | None = None,
-) -> list[Survival]:
+) -> list[KeepThreshold]:
     """Resolve every source's trim of one tensor into a threshold, reading the tensor at most three times.
 
     Args:
@@ -106,17 +106,19 @@ def trim_survivals(
         full: the histogram of every source with its lower bits (`Ops.histogram`), where it is known already.
 
     Returns:
-        One `Survival` a source. Ties at a threshold keep the lowest flat indices.
+        One `KeepThreshold` a source. Ties at a threshold keep the lowest flat indices.
     """
     if numel == 0:
-        return [Survival()] * len(trims)
+        return [KeepThreshold()] * len(trims)
     norms = rescale or any(t.rule == "l1_mass" for t in trims)
     search = _Search(trims, numel, each, ops, norms=norms, full=full)
     survivals = [search.survival(i) for i in range(len(trims))]
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
 
 
-def trim_globally(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, rescale: bool = False) -> list[Survival]:
+def trim_globally(
+    trims: Sequence[Trim], numel: int, each: BlockMap, ops: Ops, *, rescale: bool = False
+) -> list[KeepThreshold]:
     """Resolve every source's trim over a whole model, as the TIES paper does: one threshold for all its tensors.
 
     Args:
@@ -125,10 +127,10 @@ def trim_globally(trims: Sequence[Trim], numel: int, each: Each, ops: Ops, *, re
         each: walks the blocks of all of them; every block has a row for every source.
 
     Returns:
-        One `Survival` a source. Every tie of the last entry is kept, as in the paper's code.
+        One `KeepThreshold` a source. Every tie of the last entry is kept, as in the paper's code.
     """
     if numel == 0:
-        return [Survival()] * len(trims)
+        return [KeepThreshold()] * len(trims)
     search = _GlobalSearch(trims, numel, each, ops, norms=True)
     survivals = [search.survival(i) for i in range(len(trims))]
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
@@ -207,7 +209,7 @@ class _Search:
         self,
         trims: Sequence[Trim],
         numel: int,
-        each: Each,
+        each: BlockMap,
         ops: Ops,
         *,
         norms: bool,
@@ -222,25 +224,25 @@ class _Search:
         for place in (0, 1):
             self._find({i: ranks[place] for i, ranks in enumerate(self.ranks) if len(ranks) > place})
 
-    def survival(self, i: int) -> Survival:
+    def survival(self, i: int) -> KeepThreshold:
         """The threshold of source `i`."""
         trim = self.trims[i]
         if trim.rule == "epsilon":
-            return Survival(low=_bits(trim.value), shrink=_value(_bits(trim.value)) if trim.soft else 0.0)
+            return KeepThreshold(low=_bits(trim.value), shrink=_value(_bits(trim.value)) if trim.soft else 0.0)
         if not self.ranks[i]:
-            return Survival() if trim.value >= 1 else NOTHING
+            return KeepThreshold() if trim.value >= 1 else NOTHING
         low, low_cut = self._threshold(i, self.ranks[i][0])
-        survival = Survival(low=low, low_cut=low_cut, shrink=_value(low) if trim.soft else 0.0)
+        survival = KeepThreshold(low=low, low_cut=low_cut, shrink=_value(low) if trim.soft else 0.0)
         if len(self.ranks[i]) == 2:
             high, high_cut = self._threshold(i, self.ranks[i][1])
             survival = replace(survival, high=high, high_cut=high_cut)
         return survival
 
-    def rescaled(self, i: int, survival: Survival) -> Survival:
+    def rescaled(self, i: int, survival: KeepThreshold) -> KeepThreshold:
         """`survival` with the scale that gives source `i` its L1 norm back."""
         assert self.full is not None
         before = math.fsum(l1_of_bins(self.full[0][i], self.full[1][i]))
-        if survival in (Survival(), NOTHING):
+        if survival in (KeepThreshold(), NOTHING):
             return survival
         kept, mass = self._above(i, survival.low, self.ranks[i][0] if self.ranks[i] else None)
         if len(self.ranks[i]) == 2:

@@ -10,7 +10,7 @@ import numpy as np
 
 from paft_merge.compute.blocks import Block, sample_end, tile_bounds
 from paft_merge.compute.cpu_ops import CpuOps
-from paft_merge.methods.rules.rule import Rule, Walk, row_of
+from paft_merge.methods.rules.rule import Rule, TensorPass, row_of
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def merge_tensors(rule: Rule, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     base = np.zeros(sources.shape[1] if deltas else 0, np.uint32)
     shape = tuple(tensors[0].shape)
     each, ops = InMemory(base, sources, row_of(rule, shape)), CpuOps()
-    combine = rule.prepare(Walk(sources.shape[1], each, ops, range(len(tensors)), shape), deltas)
+    combine = rule.prepare(TensorPass(sources.shape[1], each, ops, range(len(tensors)), shape), deltas)
     out = torch.empty(sources.shape[1], dtype=torch.float32)
     bits = out.numpy().view(np.uint32)
     each(lambda block: combine(block, bits[block.index : block.index + block.size], 0))

@@ -22,7 +22,7 @@ import xxhash
 
 from paft_merge.errors import CheckpointError, PaftMergeError, Problem, Problems, RecipeError
 from paft_merge.inputs.remapped_embeddings import Gathered
-from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.safetensors_header import quote
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.plan.vocabulary.alignment import Alignment, Word
 from paft_merge.plan.vocabulary.embedding_tensors import vocabulary_rows, vocabulary_tensors
@@ -78,7 +78,7 @@ class Vocabulary:
         for word in alignment.words.values():
             if word.model is not None and word.model not in everywhere:
                 what, fix = (
-                    f"lacks {shown(name)}, of which the recipe takes a token's row",
+                    f"lacks {quote(name)}, of which the recipe takes a token's row",
                     "take it from another model",
                 )
                 raise CheckpointError.of("VOCABULARY", word.model, what, fix)
@@ -226,7 +226,7 @@ class _Reader:
             others = [(tokenizer, sizes[other]) for other, tokenizer in owned.items() if other != ref]
             output, doubtful = join(output, others)
             for token in doubtful:
-                what = f"token {shown(token)} was added with different settings in several models"
+                what = f"token {quote(token)} was added with different settings in several models"
                 self.warnings.append(Problem("TOKENIZER", self._spot("source"), what, "those of the first are kept"))
         return output.with_tokens([token for token in entry.tokens or () if token not in output.ids])
 
@@ -294,9 +294,9 @@ class _Reader:
         if isinstance(wanted, int):
             what, fix = f"{ref} has no row {wanted:,}: it has {size:,}", f"give a token_id from 0 to {size - 1:,}"
         elif wanted in ids:
-            what, fix = f"{shown(wanted)} of {ref} has id {ids[wanted]:,}, and {size:,} rows are all", "name another"
+            what, fix = f"{quote(wanted)} of {ref} has id {ids[wanted]:,}, and {size:,} rows are all", "name another"
         else:
-            what = f"{ref} has no token {shown(wanted)}"
+            what = f"{ref} has no token {quote(wanted)}"
             fix = did_you_mean(wanted, list(ids)) or "name a token that it has"
         self.problems.add("TOKENIZER", self._spot("tokens", token, "source"), what, fix)
 
@@ -337,8 +337,8 @@ class _Reader:
                 token = before.get(number)
                 if token is None or after.get(number) == token:
                     continue
-                now = f"{shown(after[number])} now" if number in after else "nothing now"
-                what = f"{key} is {number}, which was {shown(token)} and is {now}"
+                now = f"{quote(after[number])} now" if number in after else "nothing now"
+                what = f"{key} is {number}, which was {quote(token)} and is {now}"
                 fix = f"set it to {output.ids[token]}" if token in output.ids else "set it to a token of the output"
                 self.warnings.append(Problem("TOKENIZER", f"{self.donor.ref}: {name}", what, fix))
 
@@ -376,7 +376,7 @@ class _Reader:
 
 
 def _some(tokens: Sequence[str]) -> str:
-    return ", ".join(map(shown, tokens[:5])) + (f" and {len(tokens) - 5:,} more" if len(tokens) > 5 else "")
+    return ", ".join(map(quote, tokens[:5])) + (f" and {len(tokens) - 5:,} more" if len(tokens) > 5 else "")
 
 
 def _multiple(rows: int, old: int) -> int:

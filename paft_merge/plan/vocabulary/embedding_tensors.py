@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from paft_merge.errors import CheckpointError, Problems
 from paft_merge.inputs.remapped_embeddings import rows_of
-from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.safetensors_header import quote
 
 if TYPE_CHECKING:
     from paft_merge.inputs.models import Model
@@ -60,7 +60,7 @@ def vocabulary_tensors(model: Model, rows: int) -> set[str]:
         found |= asked & set(unclear)
         problems = Problems()
         for name in (name for name in unclear if name not in asked):
-            what = f"tensor {shown(name)} of shape {list(shapes[name])} may have one row per token, and may not"
+            what = f"tensor {quote(name)} of shape {list(shapes[name])} may have one row per token, and may not"
             problems.add("VOCABULARY", model.ref, what, _FIX)
         problems.raise_as(CheckpointError)
     return found

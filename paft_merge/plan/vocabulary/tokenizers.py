@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import CheckpointError
-from paft_merge.inputs.safetensors_header import shown
+from paft_merge.inputs.safetensors_header import quote
 
 if TYPE_CHECKING:
     from paft_merge.inputs.models import Model
@@ -216,7 +216,7 @@ def _cut_model(model: dict[str, Any], gone: set[str], rows: int) -> None:
     elif isinstance(vocabulary, list):
         model["vocab"] = vocabulary[:rows]
     else:
-        what = f"has tokens without a row, such as {shown(sorted(gone)[0])}, in a form that they cannot be taken out of"
+        what = f"has tokens without a row, such as {quote(sorted(gone)[0])}, in a form that they cannot be taken out of"
         raise CheckpointError.of("TOKENIZER", "tokenizer.json", what, "take them out first")
     if "merges" in model:
         pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
