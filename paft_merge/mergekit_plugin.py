@@ -125,8 +125,8 @@ class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
             return None
         read = self.model.read(name)
         tensor = read.tensor(baked=self.dtype is None)
-        if read.patch:
-            read.patch.release()
+        if read.delta:
+            read.delta.release()
         return tensor.to(device, self.dtype or tensor.dtype)
 
     def flush(self) -> None:

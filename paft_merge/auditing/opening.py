@@ -270,20 +270,20 @@ def _known(ref: str, folder: Path) -> Known:
 
 
 def _drop_what_needs_weights(ref: str, adapter: Adapter, option: str) -> list[Skipped]:
-    """Take out the patches whose delta depends on the weights, and say so."""
+    """Remove the deltas that depend on the weights, with a warning."""
     groups: dict[str, list[str]] = {}
-    for name, patch in list(adapter.patches.items()):
-        if _needs_weights(patch):
-            del adapter.patches[name]
-            groups.setdefault(patch.kind, []).append(name)
+    for name, delta in list(adapter.deltas.items()):
+        if _needs_weights(delta):
+            del adapter.deltas[name]
+            groups.setdefault(delta.kind, []).append(name)
     return [
         Skipped(ref, tuple(names), f"{_WHY[kind]}, and without {option} its delta is unknown")
         for kind, names in groups.items()
     ]
 
 
-def _needs_weights(patch: AdapterDelta) -> bool:
-    return patch.needs_weight or patch.kind in ("pissa", "olora")
+def _needs_weights(delta: AdapterDelta) -> bool:
+    return delta.needs_weight or delta.kind in ("pissa", "olora")
 
 
 _WHY = {
@@ -311,7 +311,7 @@ def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped:
         reads = [_read(m, name, under) for m in models]
         beneath = base.read(under or name)
         present = [r for r in reads if r is not None]
-        changed = [r for r in present if r.patch or not r.same_weight(beneath)]
+        changed = [r for r in present if r.delta or not r.same_weight(beneath)]
         if not changed:
             continue
         why = _unfit(beneath, reads, changed)
@@ -349,7 +349,7 @@ def _unfit(beneath: Read, reads: Sequence[Read | None], changed: Sequence[Read])
         return "not every source has it"
     if not all(DTYPES[r.dtype].mergeable for r in [beneath, *changed]):
         return f"its values are {beneath.dtype}, from which there is no difference to take"
-    if len({r.shape for r in changed}) > 1 or any(not r.patch and r.shape != beneath.shape for r in changed):
+    if len({r.shape for r in changed}) > 1 or any(not r.delta and r.shape != beneath.shape for r in changed):
         return f"its shapes differ: {', '.join(str(list(s)) for s in {beneath.shape, *(r.shape for r in changed)})}"
     return ""
 
@@ -381,7 +381,7 @@ def _of_plan(planned: MergePlan) -> Opened:
             continue
         inputs = Inputs(tensor.inputs.base, tensor.inputs.sources, "deltas", subtract=False)
         if tensor.inputs.base.checkpoint.far:
-            needing = [(r.source, r.patch.kind) for r in inputs.reads if r.patch and _needs_weights(r.patch)]
+            needing = [(r.source, r.delta.kind) for r in inputs.reads if r.delta and _needs_weights(r.delta)]
             if needing:
                 source, kind = needing[0]
                 why = f"{_WHY[kind]}, and without --fetch-base its delta is unknown"

@@ -149,13 +149,13 @@ def _tensors(source: str, held: Held) -> list[TensorAudit]:
         row = _row(subject, source)
         if row is None:
             continue
-        patch, (spectrum, factors) = subject.inputs.sources[row].patch, seen.spectra.get(row, (None, None))
+        delta, (spectrum, factors) = subject.inputs.sources[row].delta, seen.spectra.get(row, (None, None))
         audits.append(
             TensorAudit(
                 subject.name,
                 layer_of(subject.name),
                 module_of(subject.name),
-                patch.kind if patch else "checkpoint",
+                delta.kind if delta else "checkpoint",
                 subject.shape,
                 seen.measures[row],
                 spectrum,

@@ -43,7 +43,7 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
         "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "method": tensor.method, "form": inputs.form,
         "base": inputs.base.source if inputs.base else None,
         "sources": [r.source for r in inputs.sources],
-        "adapters": {r.source: r.patch.kind for r in inputs.sources if r.patch},
+        "adapters": {r.source: r.delta.kind for r in inputs.sources if r.delta},
         "parameters": dict(tensor.parameters),
     }  # fmt: skip
 
@@ -91,7 +91,7 @@ def _far_files(planned: MergePlan) -> dict[tuple[Path, str], int]:
 
 
 def _kind(tensor: PlannedTensor) -> tuple[str, str, str, str]:
-    adapters = Counter(r.patch.kind for r in tensor.inputs.sources if r.patch)
+    adapters = Counter(r.delta.kind for r in tensor.inputs.sources if r.delta)
     inputs = ", ".join(f"{n} x {kind}" for kind, n in sorted(adapters.items())) or tensor.inputs.form
     if tensor.method == COPY:
         return COPY, "", tensor.dtype, ""

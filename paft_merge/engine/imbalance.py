@@ -34,7 +34,7 @@ def recorded(plan: MergePlan) -> list[Problem]:
             weight_of(tensor, i) ** 2
             for tensor in plan.tensors
             for i, read in enumerate(tensor.inputs.sources)
-            if read.source == model.ref and read.patch
+            if read.source == model.ref and read.delta
         ]
         if rms and squares:
             sizes[model.ref] = rms * math.sqrt(math.fsum(squares) / len(squares))

@@ -259,7 +259,7 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
         measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.numel)
         if row is not None and noted:
             measured = row_of(measured, noted["sources"][row], tensor.numel, noted["sampled"])
-        kind = "none" if row is None else read.patch.kind if read.patch else "checkpoint"
+        kind = "none" if row is None else read.delta.kind if read.delta else "checkpoint"
         sources.append({"source": read.source, "delta": kind, **measured})
     for source, parameters in zip(sources, tensor.parameters.get("sources", ()), strict=False):
         source["parameters"] = parameters

@@ -105,8 +105,8 @@ class Sources:
                         else:
                             checkpoint = self._checkpoint(at, checkpoints, remote)
                         if checkpoint is not None:
-                            patch = _open_adapter(adapter[0], checkpoint, remote) if adapter and adapter[0] else None
-                            models[ref] = Model(str(ref), checkpoint, patch)
+                            bound = _open_adapter(adapter[0], checkpoint, remote) if adapter and adapter[0] else None
+                            models[ref] = Model(str(ref), checkpoint, bound)
                 problems.raise_as(PaftMergeError)
                 yield models
             finally:

@@ -22,12 +22,12 @@ class Model:
 
     def read(self, name: str) -> Read:
         """How this model has the tensor `name`."""
-        patch = self.adapter.patches.get(name) if self.adapter else None
-        return Read(self.ref, self.checkpoint, (patch.beneath if patch else None) or name, patch)
+        delta = self.adapter.deltas.get(name) if self.adapter else None
+        return Read(self.ref, self.checkpoint, (delta.beneath if delta else None) or name, delta)
 
     def has(self, name: str) -> bool:
         """Whether this model has a tensor `name`, stored or made by its adapter."""
-        return name in self.checkpoint.tensors or bool(self.adapter and name in self.adapter.patches)
+        return name in self.checkpoint.tensors or bool(self.adapter and name in self.adapter.deltas)
 
     def close(self) -> None:
         """Close the files of both; a second call does nothing."""

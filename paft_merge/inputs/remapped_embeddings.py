@@ -74,12 +74,12 @@ class Gathered(Read):
         made = cls(read.source, read.checkpoint, read.name, None, donors, map=rows)
         used = [donors[i] for i in np.unique(rows.donor) if i >= 0]
         used += [donor for donor, column in zip(donors, rows.shared.T, strict=True) if (column >= 0).any()]
-        if not any(donor.patch for donor in used):
+        if not any(donor.delta for donor in used):
             return made
-        patches = tuple(dict.fromkeys(donor.patch for donor in used if donor.patch))
-        kind = read.patch.kind if read.patch else patches[0].kind
-        patch = GatheredPatch(made.shape, made.row, kind, patches, made._fetch)
-        return cls(read.source, read.checkpoint, read.name, patch, donors, map=rows)
+        deltas = tuple(dict.fromkeys(donor.delta for donor in used if donor.delta))
+        kind = read.delta.kind if read.delta else deltas[0].kind
+        delta = RemappedDelta(made.shape, made.row, kind, deltas, made._fetch)
+        return cls(read.source, read.checkpoint, read.name, delta, donors, map=rows)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -206,12 +206,12 @@ def _stored(read: Read, rows: Ids, out: Any) -> None:
 
 def _added(read: Read, rows: Ids, out: Any) -> None:
     """What the adapter adds to rows; zero without one."""
-    if read.patch is None:
+    if read.delta is None:
         out[:] = 0
         return
     width = out.shape[1]
     for at, (first, count) in _placed(rows):
-        read.delta_of_patch(first * width, (first + count) * width, out[at : at + count].reshape(-1))
+        read.compute_delta(first * width, (first + count) * width, out[at : at + count].reshape(-1))
 
 
 def _placed(rows: Ids) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -239,24 +239,24 @@ def _torch_dtype(read: Read) -> Any:
 Fetch = Callable[[int, int, Array], None]
 
 
-class GatheredPatch(AdapterDelta):
-    """The rows of other patches in another order; it has no factors of its own.
+class RemappedDelta(AdapterDelta):
+    """The rows of other deltas in another order; it has no factors of its own.
 
     Args:
         shape, row, kind: as for `AdapterDelta`; `kind` is that of the model's own adapter.
-        patches: those whose rows are taken.
+        deltas: those whose rows are taken.
         fetch: writes rows `[start, stop)` of the delta into its last argument.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], row: int, kind: str, patches: Sequence[AdapterDelta], fetch: Fetch
+        self, shape: tuple[int, ...], row: int, kind: str, deltas: Sequence[AdapterDelta], fetch: Fetch
     ) -> None:
         super().__init__(shape, row, kind)
-        self._patches, self._fetch = patches, fetch
+        self._deltas, self._fetch = deltas, fetch
 
-    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
+    def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         self._fetch(start, stop, out)
 
     def release(self) -> None:
-        for patch in self._patches:
-            patch.release()
+        for delta in self._deltas:
+            delta.release()

@@ -37,7 +37,7 @@ class Read:
     """The model reference, as messages and the manifest show it."""
     checkpoint: Checkpoint = field(compare=False, repr=False)
     name: str
-    patch: AdapterDelta | None = field(default=None, compare=False, repr=False)
+    delta: AdapterDelta | None = field(default=None, compare=False, repr=False)
 
     @property
     def dtype(self) -> str:
@@ -45,17 +45,17 @@ class Read:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.patch.shape if self.patch else self.checkpoint.tensors[self.name].shape
+        return self.delta.shape if self.delta else self.checkpoint.tensors[self.name].shape
 
     @property
     def row(self) -> int:
         """Elements that are read together: rows of an adapter, or single ones."""
-        return self.patch.row if self.patch else 1
+        return self.delta.row if self.delta else 1
 
     @property
     def plain(self) -> bool:
         """Whether its values are the stored bits, in their order."""
-        return self.patch is None
+        return self.delta is None
 
     @property
     def stored_at(self) -> object:
@@ -102,9 +102,9 @@ class Read:
     def value(self, start: int, stop: int, out: Any) -> None:
         """Elements `[start, stop)` as this source has them, float32 into `out`."""
         self.weight(start, stop, out)
-        if self.patch:
+        if self.delta:
             delta = SCRATCH.array("value_delta", stop - start, np.float32)
-            self.delta_of_patch(start, stop, delta, out)
+            self.compute_delta(start, stop, delta, out)
             out += delta
 
     def tensor(self, *, baked: bool) -> Tensor:
@@ -116,7 +116,7 @@ class Read:
         """
         import torch
 
-        if baked and not self.patch:
+        if baked and not self.delta:
             return self.checkpoint.tensor(self.name)
         return self._in_memory(getattr(torch, str(DTYPES[self.dtype].torch)) if baked else torch.float32)
 
@@ -131,15 +131,15 @@ class Read:
             made[start:stop] = torch.from_numpy(values)
         return made.reshape(self.shape)
 
-    def delta_of_patch(self, start: int, stop: int, out: Any, weight: Any = None) -> None:
+    def compute_delta(self, start: int, stop: int, out: Any, weight: Any = None) -> None:
         """The adapter's delta of elements `[start, stop)`, whole rows, float32 into `out`; `weight`: what it is added to."""
-        assert self.patch is not None
-        row = self.patch.row
-        if weight is None and self.patch.needs_weight:
-            weight = SCRATCH.array("patch_weight", stop - start, np.float32)
+        assert self.delta is not None
+        row = self.delta.row
+        if weight is None and self.delta.needs_weight:
+            weight = SCRATCH.array("delta_weight", stop - start, np.float32)
             self.weight(start, stop, weight)
-        below = weight.reshape(-1, row) if self.patch.needs_weight else None
-        self.patch.delta(start // row, stop // row, below, out.reshape(-1, row))
+        below = weight.reshape(-1, row) if self.delta.needs_weight else None
+        self.delta.compute(start // row, stop // row, below, out.reshape(-1, row))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Inputs:
     def unchanged(self) -> bool:
         """Whether every input is the same tensor."""
         reads = self.reads
-        return all(r.same_weight(reads[0]) and r.patch is reads[0].patch for r in reads)
+        return all(r.same_weight(reads[0]) and r.delta is reads[0].delta for r in reads)
 
     @property
     def deltas(self) -> bool:
@@ -182,14 +182,14 @@ class Inputs:
 
     def row(self, shape: Sequence[int], of_rule: int) -> int:
         """Elements of a row of the merged tensor: blocks are whole rows, as adapters' deltas are, and of those of the rule."""
-        rows = {read.patch.row for read in self.reads if read.patch}
+        rows = {read.delta.row for read in self.reads if read.delta}
         return math.lcm(of_rule, *(rows or {max(shape[-1] if shape else 1, 1)}))
 
     def release(self) -> None:
         """Let go of the adapters' factors and of computed tensors, which are made when they are first needed."""
         for read in self.reads:
-            if read.patch:
-                read.patch.release()
+            if read.delta:
+                read.delta.release()
             read.checkpoint.release(read.name)
 
     @property
@@ -199,7 +199,7 @@ class Inputs:
 
     def _idle(self, source: Read) -> bool:
         assert self.base is not None
-        return source.same_weight(self.base) and source.patch is self.base.patch
+        return source.same_weight(self.base) and source.delta is self.base.delta
 
     @_quietly()
     def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
@@ -209,8 +209,8 @@ class Inputs:
         """
         rows = list(self.sources) if all_sources else [self.sources[i] for i in self.active]
         size, raw, base = stop - start, self.form == "raw", self.base
-        patches = [read.patch for read in rows if read.patch]
-        feed = BlockSource(size, patches[0].row if patches else 1, lambda: self._reread(rows, start, stop))
+        deltas = [read.delta for read in rows if read.delta]
+        feed = BlockSource(size, deltas[0].row if deltas else 1, lambda: self._reread(rows, start, stop))
         stored = base is not None and (raw or (base.dtype == "BF16" and base.plain and not self._extended))
         kinds = (RAW[base.dtype] if stored and base else np.uint32), (RAW[rows[0].dtype] if raw and rows else np.uint32)
         fed = {-1} if stored and base and base.fed(feed, start, -1) else set[int]()
@@ -245,10 +245,10 @@ class Inputs:
 
     def _fed(self, source: Read, feed: BlockSource, start: int, row: int) -> bool:
         """Let `feed` compute a source's delta, where it is one product; whether it is."""
-        base, patch, width = self.base, source.patch, feed.width
-        if self.form != "deltas" or base is None or base.patch or patch is None or patch.row != width:
+        base, delta, width = self.base, source.delta, feed.width
+        if self.form != "deltas" or base is None or base.delta or delta is None or delta.row != width:
             return False
-        product = patch.product(start // width, (start + feed.size) // width) if source.same_weight(base) else None
+        product = delta.product(start // width, (start + feed.size) // width) if source.same_weight(base) else None
         if product:
             feed.multiply(row, *product)
         return product is not None
@@ -259,9 +259,9 @@ class Inputs:
         A head that is only untied from its embeddings is a product of rank 0, and has nothing to tell.
         """
         base, read = self.base, self.sources[source]
-        if base is None or base.patch or read.patch is None or not read.same_weight(base) or read.patch.kind == "bias":
+        if base is None or base.delta or read.delta is None or not read.same_weight(base) or read.delta.kind == "bias":
             return None
-        pairs = read.patch.factors()
+        pairs = read.delta.factors()
         return pairs[0] if pairs is not None and len(pairs) == 1 and pairs[0][0].shape[1] else None
 
     def whole(self, *, baked: bool) -> tuple[Tensor | None, list[Tensor]]:
@@ -279,13 +279,13 @@ class Inputs:
         base = self.base
         assert base is not None
         if source.same_weight(base):
-            if source.patch:
-                source.delta_of_patch(start, stop, out)
+            if source.delta:
+                source.compute_delta(start, stop, out)
             else:
                 out[:] = 0
-            if base.patch and base.patch is not source.patch:
+            if base.delta and base.delta is not source.delta:
                 other = SCRATCH.array("base_delta", stop - start, np.float32)
-                base.delta_of_patch(start, stop, other)
+                base.compute_delta(start, stop, other)
                 out -= other
             return
         source.value(start, stop, out)
@@ -302,7 +302,7 @@ def inputs_for(base: Read | None, sources: Sequence[Read], wants: Wants | Litera
         wants = "deltas" if base else "values"
     if wants == "either" and all(s.same_weight(sources[0]) for s in sources):
         # Values that share their checkpoint: the shared part is read once and the adapters are added to it.
-        plain = replace(sources[0], patch=None)
+        plain = replace(sources[0], delta=None)
         return Inputs(plain, tuple(sources), "deltas", subtract=False)
     reads = [*([base] if base and wants == "deltas" else []), *sources]
     if all(r.plain and r.dtype == reads[0].dtype and r.dtype in RAW and r.shape == reads[0].shape for r in reads):

@@ -95,8 +95,8 @@ def _explained(plan: MergePlan, tensor: PlannedTensor) -> Explained:
 
 
 def _delta(read: Read, base: ExplainedSource | None) -> str:
-    if read.patch:
-        return read.patch.kind
+    if read.delta:
+        return read.delta.kind
     if read.checkpoint.computed:
         return "document"
     same = base is not None and read.source.split("+")[0] == base.model and read.name == base.tensor

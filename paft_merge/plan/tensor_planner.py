@@ -148,12 +148,12 @@ class Planner:
     def _check_shapes(self, stored: Read, sources: Sequence[Read]) -> None:
         """Layers that a slice pairs must have equal shapes, and those that follow each other must be of one width."""
         known = self._donor_shapes.get(_without_layer(stored.name))
-        if known and stored.shape not in known and not stored.patch:
+        if known and stored.shape not in known and not stored.delta:
             what = f"is {list(stored.shape)}, and in {self.donor.ref} it is {list(known[0])}"
             fix = "stack layers of models of one size"
             raise CheckpointError.of("SHAPE_MISMATCH", f"{stored.source}: {stored.name}", what, fix)
         for read in sources:
-            if not read.patch and read.shape != stored.shape:
+            if not read.delta and read.shape != stored.shape:
                 what = f"is {list(read.shape)}, and {stored.source}: {stored.name} is {list(stored.shape)}"
                 fix = "merge models of one architecture and size"
                 raise CheckpointError.of("SHAPE_MISMATCH", f"{read.source}: {read.name}", what, fix)
@@ -171,7 +171,7 @@ class Planner:
     def _verbatim(self, place: OutputTensor, stored: Read, sources: Sequence[Read]) -> PlannedTensor:
         """A tensor of integers or the like: equal everywhere, or there is no merge."""
         for read in sources:
-            if read.patch or not (read.same_weight(stored) or _equal(read, stored)):
+            if read.delta or not (read.same_weight(stored) or _equal(read, stored)):
                 raise CheckpointError.of(
                     "DTYPE_UNSUPPORTED", f"{read.source}: {read.name}",
                     f"is {read.dtype} and differs from that of {stored.source}, which is {stored.dtype}",
@@ -192,7 +192,7 @@ class Planner:
     def _check_quantised(self, name: str, stored: Read, sources: Sequence[Read]) -> None:
         scales = [f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('weight')}weight_scale"]
         scale = next((s for s in scales if s in stored.checkpoint.tensors), None)
-        if scale and any(read.patch or not read.same_weight(stored) for read in sources):
+        if scale and any(read.delta or not read.same_weight(stored) for read in sources):
             raise CheckpointError.of(
                 "DTYPE_UNSUPPORTED", f"{stored.source}: {name}",
                 f"is quantised: its values count only together with {scale}",

@@ -110,9 +110,9 @@ def test_fused_experts_are_measured_and_their_missing_spectrum_is_said(tmp_path:
     assert "each expert is a product of its own" in skipped.why
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         for tensor in fused:
-            patch = opened.patches[tensor.name]
-            dense = torch.empty(int(np.prod(patch.shape)) // patch.row, patch.row)
-            patch.delta(0, len(dense), None, dense.numpy())
+            delta = opened.deltas[tensor.name]
+            dense = torch.empty(int(np.prod(delta.shape)) // delta.row, delta.row)
+            delta.compute(0, len(dense), None, dense.numpy())
             assert tensor.measure.norm == pytest.approx(float(dense.double().norm()), rel=1e-6)
 
 

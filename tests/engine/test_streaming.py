@@ -84,7 +84,7 @@ def in_memory(tensor: PlannedTensor) -> torch.Tensor:
         rows = np.empty((len(reads), tensor.numel), np.float32)
         for read, row in zip(reads, rows, strict=True):
             if inputs.deltas and inputs.base and read.same_weight(inputs.base):
-                read.delta_of_patch(0, tensor.numel, row)
+                read.compute_delta(0, tensor.numel, row)
             else:
                 read.value(0, tensor.numel, row)
                 if inputs.deltas:

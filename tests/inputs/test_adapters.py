@@ -227,7 +227,7 @@ def test_a_tied_head_that_is_stored_all_the_same_is_untied_too(tmp_path: Path) -
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         assert opened.unties == {"lm_head.weight": "lm_head.weight"}
-        assert opened.patches.keys() == {"model.embed_tokens.weight"}
+        assert opened.deltas.keys() == {"model.embed_tokens.weight"}
 
 
 def test_peft_adds_both_deltas_to_tied_embeddings_and_we_do_not(tmp_path: Path) -> None:
@@ -361,14 +361,14 @@ def test_a_saved_embedding_that_was_kept_tied_counts_for_a_head_that_was_not_sav
     edit_tensors(adapter, lambda tensors: {key: t for key, t in tensors.items() if "lm_head" not in key})
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         assert not opened.unties
-        assert "lm_head.weight" not in opened.patches
+        assert "lm_head.weight" not in opened.deltas
 
 
 def test_pissa_saved_with_its_initial_factors_is_plain_lora(tmp_path: Path) -> None:
     base, adapter = train(llama(), tmp_path, lora(target_modules=LINEAR, init_lora_weights="pissa"), initial=True)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 8
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        assert {patch.kind for patch in opened.patches.values()} == {"lora"}
+        assert {delta.kind for delta in opened.deltas.values()} == {"lora"}
     assert error(merged_by_us(base, adapter), merged_by_peft(llama, base, adapter, tmp_path / "merged")) < 1e-6
 
 
@@ -378,7 +378,7 @@ def test_factors_in_bfloat16_are_multiplied_in_float32(tmp_path: Path) -> None:
     assert error(merged_by_us(base, adapter), merged_by_peft(llama, base, adapter, tmp_path / "merged")) < 1e-6
 
 
-# The patch itself
+# The delta itself
 
 
 def test_factors_lie_row_by_row_and_multiply_to_the_delta(tmp_path: Path) -> None:
@@ -388,10 +388,10 @@ def test_factors_lie_row_by_row_and_multiply_to_the_delta(tmp_path: Path) -> Non
         folder.mkdir()
         base, adapter = train(make(), folder, config)
         with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-            for patch in opened.patches.values():
-                assert all(b.flags.c_contiguous and a.flags.c_contiguous for b, a in patch.factors() or ())
-                product = torch.from_numpy(np.concatenate([b @ a for b, a in patch.factors() or ()]))
-                torch.testing.assert_close(product.reshape(patch.shape), delta_of(patch))
+            for delta in opened.deltas.values():
+                assert all(b.flags.c_contiguous and a.flags.c_contiguous for b, a in delta.factors() or ())
+                product = torch.from_numpy(np.concatenate([b @ a for b, a in delta.factors() or ()]))
+                torch.testing.assert_close(product.reshape(delta.shape), delta_of(delta))
 
 
 def test_a_delta_that_depends_on_the_weight_has_no_factors(tmp_path: Path) -> None:
@@ -399,23 +399,23 @@ def test_a_delta_that_depends_on_the_weight_has_no_factors(tmp_path: Path) -> No
         llama(), tmp_path, lora(target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"])
     )
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        assert all(patch.needs_weight and patch.factors() is None for patch in opened.patches.values())
+        assert all(delta.needs_weight and delta.factors() is None for delta in opened.deltas.values())
 
 
 @pytest.mark.parametrize("init", [True, "pissa"])
 def test_a_released_patch_gives_the_same_delta_again(init: bool | str, tmp_path: Path) -> None:
     base, adapter = train(llama(), tmp_path, lora(target_modules=LINEAR, init_lora_weights=init))
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        for patch in opened.patches.values():
-            first = delta_of(patch)
-            patch.release()
-            assert torch.equal(delta_of(patch), first)
+        for delta in opened.deltas.values():
+            first = delta_of(delta)
+            delta.release()
+            assert torch.equal(delta_of(delta), first)
 
 
 def test_experts_share_their_factors_until_the_last_of_them_is_released(tmp_path: Path) -> None:
     base, adapter = train(mixtral(), tmp_path, lora(target_modules=[], target_parameters=EXPERTS[1:]))
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        first, second, third = [p for name, p in opened.patches.items() if "layers.0." in name]
+        first, second, third = [p for name, p in opened.deltas.items() if "layers.0." in name]
         before = second.factors()[0][0]
         first.release()
         second.release()
@@ -433,9 +433,9 @@ def test_threads_get_the_delta_that_one_thread_gets(fields: dict[str, Any], tmp_
         Adapter.open(adapter, checkpoint) as opened,
         ThreadPoolExecutor(4) as pool,
     ):
-        name, patch = next(iter(opened.patches.items()))
+        name, delta = next(iter(opened.deltas.items()))
         weight = checkpoint.tensor(name)
-        rows = list(pool.map(lambda at: row_of(patch, weight, at), range(len(weight)), timeout=60))
+        rows = list(pool.map(lambda at: row_of(delta, weight, at), range(len(weight)), timeout=60))
     assert torch.equal(torch.stack(rows), expected[name])
 
 
@@ -443,12 +443,12 @@ def test_new_rows_of_a_vocabulary_need_no_weight(tmp_path: Path) -> None:
     base, adapter = train(llama(), tmp_path, lora(target_modules=["embed_tokens", "lm_head"]), resize=43)
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         assert opened.vocab_size == 43
-        patch = opened.patches["model.embed_tokens.weight"]
-        assert patch.shape == (43, 16)
+        delta = opened.deltas["model.embed_tokens.weight"]
+        assert delta.shape == (43, 16)
         out = torch.empty(3, 16)
-        patch.delta(40, 43, None, out.numpy())
+        delta.compute(40, 43, None, out.numpy())
         zeros = torch.empty(3, 16)
-        patch.delta(40, 43, np.zeros((3, 16), np.float32), zeros.numpy())
+        delta.compute(40, 43, np.zeros((3, 16), np.float32), zeros.numpy())
     assert torch.equal(out, zeros)
     torch.testing.assert_close(out, merged_by_us(base, adapter)["model.embed_tokens.weight"][40:])
 
@@ -457,8 +457,8 @@ def test_dora_leaves_a_row_of_zeros_at_zero(tmp_path: Path) -> None:
     base, adapter = train(llama(), tmp_path, lora(target_modules=["q_proj"], use_dora=True))
     edit_tensors(adapter, lambda ts: {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in ts.items()})
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        patch = next(iter(opened.patches.values()))
-        assert not patched(torch.zeros(16, 16), patch).any()
+        delta = next(iter(opened.deltas.values()))
+        assert not patched(torch.zeros(16, 16), delta).any()
 
 
 def test_a_plain_adapter_is_bound_without_transformers(tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_a_plain_adapter_is_bound_without_transformers(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from paft_merge.inputs.adapters import Adapter;"
         "from paft_merge.inputs.checkpoint import Checkpoint;"
         "adapter = Adapter.open(Path(sys.argv[2]), Checkpoint.open(Path(sys.argv[1])));"
-        "assert len(adapter.patches) == 11; assert 'transformers' not in sys.modules and 'peft' not in sys.modules"
+        "assert len(adapter.deltas) == 11; assert 'transformers' not in sys.modules and 'peft' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(base), str(adapter)], check=True)
 
@@ -499,16 +499,16 @@ def lora(**fields: Any) -> LoraConfig:
 def changed(base: Path, adapter: Path) -> set[str]:
     """The last parts of the names of tensors that the adapter changes."""
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        return {name.rpartition(".")[2] for name in opened.patches}
+        return {name.rpartition(".")[2] for name in opened.deltas}
 
 
-def delta_of(patch: Any) -> Tensor:
-    return patched(torch.zeros(patch.shape), patch)
+def delta_of(delta: Any) -> Tensor:
+    return patched(torch.zeros(delta.shape), delta)
 
 
-def row_of(patch: Any, weight: Tensor, at: int) -> Tensor:
-    out = torch.empty(1, patch.row)
-    patch.delta(at, at + 1, weight[at : at + 1].numpy(), out.numpy())
+def row_of(delta: Any, weight: Tensor, at: int) -> Tensor:
+    out = torch.empty(1, delta.row)
+    delta.compute(at, at + 1, weight[at : at + 1].numpy(), out.numpy())
     return weight[at] + out[0]
 
 
@@ -520,10 +520,10 @@ def warnings_of(base: Path, adapter: Path) -> list[str]:
 def check_logits(
     make: Callable[[], nn.Module], base: Path, adapter: Path, folder: Path, resize: int | None, untied: bool
 ) -> None:
-    """A checkpoint written as the patches and `unties` say computes what the base with the adapter on it computes."""
+    """A checkpoint written as the deltas and `unties` say computes what the base with the adapter on it computes."""
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         assert bool(opened.unties) == untied
-        assert opened.unties.keys() <= opened.patches.keys()
+        assert opened.unties.keys() <= opened.deltas.keys()
         assert opened.vocab_size == resize
     ours = folder / "ours"
     ours.mkdir()

@@ -221,11 +221,11 @@ def test_factors_that_are_not_finite_are_told_when_they_are_first_needed(
 ) -> None:
     edit_tensors(adapter, spoilt(f"{PATH}.lora_A.weight", value))
     with Checkpoint.open(plain / "base") as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        patch = opened.patches["model.layers.0.self_attn.q_proj.weight"]
+        delta = opened.deltas["model.layers.0.self_attn.q_proj.weight"]
         with pytest.raises(
             AdapterError, match=r"lora_A.weight.*: 1 of the 64 values read are NaN or infinite, the first at 5"
         ):
-            patch.delta(0, 16, None, np.empty((16, 16), np.float32))
+            delta.compute(0, 16, None, np.empty((16, 16), np.float32))
 
 
 def test_saved_tensors_that_are_not_finite_are_told_when_they_are_read(adapter: Path, plain: Path) -> None:
@@ -233,7 +233,7 @@ def test_saved_tensors_that_are_not_finite_are_told_when_they_are_read(adapter: 
     edit_tensors(adapter, lambda tensors: spoilt(key, float("-inf"))(tensors | {key: torch.zeros(40, 16)}))
     with Checkpoint.open(plain / "base") as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         with pytest.raises(AdapterError) as caught:
-            opened.patches["lm_head.weight"].delta(0, 2, np.zeros((2, 16), np.float32), np.empty((2, 16), np.float32))
+            opened.deltas["lm_head.weight"].compute(0, 2, np.zeros((2, 16), np.float32), np.empty((2, 16), np.float32))
     assert caught.value.problems[0].code == "NONFINITE"
 
 
@@ -316,7 +316,7 @@ def test_experts_of_unsloth_without_a_record_of_their_layout(
     assert {problem.code for problem in refused(adapter, base)} == {"ADAPTER_UNSUPPORTED"}
     edit_config(adapter, lora_B_layout="rank_major")
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        assert len(opened.patches) == 18
+        assert len(opened.deltas) == 18
 
 
 def test_one_of_two_wrapped_parameters(tmp_path: Path, refused: Callable[..., list[Problem]]) -> None:

@@ -46,7 +46,7 @@ def test_a_sparse_head_is_cut_from_the_embedding_it_was_tied_to(tmp_path: Path) 
     base, adapter = made(tmp_path, make, target_modules=["lm_head"])
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         assert opened.unties == {"lm_head.weight": "model.embed_tokens.weight"}
-        assert {name: patch.kind for name, patch in opened.patches.items()} == {"lm_head.weight": "shira"}
+        assert {name: delta.kind for name, delta in opened.deltas.items()} == {"lm_head.weight": "shira"}
 
 
 def test_an_audit_counts_a_sparse_adapter_with_its_base_and_without(tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_entries_that_cannot_be_added_are_an_error_when_they_are_read(
     base, adapter = made(tmp_path)
     edit_tensors(adapter, changed(name, change))
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
-        patch = opened.patches["model.layers.0.self_attn.q_proj.weight"]
+        delta = opened.deltas["model.layers.0.self_attn.q_proj.weight"]
         with pytest.raises(AdapterError, match=message):
-            patch.delta(0, 16, None, np.empty((16, 16), np.float32))
+            delta.compute(0, 16, None, np.empty((16, 16), np.float32))
 
 
 @pytest.mark.parametrize(

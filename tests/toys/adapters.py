@@ -178,25 +178,25 @@ def merged_by_us(base: Path, adapter: Path, rows: int | None = None) -> Tensors:
     """Every tensor of the base, and every one that the adapter adds, plus its delta, computed `rows` rows at a time."""
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         base_tensors = {name: checkpoint.tensor(name).float() for name in checkpoint.tensors}
-        patches = opened.patches.items()
+        deltas = opened.deltas.items()
         return base_tensors | {
-            name: patched(base_tensors[patch.beneath or name], patch, rows) for name, patch in patches
+            name: patched(base_tensors[delta.beneath or name], delta, rows) for name, delta in deltas
         }
 
 
-def patched(weight: Tensor, patch: Any, rows: int | None = None) -> Tensor:
-    """`weight` plus the delta of `patch`, computed `rows` rows at a time."""
-    weight = weight.reshape(-1, patch.row)
-    count = torch.Size(patch.shape).numel() // patch.row
-    value = torch.zeros(count, patch.row)
+def patched(weight: Tensor, delta: Any, rows: int | None = None) -> Tensor:
+    """`weight` plus `delta`, computed `rows` rows at a time."""
+    weight = weight.reshape(-1, delta.row)
+    count = torch.Size(delta.shape).numel() // delta.row
+    value = torch.zeros(count, delta.row)
     value[: len(weight)] = weight[:count]  # a vocabulary may shrink, too
     step = rows or count
     for start in range(0, count, step):
         stop = min(start + step, count)
-        out = torch.full((stop - start, patch.row), torch.nan)
-        patch.delta(start, stop, weight[start:stop].numpy() if start < len(weight) else None, out.numpy())
+        out = torch.full((stop - start, delta.row), torch.nan)
+        delta.compute(start, stop, weight[start:stop].numpy() if start < len(weight) else None, out.numpy())
         value[start:stop] += out
-    return value.reshape(patch.shape)
+    return value.reshape(delta.shape)
 
 
 def error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:

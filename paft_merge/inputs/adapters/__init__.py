@@ -34,7 +34,7 @@ class Adapter:
     Attributes:
         folder: where it lies.
         config: `adapter_config.json`.
-        patches: by the base's tensor names, plus those of `unties` that are not stored; in the order of the base.
+        deltas: by the base's tensor names, plus those of `unties` that are not stored; in the order of the base.
         unties: tensors that were tied to another one, are adapted unlike it, and must be written by themselves: each
             with the checkpoint tensor that holds its old value (its own name if it was stored all along). When not
             empty, the output's config.json must say `tie_word_embeddings: false`, at the top and wherever it says true.
@@ -46,7 +46,7 @@ class Adapter:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], file: Checkpoint) -> None:
         self.folder, self.config = folder, config
-        self.patches: dict[str, AdapterDelta] = {}
+        self.deltas: dict[str, AdapterDelta] = {}
         self.unties: dict[str, str] = {}
         self.vocab_size: int | None = None
         self.record: Mapping[str, Any] = {}
@@ -59,14 +59,14 @@ class Adapter:
 
         Args:
             folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-            base: what the adapter is added to; must stay open as long as the patches are used, since PiSSA, OLoRA and
+            base: what the adapter is added to; must stay open as long as the deltas are used, since PiSSA, OLoRA and
                 DoRA on columns look at whole tensors of it when they are first asked.
             far: as for `Checkpoint.open`.
 
         Raises:
             AdapterError: every fault at once. ADAPTER_CONFIG, ADAPTER_UNSUPPORTED, ADAPTER_SHAPE, ADAPTER_TARGET (it is
                 not in the base), ADAPTER_UNUSED (it would be left out), NONFINITE (in what is read now; in factors when
-                a patch first needs them), DTYPE_UNSUPPORTED, PICKLE_REFUSED, and the faults of a safetensors file.
+                a delta first needs them), DTYPE_UNSUPPORTED, PICKLE_REFUSED, and the faults of a safetensors file.
         """
         folder, problems = Path(folder), Problems()
         settings: list[Settings] = []
@@ -89,7 +89,7 @@ class Adapter:
         self.close()
 
     def close(self) -> None:
-        """Close the adapter's file; patches that replace whole tensors cannot be used any more."""
+        """Close the adapter's file; deltas that replace whole tensors cannot be used any more."""
         self._file.close()
 
     @property
@@ -125,7 +125,7 @@ class Adapter:
             raise AdapterError(truncate(problems.found, self.folder))
         order = {name: at for at, name in enumerate(base.tensors)}
         drafts = sorted(binder.drafts.items(), key=lambda item: order.get(item[0], len(order)))
-        self.patches = {name: draft.finish(base) for name, draft in drafts}
+        self.deltas = {name: draft.finish(base) for name, draft in drafts}
         self.warnings = [*_other_base(settings, base, self.folder), *_untrained(settings, keys, self.folder)]
         self.record, faults = _record(self.folder)
         self.warnings += faults

@@ -1,6 +1,6 @@
 """Every tensor of an adapter, bound to the tensors of a base that it changes.
 
-Shapes: A `[r, in]`, B `[out, r]` as PEFT stores them; `left`, `right` as `patches` has them.
+Shapes: A `[r, in]`, B `[out, r]` as PEFT stores them; `left`, `right` as `deltas` has them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Factors:
 
 @dataclass
 class Draft:
-    """What is known so far of the patch of one checkpoint tensor; see `Rewritten` for how the parts act together.
+    """What is known so far of the delta of one checkpoint tensor; see `Rewritten` for how the parts act together.
 
     Attributes:
         shared: `new` was trained in the memory that tied parameters share, so it is theirs too.
@@ -122,7 +122,7 @@ class Draft:
     sparse: Lazy[Entries] | None = None
 
     def finish(self, base: Checkpoint) -> AdapterDelta:
-        """The patch of this draft; `base` is read later, and only for the norms of columns."""
+        """The delta of this draft; `base` is read later, and only for the norms of columns."""
         if self.sparse is not None:
             return Sparse(self.shape, self.sparse, self.beneath)
         if self.experts is not None:

@@ -73,7 +73,7 @@ class AdapterDelta(ABC):
         self.beneath = beneath
 
     @abstractmethod
-    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
+    def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         """Write rows `[start, stop)` of the delta into `out`.
 
         Args:
@@ -120,7 +120,7 @@ class LowRank(AdapterDelta):
         self.pair = pair
         self._panels = Lazy(lambda: packed(self.pair.get()[1]))
 
-    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
+    def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         multiply(*self.product(start, stop), out)
 
     def product(self, start: int, stop: int) -> Pair:
@@ -159,7 +159,7 @@ class Experts(AdapterDelta):
         super().__init__(shape, shape[-1], "experts")
         self._parts = parts
 
-    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
+    def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         rows = self._parts[0].count
         for at in range(start // rows, -(-stop // rows)):
             left, right = self._parts[at].pair()
@@ -229,11 +229,11 @@ class Rewritten(AdapterDelta):
         super().__init__(shape, row, kind, beneath)
         self.new, self.low, self.magnitude, self.tokens = new, low, magnitude, tokens
 
-    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
+    def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         if self.new is not None:
             out[:] = self.new.read(start, stop)
         else:
-            assert weight is not None, "this patch needs the weight beneath"
+            assert weight is not None, "this delta needs the weight beneath"
             out[:] = weight
         if self.low is not None:
             left, right = self.low.pair.get()

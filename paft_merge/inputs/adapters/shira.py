@@ -1,4 +1,4 @@
-"""A sparse adapter, PEFT's SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175), as a patch: values, and where they are added.
+"""A sparse adapter, PEFT's SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175), as a delta: values, and where they are added.
 
 O = rows, I = columns of the weight, K = values that the adapter holds for it.
 """
@@ -30,7 +30,7 @@ class Sparse(AdapterDelta):
         super().__init__(shape, shape[1], "shira", beneath)
         self._entries = entries
 
-    def delta(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
+    def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         places, values = self._entries.get()
         first, end = np.searchsorted(places, [start * self.row, stop * self.row])
         out[:] = 0

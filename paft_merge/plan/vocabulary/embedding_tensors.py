@@ -51,7 +51,7 @@ def vocabulary_tensors(model: Model, rows: int) -> set[str]:
     """
     stored = {name: info.shape for name, info in model.checkpoint.tensors.items()}
     before = rows if not (model.adapter and model.adapter.vocab_size) else _stored_rows(stored)
-    of_adapter = {name: patch.shape for name, patch in model.adapter.patches.items()} if model.adapter else {}
+    of_adapter = {name: delta.shape for name, delta in model.adapter.deltas.items()} if model.adapter else {}
     shapes = {**stored, **of_adapter}
     found = {name for name, shape in shapes.items() if _IS_KNOWN.search(name) and rows_of(shape) in (rows, before)}
     unclear = [n for n, shape in shapes.items() if n not in found and _may_be(n, shape, (rows, before))]
