@@ -12,8 +12,9 @@ from paft_merge.auditing.opening import Header, labels_of, layer_of, module_of
 from paft_merge.auditing.preview import Preview, PreviewTensor, Survived
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
+from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.stats.pairs import PairMeasure
-from paft_merge.stats.record import DENSITY, EPSILON, RecordedTensor
+from paft_merge.stats.record import DENSITY, RecordedTensor
 
 
 def recorded(manifest: Mapping[str, Any]) -> Audit | None:

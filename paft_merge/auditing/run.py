@@ -16,8 +16,8 @@ from paft_merge.auditing.report.gate import epsilons_of
 from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
 from paft_merge.auditing.tensor_survey import TensorStats, Wanted, survey
 from paft_merge.auditing.walk import Arena, BlockWalk, working_pool
+from paft_merge.compute.magnitudes import EPSILON, EPSILONS
 from paft_merge.errors import Problem
-from paft_merge.stats.metrics import EPSILONS
 from paft_merge.stats.pairs import PairMeasure
 
 HELD_BYTES = 512 << 20
@@ -39,7 +39,7 @@ def audit(
     *sources: Source,
     base: Path | str | None = None,
     preview: Proposal | str | Mapping[str, Any] | None = "ties",
-    epsilon: float = 1e-5,
+    epsilon: float = EPSILON,
     epsilons: Sequence[float] = (),
     density: float = 0.2,
     require: Sequence[str] = (),

@@ -21,6 +21,7 @@ from paft_merge.auditing.walk import BlockWalk
 from paft_merge.compute import kernels
 from paft_merge.compute.blocks import Block, KeepThreshold, Tally
 from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import AuditError
 from paft_merge.methods.rules.rule import Rule, TensorPass
@@ -144,7 +145,7 @@ class _First:
             with self._lock:
                 self._counts[i, filled] += packed[filled] >> kernels.COUNT_SHIFT
                 self._lows[i, filled] += packed[filled] & ((1 << kernels.COUNT_SHIFT) - 1)
-        if largest >= kernels.INFINITY:
+        if largest >= INFINITY:
             raise _not_finite(self.subject, i)
         return largest
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from paft_merge.cli.terminal import sigterm_as_interrupt, warn
+from paft_merge.compute.magnitudes import EPSILON
 
 
 @click.command(short_help="How sparse adapters are, and whether they will merge.")
@@ -34,7 +35,7 @@ from paft_merge.cli.terminal import sigterm_as_interrupt, warn
 )
 @click.option("--no-preview", is_flag=True, help="Preview nothing.")
 @click.option(
-    "--epsilon", type=float, default=1e-5, show_default=True, help="An entry is sparse when |delta| is below this."
+    "--epsilon", type=float, default=EPSILON, show_default=True, help="An entry is sparse when |delta| is below this."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema in docs/audit.md) instead of tables.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Write every number as CSV.")

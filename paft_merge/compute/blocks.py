@@ -100,7 +100,7 @@ class Block:
         if self._feed is None:
             return self._base, self._sources, self.subtract, FULL
         arrays = self._arrays(self._feed.piece) if self._made else (self._base, self._sources)
-        return *arrays, self.subtract, self._feed.how(*arrays, only)
+        return *arrays, self.subtract, self._feed.descriptor(*arrays, only)
 
     def filled(self, result: int) -> int:
         """`result` of such a loop, where it is not negative.

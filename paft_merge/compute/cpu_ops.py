@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from paft_merge.compute import kernels
 from paft_merge.compute.blocks import Block, Counts, Election, KeepThreshold, Outcome, RankedKeep, Sums, Undecided
 from paft_merge.compute.kernels import lines
+from paft_merge.compute.magnitudes import MAGNITUDE
 from paft_merge.compute.scratch import SCRATCH
 
 
@@ -26,7 +27,7 @@ class CpuOps:
             below = SCRATCH.array("sampled_base", base.size, np.uint32)
             _widen(base, below)
             made.view(np.float32)[:] -= below.view(np.float32)
-        made &= np.uint32(0x7FFFFFFF)
+        made &= np.uint32(MAGNITUDE)
         return made
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
@@ -160,7 +161,7 @@ class CpuOps:
         out = np.empty_like(deltas)
         places = np.arange(length, dtype=np.uint64)
         for row, kept, drop in zip(deltas, out, drops, strict=True):
-            magnitudes = (row.view(np.uint32) & np.uint32(0x7FFFFFFF)).reshape(-1, length, inner).swapaxes(1, 2)
+            magnitudes = (row.view(np.uint32) & np.uint32(MAGNITUDE)).reshape(-1, length, inner).swapaxes(1, 2)
             order = np.sort(np.ascontiguousarray((magnitudes.astype(np.uint64) << np.uint64(32)) | places)).reshape(
                 -1, length
             )

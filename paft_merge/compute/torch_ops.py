@@ -15,9 +15,10 @@ from torch import Tensor
 
 from paft_merge.compute import kernels
 from paft_merge.compute.blocks import NO_BITS, Block, Counts, Election, KeepThreshold, Outcome, RankedKeep, Sums
+from paft_merge.compute.magnitudes import EPSILONS, MAGNITUDE
+from paft_merge.compute.splitmix64 import GOLDEN, MIX1, MIX2
 
-_MAGNITUDE = 0x7FFFFFFF
-_THRESHOLDS = tuple(int(np.float32(e).view(np.uint32)) for e in (1e-6, 1e-5, 1e-4, 1e-3))
+_THRESHOLDS = tuple(int(np.float32(e).view(np.uint32)) for e in EPSILONS)
 
 
 class TorchOps:
@@ -27,11 +28,11 @@ class TorchOps:
         self.device = device
 
     def sample(self, block: Block, step: int) -> Any:
-        bits = _bits(self._deltas(block)[:, ::step].contiguous()) & _MAGNITUDE
+        bits = _bits(self._deltas(block)[:, ::step].contiguous()) & MAGNITUDE
         return bits.cpu().numpy().astype(np.uint32)
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
-        bits = _bits(self._deltas(block)) & _MAGNITUDE
+        bits = _bits(self._deltas(block)) & MAGNITUDE
         counts, low = [], []
         for row in bits:
             bins = row >> 16
@@ -42,7 +43,7 @@ class TorchOps:
         return torch.stack(counts).cpu().numpy(), torch.stack(low).cpu().numpy() if lows else empty
 
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
-        bits = _bits(self._deltas(block)) & _MAGNITUDE
+        bits = _bits(self._deltas(block)) & MAGNITUDE
         counts, found = np.zeros((len(bits), 2), np.int64), []
         for i, (row, first, span) in enumerate(zip(bits, low, width, strict=True)):
             inside = row[(row >= first) & (row < first + span)]
@@ -52,7 +53,7 @@ class TorchOps:
         return counts, found
 
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
-        row = _bits(self._deltas(block))[source] & _MAGNITUDE
+        row = _bits(self._deltas(block))[source] & MAGNITUDE
         return block.index + int(torch.nonzero(row == bits)[nth, 0])
 
     def dropped_l1(self, block: Block, survivals: Sequence[KeepThreshold]) -> Sums:
@@ -171,7 +172,7 @@ class TorchOps:
         deltas = self._deltas(block)
         kept = torch.empty_like(deltas)
         for i, (row, drop) in enumerate(zip(deltas, drops, strict=True)):
-            magnitudes = (_bits(row) & _MAGNITUDE).view(-1, length, inner)
+            magnitudes = (_bits(row) & MAGNITUDE).view(-1, length, inner)
             ranks = magnitudes.argsort(dim=1, stable=True).argsort(dim=1).view(-1)
             bound = torch.from_numpy(drop.keep.astype(np.int64)).to(self.device)[ranks]
             stays = _shift(self._hash(drop.key, block.index, len(row)), 32) < bound
@@ -207,7 +208,7 @@ class TorchOps:
         return rows - self._float(block.base) if block.subtract else rows
 
     def _surviving(self, delta: Tensor, survival: KeepThreshold, index: int) -> Tensor:
-        bits = _bits(delta) & _MAGNITUDE
+        bits = _bits(delta) & MAGNITUDE
         at = torch.arange(index, index + len(delta), device=self.device)
         stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
         stays &= ~((bits > survival.high) | ((bits == survival.high) & (at < survival.high_cut)))
@@ -226,10 +227,10 @@ class TorchOps:
         return _shift(self._hash(survival.key, index, size), 32) < survival.keep
 
     def _hash(self, key: int, index: int, size: int) -> Tensor:
-        """`kernels.primitives.random` of `size` indices; int64 wraps as uint64 does, shifts are made logical."""
-        z = torch.arange(index + 1, index + size + 1, device=self.device) * _signed(0x9E3779B97F4A7C15) + _signed(key)
-        z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-        z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+        """`splitmix64.numbers` on the device; int64 wraps as uint64 does, shifts are made logical."""
+        z = torch.arange(index + 1, index + size + 1, device=self.device) * _signed(GOLDEN) + _signed(key)
+        z = (z ^ _shift(z, 30)) * _signed(MIX1)
+        z = (z ^ _shift(z, 27)) * _signed(MIX2)
         return z ^ _shift(z, 31)
 
     def _store(self, total: Tensor, out: Any, key: int, index: int) -> int:
@@ -271,7 +272,7 @@ def _no_tally(sources: int) -> tuple[Counts, Sums]:
 def _tally(rows: Tensor) -> tuple[Counts, Sums]:
     counts, sums = _no_tally(len(rows))
     for i, row in enumerate(rows):
-        bits, wide = _bits(row) & _MAGNITUDE, row.double()
+        bits, wide = _bits(row) & MAGNITUDE, row.double()
         counts[i, 0] = int((bits == 0).sum())
         counts[i, 1:5] = [int((bits < e).sum()) for e in _THRESHOLDS]
         counts[i, 7] = int(bits.max()) if len(bits) else 0

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import xxhash
 
-from paft_merge.compute import kernels
 from paft_merge.compute.blocks import TILE, Block, Ops, Outcome, Tally, Undecided, sample_end
 from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.errors import MergeError
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
@@ -276,7 +276,7 @@ class _Worker:
             stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, start)
             outcome.bad = count_nonfinite(stored, tensor.dtype)
         largest = int(outcome.counts[:, -1].max(initial=0))
-        if (outcome.bad or largest >= kernels.INFINITY) and not self.allow_nonfinite:
+        if (outcome.bad or largest >= INFINITY) and not self.allow_nonfinite:
             raise _not_finite(tensor, outcome.bad)
         self.output.write(tensor.name, start * tensor.width, stored, room if stored is out else None)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from paft_merge.compute.magnitudes import INFINITY
+from paft_merge.compute.splitmix64 import numbers
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 _NONFINITE: dict[str, tuple[Any, int, int]] = {
     "F64": (np.uint64, 0x7FF << 52, 0x7FF << 52),
-    "F32": (np.uint32, 0x7F800000, 0x7F800000),
+    "F32": (np.uint32, INFINITY, INFINITY),
     "F16": (np.uint16, 0x7C00, 0x7C00),
     "BF16": (np.uint16, 0x7F80, 0x7F80),
     "F8_E4M3": (np.uint8, 0x7F, 0x7F),
@@ -65,7 +68,7 @@ def cast(values: NDArray[np.float32], dtype: str, key: int = 0, index: int = 0) 
         values: `[E]`.
         dtype: a mergeable type, as safetensors names it. What is too large for it becomes infinite, or NaN where the
             type has no infinity.
-        key: stream of stochastic rounding, as in `kernels.primitives`.
+        key: stream of stochastic rounding, of `splitmix64`.
         index: flat index of the first element in its tensor.
 
     Returns:
@@ -111,11 +114,8 @@ def _other_side(bits: Any, values: NDArray[np.float32], nearest: NDArray[np.floa
 
 
 def _uniform(key: int, index: int, count: int) -> NDArray[np.float32]:
-    """`count` numbers in [0, 1) of the stream `key` (SplitMix64, as `kernels.primitives`), in steps of 2**-24."""
-    z = np.arange(index + 1, index + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    """`count` numbers in [0, 1) of the stream `key` of `splitmix64`, in steps of 2**-24."""
+    return (numbers(key, index, count) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
 class Dtype(NamedTuple):

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError, PaftMergeError, Problem
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
@@ -249,7 +250,7 @@ class Executor:
         """Share of the entries that the arm leaves within epsilon of the base's; None when nothing was changed."""
         from paft_merge.auditing import audit
 
-        epsilon = self.recipe.audit.epsilon if self.recipe.audit else 1e-5
+        epsilon = self.recipe.audit.epsilon if self.recipe.audit else EPSILON
         base, *adapters = job.arm.parts
         # An adapter on the base is named by itself: a path may hold a plus.
         source = adapters[0] if base == self.recipe.base and len(adapters) == 1 else "+".join(job.arm.parts)

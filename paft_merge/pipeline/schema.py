@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.evaluating.schema import EvaluateSpec, Known, Section, read_evaluate, read_section
 from paft_merge.pipeline.overrides import overridden
@@ -32,7 +33,7 @@ def _as_list(value: Any) -> Any:
 class AuditSpec(Section):
     """The section `audit:`."""
 
-    epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    epsilon: Annotated[float, Field(gt=0)] = EPSILON
     """An entry is sparse when |delta| is below this."""
     require: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     """What must hold before anything is merged, as `paft audit --require` takes it."""

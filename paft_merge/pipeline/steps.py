@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import code_of, is_file, place_of
@@ -229,7 +230,7 @@ class Planner:
                 files=self.prints.all_of(tasks),
             )  # fmt: skip
         if arm.group != "base":
-            epsilon = self.recipe.audit.epsilon if self.recipe.audit else 1e-5
+            epsilon = self.recipe.audit.epsilon if self.recipe.audit else EPSILON
             self._add(
                 "evaluate", arm.seed, f"{arm.slug}/{SPARSITY}", Evaluate(arm, SPARSITY), place / f"{SPARSITY}.json",
                 arm.needs, epsilon=epsilon, model=self._print_of(arm),

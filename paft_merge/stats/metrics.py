@@ -18,9 +18,6 @@ from numpy.typing import NDArray
 
 from paft_merge.compute.histogram import l1_of_bins
 
-EPSILONS = (1e-6, 1e-5, 1e-4, 1e-3)
-"""The thresholds that are always counted; 1e-5 is PAFT's and that of arXiv:2505.11711."""
-
 ENERGY_SHARES = (0.01, 0.05, 0.10, 0.20, 0.50)
 """Shares of the entries whose energy is reported."""
 

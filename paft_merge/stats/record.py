@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from paft_merge.compute import kernels
-from paft_merge.stats.metrics import ENERGY_SHARES, EPSILONS, Histogram, Measure
+from paft_merge.compute.magnitudes import EPSILON, EPSILONS
+from paft_merge.stats.metrics import ENERGY_SHARES, Histogram, Measure
 from paft_merge.stats.pairs import PairMeasure
 from paft_merge.stats.sample import Sample
 from paft_merge.stats.spectrum import FactorCounts, Factored, Spectrum
 
-EPSILON, DENSITY = 1e-5, 0.2
-"""From which on an entry counts as above in a pair, and the share of the largest whose overlap is counted."""
+DENSITY = 0.2
+"""Share of the largest entries of two deltas whose overlap is counted."""
 
 DROPPED = 19
 """Lower bits that a bin of the histogram does not tell apart: 16 bins for every doubling."""

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import TrainError
-
-EPSILON = 1e-5
-"""PAFT's threshold: an entry of a delta below it counts as zero (arXiv:2406.17923, fig. 2, read as 1 x 10^-5)."""
 
 CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 19, 1 << 26
 """Size of the block of delta that is looked at in one go: what a core's cache holds, and what keeps a GPU busy."""

@@ -132,11 +132,11 @@ def test_a_file_that_became_shorter_is_named(loop: str, tmp_path: Path) -> None:
         read.checkpoint.close()
 
 
-def test_what_cannot_be_read_for_a_moment_is_no_result() -> None:
+def test_a_read_that_failed_once_is_an_error() -> None:
     held = np.zeros(10, np.uint16)
     fed = BlockSource(10, 1, lambda: None)
     fed.read(-1, 1 << 20, 0)  # no such descriptor
-    with pytest.raises(CheckpointError, match="for a moment"):
+    with pytest.raises(CheckpointError, match="failed once and then succeeded"):
         OPS.blend(Block(0, held, np.zeros((0, 10), np.uint32), False, fed), np.empty(10, np.uint16), 1.0, [], 0, False)
 
 

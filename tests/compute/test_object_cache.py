@@ -1,8 +1,9 @@
-"""The machine code of the loops on disk: made once, the same as numba's, never trusted when it is not whole."""
+"""Object files of the kernels: compiled once, checked before use, replaced by numba's own cache where they cannot be used."""
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -13,9 +14,11 @@ from textwrap import dedent
 import numpy as np
 import pytest
 
-from paft_merge.compute import kernels
-from paft_merge.compute.kernels import object_cache
-from paft_merge.compute.kernels.block_source import FULL
+from paft_merge.compute import kernels, magnitudes, splitmix64
+from paft_merge.compute.blocks import Block, Election, KeepThreshold, RankedKeep
+from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.kernels import object_cache, primitives
+from paft_merge.compute.kernels.block_source import FULL, BlockSource, packed
 from paft_merge.compute.kernels.object_cache import Compiled
 
 USED = """
@@ -86,15 +89,19 @@ def test_where_nothing_can_be_kept_a_loop_still_runs(tmp_path: Path) -> None:
 
 
 def test_an_object_file_belongs_to_the_sources_of_the_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = tmp_path / "loops"
+    copy = tmp_path / "kernels"
     shutil.copytree(Path(object_cache.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(object_cache, "__file__", str(copy / "object_cache.py"))
-    names = []
-    for text in ("", "\n# another step\n"):
+    for module in (magnitudes, splitmix64):
+        shutil.copy(str(module.__file__), tmp_path)
+        monkeypatch.setattr(module, "__file__", str(tmp_path / Path(str(module.__file__)).name))
+    names = set()
+    for changed in (None, copy / "primitives.py", tmp_path / "magnitudes.py", tmp_path / "splitmix64.py"):
         monkeypatch.setattr(object_cache, "_ENVIRONMENT", [])
-        (copy / "primitives.py").write_text((copy / "primitives.py").read_text() + text)
-        names.append(object_cache._environment())
-    assert names[0] != names[1]
+        if changed:
+            changed.write_text(changed.read_text() + "\n# changed\n")
+        names.add(object_cache._environment())
+    assert len(names) == 4
 
 
 def test_bits_of_either_type_are_one_loop_s_and_give_the_same() -> None:
@@ -136,6 +143,135 @@ def test_numbers_and_bits_of_another_type_are_refused() -> None:
         kernels.pick(some[0], some, False, 0, 1.0, room, kernels.lines(1))
     with pytest.raises(ValueError, match="shorter"):
         kernels.pick(some[0], some, False, 0, 1, room)
+
+
+def broken(*_: object) -> None:
+    raise AttributeError("module 'llvmlite.binding' has no attribute 'Target'")
+
+
+def refusing(*_: object) -> None:
+    raise RuntimeError("LLVM IR parsing error")
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is loaded, and no warning was logged."""
+    for name in every_loop():
+        monkeypatch.setattr(getattr(kernels, name), "_entry", 0)
+        monkeypatch.setattr(getattr(kernels, name), "_function", None)
+    monkeypatch.setattr(object_cache, "_FALLEN_BACK", [])
+
+
+def results() -> list[np.ndarray]:
+    """What every kernel computes of one block."""
+    cpu, made, rows, width = CpuOps(), np.random.default_rng(0), 40, 70
+    size = rows * width
+    left, right = (made.normal(0, 0.05, shape).astype(np.float32) for shape in ((rows, 5), (5, width)))
+    dense = made.normal(0, 1e-2, size).astype(np.float32)
+    base = (made.normal(0, 0.1, size).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    fed = BlockSource(size, width, broken)
+    for row in range(3):
+        fed.multiply(row, left * np.float32(row + 1), packed(right))
+    sources = np.empty((3, size), np.uint32)
+    block = Block(77, base, sources, subtract=False, feed=fed)
+    assert block.sources is sources
+    sources[1] = dense.view(np.uint32)
+    low = int(np.float32(1e-2).view(np.uint32))
+    keeps = [KeepThreshold(low=low, low_cut=500), KeepThreshold(keep=1 << 31, key=5), KeepThreshold(shrink=1e-3)]
+    out, other = np.empty(size, np.uint16), np.empty(size, np.uint16)
+    found: list[object] = [sources, *cpu.histogram(block, True), cpu.dropped_l1(block, keeps), cpu.gram(block)]
+    counts, inside = cpu.collect(block, [low] * 3, [1 << 20] * 3)
+    found += [counts, *inside, cpu.locate(block, 1, int(sources[1, 9] & magnitudes.MAGNITUDE), 0)]
+    blended = cpu.blend(block, out, 1.0, [0.5, -0.25, 1.0], 7, True)
+    elected = cpu.consensus(block, other, keeps, Election((0.6, 0.4, 1.0), "weighted", True, "weights", 1.0), 3)
+    found += [out, blended.counts, blended.sums, other, elected.counts, elected.sums, *cpu.tally(block)]
+    derived = [cpu.variance(block, 4), cpu.share(block, 1e-3, [1.0, 2.0, 3.0]), cpu.select(block, block, keeps[0])]
+    fused, *parts = cpu.fuse(block, [1.0, 2.0, 3.0])
+    ranked = [RankedKeep(np.linspace(0, 1 << 32, width).astype(np.uint64), key) for key in range(3)]
+    derived += [fused, cpu.drop_ranked(block, width, 1, ranked), cpu.swap(Block(0, base, sources[:1], True), 1e-3)]
+    derived.append(cpu.mix(block, np.ones((3, width)), width, across=True))
+    found += [*(b.sources for b in derived), *parts, *cpu.overlaps(block, 1e-3)]
+    found += [cpu.gram_rows(block, width), cpu.gram_columns(block, width)]
+    picked = np.zeros((4, size), np.uint32)
+    found += [kernels.pick(base, sources, False, 0, 2, picked, kernels.lines(1)), picked]
+    edges, below, bins, sums = (
+        np.array([low], np.uint32),
+        np.zeros(1, np.int64),
+        np.zeros(kernels.BINS, np.int64),
+        np.zeros(3),
+    )
+    found += [kernels.measure(sources[1], edges, below, bins, sums), below, bins, sums]
+    weight, pair, pair_sums, shared, square = (
+        np.zeros(1),
+        np.zeros(4, np.int64),
+        np.zeros(5),
+        np.zeros(4, np.int64),
+        np.zeros(1),
+    )
+    found += [kernels.erased(sources[1], base, weight, kernels.lines(2)), weight]
+    kernels.compare(sources[0], sources[1], np.uint32(low), pair, pair_sums, kernels.lines(2))
+    kernels.shared_support(sources[0], sources[1], 0, np.full(2, low, np.uint32), np.zeros(2, np.int64), shared)
+    kernels.add_squares(sources[1], square)
+    product = np.empty((rows, width), np.float32)
+    kernels.product(left, right, product)
+    return [np.array(one) for one in (*found, pair, pair_sums, shared, square, product)]
+
+
+def test_every_kernel_gives_the_same_bits_by_numba_s_cache(
+    forgotten: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = results()
+    assert not object_cache._FALLEN_BACK
+    assert all(getattr(kernels, name)._entry for name in every_loop()), "a kernel is not compared"
+    for name in every_loop():
+        monkeypatch.setattr(getattr(kernels, name), "_entry", 0)
+        monkeypatch.setattr(getattr(kernels, name), "_function", None)
+    monkeypatch.setattr(object_cache, "_load", broken)
+    found = results()
+    assert all(getattr(kernels, name)._entry for name in every_loop())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(r"llvmlite \S+ \(AttributeError: .*'Target'\); numba's cache is used instead", record.getMessage())
+
+
+@pytest.mark.parametrize(("step", "harm"), [("_machine", broken), ("_compile", refusing), ("_load", refusing)])
+def test_llvm_may_refuse_at_any_step(
+    forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str, harm: object
+) -> None:  # fmt: skip
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(object_cache, step, harm)
+    some, picked = np.arange(64, dtype=np.uint32), np.zeros((2, 64), np.uint32)
+    assert kernels.pick(some, some[None, :], False, 0, 1, picked, kernels.lines(1)) == 64
+    np.testing.assert_array_equal(picked, np.stack([some, some]))
+    assert len(caplog.records) == 1
+
+
+def allocating(size: int) -> int:
+    """A kernel that needs memory of numba's runtime."""
+    return int(np.ones(size).sum())
+
+
+def test_code_that_needs_the_runtime_of_numba_is_not_kept(
+    forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(primitives, "allocating", primitives.jit(allocating), raising=False)
+    assert Compiled("primitives.allocating", "int")(1000) == 1000
+    (record,) = caplog.records
+    assert "primitives.allocating calls NRT_" in record.getMessage()
+    assert not list(tmp_path.glob("*.o"))
+
+
+def test_numba_loads_from_its_cache_what_it_compiled() -> None:
+    assert object_cache._compile_cached(kernels.add_squares)
+    assert object_cache._c_function(kernels.add_squares, cache=True).cache_hits == 1
+
+
+def test_a_kernel_that_numba_cannot_compile_is_an_error(forgotten: None) -> None:
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        Compiled("merging.absent", "int")(1)
 
 
 def every_loop() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from paft_merge.auditing.results import AuditData, PairAudit, SourceAudit, in_order
+from paft_merge.compute.magnitudes import EPSILONS
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _magnitudes(sources: Sources, epsilon: float) -> Chart | None:
     top = max(max(line.x) for line in lines)
     marks = [
         Mark(e, f"{e:.0e}".replace("e-0", "e-"), strong=e == epsilon)
-        for e in sorted({1e-6, 1e-5, 1e-4, 1e-3, epsilon})
+        for e in sorted({*EPSILONS, epsilon})
         if low < e < top / 2
     ]
     caption = "Share of the entries at each magnitude (eighths of a decade). Left of a line lies what that threshold calls zero."

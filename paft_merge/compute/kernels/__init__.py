@@ -1,18 +1,28 @@
-"""The fused loops that a merge and an audit spend their time in: one block of a tensor at a time, no lock held.
+"""Compiled float32 kernels: fused loops over one block of a tensor, called without the interpreter lock.
 
-| part | what it holds |
+| module | contents |
 |---|---|
-| compiled | their machine code, kept on disk |
-| strips | the steps that they are made of |
-| kernels | from a block to the merged elements |
-| mixing | from one block to another, for the rarer methods |
-| products | the low-rank product |
-| feed, filling | what fills a block piece by piece, just before a loop comes to it |
-| audits | counts and sums over deltas |
+| object_cache | machine code of the kernels, kept on disk |
+| primitives | steps on a strip, of which the kernels are made |
+| merging | weighted sum, consensus and Gram matrix of a block |
+| thresholds | histograms of magnitudes, and entries within an interval |
+| block_transforms | from one block to another, for the rarer methods |
+| low_rank | low-rank product |
+| block_source, fill_loop | fill a block from files and factors, piece by piece |
+| statistics | counts and sums over deltas |
 
-A block is a run of consecutive elements of one tensor, as bits: `uint16` holds bfloat16, `uint32` holds float32. Callers know the
-loops by the names below and never import numba; only the parts do, and only to compile. `lines` `[K, LINE]` float32 is
-memory for a loop's strips, with as many of them as it says.
+Words:
+
+    block    consecutive elements of one tensor, from the base and from n sources
+    bits     stored elements: uint16 holds bfloat16, uint32 holds float32
+    piece    part of a block that fits the L2 cache; a block is filled piece by piece
+    strip    STRIP elements, a handful of which fit the L1 cache; every step of a kernel is a loop over one
+    lanes    [K, LINE] float64 memory, a partial sum per position of a strip
+    lines    [K, LINE] float32 memory for K strips
+
+Callers use the names below and never import numba; only the modules do, and only to compile. Most kernels begin with the same
+few lines (extent, zeros, the loop over strips with its refill). They stay written out: numba compiles a function of its own or
+an inlined one, and either keeps LLVM from making vector loops of some steps, or takes a callback for the body, which it cannot inline.
 """
 
 from __future__ import annotations
@@ -25,41 +35,36 @@ from paft_merge.compute.kernels.block_source import STRIP as STRIP
 from paft_merge.compute.kernels.block_source import fill as fill
 from paft_merge.compute.kernels.block_source import memory_for, packed
 from paft_merge.compute.kernels.object_cache import Compiled
+from paft_merge.compute.magnitudes import EPSILONS
 from paft_merge.compute.scratch import SCRATCH
 
 LINE = STRIP + 144
-"""Elements from a strip to the next. Strips a multiple of 4 KiB apart share their sets of the L1 cache, and a load is held up by
-a store that has the same last 12 bits of address: a loop over such strips takes up to three times as long."""
+"""Elements from one strip to the next. Strips a multiple of 4 KiB apart share their sets of the L1 cache, and a load waits for a store
+with the same last 12 address bits: a loop over such strips takes up to three times as long."""
 
 BINS = 1 << 15
 """Bins of a histogram of magnitudes: the upper 15 bits of a float32 without its sign (8 of exponent, 7 of mantissa)."""
 
 ELECT = {"none": 0, "weighted": 1, "unweighted": 2, "count": 3}
-"""How the sign of an entry is elected; see `methods.Consensus`."""
+"""Codes of the ways to elect the sign of an entry; see `methods.rules.consensus`."""
 
 NORMALIZE = {"none": 0, "weights": 1, "count": 2}
-"""What the kept entries are divided by; see `methods.Consensus`."""
+"""Codes of the divisors of the kept entries; see `methods.rules.consensus`."""
 
-COUNTS = ("zeros", "below_1e-06", "below_1e-05", "below_1e-04", "below_1e-03", "kept", "elected", "max_bits")
-"""The integer columns of a tally, one row a source."""
+COUNTS = ("zeros", *(f"below_{e:.0e}" for e in EPSILONS), "kept", "elected", "max_bits")
+"""The integer columns of a tally, one row per source."""
 
 SUMS = ("abs", "square", "kept_square", "elected_square")
-"""The float64 columns of a tally, one row a source: what the delta holds, and what trimming and election leave of it."""
-
-MAGNITUDE = 0x7FFFFFFF
-"""Bits of a float32 but its sign."""
-
-INFINITY = 0x7F800000
-"""Bits of infinity: every finite magnitude is below."""
+"""The float64 columns of a tally, one row per source: sums over the delta, and over the entries that trimming and election keep."""
 
 COUNT_SHIFT = 40
-"""Bits of a packed bin of `measure` that hold the sum; 2**23 entries are the most that fit, see `MOST`."""
+"""Lower bits of a packed bin of `measure`, which hold the sum. At most 2**23 entries fit; see `MOST`."""
 
 MOST = 1 << 22
-"""Entries that may be counted into one packed histogram."""
+"""Largest number of entries in one packed histogram."""
 
 RUN = 64
-"""Entries of a sample that lie together: two cache lines of bfloat16."""
+"""Consecutive entries of a sample: two cache lines of bfloat16."""
 
 histogram = Compiled("thresholds.histogram", "bits.1 bits.2 bool i8.1 i8.2 i8.2 f4.2")
 collect = Compiled("thresholds.collect", "bits.1 bits.2 bool i8.1 u4.1 u4.1 u4.2 i8.2 f4.2")
@@ -97,22 +102,22 @@ _multiply = Compiled("low_rank.multiply", "f4.2 f4.3 f4.2 f4.2 f4.2")
 
 
 def prepare() -> None:
-    """Compile every loop, or see that it is there: for an image of a machine that could not keep what it compiles."""
-    for loop in tuple(globals().values()):  # compiling imports parts of this room, whose names appear here
+    """Compile every kernel that is not cached yet, for example into a container image whose file system is read-only later."""
+    for loop in tuple(globals().values()):  # a copy: compiling imports modules, which adds their names
         if isinstance(loop, Compiled):
             loop.prepare()
 
 
 def lines(count: int, *, of: Any = np.float32) -> Any:
-    """Memory of this thread for `count` strips: `[count, LINE]`, 64-byte aligned."""
+    """This thread's memory for `count` strips: `[count, LINE]` of dtype `of`, uninitialised, 64-byte aligned."""
     return SCRATCH.array(f"lines of {np.dtype(of).name}", (count, LINE), of)
 
 
 def product(left: Any, right: Any, out: Any) -> None:
-    """Low-rank product `out [N, I] = left [N, R] @ right [R, I]` in float32 (see `products.multiply`)."""
+    """Low-rank product `out [N, I] = left [N, R] @ right [R, I]` in float32 (see `low_rank.multiply`)."""
     multiply(left, packed(right, lambda size, dtype: SCRATCH.array("packed", size, dtype)), out)
 
 
 def multiply(left: Any, panels: Any, out: Any) -> None:
-    """`product` with the right factor as `packed` gives it."""
+    """`product` with the right factor as the panels that `block_source.packed` returns."""
     _multiply(np.ascontiguousarray(left), panels, out, *memory_for(panels.shape[1]))

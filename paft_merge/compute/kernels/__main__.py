@@ -1,4 +1,4 @@
-"""`python -m paft_merge.compute.kernels`: compile every loop now, once, instead of when a merge first wants it."""
+"""`python -m paft_merge.compute.kernels`: compile every kernel now, instead of at its first call."""
 
 from paft_merge.compute.kernels import prepare
 

@@ -1,7 +1,7 @@
-"""What fills a block: stored bytes and low-rank products, put in place piece by piece, each just before a loop comes to it.
+"""Fill a block from stored bytes and low-rank products, piece by piece, just before a kernel reads each piece.
 
-A piece is still in the second cache when the loop takes it up, and no thread waits for Python's lock between reading and
-computing. A loop that feeds itself takes the array `how` (see `filling.fill`), empty where the block is full.
+A piece is still in the L2 cache when the kernel reads it, and no thread waits for the interpreter lock between reading and
+computing. A kernel that fills its own block takes the array `source_desc` (see `fill_loop.fill`), which is empty for a full block.
 """
 
 from __future__ import annotations
@@ -18,37 +18,46 @@ from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import CheckpointError
 
 STRIP = 1024
-"""Elements of a strip: 4 KiB of float32, so that a handful of strips fill the L1 cache."""
+"""Elements of a strip: 4 KiB of float32, so that a handful of strips fit the L1 cache."""
 
 PIECE = 1 << 16
-"""Entries of a piece, about; whole strips: with two sources and the output half of a cache of 1 MiB."""
+"""Approximate entries of a piece, a whole number of strips: two sources and the output take half of a 1 MiB L2 cache."""
 
 COLUMNS, ROWS = 64, 4
-"""Columns of a panel of a product's right factor, which at rank 64 takes half of the L1 cache; rows that are computed at a time."""
+"""Columns of a panel of the right factor, half of the L1 cache at rank 64; and rows of the product computed at a time."""
 
 _LEAST = 16
-"""Rows of a product that a piece has at least: all panels come from a slower cache for every piece."""
+"""Least rows of a product in a piece, because every piece reads all panels from a slower cache."""
 
 ENTRY, READY, STEP, SIZE, KEPT, READS, PRODUCTS, PREAD, ROW, TOTAL, LEFT, HEAD = range(12)
-"""Places in `how`: the address of `fill`; entries that are there; entries of a piece, and of the block; whether the arrays hold all of
-it, or a piece at a time; how many reads and products follow; the address of the C library's pread; entries of a product's row; addresses of memory for a product. What follows the
-head is, of each read, an address, bytes of an entry, a file descriptor and an offset; of each product, an address, the address of
-its rows of the left factor, its rank, and the address of the right one's panels."""
+"""Indices into `source_desc` `[HEAD + 4 * (reads + products)]` int64.
+
+ENTRY       address of `fill`
+READY       entries filled so far; `fill` updates it
+STEP, SIZE  entries of a piece, and of the block
+KEPT        1 where the arrays hold the whole block, 0 where they hold one piece at a time
+READS, PRODUCTS  how many of each follow the head
+PREAD       address of the C library's pread
+ROW         entries of a row of the products
+TOTAL, LEFT addresses of memory for a product
+
+A read is an address, bytes of an entry, a file descriptor and an offset. A product is an address, the address of its rows
+of the left factor, the rank, and the address of the right factor's panels."""
 
 FULL = np.empty(0, np.int64)
-"""The `how` of a block that is full."""
+"""The `source_desc` of a full block."""
 
 fill = Compiled("fill_loop.fill", "i8.1 int")
 _pread = ctypes.cast(ctypes.CDLL(None).pread, ctypes.c_void_p).value
 
 
 class BlockSource:
-    """What the rows of a block are filled with, of the thread that made it. Row -1 is the base, the others are the sources.
+    """Reads and products that fill the rows of a block. Row -1 is the base, the others are the sources. For one thread.
 
     Args:
         size: entries of the block.
-        width: entries of a row of the products; `size` is a number of those.
-        again: called when something cannot be read; raises what is wrong.
+        width: entries of a row of the products; divides `size`.
+        again: called after a failed read; reads again through Python and raises the error.
     """
 
     def __init__(self, size: int, width: int, again: Callable[[], None]) -> None:
@@ -59,28 +68,31 @@ class BlockSource:
 
     @property
     def has_base(self) -> bool:
-        """Whether it fills a base."""
+        """Whether the base is filled too."""
         return any(row < 0 for row, _, _ in self._reads)
 
     def read(self, row: int, fd: int, offset: int) -> None:
-        """Fill a row with what a file holds from byte `offset` on."""
+        """Fill a row with the bytes of file descriptor `fd` from `offset` on."""
         self._reads.append((row, fd, offset))
 
     def multiply(self, row: int, left: Any, panels: Any) -> None:
-        """Fill a row with the product of `left` `[size / width, R]` and a factor's `panels` (see `packed`)."""
+        """Fill a row with the product of `left` `[size / width, R]` float32 and the `panels` of a right factor (see `packed`)."""
         self._products.append((row, np.ascontiguousarray(left), panels))
 
     @property
     def piece(self) -> int:
-        """Entries that arrays need which are used again for every piece: whole strips, and whole rows of products."""
+        """Entries of arrays that hold one piece at a time: whole strips, and whole rows of products."""
         step = math.lcm(ROWS * self.width, STRIP) if self._products else STRIP
         least = _LEAST * self.width if self._products else 1
         return min(max(PIECE // step, -(-least // step)) * step, self.size)
 
-    def how(self, base: Any, sources: Any, only: int | None = None) -> Any:
-        """What a loop takes to fill such arrays in one walk over the block; with fewer entries than it has they hold pieces.
+    def descriptor(self, base: Any, sources: Any, only: int | None = None) -> Any:
+        """The `source_desc` with which a kernel fills these arrays.
 
-        `only`: the one source that is filled.
+        Args:
+            base: `[E]` bits, or `[piece]` where it holds one piece at a time.
+            sources: `[n, E]` bits, or `[n, piece]`.
+            only: the one source to fill; None fills all.
         """
         rank = max((panels.shape[1] for _, _, panels in self._products), default=0)
         total, rows = memory_for(rank) if self._products else (FULL, FULL)
@@ -100,31 +112,35 @@ class BlockSource:
         return np.array((*head, *reads, *products), np.int64)
 
     def fill(self, base: Any, sources: Any) -> None:
-        """Fill arrays of the whole block at once.
+        """Fill `base` `[E]` and `sources` `[n, E]` at once.
 
         Raises:
-            PaftMergeError: something cannot be read.
+            PaftMergeError: a read failed.
         """
-        if fill(self.how(base, sources), self.size) < 0:
+        if fill(self.descriptor(base, sources), self.size) < 0:
             self.explain()
 
     def explain(self) -> None:
-        """Say why something could not be read."""
+        """Raise the error behind a failed read."""
         self._again()
         raise CheckpointError.of(
-            "SHARD_UNREADABLE", "an input", "could not be read for a moment", "go on with --resume"
+            "SHARD_UNREADABLE", "an input", "a read failed once and then succeeded", "continue with --resume"
         )
 
 
 def packed(right: Any, memory: Callable[[int, Any], Any] = np.empty) -> Any:
-    """The panels of a product's right factor `[R, I]`: `[ceil(I / COLUMNS), R, COLUMNS]` float32, filled up with zeros.
+    """The right factor `[R, I]` of a product in panels: `[ceil(I / COLUMNS), R, COLUMNS]` float32, padded with zeros.
 
-    `memory` makes the array for them.
+    Args:
+        right: `[R, I]` float32.
+        memory: allocates the panels, from a size and a dtype.
     """
     rank, width = right.shape
     shape = -(-width // COLUMNS), rank, COLUMNS
     raw = memory(math.prod(shape) + COLUMNS, np.float32)
-    panels = raw[-raw.ctypes.data % 64 // 4 :][: math.prod(shape)].reshape(shape)  # no vector in two lines of the cache
+    panels = raw[-raw.ctypes.data % 64 // 4 :][: math.prod(shape)].reshape(
+        shape
+    )  # 64-byte aligned: no vector crosses a cache line
     whole = width // COLUMNS
     panels[:whole] = right[:, : whole * COLUMNS].reshape(rank, whole, COLUMNS).transpose(1, 0, 2)
     if width % COLUMNS:
@@ -134,7 +150,7 @@ def packed(right: Any, memory: Callable[[int, Any], Any] = np.empty) -> Any:
 
 
 def memory_for(rank: int) -> tuple[Any, Any]:
-    """Memory of this thread for a product: `total` `[ROWS, COLUMNS]` and `rows` `[ROWS, rank]`."""
+    """This thread's memory for a product: `total` `[ROWS, COLUMNS]` and `rows` `[ROWS, rank]`."""
     memory = SCRATCH.array("product", ROWS * (COLUMNS + rank), np.float32)
     return memory[: ROWS * COLUMNS].reshape(ROWS, COLUMNS), memory[ROWS * COLUMNS :].reshape(ROWS, rank)
 

@@ -1,11 +1,12 @@
-"""Fused float32 loops from one block to another, which the rarer methods put between reading and the weighted sum.
+"""Kernels from one block to another, which the rarer methods apply before the weighted sum.
 
-Blocks, bits and shapes are those of `kernels`. Nothing here rounds to an output type: a thinned or mixed block is float32
-again, and `kernels.blend` or `kernels.consensus` writes it.
+Arguments are those of `merging`. No kernel here rounds to a storage type: the result is float32, and `merging.blend` or
+`merging.consensus` writes it.
 
-    base     [E]     bits, read only with `subtract`
-    sources  [n, E]  bits: values, or deltas
-    lines, lanes     [K, LINE] float32 and float64, memory for strips
+    base     [E]        bits, read only with `subtract`
+    sources  [n, E]     bits of values or deltas
+    lines    [K, LINE]  float32, memory
+    lanes    [K, LINE]  float64, memory
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from paft_merge.compute.kernels.primitives import extent, jit, load, load_counte
 
 @jit
 def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any, lines: Any) -> None:
-    """Add what a block's deltas hold to `counts` `[n, 8]` int64 and `sums` `[n, 4]` float64 (see `kernels.COUNTS`, `SUMS`).
+    """Add counts and sums of a block's deltas to `counts` `[n, 8]` int64 and `sums` `[n, 4]` float64 (see `kernels.COUNTS`, `SUMS`).
 
-    Nothing is trimmed and no sign is elected here: all that is not zero counts as kept, and as elected.
+    Nothing is trimmed and no sign is elected: every nonzero entry counts as kept and as elected.
     """
     n, size = extent(sources)
     minus, values = lines[0], lines[1]
@@ -42,7 +43,7 @@ def tally(base: Any, sources: Any, subtract: bool, counts: Any, sums: Any, lines
 
 @jit
 def variance(base: Any, sources: Any, subtract: bool, total: int, out: Any, lines: Any, lanes: Any) -> None:
-    """Variance of every entry over `total` sources, of which those that are not here are zero.
+    """Variance of every entry over `total` sources; the `total - n` sources that are not given count as zero.
 
     Args:
         base, sources, subtract: as above.
@@ -79,7 +80,7 @@ def variance(base: Any, sources: Any, subtract: bool, total: int, out: Any, line
 def select(
     base: Any, sources: Any, subtract: bool, index: int, by: Any, low: Any, low_cut: int, out: Any, lines: Any
 ) -> None:
-    """Keep, in every source, the entries at which `by` is large enough; the others become zero.
+    """Keep the entries of every source at which `by` is large enough, and zero the others.
 
     Args:
         base, sources, subtract: as above.
@@ -106,7 +107,7 @@ def select(
 
 @jit
 def swap(base: Any, sources: Any, subtract: bool, t: float, out: Any, lines: Any) -> None:
-    """NearSwap: `delta * clip(t / max(|delta|, 1e-6), 0, 1)` of the only source into `out` `[E]` float32."""
+    """NearSwap: `delta * clip(t / max(|delta|, 1e-6), 0, 1)` of one source into `out` `[E]` float32."""
     size = extent(sources)[1]
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
@@ -125,12 +126,12 @@ def swap(base: Any, sources: Any, subtract: bool, t: float, out: Any, lines: Any
 def overlaps(
     base: Any, sources: Any, subtract: bool, epsilon: float, counts: Any, energy: Any, lines: Any, lanes: Any
 ) -> None:
-    """Count, per source, the entries with |delta| > epsilon that other sources share and those that are its own.
+    """Count, per source, the entries with |delta| > epsilon that other sources share, and those of this source alone.
 
     Args:
         base, sources, subtract: as above.
         epsilon: compared in float32.
-        counts: `[n, 2]` int64, added to: shared, and the source's own.
+        counts: `[n, 2]` int64, added to: shared entries, and those of the source alone.
         energy: `[n]` float64, added to: the sum of the squares of both.
     """
     n, size = extent(sources)
@@ -165,12 +166,12 @@ def overlaps(
 
 @jit
 def share(base: Any, sources: Any, subtract: bool, epsilon: float, scales: Any, out: Any, lines: Any) -> None:
-    """Reinforced Agent Merging: what one source alone changes is added, what several change is averaged over them.
+    """Reinforced Agent Merging: entries that one source changes are added, entries that several change are averaged over them.
 
     Args:
         base, sources, subtract: as above.
         epsilon: an entry counts as changed when |delta| > epsilon, in float32.
-        scales: `[n]` float32, multiplies what is a source's own.
+        scales: `[n]` float32, multiplies the entries that a source alone changes.
         out: `[E]` float32, written.
     """
     n, size = extent(sources)
@@ -201,7 +202,7 @@ def share(base: Any, sources: Any, subtract: bool, epsilon: float, scales: Any, 
 def fuse(
     base: Any, sources: Any, subtract: bool, weights: Any, out: Any, elected: Any, energy: Any, lines: Any, lanes: Any
 ) -> None:
-    """SCE's fusion: the weighted mean, at each entry, of the deltas that have the sign of their sum (zero elects +).
+    """SCE's fusion: the weighted mean, at each entry, of the deltas with the sign of their sum (zero elects +).
 
     Args:
         base, sources, subtract: as above.
@@ -246,15 +247,15 @@ def fuse(
 
 @jit
 def keep_ranked(delta: Any, order: Any, inner: int, index: int, keep: Any, key: Any, out: Any) -> None:
-    """Drop entries at random, with a probability that belongs to an entry's rank among its row.
+    """Drop entries at random, with a probability that depends on the rank of an entry within its row.
 
     Args:
-        delta: `[E]` float32, rows of `L * inner` entries; entry (p, j) of a row lies at `p * inner + j`.
-        order: `[E / L, L]` uint64, for each row and j: magnitude above, p in the lower 32 bits, smallest first.
+        delta: `[E]` float32, rows of `L * inner` entries; entry (p, j) of a row is at `p * inner + j`.
+        order: `[E / L, L]` uint64, for each row and j: magnitude in the upper 32 bits, p in the lower, smallest first.
         inner: entries between two neighbours in rank.
         index: flat index of the block's first element in its tensor.
-        keep: `[L]` uint64, an entry of rank r stays when the upper 32 bits of its hash are below `keep[r]`.
-        key: uint64, the stream of the source.
+        keep: `[L]` uint64, an entry of rank r stays when the upper 32 bits of its random number are below `keep[r]`.
+        key: uint64, the SplitMix64 stream of the source.
         out: `[E]` float32, written.
     """
     rows, length = order.shape
@@ -318,12 +319,13 @@ def gram_columns(base: Any, sources: Any, subtract: bool, row: int, out: Any, li
 
 @jit
 def mix(base: Any, sources: Any, subtract: bool, row: int, across: bool, weights: Any, out: Any, lines: Any) -> None:
-    """Weighted sum of the sources with weights of its own for every row, or for every column.
+    """Weighted sum of the sources with separate weights for every row, or for every column.
 
     Args:
         base, sources, subtract: as above.
         row: entries of a row.
-        across: False: `weights` is `[n, E / row]`, one a row. True: `[n, row]`, one a column. float32.
+        across: whether weights are per column.
+        weights: float32, `[n, row]` with `across`, else `[n, E / row]`.
         out: `[E]` float32, written.
     """
     n, size = extent(sources)

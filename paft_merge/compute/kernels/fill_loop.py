@@ -1,4 +1,4 @@
-"""Filling a block piece by piece, from files and from factors, without a lock of Python's (see `feed`)."""
+"""Fill a block piece by piece, from files and from factors, without the interpreter lock (see `block_source`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _INT = ir.IntType(64)
 
 @intrinsic
 def _floats(_: Any, address: Any) -> Any:
-    """A pointer to float32."""
+    """An address as a pointer to float32."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
@@ -41,7 +41,7 @@ def _floats(_: Any, address: Any) -> Any:
 
 @intrinsic
 def _pread(_: Any, function: Any, fd: Any, address: Any, count: Any, offset: Any) -> Any:
-    """The C library's, at the address `function`: how many bytes were read, or -1."""
+    """Call pread of the C library, at the address `function`: the number of bytes read, or -1."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         at, fd, *rest = arguments
@@ -52,40 +52,50 @@ def _pread(_: Any, function: Any, fd: Any, address: Any, count: Any, offset: Any
 
 
 @jit
-def fill(how: Any, upto: int) -> int:
-    """Fill the arrays of a block until at least `upto` entries are there, or have been.
+def fill(source_desc: Any, upto: int) -> int:
+    """Fill the arrays of a block until at least `upto` of its entries have been filled.
 
     Args:
-        how: `[K]` int64, what with (see `feed`); keeps how many are there.
+        source_desc: `[K]` int64, the reads and products (see `block_source`); its READY is updated.
         upto: at most the size of the block.
 
     Returns:
-        How many are there, or -1 where something cannot be read.
+        The number of entries filled so far, or -1 where a read failed.
     """
-    ready, size, row = how[READY], how[SIZE], how[ROW]
+    ready, size, row = source_desc[READY], source_desc[SIZE], source_desc[ROW]
     while ready < upto:
-        count = min(how[STEP], size - ready)
-        at = ready if how[KEPT] else 0
-        for k in range(how[READS]):
+        count = min(source_desc[STEP], size - ready)
+        at = ready if source_desc[KEPT] else 0
+        for k in range(source_desc[READS]):
             job = HEAD + 4 * k
-            address, width, fd, offset = how[job] + at * how[job + 1], how[job + 1], how[job + 2], how[job + 3]
+            address, width, fd, offset = (
+                source_desc[job] + at * source_desc[job + 1],
+                source_desc[job + 1],
+                source_desc[job + 2],
+                source_desc[job + 3],
+            )
             done, wanted = 0, count * width
             while done < wanted:
-                got = _pread(how[PREAD], fd, address + done, wanted - done, offset + ready * width + done)
+                got = _pread(source_desc[PREAD], fd, address + done, wanted - done, offset + ready * width + done)
                 if got <= 0:
                     return -1
                 done += got
-        for k in range(how[READS], how[READS] + how[PRODUCTS]):
+        for k in range(source_desc[READS], source_desc[READS] + source_desc[PRODUCTS]):
             job = HEAD + 4 * k
-            address, left, rank, right = how[job], how[job + 1], how[job + 2], how[job + 3]
+            address, left, rank, right = (
+                source_desc[job],
+                source_desc[job + 1],
+                source_desc[job + 2],
+                source_desc[job + 3],
+            )
             first, many = ready // row, count // row
             multiply(
                 carray(_floats(left + 4 * first * rank), (many, rank)),
                 carray(_floats(right), ((row + COLUMNS - 1) // COLUMNS, rank, COLUMNS)),
                 carray(_floats(address + 4 * at), (many, row)),
-                carray(_floats(how[TOTAL]), (ROWS, COLUMNS)),
-                carray(_floats(how[LEFT]), (ROWS, rank)),
+                carray(_floats(source_desc[TOTAL]), (ROWS, COLUMNS)),
+                carray(_floats(source_desc[LEFT]), (ROWS, rank)),
             )
         ready += count
-    how[READY] = ready
+    source_desc[READY] = ready
     return int(ready)

@@ -1,4 +1,4 @@
-"""The low-rank product: an adapter's delta from its factors, with the same bits whichever rows are asked for."""
+"""The low-rank product: an adapter's delta from its factors, with the same bits for any choice of rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from paft_merge.compute.kernels.block_source import COLUMNS, ROWS
 from paft_merge.compute.kernels.primitives import jit
 
 _LANES, _VECTORS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
-"""A tile of ROWS rows and so many vectors of so many lanes is what the registers of this processor hold. No bit depends on them."""
+"""Lanes of a vector, and vectors of a tile of ROWS rows, that fit the registers of this processor. No bit depends on them."""
 
 
 @intrinsic
 def _tile(_: Any, left: Any, first: Any, panels: Any, c: Any, out: Any, row: Any, column: Any) -> Any:
-    """ROWS rows of `left` from `first` on, times panel `c`, to `out` at `row` and `column`; totals stay in registers.
+    """Multiply ROWS rows of `left` from `first` on by panel `c` into `out` at `row` and `column`, with totals in registers.
 
-    The rank is 1 at least. In LLVM's own words, as no loop of Python's words becomes this.
+    The rank must be at least 1. Emitted as LLVM IR, because numba cannot generate this register tiling.
     """
     kind, whole = ir.VectorType(ir.FloatType(), _LANES), ir.IntType(64)
     fma = ir.FunctionType(kind, [kind] * 3)
@@ -77,17 +77,18 @@ def _tile(_: Any, left: Any, first: Any, panels: Any, c: Any, out: Any, row: Any
 
 @jit
 def multiply(left: Any, panels: Any, out: Any, total: Any, rows: Any) -> None:
-    """Low-rank product `out = left @ right` in float32, one fused multiply-add a rank, in the order of the ranks.
+    """Low-rank product `out = left @ right` in float32, one fused multiply-add per rank, in the order of the ranks.
 
-    An element depends on its row of `left` and its column of `right` alone, whatever else is computed in the same call:
-    that is what a BLAS does not promise, and what makes a merge's bits independent of how rows are grouped. On ranks up to
-    some hundreds it is also faster than one.
+    An element depends only on its row of `left` and its column of `right`, and not on the other rows of the call. A BLAS does
+    not promise this, and it makes the bits of a merge independent of how rows are grouped. Up to ranks of some hundreds this is also
+    faster than a BLAS.
 
     Args:
         left: `[N, R]` float32.
-        panels: `[C, R, COLUMNS]` float32, the right factor `[R, I]` in panels (see `feed.packed`).
+        panels: `[C, R, COLUMNS]` float32, the right factor `[R, I]` in panels (see `block_source.packed`).
         out: `[N, I]` float32, overwritten.
-        total, rows: `[ROWS, COLUMNS]`, `[ROWS, R]` float32, memory.
+        total: `[ROWS, COLUMNS]` float32, memory.
+        rows: `[ROWS, R]` float32, memory.
     """
     n, rank = left.shape
     if rank == 0:

@@ -1,18 +1,21 @@
-"""Machine code of the fused loops, kept on disk: a merge that finds it there starts without a compiler.
+"""Machine code of the kernels, kept on disk as object files, so that a merge starts without importing numba.
 
-numba compiles a loop when it is first called. Importing numba and loading what it has kept itself takes a second,
-which is as long as a merge of a small model; the same code as a plain object file, through LLVM alone, takes milliseconds.
-An object file belongs to the sources of the loops, the versions of numba and LLVM, and the processor, all of which its
-name is made from; it begins with a digest of itself.
+numba compiles a kernel when it is first called. Importing numba and loading its own cache takes a second, as long as the merge
+of a small model; loading the same code as an object file through LLVM takes milliseconds. The name of an object file is
+a digest of the kernels' sources, the versions of numba and llvmlite, and the processor; the file begins with a digest of itself.
+
+Where object files cannot be made or loaded (another llvmlite, a call that LLVM adds), numba compiles and caches the kernel
+itself: the same bits from a slower start. One warning is logged.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -23,48 +26,55 @@ from typing import Any
 import numpy as np
 import xxhash
 
-_ROOM = "paft_merge.compute.kernels"
+from paft_merge.compute import magnitudes, splitmix64
+
+log = logging.getLogger(__name__)
+
+_PACKAGE = "paft_merge.compute.kernels"
 _SCALARS = {
-    "bool": (ctypes.c_int64, (bool,)), "int": (ctypes.c_int64, (int, np.int64)), "float": (ctypes.c_double, (float,)),
-    "uint32": (ctypes.c_uint32, (np.uint32,)), "uint64": (ctypes.c_uint64, (np.uint64,)),
-}  # fmt: skip
-_OF_LIBC = {"memset", "memcpy", "memmove"}
-"""What the code of a loop may call: nothing that only a process with numba has, as memory of its own would need."""
+    "bool": (ctypes.c_int64, (bool,)),
+    "int": (ctypes.c_int64, (int, np.int64)),
+    "float": (ctypes.c_double, (float,)),
+    "uint32": (ctypes.c_uint32, (np.uint32,)),
+    "uint64": (ctypes.c_uint64, (np.uint64,)),
+}
+_LIBC_CALLS = {"memset", "memcpy", "memmove"}
+"""Symbols that an object file may call. Those of numba's runtime, such as allocation, exist only where numba is imported."""
 
 _BITS = np.dtype(np.uint16), np.dtype(np.uint32)
 
-_AGE = 7 * 86400
-"""Seconds after which an object file is removed when its loop is compiled again: until then another environment may want it."""
+_STALE_SECONDS = 7 * 86400
+"""Age after which another version of an object file is deleted when its kernel is compiled; a younger one may serve another environment."""
 
 _LOCK = Lock()
 
 
 class Compiled:
-    """A loop of this room, called with contiguous arrays and numbers; compiled when it is first called.
+    """A kernel that is called with contiguous arrays and numbers, and compiled at its first call.
 
     Args:
-        place: its module and name in this room, as "merging.blend".
-        takes: its arguments, a word each: `f4.2` is an array of float32 with two dimensions, likewise `f8`, `i4`, `i8`, `u1`, `u4` and `u8`;
-            `bool`, `int`, `float`, `uint32` and `uint64` are numbers. `bits.1` are bits of a block, uint16 or uint32, with the same
-            machine code for either: the loop sees two arrays of them, one of each type, of which one is empty.
+        place: module and name of the kernel, as "merging.blend".
+        takes: the types of its arguments, separated by spaces. `f4.2` is a float32 array of two dimensions; likewise `f8`, `i4`,
+            `i8`, `u1`, `u4` and `u8`. `bool`, `int`, `float`, `uint32` and `uint64` are numbers. `bits.1` are the bits of a block,
+            uint16 or uint32, with one machine code for both: the kernel gets two arrays, one of each type, and one is empty.
     """
 
     def __init__(self, place: str, takes: str) -> None:
         self.module, self.name = place.split(".")
-        self.takes = [_Taken.of(word) for word in takes.split()]
+        self.takes = [_Argument.of(word) for word in takes.split()]
         self._function: Callable[..., int] | None = None
         self._entry = 0
         self.__doc__ = f"`{place}`, compiled."
 
     def __call__(self, *arguments: Any) -> int:
-        """Call the loop; no lock of Python's is held meanwhile.
+        """Call the kernel without holding the interpreter lock.
 
         Returns:
-            What the loop returns, an integer; 0 where it returns nothing.
+            The kernel's integer result; 0 where it returns nothing.
 
         Raises:
             ValueError: an array is not contiguous.
-            TypeError: an argument is not what the loop takes.
+            TypeError: an argument has another type.
         """
         if self._function is None:
             self.prepare()
@@ -76,40 +86,60 @@ class Compiled:
 
     @property
     def entry(self) -> int:
-        """The address of the loop's machine code: a C function of each array's address and lengths."""
+        """Address of the machine code: a C function of each array's address and lengths."""
         if not self._entry:
             self.prepare()
         return self._entry
 
     def prepare(self) -> None:
-        """Load the loop's machine code, or make it."""
+        """Load the machine code, or compile it.
+
+        Raises:
+            numba.core.errors.NumbaError: numba cannot compile the kernel.
+        """
         with _LOCK:
             if self._entry:
                 return
-            takes = " ".join(taken.word for taken in self.takes)
-            of_loop = xxhash.xxh3_64_hexdigest(f"{self.module} {takes}".encode())
-            name = f"{self.name}-{of_loop}-{xxhash.xxh3_64_hexdigest(_environment().encode())}.o"
-            code = _read(name)
-            if code is None:
-                code = _compile(self.module, self.name, self.takes)
-                _write(name, code)
-            symbol, _, machine = code.partition(b"\0")
-            entry = _address(symbol.decode(), machine)
+            try:
+                entry = self._from_object_file()
+            except (
+                Exception
+            ) as error:  # llvmlite is not a stable interface: whatever it raises, numba can still compile
+                if not _FALLEN_BACK:
+                    text = "object files of kernels cannot be used with llvmlite %s (%s: %s); numba's cache is used instead"
+                    log.warning(text, version("llvmlite"), type(error).__name__, error)
+                    _FALLEN_BACK.append(self)
+                entry = _compile_cached(self)
             types = [kind for taken in self.takes for kind in taken.types]
             self._function, self._entry = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(entry), entry
 
+    def _from_object_file(self) -> int:
+        takes = " ".join(taken.word for taken in self.takes)
+        signature = xxhash.xxh3_64_hexdigest(f"{self.module} {takes}".encode())
+        name = f"{self.name}-{signature}-{xxhash.xxh3_64_hexdigest(_environment().encode())}.o"
+        code = _read(name)
+        if code is None:
+            code = _compile(self)
+            _write(name, code)
+        symbol, _, machine = code.partition(b"\0")
+        return _load(symbol.decode(), machine)
+
+
+_FALLEN_BACK: list[Compiled] = []
+"""The first kernel without an object file; its warning is the only one."""
+
 
 @dataclass(frozen=True)
-class _Taken:
-    """An argument of a loop."""
+class _Argument:
+    """The type of one argument of a kernel."""
 
     word: str
     dtypes: tuple[Any, ...]
-    """Of an array, those it may have; empty for a number."""
+    """The dtypes that an array may have; empty for a number."""
     ndim: int
 
     @classmethod
-    def of(cls, word: str) -> _Taken:
+    def of(cls, word: str) -> _Argument:
         if word in _SCALARS:
             return cls(word, (), 0)
         name, ndim = word.split(".")
@@ -121,25 +151,25 @@ class _Taken:
 
     @property
     def types(self) -> list[Any]:
-        """What it is to C: an array's address and lengths, of bits the address twice and the last length of each type."""
+        """Its C types: an array's address and lengths; for bits, the address twice and the last length of each type."""
         if not self.dtypes:
             return [_SCALARS[self.word][0]]
         return [ctypes.c_void_p] * (1 + self.bits) + [ctypes.c_int64] * (self.ndim + self.bits)
 
     def put(self, argument: Any, flat: list[Any]) -> None:
-        """Add it to what a C function is called with."""
+        """Append the C values of `argument` to `flat`."""
         if not self.dtypes:
             if not isinstance(argument, _SCALARS[self.word][1]):
-                raise TypeError(f"this loop takes a number ({self.word}) and not a {type(argument).__name__}")
+                raise TypeError(f"this kernel takes a number ({self.word}) and not a {type(argument).__name__}")
             flat.append(argument)
             return
         if not isinstance(argument, np.ndarray) or argument.dtype not in self.dtypes or argument.ndim != self.ndim:
-            what = (
+            got = (
                 f"{argument.dtype}, {argument.ndim}-d" if isinstance(argument, np.ndarray) else type(argument).__name__
             )
-            raise TypeError(f"this loop takes an array ({self.word}) and not {what}")
+            raise TypeError(f"this kernel takes an array ({self.word}) and not {got}")
         if not argument.flags.c_contiguous:
-            raise ValueError("the arrays of a compiled loop are contiguous")
+            raise ValueError("the arrays of a kernel must be contiguous; use np.ascontiguousarray")
         address = argument.__array_interface__["data"][0]
         if self.bits:
             *rows, entries = argument.shape
@@ -149,57 +179,64 @@ class _Taken:
             flat += [address, *argument.shape]
 
 
-def _compile(module: str, name: str, takes: Sequence[_Taken]) -> bytes:
-    """Compile a loop by numba: the name of its entry, a zero byte and its object file.
-
-    The entry takes, for an array, its address and its lengths (see `_Taken.types`).
-    """
-    from llvmlite import binding
+def _c_function(kernel: Compiled, *, cache: bool) -> Any:
+    """Compile a kernel by numba, behind a C function that takes each array's address and lengths (see `_Argument.types`)."""
     from numba import carray, cfunc, types
 
-    loop = getattr(import_module(f"{_ROOM}.{module}"), name)
-    scalars = {
-        "bool": types.int64,
-        "int": types.int64,
-        "float": types.float64,
-        "uint32": types.uint32,
-        "uint64": types.uint64,
-    }
-    taken, given, signature = [], [], []
-    for i, one in enumerate(takes):
+    module = import_module(f"{_PACKAGE}.{kernel.module}")
+    loop = getattr(module, kernel.name)
+    scalars = {"bool": types.int64, "int": types.int64, "float": types.float64}
+    parameters, given, signature = [], [], []
+    for i, one in enumerate(kernel.takes):
         if not one.dtypes:
-            taken.append(f"a{i}")
+            parameters.append(f"a{i}")
             given.append(f"a{i} != 0" if one.word == "bool" else f"a{i}")
-            signature.append(scalars[one.word])
+            signature.append(scalars.get(one.word) or getattr(types, one.word))
             continue
         lengths = [f"a{i}_{k}" for k in range(one.ndim - 1)]
         rows, addresses = "".join(f"{length}, " for length in lengths), [f"a{i}_{dtype}" for dtype in one.dtypes]
         arrays = [f"carray({address}, ({rows}n{address},))" for address in addresses]
         given.append(f"({', '.join(arrays)})" if one.bits else arrays[0])
-        taken += [*addresses, *lengths, *(f"n{address}" for address in addresses)]
+        parameters += [*addresses, *lengths, *(f"n{address}" for address in addresses)]
         signature += [types.CPointer(getattr(types, dtype.name)) for dtype in one.dtypes]
         signature += [types.int64] * (len(lengths) + len(addresses))
-    returns = "return int64(result)" if _returns(loop) else "return 0"
-    source = f"def {name}({', '.join(taken)}):\n    result = loop({', '.join(given)})\n    {returns}\n"
-    scope = {"loop": loop, "carray": carray, "int64": np.int64}
-    exec(source, scope)  # the only way to a function of as many arguments; nothing of it comes from outside
-    made = cfunc(types.int64(*signature))(scope[name])
-    # numba's entry can raise, and its arrays can be let go of; these never do, which LLVM sees once all of it is private.
+    returns = "0" if loop.py_func.__annotations__.get("return") in (None, "None") else "int64(result)"
+    # numba's cache notices changes of one file only, so the name of the function holds a digest of all sources.
+    name = f"{kernel.name}_{_sources()}" if cache else kernel.name
+    source = f"def {name}({', '.join(parameters)}):\n    result = loop({', '.join(given)})\n    return {returns}\n"
+    scope = {"loop": loop, "carray": carray, "int64": np.int64, "__name__": module.__name__}
+    exec(compile(source, str(module.__file__), "exec"), scope)  # a function of as many arguments; no text from outside
+    return cfunc(types.int64(*signature), cache=cache)(scope[name])
+
+
+def _compile_cached(kernel: Compiled) -> int:
+    """The address of a kernel that numba compiles and, where it finds a folder, caches."""
+    try:
+        made = _c_function(kernel, cache=True)
+    except RuntimeError:  # no folder is writable
+        made = _c_function(kernel, cache=False)
+    _LOADED.append(made)
+    return int(made.address)
+
+
+def _compile(kernel: Compiled) -> bytes:
+    """Compile a kernel: the name of its entry, a zero byte, and its object file."""
+    from llvmlite import binding
+
+    made = _c_function(kernel, cache=False)
+    # numba's entry may raise and release arrays. The kernels never do, and LLVM removes that code when all else is private.
     parsed, machine = binding.parse_assembly(made.inspect_llvm()), _machine()
     for function in parsed.functions:
         if not function.is_declaration and function.name != made.native_name:
             function.linkage = "internal"
     tuning = binding.PipelineTuningOptions(speed_level=2)
-    tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False  # done
+    tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False  # numba has done these
     builder = binding.create_pass_builder(machine, tuning)
     builder.getModulePassManager().run(parsed, builder)
     calls = {f.name for f in parsed.functions if f.is_declaration and not f.name.startswith("llvm.")}
-    assert calls <= _OF_LIBC, f"{module}.{name} calls {', '.join(sorted(calls - _OF_LIBC))}"
+    if not calls <= _LIBC_CALLS:
+        raise ValueError(f"{kernel.module}.{kernel.name} calls {', '.join(sorted(calls - _LIBC_CALLS))}")
     return bytes(made.native_name.encode() + b"\0" + machine.emit_object(parsed))
-
-
-def _returns(loop: Any) -> bool:
-    return loop.py_func.__annotations__.get("return") not in (None, "None")
 
 
 def _machine() -> Any:
@@ -213,48 +250,55 @@ def _machine() -> Any:
     return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3, jit=True)
 
 
-_ENGINES: list[Any] = []
-"""Owners of the code that was loaded, which lives as long as the process."""
+_LOADED: list[Any] = []
+"""Owners of loaded machine code, kept for the life of the process."""
 
 
-def _address(symbol: str, machine: bytes) -> int:
+def _load(symbol: str, machine: bytes) -> int:
+    """Load an object file: the address of `symbol` in it."""
     from llvmlite import binding
 
     target = _machine()
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target)
     engine.add_object_file(binding.ObjectFileRef.from_data(machine))
     engine.finalize_object()
-    _ENGINES.append(engine)
+    _LOADED.append(engine)
     return int(engine.get_function_address(symbol))
 
 
 _ENVIRONMENT: list[str] = []
 
 
+def _sources() -> str:
+    """Digest of the source files that the machine code of a kernel depends on."""
+    digest = xxhash.xxh3_128()
+    constants = (str(magnitudes.__file__), str(splitmix64.__file__))
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), *map(Path, constants)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _environment() -> str:
-    """All that a loop's machine code depends on, but for the types of its arguments."""
+    """Everything that the machine code of a kernel depends on, except the types of its arguments."""
     if not _ENVIRONMENT:
         from llvmlite import binding
 
-        sources = xxhash.xxh3_128()
-        for path in sorted(Path(__file__).parent.glob("*.py")):
-            sources.update(path.read_bytes())
         processor = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), sys.platform
-        _ENVIRONMENT.append("|".join((sources.hexdigest(), version("numba"), version("llvmlite"), *processor)))
+        _ENVIRONMENT.append("|".join((_sources(), version("numba"), version("llvmlite"), *processor)))
     return _ENVIRONMENT[0]
 
 
 def _folders() -> list[Path]:
-    """Where object files may lie: where `NUMBA_CACHE_DIR` says, beside the sources, or in the user's cache."""
+    """Folders for object files: `NUMBA_CACHE_DIR` alone, or `__pycache__` beside the sources, then the user's cache."""
     if own := os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(own)]
     users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Where nobody has a home, the tilde is left as it is.
+    # expanduser returns the tilde unchanged for a user without a home.
     return [Path(__file__).parent / "__pycache__", *([Path(users, "paft_merge")] if os.path.isabs(users) else [])]
 
 
 def _read(name: str) -> bytes | None:
-    """An object file that is whole; None where there is none."""
+    """An object file with an intact digest; None where there is none."""
     for folder in _folders():
         try:
             held = (folder / name).read_bytes()
@@ -266,7 +310,7 @@ def _read(name: str) -> bytes | None:
 
 
 def _write(name: str, code: bytes) -> None:
-    """Keep an object file in the first folder that lets us, and not what it was long ago; where none does, the next process compiles again."""
+    """Write an object file to the first writable folder and delete stale versions. If none is writable, the next process compiles again."""
     for folder in _folders():
         part = folder / f"{name}.{os.getpid()}"
         try:
@@ -274,7 +318,7 @@ def _write(name: str, code: bytes) -> None:
             part.write_bytes(xxhash.xxh3_128_digest(code) + code)
             part.replace(folder / name)
             for old in folder.glob(f"{name.rpartition('-')[0]}-*.o"):
-                if time.time() - old.stat().st_mtime > _AGE:
+                if time.time() - old.stat().st_mtime > _STALE_SECONDS:
                     old.unlink()
         except OSError:
             continue

@@ -1,10 +1,10 @@
-"""A strip: the piece of a block that stays in the L1 cache, and the steps that the fused loops are made of.
+"""Steps of the kernels, each a loop over one strip (see `kernels` for the words).
 
-A block's bits are two arrays to every loop, of uint16 and of uint32, and one of them is empty (see `compiled`): so a loop is compiled
-once for whatever is stored, and a step goes over both.
+The bits of a block are two arrays to every kernel, uint16 and uint32, one of them empty (see `object_cache.Compiled`), and a
+step goes over both: one machine code serves every storage type.
 
-Each step is a plain loop over a strip that LLVM makes a vector loop; what Python's words for it would not become one is said
-to LLVM in its own. Sums run over a strip in float32, in as many lanes as the processor's vectors have, and then in float64.
+LLVM makes a vector loop of each step. Operations that numba does not vectorise are written as LLVM intrinsics. Sums run over a
+strip in float32, in as many lanes as the processor's vectors have, and then in float64.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from paft_merge.compute import kernels
+from paft_merge.compute import magnitudes, splitmix64
 from paft_merge.compute.kernels.block_source import KEPT, SIZE
 
-MAGNITUDE = np.uint32(kernels.MAGNITUDE)
-_INFINITY = np.uint32(kernels.INFINITY)
-_E6, _E5, _E4, _E3 = (np.float32(e).view(np.uint32) for e in (1e-6, 1e-5, 1e-4, 1e-3))
+MAGNITUDE = np.uint32(magnitudes.MAGNITUDE)
+_INFINITY = np.uint32(magnitudes.INFINITY)
+_E6, _E5, _E4, _E3 = (np.float32(e).view(np.uint32) for e in magnitudes.EPSILONS)
 _SMALL, _LARGE = (np.float32(e).view(np.uint32) for e in (2.0**-50, 2.0**60))
-"""Bits of magnitudes whose squares, and some thousand of them added, are far from the ends of float32."""
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX2 = np.uint64(0x94D049BB133111EB)
+"""Magnitudes (bits) between which a sum of a thousand squares neither underflows nor overflows float32."""
+GOLDEN = np.uint64(splitmix64.GOLDEN)
+_MIX1 = np.uint64(splitmix64.MIX1)
+_MIX2 = np.uint64(splitmix64.MIX2)
 
 jit = njit(error_model="numpy", boundscheck=False)
 
 
 @intrinsic
 def bits_of(_: Any, value: Any) -> Any:
-    """The bits of a float32, in a register: a view of a whole array, read as one type and written as another, is no vector loop."""
+    """The bits of a float32 in a register. A view of a whole array with another type would keep LLVM from vectorising the loop."""
     return types.uint32(types.float32), lambda _, builder, __, arguments: builder.bitcast(arguments[0], ir.IntType(32))
 
 
 @intrinsic
 def float_of(_: Any, bits: Any) -> Any:
-    """The float32 that has these bits, or the bfloat16 that has them if they are 16."""
+    """The float32 with these 32 bits, or the value of the bfloat16 with these 16."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         (wide,) = arguments
@@ -52,7 +52,7 @@ def float_of(_: Any, bits: Any) -> Any:
 
 @intrinsic
 def double_if(_: Any, condition: Any) -> Any:
-    """2 or 0, to count in twos by: LLVM turns a sum of ones into more instructions, and a choice in Python into branches."""
+    """2 or 0, for counting in twos: LLVM makes more instructions of a sum of ones, and branches of a Python conditional."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         two, none = (ir.Constant(ir.IntType(32), number) for number in (2, 0))
@@ -63,7 +63,7 @@ def double_if(_: Any, condition: Any) -> Any:
 
 @intrinsic
 def in_range_mask(_: Any, values: Any, first: Any, low: Any, width: Any) -> Any:
-    """Which of the 64 values from `values[first]` on have a magnitude (bits) in `[low, low + width)`: a bit each, the first lowest."""
+    """uint64 mask of the 64 values from `values[first]` on whose magnitude (bits) is in `[low, low + width)`; the first is the lowest bit."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row, at, *bounds = arguments
@@ -86,7 +86,7 @@ def in_range_mask(_: Any, values: Any, first: Any, low: Any, width: Any) -> Any:
 
 @intrinsic
 def lowest(_: Any, bits: Any) -> Any:
-    """The position of the lowest bit that is set; one is."""
+    """Position of the lowest set bit. At least one bit must be set."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -96,7 +96,7 @@ def lowest(_: Any, bits: Any) -> Any:
 
 @intrinsic
 def reassoc_add(_: Any, total: Any, value: Any) -> Any:
-    """`total + value` in float32, where the order of many such additions is free: so that a loop of them can be a vector loop."""
+    """`total + value` in float32, where LLVM may reorder a series of such additions into vector lanes."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         return builder.fadd(*arguments, flags=("reassoc",))
@@ -105,8 +105,8 @@ def reassoc_add(_: Any, total: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _feed(_: Any, how: Any, upto: Any) -> Any:
-    """Let what fills the block go on until `upto` entries are there: how many are, or -1 (see `filling.fill`)."""
+def _feed(_: Any, source_desc: Any, upto: Any) -> Any:
+    """Fill the block until `upto` entries have been filled; returns the result of `fill_loop.fill`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         whole, integer = ir.IntType(64).as_pointer(), ir.IntType(64)
@@ -116,43 +116,43 @@ def _feed(_: Any, how: Any, upto: Any) -> Any:
         length = builder.extract_value(array.shape, 0)
         return builder.call(fill, [array.data, length, arguments[1]])
 
-    return types.int64(how, types.int64), generate
+    return types.int64(source_desc, types.int64), generate
 
 
 @njit(inline="always")
 def extent(sources: Any) -> tuple[int, int]:
-    """Sources, and entries of each in the arrays."""
+    """The number of sources, and the entries of each that the arrays hold."""
     return sources[0].shape[0], sources[0].shape[1] + sources[1].shape[1]
 
 
 @njit(inline="always")
 def strip(bits: Any, at: int, count: int) -> Any:
-    """`count` entries from `at` on, of bits `[E]`."""
+    """`count` entries of bits `[E]` from `at` on."""
     return bits[0][at : at + count], bits[1][at : at + count]
 
 
 @njit(inline="always")
 def strip_of(bits: Any, i: int, at: int, count: int) -> Any:
-    """`count` entries of row `i` from `at` on, of bits `[n, E]`."""
+    """`count` entries of row `i` of bits `[n, E]`, from `at` on."""
     return bits[0][i, at : at + count], bits[1][i, at : at + count]
 
 
 @njit(inline="always")
-def start_block(sources: Any, how: Any) -> tuple[int, int, int, int]:
-    """Of a block: its sources, its entries, how many are there, and which is the first in the arrays (see `feed`)."""
+def start_block(sources: Any, source_desc: Any) -> tuple[int, int, int, int]:
+    """The sources and entries of a block, the entries filled so far, and the index of the first one in the arrays."""
     n, held = extent(sources)
-    return (n, how[SIZE], 0, 0) if how.size else (n, held, held, 0)
+    return (n, source_desc[SIZE], 0, 0) if source_desc.size else (n, held, held, 0)
 
 
 @njit(inline="always")
-def advance_block(how: Any, ready: int) -> tuple[int, int]:
-    """Let the next piece of a block be filled: the first entry in the arrays, and how many have been there, or -1."""
-    return (0 if how[KEPT] else ready), _feed(how, ready + 1)
+def advance_block(source_desc: Any, ready: int) -> tuple[int, int]:
+    """Fill the next piece of a block: the index of the first entry in the arrays, and the entries filled so far, or -1."""
+    return (0 if source_desc[KEPT] else ready), _feed(source_desc, ready + 1)
 
 
 @njit(inline="always")
 def widen(bits: Any, values: Any) -> None:
-    """Put stored elements into `values` as float32."""
+    """Convert stored elements to float32 `values`."""
     for j in range(bits[0].size):
         values[j] = float_of(bits[0][j])
     for j in range(bits[1].size):
@@ -161,7 +161,7 @@ def widen(bits: Any, values: Any) -> None:
 
 @njit(inline="always")
 def load(bits: Any, minus: Any, values: Any) -> None:
-    """Put stored elements less `minus` into `values`: a strip of a source's delta from the base, or of its values with zeros."""
+    """Subtract `minus` from stored elements into `values`: deltas where it holds the base, values where it holds zeros."""
     for j in range(bits[0].size):
         values[j] = float_of(bits[0][j]) - minus[j]
     for j in range(bits[1].size):
@@ -170,19 +170,19 @@ def load(bits: Any, minus: Any, values: Any) -> None:
 
 @njit(inline="always")
 def random(key: np.uint64, index: int) -> Any:
-    """The `index`-th number of SplitMix64 started at `key` (Steele, Lea, Flood 2014)."""
+    """Number `index` of the SplitMix64 stream `key` (see `splitmix64.numbers`)."""
     return mixed(counter(key, index))
 
 
 @njit(inline="always")
 def counter(key: np.uint64, index: int) -> np.uint64:
-    """SplitMix64's counter for its `index`-th number; the next one is `GOLDEN` more."""
+    """SplitMix64's counter of number `index`; the next counter is `GOLDEN` more."""
     return key + np.uint64(index + 1) * GOLDEN
 
 
 @njit(inline="always")
 def mixed(z: np.uint64) -> Any:
-    """SplitMix64's number for a counter."""
+    """SplitMix64's number of a counter."""
     z = (z ^ (z >> np.uint64(30))) * _MIX1
     z = (z ^ (z >> np.uint64(27))) * _MIX2
     return z ^ (z >> np.uint64(31))
@@ -190,11 +190,11 @@ def mixed(z: np.uint64) -> Any:
 
 @njit(inline="always")
 def store(values: Any, out: Any, key: Any, index: Any) -> None:
-    """Round float32 into the bits `out`: to nearest even, or stochastically when `key` is not 0."""
+    """Round float32 `values` into the bits `out`: to nearest even, or stochastically where `key` is not 0."""
     half, whole = out
     if key != np.uint64(0):
         for j in range(half.size):
-            # A uniform 16-bit number added below the cut carries with the probability that the cut-off part has.
+            # A uniform 16-bit number added below the cut carries with a probability equal to the cut-off part.
             noise = np.uint32(random(key, index + j) >> np.uint64(48))
             half[j] = np.uint16((bits_of(values[j]) + noise) >> np.uint32(16))
     else:
@@ -208,7 +208,7 @@ def store(values: Any, out: Any, key: Any, index: Any) -> None:
 
 @njit(inline="always")
 def nonfinite(values: Any, count: int) -> Any:
-    """How many of a strip's values are NaN or infinite."""
+    """The number of values of a strip that are NaN or infinite."""
     bad = np.uint32(0)
     for j in range(count):
         bad = np.uint32(bad + np.uint32((bits_of(values[j]) & MAGNITUDE) >= _INFINITY))
@@ -217,13 +217,13 @@ def nonfinite(values: Any, count: int) -> Any:
 
 @njit(inline="always")
 def low_mask(count: int) -> Any:
-    """The bits of the first `count` of 64."""
+    """uint64 mask of the lowest `count` bits."""
     return ~np.uint64(0) if count >= 64 else (np.uint64(1) << np.uint64(count)) - np.uint64(1)
 
 
 @jit
 def load_above(bits: Any, minus: Any, values: Any, high: Any) -> int:
-    """`load` a strip of one type, and say how many magnitudes are at least `high` (bits)."""
+    """`load` a strip of one type; returns the number of magnitudes that are at least `high` (bits)."""
     above = np.uint32(0)
     for j in range(bits.size):
         v = float_of(bits[j]) - minus[j]
@@ -235,7 +235,7 @@ def load_above(bits: Any, minus: Any, values: Any, high: Any) -> int:
 
 @njit(inline="always")
 def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> Any:
-    """`load` a strip of a delta and add it to its row of the tally; say whether its squares leave the range of float32."""
+    """`load` a strip of a delta and add it to its row of the tally; returns whether its squares leave the range of float32."""
     count = bits[0].size + bits[1].size
     largest, absolute, square = (
         _counted(bits[0], minus, values, counts) if bits[0].size else _counted(bits[1], minus, values, counts)
@@ -257,7 +257,7 @@ def _counted(bits: Any, minus: Any, values: Any, counts: Any) -> Any:
     """The largest magnitude (bits) of a strip, and the sums of its magnitudes and squares."""
     largest, zeros, e6, e5, e4, e3 = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
     absolute, square = np.float32(0), np.float32(0)
-    for j in range(bits.size):  # 32-bit counters: twice as many of them fit in a register
+    for j in range(bits.size):  # twice as many 32-bit counters fit a register
         v = float_of(bits[j]) - minus[j]
         values[j] = v
         u = np.uint32(bits_of(v) & MAGNITUDE)

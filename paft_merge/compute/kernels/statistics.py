@@ -1,7 +1,7 @@
-"""The loops of an audit over one block of deltas: numba, float64 sums, exact counts.
+"""Kernels of an audit over one block of deltas: exact counts, and sums in float64.
 
-E elements of a block; a delta is its float32 bits, `[E]` uint32. A histogram packs a bin's count and the sum of its
-entries' lower 16 bits into one int64 (`COUNT_SHIFT`), so that counting costs one update an entry.
+A delta is its float32 bits, `[E]` uint32. A packed histogram holds the count of a bin and the sum of its entries' lower 16 bits
+in one int64 (`COUNT_SHIFT`), so that counting costs one update per entry.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROUND = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _HALF = np.uint32(16)
 
-# Sums may be regrouped, which lets them run in vector lanes; an audit's float64 sums do not promise their last bits.
+# Sums may be reordered into vector lanes: the last bits of an audit's float64 sums are not reproducible across processors.
 _sums = njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
 
 
@@ -73,10 +73,10 @@ def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
         delta: `[E]` uint32.
         base: `[E]` bits of the weight, bfloat16 (uint16) or float32 (uint32).
         sums: `[1]` float64; the sum of the weights' squares is added.
-        lines: of two strips.
+        lines: `[2, LINE]` float32, memory.
 
     Returns:
-        How many are erased; entries that are zero are among them.
+        The number of erased entries, zeros included.
     """
     values = delta.view(np.float32)
     weight, moved = lines[0], lines[1]
@@ -106,11 +106,11 @@ def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any, line
 
     Args:
         left, right: `[E]` uint32.
-        edge: magnitude as bits, not 0; an entry counts as above when both magnitudes are at least this.
-        counts: `[4]` int64, added to: both are not zero, of these the signs differ; both above, of these the signs differ.
-        sums: `[5]` float64, added to: products; the smaller magnitude of each entry, and of those whose signs differ; the
+        edge: a magnitude (bits), not 0; an entry counts as above where both magnitudes are at least this.
+        counts: `[4]` int64, added to: entries nonzero in both; of these, with different signs; above in both; of these, with different signs.
+        sums: `[5]` float64, added to: products; the smaller magnitude of each entry; the same where the signs differ; and
             squares of left and of right where the signs differ.
-        lines: of two strips.
+        lines: `[2, LINE]` float32, memory.
     """
     a_values, b_values = left.view(np.float32), right.view(np.float32)
     least_f, against_f = lines[0], lines[1]
@@ -157,12 +157,12 @@ def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any, line
 
 @_sums
 def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts: Any) -> None:
-    """Count which entries survive a threshold in both deltas, and in either.
+    """Count the entries that survive a threshold in both deltas, and in either.
 
     Args:
         left, right: `[E]` uint32.
         index: flat index of the block's first element in its tensor.
-        low, cut: `[2]` uint32 and int64, a `blocks.Survival`'s threshold of left and of right.
+        low, cut: `[2]` uint32 and int64, `low` and `low_cut` of the `blocks.KeepThreshold` of left and of right.
         counts: `[4]` int64, added to: in both, in either, in left, in right.
     """
     low_a, low_b, cut_a, cut_b = low[0], low[1], cut[0], cut[1]

@@ -1,4 +1,4 @@
-"""Kernels that find thresholds: histograms of magnitudes, the entries inside an interval, what a drop removes."""
+"""Kernels that find thresholds: histograms of magnitudes, entries within an interval, L1 norms around a random drop."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from paft_merge.compute.kernels.primitives import (
 
 
 @jit
-def histogram(base: Any, sources: Any, subtract: bool, how: Any, counts: Any, lows: Any, lines: Any) -> int:
+def histogram(base: Any, sources: Any, subtract: bool, source_desc: Any, counts: Any, lows: Any, lines: Any) -> int:
     """Count magnitudes by their upper bits, exactly.
 
     Args:
         base: `[E]` bits; read only with `subtract`.
         sources: `[n, E]` bits.
-        subtract: sources are values, and their deltas are meant.
-        how: `[K]` int64, what fills the block while the loop goes over it (see `feed`); `[0]` where it is full.
+        subtract: whether the sources are values whose deltas are wanted.
+        source_desc: `[K]` int64, fills the block during the loop (see `block_source`); `[0]` for a full block.
         counts: `[n, BINS]` int64; entries of each bin are added.
         lows: `[n, BINS]` int64; the sum of the entries' lower 16 bits is added. With `counts` it gives the L1 norm of a
-            bin without rounding (see `histogram.l1_of_bins`). May be `[n, 0]` when it is not wanted.
-        lines: of two strips.
+            bin without rounding (see `histogram.l1_of_bins`). `[n, 0]` where it is not wanted.
+        lines: `[2, LINE]` float32, memory.
 
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size, ready, origin = start_block(sources, how)
+    n, size, ready, origin = start_block(sources, source_desc)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = advance_block(how, ready)
+            origin, ready = advance_block(source_desc, ready)
             if ready < 0:
                 return -1
         at = start - origin
@@ -72,22 +72,22 @@ def histogram(base: Any, sources: Any, subtract: bool, how: Any, counts: Any, lo
 
 @jit
 def collect(
-    base: Any, sources: Any, subtract: bool, how: Any, low: Any, width: Any, found: Any, counts: Any, lines: Any
+    base: Any, sources: Any, subtract: bool, source_desc: Any, low: Any, width: Any, found: Any, counts: Any, lines: Any
 ) -> int:
-    """Gather the magnitudes inside a bracket and count those above it.
+    """Collect the magnitudes inside an interval of each source and count those above it.
 
     Args:
-        base, sources, subtract, how: as in `histogram`.
-        low: `[n]` uint32, the lowest magnitude (bits) of each source's bracket.
-        width: `[n]` uint32, the number of bit patterns in the bracket. A source whose `low` is all ones is passed over.
+        base, sources, subtract, source_desc: as in `histogram`.
+        low: `[n]` uint32, the lowest magnitude (bits) of each source's interval; 0xFFFFFFFF skips the source.
+        width: `[n]` uint32, the number of bit patterns in the interval.
         found: `[n, E]` uint32; row i receives the magnitudes inside, in order of position.
-        counts: `[n, 2]` int64; receives how many are inside and how many above.
-        lines: of two strips.
+        counts: `[n, 2]` int64; receives the number inside and the number above.
+        lines: `[2, LINE]` float32, memory.
 
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size, ready, origin = start_block(sources, how)
+    n, size, ready, origin = start_block(sources, source_desc)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for i in range(n):
@@ -96,7 +96,7 @@ def collect(
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = advance_block(how, ready)
+            origin, ready = advance_block(source_desc, ready)
             if ready < 0:
                 return -1
         at = start - origin
@@ -121,24 +121,24 @@ def collect(
 
 @jit
 def locate(
-    base: Any, sources: Any, subtract: bool, how: Any, source: int, bits: np.uint32, nth: int, lines: Any
+    base: Any, sources: Any, subtract: bool, source_desc: Any, source: int, bits: np.uint32, nth: int, lines: Any
 ) -> int:  # fmt: skip
-    """The position in the block of the `nth` entry (from 0) of a source whose magnitude is exactly `bits`.
+    """Position in the block of the `nth` entry (from 0) of a source whose magnitude is exactly `bits`.
 
     Args:
-        base, sources, subtract, how: as in `histogram`; `how` need not fill the other sources.
-        lines: of two strips.
+        base, sources, subtract, source_desc: as in `histogram`; only this source needs to be filled.
+        lines: `[2, LINE]` float32, memory.
 
     Returns:
-        -1 where the block could not be filled; its size where there are fewer.
+        The position; the size of the block where there are fewer entries; -1 where the block could not be filled.
     """
-    _, size, ready, origin = start_block(sources, how)
+    _, size, ready, origin = start_block(sources, source_desc)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = advance_block(how, ready)
+            origin, ready = advance_block(source_desc, ready)
             if ready < 0:
                 return -1
         at = start - origin
@@ -157,22 +157,23 @@ def locate(
 
 @jit
 def dropped_l1(
-    base: Any, sources: Any, subtract: bool, how: Any, index: int, keep: Any, keys: Any, sums: Any, lines: Any, lanes: Any
+    base: Any, sources: Any, subtract: bool, source_desc: Any, index: int, keep: Any, keys: Any, sums: Any, lines: Any, lanes: Any
 ) -> int:  # fmt: skip
-    """Add up |delta| before and after a random drop.
+    """Sum |delta| before and after a random drop.
 
     Args:
-        base, sources, subtract, how: as in `histogram`.
+        base, sources, subtract, source_desc: as in `histogram`.
         index: flat index of the block's first element in its tensor.
-        keep: `[n]` uint64, an entry stays when the upper 32 bits of its hash are below this.
-        keys: `[n]` uint64, the stream of each source.
+        keep: `[n]` uint64, an entry stays when the upper 32 bits of its random number are below this.
+        keys: `[n]` uint64, the SplitMix64 stream of each source.
         sums: `[n, 2]` float64; receives the sums before and after.
-        lines, lanes: of two strips, and of 2 * n in float64.
+        lines: `[2, LINE]` float32, memory.
+        lanes: `[2 * n, LINE]` float64, memory.
 
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, size, ready, origin = start_block(sources, how)
+    n, size, ready, origin = start_block(sources, source_desc)
     minus, values = lines[0], lines[1]
     minus[:] = np.float32(0)
     before, after = lanes[:n], lanes[n:]
@@ -180,7 +181,7 @@ def dropped_l1(
     for start in range(0, size, STRIP):
         m = min(STRIP, size - start)
         if start + m > ready:
-            origin, ready = advance_block(how, ready)
+            origin, ready = advance_block(source_desc, ready)
             if ready < 0:
                 return -1
         at = start - origin

@@ -15,6 +15,7 @@ import numpy as np
 
 from paft_merge.compute.blocks import Block, BlockMap, Election, KeepThreshold, Outcome, Undecided
 from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.magnitudes import MAGNITUDE
 from paft_merge.methods.rules.threshold_bounds import (
     EVERY,
     FOREVER,
@@ -74,7 +75,7 @@ class Settling:
             low, width = self.brackets[i].within(start, stop)
             if not low <= threshold < low + width:
                 continue  # its ties are decided; what is set aside of them was another source's to open
-            ties = o.place[(o.held[i].view(np.uint32) & np.uint32(0x7FFFFFFF)) == threshold]
+            ties = o.place[(o.held[i].view(np.uint32) & np.uint32(MAGNITUDE)) == threshold]
             if ties.size >= kept:
                 return start + int(ties[kept - 1]) + 1
             kept -= ties.size

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from paft_merge.compute.blocks import NO_BITS, BlockMap, Ops
-from paft_merge.compute.kernels import INFINITY, MAGNITUDE, product
+from paft_merge.compute.kernels import product
+from paft_merge.compute.magnitudes import INFINITY, MAGNITUDE
 from paft_merge.compute.scratch import SCRATCH
 
 FOREVER = 1 << 62
