@@ -28,7 +28,7 @@ def is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def read_rows(path: Path, take: int | None = None) -> list[Row]:
+def read_rows(path: Path, max_rows: int | None = None) -> list[Row]:
     """Rows of a .jsonl file.
 
     Raises:
@@ -36,7 +36,7 @@ def read_rows(path: Path, take: int | None = None) -> list[Row]:
     """
     rows, problems = list[Row](), Problems()
     for number, line in _lines(path):
-        if take is not None and len(rows) == take:
+        if max_rows is not None and len(rows) == max_rows:
             break
         try:
             row = json.loads(line)
@@ -53,9 +53,9 @@ def read_rows(path: Path, take: int | None = None) -> list[Row]:
     return rows
 
 
-def read_lines(path: Path, take: int | None = None) -> list[str]:
+def read_lines(path: Path, max_rows: int | None = None) -> list[str]:
     """Lines of a text file that hold something."""
-    lines = [line for _, line in _lines(path)][:take]
+    lines = [line for _, line in _lines(path)][:max_rows]
     if not lines:
         raise EvaluateError.of("EVAL_DATA", path, "is empty", "give a text file")
     return lines
@@ -95,9 +95,9 @@ def check_measurement(name: str, of: Measurement, folder: Path) -> None:
             scorer(of.function, folder)
     with problems.catching():
         if of.kind == "perplexity":
-            read_lines(path, of.take)
+            read_lines(path, of.max_rows)
         else:
-            _check_columns(name, of, path, read_rows(path, of.take), problems)
+            _check_columns(name, of, path, read_rows(path, of.max_rows), problems)
     problems.raise_as(EvaluateError)
 
 

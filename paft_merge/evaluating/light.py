@@ -49,8 +49,8 @@ def measure(subject: EvaluatedModel, of: Measurement, folder: Path, batch_size: 
     """
     path = place_of(of.data, folder)
     if of.kind == "perplexity":
-        return _perplexity(subject, read_lines(path, of.take), of.by, batch_size)
-    rows = read_rows(path, of.take)
+        return _perplexity(subject, read_lines(path, of.max_rows), of.unit, batch_size)
+    rows = read_rows(path, of.max_rows)
     if of.kind == "preference":
         return _preference(subject, rows, of, batch_size)
     outputs = generate(subject, [row[of.prompt] for row in rows], of.max_new_tokens, batch_size, of.temperature, seed)
@@ -194,13 +194,13 @@ def _preference(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, b
     return _mean(wins)
 
 
-def _perplexity(subject: EvaluatedModel, lines: Sequence[str], by: str, batch_size: int) -> Score:
+def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_size: int) -> Score:
     """exp of the mean loss of a token. `rows` are the mean losses of the windows (or lines), in nats."""
     tokenizer, most = subject.tokenizer, subject.max_length
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     room = most - len(first)
     windows: list[list[int]] = []
-    for text in lines if by == "line" else ["\n".join(lines)]:
+    for text in lines if unit == "line" else ["\n".join(lines)]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         windows += [[*first, *ids[at : at + room]] for at in range(0, len(ids), room)]
     windows = [window for window in windows if len(window) > 1]

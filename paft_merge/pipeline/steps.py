@@ -18,11 +18,13 @@ from typing import Any
 from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import code_of, is_file, place_of
+from paft_merge.evaluating.schema import Measurement
 from paft_merge.methods import METHODS
 from paft_merge.pipeline.arms import Arm, Variant, merges_of, roles, skills, trained_for
 from paft_merge.pipeline.fingerprints import Prints, key_of
 from paft_merge.pipeline.schema import RunRecipe, Stage
 from paft_merge.recipe import ModelRef
+from paft_merge.recipe.sections import current_keys, former_keys
 from paft_merge.training.schema import AdapterSpec
 
 SPARSITY = "sparsity"
@@ -143,7 +145,7 @@ class Planner:
         name = folder.relative_to(self.place(seed)).as_posix().removeprefix("adapters").strip("/")
         return self._add(
             "train", seed, f"{name}/{variant.name}".strip("/"), job, folder / variant.name, needs,
-            section=section, base=None if needs else self.base_print,
+            section=former_keys(AdapterSpec, section), base=None if needs else self.base_print,
             files=self.prints.all_of(files_of(self.recipe.adapters[variant.adapter], self.recipe.folder)),
         )  # fmt: skip
 
@@ -218,7 +220,7 @@ class Planner:
             code = code_of(measurement.function, self.recipe.folder) if measurement.function else None
             self._add(
                 "evaluate", arm.seed, f"{arm.slug}/{name}", Evaluate(arm, name), place / f"{name}.json", arm.needs,
-                section=measurement.model_dump(), general=general, model=self._print_of(arm),
+                section=former_keys(Measurement, measurement.model_dump()), general=general, model=self._print_of(arm),
                 files=self.prints.all_of(files | ({"code": code} if code else {})),
             )  # fmt: skip
         if spec.needs_lm_eval:
@@ -254,7 +256,7 @@ class Planner:
 
 def section_of(recipe: RunRecipe, variant: Variant, seed: int | None) -> dict[str, Any]:
     """An adapter's section for one variant and seed, its paths as written."""
-    given: dict[str, Any] = {**recipe.located.data["adapters"][variant.adapter]}
+    given: dict[str, Any] = current_keys(AdapterSpec, recipe.located.data["adapters"][variant.adapter])
     if variant.dense:
         given = {key: value for key, value in given.items() if key not in ("l1", "trim")}
     if seed is not None:

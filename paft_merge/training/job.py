@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from paft_merge.errors import TrainError
+from paft_merge.recipe.sections import former_keys
 from paft_merge.training.adapter_record import check_trim, write_card, write_record, write_trimmed
 from paft_merge.training.arguments import lora_config
 from paft_merge.training.callbacks import L1, Progress, ProxCallback, Watch
@@ -75,7 +76,7 @@ def wait_for_everyone() -> None:
 def training_plan(job: Job) -> dict[str, Any]:
     """What a resumed run has to have in common with the one it goes on with."""
     spec = job.spec.model_dump(mode="json", by_alias=True, exclude={"processes", "accelerate_config"})
-    return {"base": job.base_name, "spec": spec, "data": job.facts["fingerprint"]}
+    return {"base": job.base_name, "spec": former_keys(AdapterSpec, spec), "data": job.facts["fingerprint"]}
 
 
 def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, policy: Any = None) -> Any:
@@ -251,7 +252,7 @@ def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
         "train_loss": job.facts.get("train_loss"),
         "eval_loss": next((e["eval_loss"] for e in reversed(state.log_history) if "eval_loss" in e), None),
         "l1_strength": l1.strength if l1 else None,
-        "l1_on": l1.spec.penalises if l1 else None,
+        "l1_on": l1.spec.penalized if l1 else None,
         "warnings": list(job.warnings),
         "log": state.log_history,
     }

@@ -384,9 +384,9 @@ def test_the_starter_is_printed_without_a_place() -> None:
 
 def test_the_recipe_of_a_run_is_kept_in_its_folder(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world.parent, tmp_path / "world")
-    overrides = ["adapters=false", "merge=false", "audit=false", "evaluate.metrics.skill.take=1"]
+    overrides = ["adapters=false", "merge=false", "audit=false", "evaluate.metrics.skill.max_rows=1"]
     run(tmp_path / "world/recipe.yaml", tmp_path / "run", overrides=overrides)
     kept = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
-    assert kept["evaluate"]["metrics"]["skill"]["take"] == 1
+    assert kept["evaluate"]["metrics"]["skill"]["max_rows"] == 1
     assert "merge" not in kept
     assert [row["arm"] for row in json.loads((tmp_path / "run/table.json").read_text())["rows"]] == ["base"]
