@@ -31,7 +31,7 @@ class Measurement(Section):
     extract: str | None = None
     r"""`exact_match`: a regular expression whose first group is the answer in what was generated (`#### (-?\d+)`)."""
     function: str | None = None
-    """`reward`: `module:function` or `file.py:function`, called as TRL calls rewards:
+    """`reward`: `rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
     `f(prompts=, completions=, **columns) -> list[float]`."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0)] = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +30,12 @@ class Section(BaseModel):
 def as_list(value: Any) -> Any:
     """Wrap a single value or mapping where a section wants a list."""
     return [value] if isinstance(value, str | Mapping | Section) else value
+
+
+def beside_recipe(path: str, folder: Path) -> Path:
+    """A file that a recipe names: relative to the recipe's folder if it exists there, else as written."""
+    beside = folder / path
+    return beside if beside.exists() else Path(path)
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:

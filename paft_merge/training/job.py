@@ -44,6 +44,8 @@ class Job:
     progress: Callable[[Progress], None] | None = None
     callbacks: tuple[Any, ...] = ()
     base_digest: str = ""
+    folder: Path = Path()
+    """Where relative paths of the section start."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What is known of the data."""
     warnings: list[str] = field(default_factory=list)
@@ -93,7 +95,7 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     if spec.objective in ("rloo", "grpo"):
         from paft_merge.training.rewards import reward_functions
 
-        options["reward_funcs"] = reward_functions(spec.reward, job.tokenizer)
+        options["reward_funcs"] = reward_functions(spec.reward, job.folder)
     if spec.objective == "rwr":
         job.tokenizer.pad_token = job.tokenizer.pad_token or job.tokenizer.eos_token
         options["data_collator"] = trainers.weighted_collator(job.tokenizer)

@@ -147,7 +147,8 @@ class RewardSpec(Section):
     """What scores a completion. Exactly one of the three."""
 
     function: str | None = None
-    """`module:function`, called as TRL does: `f(prompts=, completions=, **columns) -> list[float]`."""
+    """`rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
+    `f(prompts=, completions=, **columns) -> list[float]`."""
     model: str | None = None
     """Folder or Hub name of a sequence-classification reward model (one logit)."""
     rule: Literal["length", "short", "match", "contains"] | None = None
@@ -243,7 +244,7 @@ class AdapterSpec(Section):
     """What scores completions (`on_policy`, `best_of_n`, `rwr`, `rloo`, `grpo`); several are summed."""
     base: BaseSpec = BaseSpec()
     chat_template: str | None = None
-    """A jinja file, or a model whose tokenizer's template is taken; the base's own by default."""
+    """A name (`chatml`, as in `merge:`), a Jinja file, or a model whose template is used. Default: the base's own."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Preference data: cut longer prompts from the left (TRL dropped `max_prompt_length`)."""
     processes: Annotated[int, Field(ge=1)] = 1
@@ -259,9 +260,8 @@ class AdapterSpec(Section):
             if section in given and self.objective not in objectives:
                 raise ValueError(f"`{section}` has no meaning for objective {self.objective}; remove it")
         if self.objective in wrong["reward"] and not self.reward:
-            raise ValueError(
-                f"objective {self.objective} needs `reward`; e.g. reward: {{function: my_rewards:helpful}}"
-            )
+            example = 'reward: {function: "rewards.py:helpful"}'
+            raise ValueError(f"objective {self.objective} needs `reward`; e.g. {example}")
         if self.trim and self.lora.bias != "none":
             raise ValueError("`trim` writes a sparse adapter (SHiRA), which has no biases; use lora: {bias: none}")
         for key in sorted(OURS.keys() & self.training.keys()):

@@ -141,7 +141,9 @@ def test_perplexity_is_that_of_transformers_own_loss(place: Path) -> None:
             ids = ids_of(subject, line)
             loss = subject.model(input_ids=ids, labels=ids).loss
             total, tokens = total + float(loss) * (ids.shape[1] - 1), tokens + ids.shape[1] - 1
-    found = evaluate(place / "base", spec_of(p={"kind": "perplexity", "data": "text.txt", "unit": "line"}), folder=place)
+    found = evaluate(
+        place / "base", spec_of(p={"kind": "perplexity", "data": "text.txt", "unit": "line"}), folder=place
+    )
     assert found["p"].value == pytest.approx(math.exp(total / tokens), rel=1e-5)
     whole = evaluate(place / "base", spec_of(p={"kind": "perplexity", "data": "text.txt"}), folder=place)
     assert whole["p"].value != found["p"].value

@@ -25,7 +25,7 @@ from paft_merge.pipeline.execution import _renamed
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.results_table import Cell, Row, Table
 from paft_merge.pipeline.starter_recipe import starter
-from paft_merge.pipeline.steps import Merge, Planner, Train, labels
+from paft_merge.pipeline.steps import Merge, Planner, Train, labels, placed
 from paft_merge.recipe import ModelRef
 
 pytestmark = THEIR_WARNINGS
@@ -50,6 +50,17 @@ def told(world: Path, tmp_path: Path, **changes: Any) -> str:
     with pytest.raises(PaftMergeError) as caught:
         planned(world, tmp_path, **changes)
     return str(caught.value)
+
+
+def test_files_beside_the_recipe_are_passed_to_training_by_absolute_paths(tmp_path: Path) -> None:
+    (tmp_path / "r.py").touch()
+    (tmp_path / "chatml").touch()
+    section = {"chat_template": "chatml", "reward": [{"function": "r.py:f", "weight": 2}, {"function": "a.b:f"}]}
+    assert placed(section, tmp_path) == {
+        "chat_template": "chatml",  # the name, as in merge:
+        "reward": [{"function": f"{tmp_path / 'r.py'}:f", "weight": 2}, {"function": "a.b:f"}],
+    }
+    assert placed({"reward": {"rule": "short"}}, tmp_path) == {"reward": [{"rule": "short"}]}
 
 
 COMPARE = {"arms": ["base", "individual", "sequential", "parallel"], "methods": ["ties", "linear", "slerp"]}

@@ -8,8 +8,10 @@ import pytest
 from toys.train import FAST, THEIR_WARNINGS, dataset, preferences, saved, texts, tiny_llama, tokenizer
 
 from paft_merge.errors import RecipeError, TrainError
+from paft_merge.plan.vocabulary.chat_templates import choose_template
 from paft_merge.recipe import Located
 from paft_merge.training import train_adapter
+from paft_merge.training.base_model import load_tokenizer
 from paft_merge.training.data import check_rows, count_cut, fingerprint, load_rows, shorten_prompts
 from paft_merge.training.schema import DataSpec, read_adapter, read_adapters
 
@@ -260,6 +262,14 @@ def test_an_empty_file_and_a_template_that_is_not_there_are_told_as_that(tmp_pat
     base = saved(tmp_path / "base")
     with pytest.raises(TrainError, match=r"there is no file chat\.jinja; check chat_template"):
         train_adapter(base, {"objective": "sft", "data": "x", "chat_template": "chat.jinja"}, tmp_path / "x")
+
+
+def test_a_named_chat_template_is_the_one_that_a_merge_uses(tmp_path):
+    base = saved(tmp_path / "base")
+    (tmp_path / "chatml").write_text("not this file")
+    loaded = load_tokenizer(base, spec(chat_template="chatml"), tmp_path)
+    assert loaded.chat_template == choose_template("chatml", [])
+    assert "<|im_start|>" in loaded.chat_template
 
 
 def test_a_data_set_of_the_hub_is_read_at_its_revision_and_one_that_is_not_there_is_told(monkeypatch, tmp_path):
