@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -11,16 +10,11 @@ from typing import Any
 
 from paft_merge.errors import EvaluateError, Problems
 from paft_merge.evaluating.schema import Measurement
+from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.yaml_source import did_you_mean, show
-from paft_merge.training.rewards import Reward, imported
+from paft_merge.training.rewards import load_function
 
 Row = dict[str, Any]
-
-
-def place_of(path: str, folder: Path) -> Path:
-    """A file that a recipe names: beside the recipe where it is there, else as written."""
-    beside = folder / path
-    return beside if beside.exists() else Path(path)
 
 
 def is_file(task: str) -> bool:
@@ -28,7 +22,7 @@ def is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def read_rows(path: Path, take: int | None = None) -> list[Row]:
+def read_rows(path: Path, max_rows: int | None = None) -> list[Row]:
     """Rows of a .jsonl file.
 
     Raises:
@@ -36,7 +30,7 @@ def read_rows(path: Path, take: int | None = None) -> list[Row]:
     """
     rows, problems = list[Row](), Problems()
     for number, line in _lines(path):
-        if take is not None and len(rows) == take:
+        if max_rows is not None and len(rows) == max_rows:
             break
         try:
             row = json.loads(line)
@@ -53,9 +47,9 @@ def read_rows(path: Path, take: int | None = None) -> list[Row]:
     return rows
 
 
-def read_lines(path: Path, take: int | None = None) -> list[str]:
+def read_lines(path: Path, max_rows: int | None = None) -> list[str]:
     """Lines of a text file that hold something."""
-    lines = [line for _, line in _lines(path)][:take]
+    lines = [line for _, line in _lines(path)][:max_rows]
     if not lines:
         raise EvaluateError.of("EVAL_DATA", path, "is empty", "give a text file")
     return lines
@@ -81,7 +75,7 @@ def check_measurement(name: str, of: Measurement, folder: Path) -> None:
     Raises:
         EvaluateError: EVAL_DATA, REWARD, EXTRACT; everything at once.
     """
-    problems, path = Problems(), place_of(of.data, folder)
+    problems, path = Problems(), beside_recipe(of.data, folder)
     if of.extract is not None:
         try:
             groups = re.compile(of.extract).groups
@@ -92,12 +86,12 @@ def check_measurement(name: str, of: Measurement, folder: Path) -> None:
                 problems.add("EXTRACT", name, "extract has no group", "put what is the answer in parentheses")
     if of.function is not None:
         with problems.catching():
-            scorer(of.function, folder)
+            load_function(of.function, folder)
     with problems.catching():
         if of.kind == "perplexity":
-            read_lines(path, of.take)
+            read_lines(path, of.max_rows)
         else:
-            _check_columns(name, of, path, read_rows(path, of.take), problems)
+            _check_columns(name, of, path, read_rows(path, of.max_rows), problems)
     problems.raise_as(EvaluateError)
 
 
@@ -113,41 +107,3 @@ def _check_columns(name: str, of: Measurement, path: Path, rows: Sequence[Row], 
             hint = did_you_mean(column, rows[0])
             fix = hint or f"the first row has {', '.join(sorted(rows[0]))}"
             problems.add("EVAL_DATA", f"{path} row {lacking}", f"{name} needs the column {column!r}", fix)
-
-
-def scorer(name: str, folder: Path = Path()) -> Reward:
-    """The function that `module:function` or `file.py:function` names.
-
-    Raises:
-        TrainError: REWARD, it cannot be imported. EvaluateError: REWARD, the file is not there or does not run.
-    """
-    source, _, function = name.rpartition(":")
-    if not source.endswith(".py"):
-        return imported(name)
-    path = place_of(source, folder)
-    spec = importlib.util.spec_from_file_location(f"paft_reward_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise EvaluateError.of("REWARD", path, "there is no such file", "write file.py:function, beside the recipe")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises: it is told with its kind
-        what = f"cannot be run: {type(error).__name__}: {error}"
-        raise EvaluateError.of("REWARD", path, what, "it must be importable by itself") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        hint = did_you_mean(function, [key for key, value in vars(module).items() if callable(value)])
-        raise EvaluateError.of("REWARD", name, f"{path} has no function {function!r}", hint or "name one")
-    return found  # type: ignore[no-any-return]
-
-
-def code_of(name: str, folder: Path = Path()) -> Path | None:
-    """The file a reward function is written in; None when it is of a package without a file."""
-    source = name.rpartition(":")[0]
-    if source.endswith(".py"):
-        return place_of(source, folder)
-    try:
-        found = importlib.util.find_spec(source)
-    except (ImportError, ValueError):
-        return None  # `scorer` says what is wrong with it
-    return Path(found.origin) if found and found.origin and found.has_location else None

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import EvaluateError, Problems
-from paft_merge.evaluating.data_rows import is_file, place_of
+from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.light import Score
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import EvaluateSpec
+from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.yaml_source import did_you_mean, load_yaml
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def tasks_of(spec: EvaluateSpec, folder: Path) -> list[Task]:
     """Every task of a section; a file is known by the name inside it, and stands in for a suite's task of that name."""
     found = {task.name: task for task in (SUITES[spec.suite] if spec.suite else ())}
     for task in spec.tasks:
-        name = str(load_yaml(place_of(task, folder)).data["task"]) if is_file(task) else task
+        name = str(load_yaml(beside_recipe(task, folder)).data["task"]) if is_file(task) else task
         found.setdefault(name, Task(name, spec.num_fewshot))
     return list(found.values())
 
@@ -74,7 +75,7 @@ def check_tasks(spec: EvaluateSpec, folder: Path) -> None:
     problems = Problems()
     for task in filter(is_file, spec.tasks):
         with problems.catching():
-            located = load_yaml(place_of(task, folder))
+            located = load_yaml(beside_recipe(task, folder))
             if not isinstance(located.data, Mapping) or not located.data.get("task"):
                 problems.add("TASK", located.spot(), "is no task of lm-eval", "give it a name with task:")
     problems.raise_as(EvaluateError)
@@ -102,7 +103,7 @@ def check_data(spec: EvaluateSpec, folder: Path) -> None:
 
 
 def _manager(spec: EvaluateSpec, folder: Path) -> Any:
-    own = sorted({str(place_of(task, folder).resolve().parent) for task in spec.tasks if is_file(task)})
+    own = sorted({str(beside_recipe(task, folder).resolve().parent) for task in spec.tasks if is_file(task)})
     return _index(tuple(own), spec.suite is not None or not all(map(is_file, spec.tasks)))
 
 

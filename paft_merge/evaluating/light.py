@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from paft_merge.errors import EvaluateError
-from paft_merge.evaluating.data_rows import Row, answer_column, place_of, read_lines, read_rows, scorer
+from paft_merge.evaluating.data_rows import Row, answer_column, read_lines, read_rows
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import Measurement
-from paft_merge.training.rewards import total
+from paft_merge.recipe.sections import beside_recipe
+from paft_merge.training.generation import complete, padded, token_ids
+from paft_merge.training.rewards import load_function, text_of, total
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def measure(subject: EvaluatedModel, of: Measurement, folder: Path, batch_size: 
     Raises:
         EvaluateError: EVAL_DATA, LENGTH. TrainError: REWARD, NONFINITE, from the function that scores.
     """
-    path = place_of(of.data, folder)
+    path = beside_recipe(of.data, folder)
     if of.kind == "perplexity":
-        return _perplexity(subject, read_lines(path, of.take), of.by, batch_size)
-    rows = read_rows(path, of.take)
+        return _perplexity(subject, read_lines(path, of.max_rows), of.unit, batch_size)
+    rows = read_rows(path, of.max_rows)
     if of.kind == "preference":
         return _preference(subject, rows, of, batch_size)
     outputs = generate(subject, [row[of.prompt] for row in rows], of.max_new_tokens, batch_size, of.temperature, seed)
@@ -62,7 +63,7 @@ def measure(subject: EvaluatedModel, of: Measurement, folder: Path, batch_size: 
         key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompts", "completions", of.prompt)
     }
     prompts = [row[of.prompt] for row in rows]
-    return _mean(total([scorer(of.function, folder)], prompts=prompts, completions=outputs, **columns), outputs)
+    return _mean(total([load_function(of.function, folder)], prompts=prompts, completions=outputs, **columns), outputs)
 
 
 def _answer(output: str, extract: str | None) -> str:
@@ -79,23 +80,6 @@ def _mean(values: Sequence[float], outputs: Sequence[str] = ()) -> Score:
     return Score(mean, spread, tuple(values), tuple(outputs))
 
 
-def prompt_text(prompt: Any, tokenizer: Any) -> str:
-    """A prompt as the text the model sees: chat turns through the tokenizer's template."""
-    if isinstance(prompt, str):
-        return prompt
-    text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return text
-
-
-def _completion_text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
-
-
-def _ids(subject: EvaluatedModel, text: str, prompt: Any) -> list[int]:
-    """Token ids; a chat template writes its own first token."""
-    return list(subject.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
-
-
 @contextmanager
 def _drawing(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from a seed, and leave the caller's random numbers as they were."""
@@ -104,7 +88,6 @@ def _drawing(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.inference_mode()
 def generate(
     subject: EvaluatedModel,
     prompts: Sequence[Any],
@@ -121,22 +104,22 @@ def generate(
         EvaluateError: LENGTH, a prompt and its answer do not fit the model.
     """
     tokenizer = subject.tokenizer
-    ids = [_ids(subject, prompt_text(prompt, tokenizer), prompt) for prompt in prompts]
+    ids = [token_ids(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, ids)) + max_new_tokens
     if longest > subject.max_length:
         what = f"the longest prompt and its answer take {longest} tokens, the model sees {subject.max_length}"
         raise EvaluateError.of("LENGTH", subject.name, what, "lower max_new_tokens, or raise max_length")
     answers = [""] * len(ids)
-    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
     with _drawing(seed, subject.device):
         for batch in _batches(ids, batch_size):
-            input_ids, mask = _padded([ids[i] for i in batch], tokenizer.pad_token_id, subject.device, left=True)
-            made = subject.model.generate(
-                input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_beams=1,
-                top_p=None, top_k=0 if temperature else None, **how, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-            texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
+            found = complete(
+                subject.model,
+                tokenizer,
+                [ids[i] for i in batch],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+            for i, (text,) in zip(batch, found, strict=True):
                 answers[i] = text
     return answers
 
@@ -147,16 +130,6 @@ def _batches(ids: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of ids as `[B, T]` int64, and which of them are tokens."""
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
-    for at, row in enumerate(rows):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[at, span], mask[at, span] = torch.tensor(row), 1
-    return ids.to(device), mask.to(device)
-
-
 @torch.inference_mode()
 def _logps(
     subject: EvaluatedModel, ids: Sequence[list[int]], starts: Sequence[int], batch_size: int
@@ -164,7 +137,7 @@ def _logps(
     """Summed log probability of the tokens from each row's start on, and how many they are."""
     found = [(0.0, 0)] * len(ids)
     for batch in _batches(ids, batch_size):
-        rows_BT, mask_BT = _padded([ids[i] for i in batch], subject.tokenizer.pad_token_id, subject.device, left=False)
+        rows_BT, mask_BT = padded([ids[i] for i in batch], subject.tokenizer.pad_token_id, subject.device, left=False)
         logits_BTV = subject.model(input_ids=rows_BT, attention_mask=mask_BT).logits[:, :-1].float()
         logp_BT = log_softmax(logits_BTV, -1).gather(2, rows_BT[:, 1:, None])[..., 0]
         for at, i in enumerate(batch):
@@ -177,10 +150,9 @@ def _preference(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, b
     """Share of pairs whose chosen answer is likelier than the rejected one; a tie counts half."""
     ids, starts, end = list[list[int]](), list[int](), subject.tokenizer.eos_token or ""
     for row in rows:
-        prompt = prompt_text(row[of.prompt], subject.tokenizer)
-        start = len(_ids(subject, prompt, row[of.prompt]))
+        start = len(token_ids(subject.tokenizer, row[of.prompt]))
         for key in ("chosen", "rejected"):
-            full = _ids(subject, prompt + _completion_text(row[key]) + end, row[of.prompt])
+            full = token_ids(subject.tokenizer, row[of.prompt], text_of(row[key]) + end)
             if len(full) > subject.max_length:
                 what = f"a pair takes {len(full)} tokens, the model sees {subject.max_length}"
                 raise EvaluateError.of("LENGTH", of.data, what, "remove such rows, or raise max_length")
@@ -194,13 +166,13 @@ def _preference(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, b
     return _mean(wins)
 
 
-def _perplexity(subject: EvaluatedModel, lines: Sequence[str], by: str, batch_size: int) -> Score:
+def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_size: int) -> Score:
     """exp of the mean loss of a token. `rows` are the mean losses of the windows (or lines), in nats."""
     tokenizer, most = subject.tokenizer, subject.max_length
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     room = most - len(first)
     windows: list[list[int]] = []
-    for text in lines if by == "line" else ["\n".join(lines)]:
+    for text in lines if unit == "line" else ["\n".join(lines)]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         windows += [[*first, *ids[at : at + room]] for at in range(0, len(ids), room)]
     windows = [window for window in windows if len(window) > 1]

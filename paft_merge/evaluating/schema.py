@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from paft_merge.errors import Problem, RecipeError
-from paft_merge.recipe.yaml_source import Located, did_you_mean, show
-
-S = TypeVar("S", bound=BaseModel)
-Known = Callable[[tuple[str | int, ...]], Collection[str]]
-"""From the way to a mapping inside a section to the keys that may stand there."""
+from paft_merge.recipe.sections import Section, as_list, read_section
+from paft_merge.recipe.yaml_source import Located
 
 Kind = Literal["exact_match", "preference", "reward", "perplexity"]
 
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
 """Metrics of which less is better; of every other, more."""
-
-
-class Section(BaseModel):
-    """A mapping of the recipe: unknown keys are refused, values never change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Measurement(Section):
@@ -41,17 +31,19 @@ class Measurement(Section):
     extract: str | None = None
     r"""`exact_match`: a regular expression whose first group is the answer in what was generated (`#### (-?\d+)`)."""
     function: str | None = None
-    """`reward`: `module:function` or `file.py:function`, called as TRL calls rewards:
+    """`reward`: `rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
     `f(prompts=, completions=, **columns) -> list[float]`."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """`reward`: sample answers at this temperature, with the section's seed; 0 for greedy ones."""
     normalize: bool = False
     """`preference`: compare the mean over tokens instead of the sum, so that length does not count."""
-    by: Literal["text", "line"] = "text"
-    """`perplexity`: windows of the whole text, or every line by itself."""
-    take: Annotated[int, Field(ge=1)] | None = None
-    """Use the first so many rows or lines."""
+    unit: Literal["text", "line"] = "text"
+    """`perplexity`: windows of the whole text, or every line separately."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use only this many rows or lines from the start."""
+
+    RENAMED: ClassVar[Mapping[Any, str]] = {"take": "max_rows", "by": "unit"}
 
     @model_validator(mode="after")
     def _coherent(self) -> Measurement:
@@ -70,10 +62,6 @@ class Measurement(Section):
         return self
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class EvaluateSpec(Section):
     """The section `evaluate:`."""
 
@@ -81,7 +69,7 @@ class EvaluateSpec(Section):
     """Light evaluations by name; they need no further package."""
     suite: Literal["open-llm-v1"] | None = None
     """A fixed list of lm-eval tasks with their numbers of shots."""
-    tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    tasks: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
     """lm-eval tasks: names, or YAML files of your own."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Of `tasks`; by default what each task says. A suite has its own."""
@@ -101,11 +89,6 @@ class EvaluateSpec(Section):
         """Whether the extra `[eval]` is needed."""
         return bool(self.suite or self.tasks)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Columns that are known before anything ran: the light metrics."""
-        return tuple(self.metrics)
-
 
 def read_evaluate(located: Located) -> EvaluateSpec:
     """Read the section `evaluate:`.
@@ -113,35 +96,4 @@ def read_evaluate(located: Located) -> EvaluateSpec:
     Raises:
         RecipeError: every fault of it, with its line.
     """
-    return read_section(
-        EvaluateSpec, located, lambda way: (Measurement if way[:1] == ("metrics",) else EvaluateSpec).model_fields
-    )
-
-
-def read_section(model: type[S], located: Located, known: Known) -> S:
-    """Read a section into a frozen model.
-
-    Args:
-        model: the pydantic class.
-        located: the section with its lines.
-        known: from the way to a mapping inside the section to the keys that may stand there.
-
-    Raises:
-        RecipeError: every fault, each with its line and, for a misspelt key, the nearest known one.
-    """
-    try:
-        return model.model_validate(located.data if located.data is not None else {})
-    except ValidationError as error:
-        raise RecipeError([_problem(fault, located, known) for fault in error.errors(include_url=False)]) from None
-
-
-def _problem(fault: Mapping[str, Any], located: Located, known: Known) -> Problem:
-    path = tuple(fault["loc"])
-    where = str(located.spot(path))
-    if fault["type"] == "extra_forbidden":
-        keys = list(known(path[:-1]))
-        return Problem("KEY", where, "unknown key", did_you_mean(path[-1], keys) or f"known: {', '.join(sorted(keys))}")
-    what = str(fault["msg"]).removeprefix("Value error, ")
-    given = fault.get("input")
-    told = f", got {show(given)}" if fault["type"] not in ("missing", "value_error") else ""
-    return Problem("VALUE", where, what + told)
+    return read_section(EvaluateSpec, located)

@@ -185,7 +185,7 @@ def _check_adapter(recipe: RunRecipe, name: str) -> None:
     from paft_merge.training import data
     from paft_merge.training.arguments import lora_config, training_arguments
     from paft_merge.training.base_model import load_tokenizer
-    from paft_merge.training.rewards import imported
+    from paft_merge.training.rewards import load_function
 
     spec, problems = recipe.adapters[name], Problems()
     with problems.catching():
@@ -196,7 +196,7 @@ def _check_adapter(recipe: RunRecipe, name: str) -> None:
     for reward in spec.reward:
         if reward.function:
             with problems.catching():
-                imported(reward.function)
+                load_function(reward.function, recipe.folder)
     with problems.catching():
         tokenizer = load_tokenizer(recipe.base, spec, recipe.folder)
         for key, sources in (("data", spec.data), ("eval_data", spec.eval_data or [])):

@@ -11,8 +11,9 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import Problems, RecipeError
-from paft_merge.evaluating.schema import EvaluateSpec, Known, Section, read_evaluate, read_section
+from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
 from paft_merge.pipeline.overrides import overridden
+from paft_merge.recipe.sections import Section, as_list, read_section
 from paft_merge.recipe.yaml_source import Located, did_you_mean, load_yaml, show
 from paft_merge.training.schema import AdapterSpec, read_adapters
 
@@ -26,16 +27,12 @@ PAPER_METHODS = ("slerp", "ties", "dare_ties", "task_arithmetic", "linear")
 OUR_METHODS = ("l1_ties", "sign_election")
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | Mapping) else value
-
-
 class AuditSpec(Section):
     """The section `audit:`."""
 
     epsilon: Annotated[float, Field(gt=0)] = EPSILON
     """An entry is sparse when |delta| is below this."""
-    require: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    require: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
     """What must hold before anything is merged, as `paft audit --require` takes it."""
     html: bool = True
     """Write the report with pictures too."""
@@ -44,16 +41,16 @@ class AuditSpec(Section):
 class CompareSpec(Section):
     """The section `compare:`: further arms, trained, merged and measured like the recipe's own."""
 
-    arms: Annotated[list[Arms], BeforeValidator(_as_list)] = Field(default_factory=lambda: list[Arms](get_args(Arms)))
+    arms: Annotated[list[Arms], BeforeValidator(as_list)] = Field(default_factory=lambda: list[Arms](get_args(Arms)))
     """`base`; `individual`: every adapter alone; `sequential`: the preference adapter trained on the merged skill model;
     `parallel`: both trained from the base, then merged by each of `methods`."""
     skill: str | None = None
     """The adapter that is trained first in `sequential`; the first one with objective sft or ift by default."""
     preference: str | None = None
     """The adapter that is trained upon it; the first one with another objective by default."""
-    sft: Annotated[list[Literal["dense", "l1"]], BeforeValidator(_as_list)] | None = None
+    sft: Annotated[list[Literal["dense", "l1"]], BeforeValidator(as_list)] | None = None
     """Which skill adapters: as the recipe makes it sparse (`l1`), and its twin without (`dense`); all there are by default."""
-    methods: Annotated[list[str | dict[str, Any]], BeforeValidator(_as_list)] = Field(
+    methods: Annotated[list[str | dict[str, Any]], BeforeValidator(as_list)] = Field(
         default_factory=lambda: list[str | dict[str, Any]]((*PAPER_METHODS, *OUR_METHODS))
     )
     """Names of methods, or whole merge recipes (`models` may be left out; `name` is what the table calls it)."""
@@ -180,14 +177,14 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
         )
     if "adapters" in data:
         with problems.catching():
-            adapters = read_adapters(data, lambda path: str(located.spot(path)))
+            adapters = read_adapters(located)
             _check_names(adapters, located, problems)
     sound = not problems.found
     found: dict[str, Any] = dict.fromkeys(_SECTIONS)
     for key, model in _SECTIONS.items():
         if key in data:
             with problems.catching():
-                found[key] = read_section(model, located.sub(key), _known(model))
+                found[key] = read_section(model, located.sub(key))
     evaluate = None
     if "evaluate" in data:
         with problems.catching():
@@ -201,10 +198,6 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
         located, file, _base(str(base), file.parent), adapters, merge, evaluate=evaluate, seeds=seeds, **found
     )
     return read, problems
-
-
-def _known(model: type[Section]) -> Known:
-    return lambda way: model.model_fields
 
 
 def _base(name: str, folder: Path) -> str:

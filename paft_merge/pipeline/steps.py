@@ -18,12 +18,15 @@ from typing import Any
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
-from paft_merge.evaluating.data_rows import code_of, is_file, place_of
+from paft_merge.evaluating.data_rows import is_file
+from paft_merge.evaluating.schema import Measurement
 from paft_merge.methods import METHODS
 from paft_merge.pipeline.arms import Arm, Variant, merges_of, roles, skills, trained_for
 from paft_merge.pipeline.fingerprints import Prints, key_of
 from paft_merge.pipeline.schema import RunRecipe, Stage
-from paft_merge.recipe import ModelRef
+from paft_merge.recipe import CHAT_TEMPLATES, ModelRef
+from paft_merge.recipe.sections import as_list, beside_recipe, current_keys, former_keys
+from paft_merge.training.rewards import source_of
 from paft_merge.training.schema import AdapterSpec
 
 SPARSITY = "sparsity"
@@ -144,7 +147,7 @@ class Planner:
         name = folder.relative_to(self.place(seed)).as_posix().removeprefix("adapters").strip("/")
         return self._add(
             "train", seed, f"{name}/{variant.name}".strip("/"), job, folder / variant.name, needs,
-            section=section, base=None if needs else self.base_print,
+            section=former_keys(AdapterSpec, section), base=None if needs else self.base_print,
             files=self.prints.all_of(files_of(self.recipe.adapters[variant.adapter], self.recipe.folder)),
         )  # fmt: skip
 
@@ -215,15 +218,15 @@ class Planner:
         place = self.place(arm.seed) / "evaluations" / arm.slug
         general = spec.model_dump(exclude={"metrics", "suite", "tasks"})
         for name, measurement in spec.metrics.items():
-            files: dict[str, Path] = {"data": place_of(measurement.data, self.recipe.folder)}
-            code = code_of(measurement.function, self.recipe.folder) if measurement.function else None
+            files: dict[str, Path] = {"data": beside_recipe(measurement.data, self.recipe.folder)}
+            code = source_of(measurement.function, self.recipe.folder) if measurement.function else None
             self._add(
                 "evaluate", arm.seed, f"{arm.slug}/{name}", Evaluate(arm, name), place / f"{name}.json", arm.needs,
-                section=measurement.model_dump(), general=general, model=self._print_of(arm),
+                section=former_keys(Measurement, measurement.model_dump()), general=general, model=self._print_of(arm),
                 files=self.prints.all_of(files | ({"code": code} if code else {})),
             )  # fmt: skip
         if spec.needs_lm_eval:
-            tasks = {task: place_of(task, self.recipe.folder) for task in spec.tasks if is_file(task)}
+            tasks = {task: beside_recipe(task, self.recipe.folder) for task in spec.tasks if is_file(task)}
             self._add(
                 "evaluate", arm.seed, f"{arm.slug}/{HARNESS}", Evaluate(arm, HARNESS), place / f"{HARNESS}.json", arm.needs,
                 suite=spec.suite, tasks=spec.tasks, general=general, model=self._print_of(arm),
@@ -255,7 +258,7 @@ class Planner:
 
 def section_of(recipe: RunRecipe, variant: Variant, seed: int | None) -> dict[str, Any]:
     """An adapter's section for one variant and seed, its paths as written."""
-    given: dict[str, Any] = {**recipe.located.data["adapters"][variant.adapter]}
+    given: dict[str, Any] = current_keys(AdapterSpec, recipe.located.data["adapters"][variant.adapter])
     if variant.dense:
         given = {key: value for key, value in given.items() if key not in ("l1", "trim")}
     if seed is not None:
@@ -272,9 +275,18 @@ def placed(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if given.get(key):
             given[key] = _absolute_data(given[key], folder)
     for key in ("chat_template", "accelerate_config"):
-        if isinstance(given.get(key), str) and (folder / given[key]).exists():
+        if given.get(key) not in (None, *CHAT_TEMPLATES) and (folder / given[key]).exists():
             given[key] = str((folder / given[key]).resolve())
+    if given.get("reward"):
+        given["reward"] = [_absolute_reward(one, folder) for one in as_list(given["reward"])]
     return given
+
+
+def _absolute_reward(given: Any, folder: Path) -> Any:
+    file, _, function = (given.get("function") or "").rpartition(":")
+    if not file.endswith(".py"):
+        return given
+    return {**given, "function": f"{beside_recipe(file, folder).resolve()}:{function}"}
 
 
 def _absolute_data(given: Any, folder: Path) -> Any:
@@ -289,11 +301,11 @@ def files_of(spec: AdapterSpec, folder: Path) -> dict[str, Path]:
     """The local files that an adapter's training reads."""
     found: dict[str, Path] = {}
     for data in [*spec.data, *(spec.eval_data or [])]:
-        found[data.path] = place_of(data.path, folder)
+        found[data.path] = beside_recipe(data.path, folder)
     if spec.chat_template:
-        found["chat_template"] = place_of(spec.chat_template, folder)
+        found["chat_template"] = beside_recipe(spec.chat_template, folder)
     for reward in spec.reward:
-        code = code_of(reward.function) if reward.function else None
+        code = source_of(reward.function, folder) if reward.function else None
         if code:
             found[str(reward.function)] = code
     return found

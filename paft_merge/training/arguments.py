@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from paft_merge.errors import Problems, TrainError
-from paft_merge.training.schema import AdapterSpec, did_you_mean
+from paft_merge.recipe.sections import suggestion
+from paft_merge.training.schema import AdapterSpec
 
 _ROUNDS = {
     "max_steps": "sampling.rounds, samples_per_round and inner_passes decide",
@@ -56,7 +57,7 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
     for key in spec.training:
         where = f"{name}: training.{key}"
         if key not in known:
-            hint = did_you_mean(key, known)
+            hint = suggestion(key, known)
             problems.add("TRAINING", where, f"TRL's {config.__name__} has no such field", hint)
         elif key in NOT_FOR.get(spec.objective, {}):
             problems.add("TRAINING", where, f"has no meaning for {spec.objective}", NOT_FOR[spec.objective][key])
@@ -64,7 +65,7 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
         given = spec.training.get("loss_type", [])
         for kind in [given] if isinstance(given, str) else given:
             if kind not in DPO_LOSSES:
-                hint = did_you_mean(str(kind), list(DPO_LOSSES))
+                hint = suggestion(str(kind), list(DPO_LOSSES))
                 problems.add("TRAINING", f"{name}: training.loss_type", f"TRL has no DPO loss {kind!r}", hint)
     problems.raise_as(TrainError)
     ours = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False, "output_dir": str(output_dir)}
@@ -98,7 +99,7 @@ def lora_config(spec: AdapterSpec) -> Any:
     problems = Problems()
     for key in lora.extra:
         if key not in known:
-            problems.add("LORA", f"lora.extra.{key}", "peft.LoraConfig has no such field", did_you_mean(key, known))
+            problems.add("LORA", f"lora.extra.{key}", "peft.LoraConfig has no such field", suggestion(key, known))
     for key, why in UNMEASURED.items():
         if lora.extra.get(key):
             problems.add("LORA", f"lora.extra.{key}", why, "remove it")
@@ -118,7 +119,7 @@ def check_targets(spec: AdapterSpec, model: Any) -> None:
     problems = Problems()
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            hint = did_you_mean(target, leaves)
+            hint = suggestion(target, leaves)
             problems.add("TARGET", f"lora.target_modules: {target}", "the base has no such module", hint)
     if any(target.rsplit(".", 1)[-1] == "lm_head" for target in targets):
         problems.add(

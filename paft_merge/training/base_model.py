@@ -12,6 +12,9 @@ import xxhash
 from torch import nn
 
 from paft_merge.errors import TrainError
+from paft_merge.methods.mergekit_methods import chat_template
+from paft_merge.recipe import CHAT_TEMPLATES
+from paft_merge.recipe.sections import beside_recipe
 from paft_merge.training.l1 import whole
 from paft_merge.training.schema import AdapterSpec, BaseSpec, QuantizationSpec
 
@@ -77,9 +80,11 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path()) -> Any:
 
 
 def _template(source: str, folder: Path) -> str:
-    for path in (folder / source, Path(source)):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+    """The text of a named template (as in `merge:`), of a Jinja file, or of a model's tokenizer."""
+    if source in CHAT_TEMPLATES:
+        return chat_template(source)
+    if (path := beside_recipe(source, folder)).is_file():
+        return path.read_text(encoding="utf-8")
     if source.endswith((".jinja", ".j2")):
         raise ValueError(f"there is no file {source}")
     from transformers import AutoTokenizer

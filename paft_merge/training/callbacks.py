@@ -78,7 +78,7 @@ class L1:
 
     def penalty(self, factors: tuple[Factors, ...]) -> torch.Tensor:
         """The L1 norm that the strength multiplies: scalar, differentiable."""
-        return product_l1(factors) if self.spec.penalises == "product" else factor_l1(factors)
+        return product_l1(factors) if self.spec.penalized == "product" else factor_l1(factors)
 
 
 class ProxCallback(TrainerCallback):  # type: ignore[misc]
@@ -173,7 +173,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         lr = max(float(group["lr"]) for group in optimizer.param_groups)
         penalised = self.l1 is not None and self.l1.spec.mode == "penalty"
         fall = max(0.0, lr - _last_lr(scheduler, state.max_steps)) if penalised else 0.0
-        seen = quick_stats(factors, fall * NOISE[self.l1.spec.penalises] if self.l1 else 0.0)
+        seen = quick_stats(factors, fall * NOISE[self.l1.spec.penalized] if self.l1 else 0.0)
         self.latest = {
             "sparsity/below_1e-5": seen.below_epsilon,
             "sparsity/exact_zero": seen.exact_zero,

@@ -10,7 +10,8 @@ from typing import Any
 import xxhash
 
 from paft_merge.errors import Problems, TrainError
-from paft_merge.training.schema import SAMPLING, AdapterSpec, DataSpec, Objective, did_you_mean
+from paft_merge.recipe.sections import suggestion
+from paft_merge.training.schema import SAMPLING, AdapterSpec, DataSpec, Objective
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +105,14 @@ def _load_file(path: Path, source: DataSpec) -> Any:
 def _shaped(rows: Any, source: DataSpec) -> Any:
     missing = [name for name in (*source.rename, *(source.columns or ())) if name not in _after(rows, source)]
     if missing:
-        fix = "; ".join(did_you_mean(name, list(rows.column_names)) for name in missing)
+        fix = "; ".join(suggestion(name, list(rows.column_names)) for name in missing)
         raise TrainError.of("DATA", source.path, f"no column {', '.join(map(repr, missing))}", fix)
     if source.rename:
         clash = [new for old, new in source.rename.items() if new in rows.column_names and new not in source.rename]
         rows = rows.remove_columns(clash).rename_columns(source.rename)
     if source.columns:
         rows = rows.select_columns(source.columns)
-    return rows.select(range(min(source.take, len(rows)))) if source.take else rows
+    return rows.select(range(min(source.max_rows, len(rows)))) if source.max_rows else rows
 
 
 def _after(rows: Any, source: DataSpec) -> set[str]:
@@ -133,7 +134,7 @@ def check_rows(rows: Any, spec: AdapterSpec, tokenizer: Any, what: str = "data")
     problems = Problems()
     kind = kind_of(spec)
     if len(rows) == 0:
-        problems.add("DATA", what, "the data set is empty", "check split and take")
+        problems.add("DATA", what, "the data set is empty", "check split and max_rows")
         problems.raise_as(TrainError)
     columns = set(rows.column_names)
     if not any(wanted <= columns for wanted in WANTED[kind]):

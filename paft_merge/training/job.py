@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from paft_merge.errors import TrainError
+from paft_merge.recipe.sections import former_keys
 from paft_merge.training.adapter_record import check_trim, write_card, write_record, write_trimmed
 from paft_merge.training.arguments import lora_config
 from paft_merge.training.callbacks import L1, Progress, ProxCallback, Watch
@@ -43,6 +44,8 @@ class Job:
     progress: Callable[[Progress], None] | None = None
     callbacks: tuple[Any, ...] = ()
     base_digest: str = ""
+    folder: Path = Path()
+    """Where relative paths of the section start."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What is known of the data."""
     warnings: list[str] = field(default_factory=list)
@@ -75,7 +78,7 @@ def wait_for_everyone() -> None:
 def training_plan(job: Job) -> dict[str, Any]:
     """What a resumed run has to have in common with the one it goes on with."""
     spec = job.spec.model_dump(mode="json", by_alias=True, exclude={"processes", "accelerate_config"})
-    return {"base": job.base_name, "spec": spec, "data": job.facts["fingerprint"]}
+    return {"base": job.base_name, "spec": former_keys(AdapterSpec, spec), "data": job.facts["fingerprint"]}
 
 
 def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, policy: Any = None) -> Any:
@@ -92,7 +95,7 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     if spec.objective in ("rloo", "grpo"):
         from paft_merge.training.rewards import reward_functions
 
-        options["reward_funcs"] = reward_functions(spec.reward, job.tokenizer)
+        options["reward_funcs"] = reward_functions(spec.reward, job.folder)
     if spec.objective == "rwr":
         job.tokenizer.pad_token = job.tokenizer.pad_token or job.tokenizer.eos_token
         options["data_collator"] = trainers.weighted_collator(job.tokenizer)
@@ -251,7 +254,7 @@ def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
         "train_loss": job.facts.get("train_loss"),
         "eval_loss": next((e["eval_loss"] for e in reversed(state.log_history) if "eval_loss" in e), None),
         "l1_strength": l1.strength if l1 else None,
-        "l1_on": l1.spec.penalises if l1 else None,
+        "l1_on": l1.spec.penalized if l1 else None,
         "warnings": list(job.warnings),
         "log": state.log_history,
     }

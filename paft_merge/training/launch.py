@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from paft_merge.errors import Problem, RecipeError, TrainError
+from paft_merge.errors import Problems, RecipeError, TrainError
+from paft_merge.recipe.sections import suggestion
+from paft_merge.recipe.yaml_source import Located, load_yaml
 from paft_merge.training.processes import Launch, Told, command_for, devices_of, free_ports, run_all, step_printer
 from paft_merge.training.run_folder import is_first
-from paft_merge.training.schema import AdapterSpec, Where, did_you_mean, dotted, read_adapters
+from paft_merge.training.schema import AdapterSpec, read_adapters
 
 if TYPE_CHECKING:
     from paft_merge.training.callbacks import Progress
@@ -50,45 +52,35 @@ def train(
     Raises:
         RecipeError: what the recipe says wrong, all of it. TrainError: what went wrong later, naming the adapter.
     """
-    mapping, folder, where = _read(recipe)
-    specs = _chosen(read_adapters(mapping, where), adapters, where)
-    name = str(mapping.get("base_model") or "")
+    located, folder = read_recipe(recipe)
+    specs = _chosen(read_adapters(located), adapters, located)
+    name = str(located.data.get("base_model") or "")
     if not name and base is None:
-        raise RecipeError.of(
-            "BASE", where(("base_model",)), "no base_model", "name the model that the adapters are for"
-        )
+        where = located.spot(("base_model",))
+        raise RecipeError.of("BASE", where, "no base_model", "name the model that the adapters are for")
     out = Path(out)
     if base is None and _wants_processes(specs, schedule, devices):
-        source = Path(recipe) if isinstance(recipe, str | Path) else _spill(mapping, out)
+        source = Path(recipe) if isinstance(recipe, str | Path) else _spill(located.data, out)
         return _in_processes(specs, source, out, resume, devices, progress)
     return _one_after_another(specs, name, base, out, folder, resume, progress)
 
 
-def _read(recipe: Mapping[str, Any] | Path | str) -> tuple[Mapping[str, Any], Path, Where]:
+def read_recipe(recipe: Mapping[str, Any] | Path | str) -> tuple[Located, Path]:
+    """A recipe's data with its lines, and the folder where its relative paths start."""
     if isinstance(recipe, Mapping):
-        return recipe, Path(), dotted
-    from paft_merge.recipe.yaml_source import load_yaml
-
+        return Located(recipe), Path()
     located = load_yaml(recipe)
-
-    def where(path: tuple[str | int, ...]) -> str:
-        return f"{recipe}:{located.line(path)}: {dotted(path)}"
-
     if not isinstance(located.data, Mapping):
         raise RecipeError.of("RECIPE", recipe, "not a mapping", "write base_model: and adapters:")
-    return located.data, Path(recipe).parent, where
+    return located, Path(recipe).parent
 
 
-def _chosen(specs: dict[str, AdapterSpec], names: Sequence[str] | None, where: Where) -> dict[str, AdapterSpec]:
-    unknown = [name for name in names or () if name not in specs]
-    if unknown:
-        known = list(specs)
-        raise RecipeError(
-            [
-                Problem("ADAPTERS", where(("adapters",)), f"no adapter {name!r}", did_you_mean(name, known))
-                for name in unknown
-            ]
-        )
+def _chosen(specs: dict[str, AdapterSpec], names: Sequence[str] | None, located: Located) -> dict[str, AdapterSpec]:
+    problems, where = Problems(), located.spot(("adapters",))
+    for name in names or ():
+        if name not in specs:
+            problems.add("ADAPTERS", where, f"no adapter {name!r}", suggestion(name, specs))
+    problems.raise_as(RecipeError)
     return {name: spec for name, spec in specs.items() if not names or name in names}
 
 

@@ -22,6 +22,7 @@ from datasets import Dataset
 from paft_merge.errors import TrainError
 from paft_merge.training.arguments import training_arguments
 from paft_merge.training.base_model import restoring_base
+from paft_merge.training.generation import complete, token_ids
 from paft_merge.training.job import Job, finish, make_trainer, run_trainer
 from paft_merge.training.losses import rwr_weights
 from paft_merge.training.rewards import reward_functions, total
@@ -88,55 +89,28 @@ def mixed(rows: list[dict[str, Any]], offline: Any, ratio: float, seed: int) -> 
     return rows + [{k: offline[i][k] for k in ("prompt", "chosen", "rejected")} for i in chosen.tolist()]
 
 
-@torch.no_grad()
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpec, seed: int
-) -> list[tuple[str, ...]]:
+def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpec, seed: int) -> list[tuple[str, ...]]:
     """Sample `spec.completions` texts for every prompt; the same seed and batch size give the same texts."""
-    was, side = model.training, tokenizer.padding_side
+    was, ids = model.training, [token_ids(tokenizer, prompt) for prompt in prompts]
     model.eval()
-    tokenizer.padding_side = "left"
     try:
         torch.manual_seed(seed)
         return [
-            found for batch in _batches(prompts, spec.batch_size) for found in _sample(model, tokenizer, batch, spec)
+            texts
+            for start in range(0, len(ids), spec.batch_size)
+            for texts in complete(
+                model,
+                tokenizer,
+                ids[start : start + spec.batch_size],
+                max_new_tokens=spec.max_new_tokens,
+                temperature=spec.temperature,
+                completions=spec.completions,
+                top_p=spec.top_p,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         ]
     finally:
-        tokenizer.padding_side = side
         model.train(was)
-
-
-def _batches(prompts: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
-
-
-def _sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpec) -> list[tuple[str, ...]]:
-    if isinstance(prompts[0], str):
-        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    else:
-        inputs = tokenizer.apply_chat_template(
-            list(prompts),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        )
-    inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-    made = model.generate(
-        **inputs,
-        do_sample=True,
-        temperature=spec.temperature,
-        top_p=spec.top_p,
-        top_k=0,
-        max_new_tokens=spec.max_new_tokens,
-        num_return_sequences=spec.completions,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [tuple(texts[i : i + spec.completions]) for i in range(0, len(texts), spec.completions)]
 
 
 @dataclass(frozen=True)
@@ -258,7 +232,7 @@ def _samples(job: Job, number: int, folder: Path, adapter: Path | None) -> list[
     columns = _prompts(job, number)
     prompts = columns.pop("prompt")
     with _policy(job, adapter) as policy:
-        completions = generate(policy, job.tokenizer, prompts, spec, spec.seed * 1_000_003 + number)
+        completions = sample(policy, job.tokenizer, prompts, spec, spec.seed * 1_000_003 + number)
     rewards = _score(job, prompts, completions, columns)
     sampled = [Sampled(*one) for one in zip(prompts, completions, rewards, strict=True)]
     lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) for one in sampled]
@@ -290,6 +264,6 @@ def _score(
     flat = [one for group in completions for one in group]
     repeated = {key: [v for v in values for _ in range(n)] for key, values in columns.items()}
     given = [[{"role": "assistant", "content": one}] for one in flat] if not isinstance(prompts[0], str) else flat
-    functions = reward_functions(job.spec.reward, job.tokenizer)
+    functions = reward_functions(job.spec.reward, job.folder)
     scores = total(functions, prompts=[p for p in prompts for _ in range(n)], completions=given, **repeated)
     return [tuple(scores[i : i + n]) for i in range(0, len(scores), n)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -10,54 +10,87 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import TrainError
+from paft_merge.recipe.sections import beside_recipe
+from paft_merge.recipe.yaml_source import did_you_mean
 from paft_merge.training.schema import RewardSpec
 
 Reward = Callable[..., list[float]]
 """`f(prompts=[...], completions=[...], **columns of the rows) -> one number per completion`."""
 
 
-def text(completion: Any) -> str:
+def text_of(completion: Any) -> str:
     """A completion's text, whether it is a string or a list of chat turns."""
     return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
 
 
 def _length(completions: Sequence[Any], **_: Any) -> list[float]:
-    return [float(len(text(c).split())) for c in completions]
+    return [float(len(text_of(c).split())) for c in completions]
 
 
 def _short(completions: Sequence[Any], **_: Any) -> list[float]:
-    return [-float(len(text(c).split())) for c in completions]
+    return [-float(len(text_of(c).split())) for c in completions]
 
 
 def _match(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    return [float(text(c).strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+    return [float(text_of(c).strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
 
 
 def _contains(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    return [float(a in text(c)) for c, a in zip(completions, answer, strict=True)]
+    return [float(a in text_of(c)) for c, a in zip(completions, answer, strict=True)]
 
 
 RULES: dict[str, Reward] = {"length": _length, "short": _short, "match": _match, "contains": _contains}
 
 
-def imported(name: str) -> Reward:
-    """Import `module:function`; the working directory is searched too.
+def load_function(name: str, folder: Path = Path()) -> Reward:
+    """Load the function that a recipe calls `rewards.py:f` (a file beside the recipe) or `package.module:f`.
+
+    Modules are found on `sys.path` and in the working directory.
 
     Raises:
-        TrainError: REWARD.
+        TrainError: REWARD, with the reason.
     """
-    module, _, function = name.partition(":")
+    source, _, function = name.rpartition(":")
+    file = beside_recipe(source, folder) if source.endswith(".py") else None
+    try:
+        module = _run_file(file) if file else _import(source)
+    except Exception as error:  # the module's own code may raise anything
+        what = f"cannot be imported: {type(error).__name__}: {error}"
+        fix = "write rewards.py:function (a file beside the recipe) or package.module:function"
+        raise TrainError.of("REWARD", name, what, fix) from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        what = f"{file or source} has no function {function!r}"
+        raise TrainError.of("REWARD", name, what, did_you_mean(function, functions) or "name a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _import(name: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _run_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"paft_reward_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def source_of(name: str, folder: Path = Path()) -> Path | None:
+    """The file that defines a function which `load_function` loads; None when its module has no file."""
+    source = name.rpartition(":")[0]
+    if source.endswith(".py"):
+        return beside_recipe(source, folder)
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TrainError.of(
-            "REWARD", name, f"cannot be imported: {error}", "write module:function, importable here"
-        ) from error
-    if not callable(found):
-        raise TrainError.of("REWARD", name, "is not callable", "name a function")
-    return found  # type: ignore[no-any-return]
+        found = importlib.util.find_spec(source)
+    except (ImportError, ValueError):
+        return None  # `load_function` reports the reason
+    return Path(found.origin) if found and found.origin and found.has_location else None
 
 
 def model_reward(name: str) -> Reward:
@@ -89,20 +122,20 @@ def model_reward(name: str) -> Reward:
 
 def _joined(prompt: Any, completion: Any, tokenizer: Any) -> str:
     if isinstance(prompt, str):
-        return prompt + text(completion)
+        return prompt + text_of(completion)
     turns = [*prompt, *(completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}])]
     joined: str = tokenizer.apply_chat_template(turns, tokenize=False)
     return joined
 
 
-def reward_functions(specs: Sequence[RewardSpec], tokenizer: Any = None) -> list[Reward]:
-    """Resolve the section `reward:` to functions, weights folded in."""
-    return [_weighted(_resolve(spec), spec.weight) for spec in specs]
+def reward_functions(specs: Sequence[RewardSpec], folder: Path = Path()) -> list[Reward]:
+    """Resolve the section `reward:` to functions, weights folded in; `folder` is the recipe's."""
+    return [_weighted(_resolve(spec, folder), spec.weight) for spec in specs]
 
 
-def _resolve(spec: RewardSpec) -> Reward:
+def _resolve(spec: RewardSpec, folder: Path) -> Reward:
     if spec.function:
-        return imported(spec.function)
+        return load_function(spec.function, folder)
     return model_reward(spec.model) if spec.model else RULES[str(spec.rule)]
 
 

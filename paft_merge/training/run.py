@@ -88,6 +88,7 @@ def train_adapter(
     job = Job(
         name, spec, place, model, named, tokenizer, arguments, rows, eval_rows, resume, progress, tuple(callbacks)
     )
+    job.folder = folder
     job.base_digest = base_digest or (digest_of(model) if is_first() else "")
     _look_at_data(job)
     begun = place.part.exists()

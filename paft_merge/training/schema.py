@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from paft_merge.errors import Problem, RecipeError
+from paft_merge.errors import Problems, RecipeError
+from paft_merge.recipe.sections import Section, as_list, read_section
+from paft_merge.recipe.yaml_source import Located
 
 Objective = Literal["sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo"]
-OBJECTIVES: tuple[Objective, ...] = ("sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo")
 SAMPLING: tuple[Objective, ...] = ("on_policy", "best_of_n", "rwr")
 """Objectives that generate, score and then train on what was generated, round by round."""
 
 OURS = {
-    "output_dir": "the adapter's folder is given by --out",
+    "output_dir": "the adapter is written to OUT/NAME",
     "resume_from_checkpoint": "use --resume",
     "push_to_hub": "use the recipe's push: section",
     "model_init_kwargs": "use base: {...} of the adapter",
@@ -26,12 +26,6 @@ OURS = {
     "chat_template_path": "use chat_template: of the adapter",
 }
 """Fields of the TRL configs that `training:` may not set, and what to use instead."""
-
-
-class Section(BaseModel):
-    """A mapping of the recipe: unknown keys are refused, values never change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 def _finite(value: float) -> float:
@@ -65,8 +59,10 @@ class DataSpec(Section):
     """Columns to keep, after renaming; all by default."""
     fraction: Positive | None = None
     """Share of this set in a mixture, for all sets or none; none is repeated, so the scarcest one bounds the total."""
-    take: Annotated[int, Field(ge=1)] | None = None
-    """Keep the first so many rows."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use only this many rows from the start."""
+
+    RENAMED: ClassVar[Mapping[Any, str]] = {"take": "max_rows"}
 
 
 class LoraSpec(Section):
@@ -92,8 +88,8 @@ class L1Spec(Section):
 
     strength: Positive = 1e-4
     """Weight of the *sum* of absolute values (PAFT: 1e-4 to 1e-3). With `target`, where the controller starts."""
-    on: Literal["product", "factors"] | None = None
-    """What is penalised: the delta `scale * B @ A` (`product`, PAFT's text; default) or A and B themselves."""
+    penalize: Literal["product", "factors"] | None = None
+    """The penalised matrix: the delta `scale * B @ A` (`product`, as in PAFT; default) or A and B (`factors`)."""
     mode: Literal["penalty", "prox"] = "penalty"
     """`penalty` adds to the gradient; `prox` shrinks the factors after each optimizer step and gives exact zeros."""
     warmup: Annotated[float, Field(ge=0)] | None = None
@@ -103,27 +99,19 @@ class L1Spec(Section):
     target: OpenShare | None = None
     """Sparsity to be reached (share of |delta| < 1e-5, mean over matrices); the strength is then controlled."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _spelt_on(cls, given: Any) -> Any:
-        """YAML 1.1 readers turn the key `on` into true."""
-        return (
-            {("on" if key is True else key): value for key, value in given.items()}
-            if isinstance(given, dict)
-            else given
-        )
+    RENAMED: ClassVar[Mapping[Any, str]] = {"on": "penalize", True: "penalize"}  # YAML 1.1 reads `on` as true
 
     @property
-    def penalises(self) -> Literal["product", "factors"]:
-        """What the strength acts on, default resolved."""
-        return self.on or ("factors" if self.mode == "prox" else "product")
+    def penalized(self) -> Literal["product", "factors"]:
+        """`penalize` with its default resolved: `factors` for `prox`, else `product`."""
+        return self.penalize or ("factors" if self.mode == "prox" else "product")
 
     @model_validator(mode="after")
     def _possible(self) -> L1Spec:
-        if self.mode == "prox" and self.on == "product":
+        if self.mode == "prox" and self.penalize == "product":
             raise ValueError(
                 "the proximal step works on factors: the product has no cheap proximal operator; "
-                "use on: factors, or mode: penalty"
+                "use penalize: factors, or mode: penalty"
             )
         return self
 
@@ -159,7 +147,8 @@ class RewardSpec(Section):
     """What scores a completion. Exactly one of the three."""
 
     function: str | None = None
-    """`module:function`, called as TRL does: `f(prompts=, completions=, **columns) -> list[float]`."""
+    """`rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
+    `f(prompts=, completions=, **columns) -> list[float]`."""
     model: str | None = None
     """Folder or Hub name of a sequence-classification reward model (one logit)."""
     rule: Literal["length", "short", "match", "contains"] | None = None
@@ -229,19 +218,15 @@ class BaseSpec(Section):
     quantization: QuantizationSpec | None = None
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, Mapping | str | DataSpec) else value
-
-
 def _named(value: Any) -> Any:
-    return [{"path": item} if isinstance(item, str) else item for item in _as_list(value)] if value else value
+    return [{"path": item} if isinstance(item, str) else item for item in as_list(value)] if value else value
 
 
 DataList = Annotated[list[DataSpec], BeforeValidator(_named), Field(min_length=1)]
 
 
 class AdapterSpec(Section):
-    """One adapter of `adapters:`; see the README for an example of each objective."""
+    """One adapter of `adapters:`; docs/training.md has an example of each objective."""
 
     objective: Objective
     data: DataList
@@ -255,11 +240,11 @@ class AdapterSpec(Section):
     orpo: OrpoSpec = OrpoSpec()
     ift: IftSpec = IftSpec()
     sampling: SamplingSpec = SamplingSpec()
-    reward: Annotated[list[RewardSpec], BeforeValidator(_as_list)] = Field(default_factory=list)
+    reward: Annotated[list[RewardSpec], BeforeValidator(as_list)] = Field(default_factory=list)
     """What scores completions (`on_policy`, `best_of_n`, `rwr`, `rloo`, `grpo`); several are summed."""
     base: BaseSpec = BaseSpec()
     chat_template: str | None = None
-    """A jinja file, or a model whose tokenizer's template is taken; the base's own by default."""
+    """A name (`chatml`, as in `merge:`), a Jinja file, or a model whose template is used. Default: the base's own."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Preference data: cut longer prompts from the left (TRL dropped `max_prompt_length`)."""
     processes: Annotated[int, Field(ge=1)] = 1
@@ -275,9 +260,8 @@ class AdapterSpec(Section):
             if section in given and self.objective not in objectives:
                 raise ValueError(f"`{section}` has no meaning for objective {self.objective}; remove it")
         if self.objective in wrong["reward"] and not self.reward:
-            raise ValueError(
-                f"objective {self.objective} needs `reward`; e.g. reward: {{function: my_rewards:helpful}}"
-            )
+            example = 'reward: {function: "rewards.py:helpful"}'
+            raise ValueError(f"objective {self.objective} needs `reward`; e.g. {example}")
         if self.trim and self.lora.bias != "none":
             raise ValueError("`trim` writes a sparse adapter (SHiRA), which has no biases; use lora: {bias: none}")
         for key in sorted(OURS.keys() & self.training.keys()):
@@ -285,71 +269,22 @@ class AdapterSpec(Section):
         return self
 
 
-Where = Callable[[tuple[str | int, ...]], str]
-"""Turns a path in the recipe into what a message starts with: `recipe.yaml:7: adapters.sft.l1`."""
-
-
-def dotted(path: tuple[str | int, ...]) -> str:
-    """Spell a path as it is written in messages: `adapters.sft.data[0].path`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-
-
-def read_adapter(section: Any, name: str = "adapter", where: Where = dotted) -> AdapterSpec:
+def read_adapter(section: Any, name: str = "adapter") -> AdapterSpec:
     """Read one adapter's mapping; raises `RecipeError` with every fault of it."""
-    try:
-        return AdapterSpec.model_validate(section)
-    except ValidationError as error:
-        raise RecipeError(_problems(error, ("adapters", name), where)) from None
+    located = section if isinstance(section, Located) else Located(section, prefix=("adapters", name))
+    return read_section(AdapterSpec, located)
 
 
-def read_adapters(recipe: Mapping[str, Any], where: Where = dotted) -> dict[str, AdapterSpec]:
+def read_adapters(recipe: Located | Mapping[str, Any]) -> dict[str, AdapterSpec]:
     """Read all of a recipe's `adapters:`; raises `RecipeError` with the faults of all of them at once."""
-    sections = recipe.get("adapters")
+    located = recipe if isinstance(recipe, Located) else Located(recipe)
+    sections = located.data.get("adapters")
     if not isinstance(sections, Mapping) or not sections:
-        raise RecipeError.of("ADAPTERS", where(("adapters",)), "no adapters to train", "add adapters: {sft: {...}}")
-    specs: dict[str, AdapterSpec] = {}
-    problems: list[Problem] = []
-    for name, section in sections.items():
-        try:
-            specs[str(name)] = read_adapter(section, str(name), where)
-        except RecipeError as error:
-            problems += error.problems
-    if problems:
-        raise RecipeError(problems)
+        where = located.spot(("adapters",))
+        raise RecipeError.of("ADAPTERS", where, "no adapters to train", "add adapters: {sft: {...}}")
+    specs, problems = dict[str, AdapterSpec](), Problems()
+    for name in sections:
+        with problems.catching():
+            specs[str(name)] = read_adapter(located.sub("adapters", name), str(name))
+    problems.raise_as(RecipeError)
     return specs
-
-
-def _problems(error: ValidationError, prefix: tuple[str, ...], where: Where) -> list[Problem]:
-    found = []
-    for fault in error.errors(include_url=False, include_context=False):
-        path = tuple(part for part in fault["loc"] if part not in ("str", "list[str]", "int"))
-        if fault["type"] == "extra_forbidden":
-            known = _fields_at(path[:-1])
-            found.append(Problem("KEY", where((*prefix, *path)), "unknown key", did_you_mean(str(path[-1]), known)))
-        else:
-            what = fault["msg"].removeprefix("Value error, ")
-            given = fault.get("input")
-            shown = f", got {given!r}" if isinstance(given, str | int | float) and "got" not in what else ""
-            found.append(Problem("VALUE", where((*prefix, *path)), what + shown))
-    return found
-
-
-def _fields_at(path: tuple[str | int, ...]) -> list[str]:
-    """Names that are known at `path` below an adapter."""
-    model: type[BaseModel] = AdapterSpec
-    sections: dict[str, type[BaseModel]] = {
-        "data": DataSpec, "eval_data": DataSpec, "lora": LoraSpec, "l1": L1Spec, "trim": TrimSpec, "orpo": OrpoSpec,
-        "ift": IftSpec, "sampling": SamplingSpec, "reward": RewardSpec, "base": BaseSpec,
-        "quantization": QuantizationSpec,
-    }  # fmt: skip
-    for part in path:
-        model = sections.get(part, model) if isinstance(part, str) else model
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """A hint for a misspelt key: the nearest known one, or all of them when few."""
-    near = difflib.get_close_matches(word, known, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"known: {', '.join(sorted(known))}" if len(known) <= 24 else ""

@@ -21,11 +21,11 @@ pytestmark = THEIR_WARNINGS
 
 SHORT = (
     "seeds=[0]",
-    "adapters.sft.data={path: quickstart/data/skill_train.jsonl, take: 200}",
-    "adapters.dpo.data={path: quickstart/data/preference_train.jsonl, take: 100}",
+    "adapters.sft.data={path: quickstart/data/skill_train.jsonl, max_rows: 200}",
+    "adapters.dpo.data={path: quickstart/data/preference_train.jsonl, max_rows: 100}",
     "adapters.dpo.training.per_device_train_batch_size=4", "adapters.sft.training.max_steps=3", "adapters.dpo.training.max_steps=2", "compare.sft=[l1]",
-    "compare.methods=[ties, slerp]", "evaluate.metrics.skill.take=10", "evaluate.metrics.happy.take=5",
-    "evaluate.metrics.happy.max_new_tokens=8", "evaluate.metrics.pairs.take=10", "evaluate.metrics.text.take=10",
+    "compare.methods=[ties, slerp]", "evaluate.metrics.skill.max_rows=10", "evaluate.metrics.happy.max_rows=5",
+    "evaluate.metrics.happy.max_new_tokens=8", "evaluate.metrics.pairs.max_rows=10", "evaluate.metrics.text.max_rows=10",
 )  # fmt: skip
 
 

@@ -141,7 +141,9 @@ def test_perplexity_is_that_of_transformers_own_loss(place: Path) -> None:
             ids = ids_of(subject, line)
             loss = subject.model(input_ids=ids, labels=ids).loss
             total, tokens = total + float(loss) * (ids.shape[1] - 1), tokens + ids.shape[1] - 1
-    found = evaluate(place / "base", spec_of(p={"kind": "perplexity", "data": "text.txt", "by": "line"}), folder=place)
+    found = evaluate(
+        place / "base", spec_of(p={"kind": "perplexity", "data": "text.txt", "unit": "line"}), folder=place
+    )
     assert found["p"].value == pytest.approx(math.exp(total / tokens), rel=1e-5)
     whole = evaluate(place / "base", spec_of(p={"kind": "perplexity", "data": "text.txt"}), folder=place)
     assert whole["p"].value != found["p"].value
@@ -159,7 +161,7 @@ def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(place: Pat
     model.save_pretrained(tmp_path / "adapter")
     merged = model.merge_and_unload()
     train_toys.saved(tmp_path / "merged", merged)
-    section = spec_of(p={"kind": "perplexity", "data": "text.txt", "by": "line"})
+    section = spec_of(p={"kind": "perplexity", "data": "text.txt", "unit": "line"})
     base = evaluate(place / "base", section, folder=place)["p"].value
     wanted = evaluate(tmp_path / "merged", section, folder=place)["p"].value
     found = evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value

@@ -132,7 +132,7 @@ def test_a_changed_metric_is_measured_again_and_the_table_has_it(world: Path, co
     # The base's bytes end up in the keys, and an override is as good as an edit.
     done = run(world, copied, overrides=["evaluate.metrics.skill.max_new_tokens=1"])
     assert done.done == ("evaluate/merged/skill",)
-    done = run(world, copied, overrides=["evaluate.metrics.skill.take=3"])
+    done = run(world, copied, overrides=["evaluate.metrics.skill.max_rows=3"])
     assert done.done == ("evaluate/merged/skill",)
     assert len(json.loads((copied / "evaluations/merged/skill.json").read_text())["skill"]["rows"]) == 3
 
@@ -330,7 +330,7 @@ def test_the_command_runs_shows_the_steps_and_ends_in_the_table(world: Path, cop
     assert done.exit_code == 0, done.output
     assert "merged" in done.stdout
     assert "0 steps to do, 9 as they are" in done.stderr
-    changed = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "evaluate.metrics.skill.take=2"])
+    changed = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "evaluate.metrics.skill.max_rows=2"])
     assert "evaluate/merged: skill" in changed.stderr
     wrong = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "merge.densty=2"])
     assert wrong.exit_code == 1

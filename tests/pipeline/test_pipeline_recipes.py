@@ -25,7 +25,7 @@ from paft_merge.pipeline.execution import _renamed
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.results_table import Cell, Row, Table
 from paft_merge.pipeline.starter_recipe import starter
-from paft_merge.pipeline.steps import Merge, Planner, Train, labels
+from paft_merge.pipeline.steps import Merge, Planner, Train, labels, placed
 from paft_merge.recipe import ModelRef
 
 pytestmark = THEIR_WARNINGS
@@ -50,6 +50,17 @@ def told(world: Path, tmp_path: Path, **changes: Any) -> str:
     with pytest.raises(PaftMergeError) as caught:
         planned(world, tmp_path, **changes)
     return str(caught.value)
+
+
+def test_files_beside_the_recipe_are_passed_to_training_by_absolute_paths(tmp_path: Path) -> None:
+    (tmp_path / "r.py").touch()
+    (tmp_path / "chatml").touch()
+    section = {"chat_template": "chatml", "reward": [{"function": "r.py:f", "weight": 2}, {"function": "a.b:f"}]}
+    assert placed(section, tmp_path) == {
+        "chat_template": "chatml",  # the name, as in merge:
+        "reward": [{"function": f"{tmp_path / 'r.py'}:f", "weight": 2}, {"function": "a.b:f"}],
+    }
+    assert placed({"reward": {"rule": "short"}}, tmp_path) == {"reward": [{"rule": "short"}]}
 
 
 COMPARE = {"arms": ["base", "individual", "sequential", "parallel"], "methods": ["ties", "linear", "slerp"]}
@@ -384,9 +395,9 @@ def test_the_starter_is_printed_without_a_place() -> None:
 
 def test_the_recipe_of_a_run_is_kept_in_its_folder(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world.parent, tmp_path / "world")
-    overrides = ["adapters=false", "merge=false", "audit=false", "evaluate.metrics.skill.take=1"]
+    overrides = ["adapters=false", "merge=false", "audit=false", "evaluate.metrics.skill.max_rows=1"]
     run(tmp_path / "world/recipe.yaml", tmp_path / "run", overrides=overrides)
     kept = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
-    assert kept["evaluate"]["metrics"]["skill"]["take"] == 1
+    assert kept["evaluate"]["metrics"]["skill"]["max_rows"] == 1
     assert "merge" not in kept
     assert [row["arm"] for row in json.loads((tmp_path / "run/table.json").read_text())["rows"]] == ["base"]

@@ -8,7 +8,10 @@ import pytest
 from toys.train import FAST, THEIR_WARNINGS, dataset, preferences, saved, texts, tiny_llama, tokenizer
 
 from paft_merge.errors import RecipeError, TrainError
+from paft_merge.plan.vocabulary.chat_templates import choose_template
+from paft_merge.recipe import Located
 from paft_merge.training import train_adapter
+from paft_merge.training.base_model import load_tokenizer
 from paft_merge.training.data import check_rows, count_cut, fingerprint, load_rows, shorten_prompts
 from paft_merge.training.schema import DataSpec, read_adapter, read_adapters
 
@@ -77,7 +80,7 @@ def test_columns_are_renamed_and_selected_and_a_misspelt_one_gets_a_hint(tmp_pat
     )
     rows = load_rows([source], tmp_path)
     assert rows.column_names == ["prompt", "completion"]
-    assert len(load_rows([DataSpec(path="a.jsonl", take=2)], tmp_path)) == 2
+    assert len(load_rows([DataSpec(path="a.jsonl", max_rows=2)], tmp_path)) == 2
     with pytest.raises(TrainError, match="did you mean 'question'"):
         load_rows([DataSpec(path="a.jsonl", rename={"qestion": "prompt"})], tmp_path)
 
@@ -203,15 +206,15 @@ def test_all_faults_of_all_adapters_are_told_with_hints():
             "a": {"objective": "sft", "data": {"pth": "x"}, "l1": {"strenght": 1}},
             "b": {"objective": "dpo", "data": ["x"], "lora": {"r": 0}, "training": {"output_dir": "y"}},
             "c": {"objective": "on_policy", "data": "x"},
-            "d": {"objective": "sft", "data": "x", "l1": {"mode": "prox", "on": "product"}},
+            "d": {"objective": "sft", "data": "x", "l1": {"mode": "prox", "penalize": "product"}},
             "e": {"objective": "sft", "data": "x", "orpo": {"beta": 1}},
         }
     }
     with pytest.raises(RecipeError) as caught:
-        read_adapters(recipe, lambda path: "r.yaml: " + ".".join(map(str, path)))
+        read_adapters(Located(recipe, "r.yaml"))
     told = str(caught.value)
     for expected in (
-        "r.yaml: adapters.a.data.0.pth: unknown key; did you mean 'path'?",
+        "r.yaml: adapters.a.data[0].pth: unknown key; did you mean 'path'?",
         "adapters.a.l1.strenght: unknown key; did you mean 'strength'?",
         "adapters.b.lora.r: Input should be greater than or equal to 1, got 0",
         "needs `reward`",
@@ -221,12 +224,14 @@ def test_all_faults_of_all_adapters_are_told_with_hints():
         assert expected in told
 
 
-def test_the_key_on_survives_yamls_opinion_of_it():
+def test_a_bare_on_which_yaml_reads_as_true_is_the_former_name_of_penalize(caplog):
     import yaml
 
     section = yaml.safe_load("{objective: sft, data: x, l1: {strength: 1e-4, on: factors}}")
-    l1 = read_adapter(section).l1
-    assert (l1.on, l1.strength) == ("factors", 1e-4)
+    assert True in section["l1"]
+    l1 = read_adapter(section, "bare").l1
+    assert (l1.penalize, l1.strength) == ("factors", 1e-4)
+    assert "adapters.bare.l1.on: the key `on` was renamed; write `penalize`" in caplog.text
 
 
 def test_reading_a_section_imports_neither_torch_nor_trl():
@@ -257,6 +262,14 @@ def test_an_empty_file_and_a_template_that_is_not_there_are_told_as_that(tmp_pat
     base = saved(tmp_path / "base")
     with pytest.raises(TrainError, match=r"there is no file chat\.jinja; check chat_template"):
         train_adapter(base, {"objective": "sft", "data": "x", "chat_template": "chat.jinja"}, tmp_path / "x")
+
+
+def test_a_named_chat_template_is_the_one_that_a_merge_uses(tmp_path):
+    base = saved(tmp_path / "base")
+    (tmp_path / "chatml").write_text("not this file")
+    loaded = load_tokenizer(base, spec(chat_template="chatml"), tmp_path)
+    assert loaded.chat_template == choose_template("chatml", [])
+    assert "<|im_start|>" in loaded.chat_template
 
 
 def test_a_data_set_of_the_hub_is_read_at_its_revision_and_one_that_is_not_there_is_told(monkeypatch, tmp_path):

@@ -11,8 +11,8 @@ from toys.train import FAST, THEIR_WARNINGS, dataset, preferences, pretrained, s
 from paft_merge.errors import TrainError
 from paft_merge.training import train_adapter
 from paft_merge.training.base_model import digest_of
-from paft_merge.training.on_policy import Sampled, best_of, generate, mixed, pairs_of, weighted
-from paft_merge.training.rewards import imported, reward_functions, total
+from paft_merge.training.on_policy import Sampled, best_of, mixed, pairs_of, sample, weighted
+from paft_merge.training.rewards import load_function, reward_functions, source_of, total
 from paft_merge.training.schema import RewardSpec, SamplingSpec
 
 pytestmark = THEIR_WARNINGS
@@ -82,11 +82,10 @@ def test_generation_is_repeatable_and_gives_each_prompt_its_samples():
     spec = SamplingSpec(completions=3, max_new_tokens=5, batch_size=2)
     prompts = ["w1 w2", "w3", "w4 w5 w6"]
     model, words = pretrained(), tokenizer()
-    first = generate(model, words, prompts, spec, 1)
+    first = sample(model, words, prompts, spec, 1)
     assert [len(group) for group in first] == [3, 3, 3]
-    assert first == generate(model, words, prompts, spec, 1)
-    assert first != generate(model, words, prompts, spec, 2)
-    assert words.padding_side == "right"
+    assert first == sample(model, words, prompts, spec, 1)
+    assert first != sample(model, words, prompts, spec, 2)
 
 
 def test_rewards_come_from_functions_rules_and_sums(tmp_path):
@@ -96,11 +95,25 @@ def test_rewards_come_from_functions_rules_and_sums(tmp_path):
     match = reward_functions([RewardSpec(rule="match"), RewardSpec(rule="contains")])
     assert total(match, prompts=["p"], completions=[" 42 "], answer=["42"]) == [2.0]
     with pytest.raises(TrainError, match="gave 1 scores for 2 completions"):
-        total([imported("toy_rewards:broken")], prompts=["p"] * 2, completions=["a", "b"])
+        total([load_function("toy_rewards:broken")], prompts=["p"] * 2, completions=["a", "b"])
     with pytest.raises(TrainError, match="not finite"):
-        total([imported("toy_rewards:spoiled")], prompts=["p"], completions=["a"])
-    with pytest.raises(TrainError, match="cannot be imported"):
-        imported("toy_rewards:missing")
+        total([load_function("toy_rewards:spoiled")], prompts=["p"], completions=["a"])
+    with pytest.raises(TrainError, match="toy_rewards has no function 'likes_w2'; did you mean 'likes_w1'"):
+        load_function("toy_rewards:likes_w2")
+    with pytest.raises(TrainError, match=r"cannot be imported: ModuleNotFoundError.*; write rewards\.py:function"):
+        load_function("no_such_module:f")
+
+
+def test_a_reward_is_a_function_of_a_file_beside_the_recipe_or_of_a_module(tmp_path):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "mine.py").write_text(REWARD)
+    given = {"prompts": ["p"], "completions": ["w1 w2"]}
+    for name in ("mine.py:likes_w1", f"{tmp_path / 'beside' / 'mine.py'}:likes_w1", "toy_rewards:likes_w1"):
+        assert total(reward_functions([RewardSpec(function=name)], tmp_path / "beside"), **given) == [1.0]
+    with pytest.raises(TrainError, match=r"mine\.py:likes_w1: cannot be imported: FileNotFoundError"):
+        load_function("mine.py:likes_w1", tmp_path)
+    assert source_of("mine.py:likes_w1", tmp_path / "beside") == tmp_path / "beside" / "mine.py"
+    assert source_of("toy_rewards:likes_w1") == tmp_path / "toy_rewards.py"
 
 
 def test_a_reward_model_scores_with_its_first_logit(tmp_path):
@@ -203,7 +216,7 @@ def test_trls_online_trainers_take_our_rewards_and_our_l1(tmp_path, objective):
         **FAST, "max_steps": 2, "num_generations": 4, "max_completion_length": 6, "per_device_train_batch_size": 8,
     }  # fmt: skip
     plain = {"objective": objective, "data": "m", "lora": {"r": 4}, "training": training, "l1": {"strength": 1e-3}}
-    plain["reward"] = [{"function": "toy_rewards:likes_w1"}, {"rule": "short", "weight": 0.1}]
+    plain["reward"] = [{"function": "toy_rewards.py:likes_w1"}, {"rule": "short", "weight": 0.1}]
     out = train_adapter(pretrained(), plain, tmp_path / "x", rows=prompts(), tokenizer=tokenizer(), base_name="t")
     logged = [line for line in record_of(out)["run"]["log"] if "loss" in line]
     assert "rewards/likes_w1/mean" in logged[0]

@@ -186,11 +186,11 @@ fsdp_config:
 
 def fsdp(path, out, *more, **environment):
     """Run the launcher's own command on `fsdp_on_cpu.py` instead of on its module: accelerate shards on GPUs only."""
-    from paft_merge.training.launch import _read
+    from paft_merge.training.launch import read_recipe
     from paft_merge.training.processes import command_for, free_ports
     from paft_merge.training.schema import read_adapters
 
-    spec = read_adapters(_read(path)[0])["two"]
+    spec = read_adapters(read_recipe(path)[0])["two"]
     command = list(command_for("two", spec, path, out, False, free_ports(1)[0]))
     at = command.index("paft_merge.training.launch")
     command[at - 1 : at + 1] = [str(TESTS / "toys" / "fsdp_on_cpu.py")]

@@ -363,7 +363,7 @@ def test_a_target_that_was_missed_is_told_with_where_the_strength_ended(base, tm
 def test_prox_gives_exact_zeros_and_the_penalty_none(base, tmp_path):
     zeros = {}
     for mode in ("prox", "penalty"):
-        l1 = {"strength": 0.01, "mode": mode, "on": "factors", "warmup": 4}
+        l1 = {"strength": 0.01, "mode": mode, "penalize": "factors", "warmup": 4}
         out = train_adapter(
             base, spec(steps=20, l1=l1), tmp_path / mode, rows=texts(), tokenizer=tokenizer(), base_name="toy"
         )
@@ -422,10 +422,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     ("l1", "stage", "message"),
     [
         ({"mode": "prox"}, 2, "overwrite what the proximal step shrinks; use mode: penalty"),
-        ({"on": "product"}, 3, "ZeRO-3 shards the factors"),
-        ({"on": "factors"}, 3, "neither measured nor penalised; use FSDP 2"),
+        ({"penalize": "product"}, 3, "ZeRO-3 shards the factors"),
+        ({"penalize": "factors"}, 3, "neither measured nor penalised; use FSDP 2"),
         (None, 3, "ZeRO-3 shards the factors"),
-        ({"on": "product"}, 2, None),
+        ({"penalize": "product"}, 2, None),
     ],
 )
 def test_what_zero_would_undo_is_refused(l1, stage, message):

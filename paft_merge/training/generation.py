@@ -1,0 +1,67 @@
+"""Text generation from prompts, for rounds of sampling and for evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_ids(tokenizer: Any, prompt: Any, suffix: str = "") -> list[int]:
+    """Token ids of a prompt (text, or chat turns through the tokenizer's template) followed by `suffix`."""
+    chat = not isinstance(prompt, str)  # a template writes the special tokens itself
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if chat else prompt
+    return list(tokenizer(text + suffix, add_special_tokens=not chat)["input_ids"])
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Pad rows of ids to `[B, T]` int64; also returns the attention mask `[B, T]`."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for at, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[at, span], mask[at, span] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    completions: int = 1,
+    **options: Any,
+) -> list[tuple[str, ...]]:
+    """Generate completions of one batch, without prompts and special tokens.
+
+    Args:
+        model: A causal language model in eval mode.
+        tokenizer: Its tokenizer, which needs a pad token.
+        prompts: Token ids.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        completions: Number of completions per prompt.
+        options: Further arguments of `model.generate`.
+
+    Returns:
+        The completions of every prompt, in the order of the prompts.
+    """
+    input_ids, mask = padded(prompts, tokenizer.pad_token_id, model.device, left=True)
+    how = {
+        "max_new_tokens": max_new_tokens,
+        "num_return_sequences": completions,
+        "num_beams": 1,
+        "do_sample": temperature > 0,
+        "temperature": temperature or None,  # of a greedy run transformers would warn
+        "top_k": 0 if temperature else None,
+        "top_p": None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    made = model.generate(input_ids=input_ids, attention_mask=mask, **{**how, **options})
+    texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return [tuple(texts[i : i + completions]) for i in range(0, len(texts), completions)]
