@@ -1,34 +1,35 @@
-"""The error tree: what a user can cause, and how to mend it.
+"""The errors that a user can cause, and the warning about deprecated names.
 
     PaftMergeError
-    |- RecipeError        a recipe that cannot be run as written
-    |- CheckpointError    a checkpoint that is broken, incomplete or not what it says
-    |- AdapterError       an adapter that has no exact delta on this base
-    |- MergeError         a merge that cannot go on (names the tensor)
-    |- OutputError        a place that cannot be written
-    |- TrainError         a training run that cannot start or go on
-    |- AuditError         an audit that has no answer, or a gate that failed
-    |- EvaluateError      an evaluation that cannot be done
-    |- RunError           a run of stages that cannot start or go on
-    `- HubError           the Hub, or the way to it
+    |- RecipeError        a recipe is invalid
+    |- CheckpointError    a checkpoint is broken or incomplete
+    |- AdapterError       an adapter has no exact delta on its base
+    |- MergeError         a merge cannot continue
+    |- OutputError        the output cannot be written
+    |- TrainError         a training run cannot start or continue
+    |- AuditError         an audit has no answer, or a requirement failed
+    |- EvaluateError      an evaluation cannot be done
+    |- RunError           a pipeline run cannot start or continue
+    `- HubError           the Hub refused a request or cannot be reached
 
-An error carries one or more `Problem`s, because faults that can be known at once are told at once. Bugs stay
-`ValueError`, `TypeError` and friends, with their traceback.
+An error carries one `Problem` or more: all problems that can be found together are reported together. Bugs raise
+`ValueError`, `TypeError` and the like, with a traceback.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 E = TypeVar("E", bound="PaftMergeError")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault: `code` for machines, then where it is, what is wrong, and what mends it."""
+    """One problem: a `code` for programs, where it is, what is wrong, and how to fix it."""
 
     code: str
     where: str
@@ -41,9 +42,11 @@ class Problem:
 
 
 class PaftMergeError(Exception):
-    """A fault that the user can mend; `str()` is one line per problem.
+    """An error that the user can fix; `str()` is one line per problem.
 
-    `warnings` are what was found odd, and possible, before the fault: a mistyped key is often its cause.
+    Attributes:
+        problems: at least one.
+        warnings: what was unusual but possible before the error; a mistyped key is often its cause.
     """
 
     def __init__(self, problems: Sequence[Problem], warnings: Sequence[Problem] = ()) -> None:
@@ -52,80 +55,88 @@ class PaftMergeError(Exception):
 
     @classmethod
     def of(cls: type[E], code: str, where: object, what: str, fix: str = "") -> E:
-        """An error of one problem, ready to raise."""
+        """Return an error with one problem."""
         return cls([Problem(code, str(where), what, fix)])
 
 
 class RecipeError(PaftMergeError):
-    """A recipe that cannot be run as written."""
+    """A recipe is invalid."""
 
 
 class CheckpointError(PaftMergeError):
-    """A checkpoint that is broken, incomplete or not what it says."""
+    """A checkpoint is broken or incomplete."""
 
 
 class AdapterError(PaftMergeError):
-    """An adapter that has no exact delta on this base."""
+    """An adapter has no exact delta on its base."""
 
 
 class MergeError(PaftMergeError):
-    """A merge that cannot go on."""
+    """A merge cannot continue."""
 
 
 class OutputError(PaftMergeError):
-    """A place that cannot be written."""
+    """The output cannot be written."""
 
 
 class TrainError(PaftMergeError):
-    """A training run that cannot start or go on."""
+    """A training run cannot start or continue."""
 
 
 class AuditError(PaftMergeError):
-    """An audit that has no answer, or a gate that failed."""
+    """An audit has no answer, or a requirement failed."""
 
 
 class EvaluateError(PaftMergeError):
-    """An evaluation that cannot be done."""
+    """An evaluation cannot be done."""
 
 
 class RunError(PaftMergeError):
-    """A run of stages that cannot start or go on."""
+    """A pipeline run cannot start or continue."""
 
 
 class HubError(PaftMergeError):
-    """The Hub, or the way to it."""
+    """The Hub refused a request or cannot be reached."""
 
 
 class Problems:
-    """Gathers faults so that they are raised together: `with Problems.gather(RecipeError) as problems: ...`."""
+    """Collects problems, to raise them together with `raise_as`."""
 
     def __init__(self) -> None:
         self.found: list[Problem] = []
 
     def add(self, code: str, where: object, what: str, fix: str = "") -> None:
-        """Note one fault and go on."""
+        """Add one problem."""
         self.found.append(Problem(code, str(where), what, fix))
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """Turn a `PaftMergeError` of the block into noted faults."""
+        """Add the problems of a `PaftMergeError` that the block raises, and suppress the error."""
         try:
             yield
         except PaftMergeError as error:
             self.found.extend(error.problems)
 
     def raise_as(self, kind: type[PaftMergeError]) -> None:
-        """Raise everything noted so far as one `kind`; nothing when there is nothing."""
+        """Raise one `kind` with all problems, if there are any."""
         if self.found:
             raise kind(self.found)
 
 
 def escape(text: str) -> str:
-    """`text` with control characters spelt out, so that a tensor's name cannot drive a terminal; at most 2,000 characters."""
+    """Return `text` with control characters escaped, so that a tensor name cannot control a terminal; at most 2,000 characters."""
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= 2000 else shown[:1990] + "..."
 
 
-def unreachable(value: NoReturn) -> NoReturn:
-    """Tell mypy, and a reader of a traceback, that every case was handled."""
-    raise AssertionError(f"unhandled case: {value!r}")
+def deprecated(name: str, use: str, *, since: str, stacklevel: int = 3) -> None:
+    """Warn about a deprecated name; it keeps working in two releases after the one that deprecated it.
+
+    Args:
+        name: what is deprecated, with its kind (`"the option 'remote'"`).
+        use: what to write instead (`"use 'stream_from_hub'"`).
+        since: version that deprecated it.
+        stacklevel: as for `warnings.warn`; 3 is the caller of the function that calls this one.
+    """
+    text = f"{name} is deprecated since paft-merge {since}, and two releases later it will be removed; {use}"
+    warnings.warn(text, FutureWarning, stacklevel=stacklevel)

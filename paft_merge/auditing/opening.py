@@ -118,7 +118,7 @@ def open_sources(sources: Sequence[Source], base: Path | str | None, *, fetch_ba
         inline = not isinstance(recipes[0], str) or "\n" in recipes[0] or recipes[0].startswith(HF)
         recipe = recipes[0] if inline else Path(str(recipes[0]))
         with ExitStack() as stack:
-            planned = stack.enter_context(api.open_plan(recipe, remote=not fetch_base))
+            planned = stack.enter_context(api.open_plan(recipe, stream_from_hub=not fetch_base))
             if not all(_only_adapters(tensor.inputs) for tensor in planned.tensors):
                 stack.close()
                 planned = stack.enter_context(api.open_plan(recipe))

@@ -10,6 +10,7 @@ import click
 
 from paft_merge.cli.merging import planning_options
 from paft_merge.cli.terminal import recipe_place, warn
+from paft_merge.engine.options import MergeOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,27 +22,27 @@ if TYPE_CHECKING:
 @click.command(short_help="Every tensor's method, sources and parameters, with lines.")
 @click.argument("recipe")
 @click.option(
-    "--tensor", "pattern", default="*", metavar="GLOB", help="Only tensors whose names fit, e.g. '*.0.mlp.*'."
+    "--tensor", "pattern", default="*", metavar="GLOB", help="Only tensors whose names match, e.g. '*.0.mlp.*'."
 )
-@click.option("--json", "as_json", is_flag=True, help="Every tensor by itself, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
 @planning_options
 def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
-    """Show what RECIPE does with each tensor: sources, and every parameter with the line that set it. Reads headers alone."""
+    """Show the sources of each tensor, and every parameter with the line of RECIPE that set it. Reads only headers."""
     from paft_merge.engine import api
-    from paft_merge.plan import explanation as explaining
+    from paft_merge.plan import explanation
 
-    with api.open_plan(recipe_place(recipe), remote=True, **planning) as planned:
-        warn(planned.warnings)
-        tensors = explaining.explain(planned, pattern)
+    with api.open_plan(recipe_place(recipe), MergeOptions(stream_from_hub=True, **planning)) as plan:
+        warn(plan.warnings)
+        tensors = explanation.explain(plan, pattern)
         if as_json:
-            click.echo(json.dumps([explaining.to_json(tensor) for tensor in tensors], indent=2))
+            click.echo(json.dumps([explanation.to_json(tensor) for tensor in tensors], indent=2))
             return
-        for group in explaining.alike(tensors):
+        for group in explanation.alike(tensors):
             _show(group)
 
 
 def _show(group: Sequence[Explained]) -> None:
-    """One tensor, or several alike: the inputs, and under each what was set for it, and where."""
+    """Print one tensor, or several alike: each input with its parameters, and where they were set."""
     from rich.markup import escape
     from rich.padding import Padding
 
@@ -68,7 +69,7 @@ def _show(group: Sequence[Explained]) -> None:
 def _input(tensor: Explained, source: ExplainedSource) -> str:
     from rich.markup import escape
 
-    kind = {"checkpoint": "", "none": "  [dim]no delta[/]", "document": "  [dim]merged on the way[/]"}.get(
+    kind = {"checkpoint": "", "none": "  [dim]no delta[/]", "document": "  [dim]merged on the fly[/]"}.get(
         source.delta, f"  [dim]{source.delta}[/]"
     )
     renamed = "" if source.tensor == tensor.name else f"  [yellow]{escape(source.tensor)}[/]"
@@ -76,9 +77,11 @@ def _input(tensor: Explained, source: ExplainedSource) -> str:
 
 
 def _table(found: Sequence[dict[str, Resolved]]) -> Table:
-    """A row a parameter that was set, and one for all defaults; values that differ between like tensors as first to last."""
+    """Return a table of parameters: a row for each that was set, one for all defaults; gradients as first to last value."""
     from rich.markup import escape
     from rich.table import Table
+
+    from paft_merge.plan.formatting import show_value
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -86,7 +89,7 @@ def _table(found: Sequence[dict[str, Resolved]]) -> Table:
     table.add_column(overflow="fold")
     defaults = []
     for name, one in found[0].items():
-        values = list(dict.fromkeys(_shown(parameters[name].value) for parameters in found))
+        values = list(dict.fromkeys(show_value(parameters[name].value) for parameters in found))
         value = values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
         if one.origin.level == "default":
             defaults.append(f"{name} {value}")
@@ -95,9 +98,3 @@ def _table(found: Sequence[dict[str, Resolved]]) -> Table:
     if defaults:
         table.add_row("[dim]default[/]", "", f"[dim]{escape(', '.join(defaults))}[/]")
     return table
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "-" if value is None else str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

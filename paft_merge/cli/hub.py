@@ -22,18 +22,10 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
     REF is a repository, `user/name` or `user/name@revision`, BASE+ADAPTER for both, or a file, hf://user/name/recipe.yaml.
     Unlike a merge, which takes what the cache has, this asks the Hub where a branch stands now.
     """
-    from paft_merge.hub import HF, download, fetch_file, resolve
-    from paft_merge.recipe import ModelRef
+    from paft_merge import hub
 
-    if reference.startswith(HF):
-        click.echo(str(fetch_file(reference, refresh=True)))
-        return
-    ref = ModelRef.parse(reference)
-    looks = [resolve(ref.path, ref.revision, kind="model" if ref.lora else "any", unpickle=lazy_unpickle, refresh=True)]
-    if ref.lora:
-        looks.append(resolve(ref.lora, ref.lora_revision, kind="adapter", refresh=True))
     with sigterm_as_interrupt():
-        for folder in download(looks):
+        for folder in hub.pull(reference, unpickle=lazy_unpickle):
             click.echo(str(folder))
 
 

@@ -1,4 +1,4 @@
-"""The options of `mergekit-yaml` on `paft merge`: those that mean something here, and a line for each that does not."""
+"""The options of `mergekit-yaml` on `paft merge`: some have a counterpart, a warning names the others."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import click
 from paft_merge.errors import Problem
 
 _ALWAYS = {
-    "--clone-tensors": "repeated layers are written out anyway",
-    "--async-write": "writing overlaps with the rest anyway",
-    "--low-cpu-memory": "memory is a few blocks anyway; --memory bounds it",
+    "--clone-tensors": "repeated layers are always written out",
+    "--async-write": "writing always overlaps with reading and computing",
+    "--low-cpu-memory": "a merge holds only a few blocks in memory; --memory bounds it",
     "--read-to-gpu": "blocks go to the device as they are read",
     "--safe-serialization": "",
     "--copy-tokenizer": "",
@@ -31,10 +31,10 @@ _ALWAYS = {
     "--no-clone-tensors": "",
     "--no-async-write": "",
     "--no-multi-gpu": "",
-    "--lazy": "documents are merged on the way; --resume goes on with an interrupted merge",
+    "--lazy": "documents are merged on the fly; --resume continues an interrupted merge",
     "--no-lazy": "",
 }
-"""Flags that change nothing: what they ask for is so anyway. A text says how."""
+"""Flags for something that always happens here. The text explains it."""
 
 _NOT_HERE = {
     "--multi-gpu": "one device is used; name it with --device",
@@ -48,8 +48,8 @@ _VALUES = {
     "--lora-merge-cache": "adapters are read on the fly, and nothing is cached",
     "--lora-merge-dtype": "an adapter's delta is float32 and is rounded once, at the end",
     "--write-threads": "writing is done by the threads of --threads",
-    "--intermediate-dir": "documents of one file are merged on the way, and none but the result is written",
-    "--random-seed": "a seed changes the result, so it stands in the recipe: write seed: {value} there",
+    "--intermediate-dir": "documents of one file are merged on the fly, and only the result is written",
+    "--random-seed": "a seed changes the result, so it belongs in the recipe: write seed: {value} there",
 }
 """Options with a value that have no counterpart."""
 
@@ -58,7 +58,10 @@ _SHORT = {"--intermediate-dir": ("-I",)}
 
 
 def accepts_mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add them, hidden, to a command that has `device` and `threads`, and a `notes` of what they did not do."""
+    """Add mergekit's options, hidden, to a command that takes `device`, `threads` and `out`.
+
+    The command also receives `notes`: a warning for every given option that has no effect.
+    """
 
     @wraps(command)
     def run(*arguments: Any, **given: Any) -> Any:
@@ -103,7 +106,7 @@ def _notes(given: dict[str, Any]) -> list[Problem]:
 
 
 def _help(what: str) -> str:
-    return f"No effect here: {what or 'it is so anyway'}."
+    return f"No effect here: {what or 'this is always the case'}."
 
 
 def _key(name: str) -> str:

@@ -14,6 +14,7 @@ import click
 
 from paft_merge.cli.mergekit_options import accepts_mergekit_options
 from paft_merge.cli.terminal import Size, import_option, recipe_place, sigterm_as_interrupt, warn
+from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem, Problems
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every verb that plans a merge; they are the keywords of `api.open_plan`."""
+    """Add the options of every command that plans a merge; their names are fields of `MergeOptions`."""
     options = [
-        click.option("--strict", is_flag=True, help="Treat what would be ignored as an error."),
+        click.option("--strict", is_flag=True, help="Raise an error for a recipe key that has no effect."),
         import_option,
         click.option(
             "--out-shard-size",
@@ -36,24 +37,24 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through mergekit's restricted unpickler."
         ),
         click.option(
-            "--allow-crimes", is_flag=True, help="Merge models whose configs differ where their tensors do not."
+            "--allow-crimes", is_flag=True, help="Merge models whose configs differ in fields that shapes do not show."
         ),
-        click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity as they come."),
+        click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity instead of failing."),
         click.option(
             "-i",
             "--tensor-intersection",
             "tensor_names",
             flag_value="intersection",
-            help="Of files of tensors, merge those that all of them have (as mergekit-pytorch).",
+            help="For tensor files: merge the tensors that all files hold (as mergekit-pytorch).",
         ),
         click.option(
             "-u",
             "--tensor-union",
             "tensor_names",
             flag_value="union",
-            help="Of files of tensors, merge each of those that have it (as mergekit-pytorch).",
+            help="For tensor files: merge the tensors that any file holds (as mergekit-pytorch).",
         ),
-        click.option("--output-name", metavar="NAME", help="Which document of a file with several is the result."),
+        click.option("--output-name", metavar="NAME", help="Document to write, for a recipe file with several."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -72,55 +73,50 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no bit."
 )
 @click.option("--memory", type=Size(), help="Upper bound of the working memory, e.g. 800M.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted merge into OUT.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, which stays whole until the merge is.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted merge into OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, which stays complete until the merge has finished.")
 @click.option(
-    "--stream-from-hub", is_flag=True, help="Read weights from the Hub by ranges and store none: OUT is all it writes."
+    "--stream-from-hub", is_flag=True, help="Read weights from the Hub by byte ranges; nothing but OUT is stored."
 )
-@click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files into OUT. They are not run.")
+@click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files into OUT. They are never run.")
 @click.option("--write-model-card/--no-write-model-card", default=True, show_default=True, help="Write README.md.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @planning_options
 @accepts_mergekit_options
 def merge(
-    recipe: str, out: Path | None, dry_run: bool, as_json: bool, device: str, threads: int | None, memory: int | None,
-    resume: bool, overwrite: bool, stream_from_hub: bool, trust_remote_code: bool, write_model_card: bool, quiet: bool,
-    notes: list[Problem], **planning: Any,
-) -> None:  # fmt: skip
+    recipe: str, out: Path | None, dry_run: bool, as_json: bool, quiet: bool, notes: list[Problem], **options: Any
+) -> None:
     """Merge the models of RECIPE (mergekit's YAML) into the folder OUT.
 
-    The options of mergekit-yaml are taken too; those that mean nothing here say so.
+    The options of mergekit-yaml are accepted too; a warning names those that have no effect here.
     """
-    # Read when NumPy is imported. A merge uses its BLAS on the core that asks; threads beside that one only wait, and not idly.
+    # Read when NumPy is imported. A merge calls BLAS from every thread; further threads of BLAS would only spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from paft_merge.engine import api
 
     warn(notes)
+    asked, place = MergeOptions(**options, warn=warn), recipe_place(recipe)
     if dry_run:
-        with api.open_plan(recipe_place(recipe), remote=True, **planning) as planned:
+        with api.open_plan(place, asked, stream_from_hub=True) as plan:
             problems = Problems()
             if out is not None:
-                api.check_output(planned, out, overwrite=overwrite, problems=problems)
-            warn([*planned.warnings, *problems.found])
-            _show_plan(planned, out, as_json)
+                api.check_output(plan, out, overwrite=asked.overwrite, problems=problems)
+            warn([*plan.warnings, *problems.found])
+            _show_plan(plan, out, as_json)
         return
     if as_json:
         raise click.UsageError("--json shows a plan, and needs --dry-run.")
     if out is None:
-        raise click.UsageError("Missing argument 'OUT' (only --dry-run does without).")
+        raise click.UsageError("Missing argument 'OUT' (it may be left out only with --dry-run).")
     with sigterm_as_interrupt(), progress_bar(quiet) as progress:
-        api.merge(
-            recipe_place(recipe), out, device=device, threads=threads, memory=memory, resume=resume, overwrite=overwrite,
-            trust_remote_code=trust_remote_code, write_model_card=write_model_card, stream_from_hub=stream_from_hub,
-            progress=progress, warn=warn, **planning,
-        )  # fmt: skip
+        api.merge(place, out, asked, progress=progress)
     if not quiet:
         click.echo(f"{out} is done: see its README.md and merge_manifest.json", err=True)
 
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """A bar on stderr with tensors, GB/s and the time left; until the first tensor it is left to the Hub's own bars."""
+    """Draw a bar on stderr with tensors, GB/s and the time left. It starts with the first tensor, after downloads."""
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     if quiet or not sys.stderr.isatty():
@@ -131,9 +127,13 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.fields[tensors]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[name]}", style="dim"),
-    )  # fmt: skip
+        TextColumn("{task.fields[tensors]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", style="dim"),
+    )
     bar = Bar(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("", total=None, tensors="", name="")
     try:
@@ -148,10 +148,10 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         bar.stop()
 
 
-def _show_plan(planned: MergePlan, out: Path | None, as_json: bool) -> None:
-    from paft_merge.cli.plan_tables import plan_json, plan_table
+def _show_plan(plan: MergePlan, out: Path | None, as_json: bool) -> None:
+    from paft_merge.cli.plan_tables import plan_table
 
     if as_json:
-        click.echo(json.dumps(plan_json(planned, out), indent=2))
+        click.echo(json.dumps(plan.to_json(out), indent=2))
     else:
-        plan_table(planned, out)
+        plan_table(plan, out)

@@ -1,48 +1,55 @@
-"""What the verbs share: sizes, warnings, a progress bar, and an end that lets files be closed."""
+"""Shared parts of the commands: sizes, warnings, and how SIGTERM ends a command."""
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from paft_merge.engine.options import MergeOptions, parse_size
 from paft_merge.errors import Problem
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """Bytes, as `800M`, `5GB` or, in mergekit's spelling, `5B`; decimal units."""
+    """Bytes as text, see `parse_size`."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        number = value.strip().lower()
-        for unit in ("kb", "mb", "gb", "tb"):
-            number = number.removesuffix(unit) + unit[0] if number.endswith(unit) else number
-        factor = _UNITS.get(number[-1:], 0) if not number[-1:].isdigit() else 1
+        """Return the number of bytes."""
         try:
-            size = int(float(number.rstrip("kmgbt")) * factor)
-        except (ValueError, OverflowError):
-            size = 0
-        if size <= 0:
-            self.fail(f"{value!r} is no size; write for example 800M or 5GB", param, ctx)
-        return size
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def recipe_place(text: str) -> Path | str:
-    """A recipe's file, or its address on the Hub (`hf://...`)."""
+    """Return the path of a recipe, or its address on the Hub (`hf://...`)."""
     return text if text.startswith("hf://") else Path(text)
 
 
 def line(kind: str, problem: Problem) -> str:
-    return f"{kind}[{problem.code}]: {problem}"
+    """Return a problem as one line, with options as flags: `overwrite=True` becomes `--overwrite`."""
+    return f"{kind}[{problem.code}]: {_OPTION.sub(_flag, str(problem))}"
+
+
+_OPTION = re.compile(
+    rf"\b({'|'.join(field.name for field in fields(MergeOptions))})=(?:(True)\b|\[?'([^']*)'\]?|(\d+))"
+)
+
+
+def _flag(found: re.Match[str]) -> str:
+    name, _, text, number = found.groups()
+    if name == "tensor_names":
+        return f"--tensor-{text}"
+    flag = {"imports": "--import", "out_shard_bytes": "--out-shard-size"}.get(name, f"--{name.replace('_', '-')}")
+    return f"{flag} {text or number}" if text or number else flag
 
 
 import_option = click.option(
@@ -51,13 +58,14 @@ import_option = click.option(
 
 
 def warn(problems: Sequence[Problem]) -> None:
+    """Print warnings on stderr."""
     for problem in problems:
         click.echo(line("warning", problem), err=True)
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that files are closed and the way to resume is told."""
+    """Handle SIGTERM like Ctrl-C: files are closed and the user learns how to resume."""
 
     def stop(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt

@@ -1,46 +1,48 @@
-"""A merge made again from its manifest, with every source at its commit, and compared with what the manifest says."""
+"""`reproduce`: a merge repeated from its manifest, with every source at its commit, and compared with the manifest."""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.engine.api import merge, open_plan
+from paft_merge.engine.options import RECORDED, MergeKeywords, MergeOptions
 from paft_merge.engine.sidefiles import identity
-from paft_merge.errors import MergeError, Problem, Problems
+from paft_merge.errors import MergeError, Problems
 from paft_merge.hub import pinned, resolve
 from paft_merge.output.manifest import MANIFEST, read_manifest, verify
 from paft_merge.recipe import dump_yaml
 
 if TYPE_CHECKING:
-    from paft_merge.engine.streaming import Progress
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What became of a merge that was made again."""
+    """The comparison of a repeated merge with its manifest."""
 
     where: str
     tensors: int
     nbytes: int
     differing: tuple[str, ...]
-    """Tensors with other bytes, or that only one of the two has."""
+    """Tensors whose bytes differ, or that only one of the two merges has."""
     files: tuple[str, ...]
-    """What stands beside the weights and is not the same: config, tokenizer."""
+    """Other files that differ: config, tokenizer."""
     versions: Mapping[str, tuple[str, str]]
-    """Packages that are not the same: then and now."""
+    """Packages whose versions differ: recorded and installed."""
 
     @property
     def identical(self) -> bool:
-        """Whether every byte of every tensor, and what stands beside them, is what it was."""
+        """Whether every tensor and every other file has the same bytes."""
         return not self.differing and not self.files
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the comparison as plain data."""
         versions = {name: list(pair) for name, pair in self.versions.items()}
         return {
             "where": self.where, "identical": self.identical, "tensors": self.tensors, "bytes": self.nbytes,
@@ -51,43 +53,33 @@ class Reproduction:
 def reproduce(
     place: Path | str,
     out: Path | None = None,
-    *,
-    imports: Sequence[str] = (),
-    threads: int | None = None,
-    stream_from_hub: bool = False,
-    progress: Callable[[Progress], None] = lambda _: None,
-    warn: Callable[[Sequence[Problem]], None] | None = None,
+    options: MergeOptions | None = None,
+    **overrides: Unpack[MergeKeywords],
 ) -> Reproduction:
-    """Merge again what lies at `place`, and compare.
+    """Merge again what the manifest at `place` describes, and compare.
 
     Args:
-        place: a folder that `paft merge` wrote, or a repository (`user/name@revision`); of it only the manifest is read.
-        out: where to write; a folder that is removed afterwards by default.
-        imports: modules that register methods; a manifest names those it needs, and cannot make us import them.
-        threads, stream_from_hub, progress, warn: as for `api.merge`.
+        place: a folder that `merge` wrote, or a repository (`user/name@revision`), of which only the manifest is read.
+        out: folder to write; by default a temporary one.
+        options: see `MergeOptions`; options that the manifest records come from there, except `imports`: a manifest
+            names the modules that it needs, and only `imports` makes them be imported.
+        overrides: single options, which replace those of `options`.
 
     Raises:
-        MergeError: REPRODUCE_INPUT, a source is not what was merged; REPRODUCE_IMPORT.
-        PaftMergeError: the manifest cannot be read; and as `api.merge`.
+        MergeError: REPRODUCE_INPUT, a source changed since; REPRODUCE_IMPORT, a module is missing in `imports`;
+            REPRODUCE_OPTION, the manifest has an option that this version does not know.
+        PaftMergeError: the manifest cannot be read; and as for `merge`.
     """
-    path, _, revision = str(place).partition("@")
-    found = resolve(str(place)) if Path(place).expanduser().exists() else resolve(path, revision or None, kind="side")
+    place = os.fspath(place)
+    path, _, revision = place.partition("@")
+    found = resolve(place) if Path(place).expanduser().exists() else resolve(path, revision or None, kind="side")
     manifest = read_manifest(found.folder / MANIFEST)
-    options = dict(manifest.get("options", {}))
-    needed = [name for name in options.pop("imports", ()) if name not in imports]
-    if needed:
-        fix = f"read them, and pass {' '.join(f'--import {name}' for name in needed)}"
-        raise MergeError.of("REPRODUCE_IMPORT", place, f"its methods came from {', '.join(needed)}", fix)
+    asked = _options(manifest, place, MergeOptions.of(options, overrides))
     with pinned(_pins(manifest)), _place_for(out) as target:
         recipe = _recipe(manifest)
-        planning = {k: v for k, v in options.items() if k not in ("device", "trust_remote_code")}
-        with open_plan(recipe, imports=imports, remote=True, **planning) as plan:
-            now = identity(plan, options.get("device", "cpu"))
-            _refuse_other_inputs(manifest, now["inputs"])
-        merge(
-            recipe, target, imports=imports, threads=threads, stream_from_hub=stream_from_hub, progress=progress,
-            warn=warn, **options,
-        )  # fmt: skip
+        with open_plan(recipe, replace(asked, stream_from_hub=True)) as plan:
+            _refuse_other_inputs(manifest, identity(plan, asked.device)["inputs"])
+        merge(recipe, target, asked)
         checked = verify(target, manifest=manifest)
         made = read_manifest(target / MANIFEST)
     differing = dict.fromkeys(problem.where.removeprefix(f"{target}: ") for problem in checked.problems)
@@ -95,16 +87,29 @@ def reproduce(
     files = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)] if before else []
     was, has = manifest.get("versions", {}), made["versions"]
     versions = {n: (was.get(n, "none"), has.get(n, "none")) for n in {**was, **has} if was.get(n) != has.get(n)}
-    return Reproduction(str(place), checked.tensors, checked.nbytes, tuple(differing), tuple(files), versions)
+    return Reproduction(place, checked.tensors, checked.nbytes, tuple(differing), tuple(files), versions)
+
+
+def _options(manifest: Mapping[str, Any], place: str, options: MergeOptions) -> MergeOptions:
+    """Return `options` with those that the manifest records."""
+    recorded = dict(manifest.get("options", {}))
+    if missing := [name for name in recorded.pop("imports", ()) if name not in options.imports]:
+        fix = f"read them, and pass imports=[{', '.join(map(repr, missing))}]"
+        raise MergeError.of("REPRODUCE_IMPORT", place, f"its methods came from {', '.join(missing)}", fix)
+    # A manifest may come from anyone: it must not be able to set any other option, such as `overwrite`.
+    if unknown := sorted(recorded.keys() - {*RECORDED, "tensor_names"}):
+        what = f"its manifest has the option {unknown[0]!r}, which this version does not know"
+        raise MergeError.of("REPRODUCE_OPTION", place, what, "use the version of paft-merge that wrote it")
+    return replace(options, **recorded)
 
 
 def _pins(manifest: Mapping[str, Any]) -> dict[tuple[str, str | None], str]:
-    """Which commit every repository of the recipe stands for."""
+    """Return the commit of every repository of the recipe."""
     return {(s["path"], s["revision"]): s["commit"] for s in manifest.get("sources", ()) if s.get("commit")}
 
 
 def _recipe(manifest: Mapping[str, Any]) -> str | dict[str, Any]:
-    """The recipe, with the other documents of its file before it. Its names stay as they were: random drops go by them."""
+    """Return the recipe after the other documents of its file. Model names stay, because random masks depend on them."""
     before = manifest.get("documents", ())
     if not before:
         return dict(manifest["recipe"])
@@ -112,12 +117,12 @@ def _recipe(manifest: Mapping[str, Any]) -> str | dict[str, Any]:
 
 
 def _refuse_other_inputs(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Every source must be what the manifest says that it was, as far as both tell."""
+    """Raise MergeError for every source that differs from the manifest, where both record it."""
     problems = Problems()
     for ref, was in manifest.get("inputs", {}).items():
         if different := sorted(dict.fromkeys(_differences(was, now.get(ref, {})))):
-            what = f"is not what was merged: its {', '.join(different[:3])} is another"
-            fix = "get it as it was; a source on the Hub is pinned to its commit, a folder is not"
+            what = f"is not the source that was merged: {', '.join(different[:3])} differs"
+            fix = "restore it; a source on the Hub is pinned to its commit, a folder is not"
             problems.add("REPRODUCE_INPUT", ref, what, fix)
     problems.raise_as(MergeError)
 
@@ -134,7 +139,7 @@ def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
 
 @contextmanager
 def _place_for(out: Path | None) -> Iterator[Path]:
-    """Where to write: `out`, or a folder that is removed in the end."""
+    """Yield `out`, or a temporary folder."""
     if out is not None:
         yield Path(out)
         return

@@ -17,6 +17,7 @@ import xxhash
 
 from paft_merge.compute import kernels
 from paft_merge.engine import imbalance
+from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem
 from paft_merge.hub import SIDE_FILES, is_repository, snapshot_of
 from paft_merge.inputs.checkpoint import Checkpoint
@@ -34,25 +35,17 @@ _NOT_COPIED = (
 _CODE = "*.py"
 
 
-def side_files(
-    plan: MergePlan,
-    finished: Mapping[str, Finished],
-    *,
-    trust_remote_code: bool = False,
-    card: bool = True,
-    options: Mapping[str, Any] | None = None,
-) -> dict[str, bytes | Path]:
-    """Everything but the shards and their index: name in the output to content, or to the file to copy.
+def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: MergeOptions) -> dict[str, bytes | Path]:
+    """Return every output file but the shards and their index: name to content, or to the file to copy.
 
     Args:
         plan: the merge.
         finished: every tensor as it was written.
-        trust_remote_code: copy the donor's Python files too, which transformers would run when told to.
-        card: write a model card (README.md).
-        options: what was asked for beside the recipe, for the manifest.
+        options: `trust_remote_code` copies the Python files of the config source, `write_model_card` adds README.md;
+            the manifest records some (see `MergeOptions.recorded`).
     """
     folder = plan.donor.checkpoint.folder
-    copied = (*SIDE_FILES, _CODE) if trust_remote_code else SIDE_FILES
+    copied = (*SIDE_FILES, _CODE) if options.trust_remote_code else SIDE_FILES
     files: dict[str, bytes | Path] = {
         f.name: f
         for f in sorted(folder.iterdir())
@@ -68,10 +61,10 @@ def side_files(
         files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | {**tokenizer}
     if plan.donor.checkpoint.config and not plan.donor.checkpoint.file:
         files["config.json"] = _json({**plan.donor.checkpoint.config, **plan.config})
-    document = manifest(plan, finished, options or {})
+    document = manifest(plan, finished, options.recorded())
     document["files"] = {name: _digest_of(content) for name, content in sorted(files.items())}
     files[MANIFEST] = _json(document)
-    if card:
+    if options.write_model_card:
         files["README.md"] = model_card(document).encode()
     return files
 
@@ -206,9 +199,7 @@ def _without_times(found: Any) -> Any:
     return found
 
 
-def manifest(
-    plan: MergePlan, finished: Mapping[str, Finished], options: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping[str, Any]) -> dict[str, Any]:
     """`merge_manifest.json`: how these bytes came to be, and what was measured on the way.
 
     Per tensor: `method`, `digest` (XXH3-128 over the XXH3-128 of each `block_bytes`), the parameters, and per source the
@@ -227,7 +218,7 @@ def manifest(
         "recipe": plan.recipe.resolved(),
         "recipe_text": plan.recipe.text,
         **({"documents": beneath} if (beneath := documents(plan)) else {}),
-        "options": dict(options or {}),
+        "options": dict(options),
         "sources": origins(plan),
         "seed": plan.recipe.seed,
         "arithmetic": plan.recipe.arithmetic,

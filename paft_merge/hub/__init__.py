@@ -24,6 +24,7 @@ from paft_merge.hub.pulling import (
     fetch_file,
     is_repository,
     pinned,
+    pull,
     resolve,
     snapshot_of,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "is_repository",
     "pinned",
     "prepare_upload",
+    "pull",
     "push",
     "resolve",
     "snapshot_of",

@@ -27,6 +27,7 @@ from typing import Literal
 
 from paft_merge.errors import HubError
 from paft_merge.hub.faults import asking, problem_of, root_of, transport_error
+from paft_merge.recipe import ModelRef
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,30 @@ def fetch(path: str, revision: str | None = None, *, kind: Kind = "any", unpickl
         HubError: it is neither; or the Hub cannot be reached, does not have it, or does not let us.
     """
     return download([resolve(path, revision, kind=kind, unpickle=unpickle)])[0]
+
+
+def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
+    """Download what a merge needs of a reference into the Hub's cache, at the newest commit of a branch.
+
+    Args:
+        reference: `user/name`, `user/name@revision`, `BASE+ADAPTER`, or a file, `hf://user/name/recipe.yaml`.
+        unpickle: as for `fetch`.
+
+    Returns:
+        The folder of the model, then that of the adapter; or the file.
+
+    Raises:
+        HubError: as for `fetch`.
+        RecipeError: the reference is invalid.
+    """
+    if reference.startswith(HF):
+        return [fetch_file(reference, refresh=True)]
+    ref = ModelRef.parse(reference)
+    kind: Kind = "model" if ref.lora else "any"
+    found = [resolve(ref.path, ref.revision, kind=kind, unpickle=unpickle, refresh=True)]
+    if ref.lora:
+        found.append(resolve(ref.lora, ref.lora_revision, kind="adapter", refresh=True))
+    return download(found)
 
 
 def fetch_file(place: str, *, refresh: bool = False) -> Path:

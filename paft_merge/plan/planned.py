@@ -1,12 +1,16 @@
-"""What a plan is made of: opened models, the tensors of the output, and all of it together."""
+"""`MergePlan` and its tensors."""
 
 from __future__ import annotations
 
 import math
+import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from paft_merge.compute.blocks import TILE, tile_bounds
 from paft_merge.errors import CheckpointError, Problem, Problems
@@ -15,6 +19,7 @@ from paft_merge.inputs.models import Model
 from paft_merge.inputs.tensor_inputs import Inputs
 from paft_merge.methods.rules.rule import Rule, WholeRule, row_of
 from paft_merge.output.shards import Shard
+from paft_merge.plan.formatting import html_table, show_bytes, show_value
 from paft_merge.plan.output_tensors import OutputTensor
 from paft_merge.plan.vocabulary import Vocabulary
 from paft_merge.recipe import Recipe
@@ -26,6 +31,15 @@ COPY_BYTES = 4 * TILE
 """Bytes that are copied at a time."""
 
 
+class TensorKind(NamedTuple):
+    """What the tensors of one row of a summary have in common."""
+
+    method: str
+    inputs: str
+    dtype: str
+    parameters: str
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor of the output."""
@@ -35,34 +49,36 @@ class PlannedTensor:
     dtype: str
     """Storage type, as safetensors names it."""
     method: str
-    """A name of METHODS, or `copy`."""
+    """A key of `METHODS`, or `copy`."""
     inputs: Inputs
     rule: Rule | WholeRule
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Shared parameters after gradients and filters, and `sources`: one mapping a source."""
+    """Shared parameters after gradients and filters, and `sources`: one mapping for each source."""
     rounding_key: int = 0
     """Stream of stochastic rounding; 0 rounds to nearest."""
     place: OutputTensor | None = field(default=None, compare=False)
-    """Where the recipe puts it."""
+    """The place in the recipe's slices and modules."""
     why: str = ""
-    """Why it is copied."""
+    """Why the tensor is copied."""
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def width(self) -> int:
-        """Bytes of an element in the output."""
+        """Bytes of one element in the output."""
         return DTYPES[self.dtype].bits // 8
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the output."""
         return self.numel * DTYPES[self.dtype].bits // 8
 
     @cached_property
     def row(self) -> int:
-        """Elements of a row, of which blocks hold whole ones."""
+        """Elements of a row; a block is a number of whole rows."""
         return self.inputs.row(self.shape, row_of(self.rule, self.shape))
 
     @cached_property
@@ -72,16 +88,15 @@ class PlannedTensor:
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes of a block in the output, by which it is digested."""
+        """Bytes of a block in the output; a digest is computed block by block."""
         if self.method == COPY:
             return COPY_BYTES
         return max((self.bounds[0][1] if self.bounds else 0) * self.width, 1)
 
     @property
     def block_bytes(self) -> int:
-        """Working memory of one block, about: every input and what is computed from it, float32."""
-        beneath = sum(read.checkpoint.working_bytes(read.name) for read in self.inputs.reads)
-        return beneath + self._block_bytes
+        """Approximate working memory of one block: every input and intermediate, as float32."""
+        return self._block_bytes + sum(read.checkpoint.working_bytes(read.name) for read in self.inputs.reads)
 
     @property
     def _block_bytes(self) -> int:
@@ -92,43 +107,114 @@ class PlannedTensor:
         elements = self.bounds[0][1] if self.bounds else 0
         return elements * 4 * (2 * len(self.inputs.reads) + 3)
 
+    @property
+    def kind(self) -> TensorKind:
+        """The row of a summary that this tensor belongs to."""
+        if self.method == COPY:
+            return TensorKind(COPY, "", self.dtype, "")
+        adapters = Counter(read.delta.kind for read in self.inputs.sources if read.delta)
+        inputs = ", ".join(f"{n} x {kind}" for kind, n in sorted(adapters.items())) or self.inputs.form
+        sources = self.parameters.get("sources", [])
+        names = dict.fromkeys(name for source in sources for name in source)
+        shown = {name: [source.get(name) for source in sources] for name in names}
+        shown |= {name: value for name, value in self.parameters.items() if name != "sources"}
+        text = " ".join(f"{name}={show_value(value)}" for name, value in shown.items())
+        return TensorKind(self.method, inputs, self.dtype, text)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the tensor with its inputs and resolved parameters as plain data."""
+        inputs = self.inputs
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "method": self.method,
+            "form": inputs.form,
+            "base": inputs.base.source if inputs.base else None,
+            "sources": [read.source for read in inputs.sources],
+            "adapters": {read.source: read.delta.kind for read in inputs.sources if read.delta},
+            "parameters": dict(self.parameters),
+        }
+
     def release(self) -> None:
-        """Let go of the adapters' factors, which are read when they are first needed."""
+        """Free the factors of the adapters; they are read again when needed."""
         self.inputs.release()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergePlan:
-    """All that a merge will do."""
+    """Everything that a merge will do, known from the recipe and the headers of its inputs."""
 
     recipe: Recipe
     models: tuple[Model, ...]
     donor: Model
-    """Whose names, order, files and side files the output has: the base, or the first model."""
+    """The model that gives the output its tensor names, order, config and tokenizer: the base, or the first model."""
     tensors: tuple[PlannedTensor, ...]
-    """In the order they are written."""
+    """In output order."""
     shards: tuple[Shard, ...]
+    """The files of the output."""
     config: Mapping[str, Any]
-    """What changes in the donor's `config.json`."""
+    """Changes to the donor's `config.json`."""
     warnings: tuple[Problem, ...]
     allow_nonfinite: bool = False
     vocabulary: Vocabulary | None = None
     """The output's tokenizer and chat template; None: the donor's."""
 
+    def __repr__(self) -> str:
+        method, models, tensors = self.recipe.merge_method, len(self.models), len(self.tensors)
+        return f"MergePlan({method!r}, {models} models, {tensors:,} tensors, {show_bytes(self.bytes_written)})"
+
+    def _repr_html_(self) -> str:
+        head = ("tensors", "method", "inputs", "output", "parameters")
+        rows = [(f"{count:,}", *kind) for kind, count in self.summary()]
+        return f"<p>{escape(repr(self))}</p>{html_table(rows, head)}"
+
+    def summary(self, limit: int = 12) -> list[tuple[TensorKind, int]]:
+        """Count the tensors of each kind, most frequent first; kinds beyond `limit` are counted together."""
+        kinds = Counter(tensor.kind for tensor in self.tensors).most_common()
+        rest = sum(count for _, count in kinds[limit:])
+        return kinds[:limit] + [(TensorKind("...", "", "", "other parameters"), rest)] * bool(rest)
+
+    def to_json(self, out: Path | None = None) -> dict[str, Any]:
+        """Return the whole plan as plain data: sizes, files, and every tensor with its inputs and parameters.
+
+        Args:
+            out: folder to be written, whose disk `bytes_free` is about; the current folder by default.
+        """
+        return {
+            "recipe": self.recipe.resolved(),
+            "arithmetic": self.recipe.arithmetic,
+            "bytes_read": self.bytes_read,
+            "bytes_on_hub": self.bytes_on_hub,
+            "bytes_written": self.bytes_written,
+            "bytes_free": bytes_free(out),
+            "files": {shard.file: shard.size for shard in self.shards},
+            "config": dict(self.config),
+            "vocabulary": dict(self.vocabulary.facts) if self.vocabulary else {},
+            "warnings": [str(warning) for warning in self.warnings],
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+        }
+
     @property
     def bytes_written(self) -> int:
+        """Size of the weight files."""
         return sum(shard.size for shard in self.shards)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of stored tensors and adapter files that one pass over all inputs reads."""
+        """Bytes of tensors and adapter files that one pass over all inputs reads."""
         reads = {(r.checkpoint.place, r.name): r for t in self.tensors for r in t.inputs.reads}
         stored = [r.checkpoint.bytes_behind(r.name) for r in reads.values()]
         adapters = {m.adapter.folder: m.adapter.fingerprint() for m in self.models if m.adapter}
         return sum(stored) + sum(int(file["size"]) for files in adapters.values() for file in files.values())
 
+    @property
+    def bytes_on_hub(self) -> int:
+        """Bytes of input files that are on the Hub and not in its cache."""
+        return sum(_files_on_hub(self).values())
+
     def check_inputs_unchanged(self) -> None:
-        """Raise CheckpointError INPUT_CHANGED when a file is not what it was when it was opened."""
+        """Raise `CheckpointError` INPUT_CHANGED if an input file changed since it was opened."""
         problems = Problems()
         for model in self.models:
             with problems.catching():
@@ -142,3 +228,19 @@ class MergePlan:
         """Close every input."""
         for model in self.models:
             model.close()
+
+
+def bytes_free(out: Path | None) -> int:
+    """Return the free bytes of the disk that `out` (default: the current folder) is on, whether it exists or not."""
+    folder = (out or Path()).resolve()
+    return shutil.disk_usage(next(path for path in [folder, *folder.parents] if path.exists())).free
+
+
+def _files_on_hub(plan: MergePlan) -> dict[tuple[Path, str], int]:
+    found: dict[tuple[Path, str], int] = {}
+    for model in plan.models:
+        for checkpoint in (model.checkpoint, *([model.adapter.file] if model.adapter else [])):
+            found |= {(checkpoint.folder, name): size for name, size in checkpoint.far.items()}
+        if isinstance(inner := getattr(model.checkpoint, "plan", None), MergePlan):
+            found |= _files_on_hub(inner)
+    return found

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,10 +75,13 @@ __all__ = [
     "show",
 ]
 
+_HTML_LINES = 200
+"""Lines of a recipe that a notebook shows."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Recipe:
-    """A recipe that can be planned. Made by `load_recipe`."""
+    """A valid recipe, made by `load_recipe`."""
 
     language: Language
     """Every key as written."""
@@ -88,6 +92,15 @@ class Recipe:
     """What has no effect as written, in the order of the file."""
     located: Located
     """The data it was read from, with its lines."""
+
+    def __repr__(self) -> str:
+        named = [f", {key}={value!r}" for key, value in (("name", self.name), ("file", self.located.file)) if value]
+        return f"Recipe({self.merge_method!r}, {len(self.references)} models{''.join(named)})"
+
+    def _repr_html_(self) -> str:
+        lines = self.text.splitlines()
+        rest = f"\n... and {len(lines) - _HTML_LINES:,} lines more" if len(lines) > _HTML_LINES else ""
+        return f"<pre>{escape(chr(10).join(lines[:_HTML_LINES]) + rest)}</pre>"
 
     @property
     def slices(self) -> tuple[OutputSlice, ...]:

@@ -97,7 +97,7 @@ def load_recipes(
         return Documents((load_recipe(source, strict=strict, methods=methods),))
     located, problems, recipes = load_documents(source), Problems(), list[Recipe]()
     if len(located) == 1:
-        return Documents((load_recipe(source, strict=strict, methods=methods),))
+        return Documents((load_recipe(located[0], strict=strict, methods=methods),))
     for document in located:
         with problems.catching():
             recipes.append(load_recipe(document, strict=strict, methods=methods))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ import pytest
 import torch
 from toys.merge import HERE, files_of, manifest_of, on, paft, paft_process, python, recipe, tensors_of, write_recipe
 
+import paft_merge
 from paft_merge.cli import Size, cli
+from paft_merge.cli.terminal import line
+from paft_merge.engine.options import MergeOptions
+from paft_merge.errors import PaftMergeError, Problem
 from paft_merge.methods import METHODS
 
 README = Path(HERE) / "README.md"
@@ -26,7 +32,7 @@ README = Path(HERE) / "README.md"
 MERGE_FLAGS = {
     "--dry-run", "--json", "--device", "--threads", "--memory", "--resume", "--overwrite", "--trust-remote-code",
     "--write-model-card", "--quiet", "--stream-from-hub", "--strict", "--out-shard-size", "--lazy-unpickle", "--allow-crimes", "--allow-nonfinite",
-    "--tensor-intersection", "--tensor-union",
+    "--tensor-intersection", "--tensor-union", "--import", "--output-name",
 }  # fmt: skip
 """Frozen: flags say where, how loud, or what is let pass. None of them changes a merged number."""
 
@@ -52,8 +58,8 @@ def asked(family: Callable[..., dict[str, Path]], tmp_path: Path) -> Path:
 
 
 def test_the_flags_of_merge_are_frozen() -> None:
-    options = (p for p in cli.commands["merge"].params if isinstance(p, click.Option))
-    assert {max(option.opts, key=len) for option in options} >= MERGE_FLAGS
+    options = (p for p in cli.commands["merge"].params if isinstance(p, click.Option) and not p.hidden)
+    assert {max(option.opts, key=len) for option in options} == MERGE_FLAGS
 
 
 @pytest.mark.parametrize("path", commands(), ids=" ".join)
@@ -69,10 +75,7 @@ def test_every_command_and_every_option_has_help(path: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("path", [path for path in commands() if path], ids=" ".join)
 def test_every_command_is_in_the_readme(path: tuple[str, ...]) -> None:
-    text = README.read_text()
-    if "paft merge" not in text:
-        pytest.skip("the README is being written")
-    assert f"paft {' '.join(path)}" in text
+    assert f"paft {' '.join(path)}" in README.read_text()
 
 
 def test_every_command_that_the_readme_names_exists() -> None:
@@ -238,25 +241,72 @@ def test_a_merge_tells_its_result_on_stderr_and_with_quiet_nothing(asked: Path, 
 
 def test_flags_reach_the_merge(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "paft_merge.engine.api.merge", lambda *arguments, **keywords: given.update(keywords, arguments=arguments)
-    )
+
+    def merge(recipe: Path, out: Path, options: MergeOptions, **overrides: Any) -> None:
+        given.update(overrides, recipe=recipe, out=out, options=options)
+
+    monkeypatch.setattr("paft_merge.engine.api.merge", merge)
     flags = "--device cuda:1 --threads 3 --memory 2.5GB --resume --overwrite --trust-remote-code --no-write-model-card --strict "
-    flags += "--out-shard-size 800M --lazy-unpickle --allow-crimes --allow-nonfinite --quiet"
+    flags += "--out-shard-size 800M --lazy-unpickle --allow-crimes --allow-nonfinite --stream-from-hub --tensor-union "
+    flags += "--output-name name --import module --quiet"
     assert paft("merge", asked, tmp_path / "out", *flags.split()).exit_code == 0
-    assert given.pop("arguments") == (asked, tmp_path / "out")
-    assert callable(given.pop("progress"))
-    assert callable(given.pop("warn"))
-    numbers = {
-        "device": "cuda:1",
-        "threads": 3,
-        "memory": 2_500_000_000,
-        "out_shard_bytes": 800_000_000,
-        "write_model_card": False,
+    assert (given["recipe"], given["out"]) == (asked, tmp_path / "out")
+    assert callable(given["progress"])
+    assert callable(given["options"].warn)
+    assert given["options"] == MergeOptions(
+        device="cuda:1",
+        threads=3,
+        memory=2_500_000_000,
+        out_shard_bytes=800_000_000,
+        write_model_card=False,
+        resume=True,
+        overwrite=True,
+        trust_remote_code=True,
+        strict=True,
+        lazy_unpickle=True,
+        allow_crimes=True,
+        allow_nonfinite=True,
+        stream_from_hub=True,
+        tensor_names="union",
+        output_name="name",
+        imports=("module",),
+        warn=given["options"].warn,
+    )
+
+
+def test_every_option_of_a_merge_has_a_flag() -> None:
+    named = {parameter.name for parameter in cli.commands["merge"].params}
+    assert {field.name for field in fields(MergeOptions)} - named == {"progress", "warn"}
+
+
+def test_messages_name_options_as_flags(asked: Path, tmp_path: Path) -> None:
+    assert paft("merge", asked, tmp_path / "out").exit_code == 0
+    again = paft("merge", asked, tmp_path / "out")
+    assert "pass --overwrite to replace it" in again.stderr
+    with pytest.raises(PaftMergeError, match="pass overwrite=True to replace it"):
+        paft_merge.merge(asked, tmp_path / "out")
+    spelt = {
+        "pass allow_crimes=True, or": "pass --allow-crimes, or",
+        "than memory=500": "than --memory 500",
+        "pass imports=['one']": "pass --import one",
+        "choose one with output_name='x'": "choose one with --output-name x",
+        "with tensor_names='intersection'": "with --tensor-intersection",
+        "threads=all": "threads=all",
+        "my_threads=3": "my_threads=3",
     }
-    yes = ("resume", "overwrite", "trust_remote_code", "strict", "lazy_unpickle", "allow_crimes", "allow_nonfinite")
-    assert {k: v for k, v in given.items() if k in numbers} == numbers
-    assert all(given[flag] is True for flag in yes)
+    for text, expected in spelt.items():
+        assert line("error", Problem("X", "", text)) == f"error[X]: {expected}"
+
+
+def test_no_message_of_a_merge_names_a_flag() -> None:
+    """Python users read the messages too; the command line translates options."""
+    flags = {name for option in cli.commands["merge"].params for name in option.opts if name.startswith("--")}
+    for path in (Path(HERE) / "paft_merge").rglob("*.py"):
+        if path.parent.name in {"cli", "training", "pipeline"} or path.name == "mergekit_plugin.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "`paft" not in node.value:
+                assert not flags & {word.strip(",.:;") for word in node.value.split()}, f"{path.name}: {node.value}"
 
 
 SIZES = {
@@ -271,8 +321,8 @@ def test_sizes_are_decimal_with_mergekits_spelling(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "lots", "-5M", "0", "nan", "inf", "1e999G", "5X", "GB", "0.1"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is no size"):
+def test_text_that_is_not_a_size_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a size"):
         Size().convert(text, None, None)
 
 

@@ -55,7 +55,7 @@ def test_options_that_change_nothing_give_the_same_bytes_and_say_so_in_a_line(pa
     assert [line.split(": ")[1] for line in lines] == [
         "--clone-tensors", "--async-write", "--low-cpu-memory", "--multi-gpu", "--lora-merge-cache", "--random-seed",
     ]  # fmt: skip
-    assert lines[-1].endswith("a seed changes the result, so it stands in the recipe: write seed: 7 there")
+    assert lines[-1].endswith("a seed changes the result, so it belongs in the recipe: write seed: 7 there")
 
 
 def test_cuda_is_a_device_and_a_cache_is_a_place(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,4 +71,4 @@ def test_cuda_is_a_device_and_a_cache_is_a_place(path: Path, tmp_path: Path, mon
 def test_they_are_not_in_the_help_which_says_that_they_are_taken() -> None:
     text = paft("merge", "--help").output
     assert "--lora-merge-cache" not in text
-    assert "The options of mergekit-yaml are taken too" in text
+    assert "The options of mergekit-yaml are accepted too" in text

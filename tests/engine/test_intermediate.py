@@ -29,7 +29,7 @@ def one_by_one(out: Path, final: dict[str, Any], *named: dict[str, Any]) -> Path
     for document in named:
         plain = {key: value for key, value in document.items() if key != "name"}
         merge(json.loads(_replaced(plain, out, named)), out / document["name"])
-    return merge(json.loads(_replaced(final, out, named)), out / "final")
+    return merge(json.loads(_replaced(final, out, named)), out / "final").path
 
 
 def _replaced(document: dict[str, Any], out: Path, named: tuple[dict[str, Any], ...]) -> str:
@@ -120,7 +120,7 @@ def test_threads_blocks_and_a_limit_of_memory_change_no_bit(
     assert one["model.safetensors"] == files_of(tmp_path / "small")["model.safetensors"]
     with open_plan(path) as plan:
         smallest = max(t.block_bytes for t in plan.tensors)
-    with pytest.raises(PaftMergeError, match="one block of it and its inputs take"):
+    with pytest.raises(PaftMergeError, match="one block and its inputs take"):
         merge(path, tmp_path / "none", memory=smallest - 1)
 
 
@@ -203,11 +203,11 @@ def test_plans_and_explanations_say_what_is_merged_on_the_way(family: Family, tm
     f = family()
     middle = {**recipe_for("ties", f["base"], f["x"], f["y"]), "name": "middle"}
     path = written(tmp_path / "r.yaml", middle, recipe("slerp", "middle", f["x"], parameters={"t": 0.3}))
-    assert "middle (names, order, files, config and tokenizer are its) (merged on the way)" in " ".join(
+    assert "middle (gives names, order, files, config and tokenizer) (merged on the fly)" in " ".join(
         paft("merge", path, "--dry-run").output.split()
     )
     told = paft("explain", path, "--tensor", "lm_head.weight").output
-    assert "base middle merged on the way" in " ".join(told.split())
+    assert "base middle merged on the fly" in " ".join(told.split())
     told = paft("explain", path, "--tensor", "lm_head.weight", "--output-name", "middle").output
     assert f"{path}:" in told
 

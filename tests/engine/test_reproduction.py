@@ -59,7 +59,7 @@ def models(hub: HubServer, tmp_path: Path) -> HubServer:
 
 @pytest.fixture
 def merged(models: HubServer, tmp_path: Path) -> Path:
-    return paft_merge.merge(RECIPE, tmp_path / "merged")
+    return paft_merge.merge(RECIPE, tmp_path / "merged").path
 
 
 def paft(*arguments: str | Path) -> Result:

@@ -51,7 +51,7 @@ def local_twin(tmp_path: Path) -> dict[str, bytes]:
     """The same merge from folders."""
     made = tmp_path / "made"
     text = json.dumps(RECIPE).replace("me/", f"{made}/")
-    return weights(paft_merge.merge(json.loads(text), tmp_path / "twin"))
+    return weights(paft_merge.merge(json.loads(text), tmp_path / "twin").path)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -82,11 +82,11 @@ def test_only_what_a_merge_reads_is_fetched(models: HubServer) -> None:
 def test_a_warm_cache_touches_no_network(
     models: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: bool
 ) -> None:
-    first = weights(paft_merge.merge(RECIPE, tmp_path / "first"))
+    first = weights(paft_merge.merge(RECIPE, tmp_path / "first").path)
     models.requests.clear()
     if offline:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert weights(paft_merge.merge(RECIPE, tmp_path / "second")) == first == local_twin(tmp_path)
+    assert weights(paft_merge.merge(RECIPE, tmp_path / "second").path) == first == local_twin(tmp_path)
     assert models.requests == []
 
 
@@ -256,7 +256,7 @@ def test_a_full_disk_is_told_before_and_when_it_happens(models: HubServer, monke
 
 
 def test_a_plan_from_headers_fetches_no_weights(models: HubServer) -> None:
-    with paft_merge.open_plan(RECIPE, remote=True) as plan:
+    with paft_merge.open_plan(RECIPE, stream_from_hub=True) as plan:
         assert len(plan.tensors) == len(random_state(0))
         assert plan.bytes_written > 10_000
     ranged = [r for r in models.requests if r.path.startswith("/cdn/")]
@@ -289,7 +289,7 @@ def test_room_for_cache_and_output_is_counted_together(
 ) -> None:
     import shutil
 
-    with paft_merge.open_plan(RECIPE, remote=True) as plan:
+    with paft_merge.open_plan(RECIPE, stream_from_hub=True) as plan:
         needed = plan.bytes_written
     room = shutil.disk_usage("/")._replace(free=needed + 1000)
     monkeypatch.setattr("paft_merge.hub.pulling.shutil.disk_usage", lambda _: room)
@@ -328,13 +328,13 @@ def test_a_stream_goes_on_where_it_broke(
 ) -> None:
     monkeypatch.setattr("paft_merge.hub.ranges._HEAD_BYTES", 2000)
     monkeypatch.setattr("paft_merge.hub.ranges.WINDOW_BYTES", 4096)
-    with paft_merge.open_plan(RECIPE, remote=True):
+    with paft_merge.open_plan(RECIPE, stream_from_hub=True):
         pass
     # The first request of each of the 5 files reads its head; what comes next breaks four times.
     models.requests.clear()
     models.fail(r"GET /cdn/", Lie(), times=5)
     models.fail(r"GET /cdn/", fault, times=4)  # type: ignore[arg-type]
-    assert weights(paft_merge.merge(RECIPE, tmp_path / "out", stream_from_hub=True)) == local_twin(tmp_path)
+    assert weights(paft_merge.merge(RECIPE, tmp_path / "out", stream_from_hub=True).path) == local_twin(tmp_path)
     assert not [rule for rule in models.rules if rule.times]
     if isinstance(fault, Truncate):
         starts = [int((r.range or "=0-").split("=")[1].split("-")[0]) for r in models.requests if "/cdn/" in r.path]
@@ -445,7 +445,7 @@ def test_a_pickle_is_fetched_only_where_it_is_asked_for(models: HubServer, tmp_p
         assert not models.count("GET /cdn/.*pytorch_model")
     assert "base+adapter" in str(caught.value)
     recipe = json.loads(json.dumps(RECIPE).replace("me/tuned", "me/bin"))
-    with paft_merge.open_plan(recipe, remote=True, lazy_unpickle=True) as plan:
+    with paft_merge.open_plan(recipe, stream_from_hub=True, lazy_unpickle=True) as plan:
         assert "pytorch_model.bin" in {f.name for m in plan.models for f in m.checkpoint.files}
     assert set(files_of(fetch("me/bin", unpickle=True))) == {"config.json", "pytorch_model.bin"}
 

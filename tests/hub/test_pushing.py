@@ -26,7 +26,7 @@ def merged(family: Callable[..., dict[str, Path]], tmp_path: Path) -> Path:
         "base_model": str(places["base"]),
         "models": [{"model": f"{places['base']}+{places['sft']}", "parameters": {"weight": 0.5}}],
     }
-    return paft_merge.merge(recipe, tmp_path / "merged")
+    return paft_merge.merge(recipe, tmp_path / "merged").path
 
 
 def code_of(caught: pytest.ExceptionInfo[PaftMergeError]) -> str:

@@ -82,7 +82,7 @@ def test_a_merge_of_files_is_the_function_of_tensors(
         **({} if method.base == "ignored" else {"base_model": str(folders["base"])}),
     }  # fmt: skip
     merged = [
-        load_state(api.merge(recipe, tmp_path / f"out{threads}", threads=threads, warn=lambda _: None))
+        load_state(api.merge(recipe, tmp_path / f"out{threads}", threads=threads, warn=lambda _: None).path)
         for threads in (1, 3)
     ]
     refs = [str(folders[letter]) for letter in letters]

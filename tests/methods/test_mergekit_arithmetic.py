@@ -64,7 +64,7 @@ def recipe_of(family: dict[str, Path], name: str, letters: str, more: dict[str, 
 
 
 def merged(recipe: dict[str, Any], out: Path, **options: Any) -> State:
-    return load_state(api.merge(recipe, out, warn=lambda _: None, **options))
+    return load_state(api.merge(recipe, out, warn=lambda _: None, **options).path)
 
 
 @pytest.mark.parametrize("case", PARITY)

@@ -122,7 +122,7 @@ def test_a_place_relative_to_here_is_taken(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert merge(asked, "new/folder/out") == Path("new/folder/out")
+    assert merge(asked, "new/folder/out").path == Path("new/folder/out")
     (tmp_path / "here" / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "here" / "empty")
     merge(asked, ".")

@@ -19,6 +19,8 @@ from paft_merge.methods import METHODS, REQUIRED
 
 State = dict[str, torch.Tensor]
 Ref = str | Path
+Place = Path | os.PathLike[str]
+"""A folder, or what `merge` returns."""
 
 VALUES = {"weight": 0.6, "t": 0.3, "density": 0.4, "gamma": 0.05, "epsilon": 1e-3, "select_topk": 0.5}
 """What tests give a method's parameters, where it has them."""
@@ -59,14 +61,14 @@ def _is_wanted(method: str, parameter: str) -> bool:
     return parameter not in ("density", "epsilon") if method == "l1_ties" else parameter != "epsilon"
 
 
-def tensors_of(folder: Path) -> State:
+def tensors_of(folder: Place) -> State:
     """Every tensor of a checkpoint folder."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Place) -> dict[str, bytes]:
     """Every file below a folder by its relative name."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
 
 
 def same(one: State, other: State) -> bool:
@@ -81,9 +83,9 @@ def bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Place) -> dict[str, Any]:
     """`merge_manifest.json`."""
-    return json.loads((folder / "merge_manifest.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((Path(folder) / "merge_manifest.json").read_text())  # type: ignore[no-any-return]
 
 
 def write_recipe(path: Path, data: Mapping[str, Any]) -> Path:

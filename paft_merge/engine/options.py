@@ -1,0 +1,144 @@
+"""`MergeOptions`: every option of a merge. `merge`, `open_plan`, `reproduce` and the command line take this one list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from paft_merge.errors import Problem, deprecated
+
+if TYPE_CHECKING:
+    from paft_merge.engine.streaming import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Every option of a merge beside the recipe and the output folder. No option changes a merged number."""
+
+    strict: bool = False
+    """Raise an error for a recipe key that has no effect, instead of a warning."""
+    imports: Sequence[str] = ()
+    """Modules that register methods with mergekit; a recipe may then name those methods too."""
+    device: Literal["cpu", "cuda"] | str = "cpu"
+    """Device that computes: `cpu`, `cuda` or `cuda:1`."""
+    threads: int | None = None
+    """Blocks computed at a time. None: one for each core."""
+    memory: int | str | None = None
+    """Upper bound of the working memory, in bytes or as text (`"800M"`); lowers `threads` where necessary."""
+    out_shard_bytes: int | str | None = None
+    """Largest size of an output file, in bytes or as text (`"5GB"`). None: the files of the base."""
+    resume: bool = False
+    """Continue an interrupted merge from `out.part`."""
+    overwrite: bool = False
+    """Replace an existing `out`, which stays complete until the merge has finished."""
+    lazy_unpickle: bool = False
+    """Read `.bin` checkpoints through mergekit's restricted unpickler."""
+    trust_remote_code: bool = False
+    """Copy the base's Python files into the output. They are never run."""
+    allow_crimes: bool = False
+    """Merge models whose configs differ in fields that tensor shapes do not show."""
+    allow_nonfinite: bool = False
+    """Merge NaN and infinity instead of raising an error."""
+    tensor_names: Literal["intersection", "union"] | None = None
+    """For tensor files with different tensors: merge the tensors that all files hold, or that any file holds."""
+    write_model_card: bool = True
+    """Write README.md."""
+    stream_from_hub: bool = False
+    """Read weights from the Hub by byte ranges and store none of them. `open_plan` then reads headers only."""
+    output_name: str | None = None
+    """Document to write, for a file with several. None: the unnamed one, else every one that no other document uses."""
+    progress: Callable[[Progress], None] | None = None
+    """Called after each tensor, in the thread that merges."""
+    warn: Callable[[Sequence[Problem]], None] | None = None
+    """Receives warnings. None: they are logged."""
+
+    def __post_init__(self) -> None:
+        _ = self.memory_bytes, self.shard_bytes  # raises for text that is not a size
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` as a number."""
+        return parse_size(self.memory) if isinstance(self.memory, str) else self.memory
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """`out_shard_bytes` as a number."""
+        return parse_size(self.out_shard_bytes) if isinstance(self.out_shard_bytes, str) else self.out_shard_bytes
+
+    @classmethod
+    def of(cls, options: MergeOptions | None, overrides: Mapping[str, Any]) -> MergeOptions:
+        """Return `options` (default: all defaults) with `overrides` in place of its fields.
+
+        Raises:
+            TypeError: a keyword that is not an option.
+        """
+        given, known = dict(overrides), [field.name for field in fields(cls)]
+        for old, (new, since) in _RENAMED.items():
+            if old in given:
+                deprecated(f"the option {old!r}", f"use {new!r}", since=since, stacklevel=4)
+                given[new] = given.pop(old)
+        if unknown := [name for name in given if name not in known]:
+            from paft_merge.recipe import did_you_mean
+
+            hint = did_you_mean(unknown[0], known) or f"options are {', '.join(known)}"
+            raise TypeError(f"{unknown[0]!r} is not an option of a merge; {hint}")
+        return replace(options or cls(), **given)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that a manifest records, as JSON: those that `reproduce` needs."""
+        found = {name: getattr(self, name) for name in RECORDED}
+        names = {"tensor_names": self.tensor_names} if self.tensor_names else {}
+        return {**found, "imports": list(self.imports), "out_shard_bytes": self.shard_bytes, **names}
+
+
+RECORDED = (
+    "device", "imports", "out_shard_bytes", "lazy_unpickle", "allow_crimes", "allow_nonfinite", "trust_remote_code",
+)  # fmt: skip
+"""Options that every manifest records, in its order; `tensor_names` follows where it is set."""
+
+_RENAMED = {"remote": ("stream_from_hub", "0.1")}
+"""Old name of an option to its new name and the version that renamed it."""
+
+
+class MergeKeywords(TypedDict, total=False):
+    """The fields of `MergeOptions` as keywords, for type checkers and editors. A test compares the two."""
+
+    strict: bool
+    imports: Sequence[str]
+    device: Literal["cpu", "cuda"] | str
+    threads: int | None
+    memory: int | str | None
+    out_shard_bytes: int | str | None
+    resume: bool
+    overwrite: bool
+    lazy_unpickle: bool
+    trust_remote_code: bool
+    allow_crimes: bool
+    allow_nonfinite: bool
+    tensor_names: Literal["intersection", "union"] | None
+    write_model_card: bool
+    stream_from_hub: bool
+    output_name: str | None
+    progress: Callable[[Progress], None] | None
+    warn: Callable[[Sequence[Problem]], None] | None
+
+
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes: `800M`, `5GB` or, in mergekit's spelling, `5B`; units are decimal.
+
+    Raises:
+        ValueError: the text is not a positive size.
+    """
+    number = text.strip().lower()
+    number = number[:-1] if number[-2:] in ("kb", "mb", "gb", "tb") else number
+    try:
+        size = int(float(number.rstrip("kmgbt")) * _UNITS.get(number[-1:], 1))
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ValueError(f"{text!r} is not a size; write for example 800M or 5GB")
+    return size

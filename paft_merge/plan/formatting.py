@@ -1,0 +1,36 @@
+"""Numbers as short text, and tables for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+
+def show_bytes(count: int) -> str:
+    """Return a size with a decimal unit: `1.2 GB`."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def show_value(value: Any) -> str:
+    """Return the value of a parameter as short text: floats with four digits, None as `-`."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(show_value, value))}]"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def html_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """Return an HTML table; the text of every cell is escaped."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    first = f"<thead>{row(head, 'th')}</thead>" if head else ""
+    return f"<table>{first}<tbody>{''.join(row(cells, 'td') for cells in rows)}</tbody></table>"
