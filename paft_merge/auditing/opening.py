@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, natural, weights_of
-from paft_merge.compute.blocks import tile_bounds
+from paft_merge.compute.blocks import Block, tile_bounds
 from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
@@ -20,7 +20,7 @@ from paft_merge.inputs.adapters import Adapter, AdapterDelta
 from paft_merge.inputs.adapters.config import read_settings
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.tensor_inputs import Inputs, Read
-from paft_merge.methods.rules.rule import Rule, row_of
+from paft_merge.methods.rules.rule import Rule
 from paft_merge.plan import COPY, MergePlan, Model
 from paft_merge.recipe import ModelRef, Recipe
 
@@ -49,11 +49,15 @@ class AuditedTensor:
     @cached_property
     def row(self) -> int:
         """Elements of a row, of which blocks hold whole ones."""
-        return self.inputs.row(self.shape, row_of(self.rule, self.shape))
+        return self.inputs.row(self.shape, self.rule.row(self.shape) if self.rule else 1)
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         return tile_bounds(self.numel, self.row)
+
+    def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
+        """Read elements `[start, stop)`; see `Inputs.block`."""
+        return self.inputs.block(start, stop, all_sources=all_sources)
 
     def release(self) -> None:
         """Let go of the adapters' factors, which are read when they are first needed."""

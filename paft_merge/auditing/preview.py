@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from paft_merge.auditing.opening import AuditedTensor
-from paft_merge.auditing.walk import ModelWalk
 from paft_merge.compute.blocks import KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import AuditError, Problems
 from paft_merge.methods import METHODS, REQUIRED, Parameter
-from paft_merge.methods.rules.consensus import Consensus
-from paft_merge.methods.rules.magprune import RankedConsensus
-from paft_merge.methods.rules.rule import Rule
-from paft_merge.methods.rules.thresholds import Trim, stream_key
+from paft_merge.methods.rules.rule import Rule, rank_over_model
+from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.stats.metrics import UNDEFINED
 
 
@@ -167,59 +164,31 @@ class Preview:
         return math.sqrt(_ratio(merged, plain)) if plain else UNDEFINED
 
 
-Choosing = Consensus | RankedConsensus
-"""Rules that keep some entries and leave others, and say which."""
-
-
 def rules_for(
     subjects: Sequence[AuditedTensor], proposal: Proposal | None, pool: ThreadPoolExecutor
-) -> list[Choosing | None]:
-    """The rule to preview for each tensor: the recipe's, or the proposal's; None where neither trims nor elects.
+) -> list[Rule | None]:
+    """The rule to preview for each tensor: the recipe's, or the proposal's; None for a rule that does not select entries.
 
     Thresholds over the whole model (`trim_scope: global`) are found here, which takes walks over every tensor.
     """
     rules = [_rule_for(subject, proposal) for subject in subjects]
-    ranked = [s for s, r in zip(subjects, rules, strict=True) if _is_global(r)]
-    first = next((r for r in rules if _is_global(r)), None)
-    if not isinstance(first, Consensus):
-        return list(rules)
-    fixed = first.over_the_model(sum(s.numel for s in ranked), ModelWalk(ranked, pool), CpuOps()).fixed
-    return [replace(r, fixed=fixed) if isinstance(r, Consensus) and _is_global(r) else r for r in rules]
+    ranked = rank_over_model(rules, subjects, pool, CpuOps())
+    return [ranked.get(i, rule) for i, rule in enumerate(rules)]
 
 
-def _is_global(rule: Rule | None) -> bool:
-    return isinstance(rule, Consensus) and rule.trim_scope == "global"
-
-
-def weights_of(rule: Rule | None) -> list[float]:
-    """What a rule multiplies each source's kept entries with, but for what it divides by; empty when it does not choose."""
-    if isinstance(rule, RankedConsensus):
-        return [weight * rule.election.factor for weight in rule.election.weights]
-    return [weight * rule.factor for weight in rule.weights] if isinstance(rule, Consensus) else []
-
-
-def trims_at(rule: Rule, density: float) -> bool:
-    """Whether a rule trims every source to `density`, no more and no less."""
-    plain = Trim("density", density)
-    if not isinstance(rule, Consensus) or rule.fixed is not None or rule.rescale or rule.trim_scope != "tensor":
-        return False
-    return all(t == plain for t in rule.thin)
-
-
-def with_survivals(rule: Rule, survivals: Sequence[KeepThreshold], active: Sequence[int]) -> Rule:
-    """The same rule with thresholds that were found already, for the active sources."""
-    assert isinstance(rule, Consensus)
-    fixed = [KeepThreshold()] * len(rule.thin)
+def with_survivals(rule: Rule, survivals: Sequence[KeepThreshold], sources: int, active: Sequence[int]) -> Rule:
+    """`rule` with thresholds that are known for the active ones of its `sources`."""
+    found = [KeepThreshold()] * sources
     for i, survival in zip(active, survivals, strict=True):
-        fixed[i] = survival
-    return replace(rule, fixed=tuple(fixed))
+        found[i] = survival
+    return rule.with_thresholds(found)
 
 
-def _rule_for(subject: AuditedTensor, proposal: Proposal | None) -> Choosing | None:
+def _rule_for(subject: AuditedTensor, proposal: Proposal | None) -> Rule | None:
     rule = subject.rule
     if rule is None and proposal is not None:
         rule = proposal.rule([r.source for r in subject.inputs.sources], subject.name)
-    return rule if isinstance(rule, Consensus | RankedConsensus) else None
+    return rule if rule is not None and rule.selection_weights is not None else None
 
 
 def _value(spec: Parameter, text: str) -> Any:

@@ -15,7 +15,7 @@ from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.gate import epsilons_of
 from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
 from paft_merge.auditing.tensor_survey import TensorStats, Wanted, survey
-from paft_merge.auditing.walk import Arena, BlockWalk, working_pool
+from paft_merge.auditing.walk import Arena, HeldDeltas, working_pool
 from paft_merge.compute.magnitudes import EPSILON, EPSILONS
 from paft_merge.errors import Problem
 from paft_merge.stats.pairs import PairMeasure
@@ -84,7 +84,7 @@ def audit(
         rules = rules_for(opened.subjects, proposal if several else None, pool)
         for at, (subject, rule) in enumerate(zip(opened.subjects, rules, strict=True), 1):
             subject = replace(subject, rule=rule or subject.rule)  # its blocks are whole rows of the rule
-            found.append(survey(subject, BlockWalk(subject, pool, arena), wanted, rule))
+            found.append(survey(subject, HeldDeltas(subject, pool, arena), wanted, rule))
             subject.release()
             done += subject.numel
             progress(Progress(at, len(opened.subjects), done, total, subject.name))

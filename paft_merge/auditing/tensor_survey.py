@@ -1,6 +1,6 @@
 """Everything that is measured of one tensor: each source's delta, every pair of them, and what a merge would keep.
 
-n active sources; blocks come from a `BlockWalk`. Counts do not depend on the order in which blocks are done, and sums are
+n active sources; blocks come from `HeldDeltas`. Counts do not depend on the order in which blocks are done, and sums are
 taken block by block and added in tile order.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from paft_merge.auditing.opening import AuditedTensor
-from paft_merge.auditing.preview import Survived, trims_at, weights_of, with_survivals
-from paft_merge.auditing.walk import BlockWalk
+from paft_merge.auditing.preview import Survived, with_survivals
+from paft_merge.auditing.walk import HeldDeltas
 from paft_merge.compute import kernels
 from paft_merge.compute.blocks import Block, KeepThreshold, Tally
 from paft_merge.compute.cpu_ops import CpuOps
@@ -60,7 +60,7 @@ class TensorStats:
     sum_square: float
 
 
-def survey(subject: AuditedTensor, walker: BlockWalk, wanted: Wanted, rule: Rule | None) -> TensorStats:
+def survey(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None) -> TensorStats:
     """Measure one tensor in one walk, and in two more (from memory where it fits) where sources are compared.
 
     Raises:
@@ -77,7 +77,7 @@ def survey(subject: AuditedTensor, walker: BlockWalk, wanted: Wanted, rule: Rule
     survivals: list[KeepThreshold] = []
     if pairs:
         trims = [Trim("density", wanted.density)] * len(active)
-        survivals = trim_survivals(trims, subject.numel, walker, CpuOps(), full=first.full)
+        survivals = trim_survivals(trims, subject.numel, walker.walk, CpuOps(), full=first.full)
     survived, merged, support = _second(subject, walker, rule, survivals, wanted)
     subspaces = {}
     for (a, b), later in related.items():
@@ -185,7 +185,7 @@ class _First:
 
 
 def _second(
-    subject: AuditedTensor, walker: BlockWalk, rule: Rule | None, survivals: list[KeepThreshold], wanted: Wanted
+    subject: AuditedTensor, walker: HeldDeltas, rule: Rule | None, survivals: list[KeepThreshold], wanted: Wanted
 ) -> tuple[dict[int, Survived], float, dict[tuple[int, int], Any]]:
     """The last walk: merge the deltas as `rule` does, and compare the supports of every pair."""
     n = len(subject.inputs.active)
@@ -193,10 +193,10 @@ def _second(
         return {}, 0.0, {}
     combine = None
     if rule is not None:
-        if survivals and trims_at(rule, wanted.density):
-            rule = with_survivals(rule, survivals, subject.inputs.active)
+        if survivals and rule.trims_by(Trim("density", wanted.density)):
+            rule = with_survivals(rule, survivals, len(subject.inputs.sources), subject.inputs.active)
         combine = rule.prepare(
-            TensorPass(subject.numel, walker, CpuOps(), subject.inputs.active, subject.shape), deltas=True
+            TensorPass(subject.numel, walker.walk, CpuOps(), subject.inputs.active, subject.shape), deltas=True
         )
     every = list(combinations(range(n), 2)) if survivals else []
     lows = np.array([s.low for s in survivals], np.uint32)
@@ -217,7 +217,7 @@ def _second(
             )
         return outcome, square, counts
 
-    parts = walker(work)
+    parts = walker.walk(work)
     support = {pair: np.sum([p[2][k] for p in parts], axis=0) for k, pair in enumerate(every)}
     if combine is None:
         return {}, 0.0, support
@@ -258,8 +258,8 @@ def _sum_square(
     pairs: Pairs,
 ) -> float:
     """||sum of weight * delta||^2, from the squares and the inner products."""
-    given = weights_of(rule)
-    if not given:
+    given = rule.selection_weights if rule is not None else None
+    if given is None:
         return 0.0
     weights = [given[i] for i in active]
     alone = math.fsum(w * w * measures[i].square for i, w in enumerate(weights))

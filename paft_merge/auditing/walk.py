@@ -1,113 +1,73 @@
-"""Walks the blocks of one tensor several times, computing its deltas once where memory holds them."""
+"""Walks over one audited tensor: its deltas are computed once and kept in memory if they fit."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from paft_merge.auditing.opening import AuditedTensor
-from paft_merge.compute.blocks import Block, sample_end
+from paft_merge.compute.block_walk import BlockWalk
+from paft_merge.compute.blocks import Block
 from paft_merge.stats.spectrum import on_one_core
-
-T = TypeVar("T")
 
 
 class Arena:
-    """Memory for the deltas of one tensor after the other, taken once: fresh memory costs more than the arithmetic."""
+    """Memory for the deltas of one tensor after the other, allocated once: fresh memory costs more than the arithmetic."""
 
     def __init__(self, subjects: Sequence[AuditedTensor], limit_bytes: int) -> None:
         sizes = [len(s.inputs.active) * s.numel * 4 for s in subjects]
         self._held = np.empty(max((s for s in sizes if s <= limit_bytes), default=0) // 4, np.uint32)
 
     def hold(self, subject: AuditedTensor) -> Any:
-        """`[n * numel]` uint32 for the deltas of `subject`, or None when they do not fit."""
+        """`[n * numel]` uint32 for the deltas of `subject`, or None if they do not fit."""
         size = len(subject.inputs.active) * subject.numel
         return self._held[:size] if size <= self._held.size else None
 
 
-class BlockWalk:
-    """Runs a function on every block of one tensor on a pool, results in tile order (`blocks.Each`).
+class HeldDeltas:
+    """The deltas of a tensor, as `first` stored them; computed again for each block if they do not fit (`TiledTensor`).
 
-    The first walk, `first`, sees the base's weights; later ones see zeros in their place, so that what is merged there is
-    the delta alone. Tiles depend on the tensor's shape alone.
+    The base is zero in every block, so that the merged block is the merged delta.
     """
 
-    def __init__(self, subject: AuditedTensor, pool: ThreadPoolExecutor, arena: Arena) -> None:
+    def __init__(self, subject: AuditedTensor, pool: Executor, arena: Arena) -> None:
         self.subject, self.pool, self._held = subject, pool, arena.hold(subject)
-        self._n = len(subject.inputs.active)
+        self.bounds, self.row, self.release = subject.bounds, subject.row, subject.release
         self._zeros = np.zeros(max((stop - start for start, stop in subject.bounds), default=0), np.uint32)
+        self.first = BlockWalk([subject], pool, self._store)
+        """The first walk: its blocks have the base's values, and their deltas are stored."""
+        self.walk = BlockWalk([self], pool)
+        """A walk over the stored deltas."""
 
-    @property
-    def tiles(self) -> int:
-        return len(self.subject.bounds)
+    def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
+        """Deltas of the elements `[start, stop)`, which begin a tile."""
+        held, zeros = self._tile(start), self._zeros[: stop - start]
+        if held is None:
+            return Block(start, zeros, self.subject.inputs.block(start, stop).sources, subtract=False)
+        return Block(start, zeros, np.ascontiguousarray(held[:, : stop - start]), subtract=False)
 
-    def first(self, work: Callable[[Block], T]) -> list[T]:
-        """Compute every block, hold its deltas where they fit, and run `work` on it."""
+    def _store(self, block: Block) -> Block:
+        held = self._tile(block.index)
+        if held is not None:
+            held[:] = block.sources
+        return block
 
-        def run(bounds: tuple[int, int]) -> T:
-            block = self.subject.inputs.block(*bounds)
-            if self._held is not None:
-                self._tile(*bounds)[:] = block.sources
-            return work(block)
-
-        return list(self.pool.map(run, self.subject.bounds))
-
-    def __call__(
-        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
-    ) -> list[T]:
-        """As `first`, from what it held. `sample`: on some of each tile's rows. `tiles`: on these only."""
-        bounds = self.subject.bounds if tiles is None else [self.subject.bounds[i] for i in tiles]
-        return list(self.pool.map(lambda b: work(self._block(b[0], b[1], sample)), bounds))
-
-    def _block(self, start: int, stop: int, sample: bool) -> Block:
-        end = sample_end(start, stop, self.subject.row) if sample else stop
-        zeros = self._zeros[: end - start]
+    def _tile(self, start: int) -> Any:
+        """`[n, E]`: where the deltas of the tile that begins at `start` are stored, or None."""
         if self._held is None:
-            return Block(start, zeros, self.subject.inputs.block(start, end).sources, subtract=False)
-        sources = self._tile(start, stop)
-        return Block(
-            start, zeros, np.ascontiguousarray(sources[:, : end - start]) if sample else sources, subtract=False
-        )
-
-    def _tile(self, start: int, stop: int) -> Any:
-        return self._held[start * self._n : stop * self._n].reshape(self._n, stop - start)
-
-
-class ModelWalk:
-    """Walks the blocks of many tensors, every source in each (`blocks.Each`): for thresholds over a whole model."""
-
-    def __init__(self, subjects: Sequence[AuditedTensor], pool: ThreadPoolExecutor) -> None:
-        self._subjects, self._pool = subjects, pool
-
-    @property
-    def tiles(self) -> int:
-        return sum(len(subject.bounds) for subject in self._subjects)
-
-    def __call__(
-        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
-    ) -> list[T]:
-        """Run `work` on every block; neither a sample nor some tiles are asked of a whole model."""
-        assert not sample
-        assert tiles is None
-        found: list[T] = []
-        for subject in self._subjects:
-
-            def run(bounds: tuple[int, int], subject: AuditedTensor = subject) -> T:
-                return work(subject.inputs.block(*bounds, all_sources=True))
-
-            found += self._pool.map(run, subject.bounds)
-            subject.release()
-        return found
+            return None
+        n, stop = len(self.subject.inputs.active), min(start + self.bounds[0][1], self.subject.numel)
+        return self._held[start * n : stop * n].reshape(n, stop - start)
 
 
 @contextmanager
 def working_pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """A pool of `threads` (all cores by default), with one core to each of torch's products."""
+    """A pool of `threads` (all cores by default), with one core for each of torch's products."""
     import torch
 
     before = torch.get_num_threads()

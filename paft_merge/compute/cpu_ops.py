@@ -16,7 +16,12 @@ from paft_merge.compute.scratch import SCRATCH
 
 
 class CpuOps:
-    """The operations by `kernels`: blocks are NumPy bits."""
+    """The operations of `blocks.Ops` by `kernels`: blocks are NumPy bits."""
+
+    @property
+    def deferring(self) -> CpuOps:
+        """See `blocks.Ops`."""
+        return self
 
     def sample(self, block: Block, step: int) -> NDArray[np.uint32]:
         """The magnitudes of every `step`-th entry, `[n, ceil(E / step)]`."""
@@ -88,61 +93,56 @@ class CpuOps:
         return _consensus(block, out, survivals, election, key)[0]
 
     def consensus_outside(
-        self, block: Block, out: Any, brackets: Sequence[tuple[int, int]], election: Election, room: Any
+        self, block: Block, out: Any, brackets: Sequence[tuple[int, int]], election: Election, memory: Any
     ) -> tuple[Outcome, Undecided]:
-        """Write what magnitudes outside the brackets decide, and set the rest aside; where they lie, `out` is the base.
-
-        Args:
-            brackets: lowest bits, at least 1, and number of bits, one a source. What is above survives, what is below does not.
-            room: `[bytes]`, memory for what is set aside; beyond it there is fresh memory.
-        """
+        """See `blocks.DeferringOps`."""
         above = [KeepThreshold(low=low + width - 1) for low, width in brackets]
-        outcome, opened = _consensus(block, out, above, election, 0, brackets, room)
-        assert opened is not None
-        return outcome, opened
+        outcome, undecided = _consensus(block, out, above, election, 0, brackets, memory)
+        assert undecided is not None
+        return outcome, undecided
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
-        """The block's share of a tally, of deltas that are merged as they are (see `kernels.block_transforms.tally`)."""
+        """The block's share of a tally of deltas that are merged unchanged (see `kernels.block_transforms.tally`)."""
         outcome = _no_outcome(len(block.sources))
         kernels.tally(block.base, block.sources, block.subtract, outcome.counts, outcome.sums, lines(2))
         return outcome.counts, outcome.sums
 
     def variance(self, block: Block, total: int) -> Block:
-        """One row: every entry's variance over `total` sources, those that are not here being zero."""
+        """One row: the variance of every entry over `total` sources; sources without a row count as zero."""
         out = _one_row(block)
         made, memory = out.sources[0].view(np.float32), _strips(len(block.sources) + 1, 2)
         kernels.variance(block.base, block.sources, block.subtract, total, made, *memory)
         return out
 
     def select(self, block: Block, by: Block, survival: KeepThreshold) -> Block:
-        """The deltas where the only row of `by`, which is not negative, survives by its size; zero elsewhere."""
+        """The deltas where the only row of `by`, which is not negative, passes the lower threshold; zero elsewhere."""
         out = np.empty(block.sources.shape, np.float32)
         bounds = np.uint32(survival.low), survival.low_cut
         kernels.select(block.base, block.sources, block.subtract, block.index, by.sources[0], *bounds, out, lines(2))
         return Block(block.index, block.base, out.view(np.uint32), subtract=False)
 
     def swap(self, block: Block, t: float) -> Block:
-        """One row: the delta of the only source, cut to what is near (see `kernels.block_transforms.swap`)."""
+        """One row: the delta of the only source, reduced where it is larger than `t` (see `kernels.block_transforms.swap`)."""
         out = _one_row(block)
         kernels.swap(block.base, block.sources, block.subtract, float(t), out.sources[0].view(np.float32), lines(2))
         return out
 
     def overlaps(self, block: Block, epsilon: float) -> tuple[Counts, Sums]:
-        """Changed entries `[n, 2]`, shared ones and the source's own, and the sum of their squares `[n]`."""
+        """Entries with |delta| > epsilon, `[n, 2]`: those several sources share and those of one alone; their squares, `[n]`."""
         counts, energy = np.zeros((len(block.sources), 2), np.int64), np.zeros(len(block.sources))
         memory = _strips(len(counts) + 3, len(counts))
         kernels.overlaps(block.base, block.sources, block.subtract, float(epsilon), counts, energy, *memory)
         return counts, energy
 
     def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
-        """One row: own changes times `scales`, shared ones averaged (see `kernels.block_transforms.share`)."""
+        """One row: changes of one source times its scale, shared ones averaged (see `kernels.block_transforms.share`)."""
         out, own = _one_row(block), np.array(scales, np.float32)
         made, memory = out.sources[0].view(np.float32), lines(len(own) + 3)
         kernels.share(block.base, block.sources, block.subtract, float(epsilon), own, made, memory)
         return out
 
     def fuse(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
-        """One row: the elected weighted mean of deltas; and, `[n]` each, how many were elected and their squares' sum."""
+        """One row: the elected weighted mean; and, `[n]` each, how many entries were elected and the sum of their squares."""
         n = len(block.sources)
         out, elected, energy = _one_row(block), np.zeros(n, np.int64), np.zeros(n)
         merged, own = out.sources[0].view(np.float32), np.array(weights, np.float32)
@@ -150,12 +150,9 @@ class CpuOps:
         return out, elected, energy
 
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
-        """Drop entries of each source by their rank among `length` entries that lie `inner` apart; ties rank by position."""
-        deltas = (
-            np.stack([_as_float32(row) for row in block.sources])
-            if len(block.sources)
-            else np.empty((0, 0), np.float32)
-        )
+        """Drop entries of each delta by their rank among `length` entries that are `inner` apart; ties rank by position."""
+        rows = [_as_float32(row) for row in block.sources]
+        deltas = np.stack(rows) if rows else np.empty((0, 0), np.float32)
         if block.subtract:
             deltas -= _as_float32(block.base)
         out = np.empty_like(deltas)
@@ -196,7 +193,7 @@ def _consensus(
     election: Election,
     key: int,
     brackets: Sequence[tuple[int, int]] | None = None,
-    room: Any = None,
+    memory: Any = None,
 ) -> tuple[Outcome, Undecided | None]:
     n, size = block.count, block.size
     outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n + 1, 2), np.int64)
@@ -222,16 +219,16 @@ def _consensus(
         return outcome, None
     many = int(tally[n, 0])
     inside = [row[:count] for row, count in zip(found, tally[:n, 0], strict=True)]
-    kept = _moved([place[:many], *(row[:many] for row in held), *inside], room)
+    kept = _moved([place[:many], *(row[:many] for row in held), *inside], memory)
     return outcome, Undecided(kept[0], kept[1 : n + 2], kept[n + 2 :], tally[:n, 1])
 
 
-def _moved(arrays: Sequence[Any], room: Any) -> list[Any]:
-    """Copies of arrays of 4-byte elements, one behind the other in `room` `[bytes]` as long as there is any."""
+def _moved(arrays: Sequence[Any], memory: Any) -> list[Any]:
+    """Copies of arrays of 4-byte elements, one after the other in `memory` `[bytes]`; those that do not fit are allocated."""
     copies, at = [], 0
     for array in arrays:
-        fits = at + array.nbytes <= room.size
-        copy = room[at : at + array.nbytes].view(array.dtype) if fits else np.empty_like(array)
+        fits = at + array.nbytes <= memory.size
+        copy = memory[at : at + array.nbytes].view(array.dtype) if fits else np.empty_like(array)
         copy[:] = array
         copies.append(copy)
         at += array.nbytes if fits else 0
@@ -253,7 +250,7 @@ def _no_outcome(sources: int) -> Outcome:
 
 
 def _widen(bits: Any, out: Any) -> None:
-    """Stored bits as those of float32, into `out`."""
+    """Convert stored bits to float32 bits, into `out`."""
     np.left_shift(bits, np.uint32(0 if bits.dtype == np.uint32 else 16), out=out, dtype=np.uint32)
 
 

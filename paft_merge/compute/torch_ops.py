@@ -7,7 +7,7 @@ Every elementwise step is the same float32 operation in the same order, so resul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,19 +19,25 @@ from paft_merge.compute.magnitudes import EPSILONS, MAGNITUDE
 from paft_merge.compute.splitmix64 import GOLDEN, MIX1, MIX2
 
 _THRESHOLDS = tuple(int(np.float32(e).view(np.uint32)) for e in EPSILONS)
+"""Bits of the magnitudes below which a tally counts."""
 
 
 class TorchOps:
-    """See `blocks.Ops`; blocks come as NumPy bits and are computed on `device`."""
+    """The operations of `blocks.Ops` on `device`: blocks come as NumPy bits, results go back to NumPy."""
+
+    deferring: ClassVar[None] = None
+    """Tensors are always measured first."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def sample(self, block: Block, step: int) -> Any:
+        """See `Ops.sample`."""
         bits = _bits(self._deltas(block)[:, ::step].contiguous()) & MAGNITUDE
         return bits.cpu().numpy().astype(np.uint32)
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
+        """See `Ops.histogram`."""
         bits = _bits(self._deltas(block)) & MAGNITUDE
         counts, low = [], []
         for row in bits:
@@ -43,6 +49,7 @@ class TorchOps:
         return torch.stack(counts).cpu().numpy(), torch.stack(low).cpu().numpy() if lows else empty
 
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
+        """See `Ops.collect`."""
         bits = _bits(self._deltas(block)) & MAGNITUDE
         counts, found = np.zeros((len(bits), 2), np.int64), []
         for i, (row, first, span) in enumerate(zip(bits, low, width, strict=True)):
@@ -53,10 +60,12 @@ class TorchOps:
         return counts, found
 
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
+        """See `Ops.locate`."""
         row = _bits(self._deltas(block))[source] & MAGNITUDE
         return block.index + int(torch.nonzero(row == bits)[nth, 0])
 
     def dropped_l1(self, block: Block, survivals: Sequence[KeepThreshold]) -> Sums:
+        """See `Ops.dropped_l1`."""
         deltas = self._deltas(block)
         sums = []
         for row, survival in zip(deltas, survivals, strict=True):
@@ -65,12 +74,14 @@ class TorchOps:
         return torch.stack(sums).cpu().numpy()
 
     def gram(self, block: Block) -> Sums:
+        """See `Ops.gram`."""
         rows = self._deltas(block).double()
         return (rows @ rows.T).cpu().numpy()
 
     def blend(
         self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
     ) -> Outcome:
+        """See `Ops.blend`."""
         rows = self._deltas(block)
         counts, sums = _tally(rows) if tally else _no_tally(len(rows))
         if tally and len(rows):
@@ -86,6 +97,7 @@ class TorchOps:
     def consensus(
         self, block: Block, out: Any, survivals: Sequence[KeepThreshold], election: Election, key: int
     ) -> Outcome:
+        """See `Ops.consensus`."""
         deltas, base = self._deltas(block), self._float(block.base)
         counts, sums = _tally(deltas)
         weights = [float(np.float32(w)) for w in election.weights]
@@ -111,12 +123,14 @@ class TorchOps:
         )
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
+        """See `Ops.tally`."""
         counts, sums = _tally(self._deltas(block))
         counts[:, 5:7] = block.size - counts[:, :1]
         sums[:, 2:] = sums[:, 1:2]
         return counts, sums
 
     def variance(self, block: Block, total: int) -> Block:
+        """See `Ops.variance`; computed in float64."""
         rows = self._deltas(block).double()
         mean = torch.zeros(block.size, dtype=torch.float64, device=self.device)
         for row in rows:
@@ -128,17 +142,20 @@ class TorchOps:
         return _derived(block, (spread / total).float()[None])
 
     def select(self, block: Block, by: Block, survival: KeepThreshold) -> Block:
+        """See `Ops.select`."""
         deltas = self._deltas(block)
         bits, at = _bits(self._float(by.sources[0])), self._places(block)
         stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
         return _derived(block, torch.where(stays, deltas, torch.zeros_like(deltas)))
 
     def swap(self, block: Block, t: float) -> Block:
+        """See `Ops.swap`."""
         delta = self._deltas(block)
         reach = torch.full_like(delta, float(np.float32(t)))
         return _derived(block, delta * (reach / delta.abs().clamp(min=float(np.float32(1e-6)))).clamp(0, 1))
 
     def overlaps(self, block: Block, epsilon: float) -> tuple[Counts, Sums]:
+        """See `Ops.overlaps`."""
         deltas = self._deltas(block)
         large = deltas.abs() > float(np.float32(epsilon))
         many = large.sum(0)
@@ -146,6 +163,7 @@ class TorchOps:
         return counts.cpu().numpy(), (torch.where(large, deltas, 0.0).double() ** 2).sum(1).cpu().numpy()
 
     def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
+        """See `Ops.share`."""
         deltas = self._deltas(block)
         large = deltas.abs() > float(np.float32(epsilon))
         kept, many = torch.where(large, deltas, torch.zeros_like(deltas)), large.sum(0).float()
@@ -155,6 +173,7 @@ class TorchOps:
         return _derived(block, total[None])
 
     def fuse(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
+        """See `Ops.fuse`."""
         rows = self._deltas(block)
         agree = _agreement(list(rows), Election((), "unweighted", True, "weights", 1.0))
         total = torch.zeros(block.size, device=self.device)
@@ -169,6 +188,7 @@ class TorchOps:
         return _derived(block, merged[None]), np.array(elected, np.int64), np.array(energy)
 
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
+        """See `Ops.drop_ranked`."""
         deltas = self._deltas(block)
         kept = torch.empty_like(deltas)
         for i, (row, drop) in enumerate(zip(deltas, drops, strict=True)):
@@ -180,14 +200,17 @@ class TorchOps:
         return _derived(block, kept)
 
     def gram_rows(self, block: Block, row: int) -> Sums:
+        """See `Ops.gram_rows`."""
         deltas = self._deltas(block).double().view(block.count, -1, row).transpose(0, 1)
         return (deltas @ deltas.mT).cpu().numpy()
 
     def gram_columns(self, block: Block, row: int) -> Sums:
+        """See `Ops.gram_columns`."""
         deltas = self._deltas(block).double().view(block.count, -1, row)
         return torch.stack([(deltas * one).sum(1) for one in deltas]).cpu().numpy()
 
     def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block:
+        """See `Ops.mix`."""
         deltas = self._deltas(block).view(block.count, -1, row)
         own = torch.from_numpy(np.ascontiguousarray(weights, np.float32)).to(self.device)
         total = torch.zeros(deltas.shape[1:], device=self.device)
@@ -196,7 +219,7 @@ class TorchOps:
         return _derived(block, total.view(1, -1))
 
     def _float(self, bits: Any) -> Tensor:
-        """Bits as float32 on the device; what was computed there is there already."""
+        """Bits as float32 on the device; computed rows are on it already."""
         if isinstance(bits, Tensor):
             return bits
         if bits.dtype == np.uint16:

@@ -6,28 +6,23 @@ block, in float32, without a rounding in between. What its method has to know of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from paft_merge.compute.blocks import Block, sample_end
+from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, CheckpointFile, TensorInfo
 from paft_merge.inputs.dtypes import cast, stored_bytes
 from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
 from paft_merge.inputs.tensor_inputs import RAW
-from paft_merge.methods.rules.consensus import Consensus
-from paft_merge.methods.rules.rule import Combine, TensorPass
+from paft_merge.methods.rules.rule import Combine, TensorPass, rank_over_model
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
-
-T = TypeVar("T")
-
 
 # --- the documents of a file ------------------------------------------------------------------------------------------
 
@@ -95,17 +90,13 @@ class Intermediate(Checkpoint):
 
     def _with_thresholds(self, planned: PlannedTensor) -> PlannedTensor:
         """With `trim_scope: global`, the thresholds over all tensors of the document."""
-        if not isinstance(planned.rule, Consensus) or planned.rule.trim_scope != "global":
+        if planned.rule.wants == "whole" or planned.rule.global_trims is None:
             return planned
         with self._fixing, SCRATCH.nested():
             if not self._fixed:
-                ranked = [
-                    t for t in self.plan.tensors if isinstance(t.rule, Consensus) and t.rule.trim_scope == "global"
-                ]
-                found = planned.rule.over_the_model(sum(t.numel for t in ranked), _Blocks(ranked, every=True), CpuOps())
-                for one in ranked:
-                    assert isinstance(one.rule, Consensus)
-                    self._fixed[one.name] = replace(one, rule=replace(one.rule, fixed=found.fixed))
+                tensors = self.plan.tensors
+                found = rank_over_model([tensor.rule for tensor in tensors], tensors, None, CpuOps())
+                self._fixed = {tensors[i].name: replace(tensors[i], rule=rule) for i, rule in found.items()}
         return self._fixed[planned.name]
 
     def hint_soon(self, name: str) -> None:
@@ -171,7 +162,7 @@ class _Ready:
         if tensor.rule.wants == "whole":
             base, sources = tensor.inputs.whole(baked=tensor.rule.baked)
             return cls(tensor, None, tensor.rule.merge(base, sources, tensor.name).reshape(-1))
-        walk = TensorPass(tensor.numel, _Blocks([tensor]), CpuOps(), tensor.inputs.active, tensor.shape)
+        walk = TensorPass(tensor.numel, BlockWalk([tensor]), CpuOps(), tensor.inputs.active, tensor.shape)
         return cls(tensor, tensor.rule.prepare(walk, tensor.inputs.deltas))
 
     @property
@@ -187,27 +178,3 @@ class _Ready:
         out = SCRATCH.array("out", stop - start, RAW.get(dtype, np.uint32))
         self.combine(block, out, key)
         return out if dtype in RAW else cast(out.view(np.float32), dtype, key, start)
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Walks the blocks of tensors one after the other, in this thread (see `blocks.Each`)."""
-
-    tensors: Sequence[PlannedTensor]
-    every: bool = False
-    """One row a source in each block, zeros for those that have no delta."""
-
-    @property
-    def tiles(self) -> int:
-        return sum(len(tensor.bounds) for tensor in self.tensors)
-
-    def __call__(
-        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
-    ) -> list[T]:
-        found = []
-        for tensor in self.tensors:
-            bounds = tensor.bounds if tiles is None else [tensor.bounds[i] for i in tiles]
-            for start, stop in bounds:
-                end = sample_end(start, stop, tensor.row) if sample else stop
-                found.append(work(tensor.inputs.block(start, end, all_sources=self.every)))
-        return found

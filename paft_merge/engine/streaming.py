@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import xxhash
 
-from paft_merge.compute.blocks import TILE, Block, Ops, Outcome, Tally, Undecided, sample_end
+from paft_merge.compute.block_walk import BlockWalk
+from paft_merge.compute.blocks import TILE, Block, Ops, Outcome, Tally, Undecided
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.errors import MergeError
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
 from paft_merge.inputs.tensor_inputs import RAW
-from paft_merge.methods.rules.consensus import Consensus
-from paft_merge.methods.rules.rule import Rule, TensorPass, WholeRule
+from paft_merge.methods.rules.rule import Rule, TensorPass, WholeRule, rank_over_model
 from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.folder import Finished, Output
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
@@ -104,42 +104,10 @@ def merge_checkpoint(
 def _with_global_thresholds(
     tensors: Sequence[PlannedTensor], todo: list[PlannedTensor], pool: ThreadPoolExecutor, ops: Ops
 ) -> list[PlannedTensor]:
-    """`todo` with the thresholds of `trim_scope: global` filled in, from passes over every tensor of the plan."""
-    ranked = [t for t in tensors if isinstance(t.rule, Consensus) and t.rule.trim_scope == "global"]
-    if not ranked or not todo:
-        return todo
-    first = ranked[0].rule
-    assert isinstance(first, Consensus)
-    fixed = first.over_the_model(sum(t.numel for t in ranked), _Model(ranked, pool), ops).fixed
-    rules = {t.name: replace(t.rule, fixed=fixed) for t in ranked if isinstance(t.rule, Consensus)}
-    return [replace(t, rule=rules.get(t.name, t.rule)) for t in todo]
-
-
-@dataclass(frozen=True)
-class _Model:
-    """Walks the blocks of many tensors, every source in each (see `blocks.Each`)."""
-
-    tensors: Sequence[PlannedTensor]
-    pool: ThreadPoolExecutor
-
-    @property
-    def tiles(self) -> int:
-        return sum(len(tensor.bounds) for tensor in self.tensors)
-
-    def __call__(
-        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
-    ) -> list[T]:
-        assert not sample
-        assert tiles is None
-        results: list[T] = []
-        for tensor in self.tensors:
-
-            def run(bounds: tuple[int, int], tensor: PlannedTensor = tensor) -> T:
-                return work(tensor.inputs.block(*bounds, all_sources=True))
-
-            results += _in_order(self.pool, run, tensor.bounds, ahead=len(tensor.bounds))
-            tensor.release()
-        return results
+    """`todo` with the thresholds of `trim_scope: global`, which take walks over every tensor of the plan."""
+    found = rank_over_model([tensor.rule for tensor in tensors], tensors, pool, ops) if todo else {}
+    rules = {tensors[i].name: rule for i, rule in found.items()}
+    return [replace(tensor, rule=rules[tensor.name]) if tensor.name in rules else tensor for tensor in todo]
 
 
 @dataclass(frozen=True)
@@ -158,10 +126,10 @@ class _Worker:
             return self._copy(tensor)
         if tensor.rule.wants == "whole":
             return self.pool.submit(self._whole, tensor, tensor.rule).result()
-        tiles, sources = _Tiles(tensor, self.pool), tensor.inputs.active
+        tiles, sources = BlockWalk([tensor], self.pool), tensor.inputs.active
         walk, sample = TensorPass(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
         rule = tensor.rule
-        written = self._settled(tensor, rule, walk, sample) or self._measured(tensor, rule, walk, sample)
+        written = self._in_one_pass(tensor, rule, walk, sample) or self._measured(tensor, rule, walk, sample)
         tally, digest, nonfinite = Tally.empty(len(sources)), xxhash.xxh3_128(), 0
         for block_digest, outcome in written:
             digest.update(block_digest)
@@ -174,70 +142,71 @@ class _Worker:
         combine = rule.prepare(walk, tensor.inputs.deltas)
 
         def write(block: Block) -> Written:
-            room, kind = _ROOMS.next(), np.dtype(RAW.get(tensor.dtype, np.uint32))
-            out = self._memory(room, tensor, block, kind)
+            buffer, kind = _BUFFERS.next(), np.dtype(RAW.get(tensor.dtype, np.uint32))
+            out = self._memory(buffer, tensor, block, kind)
             if tensor.inputs.deltas:
                 sample.offer(block)
             outcome = combine(block, out, tensor.rounding_key)
             if tensor.inputs.deltas:
                 sample.take(block)
-            return self._write(tensor, block.index, out, outcome, room)
+            return self._write(tensor, block.index, out, outcome, buffer)
 
         return walk.each(write)
 
-    def _settled(self, tensor: PlannedTensor, rule: Rule, walk: TensorPass, sample: Sample) -> list[Written] | None:
-        """Merge the tensor as it is read, and settle what a sample left open; None where that cannot be, or missed."""
-        settling = None
-        # By what is planned alone, not by the memory there is: the statistics are added in another order here.
-        if isinstance(rule, Consensus) and isinstance(self.ops, CpuOps) and _may_be_held(tensor):
-            settling = rule.settling(walk, lambda: [tensor.inputs.factors(i) for i in walk.active])
-        if settling is None:
+    def _in_one_pass(self, tensor: PlannedTensor, rule: Rule, walk: TensorPass, sample: Sample) -> list[Written] | None:
+        """Merge while reading, then resolve the entries that the sampled thresholds left undecided.
+
+        Returns None if one pass is impossible or the sample missed a threshold.
+        """
+        # Decided from the plan alone, not from free memory: one pass adds the statistics in another order.
+        pending = None
+        if _may_be_held(tensor):
+            pending = rule.one_pass(walk, lambda: [tensor.inputs.factors(i) for i in walk.active])
+        if pending is None:
             return None
         bounds, kind = tensor.bounds, np.dtype(RAW[tensor.dtype])
         with self.held.tiles(len(bounds), tensor.nbytes) as held:
 
             def merge(block: Block) -> tuple[Any, Outcome, Undecided, PageAlignedBuffer]:
-                room, aside = held[block.index // bounds[0][1]] if held else (_ROOMS.next(), np.empty(0, np.uint8))
-                out = self._memory(room, tensor, block, kind)
+                buffer, aside = held[block.index // bounds[0][1]] if held else (_BUFFERS.next(), np.empty(0, np.uint8))
+                out = self._memory(buffer, tensor, block, kind)
                 sample.offer(block)
-                merged = settling.merge(block, out, aside)
+                merged = pending.merge(block, out, aside)
                 sample.take(block)
-                return out, *merged, room
+                return out, *merged, buffer
 
             first = walk.each(merge)
-            opened, starts = [one[2] for one in first], [start for start, _ in bounds]
-            survivals = settling.survivals(starts, opened)
-            if survivals is None:
+            starts = [start for start, _ in bounds]
+            thresholds = pending.thresholds(starts, [undecided for _, _, undecided, _ in first])
+            if thresholds is None:
                 return None
 
-            def settle(start: int, merged: tuple[Any, Outcome, Undecided, PageAlignedBuffer]) -> Written:
-                out, outcome, opened, room = merged
-                settling.settle(start, opened, survivals, out, outcome)
-                return self._write(tensor, start, out, outcome, room)
+            def resolve(start: int, merged: tuple[Any, Outcome, Undecided, PageAlignedBuffer]) -> Written:
+                out, outcome, undecided, buffer = merged
+                pending.resolve(start, undecided, thresholds, out, outcome)
+                return self._write(tensor, start, out, outcome, buffer)
 
             if held:
-                return list(
-                    _in_order(self.pool, lambda at: settle(starts[at], first[at]), range(len(bounds)), len(bounds))
-                )
-            return walk.each(lambda block: settle(block.index, merge(block)))
+                return list(self.pool.map(resolve, starts, first))
+            return walk.each(lambda block: resolve(block.index, merge(block)))
 
     def _copy(self, tensor: PlannedTensor) -> Finished:
         """The bytes of a tensor that no source changes, whatever their type."""
         read, step = tensor.inputs.reads[0], tensor.tile_bytes
 
         def copy(start: int) -> tuple[bytes, int]:
-            room = _ROOMS.next()
-            held = self.output.memory(room, tensor.name, start, min(step, tensor.nbytes - start))
+            buffer = _BUFFERS.next()
+            held = self.output.memory(buffer, tensor.name, start, min(step, tensor.nbytes - start))
             read.checkpoint.read_into(read.name, start, held)
             bad = count_nonfinite(held, tensor.dtype)
             if bad and not self.allow_nonfinite:
                 raise _not_finite(tensor)
-            self.output.write(tensor.name, start, held, room)
+            self.output.write(tensor.name, start, held, buffer)
             return xxhash.xxh3_128_digest(held), bad
 
         digest, nonfinite = xxhash.xxh3_128(), 0
         starts = range(0, tensor.nbytes, step)
-        for block_digest, bad in _in_order(self.pool, copy, starts, ahead=max(len(starts), 1)):
+        for block_digest, bad in self.pool.map(copy, starts):
             digest.update(block_digest)
             nonfinite += bad
         tensor.release()
@@ -264,13 +233,15 @@ class _Worker:
             nonfinite += bad
         return _finished(tensor, digest.hexdigest(), range(len(known)), tally, sample, nonfinite)
 
-    def _memory(self, room: PageAlignedBuffer, tensor: PlannedTensor, block: Block, kind: np.dtype[Any]) -> Any:
+    def _memory(self, buffer: PageAlignedBuffer, tensor: PlannedTensor, block: Block, kind: np.dtype[Any]) -> Any:
         """Memory for a merged block, `[E]` of `kind`."""
         nbytes = block.size * kind.itemsize
-        return self.output.memory(room, tensor.name, block.index * tensor.width, nbytes).view(kind)
+        return self.output.memory(buffer, tensor.name, block.index * tensor.width, nbytes).view(kind)
 
-    def _write(self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome, room: PageAlignedBuffer) -> Written:
-        """Check one merged block, which lies in `room`, and write it where it belongs."""
+    def _write(
+        self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome, buffer: PageAlignedBuffer
+    ) -> Written:
+        """Check one merged block, which lies in `buffer`, and write it where it belongs."""
         stored = out
         if tensor.dtype not in RAW:
             stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, start)
@@ -278,7 +249,7 @@ class _Worker:
         largest = int(outcome.counts[:, -1].max(initial=0))
         if (outcome.bad or largest >= INFINITY) and not self.allow_nonfinite:
             raise _not_finite(tensor, outcome.bad)
-        self.output.write(tensor.name, start * tensor.width, stored, room if stored is out else None)
+        self.output.write(tensor.name, start * tensor.width, stored, buffer if stored is out else None)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
 
 
@@ -295,7 +266,7 @@ def _finished(
     return Finished(tensor.name, digest, active, tally.counts, sums, nonfinite, noted)
 
 
-class _Rooms(threading.local):
+class _Buffers(threading.local):
     """A thread's memory for what it merges: two in turn, as one is written while the other fills."""
 
     def __init__(self) -> None:
@@ -306,7 +277,7 @@ class _Rooms(threading.local):
         return self._two[0]
 
 
-_ROOMS = _Rooms()
+_BUFFERS = _Buffers()
 
 
 class _Held:
@@ -349,29 +320,6 @@ def _delta_block(base: Tensor, sources: Sequence[Tensor], start: int, stop: int)
     """A block of tensors in memory, to be tallied."""
     bits = [tensor.reshape(-1)[start:stop].float().numpy().view(np.uint32) for tensor in (base, *sources)]
     return Block(start, bits[0], np.stack(bits[1:]), subtract=True)
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """Walks the blocks of one planned tensor on a pool (see `blocks.Each`)."""
-
-    tensor: PlannedTensor
-    pool: ThreadPoolExecutor
-
-    @property
-    def tiles(self) -> int:
-        return len(self.tensor.bounds)
-
-    def __call__(
-        self, work: Callable[[Block], T], *, sample: bool = False, tiles: Sequence[int] | None = None
-    ) -> list[T]:
-        def run(bounds: tuple[int, int]) -> T:
-            return work(self.tensor.inputs.block(*bounds))
-
-        bounds = [self.tensor.bounds[i] for i in tiles] if tiles is not None else self.tensor.bounds
-        if sample:
-            bounds = [(start, sample_end(start, stop, self.tensor.row)) for start, stop in bounds]
-        return list(_in_order(self.pool, run, bounds, ahead=len(bounds)))
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[S], ahead: int) -> Iterator[T]:

@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from paft_merge.errors import MergeError, Problems, RecipeError
 from paft_merge.methods.parameters import REQUIRED, Method, Parameter, Shared, Sources
@@ -47,8 +47,8 @@ class WholeTensor:
     baked: bool = False
     """Adapters are rounded into their checkpoint's type before anything else, as mergekit does; else they stay float32."""
 
-    wants: Literal["whole"] = "whole"
-    keeps_equals: bool = False
+    wants: ClassVar[Literal["whole"]] = "whole"
+    keeps_equals: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _spec(self.method)

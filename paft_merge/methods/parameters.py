@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from paft_merge.compute.blocks import Election
     from paft_merge.methods.rules.rule import Rule, WholeRule
 
 REQUIRED: Final = object()
@@ -119,6 +120,20 @@ def elect(default: str) -> tuple[Parameter, Parameter]:
             choices=("positive", "zero"),
         ),
     )  # fmt: skip
+
+
+def election(sources: Sources, shared: Shared) -> Election:
+    """The election of resolved parameters; a plain weighted sum for a method without `elect`.
+
+    Such a method normalizes by all the weights, as in mergekit, not by those of the entries that survive.
+    """
+    from paft_merge.compute.blocks import Election
+
+    weights = tuple(s["weight"] for s in sources)
+    if "elect" not in shared:
+        return Election(shares(weights, shared["normalize"], zero=1.0), "none", True, "none", shared["lambda"])
+    positive = shared["elect_tie"] == "positive"
+    return Election(weights, shared["elect"], positive, shared["normalize"], shared["lambda"])
 
 
 def shares(weights: Sequence[float], normalized: bool, zero: float | None = None) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from paft_merge.methods.in_memory import run
-from paft_merge.methods.parameters import (  # fmt: skip
+from paft_merge.methods.parameters import (
     INT8_MASK,
     LAMBDA,
     Method,
@@ -16,9 +16,9 @@ from paft_merge.methods.parameters import (  # fmt: skip
     by_all_weights,
     density,
     elect,
+    election,
     normalize,
     rescale,
-    shares,
     weight,
 )
 
@@ -29,48 +29,25 @@ if TYPE_CHECKING:
 
 
 def _dare_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
-    from paft_merge.methods.rules.consensus import Drop
+    from paft_merge.methods.rules.consensus import Consensus, Drop
 
-    return _consensus(sources, shared, [Drop(s["density"], key) for s, key in zip(sources, keys, strict=True)])
+    drops = tuple(Drop(s["density"], key) for s, key in zip(sources, keys, strict=True))
+    return Consensus(drops, election(sources, shared), shared["rescale"])
 
 
 def _breadcrumbs_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.consensus import Consensus
     from paft_merge.methods.rules.thresholds import Trim
 
-    return _consensus(sources, shared, [Trim("outliers", s["density"], gamma=s["gamma"]) for s in sources])
+    trims = tuple(Trim("outliers", s["density"], gamma=s["gamma"]) for s in sources)
+    return Consensus(trims, election(sources, shared), shared["rescale"])
 
 
 def _della_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
-    from paft_merge.compute.blocks import Election
     from paft_merge.methods.rules.magprune import RankedConsensus, RankedDrop
 
     drops = tuple(RankedDrop(s["density"], s["epsilon"], key) for s, key in zip(sources, keys, strict=True))
-    weights, how = _weights(sources, shared), _election(shared)
-    election = Election(weights, how["elect"], how["tie_positive"], how["normalize"], how["factor"])
-    return RankedConsensus(drops, election, shared["rescale"])
-
-
-def _consensus(sources: Sources, shared: Shared, thin: Sequence[Any]) -> Rule:
-    from paft_merge.methods.rules.consensus import Consensus
-
-    return Consensus(
-        weights=_weights(sources, shared), thin=tuple(thin), rescale=shared["rescale"], **_election(shared)
-    )
-
-
-def _weights(sources: Sources, shared: Shared) -> tuple[float, ...]:
-    """Without an election mergekit divides by all the weights, not by those that happened to survive at an entry."""
-    weights = [s["weight"] for s in sources]
-    return shares(weights, "elect" not in shared and shared["normalize"], zero=1.0)
-
-
-def _election(shared: Shared) -> dict[str, Any]:
-    return {
-        "elect": shared.get("elect", "none"),
-        "tie_positive": shared.get("elect_tie", "positive") == "positive",
-        "normalize": shared["normalize"] if "elect" in shared else "none",
-        "factor": shared["lambda"],
-    }
+    return RankedConsensus(drops, election(sources, shared), shared["rescale"])
 
 
 _KEPT = "Share of the delta's entries that is kept, {}"

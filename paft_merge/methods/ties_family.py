@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Literal
 
 from paft_merge.methods.in_memory import run
 from paft_merge.methods.parameters import (
@@ -16,6 +16,7 @@ from paft_merge.methods.parameters import (
     Sources,
     density,
     elect,
+    election,
     normalize,
     rescale,
     weight,
@@ -29,24 +30,15 @@ if TYPE_CHECKING:
 
 def _ties_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
     from paft_merge.methods.rules.consensus import Consensus
-
-    return Consensus(
-        weights=tuple(s["weight"] for s in sources),
-        thin=tuple(_trim(s, soft=shared.get("shrink") == "soft") for s in sources),
-        elect=shared["elect"],
-        tie_positive=shared["elect_tie"] == "positive",
-        normalize=shared["normalize"],
-        factor=shared["lambda"],
-        rescale=shared.get("rescale") in (True, "l1"),
-        trim_scope=shared.get("trim_scope", "tensor"),
-    )
-
-
-def _trim(source: Mapping[str, Any], *, soft: bool) -> Any:
     from paft_merge.methods.rules.thresholds import Trim
 
-    rule = next(r for r in ("epsilon", "density", "l1_mass") if source.get(r) is not None)
-    return Trim(rule, source[rule], soft=soft)  # type: ignore[arg-type]
+    ways: tuple[Literal["epsilon", "density", "l1_mass"], ...] = "epsilon", "density", "l1_mass"
+    trims = []
+    for source in sources:
+        way = next(way for way in ways if source.get(way) is not None)
+        trims.append(Trim(way, source[way], soft=shared.get("shrink") == "soft"))
+    rescale = shared.get("rescale") in (True, "l1")
+    return Consensus(tuple(trims), election(sources, shared), rescale, shared.get("trim_scope", "tensor"))
 
 
 TIES = Method(

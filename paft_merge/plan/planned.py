@@ -12,12 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paft_merge.compute.blocks import TILE, tile_bounds
+from paft_merge.compute.blocks import TILE, Block, tile_bounds
 from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.tensor_inputs import Inputs
-from paft_merge.methods.rules.rule import Rule, WholeRule, row_of
+from paft_merge.methods.rules.rule import Rule, WholeRule
 from paft_merge.output.shards import Shard
 from paft_merge.plan.formatting import html_table, show_bytes, show_value
 from paft_merge.plan.output_tensors import OutputTensor
@@ -79,7 +79,7 @@ class PlannedTensor:
     @cached_property
     def row(self) -> int:
         """Elements of a row; a block is a number of whole rows."""
-        return self.inputs.row(self.shape, row_of(self.rule, self.shape))
+        return self.inputs.row(self.shape, 1 if self.rule.wants == "whole" else self.rule.row(self.shape))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -135,6 +135,10 @@ class PlannedTensor:
             "adapters": {read.source: read.delta.kind for read in inputs.sources if read.delta},
             "parameters": dict(self.parameters),
         }
+
+    def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
+        """Read elements `[start, stop)`; see `Inputs.block`."""
+        return self.inputs.block(start, stop, all_sources=all_sources)
 
     def release(self) -> None:
         """Free the factors of the adapters; they are read again when needed."""

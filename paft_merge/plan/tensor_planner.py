@@ -13,7 +13,6 @@ from paft_merge.inputs.models import Model
 from paft_merge.inputs.tensor_inputs import Inputs, Read, inputs_for
 from paft_merge.methods import Method
 from paft_merge.methods.mergekit_methods import as_mergekit
-from paft_merge.methods.rules.consensus import Consensus
 from paft_merge.methods.rules.rule import Rule, WeightedSum, WholeRule
 from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.plan.compatibility import compare_configs, compare_tensors, compare_tokenizers
@@ -81,7 +80,7 @@ class Planner:
 
     def check_global_trim(self, tensors: Sequence[PlannedTensor]) -> None:
         """One ranking over the whole model needs one trim for the whole model."""
-        trims = {t.rule.thin for t in tensors if isinstance(t.rule, Consensus) and t.rule.trim_scope == "global"}
+        trims = {t.rule.global_trims for t in tensors if t.rule.wants != "whole"} - {None}
         if len(trims) > 1:
             self.problems.add(
                 "RECIPE", self.recipe.located.spot(("parameters", "trim_scope")),

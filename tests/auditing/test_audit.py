@@ -359,7 +359,7 @@ def survivors(size: Any, survival: KeepThreshold) -> Any:
 
 
 class InMemory:
-    """Walks an array in tiles (`blocks.BlockMap`)."""
+    """Walks an array in tiles as a `BlockWalk` does."""
 
     def __init__(self, held: Any, step: int) -> None:
         self.held, self.starts, self.step = held, list(range(0, held.shape[1], step)), step

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from paft_merge.compute import blocks
+from paft_merge.compute.block_walk import ArrayTensor, BlockWalk
 from paft_merge.compute.blocks import NOTHING, Block, KeepThreshold, RankedKeep
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.torch_ops import TorchOps
 from paft_merge.methods.rules.magprune import RankedDrop
-from paft_merge.methods.rules.whole_tensors import InMemory
 
 LENGTH, LINES = 1300, 18  # a row is more than one strip of the loops
 SIZE = LENGTH * LINES
@@ -187,7 +187,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_row_is_never_parted(small_tiles: None) -> None:
     sources = np.zeros((1, 60 * 70), np.uint32)
-    each = InMemory(np.zeros(60 * 70, np.uint32), sources, row=70)
+    each = BlockWalk([ArrayTensor(np.zeros(60 * 70, np.uint32), sources, row=70)])
     assert each.tiles > 3
     sizes = each(lambda block: block.sources.shape[1])
     assert sum(sizes) == 60 * 70

@@ -18,6 +18,7 @@ from toys.merge import State, bits_equal, files_of, manifest_of, on, recipe, rec
 
 from paft_merge import merge, open_plan
 from paft_merge.compute import blocks
+from paft_merge.compute.block_walk import ArrayTensor, BlockWalk
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.engine.api import threads_within
 from paft_merge.engine.streaming import Progress
@@ -26,7 +27,6 @@ from paft_merge.inputs.dtypes import stored_bytes
 from paft_merge.methods import METHODS
 from paft_merge.methods.mergekit_methods import WholeTensor
 from paft_merge.methods.rules.rule import TensorPass
-from paft_merge.methods.rules.whole_tensors import InMemory
 from paft_merge.plan import COPY, PlannedTensor
 from paft_merge.recipe import load_recipe
 
@@ -89,7 +89,7 @@ def in_memory(tensor: PlannedTensor) -> torch.Tensor:
                 read.value(0, tensor.numel, row)
                 if inputs.deltas:
                     row -= base_f
-        each = InMemory(base_f.view(np.uint32), rows.view(np.uint32), tensor.row)
+        each = BlockWalk([ArrayTensor(base_f.view(np.uint32), rows.view(np.uint32), tensor.row)])
         combine = tensor.rule.prepare(TensorPass(tensor.numel, each, CpuOps(), inputs.active, shape), inputs.deltas)
         out = np.empty(tensor.numel, np.uint32)
         each(lambda block: combine(block, out[block.index : block.index + block.sources.shape[1]], 0))
@@ -350,7 +350,9 @@ def test_names_order_and_files_are_those_of_the_base(shards: int, tmp_path: Path
 def test_a_shard_size_is_an_upper_bound(tmp_path: Path) -> None:
     base = random_state(0)
     a, b = save_checkpoint(tmp_path / "a", base), save_checkpoint(tmp_path / "b", near(base, 1))
-    out = merge(recipe("linear", None, (a, {"weight": 1}), (b, {"weight": 1})), tmp_path / "out", out_shard_bytes=8_000).path
+    out = merge(
+        recipe("linear", None, (a, {"weight": 1}), (b, {"weight": 1})), tmp_path / "out", out_shard_bytes=8_000
+    ).path
     sizes = [sum(t.numel() * t.element_size() for t in tensors_of_file(f).values()) for f in out.glob("*.safetensors")]
     assert len(sizes) > 3
     assert max(sizes) <= 8_000

@@ -15,7 +15,7 @@ from toys.merge import files_of, manifest_of, on, recipe
 
 import paft_merge
 from paft_merge.compute import blocks
-from paft_merge.compute.blocks import Block, Outcome
+from paft_merge.compute.blocks import Block, Election, Outcome
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.engine import streaming
 from paft_merge.methods.rules import one_pass
@@ -25,7 +25,8 @@ from paft_merge.methods.rules.threshold_bounds import NONE, Bracket
 from paft_merge.methods.rules.thresholds import Trim
 
 SIZE, TILE = 40_000, 1024
-ROOM = np.empty(0, np.uint8)
+MEMORY = np.empty(0, np.uint8)
+EQUAL = Election((0.5, 0.5))
 
 
 def no_factors() -> list[None]:
@@ -35,7 +36,7 @@ def no_factors() -> list[None]:
 @pytest.fixture(autouse=True)
 def _whatever_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples of tiles as small as these tell little, so that much is open."""
-    monkeypatch.setattr(one_pass, "_OPEN_AT_MOST", 0.9)
+    monkeypatch.setattr(one_pass, "_MOST_UNDECIDED", 0.9)
 
 
 def bases(size: int) -> np.ndarray:
@@ -61,16 +62,16 @@ def measured(rule: Consensus, walk: TensorPass, out: np.ndarray) -> list[Outcome
 
 
 def settled(rule: Consensus, walk: TensorPass, out: np.ndarray) -> list[Outcome] | None:
-    plan = rule.settling(walk, no_factors)
+    plan = rule.one_pass(walk, no_factors)
     if plan is None:
         return None
-    merged = walk.each(lambda b: (b.index, *plan.merge(b, out[b.index : b.index + b.sources.shape[1]], ROOM)))
-    starts, opened = [start for start, _, _ in merged], [o for _, _, o in merged]
-    survivals = plan.survivals(starts, opened)
+    merged = walk.each(lambda b: (b.index, *plan.merge(b, out[b.index : b.index + b.sources.shape[1]], MEMORY)))
+    starts, undecided = [start for start, _, _ in merged], [o for _, _, o in merged]
+    survivals = plan.thresholds(starts, undecided)
     if survivals is None:
         return None
     for start, outcome, o in merged:
-        plan.settle(start, o, survivals, out[start : start + TILE], outcome)
+        plan.resolve(start, o, survivals, out[start : start + TILE], outcome)
     return [outcome for _, outcome, _ in merged]
 
 
@@ -83,8 +84,8 @@ def test_one_pass_merges_as_two_do(kind: str, density: float, out: type) -> None
     for elect, normalize in itertools.product(
         ("weighted", "unweighted", "count", "none"), ("weights", "count", "none")
     ):
-        thin = (Trim("density", density), Trim("count", 777))
-        rule = Consensus((0.6, -0.4), thin, elect, normalize=normalize, factor=1.3)  # type: ignore[arg-type]
+        trims = (Trim("density", density), Trim("count", 777))
+        rule = Consensus(trims, Election((0.6, -0.4), elect, normalize=normalize, factor=1.3))
         walk = TensorPass(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
         ours, theirs = np.empty(SIZE, out), np.empty(SIZE, out)
         one, two = settled(rule, walk, ours), measured(rule, walk, theirs)
@@ -98,11 +99,11 @@ def test_one_pass_merges_as_two_do(kind: str, density: float, out: type) -> None
     assert found == 12 or kind == "sorted"
 
 
-def test_a_source_that_keeps_everything_has_no_bracket() -> None:
+def test_a_source_that_keeps_everytrimsg_has_no_bracket() -> None:
     made = deltas("smooth", SIZE)
-    rule = Consensus((0.6, 0.4), (Trim("density", 1.0), Trim("density", 0.3)))
+    rule = Consensus((Trim("density", 1.0), Trim("density", 0.3)), Election((0.6, 0.4)))
     walk = TensorPass(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
-    plan = rule.settling(walk, no_factors)
+    plan = rule.one_pass(walk, no_factors)
     assert plan is not None
     assert plan.brackets[0] == NONE
     assert plan.brackets[1].width
@@ -113,7 +114,7 @@ def test_a_source_that_keeps_everything_has_no_bracket() -> None:
 
 
 @pytest.mark.parametrize(
-    "thin",
+    "trims",
     [
         (Trim("l1_mass", 0.9), Trim("density", 0.2)),
         (Trim("density", 0.2, soft=True), Trim("density", 0.2)),
@@ -122,35 +123,37 @@ def test_a_source_that_keeps_everything_has_no_bracket() -> None:
         (Trim("density", 0.0), Trim("density", 0.2)),
     ],
 )
-def test_what_no_bracket_can_tell_is_measured_first(thin: tuple[Trim, Trim]) -> None:
+def test_what_no_bracket_can_tell_is_measured_first(trims: tuple[Trim, Trim]) -> None:
     walk = TensorPass(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
-    assert Consensus((0.5, 0.5), thin).settling(walk, no_factors) is None
-    assert Consensus((0.5, 0.5), (Trim("density", 0.2),) * 2, rescale=True).settling(walk, no_factors) is None
+    assert Consensus(trims, EQUAL).one_pass(walk, no_factors) is None
+    assert Consensus((Trim("density", 0.2),) * 2, EQUAL, rescale=True).one_pass(walk, no_factors) is None
 
 
 def test_a_bracket_that_misses_says_so() -> None:
-    rule = Consensus((0.5, 0.5), (Trim("density", 0.2),) * 2)
+    rule = Consensus((Trim("density", 0.2),) * 2, EQUAL)
     walk = TensorPass(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
-    plan = rule.settling(walk, no_factors)
+    plan = rule.one_pass(walk, no_factors)
     assert plan is not None
     low, width = plan.brackets[0].low, plan.brackets[0].width
     for bracket in (Bracket(low + width, width), Bracket(1, low - 1)):
-        off = one_pass.Settling(plan.ranks, (bracket, plan.brackets[1]), plan.election, SIZE)
-        merged = walk.each(lambda b, off=off: (b.index, off.merge(b, np.empty(b.sources.shape[1], np.uint16), ROOM)[1]))
-        assert off.survivals([start for start, _ in merged], [o for _, o in merged]) is None
+        off = one_pass.OnePass(plan.ranks, (bracket, plan.brackets[1]), plan.election, CpuOps())
+        merged = walk.each(
+            lambda b, off=off: (b.index, off.merge(b, np.empty(b.sources.shape[1], np.uint16), MEMORY)[1])
+        )
+        assert off.thresholds([start for start, _ in merged], [o for _, o in merged]) is None
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every tensor that is merged in one pass from now on, whether its thresholds were where they had been guessed."""
     used: list[bool] = []
-    real: Callable[..., object] = one_pass.Settling.survivals
+    real: Callable[..., object] = one_pass.OnePass.thresholds
 
-    def spied(self: one_pass.Settling, *arguments: object) -> object:
+    def spied(self: one_pass.OnePass, *arguments: object) -> object:
         found = real(self, *arguments)
         used.append(found is not None)
         return found
 
-    monkeypatch.setattr(one_pass.Settling, "survivals", spied)
+    monkeypatch.setattr(one_pass.OnePass, "thresholds", spied)
     return used
 
 
@@ -215,7 +218,7 @@ def test_adapters_are_merged_from_what_a_few_rows_tell(tmp_path: Path, monkeypat
 def test_an_infinite_base_that_is_set_aside_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "TILE", 1 << 10)
     monkeypatch.setattr("paft_merge.methods.rules.threshold_bounds._SAMPLE_MARGIN", 0.49)  # so that no bracket misses
-    monkeypatch.setattr(one_pass, "_OPEN_AT_MOST", 1.0)
+    monkeypatch.setattr(one_pass, "_MOST_UNDECIDED", 1.0)
     name, base = "model.layers.0.mlp.up_proj.weight", random_state(0, torch.bfloat16, layers=1, width=33)
     adapter = save_adapter(tmp_path / "sft", base, 3)
     base[name].view(-1)[::5] = torch.inf

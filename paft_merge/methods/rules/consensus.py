@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from paft_merge.compute.blocks import Block, BlockMap, Election, KeepThreshold, Ops, Outcome
-from paft_merge.methods.rules.one_pass import Settling, settling
-from paft_merge.methods.rules.rule import Combine, TensorPass
+from paft_merge.compute.block_walk import BlockWalk
+from paft_merge.compute.blocks import Block, Election, KeepThreshold, Ops, Outcome
+from paft_merge.methods.rules.one_pass import Factors, OnePass, plan_one_pass
+from paft_merge.methods.rules.rule import Combine, Rule, TensorPass
 from paft_merge.methods.rules.thresholds import (
     EVERYTHING,
     Trim,
@@ -28,71 +29,73 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Consensus:
-    """Trim or drop each delta, elect a sign for every entry, and add what agrees with it to the base.
+class Consensus(Rule):
+    """Trim or drop each delta, elect a sign for every entry, and add what agrees with it to the base."""
 
-    elect      `weighted`    sign of the sum of weight * delta (mergekit)
-               `unweighted`  sign of the sum of deltas (the TIES paper, and PEFT)
-               `count`       sign of the sum of signs (PAFT's formula; PEFT's "frequency")
-               `none`        every surviving entry is kept
-    normalize  `weights`     divide by the weights of what was kept at that entry (mergekit)
-               `count`       divide by how many were kept (the TIES paper, and PEFT)
-               `none`        plain sum
-
-    With `weighted` an entry agrees when weight * delta has the elected sign, with the others when the delta itself has it.
-    """
-
-    weights: tuple[float, ...]
-    thin: tuple[Trim | Drop, ...]
-    elect: Literal["weighted", "unweighted", "count", "none"] = "weighted"
-    tie_positive: bool = True
-    normalize: Literal["weights", "count", "none"] = "weights"
-    factor: float = 1.0
+    sparsifiers: tuple[Trim | Drop, ...]
+    """One a source."""
+    election: Election
     rescale: bool = False
+    """Scale each sparsified delta so that it keeps its L1 norm."""
     trim_scope: Literal["tensor", "global"] = "tensor"
-    """`global`: magnitudes are ranked over the whole model (TIES paper), so `over_the_model` comes before `prepare`."""
+    """`global`: magnitudes are ranked over the whole model (TIES paper); see `rule.rank_over_model`."""
     fixed: tuple[KeepThreshold, ...] | None = None
-    """Thresholds that were found over the whole model; they stand in for `thin`."""
+    """Known thresholds, one a source; they replace the sparsifiers."""
 
-    wants: Literal["deltas"] = "deltas"
-    keeps_equals: bool = True
+    wants: ClassVar[Literal["deltas"]] = "deltas"
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
-        survivals, election = self._survivals(walk), self._election(walk)
+        """Find the threshold of each source."""
+        survivals, election = self._survivals(walk), self.election.among(walk.active)
 
         def combine(block: Block, out: Any, key: int) -> Outcome:
             return walk.ops.consensus(block, out, survivals, election, key)
 
         return combine
 
-    def settling(self, walk: TensorPass, pairs: Callable[[], Sequence[tuple[Any, Any] | None]]) -> Settling | None:
-        """How to merge a tensor in one pass; None where its thresholds must be known before.
-
-        `pairs`: of each active source, the factors B and A that its delta is the product of, or None.
-        """
-        thin = [self.thin[i] for i in walk.active]
-        trims = [t for t in thin if isinstance(t, Trim)]
-        if self.rescale or self.fixed is not None or len(trims) < len(thin):
+    def one_pass(self, walk: TensorPass, factors: Callable[[], Factors]) -> OnePass | None:
+        """Possible for trims by rank without rescaling; see `Rule.one_pass`."""
+        chosen = [self.sparsifiers[i] for i in walk.active]
+        trims = [t for t in chosen if isinstance(t, Trim)]
+        if self.rescale or self.fixed is not None or len(trims) < len(chosen):
             return None
-        return settling(trims, self._election(walk), walk.numel, walk.each, pairs())
+        return plan_one_pass(trims, self.election.among(walk.active), walk.numel, walk.each, walk.ops, factors)
 
-    def _election(self, walk: TensorPass) -> Election:
-        weights = tuple(self.weights[i] for i in walk.active)
-        return Election(weights, self.elect, self.tie_positive, self.normalize, self.factor)
+    @property
+    def selection_weights(self) -> tuple[float, ...]:
+        """Weight times lambda."""
+        return self.election.factors
 
-    def over_the_model(self, numel: int, each: BlockMap, ops: Ops) -> Consensus:
-        """This rule with thresholds over all tensors together: `numel` entries, every source in every block of `each`."""
-        trims = [t if isinstance(t, Trim) else EVERYTHING for t in self.thin]
-        return replace(self, fixed=tuple(trim_globally(trims, numel, each, ops, rescale=self.rescale)))
+    def trims_by(self, trim: Trim) -> bool:
+        """Whether every sparsifier is `trim`, ranked in each tensor and not rescaled."""
+        plain = self.fixed is None and not self.rescale and self.trim_scope == "tensor"
+        return plain and all(one == trim for one in self.sparsifiers)
+
+    @property
+    def global_trims(self) -> tuple[Trim | Drop, ...] | None:
+        """The sparsifiers, with `trim_scope: global`."""
+        return self.sparsifiers if self.trim_scope == "global" else None
+
+    def global_thresholds(self, walk: BlockWalk, ops: Ops) -> Sequence[KeepThreshold]:
+        """See `thresholds.trim_globally`."""
+        return trim_globally(self._trims(self.sparsifiers), walk.numel, walk, ops, rescale=self.rescale)
+
+    def with_thresholds(self, thresholds: Sequence[KeepThreshold]) -> Consensus:
+        """This rule with `fixed` thresholds."""
+        return replace(self, fixed=tuple(thresholds))
+
+    @staticmethod
+    def _trims(sparsifiers: Sequence[Trim | Drop]) -> list[Trim]:
+        return [t if isinstance(t, Trim) else EVERYTHING for t in sparsifiers]
 
     def _survivals(self, walk: TensorPass) -> list[KeepThreshold]:
         if self.fixed is not None:
             return [self.fixed[i] for i in walk.active]
-        thin = [self.thin[i] for i in walk.active]
-        drops = [drop_survival(t.density, t.key) if isinstance(t, Drop) else KeepThreshold() for t in thin]
-        if any(isinstance(t, Drop) and t.density < 1 for t in thin):
+        chosen = [self.sparsifiers[i] for i in walk.active]
+        drops = [drop_survival(t.density, t.key) if isinstance(t, Drop) else KeepThreshold() for t in chosen]
+        if any(isinstance(t, Drop) and t.density < 1 for t in chosen):
             return rescale_drops(drops, walk.each, walk.ops) if self.rescale else drops
-        trims = [t if isinstance(t, Trim) else EVERYTHING for t in thin]
-        if all(t.value >= 1 and t.rule != "epsilon" for t in trims):
+        trims = self._trims(chosen)
+        if all(trim.keeps_all(walk.numel) for trim in trims):
             return drops
         return trim_survivals(trims, walk.numel, walk.each, walk.ops, rescale=self.rescale)

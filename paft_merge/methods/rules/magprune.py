@@ -1,15 +1,15 @@
-"""Random drops whose probability belongs to an entry's rank by magnitude within its row (DELLA's MagPrune)."""
+"""Random drops whose probability depends on an entry's rank by magnitude within its row (DELLA's MagPrune)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, Outcome, RankedKeep
-from paft_merge.methods.rules.rule import Combine, TensorPass
+from paft_merge.methods.rules.rule import Combine, Rule, TensorPass
 from paft_merge.methods.rules.thresholds import l1_ratio
 
 
@@ -17,7 +17,7 @@ from paft_merge.methods.rules.thresholds import l1_ratio
 class RankedDrop:
     """Keep an entry with a probability from `density - epsilon` (the smallest of its row) to `density + epsilon` (the largest).
 
-    DELLA (arXiv:2406.11617). A density of 1 or more keeps everything and one of 0 or less nothing, whatever the epsilon.
+    DELLA (arXiv:2406.11617). A density of 1 or more keeps everything, one of 0 or less nothing, whatever the epsilon.
 
     Raises:
         ValueError: `density` plus or minus `epsilon` leaves (0, 1).
@@ -35,10 +35,11 @@ class RankedDrop:
 
     @property
     def random(self) -> bool:
+        """Whether chance decides; else everything is kept, or nothing."""
         return 0 < self.density < 1
 
     def keep(self, length: int) -> RankedKeep:
-        """The bounds for rows of `length`; a row of one has no ranks, and is kept with the density."""
+        """The probabilities for rows of `length`; the entry of a row of one has no rank and is kept with the density."""
         ranks = np.linspace(0, 1, length) if length > 1 else np.full(length, 0.5)
         shares = (
             self.density - self.epsilon + ranks * 2 * self.epsilon if self.random else np.full(length, self.density)
@@ -47,32 +48,35 @@ class RankedDrop:
 
 
 @dataclass(frozen=True)
-class RankedConsensus:
-    """Drop by rank, rescale to the L1 norm, then elect and add as `rules.Consensus` does.
+class RankedConsensus(Rule):
+    """Drop by rank, rescale to the L1 norm, then elect and add as `consensus.Consensus` does.
 
-    Rows lie along the second dimension of a tensor, whatever comes behind it, and a vector is one row, as in mergekit: in
-    fused experts `[experts, out, in]` an entry is ranked among those of its input.
+    Rows run along the second dimension of a tensor, also if more dimensions follow, and a vector is one row, as in mergekit:
+    in fused experts `[experts, out, in]` an entry is ranked among those of its input.
     """
 
     drops: tuple[RankedDrop, ...]
     election: Election
     rescale: bool
-    wants: Literal["deltas"] = "deltas"
-    keeps_equals: bool = True
+
+    wants: ClassVar[Literal["deltas"]] = "deltas"
+
+    @property
+    def selection_weights(self) -> tuple[float, ...]:
+        """Weight times lambda."""
+        return self.election.factors
 
     def row(self, shape: tuple[int, ...]) -> int:
         """Blocks must hold whole rows."""
         return max(math.prod(shape[1:] if len(shape) > 1 else shape), 1)
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """With `rescale`, measure the L1 norms before and after the drops."""
         shape = walk.shape if len(walk.shape) > 1 else (1, walk.numel)
         length, inner = max(shape[1], 1), max(math.prod(shape[2:]), 1)
         drops = [self.drops[i] for i in walk.active]
         keeps = [drop.keep(length) for drop in drops]
-        weights = tuple(self.election.weights[i] for i in walk.active)
-        election = Election(
-            weights, self.election.elect, self.election.tie_positive, self.election.normalize, self.election.factor
-        )
+        election = self.election.among(walk.active)
 
         def dropped(block: Block) -> Block:
             return walk.ops.drop_ranked(block, length, inner, keeps)

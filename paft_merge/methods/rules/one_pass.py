@@ -1,20 +1,20 @@
-"""TIES in one pass: a sample says where each threshold must lie; what lies there is set aside, and settled once it is known.
+"""TIES in one pass: a sample bounds each threshold, entries near a threshold are set aside, and merged once it is known.
 
-Reading a delta twice costs twice, and an adapter's is a product. Here every entry is merged as it is read, but for the
-few whose magnitude is inside the sampled bracket of a source; those hold exactly the threshold (`sparsify`), and with it
-the merge of each is decided. The bits are those of measuring first and merging then.
+Reading a delta twice costs twice, and an adapter's delta is a product. So every entry is merged as it is read, except the few
+whose magnitude is inside the sampled bracket of a source. Those entries hold the exact threshold (see `thresholds`), which then
+decides how each of them is merged. The bits are those of measuring first and merging then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from paft_merge.compute.blocks import Block, BlockMap, Election, KeepThreshold, Outcome, Undecided
-from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.block_walk import BlockWalk
+from paft_merge.compute.blocks import Block, DeferringOps, Election, KeepThreshold, Ops, Outcome, Undecided
 from paft_merge.compute.magnitudes import MAGNITUDE
 from paft_merge.methods.rules.threshold_bounds import (
     EVERY,
@@ -27,111 +27,129 @@ from paft_merge.methods.rules.threshold_bounds import (
     largest,
     small,
 )
-from paft_merge.methods.rules.thresholds import Trim, kept_count
+from paft_merge.methods.rules.thresholds import Trim
 
-_OPEN_AT_MOST = 0.1
-"""Share of a sample that may be inside its bracket; where tiles differ so much that more is, measuring first is cheaper."""
+Factors: TypeAlias = Sequence[tuple[Any, Any] | None]
+"""Of each active source, the factors B and A whose product its delta is, or None (see `threshold_bounds.draw_rows`)."""
+
+_MOST_UNDECIDED = 0.1
+"""Share of a sample that may be inside its bracket. Tiles that differ more are measured first, which is cheaper."""
 
 
 @dataclass(frozen=True)
-class Settling:
-    """One tensor's brackets, and what to do once its thresholds are known."""
+class OnePass:
+    """The brackets of one tensor, and how its undecided entries are merged once its thresholds are known."""
 
     ranks: tuple[int, ...]
-    """Of each source's last entry kept; 0 keeps everything."""
+    """Rank of each source's last kept entry; 0 keeps everything."""
     brackets: tuple[Bracket, ...]
-    """One a source; `brackets.NONE` where it keeps everything."""
+    """One a source; `threshold_bounds.NONE` if it keeps everything."""
     election: Election
-    numel: int
+    ops: DeferringOps
 
-    def merge(self, block: Block, out: Any, room: Any) -> tuple[Outcome, Undecided]:
-        """Write the block but for what is open; where that lies, the base. `room` `[bytes]` is for what is set aside."""
+    def merge(self, block: Block, out: Any, memory: Any) -> tuple[Outcome, Undecided]:
+        """Write the merged block, with the base at undecided entries.
+
+        Args:
+            block: deltas, with the base.
+            out: `[E]`, receives the merged elements.
+            memory: `[bytes]` uint8 to hold the undecided entries; what does not fit is allocated.
+        """
         bounds = [bracket.within(block.index, block.index + block.size) for bracket in self.brackets]
-        return CpuOps().consensus_outside(block, out, bounds, self.election, room)
+        return self.ops.consensus_outside(block, out, bounds, self.election, memory)
 
-    def survivals(self, starts: Sequence[int], opened: Sequence[Undecided]) -> list[KeepThreshold] | None:
-        """The thresholds, from what every block set aside; None when one of them is not in its bracket.
+    def thresholds(self, starts: Sequence[int], undecided: Sequence[Undecided]) -> list[KeepThreshold] | None:
+        """The threshold of each source; None if one of them is outside its bracket.
 
         Args:
             starts: flat index of the first element of each block, ascending.
-            opened: what each of them set aside.
+            undecided: the undecided entries of each block.
         """
         found = []
         for i, (rank, bracket) in enumerate(zip(self.ranks, self.brackets, strict=True)):
-            bits = np.concatenate([o.inside[i] for o in opened])
-            rank -= sum(int(o.above[i]) for o in opened)
+            bits = np.concatenate([u.inside[i] for u in undecided])
+            rank -= sum(int(u.above[i]) for u in undecided)
             if bracket == NONE or (rank > bits.size and bracket.open_below):
-                found.append(KeepThreshold())  # all of it is kept, or fewer entries than that are not zero
+                found.append(KeepThreshold())  # everything is kept, or fewer than `rank` entries are not zero
                 continue
             if not 0 < rank <= bits.size:
                 return None
             threshold, larger, _ = largest(bits, rank)
-            found.append(KeepThreshold(threshold, self._cut(i, threshold, rank - larger, starts, opened)))
+            found.append(KeepThreshold(threshold, self._cut(i, threshold, rank - larger, starts, undecided)))
         return found
 
-    def _cut(self, i: int, threshold: int, kept: int, starts: Sequence[int], opened: Sequence[Undecided]) -> int:
+    def _cut(self, i: int, threshold: int, kept: int, starts: Sequence[int], undecided: Sequence[Undecided]) -> int:
         """The flat index below which `kept` entries of source `i` equal the threshold: ties keep the lowest."""
-        for start, stop, o in zip(starts, [*starts[1:], FOREVER], opened, strict=True):
+        for start, stop, u in zip(starts, [*starts[1:], FOREVER], undecided, strict=True):
             low, width = self.brackets[i].within(start, stop)
             if not low <= threshold < low + width:
-                continue  # its ties are decided; what is set aside of them was another source's to open
-            ties = o.place[(o.held[i].view(np.uint32) & np.uint32(MAGNITUDE)) == threshold]
+                continue  # the ties of this block are decided; those set aside are undecided for another source
+            ties = u.place[(u.held[i].view(np.uint32) & np.uint32(MAGNITUDE)) == threshold]
             if ties.size >= kept:
                 return start + int(ties[kept - 1]) + 1
             kept -= ties.size
         raise AssertionError("the ties of a threshold were counted and then not found")
 
-    def settle(
-        self, start: int, opened: Undecided, survivals: Sequence[KeepThreshold], out: Any, outcome: Outcome
+    def resolve(
+        self, start: int, undecided: Undecided, thresholds: Sequence[KeepThreshold], out: Any, outcome: Outcome
     ) -> None:
-        """Merge what a block set aside, into its merged elements `out` and its `outcome`.
+        """Merge the undecided entries of a block.
 
         Args:
             start: flat index of the block's first element.
-            opened: what `merge` set aside there.
-            survivals: the thresholds.
-            out, outcome: what `merge` wrote and returned.
+            undecided: its entries, from `merge`.
+            thresholds: one a source, from `thresholds`.
+            out, outcome: what `merge` wrote and returned; both are updated.
         """
-        cuts = [int(np.searchsorted(opened.place, s.low_cut - start)) for s in survivals]
-        near = [KeepThreshold(s.low, cut) for s, cut in zip(survivals, cuts, strict=True)]
-        merged = np.empty(opened.place.size, out.dtype)
-        late = CpuOps().consensus(opened.block, merged, near, self.election, 0)
-        out[opened.place] = merged
-        # What the deltas are was counted when they were set aside; what is kept and elected of them only now.
-        outcome.counts[:, 5:7] += late.counts[:, 5:7]
-        outcome.sums[:, 2:] += late.sums[:, 2:]
-        outcome.bad += late.bad - int(np.count_nonzero(~np.isfinite(opened.held[-1])))  # the base stood there before
+        cuts = [int(np.searchsorted(undecided.place, t.low_cut - start)) for t in thresholds]
+        within = [KeepThreshold(t.low, cut) for t, cut in zip(thresholds, cuts, strict=True)]
+        merged = np.empty(undecided.place.size, out.dtype)
+        second = self.ops.consensus(undecided.block, merged, within, self.election, 0)
+        out[undecided.place] = merged
+        # `merge` counted the deltas of these entries, but not how many are kept and elected.
+        outcome.counts[:, 5:7] += second.counts[:, 5:7]
+        outcome.sums[:, 2:] += second.sums[:, 2:]
+        outcome.bad += second.bad - int(
+            np.count_nonzero(~np.isfinite(undecided.held[-1]))
+        )  # `merge` wrote the base here
 
 
-def settling(
-    trims: Sequence[Trim], election: Election, numel: int, each: BlockMap, pairs: Sequence[tuple[Any, Any] | None]
-) -> Settling | None:
-    """Guess the brackets of one tensor; None where measuring first is the better way.
+def plan_one_pass(
+    trims: Sequence[Trim],
+    election: Election,
+    numel: int,
+    each: BlockWalk,
+    ops: Ops,
+    factors: Callable[[], Factors],
+) -> OnePass | None:
+    """Guess the brackets of one tensor; None if one pass is impossible, or measuring first is cheaper.
 
     Args:
         trims: one a source.
-        election: how what survives is merged.
+        election: how the kept entries are merged.
         numel: entries of the tensor.
         each: walks its blocks.
-        pairs: of each source, the factors that its delta is the product of, where it is one (see `brackets.draw_rows`).
+        ops: operations on them.
+        factors: called where a sample is needed.
     """
-    ranks = [_rank(trim, numel) for trim in trims]
+    deferring = ops.deferring
+    ranks = [_last_kept(trim, numel) for trim in trims]
     known = [rank or 0 for rank in ranks]
-    if None in ranks or not any(known):
+    if deferring is None or None in ranks or not any(known):
         return None
     brackets = [NONE] * len(trims)
-    sample = None if small(numel, each) else draw_rows(pairs) or draw_sample(each, CpuOps())
+    sample = None if small(numel, each) else draw_rows(factors()) or draw_sample(each, ops)
     for i, rank in enumerate(known):
         if rank:
             brackets[i] = EVERY if sample is None else guess_bracket(sample, i, rank / numel)
-            if sample is not None and sample.inside(i, brackets[i]) > _OPEN_AT_MOST:
+            if sample is not None and sample.inside(i, brackets[i]) > _MOST_UNDECIDED:
                 return None
-    return Settling(tuple(known), tuple(brackets), election, numel)
+    return OnePass(tuple(known), tuple(brackets), election, deferring)
 
 
-def _rank(trim: Trim, numel: int) -> int | None:
-    """The rank of the last entry kept, 0 where all are; None where no rank says it."""
+def _last_kept(trim: Trim, numel: int) -> int | None:
+    """The rank of the last entry kept, 0 if all are kept; None if nothing is kept or no rank decides."""
     if trim.soft or trim.rule not in ("density", "count"):
         return None
-    kept = kept_count(numel, trim.value) if trim.rule == "density" else int(trim.value)
-    return None if kept <= 0 else 0 if kept >= numel else kept
+    ranks = trim.ranks(numel)
+    return ranks[0] if ranks else 0 if trim.keeps_all(numel) else None

@@ -1,17 +1,22 @@
-"""What a method does to one tensor, in two steps: *measure* it block by block, then *combine* block by block.
+"""The interface of a rule: how one tensor is merged, in two steps. *Measure* it block by block, then *combine* its blocks.
 
-A rule knows its numbers (weights, densities, keys of random streams) and nothing of files or recipes. `prepare` reads
-whatever it must know of the whole tensor and returns a function that writes one merged block.
+A rule holds numbers (weights, densities, keys of random streams) and does not depend on files or recipes. `prepare` measures
+the tensor and returns a function that writes one merged block.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from paft_merge.compute.blocks import Block, BlockMap, Ops, Outcome, Tally, Wants
+from paft_merge.compute.block_walk import BlockWalk, TiledTensor
+from paft_merge.compute.blocks import Block, KeepThreshold, Ops, Outcome, Tally, Wants
+from paft_merge.methods.rules.one_pass import Factors, OnePass
+from paft_merge.methods.rules.thresholds import Trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,23 +27,23 @@ Combine = Callable[[Block, Any, int], Outcome]
 
 @dataclass(frozen=True)
 class TensorPass:
-    """One tensor as a rule sees it: its size, how to walk its blocks and what to compute on them."""
+    """One tensor as a rule sees it: its size, how to walk its blocks and the operations on them."""
 
     numel: int
-    each: BlockMap
+    each: BlockWalk
     ops: Ops
     active: Sequence[int]
-    """Which sources the rows of a block's `sources` are, as indices into the rule's own tuples."""
+    """The sources that the rows of a block's `sources` belong to, as indices into the rule's tuples."""
     shape: tuple[int, ...] = ()
-    """Of the tensor; rules by rows need it."""
+    """Shape of the tensor; rules that work on rows need it."""
 
 
 class WholeRule(Protocol):
-    """A rule that needs a tensor in one piece, in memory: a method of mergekit that has no streaming form here."""
+    """A rule that merges a tensor in one piece, in memory: a method of mergekit without a streaming form."""
 
     @property
     def wants(self) -> Literal["whole"]:
-        """Tells it from a `Rule`."""
+        """Distinguishes it from a `Rule`."""
 
     @property
     def keeps_equals(self) -> bool:
@@ -46,48 +51,100 @@ class WholeRule(Protocol):
 
     @property
     def dtype(self) -> str | None:
-        """torch's name of the type that the arithmetic is done in; None: what torch promotes the inputs to."""
+        """torch's name of the dtype of the arithmetic; None: the dtype that torch promotes the inputs to."""
 
     @property
     def baked(self) -> bool:
-        """Whether adapters are rounded into their checkpoint's type first, as mergekit does; else they stay float32."""
+        """Whether adapters are first rounded into their checkpoint's dtype, as in mergekit; else they stay float32."""
 
     def merge(self, base: Tensor | None, sources: Sequence[Tensor], name: str) -> Tensor:
         """Merge one tensor; raises MergeError where the method refuses or fails."""
 
     def result_dtype(self, dtypes: Sequence[str]) -> str:
-        """torch's name of the type that inputs of the types `dtypes` come out in, base first where there is one."""
+        """torch's name of the result's dtype for inputs of the dtypes `dtypes`, the base first if there is one."""
 
     def bytes_per_element(self) -> int:
         """Estimated working memory of `merge` for each element of the tensor."""
 
 
-class Rule(Protocol):
-    """The law of one merged tensor."""
+class Rule(ABC):
+    """How one tensor is merged block by block. A subclass overrides the methods for what it can do besides merging."""
 
     @property
+    @abstractmethod
     def wants(self) -> Wants:
-        """What a block's sources have to be."""
+        """What the sources of a block must be: see `Wants`."""
 
     @property
     def keeps_equals(self) -> bool:
-        """Whether sources that are all equal (to the base too, where there is one) come out as they went in."""
+        """Whether equal sources (equal to the base too, if there is one) come out unchanged."""
+        return True
 
+    @abstractmethod
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
-        """Measure the tensor. `deltas`: the blocks hold deltas or, with `subtract`, stand for them."""
+        """Measure the tensor, and return the function that merges one block.
 
-
-@runtime_checkable
-class ByRow(Protocol):
-    """A rule whose blocks must hold whole rows."""
+        Args:
+            walk: the tensor.
+            deltas: the sources of its blocks are deltas, or values to `subtract` the base from; else they are values.
+        """
 
     def row(self, shape: tuple[int, ...]) -> int:
-        """Elements that must not be parted, for a tensor of `shape`."""
+        """Elements that a block must hold together, for a tensor of `shape`."""
+        return 1
+
+    def one_pass(self, walk: TensorPass, factors: Callable[[], Factors]) -> OnePass | None:
+        """How to merge the tensor while it is read for the first time; None if it must be measured before.
+
+        Args:
+            walk: the tensor, as deltas.
+            factors: called where needed; returns the factors of each active source (see `threshold_bounds.draw_rows`).
+        """
+        return None
+
+    @property
+    def selection_weights(self) -> tuple[float, ...] | None:
+        """The factor of each source's kept entries, before normalization; None for a rule that does not select entries."""
+        return None
+
+    def trims_by(self, trim: Trim) -> bool:
+        """Whether it trims each source of a tensor by `trim`, and does nothing else before it elects signs."""
+        return False
+
+    @property
+    def global_trims(self) -> tuple[Any, ...] | None:
+        """The trim of each source if magnitudes are ranked over the whole model (`trim_scope: global`); else None."""
+        return None
+
+    def global_thresholds(self, walk: BlockWalk, ops: Ops) -> Sequence[KeepThreshold]:
+        """One threshold a source for all tensors of `walk` together; only for a rule with `global_trims`."""
+        return ()
+
+    def with_thresholds(self, thresholds: Sequence[KeepThreshold]) -> Rule:
+        """This rule with thresholds that are known, one a source, in place of its trims; a rule without trims as it is."""
+        return self
 
 
-def row_of(rule: object, shape: tuple[int, ...]) -> int:
-    """Elements that `rule` wants together in one block."""
-    return rule.row(shape) if isinstance(rule, ByRow) else 1
+def rank_over_model(
+    rules: Sequence[Rule | WholeRule | None], tensors: Sequence[TiledTensor], pool: Executor | None, ops: Ops
+) -> dict[int, Rule]:
+    """Resolve `trim_scope: global`: find one threshold a source for all tensors whose rule asks for it.
+
+    Args:
+        rules: one a tensor. All that rank globally have the same `global_trims`.
+        tensors: all tensors of the model.
+        pool: for the walks over them; None: the calling thread.
+        ops: operations on their blocks.
+
+    Returns:
+        By position in `rules`, those that rank globally, with their thresholds.
+    """
+    ranked = {i: r for i, r in enumerate(rules) if r is not None and r.wants != "whole" and r.global_trims is not None}
+    if not ranked:
+        return {}
+    walk = BlockWalk([tensors[i] for i in ranked], pool, all_sources=True)
+    thresholds = next(iter(ranked.values())).global_thresholds(walk, ops)
+    return {i: rule.with_thresholds(thresholds) for i, rule in ranked.items()}
 
 
 def write_merged(ops: Ops, block: Block, merged: Block, out: Any, key: int, deltas: bool) -> Outcome:
@@ -100,7 +157,7 @@ def write_merged(ops: Ops, block: Block, merged: Block, out: Any, key: int, delt
 
 
 @dataclass(frozen=True)
-class WeightedSum:
+class WeightedSum(Rule):
     """Sum of weight times source, over values (linear) or over deltas on top of the base (task arithmetic)."""
 
     weights: tuple[float, ...]
@@ -108,13 +165,16 @@ class WeightedSum:
 
     @property
     def wants(self) -> Wants:
+        """Values that share their base may be given as deltas: see `prepare`."""
         return "either" if self.of == "values" else "deltas"
 
     @property
     def keeps_equals(self) -> bool:
+        """A sum of values does if its weights add up to one."""
         return self.of == "deltas" or abs(math.fsum(self.weights) - 1) < 1e-6
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """Nothing is measured."""
         weights = [self.weights[i] for i in walk.active]
         # A sum of values that share a base is that base times all weights, plus the weighted deltas.
         base = 1.0 if self.of == "deltas" else math.fsum(self.weights) if deltas else 0.0

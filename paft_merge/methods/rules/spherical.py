@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.compute.blocks import Block, Outcome
 from paft_merge.errors import MergeError
-from paft_merge.methods.rules.rule import Combine, TensorPass, write_merged
+from paft_merge.methods.rules.rule import Combine, Rule, TensorPass, write_merged
 
 Matrix = NDArray[np.float64]
 """`[..., n, n]`, the inner products of all sources of a rule; a source without a delta has zeros."""
@@ -28,7 +28,7 @@ COLUMN_TILES = 32
 
 
 @dataclass(frozen=True)
-class Slerp:
+class Slerp(Rule):
     """Spherical interpolation from the first value to the second by `t`, each tensor one vector.
 
     Nearly parallel or opposite vectors (|cos| > 0.9995) are interpolated linearly, and a norm under 1e-8 counts as one, as in
@@ -36,8 +36,8 @@ class Slerp:
     """
 
     t: float
-    wants: Literal["values"] = "values"
-    keeps_equals: bool = True
+
+    wants: ClassVar[Literal["values"]] = "values"
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         return _sum(walk, self._weights(_gram(walk, 2)), deltas)
@@ -53,7 +53,7 @@ class Slerp:
 
 
 @dataclass(frozen=True)
-class NuSlerp:
+class NuSlerp(Rule):
     """Spherical interpolation from one source to another, of their deltas where there is a base and of their values else.
 
     The sources keep their lengths: the weights of an interpolation on the unit sphere are put on them as they are. Vectors
@@ -63,8 +63,8 @@ class NuSlerp:
     t: float
     of: Literal["tensor", "rows", "columns"] = "tensor"
     """What a vector is: the whole tensor, its last dimension, or its first one."""
-    wants: Literal["offsets"] = "offsets"
-    keeps_equals: bool = True
+
+    wants: ClassVar[Literal["offsets"]] = "offsets"
 
     def row(self, shape: tuple[int, ...]) -> int:
         """Blocks must hold whole rows, or whole lines of columns."""
@@ -90,7 +90,7 @@ class NuSlerp:
 
 
 @dataclass(frozen=True)
-class MultiSlerp:
+class MultiSlerp(Rule):
     """Barycentric interpolation on a sphere, of deltas where there is a base and of values else.
 
     mergekit's formula goes to the tangent space at the weighted mean of the unit vectors and back. The weighted sum of the
@@ -100,8 +100,8 @@ class MultiSlerp:
 
     weights: tuple[float, ...]
     eps: float
-    wants: Literal["offsets"] = "offsets"
-    keeps_equals: bool = True
+
+    wants: ClassVar[Literal["offsets"]] = "offsets"
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         return _sum(walk, self._weights(_gram(walk, len(self.weights))), deltas)
@@ -124,7 +124,7 @@ class MultiSlerp:
 
 
 @dataclass(frozen=True)
-class Karcher:
+class Karcher(Rule):
     """The Karcher mean of the sources' directions, times the mean of their lengths; all sources count alike.
 
     Riemannian gradient descent on the unit sphere, written in the coordinates of the sources: at most `max_iter` steps, until
@@ -134,8 +134,8 @@ class Karcher:
     sources: int
     max_iter: int
     tol: float
-    wants: Literal["values"] = "values"
-    keeps_equals: bool = True
+
+    wants: ClassVar[Literal["values"]] = "values"
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
@@ -177,7 +177,7 @@ class Karcher:
 
 
 @dataclass(frozen=True)
-class ModelStock:
+class ModelStock(Rule):
     """The base plus `t` times the mean delta, with `t` from the angle between the deltas (arXiv:2403.19522, eq. 5).
 
     `t = n c / (1 + (n - 1) c)` for n deltas whose cosines have the mean `c`; where that has no value the base is kept.
@@ -185,8 +185,8 @@ class ModelStock:
 
     sources: int
     by_row: bool
-    wants: Literal["deltas"] = "deltas"
-    keeps_equals: bool = True
+
+    wants: ClassVar[Literal["deltas"]] = "deltas"
 
     def row(self, shape: tuple[int, ...]) -> int:
         """With `by_row`, blocks must hold whole rows."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.compute.blocks import NO_BITS, BlockMap, Ops
+from paft_merge.compute.block_walk import BlockWalk
+from paft_merge.compute.blocks import NO_BITS, Ops
 from paft_merge.compute.kernels import product
 from paft_merge.compute.magnitudes import INFINITY, MAGNITUDE
 from paft_merge.compute.scratch import SCRATCH
@@ -137,12 +138,12 @@ class Ranked:
         self._larger = int(np.count_nonzero(self.bits > high))
 
 
-def small(numel: int, each: BlockMap) -> bool:
+def small(numel: int, each: BlockWalk) -> bool:
     """Whether a tensor is too small for a sample, and small enough to look at all of it."""
     return each.tiles <= 2 and numel < _SMALL
 
 
-def draw_sample(each: BlockMap, ops: Ops) -> Sample:
+def draw_sample(each: BlockWalk, ops: Ops) -> Sample:
     """Look at some entries of every tile."""
     of_each, of_all = _SAMPLED
     wanted = max(of_each, of_all // each.tiles)

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import xxhash
 
-from paft_merge.compute.blocks import NOTHING, BlockMap, Counts, KeepThreshold, Ops
+from paft_merge.compute.block_walk import BlockWalk
+from paft_merge.compute.blocks import NOTHING, Counts, KeepThreshold, Ops
 from paft_merge.compute.histogram import l1_of_bins
 from paft_merge.compute.kernels import BINS
 from paft_merge.methods.rules.threshold_bounds import (
@@ -52,6 +53,23 @@ class Trim:
     soft: bool = False
     """Take the threshold's magnitude off the survivors too: the proximal step of the L1 norm."""
 
+    def keeps_all(self, numel: int) -> bool:
+        """Whether all of `numel` entries survive, whatever they are."""
+        return self.rule != "epsilon" and self.value >= (numel if self.rule == "count" else 1)
+
+    def ranks(self, numel: int) -> list[int]:
+        """The ranks (1 is the largest of `numel`) of the last entry kept and, for outliers, of the last one dropped.
+
+        Empty if everything or nothing is kept, and for `epsilon` and `l1_mass`, which need the entries.
+        """
+        if self.keeps_all(numel) or self.value <= 0 or self.rule in ("epsilon", "l1_mass"):
+            return []
+        if self.rule == "outliers":
+            wanted, top = int(self.value * numel), int(self.gamma * numel)
+            dropped = numel - max(0, numel - wanted - top) - wanted
+            return [wanted + dropped, *([dropped] if dropped else [])] if wanted else []
+        return [kept_count(numel, self.value) if self.rule == "density" else int(self.value)]
+
 
 EVERYTHING = Trim("density", 1.0)
 
@@ -76,7 +94,7 @@ def drop_survival(density: float, key: int) -> KeepThreshold:
     return KeepThreshold(keep=min(max(round(density * 2**32), 0), 2**32), key=key)
 
 
-def rescale_drops(survivals: Sequence[KeepThreshold], each: BlockMap, ops: Ops) -> list[KeepThreshold]:
+def rescale_drops(survivals: Sequence[KeepThreshold], each: BlockWalk, ops: Ops) -> list[KeepThreshold]:
     """Scale what a random drop leaves by (L1 norm before / L1 norm after), as mergekit's DARE does.
 
     The DARE paper (arXiv:2311.03099) divides by the density instead; the two agree in expectation. Norms under 1e-7 are
@@ -90,7 +108,7 @@ def rescale_drops(survivals: Sequence[KeepThreshold], each: BlockMap, ops: Ops) 
 def trim_survivals(
     trims: Sequence[Trim],
     numel: int,
-    each: BlockMap,
+    each: BlockWalk,
     ops: Ops,
     *,
     rescale: bool = False,
@@ -117,7 +135,7 @@ def trim_survivals(
 
 
 def trim_globally(
-    trims: Sequence[Trim], numel: int, each: BlockMap, ops: Ops, *, rescale: bool = False
+    trims: Sequence[Trim], numel: int, each: BlockWalk, ops: Ops, *, rescale: bool = False
 ) -> list[KeepThreshold]:
     """Resolve every source's trim over a whole model, as the TIES paper does: one threshold for all its tensors.
 
@@ -209,7 +227,7 @@ class _Search:
         self,
         trims: Sequence[Trim],
         numel: int,
-        each: BlockMap,
+        each: BlockWalk,
         ops: Ops,
         *,
         norms: bool,
@@ -218,7 +236,7 @@ class _Search:
         self.trims, self.numel, self.each, self.ops = trims, numel, each, ops
         self.full = full or (self._histogram(norms=True) if norms else None)
         self.brackets: dict[tuple[int, int], _Found] = {}
-        self.ranks = [self._ranks(i) for i in range(len(trims))]
+        self.ranks = [trim.ranks(numel) for trim in trims]
         for i, rank in self._mass_ranks().items():
             self.ranks[i] = [rank]
         for place in (0, 1):
@@ -230,7 +248,7 @@ class _Search:
         if trim.rule == "epsilon":
             return KeepThreshold(low=_bits(trim.value), shrink=_value(_bits(trim.value)) if trim.soft else 0.0)
         if not self.ranks[i]:
-            return KeepThreshold() if trim.value >= 1 else NOTHING
+            return KeepThreshold() if trim.keeps_all(self.numel) else NOTHING
         low, low_cut = self._threshold(i, self.ranks[i][0])
         survival = KeepThreshold(low=low, low_cut=low_cut, shrink=_value(low) if trim.soft else 0.0)
         if len(self.ranks[i]) == 2:
@@ -249,18 +267,6 @@ class _Search:
             dropped, lost = self._above(i, survival.high, self.ranks[i][1])
             kept, mass = kept - dropped, mass - lost
         return replace(survival, scale=l1_ratio(before, mass - kept * survival.shrink))
-
-    def _ranks(self, i: int) -> list[int]:
-        trim = self.trims[i]
-        if trim.rule == "count" and 0 < trim.value < self.numel:
-            return [int(trim.value)]
-        if trim.rule in ("epsilon", "l1_mass") or not 0 < trim.value < 1:
-            return []
-        if trim.rule == "density":
-            return [kept_count(self.numel, trim.value)]
-        wanted, top = int(trim.value * self.numel), int(trim.gamma * self.numel)
-        dropped = self.numel - max(0, self.numel - wanted - top) - wanted
-        return [wanted + dropped, *([dropped] if dropped else [])] if wanted else []
 
     def _mass_ranks(self) -> dict[int, int]:
         """How many of the largest entries of each `l1_mass` source it takes to hold that share (at least one)."""
