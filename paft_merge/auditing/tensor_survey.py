@@ -21,6 +21,7 @@ from paft_merge.auditing.walk import HeldDeltas
 from paft_merge.compute import kernels
 from paft_merge.compute.blocks import Block, KeepThreshold, Tally
 from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.histogram import bits_of, value_of
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import AuditError
@@ -115,7 +116,7 @@ class _First:
 
     def __init__(self, subject: AuditedTensor, wanted: Wanted, n: int) -> None:
         self.subject, self.wanted, self.n = subject, wanted, n
-        self.edges = np.array([_bits(1e-45), *map(_bits, wanted.epsilons)], np.uint32)
+        self.edges = np.array([bits_of(1e-45), *map(bits_of, wanted.epsilons)], np.uint32)
         self.combinations = list(combinations(range(n), 2)) if wanted.pairs else []
         self._counts = np.zeros((n, kernels.BINS), np.int64)
         self._lows = np.zeros((n, kernels.BINS), np.int64)
@@ -128,7 +129,7 @@ class _First:
         for row in block.sources if self.wanted.weights else ():
             weight[0] = 0.0
             erased.append(kernels.erased(row, block.base, weight, kernels.lines(2)))
-        edge = np.uint32(max(_bits(self.wanted.epsilon), 1))
+        edge = np.uint32(max(bits_of(self.wanted.epsilon), 1))
         pair_counts, pair_sums = np.zeros((len(self.combinations), 4), np.int64), np.zeros((len(self.combinations), 5))
         for k, (a, b) in enumerate(self.combinations):
             kernels.compare(block.sources[a], block.sources[b], edge, pair_counts[k], pair_sums[k], kernels.lines(2))
@@ -164,7 +165,7 @@ class _First:
                 entries=subject.numel, zeros=int(below[0]),
                 below={e: int(c) for e, c in zip(self.wanted.epsilons, below[1:], strict=True)},
                 l1=sums[0], square=sums[1], fourth=sums[2],
-                largest=_value(max((p.largest[i] for p in parts), default=0)),
+                largest=value_of(max((p.largest[i] for p in parts), default=0)),
                 histogram=Histogram.of(self._counts[i], self._lows[i]),
                 erased=sum(p.erased[i] for p in parts) if self.wanted.weights else None,
                 weight_square=math.fsum(p.weight_square for p in parts) if self.wanted.weights else None,
@@ -277,11 +278,3 @@ def _not_finite(subject: AuditedTensor, row: int) -> AuditError:
     return AuditError.of(
         "NONFINITE", f"{source}: {subject.name}", "the delta has values that are NaN or infinite", "mend the source"
     )
-
-
-def _bits(value: float) -> int:
-    return int(np.float32(value).view(np.uint32))
-
-
-def _value(bits: int) -> float:
-    return float(np.uint32(bits).view(np.float32))

@@ -1,4 +1,4 @@
-"""L1 norms from a histogram of magnitudes, without rounding errors."""
+"""Magnitudes as bits and as values, and exact L1 norms from a histogram of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,24 @@ from paft_merge.compute.blocks import Counts, Sums
 from paft_merge.compute.kernels import BINS
 
 
-def l1_of_bins(counts: Counts, lows: Counts) -> Sums:
-    """The L1 norm of each bin of a histogram with `lows`: exact integers, rounded once to float64.
+def bits_of(value: float) -> int:
+    """The float32 bits of `value`."""
+    return int(np.float32(value).view(np.uint32))
 
-    Every magnitude of bin `b` is `(lead(b) + low) * 2**exponent(b)`, so their sum needs the count and the sum of lows only.
+
+def value_of(bits: int) -> float:
+    """The value of float32 bits."""
+    return float(np.uint32(bits).view(np.float32))
+
+
+def l1_of_bins(counts: Counts, lows: Counts) -> Sums:
+    """The L1 norm of each bin, computed in exact integers and rounded once to float64.
+
+    Every magnitude of bin `b` is `(lead(b) + low) * 2**exponent(b)`, so the count and the sum of the lower bits suffice.
+
+    Args:
+        counts: `[BINS]`, from `Ops.histogram`.
+        lows: `[BINS]`, the sums of the lower 16 bits.
     """
     bins = np.arange(BINS, dtype=np.int64)
     exponent, high = bins >> 7, (bins & 0x7F) << 16

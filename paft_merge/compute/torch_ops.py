@@ -15,10 +15,11 @@ from torch import Tensor
 
 from paft_merge.compute import kernels
 from paft_merge.compute.blocks import NO_BITS, Block, Counts, Election, KeepThreshold, Outcome, RankedKeep, Sums
+from paft_merge.compute.histogram import bits_of
 from paft_merge.compute.magnitudes import EPSILONS, MAGNITUDE
 from paft_merge.compute.splitmix64 import GOLDEN, MIX1, MIX2
 
-_THRESHOLDS = tuple(int(np.float32(e).view(np.uint32)) for e in EPSILONS)
+_THRESHOLDS = tuple(bits_of(e) for e in EPSILONS)
 """Bits of the magnitudes below which a tally counts."""
 
 

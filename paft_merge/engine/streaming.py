@@ -1,4 +1,4 @@
-"""The main path: read -> delta -> method -> write, tensor by tensor, a block at a time."""
+"""The main path: read -> delta -> method -> write, tensor by tensor, one block at a time."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 T = TypeVar("T")
 Written = tuple[bytes, Outcome]
-"""A block's digest, and what merging it showed."""
+"""A block's digest, and the outcome of merging it."""
 
 HELD_BYTES = 256 << 20
-"""Merged tiles that are held at most, all tensors together, until their thresholds are known."""
+"""Most bytes of merged tiles, of all tensors together, that wait in memory for their thresholds."""
 
 _ASIDE = 4 * TILE
-"""Bytes for what one of them sets aside; what is not used costs no memory."""
+"""Bytes reserved per tile for undecided entries. Untouched pages are never committed."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a merge has done so far; tensors of a resumed merge that were already there count as done."""
+    """Progress of a merge; tensors that a resumed merge found in the output count as done."""
 
     tensors: int
     tensors_total: int
@@ -56,7 +56,7 @@ class Progress:
     """Bytes of finished tensors in the output."""
     bytes_total: int
     name: str
-    """The tensor that was finished last."""
+    """The last finished tensor."""
 
 
 def merge_checkpoint(
@@ -68,18 +68,18 @@ def merge_checkpoint(
     hold: int = HELD_BYTES,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> None:
-    """Merge every planned tensor into `output`, which must be open. This is the main path.
+    """Merge every planned tensor into `output`, which must be open: the main path.
 
     Args:
         plan: every output tensor with its inputs and its rule, in output order.
-        output: the folder being written; tensors that it already holds (a resumed merge) are passed over.
-        threads: blocks computed at a time, each on one core. Changes no bit of the result.
-        ops: operations of the device; the CPU's by default.
-        hold: bytes of merged tensors that may be held in memory until their thresholds are known. Changes no bit.
-        progress: called after every finished tensor, from the calling thread.
+        output: the folder to write; tensors that it already holds (a resumed merge) are skipped.
+        threads: blocks computed at a time, each on one core. Does not change the result.
+        ops: operations of the device; those of the CPU by default.
+        hold: most bytes of merged tensors that wait in memory for their thresholds. Does not change the result.
+        progress: called after every finished tensor, in the calling thread.
 
     Raises:
-        MergeError: an input or a result is not finite; names the tensor and the source.
+        MergeError: an input or a result is not finite; the message names the tensor and the source.
         CheckpointError: an input changed while it was read.
         OutputError: the output cannot be written.
     """
@@ -138,7 +138,7 @@ class _Worker:
         return _finished(tensor, digest.hexdigest(), sources, tally, sample, nonfinite)
 
     def _measured(self, tensor: PlannedTensor, rule: Rule, walk: TensorPass, sample: Sample) -> list[Written]:
-        """Measure the tensor, then merge it: every block is read for each."""
+        """Measure the tensor, then merge it; both steps read every block."""
         combine = rule.prepare(walk, tensor.inputs.deltas)
 
         def write(block: Block) -> Written:
@@ -191,7 +191,7 @@ class _Worker:
             return walk.each(lambda block: resolve(block.index, merge(block)))
 
     def _copy(self, tensor: PlannedTensor) -> Finished:
-        """The bytes of a tensor that no source changes, whatever their type."""
+        """Copy the bytes of a tensor that no source changes, whatever their dtype."""
         read, step = tensor.inputs.reads[0], tensor.tile_bytes
 
         def copy(start: int) -> tuple[bytes, int]:
@@ -241,7 +241,7 @@ class _Worker:
     def _write(
         self, tensor: PlannedTensor, start: int, out: Any, outcome: Outcome, buffer: PageAlignedBuffer
     ) -> Written:
-        """Check one merged block, which lies in `buffer`, and write it where it belongs."""
+        """Check one merged block, whose memory is `buffer`, and write it at its place in the file."""
         stored = out
         if tensor.dtype not in RAW:
             stored = cast(out.view(np.float32), tensor.dtype, tensor.rounding_key, start)
@@ -256,7 +256,7 @@ class _Worker:
 def _finished(
     tensor: PlannedTensor, digest: str, active: Sequence[int], tally: Tally, sample: Sample, nonfinite: int
 ) -> Finished:
-    """A merged tensor with what was measured of its deltas, its inputs let go of."""
+    """Release a tensor's inputs, and return it with the statistics of its deltas."""
     sums, noted = tally.total(), {}
     if tally.counts.any():
         exact = tensor.rule.wants != "whole"  # else an adapter may have been rounded into its checkpoint
@@ -267,7 +267,7 @@ def _finished(
 
 
 class _Buffers(threading.local):
-    """A thread's memory for what it merges: two in turn, as one is written while the other fills."""
+    """Memory of a thread for merged blocks: two buffers in turn, one is written while the other fills."""
 
     def __init__(self) -> None:
         self._two = deque((PageAlignedBuffer(), PageAlignedBuffer()))
@@ -281,7 +281,7 @@ _BUFFERS = _Buffers()
 
 
 class _Held:
-    """Memory for merged tiles that wait for their thresholds, used again and again: fresh memory costs more than the merge."""
+    """Memory for merged tiles that wait for their thresholds. It is reused: fresh memory costs more than the merge."""
 
     def __init__(self, nbytes: int) -> None:
         self._left, self._most, self._free = nbytes, nbytes, list[tuple[PageAlignedBuffer, Any]]()
@@ -289,7 +289,7 @@ class _Held:
 
     @contextmanager
     def tiles(self, count: int, nbytes: int) -> Iterator[list[tuple[PageAlignedBuffer, Any]]]:
-        """Rooms for `count` tiles, with bytes for what each sets aside, once `nbytes` are left for them; none where that is never."""
+        """Buffers for `count` tiles, each with bytes for undecided entries, as soon as `nbytes` are free; none if they never are."""
         if nbytes > self._most:
             yield []
             return
@@ -310,22 +310,22 @@ class _Held:
 
 
 def _may_be_held(tensor: PlannedTensor) -> bool:
-    """Whether a tensor is of the kind and size that is merged in one pass: its deltas cost more than reading them again."""
+    """Whether a tensor's kind and size suit one pass: it fits in memory, and computing its deltas twice costs more."""
     tile = tensor.bounds[0][1] if tensor.bounds else 0
     plain = tensor.inputs.form == "raw" or tensor.dtype not in RAW or tensor.rounding_key
     return not plain and tensor.nbytes <= HELD_BYTES and tile <= TILE
 
 
 def _delta_block(base: Tensor, sources: Sequence[Tensor], start: int, stop: int) -> Block:
-    """A block of tensors in memory, to be tallied."""
+    """A block of whole tensors in memory, for a tally."""
     bits = [tensor.reshape(-1)[start:stop].float().numpy().view(np.uint32) for tensor in (base, *sources)]
     return Block(start, bits[0], np.stack(bits[1:]), subtract=True)
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[S], ahead: int) -> Iterator[T]:
-    """`work` of every item on the pool, at most `ahead` started before their turn, results in the items' order.
+    """Run `work` on every item in the pool, at most `ahead` at a time, and yield the results in the items' order.
 
-    The first failure cancels what has not begun and is raised once what has begun is over.
+    The first failure cancels the items that have not begun.
     """
     waiting: deque[Future[T]] = deque()
     feed = iter(items)
@@ -343,8 +343,8 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[
 
 @contextmanager
 def _single_threaded_torch() -> Iterator[None]:
-    """One core a block: the pool is the parallelism, and a norm's bits must not depend on torch's threads."""
-    if "torch" not in sys.modules:  # a merge of plain checkpoints does without
+    """One core a block: the pool parallelizes, and the bits of a norm must not depend on torch's threads."""
+    if "torch" not in sys.modules:  # a merge of plain checkpoints does not import torch
         yield
         return
     import torch
@@ -358,9 +358,9 @@ def _single_threaded_torch() -> Iterator[None]:
 
 
 def _not_finite(tensor: PlannedTensor, overflowed: int = 0) -> MergeError:
-    """Say which input brought NaN or infinity into a tensor, how many, and where the first one is.
+    """The error that names the input with NaN or infinite elements, their number, and the first one.
 
-    `overflowed`: results of one block that are not finite, for when every input is.
+    `overflowed`: results of one block that are not finite, reported if every input is finite.
     """
     for read in tensor.inputs.reads:
         count, first = 0, -1
@@ -372,7 +372,7 @@ def _not_finite(tensor: PlannedTensor, overflowed: int = 0) -> MergeError:
             count += bad.size
         if count:
             what = f"{count:,} of {tensor.numel:,} elements are NaN or infinite, the first at flat index {first:,}"
-            fix = "mend the source, or pass --allow-nonfinite to merge it as it is"
+            fix = "repair the source, or pass --allow-nonfinite to merge it as it is"
             return MergeError.of("NONFINITE", f"{read.source}: {read.name}", what, fix)
     wide = tensor.dtype in ("F64", *RAW)
     fix = "use smaller weights or lambda" if wide else "write out_dtype: bfloat16 or float32"

@@ -1,17 +1,18 @@
-"""The methods: what a recipe may ask for, whose idea it is, its parameters, and METHODS, the one table of them.
+"""The merge methods, and METHODS, the table of them.
 
-Each method is also a function on plain tensors (`ties(deltas, ...)`) that runs the very code of a merge, on one tensor.
+Each method is also a function on plain tensors (`ties(deltas, ...)`) that runs the code of a merge on one tensor.
 
-| room | what it is |
+| module | contents |
 |---|---|
-| parameters | what a parameter and a method are |
-| sums | weighted sums |
-| signs | trim, elect a sign, merge what agrees |
-| drops | drop entries by size, rank or chance, and add up |
-| angles | directions and lengths |
-| entries | entry by entry: nearness, overlap, variance |
-| borrowed | what only mergekit can do |
-| running | a method on tensors in memory |
+| parameters | parameters and methods as recipes see them |
+| weighted_sums | linear, passthrough, task arithmetic |
+| ties_family | trim, elect a sign, merge what agrees |
+| pruning | drop entries by size, rank or chance, and add up |
+| spherical | directions and lengths |
+| elementwise | entry by entry: nearness, overlap, variance |
+| mergekit_methods | mergekit's methods without a streaming form |
+| in_memory | run a method on tensors in memory |
+| rules | the computation of each method, block by block |
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ __all__ = [
 
 METHODS: Final[Mapping[str, Method]] = {
     method.name: method
-    for room in (weighted_sums, ties_family, pruning, spherical, elementwise, mergekit_methods)
-    for method in room.TABLE
-}  # fmt: skip
+    for module in (weighted_sums, ties_family, pruning, spherical, elementwise, mergekit_methods)
+    for method in module.TABLE
+}
 """Every method by its recipe name."""

@@ -1,4 +1,4 @@
-"""Entry by entry: what is near, what is shared, what varies."""
+"""Methods that decide for each entry by nearness, overlap or variance: NearSwap, RAM, SCE."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def _sce_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
 
 
 _CHANGED = Parameter(
-    "epsilon", float, "shared", 1e-5, "An entry is changed by a source where |delta| is larger.", low=0.0
+    "epsilon", float, "shared", 1e-5, "A source changes an entry if |delta| is larger than this.", low=0.0
 )
 
 NEARSWAP = Method(
     "nearswap", "NearSwap", "huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
-    (Parameter("t", float, "shared", REQUIRED, "Take the source where it is no further than this; less of it elsewhere."),),
+    (Parameter("t", float, "shared", REQUIRED, "Take the source where it differs by at most this; less of it elsewhere."),),
     "required", _nearswap_rule, max_sources=1,
 )  # fmt: skip
 RAM = Method("ram", "Reinforced Agent Merging", "arXiv:2601.13572", (_CHANGED,), "required", _ram_rule)
 RAMPLUS_TL = Method(
     "ramplus_tl", "Reinforced Agent Merging Plus (tensor-local)", "arXiv:2601.13572",
     (
-        Parameter("r", float, "shared", 0.1, "How much a source's own changes are boosted by its overlap with others."),
-        Parameter("alpha", float, "shared", 0.2, "Most overlap that counts: shared over own changes.", low=0.0),
+        Parameter("r", float, "shared", 0.1, "How much changes of one source alone are boosted by its overlap with others."),
+        Parameter("alpha", float, "shared", 0.2, "Largest overlap that counts: shared changes divided by own changes.", low=0.0),
         _CHANGED,
     ),
     "required", _ram_rule,
@@ -54,7 +54,7 @@ RAMPLUS_TL = Method(
 SCE = Method(
     "sce", "SCE", "arXiv:2408.07990",
     (
-        Parameter("select_topk", float, "shared", 1.0, "Share of the entries merged, the most varied.", low=0.0, high=1.0),
+        Parameter("select_topk", float, "shared", 1.0, "Share of the entries merged: those of largest variance.", low=0.0, high=1.0),
         INT8_MASK,
     ),
     "required", _sce_rule,
@@ -63,35 +63,35 @@ TABLE: Final = (NEARSWAP, RAM, RAMPLUS_TL, SCE)
 
 
 def nearswap(delta: torch.Tensor, t: float) -> torch.Tensor:
-    """A delta where it is small, and less and less of it where it is large: `delta * clip(t / |delta|, 0, 1)`.
+    """Limit every entry of a delta to the magnitude `t`: `delta * clip(t / |delta|, 0, 1)`.
 
     Args:
         delta: `[*shape]`, any float dtype; not modified. Magnitudes under 1e-6 count as 1e-6.
-        t: entries no larger than this pass whole.
+        t: entries of at most this magnitude are unchanged.
 
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(NEARSWAP, [delta], {}, {"t": t})
+    return run(NEARSWAP, [delta], t=t)
 
 
 def ram(deltas: Sequence[torch.Tensor], *, epsilon: float = 1e-5) -> torch.Tensor:
-    """Add what one delta alone changes, average what several change (Reinforced Agent Merging, arXiv:2601.13572).
+    """Add entries that one delta alone changes, average those that several change (Reinforced Agent Merging, arXiv:2601.13572).
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        epsilon: an entry is changed where |delta| is larger; what is not changed is dropped.
+        epsilon: a delta changes an entry if |delta| is larger; other entries are dropped.
 
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(RAM, deltas, {}, {"epsilon": epsilon})
+    return run(RAM, deltas, epsilon=epsilon)
 
 
 def ramplus_tl(
     deltas: Sequence[torch.Tensor], *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
 ) -> torch.Tensor:
-    """As `ram`, with a delta's own changes times `1 + r * min(shared / own, alpha)`, from its counts of changed entries.
+    """As `ram`, but changes of one delta alone are multiplied by `1 + r * min(shared / own, alpha)`, from its counts of changes.
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
@@ -101,18 +101,18 @@ def ramplus_tl(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(RAMPLUS_TL, deltas, {}, {"r": r, "alpha": alpha, "epsilon": epsilon})
+    return run(RAMPLUS_TL, deltas, r=r, alpha=alpha, epsilon=epsilon)
 
 
 def sce(deltas: Sequence[torch.Tensor], *, select_topk: float = 1.0) -> torch.Tensor:
-    """Select what varies, calculate weights by energy, erase minority signs (SCE, arXiv:2408.07990; see `entries.Fuse`).
+    """Select entries by variance, weight sources by energy, erase minority signs (SCE, arXiv:2408.07990; see `rules.elementwise.Fuse`).
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        select_topk: share in [0, 1] of the entries whose variance is not zero; ties by the lowest index. At 1 all entries
-            are merged, those without variance too.
+        select_topk: share in [0, 1] of the entries whose variance is not zero; ties keep the lowest index. At 1 all entries
+            are merged, also those without variance.
 
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(SCE, deltas, {}, {"select_topk": select_topk})
+    return run(SCE, deltas, select_topk=select_topk)

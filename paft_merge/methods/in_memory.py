@@ -11,41 +11,37 @@ if TYPE_CHECKING:
     import torch
 
 
-def run(
-    method: Method, tensors: Sequence[torch.Tensor], source: dict[str, Any], shared: dict[str, Any], seed: int = 0
-) -> torch.Tensor:
+def run(method: Method, tensors: Sequence[torch.Tensor], *, seed: int = 0, **given: Any) -> torch.Tensor:
     """Merge tensors in memory.
 
     Args:
         method: a row of METHODS.
-        tensors: each `[*shape]`: values, or deltas where the method wants deltas; not modified.
-        source: parameters of sources, one value for all or one a tensor.
-        shared: the other parameters.
+        tensors: each `[*shape]`: values, or deltas if the method wants deltas; not modified.
         seed: of random masks, which also depend on a tensor's place in the list.
+        given: every parameter by its name (`lambda_` for `lambda`); one of a source has one value for all, or one a tensor.
 
     Returns:
         `[*shape]` float32.
 
     Raises:
-        ValueError: a word that is no choice, or a list of another length than `tensors`.
+        ValueError: a value is none of the choices, or a list does not have one value a tensor.
     """
     from paft_merge.methods.rules.thresholds import stream_key
     from paft_merge.methods.rules.whole_tensors import merge_tensors
 
-    for key, value in shared.items():
-        parameter = method.parameter(key)
-        assert parameter is not None
-        if isinstance(value, bool) and parameter.flags:
-            shared[key] = parameter.flags[value]
-        elif parameter.choices and value not in parameter.choices:
-            raise ValueError(f"{key} must be one of {', '.join(parameter.choices)}, got {value!r}")
     sources: list[dict[str, Any]] = [{} for _ in tensors]
-    for key, value in source.items():
+    shared: dict[str, Any] = {}
+    for name, value in given.items():
+        parameter = method.parameter(name.rstrip("_"))
+        assert parameter is not None
+        if parameter.scope == "shared":
+            shared[parameter.name] = parameter.chosen(value)
+            continue
         values = value if isinstance(value, Sequence) else [value] * len(tensors)
         if len(values) != len(tensors):
-            raise ValueError(f"{key} has {len(values)} values for {len(tensors)} tensors")
-        for each, one in zip(sources, values, strict=True):
-            each[key] = one
+            raise ValueError(f"{name} has {len(values)} values for {len(tensors)} tensors")
+        for source, one in zip(sources, values, strict=True):
+            source[name] = one
     keys = [stream_key(seed, str(i), "", "drop") for i in range(len(tensors))]
     rule = method.rule(sources, shared, keys)
     assert rule.wants != "whole"

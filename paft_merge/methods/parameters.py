@@ -1,4 +1,4 @@
-"""What a method is to a recipe: its parameters, the sources it takes, and the rule it makes of them."""
+"""A method as a recipe sees it: its parameters, the sources it takes, and the rule that it builds from them."""
 
 from __future__ import annotations
 
@@ -31,25 +31,38 @@ class Parameter:
     default: Any
     doc: str
     choices: tuple[str, ...] = ()
-    """The words that a str may be. A bool is read as `(no, yes)` by `flags`."""
+    """The values of a str."""
     flags: tuple[str, str] | None = None
+    """The choices that `false` and `true` mean."""
     low: float = -float("inf")
     high: float = float("inf")
     """Closed bounds of a number."""
     inert: bool = False
-    """Accepted because recipes have it, and without any effect."""
+    """Accepted for compatibility with mergekit's recipes, without effect."""
+
+    def chosen(self, value: Any) -> Any:
+        """`value`, or the choice that a bool means.
+
+        Raises:
+            ValueError: it is none of the choices.
+        """
+        if self.flags and isinstance(value, bool):
+            return self.flags[value]
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}")
+        return value
 
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method: what it accepts, and whose it is."""
+    """A merge method: its parameters, its source in the literature, and the inputs it accepts."""
 
     name: str
     title: str
     paper: str
     parameters: tuple[Parameter, ...]
     base: Literal["required", "optional", "ignored"]
-    """`ignored`: the base, when it is listed, is a source like any other."""
+    """`ignored`: a base that is listed is a source like any other."""
     rule: Callable[[Sources, Shared, Sequence[int]], Rule | WholeRule]
     """`rule(per source, shared, keys)` from resolved parameters and each source's random stream.
 
@@ -68,7 +81,12 @@ class Method:
 
 LAMBDA = Parameter("lambda", float, "shared", 1.0, "Multiplies the merged delta.")
 INT8_MASK = Parameter(
-    "int8_mask", bool, "shared", False, "Accepted for mergekit's recipes; masks are never stored here.", inert=True
+    "int8_mask",
+    bool,
+    "shared",
+    False,
+    "Accepted for mergekit's recipes, without effect: no masks are stored.",
+    inert=True,
 )
 TRIM_SCOPE = Parameter(
     "trim_scope", str, "shared", "tensor",
@@ -82,14 +100,17 @@ _RESCALE = (
 
 
 def weight(default: Any = REQUIRED) -> Parameter:
+    """The weight of each source."""
     return Parameter("weight", float, "source", default, "The scalar of this source. May be negative.")
 
 
 def density(doc: str = "Share of the delta's entries that is kept, by magnitude, in each tensor.") -> Parameter:
+    """The kept share of each source's delta."""
     return Parameter("density", float, "source", 1.0, doc, low=0.0, high=1.0)
 
 
 def rescale(default: bool) -> Parameter:
+    """Whether a sparsified delta keeps its L1 norm."""
     return Parameter("rescale", bool, "shared", default, _RESCALE)
 
 
@@ -108,6 +129,7 @@ def normalize(default: str) -> Parameter:
 
 
 def elect(default: str) -> tuple[Parameter, Parameter]:
+    """How signs are elected, and the result of a tie."""
     return (
         Parameter(
             "elect", str, "shared", default,
@@ -125,26 +147,31 @@ def elect(default: str) -> tuple[Parameter, Parameter]:
 def election(sources: Sources, shared: Shared) -> Election:
     """The election of resolved parameters; a plain weighted sum for a method without `elect`.
 
-    Such a method normalizes by all the weights, as in mergekit, not by those of the entries that survive.
+    Such a method normalizes by all weights, as mergekit does, not by the weights of the entries that survive.
     """
     from paft_merge.compute.blocks import Election
 
-    weights = tuple(s["weight"] for s in sources)
     if "elect" not in shared:
-        return Election(shares(weights, shared["normalize"], zero=1.0), "none", True, "none", shared["lambda"])
+        return Election(weights(sources, shared["normalize"], zero=1.0), "none", True, "none", shared["lambda"])
     positive = shared["elect_tie"] == "positive"
-    return Election(weights, shared["elect"], positive, shared["normalize"], shared["lambda"])
+    return Election(weights(sources, False), shared["elect"], positive, shared["normalize"], shared["lambda"])
 
 
-def shares(weights: Sequence[float], normalized: bool, zero: float | None = None) -> tuple[float, ...]:
-    """`weights` over their sum; a sum of (nearly) zero is taken as `zero`, or refused.
+def weights(sources: Sources, normalized: bool, zero: float | None = None) -> tuple[float, ...]:
+    """The weight of each source.
+
+    Args:
+        sources: their resolved parameters.
+        normalized: divide by the sum of the weights.
+        zero: divisor to use if that sum is nearly zero; None: refuse it.
 
     Raises:
         ValueError: the weights add up to zero, `normalized` is set, and there is no `zero`.
     """
-    total = sum(weights) if normalized else 1.0
+    given = [source["weight"] for source in sources]
+    total = sum(given) if normalized else 1.0
     if abs(total) < 1e-8:
         if zero is None:
             raise ValueError("the weights add up to zero, so they cannot be normalized; write normalize: false")
         total = zero
-    return tuple(w / total for w in weights)
+    return tuple(w / total for w in given)

@@ -1,9 +1,9 @@
-"""Drop entries by chance (DARE), as outliers (Breadcrumbs) or by chance and rank (DELLA); then add up, elected or not."""
+"""Methods that drop entries at random (DARE), as outliers (Breadcrumbs) or at random by rank (DELLA), then add the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from paft_merge.methods.in_memory import run
 from paft_merge.methods.parameters import (
@@ -52,23 +52,11 @@ def _della_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
 
 _KEPT = "Share of the delta's entries that is kept, {}"
 _AT_RANDOM = density(_KEPT.format("at random."))
-_AFTER_OUTLIERS = density(_KEPT.format("the largest after the outliers. 1 keeps everything, outliers too."))
-_BY_RANK = density(_KEPT.format("at random, the larger of a row the likelier."))
-_GAMMA = Parameter(
-    "gamma",
-    float,
-    "source",
-    0.01,
-    "Share of the largest entries that is dropped.",
-    low=0.0,
-    high=1.0,
-)
+_AFTER_OUTLIERS = density(_KEPT.format("the largest after the outliers. 1 keeps everything, also the outliers."))
+_BY_RANK = density(_KEPT.format("at random, larger ones of a row with higher probability."))
+_GAMMA = Parameter("gamma", float, "source", 0.01, "Share of the largest entries that is dropped.", low=0.0, high=1.0)
 _EPSILON = Parameter(
-    "epsilon",
-    float,
-    "source",
-    0.15,
-    "From density - epsilon for the smallest of a row to density + epsilon.",
+    "epsilon", float, "source", 0.15, "From density - epsilon for the smallest of a row to density + epsilon."
 )
 
 
@@ -76,17 +64,10 @@ def _table(
     names: tuple[str, str], titles: tuple[str, str], paper: str, own: tuple[Parameter, ...],
     rule: Callable[[Sources, Shared, Sequence[int]], Rule], *, rescaled: bool, normalized: bool = False,
 ) -> tuple[Method, Method]:  # fmt: skip
-    """A method without an election, and its sister with TIES'; `normalized`: the sister's default."""
-    plain = (weight(), *own, by_all_weights(False), rescale(rescaled), LAMBDA, INT8_MASK)
-    elected = (
-        weight(),
-        *own,
-        normalize("weights" if normalized else "none"),
-        rescale(rescaled),
-        LAMBDA,
-        *elect("weighted"),
-        INT8_MASK,
-    )
+    """A method without an election, and the same with TIES' election, whose `normalize` is `weights` if `normalized`."""
+    rest = rescale(rescaled), LAMBDA
+    plain = (weight(), *own, by_all_weights(False), *rest, INT8_MASK)
+    elected = (weight(), *own, normalize("weights" if normalized else "none"), *rest, *elect("weighted"), INT8_MASK)
     return (
         Method(names[0], titles[0], paper, plain, "required", rule),
         Method(names[1], titles[1], paper, elected, "required", rule),
@@ -136,8 +117,16 @@ def dare_linear(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    shared = {"normalize": normalize, "rescale": rescale, "lambda": lambda_}
-    return run(DARE_LINEAR, deltas, {"weight": weight, "density": density}, shared, seed)
+    return run(
+        DARE_LINEAR,
+        deltas,
+        weight=weight,
+        density=density,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        seed=seed,
+    )
 
 
 def dare_ties(
@@ -154,10 +143,28 @@ def dare_ties(
 ) -> torch.Tensor:
     """Drop entries at random, rescale, then elect signs and merge as `ties` does.
 
-    Args and result are those of `dare_linear` and `ties`.
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta.
+        density: as in `dare_linear`.
+        normalize, rescale, lambda_, elect, elect_tie: as in `ties`.
+        seed: as in `dare_linear`.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
     """
-    shared = _with_election(normalize, rescale, lambda_, elect, elect_tie)
-    return run(DARE_TIES, deltas, {"weight": weight, "density": density}, shared, seed)
+    return run(
+        DARE_TIES,
+        deltas,
+        weight=weight,
+        density=density,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        elect=elect,
+        elect_tie=elect_tie,
+        seed=seed,
+    )
 
 
 def breadcrumbs(
@@ -170,23 +177,31 @@ def breadcrumbs(
     rescale: bool = False,
     lambda_: float = 1.0,
 ) -> torch.Tensor:
-    """Drop the largest entries and the smallest, add up what is between (Model Breadcrumbs, arXiv:2312.06795, sec. 3).
+    """Drop the largest and the smallest entries, add up the others (Model Breadcrumbs, arXiv:2312.06795, sec. 3).
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
         weight: one for all, or one a delta.
-        density: share kept in [0, 1], `int(density * numel)` entries; 1 keeps everything, the outliers too, as in mergekit.
-        gamma: share of the largest entries that is dropped, fewer where the density could not be had otherwise. Ties at
-            either end go by the lowest index.
+        density: share kept in [0, 1], `int(density * numel)` entries; 1 keeps everything, also the outliers, as in mergekit.
+        gamma: share of the largest entries that is dropped, fewer if the density cannot be reached otherwise. Ties at
+            either end keep or drop the lowest index first.
         normalize: divide by the sum of the weights.
-        rescale: scale each thinned delta back to its L1 norm.
+        rescale: scale each sparsified delta back to its L1 norm.
         lambda_: multiplies the result.
 
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    shared = {"normalize": normalize, "rescale": rescale, "lambda": lambda_}
-    return run(BREADCRUMBS, deltas, {"weight": weight, "density": density, "gamma": gamma}, shared)
+    return run(
+        BREADCRUMBS,
+        deltas,
+        weight=weight,
+        density=density,
+        gamma=gamma,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+    )
 
 
 def breadcrumbs_ties(
@@ -201,12 +216,29 @@ def breadcrumbs_ties(
     elect: str = "weighted",
     elect_tie: str = "positive",
 ) -> torch.Tensor:
-    """Drop the largest entries and the smallest, then elect signs and merge as `ties` does.
+    """Drop the largest and the smallest entries, then elect signs and merge as `ties` does.
 
-    Args and result are those of `breadcrumbs` and `ties`.
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta.
+        density, gamma: as in `breadcrumbs`.
+        normalize, rescale, lambda_, elect, elect_tie: as in `ties`.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
     """
-    shared = _with_election(normalize, rescale, lambda_, elect, elect_tie)
-    return run(BREADCRUMBS_TIES, deltas, {"weight": weight, "density": density, "gamma": gamma}, shared)
+    return run(
+        BREADCRUMBS_TIES,
+        deltas,
+        weight=weight,
+        density=density,
+        gamma=gamma,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        elect=elect,
+        elect_tie=elect_tie,
+    )
 
 
 def della_linear(
@@ -220,11 +252,11 @@ def della_linear(
     lambda_: float = 1.0,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Drop entries at random, the smaller of a row the likelier, rescale, add up (DELLA, arXiv:2406.11617, sec. 3.1).
+    """Drop entries at random, smaller ones of a row with higher probability, rescale, add up (DELLA, arXiv:2406.11617, sec. 3.1).
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified. Entries are ranked along the second dimension (a vector as a
-            whole), ties by position; a row of one entry is kept with the density.
+            whole), ties by position; the entry of a row of one is kept with the density.
         weight: one for all, or one a delta.
         density: mean probability in [0, 1] that an entry stays; 1 keeps everything.
         epsilon: the probability runs from `density - epsilon` for the smallest entry of a row to `density + epsilon` for the
@@ -240,8 +272,17 @@ def della_linear(
     Raises:
         ValueError: `density` plus or minus `epsilon` leaves (0, 1).
     """
-    shared = {"normalize": normalize, "rescale": rescale, "lambda": lambda_}
-    return run(DELLA_LINEAR, deltas, {"weight": weight, "density": density, "epsilon": epsilon}, shared, seed)
+    return run(
+        DELLA_LINEAR,
+        deltas,
+        weight=weight,
+        density=density,
+        epsilon=epsilon,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        seed=seed,
+    )
 
 
 def della(
@@ -257,13 +298,31 @@ def della(
     elect_tie: str = "positive",
     seed: int = 0,
 ) -> torch.Tensor:
-    """Drop entries at random, the smaller of a row the likelier, rescale, then elect signs and merge as `ties` does.
+    """Drop entries at random as `della_linear` does, rescale, then elect signs and merge as `ties` does.
 
-    Args and result are those of `della_linear` and `ties`.
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified. Ranked as in `della_linear`.
+        weight: one for all, or one a delta.
+        density, epsilon: as in `della_linear`.
+        normalize, rescale, lambda_, elect, elect_tie: as in `ties`.
+        seed: as in `della_linear`.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+
+    Raises:
+        ValueError: `density` plus or minus `epsilon` leaves (0, 1).
     """
-    shared = _with_election(normalize, rescale, lambda_, elect, elect_tie)
-    return run(DELLA, deltas, {"weight": weight, "density": density, "epsilon": epsilon}, shared, seed)
-
-
-def _with_election(normalize: str | bool, rescale: bool, lambda_: float, elect: str, elect_tie: str) -> dict[str, Any]:
-    return {"normalize": normalize, "rescale": rescale, "lambda": lambda_, "elect": elect, "elect_tie": elect_tie}
+    return run(
+        DELLA,
+        deltas,
+        weight=weight,
+        density=density,
+        epsilon=epsilon,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        elect=elect,
+        elect_tie=elect_tie,
+        seed=seed,
+    )

@@ -1,4 +1,4 @@
-"""Directions and lengths: SLERP and its sisters, the Karcher mean, Model Stock."""
+"""Methods that merge directions and lengths: SLERP and its variants, the Karcher mean, Model Stock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from paft_merge.methods.in_memory import run
-from paft_merge.methods.parameters import REQUIRED, Method, Parameter, Shared, Sources, shares, weight
+from paft_merge.methods.parameters import REQUIRED, Method, Parameter, Shared, Sources, weight, weights
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ def _nuslerp_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule
     from paft_merge.methods.rules.spherical import NuSlerp
 
     if len(sources) != 2:
-        raise ValueError(f"nuslerp goes from one source to another, got {len(sources)}")
+        raise ValueError(f"nuslerp interpolates between two sources, got {len(sources)}")
     total = sum(s["weight"] for s in sources)
     t = 0.5 if abs(total) < 1e-6 else sources[1]["weight"] / total
     return NuSlerp(t, "tensor" if shared["nuslerp_flatten"] else "columns" if shared["nuslerp_row_wise"] else "rows")
@@ -33,7 +33,7 @@ def _nuslerp_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule
 def _multislerp_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
     from paft_merge.methods.rules.spherical import MultiSlerp
 
-    return MultiSlerp(shares([s["weight"] for s in sources], shared["normalize_weights"]), shared["eps"])
+    return MultiSlerp(weights(sources, shared["normalize_weights"]), shared["eps"])
 
 
 def _karcher_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
@@ -46,7 +46,7 @@ def _model_stock_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> 
     from paft_merge.methods.rules.spherical import ModelStock
 
     if len(sources) < 2:
-        raise ValueError("model_stock needs two deltas to have an angle between them")
+        raise ValueError("model_stock needs at least two deltas, because it uses the angle between them")
     return ModelStock(len(sources), shared["filter_wise"])
 
 
@@ -69,15 +69,15 @@ MULTISLERP = Method(
     (
         weight(),
         Parameter("normalize_weights", bool, "shared", True, "Divide the weights by their sum."),
-        Parameter("eps", float, "shared", 1e-8, "Added to lengths; a shorter mean direction counts as none.", low=0.0),
+        Parameter("eps", float, "shared", 1e-8, "Added to lengths; a mean direction shorter than this counts as zero.", low=0.0),
     ),
     "optional", _multislerp_rule,
 )  # fmt: skip
 KARCHER = Method(
     "karcher", "Karcher mean", "arXiv:2603.04972",
     (
-        Parameter("max_iter", int, "shared", 10, "Most steps on the sphere.", low=0),
-        Parameter("tol", float, "shared", 1e-5, "A step, an angle or a length under this counts as none.", low=0.0),
+        Parameter("max_iter", int, "shared", 10, "Largest number of steps on the sphere.", low=0),
+        Parameter("tol", float, "shared", 1e-5, "A step, an angle or a length below this counts as zero.", low=0.0),
     ),
     "ignored", _karcher_rule,
 )  # fmt: skip
@@ -90,7 +90,7 @@ TABLE: Final = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK)
 
 
 def slerp(base: torch.Tensor, other: torch.Tensor, t: float) -> torch.Tensor:
-    """Spherical interpolation of two tensors as flat vectors (see `angles.Slerp` for the degenerate cases).
+    """Spherical interpolation of two tensors as flat vectors (see `rules.spherical.Slerp` for the degenerate cases).
 
     Args:
         base, other: `[*shape]`, any float dtype; not modified.
@@ -99,7 +99,7 @@ def slerp(base: torch.Tensor, other: torch.Tensor, t: float) -> torch.Tensor:
     Returns:
         `[*shape]` float32.
     """
-    return run(SLERP, [base, other], {}, {"t": t})
+    return run(SLERP, [base, other], t=t)
 
 
 def nuslerp(
@@ -109,20 +109,18 @@ def nuslerp(
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
 ) -> torch.Tensor:
-    """Spherical interpolation of two tensors, or of two deltas, by their weights (see `angles.NuSlerp`).
+    """Spherical interpolation of two tensors, or of two deltas, by their weights (see `rules.spherical.NuSlerp`).
 
     Args:
-        tensors: two, each `[*shape]`, any float dtype; not modified. mergekit's form with a base is this of the deltas.
-        weight: the second one's share of their sum is the interpolation's t; 0.5 where the sum is nearly zero.
-        nuslerp_flatten: the tensor is one vector; else every line of the last dimension is one.
-        nuslerp_row_wise: without `nuslerp_flatten`, every line of the first dimension instead.
+        tensors: two, each `[*shape]`, any float dtype; not modified. mergekit's form with a base is this function on the deltas.
+        weight: the interpolation's t is the second weight divided by their sum; 0.5 if the sum is nearly zero.
+        nuslerp_flatten: the tensor is one vector; else every row of the last dimension is one.
+        nuslerp_row_wise: without `nuslerp_flatten`, the vectors run along the first dimension instead.
 
     Returns:
         `[*shape]` float32: the value, or the delta.
     """
-    return run(
-        NUSLERP, tensors, {"weight": weight}, {"nuslerp_flatten": nuslerp_flatten, "nuslerp_row_wise": nuslerp_row_wise}
-    )
+    return run(NUSLERP, tensors, weight=weight, nuslerp_flatten=nuslerp_flatten, nuslerp_row_wise=nuslerp_row_wise)
 
 
 def multislerp(
@@ -132,12 +130,12 @@ def multislerp(
     normalize_weights: bool = True,
     eps: float = 1e-8,
 ) -> torch.Tensor:
-    """Barycentric interpolation of tensors, or of deltas, on a sphere (see `angles.MultiSlerp`).
+    """Barycentric interpolation of tensors, or of deltas, on a sphere (see `rules.spherical.MultiSlerp`).
 
     Args:
-        tensors: each `[*shape]`, any float dtype; not modified. mergekit's form with a base is this of the deltas.
+        tensors: each `[*shape]`, any float dtype; not modified. mergekit's form with a base is this function on the deltas.
         weight: one for all, or one a tensor.
-        normalize_weights: divide them by their sum.
+        normalize_weights: divide the weights by their sum.
         eps: added to every length.
 
     Returns:
@@ -147,31 +145,31 @@ def multislerp(
         ValueError: the weights add up to zero and `normalize_weights` is set.
         MergeError: DEGENERATE, three or more directions cancel out.
     """
-    return run(MULTISLERP, tensors, {"weight": weight}, {"normalize_weights": normalize_weights, "eps": eps})
+    return run(MULTISLERP, tensors, weight=weight, normalize_weights=normalize_weights, eps=eps)
 
 
 def karcher(tensors: Sequence[torch.Tensor], *, max_iter: int = 10, tol: float = 1e-5) -> torch.Tensor:
     """The Karcher mean of tensors as flat vectors: of directions on the sphere, and of lengths (arXiv:2603.04972).
 
     Args:
-        tensors: each `[*shape]`, any float dtype; not modified. All count alike.
-        max_iter: most steps.
-        tol: a step shorter than this is the last.
+        tensors: each `[*shape]`, any float dtype; not modified. All have the same weight.
+        max_iter: largest number of steps.
+        tol: stop after a step shorter than this.
 
     Returns:
         `[*shape]` float32.
     """
-    return run(KARCHER, tensors, {}, {"max_iter": max_iter, "tol": tol})
+    return run(KARCHER, tensors, max_iter=max_iter, tol=tol)
 
 
 def model_stock(deltas: Sequence[torch.Tensor], *, filter_wise: bool = False) -> torch.Tensor:
-    """The mean delta, scaled by how far the deltas agree (Model Stock, arXiv:2403.19522, eq. 5; see `angles.ModelStock`).
+    """The mean delta, scaled by how far the deltas agree (Model Stock, arXiv:2403.19522, eq. 5; see `rules.spherical.ModelStock`).
 
     Args:
         deltas: two or more, each `[*shape]`, any float dtype; not modified.
-        filter_wise: a ratio for every line of the last dimension, not one for the tensor.
+        filter_wise: one ratio for every row of the last dimension, not one for the tensor.
 
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(MODEL_STOCK, deltas, {}, {"filter_wise": filter_wise})
+    return run(MODEL_STOCK, deltas, filter_wise=filter_wise)

@@ -1,4 +1,4 @@
-"""Trim, elect a sign, merge what agrees: TIES and what is ours in its family."""
+"""Methods that trim, elect a sign and merge what agrees: TIES, L1-aware TIES, sign election."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ L1_TIES = Method(
         Parameter("density", float, "source", None, "trim: keep this share of the entries.", low=0.0, high=1.0),
         Parameter("l1_mass", float, "source", 0.95, "trim: keep the fewest with this share of the L1 norm.", low=0.0, high=1.0),
         Parameter("epsilon", float, "source", None, "trim: keep the entries with |delta| > epsilon.", low=0.0),
-        Parameter("shrink", str, "shared", "hard", "soft: take the threshold off what is kept.", choices=("hard", "soft")),
+        Parameter("shrink", str, "shared", "hard", "soft: take the threshold off the kept entries.", choices=("hard", "soft")),
         Parameter("rescale", str, "shared", "l1", "Scale back to the L1 norm.", choices=("none", "l1"), flags=("none", "l1")),
         normalize("none"), LAMBDA, *elect("none"), TRIM_SCOPE,
     ),
@@ -80,14 +80,14 @@ def ties(
 ) -> torch.Tensor:
     """Trim, elect signs, merge what agrees (TIES-Merging, arXiv:2306.01708, sec. 3.1).
 
-    The defaults are mergekit's: signs are elected on *weighted* deltas, and a negative weight therefore votes for the
+    The defaults are mergekit's: signs are elected on *weighted* deltas, so a source with a negative weight votes for the
     opposite sign and is subtracted where that sign wins. The paper is `elect="unweighted", normalize="count"` (then
     `lambda_`), and so is PEFT's `ties_svd` before its SVD. PAFT elects by `elect="count"` (`elect_tie="zero"`: sgn(0) = 0).
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
         weight: one for all, or one a delta.
-        density: share kept in [0, 1] (the paper's k / 100): the `sparsify.kept_count` largest, ties by lowest index.
+        density: share kept in [0, 1] (the paper's k / 100): the `rules.thresholds.kept_count` largest, ties by lowest index.
         normalize: `weights`, `count` or `none`; True is `weights`, False `none`.
         rescale: scale each trimmed delta back to its L1 norm.
         lambda_: multiplies the result.
@@ -97,10 +97,17 @@ def ties(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    shared = {
-        "normalize": normalize, "rescale": rescale, "lambda": lambda_, "elect": elect, "elect_tie": elect_tie,
-    }  # fmt: skip
-    return run(TIES, deltas, {"weight": weight, "density": density}, shared)
+    return run(
+        TIES,
+        deltas,
+        weight=weight,
+        density=density,
+        normalize=normalize,
+        rescale=rescale,
+        lambda_=lambda_,
+        elect=elect,
+        elect_tie=elect_tie,
+    )
 
 
 def l1_ties(
@@ -117,15 +124,15 @@ def l1_ties(
     elect: str = "none",
     elect_tie: str = "positive",
 ) -> torch.Tensor:
-    """TIES that trims by what sparse training made: by L1 mass rather than by a fixed density.
+    """TIES that trims by L1 mass instead of a fixed density.
 
-    A delta that was trained with an L1 penalty (PAFT, arXiv:2406.17923, eq. 1) holds nearly all of its L1 norm in few
-    entries and passes almost untouched; a dense one is cut harder. `shrink="soft"` is the proximal step of the L1 norm.
+    A delta trained with an L1 penalty (PAFT, arXiv:2406.17923, eq. 1) has nearly all of its L1 norm in few entries and stays
+    almost unchanged; a dense delta is trimmed more. `shrink="soft"` is the proximal step of the L1 norm.
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
         weight: one for all, or one a delta.
-        density, l1_mass, epsilon: what is kept (see `sparsify.Trim`); `epsilon` goes before `density`, and that before `l1_mass`.
+        density, l1_mass, epsilon: which entries are kept (see `rules.thresholds.Trim`): by `epsilon` if given, else by `density`, else by `l1_mass`.
         shrink: `hard` or `soft`.
         rescale: `l1` scales each trimmed delta back to its L1 norm; `none` does not.
         normalize, lambda_, elect, elect_tie: as in `ties`.
@@ -133,11 +140,20 @@ def l1_ties(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    shared = {
-        "shrink": shrink, "rescale": rescale, "normalize": normalize, "lambda": lambda_, "elect": elect, "elect_tie": elect_tie,
-    }  # fmt: skip
-    source = {"weight": weight, "density": density, "l1_mass": l1_mass, "epsilon": epsilon}
-    return run(L1_TIES, deltas, source, shared)
+    return run(
+        L1_TIES,
+        deltas,
+        weight=weight,
+        density=density,
+        l1_mass=l1_mass,
+        epsilon=epsilon,
+        shrink=shrink,
+        rescale=rescale,
+        normalize=normalize,
+        lambda_=lambda_,
+        elect=elect,
+        elect_tie=elect_tie,
+    )
 
 
 def sign_election(
@@ -152,7 +168,22 @@ def sign_election(
 ) -> torch.Tensor:
     """Elect a sign for every entry and add up what agrees with it; nothing is trimmed unless `density` says so.
 
-    Args and result are those of `ties`.
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta.
+        density: as in `ties`; 1 keeps everything.
+        normalize, lambda_, elect, elect_tie: as in `ties`.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
     """
-    shared = {"normalize": normalize, "lambda": lambda_, "elect": elect, "elect_tie": elect_tie}
-    return run(SIGN_ELECTION, deltas, {"weight": weight, "density": density}, shared)
+    return run(
+        SIGN_ELECTION,
+        deltas,
+        weight=weight,
+        density=density,
+        normalize=normalize,
+        lambda_=lambda_,
+        elect=elect,
+        elect_tie=elect_tie,
+    )

@@ -15,8 +15,8 @@ from paft_merge.methods.parameters import (
     Sources,
     by_all_weights,
     density,
-    shares,
     weight,
+    weights,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def _linear_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
     from paft_merge.methods.rules.rule import WeightedSum
 
-    return WeightedSum(shares([s["weight"] for s in sources], shared["normalize"]), "values")
+    return WeightedSum(weights(sources, shared["normalize"]), "values")
 
 
 def _passthrough_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
@@ -40,8 +40,8 @@ def _passthrough_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> 
 def _task_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
     from paft_merge.methods.rules.rule import WeightedSum
 
-    weights = shares([s["weight"] for s in sources], shared["normalize"], zero=1.0)
-    return WeightedSum(tuple(w * shared["lambda"] for w in weights), "deltas")
+    shares = weights(sources, shared["normalize"], zero=1.0)
+    return WeightedSum(tuple(w * shared["lambda"] for w in shares), "deltas")
 
 
 LINEAR = Method(
@@ -49,17 +49,17 @@ LINEAR = Method(
 )
 PASSTHROUGH = Method(
     "passthrough", "Passthrough", "none",
-    (Parameter("scale", float, "source", None, "Multiplies the tensor; as it is without one."),),
+    (Parameter("scale", float, "source", None, "Multiplies the tensor; without a scale it is unchanged."),),
     "ignored", _passthrough_rule, max_sources=1,
 )  # fmt: skip
 TASK_ARITHMETIC = Method(
     "task_arithmetic", "Task arithmetic", "arXiv:2212.04089",
     (
         weight(),
-        density("Accepted for mergekit's recipes, and without effect, as there."),
+        density("Accepted for mergekit's recipes, without effect, as in mergekit."),
         by_all_weights(False),
         LAMBDA,
-        Parameter("rescale", bool, "shared", False, "Accepted for mergekit's recipes, and without effect, as there."),
+        Parameter("rescale", bool, "shared", False, "Accepted for mergekit's recipes, without effect, as in mergekit."),
         INT8_MASK,
     ),
     "required", _task_rule,
@@ -81,20 +81,20 @@ def linear(tensors: Sequence[torch.Tensor], weight: float | Sequence[float], *, 
     Raises:
         ValueError: the weights add up to zero and `normalize` is set.
     """
-    return run(LINEAR, tensors, {"weight": weight}, {"normalize": normalize})
+    return run(LINEAR, tensors, weight=weight, normalize=normalize)
 
 
 def passthrough(tensor: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """One tensor as it is, or `scale` times it.
+    """One tensor, unchanged or multiplied by `scale`.
 
     Args:
         tensor: `[*shape]`, any float dtype; not modified.
-        scale: None for the tensor itself.
+        scale: None leaves the tensor unchanged.
 
     Returns:
         `[*shape]` float32.
     """
-    return run(PASSTHROUGH, [tensor], {"scale": scale}, {})
+    return run(PASSTHROUGH, [tensor], scale=scale)
 
 
 def task_arithmetic(
@@ -111,4 +111,4 @@ def task_arithmetic(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(TASK_ARITHMETIC, deltas, {"weight": weight}, {"normalize": normalize, "lambda": lambda_})
+    return run(TASK_ARITHMETIC, deltas, weight=weight, normalize=normalize, lambda_=lambda_)

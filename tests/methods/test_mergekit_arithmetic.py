@@ -271,7 +271,7 @@ def test_memory_for_whole_tensors_is_asked_for_in_the_plan(tmp_path: Path) -> No
         largest = max(planned.tensors, key=lambda t: t.numel)
         assert isinstance(largest.rule, WholeTensor)
         assert largest.block_bytes >= 5 * 4 * largest.numel
-    with pytest.raises(OutputError, match="--memory allows"):
+    with pytest.raises(OutputError, match="more than memory="):
         merged(recipe, tmp_path / "out", memory=largest.block_bytes - 1)
 
 

@@ -1,7 +1,7 @@
-"""Rules by angles and lengths: everything is a function of the sources' inner products, and the result a weighted sum.
+"""Rules by angles and lengths: weighted sums, whose weights are functions of the sources' inner products.
 
-So a tensor is read twice and never held: once for its Gram matrix, once to be merged. All of it is float64 on n x n
-numbers. With rows or columns as the vectors, there is a Gram matrix, and there are weights, for each of them.
+So a tensor is read twice and never stored: once for its Gram matrix, once to be merged. The weights are computed in float64
+from n x n numbers. If the vectors are rows or columns, each of them has a Gram matrix and weights.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from paft_merge.errors import MergeError
 from paft_merge.methods.rules.rule import Combine, Rule, TensorPass, write_merged
 
 Matrix = NDArray[np.float64]
-"""`[..., n, n]`, the inner products of all sources of a rule; a source without a delta has zeros."""
+"""`[..., n, n]`: inner products of all sources of a rule; a source without a delta has zeros."""
 Weights = NDArray[np.float64]
-"""`[..., n]`"""
+"""`[..., n]`: one weight a source."""
 
 COLUMN_TILES = 32
-"""Tiles whose sums over columns are held at a time."""
+"""Tiles whose sums over columns are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Slerp(Rule):
-    """Spherical interpolation from the first value to the second by `t`, each tensor one vector.
+    """Spherical interpolation from the first value to the second by `t`; each tensor is one vector.
 
     Nearly parallel or opposite vectors (|cos| > 0.9995) are interpolated linearly, and a norm under 1e-8 counts as one, as in
     mergekit.
@@ -40,6 +40,7 @@ class Slerp(Rule):
     wants: ClassVar[Literal["values"]] = "values"
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """Measure the Gram matrix."""
         return _sum(walk, self._weights(_gram(walk, 2)), deltas)
 
     def _weights(self, dots: Matrix) -> Weights:
@@ -54,15 +55,15 @@ class Slerp(Rule):
 
 @dataclass(frozen=True)
 class NuSlerp(Rule):
-    """Spherical interpolation from one source to another, of their deltas where there is a base and of their values else.
+    """Spherical interpolation from one source to another: of their deltas if there is a base, else of their values.
 
-    The sources keep their lengths: the weights of an interpolation on the unit sphere are put on them as they are. Vectors
-    whose squared cosine is one to float32 are interpolated linearly.
+    The weights are those of an interpolation on the unit sphere, applied to the sources with their lengths. Vectors whose
+    squared cosine is one in float32 are interpolated linearly.
     """
 
     t: float
     of: Literal["tensor", "rows", "columns"] = "tensor"
-    """What a vector is: the whole tensor, its last dimension, or its first one."""
+    """The vectors: the whole tensor, or its slices along the last dimension (rows) or the first one (columns)."""
 
     wants: ClassVar[Literal["offsets"]] = "offsets"
 
@@ -73,6 +74,7 @@ class NuSlerp(Rule):
         return max(math.prod(shape[1:]) if self.of == "columns" else math.prod(shape[-1:]), 1)
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """Measure the Gram matrix of the tensor or of every column; blocks measure those of rows."""
         if self.of == "columns" and len(walk.shape) >= 2:
             return _by_column(walk, self._weights, deltas, self.row(walk.shape))
         if self.of == "tensor" or self.of == "columns":
@@ -82,7 +84,7 @@ class NuSlerp(Rule):
     def _weights(self, dots: Matrix) -> Weights:
         lengths = np.maximum(np.sqrt(np.diagonal(dots, axis1=-2, axis2=-1)), 1e-7)
         cosine = np.clip(dots[..., 0, 1] / (lengths[..., 0] * lengths[..., 1]), -1, 1)
-        # A cosine that float32 cannot tell from one: there the sphere's formula divides by nearly zero.
+        # A cosine that is one in float32: the formula for the sphere would divide by nearly zero.
         colinear = 1 - np.square(cosine.astype(np.float32)) <= 1e-16
         angle = np.arccos(np.where(colinear, 0.0, cosine))[..., None]
         share = np.array([1 - self.t, self.t])
@@ -91,11 +93,11 @@ class NuSlerp(Rule):
 
 @dataclass(frozen=True)
 class MultiSlerp(Rule):
-    """Barycentric interpolation on a sphere, of deltas where there is a base and of values else.
+    """Barycentric interpolation on a sphere: of deltas if there is a base, else of values.
 
     mergekit's formula goes to the tangent space at the weighted mean of the unit vectors and back. The weighted sum of the
-    tangents is zero there, because the mean is what it is; so the result is that mean's direction with the weighted mean of
-    the lengths. A lone source comes back as it is; two that cancel out are interpolated linearly.
+    tangents at that mean is zero, so the result has the mean's direction and the weighted mean of the lengths. A single source
+    is unchanged; two sources that cancel out are interpolated linearly.
     """
 
     weights: tuple[float, ...]
@@ -104,6 +106,7 @@ class MultiSlerp(Rule):
     wants: ClassVar[Literal["offsets"]] = "offsets"
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """Measure the Gram matrix."""
         return _sum(walk, self._weights(_gram(walk, len(self.weights))), deltas)
 
     def _weights(self, dots: Matrix) -> Weights:
@@ -117,18 +120,16 @@ class MultiSlerp(Rule):
             return shares * (float(lengths @ weights) / mean)
         if len(weights) == 2 or not lengths.any():
             return weights
-        raise MergeError.of(
-            "DEGENERATE", "multislerp", "the sources' directions cancel out under these weights, so they have no mean",
-            "use other weights",
-        )  # fmt: skip
+        what = "the sources' directions cancel out under these weights, so they have no mean"
+        raise MergeError.of("DEGENERATE", "multislerp", what, "use other weights")
 
 
 @dataclass(frozen=True)
 class Karcher(Rule):
-    """The Karcher mean of the sources' directions, times the mean of their lengths; all sources count alike.
+    """The Karcher mean of the sources' directions, times the mean of their lengths; all sources have the same weight.
 
-    Riemannian gradient descent on the unit sphere, written in the coordinates of the sources: at most `max_iter` steps, until
-    a step is shorter than `tol`. Sources shorter than `tol` have no direction, but a length.
+    Riemannian gradient descent on the unit sphere, in the coordinates of the sources: at most `max_iter` steps, until a step
+    is shorter than `tol`. Sources shorter than `tol` have no direction, only a length.
     """
 
     sources: int
@@ -138,6 +139,7 @@ class Karcher(Rule):
     wants: ClassVar[Literal["values"]] = "values"
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """Measure the Gram matrix."""
         return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
 
     def _weights(self, dots: Matrix) -> Weights:
@@ -151,7 +153,7 @@ class Karcher(Rule):
         return weights
 
     def _mean(self, units: Matrix) -> Weights:
-        """The mean direction as coordinates on unit vectors with the inner products `units`."""
+        """The mean direction, as coordinates of the unit vectors with the inner products `units`."""
         n = len(units)
         mean = np.full(n, 1 / n)
         length = _length(mean, units)
@@ -169,7 +171,7 @@ class Karcher(Rule):
         """The mean of the sources' logarithms at `mean`."""
         cosines = np.clip(units @ mean, -1, 1)
         angles = np.arccos(cosines)
-        # An opposite vector lies in every direction at once, and pulls in none.
+        # An opposite vector has no unique direction from the mean, so it does not contribute.
         pulls = np.where(
             (angles < self.tol) | (angles > math.pi - 1e-6), 0.0, angles / np.maximum(np.sin(angles), 1e-300)
         )
@@ -180,7 +182,7 @@ class Karcher(Rule):
 class ModelStock(Rule):
     """The base plus `t` times the mean delta, with `t` from the angle between the deltas (arXiv:2403.19522, eq. 5).
 
-    `t = n c / (1 + (n - 1) c)` for n deltas whose cosines have the mean `c`; where that has no value the base is kept.
+    `t = n c / (1 + (n - 1) c)` for n deltas whose cosines have the mean `c`; the base is kept where this is undefined.
     """
 
     sources: int
@@ -193,6 +195,7 @@ class ModelStock(Rule):
         return max(math.prod(shape[-1:]), 1) if self.by_row else 1
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """Measure the Gram matrix; with `by_row`, blocks measure it."""
         if self.by_row:
             return _by_row(walk, self._weights, deltas, self.sources, self.row(walk.shape))
         return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
@@ -215,7 +218,7 @@ def _length(vector: Weights, dots: Matrix) -> float:
 
 
 def _gram(walk: TensorPass, sources: int) -> Matrix:
-    """The Gram matrix of a whole tensor: the correctly rounded sum over its blocks, so that their order cannot matter."""
+    """The Gram matrix of a whole tensor: the correctly rounded sum over its blocks, which does not depend on their order."""
     blocks = walk.each(walk.ops.gram)
     full = np.zeros((sources, sources))
     for i, one in enumerate(walk.active):
@@ -225,7 +228,7 @@ def _gram(walk: TensorPass, sources: int) -> Matrix:
 
 
 def _full(walk: TensorPass, sources: int, dots: Matrix) -> Matrix:
-    """`[..., n, n]` of all sources from that of the active ones."""
+    """Expand `[..., n, n]` of the active sources to all sources."""
     if len(walk.active) == sources:
         return dots
     full = np.zeros((*dots.shape[:-2], sources, sources))
@@ -235,7 +238,7 @@ def _full(walk: TensorPass, sources: int, dots: Matrix) -> Matrix:
 
 
 def _sum(walk: TensorPass, weights: Weights, deltas: bool) -> Combine:
-    """Write the weighted sum of whole sources, on top of the base if they are deltas."""
+    """Write the weighted sum of the sources, on top of the base if they are deltas."""
     active = [float(weights[i]) for i in walk.active]
 
     def combine(block: Block, out: Any, key: int) -> Outcome:
@@ -245,7 +248,7 @@ def _sum(walk: TensorPass, weights: Weights, deltas: bool) -> Combine:
 
 
 def _by_row(walk: TensorPass, weigh: Callable[[Matrix], Weights], deltas: bool, sources: int, row: int) -> Combine:
-    """Write every row with weights of its own, which a block with whole rows knows by itself."""
+    """Write every row with its own weights, which each block computes, as it holds whole rows."""
 
     def combine(block: Block, out: Any, key: int) -> Outcome:
         weights = weigh(_full(walk, sources, walk.ops.gram_rows(block, row)))[:, list(walk.active)]
@@ -256,7 +259,7 @@ def _by_row(walk: TensorPass, weigh: Callable[[Matrix], Weights], deltas: bool, 
 
 
 def _by_column(walk: TensorPass, weigh: Callable[[Matrix], Weights], deltas: bool, row: int) -> Combine:
-    """Write every column with weights of its own; `row`: entries from one line of columns to the next."""
+    """Write every column with its own weights; `row`: entries from one element of a column to the next."""
     dots = np.zeros((*[len(walk.active)] * 2, row))
     for first in range(0, walk.each.tiles, COLUMN_TILES):
         tiles = range(first, min(first + COLUMN_TILES, walk.each.tiles))

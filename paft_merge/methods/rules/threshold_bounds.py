@@ -1,7 +1,7 @@
-"""Where a threshold must lie: a short run of the entries of a tensor in order of size, guessed from a sample of it.
+"""Bounds of a threshold: a short run of a tensor's entries in order of size, guessed from a sample.
 
-Entries are ordered by magnitude, the largest first, and equal ones by position, which is the order that ranks count in. So a run
-of them can be short where many are equal, as in the difference of two bfloat16 checkpoints.
+Entries are ordered by magnitude, the largest first, and equal ones by position, as ranks are. So a run can be short even if
+many entries are equal, as in the difference of two bfloat16 checkpoints.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ FOREVER = 1 << 62
 """Beyond every flat index."""
 
 _SMALL = 1 << 16
-"""Entries of one or two tiles that are too few for a sample to tell anything."""
+"""Tensors of one or two tiles with fewer entries are too small for a sample."""
 
 _SAMPLED = 1 << 12, 1 << 15
-"""Entries that are looked at in each tile, and in all tiles together, at least."""
+"""Fewest sampled entries of each tile, and of all tiles together."""
 
 _ROWS, _SAMPLED_OF_ROWS = 64, 1 << 17
-"""Rows of a product that are looked at, and entries in all of them."""
+"""Most sampled rows of a product, and sampled entries of all of them."""
 
 _SAMPLE_ERRORS = 3.5
-"""Half the width of a guessed bracket, in standard errors of the sampled share. A miss costs one more pass."""
+"""Half the width of a bracket, in standard errors of the sampled share. A miss costs one more pass."""
 
 _SAMPLE_MARGIN = 0.001
-"""Half the width of a guessed bracket, as a share of the entries, at least."""
+"""Least half width of a bracket, as a share of the entries."""
 
 _PARTS = 64
-"""Parts of a sample, whose differences tell how far off it may be."""
+"""Parts of a sample whose differences give its standard error."""
 
 
 @dataclass(frozen=True)
 class Bracket:
     """A run of entries in order of size.
 
-    Inside are the magnitudes (bits) from `low` on, `width` bit patterns; but of those equal to the highest none at a flat index
-    below `begin`, which are above, and of those equal to `low` none from the index `end` on, which are below.
+    Inside are the magnitudes (bits) in `[low, low + width)`, with two exceptions. Entries equal to the highest of them at a flat
+    index below `begin` are above; entries equal to `low` at the index `end` or later are below.
     """
 
     low: int
@@ -54,21 +54,21 @@ class Bracket:
     end: int = FOREVER
 
     def within(self, start: int, stop: int) -> tuple[int, int]:
-        """Lowest bits and number of bits in the block `[start, stop)`; a block that holds `begin` or `end` has all ties inside."""
+        """Lowest bits and number of bits for the block `[start, stop)`; a block that contains `begin` or `end` has all ties inside."""
         low, high = self.low + (start >= self.end), self.low + self.width - (stop <= self.begin)
         return low, max(high - low, 0)
 
     @property
     def open_below(self) -> bool:
-        """Whether nothing but zeros is below."""
+        """Whether only zeros are below."""
         return self.low == 1 and self.end == FOREVER
 
 
 EVERY = Bracket(1, INFINITY - 1)
-"""Every finite magnitude but zero."""
+"""Every finite magnitude except zero."""
 
 NONE = Bracket(1, 0)
-"""Nothing inside, and every magnitude but zero above."""
+"""Nothing inside, and every magnitude except zero above."""
 
 NOWHERE = Bracket(NO_BITS, 0)
 """Nothing inside, and nothing above."""
@@ -76,17 +76,17 @@ NOWHERE = Bracket(NO_BITS, 0)
 
 @dataclass(frozen=True)
 class Sample:
-    """Magnitudes of some entries of a tensor: of its tiles one after the other, or of rows from the smallest to the largest."""
+    """Magnitudes of some entries of a tensor: tile by tile, or by rows from the smallest to the largest."""
 
     bits: Any
-    """`[n, K]` uint32: of every source."""
+    """`[n, K]` uint32, one row a source."""
     starts: Sequence[int] = ()
-    """Flat index of each tile's first element, ascending; empty where the order is another one."""
+    """Flat index of each tile's first element, ascending; empty if the entries are sampled by rows."""
     ends: Sequence[int] = ()
     """Where each tile ends in `bits`."""
 
     def inside(self, source: int, bracket: Bracket) -> float:
-        """The share of a source's sampled entries that are inside a bracket."""
+        """The share of a source's sampled entries inside a bracket."""
         bits, found, begin = self.bits[source], 0, 0
         tiles = zip(self.starts, [*self.starts[1:], FOREVER], self.ends, strict=True)
         for start, stop, end in tiles if self.starts else [(0, FOREVER, bits.size)]:
@@ -98,7 +98,7 @@ class Sample:
     def error(self, source: int, least: int) -> float:
         """The standard error of the share of a source's entries that are at least `least`.
 
-        From the differences of neighbours: parts of a sample that goes through a tensor in order are alike.
+        It comes from the differences of neighbouring parts, because a sample in the order of the tensor varies slowly.
         """
         bits = self.bits[source]
         ends = bits.size * np.arange(1, _PARTS + 1) // _PARTS
@@ -108,13 +108,13 @@ class Sample:
 
 
 class Ranked:
-    """`[K]` unsigned numbers in order of size, of which only those near one rank are put in order.
+    """`[K]` unsigned numbers, of which only those near one rank are sorted.
 
-    What is near is told by a sample of them: a few per cent, or one large tie.
+    A sample selects them: a few per cent of the numbers, or one large tie.
     """
 
     _REACH = 160
-    """Of 4096 sampled numbers, how many on either side are near: five standard errors and more."""
+    """Of 4096 sampled numbers, how many on either side of the rank are near: more than five standard errors."""
 
     def __init__(self, bits: Any, rank: int) -> None:
         self.bits = bits
@@ -139,15 +139,15 @@ class Ranked:
 
 
 def small(numel: int, each: BlockWalk) -> bool:
-    """Whether a tensor is too small for a sample, and small enough to look at all of it."""
+    """Whether a tensor is too small for a sample, so that all of it is read."""
     return each.tiles <= 2 and numel < _SMALL
 
 
 def draw_sample(each: BlockWalk, ops: Ops) -> Sample:
-    """Look at some entries of every tile."""
+    """Sample some entries of every tile."""
     of_each, of_all = _SAMPLED
     wanted = max(of_each, of_all // each.tiles)
-    # An odd step goes through all columns of rows whose length is even, instead of through the same few.
+    # An odd step visits all columns of rows of even length, an even step only a few of them.
     drawn = each(lambda b: (b.index, ops.sample(b, b.size // wanted | 1)), sample=each.tiles > 2)
     tiles = [tile for _, tile in drawn]
     ends = np.cumsum([tile.shape[1] for tile in tiles]).tolist()
@@ -155,23 +155,23 @@ def draw_sample(each: BlockWalk, ops: Ops) -> Sample:
 
 
 def draw_rows(pairs: Sequence[tuple[Any, Any] | None]) -> Sample | None:
-    """Look at some rows of every delta, when all of them are products of factors.
+    """Sample some rows of every delta, if all of them are products of factors.
 
-    A row's norm is known from the factors without the row, and entries differ in size as the norms of their rows do. So the rows
-    that are looked at are spread evenly over the order of norms; those of a few tiles would be seven times as far off.
+    The norm of a row follows from the factors without computing the row, and entries differ in size as the norms of their rows
+    do. So the sampled rows are spread evenly over the order of norms. The rows of a few tiles would be seven times less exact.
 
     Args:
-        pairs: of each source, B `[O, R]` and A `[R, I]`, or None where its delta is not `B @ A`.
+        pairs: for each source, B `[O, R]` and A `[R, I]`, or None if its delta is not `B @ A`.
 
     Returns:
-        None where there is a source without factors, or too few rows.
+        The sample; None if a source has no factors, or there are too few rows.
     """
     picked, count = [], 0
     for pair in pairs:
         if pair is None or (count := min(_ROWS, len(pair[0]) // 8)) < 16:
             return None
         left, right = pair
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told of when it is merged
+        with np.errstate(over="ignore", invalid="ignore"):  # the merge reports values that are not finite
             norms = np.einsum("or,or->o", left @ (right @ right.T), left)
         rows = np.argsort(norms)[(2 * np.arange(count) + 1) * len(left) // (2 * count)]
         made = SCRATCH.array("sampled_rows", (count, right.shape[1]), np.float32)
@@ -182,11 +182,11 @@ def draw_rows(pairs: Sequence[tuple[Any, Any] | None]) -> Sample | None:
 
 
 def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
-    """A bracket that very likely holds the last of the share `share` of a source's entries, the largest first.
+    """A bracket that very likely contains the last of the share `share` of a source's entries, the largest first.
 
     Args:
-        sample: of the tensor.
-        source: its row.
+        sample: sample of the tensor.
+        source: row of the source in the sample.
         share: in (0, 1).
     """
     bits = sample.bits[source]
@@ -194,7 +194,7 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
     ranked = Ranked(bits, max(int(share * size), 1))
 
     def at(place: float) -> tuple[int, int]:
-        """The magnitude at a place in order of size, and the tile where it is."""
+        """The magnitude at a place in order of size, and its tile."""
         before = min(int(place), size - 1)
         value, larger, _ = ranked(before + 1)
         if not sample.starts:
@@ -203,7 +203,7 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
         return value, int(np.searchsorted(sample.ends, equal[before - larger], side="right"))
 
     centre = max(at(share * size)[0], 1)
-    # Of those that are equal there, the tiles before the threshold hold all, and the ones behind it none.
+    # Of the entries equal to the threshold, tiles before it contain all those kept, and tiles after it none.
     margin = max(_SAMPLE_ERRORS * max(sample.error(source, least) for least in (centre, centre + 1)), _SAMPLE_MARGIN)
     high, first = at((share - margin) * size) if share > margin else (INFINITY - 1, 0)
     low, last = at((share + margin) * size) if share + margin < 1 else (0, -1)

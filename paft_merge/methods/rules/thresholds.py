@@ -1,8 +1,8 @@
-"""Which entries of a delta survive: thresholds by rank, by L1 mass or fixed, random drops, and the rescaling after them.
+"""Which entries of a delta survive: thresholds by rank, by L1 mass or fixed, random drops, and rescaling.
 
-Magnitudes are compared as the bits of a float32 without its sign, which order like the magnitudes themselves. A threshold
-is exact: the k-th largest of a whole tensor, found in two streaming passes (a histogram, from a sample where that is
-enough, and the few magnitudes that fall into the bracket it gives), never by sorting the tensor.
+Magnitudes are compared as the bits of a float32 without its sign, which sort as the absolute values do. A threshold by rank
+is exact: the k-th largest of a whole tensor. It takes two passes and never sorts the tensor: the first bounds the threshold
+by a bracket, from a sample or a full histogram, the second collects the few magnitudes inside the bracket.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import xxhash
 
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import NOTHING, Counts, KeepThreshold, Ops
-from paft_merge.compute.histogram import l1_of_bins
+from paft_merge.compute.histogram import bits_of, l1_of_bins, value_of
 from paft_merge.compute.kernels import BINS
 from paft_merge.methods.rules.threshold_bounds import (
     EVERY,
@@ -32,19 +32,19 @@ from paft_merge.methods.rules.threshold_bounds import (
 )
 
 _LISTED = 16
-"""Of a tile's magnitudes at most one in this many is held as it is; more are held as distinct ones, whose number ties keep small."""
+"""If more than one in this many of a tile's magnitudes is collected, distinct ones are kept with their counts, which are few."""
 
 
 @dataclass(frozen=True)
 class Trim:
-    """What survives of one delta by its magnitude.
+    """Which entries of one delta survive by their magnitude.
 
     `density`  the `kept_count(numel, value)` largest entries (TIES-Merging, arXiv:2306.01708, sec. 3.1; their k / 100).
     `count`    the `value` largest entries.
-    `l1_mass`  the fewest largest entries that hold the share `value` of the delta's L1 norm.
+    `l1_mass`  the fewest largest entries that have the share `value` of the delta's L1 norm.
     `epsilon`  the entries with |delta| > `value` (PAFT, arXiv:2406.17923, sec. 2.2 calls the others sparse).
     `outliers` as `density`, after the largest `int(gamma * numel)` are dropped (Breadcrumbs, arXiv:2312.06795), or
-               fewer where that many cannot be dropped without missing the density.
+               fewer if too few others would be left for the density.
     """
 
     rule: Literal["density", "count", "l1_mass", "epsilon", "outliers"]
@@ -75,9 +75,9 @@ EVERYTHING = Trim("density", 1.0)
 
 
 def kept_count(numel: int, density: float) -> int:
-    """How many of `numel` entries a density keeps: `int(density * numel)`, at least one; all from 1 up, none from 0 down.
+    """How many of `numel` entries a density keeps: `int(density * numel)`, at least one; all if it is 1 or more, none if 0 or less.
 
-    mergekit's rule. PEFT may keep none of a small tensor, and other tools keep every tie of the last one.
+    This is mergekit's rule. PEFT may keep no entry of a small tensor, and other tools keep every tie of the last entry.
     """
     if density >= 1:
         return numel
@@ -95,10 +95,10 @@ def drop_survival(density: float, key: int) -> KeepThreshold:
 
 
 def rescale_drops(survivals: Sequence[KeepThreshold], each: BlockWalk, ops: Ops) -> list[KeepThreshold]:
-    """Scale what a random drop leaves by (L1 norm before / L1 norm after), as mergekit's DARE does.
+    """Scale the survivors of a random drop by (L1 norm before / L1 norm after), as mergekit's DARE does.
 
     The DARE paper (arXiv:2311.03099) divides by the density instead; the two agree in expectation. Norms under 1e-7 are
-    left alone, as mergekit leaves them.
+    not rescaled, as in mergekit.
     """
     blocks = each(lambda block: ops.dropped_l1(block, survivals))
     norms = [[math.fsum(block[i, k] for block in blocks) for k in (0, 1)] for i in range(len(survivals))]
@@ -119,9 +119,9 @@ def trim_survivals(
     Args:
         trims: one a source.
         numel: entries of the tensor.
-        each, ops: how to walk its blocks, and what to compute there.
+        each, ops: the walk over its blocks, and the operations on them.
         rescale: scale the survivors so that the delta keeps its L1 norm.
-        full: the histogram of every source with its lower bits (`Ops.histogram`), where it is known already.
+        full: the histogram of every source with its lower bits (`Ops.histogram`), if it is known already.
 
     Returns:
         One `KeepThreshold` a source. Ties at a threshold keep the lowest flat indices.
@@ -142,7 +142,7 @@ def trim_globally(
     Args:
         trims, ops, rescale: as in `trim_survivals`.
         numel: entries of all tensors together.
-        each: walks the blocks of all of them; every block has a row for every source.
+        each: walks the blocks of all of them; every block has a row for each source.
 
     Returns:
         One `KeepThreshold` a source. Every tie of the last entry is kept, as in the paper's code.
@@ -155,29 +155,21 @@ def trim_globally(
 
 
 def l1_ratio(before: float, after: float) -> float:
-    """What gives a thinned delta its L1 norm back; norms under 1e-7 are left alone, as mergekit leaves them."""
+    """The scale that restores the L1 norm of a sparsified delta; 1 if a norm is under 1e-7, as in mergekit."""
     return 1.0 if before < 1e-7 or after < 1e-7 else before / after
-
-
-def _value(bits: int) -> float:
-    return float(np.uint32(bits).view(np.float32))
-
-
-def _bits(value: float) -> int:
-    return int(np.float32(value).view(np.uint32))
 
 
 @dataclass
 class _Found:
-    """The magnitudes of one source that are inside a bracket, tile by tile; zero never is."""
+    """The magnitudes of one source inside a bracket, tile by tile; never zero."""
 
     bracket: Bracket
     above: int = 0
     tiles: Sequence[tuple[Any, Any]] = ()
-    """Each tile's bits, and None; or, where there are many, its distinct bits, ascending, and how often each occurs."""
+    """Each tile's bits and None; or, if they are many, its distinct bits, ascending, and their counts."""
 
     def merged(self) -> tuple[Any, Any]:
-        """Distinct bits, largest first, and how often each occurs in the tensor."""
+        """Distinct bits, largest first, and their counts in the tensor."""
         bits = np.concatenate([b for b, _ in self.tiles])
         counts = np.concatenate([np.ones(b.size, np.int64) if c is None else c for b, c in self.tiles])
         order = np.argsort(bits, kind="stable")[::-1]
@@ -188,12 +180,12 @@ class _Found:
         return bits[first], np.add.reduceat(counts, first)
 
     def holds(self, rank: int) -> bool:
-        """Whether the `rank`-th largest magnitude is inside, or no entry that is not zero is left below."""
+        """Whether the `rank`-th largest magnitude is inside, or only zeros are below."""
         inside = sum(b.size if c is None else int(c.sum()) for b, c in self.tiles)
         return self.above < rank and (rank <= self.above + inside or self.bracket.open_below)
 
     def at(self, rank: int) -> tuple[int, int, int]:
-        """Bits of the `rank`-th largest magnitude, how many are larger, and how many are equal; zeros when it is zero."""
+        """Bits of the `rank`-th largest magnitude, how many are larger and how many are equal; (0, 0, 0) if it is zero."""
         if any(counts is not None for _, counts in self.tiles):
             bits, often = self.merged()
             running = self.above + np.cumsum(often)
@@ -213,11 +205,11 @@ class _Found:
 
 
 class _Search:
-    """Exact thresholds of all sources of one tensor, sharing the passes over it.
+    """Finds the exact thresholds of all sources of one tensor in shared passes over it.
 
     A source asks for ranks (1 = the largest magnitude): the last entry kept and, for outliers, the last one dropped. A
-    rank's threshold is found inside a bracket of magnitudes that is guessed from a sample, or taken from a full histogram
-    when L1 norms are wanted anyway or the guess missed.
+    rank's threshold is found inside a bracket of magnitudes, which is guessed from a sample, or taken from a full histogram
+    if L1 norms are needed anyway or the guess missed.
     """
 
     every_tie: ClassVar[bool] = False
@@ -246,18 +238,18 @@ class _Search:
         """The threshold of source `i`."""
         trim = self.trims[i]
         if trim.rule == "epsilon":
-            return KeepThreshold(low=_bits(trim.value), shrink=_value(_bits(trim.value)) if trim.soft else 0.0)
+            return KeepThreshold(low=bits_of(trim.value), shrink=value_of(bits_of(trim.value)) if trim.soft else 0.0)
         if not self.ranks[i]:
             return KeepThreshold() if trim.keeps_all(self.numel) else NOTHING
         low, low_cut = self._threshold(i, self.ranks[i][0])
-        survival = KeepThreshold(low=low, low_cut=low_cut, shrink=_value(low) if trim.soft else 0.0)
+        survival = KeepThreshold(low=low, low_cut=low_cut, shrink=value_of(low) if trim.soft else 0.0)
         if len(self.ranks[i]) == 2:
             high, high_cut = self._threshold(i, self.ranks[i][1])
             survival = replace(survival, high=high, high_cut=high_cut)
         return survival
 
     def rescaled(self, i: int, survival: KeepThreshold) -> KeepThreshold:
-        """`survival` with the scale that gives source `i` its L1 norm back."""
+        """`survival` with the scale that restores the L1 norm of source `i`."""
         assert self.full is not None
         before = math.fsum(l1_of_bins(self.full[0][i], self.full[1][i]))
         if survival in (KeepThreshold(), NOTHING):
@@ -269,7 +261,7 @@ class _Search:
         return replace(survival, scale=l1_ratio(before, mass - kept * survival.shrink))
 
     def _mass_ranks(self) -> dict[int, int]:
-        """How many of the largest entries of each `l1_mass` source it takes to hold that share (at least one)."""
+        """For each `l1_mass` source, how many of its largest entries have that share together (at least one)."""
         goals, ranges, heads = {}, {}, {}
         for i, trim in enumerate(self.trims):
             if trim.rule == "l1_mass" and 0 < trim.value < 1:
@@ -293,7 +285,7 @@ class _Search:
         return ranks
 
     def _threshold(self, i: int, rank: int) -> tuple[int, int]:
-        """Bits and cut of the `rank`-th largest magnitude of source `i`; (0, 0) when that is zero."""
+        """Bits and cut of the `rank`-th largest magnitude of source `i`; (0, 0) if that is zero."""
         bracket = self.brackets[i, rank]
         bits, larger, equal = bracket.at(rank)
         if not equal:
@@ -315,7 +307,7 @@ class _Search:
         return self.each(lambda block: self.ops.locate(block, i, bits, nth), tiles=[tile])[0]
 
     def _above(self, i: int, low: int, rank: int | None) -> tuple[int, float]:
-        """How many entries of source `i` pass a threshold, and their L1 norm; `rank` says how many where ties are cut."""
+        """How many entries of source `i` pass a threshold, and their L1 norm; `rank` is that number where ties are cut."""
         assert self.full is not None
         norms, top = l1_of_bins(self.full[0][i], self.full[1][i]), low >> 16
         bracket = self.brackets[i, rank] if rank else self._gather({i: _bin(top)})[i]
@@ -325,7 +317,7 @@ class _Search:
         mass = math.fsum([*norms[top + 1 :], *(bits[over].view(np.float32).astype(np.float64) * often[over])])
         equal = int(often[bits == low].sum()) if rank else 0
         ties = equal if self.every_tie or not rank else min(rank - count, equal)
-        return count + ties, mass + ties * _value(low)
+        return count + ties, mass + ties * value_of(low)
 
     def _histogram(self, *, norms: bool = False) -> tuple[Counts, Counts]:
         n, lock = len(self.trims), Lock()
@@ -341,7 +333,7 @@ class _Search:
         return counts, lows
 
     def _find(self, ranks: dict[int, int]) -> None:
-        """Gather a bracket that holds the rank, for one rank a source."""
+        """Collect a bracket that contains the rank, for one rank a source."""
         ranks = {i: rank for i, rank in ranks.items() if (i, rank) not in self.brackets}
         if ranks and self.full is None:
             for i, bracket in self._gather(self._guess(ranks)).items():
@@ -355,14 +347,14 @@ class _Search:
             self.brackets[i, ranks[i]] = bracket
 
     def _guess(self, ranks: dict[int, int]) -> dict[int, Bracket]:
-        """A bracket for each rank: from a sample, or all entries where the tensor is small."""
+        """A bracket for each rank: from a sample, or all entries if the tensor is small."""
         if small(self.numel, self.each):
             return dict.fromkeys(ranks, EVERY)
         sample = draw_sample(self.each, self.ops)
         return {i: guess_bracket(sample, i, rank / self.numel) for i, rank in ranks.items()}
 
     def _gather(self, brackets: dict[int, Bracket]) -> dict[int, _Found]:
-        """Read the tensor once and collect, for some sources, the magnitudes inside a bracket."""
+        """Read the tensor once, and collect for some sources the magnitudes inside a bracket."""
         if not brackets:
             return {}
 
@@ -386,8 +378,8 @@ class _Search:
 class _GlobalSearch(_Search):
     """A search over all tensors of a model, whose memory does not grow with the model.
 
-    Its brackets are single bins of a full histogram, so what is inside is 65,536 counts and not a list by tile; where a
-    tie lies is forgotten, and every tie of the last entry is kept.
+    Its brackets are single bins of a full histogram, so it stores 65,536 counts instead of a list by tile. It does not know
+    where ties are, and every tie of the last entry is kept.
     """
 
     every_tie: ClassVar[bool] = True
@@ -416,10 +408,10 @@ class _GlobalSearch(_Search):
 
 
 def _bin_of(counts: Any, rank: int) -> int:
-    """The bin that holds the `rank`-th largest magnitude; the lowest bin when there are fewer."""
+    """The bin of the `rank`-th largest magnitude; the lowest bin if there are fewer."""
     return max(BINS - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), rank)), 0)
 
 
 def _bin(index: int) -> Bracket:
-    """All of a bin, without the zero in the lowest."""
+    """All of a bin, without zero in the lowest."""
     return Bracket(index << 16, 1 << 16) if index else Bracket(1, (1 << 16) - 1)
