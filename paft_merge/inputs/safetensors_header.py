@@ -183,6 +183,11 @@ def quote(name: str) -> str:
     return repr(name) if len(name) <= 200 else f"{name[:200]!r}... ({len(name):,} characters)"
 
 
+def join_first(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` names as messages print them, and a count of the rest."""
+    return ", ".join(map(quote, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 class _NotWhole(str):
     """A JSON number that is not an unsigned integer of ordinary length, as written."""
 
