@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,7 +26,6 @@ from paft_merge.inputs.safetensors_header import (
     open_regular,
     parse,
     quote,
-    read_header,
     read_text,
     reading,
     scan,
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 
     from paft_merge.inputs.torch_pickle import Stored
 
-__all__ = ["DTYPES", "UNFINISHED", "Checkpoint", "CheckpointFile", "Dtype", "TensorInfo", "read_header"]
+__all__ = ["DTYPES", "UNFINISHED", "Checkpoint", "CheckpointFile", "Dtype", "TensorInfo"]
 
 UNFINISHED = "merge_state.json"
 """The journal of a merge under way. A folder that holds one, or is called `*.part`, is not opened: the files inside
@@ -206,13 +204,6 @@ class Checkpoint:
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         self.read_into(name, 0, raw.numpy())
         return raw.view(dtype).reshape(info.shape)
-
-    def hint_soon(self, name: str) -> None:
-        """Tell the system that tensor `name` will be read soon, so that it may read ahead; never fails."""
-        info = self.tensors[name]
-        if info.file in self._fds and hasattr(os, "posix_fadvise"):  # not on macOS
-            with suppress(OSError):
-                os.posix_fadvise(self._fds[info.file], info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     # --- what a checkpoint that is computed does otherwise (see `graph.Intermediate`) --------------------------------------
 
