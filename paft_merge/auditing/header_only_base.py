@@ -10,8 +10,9 @@ from pathlib import Path
 
 from paft_merge.errors import AuditError, Problems
 from paft_merge.inputs.adapters.config import CONFIG
-from paft_merge.inputs.adapters.keys import Keys, sort_keys
-from paft_merge.inputs.adapters.shira import Scattered
+from paft_merge.inputs.adapters.keys import Keys
+from paft_merge.inputs.adapters.peft_types import sort_keys
+from paft_merge.inputs.adapters.shira import EntryTensors
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
 from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
 
@@ -88,7 +89,7 @@ def known_of(folder: Path, tokens: Iterable[int] = (), rank: int = 1) -> Known:
         sparse = _of_sparse(keys, file, rank)
         held = {name: info.shape for name, info in file.tensors.items()}
     rows = _of_rows(keys, held, max(tokens, default=-1) + 1)
-    copies = {s.names[0]: s.key for s in keys.saved if s.beneath and s.names[0] in _of_factors(keys, held)}
+    copies = {s.names[0]: s.key for s in keys.saved if s.is_base_layer and s.names[0] in _of_factors(keys, held)}
     return Known({**_of_factors(keys, held), **rows, **_of_whole(keys, held), **sparse}, copies)
 
 
@@ -125,8 +126,8 @@ def _of_factors(keys: Keys, held: Shapes) -> Shapes:
 def _of_sparse(keys: Keys, file: Checkpoint, rank: int) -> Shapes:
     """SHiRA holds r (rows + columns) entries of a weight, which tell its shape when they reach its last row and column."""
     found: Shapes = {}
-    for path, parts in keys.sparse.items():
-        if parts.keys() != {"weight", "indices"} or (held := Scattered(file, **parts)).fault:
+    for (path, _), module in keys.modules.items():
+        if module.parts.keys() != {"weight", "indices"} or (held := EntryTensors(file, **module.parts)).fault:
             continue  # the adapter, when it is opened, says what is wrong
         rows, columns = held.corner()
         if held.count != rank * (rows + columns):

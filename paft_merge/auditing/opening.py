@@ -17,7 +17,7 @@ from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
 from paft_merge.inputs.adapters import Adapter, AdapterDelta
-from paft_merge.inputs.adapters.config import read_settings
+from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.tensor_inputs import Inputs, Read
 from paft_merge.methods.rules.rule import Rule

@@ -99,11 +99,6 @@ class Intermediate(Checkpoint):
                 self._fixed = {tensors[i].name: replace(tensors[i], rule=rule) for i, rule in found.items()}
         return self._fixed[planned.name]
 
-    def hint_soon(self, name: str) -> None:
-        """Pass the hint on to what the tensor is made of."""
-        for read in self._planned[name].inputs.reads:
-            read.checkpoint.hint_soon(read.name)
-
     def close(self) -> None:
         """Close every file that it is made of."""
         self._ready.clear()

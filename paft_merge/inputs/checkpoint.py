@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,10 +22,10 @@ from paft_merge.inputs.safetensors_header import (
     TensorInfo,
     as_bytes,
     fill,
+    join_first,
     open_regular,
     parse,
     quote,
-    read_header,
     read_text,
     reading,
     scan,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
     from paft_merge.inputs.torch_pickle import Stored
 
-__all__ = ["DTYPES", "UNFINISHED", "Checkpoint", "CheckpointFile", "Dtype", "TensorInfo", "read_header"]
+__all__ = ["DTYPES", "UNFINISHED", "Checkpoint", "CheckpointFile", "Dtype", "TensorInfo"]
 
 UNFINISHED = "merge_state.json"
 """The journal of a merge under way. A folder that holds one, or is called `*.part`, is not opened: the files inside
@@ -205,13 +204,6 @@ class Checkpoint:
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         self.read_into(name, 0, raw.numpy())
         return raw.view(dtype).reshape(info.shape)
-
-    def hint_soon(self, name: str) -> None:
-        """Tell the system that tensor `name` will be read soon, so that it may read ahead; never fails."""
-        info = self.tensors[name]
-        if info.file in self._fds and hasattr(os, "posix_fadvise"):  # not on macOS
-            with suppress(OSError):
-                os.posix_fadvise(self._fds[info.file], info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     # --- what a checkpoint that is computed does otherwise (see `graph.Intermediate`) --------------------------------------
 
@@ -408,7 +400,7 @@ def _choose(folder: Path, present: Sequence[str], unpickle: bool) -> str:
     if len(files) == 1 and not _is_part_of_many(files[0]):
         return files[0]
     if files:
-        what = f"holds {_some(files)}, and nothing that says how they belong together"
+        what = f"holds {join_first(files)}, and nothing that says how they belong together"
         raise CheckpointError.of("INDEX_MISSING", folder, what, f"download model.safetensors{_INDEX} too")
     return _choose_pickle(folder, present, unpickle)
 
@@ -418,10 +410,6 @@ def _is_part_of_many(name: str) -> bool:
     return part is not None and int(part[2]) != 1
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(quote, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _choose_pickle(folder: Path, present: Sequence[str], unpickle: bool) -> str:
     pickles = [name for name in present if name.endswith((*_PICKLES, f".bin{_INDEX}"))]
     known = [name for name in (f"pytorch_model.bin{_INDEX}", "pytorch_model.bin") if name in pickles]
@@ -429,7 +417,7 @@ def _choose_pickle(folder: Path, present: Sequence[str], unpickle: bool) -> str:
         return known[0]
     if pickles:
         fix = f"convert it to safetensors, or read it through mergekit's restricted unpickler with {_LAZY}"
-        what = f"holds only pickles ({_some(pickles)}), which can run code when they are loaded"
+        what = f"holds only pickles ({join_first(pickles)}), which can run code when they are loaded"
         raise CheckpointError.of("PICKLE_REFUSED", folder, what, fix if known else "convert it to safetensors")
     if "adapter_model.safetensors" in present:
         what, fix = "holds an adapter and no checkpoint", "name it after its base: base+adapter"

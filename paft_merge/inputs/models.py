@@ -23,7 +23,7 @@ class Model:
     def read(self, name: str) -> Read:
         """How this model has the tensor `name`."""
         delta = self.adapter.deltas.get(name) if self.adapter else None
-        return Read(self.ref, self.checkpoint, (delta.beneath if delta else None) or name, delta)
+        return Read(self.ref, self.checkpoint, (delta.stored_as if delta else None) or name, delta)
 
     def has(self, name: str) -> bool:
         """Whether this model has a tensor `name`, stored or made by its adapter."""

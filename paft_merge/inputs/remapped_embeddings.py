@@ -78,7 +78,7 @@ class Gathered(Read):
             return made
         deltas = tuple(dict.fromkeys(donor.delta for donor in used if donor.delta))
         kind = read.delta.kind if read.delta else deltas[0].kind
-        delta = RemappedDelta(made.shape, made.row, kind, deltas, made._fetch)
+        delta = RemappedDelta(made.shape, made.row_size, kind, deltas, made._fetch)
         return cls(read.source, read.checkpoint, read.name, delta, donors, map=rows)
 
     @property
@@ -88,7 +88,7 @@ class Gathered(Read):
         return (1, count) if is_flat(own) else (count, *own[1:])
 
     @property
-    def row(self) -> int:
+    def row_size(self) -> int:
         return max(math.prod(self.shape) // max(len(self.map.row), 1), 1)
 
     @property
@@ -107,7 +107,7 @@ class Gathered(Read):
         return tuple(places), digest.digest()
 
     def weight(self, start: int, stop: int, out: Any) -> None:
-        self._gather(start // self.row, stop // self.row, _stored, out)
+        self._gather(start // self.row_size, stop // self.row_size, _stored, out)
 
     def tensor(self, *, baked: bool) -> Tensor:
         """As `Read.tensor`; baked, in the type that all donors are promoted to."""
@@ -126,7 +126,7 @@ class Gathered(Read):
 
     def _gather(self, first: int, last: int, take: Take, out: Any) -> None:
         """Rows `[first, last)` by `take`, into `out`, float32."""
-        table = out.reshape(last - first, self.row)
+        table = out.reshape(last - first, self.row_size)
         donor, row = self.map.donor[first:last], self.map.row[first:last]
         for one in np.unique(donor):
             places = np.flatnonzero(donor == one)
@@ -139,18 +139,18 @@ class Gathered(Read):
             elif len(places) == len(table):
                 take(self.donors[one], row, table)
             else:
-                held = SCRATCH.array("gathered", (len(places), self.row), np.float32)
+                held = SCRATCH.array("gathered", (len(places), self.row_size), np.float32)
                 take(self.donors[one], row[places], held)
                 table[places] = held
 
     def _means(self, lines: Ids, take: Take) -> Any:
         """The means of rows that several models share, `[len(lines), W]`; in the order of the donors, in float64."""
-        total, count = np.zeros((len(lines), self.row)), np.zeros((len(lines), 1))
+        total, count = np.zeros((len(lines), self.row_size)), np.zeros((len(lines), 1))
         for donor, rows in zip(self.donors, self.map.shared[lines].T, strict=True):
             has = np.flatnonzero(rows >= 0)
             if not len(has):
                 continue
-            held = np.empty((len(has), self.row), np.float32)
+            held = np.empty((len(has), self.row_size), np.float32)
             take(donor, rows[has], held)
             total[has] += held
             count[has] += 1
@@ -160,15 +160,15 @@ class Gathered(Read):
         """The mean of all rows that are not padding, `[W]`: one pass over the tensor, by the first thread that asks."""
         with self._lock:
             if take not in self._mean:
-                total, count = np.zeros(self.row), 0
-                for start, stop in tile_bounds(math.prod(self.shape), self.row):
-                    bounds = start // self.row, stop // self.row
+                total, count = np.zeros(self.row_size), 0
+                for start, stop in tile_bounds(math.prod(self.shape), self.row_size):
+                    bounds = start // self.row_size, stop // self.row_size
                     known = np.flatnonzero(self.map.donor[slice(*bounds)] != PAD)
                     if len(known):
                         # Padding lies behind the tokens, but for ids that a tokenizer leaves out.
                         parts = [(int(a), int(b)) for a, b in _runs(known + bounds[0])]
                         for first, many in parts:
-                            held = np.empty((many, self.row), np.float32)
+                            held = np.empty((many, self.row_size), np.float32)
                             self._gather(first, first + many, take, held)
                             total += held.sum(0, dtype=np.float64)
                         count += len(known)
@@ -243,15 +243,15 @@ class RemappedDelta(AdapterDelta):
     """The rows of other deltas in another order; it has no factors of its own.
 
     Args:
-        shape, row, kind: as for `AdapterDelta`; `kind` is that of the model's own adapter.
+        shape, row_size, kind: as for `AdapterDelta`; `kind` is that of the model's own adapter.
         deltas: those whose rows are taken.
         fetch: writes rows `[start, stop)` of the delta into its last argument.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], row: int, kind: str, deltas: Sequence[AdapterDelta], fetch: Fetch
+        self, shape: tuple[int, ...], row_size: int, kind: str, deltas: Sequence[AdapterDelta], fetch: Fetch
     ) -> None:
-        super().__init__(shape, row, kind)
+        super().__init__(shape, row_size, kind)
         self._deltas, self._fetch = deltas, fetch
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:

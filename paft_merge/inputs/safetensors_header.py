@@ -65,24 +65,6 @@ class Header:
     digest: str
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read the header of one safetensors file, such as `adapter_model.safetensors`; no tensor is read.
-
-    Returns:
-        The tensors in the order of their offsets, and the `__metadata__` texts.
-
-    Raises:
-        CheckpointError: with every fault of the header.
-    """
-    fd = open_regular(path)
-    try:
-        with reading(path):
-            header = scan(fd, path)
-    finally:
-        os.close(fd)
-    return header.tensors, header.metadata
-
-
 def open_regular(path: Path) -> int:
     """Open a regular file, or a symlink to one, for reading; a FIFO or device is refused without being opened."""
     try:
@@ -144,7 +126,7 @@ def read_text(path: Path, code: str) -> str:
 
 
 def scan(fd: int, path: Path) -> Header:
-    """Parse and check the header of the open file `fd`; see `read_header`. `TensorInfo.file` is the name of `path`."""
+    """Parse and check the header of the open file `fd`; see `parse`."""
     return parse(_reader(fd), os.fstat(fd).st_size, path)
 
 
@@ -181,6 +163,11 @@ def truncate(faults: Sequence[Problem], where: object) -> list[Problem]:
 def quote(name: str) -> str:
     """A tensor's name as messages print it: quoted, escaped, and cut to 200 characters."""
     return repr(name) if len(name) <= 200 else f"{name[:200]!r}... ({len(name):,} characters)"
+
+
+def join_first(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` names as messages print them, and a count of the rest."""
+    return ", ".join(map(quote, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 class _NotWhole(str):

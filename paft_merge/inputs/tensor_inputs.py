@@ -48,9 +48,9 @@ class Read:
         return self.delta.shape if self.delta else self.checkpoint.tensors[self.name].shape
 
     @property
-    def row(self) -> int:
+    def row_size(self) -> int:
         """Elements that are read together: rows of an adapter, or single ones."""
-        return self.delta.row if self.delta else 1
+        return self.delta.row_size if self.delta else 1
 
     @property
     def plain(self) -> bool:
@@ -125,7 +125,7 @@ class Read:
         import torch
 
         made = torch.empty(math.prod(self.shape), dtype=kind)
-        for start, stop in tile_bounds(len(made), self.row):
+        for start, stop in tile_bounds(len(made), self.row_size):
             values = SCRATCH.array("whole", stop - start, np.float32)
             self.value(start, stop, values)
             made[start:stop] = torch.from_numpy(values)
@@ -134,7 +134,7 @@ class Read:
     def compute_delta(self, start: int, stop: int, out: Any, weight: Any = None) -> None:
         """The adapter's delta of elements `[start, stop)`, whole rows, float32 into `out`; `weight`: what it is added to."""
         assert self.delta is not None
-        row = self.delta.row
+        row = self.delta.row_size
         if weight is None and self.delta.needs_weight:
             weight = SCRATCH.array("delta_weight", stop - start, np.float32)
             self.weight(start, stop, weight)
@@ -182,7 +182,7 @@ class Inputs:
 
     def row(self, shape: Sequence[int], of_rule: int) -> int:
         """Elements of a row of the merged tensor: blocks are whole rows, as adapters' deltas are, and of those of the rule."""
-        rows = {read.delta.row for read in self.reads if read.delta}
+        rows = {read.delta.row_size for read in self.reads if read.delta}
         return math.lcm(of_rule, *(rows or {max(shape[-1] if shape else 1, 1)}))
 
     def release(self) -> None:
@@ -210,7 +210,7 @@ class Inputs:
         rows = list(self.sources) if all_sources else [self.sources[i] for i in self.active]
         size, raw, base = stop - start, self.form == "raw", self.base
         deltas = [read.delta for read in rows if read.delta]
-        feed = BlockSource(size, deltas[0].row if deltas else 1, lambda: self._reread(rows, start, stop))
+        feed = BlockSource(size, deltas[0].row_size if deltas else 1, lambda: self._reread(rows, start, stop))
         stored = base is not None and (raw or (base.dtype == "BF16" and base.plain and not self._extended))
         kinds = (RAW[base.dtype] if stored and base else np.uint32), (RAW[rows[0].dtype] if raw and rows else np.uint32)
         fed = {-1} if stored and base and base.fed(feed, start, -1) else set[int]()
@@ -246,7 +246,7 @@ class Inputs:
     def _fed(self, source: Read, feed: BlockSource, start: int, row: int) -> bool:
         """Let `feed` compute a source's delta, where it is one product; whether it is."""
         base, delta, width = self.base, source.delta, feed.width
-        if self.form != "deltas" or base is None or base.delta or delta is None or delta.row != width:
+        if self.form != "deltas" or base is None or base.delta or delta is None or delta.row_size != width:
             return False
         product = delta.product(start // width, (start + feed.size) // width) if source.same_weight(base) else None
         if product:

@@ -1,12 +1,12 @@
-"""Writing past the page cache: whole pages go from aligned memory straight to the disk, while the merge goes on.
+"""O_DIRECT writes: background threads write whole pages from aligned memory to disk, without the page cache.
 
-A merge does not read again what it writes. Through the page cache all of it would take fresh memory (dear where a host
-lends it), push the inputs out of it, and be waited for at the end all the same, when the files are made durable. Where a
-system or a file system does not offer this, and for pieces that are small, writes go through the page cache.
+A merge does not read its output again. In the page cache the output would take memory, evict the inputs, and still have
+to be waited for when the files are made durable. Small pieces, and file systems without O_DIRECT, use the page cache.
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,21 +17,26 @@ from typing import Any
 
 import numpy as np
 
+log = logging.getLogger(__name__)
+
 _PAGE = 4096
-"""What offset, length and memory are multiples of; every disk's block size divides it."""
+"""Alignment of offset, length and memory of a direct write; a multiple of every disk's block size."""
 
 _PIECE = 1 << 20
-"""Bytes of one write, and of one buffer."""
+"""Bytes of one write, and of one copy buffer."""
 
-_LEAST = 1 << 17
-"""Fewer bytes than these are not worth a buffer."""
+_MIN_DIRECT = 1 << 17
+"""Bytes from which a direct write is worthwhile."""
 
 _WRITERS, _BUFFERS = 2, 6
-"""Writes under way at a time, and copied pieces that may wait for them."""
+"""Concurrent writes, and copy buffers."""
+
+_first_fallback = Lock()
+"""Held once a direct write has failed."""
 
 
 def open_direct(path: Path) -> int | None:
-    """A second descriptor of a file, for writing past the page cache; None where that cannot be."""
+    """Open a file for direct writes; None if the system or the file system does not support them."""
     flag = getattr(os, "O_DIRECT", None)  # macOS has none
     if flag is None:
         return None
@@ -42,41 +47,54 @@ def open_direct(path: Path) -> int | None:
 
 
 class PageAlignedBuffer:
-    """Memory that is written as it lies there, without a copy, and used again once it is."""
+    """Memory that is written without a copy, and reused when its writes are done."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
         self._writes: list[Future[None]] = []
 
     def array(self, nbytes: int, offset: int) -> Any:
-        """`[nbytes]` uint8, undefined, that lies to a page as byte `offset` of a file does; waits while the last one is written."""
+        """Return an uninitialised `[nbytes]` uint8 array, aligned to file byte `offset` for O_DIRECT.
+
+        Blocks until the previous array is written.
+        """
         wait(self._writes)
         self._writes.clear()
         if len(self._memory) < nbytes + _PAGE:
             self._memory = np.frombuffer(mmap.mmap(-1, nbytes + _PAGE), np.uint8)
-        shift = 0 if offset % 4 else offset % _PAGE  # an element lies in memory at a multiple of its size
+        shift = 0 if offset % 4 else offset % _PAGE  # elements must be aligned in memory
         return self._memory[shift : shift + nbytes]
 
-    def keeps(self, write: Future[None]) -> None:
-        """`write` reads from here."""
+    def hold(self, write: Future[None]) -> None:
+        """Keep this memory unchanged until `write` has finished."""
         self._writes.append(write)
 
 
 class Background:
-    """Writes whole pages from threads of its own; `close` waits for what is under way."""
+    """Writes whole pages in background threads."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(_WRITERS, "write")
         self._free: SimpleQueue[mmap.mmap | None] = SimpleQueue()
         for _ in range(_BUFFERS):
-            self._free.put(None)  # made at its first use
+            self._free.put(None)  # allocated on first use
 
     def write(self, cached: int, direct: int, view: memoryview, offset: int) -> Future[None]:
-        """Write pages from memory that is a page's too and stays as it is until then."""
+        """Queue a write of pages from page-aligned memory, which must not change until it is done.
+
+        Args:
+            cached: descriptor for writes through the page cache.
+            direct: descriptor for direct writes.
+            view: whole pages.
+            offset: in the file, a multiple of the page size.
+        """
         return self._pool.submit(_write, cached, direct, view, offset)
 
     def write_copy(self, cached: int, direct: int, view: memoryview, offset: int) -> Future[None]:
-        """Write pages, `_PIECE` bytes at most, of any memory, which may be changed at once; waits while too much is waiting."""
+        """Copy at most `_PIECE` bytes and queue their write, as `write`. The source may be reused immediately.
+
+        Blocks while all copy buffers are in use.
+        """
         buffer = self._free.get() or mmap.mmap(-1, _PIECE)
         np.copyto(np.frombuffer(buffer, np.uint8)[: len(view)], np.frombuffer(view, np.uint8))  # frees the GIL
         write = self._pool.submit(_write, cached, direct, memoryview(buffer)[: len(view)], offset)
@@ -84,49 +102,55 @@ class Background:
         return write
 
     def close(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait for running writes, and cancel those that have not begun."""
         self._pool.shutdown(cancel_futures=True)
 
 
 class Writes:
-    """What is being written of one tensor, from any thread, to descriptors of its file as usual and past the page cache.
+    """The writes of one tensor, from any thread.
 
-    A page that several writes share waits for all of them: through the page cache, each would wait for every write past it.
+    A page that several writes share is written once all of them have arrived, because a buffered write of a part of it
+    would wait for the direct writes of the file.
+
+    Args:
+        background: the threads that write.
+        cached: descriptor of the file for writes through the page cache.
+        direct: descriptor of the file for direct writes.
     """
 
     def __init__(self, background: Background, cached: int, direct: int) -> None:
         self._background, self._cached, self._direct = background, cached, direct
-        self._under_way: list[Future[None]] = []
+        self._pending: list[Future[None]] = []
         self._shared: dict[int, tuple[mmap.mmap, Any]] = {}
-        """By its offset, a page that is not whole yet, and `[_PAGE]` bool, which of its bytes are there."""
+        """Incomplete pages by offset: the page, and `[_PAGE]` bool, which of its bytes have arrived."""
         self._lock = Lock()
 
-    def write(self, view: memoryview, offset: int, room: PageAlignedBuffer | None = None) -> None:
-        """Write `view` at `offset`: the pages in it soon, a page that it begins or ends in when that is whole, or at the end.
+    def write(self, view: memoryview, offset: int, memory: PageAlignedBuffer | None = None) -> None:
+        """Queue the write of `view` at `offset`. Its first and last page are written when complete, or by `finish`.
 
         Args:
-            view: bytes; may be changed as soon as this returns, unless they are those of `room`.
+            view: bytes; may be changed as soon as this returns, unless they are in `memory`.
             offset: in bytes from the beginning of the file.
-            room: where `view` lies, if it lies in one.
+            memory: the buffer that holds `view`, if any; then no copy is made.
         """
         first = min(-offset % _PAGE, len(view))
         last = first + (len(view) - first) // _PAGE * _PAGE
         self._share(view[:first], offset)
         self._share(view[last:], offset + last)
-        if last - first < _LEAST:
+        if last - first < _MIN_DIRECT:
             write_all(self._cached, view[first:last], offset + first)
-        elif room and (np.frombuffer(view, np.uint8).ctypes.data - offset) % _PAGE == 0:
-            self._begun(self._background.write(self._cached, self._direct, view[first:last], offset + first), room)
+        elif memory and (np.frombuffer(view, np.uint8).ctypes.data - offset) % _PAGE == 0:
+            self._track(self._background.write(self._cached, self._direct, view[first:last], offset + first), memory)
         else:
             for at in range(first, last, _PIECE):
                 piece = view[at : min(at + _PIECE, last)]
-                self._begun(self._background.write_copy(self._cached, self._direct, piece, offset + at))
+                self._track(self._background.write_copy(self._cached, self._direct, piece, offset + at))
 
     def finish(self) -> None:
-        """Wait until all of it is in the file; OSError when something cannot be."""
-        for write in self._under_way:
+        """Write the incomplete pages and wait until everything is in the file; raises OSError if a write failed."""
+        for write in self._pending:
             write.result()
-        self._under_way.clear()
+        self._pending.clear()
         for page, (held, there) in self._shared.items():
             edges = np.flatnonzero(np.diff(there, prepend=False, append=False))
             for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
@@ -134,7 +158,7 @@ class Writes:
         self._shared.clear()
 
     def _share(self, part: memoryview, offset: int) -> None:
-        """Put bytes into the page that they are a part of."""
+        """Add bytes to an incomplete page; write it if that completes it."""
         if not part:
             return
         page, at = offset // _PAGE * _PAGE, offset % _PAGE
@@ -146,24 +170,26 @@ class Writes:
             there[at : at + len(part)] = True
             if there.all():
                 del self._shared[page]
-                self._begun(self._background.write(self._cached, self._direct, memoryview(held), page))
+                self._track(self._background.write(self._cached, self._direct, memoryview(held), page))
 
-    def _begun(self, write: Future[None], room: PageAlignedBuffer | None = None) -> None:
-        self._under_way.append(write)
-        if room:
-            room.keeps(write)
+    def _track(self, write: Future[None], memory: PageAlignedBuffer | None = None) -> None:
+        self._pending.append(write)
+        if memory:
+            memory.hold(write)
 
 
 def _write(cached: int, direct: int, view: memoryview, offset: int) -> None:
     try:
         done = os.pwrite(direct, view, offset)
-    except OSError:
-        done = 0  # a file system that wants another alignment; a real fault shows again here
+    except OSError as error:
+        done = 0  # the file system may want another alignment; any other fault occurs again below
+        if _first_fallback.acquire(blocking=False):
+            log.info("a direct write failed (%s), so it is repeated through the page cache; logged once", error)
     write_all(cached, view[done:], offset + done)
 
 
 def write_all(fd: int, view: memoryview, offset: int) -> None:
-    """Write every byte of `view` at `offset`, in as many calls as it takes; OSError when one fails."""
+    """Write every byte of `view` at `offset`, in as many calls as needed."""
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)

@@ -1,14 +1,12 @@
-"""The folder a merge writes: `out.part/` while it grows, `out/` only when it is whole.
+"""The folder that a merge writes: `out.part/` until it is complete, then `out/`.
 
-`out.part/` holds the shards at their full size, a lock, and a journal with one line per finished tensor (its digest
-and tally). A merge that was killed is taken up again from the journal; a tensor counts only if its bytes still have its
-digest.
+`out.part/` holds the shards at their full size, a lock, and a journal with one line per finished tensor (its digest and
+counts). A merge that was killed resumes from the journal; a finished tensor is kept only if its bytes have its digest.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import json
 import logging
@@ -28,7 +26,7 @@ from paft_merge.compute.blocks import Counts, Sums
 from paft_merge.errors import OutputError, Problems
 from paft_merge.inputs.checkpoint import UNFINISHED
 from paft_merge.output.direct_io import PageAlignedBuffer
-from paft_merge.output.shards import Shard, ShardWriter, Slot, index_of, index_text
+from paft_merge.output.shards import DISK_FULL, START_OVER, Shard, ShardWriter, Slot, index_of, index_text
 
 log = logging.getLogger(__name__)
 
@@ -38,28 +36,28 @@ LOCK = "lock"
 
 @dataclass(frozen=True)
 class Finished:
-    """One tensor that stands in the output."""
+    """One finished tensor of the output."""
 
     name: str
     digest: str
     """XXH3-128, hex, over the XXH3-128 of each of its blocks in order."""
     active: Sequence[int]
-    """Which of the planned sources the rows of `counts` and `sums` are."""
+    """Indices of the planned sources, one for each row of `counts` and `sums`."""
     counts: Counts
     sums: Sums
     nonfinite: int = 0
-    """How many of its elements are NaN or infinite, which `allow_nonfinite` lets pass."""
+    """Elements that are NaN or infinite, which `allow_nonfinite` permits."""
     noted: Mapping[str, Any] = field(default_factory=dict)
-    """What else was noted of its deltas, see `measures.record`."""
+    """Further statistics of its deltas, see `stats.record`."""
 
     def to_json(self) -> dict[str, Any]:
-        """One line of the journal; floats keep every bit."""
+        """Return one line of the journal; floats are exact."""
         rows = {"active": list(self.active), "counts": self.counts.tolist(), "sums": self.sums.tolist()}
         return {"name": self.name, "digest": self.digest, **rows, "nonfinite": self.nonfinite, "noted": self.noted}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Finished:
-        """What `to_json` wrote; ValueError, KeyError or TypeError for anything else."""
+        """Read the output of `to_json`; raises ValueError, KeyError or TypeError for anything else."""
         rows = len(line["active"])
         counts = np.array(line["counts"], np.int64).reshape(rows, len(kernels.COUNTS))
         sums = np.array(line["sums"], np.float64).reshape(rows, len(kernels.SUMS))
@@ -67,22 +65,24 @@ class Finished:
 
 
 def part_of(out: Path) -> Path:
-    """Where a merge into `out` grows."""
+    """The folder of an unfinished merge into `out`."""
     return out.with_name(f"{out.name}.part")
 
 
 def check_place(out: Path, inputs: Sequence[Path], needed: int, *, overwrite: bool, problems: Problems) -> None:
-    """Note all that keeps a merge from being written to `out`: what is there, what it would hit, too little disk.
+    """Check that a merge can be written to `out`.
 
     Args:
         out: the folder to write; must not exist, or be empty, unless `overwrite`.
-        inputs: folders that are read; `out` may not be one of them, lie inside one, or hold one.
+        inputs: folders that are read; `out` may not be one of them, be inside one, or contain one.
         needed: bytes of the output.
+        overwrite: whether an existing `out` may be replaced.
+        problems: receives OUTPUT and DISK faults.
     """
     real = out.resolve()
     for folder in dict.fromkeys(path.resolve() for path in inputs):
         if real == folder or folder in real.parents or real in folder.parents:
-            what = f"is, holds or lies inside the input {folder}"
+            what = f"is, contains or is inside the input {folder}"
             problems.add("OUTPUT", out, what, "choose a folder outside the inputs")
     if real.suffix == ".part" or not real.name:
         problems.add("OUTPUT", out, "cannot be the name of a model", "choose a name that does not end in .part")
@@ -99,7 +99,7 @@ def check_place(out: Path, inputs: Sequence[Path], needed: int, *, overwrite: bo
         return
     free = shutil.disk_usage(above).free + sum(f.stat().st_blocks * 512 for f in _files(part_of(real)))
     if free < needed:
-        fix = "free some space, or write elsewhere"
+        fix = "free some space, or choose another folder"
         problems.add("DISK", out, f"{needed:,} bytes are needed and {free:,} are free", fix)
 
 
@@ -108,7 +108,15 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 class Output:
-    """The growing output of one merge; `with Output.open(...) as output: ...; output.complete(...)`."""
+    """The unfinished output of one merge: `with Output.open(...) as output: ...; output.complete(...)`.
+
+    Attributes:
+        out: the folder that the merge becomes.
+        part: the folder until then.
+        shards: its files.
+        writer: writes them.
+        finished: finished tensors by name.
+    """
 
     def __init__(self, out: Path, shards: Sequence[Shard], writer: ShardWriter, finished: dict[str, Finished]) -> None:
         self.out, self.part, self.shards, self.writer = out, part_of(out), shards, writer
@@ -119,19 +127,19 @@ class Output:
     def open(
         cls, out: Path, shards: Sequence[Shard], identity: Mapping[str, Any], tiles: Mapping[str, int], *, resume: bool
     ) -> Iterator[Output]:
-        """Create (or with `resume` take up again) `out.part/` and hold its lock.
+        """Create `out.part/`, or resume it, and hold its lock.
 
         Args:
             out: the folder that the merge becomes.
-            shards: its files, laid out.
-            identity: what the merge is made of (recipe, inputs, versions); a resumed merge must have the same.
-            tiles: bytes of a block of each tensor, to check digests by.
-            resume: go on with what is there; without it an abandoned `out.part/` is begun anew.
+            shards: its files, from `plan_shards`.
+            identity: recipe, inputs and versions of the merge; a resumed merge must have the same.
+            tiles: bytes of a block of each tensor, for checking digests.
+            resume: keep the finished tensors of an unfinished merge; otherwise start over.
 
         Raises:
-            OutputError: BUSY (another merge holds it), RESUME_STALE (names what changed), DISK, OUTPUT.
+            OutputError: BUSY (another merge holds it), RESUME_STALE (names the changes), DISK, OUTPUT.
         """
-        out = out.resolve()  # the link stays, what it leads to is replaced
+        out = out.resolve()  # a symlink stays, and its target is replaced
         _finish_exchange(part_of(out), out)
         with _held(part_of(out)) as part:
             _tidy_replaced(part, out)
@@ -143,32 +151,32 @@ class Output:
             writer = _open_shards(part, shards, resume=journal is not None)
             try:
                 output = cls(out, shards, writer, _verified(part, shards, tiles, journal[1] if journal else {}))
-                with output._journalling(identity):
+                with output._open_journal(identity):
                     yield output
             finally:
                 writer.close()
 
-    def memory(self, room: PageAlignedBuffer, name: str, start: int, nbytes: int) -> Any:
-        """`[nbytes]` uint8 of `room` for what goes to `start` bytes into the tensor `name`."""
-        return room.array(nbytes, self.writer.offset(name, start))
+    def memory(self, memory: PageAlignedBuffer, name: str, start: int, nbytes: int) -> Any:
+        """Return `[nbytes]` uint8 of `memory`, aligned for a write at byte `start` of tensor `name`."""
+        return memory.array(nbytes, self.writer.offset(name, start))
 
-    def write(self, name: str, start: int, buffer: Any, room: PageAlignedBuffer | None = None) -> None:
-        """Write `buffer` at `start` bytes into the tensor `name`; from any thread. `room`: as for `ShardWriter.write`."""
-        self.writer.write(name, start, buffer, room)
+    def write(self, name: str, start: int, buffer: Any, memory: PageAlignedBuffer | None = None) -> None:
+        """Write `buffer` at byte `start` of tensor `name`, from any thread; see `ShardWriter.write`."""
+        self.writer.write(name, start, buffer, memory)
 
     def finish_tensor(self, finished: Finished) -> None:
-        """Note that all of a tensor's bytes are written, once they are."""
+        """Wait until all bytes of a tensor are written, and add it to the journal."""
         self.writer.settle(finished.name)
         self.finished[finished.name] = finished
         with _writing(self.part):
             self.journal.write(_line(finished.to_json()))
 
     def complete(self, files: Mapping[str, bytes | Path], *, overwrite: bool) -> None:
-        """Write index and side files, make everything durable, and give the folder its name.
+        """Write index and side files, make everything durable, and rename the folder to `out`.
 
         Args:
-            files: what goes beside the shards: name to content, or to a file to copy.
-            overwrite: replace an existing `out`, which stays whole until then.
+            files: side files: name to content, or to a file to copy.
+            overwrite: replace an existing `out`, which stays complete until then.
         """
         self.writer.finish()
         index = index_of(self.shards)
@@ -183,18 +191,18 @@ class Output:
             self.journal.close()
             (self.part / JOURNAL).unlink()
             _put_in_place(self.part, self.out, overwrite=overwrite)
-            (self.out / LOCK).unlink()  # only now: nobody may begin in out.part while it is there
+            (self.out / LOCK).unlink()  # last, because it keeps other merges out of out.part
             _fsync(self.out.parent)
 
     @contextmanager
-    def _journalling(self, identity: Mapping[str, Any]) -> Iterator[None]:
-        """Begin the journal with what the merge is and what of it was verified, and keep it open."""
+    def _open_journal(self, identity: Mapping[str, Any]) -> Iterator[None]:
+        """Write a journal with the identity and the verified tensors, and keep it open."""
         lines = [{"identity": identity}, *(f.to_json() for f in self.finished.values())]
         path, made = self.part / JOURNAL, self.part / f"{JOURNAL}.new"
         with _writing(self.part):
             made.write_bytes(b"".join(map(_line, lines)))
-            os.replace(made, path)  # killed here or not, there is a whole journal
-            self.journal = path.open("ab", buffering=0)  # nothing is left to write when a full disk closes it
+            os.replace(made, path)  # atomic: there is always a complete journal
+            self.journal = path.open("ab", buffering=0)  # unbuffered, so that closing it cannot fail on a full disk
         with self.journal:
             yield
 
@@ -204,7 +212,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def digest_of(folder: Path, slot: Slot, tile_bytes: int) -> str:
-    """The digest of a written tensor: XXH3-128 over the XXH3-128 of its blocks of `tile_bytes`."""
+    """Compute the digest of a written tensor: XXH3-128 over the XXH3-128 of its blocks of `tile_bytes`."""
     digest = xxhash.xxh3_128()
     with (folder / slot.file).open("rb") as file:
         file.seek(slot.offset)
@@ -214,21 +222,21 @@ def digest_of(folder: Path, slot: Slot, tile_bytes: int) -> str:
 
 
 def _stem(shards: Sequence[Shard]) -> str:
-    """What the index is called, by which readers find it; the shards may be called anything."""
+    """Start of the name of the index, by which readers find it; shards can have any name."""
     diffusers = "diffusion_pytorch_model"
     return diffusers if all(shard.file.startswith(diffusers) for shard in shards) else "model"
 
 
-# --- the growing folder -----------------------------------------------------------------------------------------------
+# --- the unfinished folder -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _held(part: Path) -> Iterator[Path]:
-    """Create `part` and hold its lock; a folder of that name that no merge has left is not touched."""
+    """Create `part` and hold its lock; a folder of that name that is not from a merge is an error."""
     with _writing(part):
         if part.is_dir() and any(part.iterdir()) and not (part / LOCK).is_file():
             fix = "move it away, or choose another folder"
-            raise OutputError.of("OUTPUT", part, "is in the way, and no merge has left it", fix)
+            raise OutputError.of("OUTPUT", part, "exists, and is not the unfinished output of a merge", fix)
         part.mkdir(parents=True, exist_ok=True)
         lock = (part / LOCK).open("a+")
     with lock:
@@ -238,7 +246,7 @@ def _held(part: Path) -> Iterator[Path]:
 
 
 def _take(lock: Any, part: Path) -> None:
-    """Take the lock, or say who has it. One that was renamed away in between belongs to a merge that just ended."""
+    """Take the lock, or raise BUSY. A lock file that was renamed in between belongs to a merge that just ended."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -256,9 +264,9 @@ def _take(lock: Any, part: Path) -> None:
 
 
 def _read_journal(part: Path) -> tuple[Mapping[str, Any], dict[str, Finished]] | None:
-    """The identity and the finished tensors of an unfinished merge; None when there is nothing to go on with.
+    """The identity and the finished tensors of an unfinished merge; None if there is no readable journal.
 
-    A line that cannot be read, as one that was cut off, is a tensor that is not finished.
+    A line that cannot be read, e.g. because it is incomplete, is skipped: its tensor is merged again.
     """
     try:
         first, *rest = (part / JOURNAL).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -266,7 +274,7 @@ def _read_journal(part: Path) -> tuple[Mapping[str, Any], dict[str, Finished]] |
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        log.warning("%s cannot be read, so the merge is begun anew", part / JOURNAL)
+        log.warning("%s cannot be read, so the merge starts over", part / JOURNAL)
         return None
     finished = {}
     for line in rest:
@@ -283,12 +291,12 @@ def _check_identity(part: Path, begun: Mapping[str, Any], identity: Mapping[str,
     changed = sorted(key for key in {*begun, *now} if begun.get(key) != now.get(key))
     if changed:
         details = ", ".join(_what_changed(key, begun.get(key), now.get(key)) for key in changed)
-        what = f"was begun with another {details}"
-        raise OutputError.of("RESUME_STALE", part, what, "run without --resume to begin anew")
+        what = f"was started with another {details}"
+        raise OutputError.of("RESUME_STALE", part, what, START_OVER)
 
 
 def _what_changed(key: str, before: Any, now: Any) -> str:
-    """`key`, and which of its parts differ where it has parts."""
+    """`key`, and the names of its parts that differ, if it has parts."""
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return key
     parts = [part for part in {**before, **now} if before.get(part) != now.get(part)]
@@ -313,13 +321,13 @@ def _open_shards(part: Path, shards: Sequence[Shard], *, resume: bool) -> ShardW
 def _verified(
     part: Path, shards: Sequence[Shard], tiles: Mapping[str, int], finished: Mapping[str, Finished]
 ) -> dict[str, Finished]:
-    """Those of `finished` whose bytes are what the journal says."""
+    """The finished tensors whose bytes have the digest in the journal."""
     slots = {slot.name: slot for shard in shards for slot in shard.slots}
     known = {name: one for name, one in finished.items() if name in slots}
     good = {n: one for n, one in known.items() if digest_of(part, slots[n], tiles[n]) == one.digest}
     if len(good) < len(finished):
         lost = len(finished) - len(good)
-        log.warning("%d tensors in %s are not what the journal says and are merged again", lost, part)
+        log.warning("%d tensors in %s differ from the journal and are merged again", lost, part)
     return good
 
 
@@ -327,9 +335,9 @@ def _verified(
 
 
 def _put_in_place(part: Path, out: Path, *, overwrite: bool) -> None:
-    """Give `part` the name `out`; what had it is there, whole, until that instant, and is then removed."""
+    """Rename `part` to `out`. A replaced folder stays complete until then, and is removed afterwards."""
     if not (overwrite and out.is_dir()):
-        os.rename(part, out)  # which refuses a folder that is not empty
+        os.rename(part, out)  # fails if the folder is not empty
         return
     replaced = _replaced(part)
     if _exchange(part, out):
@@ -345,7 +353,7 @@ def _replaced(part: Path) -> Path:
 
 
 def _tidy_replaced(part: Path, out: Path) -> None:
-    """Finish what a merge that was killed while it replaced `out` had begun."""
+    """Finish the replacement of `out` by a merge that was killed in it."""
     replaced = _replaced(part)
     with _writing(replaced):
         if replaced.is_dir() and out.exists():
@@ -355,7 +363,7 @@ def _tidy_replaced(part: Path, out: Path) -> None:
 
 
 def _finish_exchange(part: Path, out: Path) -> None:
-    """Move the replaced model away where a merge was killed right after the exchange: its lock is in `out` then."""
+    """Move the replaced model away if a merge was killed right after the exchange: its lock is in `out` then."""
     if (out / LOCK).is_file() and part.is_dir() and not (part / LOCK).exists():
         with _writing(out), (out / LOCK).open("a+") as lock:
             _take(lock, out)
@@ -364,7 +372,7 @@ def _finish_exchange(part: Path, out: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step where the system can (Linux, most file systems); False where it cannot."""
+    """Swap two names atomically; False if the system cannot (it can on Linux, on most file systems)."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
@@ -387,11 +395,11 @@ def _fsync(folder: Path) -> None:
 
 @contextmanager
 def _writing(place: Path) -> Iterator[None]:
-    """Say what an error of the file system means for the merge."""
+    """Turn an OSError into an OutputError with a fix."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        fix = "free some space and run again with --resume" if full else "choose a folder that can be written"
+        full = error.errno in DISK_FULL
+        fix = "free some space and run again with --resume" if full else "choose a writable folder"
         where, what = error.filename or place, error.strerror or str(error)
         raise OutputError.of("DISK" if full else "OUTPUT", where, what, fix) from error

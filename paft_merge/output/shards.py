@@ -24,19 +24,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Planned: TypeAlias = "tuple[str, str, tuple[int, ...]]"
-"""A tensor to be written: name, safetensors' dtype name, shape."""
+"""A tensor to write: name, safetensors' dtype name, shape."""
 
 _DIRECT_FROM = 64 << 20
-"""Files from this size on are written past the page cache; smaller ones are often read right after."""
+"""File size from which writes are direct; smaller files are often read soon after."""
 
-_FORMAT = {"format": "pt"}  # transformers refuses a file that does not say so
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+START_OVER = "run without --resume to start over"
+"""The fix for RESUME_STALE."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk, a quota, and the limit of file sizes."""
+
+_FORMAT = {"format": "pt"}  # transformers refuses a file without it
 _UNRESERVABLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one tensor goes: `nbytes` bytes from `offset` of `file` on."""
+    """Position of one tensor: `nbytes` bytes at `offset` of `file`."""
 
     name: str
     dtype: str
@@ -48,7 +53,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be written: `header` is its first bytes, `slots` follow without a gap, `size` is all of it."""
+    """One file to write: `header` is its first bytes, `slots` follow without gaps, `size` is the size of the file."""
 
     file: str
     header: bytes
@@ -56,19 +61,19 @@ class Shard:
     size: int
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------------------------
 
 
 def split(tensors: Sequence[Planned], max_bytes: int | None = None, *, stem: str = "model") -> dict[str, list[Planned]]:
     """Divide tensors into files as transformers' `save_pretrained` does, keeping their order.
 
-    A file is closed when the next tensor would take it past `max_bytes`; a tensor that is larger than that gets a file
-    of its own, before the one being filled.
+    A file ends if the next tensor would make it larger than `max_bytes`. A tensor larger than that gets a separate
+    file, before the one being filled.
 
     Args:
-        tensors: name, dtype and shape of each, in the order of the checkpoint.
-        max_bytes: the most bytes of tensors in a file; None puts everything into one.
-        stem: what file names begin with.
+        tensors: in the order of the checkpoint.
+        max_bytes: limit of the bytes of tensors in a file; None puts all tensors into one file.
+        stem: start of the file names.
 
     Returns:
         `{stem}.safetensors`, or `{stem}-00001-of-0000N.safetensors` and so on, each with its tensors.
@@ -96,21 +101,21 @@ def split(tensors: Sequence[Planned], max_bytes: int | None = None, *, stem: str
 def plan_shards(
     files: Mapping[str, Sequence[Planned]], metadata: Mapping[str, Mapping[str, str]] | None = None
 ) -> tuple[Shard, ...]:
-    """Fix every byte of the headers, and so where each tensor goes.
+    """Compute the headers, and with them the position of every tensor.
 
-    The bytes are those of `safetensors.torch.save_file` when a file's tensors are in its order (by falling alignment
-    of dtype, then by name); where it orders metadata at random, here they are sorted.
+    The bytes equal those of `safetensors.torch.save_file` if a file's tensors are in its order (by descending alignment
+    of dtype, then by name), except that metadata is sorted; `save_file` writes it in random order.
 
     Args:
-        files: per file name the tensors in the order in which they shall lie.
-        metadata: per file name the texts of `__metadata__`, `{"format": "pt"}` when absent; an empty map writes none.
+        files: by file name the tensors, in the order in which they are stored.
+        metadata: by file name the `__metadata__`; default `{"format": "pt"}`; an empty map writes none.
 
     Raises:
-        OutputError: OUTPUT when a header would be longer than readers accept (100 MB).
+        OutputError: OUTPUT if a header would be longer than readers accept (100 MB).
     """
     names = [name for tensors in files.values() for name, _, _ in tensors]
     if len(set(names)) < len(names) or "__metadata__" in names:
-        raise ValueError("a tensor stands in the plan twice, or is called __metadata__")
+        raise ValueError("two tensors have the same name, or one is called __metadata__")
     given = metadata or {}
     return tuple(_shard(file, tensors, given.get(file, _FORMAT)) for file, tensors in files.items())
 
@@ -143,10 +148,10 @@ def _nbytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:
-    """The content of `model.safetensors.index.json`, as transformers fills it; None where one file needs no index.
+    """Content of `model.safetensors.index.json`, as transformers writes it; None if there is one file without a number.
 
-    `total_parameters` counts the elements of all tensors; where a checkpoint holds buffers too, transformers, which
-    knows them apart, writes a smaller number.
+    `total_parameters` counts the elements of all tensors. transformers does not count buffers, and writes a smaller
+    number for checkpoints that have them.
     """
     if len(shards) == 1 and not re.search(r"-\d+-of-\d+\.safetensors$", shards[0].file):
         return None
@@ -159,35 +164,32 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:
 
 
 def index_text(index: Mapping[str, Any]) -> str:
-    """An index as transformers writes it to its file."""
+    """The text of an index file, formatted as transformers does."""
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-# --- the writing ------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 class ShardWriter:
-    """The files of a plan, open for writing at any place from any number of threads; a context manager.
+    """The planned files, open for writes at any position from any number of threads; a context manager.
 
-    Every file has its final size and its header before a tensor is written, and disk space is reserved where the file
-    system can, so that a full disk shows here and not after an hour. A file appears under its name at once with its
-    header: after a crash, each file is either absent or resumable.
-
-    Attributes:
-        created: the files that did not exist before; on resume, nothing that a journal says of them is true.
+    Every file gets its final size and its header before any tensor is written. Disk space is reserved where the file
+    system can do so, so that a full disk is an error at the start. A file gets its name only with its header: after a
+    crash, each file is either absent or resumable.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], *, resume: bool = False) -> None:
         """Create the files in an existing folder.
 
         Args:
-            folder: where they go.
-            shards: as `plan_shards` made them.
-            resume: take files that exist, if they have the size and the header that are planned.
+            folder: the folder.
+            shards: from `plan_shards`.
+            resume: keep existing files that have the planned size and header.
 
         Raises:
-            OutputError: DISK when there is too little space (nothing stays behind of what was created), OUTPUT when a
-                file exists already or the folder cannot be written, RESUME_STALE when a file is not the planned one.
+            OutputError: DISK if there is too little space (created files are removed), OUTPUT if a file already exists
+                or the folder cannot be written, RESUME_STALE if an existing file is not the planned one.
         """
         self.folder = folder
         self._slots = {slot.name: slot for shard in shards for slot in shard.slots}
@@ -195,7 +197,7 @@ class ShardWriter:
         self._fds: dict[str, int] = {}
         self._direct: dict[str, int | None] = {}
         self._unsettled = {shard.file: {slot.name for slot in shard.slots} for shard in shards}
-        self._background, self._under_way, self._opening = Background(), dict[str, Writes](), Lock()
+        self._background, self._pending, self._opening = Background(), dict[str, Writes](), Lock()
         made = list[str]()
         try:
             kept = {shard.file for shard in shards if resume and os.path.lexists(folder / shard.file)}
@@ -211,7 +213,6 @@ class ShardWriter:
             for file in made:
                 os.unlink(folder / file)
             raise
-        self.created = frozenset(made)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -220,53 +221,47 @@ class ShardWriter:
         self.close()
 
     def offset(self, name: str, start: int) -> int:
-        """Where byte `start` of tensor `name` lies in its file, as a `PageAlignedBuffer` wants to know it."""
+        """The position of byte `start` of tensor `name` in its file, for `PageAlignedBuffer.array`."""
         return self._slots[name].offset + start
 
-    def write(self, name: str, start: int, buffer: ByteBuffer, room: PageAlignedBuffer | None = None) -> None:
-        """Write bytes of tensor `name`, from its byte `start` on; of a large file some time later (see `settle`).
+    def write(self, name: str, start: int, buffer: ByteBuffer, memory: PageAlignedBuffer | None = None) -> None:
+        """Write bytes of tensor `name`; in a large file asynchronously (see `settle`).
 
         Args:
             name: a tensor of the plan.
             start: in bytes from the beginning of the tensor, not negative.
-            buffer: C-contiguous; its bytes from `start` on must lie within the tensor. It may be changed at once, unless it
-                lies in `room`.
-            room: memory for `offset(name, start)` that the buffer lies in, if it does: it is written without a copy.
+            buffer: C-contiguous; must fit into the tensor at `start`. It may be changed as soon as this returns, unless
+                it is in `memory`.
+            memory: the `PageAlignedBuffer`, aligned to `offset(name, start)`, that holds `buffer`, if any; then no copy
+                is made.
 
         Raises:
-            OutputError: DISK when the disk, a quota or the limit of file sizes is full; OUTPUT when it fails otherwise.
+            OutputError: DISK if the disk, a quota or the limit of file sizes is reached; OUTPUT for other failures.
         """
         slot, view = self._within(name, start, buffer)
-        with self._telling(slot.file):
-            under_way = self._past_the_cache(slot)
-            if under_way is None:
+        with self._naming_file(slot.file):
+            writes = self._direct_writes(slot)
+            if writes is None:
                 write_all(self._fds[slot.file], view, slot.offset + start)
             else:
-                under_way.write(view, slot.offset + start, room)
+                writes.write(view, slot.offset + start, memory)
 
     def settle(self, name: str) -> None:
-        """Wait until all that was written of tensor `name` is in its file; raises as `write` does."""
+        """Wait until all written bytes of tensor `name` are in its file; raises as `write` does."""
         file = self._slots[name].file
-        with self._telling(file):
-            if name in self._under_way:
-                self._under_way.pop(name).finish()
+        with self._naming_file(file):
+            if name in self._pending:
+                self._pending.pop(name).finish()
         self._unsettled[file].discard(name)
         if not self._unsettled[file]:
             _close(self._direct.pop(file, None))
 
-    def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
-        """Read back what `write` has written; on resume, to check it against the journal."""
-        slot, view = self._within(name, start, buffer)
-        with self._telling(slot.file):
-            if fill(self._fds[slot.file], view, slot.offset + start) < len(view):
-                raise OutputError.of("OUTPUT", self.folder / slot.file, "has become shorter", "start the merge again")
-
     def finish(self) -> None:
-        """Bring every file, and then the names in the folder, safely to disk."""
-        for name in list(self._under_way):
+        """Make every file, and then the folder, durable."""
+        for name in list(self._pending):
             self.settle(name)
         for file, fd in self._fds.items():
-            with self._telling(file):
+            with self._naming_file(file):
                 os.fsync(fd)
         _sync_folder(self.folder)
 
@@ -277,8 +272,11 @@ class ShardWriter:
             while fds:
                 _close(fds.popitem()[1])
 
-    def _past_the_cache(self, slot: Slot) -> Writes | None:
-        """What is being written of a large file's tensor. Its descriptor is open from the first write to the last: models have many files."""
+    def _direct_writes(self, slot: Slot) -> Writes | None:
+        """The direct writes of a tensor; None if its file is small or does not support them.
+
+        A file's second descriptor is open only from its first write to its last, because models have many files.
+        """
         file = slot.file
         if self._shards[file].size < _DIRECT_FROM:
             return None
@@ -286,9 +284,9 @@ class ShardWriter:
             if file not in self._direct:
                 self._direct[file] = open_direct(self.folder / file)
             direct = self._direct[file]
-            if direct is not None and slot.name not in self._under_way:
-                self._under_way[slot.name] = Writes(self._background, self._fds[file], direct)
-            return self._under_way.get(slot.name)
+            if direct is not None and slot.name not in self._pending:
+                self._pending[slot.name] = Writes(self._background, self._fds[file], direct)
+            return self._pending.get(slot.name)
 
     def _within(self, name: str, start: int, buffer: ByteBuffer) -> tuple[Slot, memoryview]:
         slot, view = self._slots[name], as_bytes(buffer)
@@ -297,9 +295,9 @@ class ShardWriter:
         return slot, view
 
     def _create(self, shard: Shard) -> None:
-        """Make the file under a name that no reader looks for, and rename it when size and header are there."""
+        """Create the file under a temporary name, and rename it when it has its size and header."""
         path, made = self.folder / shard.file, self.folder / f"{shard.file}.new"
-        with self._telling(shard.file):
+        with self._naming_file(shard.file):
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, "exists already", str(path))
             fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -315,13 +313,13 @@ class ShardWriter:
 
     def _reopen(self, shard: Shard) -> None:
         path = self.folder / shard.file
-        with self._telling(shard.file):
+        with self._naming_file(shard.file):
             self._fds[shard.file] = fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             header = bytearray(len(shard.header))
             fill(fd, memoryview(header), 0)
             if os.fstat(fd).st_size != shard.size or header != shard.header:
                 what = "is not the file that this merge would write"
-                raise OutputError.of("RESUME_STALE", path, what, "start again with --overwrite")
+                raise OutputError.of("RESUME_STALE", path, what, START_OVER)
 
     def _check_space(self, needed: int) -> None:
         try:
@@ -336,12 +334,12 @@ class ShardWriter:
         return OutputError.of("DISK", self.folder, text, "free some space, or write elsewhere")
 
     @contextmanager
-    def _telling(self, file: str) -> Iterator[None]:
-        """Turn what the system refuses into an `OutputError` that names the file, or the space that is missing."""
+    def _naming_file(self, file: str) -> Iterator[None]:
+        """Turn an OSError into an `OutputError` that names the file, or the missing space."""
         try:
             yield
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in DISK_FULL:
                 what = f"cannot be written: {error.strerror}"
                 raise OutputError.of("OUTPUT", self.folder / file, what) from error
             needed = self._shards[file].size
@@ -359,13 +357,13 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Give a file its size and, where the system can, its blocks.
+    """Set a file's size and, if the file system can, allocate its blocks.
 
-    Reserved blocks make later writes twice as fast on ext4 (measured), and a full disk known at once. This is
-    `fallocate(2)` and not `os.posix_fallocate`, which on file systems that cannot reserve writes into every block.
+    Allocated blocks make later writes twice as fast on ext4 (measured), and show a full disk immediately. This calls
+    `fallocate(2)`, because `os.posix_fallocate` writes into every block on file systems that cannot allocate.
     """
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is None or size == 0:  # macOS, for one
+    if fallocate is None or size == 0:  # macOS has no fallocate
         return os.ftruncate(fd, size)
     while fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
         code = ctypes.get_errno()

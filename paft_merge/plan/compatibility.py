@@ -8,7 +8,7 @@ from typing import Any
 
 from paft_merge.errors import Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.safetensors_header import quote
+from paft_merge.inputs.safetensors_header import join_first
 
 Named = tuple[str, Checkpoint]
 """A model reference as messages show it, and the checkpoint that it leads to."""
@@ -46,9 +46,9 @@ def compare_tensors(
         theirs = {n: info for n, info in checkpoint.tensors.items() if names is None or n in names}
         missing, extra = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
         if missing:
-            problems.add("KEYS_MISSING", ref, f"lacks {_some(missing)}, which {donor[0]} has", _OTHER_MODEL)
+            problems.add("KEYS_MISSING", ref, f"lacks {join_first(missing)}, which {donor[0]} has", _OTHER_MODEL)
         if extra:
-            problems.add("KEYS_EXTRA", ref, f"has {_some(extra)}, which {donor[0]} lacks", _OTHER_MODEL)
+            problems.add("KEYS_EXTRA", ref, f"has {join_first(extra)}, which {donor[0]} lacks", _OTHER_MODEL)
         both = [n for n in ours if n in theirs]
         free = {n for n in both if n in resized and _of_a_token(theirs[n].shape) == _of_a_token(ours[n].shape)}
         different = [n for n in both if theirs[n].shape != ours[n].shape and n not in free]
@@ -121,10 +121,6 @@ def _vocabulary(text: bytes) -> dict[str, int]:
     pieces = data["model"]["vocab"]
     known = pieces if isinstance(pieces, dict) else {piece[0]: i for i, piece in enumerate(pieces)}
     return known | {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(quote, names[:5])) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def _shape_fix(one: tuple[int, ...], other: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
-from paft_merge.inputs.safetensors_header import quote
+from paft_merge.inputs.safetensors_header import join_first, quote
 from paft_merge.plan.layer_stacks import (
     Stack,
     StackError,
@@ -193,7 +193,7 @@ class Places:
                 yield OutputTensor(name, made, layer_t(found[1], counts[found[0]]) if found else 0.0, name)
         if left:
             done = "made of those that have them" if self.tensor_names == "union" else "left out"
-            what = f"{len(left):,} tensors are not in every file ({_some(left, 2)}) and are {done}"
+            what = f"{len(left):,} tensors are not in every file ({join_first(left, 2)}) and are {done}"
             self.warnings.append(Problem("TENSOR_NAMES", self.donor.ref, what))
 
     def _among(self, making: ResolvedSlice, having: Sequence[Model], name: str) -> ResolvedSlice | None:
@@ -319,7 +319,7 @@ class Places:
             ]
             for code, verb, found, other in problems:
                 if found:
-                    what = f"{verb} {_some(found)}, which layer {of_lead} of {making.lead.ref} {other}"
+                    what = f"{verb} {join_first(found)}, which layer {of_lead} of {making.lead.ref} {other}"
                     self.problems.add(code, f"{ref}: layer {first + k}", what, "pair layers of the same kind")
             common = [tail for tail in common if tail in theirs]
         return common
@@ -335,7 +335,7 @@ class Places:
                 own = stacks[id(model.checkpoint)]
                 theirs = self._tails(model.checkpoint, stacks).get(own.count + k, {})
                 if missing := [tail for tail in tails if tail not in theirs]:
-                    what = f"lacks {_some(missing)} of layer {lead.count + k} of {last.lead.ref}, which predicts further tokens"
+                    what = f"lacks {join_first(missing)} of layer {lead.count + k} of {last.lead.ref}, which predicts further tokens"
                     self.problems.add("KEYS_MISSING", model.ref, what, "merge models that both have it")
                     tails = [tail for tail in tails if tail in theirs]
             own_prefixes = [
@@ -355,9 +355,9 @@ class Places:
         for model in making.all_models:
             theirs = self._names_outside(model.checkpoint, making, stacks, before)
             if extra := [name for name in theirs if name not in names]:
-                self.problems.add("KEYS_EXTRA", model.ref, f"has {_some(extra)}, which {lead.ref} lacks", fix)
+                self.problems.add("KEYS_EXTRA", model.ref, f"has {join_first(extra)}, which {lead.ref} lacks", fix)
             if missing := [name for name in names if not model.has(making.untied.get(name, name))]:
-                self.problems.add("KEYS_MISSING", model.ref, f"lacks {_some(missing)}, which {lead.ref} has", fix)
+                self.problems.add("KEYS_MISSING", model.ref, f"lacks {join_first(missing)}, which {lead.ref} has", fix)
                 names = [name for name in names if name not in missing]
         for name in names:
             if is_before_layers(name) == before or name not in making.untied:
@@ -406,9 +406,5 @@ class Places:
                 )
         left = [name for name in names if name not in taken]
         if left:
-            what = f"{len(left):,} tensors belong to no module listed here ({_some(left, 2)}) and are not written"
+            what = f"{len(left):,} tensors belong to no module listed here ({join_first(left, 2)}) and are not written"
             self.warnings.append(Problem("MODULE_OMITTED", str(where), what, "list their module to keep them"))
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(map(quote, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -111,7 +111,7 @@ def test_fused_experts_are_measured_and_their_missing_spectrum_is_said(tmp_path:
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         for tensor in fused:
             delta = opened.deltas[tensor.name]
-            dense = torch.empty(int(np.prod(delta.shape)) // delta.row, delta.row)
+            dense = torch.empty(int(np.prod(delta.shape)) // delta.row_size, delta.row_size)
             delta.compute(0, len(dense), None, dense.numpy())
             assert tensor.measure.norm == pytest.approx(float(dense.double().norm()), rel=1e-6)
 

@@ -315,7 +315,7 @@ def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(family: Family,
         merge(path, tmp_path / "other", progress=stop)
     middle["models"][0]["parameters"]["weight"] = 0.9
     written(path, middle, recipe("slerp", "middle", f["x"], parameters={"t": 0.3}))
-    with pytest.raises(PaftMergeError, match=r"was begun with another inputs \(middle\)"):
+    with pytest.raises(PaftMergeError, match=r"was started with another inputs \(middle\)"):
         merge(path, tmp_path / "other", resume=True)
 
 

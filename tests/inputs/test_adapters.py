@@ -507,7 +507,7 @@ def delta_of(delta: Any) -> Tensor:
 
 
 def row_of(delta: Any, weight: Tensor, at: int) -> Tensor:
-    out = torch.empty(1, delta.row)
+    out = torch.empty(1, delta.row_size)
     delta.compute(at, at + 1, weight[at : at + 1].numpy(), out.numpy())
     return weight[at] + out[0]
 

@@ -103,7 +103,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"lora_bias": True},
         f"ADAPTER_SHAPE: {MODULE} has no lora_B.bias",
     ),
-    "PiSSA on an embedding": ({"init_lora_weights": "pissa"}, "ADAPTER_UNSUPPORTED: 'model.embed_tokens' is no linear"),
+    "PiSSA on an embedding": (
+        {"init_lora_weights": "pissa"},
+        "ADAPTER_UNSUPPORTED: 'model.embed_tokens' is not a linear",
+    ),
 }
 
 
@@ -152,7 +155,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: t | {f"{PATH}.lora_A.weight": torch.zeros(4, 16, dtype=torch.int8)},
         f"DTYPE_UNSUPPORTED: tensor '{PATH}.lora_A.weight' is I8",
     ),
-    "another part of LoRA": (with_(lora_E=torch.zeros(4, 1)), f"ADAPTER_UNUSED: tensor '{PATH}.lora_E' is of no form"),
+    "another part of LoRA": (with_(lora_E=torch.zeros(4, 1)), f"ADAPTER_UNUSED: tensor '{PATH}.lora_E' has a name that no supported"),
     "KaSA's diagonal": (with_(lora_diag=torch.zeros(4)), f"ADAPTER_UNUSED: tensor '{PATH}.lora_diag'"),
     "a magnitude without DoRA": (
         with_(lora_magnitude_vector=torch.ones(16)),
@@ -162,7 +165,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         with_(**{"lora_B.bias": torch.ones(16)}),
         f"ADAPTER_UNUSED: {MODULE} has a lora_B.bias, but lora_bias is false",
     ),
-    "a weight beside factors": (with_(weight=torch.zeros(16, 16)), f"ADAPTER_UNUSED: tensor '{PATH}.weight' is beside"),
+    "a weight beside factors": (with_(weight=torch.zeros(16, 16)), f"ADAPTER_UNUSED: tensor '{PATH}.weight' is a full weight beside"),
     "two adapters": (
         lambda t: t | {f"{PATH}.lora_A.second.weight": torch.zeros(4, 16)},
         f"ADAPTER_CONFIG: tensors '{PATH}.lora_A.second.weight' and '{PATH}.lora_A.weight' are the same part",
@@ -173,7 +176,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "tokens without indices": (
         lambda t: t | {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": torch.zeros(2, 16)},
-        "ADAPTER_CONFIG: 'lm_head' has rows that trainable_token_indices does not number",
+        "ADAPTER_CONFIG: 'lm_head' has token rows whose indices trainable_token_indices does not give",
     ),
     "a head of another size": (
         lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(41, 16)},
@@ -294,7 +297,7 @@ def test_convolutions_in_groups(tmp_path: Path, refused: Callable[..., list[Prob
     folders = train(Convolutions(), tmp_path, LoraConfig(r=4, lora_alpha=6, target_modules=["grouped", "conv2"]))
     (problem,) = refused(folders[1], folders[0])
     assert problem.code == "ADAPTER_UNSUPPORTED"
-    assert "'grouped' is a convolution in groups" in problem.what
+    assert "'grouped' is a grouped convolution" in problem.what
 
 
 def test_square_experts_of_an_unknown_version(tmp_path: Path, refused: Callable[..., list[Problem]]) -> None:
@@ -369,7 +372,7 @@ def test_a_parameter_that_transformers_computes_from_others(
     )
     problems = refused(adapter, base)
     assert problems[0].code == "ADAPTER_UNSUPPORTED"
-    assert "a delta cannot follow" in problems[0].what
+    assert "a delta cannot reproduce" in problems[0].what
 
 
 def test_an_adapter_of_a_vision_tower_that_the_base_lacks(

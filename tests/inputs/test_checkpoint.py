@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import paft_merge.inputs.safetensors_header
 from paft_merge.errors import CheckpointError
-from paft_merge.inputs.checkpoint import UNFINISHED, Checkpoint, TensorInfo, read_header
+from paft_merge.inputs.checkpoint import UNFINISHED, Checkpoint, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 
@@ -176,18 +176,6 @@ def test_a_dtype_that_torch_lacks_is_refused_when_read_whole_but_its_bytes_can_b
             checkpoint.tensor("six")
 
 
-def test_hints_change_nothing_and_never_fail(tmp_path, monkeypatch):
-    expected = single(tmp_path)
-    with Checkpoint.open(tmp_path) as checkpoint:
-        for name in expected:
-            checkpoint.hint_soon(name)
-        monkeypatch.setattr(os, "posix_fadvise", lambda *_: (_ for _ in ()).throw(OSError(errno.ESPIPE, "no")))
-        checkpoint.hint_soon("embed")
-        monkeypatch.delattr(os, "posix_fadvise")
-        checkpoint.hint_soon("embed")
-        assert checkpoint.tensor("embed").equal(expected["embed"])
-
-
 def test_files_are_closed_at_the_end_and_after_a_fault(tmp_path):
     sharded(tmp_path / "good")
     sharded(tmp_path / "bad")
@@ -280,7 +268,7 @@ def test_a_disk_that_fails_is_named(tmp_path, monkeypatch):
             checkpoint.tensor("embed")
     assert only_fault_of(tmp_path)[0] == "SHARD_UNREADABLE"
     with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
-        read_header(tmp_path / "model.safetensors")
+        Checkpoint.open(tmp_path / "model.safetensors")
 
 
 # --- which files a folder means ---------------------------------------------------------------------------------------
@@ -316,9 +304,8 @@ def test_an_adapter_or_any_one_file_is_opened_by_its_path(tmp_path):
     with Checkpoint.open(tmp_path / "adapter_model.safetensors") as checkpoint:
         assert checkpoint.folder == tmp_path
         assert checkpoint.tensor("embed").equal(tensors["embed"])
-        infos, metadata = read_header(tmp_path / "adapter_model.safetensors")
-        assert (infos, metadata) == (checkpoint.tensors, {"format": "pt"})
-        assert isinstance(infos["embed"], TensorInfo)
+        assert checkpoint.files[0].metadata == {"format": "pt"}
+        assert isinstance(checkpoint.tensors["embed"], TensorInfo)
 
 
 def test_a_folder_given_as_text_is_opened(tmp_path):

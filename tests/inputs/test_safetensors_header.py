@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from paft_merge.errors import CheckpointError
+from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
 from paft_merge.inputs.dtypes import DTYPES
-from paft_merge.inputs.safetensors_header import TensorInfo, read_header
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -29,6 +30,12 @@ def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     """The bytes of a file; a header that is not bytes is written as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], Mapping[str, str]]:
+    """The tensors and the metadata of one file."""
+    with Checkpoint.open(path) as checkpoint:
+        return checkpoint.tensors, checkpoint.files[0].metadata
 
 
 def write(folder: Path, content: bytes) -> Path:
@@ -322,22 +329,24 @@ def test_a_header_longer_than_the_file_is_not_allocated(tmp_path):
 
 
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "fifo", tmp_path / "folder", Path("/dev/zero")):
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
+    for path in (tmp_path / "fifo.safetensors", tmp_path / "zero.safetensors"):
         assert faults_of(path) == [("SHARD_UNREADABLE", f"{path}: is not a regular file")]
 
 
 def test_links_lead_to_files_or_to_clear_errors(tmp_path):
     real = write(tmp_path, raw({"w": ONE}, bytes(8)))
-    for name, target in {"good": real, "dangling": "nowhere", "loop": "loop"}.items():
-        (tmp_path / name).symlink_to(target)
+    for name, target in {"good": real, "dangling": "nowhere", "loop": "loop.safetensors"}.items():
+        (tmp_path / f"{name}.safetensors").symlink_to(target)
 
-    assert read_header(tmp_path / "good")[0]["w"].file == "good"
-    assert faults_of(tmp_path / "dangling")[0][0] == "SHARD_MISSING"
-    assert "symlink to nowhere, which does not exist" in faults_of(tmp_path / "dangling")[0][1]
-    assert faults_of(tmp_path / "loop")[0][0] == "SHARD_UNREADABLE"
-    assert faults_of(tmp_path / "none") == [("SHARD_MISSING", f"{tmp_path / 'none'}: no such file; download it again")]
+    assert read_header(tmp_path / "good.safetensors")[0]["w"].file == "good.safetensors"
+    assert faults_of(tmp_path / "dangling.safetensors")[0][0] == "SHARD_MISSING"
+    assert "symlink to nowhere, which does not exist" in faults_of(tmp_path / "dangling.safetensors")[0][1]
+    assert faults_of(tmp_path / "loop.safetensors")[0][0] == "SHARD_UNREADABLE"
+    assert faults_of(tmp_path / "none.safetensors") == [
+        ("SHARD_MISSING", f"{tmp_path / 'none.safetensors'}: no such file; download it again")
+    ]
 
 
 def test_a_refused_file_is_closed(tmp_path):
@@ -452,7 +461,7 @@ def check_against_safetensors(path: Path, content: bytes) -> bool:
 @given(sound_entries())
 def test_every_sound_header_is_accepted_and_read_as_safetensors_reads_it(tmp_path_factory, header):
     content = raw(json.dumps(header, ensure_ascii=False).encode(), os.urandom(total(header)))
-    assert check_against_safetensors(tmp_path_factory.getbasetemp() / "sound", content)
+    assert check_against_safetensors(tmp_path_factory.getbasetemp() / "sound.safetensors", content)
 
 
 @settings(max_examples=400, deadline=None, database=None)
@@ -461,7 +470,7 @@ def test_every_sound_header_is_accepted_and_read_as_safetensors_reads_it(tmp_pat
 @example(raw(b'{"__metadata__":{"a":"\\ud800"}}'))
 @example(raw(b'{"__metadata__":{"\\udc00":"a"}}'))
 def test_whatever_we_accept_safetensors_accepts_and_sees_the_same(tmp_path_factory, content):
-    check_against_safetensors(tmp_path_factory.getbasetemp() / "broken", content)
+    check_against_safetensors(tmp_path_factory.getbasetemp() / "broken.safetensors", content)
 
 
 def test_flipped_bits_in_every_byte_of_a_header_and_every_cut_agree_with_safetensors(tmp_path):

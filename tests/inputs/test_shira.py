@@ -89,11 +89,11 @@ def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
         ({"r": None}, None, "r: must be a whole number above 0, got None"),
         ({"mask_strategy": "top"}, None, "mask_strategy: not a field of SHiRA"),
         ({"peft_type": "LORA", "lora_alpha": 8, "init_weights": None, "mask_type": None, "random_seed": None}, None, "peft_type is LORA"),
-        ({}, lambda held: {n: t for n, t in held.items() if n != f"{PATH}.shira_indices"}, "has shira_weight alone"),
+        ({}, lambda held: {n: t for n, t in held.items() if n != f"{PATH}.shira_indices"}, "has only shira_weight"),
         ({}, changed("shira_weight", lambda t: t[1:]), "has shira_weight"),
         ({}, changed("shira_indices", lambda t: t.to(torch.int8)), "indices of I8"),
         ({}, lambda held: held | {f"{PATH}.lora_A.weight": torch.ones(2, 16), f"{PATH}.lora_B.weight": torch.ones(16, 2)}, "peft_type is SHIRA"),
-        ({}, lambda held: held | {f"{PATH}.shira_mask": torch.ones(2)}, "of no form"),
+        ({}, lambda held: held | {f"{PATH}.shira_mask": torch.ones(2)}, "no supported adapter type uses"),
         ({}, lambda held: {n.replace("q_proj", "z_proj"): t for n, t in held.items()}, "not in the base"),
     ],
 )  # fmt: skip
@@ -109,9 +109,9 @@ def test_what_peft_could_not_have_made_is_refused(config: Any, tensors: Any, mes
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("shira_indices", lambda t: torch.full_like(t, 16), "64 of its indices lie outside of"),
-        ("shira_indices", lambda t: -1 - t, "64 of its indices lie outside of"),
-        ("shira_indices", lambda t: torch.zeros_like(t), "63 of its indices are there twice"),
+        ("shira_indices", lambda t: torch.full_like(t, 16), "64 of its indices are out of range for"),
+        ("shira_indices", lambda t: -1 - t, "64 of its indices are out of range for"),
+        ("shira_indices", lambda t: torch.zeros_like(t), "63 of its indices occur twice"),
         ("shira_weight", lambda t: t / 0, "NaN or infinite"),
     ],
 )

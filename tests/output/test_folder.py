@@ -100,12 +100,12 @@ def test_places_that_would_harm_something_are_refused_before_anything_is_read_or
         ("full", False, "exists and is not empty"),
         ("file", True, "is a file"),
         ("file/out", True, "is a file"),
-        ("models/base", True, "is, holds or lies inside the input"),
-        ("models/sft", True, "is, holds or lies inside the input"),
-        ("models/base/out", True, "is, holds or lies inside the input"),
-        ("models", True, "is, holds or lies inside the input"),
-        ("models/../models/x/.", True, "is, holds or lies inside the input"),
-        ("link", True, "is, holds or lies inside the input"),
+        ("models/base", True, "is, contains or is inside the input"),
+        ("models/sft", True, "is, contains or is inside the input"),
+        ("models/base/out", True, "is, contains or is inside the input"),
+        ("models", True, "is, contains or is inside the input"),
+        ("models/../models/x/.", True, "is, contains or is inside the input"),
+        ("link", True, "is, contains or is inside the input"),
         ("out.part", True, "cannot be the name of a model"),
     ]
     for place, overwrite, text in places:
@@ -445,9 +445,10 @@ def test_a_merge_of_something_else_is_not_resumed(
         monkeypatch.setattr("paft_merge.engine.api.identity", lambda planned, device: {"device": "cuda"})
         named = "device"
     before = files_of(part_of(half))
-    with pytest.raises(OutputError, match=f"begun with another .*{named}") as caught:
+    with pytest.raises(OutputError, match=f"started with another .*{named}") as caught:
         merge(asked, half, resume=True, **keywords)
     assert codes(caught) == ["RESUME_STALE"]
+    assert caught.value.problems[0].fix == "run without --resume to start over"
     before.pop(LOCK)
     assert {name: content for name, content in files_of(part_of(half)).items() if name != LOCK} == before
 

@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import paft_merge.output.shards
 from paft_merge.errors import OutputError
-from paft_merge.inputs.checkpoint import Checkpoint, read_header
+from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.dtypes import DTYPES
+from paft_merge.inputs.safetensors_header import scan
 from paft_merge.output.shards import Shard, ShardWriter, index_of, index_text, plan_shards, split
 
 FILE = "model.safetensors"
@@ -46,7 +47,8 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
 
 def planned(path: Path) -> list[tuple[str, str, tuple[int, ...]]]:
     """What a file holds, in its own order."""
-    return [(info.name, info.dtype, info.shape) for info in read_header(path)[0].values()]
+    with path.open("rb") as file:
+        return [(info.name, info.dtype, info.shape) for info in scan(file.fileno(), path).tensors.values()]
 
 
 def small(folder: Path) -> tuple[tuple[Shard, ...], bytes]:
@@ -146,7 +148,7 @@ def test_offsets_beyond_32_bits_are_exact():
     ],
 )
 def test_plans_that_no_reader_would_accept_are_bugs_of_the_caller(files):
-    with pytest.raises(ValueError, match=r"stands in the plan twice|does not fill whole bytes"):
+    with pytest.raises(ValueError, match=r"two tensors have the same name|does not fill whole bytes"):
         plan_shards(files)
 
 
@@ -221,8 +223,7 @@ def test_only_one_file_of_a_plain_name_needs_no_index():
 
 def test_files_have_their_size_and_header_before_any_tensor_is_written(tmp_path):
     shards, _ = small(tmp_path)
-    with ShardWriter(tmp_path, shards) as writer:
-        assert writer.created == {FILE}
+    with ShardWriter(tmp_path, shards):
         assert os.listdir(tmp_path) == [FILE]
         assert load_file(tmp_path / FILE)["a"].equal(torch.zeros(3))
 
@@ -278,18 +279,6 @@ def test_a_write_outside_its_tensor_is_a_bug_of_the_caller_and_writes_nothing(tm
     assert (tmp_path / FILE).read_bytes() == shards[0].header + bytes(17)
 
 
-def test_what_was_written_is_read_back(tmp_path):
-    shards, content = small(tmp_path)
-    with ShardWriter(tmp_path, shards) as writer:
-        writer.write("a", 4, content[4:])
-        back = np.ones(2, np.float32)
-        writer.read_into("a", 4, back)
-        assert back.tolist() == [1, 2]
-        os.truncate(tmp_path / FILE, 100)
-        with pytest.raises(OutputError, match="has become shorter"):
-            writer.read_into("b", 0, bytearray(5))
-
-
 def test_finishing_syncs_every_file_and_then_the_folder(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
@@ -318,7 +307,6 @@ def test_a_resumed_writer_keeps_what_is_there_and_makes_what_is_not(tmp_path):
     (tmp_path / "y.new").write_bytes(b"left by a crash while y was made" * 100)
 
     with ShardWriter(tmp_path, plan_shards(plan), resume=True) as writer:
-        assert writer.created == {"y"}
         writer.write("b", 0, b"bbbb")
         writer.write("c", 0, b"cccc")
 
@@ -335,7 +323,9 @@ def test_a_file_of_another_merge_is_not_resumed_and_not_touched(tmp_path, change
     other = {"longer": content + b"x", "shorter": content[:-1], "header": content.replace(b'"a"', b'"z"'), "empty": b""}
     (tmp_path / FILE).write_bytes(other[change])
 
-    with pytest.raises(OutputError, match="is not the file that this merge would write; start again with") as caught:
+    with pytest.raises(
+        OutputError, match="is not the file that this merge would write; run without --resume to start over"
+    ) as caught:
         ShardWriter(tmp_path, shards, resume=True)
 
     assert caught.value.problems[0].code == "RESUME_STALE"

@@ -180,20 +180,20 @@ def merged_by_us(base: Path, adapter: Path, rows: int | None = None) -> Tensors:
         base_tensors = {name: checkpoint.tensor(name).float() for name in checkpoint.tensors}
         deltas = opened.deltas.items()
         return base_tensors | {
-            name: patched(base_tensors[delta.beneath or name], delta, rows) for name, delta in deltas
+            name: patched(base_tensors[delta.stored_as or name], delta, rows) for name, delta in deltas
         }
 
 
 def patched(weight: Tensor, delta: Any, rows: int | None = None) -> Tensor:
     """`weight` plus `delta`, computed `rows` rows at a time."""
-    weight = weight.reshape(-1, delta.row)
-    count = torch.Size(delta.shape).numel() // delta.row
-    value = torch.zeros(count, delta.row)
+    weight = weight.reshape(-1, delta.row_size)
+    count = torch.Size(delta.shape).numel() // delta.row_size
+    value = torch.zeros(count, delta.row_size)
     value[: len(weight)] = weight[:count]  # a vocabulary may shrink, too
     step = rows or count
     for start in range(0, count, step):
         stop = min(start + step, count)
-        out = torch.full((stop - start, delta.row), torch.nan)
+        out = torch.full((stop - start, delta.row_size), torch.nan)
         delta.compute(start, stop, weight[start:stop].numpy() if start < len(weight) else None, out.numpy())
         value[start:stop] += out
     return value.reshape(delta.shape)

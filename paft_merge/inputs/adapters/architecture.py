@@ -1,9 +1,9 @@
-"""What only the model's class knows, asked of transformers on the meta device, and only when names do not suffice.
+"""What only the model's class defines, from transformers on the meta device; used only if tensor names do not suffice.
 
-Four things are not in a checkpoint's headers: which layers are `Conv1D` (stored transposed, and square ones look like
-any other), where a module of transformers 5 has its tensors on disk (renamed, or one per expert), in which order a
+Four things are not in a checkpoint's headers: which layers are `Conv1D` (stored transposed, which the shape of a square
+weight does not show), how transformers 5 stores the tensors of a module (renamed, or one per expert), in which order a
 module declares its parameters (PEFT nests its wrappers in that order), and which parameters are tied. The model is
-built from `config.json` without memory for weights, by classes that ship with transformers: remote code is never run.
+built from `config.json` without memory for weights, by classes that ship with transformers; remote code is never run.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from math import prod
 from typing import Any
 
 from paft_merge.errors import AdapterError
-from paft_merge.inputs.adapters.rows import row_of
+from paft_merge.inputs.adapters.rows import row_size_of
 from paft_merge.inputs.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Site:
-    """Rows `[first, first + count)` of a parameter, which are checkpoint tensor `name`."""
+class Piece:
+    """Rows `[first, first + count)` of a parameter, stored as the checkpoint tensor `name`."""
 
     name: str
     first: int
@@ -33,35 +33,40 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a parameter of the model lies in the checkpoint.
+class StoredParameter:
+    """How a parameter of the model is stored in the checkpoint.
 
     Attributes:
-        shape: of the parameter in memory.
-        row: elements in a row of it.
-        sites: the tensors that hold its rows, in order; several for fused experts.
-        beneath: the tensor that holds the value when the one site is not stored (a tied parameter).
+        shape: shape of the parameter in memory.
+        row_size: elements per row.
+        pieces: the tensors that hold its rows, in order; several for fused experts.
+        stored_as: the tensor that holds the value if the only piece is not stored (a tied parameter).
     """
 
     shape: tuple[int, ...]
-    row: int
-    sites: tuple[Site, ...]
-    beneath: str | None = None
+    row_size: int
+    pieces: tuple[Piece, ...]
+    stored_as: str | None = None
 
     @classmethod
-    def whole(cls, name: str, shape: tuple[int, ...], beneath: str | None = None) -> Place:
+    def whole(cls, name: str, shape: tuple[int, ...], stored_as: str | None = None) -> StoredParameter:
         """A parameter that is one tensor."""
-        row = row_of(shape)
-        return cls(shape, row, (Site(name, 0, prod(shape) // row),), beneath)
+        row_size = row_size_of(shape)
+        return cls(shape, row_size, (Piece(name, 0, prod(shape) // row_size),), stored_as)
 
     @property
-    def stored(self) -> str:
-        """The checkpoint tensor to read the value of a whole parameter from."""
-        return self.beneath or self.sites[0].name
+    def name(self) -> str:
+        """The checkpoint name of its first piece."""
+        return self.pieces[0].name
+
+    @property
+    def value_in(self) -> str:
+        """The checkpoint tensor that holds the value of a parameter of one piece."""
+        return self.stored_as or self.name
 
 
 class Architecture:
-    """A model of the base's class, without weights, beside the base's tensors."""
+    """A model of the base's class, without weights, matched with the base's tensors."""
 
     def __init__(self, model: Any, base: Checkpoint) -> None:
         self._model, self._base = model, base
@@ -77,28 +82,28 @@ class Architecture:
 
     @classmethod
     def of(cls, base: Checkpoint) -> Architecture | None:
-        """Build the model that `base` is a checkpoint of; None when transformers has no class of its own for it."""
+        """Build the model of which `base` is a checkpoint; None if transformers itself has no class for it."""
         try:
             model = _meta_model(base)
-        except Exception as error:  # transformers raises anything on a config that it does not know
+        except Exception as error:  # transformers raises errors of any type on an unknown config
             log.info("transformers has no architecture for %s: %s", base.folder, error)
             return None
         return cls(model, base)
 
     def name_of(self, name: str) -> str | None:
-        """The parameter of the model that an adapter calls `name`; None when there is none.
+        """The model's parameter for the name in an adapter; None if there is none.
 
-        That is `name` itself; or, for an adapter of another head or of an older transformers, `name` with or without
-        the prefix of the base model, or renamed as transformers renames the tensors of a checkpoint.
+        It is `name` itself or, for an adapter of another head or of an older transformers, `name` with or without the
+        prefix of the base model, or renamed as transformers renames the tensors of a checkpoint.
         """
         return next((known for known in (name, self._rename(name)[0]) if known in self._parameters), None)
 
-    def place(self, name: str) -> Place | None:
-        """Where the parameter that an adapter calls `name` lies; None when it is not in the base.
+    def find(self, name: str) -> StoredParameter | None:
+        """How the base stores the parameter that an adapter calls `name`; None if it does not.
 
         Raises:
-            AdapterError: ADAPTER_UNSUPPORTED when transformers computes it from the stored tensors in a way that a
-                delta cannot follow.
+            AdapterError: ADAPTER_UNSUPPORTED if transformers computes it from the stored tensors in a way that a delta
+                cannot reproduce.
         """
         known = self.name_of(name)
         if known is None:
@@ -109,15 +114,15 @@ class Architecture:
         if twin is None or self._rename(known)[0] != known:
             return None
         stored = self._assemble(twin)
-        return Place.whole(known, stored.shape, stored.stored)
+        return StoredParameter.whole(known, stored.shape, stored.value_in)
 
     def is_conv1d(self, path: str) -> bool | None:
-        """Does the module that an adapter calls `path` store its weight `[in, out]`? None when it is not known."""
+        """Whether the module that an adapter calls `path` stores its weight `[in, out]`; None if it is not found."""
         module = self._module(path)
         return None if module is None else type(module).__name__ == "Conv1D"
 
     def parameters_of(self, path: str) -> tuple[list[str], bool] | None:
-        """The own parameters of a module, as declared, and whether its experts are stored `[experts, in, out]`."""
+        """A module's direct parameters, as declared, and whether its experts are stored `[experts, in, out]`."""
         module = self._module(path)
         if module is None:
             return None
@@ -125,18 +130,18 @@ class Architecture:
         return names, bool(getattr(module, "is_transposed", False))
 
     def tied_to(self, name: str, always: bool = False) -> set[str]:
-        """The parameters that share the memory of parameter `name`, which is not among them.
+        """The other parameters that share the memory of parameter `name`.
 
         Args:
-            name: of the model, not of an adapter.
-            always: only those that stay tied when the configuration says `tie_word_embeddings: false`.
+            name: a parameter of the model (not a name in an adapter).
+            always: only those that stay tied with `tie_word_embeddings: false` in the configuration.
         """
         ties = self._fixed_ties if always else self._ties
         source = ties.get(name, name)
         return ({source} | {target for target, of in ties.items() if of == source}) - {name}
 
     def source_of(self, name: str) -> str:
-        """The parameter that owns the memory of `name`, as transformers counts it; itself when it is not tied."""
+        """The parameter that transformers treats as the owner of the memory of `name`; `name` if it is not tied."""
         return str(self._ties.get(name, name))
 
     def vocabulary(self) -> list[str]:
@@ -153,7 +158,7 @@ class Architecture:
         return None
 
     def _rename(self, name: str) -> tuple[str, str | None]:
-        """The parameter that transformers' loader makes of tensor `name`, and the converter pattern that matched."""
+        """The parameter that transformers' loader makes from tensor `name`, and the converter pattern that matched."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self._model.base_model_prefix
@@ -164,7 +169,7 @@ class Architecture:
         return found
 
     def _locate(self) -> dict[str, dict[str, list[str]]]:
-        """For every parameter the tensors of the base that it is made of, by converter pattern, experts in order."""
+        """For every parameter the base's tensors that it is made from, by converter pattern, experts in order."""
         from transformers.core_model_loading import dot_natural_key
 
         origins: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -174,39 +179,37 @@ class Architecture:
                 origins[known][pattern or ""].append(name)
         return dict(origins)
 
-    def _assemble(self, known: str) -> Place:
-        """The place of a parameter that is stored: as it is, or stacked from one tensor (or several) per expert."""
+    def _assemble(self, known: str) -> StoredParameter:
+        """A parameter that is stored: as one tensor, or stacked from one or several tensors per expert."""
         origin = self._origins[known]
         if origin.keys() == {""} and len(origin[""]) == 1:
             name = origin[""][0]
-            return Place.whole(name, self._base.tensors[name].shape)
+            return StoredParameter.whole(name, self._base.tensors[name].shape)
         converter = next((c for c in self._converters if origin.keys() <= set(c.source_patterns)), None)
         steps = [(type(op).__name__, op.dim) for op in converter.operations] if converter else []
         shapes = [[self._base.tensors[name].shape for name in names] for names in origin.values()]
         even = all(len(s) == len(shapes[0]) and len(set(s)) == 1 and len(s[0]) == 2 for s in shapes)
         if not (even and steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])):
             first = next(iter(origin.values()))[0]
-            what = (
-                f"parameter {known!r} is computed from tensors such as {first!r}, in a way that a delta cannot follow"
-            )
+            what = f"parameter {known!r} is computed from {first!r} and others in a way that a delta cannot reproduce"
             raise AdapterError.of("ADAPTER_UNSUPPORTED", self._base.folder, what)
         assert converter is not None
         return self._stack([origin[pattern] for pattern in converter.source_patterns if pattern in origin])
 
-    def _stack(self, parts: list[list[str]]) -> Place:
-        """Experts, each the tensors of one place in every list of `parts`, one below the other."""
-        sites, first = [], 0
+    def _stack(self, parts: list[list[str]]) -> StoredParameter:
+        """Experts, each concatenated along the rows from one tensor of every list in `parts`."""
+        pieces, first = [], 0
         for names in zip(*parts, strict=True):
             for name in names:
                 count = self._base.tensors[name].shape[0]
-                sites.append(Site(name, first, count))
+                pieces.append(Piece(name, first, count))
                 first += count
-        row = self._base.tensors[parts[0][0]].shape[1]
-        return Place((len(parts[0]), first // len(parts[0]), row), row, tuple(sites))
+        row_size = self._base.tensors[parts[0][0]].shape[1]
+        return StoredParameter((len(parts[0]), first // len(parts[0]), row_size), row_size, tuple(pieces))
 
 
 def _meta_model(base: Checkpoint) -> Any:
-    """The model of `config.json`: the class it names, else what transformers makes of its type."""
+    """The model of `config.json`: the class that it names, else the one that transformers derives from its type."""
     import torch
     import transformers
 
@@ -229,7 +232,7 @@ def _meta_model(base: Checkpoint) -> Any:
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
-    """What transformers does to names, and to values, when it loads a checkpoint of this class."""
+    """The renamings and the value conversions that transformers applies when it loads a checkpoint of this class."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 

@@ -1,6 +1,6 @@
-"""What an adapter does to one tensor, as float32 deltas of ranges of rows.
+"""Float32 deltas of one adapter for one tensor, computed for ranges of rows.
 
-O = rows of the tensor as it is stored, I = elements in a row, R = rank, N = rows asked for.
+O = rows of the stored tensor, I = elements per row, R = rank, N = requested rows.
 A factor pair is `left [O, R]`, `right [R, I]` in the order of the *stored* tensor, with the adapter's scale in `left`.
 """
 
@@ -24,11 +24,11 @@ Pair = tuple[Array, Array]
 
 
 class Lazy(Generic[T]):
-    """A value made at its first use, by one thread, and kept until all its users have released it.
+    """A value made on first use, by one thread, and freed when all its users have released it.
 
     Args:
-        make: makes it; called again when it is wanted after all.
-        users: how many times `release` is called before the value is let go.
+        make: makes the value; called again if the value is used after it was freed.
+        users: number of calls of `release` that free the value.
     """
 
     def __init__(self, make: Callable[[], T], users: int = 1) -> None:
@@ -37,7 +37,7 @@ class Lazy(Generic[T]):
         self._made: tuple[T] | None = None
 
     def get(self) -> T:
-        """The value; other threads wait while the first one makes it."""
+        """Return the value; other threads wait while the first one makes it."""
         made = self._made
         if made is None:
             with self._lock:
@@ -45,7 +45,7 @@ class Lazy(Generic[T]):
         return made[0]
 
     def release(self) -> None:
-        """Count one user who needs the value no more."""
+        """Count one user who no longer needs the value."""
         with self._lock:
             self._releases += 1
             if self._releases >= self._users:
@@ -53,24 +53,25 @@ class Lazy(Generic[T]):
 
 
 class AdapterDelta(ABC):
-    """What one adapter does to one tensor. Thread-safe; holds factors once they are used, never a dense delta.
+    """The delta that one adapter adds to one tensor. Thread-safe; caches factors, never a dense delta.
 
     Attributes:
-        shape: of the tensor once patched; differs from the base's only when the vocabulary was resized.
-        row: elements per row; the tensor is `[numel // row, row]`.
-        kind: `lora`, `experts`, `bias`, `pissa`, `olora`, `dora`, `replace`, `tokens`, `shira`, or `untied` (it keeps its value,
-            but must be written by itself); for reports.
-        beneath: the checkpoint tensor that holds the weight beneath when the patched name is not stored itself
-            (`lm_head.weight` of a model with tied embeddings); None when it is.
+        shape: shape of the sum; differs from the base's only if the vocabulary was resized.
+        row_size: elements per row; the tensor is `[numel // row_size, row_size]`.
+        kind: `lora`, `experts`, `bias`, `pissa`, `olora`, `dora`, `replace`, `tokens`, `shira`, or `untied` (a zero delta
+            of a tensor that must be written separately); for reports.
+        stored_as: the checkpoint tensor that holds the weight if the changed name itself is not stored
+            (`lm_head.weight` of a model with tied embeddings); else None.
     """
 
     needs_weight: bool = False
+    """Whether the delta depends on the base's weight."""
 
-    def __init__(self, shape: tuple[int, ...], row: int, kind: str, beneath: str | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], row_size: int, kind: str, stored_as: str | None = None) -> None:
         self.shape = shape
-        self.row = row
+        self.row_size = row_size
         self.kind = kind
-        self.beneath = beneath
+        self.stored_as = stored_as
 
     @abstractmethod
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
@@ -79,44 +80,45 @@ class AdapterDelta(ABC):
         Args:
             start: first row.
             stop: one past the last row; at most the rows of `shape`.
-            weight: those rows of the tensor beneath, float32 `[N, row]`; not modified. May be None unless
-                `needs_weight`. When the vocabulary has grown, rows past the base's have no weight: `weight` then holds
-                the rows that there are (None when there is none), and the delta of the others is their full value.
-            out: float32 `[N, row]`; overwritten.
+            weight: the same rows of the base's tensor, float32 `[N, row_size]`; not modified. May be None unless
+                `needs_weight`. If the vocabulary has grown, `weight` holds only the rows that the base has (None if
+                it has none), and the delta of the other rows is their full value.
+            out: float32 `[N, row_size]`; overwritten.
 
         Raises:
-            AdapterError: NONFINITE, for tensors that are read from the adapter only now.
+            AdapterError: NONFINITE, in tensors of the adapter that are read by this call.
         """
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of what was read or worked out for `delta`; it is made again, at a price, when it is wanted again."""
+        """Free the cached inputs of `compute`; the next call reads or computes them again."""
 
     def product(self, start: int, stop: int) -> Pair | None:
-        """What rows `[start, stop)` of the delta are the product of, when they are one and nothing else.
+        """Return rows `[start, stop)` as one low-rank product; None if the delta is not one product.
 
         Returns:
-            Those rows of B `[N, R]`, and A in panels (see `kernels.multiply`).
+            The rows of B `[N, R]`, and A in panels (see `kernels.multiply`).
         """
         return None
 
     def factors(self) -> list[Pair] | None:
-        """The delta as low-rank products, when it is nothing else.
+        """Return the delta as low-rank products.
 
         Returns:
-            Pairs (B `[O, R]`, A `[R, I]`) float32 with the scale in B, whose products, one below the other, are the
-            delta as `[numel // row, row]`; one pair but for fused experts. None when the delta depends on the weight.
+            Pairs (B `[O, R]`, A `[R, I]`) float32 with the scale in B. Their products, concatenated along the rows, are
+            the delta as `[numel // row_size, row_size]`; there is one pair, or one per fused expert. None if the delta
+            is not low-rank or depends on the weight.
         """
         return None
 
 
 class LowRank(AdapterDelta):
-    """`left @ right`: LoRA on a linear layer, an embedding, a convolution, one expert; and a bias, with rank 1."""
+    """`left @ right`: LoRA on a linear layer, an embedding, a convolution or one expert; for a bias, with rank 1."""
 
     def __init__(
-        self, shape: tuple[int, ...], row: int, pair: Lazy[Pair], kind: str = "lora", beneath: str | None = None
+        self, shape: tuple[int, ...], row_size: int, pair: Lazy[Pair], kind: str = "lora", stored_as: str | None = None
     ) -> None:
-        super().__init__(shape, row, kind, beneath)
+        super().__init__(shape, row_size, kind, stored_as)
         self.pair = pair
         self._panels = Lazy(lambda: packed(self.pair.get()[1]))
 
@@ -135,8 +137,8 @@ class LowRank(AdapterDelta):
 
 
 @dataclass(frozen=True)
-class Part:
-    """One expert of stacked factors, or rows `[first, first + count)` of its product."""
+class ExpertRows:
+    """Rows `[first, first + count)` of the delta of one expert, from stacked factors."""
 
     stack: Lazy[Pair]
     expert: int
@@ -144,18 +146,20 @@ class Part:
     count: int
 
     def pair(self) -> Pair:
-        """A view of the stacked factors."""
+        """Return the factors of these rows, as views of the stacked factors."""
         left, right = self.stack.get()
         return left[self.expert, self.first : self.first + self.count], right[self.expert]
 
 
 class Experts(AdapterDelta):
-    """Rows of the products of stacked factors, `left [E, O, R]`, `right [E, R, I]`, one below the other.
+    """Products of stacked factors `left [E, O, R]`, `right [E, R, I]`, concatenated along the rows.
 
-    All of them for a fused tensor `[experts, rows, row]`; one part when each expert is a tensor of its own.
+    Args:
+        shape: `[experts, rows, row_size]` of fused experts, or that of one expert's tensor.
+        parts: every expert of a fused tensor, each with all its rows, or the one part that is the whole tensor.
     """
 
-    def __init__(self, shape: tuple[int, ...], parts: Sequence[Part]) -> None:
+    def __init__(self, shape: tuple[int, ...], parts: Sequence[ExpertRows]) -> None:
         super().__init__(shape, shape[-1], "experts")
         self._parts = parts
 
@@ -179,14 +183,14 @@ class Magnitude:
 
     Attributes:
         values: `m`, float32, one per output feature.
-        norms: None when an output feature is a row; else the norms of the columns, `[I]`, from all rows of V.
+        norms: norms of the columns of V, `[I]`, if an output feature is a column; None if it is a row.
     """
 
     values: Array
     norms: Lazy[Array] | None
 
     def apply(self, start: int, value: Array) -> None:
-        """Scale `value` `[N, I]`, rows `start` and on of V, in place. A V of norm 0 stays 0 (PEFT: NaN)."""
+        """Scale `value` `[N, I]`, the rows of V from `start` on, in place. A V of norm 0 stays 0 (PEFT: NaN)."""
         if self.norms is None:
             value *= _ratio(self.values[start : start + len(value)], _row_norms(value))[:, None]
         else:
@@ -194,22 +198,23 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Rows that take the place of others: `indices [K]` int64, ascending, `values [K, I]` float32."""
+class TokenRows:
+    """New values of some rows: `indices [K]` int64, ascending, `values [K, I]` float32."""
 
     indices: NDArray[np.int64]
     values: Array
 
     def apply(self, start: int, value: Array) -> None:
-        """Overwrite those of the rows `start` and on, in `value`, that are listed."""
+        """Overwrite the listed rows in `value`, which holds the rows from `start` on."""
         first, end = np.searchsorted(self.indices, [start, start + len(value)])
         value[self.indices[first:end] - start] = self.values[first:end]
 
 
-class Rewritten(AdapterDelta):
-    """A new value that is not the weight plus a product: its delta is that value minus the weight.
+class Replacement(AdapterDelta):
+    """The delta of a new value that is not the weight plus a product: the new value minus the weight.
 
-    The value is `new` (else the weight), plus `low`, scaled by `magnitude`, with the rows of `tokens` put in.
+    The new value is `new` (or the weight if that is None), plus `low`, scaled by `magnitude`, with the rows of `tokens`
+    replaced.
     """
 
     needs_weight = True
@@ -217,23 +222,23 @@ class Rewritten(AdapterDelta):
     def __init__(
         self,
         shape: tuple[int, ...],
-        row: int,
+        row_size: int,
         *,
         new: Rows | None = None,
         low: LowRank | None = None,
         magnitude: Magnitude | None = None,
-        tokens: Tokens | None = None,
-        beneath: str | None = None,
+        tokens: TokenRows | None = None,
+        stored_as: str | None = None,
     ) -> None:
         kind = "dora" if magnitude else "tokens" if tokens else "replace"
-        super().__init__(shape, row, kind, beneath)
+        super().__init__(shape, row_size, kind, stored_as)
         self.new, self.low, self.magnitude, self.tokens = new, low, magnitude, tokens
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         if self.new is not None:
             out[:] = self.new.read(start, stop)
         else:
-            assert weight is not None, "this delta needs the weight beneath"
+            assert weight is not None, "`needs_weight` is true"
             out[:] = weight
         if self.low is not None:
             left, right = self.low.pair.get()
@@ -250,47 +255,14 @@ class Rewritten(AdapterDelta):
             self.low.release()
 
 
-def column_norms(beneath: Rows, low: LowRank) -> Array:
+def column_norms(weight: Rows, low: LowRank) -> Array:
     """`||weight + delta||` of every column, `[I]` float32, from one pass over all rows (sums in float64)."""
     left, right = low.pair.get()
-    total = np.zeros(beneath.row)
-    for start, stop in beneath.blocks():
-        value = (beneath.read(start, stop) + _product(left[start:stop], right)).astype(np.float64)
+    total = np.zeros(weight.row_size)
+    for start, stop in weight.blocks():
+        value = (weight.read(start, stop) + _product(left[start:stop], right)).astype(np.float64)
         total += np.square(value, out=value).sum(0)
     return np.sqrt(total).astype(np.float32)
-
-
-def pissa_taken(weight: Array, rank: int, transposed: bool) -> Pair:
-    """What PiSSA took out of the base (Meng et al. 2024, arXiv:2404.02948), negated: the largest `rank` components.
-
-    Args:
-        weight: `[O, I]` float32, the whole tensor as stored.
-        rank: at most min(O, I).
-        transposed: the layer is an HF `Conv1D`, which stores `[in, out]`. Only rounding depends on it.
-    """
-    import torch
-
-    whole = torch.from_numpy(weight)
-    u, s, vh = torch.linalg.svd(whole.T if transposed else whole, full_matrices=False)
-    left, right = (u[:, :rank] * -s[:rank]).numpy(), vh[:rank].numpy()
-    pair = (right.T, left.T) if transposed else (left, right)
-    return np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1])
-
-
-def olora_taken(weight: Array, rank: int, scale: float) -> Pair:
-    """What OLoRA took out of the base (Buyukakyuz 2024, arXiv:2406.01775), negated: `scale` times the first of QR.
-
-    PEFT takes the QR of the weight as stored, for HF `Conv1D` too.
-    """
-    import torch
-
-    q, r = torch.linalg.qr(torch.from_numpy(weight))
-    return (q[:, :rank] * -scale).numpy(), r[:rank].contiguous().numpy()
-
-
-def joined(pairs: Sequence[Pair]) -> Pair:
-    """One pair whose product is the sum of the products."""
-    return np.concatenate([left for left, _ in pairs], axis=1), np.concatenate([right for _, right in pairs])
 
 
 def _product(left: Array, right: Array) -> Array:
@@ -300,7 +272,7 @@ def _product(left: Array, right: Array) -> Array:
 
 
 def _row_norms(value: Array) -> Array:
-    """`[N]`: in float64 and rounded once."""
+    """Norm of each row `[N]`, in float64 and rounded once."""
     norms: Array = np.sqrt(np.einsum("ij,ij->i", value, value, dtype=np.float64)).astype(np.float32)
     return norms
 

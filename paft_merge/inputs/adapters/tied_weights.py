@@ -1,9 +1,10 @@
-"""Tied embeddings: what an adapter on one of several parameters that share memory means for the others.
+"""Tied embeddings: the effect of an adapter on one of several parameters that share memory.
 
-PEFT's `merge_and_unload` adds to the shared memory in place, so that a delta on the input embedding also changes the
-output head (and two deltas, one on each, are both added to both), although the forward pass that was trained changed
-only the layer that was adapted. Here each parameter gets what was trained for it, and the tie is cut when that differs.
-Where PEFT keeps the parameters apart (`modules_to_save`) or together (`trainable_token_indices`), this agrees with it.
+PEFT's `merge_and_unload` adds to the shared memory in place. A delta on the input embedding then also changes the
+output head, and two deltas, one on each, are both added to both, although in training each changed only the forward
+pass of its own layer. Here each parameter gets the delta that was trained for it, and the tie is cut if the deltas
+differ. Where PEFT keeps the parameters apart (`modules_to_save`) or together (`trainable_token_indices`), the result is
+the same as PEFT's.
 """
 
 from __future__ import annotations
@@ -15,101 +16,102 @@ from typing import Any
 import numpy as np
 
 from paft_merge.errors import AdapterError
-from paft_merge.inputs.adapters.architecture import Architecture, Place
-from paft_merge.inputs.adapters.binding import Draft, vocabulary_of
+from paft_merge.inputs.adapters.architecture import Architecture, StoredParameter
+from paft_merge.inputs.adapters.binding import DeltaBuilder, vocabulary_of
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import Lazy, Pair
+from paft_merge.inputs.safetensors_header import join_first
 
 
-def may_be_tied(config: Mapping[str, Any], drafts: Iterable[Draft]) -> bool:
-    """Can tied parameters be concerned? Asked first, since the answer in full needs the model's class.
+def may_be_tied(config: Mapping[str, Any], builders: Iterable[DeltaBuilder]) -> bool:
+    """Whether an adapter may change tied parameters; a cheap test, as the exact answer needs the model's class.
 
-    An absent `tie_word_embeddings` is a true one for many classes.
+    For many classes an absent `tie_word_embeddings` means true.
     """
     inner = [part.get("tie_word_embeddings") for part in config.values() if isinstance(part, dict)]
     if config.get("tie_word_embeddings") is False and True not in inner:
         return False
     rows = vocabulary_of(config)
-    return any(draft.beneath or draft.new is not None or draft.shape[:1] == (rows,) for draft in drafts)
+    return any(one.stored_as or one.new is not None or one.shape[:1] == (rows,) for one in builders)
 
 
-def untie(drafts: dict[str, Draft], architecture: Architecture, settings: Settings, where: object) -> dict[str, str]:
-    """Give every tied parameter the draft that was trained for it, in place.
+def untie(
+    builders: dict[str, DeltaBuilder], architecture: Architecture, settings: Settings, where: object
+) -> dict[str, str]:
+    """Give every tied parameter the delta that was trained for it.
 
     Args:
-        drafts: by checkpoint tensor; those of tied parameters are added, or dropped when they stay tied.
-        architecture: of the base.
-        settings: of the adapter.
+        builders: by checkpoint tensor; modified: those of tied parameters are added, or removed if they stay tied.
+        architecture: the base's class.
+        settings: the adapter's configuration.
         where: the adapter's folder, for messages.
 
     Returns:
-        The tensors that were tied to another and must now be written by themselves, each with the checkpoint tensor
-        that holds its old value. Empty when everything that was tied still is.
+        The tensors that were tied to another and must now be written separately, each with the checkpoint tensor that
+        holds its old value. Empty if all ties remain.
 
     Raises:
-        AdapterError: ADAPTER_UNSUPPORTED when the architecture has no way to untie them.
+        AdapterError: ADAPTER_UNSUPPORTED if the architecture cannot untie them.
     """
     cut: dict[str, str] = {}
     seen: set[str] = set()
-    for name in list(drafts):
+    for name in list(builders):
         known = architecture.name_of(name)
         if known is None or known in seen or not (twins := architecture.tied_to(known)):
             continue
-        group = {twin: place for twin in sorted({known, *twins}) if (place := architecture.place(twin))}
+        group = {twin: found for twin in sorted({known, *twins}) if (found := architecture.find(twin))}
         seen |= group.keys()
-        _share(group, drafts, settings)
-        names = [place.sites[0].name for place in group.values()]
-        if _all_equal([drafts.get(name) for name in names]):
-            for place in group.values():
-                if place.beneath:
-                    drafts.pop(place.sites[0].name, None)
+        _share(group, builders, settings)
+        if _all_equal([builders.get(parameter.name) for parameter in group.values()]):
+            for parameter in group.values():
+                if parameter.stored_as:
+                    builders.pop(parameter.name, None)
             continue
         if architecture.tied_to(known, always=True):
-            others = ", ".join(map(repr, sorted(twins)))
-            what = f"adapts {name!r} unlike {others}, and this architecture always ties them"
+            what = f"changes {name!r} unlike {join_first(sorted(twins))}, and this architecture always ties them"
             raise AdapterError.of("ADAPTER_UNSUPPORTED", where, what)
         source = architecture.source_of(known)
-        cut |= {place.sites[0].name: place.stored for twin, place in group.items() if twin != source}
-        for place in group.values():
-            if place.beneath and place.sites[0].name not in drafts:
-                drafts[place.sites[0].name] = _unchanged(place)
+        cut |= {parameter.name: parameter.value_in for twin, parameter in group.items() if twin != source}
+        for parameter in group.values():
+            if parameter.stored_as and parameter.name not in builders:
+                builders[parameter.name] = _unchanged(parameter)
     return cut
 
 
-def _share(group: Mapping[str, Place], drafts: dict[str, Draft], settings: Settings) -> None:
-    """Hand on what was trained in shared memory: whole values, and the rows of `trainable_token_indices`."""
-    own = [draft for place in group.values() if (draft := drafts.get(place.sites[0].name))]
+def _share(group: Mapping[str, StoredParameter], builders: dict[str, DeltaBuilder], settings: Settings) -> None:
+    """Copy whatever was trained in shared memory to all: full values, and the rows of `trainable_token_indices`."""
+    own = [builder for parameter in group.values() if (builder := builders.get(parameter.name))]
     tying = settings.flag("ensure_weight_tying")
-    new = next((d for d in own if d.new is not None and (d.shared or tying)), None)
-    tokens = [d for d in own if d.tokens is not None]
-    for place in group.values():
-        name = place.sites[0].name
-        draft = drafts.get(name) or Draft(name, place.shape, place.row, place.beneath)
-        if new is not None and draft.new is None:
-            draft = replace(draft, new=new.new, shape=new.shape)
-        if len(tokens) == 1 and draft.tokens is None and tokens[0].beneath is None:
-            draft = replace(draft, tokens=tokens[0].tokens)
-        if draft.new is not None or draft.tokens is not None or draft.low is not None:
-            drafts[name] = draft
+    new = next((one for one in own if one.new is not None and (one.shared or tying)), None)
+    tokens = [one for one in own if one.tokens is not None]
+    for parameter in group.values():
+        name = parameter.name
+        builder = builders.get(name) or DeltaBuilder(name, parameter.shape, parameter.row_size, parameter.stored_as)
+        if new is not None and builder.new is None:
+            builder = replace(builder, new=new.new, shape=new.shape)
+        if len(tokens) == 1 and builder.tokens is None and tokens[0].stored_as is None:
+            builder = replace(builder, tokens=tokens[0].tokens)
+        if builder.new is not None or builder.tokens is not None or builder.low is not None:
+            builders[name] = builder
 
 
-def _unchanged(place: Place) -> Draft:
-    """The draft of a parameter that keeps its value, but must be written by itself: a product of rank 0."""
-    name, count = place.sites[0].name, place.sites[0].count
-    nothing = Lazy(lambda: (np.empty((count, 0), np.float32), np.empty((0, place.row), np.float32)))
-    return Draft(name, place.shape, place.row, place.beneath, "untied", nothing)
+def _unchanged(parameter: StoredParameter) -> DeltaBuilder:
+    """A zero delta, as a product of rank 0, of a parameter that must be written separately."""
+    count, row_size = parameter.pieces[0].count, parameter.row_size
+    nothing = Lazy(lambda: (np.empty((count, 0), np.float32), np.empty((0, row_size), np.float32)))
+    return DeltaBuilder(parameter.name, parameter.shape, row_size, parameter.stored_as, "untied", nothing)
 
 
-def _all_equal(drafts: list[Draft | None]) -> bool:
-    """Do all these do the same to a tensor?"""
-    first = drafts[0]
-    return all(one is first or (one is not None and first is not None and _equal(one, first)) for one in drafts)
+def _all_equal(builders: list[DeltaBuilder | None]) -> bool:
+    """Whether all of these make the same delta."""
+    first = builders[0]
+    return all(one is first or (one is not None and first is not None and _equal(one, first)) for one in builders)
 
 
-def _equal(a: Draft, b: Draft) -> bool:
+def _equal(a: DeltaBuilder, b: DeltaBuilder) -> bool:
     if a.shape != b.shape or (a.new is None) != (b.new is None) or (a.tokens is None) != (b.tokens is None):
         return False
-    if not (_equal_pairs(a.low, b.low) and a.magnitude is None and b.magnitude is None and a.sparse is b.sparse):
+    if not (_equal_pairs(a.low, b.low) and a.magnitude is None and b.magnitude is None and a.make is b.make):
         return False
     if a.tokens is not None and b.tokens is not None and a.tokens is not b.tokens:
         same = np.array_equal(a.tokens.indices, b.tokens.indices) and np.array_equal(a.tokens.values, b.tokens.values)

@@ -22,7 +22,7 @@ import xxhash
 
 from paft_merge.errors import CheckpointError, PaftMergeError, Problem, Problems, RecipeError
 from paft_merge.inputs.remapped_embeddings import Gathered
-from paft_merge.inputs.safetensors_header import quote
+from paft_merge.inputs.safetensors_header import join_first, quote
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.plan.vocabulary.alignment import Alignment, Word
 from paft_merge.plan.vocabulary.embedding_tensors import vocabulary_rows, vocabulary_tensors
@@ -220,7 +220,9 @@ class _Reader:
             chosen, rows = owned[ref], sizes[ref]
         output = chosen.cut(rows) if rows is not None else chosen
         if gone := [token for token in chosen.ids if token not in output.ids]:
-            what = f"{len(gone):,} tokens of its tokenizer have no row in the model and are left out: {_some(gone)}"
+            what = (
+                f"{len(gone):,} tokens of its tokenizer have no row in the model and are left out: {join_first(gone)}"
+            )
             self.warnings.append(Problem("TOKENIZER", chosen.ref, what, "resize its embeddings if it needs them"))
         if entry.source == "union":
             others = [(tokenizer, sizes[other]) for other, tokenizer in owned.items() if other != ref]
@@ -322,7 +324,7 @@ class _Reader:
             fix = fix if _multiple(rows, old) else "the rows left out belong to no token of the output"
             self.warnings.append(Problem("VOCABULARY", self._spot(), what, fix))
         if lacking := alignment.lacking():
-            what = f"{len(lacking):,} tokens have no row in any model and become zeros: {_some(lacking)}"
+            what = f"{len(lacking):,} tokens have no row in any model and become zeros: {join_first(lacking)}"
             self.warnings.append(
                 Problem("VOCABULARY", self._spot(), what, "say under tokens: where their rows come from")
             )
@@ -373,10 +375,6 @@ class _Reader:
             self.warnings.append(Problem("CHAT_TEMPLATE", str(spot), "no model has a chat template", "name one"))
             return files
         return with_template(files, text)
-
-
-def _some(tokens: Sequence[str]) -> str:
-    return ", ".join(map(quote, tokens[:5])) + (f" and {len(tokens) - 5:,} more" if len(tokens) > 5 else "")
 
 
 def _multiple(rows: int, old: int) -> int:

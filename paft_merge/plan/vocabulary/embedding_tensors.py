@@ -81,8 +81,8 @@ def _asked(model: Model) -> list[str]:
     from paft_merge.inputs.adapters.architecture import Architecture
 
     architecture = Architecture.of(model.checkpoint)
-    places = [architecture.place(name) for name in architecture.vocabulary()] if architecture else []
-    return [place.stored for place in places if place and place.stored in model.checkpoint.tensors]
+    stored = [architecture.find(name) for name in architecture.vocabulary()] if architecture else []
+    return [one.value_in for one in stored if one and one.value_in in model.checkpoint.tensors]
 
 
 def _said(config: object) -> list[int]:

@@ -1,0 +1,111 @@
+"""Which fields of a LoRA's `adapter_config.json` have an exact delta, and which are refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paft_merge.errors import Problems
+from paft_merge.inputs.adapters.config import check_kinds, check_positive, refuse_unknown
+
+INERT = frozenset(
+    (
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
+        *("layers_pattern", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config"),
+        *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "model_name", "library_name"),  # other trainers write these
+    )
+)
+"""Fields that do not change the delta."""
+
+_NO_DELTA = {
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
+    "arrow_config": "Arrow routes each token to its own experts",
+    "use_qalora": "QALoRA pools the inputs of quantised layers",
+    "kasa_config": "KaSA trains on a truncated base",
+    "layer_replication": "its layers are numbered in a stack of replicated layers",
+}
+"""Fields of LoRA variants that have no delta on the given base."""
+
+_RANDOM_START = {
+    "corda": "from covariances of data",
+    "loftq": "by quantising the base",
+    "lora_ga": "from gradients",
+}
+"""Values of `init_lora_weights` that change the base in a way that the adapter's files do not record."""
+
+_KNOWN_STARTS = ("pissa", "olora", "gaussian", "eva", "orthogonal", "mica", "true", "false")
+"""Values of `init_lora_weights` that leave the base unchanged, or change it in a way that can be repeated."""
+
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+_USED = frozenset(
+    (
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "target_parameters"),
+        *("trainable_token_indices", "modules_to_save", "use_bdlora", "lora_B_layout", *_FLAGS),
+    )
+)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_FLAGS, (bool,)),
+    **{"modules_to_save": (list,), "target_parameters": (list,), "trainable_token_indices": (list, dict)},
+    **{"rank_pattern": (dict,), "alpha_pattern": (dict,), "use_bdlora": (dict,)},
+}
+
+
+def check_config(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
+    """Note every field that is malformed (ADAPTER_CONFIG) or has no exact delta (ADAPTER_UNSUPPORTED)."""
+    for field, reason in _NO_DELTA.items():
+        if raw.get(field) not in (None, False):
+            problems.add("ADAPTER_UNSUPPORTED", path, f"{field}: {reason}, so there is no delta to merge")
+    refuse_unknown(path, raw, INERT | _USED | _NO_DELTA.keys(), "LoRA", problems)
+    _check_start(path, raw.get("init_lora_weights", True), problems)
+    check_kinds(path, raw, _KINDS, problems)
+    _check_values(path, raw, problems)
+    _check_numbers(path, raw, problems)
+
+
+def _check_start(path: Path, start: object, problems: Problems) -> None:
+    name = str(start).lower()
+    if reason := _RANDOM_START.get(name) or ("by a randomised SVD" if name.startswith("pissa_niter_") else None):
+        what = f"init_lora_weights: {start} changed the base {reason}, which cannot be repeated from these files"
+        fix = "save it again with PEFT's path_initial_model_for_weight_conversion"
+        problems.add("ADAPTER_UNSUPPORTED", path, what, fix)
+    elif name not in _KNOWN_STARTS:
+        problems.add("ADAPTER_UNSUPPORTED", path, f"init_lora_weights: {start!r} is not known")
+
+
+def _check_values(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
+    for field in ("modules_to_save", "target_parameters"):
+        if isinstance(raw.get(field), list) and not all(isinstance(name, str) for name in raw[field]):
+            problems.add("ADAPTER_CONFIG", path, f"{field}: must be a list of strings, got {raw[field]!r}")
+    if raw.get("bias", "none") not in ("none", "all", "lora_only", None):
+        problems.add("ADAPTER_CONFIG", path, f"bias: must be none, all or lora_only, got {raw['bias']!r}")
+    if raw.get("lora_B_layout") not in (None, "rank_major", "grouped_by_expert"):
+        what = f"lora_B_layout: must be rank_major or grouped_by_expert, got {raw['lora_B_layout']!r}"
+        problems.add("ADAPTER_CONFIG", path, what)
+
+
+def _check_numbers(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
+    def check(field: str, value: object, whole: bool) -> None:
+        if whole:
+            check_positive(path, field, value, problems)
+        elif not (type(value) in (int, float) and math.isfinite(float(str(value))) and value):
+            problems.add("ADAPTER_CONFIG", path, f"{field}: must be a finite number other than 0, got {value!r}")
+
+    if isinstance(raw.get("use_bdlora"), dict):
+        check("use_bdlora.nblocks", raw["use_bdlora"].get("nblocks", 1), True)
+    for field, pattern, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
+        if field not in raw:
+            problems.add("ADAPTER_CONFIG", path, f"{field}: is missing; set it, as PEFT's default of 8 may be wrong")
+        else:
+            check(field, raw[field], whole)
+        entries = raw.get(pattern)
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            check(f"{pattern}[{key!r}]", value, whole)
+            try:
+                re.compile(key)
+            except re.error as error:
+                problems.add("ADAPTER_CONFIG", path, f"{pattern}[{key!r}]: is not a regular expression: {error}")
