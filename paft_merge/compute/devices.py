@@ -1,4 +1,4 @@
-"""Where blocks are computed: the CPU's kernels, or torch on another device."""
+"""The operations of a device: compiled kernels on the CPU, torch on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def ops_for(device: str) -> Ops:
     """The operations for a device, `cpu` or `cuda[:index]`.
 
     Raises:
-        MergeError: DEVICE, it is unknown or not there.
+        MergeError: DEVICE, the device is unknown or not available.
     """
     if device == "cpu":
         return CpuOps()
@@ -22,14 +22,16 @@ def ops_for(device: str) -> Ops:
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise MergeError.of("DEVICE", device, "is no device", "use cpu, cuda or cuda:1") from error
+        raise MergeError.of("DEVICE", device, "is not a device", "use cpu, cuda or cuda:1") from error
     if wanted.type != "cuda":
-        raise MergeError.of("DEVICE", device, "is no device that a merge is computed on", "use cpu, cuda or cuda:1")
+        raise MergeError.of(
+            "DEVICE", device, "merges run on the CPU and on CUDA devices only", "use cpu, cuda or cuda:1"
+        )
     if (wanted.index or 0) >= torch.cuda.device_count():
         raise MergeError.of(
             "DEVICE",
             device,
-            "there is no such CUDA device here, or this torch is built without CUDA",
+            "CUDA device not found, or torch is built without CUDA",
             "use --device cpu",
         )
     return TorchOps(wanted)

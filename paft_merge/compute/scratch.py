@@ -1,4 +1,4 @@
-"""Memory: buffers that a thread uses again, as fresh ones cost more than the arithmetic on them; and no search for garbage."""
+"""Memory of a thread that is used again, and a pause of the garbage collector."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _ALIGN = 64
 
 
 class Scratch(threading.local):
-    """Named arrays of one thread. An array is valid until its thread asks for the same name again."""
+    """Named arrays of one thread, because fresh memory costs more than the arithmetic on it.
+
+    An array is valid until its thread requests the same name again.
+    """
 
     def __init__(self) -> None:
         self.held: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
@@ -24,7 +27,7 @@ class Scratch(threading.local):
 
     @contextmanager
     def nested(self) -> Iterator[None]:
-        """Inside, names mean other arrays: a merge within a merge leaves the outer one's alone."""
+        """Use other arrays for the same names, so that a merge within a merge keeps those of the outer one."""
         self.depth += 1
         if self.depth == len(self.levels):
             self.levels.append({})
@@ -36,7 +39,7 @@ class Scratch(threading.local):
             self.held = self.levels[self.depth]
 
     def array(self, name: str, shape: int | tuple[int, ...], dtype: Any) -> Any:
-        """An uninitialised `shape` array of `dtype`, 64-byte aligned so that products give the same bits every time."""
+        """An uninitialised array, 64-byte aligned so that BLAS products give the same bits every time."""
         size = math.prod(shape) if isinstance(shape, tuple) else shape
         nbytes = size * np.dtype(dtype).itemsize
         held = self.held.get(name)
@@ -52,7 +55,7 @@ SCRATCH = Scratch()
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Inside, Python does not look for cycles of garbage: while a plan of 90,000 tensors grows, that took half of the time."""
+    """Pause the search for reference cycles, which took half the time of planning 90,000 tensors."""
     before = gc.isenabled()
     gc.disable()
     try:

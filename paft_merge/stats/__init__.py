@@ -1,10 +1,10 @@
-"""What deltas are measured by: an audit on every entry, and every merge as it streams.
+"""Statistics of deltas, for audits on every entry and for every merge while it streams.
 
-| room | what it is |
+| module | contents |
 |---|---|
-| metrics | what is counted of one delta, and the metrics that follow |
-| pairs | the same of two |
-| spectrum | what factors tell without their product |
-| sample | the entries that a merge looks at more closely |
-| record | what a merge notes of a tensor, and measures again from those notes |
+| metrics | counts and sums of one delta, and the metrics computed from them |
+| pairs | the same for two deltas |
+| spectrum | singular values, subspaces and inner products from low-rank factors |
+| sample | the entries of a tensor that a merge examines more closely |
+| record | the statistics of a merged tensor as JSON, and the metrics computed from that JSON |
 """

@@ -1,9 +1,9 @@
-"""What is measured of a delta, as numbers that add up over tensors, and the metrics that follow from them.
+"""Counts and sums of a delta that add up over tensors, and the metrics computed from them.
 
-n entries d_1 .. d_n of one tensor, of a layer, of a kind of module or of everything: a `Measure` of the whole is the sum of
-the measures of its parts. Counts are exact and sums are float64. What needs ranks or thresholds that are known only at the
-end (energy of the largest entries, shares relative to rms or maximum) comes from a histogram whose bins are 0.4 to 0.8 %
-wide; inside the one bin that a threshold falls into, entries are taken as spread around the bin's mean.
+A `Measure` covers n entries d_1 .. d_n of one tensor, a layer, a kind of module or a whole model; the measure of the whole is the
+sum of those of its parts. Counts are exact and sums are float64. Metrics by rank, or by a threshold that is known only at the
+end (energy of the largest entries, shares relative to rms or maximum), come from a histogram whose bins are 0.4 to 0.8 %
+wide. Inside the one bin that contains the threshold, entries are assumed to be spread around the bin's mean.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ ENERGY_SHARES = (0.01, 0.05, 0.10, 0.20, 0.50)
 """Shares of the entries whose energy is reported."""
 
 UNDEFINED = math.nan
-"""The value of a metric that has none, such as the shape of an all-zero delta; `null` in JSON."""
+"""The value of a metric that is undefined, such as the Hoyer sparsity of an all-zero delta; `null` in JSON."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Magnitudes by their upper bits: the bins that are not empty, smallest magnitude first."""
+    """A histogram of magnitudes by their upper bits: its nonempty bins, smallest magnitude first."""
 
     index: NDArray[np.int64]
+    """Upper bits of the magnitudes in each bin."""
     count: NDArray[Any]
-    """Entries of each bin: int64, or float64 where they are estimated from a sample."""
+    """Entries of each bin: int64, or float64 where estimated from a sample."""
     l1: NDArray[np.float64]
     """Sum of the magnitudes of each bin."""
     dropped: int = 16
-    """Lower bits of a float32 that a bin does not tell apart: 16 leave bins 0.4 to 0.8 % wide."""
+    """Lower bits of a float32 that bins ignore; 16 give bins 0.4 to 0.8 % wide."""
 
     @classmethod
     def of(cls, counts: NDArray[np.int64], lows: NDArray[np.int64]) -> Histogram:
-        """From all bins: their counts and the sums of the lower 16 bits (see `histogram.l1_of_bins`)."""
+        """From `[BINS]` counts and sums of the lower 16 bits (see `histogram.l1_of_bins`)."""
         index = np.flatnonzero(counts)
         return cls(index, counts[index], l1_of_bins(counts, lows)[index])
 
     @classmethod
     def total(cls, parts: Iterable[Histogram]) -> Histogram:
-        """The histogram of everything that is in `parts`, whose bins are equally wide (at least one)."""
+        """The sum of `parts`, at least one, whose bins are equally wide."""
         held = list(parts)
         bins, dropped = 1 << (31 - held[0].dropped), held[0].dropped
         counts, l1 = np.zeros(bins, held[0].count.dtype), np.zeros(bins)
@@ -57,19 +58,19 @@ class Histogram:
 
     @property
     def energy(self) -> NDArray[np.float64]:
-        """Sum of squares of each bin, to 1.5e-5 of it: entries of a bin are all but equal."""
+        """Sum of squares of each bin, with a relative error below 1.5e-5 because the entries of a bin are nearly equal."""
         return np.asarray(self.l1 * self.l1 / np.maximum(self.count, 1))
 
     @property
     def edges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lowest magnitude of each bin, and that of the bin above."""
+        """Lowest magnitude of each bin, and of the bin above it."""
         return _magnitude(self.index << self.dropped), _magnitude((self.index + 1) << self.dropped)
 
     def count_up_to(self, magnitude: float) -> float:
-        """How many entries are not above `magnitude`; exact but for the bin that it falls into.
+        """The number of entries not above `magnitude`, exact except within the bin that contains it.
 
-        There they are taken as spread evenly over the widest range that has the bin's mean in its middle, so that entries
-        on a lattice (a difference of two float16 values), which sit on one edge of a bin, are counted right too.
+        There, entries are assumed to be spread evenly over the widest range around the bin's mean. This also counts entries on
+        a lattice correctly (differences of two float16 values), which sit on one edge of a bin.
         """
         low, high = self.edges
         mean = self.l1 / np.maximum(self.count, 1)
@@ -80,31 +81,31 @@ class Histogram:
         return float((self.count * inside).sum())
 
     def energy_curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Running counts and energies from the largest magnitude down, both beginning with 0."""
+        """Cumulative counts and energies from the largest magnitude down, both starting at 0."""
         count, energy = self.count[::-1], self.energy[::-1]
         return np.concatenate([[0], np.cumsum(count)]).astype(np.float64), np.concatenate([[0], np.cumsum(energy)])
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is known of the entries of a delta."""
+    """Counts and sums over the entries of a delta."""
 
     entries: int
     zeros: int
     below: Mapping[float, int]
-    """Entries with |delta| below each threshold, zeros included; thresholds are compared as float32."""
+    """Entries with |delta| below each threshold, compared in float32; zeros included."""
     l1: float
     square: float
     fourth: float
     largest: float
     histogram: Histogram
     erased: int | None = None
-    """Entries with bf16(weight + delta) == bf16(weight); None without the weights."""
+    """Entries with bf16(weight + delta) == bf16(weight); None where the weights are not available."""
     weight_square: float | None = None
 
     @classmethod
     def total(cls, parts: Sequence[Measure]) -> Measure:
-        """The measure of everything that is in `parts` (at least one)."""
+        """The sum of `parts`, at least one."""
         known = all(p.erased is not None for p in parts)
         return cls(
             entries=sum(p.entries for p in parts),
@@ -123,19 +124,19 @@ class Measure:
         """Share of entries with |delta| < `epsilon`, in [0, 1] (PAFT, arXiv:2406.17923, sec. 2.2).
 
         Raises:
-            KeyError: this threshold was not counted.
+            KeyError: `epsilon` was not counted.
         """
-        return _ratio(self.below[epsilon], self.entries)
+        return ratio(self.below[epsilon], self.entries)
 
     @property
     def zero_share(self) -> float:
         """Share of entries that are exactly zero."""
-        return _ratio(self.zeros, self.entries)
+        return ratio(self.zeros, self.entries)
 
     @property
     def bf16_sparsity(self) -> float | None:
         """Share of entries that a cast of weight + delta to bfloat16 erases, zeros included; None without the weights."""
-        return None if self.erased is None else _ratio(self.erased, self.entries)
+        return None if self.erased is None else ratio(self.erased, self.entries)
 
     @property
     def norm(self) -> float:
@@ -145,51 +146,55 @@ class Measure:
     @property
     def rms(self) -> float:
         """Root mean square of the entries."""
-        return math.sqrt(_ratio(self.square, self.entries)) if self.entries else UNDEFINED
+        return math.sqrt(ratio(self.square, self.entries)) if self.entries else UNDEFINED
 
     @property
     def relative_norm(self) -> float | None:
-        """Norm over the norm of the weights beneath; None without them."""
-        return None if self.weight_square is None else _ratio(self.norm, math.sqrt(self.weight_square))
+        """Norm over the norm of the base's weights; None without them."""
+        return None if self.weight_square is None else ratio(self.norm, math.sqrt(self.weight_square))
 
     @property
     def hoyer(self) -> float:
-        """(sqrt(n) - L1 / L2) / (sqrt(n) - 1): 0 all equal, 1 a single entry; a Gaussian has 0.20 (Hoyer 2004)."""
+        """(sqrt(n) - L1 / L2) / (sqrt(n) - 1): 0 all equal, 1 a single entry; a Gaussian has 0.20 (Hoyer 2004, sec. 3.1)."""
         root = math.sqrt(self.entries)
-        return _ratio(root - _ratio(self.l1, self.norm), root - 1)
+        return ratio(root - ratio(self.l1, self.norm), root - 1)
 
     @property
     def participation(self) -> float:
-        """(sum d^2)^2 / (n sum d^4): the share of entries that carries the energy; a Gaussian has 1/3."""
-        return _ratio(self.square * self.square, self.entries * self.fourth)
+        """(sum d^2)^2 / (n sum d^4): the share of entries that carry the energy; a Gaussian has 1/3."""
+        return ratio(self.square * self.square, self.entries * self.fourth)
 
     def relative_rms(self, share: float) -> float:
         """Share of entries with |delta| <= `share` * rms."""
-        return _ratio(self.histogram.count_up_to(share * self.rms), self.entries) if self.square else UNDEFINED
+        return ratio(self.histogram.count_up_to(share * self.rms), self.entries) if self.square else UNDEFINED
 
     def relative_max(self, share: float) -> float:
-        """Share of entries with |delta| <= `share` * the largest."""
-        return _ratio(self.histogram.count_up_to(share * self.largest), self.entries) if self.square else UNDEFINED
+        """Share of entries with |delta| <= `share` * max |delta|."""
+        return ratio(self.histogram.count_up_to(share * self.largest), self.entries) if self.square else UNDEFINED
 
     def top_energy(self, share: float) -> float:
-        """Share of sum d^2 that the largest `share` of the entries holds."""
+        """Share of sum d^2 in the largest `share` of the entries."""
         count, energy = self.histogram.energy_curve()
-        return _ratio(float(np.interp(share * self.entries, count, energy)), float(energy[-1]))
+        return ratio(float(np.interp(share * self.entries, count, energy)), float(energy[-1]))
 
     def density_for(self, energy: float) -> float:
-        """The smallest share of the entries that holds the share `energy` of sum d^2."""
+        """The smallest share of the entries with the share `energy` of sum d^2."""
         counts, energies = self.histogram.energy_curve()
         if not energies[-1]:
             return UNDEFINED
-        return _ratio(float(np.interp(energy * energies[-1], energies, counts)), self.entries)
+        return ratio(float(np.interp(energy * energies[-1], energies, counts)), self.entries)
 
     def magnitudes(self, per_decade: int = 8) -> tuple[list[float], list[float]]:
-        """A histogram for the eye: lower edges in powers of ten, and the share of the entries in each; zeros left out."""
+        """A logarithmic histogram for plots, without zeros.
+
+        Returns:
+            Lower edges of its bins, `per_decade` in each power of ten; and the share of the entries in each bin.
+        """
         low, high = self.histogram.edges
         inside = (self.histogram.index > 0) & (high > 0)
         if not inside.any():
             return [], []
-        # A bin that straddles an edge is split there, as if its entries were spread evenly over it.
+        # A bin across an edge is split there, as if its entries were spread evenly.
         ends = np.log10(np.stack([low[inside], high[inside]], 1)).ravel() * per_decade
         held = np.cumsum(self.histogram.count[inside])
         below = np.stack([np.concatenate([[0], held[:-1]]), held], 1).ravel()
@@ -198,7 +203,7 @@ class Measure:
         return [float(10.0 ** (p / per_decade)) for p in edges[:-1]], [float(s) for s in shares]
 
     def to_json(self) -> dict[str, Any]:
-        """Every metric as the report's JSON has it."""
+        """Every metric by its name in the report's JSON."""
         return {
             "entries": self.entries,
             "zeros": self.zero_share,
@@ -222,7 +227,8 @@ class Measure:
         }
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """`part / whole`; UNDEFINED where `whole` is 0."""
     return part / whole if whole else UNDEFINED
 
 

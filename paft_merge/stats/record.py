@@ -1,9 +1,9 @@
-"""What a merge notes of a tensor beside its tally, as JSON for journal and manifest, and the measures made of it again.
+"""Statistics of a merged tensor as JSON for journal and manifest, and the metrics computed from that JSON.
 
-The tally of a merge counts every entry: zeros, thresholds, norms, what was kept and elected. What would cost it time comes
-from a `Sample` of the entries: fourth powers, a histogram with bins 3 to 6 % wide, what a cast to bfloat16 erases, signs
-of two sources against each other. From factors alone, and so exact: singular values, idle components, cosines.
-Here what is sampled is brought up to the whole tensor: shares and ratios are those of the sample, norms are the tally's.
+The tally of a merge counts every entry: zeros, thresholds, norms, kept and elected entries. Costlier statistics come
+from a `Sample` of the entries: fourth powers, a histogram with bins 3 to 6 % wide, erasure by a cast to bfloat16, signs
+of two sources. Low-rank factors give singular values, idle components and cosines exactly.
+Sampled counts are scaled to the whole tensor: shares and ratios are those of the sample, norms are those of the tally.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DENSITY = 0.2
 """Share of the largest entries of two deltas whose overlap is counted."""
 
 DROPPED = 19
-"""Lower bits that a bin of the histogram does not tell apart: 16 bins for every doubling."""
+"""Lower bits of a float32 that bins of the histogram ignore: 16 bins per doubling."""
 
 Note = Mapping[str, Any]
 Pair = tuple[Any, Any]
@@ -35,12 +35,15 @@ Pair = tuple[Any, Any]
 
 
 def note(sample: Sample, squares: Sequence[float], factors: Sequence[Pair | None]) -> dict[str, Any]:
-    """What is to be known of one tensor.
+    """The statistics of one tensor's deltas beside the tally, as JSON.
 
     Args:
-        sample: of its base and its deltas.
-        squares: of each delta, the sum of all squares; nothing is noted of a tensor where one is not finite.
-        factors: of each delta that is one product and nothing else.
+        sample: sampled entries of the deltas and the base.
+        squares: `[n]`, the sum of squares of each delta.
+        factors: `[n]`, the factors of each delta that is one low-rank product, else None.
+
+    Returns:
+        `{}` where a sum of squares is not finite, or nothing was sampled.
     """
     rows = sample.rows
     if not rows.size or not all(map(math.isfinite, squares)):
@@ -109,23 +112,20 @@ def _related(left: Factored | None, right: Factored | None) -> dict[str, Any]:
     return {"exact_dot": _short(dot), "subspace": [_defined(_short(of_left)), _defined(_short(of_right))]}
 
 
-# --- and back ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Recorded:
-    """One source's delta in one merged tensor, or in several."""
+    """The measure of one source's delta in one or several merged tensors."""
 
     measure: Measure
     spectra: tuple[Spectrum, ...]
-    """Of the tensors where the delta is one product of factors."""
+    """One for each tensor whose delta is one low-rank product."""
     factors: FactorCounts | None
 
     @classmethod
     def of(cls, row: Note, entries: int, sampled: int) -> Recorded:
-        """From a source's row of the manifest, with the `sample` of its `entries`."""
+        """From a source's row of the manifest, for a tensor of `entries` entries of which `sampled` were sampled."""
         noted, grown, square = row["sample"], entries / sampled, row["l2"] ** 2
-        # In ratio to the squares of the same entries, which is closer than the fourth powers by themselves.
+        # Scaled by the squares of the same entries: a smaller error than scaling fourth powers by the number of entries.
         fourth = noted["fourth"] * (square / noted["square"]) ** 2 / grown if noted["square"] else 0.0
         weight, known = noted["weight_square"], row.get("singular_values")
         measure = Measure(
@@ -138,13 +138,13 @@ class Recorded:
 
     @classmethod
     def total(cls, parts: Sequence[Recorded]) -> Recorded:
-        """All of them together (at least one)."""
+        """The sum of `parts`, at least one."""
         factors = [p.factors for p in parts if p.factors]
         spectra = tuple(s for p in parts for s in p.spectra)
         return cls(Measure.total([p.measure for p in parts]), spectra, FactorCounts.total(factors) if factors else None)
 
     def to_json(self) -> dict[str, Any]:
-        """The metrics that the tally does not have; of several tensors the ranks are means."""
+        """The metrics that the tally lacks; ranks are means over tensors."""
         measure, ranks = self.measure, dict[str, float | None]()
         for name in ("stable_rank", "effective_rank") if self.spectra else ():
             known = [rank for s in self.spectra if not math.isnan(rank := getattr(s, name))]
@@ -157,14 +157,21 @@ class Recorded:
 
 
 def row_of(measured: Note, noted: Note, entries: int, sampled: int) -> dict[str, Any]:
-    """A source's row of the manifest: what the tally `measured`, and all that follows from what was `noted`."""
+    """A source's row of the manifest: its tally `measured`, and the metrics computed from its statistics `noted`."""
     own = {key: noted[key] for key in ("singular_values", "factors") if key in noted}
     row = {**measured, **own, "sample": {key: value for key, value in noted.items() if key not in own}}
     return {**measured, **Recorded.of(row, entries, sampled).to_json(), **own, "sample": row["sample"]}
 
 
 def pair_row_of(noted: Note, rows: Sequence[Note], at: Sequence[int], entries: int, sampled: int) -> dict[str, Any]:
-    """A pair's row of the manifest; `at` are the places of its two sources among `rows`, those of the tensor."""
+    """A pair's row of the manifest.
+
+    Args:
+        noted: the statistics of the pair, from `note`.
+        rows: the rows of the tensor's sources.
+        at: indices of the two sources in `rows`.
+        entries, sampled: entries of the tensor, and of its sample.
+    """
     subspace = {"subspace": noted["subspace"]} if "subspace" in noted else {}
     row = {"sources": list(at), "sample": {key: value for key, value in noted.items() if key not in ("of", "subspace")}}
     return {
@@ -177,17 +184,19 @@ def pair_row_of(noted: Note, rows: Sequence[Note], at: Sequence[int], entries: i
 
 @dataclass(frozen=True)
 class RecordedTensor:
-    """What the manifest holds of one merged tensor's deltas, by the names of the sources."""
+    """The statistics in the manifest of one merged tensor's deltas, by the names of the sources."""
 
     sources: Mapping[str, Recorded]
     kinds: Mapping[str, str]
+    """The manifest's `delta` of each source."""
     pairs: Mapping[tuple[str, str], tuple[PairMeasure, tuple[float, float] | None]]
-    """With the overlap of their subspaces, where both have factors."""
+    """Each with the overlap of the subspaces, or None where one lacks factors."""
     sampled: int
+    """Entries of the sample."""
 
     @classmethod
     def of(cls, entry: Note) -> RecordedTensor | None:
-        """From a tensor's entry of the manifest; None when nothing was noted."""
+        """From a tensor's entry of the manifest; None where it has no statistics."""
         sampled, entries, rows = entry.get("sampled"), math.prod(entry["shape"]), entry.get("sources", [])
         if not sampled:
             return None
@@ -203,17 +212,17 @@ class RecordedTensor:
         return cls(found, {name: row["delta"] for name, row in held.items()}, pairs, sampled)
 
     def pair(self, left: str, right: str) -> tuple[PairMeasure, tuple[float, float] | None] | None:
-        """Two sources against each other, whichever the recipe names first; None where one of them changes nothing."""
+        """The pair of two sources in either order; None where one does not change the tensor."""
         turned = self.pairs.get((right, left))
         return (turned[0].turned, turned[1]) if turned else self.pairs.get((left, right))
 
 
 def totals_of(entries: Iterable[Note], order: Iterable[str]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """What was noted of every source over all tensors, by its name, and of every pair.
+    """The statistics of each source over all tensors, by its name, and a row for each pair.
 
     Args:
         entries: the tensors of a manifest.
-        order: its sources.
+        order: the names of its sources.
     """
     tensors = [held for entry in entries if (held := RecordedTensor.of(entry))]
     names = [name for name in order if any(name in t.sources for t in tensors)]
@@ -267,7 +276,7 @@ def _histogram(noted: Note, grown: float) -> Histogram:
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits of every number, and None for what is undefined."""
+    """Every number rounded to six digits, and None for undefined ones."""
     if isinstance(value, float):
         return _defined(_short(value))
     if isinstance(value, Mapping):
@@ -280,7 +289,7 @@ def _rounded_all(found: Note) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    """Six digits: what lies behind depends on how a machine adds up."""
+    """Six digits: further digits depend on the order of summation of a processor."""
     return float(f"{value:.6g}")
 
 

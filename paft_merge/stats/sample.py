@@ -1,6 +1,6 @@
-"""The entries of a tensor that a merge looks at more closely: short runs at places that its size alone decides.
+"""A sample of a tensor's entries: short runs, at positions that depend only on the size of the tensor.
 
-Of every `stride` runs of `RUN` entries one is taken, drawn by a counter; so the sample is spread over rows and columns,
+Of every `stride` runs of `RUN` entries one is taken, at a position drawn by a counter. The sample covers rows and columns,
 and is the same for any blocks, threads and memory. Small tensors are taken whole.
 """
 
@@ -14,14 +14,14 @@ from paft_merge.compute.blocks import NOT_PICKED, Block
 from paft_merge.compute.kernels import RUN, lines, pick
 
 WHOLE = 1 << 15
-"""Entries that a sample has at least, or all there are."""
+"""Least entries of a sample; a smaller tensor is taken whole."""
 
 MOST = 256
-"""The largest stride: never less than one entry of 256."""
+"""Largest stride: a sample has at least one entry in 256."""
 
 
 def stride_of(numel: int) -> int:
-    """Which share of a tensor of `numel` entries is sampled: one run of so many; a power of two."""
+    """The stride of a tensor of `numel` entries, a power of two: one run in so many is sampled."""
     return int(min(MOST, 1 << max((numel // WHOLE).bit_length() - 1, 0)))
 
 
@@ -33,12 +33,12 @@ class Sample:
         self._parts: dict[int, Any] = {}
 
     def offer(self, block: Block) -> None:
-        """Let the loop that writes `block` take what is sampled on its way."""
+        """Make the kernel that writes `block` collect its sample on the way."""
         room = (block.size // (RUN * self.stride) + 2) * RUN
         block.picking = self.stride, np.empty((block.count + 1, room), np.uint32), np.full(1, -1)
 
     def take(self, block: Block) -> None:
-        """Keep what is sampled of `block`; taken twice it is the same."""
+        """Keep the sample of `block`. A second call has no effect."""
         if block.picking is NOT_PICKED:
             self.offer(block)
         stride, held, taken = block.picking

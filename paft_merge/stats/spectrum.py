@@ -1,8 +1,8 @@
-"""What the factors of a delta tell without the delta: singular values, subspaces, inner products, idle components.
+"""Singular values, subspaces, inner products and idle components of a delta, from its factors alone.
 
-B `[O, R]` (scale included), A `[R, I]`, D = B A. Everything is in the R x R matrices B^T B and A A^T, and between two deltas
-B1^T B2 and A1 A2^T: with B = Q S E^T, where E S^2 E^T = B^T B and Q has orthonormal columns, D D^T = Q (S E^T A A^T E S) Q^T, so
-that the core in parentheses has the squared singular values, and its eigenvectors W give the left ones, Q W.
+B `[O, R]` (scale included), A `[R, I]`, D = B A. The R x R matrices B^T B and A A^T suffice, and B1^T B2 and A1 A2^T for two deltas:
+with B = Q S E^T, where E S^2 E^T = B^T B and Q has orthonormal columns, D D^T = Q (S E^T A A^T E S) Q^T. The core
+in parentheses has the squared singular values of D, and its eigenvectors W give the left singular vectors Q W.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from paft_merge.stats.metrics import UNDEFINED
 Matrix = NDArray[np.float64]
 
 IDLE = 1e-6
-"""A row or component whose norm is at most this share of the largest counts as zero: float32 cannot tell it from one."""
-
+"""A row or component whose norm is at most this share of the largest counts as zero, because float32 cannot tell."""
 
 _EPSILON = 1.2e-7
-"""Float32's: factors are stored in it at best."""
+"""Machine epsilon of float32, the most precise type of stored factors."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values over their sum (Roy and Vetterli 2007)."""
+        """exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007)."""
         total = self.nuclear
         if not total:
             return UNDEFINED
@@ -54,13 +53,13 @@ class Spectrum:
         return math.fsum(self.values)
 
     def to_json(self) -> dict[str, Any]:
-        """As the report's JSON has it."""
+        """The fields by their names in the report's JSON."""
         return {"stable_rank": self.stable_rank, "effective_rank": self.effective_rank, "values": list(self.values)}
 
 
 @dataclass(frozen=True)
 class FactorCounts:
-    """Where L1 on the factors acts: entries of A and B, rows of B, components b_j a_j. Counts add up over tensors."""
+    """Zeros that an L1 penalty on the factors makes: entries of A and B, rows of B, components b_j a_j. Counts add up over tensors."""
 
     rows: int
     zero_rows: int
@@ -74,26 +73,26 @@ class FactorCounts:
 
     @classmethod
     def total(cls, parts: Sequence[FactorCounts]) -> FactorCounts:
-        """The counts of everything in `parts`."""
+        """The sum of `parts`."""
         names = ("rows", "zero_rows", "components", "zero_components", "elements", "zero_elements")
         return cls(**{name: sum(getattr(p, name) for p in parts) for name in names})
 
     def to_json(self) -> dict[str, int]:
-        """As the report's JSON has it."""
+        """The fields by their names in the report's JSON."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Factored:
-    """One tensor's delta in factors, decomposed: the singular values, and the way to orthonormal bases of its two subspaces."""
+    """The singular value decomposition of one tensor's delta, as its factors and matrices of order R."""
 
     b_OR: Any
     a_IR: Any
     """A, transposed."""
     left_RK: Matrix
-    """`b_OR @ left_RK` are the left singular vectors of the K singular values that are not rounding noise."""
+    """`b_OR @ left_RK` are the left singular vectors of the K singular values above rounding noise."""
     right_RK: Matrix
-    """`a_IR @ right_RK` are the right ones."""
+    """`a_IR @ right_RK` are the right singular vectors."""
     spectrum: Spectrum
     counts: FactorCounts
 
@@ -102,9 +101,9 @@ class Factored:
         """Decompose B `[O, R]` and A `[R, I]`, both finite.
 
         Args:
-            b, a: the factors.
-            dtype: of the arithmetic. float64 gives every singular value; float32, at half of the time, those from about
-                1e-3 of the largest on, and inner products to six digits.
+            b, a: the factors, float32.
+            dtype: type of the arithmetic. float64 gives every singular value. float32 takes half the time, and gives those above
+                1e-3 of the largest, and inner products to six digits.
         """
         b_OR, a_IR = b.astype(dtype, order="C", copy=False), a.astype(dtype, order="C", copy=False).T
         bb_RR, aa_RR = _crossed(b_OR, b_OR), _crossed(a_IR, a_IR)
@@ -120,9 +119,11 @@ class Factored:
         return cls(b_OR, a_IR, left, right, Spectrum(tuple(values.tolist())), counts)
 
     def relate(self, other: Factored) -> tuple[float, tuple[float, float]]:
-        """<D1, D2> = tr((B1^T B2)(A2 A1^T)), exact at R x R cost, and how much their subspaces overlap.
+        """Inner product with another delta, and the overlap of the subspaces.
 
-        That is ||U1^T U2||_F^2 / min(rank 1, rank 2) of the left and of the right singular vectors, in [0, 1].
+        Returns:
+            <D1, D2> = tr((B1^T B2)(A2 A1^T)), exact; and ||U1^T U2||_F^2 / min(rank 1, rank 2) in [0, 1] of the left
+            and of the right singular vectors.
         """
         bb, aa = _crossed(self.b_OR, other.b_OR), _crossed(self.a_IR, other.a_IR)
         least = min(self.left_RK.shape[1], other.left_RK.shape[1])
@@ -133,7 +134,7 @@ class Factored:
 
 @contextmanager
 def on_one_core() -> Iterator[None]:
-    """Eigenvalues of R x R matrices on the core that asks: on a busy machine a BLAS's own threads cost ten times the work."""
+    """Limit BLAS to the calling core: on a busy machine its threads cost ten times the work of R x R matrices."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):
@@ -141,13 +142,15 @@ def on_one_core() -> Iterator[None]:
 
 
 def _crossed(left: Any, right: Any) -> Matrix:
-    """Inner products of columns."""
+    """Inner products of the columns of two matrices, float64."""
     return (left.T @ right).astype(np.float64)  # type: ignore[no-any-return]
 
 
 def _counts(b: Any, a: Any, components: Matrix) -> FactorCounts:
     rows, elements = np.sqrt(np.einsum("or,or->o", b, b)), b.size + a.size
-    filled = int(np.count_nonzero(b != 0)) + int(np.count_nonzero(a != 0))  # four times as fast as counting numbers
+    filled = int(np.count_nonzero(b != 0)) + int(
+        np.count_nonzero(a != 0)
+    )  # four times as fast as np.count_nonzero of floats
     return FactorCounts(len(rows), _idle(rows), len(components), _idle(components), elements, elements - filled)
 
 

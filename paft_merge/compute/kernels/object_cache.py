@@ -102,9 +102,7 @@ class Compiled:
                 return
             try:
                 entry = self._from_object_file()
-            except (
-                Exception
-            ) as error:  # llvmlite is not a stable interface: whatever it raises, numba can still compile
+            except Exception as error:  # llvmlite has no stable interface, and numba can still compile
                 if not _FALLEN_BACK:
                     text = "object files of kernels cannot be used with llvmlite %s (%s: %s); numba's cache is used instead"
                     log.warning(text, version("llvmlite"), type(error).__name__, error)
