@@ -8,10 +8,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError, PaftMergeError, Problem
@@ -19,6 +19,9 @@ from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
 from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train, labels
 from paft_merge.training.run_folder import DONE_FILE, write_json
+
+if TYPE_CHECKING:
+    from paft_merge.auditing.report.audit import Audit as AuditReport
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +174,7 @@ class Executor:
                     require=spec.require,
                     fetch_base=True,
                 )
+                done = _relabelled(done, dict(zip(job.sources, job.names, strict=True)))
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "audit.json").write_text(done.dumps() + "\n", encoding="utf-8")
                 if spec.html:
@@ -282,6 +286,17 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
     for long in sorted(names, key=len, reverse=True):
         text = text.replace(long, names[long])
     return text
+
+
+def _relabelled(done: AuditReport, names: Mapping[str, str]) -> AuditReport:
+    """An audit whose sources are called as the recipe calls them, by the paths that were audited."""
+    labels = {
+        s.label: next((n for place, n in names.items() if s.header.source.endswith(place)), s.label)
+        for s in done.sources
+    }
+    sources = [replace(s, header=replace(s.header, label=labels[s.label])) for s in done.sources]
+    pairs = [replace(p, left=labels[p.left], right=labels[p.right]) for p in done.pairs]
+    return replace(done, sources=tuple(sources), pairs=tuple(pairs))
 
 
 def _facts(step: Step) -> dict[str, Any]:

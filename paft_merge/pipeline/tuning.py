@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from paft_merge.errors import Problems, RecipeError, RunError
 from paft_merge.evaluating.schema import LOWER_IS_BETTER
 from paft_merge.pipeline import plan, run
+from paft_merge.pipeline.arms import Variant
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
@@ -84,11 +85,11 @@ def tune(
     alone = (*overrides, "compare=false", "push=false")
     loaded, out = load_run(recipe, alone), Path(folder)
     spec = _checked(loaded)
-    if loaded.adapters:
+    if loaded.adapters:  # existing ones need no training
         run(recipe, folder, overrides=alone, only="train")
     planner = plan(recipe, folder, overrides=alone).planner
     seed = loaded.seeds[0]
-    paths = {name: planner.place(seed) / "adapters" / name for name in loaded.adapters}
+    paths = {name: planner.lora(seed, Variant(name)) for name in loaded.names}
     # What a trial's value depends on besides its parameters: another search has another name in the storage.
     trained = sorted(step.key for step in planner.steps.values() if step.stage == "train")
     judged = sorted(s.key for s in planner.steps.values() if s.stage == "evaluate" and "/merged/" in s.name)
@@ -197,7 +198,7 @@ def _finished(study: optuna.Study) -> list[Trial]:
 
 
 def _try(
-    recipe: RunRecipe, spec: TuneSpec, trial: optuna.Trial, paths: Mapping[str, Path], scratch: Path
+    recipe: RunRecipe, spec: TuneSpec, trial: optuna.Trial, paths: Mapping[str, Mapping[str, str]], scratch: Path
 ) -> tuple[float, dict[str, float], dict[str, Any]]:
     """Merge with a trial's parameters and evaluate: its value, every score, and what was chosen."""
     from paft_merge.engine.api import merge

@@ -350,7 +350,9 @@ def test_names_order_and_files_are_those_of_the_base(shards: int, tmp_path: Path
 def test_a_shard_size_is_an_upper_bound(tmp_path: Path) -> None:
     base = random_state(0)
     a, b = save_checkpoint(tmp_path / "a", base), save_checkpoint(tmp_path / "b", near(base, 1))
-    out = merge(recipe("linear", None, (a, {"weight": 1}), (b, {"weight": 1})), tmp_path / "out", out_shard_bytes=8_000).path
+    out = merge(
+        recipe("linear", None, (a, {"weight": 1}), (b, {"weight": 1})), tmp_path / "out", out_shard_bytes=8_000
+    ).path
     sizes = [sum(t.numel() * t.element_size() for t in tensors_of_file(f).values()) for f in out.glob("*.safetensors")]
     assert len(sizes) > 3
     assert max(sizes) <= 8_000

@@ -100,9 +100,9 @@ seeds: [0, 0]
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"base_model": "bse/x/y"}, "base_model: bse/x/y is no folder here, and no name of a Hub repository"),
+        ({"base_model": "bse/x/y"}, "base_model: bse/x/y is not a Hub repository, and was found neither beside the recipe ("),
         ({"merge": {"merge_method": "tis", "models": [{"model": "sft"}]}}, "did you mean 'ties'?"),
-        ({"merge": {"merge_method": "linear", "models": [{"model": "sfft", "parameters": {"weight": 1}}]}}, "'sfft' is no adapter and no folder here; did you mean 'sft'?"),
+        ({"merge": {"merge_method": "linear", "models": [{"model": "sfft", "parameters": {"weight": 1}}]}}, "did you mean 'sft'?"),
         ({"merge": {"merge_method": "ties", "models": [{"model": "sft", "parameters": {"weight": 1, "densty": 1}}]}}, "did you mean 'density'?"),
         ({"audit": {"require": ["sparsty(1e-5) > 1"]}}, "audit.require[0]: sparsty(1e-5) > 1: there is no metric 'sparsty'"),
         ({"audit": {"require": ["sparsity(1e-5) [source=stf] > 1"]}}, "no adapter is called 'stf'; did you mean 'sft'?"),

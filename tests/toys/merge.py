@@ -63,7 +63,9 @@ def _is_wanted(method: str, parameter: str) -> bool:
 
 def tensors_of(folder: Place) -> State:
     """Every tensor of a checkpoint folder."""
-    return {name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
 
 
 def files_of(folder: Place) -> dict[str, bytes]:
