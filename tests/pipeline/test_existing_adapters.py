@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from toys.hub import files_of, hub
+from toys.hub_server import HubServer
 from toys.run import make_world, sections
 from toys.train import THEIR_WARNINGS
 
@@ -19,6 +21,7 @@ from paft_merge.pipeline import Planned, plan, run
 from paft_merge.pipeline.steps import Merge, Train
 from paft_merge.training import train
 
+__all__ = ["hub"]
 pytestmark = THEIR_WARNINGS
 
 
@@ -158,3 +161,22 @@ def test_dry_run_shows_no_training(world: Path, tmp_path: Path) -> None:
     assert "parallel" in shown.stdout
     assert "train/" not in shown.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_on_the_hub_is_pinned_to_its_commit(world: Path, hub: HubServer, tmp_path: Path) -> None:
+    first = hub.add("me/dpo", files_of(world / "mine/dpo"))
+    adapters = {"sft": EXISTING["sft"], "dpo": "me/dpo"}
+    recipe = written(world, "hub", adapters=adapters, compare={"methods": ["ties"]})
+    assert {s.stage for s in plan(recipe, tmp_path / "run").todo} == {"audit", "merge", "evaluate"}
+    assert not list((tmp_path / "home").rglob("adapter_model.safetensors")), "a plan fetches no weights"
+    run(recipe, tmp_path / "run")
+    local = run(written(world, "local", compare={"methods": ["ties"]}), tmp_path / "local")
+    merged = [(folder / "merged/model.safetensors").read_bytes() for folder in (tmp_path / "run", local.folder)]
+    assert merged[0] == merged[1]
+    manifest = json.loads((tmp_path / "run/merged/merge_manifest.json").read_text())
+    assert manifest["recipe"]["models"][1]["model"]["lora"] == {"path": "me/dpo", "revision": first}
+    assert plan(recipe, tmp_path / "run").todo == ()
+    hub.add("me/dpo", {"adapter_config.json": hub.files("me/dpo")["adapter_config.json"] + b"\n"})
+    adapters["dpo"] = {"path": "me/dpo", "revision": hub.repositories["me/dpo"].resolve("main")}
+    again = plan(written(world, "hub", adapters=adapters, compare={"methods": ["ties"]}), tmp_path / "run")
+    assert "merge/merged" in {step.name for step in again.todo}
