@@ -33,7 +33,7 @@ def tune(recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, .
     silence_libraries()
     from paft_merge.pipeline.tuning import tune as search
 
-    with resume_hint(recipe, folder, "tune"), sigterm_as_interrupt(), _lines(quiet) as progress:
+    with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as progress:
         found = search(recipe, folder, overrides=overrides, trials=trials, progress=progress)
     if not quiet:
         click.echo(f"best of {len(found.trials)}: {found.best.value:.4f} {dict(found.best.parameters)}", err=True)

@@ -70,7 +70,7 @@ class Executor:
                     if any(r["stage"] == s and r["state"] == "done" for r in self.state.steps.values())
                 ]
                 what = f"stage {stage} stopped; finished steps ({', '.join(finished) or 'none yet'}) are kept in {self.folder}"
-                fix = "mend it, then give the same command again: it goes on from there"
+                fix = "fix it and rerun the same command; it resumes here"
                 raise type(error)([*error.problems, Problem("RUN", "", what, fix)], error.warnings) from error
 
     @contextmanager
@@ -190,12 +190,13 @@ class Executor:
         from paft_merge.engine.api import merge
 
         def keep(step: Step, names: Mapping[str, str], told: list[str], problems: Sequence[Problem]) -> None:
-            # The arms of a comparison warn into run.json and the log alone.
+            # The merges of a comparison warn only in run.json and the log file.
             own = step.name.rpartition("/")[2] == "merged"
             for problem in problems:
-                text = _renamed(str(problem), names)
-                log.log(logging.WARNING if own else logging.INFO, "%s: %s", step.name, text)
-                told.append(text)
+                where, what, fix = (_renamed(text, names) for text in (problem.where, problem.what, problem.fix))
+                told.append(str(Problem(problem.code, where, what, fix)))
+                shown = Problem(problem.code, f"{step.name}: {where}" if where else step.name, what, fix)
+                log.log(logging.WARNING if own else logging.INFO, "%s", shown)
 
         for step in steps:
             job, out = step.job, step.out

@@ -75,7 +75,7 @@ def _check_existing(recipe: RunRecipe, problems: Problems) -> None:
             model = {"model": {"path": recipe.base}, "lora": {"path": spec.path, "revision": spec.revision}}
             one = {"model": model, "parameters": {"weight": 1.0}}
             with open_plan(
-                {"merge_method": "task_arithmetic", "base_model": recipe.base, "models": [one]}, remote=True
+                {"merge_method": "task_arithmetic", "base_model": recipe.base, "models": [one]}, stream_from_hub=True
             ):
                 pass
 

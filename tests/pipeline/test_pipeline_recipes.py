@@ -324,7 +324,9 @@ def test_a_cell_has_its_spread_over_seeds() -> None:
     assert str(cell) == "0.600 ± 0.100"
     assert cell.noise == pytest.approx(0.1 / 3**0.5)
     assert str(Cell((0.5,))) == "0.500"
-    assert json.dumps(table_of({"a": ("base", 0.1, 0.2)}).to_json())
+    alone = table_of({"a": ("base", 0.1, 0.2)})
+    assert json.dumps(alone.to_json())
+    assert "**" not in alone.to_markdown(), "a single row is not the best of anything"
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
