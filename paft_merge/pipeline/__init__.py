@@ -90,9 +90,9 @@ def plan(
     if loaded is not None:
         with problems.catching():
             check_run(loaded)
-        if problems.found and not any(problem.code == "BASE" for problem in problems.found):
+        if problems.found:
             with problems.catching():
-                check_adapters(loaded, loaded.adapters)
+                check_adapters(loaded, loaded.adapters, base=not any(p.code == "BASE" for p in problems.found))
     problems.raise_as(RecipeError)
     assert loaded is not None
     planner, state = Planner.plan(loaded, Path(folder)), State.read(Path(folder))

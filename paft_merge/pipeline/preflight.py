@@ -170,8 +170,13 @@ def check_training(recipe: RunRecipe, steps: Sequence[Step]) -> None:
     check_adapters(recipe, [step.job.adapter.removesuffix("-dense") for step in steps if isinstance(step.job, Train)])
 
 
-def check_adapters(recipe: RunRecipe, names: Iterable[str]) -> None:
+def check_adapters(recipe: RunRecipe, names: Iterable[str], *, base: bool = True) -> None:
     """Check what training adapters needs: packages, TRL's and PEFT's fields, targets, data sets.
+
+    Args:
+        recipe: the recipe.
+        names: adapters to check.
+        base: check against the base too; False where the base itself cannot be used.
 
     Raises:
         RecipeError: everything that is wrong, by adapter.
@@ -179,7 +184,7 @@ def check_adapters(recipe: RunRecipe, names: Iterable[str]) -> None:
     problems = Problems()
     for name in dict.fromkeys(names):
         with _at(recipe, ("adapters", name), problems):
-            _check_adapter(recipe, name)
+            _check_adapter(recipe, name, base)
     problems.raise_as(RecipeError)
 
 
@@ -200,7 +205,7 @@ def check_task_data(recipe: RunRecipe, steps: Sequence[Step]) -> None:
     problems.raise_as(RecipeError)
 
 
-def _check_adapter(recipe: RunRecipe, name: str) -> None:
+def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
     from importlib.util import find_spec
 
     missing = [package for package in ("trl", "datasets") if find_spec(package) is None]
@@ -217,17 +222,23 @@ def _check_adapter(recipe: RunRecipe, name: str) -> None:
         training_arguments(spec, Path("checkpoints"), name)
     with problems.catching():
         lora_config(spec)
-        _check_targets(recipe, name)
+        if base:
+            _check_targets(recipe, name)
     for reward in spec.reward:
         if reward.function:
             with problems.catching():
                 load_function(reward.function, recipe.folder)
-    with problems.catching():
-        tokenizer = load_tokenizer(recipe.base, spec, recipe.folder)
-        for key, sources in (("data", spec.data), ("eval_data", spec.eval_data or [])):
-            if sources:
+    rows: dict[str, Any] = {}
+    for key, sources in (("data", spec.data), ("eval_data", spec.eval_data)):
+        if sources:
+            with problems.catching():
+                rows[key] = data.load_rows(sources, recipe.folder)
+    if base:
+        with problems.catching():
+            tokenizer = load_tokenizer(recipe.base, spec, recipe.folder)
+            for key, loaded in rows.items():
                 with problems.catching():
-                    data.check_rows(data.load_rows(sources, recipe.folder), spec, tokenizer, key)
+                    data.check_rows(loaded, spec, tokenizer, key)
     problems.raise_as(RunError)
 
 

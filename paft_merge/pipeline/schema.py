@@ -166,13 +166,16 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
         The recipe, so that the rest of it can be checked too; None where base, adapters or merge are at fault.
 
     Raises:
-        RecipeError: it is no YAML mapping, or an override leads nowhere.
+        RecipeError: it is not a YAML mapping, it is a recipe for `paft merge`, or an override has no place in it.
     """
     file, problems = Path(recipe), Problems()
     located = load_yaml(file)
     if not isinstance(located.data, dict):
         what = "the recipe is empty" if located.data is None else f"a recipe is a mapping, got {show(located.data)}"
         raise RecipeError.of("RECIPE", located.spot(), what, "begin with base_model: ...")
+    if "merge_method" in located.data:
+        where = located.spot(("merge_method",))
+        raise RecipeError.of("RECIPE", where, "this is a merge recipe, not a run recipe", "use paft merge")
     located = overridden(located, overrides)
     # `compare: false`, or --set compare=false, leaves a section out.
     data: dict[str, Any] = {key: value for key, value in located.data.items() if value is not False}
