@@ -81,7 +81,7 @@ def reproduce(
 ) -> None:  # fmt: skip
     """Merge again what a manifest describes, sources at the same commits, and say whether every byte is the same.
 
-    Without OUT the new merge is removed afterwards. Exits with 1 when something differs.
+    Without OUT the new merge is removed afterwards. Exit code 3: something differs.
     """
     from paft_merge.engine.reproduction import reproduce as again
 
@@ -101,4 +101,4 @@ def reproduce(
         verdict = "identical" if done.identical else "NOT identical"
         click.echo(f"{verdict}: {done.tensors - len(done.differing)} of {done.tensors} tensors, {done.nbytes:,} bytes")
     if not done.identical:
-        ctx.exit(1)
+        ctx.exit(3)

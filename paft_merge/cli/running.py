@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.terminal import sigterm_as_interrupt
+from paft_merge.cli.terminal import COMMAND, sigterm_as_interrupt
 
 if TYPE_CHECKING:
     from paft_merge.pipeline import Event, Planned
@@ -48,18 +48,24 @@ def run(
     if dry_run:
         steps_table(pipeline.plan(recipe, folder, overrides=overrides, start=start, only=only))
         return
-    with resume_hint(recipe, folder), sigterm_as_interrupt(), _lines(quiet) as tell:
+    with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as tell:
         done = pipeline.run(
             recipe, folder, overrides=overrides, start=start, only=only, tell=tell, planned=_planned(quiet)
         )
     if done.table.rows:
         table(done.table)
+    else:
+        click.echo(folder)
     if not quiet:
-        click.echo(f"{len(done.done)} steps done; everything is in {folder}: run.json, table.md, logs/", err=True)
+        click.echo(f"{_steps(len(done.done))} done; results and logs are in {folder}", err=True)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def silence_libraries() -> None:
-    """Keep the bars of the libraries below out of the terminal; they log into the run's folder."""
+    """Hide progress bars and known warnings of Hugging Face libraries; a run writes their logs into its folder."""
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     import warnings
@@ -71,33 +77,32 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="(trl|peft|transformers).*")
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # without a GPU torch does not pin
-    getLogger("bitsandbytes").setLevel(ERROR)  # it tells at import which kernels it would rather have
+    getLogger("bitsandbytes").setLevel(ERROR)  # at import it lists kernels that are not installed
 
 
 @contextmanager
-def resume_hint(recipe: Path, folder: Path, verb: str = "run") -> Iterator[None]:
-    """Tell how to go on after Ctrl-C."""
+def resume_hint() -> Iterator[None]:
+    """After Ctrl-C, print the command that continues: the one that was given."""
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(
-            f"interrupted; finished steps are kept, and `paft {verb} {recipe} {folder}` goes on from there", err=True
-        )
-        click.get_current_context().exit(130)
+        context = click.get_current_context()
+        click.echo(f"interrupted; finished steps are kept. To continue: {context.meta[COMMAND]}", err=True)
+        context.exit(130)
 
 
 def _planned(quiet: bool) -> Callable[[Planned], None]:
     def tell(planned: Planned) -> None:
         if not quiet:
-            known = len(planned.steps) - len(planned.todo)
-            click.echo(f"{len(planned.todo)} steps to do, {known} as they are", err=True)
+            done = len(planned.steps) - len(planned.todo)
+            click.echo(f"{_steps(len(planned.todo))} to do, {done} done already", err=True)
 
     return tell
 
 
 @contextmanager
 def _lines(quiet: bool) -> Iterator[Callable[[Event], None]]:
-    """A line for every finished step; on a terminal, what is going on now beneath."""
+    """Print a line for every finished step; on a terminal, show the current step below."""
     if quiet:
         yield lambda _: None
         return

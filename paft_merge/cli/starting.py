@@ -6,24 +6,54 @@ from pathlib import Path
 
 import click
 
+from paft_merge.cli.terminal import warn
+from paft_merge.errors import Problem
 
-@click.command(short_help="Write a commented recipe to begin with.")
+
+@click.command(short_help="Write a commented recipe to start from.")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path), required=False)
-@click.option("--base", required=True, help="The model to start from: a folder or Hub name.")
+@click.option("--base", help="The base model: a folder or Hub name. Default with --adapter: the base that it names.")
 @click.option(
-    "--data", "data", multiple=True, metavar="FILE|NAME", help="The skill's data; given twice, then the preferences'."
-)
-@click.option("--gpus", type=click.IntRange(0), default=0, show_default=True, help="How many GPUs; 0 for a CPU.")
-def init(out: Path | None, base: str, data: tuple[str, ...], gpus: int) -> None:
-    """Write a commented recipe for `paft run` to OUT, or print it."""
-    from paft_merge.pipeline.starter_recipe import starter, write_starter
+    "--data", "data", multiple=True, metavar="FILE|NAME",
+    help="SFT data; given twice, SFT data and then preference data. With --adapter: files to evaluate on.",
+)  # fmt: skip
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="DIR|NAME",
+    help="An adapter that exists; given twice or more, the recipe compares ways of merging them, without training.",
+)  # fmt: skip
+@click.option("--gpus", type=click.IntRange(0), default=0, show_default=True, help="Number of GPUs; 0 for a CPU.")
+def init(out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int) -> None:
+    """Write a commented recipe for `paft run` to OUT, or print it.
 
-    if len(data) > 2:
-        raise click.UsageError("--data is given at most twice: the skill's, then the preferences'.")
-    sft, dpo = (*data, None, None)[:2]
-    text = starter(base, sft, dpo, gpus)
+    Checks that local files exist and have the columns of their objective. Local paths are written relative to OUT.
+    """
+    from paft_merge.pipeline import starter_recipe as recipes
+
+    base = base or next(filter(None, map(recipes.base_of, adapters)), None)
+    if base is None:
+        raise click.UsageError("Missing option '--base'.")
+    if len(adapters) == 1:
+        raise click.UsageError("--adapter is given at least twice: the recipe compares ways of merging them.")
+    if len(data) > 2 and not adapters:
+        raise click.UsageError("--data is given at most twice: SFT data, then preference data.")
+    if adapters:
+        recipes.check_given(base, adapters=adapters)
+        text = recipes.starter_of_adapters(base, adapters, data, out)
+    else:
+        sft, dpo = (*data, None, None)[:2]
+        recipes.check_given(base, sft, dpo)
+        template = recipes.needs_template(base, sft, dpo)
+        if template:
+            what, fix = "the rows are chats and the base has no chat template", "set chat_template: in the recipe"
+            warn([Problem("TEMPLATE", base, what, fix)])
+        sft, dpo = (recipes.beside(one, out) if one else None for one in (sft, dpo))
+        small = recipes.is_small(base)
+        text = recipes.starter(recipes.beside(base, out), sft, dpo, gpus, small=small, template=template)
+    if not Path(base).is_dir() and "/" not in base:
+        warn([Problem("BASE", base, "not a local folder; written as a Hub name", "check the path if it is a folder")])
     if out is None:
         click.echo(text, nl=False)
     else:
-        write_starter(out, text)
-        click.echo(f"{out} is written; look at it, then: paft run --dry-run {out} runs/first", err=True)
+        recipes.write_starter(out, text)
+        click.echo(f"next: paft run --dry-run {out} runs/first", err=True)
+        click.echo(out)

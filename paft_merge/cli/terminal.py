@@ -1,7 +1,8 @@
-"""Shared parts of the commands: sizes, warnings, and how SIGTERM ends a command."""
+"""Shared parts of the commands: sizes, error and warning lines, and how SIGTERM ends a command."""
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,10 @@ from typing import Any, NoReturn
 import click
 
 from paft_merge.engine.options import MergeOptions, parse_size
-from paft_merge.errors import Problem
+from paft_merge.errors import Problem, escape
+
+COMMAND = "paft_merge.command"
+"""Key of `click.Context.meta` for the command line as it was given, quoted for a shell."""
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
@@ -61,6 +65,20 @@ def warn(problems: Sequence[Problem]) -> None:
     """Print warnings on stderr."""
     for problem in problems:
         click.echo(line("warning", problem), err=True)
+
+
+class LineFormatter(logging.Formatter):
+    """Formats log records like `warn` does; the code is that of the record's `Problem`, else names its package."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`warning[CODE]: message`; `info: message` below that level."""
+        kind = record.levelname.lower()
+        given = record.args if isinstance(record.args, tuple) else ()
+        problem = next((one for one in given if isinstance(one, Problem)), None)
+        package = record.name.removeprefix("paft_merge.").partition(".")[0].upper()
+        code = "" if record.levelno < logging.WARNING else f"[{problem.code if problem else package}]"
+        text = f"{kind}{code}: {escape(record.getMessage())}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 @contextmanager

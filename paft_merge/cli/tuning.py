@@ -21,33 +21,42 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
-    "--trials", type=click.IntRange(1), help="Trials in all, earlier ones in RUN_DIR counted. Default: the recipe's."
+    "--trials",
+    type=click.IntRange(1),
+    help="Number of trials in all, with the recipe as it is and earlier ones in RUN_DIR. Default: the recipe's.",
 )
 @set_option
 @click.option("--quiet", is_flag=True, help="No lines about the trials.")
 def tune(recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, ...], quiet: bool) -> None:
-    """Search weights, densities and the like of RECIPE's merge for the highest metric of its `tune:` section.
+    """Search weights, densities and other parameters of RECIPE's merge for the highest metric of its `tune:` section.
 
-    Adapters are trained once, in RUN_DIR. Writes best.yaml, tune.png and trials.csv there; started again, it goes on.
+    The first trial is the recipe as it is. Adapters are trained once, in RUN_DIR. Writes best.yaml, tune.png and
+    trials.csv there. Started again, it continues.
     """
     silence_libraries()
     from paft_merge.pipeline.tuning import tune as search
 
-    with resume_hint(recipe, folder, "tune"), sigterm_as_interrupt(), _lines(quiet) as progress:
+    with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as progress:
         found = search(recipe, folder, overrides=overrides, trials=trials, progress=progress)
     if not quiet:
-        click.echo(f"best of {len(found.trials)}: {found.best.value:.4f} {dict(found.best.parameters)}", err=True)
+        best, count = found.best, len(found.trials)
+        said = "the recipe as it is; no other trial is better" if best.is_recipe else _parameters(best)
+        own = next(trial.value for trial in found.trials if trial.is_recipe)
+        against = "" if best.is_recipe else f" (the recipe as it is: {own:.4f})"
+        click.echo(f"best of {count}: trial {best.number}, {best.value:.4f}{against}  {said}", err=True)
     click.echo(found.recipe)
 
 
 @contextmanager
 def _lines(quiet: bool) -> Iterator[Callable[[Trial, int, int], None]]:
-    def tell(trial: Trial, done: int, total: int) -> None:
+    def show(trial: Trial, done: int, total: int) -> None:
         if not quiet:
-            chosen = ", ".join(
-                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.parameters.items()
-            )
-            click.echo(f"trial {done}/{total}: {trial.value:.4f}  {chosen}", err=True)
+            said = "the recipe as it is" if trial.is_recipe else _parameters(trial)
+            click.echo(f"trial {trial.number}/{total}: {trial.value:.4f}  {said}", err=True)
             sys.stderr.flush()
 
-    yield tell
+    yield show
+
+
+def _parameters(trial: Trial) -> str:
+    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.parameters.items())

@@ -16,20 +16,23 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import filter as filter_names
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from paft_merge.errors import HubError
 from paft_merge.hub.faults import asking, problem_of, root_of, transport_error
 from paft_merge.recipe import ModelRef
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Kind = Literal["any", "model", "adapter", "side"]
 """What of a repository is wanted: it may hold a model, an adapter, or both; `side` is what stands beside the weights."""
@@ -55,6 +58,7 @@ HF = "hf://"
 CONNECTIONS = 8
 _ATTEMPTS = 5
 _CHUNK_BYTES = 4 * 2**20
+_UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -255,20 +259,33 @@ def _ask(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool
     """Ask the Hub what the revision is and what it holds, and bring the small files."""
     from huggingface_hub import HfApi, snapshot_download
 
-    with asking(where):
-        info = HfApi().model_info(path, revision=revision, files_metadata=True)
-        files = {
-            s.rfilename: RepoFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "")
-            for s in info.siblings or ()
-        }
+    info = _retried(where, lambda: HfApi().model_info(path, revision=revision, files_metadata=True))
+    files = {
+        s.rfilename: RepoFile(
+            s.rfilename, _UNKNOWN if s.size is None else s.size, s.lfs.sha256 if s.lfs else s.blob_id or ""
+        )
+        for s in info.siblings or ()
+    }
     _refuse_names(files, where)
-    commit, small = str(info.sha), _small(files)
-    with asking(where):
-        patterns = [glob.escape(name) for name in small]
-        # A repository id may have moved; what came is where the Hub's own client puts it.
-        folder = Path(snapshot_download(path, revision=commit, allow_patterns=patterns or ["config.json"]))
+    commit, small = str(info.sha), [glob.escape(name) for name in _small(files)] or ["config.json"]
+    # A repository may have been renamed; the Hub's client chooses the folder.
+    folder = Path(_retried(where, lambda: snapshot_download(path, revision=commit, allow_patterns=small)))
     folder.mkdir(parents=True, exist_ok=True)
-    return _look(folder, where, path, commit, revision, files, kind, unpickle)
+    found = _look(folder, where, path, commit, revision, files, kind, unpickle)
+    return replace(found, missing=tuple(_with_size(file, path, commit, where) for file in found.missing))
+
+
+def _with_size(file: RepoFile, repo_id: str, commit: str, where: str) -> RepoFile:
+    """The file with its size, asked for where the listing has none."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if file.size != _UNKNOWN:
+        return file
+    url, where = hf_hub_url(repo_id, file.name, revision=commit), f"{where}: {file.name}"
+    size = _retried(where, lambda: get_hf_file_metadata(url)).size
+    if size is None:
+        raise HubError.of("HUB_ERROR", where, "the Hub does not report its size", "try again later")
+    return replace(file, size=size)
 
 
 def _look(
@@ -336,30 +353,33 @@ def _small(files: Iterable[str]) -> list[str]:
     return [n for n in (*top, *templates) if not any(fnmatch(n, p) for p in _NOT_NEEDED)]
 
 
-def _weights(
-    folder: Path, files: Collection[str], kind: Kind, unpickle: bool, *, absent: bool = False
-) -> list[str]:  # fmt: skip
-    """The files of `files` that hold the tensors, as `Checkpoint.open` would choose them; with `absent`, others too."""
+def _weights(folder: Path, files: Collection[str], kind: Kind, unpickle: bool, *, absent: bool = False) -> list[str]:
+    """The files that hold the tensors, as `Checkpoint.open` chooses them; `absent` adds those that only the index names."""
     top = [name for name in files if "/" not in name]
-    adapter = [_ADAPTER] if kind != "model" and _ADAPTER in top else []
+    adapter = [_ADAPTER] if _ADAPTER in top else []
     if kind == "side":
         return []
-    if kind == "adapter" or (adapter and "config.json" not in top):
+    if kind == "adapter" or (kind == "any" and adapter and "config.json" not in top):
         return adapter
-    tensors = [n for n in top if n.endswith(".safetensors") and not n.startswith(("consolidated", "adapter_model"))]
+    found = _model_files(folder, top, unpickle)
+    found = [name for name in found if absent or name in files]
+    # An adapter in place of the wanted model is fetched too, so that the message can name it.
+    return found if found and kind == "model" else [*adapter, *found]
+
+
+def _model_files(folder: Path, top: Sequence[str], unpickle: bool) -> list[str]:
+    """The weights of a model: files with a standard name, else any other safetensors, else pickles with `unpickle`."""
     for stem in _STEMS:
         index, single = f"{stem}.safetensors{_INDEX}", f"{stem}.safetensors"
         if index in top or single in top:
             shards = _shards(folder / index) if index in top else []
-            chosen = dict.fromkeys([*shards, *([single] if single in top else [])])
-            return [*adapter, *(n for n in chosen if absent or n in files)]
-    if tensors:
-        return [*adapter, *tensors]
-    if unpickle:
-        index = f"pytorch_model.bin{_INDEX}"
-        shards = [n for n in top if n.startswith("pytorch_model-") and n.endswith(".bin")] if index in top else []
-        return [*adapter, *([index, *shards] if shards else [n for n in top if n == "pytorch_model.bin"])]
-    return [_ADAPTER] if _ADAPTER in top else []  # for a model that was wanted, so that it can be said what there is
+            return list(dict.fromkeys([*shards, *(name for name in top if name == single)]))
+    tensors = [n for n in top if n.endswith(".safetensors") and not n.startswith(("consolidated", "adapter_model"))]
+    if tensors or not unpickle:
+        return tensors
+    index = f"pytorch_model.bin{_INDEX}"
+    shards = filter_names(top, "pytorch_model-*.bin") if index in top else []
+    return [index, *shards] if shards else filter_names(top, "pytorch_model.bin")
 
 
 def _shards(index: Path) -> list[str]:
@@ -395,32 +415,39 @@ def _is_offline() -> bool:
 
 
 def _bring(repo_id: str, commit: str, where: str, file: RepoFile) -> None:
-    """Fetch one file into the cache, and again when the connection breaks in a way that the client does not mend."""
+    """Fetch one file into the cache and check it; one that is not as listed is removed and fetched again."""
     from huggingface_hub import hf_hub_download
+
+    where = f"{where}: {file.name}"
+    for _ in range(_ATTEMPTS):
+        path = Path(_retried(where, lambda: hf_hub_download(repo_id, file.name, revision=commit)))
+        if _is_whole(path, file):
+            return
+        with suppress(FileNotFoundError):
+            path.resolve().unlink()
+        path.unlink(missing_ok=True)
+    what = "the bytes received differ from what the Hub lists (sha256)"
+    raise HubError.of("HUB_CORRUPT", where, what, "try again later, or through another network")
+
+
+def _retried(where: str, call: Callable[[], T]) -> T:
+    """Ask the Hub; again, with growing pauses, after a broken connection or a status of 500 and above."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for attempt in range(_ATTEMPTS):
-        last = attempt == _ATTEMPTS - 1
+    for attempt in range(_ATTEMPTS - 1):
         try:
-            with asking(f"{where}: {file.name}"):
-                path = Path(hf_hub_download(repo_id, file.name, revision=commit))
+            with asking(where):
+                return call()
         except HubError as error:
             cause = root_of(error.__cause__ or error)
-            passing = isinstance(cause, transport_error()) and not isinstance(cause, HfHubHTTPError)
-            cut = isinstance(cause, OSError) and "Consistency check failed" in str(cause)
             status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
-            if last or not (passing or cut or status >= 500):
+            broken = isinstance(cause, transport_error()) and not isinstance(cause, HfHubHTTPError)
+            if not (broken or status >= 500 or "Consistency check failed" in str(cause)):
                 raise
             log.info("%s", error)
             time.sleep(pause(attempt))
-            continue
-        if _is_whole(path, file):
-            return
-        with suppress(FileNotFoundError):  # what came under this name is not what the Hub says it is
-            path.resolve().unlink()
-        path.unlink(missing_ok=True)
-    what = "what arrives is not what the Hub lists (its sha256 differs)"
-    raise HubError.of("HUB_CORRUPT", f"{where}: {file.name}", what, "try again later, or through another network")
+    with asking(where):
+        return call()
 
 
 def pause(attempt: int) -> float:

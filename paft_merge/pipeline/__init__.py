@@ -19,10 +19,11 @@ not done yet. `plan` does the first half only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paft_merge.errors import RecipeError, RunError
+from paft_merge.hub import download
 from paft_merge.pipeline.execution import Event, Executor, OnEvent
 from paft_merge.pipeline.preflight import check_adapters, check_run, check_task_data, check_training
 from paft_merge.pipeline.results_table import Table
@@ -47,7 +48,7 @@ class Planned:
     @property
     def steps(self) -> tuple[Step, ...]:
         """All steps, in the order of the stages."""
-        return tuple(sorted(self.planner.steps.values(), key=lambda step: STAGES.index(step.stage)))
+        return self.planner.ordered
 
     def why(self, step: Step) -> str:
         """Why a step will be done; empty when it will not."""
@@ -89,26 +90,31 @@ def plan(
     if loaded is not None:
         with problems.catching():
             check_run(loaded)
-        if problems.found and not any(problem.code == "BASE" for problem in problems.found):
+        if problems.found:
             with problems.catching():
-                check_adapters(loaded, loaded.adapters)
+                check_adapters(loaded, loaded.adapters, base=not any(p.code == "BASE" for p in problems.found))
     problems.raise_as(RecipeError)
     assert loaded is not None
     planner, state = Planner.plan(loaded, Path(folder)), State.read(Path(folder))
-    steps = sorted(planner.steps.values(), key=lambda step: STAGES.index(step.stage))
+    todo = _todo(planner, state, start, only)
+    check_training(loaded, todo)
+    check_task_data(loaded, todo)
+    return Planned(loaded, planner, state, todo)
+
+
+def _todo(planner: Planner, state: State, start: Stage | None, only: Stage | None) -> tuple[Step, ...]:
+    """The steps to do, in order; RunError STAGE when `start` or `only` is not possible."""
+    steps = planner.ordered
     there = {step.stage for step in steps}
     for stage in (start, only):
         if stage is not None and stage not in there:
             fix = f"its stages are {', '.join(s for s in STAGES if s in there)}"
-            raise RunError.of("STAGE", recipe, f"has no stage {stage}", fix)
+            raise RunError.of("STAGE", planner.recipe.file, f"has no stage {stage}", fix)
     again = STAGES[STAGES.index(start) :] if start else ()
     todo = [s for s in steps if s.stage in again or not state.finished(s)]
     if only is not None:
         _check_before(steps, only, state)
-        todo = [step for step in todo if step.stage == only]
-    check_training(loaded, todo)
-    check_task_data(loaded, todo)
-    return Planned(loaded, planner, state, tuple(todo))
+    return tuple(step for step in todo if only in (None, step.stage))
 
 
 def _check_before(steps: Sequence[Step], only: Stage, state: State) -> None:
@@ -153,7 +159,10 @@ def run(
         raise RunError.of("OUTPUT", out, "is a file", "name a folder")
     ready = plan(recipe, folder, overrides=overrides, start=start, only=only)
     with locked(out):
+        state = State.read(out)  # again: another run may have finished between the plan and the lock
+        ready = replace(ready, state=state, todo=_todo(ready.planner, state, start, only))
         planned(ready)
+        download(list(ready.planner.existing.values()))
         (out / "recipe.yaml").write_text(
             ready.recipe.located.text or dump_yaml(ready.recipe.located.data), encoding="utf-8"
         )

@@ -59,7 +59,7 @@ class Arm:
 
 def roles(recipe: RunRecipe) -> tuple[str | None, str | None]:
     """The adapter that teaches the skill, and the one that teaches the preference."""
-    compare = recipe.compare or CompareSpec()
+    compare = recipe.compare or CompareSpec()  # an existing adapter has a role only where `compare` names it
     first = [name for name, spec in recipe.adapters.items() if spec.objective in ("sft", "ift")]
     then = [name for name, spec in recipe.adapters.items() if spec.objective not in ("sft", "ift", "orpo")]
     return compare.skill or next(iter(first), None), compare.preference or next(iter(then), None)
@@ -68,19 +68,39 @@ def roles(recipe: RunRecipe) -> tuple[str | None, str | None]:
 def skills(recipe: RunRecipe) -> dict[str, Variant]:
     """The variants of the skill adapter that are compared, by `dense` or `l1`."""
     skill, _ = roles(recipe)
-    if recipe.compare is None or skill not in recipe.adapters:
+    if recipe.compare is None or skill is None or skill not in recipe.names:
         return {}
-    assert skill is not None
+    if skill in recipe.existing:
+        return {"dense": Variant(skill)}
     spec = recipe.adapters[skill]
     sparse = bool(spec.l1 or spec.trim)
     there = {"dense": Variant(skill, dense=sparse), **({"l1": Variant(skill)} if sparse else {})}
     return {key: there[key] for key in (recipe.compare.sft or there) if key in there}
 
 
-def trained_for(recipe: RunRecipe) -> list[Variant]:
-    """Every adapter that is trained from the base."""
-    own = [Variant(name) for name in recipe.adapters]
+def variants_of(recipe: RunRecipe) -> list[Variant]:
+    """Every adapter on the base: those of the recipe, and the dense twin of the skill adapter where it is compared."""
+    own = [Variant(name) for name in recipe.names]
     return list(dict.fromkeys([*own, *skills(recipe).values()]))
+
+
+def arms_wanted(recipe: RunRecipe) -> list[str]:
+    """The arms of the comparison. The default leaves out `sequential` where existing adapters make it impossible."""
+    if recipe.compare is None:
+        return []
+    skill, preference = roles(recipe)
+    possible = not recipe.existing or (skill is not None and preference in recipe.adapters)
+    if possible or "arms" in recipe.compare.model_fields_set:
+        return list(recipe.compare.arms)
+    return [arm for arm in recipe.compare.arms if arm != "sequential"]
+
+
+def merged_together(recipe: RunRecipe) -> dict[str, list[Variant]]:
+    """The adapters that `parallel` merges: the skill (by `dense` or `l1`) and the preference, else all of the recipe."""
+    skill, preference = roles(recipe)
+    if skill and preference:
+        return {key: [variant, Variant(preference)] for key, variant in skills(recipe).items()}
+    return {"": [Variant(name) for name in recipe.names]}
 
 
 def check_compare(recipe: RunRecipe, problems: Problems) -> None:
@@ -88,17 +108,23 @@ def check_compare(recipe: RunRecipe, problems: Problems) -> None:
     compare = recipe.compare
     if compare is None:
         return
-    names = list(recipe.adapters)
+    names = list(recipe.names)
     for key in ("skill", "preference"):
         named = getattr(compare, key)
         if named is not None and named not in names:
             fix = did_you_mean(named, names) or f"adapters are {', '.join(names)}"
             problems.add("COMPARE", recipe.where("compare", key), f"no adapter {named!r}", fix)
     skill, preference = roles(recipe)
-    both = {"sequential", "parallel"} & set(compare.arms)
-    if both and (skill is None or preference is None):
-        what = f"{' and '.join(sorted(both))} need an adapter for the skill and one for the preference"
-        problems.add("COMPARE", recipe.where("compare"), what, "name them with skill: and preference:")
+    arms, where = arms_wanted(recipe), recipe.where("compare")
+    if "sequential" in arms and recipe.existing and preference not in recipe.adapters:
+        done = preference or "each adapter of this recipe"
+        what = f"sequential trains the preference adapter on the merged skill model, and {done} exists already"
+        problems.add("COMPARE", where, what, "leave sequential out of arms")
+    elif "sequential" in arms and (skill is None or preference is None):
+        what = "sequential needs an adapter for the skill and one for the preference"
+        problems.add("COMPARE", where, what, "name them with skill: and preference:")
+    elif "parallel" in arms and len(names) < 2:
+        problems.add("COMPARE", where, "parallel merges adapters, and there is only one", "leave parallel out of arms")
     elif skill in recipe.adapters and "l1" in (compare.sft or ()):
         spec = recipe.adapters[str(skill)]
         if not (spec.l1 or spec.trim):
@@ -107,27 +133,30 @@ def check_compare(recipe: RunRecipe, problems: Problems) -> None:
 
 
 def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple[str | int, ...]]]:
-    """Every merge recipe under `compare: {methods: ...}`: its name, itself, and where it stands."""
-    if recipe.compare is None or "parallel" not in recipe.compare.arms:
+    """Yield every merge recipe under `compare: {methods: ...}`: its name, the recipe, and its key path."""
+    if recipe.compare is None or "parallel" not in arms_wanted(recipe):
         return
-    skill, preference = roles(recipe)
+    names = [variant.adapter for variant in next(iter(merged_together(recipe).values()))]
     seen = dict[str, int]()
     for at, given in enumerate(recipe.compare.methods):
+        if given == "slerp" and len(names) != 2 and "methods" not in recipe.compare.model_fields_set:
+            continue  # a default that takes exactly two models
         written: dict[str, Any] = dict(given) if isinstance(given, dict) else {"merge_method": given}
         method = str(written["merge_method"])
         name = str(written.pop("name", None) or method)
         seen[name] = seen.get(name, 0) + 1
         known = MERGES.get(method, {}) if isinstance(given, str) else {}
         if "models" not in written and "slices" not in written:
-            weight = known.get("weight") if isinstance(given, str) else MERGES.get(method, {}).get("weight")
+            weight = MERGES.get(method, {}).get("weight")
+            weight = 1 / len(names) if weight == 0.5 else weight
             written["models"] = [
                 {"model": model, **({"parameters": {"weight": weight}} if weight is not None else {})}
-                for model in (skill, preference)
+                for model in names
             ]
         if known.get("parameters"):
             written["parameters"] = dict(known["parameters"])
         if method == "slerp" and "base_model" not in written:
-            written["base_model"] = skill
+            written["base_model"] = names[0]
         for key in ("out_dtype", "dtype", "rounding", "seed"):
             if recipe.merge is not None and key in recipe.merge.data and key not in written:
                 written[key] = recipe.merge.data[key]

@@ -8,10 +8,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError, PaftMergeError, Problem
@@ -19,6 +19,9 @@ from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
 from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train, labels
 from paft_merge.training.run_folder import DONE_FILE, write_json
+
+if TYPE_CHECKING:
+    from paft_merge.auditing.report.audit import Audit as AuditReport
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Executor:
                     if any(r["stage"] == s and r["state"] == "done" for r in self.state.steps.values())
                 ]
                 what = f"stage {stage} stopped; finished steps ({', '.join(finished) or 'none yet'}) are kept in {self.folder}"
-                fix = "mend it, then give the same command again: it goes on from there"
+                fix = "fix it and rerun the same command; it resumes here"
                 raise type(error)([*error.problems, Problem("RUN", "", what, fix)], error.warnings) from error
 
     @contextmanager
@@ -171,6 +174,7 @@ class Executor:
                     require=spec.require,
                     fetch_base=True,
                 )
+                done = _relabelled(done, dict(zip(job.sources, job.names, strict=True)))
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "audit.json").write_text(done.dumps() + "\n", encoding="utf-8")
                 if spec.html:
@@ -186,12 +190,13 @@ class Executor:
         from paft_merge.engine.api import merge
 
         def keep(step: Step, names: Mapping[str, str], told: list[str], problems: Sequence[Problem]) -> None:
-            # The arms of a comparison warn into run.json and the log alone.
+            # The merges of a comparison warn only in run.json and the log file.
             own = step.name.rpartition("/")[2] == "merged"
             for problem in problems:
-                text = _renamed(str(problem), names)
-                log.log(logging.WARNING if own else logging.INFO, "%s: %s", step.name, text)
-                told.append(text)
+                where, what, fix = (_renamed(text, names) for text in (problem.where, problem.what, problem.fix))
+                told.append(str(Problem(problem.code, where, what, fix)))
+                shown = Problem(problem.code, f"{step.name}: {where}" if where else step.name, what, fix)
+                log.log(logging.WARNING if own else logging.INFO, "%s", shown)
 
         for step in steps:
             job, out = step.job, step.out
@@ -282,6 +287,17 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
     for long in sorted(names, key=len, reverse=True):
         text = text.replace(long, names[long])
     return text
+
+
+def _relabelled(done: AuditReport, names: Mapping[str, str]) -> AuditReport:
+    """An audit whose sources are called as the recipe calls them, by the paths that were audited."""
+    labels = {
+        s.label: next((n for place, n in names.items() if s.header.source.endswith(place)), s.label)
+        for s in done.sources
+    }
+    sources = [replace(s, header=replace(s.header, label=labels[s.label])) for s in done.sources]
+    pairs = [replace(p, left=labels[p.left], right=labels[p.right]) for p in done.pairs]
+    return replace(done, sources=tuple(sources), pairs=tuple(pairs))
 
 
 def _facts(step: Step) -> dict[str, Any]:

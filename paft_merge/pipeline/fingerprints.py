@@ -9,6 +9,8 @@ from typing import Any
 
 import xxhash
 
+from paft_merge.hub import SIDE_FILES
+
 _CHUNK = 8 << 20
 _NO_PART = (".part", ".lock", ".tmp")
 
@@ -43,6 +45,11 @@ class Prints:
         if real not in self.known:
             self.known[real] = file_print(real) if real.is_file() else key_of(files=dict(self._below(real)))
         return self.known[real]
+
+    def of_adapter(self, folder: Path) -> str:
+        """Digest of an adapter's own files: its config, weights and tokenizer, without checkpoints and optimizer states."""
+        files = {p for pattern in ("adapter_*", *SIDE_FILES) for p in folder.glob(pattern) if p.is_file()}
+        return key_of(files={p.name: self.of(p) for p in files})
 
     def _below(self, folder: Path) -> Iterable[tuple[str, str]]:
         for path in sorted(folder.rglob("*")):

@@ -12,8 +12,8 @@ from typing import Any
 
 from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError
 from paft_merge.evaluating import HARNESS, check_evaluate
-from paft_merge.hub import is_repository
-from paft_merge.pipeline.arms import check_compare, merges_of, trained_for
+from paft_merge.hub import is_repository, resolve
+from paft_merge.pipeline.arms import check_compare, merges_of, variants_of
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
 from paft_merge.recipe import load_recipe
@@ -29,6 +29,7 @@ def check_run(recipe: RunRecipe) -> None:
     problems = Problems()
     check_compare(recipe, problems)
     _check_base(recipe, problems)
+    _check_existing(recipe, problems)
     if not problems.found:
         _check_merges(recipe, problems)
     _check_audit(recipe, problems)
@@ -56,9 +57,32 @@ def _check_base(recipe: RunRecipe, problems: Problems) -> None:
         if not (base / "config.json").is_file():
             problems.add("BASE", where, f"{recipe.base} has no config.json", "name a model folder")
     elif not is_repository(recipe.base):
-        problems.add(
-            "BASE", where, f"{recipe.base} is no folder here, and no name of a Hub repository", "check the path"
-        )
+        what = f"{recipe.base} is not a Hub repository, and was {_neither(recipe)}"
+        problems.add("BASE", where, what, "check the path")
+
+
+def _check_existing(recipe: RunRecipe, problems: Problems) -> None:
+    """Find the adapters that exist, and check from headers that each fits the base."""
+    from paft_merge.engine.api import open_plan
+
+    for name, spec in recipe.existing.items():
+        with _at(recipe, ("adapters", name), problems):
+            if not Path(spec.path).exists() and not is_repository(spec.path):
+                raise RunError.of("NOT_FOUND", spec.path, _neither(recipe), "check the path")
+            found = resolve(spec.path, spec.revision, kind="adapter")
+            if not (found.folder / "adapter_config.json").is_file():
+                raise RunError.of("ADAPTER", spec.path, "has no adapter_config.json", "name a PEFT adapter")
+            model = {"model": {"path": recipe.base}, "lora": {"path": spec.path, "revision": spec.revision}}
+            one = {"model": model, "parameters": {"weight": 1.0}}
+            with open_plan(
+                {"merge_method": "task_arithmetic", "base_model": recipe.base, "models": [one]}, stream_from_hub=True
+            ):
+                pass
+
+
+def _neither(recipe: RunRecipe) -> str:
+    """Where a relative path was looked for."""
+    return f"found neither beside the recipe ({recipe.folder.resolve()}) nor in the working directory ({Path.cwd()})"
 
 
 def _check_merges(recipe: RunRecipe, problems: Problems) -> None:
@@ -69,7 +93,7 @@ def _check_merges(recipe: RunRecipe, problems: Problems) -> None:
 
 
 def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | int, ...], problems: Problems) -> None:
-    paths = {name: Path("adapters") / name for name in recipe.adapters}
+    paths = {name: {"path": f"adapters/{name}"} for name in recipe.names}
     resolved = resolved_merge(data, paths, recipe)
     # The lines of a whole recipe are its own; of a method's bare name (or of one by default), that of the name.
     whole = isinstance(_value_at(recipe.located.data, steps), dict)
@@ -78,7 +102,7 @@ def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | i
     with problems.catching():
         load_recipe(located, strict=True)
     for place in references(resolved):
-        if Path(place).exists() or place == recipe.base or place in map(str, paths.values()):
+        if Path(place).exists() or place == recipe.base or place.removeprefix("adapters/") in paths:
             continue
         if "/" in place and is_repository(place):
             continue
@@ -86,7 +110,8 @@ def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | i
             did_you_mean(place, paths)
             or f"adapters are {', '.join(paths) or 'none'}; a model is a folder or OWNER/NAME"
         )
-        problems.add("MODEL", _spot_of(recipe, data, steps, place), f"{place!r} is no adapter and no folder here", fix)
+        what = f"{place!r} is not an adapter of the recipe, and was {_neither(recipe)}"
+        problems.add("MODEL", _spot_of(recipe, data, steps, place), what, fix)
 
 
 def _value_at(data: Any, steps: KeyPath) -> Any:
@@ -114,7 +139,7 @@ def _check_audit(recipe: RunRecipe, problems: Problems) -> None:
         return
     from paft_merge.auditing.report.gate import METRICS, Requirement
 
-    names = [variant.name for variant in trained_for(recipe)]
+    names = [variant.name for variant in variants_of(recipe)]
     for at, text in enumerate(recipe.audit.require):
         with _at(recipe, ("audit", "require", at), problems):
             wanted = Requirement.parse(text)
@@ -145,8 +170,13 @@ def check_training(recipe: RunRecipe, steps: Sequence[Step]) -> None:
     check_adapters(recipe, [step.job.adapter.removesuffix("-dense") for step in steps if isinstance(step.job, Train)])
 
 
-def check_adapters(recipe: RunRecipe, names: Iterable[str]) -> None:
+def check_adapters(recipe: RunRecipe, names: Iterable[str], *, base: bool = True) -> None:
     """Check what training adapters needs: packages, TRL's and PEFT's fields, targets, data sets.
+
+    Args:
+        recipe: the recipe.
+        names: adapters to check.
+        base: check against the base too; False where the base itself cannot be used.
 
     Raises:
         RecipeError: everything that is wrong, by adapter.
@@ -154,7 +184,7 @@ def check_adapters(recipe: RunRecipe, names: Iterable[str]) -> None:
     problems = Problems()
     for name in dict.fromkeys(names):
         with _at(recipe, ("adapters", name), problems):
-            _check_adapter(recipe, name)
+            _check_adapter(recipe, name, base)
     problems.raise_as(RecipeError)
 
 
@@ -175,7 +205,7 @@ def check_task_data(recipe: RunRecipe, steps: Sequence[Step]) -> None:
     problems.raise_as(RecipeError)
 
 
-def _check_adapter(recipe: RunRecipe, name: str) -> None:
+def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
     from importlib.util import find_spec
 
     missing = [package for package in ("trl", "datasets") if find_spec(package) is None]
@@ -192,17 +222,23 @@ def _check_adapter(recipe: RunRecipe, name: str) -> None:
         training_arguments(spec, Path("checkpoints"), name)
     with problems.catching():
         lora_config(spec)
-        _check_targets(recipe, name)
+        if base:
+            _check_targets(recipe, name)
     for reward in spec.reward:
         if reward.function:
             with problems.catching():
                 load_function(reward.function, recipe.folder)
-    with problems.catching():
-        tokenizer = load_tokenizer(recipe.base, spec, recipe.folder)
-        for key, sources in (("data", spec.data), ("eval_data", spec.eval_data or [])):
-            if sources:
+    rows: dict[str, Any] = {}
+    for key, sources in (("data", spec.data), ("eval_data", spec.eval_data)):
+        if sources:
+            with problems.catching():
+                rows[key] = data.load_rows(sources, recipe.folder)
+    if base:
+        with problems.catching():
+            tokenizer = load_tokenizer(recipe.base, spec, recipe.folder)
+            for key, loaded in rows.items():
                 with problems.catching():
-                    data.check_rows(data.load_rows(sources, recipe.folder), spec, tokenizer, key)
+                    data.check_rows(loaded, spec, tokenizer, key)
     problems.raise_as(RunError)
 
 

@@ -98,10 +98,10 @@ class Table:
         return cls(columns, rows, seeds, {column: _direction(column, spec) for column in columns})
 
     def best(self, column: str) -> float | None:
-        """The best mean of a column."""
+        """The best mean of a column; None where there is nothing to compare."""
         means = [row.cells[column].mean for row in self.rows if column in row.cells]
         sign = self.better[column]
-        return sign * max(sign * mean for mean in means) if means and sign else None
+        return sign * max(sign * mean for mean in means) if len(means) > 1 and sign else None
 
     def verdicts(self) -> list[str]:
         """What the numbers say, in sentences: the alignment tax, and how merging compares with training in sequence."""
@@ -211,10 +211,14 @@ class Table:
         return f"**{cell}**" if cell.mean == self.best(column) else str(cell)
 
     def write(self, folder: Path) -> None:
-        """Write `table.md`, `table.csv` and `table.json`."""
-        (folder / "table.md").write_text(self.to_markdown(), encoding="utf-8")
-        (folder / "table.csv").write_text(self.to_csv(), encoding="utf-8")
-        (folder / "table.json").write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        """Write `table.md`, `table.csv` and `table.json`; remove them when nothing was evaluated."""
+        as_json = json.dumps(self.to_json(), indent=2) + "\n"
+        for suffix, text in {"md": self.to_markdown(), "csv": self.to_csv(), "json": as_json}.items():
+            path = folder / f"table.{suffix}"
+            if self.rows:
+                path.write_text(text, encoding="utf-8")
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _kind(name: str) -> str:

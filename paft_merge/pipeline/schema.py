@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,9 +13,9 @@ from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
 from paft_merge.pipeline.overrides import overridden
-from paft_merge.recipe.sections import Section, as_list, read_section
+from paft_merge.recipe.sections import Section, as_list, beside_recipe, read_section
 from paft_merge.recipe.yaml_source import Located, did_you_mean, load_yaml, show
-from paft_merge.training.schema import AdapterSpec, read_adapters
+from paft_merge.training.schema import AdapterSpec, is_existing, read_adapters
 
 Stage = Literal["train", "audit", "merge", "evaluate", "push"]
 STAGES: tuple[Stage, ...] = ("train", "audit", "merge", "evaluate", "push")
@@ -25,6 +25,15 @@ Arms = Literal["base", "individual", "sequential", "parallel"]
 PAPER_METHODS = ("slerp", "ties", "dare_ties", "task_arithmetic", "linear")
 """The five methods of PAFT's tables."""
 OUR_METHODS = ("l1_ties", "sign_election")
+
+
+class ExistingAdapter(Section):
+    """An entry of `adapters:` that exists already: it is audited, merged and compared, but not trained."""
+
+    path: str
+    """Folder, or name of a Hub repository."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository."""
 
 
 class AuditSpec(Section):
@@ -107,6 +116,9 @@ class RunRecipe:
     base: str
     """As `from_pretrained` takes it: a folder beside the recipe as an absolute path, or the name as written."""
     adapters: Mapping[str, AdapterSpec]
+    """The adapters that the run trains."""
+    existing: Mapping[str, ExistingAdapter]
+    """The adapters that exist already; local paths are absolute."""
     merge: Located | None
     """mergekit's language; a name of `adapters` means the base with that adapter."""
     audit: AuditSpec | None
@@ -118,8 +130,13 @@ class RunRecipe:
 
     @property
     def folder(self) -> Path:
-        """Where relative paths start."""
+        """The recipe's folder, where relative paths are looked for first."""
         return self.file.parent
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All adapters, trained and existing, in the recipe's order."""
+        return tuple(map(str, self.located.data.get("adapters") or ()))
 
     def where(self, *steps: str | int) -> str:
         """Where a key stands, for a message."""
@@ -149,13 +166,16 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
         The recipe, so that the rest of it can be checked too; None where base, adapters or merge are at fault.
 
     Raises:
-        RecipeError: it is no YAML mapping, or an override leads nowhere.
+        RecipeError: it is not a YAML mapping, it is a recipe for `paft merge`, or an override has no place in it.
     """
     file, problems = Path(recipe), Problems()
     located = load_yaml(file)
     if not isinstance(located.data, dict):
         what = "the recipe is empty" if located.data is None else f"a recipe is a mapping, got {show(located.data)}"
         raise RecipeError.of("RECIPE", located.spot(), what, "begin with base_model: ...")
+    if "merge_method" in located.data:
+        where = located.spot(("merge_method",))
+        raise RecipeError.of("RECIPE", where, "this is a merge recipe, not a run recipe", "use paft merge")
     located = overridden(located, overrides)
     # `compare: false`, or --set compare=false, leaves a section out.
     data: dict[str, Any] = {key: value for key, value in located.data.items() if value is not False}
@@ -170,6 +190,7 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
             "BASE", located.spot(("base_model",)), "no base_model", "name the model that everything starts from"
         )
     adapters: dict[str, AdapterSpec] = {}
+    existing: dict[str, ExistingAdapter] = {}
     merge = located.sub("merge") if "merge" in data else None
     if merge is not None and not isinstance(merge.data, dict):
         problems.add(
@@ -177,8 +198,9 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
         )
     if "adapters" in data:
         with problems.catching():
+            existing = _existing(located, file.parent, problems)
             adapters = read_adapters(located)
-            _check_names(adapters, located, problems)
+            _check_names((*adapters, *existing), located, problems)
     sound = not problems.found
     found: dict[str, Any] = dict.fromkeys(_SECTIONS)
     for key, model in _SECTIONS.items():
@@ -195,20 +217,40 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
     if not sound:
         return None, problems
     read = RunRecipe(
-        located, file, _base(str(base), file.parent), adapters, merge, evaluate=evaluate, seeds=seeds, **found
+        located,
+        file,
+        find_path(str(base), file.parent),
+        adapters,
+        existing,
+        merge,
+        evaluate=evaluate,
+        seeds=seeds,
+        **found,
     )
     return read, problems
 
 
-def _base(name: str, folder: Path) -> str:
-    """The base as everything after takes it."""
-    beside = folder / name
-    return (
-        str((beside if beside.is_dir() else Path(name)).resolve()) if beside.is_dir() or Path(name).is_dir() else name
-    )
+def find_path(name: str, folder: Path) -> str:
+    """A model folder as an absolute path: beside the recipe, else in the working directory; any other name as written."""
+    place = beside_recipe(name, folder)
+    return str(place.resolve()) if place.is_dir() else name
 
 
-def _check_names(adapters: Mapping[str, AdapterSpec], located: Located, problems: Problems) -> None:
+def _existing(located: Located, folder: Path, problems: Problems) -> dict[str, ExistingAdapter]:
+    """The entries of `adapters:` that are a path, or a mapping with `path`."""
+    sections = located.data["adapters"]
+    found = {}
+    for name, section in sections.items() if isinstance(sections, Mapping) else ():
+        if is_existing(section):
+            with problems.catching():
+                at = located.sub("adapters", name)
+                at = replace(at, data={"path": section}) if isinstance(section, str) else at
+                spec = read_section(ExistingAdapter, at)
+                found[str(name)] = spec.model_copy(update={"path": find_path(spec.path, folder)})
+    return found
+
+
+def _check_names(adapters: Iterable[str], located: Located, problems: Problems) -> None:
     for name in adapters:
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
             fix = "letters, digits, '-', '_' and '.'"

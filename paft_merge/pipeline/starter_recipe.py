@@ -1,30 +1,123 @@
-"""`paft init`: a commented recipe to begin with, for a base, data and hardware."""
+"""`paft init`: a commented recipe to start from, for a base, data and hardware, or for adapters that exist."""
 
 from __future__ import annotations
 
+import csv
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from paft_merge.errors import OutputError
+from paft_merge.errors import OutputError, Problems, RecipeError
+from paft_merge.hub import is_repository
+from paft_merge.training.data import LOADERS, WANTED
 
 LARGE_BYTES = 6 << 30
-"""Weights above this are loaded in 4 bits where there is one GPU."""
+"""Weights above this are loaded in 4 bits on a single GPU."""
+
+SUFFIXES = (*LOADERS, ".txt")
+"""Data with such a name is a file, not a Hub data set."""
 
 _DATA = {
     "sft": "my-sft.jsonl # rows with messages, or prompt and completion; or a Hub data set",
-    "dpo": "my-preferences.jsonl # rows with prompt, chosen, rejected; or a Hub data set",
+    "dpo": "my-pairs.jsonl # rows with prompt, chosen, rejected; or a Hub data set",
 }
+_COLUMNS = {"sft": WANTED["text"], "dpo": WANTED["preference"]}
+_READ_CHARS = 1 << 20
+_YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
-def starter(base: str, sft: str | None = None, dpo: str | None = None, gpus: int = 0) -> str:
-    """The text of a recipe for `paft run`.
+def check_given(base: str, sft: str | None = None, dpo: str | None = None, adapters: Sequence[str] = ()) -> None:
+    """Check what `paft init` is given, as far as local files show it.
+
+    Raises:
+        RecipeError: BASE, DATA, ADAPTER: everything that is missing or does not fit, together.
+    """
+    problems = Problems()
+    if Path(base).is_dir():
+        if not (Path(base) / "config.json").is_file():
+            problems.add("BASE", base, "has no config.json", "name a model folder")
+    elif not is_repository(base):
+        problems.add("BASE", base, "not a local folder and not a valid Hub repository name", "check the path")
+    for objective, data in (("sft", sft), ("dpo", dpo)):
+        row = first_row(data, problems) if data else None
+        if row is not None and not _fits(row, objective):
+            swapped = sft and dpo and _fits(row, "dpo" if objective == "sft" else "sft")
+            wanted = " or ".join("+".join(sorted(columns)) for columns in _COLUMNS[objective])
+            fix = "give the SFT data first, then the preference data" if swapped else "rename columns with data.rename"
+            problems.add("DATA", data, f"{objective} needs {wanted}, the columns are {', '.join(sorted(row))}", fix)
+    for adapter in adapters:
+        if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
+            problems.add("ADAPTER", adapter, "has no adapter_config.json", "name the folder of a PEFT adapter")
+        elif not Path(adapter).exists() and not is_repository(adapter):
+            problems.add("ADAPTER", adapter, "not a local folder and not a valid Hub repository name", "check the path")
+    problems.raise_as(RecipeError)
+
+
+def _fits(row: Mapping[str, Any], objective: str) -> bool:
+    return any(columns <= row.keys() for columns in _COLUMNS[objective])
+
+
+def first_row(data: str, problems: Problems) -> dict[str, Any] | None:
+    """The first row of a local JSON or CSV file; None where it cannot be read here, as of a Hub data set."""
+    path = Path(data)
+    if not path.exists():
+        if path.suffix in SUFFIXES:
+            problems.add("DATA", data, "there is no such file", "check the path")
+        return None
+    if not path.is_file() or path.suffix in (".parquet", ".txt"):
+        return None
+    try:
+        with path.open(encoding="utf-8") as file:
+            if path.suffix == ".csv":
+                return dict.fromkeys(csv.DictReader(file).fieldnames or ())
+            text = file.read(_READ_CHARS)
+        row = json.JSONDecoder().raw_decode(text[max(text.find("{"), 0) :])[0]
+    except (OSError, ValueError) as error:
+        problems.add("DATA", data, f"cannot be read: {error}", "write one JSON object per line")
+        return None
+    return row if isinstance(row, dict) else {}
+
+
+def needs_template(base: str, sft: str | None, dpo: str | None) -> bool:
+    """Whether the rows are chats and the base is a local folder without a chat template."""
+    rows = [first_row(data, Problems()) or {} for data in (sft, dpo) if data]
+    chats = any(isinstance(row.get(key), list) for row in rows for key in ("messages", "conversations", "chosen"))
+    folder = Path(base)
+    if not chats or not folder.is_dir() or list(folder.glob("chat_template.*")):
+        return False
+    config = folder / "tokenizer_config.json"
+    return not config.is_file() or '"chat_template"' not in config.read_text(encoding="utf-8")
+
+
+def beside(path: str, out: Path | None) -> str:
+    """A local path as it is written into the recipe `out`: relative to the recipe's folder. Other names stay."""
+    if out is None or not Path(path).exists() or Path(path).is_absolute():
+        return path
+    return Path(os.path.relpath(path, out.parent)).as_posix()
+
+
+def starter(
+    base: str,
+    sft: str | None = None,
+    dpo: str | None = None,
+    gpus: int = 0,
+    *,
+    small: bool = False,
+    template: bool = False,
+) -> str:
+    """The text of a recipe for `paft run` that trains two adapters.
 
     Args:
-        base: A folder or Hub name.
-        sft: File or Hub data set of the skill; a placeholder by default.
-        dpo: The same of the preference.
-        gpus: 0 for a CPU.
+        base: Folder or Hub name, as it is written into the recipe.
+        sft: File or Hub data set for SFT; a placeholder by default.
+        dpo: The same for DPO.
+        gpus: Number of GPUs; 0 for a CPU.
+        small: The base's weights are below `LARGE_BYTES`.
+        template: A chat template has to be named.
     """
-    small = _weight_bytes(base) < LARGE_BYTES
     quantized = gpus == 1 and not small
     dtype = "float32" if gpus == 0 else "bfloat16"
     how = f"{{dtype: {dtype}{', quantization: {load_in_4bit: true}' if quantized else ''}}}"
@@ -32,11 +125,18 @@ def starter(base: str, sft: str | None = None, dpo: str | None = None, gpus: int
     each = max(1, gpus // 2)
     spread = f"\n    processes: {each} # GPUs; the other adapter has the rest" if gpus > 2 else ""
     place = {0: "a CPU", 1: "one GPU"}.get(gpus, f"{gpus} GPUs, on which both adapters train at the same time")
+    named = (
+        "\n    # chat_template: chat.jinja # REQUIRED: the rows are chats and the base has no template;"
+        "\n    #   a Jinja file, or a model whose template is taken"
+        if template
+        else ""
+    )
+    chat = "\n  chat_template: auto # the template of the adapters, which the base lacks" if template else ""
     return f"""\
 # A PAFT run (arXiv:2406.17923) on {place}: a sparse SFT adapter and a DPO adapter, trained in parallel from one base, then merged.
 #
 #   paft run --dry-run THIS_FILE runs/first     # checks everything and shows the steps
-#   paft run THIS_FILE runs/first               # can be stopped; the same command goes on
+#   paft run THIS_FILE runs/first               # can be stopped; the same command resumes
 #
 # Every key is explained in docs/run.md.
 
@@ -45,7 +145,7 @@ base_model: {_quoted(base)}
 adapters:
   sft:
     objective: sft
-    data: {_quoted(sft) if sft else _DATA["sft"]}
+    data: {_quoted(sft) if sft else _DATA["sft"]}{named}
     base: {how}{spread}
     lora: {{r: 16, lora_alpha: 16, lora_dropout: 0.05}}
     l1: {{strength: 1.0e-4}} # PAFT's sparsity; 1.0e-3 is its stronger value
@@ -61,7 +161,7 @@ adapters:
 
   dpo:
     objective: dpo
-    data: {_quoted(dpo) if dpo else _DATA["dpo"]}
+    data: {_quoted(dpo) if dpo else _DATA["dpo"]}{named}
     base: {how}{spread}
     lora: {{r: 16, lora_alpha: 16, lora_dropout: 0.05}}
     training: # any field of TRL's DPOConfig
@@ -83,15 +183,16 @@ merge: # mergekit's language; sft and dpo are the adapters above
   merge_method: l1_ties
   models:
     - {{model: sft, parameters: {{weight: 1.0}}}}
-    - {{model: dpo, parameters: {{weight: 1.0}}}}
+    - {{model: dpo, parameters: {{weight: 1.0}}}} # its learning rate is 40 times lower and its delta may be 100 times smaller:
+    #   the merge then warns (SCALE) and names the weight that balances the two; paft tune searches for it
   parameters: {{trim: {{l1_mass: 0.95}}}}
-  out_dtype: {"float32" if gpus == 0 else "bfloat16"}
+  out_dtype: {"float32" if gpus == 0 else "bfloat16"}{chat}
 
 # evaluate:
 #   suite: open-llm-v1 # six tasks of lm-eval; pip install 'paft-merge[eval]'
 #   metrics: # or light ones, which need no package
 #     skill: {{kind: exact_match, data: my-test.jsonl}} # rows with prompt and answer
-#     pairs: {{kind: preference, data: my-pairs.jsonl}} # rows with prompt, chosen, rejected
+#     pairs: {{kind: preference, data: my-held-out-pairs.jsonl}} # rows with prompt, chosen, rejected
 
 # compare: # against each adapter alone, one after the other, and the paper's five methods; needs evaluate
 #   arms: [base, individual, sequential, parallel]
@@ -100,29 +201,110 @@ merge: # mergekit's language; sft and dpo are the adapters above
 """
 
 
+def starter_of_adapters(base: str, adapters: Sequence[str], data: Sequence[str] = (), out: Path | None = None) -> str:
+    """The text of a recipe for `paft run` that compares ways of merging adapters that exist.
+
+    Args:
+        base: Folder or Hub name.
+        adapters: Folders or Hub names, at least two.
+        data: Local files to evaluate on: JSONL of prompt and answer, of chosen and rejected, or text.
+        out: The recipe's file, to which local paths are made relative.
+    """
+    names = _names(adapters)
+    listed = "\n".join(f"  {name}: {_quoted(beside(path, out))}" for name, path in zip(names, adapters, strict=True))
+    models = "\n".join(f"    - {{model: {name}, parameters: {{weight: 1.0}}}}" for name in names)
+    metrics = "\n".join(
+        f"    {_named(path)}: {{kind: {_kind(path)}, data: {_quoted(beside(path, out))}}}"
+        for path in data or ("my-test.jsonl", "my-pairs.jsonl", "my-text.txt")
+    )
+    return f"""\
+# Compare ways of merging adapters that exist. Nothing is trained.
+#
+#   paft run --dry-run THIS_FILE runs/first     # checks everything and shows the steps
+#   paft run THIS_FILE runs/first               # can be stopped; the same command resumes
+#
+# Every key is explained in docs/run.md.
+
+base_model: {_quoted(beside(base, out))}
+
+adapters: # folders or Hub names
+{listed}
+
+audit: {{epsilon: 1.0e-5}}
+
+merge: # the model in RUN_DIR/merged
+  merge_method: ties
+  models:
+{models}
+  parameters: {{density: 0.5}}
+
+evaluate: # the columns of the table
+  metrics: # exact_match: rows with prompt and answer; preference: rows with prompt, chosen, rejected; perplexity: text
+{metrics}
+
+compare: # the rows of the table: base, each adapter alone, and all of them merged by each method
+  arms: [base, individual, parallel]
+  # methods: [ties, linear, {{merge_method: ties, name: ties-0.2, parameters: {{density: 0.2}}}}]
+"""
+
+
+def base_of(adapter: str) -> str | None:
+    """The base that a local adapter names in its config."""
+    try:
+        config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _names(adapters: Sequence[str]) -> list[str]:
+    """A name for each adapter: the last part of its path, made unique."""
+    found: list[str] = []
+    for path in adapters:
+        name = _named(path)
+        name = f"adapter-{name}" if name == "base" or name.startswith("after-") or name.endswith("-dense") else name
+        found.append(f"{name}-{len(found) + 1}" if name in found else name)
+    return found
+
+
+def _named(path: str) -> str:
+    """The last part of a path as a key."""
+    last = Path(os.path.abspath(path)).name
+    stem = last.rpartition(".")[0] if last.endswith(SUFFIXES) else last
+    return re.sub(r"[^\w.-]+", "-", stem).strip(".-") or "adapter"
+
+
+def _kind(path: str) -> str:
+    """The metric that fits a file."""
+    row = first_row(path, Problems()) or {}
+    if path.endswith(".txt"):
+        return "perplexity"
+    return "preference" if "chosen" in row or (not row and "pairs" in path) else "exact_match"
+
+
 def write_starter(out: Path, text: str) -> None:
-    """Write a starter recipe where nothing is yet.
+    """Write a starter recipe to a new file.
 
     Raises:
         OutputError: EXISTS, something is there; OUTPUT, it cannot be written.
     """
     if out.exists():
-        raise OutputError.of("EXISTS", out, "is there already", "name another file, or remove it")
+        raise OutputError.of("EXISTS", out, "the file exists", "name another file, or remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         what = error.strerror or str(error)
-        raise OutputError.of("OUTPUT", out, what, "choose a place that can be written") from error
+        raise OutputError.of("OUTPUT", out, what, "choose a writable folder") from error
 
 
-def _weight_bytes(base: str) -> int:
-    """Size of a base's weights; a base that is not here is taken to be large."""
+def is_small(base: str) -> bool:
+    """Whether a local base has less than `LARGE_BYTES` of weights; a base on the Hub is assumed to be large."""
     files = list(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
-    return sum(file.stat().st_size for file in files) if files else LARGE_BYTES
+    return bool(files) and sum(file.stat().st_size for file in files) < LARGE_BYTES
 
 
 def _quoted(text: str) -> str:
-    """Text as YAML reads it back."""
-    plain = text and all(c.isalnum() or c in "/._-" for c in text) and text[0].isalnum()
+    """Text as a YAML scalar that is read back as the same text."""
+    plain = re.fullmatch(r"[A-Za-z][\w/.-]*", text, re.ASCII) and text.lower() not in _YAML_WORDS
     return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -9,7 +9,7 @@ push       the merged model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,20 @@ from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.schema import Measurement
+from paft_merge.hub import ResolvedRepo, resolve
 from paft_merge.methods import METHODS
-from paft_merge.pipeline.arms import Arm, Variant, merges_of, roles, skills, trained_for
+from paft_merge.pipeline.arms import (
+    Arm,
+    Variant,
+    arms_wanted,
+    merged_together,
+    merges_of,
+    roles,
+    skills,
+    variants_of,
+)
 from paft_merge.pipeline.fingerprints import Prints, key_of
-from paft_merge.pipeline.schema import RunRecipe, Stage
+from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.recipe import CHAT_TEMPLATES, ModelRef
 from paft_merge.recipe.sections import as_list, beside_recipe, current_keys, former_keys
 from paft_merge.training.rewards import source_of
@@ -57,6 +67,8 @@ class Audit:
 
     sources: tuple[str, ...]
     base: str
+    names: tuple[str, ...]
+    """What the recipe calls the sources."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +122,53 @@ class Planner:
         planner._push()
         return planner
 
+    @property
+    def ordered(self) -> tuple[Step, ...]:
+        """All steps, in the order of the stages."""
+        return tuple(sorted(self.steps.values(), key=lambda step: STAGES.index(step.stage)))
+
     def place(self, seed: int | None) -> Path:
         """The folder of a seed: the run's own where the recipe names none."""
         return self.run if seed is None else self.run / f"seed-{seed}"
+
+    @cached_property
+    def existing(self) -> dict[str, ResolvedRepo]:
+        """The existing adapters by name: their folders, and the weights that are only on the Hub.
+
+        Raises:
+            HubError: one is neither here nor on the Hub.
+        """
+        named = self.recipe.existing.items()
+        return {name: resolve(spec.path, spec.revision, kind="adapter") for name, spec in named}
+
+    def adapter(self, seed: int | None, variant: Variant) -> Path:
+        """The folder of an adapter on the base."""
+        found = self.existing.get(variant.adapter)
+        return found.folder if found else self.place(seed) / "adapters" / variant.name
+
+    def lora(self, seed: int | None, variant: Variant) -> dict[str, str]:
+        """An adapter as a merge recipe refers to it: a repository by its commit, else a folder."""
+        found = self.existing.get(variant.adapter)
+        if found and found.repo_id and found.commit:
+            return {"path": found.repo_id, "revision": found.commit}
+        return {"path": str(self.adapter(seed, variant))}
+
+    @cached_property
+    def _existing_prints(self) -> dict[str, str]:
+        """Digests of the existing adapters, by folder and by repository."""
+        found: dict[str, str] = {}
+        for repo in self.existing.values():
+            digest = f"hub:{repo.repo_id}@{repo.commit}" if repo.commit else self.prints.of_adapter(repo.folder)
+            found |= {str(repo.folder): digest, str(repo.repo_id): digest}
+        return found
+
+    def _outside(self, places: Iterable[str]) -> list[str]:
+        """Digests of the models that no step of the run makes."""
+        prints = self._existing_prints
+        return [prints.get(p) or self.prints.of(p) for p in places if p in prints or not self._is_ours(p)]
+
+    def _is_ours(self, place: str) -> bool:
+        return Path(place).is_relative_to(self.run)
 
     @cached_property
     def base_print(self) -> str:
@@ -138,7 +194,9 @@ class Planner:
     # --- training ---------------------------------------------------------------------------------------------------
 
     def _train(self, seed: int | None) -> None:
-        for variant in trained_for(self.recipe):
+        for variant in variants_of(self.recipe):
+            if variant.adapter in self.recipe.existing:
+                continue
             self._adapter(seed, variant, self.place(seed) / "adapters", self.recipe.base, ())
 
     def _adapter(self, seed: int | None, variant: Variant, folder: Path, base: str, needs: tuple[str, ...]) -> str:
@@ -151,24 +209,25 @@ class Planner:
             files=self.prints.all_of(files_of(self.recipe.adapters[variant.adapter], self.recipe.folder)),
         )  # fmt: skip
 
-    def trained(self, seed: int | None, variant: Variant) -> str:
-        """The step that trains a variant from the base."""
-        return f"train/{variant.name}" if seed is None else f"train/seed-{seed}/{variant.name}"
+    def trained(self, seed: int | None, variant: Variant) -> tuple[str, ...]:
+        """The step that trains a variant from the base; none for an adapter that exists."""
+        if variant.adapter in self.recipe.existing:
+            return ()
+        return (f"train/{variant.name}" if seed is None else f"train/seed-{seed}/{variant.name}",)
 
     def sequential(self, seed: int | None, skill: Variant, preference: Variant) -> tuple[Path, Path, tuple[str, ...]]:
         """Add the steps that train one adapter on the merged model of another: that model, the adapter, their steps."""
         folder = self.place(seed) / f"after-{skill.name}"
-        path = self.place(seed) / "adapters" / skill.name
         out_dtype = (self.recipe.merge.data if self.recipe.merge else {}).get("out_dtype")
         written = {
             "merge_method": "task_arithmetic",
             "base_model": self.recipe.base,
-            "models": [{"model": _reference(self.recipe.base, path), "parameters": {"weight": 1.0}}],
+            "models": [{"model": _reference(self.recipe.base, self.lora(seed, skill)), "parameters": {"weight": 1.0}}],
             **({"out_dtype": out_dtype} if out_dtype else {}),
         }
         laid = self._add(
-            "train", seed, f"after-{skill.name}/base", Merge(written), folder / "base", (self.trained(seed, skill),),
-            out_dtype=out_dtype, base=self.base_print,
+            "train", seed, f"after-{skill.name}/base", Merge(written), folder / "base", self.trained(seed, skill),
+            out_dtype=out_dtype, base=self.base_print, **self._of_existing(skill),
         )  # fmt: skip
         step = self._adapter(seed, preference, folder, str(folder / "base"), (laid,))
         return folder / "base", folder / preference.name, (laid, step)
@@ -179,28 +238,31 @@ class Planner:
         spec = self.recipe.audit
         if spec is None:
             return
-        variants = trained_for(self.recipe)
-        sources = tuple(str(self.place(seed) / "adapters" / variant.name) for variant in variants)
+        variants = variants_of(self.recipe)
+        sources = tuple(str(self.adapter(seed, variant)) for variant in variants)
+        job = Audit(sources, self.recipe.base, tuple(variant.name for variant in variants))
         self._add(
-            "audit", seed, "adapters", Audit(sources, self.recipe.base), self.place(seed) / "audit",
-            tuple(self.trained(seed, variant) for variant in variants),
-            section=spec.model_dump(), base=self.base_print,
+            "audit", seed, "adapters", job, self.place(seed) / "audit",
+            tuple(need for variant in variants for need in self.trained(seed, variant)),
+            section=spec.model_dump(), base=self.base_print, **self._of_existing(*variants),
         )  # fmt: skip
+
+    def _of_existing(self, *variants: Variant) -> dict[str, Any]:
+        """What existing adapters add to a fingerprint; nothing where there are none."""
+        found = {v.adapter: str(self.existing[v.adapter].folder) for v in variants if v.adapter in self.existing}
+        return {"existing": {name: self._existing_prints[place] for name, place in found.items()}} if found else {}
 
     def merged(
         self, seed: int | None, name: str, out: Path, written: Mapping[str, Any], variants: list[Variant]
     ) -> str:
         """Add the step that merges one model; `written` still names adapters as the recipe does."""
-        paths = {v.adapter: self.place(seed) / "adapters" / v.name for v in variants}
+        paths = {v.adapter: self.lora(seed, v) for v in variants}
         resolved = resolved_merge(written, paths, self.recipe, seed)
-        others = {
-            place: self.prints.of(place)
-            for place in dict.fromkeys(references(resolved))
-            if not Path(place).is_relative_to(self.run)
-        }
-        needs = tuple(self.trained(seed, variant) for variant in variants if _names(written, variant.adapter))
+        others = self._outside(dict.fromkeys(references(resolved)))
+        named = [variant for variant in variants if _names(written, variant.adapter)]
+        needs = tuple(need for variant in named for need in self.trained(seed, variant))
         return self._add(
-            "merge", seed, name, Merge(resolved), out, needs, written=written, models=sorted(others.values()),
+            "merge", seed, name, Merge(resolved), out, needs, written=written, models=sorted(others),
             base=self.base_print, drawn=resolved.get("seed", 0),
         )  # fmt: skip
 
@@ -241,9 +303,8 @@ class Planner:
 
     def _print_of(self, arm: Arm) -> dict[str, Any]:
         """The arm's model as far as it is not what its steps make."""
-        inside = [Path(part).is_relative_to(self.run) for part in arm.parts]
-        outside = [self.prints.of(p) for p, mine in zip(arm.parts, inside, strict=True) if not mine]
-        return {"outside": outside, "inside": [Path(p).name for p, mine in zip(arm.parts, inside, strict=True) if mine]}
+        ours = [p for p in arm.parts if self._is_ours(p) and p not in self._existing_prints]
+        return {"outside": self._outside(arm.parts), "inside": [Path(part).name for part in ours]}
 
     def _push(self) -> None:
         spec, seed = self.recipe.push, self.recipe.seeds[0]
@@ -315,7 +376,7 @@ def files_of(spec: AdapterSpec, folder: Path) -> dict[str, Path]:
 
 
 def resolved_merge(
-    written: Mapping[str, Any], paths: Mapping[str, Path], recipe: RunRecipe, seed: int | None = None
+    written: Mapping[str, Any], paths: Mapping[str, Mapping[str, str]], recipe: RunRecipe, seed: int | None = None
 ) -> dict[str, Any]:
     """A merge recipe whose model references lead somewhere: a name of `adapters:` becomes the base with that adapter.
 
@@ -360,8 +421,8 @@ def is_reference(steps: tuple[str | int, ...]) -> bool:
     return steps[-1] in ("model", "base_model") and "parameters" not in steps
 
 
-def _reference(base: str, adapter: Path) -> dict[str, Any]:
-    return {"model": {"path": base}, "lora": {"path": str(adapter)}}
+def _reference(base: str, lora: Mapping[str, str]) -> dict[str, Any]:
+    return {"model": {"path": base}, "lora": dict(lora)}
 
 
 def labels(resolved: Any) -> dict[str, str]:
@@ -398,47 +459,39 @@ def _names(written: Any, adapter: str, steps: tuple[str | int, ...] = ()) -> boo
 def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:
     """The arms of one seed in the order of the table; their training and merging steps are added to the plan."""
     recipe, place = planner.recipe, planner.place(seed)
-    arms = recipe.compare.arms if recipe.compare else []
+    arms = arms_wanted(recipe)
     base = str(Path(recipe.base))
-    if "base" in arms or not (recipe.adapters or recipe.merge):
+    if "base" in arms or not (recipe.names or recipe.merge):
         yield Arm("base", "base", None, (recipe.base,))
-    if "individual" in arms:
-        for variant in trained_for(recipe):
-            parts = (base, str(place / "adapters" / variant.name))
-            yield Arm(_label(variant, recipe), "individual", seed, parts, (planner.trained(seed, variant),))
+    if "individual" in arms or not (recipe.compare or recipe.merge):
+        for variant in variants_of(recipe):
+            parts = (base, str(planner.adapter(seed, variant)))
+            own = None if variant.adapter in recipe.existing else seed
+            yield Arm(_label(variant, recipe), "individual", own, parts, planner.trained(seed, variant))
     chosen, (_, preference) = skills(recipe), roles(recipe)
     if "sequential" in arms and preference:
         for key, variant in chosen.items():
             model, adapter, needs = planner.sequential(seed, variant, Variant(preference))
             yield Arm(_suffixed("sequential", key, chosen), "sequential", seed, (str(model), str(adapter)), needs)
-    if preference:
-        for key, variant in chosen.items():
-            for name, written, _ in merges_of(recipe):
-                label = _suffixed(f"parallel {name}", key, chosen)
-                slug = Arm(label, "", seed, ()).slug
-                step = planner.merged(seed, slug, place / "arms" / slug, written, [variant, Variant(preference)])
-                yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,))
+    together = merged_together(recipe)
+    for key, variants in together.items():
+        for name, written, _ in merges_of(recipe):
+            label = _suffixed(f"parallel {name}", key, together)
+            slug = Arm(label, "", seed, ()).slug
+            step = planner.merged(seed, slug, place / "arms" / slug, written, variants)
+            yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,))
     if recipe.merge is not None:
-        own = [Variant(name) for name in recipe.adapters]
-        step = planner.merged(seed, "merged", place / "merged", recipe.merge.data, own)
+        every = [Variant(name) for name in recipe.names]
+        step = planner.merged(seed, "merged", place / "merged", recipe.merge.data, every)
         yield Arm("merged", "merge", seed, (str(place / "merged"),), (step,))
-    elif recipe.adapters and recipe.compare is None:
-        for variant in trained_for(recipe):
-            parts = (base, str(place / "adapters" / variant.name))
-            yield Arm(variant.name, "individual", seed, parts, (planner.trained(seed, variant),))
 
 
 def _label(variant: Variant, recipe: RunRecipe) -> str:
-    spec = recipe.adapters[variant.adapter]
     if variant.dense:
         return f"{variant.adapter} (dense)"
-    return (
-        f"{variant.adapter} (l1)"
-        if (spec.l1 or spec.trim) and Variant(variant.adapter, True) in trained_for(recipe)
-        else variant.name
-    )
+    return f"{variant.adapter} (l1)" if Variant(variant.adapter, True) in variants_of(recipe) else variant.name
 
 
-def _suffixed(name: str, key: str, chosen: Mapping[str, Variant]) -> str:
-    """`parallel ties (l1)`, or without the parentheses where there is but one kind."""
+def _suffixed(name: str, key: str, chosen: Mapping[str, Any]) -> str:
+    """`parallel ties (l1)`; without the parentheses where there is only one kind."""
     return f"{name} ({key})" if len(chosen) > 1 else name

@@ -1,7 +1,7 @@
-"""The search for a merge's parameters: Optuna proposes, the streaming engine merges into a scratch folder, an evaluation judges.
+"""The search for a merge's parameters with Optuna: each trial merges into a scratch folder and evaluates the result.
 
-The adapters are trained once, as `paft run` would; a trial is a merge and an evaluation. The storage file (`tune.db`) makes
-the search resumable: a search that is started again in the same folder goes on with the trials it has.
+The adapters are trained once, as `paft run` does. The first trial is the recipe as it is. The storage file (`tune.db`)
+makes a search resumable: started again in the same folder, it continues with the trials it has.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from paft_merge.errors import Problems, RecipeError, RunError
 from paft_merge.evaluating.schema import LOWER_IS_BETTER
 from paft_merge.pipeline import plan, run
+from paft_merge.pipeline.arms import Variant
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
@@ -37,22 +39,27 @@ STORAGE, BEST, PLOT, TRIALS = "tune.db", "best.yaml", "tune.png", "trials.csv"
 
 @dataclass(frozen=True)
 class Trial:
-    """One merge that was tried."""
+    """One merge that was evaluated."""
 
     number: int
+    """From 1, in the order in which trials were finished."""
     value: float
     parameters: Mapping[str, Any]
+    """By key of the space; None where the recipe as it is leaves a parameter out."""
     scores: Mapping[str, float]
+    is_recipe: bool = False
+    """The recipe as it is."""
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a search gave."""
+    """The result of a search."""
 
     best: Trial
+    """The trial with the highest value; the earlier one of two equal ones."""
     trials: tuple[Trial, ...]
     recipe: Path
-    """The winning recipe."""
+    """The file of the best recipe."""
 
 
 def tune(
@@ -69,48 +76,54 @@ def tune(
         recipe: A run's recipe with `merge:`, `evaluate:` and `tune:`.
         folder: A run folder; adapters that are not trained there yet are trained first.
         overrides: `key=value`, as for `run`.
-        trials: Trials in all, those of earlier searches in this folder counted; `tune: {trials: ...}` by default.
-        progress: Called after each trial with the trial, and how many there are now, of how many.
+        trials: Trials in all, including the recipe as it is and those of earlier searches in this folder;
+            `tune: {trials: ...}` by default.
+        progress: Called after each trial with the trial, the number of trials so far, and the number in all.
 
     Returns:
-        The best trial, all trials, and the file of the winning recipe. `tune.png` and `trials.csv` lie beside it.
+        The best trial, all trials, and the file of the best recipe, beside which are `tune.png` and `trials.csv`.
 
     Raises:
-        RecipeError: TUNE, with all that is wrong with the section. RunError: MISSING, optuna is not installed; TUNE,
-            the folder holds a search of something else.
+        RecipeError: TUNE, every problem of the section. RunError: MISSING, optuna is not installed.
     """
     if find_spec("optuna") is None:
         raise RunError.of("MISSING", "tune", "optuna not installed", "pip install 'paft-merge[tune]'")
     alone = (*overrides, "compare=false", "push=false")
     loaded, out = load_run(recipe, alone), Path(folder)
     spec = _checked(loaded)
-    if loaded.adapters:
+    if loaded.adapters:  # existing ones need no training
         run(recipe, folder, overrides=alone, only="train")
     planner = plan(recipe, folder, overrides=alone).planner
     seed = loaded.seeds[0]
-    paths = {name: planner.place(seed) / "adapters" / name for name in loaded.adapters}
-    # What a trial's value depends on besides its parameters: another search has another name in the storage.
+    paths = {name: planner.lora(seed, Variant(name)) for name in loaded.names}
+    # The name of the study is a digest of everything besides its parameters that a trial's value depends on.
     trained = sorted(step.key for step in planner.steps.values() if step.stage == "train")
     judged = sorted(s.key for s in planner.steps.values() if s.stage == "evaluate" and "/merged/" in s.name)
     name = key_of(metric=spec.metric, space=spec.space, trained=trained, judged=judged, seed=spec.seed)
     with locked(out):
         study = _study(out, name, spec)
         total = trials or spec.trials
-        while len(_finished(study)) < total:
-            trial = study.ask()
-            value, scores, chosen = _try(loaded, spec, trial, paths, out / "scratch")
-            trial.set_user_attr("scores", scores)
-            trial.set_user_attr("parameters", chosen)
-            study.tell(trial, value)
-            progress(Trial(trial.number, value, chosen, scores), len(_finished(study)), total)
-        found = _finished(study)
+        while len(found := _finished(study)) < total or not found:
+            if not any(trial.is_recipe for trial in found):
+                assert loaded.merge is not None
+                value, scores = _try(loaded, spec, loaded.merge.data, paths, out / "scratch")
+                _add_recipe(study, spec, _as_it_is(loaded, spec), value, scores)
+            else:
+                trial = study.ask(_distributions(spec))
+                chosen = trial.params
+                value, scores = _try(loaded, spec, merge_with(loaded, chosen), paths, out / "scratch")
+                trial.set_user_attr("scores", scores)
+                trial.set_user_attr("parameters", chosen)
+                study.tell(trial, value)
+            found = _finished(study)
+            progress(found[-1], len(found), total)
         best = max(found, key=lambda trial: (trial.value, -trial.number))
-        _write(loaded, best, found, spec, out)
+        _write(loaded, load_run(recipe, overrides).located.data, best, found, spec, out)
     return TuneResult(best, tuple(found), out / BEST)
 
 
 def _checked(recipe: RunRecipe) -> TuneSpec:
-    """The section `tune:`, held against the recipe; RecipeError with everything that is wrong."""
+    """The section `tune:`, checked against the recipe; raises RecipeError with every problem."""
     problems = Problems()
     if recipe.tune is None or recipe.merge is None or recipe.evaluate is None:
         fix = "add tune: {metric: ..., space: {...}}"
@@ -146,7 +159,7 @@ def _terms(metric: str) -> dict[str, float]:
     """`skill + 0.1 * happy` as weights by name.
 
     Raises:
-        RecipeError: TUNE, it is no sum of evaluations.
+        RecipeError: TUNE, it is not a sum of evaluations.
     """
     terms: dict[str, float] = {}
     for part in metric.replace("-", "+-").split("+"):
@@ -160,7 +173,7 @@ def _terms(metric: str) -> dict[str, float]:
             terms[name.strip()] = sign * (float(factor.replace(" ", "")) if star else 1.0)
         except ValueError:
             fix = "write for example skill, or skill + 0.1 * happy"
-            raise RecipeError.of("TUNE", "tune.metric", f"{metric!r} is no sum of evaluations", fix) from None
+            raise RecipeError.of("TUNE", "tune.metric", f"{metric!r} is not a sum of evaluations", fix) from None
     return terms
 
 
@@ -174,14 +187,14 @@ def _study(folder: Path, name: str, spec: TuneSpec) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = f"sqlite:///{folder / STORAGE}"
-    # Each start draws anew from where it is, so that a resumed search does not repeat its first trials.
+    # The seed depends on the number of trials, so that a resumed search does not repeat its first ones.
     sampler = optuna.samplers.TPESampler(seed=spec.seed, n_startup_trials=spec.startup_trials)
     study = optuna.create_study(
         storage=storage, study_name=name, direction="maximize", load_if_exists=True, sampler=sampler
     )
     study.sampler = optuna.samplers.TPESampler(seed=spec.seed + len(study.trials), n_startup_trials=spec.startup_trials)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # a search that was killed left it
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # left by a search that was killed
     return study
 
 
@@ -190,23 +203,56 @@ def _finished(study: optuna.Study) -> list[Trial]:
 
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     return [
-        Trial(t.number, float(t.value or 0.0), t.user_attrs["parameters"], t.user_attrs["scores"])
-        for t in done
-        if t.value is not None
+        Trial(number, t.value or 0.0, t.user_attrs["parameters"], t.user_attrs["scores"], "recipe" in t.user_attrs)
+        for number, t in enumerate(done, start=1)
     ]
 
 
+def _as_it_is(recipe: RunRecipe, spec: TuneSpec) -> dict[str, Any]:
+    """The values that the recipe has for the keys of the space; None where it leaves one out."""
+
+    def value_at(steps: Iterable[str | int]) -> Any:
+        data: Any = recipe.merge.data if recipe.merge else None
+        for step in steps:
+            inside = step in data if isinstance(data, dict) else isinstance(data, list) and isinstance(step, int)
+            data = data[step] if inside else None
+        return data
+
+    return {key: value_at(parse_key_path(key)) for key in spec.space}
+
+
+def _add_recipe(
+    study: optuna.Study, spec: TuneSpec, values: Mapping[str, Any], value: float, scores: Mapping[str, float]
+) -> None:
+    """Add the recipe as it is as a finished trial; the sampler learns from the values that are in the space."""
+    import optuna
+
+    space = _distributions(spec)
+    known = {}
+    for key, given in values.items():
+        with suppress(ValueError, TypeError):
+            if space[key]._contains(space[key].to_internal_repr(given)):
+                known[key] = given
+    study.add_trial(
+        optuna.trial.create_trial(
+            value=value, params=known, distributions={key: space[key] for key in known},
+            user_attrs={"recipe": True, "parameters": dict(values), "scores": dict(scores)},
+        )
+    )  # fmt: skip
+
+
 def _try(
-    recipe: RunRecipe, spec: TuneSpec, trial: optuna.Trial, paths: Mapping[str, Path], scratch: Path
-) -> tuple[float, dict[str, float], dict[str, Any]]:
-    """Merge with a trial's parameters and evaluate: its value, every score, and what was chosen."""
+    recipe: RunRecipe,
+    spec: TuneSpec,
+    data: Mapping[str, Any],
+    paths: Mapping[str, Mapping[str, str]],
+    scratch: Path,
+) -> tuple[float, dict[str, float]]:
+    """Merge a recipe and evaluate the result: the value of the metric, and every score."""
     from paft_merge.engine.api import merge
     from paft_merge.evaluating import evaluate
 
-    assert recipe.merge is not None
     assert recipe.evaluate is not None
-    chosen = {key: _suggest(trial, key, choices) for key, choices in spec.space.items()}
-    data = merge_with(recipe, chosen)
     try:
         merge(
             resolved_merge(data, paths, recipe, recipe.seeds[0]),
@@ -224,11 +270,11 @@ def _try(
         fix = did_you_mean(missing[0], scores) or f"evaluations are {', '.join(scores)}"
         raise RunError.of("TUNE", recipe.where("tune", "metric"), f"there is no evaluation {missing[0]!r}", fix)
     value = sum(weight * _upwards(recipe, name, scores[name]) for name, weight in _terms(spec.metric).items())
-    return value, scores, chosen
+    return value, scores
 
 
 def _upwards(recipe: RunRecipe, name: str, value: float) -> float:
-    """A score as more is better."""
+    """A score with the sign that makes more better."""
     return -value if _less_is_better(recipe, name) else value
 
 
@@ -242,17 +288,24 @@ def _log(problems: Any) -> None:
         log.info("%s", problem)
 
 
-def _suggest(trial: optuna.Trial, key: str, choices: list[Any]) -> Any:
-    if not _is_range(choices):
-        return trial.suggest_categorical(key, choices)
-    low, high = choices[:2]
-    if isinstance(low, int) and isinstance(high, int) and len(choices) == 2:
-        return trial.suggest_int(key, low, high)
-    return trial.suggest_float(key, float(low), float(high), log=len(choices) == 3)
+def _distributions(spec: TuneSpec) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The space as Optuna's distributions."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, optuna.distributions.BaseDistribution] = {}
+    for key, choices in spec.space.items():
+        low, high = choices[0], choices[-1] if len(choices) == 2 else choices[min(1, len(choices) - 1)]
+        if not _is_range(choices):
+            found[key] = CategoricalDistribution(choices)
+        elif isinstance(low, int) and isinstance(high, int) and len(choices) == 2:
+            found[key] = IntDistribution(low, high)
+        else:
+            found[key] = FloatDistribution(float(low), float(high), log=len(choices) == 3)
+    return found
 
 
 def merge_with(recipe: RunRecipe, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `merge:` with values put at ways into it."""
+    """The section `merge:` with values put at key paths of it."""
     assert recipe.merge is not None
     data: dict[str, Any] = copy.deepcopy(recipe.merge.data)
     for key, value in chosen.items():
@@ -260,13 +313,17 @@ def merge_with(recipe: RunRecipe, chosen: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _write(recipe: RunRecipe, best: Trial, trials: list[Trial], spec: TuneSpec, folder: Path) -> None:
-    """Write the winning recipe (the whole run's, with the winner as its merge), every trial, and the plot."""
-    data = {key: value for key, value in load_run(recipe.file).located.data.items() if key != "tune"}
-    data["merge"] = merge_with(recipe, best.parameters)
+def _write(
+    recipe: RunRecipe, whole: Mapping[str, Any], best: Trial, trials: list[Trial], spec: TuneSpec, folder: Path
+) -> None:
+    """Write the best recipe (the whole run's, with the best merge), every trial, and the plot."""
+    data = {key: value for key, value in whole.items() if key != "tune"}
+    if not best.is_recipe:
+        data["merge"] = merge_with(recipe, best.parameters)
+    found = "the recipe as it is, which no trial improves" if best.is_recipe else "found by paft tune"
     head = (
-        f"# {spec.metric} = {best.value:.4f}: trial {best.number} of {len(trials)}; found by paft tune.\n"
-        f"# Copy it beside {recipe.file.name}, where its relative paths start; its adapters are then not trained again.\n"
+        f"# {spec.metric} = {best.value:.4f}: trial {best.number} of {len(trials)}, {found}.\n"
+        f"# Copy it beside {recipe.file.name}, where its relative paths hold; its adapters are then not trained again.\n"
     )
     (folder / BEST).write_text(head + dump_yaml(data), encoding="utf-8")
     keys, names = list(spec.space), list(best.scores)
@@ -298,9 +355,10 @@ def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
     panels[0].set(xlabel="trial", ylabel=spec.metric)
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel, key in zip(panels[1:], keys, strict=True):
-        choices = [t.parameters[key] for t in trials]
         plain = _is_range(spec.space[key])
-        panel.scatter(choices if plain else [str(c) for c in choices], values, s=14, c=numbers, cmap="viridis")
+        given = [t for t in trials if not (plain and t.parameters[key] is None)]
+        choices = [t.parameters[key] if plain else str(t.parameters[key]) for t in given]
+        panel.scatter(choices, [t.value for t in given], s=14, c=[t.number for t in given], cmap="viridis")
         panel.set(xlabel=dotted(parse_key_path(key)))
         if plain and len(spec.space[key]) == 3:
             panel.set_xscale("log")

@@ -65,6 +65,11 @@ def _load(source: DataSpec, folder: Path) -> Any:
     import datasets
 
     local = next((p for p in (folder / source.path, Path(source.path)) if p.exists()), None)
+    if local is None and Path(source.path).suffix in LOADERS:
+        what = (
+            f"no such file, neither beside the recipe ({folder.resolve()}) nor in the working directory ({Path.cwd()})"
+        )
+        raise TrainError.of("DATA", source.path, what, "check the path")
     try:
         if local is not None and (local / "dataset_info.json").exists():
             rows = datasets.load_from_disk(str(local))

@@ -81,6 +81,9 @@ def _chosen(specs: dict[str, AdapterSpec], names: Sequence[str] | None, located:
         if name not in specs:
             problems.add("ADAPTERS", where, f"no adapter {name!r}", suggestion(name, specs))
     problems.raise_as(RecipeError)
+    if not specs:
+        what = "every adapter exists already, so there is nothing to train"
+        raise RecipeError.of("ADAPTERS", where, what, "use paft run, which merges and compares them")
     return {name: spec for name, spec in specs.items() if not names or name in names}
 
 

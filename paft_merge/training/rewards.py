@@ -158,7 +158,7 @@ def total(functions: Sequence[Reward], **given: Any) -> list[float]:
             fix = "it is called with prompts=, completions= and the columns of the rows"
             raise TrainError.of("REWARD", function.__name__, f"cannot be called: {error}", fix) from error
         if len(scores) != count:
-            what = f"gave {len(scores)} scores for {count} completions"
+            what = f"returned {len(scores)} score{'s' * (len(scores) != 1)} for {count} completions"
             raise TrainError.of("REWARD", function.__name__, what, "return one number per completion")
         if not all(math.isfinite(score) for score in scores):
             raise TrainError.of(

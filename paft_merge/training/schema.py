@@ -275,15 +275,22 @@ def read_adapter(section: Any, name: str = "adapter") -> AdapterSpec:
     return read_section(AdapterSpec, located)
 
 
+def is_existing(section: Any) -> bool:
+    """Whether an entry of `adapters:` names an adapter that exists, as a path or `{path: ...}`; it is not trained."""
+    return isinstance(section, str) or (isinstance(section, Mapping) and "path" in section)
+
+
 def read_adapters(recipe: Located | Mapping[str, Any]) -> dict[str, AdapterSpec]:
-    """Read all of a recipe's `adapters:`; raises `RecipeError` with the faults of all of them at once."""
+    """Read the entries of a recipe's `adapters:` that are trained; raises `RecipeError` with all faults of all of them."""
     located = recipe if isinstance(recipe, Located) else Located(recipe)
     sections = located.data.get("adapters")
     if not isinstance(sections, Mapping) or not sections:
         where = located.spot(("adapters",))
         raise RecipeError.of("ADAPTERS", where, "no adapters to train", "add adapters: {sft: {...}}")
     specs, problems = dict[str, AdapterSpec](), Problems()
-    for name in sections:
+    for name, section in sections.items():
+        if is_existing(section):
+            continue
         with problems.catching():
             specs[str(name)] = read_adapter(located.sub("adapters", name), str(name))
     problems.raise_as(RecipeError)

@@ -171,7 +171,7 @@ def test_another_result_another_file_and_other_versions_are_told(
     manifest["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(manifest))
     done = paft("reproduce", merged, "--json")
-    assert done.exit_code == 1
+    assert done.exit_code == 3
     found = json.loads(done.stdout)
     assert not found["identical"]
     assert (found["differing"], found["files"]) == (["lm_head.weight"], ["config.json"])

@@ -164,6 +164,24 @@ def test_trouble_that_passes_is_not_seen(models: HubServer, tmp_path: Path, faul
     assert weights(fetch("me/tuned"))["model.safetensors"] == models.files("me/tuned")["model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "pattern", ["GET /api/models", r"(GET|HEAD) .*/resolve/.*/config\.json"], ids=["list", "small"]
+)
+@pytest.mark.parametrize("code", [500, 503])
+def test_the_listing_and_small_files_are_asked_for_again(models: HubServer, pattern: str, code: int) -> None:
+    models.fail(pattern, Status(code), times=2)
+    assert (fetch("me/base") / "config.json").is_file()
+    assert not [rule for rule in models.rules if rule.times]
+
+
+def test_a_listing_without_sizes_is_not_one_of_empty_files(models: HubServer) -> None:
+    models.lists_sizes = False
+    missing = resolve("me/base", kind="model").missing
+    files = models.files("me/base")
+    assert {file.name: file.size for file in missing} == {file.name: len(files[file.name]) for file in missing}
+    assert (fetch("me/base") / missing[0].name).stat().st_size == missing[0].size > 0
+
+
 def test_bytes_that_are_never_right_leave_nothing(models: HubServer) -> None:
     models.fail("GET /cdn/", Lie(flip=True), times=99)
     with pytest.raises(HubError) as caught:
@@ -303,7 +321,7 @@ def test_room_for_cache_and_output_is_counted_together(
 
 
 def test_a_streamed_merge_has_the_same_bytes_and_stores_no_input(models: HubServer, tmp_path: Path) -> None:
-    out = paft_merge.merge(RECIPE, tmp_path / "out", stream_from_hub=True)
+    out = paft_merge.merge(RECIPE, tmp_path / "out", stream_from_hub=True).path
     assert weights(out) == local_twin(tmp_path)
     assert not list((tmp_path / "home").rglob("*.safetensors"))
     stored = list((tmp_path / "home").rglob("blobs/*"))

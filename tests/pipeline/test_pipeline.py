@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from toys.hub_server import HubServer
 from toys.run import Killed, dying, make_world, outcome, write_rows
 from toys.train import THEIR_WARNINGS
 
+from paft_merge import pipeline
 from paft_merge.cli import cli
 from paft_merge.engine.reproduction import reproduce
 from paft_merge.errors import AuditError, PaftMergeError, RecipeError, RunError
@@ -243,12 +248,12 @@ def test_a_stage_that_fails_leaves_the_finished_ones_and_says_how_to_go_on(
     (world.parent / "broken.py").write_text("def words(completions, **columns):\n    return []\n")
     with pytest.raises(PaftMergeError) as caught:
         run(world, copied, overrides=["evaluate.metrics.words.function=broken.py:words"])
-    assert "gave 0 scores for 6 completions" in str(caught.value)
+    assert "returned 0 scores for 6 completions" in str(caught.value)
     assert "stage evaluate stopped; finished steps (train, audit, merge, evaluate) are kept" in str(caught.value)
-    assert "give the same command again" in str(caught.value)
+    assert "rerun the same command; it resumes here" in str(caught.value)
     record = State.read(copied).steps["evaluate/merged/words"]
     assert record["state"] == "failed"
-    assert "gave 0 scores" in record["error"]
+    assert "returned 0 scores" in record["error"]
     assert run(world, copied).done == ("evaluate/merged/words",)
     assert outcome(copied) == outcome(unbroken)
 
@@ -329,12 +334,68 @@ def test_the_command_runs_shows_the_steps_and_ends_in_the_table(world: Path, cop
     done = CliRunner().invoke(cli, ["run", str(world), str(copied)])
     assert done.exit_code == 0, done.output
     assert "merged" in done.stdout
-    assert "0 steps to do, 9 as they are" in done.stderr
+    assert "0 steps to do, 9 done already" in done.stderr
     changed = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "evaluate.metrics.skill.max_rows=2"])
     assert "evaluate/merged: skill" in changed.stderr
     wrong = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "merge.densty=2"])
     assert wrong.exit_code == 1
     assert "error[UNKNOWN_KEY]" in wrong.stderr
+
+
+def test_a_failed_gate_exits_with_3_and_a_refused_recipe_with_1(world: Path, copied: Path) -> None:
+    gate = "audit.require=['sparsity(1e-5) [source=sft] >= 0.999999']"
+    done = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", gate])
+    assert done.exit_code == 3
+    assert "error[REQUIRED]: sft: sparsity(1e-05) is" in done.stderr
+    assert CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "seeds=all"]).exit_code == 1
+    assert CliRunner().invoke(cli, ["run", str(world)]).exit_code == 2
+
+
+def test_an_interrupted_run_prints_the_command_as_it_was_given(
+    world: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paft_merge.pipeline.run", interrupted)
+    args = ["run", "--set", "merge.parameters={density: 0.5}", str(world), str(copied), "--from", "merge"]
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 130
+    (line,) = done.stderr.splitlines()
+    assert shlex.split(line.partition("To continue: ")[2]) == ["paft", *args]
+
+
+def test_warnings_and_log_lines_have_one_form(world: Path, copied: Path) -> None:
+    scale = ["--set", "merge.models[1].parameters.weight=1e-4", "--set", "evaluate=false", "--set", "audit=false"]
+    done = CliRunner().invoke(cli, ["-v", "run", str(world), str(copied), *scale])
+    assert done.exit_code == 0, done.output
+    assert any(line.startswith("warning[SCALE]: merge/merged: ") for line in done.stderr.splitlines())
+    assert re.search(r"^info: paft-merge .*, Python .*: paft -v run ", done.stderr, re.MULTILINE)
+    assert re.search(r"^info: run: [\d.]+ s$", done.stderr, re.MULTILINE)
+    assert "WARNING" not in done.stderr
+
+
+def test_a_run_without_evaluations_has_no_table(world: Path, copied: Path) -> None:
+    done = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "evaluate=false"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{copied}\n"
+    assert not list(copied.glob("table.*"))
+
+
+def test_a_run_that_waited_for_the_lock_reads_what_the_other_one_did(
+    world: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = tmp_path / "late"
+    real = pipeline.locked
+
+    @contextmanager
+    def after_another(folder: Path) -> Iterator[None]:
+        shutil.copytree(copied, late, dirs_exist_ok=True)  # the other run begins and ends before the lock is taken
+        with real(folder):
+            yield
+
+    monkeypatch.setattr(pipeline, "locked", after_another)
+    assert run(world, late).done == ()
 
 
 def test_rows_that_are_no_pairs_are_found_before_training(world: Path, tmp_path: Path) -> None:

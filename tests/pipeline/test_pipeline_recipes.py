@@ -12,19 +12,17 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 from rich.console import Console
 from toys.run import make_world, sections
 from toys.train import THEIR_WARNINGS
 
-from paft_merge.cli import cli, run_tables
+from paft_merge.cli import run_tables
 from paft_merge.errors import PaftMergeError, RecipeError
 from paft_merge.evaluating import harness
 from paft_merge.pipeline import load_run, plan, run
 from paft_merge.pipeline.execution import _renamed
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.results_table import Cell, Row, Table
-from paft_merge.pipeline.starter_recipe import starter
 from paft_merge.pipeline.steps import Merge, Planner, Train, labels, placed
 from paft_merge.recipe import ModelRef
 
@@ -100,9 +98,9 @@ seeds: [0, 0]
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"base_model": "bse/x/y"}, "base_model: bse/x/y is no folder here, and no name of a Hub repository"),
+        ({"base_model": "bse/x/y"}, "base_model: bse/x/y is not a Hub repository, and was found neither beside the recipe ("),
         ({"merge": {"merge_method": "tis", "models": [{"model": "sft"}]}}, "did you mean 'ties'?"),
-        ({"merge": {"merge_method": "linear", "models": [{"model": "sfft", "parameters": {"weight": 1}}]}}, "'sfft' is no adapter and no folder here; did you mean 'sft'?"),
+        ({"merge": {"merge_method": "linear", "models": [{"model": "sfft", "parameters": {"weight": 1}}]}}, "did you mean 'sft'?"),
         ({"merge": {"merge_method": "ties", "models": [{"model": "sft", "parameters": {"weight": 1, "densty": 1}}]}}, "did you mean 'density'?"),
         ({"audit": {"require": ["sparsty(1e-5) > 1"]}}, "audit.require[0]: sparsty(1e-5) > 1: there is no metric 'sparsty'"),
         ({"audit": {"require": ["sparsity(1e-5) [source=stf] > 1"]}}, "no adapter is called 'stf'; did you mean 'sft'?"),
@@ -134,6 +132,26 @@ def test_fields_targets_and_columns_of_training_are_looked_at_too(world: Path, t
     assert "SFTConfig has no such field; did you mean 'learning_rate'?" in text
     assert "lora.target_modules: q_prj: the base has no such module; did you mean 'q_proj'?" in text
     assert "objective dpo needs chosen+rejected, the columns are text" in text
+
+
+def test_missing_data_is_reported_together_with_a_missing_base(world: Path, tmp_path: Path) -> None:
+    adapters = sections()["adapters"]
+    adapters["sft"]["data"] = "my-sft.jsonl"
+    adapters["dpo"]["data"] = "my-pairs.csv"
+    lines = told(world, tmp_path, base_model="bse/x/y", adapters=adapters).splitlines()
+    assert len(lines) == 3, lines
+    assert "bse/x/y is not a Hub repository" in lines[0]
+    for line, name in zip(lines[1:], ("my-sft.jsonl", "my-pairs.csv"), strict=True):
+        assert f"{name}: no such file, neither beside the recipe (" in line
+        assert "nor in the working directory" in line
+
+
+def test_a_recipe_for_paft_merge_is_refused_in_one_line(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "ties.yaml").write_text("models: [{model: a}, {model: b}]\nmerge_method: ties\n")
+    with pytest.raises(RecipeError) as caught:
+        load_run(tmp_path / "ties.yaml")
+    what = "ties.yaml:2: merge_method: this is a merge recipe, not a run recipe; use paft merge"
+    assert str(caught.value) == f"{tmp_path}/{what}"
 
 
 def test_an_evaluation_whose_package_is_missing_is_found_before_training(
@@ -324,7 +342,9 @@ def test_a_cell_has_its_spread_over_seeds() -> None:
     assert str(cell) == "0.600 ± 0.100"
     assert cell.noise == pytest.approx(0.1 / 3**0.5)
     assert str(Cell((0.5,))) == "0.500"
-    assert json.dumps(table_of({"a": ("base", 0.1, 0.2)}).to_json())
+    alone = table_of({"a": ("base", 0.1, 0.2)})
+    assert json.dumps(alone.to_json())
+    assert "**" not in alone.to_markdown(), "a single row is not the best of anything"
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
@@ -369,28 +389,6 @@ def test_the_run_recipe_of_the_readme_is_one(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(recipe)
     made = Planner.plan(load_run(tmp_path / "r.yaml"), tmp_path / "run")
     assert {step.stage for step in made.steps.values()} == {"train", "merge", "evaluate"}
-
-
-# --- paft init --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gpus", [0, 1, 2, 8])
-def test_the_starter_recipe_is_one_that_runs(gpus: int, world: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "start.yaml"
-    args = ["init", str(recipe), "--base", str(world.parent / "base"), "--gpus", str(gpus)]
-    args += ["--data", str(world.parent / "sft.jsonl"), "--data", str(world.parent / "pairs.jsonl")]
-    done = CliRunner().invoke(cli, args)
-    assert done.exit_code == 0, done.output
-    ready = plan(recipe, tmp_path / "run", overrides=["adapters.sft.training.max_length=64"])
-    assert [step.name for step in ready.todo] == ["train/sft", "train/dpo", "audit/adapters", "merge/merged"]
-    assert CliRunner().invoke(cli, args).exit_code == 1, "an existing file is not replaced"
-    uncommented = starter("me/base", gpus=gpus).replace("# evaluate:", "evaluate:").replace("#   suite", "  suite")
-    assert yaml.safe_load(uncommented)["evaluate"] == {"suite": "open-llm-v1"}
-
-
-def test_the_starter_is_printed_without_a_place() -> None:
-    done = CliRunner().invoke(cli, ["init", "--base", "a b"])
-    assert yaml.safe_load(done.stdout)["base_model"] == "a b"
 
 
 def test_the_recipe_of_a_run_is_kept_in_its_folder(world: Path, tmp_path: Path) -> None:

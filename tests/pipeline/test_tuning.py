@@ -57,7 +57,9 @@ def searched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_search_goes_on_with_the_trials_it_has(world: Path, searched: Path) -> None:
     rows = list(csv.DictReader((searched / "trials.csv").read_text().splitlines()))
-    assert [row["trial"] for row in rows] == ["0", "1", "3", "4"], "the third was killed, and is another one now"
+    assert [row["trial"] for row in rows] == ["1", "2", "3", "4"], "the one that was killed does not count"
+    assert rows[0]["models[1].parameters.weight"] == "0.5", "the recipe as it is"
+    assert rows[0]["parameters.trim.l1_mass"] == "null", "which leaves this one to its default"
     assert len({row["parameters.trim.l1_mass"] for row in rows}) == 4, "nothing is tried twice"
     told = []
     found = tune(world, searched, trials=5, progress=lambda trial, done, total: told.append((done, total)))
@@ -69,6 +71,7 @@ def test_a_killed_search_goes_on_with_the_trials_it_has(world: Path, searched: P
 def test_the_winner_is_a_recipe_whose_run_gives_its_value(world: Path, searched: Path, tmp_path: Path) -> None:
     found = tune(world, searched)
     assert found.best.value == max(trial.value for trial in found.trials) == -found.best.scores["text"]
+    assert not found.best.is_recipe
     best = yaml.safe_load((searched / "best.yaml").read_text())
     assert "tune" not in best
     assert best["merge"]["parameters"]["trim"]["l1_mass"] == found.best.parameters["parameters.trim.l1_mass"]
@@ -78,6 +81,25 @@ def test_the_winner_is_a_recipe_whose_run_gives_its_value(world: Path, searched:
     done = run(recipe, searched)
     assert "train/sft" not in done.done, "the adapters of the search are those of the winner"
     assert done.table.rows[0].cells["text"].mean == pytest.approx(found.best.scores["text"], rel=1e-6)
+
+
+def test_the_first_trial_is_the_recipe_as_it_is(world: Path, searched: Path, tmp_path: Path) -> None:
+    first = tune(world, searched).trials[0]
+    assert first.is_recipe
+    done = run(world, searched, overrides=("tune=false",))
+    assert done.table.rows[0].cells["text"].mean == pytest.approx(first.scores["text"], rel=1e-6)
+
+
+def test_a_search_that_finds_nothing_better_says_so(world: Path, searched: Path) -> None:
+    args = ["--set", "tune.space={'models[1].parameters.weight': [0.5]}", "--trials", "2"]
+    done = CliRunner().invoke(cli, ["tune", str(world), str(searched), *args])
+    assert done.exit_code == 0, done.output
+    assert "trial 1/2: " in done.stderr
+    assert "best of 2: trial 1, " in done.stderr
+    assert "the recipe as it is; no other trial is better" in done.stderr
+    text = (searched / "best.yaml").read_text()
+    assert "trial 1 of 2, the recipe as it is, which no trial improves." in text
+    assert yaml.safe_load(text)["merge"] == sections()["merge"]
 
 
 def test_the_search_leaves_a_plot_and_no_scratch(searched: Path) -> None:
@@ -129,7 +151,7 @@ def test_a_metric_may_be_a_sum() -> None:
     assert _terms("skill + 0.1 * happy") == {"skill": 1.0, "happy": 0.1}
     assert _terms("skill - 2*text") == {"skill": 1.0, "text": -2.0}
     assert _terms("skill - text") == {"skill": 1.0, "text": -1.0}
-    with pytest.raises(RecipeError, match="is no sum of evaluations"):
+    with pytest.raises(RecipeError, match="is not a sum of evaluations"):
         _terms("skill + x * happy")
 
 

@@ -127,6 +127,8 @@ class HubServer:
         """Large files by sha256, whether a commit names them or not."""
         self.xet: str | None = None
         """A folder that hf_xet may keep its chunks in; large files are then sent there, and only named here."""
+        self.lists_sizes = True
+        """Whether the listing of a repository names the size of each file."""
         self.metadata_faults: list[str] = []
         """What is wrong with the metadata of any card."""
         self.requests: list[Request] = []
@@ -382,6 +384,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = repository.commits[commit]
         blobs = "blobs" in self.query
         siblings = [{"rfilename": p, **(_sibling(p, c) if blobs else {})} for p, c in sorted(files.items())]
+        if not self.server_hub.lists_sizes:
+            siblings = [{key: value for key, value in one.items() if key != "size"} for one in siblings]
         gated = "manual" if repository.gated else False
         answer = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []}
         self._json({**answer, "private": repository.private, "gated": gated, "downloads": 0, "likes": 0})

@@ -94,7 +94,7 @@ def test_rewards_come_from_functions_rules_and_sums(tmp_path):
     assert scores == [4.0 - 2, 0.0 - 3]
     match = reward_functions([RewardSpec(rule="match"), RewardSpec(rule="contains")])
     assert total(match, prompts=["p"], completions=[" 42 "], answer=["42"]) == [2.0]
-    with pytest.raises(TrainError, match="gave 1 scores for 2 completions"):
+    with pytest.raises(TrainError, match="returned 1 score for 2 completions"):
         total([load_function("toy_rewards:broken")], prompts=["p"] * 2, completions=["a", "b"])
     with pytest.raises(TrainError, match="not finite"):
         total([load_function("toy_rewards:spoiled")], prompts=["p"], completions=["a"])

@@ -1,0 +1,129 @@
+"""`paft init`: the recipe runs, its paths hold from any directory, and what does not fit is reported before it is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from toys.run import make_world, write_rows
+from toys.train import THEIR_WARNINGS
+
+from paft_merge.cli import cli
+from paft_merge.pipeline import plan
+from paft_merge.pipeline.starter_recipe import starter
+from paft_merge.training import train
+
+pytestmark = THEIR_WARNINGS
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe and its data, which no test changes."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 8])
+def test_the_starter_recipe_is_one_that_runs(gpus: int, world: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "start.yaml"
+    args = ["init", str(recipe), "--base", str(world.parent / "base"), "--gpus", str(gpus)]
+    args += ["--data", str(world.parent / "sft.jsonl"), "--data", str(world.parent / "pairs.jsonl")]
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 0, done.output
+    ready = plan(recipe, tmp_path / "run", overrides=["adapters.sft.training.max_length=64"])
+    assert [step.name for step in ready.todo] == ["train/sft", "train/dpo", "audit/adapters", "merge/merged"]
+    assert CliRunner().invoke(cli, args).exit_code == 1, "an existing file is not replaced"
+    uncommented = starter("me/base", gpus=gpus).replace("# evaluate:", "evaluate:").replace("#   suite", "  suite")
+    assert yaml.safe_load(uncommented)["evaluate"] == {"suite": "open-llm-v1"}
+
+
+def test_the_starter_is_printed_without_a_place(tmp_path: Path) -> None:
+    base = tmp_path / "a b: 'c'"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    done = CliRunner().invoke(cli, ["init", "--base", str(base)])
+    assert yaml.safe_load(done.stdout)["base_model"] == str(base)
+
+
+def test_paths_are_relative_to_the_recipe_so_that_it_runs_from_any_directory(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.parent)
+    args = ["init", "deeper/start.yaml", "--base", "base", "--data", "sft.jsonl", "--data", "pairs.jsonl"]
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "deeper/start.yaml\n"
+    assert yaml.safe_load(Path("deeper/start.yaml").read_text())["adapters"]["dpo"]["data"] == "../pairs.jsonl"
+    monkeypatch.chdir(tmp_path)
+    recipe = world.parent / "deeper/start.yaml"
+    assert plan(recipe, tmp_path / "run", overrides=["adapters.sft.training.max_length=64"]).todo
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--base", "base", "--data", "nofile.jsonl"], "error[DATA]: nofile.jsonl: there is no such file"),
+        (["--base", "../base/x", "--data", "no.csv"], "error[BASE]: ../base/x: not a local folder and not a valid Hub repository name"),
+        (["--base", "base", "--data", "pairs.jsonl", "--data", "sft.jsonl"], "give the SFT data first, then the preference data"),
+        (["--base", "base", "--data", "alpaca.json"], "sft needs messages or conversations or completion+prompt or text or input_ids+labels, the columns are instruction, output; rename columns with data.rename"),
+        (["--base", "base", "--data", "broken.jsonl"], "error[DATA]: broken.jsonl: cannot be read"),
+        (["--base", "base", "--adapter", "base", "--adapter", "me/dpo"], "error[ADAPTER]: base: has no adapter_config.json"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_reported_and_nothing_is_written(
+    args: list[str], expected: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.parent)
+    Path("alpaca.json").write_text(json.dumps([{"instruction": "a", "output": "b"}], indent=1))
+    Path("broken.jsonl").write_text('{"text": ')
+    done = CliRunner().invoke(cli, ["init", *args, str(tmp_path / "r.yaml")])
+    assert done.exit_code == 1
+    assert expected in done.stderr
+    assert not (tmp_path / "r.yaml").exists()
+
+
+def test_chats_on_a_base_without_a_template_are_noticed(world: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    write_rows(tmp_path / "chat.jsonl", [{"messages": turns}])
+    base = Path(shutil.copytree(world.parent / "base", tmp_path / "base"))
+    args = ["init", "--base", str(base), "--data", str(tmp_path / "chat.jsonl")]
+    assert "chat_template" not in CliRunner().invoke(cli, args).output, "this base has a template"
+    for path in base.glob("*template*"):
+        path.unlink()
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(cli, args)
+    assert "warning[TEMPLATE]" in done.stderr
+    assert "REQUIRED: the rows are chats" in done.stdout
+    assert yaml.safe_load(done.stdout)["merge"]["chat_template"] == "auto"
+    plain = CliRunner().invoke(cli, ["init", "--base", "gpt9", "--data", "me/data"])
+    assert plain.stderr.startswith("warning[BASE]: gpt9: not a local folder; written as a Hub name")
+    assert "chat_template" not in plain.stdout
+
+
+def test_adapters_that_exist_give_a_recipe_that_compares_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(world, tmp_path / "mine")
+    config = json.loads((tmp_path / "mine/sft/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(world.parent / "base")
+    (tmp_path / "mine/sft/adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    data = [f"--data={world.parent / name}" for name in ("test.jsonl", "pairs.jsonl", "text.txt")]
+    args = ["init", "new/compare.yaml", "--adapter", "mine/sft", "--adapter", "mine/dpo", *data]
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 0, done.output
+    recipe = yaml.safe_load((tmp_path / "new/compare.yaml").read_text())
+    assert Path(recipe["base_model"]) == world.parent / "base", "the base that the adapters name"
+    assert recipe["adapters"] == {"sft": "../mine/sft", "dpo": "../mine/dpo"}
+    kinds = {name: metric["kind"] for name, metric in recipe["evaluate"]["metrics"].items()}
+    assert kinds == {"test": "exact_match", "pairs": "preference", "text": "perplexity"}
+    monkeypatch.chdir(world.parent)
+    planned = plan(tmp_path / "new/compare.yaml", tmp_path / "run")
+    assert {step.stage for step in planned.steps} == {"audit", "merge", "evaluate"}
+    assert len(planned.planner.arms) == 11
+    assert CliRunner().invoke(cli, ["init", "--adapter", str(tmp_path / "mine/sft")]).exit_code == 2
