@@ -11,10 +11,20 @@ from paft_merge.auditing.from_manifest import recorded
 from paft_merge.auditing.preview import Proposal
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.results import Advice, Group, PairAudit, SourceAudit, TensorAudit
-from paft_merge.auditing.run import Progress, audit
+from paft_merge.auditing.run import AuditProgress, audit
 from paft_merge.output.manifest import ManifestCheck, verify
 
 __all__ = [
-    "Advice", "Audit", "Group", "ManifestCheck", "PairAudit", "Progress", "Proposal", "SourceAudit", "TensorAudit", "audit",
-    "recorded", "verify",
+    "Advice",
+    "Audit",
+    "AuditProgress",
+    "Group",
+    "ManifestCheck",
+    "PairAudit",
+    "Proposal",
+    "SourceAudit",
+    "TensorAudit",
+    "audit",
+    "recorded",
+    "verify",
 ]  # fmt: skip

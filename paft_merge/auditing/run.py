@@ -25,7 +25,7 @@ HELD_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Progress:
+class AuditProgress:
     """How far an audit is."""
 
     tensors: int
@@ -46,7 +46,7 @@ def audit(
     fetch_base: bool = False,
     threads: int | None = None,
     held_bytes: int = HELD_BYTES,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[AuditProgress], None] = lambda _: None,
 ) -> Audit:
     """Audit adapters, fine-tuned checkpoints, or the sources of a recipe: how sparse they are, and how they will merge.
 
@@ -87,7 +87,7 @@ def audit(
             found.append(survey(subject, HeldDeltas(subject, pool, arena), wanted, rule))
             subject.release()
             done += subject.numel
-            progress(Progress(at, len(opened.subjects), done, total, subject.name))
+            progress(AuditProgress(at, len(opened.subjects), done, total, subject.name))
         return _results(opened, found, wanted, proposal)
 
 

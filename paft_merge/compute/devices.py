@@ -32,6 +32,6 @@ def ops_for(device: str) -> Ops:
             "DEVICE",
             device,
             "CUDA device not found, or torch is built without CUDA",
-            "use --device cpu",
+            "use device='cpu'",
         )
     return TorchOps(wanted)

@@ -70,11 +70,11 @@ def reproduce(
             REPRODUCE_OPTION, the manifest has an option that this version does not know.
         PaftMergeError: the manifest cannot be read; and as for `merge`.
     """
-    place = os.fspath(place)
+    place, given = os.fspath(place), MergeOptions.of(options, overrides)
     path, _, revision = place.partition("@")
     found = resolve(place) if Path(place).expanduser().exists() else resolve(path, revision or None, kind="side")
     manifest = read_manifest(found.folder / MANIFEST)
-    asked = _options(manifest, place, MergeOptions.of(options, overrides))
+    asked = _options(manifest, place, given)
     with pinned(_pins(manifest)), _place_for(out) as target:
         recipe = _recipe(manifest)
         with open_plan(recipe, replace(asked, stream_from_hub=True)) as plan:

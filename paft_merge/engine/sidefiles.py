@@ -118,7 +118,9 @@ def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
     if trust_remote_code:
         return [Problem("REMOTE_CODE", plan.donor.ref, f"its {', '.join(files)} are copied, and not run", "read them")]
     what = f"its config.json names code of its own, and {', '.join(files)} are not copied"
-    return [Problem("REMOTE_CODE", plan.donor.ref, what, "pass --trust-remote-code to copy them; they are never run")]
+    return [
+        Problem("REMOTE_CODE", plan.donor.ref, what, "pass trust_remote_code=True to copy them; they are never run")
+    ]
 
 
 def licence_notice(plan: MergePlan) -> list[Problem]:

@@ -87,15 +87,15 @@ def merge_state_dicts(
             "seed": seed,
             **({"base_model": {"model": {"path": _BASE}}} if base is not None else {}),
             **({"out_dtype": dtype} if dtype else {}),
-        }
+        },
+        strict=True,
     )
     held = named if base is None else {_BASE: base, **named}
     opened = {ModelRef(name): Model(name, _InMemory(name, tensors)) for name, tensors in held.items()}
     plan = plan_merge(recipe, opened, allow_nonfinite=allow_nonfinite)
-    output = _Tensors({tensor.name: np.empty(tensor.nbytes, np.uint8) for tensor in plan.tensors})
+    output = _Tensors(plan.tensors)
     merge_checkpoint(plan, output, threads=threads or available_cores())
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    return {name: output.tensor(planned[name]) for name in plan.donor.checkpoint.tensors}
+    return {name: output.tensors[name] for name in plan.donor.checkpoint.tensors}
 
 
 class _InMemory(Checkpoint):
@@ -122,8 +122,7 @@ class _InMemory(Checkpoint):
 
     def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
         view = as_bytes(buffer)
-        raw = self._held[name].reshape(-1).view(torch.uint8).numpy()
-        view[:] = raw[start : start + len(view)].data
+        view[:] = _bytes_of(self._held[name])[start : start + len(view)].data
 
     def check_unchanged(self) -> None:
         """Do nothing: there are no files."""
@@ -132,19 +131,23 @@ class _InMemory(Checkpoint):
 class _Tensors(Output):
     """An output in memory."""
 
-    def __init__(self, held: dict[str, NDArray[np.uint8]]) -> None:
-        self._held, self.finished = held, {}
+    def __init__(self, planned: Sequence[PlannedTensor]) -> None:
+        kinds = {one.name: getattr(torch, str(DTYPES[one.dtype].torch)) for one in planned}
+        self.tensors = {one.name: torch.empty(one.shape, dtype=kinds[one.name]) for one in planned}
+        self._bytes = {name: _bytes_of(tensor) for name, tensor in self.tensors.items()}
+        self.finished = {}
 
     def memory(self, room: PageAlignedBuffer, name: str, start: int, nbytes: int) -> Any:
         return room.array(nbytes, 0)
 
     def write(self, name: str, start: int, buffer: Any, room: PageAlignedBuffer | None = None) -> None:
-        self._held[name][start : start + buffer.nbytes] = buffer.view(np.uint8)
+        self._bytes[name][start : start + buffer.nbytes] = buffer.view(np.uint8)
 
     def finish_tensor(self, finished: Finished) -> None:
         self.finished[finished.name] = finished
 
-    def tensor(self, planned: PlannedTensor) -> torch.Tensor:
-        """Return a finished tensor."""
-        kind = getattr(torch, str(DTYPES[planned.dtype].torch))
-        return torch.from_numpy(self._held[planned.name]).view(kind).reshape(planned.shape)
+
+def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """Return the memory of a contiguous tensor, `[bytes]`."""
+    raw: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return raw

@@ -372,7 +372,7 @@ def _not_finite(tensor: PlannedTensor, overflowed: int = 0) -> MergeError:
             count += bad.size
         if count:
             what = f"{count:,} of {tensor.numel:,} elements are NaN or infinite, the first at flat index {first:,}"
-            fix = "repair the source, or pass --allow-nonfinite to merge it as it is"
+            fix = "repair the source, or pass allow_nonfinite=True to merge it as it is"
             return MergeError.of("NONFINITE", f"{read.source}: {read.name}", what, fix)
     wide = tensor.dtype in ("F64", *RAW)
     fix = "use smaller weights or lambda" if wide else "write out_dtype: bfloat16 or float32"

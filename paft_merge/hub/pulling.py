@@ -248,7 +248,7 @@ def check_room(looks: Iterable[ResolvedRepo], also: int = 0, beside: Path | None
             needed, text = needed + also, f"{text} and {also:,} to be written on the same disk"
     free = shutil.disk_usage(above).free
     if free < needed:
-        fix = "free some space, set HF_HOME to another disk, or merge with --stream-from-hub, which keeps nothing"
+        fix = "free some space, set HF_HOME to another disk, or merge with stream_from_hub=True, which stores nothing"
         raise HubError.of("DISK", place, f"{text}, and {free:,} are free", fix)
 
 
@@ -296,7 +296,7 @@ def _look(
     pickles = [name for name in files if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if kind == "model" and not wanted and pickles:
         what = f"holds only pickles ({', '.join(pickles[:3])}), which can run code when they are loaded"
-        fix = "convert it to safetensors, or read it through mergekit's restricted unpickler with --lazy-unpickle"
+        fix = "convert it to safetensors, or read it through mergekit's restricted unpickler with lazy_unpickle=True"
         raise HubError.of("PICKLE_REFUSED", where, what, fix)
     missing = tuple(files[name] for name in wanted if not (folder / name).exists())
     return ResolvedRepo(folder, where, repo_id, commit, revision, missing)

@@ -189,7 +189,7 @@ class RemoteFile:
                 raise self._changed(f"its {what} is {now} now, and was {listed} when it was listed")
         if response.status_code != 206 and (start, stop) != (0, self.size):
             what = "the server sends whole files only, and tensors are read by ranges"
-            raise HubError.of("HUB_RANGES", self.where, what, "merge without --stream-from-hub")
+            raise HubError.of("HUB_RANGES", self.where, what, "merge without stream_from_hub=True")
         if response.history and not direct:
             kept = {k: v for k, v in self.headers.items() if k.lower() != "authorization" or _sent(response, k)}
             self._direct = (str(response.url), kept, _plain(response.headers.get("ETag")))

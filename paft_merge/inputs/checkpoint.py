@@ -47,7 +47,7 @@ have their full size from the start and would look complete."""
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_LAZY = "--lazy-unpickle"
+_LAZY = "lazy_unpickle=True"
 _SAMPLE_BYTES = 4096
 
 
@@ -376,7 +376,7 @@ def _locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, 
         raise CheckpointError.of("CHECKPOINT_MISSING", path, f"cannot be opened: {error.strerror}") from None
     if path.name.endswith(".part") or UNFINISHED in present:
         what = "is the output of a merge that did not finish"
-        raise CheckpointError.of("CHECKPOINT_UNFINISHED", path, what, "finish it with --resume")
+        raise CheckpointError.of("CHECKPOINT_UNFINISHED", path, what, "finish it with resume=True")
     chosen = _choose(path, present, unpickle)
     pickled = chosen.startswith("pytorch_model.bin")
     if not chosen.endswith(_INDEX):

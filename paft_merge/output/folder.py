@@ -90,7 +90,7 @@ def check_place(out: Path, inputs: Sequence[Path], needed: int, *, overwrite: bo
     if real.exists() and not real.is_dir():
         problems.add("OUTPUT", out, "is a file", "choose another folder")
     elif real.is_dir() and any(real.iterdir()) and not overwrite:
-        fix = "choose another folder, or pass --overwrite to replace it"
+        fix = "choose another folder, or pass overwrite=True to replace it"
         problems.add("OUTPUT", out, "exists and is not empty", fix)
     above = next(p for p in real.parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -400,6 +400,6 @@ def _writing(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in DISK_FULL
-        fix = "free some space and run again with --resume" if full else "choose a writable folder"
+        fix = "free some space and run again with resume=True" if full else "choose a writable folder"
         where, what = error.filename or place, error.strerror or str(error)
         raise OutputError.of("DISK" if full else "OUTPUT", where, what, fix) from error

@@ -67,7 +67,7 @@ def compare_configs(donor: Named, others: Sequence[Named], problems: Problems) -
         different = [key for key in ours if key in theirs and ours[key] != theirs[key]]
         if different:
             shown_ = ", ".join(f"{key} ({theirs[key]} against {ours[key]})" for key in different)
-            fix = f"{_OTHER_MODEL}, or pass --allow-crimes"
+            fix = f"{_OTHER_MODEL}, or pass allow_crimes=True"
             problems.add("CONFIG_MISMATCH", ref, f"differs from {donor[0]} in {shown_}", fix)
 
 

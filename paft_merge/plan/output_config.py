@@ -166,7 +166,7 @@ def _settled(
     faults += _broken(merged, wanted, renumbered)
     merged = _section({**config, **changes}, section)
     faults += _misplaced(merged, wanted, section, renumbered, places)[:1] if not faults else []
-    fix = "keep the kinds of layers where they were, or pass --allow-crimes"
+    fix = "keep the kinds of layers where they were, or pass allow_crimes=True"
     return [Problem("LAYER_KINDS", places.donor.ref, what, fix) for what in faults]
 
 
@@ -252,7 +252,7 @@ def _check_kinds(keys: Sequence[Path], renumbered: Renumbered, places: Places, p
                 parts = [own[span[0] : span[1]] for own, (_, span) in zip(lists, ranges, strict=True) if own]
                 if any(part != parts[0] for part in parts):
                     what = f"the sources' layers are of different kinds: {' against '.join(map(_short, parts[:2]))}"
-                    fix = "pair layers of one kind, or pass --allow-crimes"
+                    fix = "pair layers of one kind, or pass allow_crimes=True"
                     problems.add("CONFIG_MISMATCH", making.output.spot, what, fix)
 
 

@@ -200,7 +200,7 @@ class Places:
         """`making` of only the models that have a tensor; None where its method cannot do with them."""
         method, least = self.recipe.method, self.recipe.method.min_sources
         sources = tuple((source, model) for source, model in making.sources if model in having)
-        fix = "leave such tensors out with --tensor-intersection"
+        fix = "leave such tensors out with tensor_names='intersection'"
         if making.base and making.base not in having:
             what = f"lacks {quote(name)}, which {having[0].ref} has, and {method.name} needs the base's"
             self.problems.add("KEYS_MISSING", making.base.ref, what, fix)

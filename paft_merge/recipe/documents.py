@@ -1,4 +1,4 @@
-"""The documents of one recipe file: which are intermediate, which are results, and in which order they are made."""
+"""The documents of one recipe file: which are intermediate, which are results, and in which order they are merged."""
 
 from __future__ import annotations
 
@@ -15,56 +15,61 @@ from paft_merge.recipe import Located, Recipe, did_you_mean, dump_yaml, load_doc
 
 @dataclass(frozen=True)
 class Documents:
-    """The recipes of one file and which of them are made from which."""
+    """The recipes of one file."""
 
     recipes: tuple[Recipe, ...]
 
     @cached_property
     def named(self) -> dict[str, Recipe]:
-        """The recipes that others may use."""
+        """The recipes that others may use as models, by name."""
         return {recipe.name: recipe for recipe in self.recipes if recipe.name} if len(self.recipes) > 1 else {}
 
     def used_by(self, recipe: Recipe) -> list[str]:
-        """The other documents that a recipe merges."""
+        """Return the names of the documents that a recipe merges."""
         return [name for name in dict.fromkeys(ref.path for ref in recipe.references) if name in self.named]
 
     @property
     def finals(self) -> list[Recipe]:
-        """What is written: the recipe without a name, else every one that no other uses."""
+        """The recipes to write: the one without a name, else every one that no other uses."""
         used = {name for recipe in self.recipes for name in self.used_by(recipe)}
         unnamed = [recipe for recipe in self.recipes if not recipe.name]
         return unnamed or [recipe for recipe in self.recipes if recipe.name not in used]
 
     def unused(self, finals: Sequence[Recipe]) -> list[Problem]:
-        """A warning for every document that no result is made of."""
+        """Return a warning for every document that no result uses."""
         needed = {one.name for final in finals for one in self.beneath(final)}
         left = [recipe for recipe in self.recipes if recipe.name not in needed]
-        fix = "write it with --output-name, or remove it"
         return [
-            Problem("UNUSED", str(r.located.spot(("name",))), f"nothing is made of {r.name}, so it is not merged", fix)
+            Problem(
+                "UNUSED",
+                str(r.located.spot(("name",))),
+                f"no result uses {r.name}, so it is not merged",
+                f"write it with output_name={r.name!r}, or remove it",
+            )
             for r in left
         ]
 
     def only(self, name: str | None) -> Recipe:
-        """The recipe to write: the one called `name`, or the only one of `finals`.
+        """Return the recipe to write: the one called `name`, or the only one of `finals`.
 
         Raises:
-            RecipeError: there is none of that name, or several that no other uses.
+            RecipeError: no document has that name, or there are several results.
         """
         names = [recipe.name for recipe in self.recipes if recipe.name]
         if name is None:
             if len(self.finals) > 1:
-                what = f"the file has several results: {', '.join(r.name or '' for r in self.finals)}"
-                raise RecipeError.of("DOCUMENTS", "", what, "choose one with --output-name")
+                results = [r.name for r in self.finals]
+                what = f"the file has several results: {', '.join(map(str, results))}"
+                raise RecipeError.of("DOCUMENTS", "", what, f"choose one with output_name={results[0]!r}")
             return self._with_text(self.finals[0])
         found = next((recipe for recipe in self.recipes if recipe.name == name), None)
         if found is None:
             fix = did_you_mean(name, names) or f"the file names {', '.join(names) or 'none'}"
-            raise RecipeError.of("DOCUMENTS", name, "is no document of this file", fix)
+            raise RecipeError.of("DOCUMENTS", name, "is not a document of this file", fix)
         return self._with_text(found)
 
     def _with_text(self, recipe: Recipe) -> Recipe:
-        """The recipe with the text of all documents that it is made of, for those who read how it was made."""
+        """Return the recipe with the text of all documents that it uses, for the manifest and the model card."""
         made_of = self.beneath(recipe)
         if len(made_of) == 1:
             return recipe
@@ -72,7 +77,7 @@ class Documents:
         return replace(recipe, located=replace(recipe.located, text=text))
 
     def beneath(self, recipe: Recipe) -> list[Recipe]:
-        """The documents that a recipe is made of, each after those that it is made of itself, and the recipe last."""
+        """Return the documents that a recipe uses, each after those it uses itself, and the recipe last."""
         found: dict[str, Recipe] = {}
         for name in self.used_by(recipe):
             found |= {one.name or "": one for one in self.beneath(self.named[name])}
@@ -89,7 +94,7 @@ def load_recipes(
         source, strict, methods: as for `load_recipe`.
 
     Raises:
-        RecipeError: faults of all documents; two without a name or with the same; documents that need each other.
+        RecipeError: problems of all documents; two have the same name or none; documents use each other.
     """
     if isinstance(source, Recipe):
         return Documents((source,))
@@ -125,7 +130,7 @@ def _check_names(located: Sequence[Located], problems: Problems) -> None:
                 if name
                 else f"a second document without a name; the first is on line {first.line}"
             )
-            problems.add("DOCUMENTS", where, what, "give every document but the result a name of its own")
+            problems.add("DOCUMENTS", where, what, "give every document but the result its own name")
         seen.setdefault(name or "", document)
         if name and ("/" in name or "@" in name or "+" in name or name in (".", "..")):
             problems.add("DOCUMENTS", where, f"{name!r} cannot be the name of a document", "use a plain word")
@@ -138,7 +143,7 @@ def _check_circles(documents: Documents, problems: Problems) -> None:
         if name in way:
             circle = " -> ".join((*way[way.index(name) :], name))
             where = documents.named[name].located.spot(("name",))
-            problems.add("DOCUMENTS", where, f"needs itself: {circle}", "a document can use only what does not use it")
+            problems.add("DOCUMENTS", where, f"uses itself: {circle}", "remove one of these uses")
         elif name not in done:
             for other in documents.used_by(documents.named[name]):
                 visit(other, (*way, name))
@@ -149,14 +154,16 @@ def _check_circles(documents: Documents, problems: Problems) -> None:
 
 
 def _check_uses(documents: Documents, problems: Problems) -> None:
-    """Names that are no document's, by their look."""
+    """Add a problem for a name that looks like a misspelt document."""
     for recipe in documents.recipes:
         for ref in recipe.references:
             if ref.path not in documents.named and "/" not in ref.path and not Path(ref.path).expanduser().exists():
                 near = did_you_mean(ref.path, documents.named)
                 if near:
                     where = recipe.located.spot()
-                    problems.add("DOCUMENTS", where, f"{ref.path} is no document of this file and no folder here", near)
+                    problems.add(
+                        "DOCUMENTS", where, f"{ref.path} is not a document of this file and not a folder", near
+                    )
             if ref.path in documents.named and ref.revision:
                 what = f"{ref.path} is a document of this file, which has no revision {ref.revision}"
                 problems.add("DOCUMENTS", recipe.located.spot(), what, f"write {ref.path}")

@@ -45,7 +45,7 @@ DEFAULT_WARMUP = {"penalty": 0.0, "prox": 0.1}
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainProgress:
     """One optimizer step, for whoever draws a progress bar."""
 
     name: str
@@ -134,7 +134,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
     Its state is part of the trainer's checkpoints, so a resumed run goes on with the strength it had.
     """
 
-    def __init__(self, name: str, l1: L1 | None, progress: Callable[[Progress], None] | None = None) -> None:
+    def __init__(self, name: str, l1: L1 | None, progress: Callable[[TrainProgress], None] | None = None) -> None:
         self.name, self.l1, self.progress = name, l1, progress
         self.latest: dict[str, float] = {}
         self.faint = 0
@@ -161,12 +161,12 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self._look(state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
         if self.progress:
-            self.progress(Progress(self.name, state.global_step, state.max_steps, {}))
+            self.progress(TrainProgress(self.name, state.global_step, state.max_steps, {}))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Hand what is logged to whoever draws."""
         if self.progress:
-            self.progress(Progress(self.name, state.global_step, state.max_steps, dict(logs or {})))
+            self.progress(TrainProgress(self.name, state.global_step, state.max_steps, dict(logs or {})))
 
     def _look(self, state: Any, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
         factors = adapted(getattr(model, "module", model))

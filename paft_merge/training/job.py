@@ -17,7 +17,7 @@ from paft_merge.errors import TrainError
 from paft_merge.recipe.sections import former_keys
 from paft_merge.training.adapter_record import check_trim, write_card, write_record, write_trimmed
 from paft_merge.training.arguments import lora_config
-from paft_merge.training.callbacks import L1, Progress, ProxCallback, Watch
+from paft_merge.training.callbacks import L1, ProxCallback, TrainProgress, Watch
 from paft_merge.training.l1 import Factors, Stats, adapted, measure, whole
 from paft_merge.training.run_folder import RunFolder, is_first, write_json
 from paft_merge.training.schema import AdapterSpec
@@ -41,7 +41,7 @@ class Job:
     rows: Any
     eval_rows: Any
     resume: bool = False
-    progress: Callable[[Progress], None] | None = None
+    progress: Callable[[TrainProgress], None] | None = None
     callbacks: tuple[Any, ...] = ()
     base_digest: str = ""
     folder: Path = Path()

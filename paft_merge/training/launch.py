@@ -18,7 +18,7 @@ from paft_merge.training.run_folder import is_first
 from paft_merge.training.schema import AdapterSpec, read_adapters
 
 if TYPE_CHECKING:
-    from paft_merge.training.callbacks import Progress
+    from paft_merge.training.callbacks import TrainProgress
 
 Schedule = Literal["auto", "sequential", "processes"]
 
@@ -32,7 +32,7 @@ def train(
     schedule: Schedule = "auto",
     devices: str | None = None,
     base: Any = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[TrainProgress], None] | None = None,
 ) -> dict[str, Path]:
     """Train adapters of a recipe, each into `out/<name>`; returns the folders by name.
 
@@ -108,7 +108,7 @@ def _one_after_another(
     out: Path,
     folder: Path,
     resume: bool,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[TrainProgress], None] | None,
 ) -> dict[str, Path]:
     from paft_merge.training.base_model import digest_of, is_sharded, load_base
     from paft_merge.training.run import train_adapter
@@ -150,7 +150,7 @@ def _in_processes(
     out: Path,
     resume: bool,
     devices: str | None,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[TrainProgress], None] | None,
 ) -> dict[str, Path]:
     wanted = {name: spec for name, spec in specs.items() if not (resume and (out / name / "paft_train.json").exists())}
     needs = {name: spec.processes for name, spec in wanted.items()}
@@ -167,13 +167,13 @@ def _in_processes(
     return {name: out / name for name in specs}
 
 
-def _teller(progress: Callable[[Progress], None] | None) -> Told | None:
+def _teller(progress: Callable[[TrainProgress], None] | None) -> Told | None:
     """What a child tells, as our own trainers tell it."""
     if progress is None:
         return None
-    from paft_merge.training.callbacks import Progress
+    from paft_merge.training.callbacks import TrainProgress
 
-    return lambda name, step, steps, logs: progress(Progress(name, step, steps, logs))
+    return lambda name, step, steps, logs: progress(TrainProgress(name, step, steps, logs))
 
 
 def _spill(mapping: Mapping[str, Any], out: Path) -> Path:

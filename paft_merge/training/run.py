@@ -14,7 +14,7 @@ from paft_merge.errors import TrainError
 from paft_merge.training import data as sets
 from paft_merge.training.arguments import check_targets, training_arguments
 from paft_merge.training.base_model import digest_of, load_base, load_tokenizer, restoring_base
-from paft_merge.training.callbacks import Progress
+from paft_merge.training.callbacks import TrainProgress
 from paft_merge.training.job import (
     Job,
     finish,
@@ -45,7 +45,7 @@ def train_adapter(
     base_name: str | None = None,
     base_path: str | None = None,
     base_digest: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[TrainProgress], None] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Path:
     """Train one adapter and write it to `out`; returns that folder.

@@ -167,9 +167,9 @@ def test_several_results_get_a_folder_each_and_one_can_be_chosen(family: Family,
     assert all(bits_equal(t, tensors_of(f["y"])[n]) for n, t in tensors_of(tmp_path / "only").items())
     said = paft("merge", path, "--dry-run")
     assert said.exit_code == 1
-    assert "the file has several results: x, y; choose one with --output-name" in said.output
+    assert "the file has several results: x, y; choose one with --output-name x" in said.output
     assert (
-        "z: is no document of this file; the file names x, y"
+        "z: is not a document of this file; the file names x, y"
         in paft("merge", path, "--dry-run", "--output-name", "z").output
     )
 
@@ -187,14 +187,14 @@ def test_documents_that_do_not_fit_together_are_refused_all_at_once(family: Fami
         made = recipe("linear", None, *((s, {"weight": 1.0}) for s in sources))
         return made if name is None else {"name": name, **made}
 
-    assert refusals(path, named("a", "b"), named("b", "a"), named(None, "a")) == [":1: name: needs itself: a -> b -> a"]
-    assert refusals(path, named("a", "a"), named(None, "a")) == [":1: name: needs itself: a -> a"]
+    assert refusals(path, named("a", "b"), named("b", "a"), named(None, "a")) == [":1: name: uses itself: a -> b -> a"]
+    assert refusals(path, named("a", "a"), named(None, "a")) == [":1: name: uses itself: a -> a"]
     twice = refusals(path, named("a", f["x"]), named("a", f["y"]), named(None, "a"), named(None, f["x"]))
     assert [t.split(": ", 2)[-1] for t in twice] == [
         "the name a is already on line 1", twice[1].split(": ", 2)[-1],
     ]  # fmt: skip
     assert "a second document without a name; the first is on line" in twice[1]
-    assert "midle is no document of this file and no folder here" in refusals(
+    assert "midle is not a document of this file and not a folder" in refusals(
         path, named("middle", f["x"]), named(None, "midle", f["y"])
     )[0]  # fmt: skip
 
@@ -217,9 +217,7 @@ def test_a_document_that_nothing_is_made_of_is_told(family: Family, tmp_path: Pa
     spare = {"name": "spare", **recipe("linear", None, (f["x"], {"weight": 1.0}))}
     path = written(tmp_path / "r.yaml", spare, recipe("linear", None, (f["y"], {"weight": 1.0})))
     with open_plan(path) as plan:
-        assert [(w.code, w.what) for w in plan.warnings] == [
-            ("UNUSED", "nothing is made of spare, so it is not merged")
-        ]
+        assert [(w.code, w.what) for w in plan.warnings] == [("UNUSED", "no result uses spare, so it is not merged")]
 
 
 def test_a_merge_of_files_of_tensors(tmp_path: Path) -> None:

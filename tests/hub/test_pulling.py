@@ -314,7 +314,7 @@ def test_room_for_cache_and_output_is_counted_together(
     with pytest.raises(HubError) as caught:
         paft_merge.merge(RECIPE, tmp_path / "out")
     assert code_of(caught) == "DISK"
-    assert "--stream-from-hub" in str(caught.value)
+    assert "stream_from_hub=True" in str(caught.value)
 
 
 # --- streaming --------------------------------------------------------------------------------------------------------

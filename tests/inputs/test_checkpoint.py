@@ -380,7 +380,7 @@ def test_the_output_of_an_unfinished_merge_is_refused(tmp_path):
     for folder in ("out.part", "renamed"):
         code, text = only_fault_of(tmp_path / folder)
         assert code == "CHECKPOINT_UNFINISHED"
-        assert "is the output of a merge that did not finish; finish it with --resume" in text
+        assert "is the output of a merge that did not finish; finish it with resume=True" in text
 
 
 # --- the index --------------------------------------------------------------------------------------------------------

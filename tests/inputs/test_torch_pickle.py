@@ -69,7 +69,7 @@ def test_pickles_are_refused_and_not_loaded(tmp_path, name):
     assert code == "PICKLE_REFUSED"
     assert f"holds only pickles ('{name}')" in text
     assert "convert it to safetensors" in text
-    assert ("--lazy-unpickle" in text) == name.startswith(BIN)
+    assert ("lazy_unpickle=True" in text) == name.startswith(BIN)
     assert not (tmp_path / "ran").exists()
 
 

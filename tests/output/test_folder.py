@@ -498,7 +498,7 @@ def test_a_merge_that_is_told_to_stop_says_how_to_go_on(
     """
     run = paft_process("merge", file, tmp_path / "out", "--threads", "1", before=hook)
     assert run.returncode == 130, run.stderr
-    assert run.stderr == "interrupted; what was finished is kept beside the output, and --resume goes on with it\n"
+    assert run.stderr == "interrupted; finished work is kept beside the output, and --resume continues\n"
     assert lines_of(tmp_path / "out.part" / JOURNAL) >= 3
 
 

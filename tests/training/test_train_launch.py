@@ -246,7 +246,7 @@ def test_the_command_prints_folders_alone_and_draws_progress_on_a_terminal(tmp_p
 
     from paft_merge.cli import cli
     from paft_merge.training import launch
-    from paft_merge.training.callbacks import Progress
+    from paft_merge.training.callbacks import TrainProgress
 
     asked = {}
 
@@ -254,7 +254,7 @@ def test_the_command_prints_folders_alone_and_draws_progress_on_a_terminal(tmp_p
         asked.update(options)
         if options["progress"]:
             for step, logs in ((1, {}), (2, {"loss": 3.25, "sparsity/below_1e-5": 0.5}), (2, {})):
-                options["progress"](Progress("sft", step, 2, logs))
+                options["progress"](TrainProgress("sft", step, 2, logs))
         return {"sft": Path(out) / "sft"}
 
     monkeypatch.setattr(launch, "train", fake)

@@ -124,7 +124,7 @@ def test_ctrl_c_stops_both_adapters_with_all_their_processes_and_they_can_go_on(
     assert len(ports) == len(set(ports)) == 2
     running.send_signal(signal.SIGINT)
     _, told = running.communicate(timeout=60)
-    assert (running.returncode, "--resume goes on with it" in told) == (130, True)
+    assert (running.returncode, "--resume continues" in told) == (130, True)
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert [p.name for p in (out / "two.part" / "checkpoints").glob("checkpoint-*")]
     assert not (out / "two").exists()

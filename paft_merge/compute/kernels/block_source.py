@@ -124,7 +124,7 @@ class BlockSource:
         """Raise the error behind a failed read."""
         self._again()
         raise CheckpointError.of(
-            "SHARD_UNREADABLE", "an input", "a read failed once and then succeeded", "continue with --resume"
+            "SHARD_UNREADABLE", "an input", "a read failed once and then succeeded", "continue with resume=True"
         )
 
 

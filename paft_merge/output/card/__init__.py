@@ -59,7 +59,7 @@ def write_card(folder: Path, *, overwrite: bool = False) -> list[Problem]:
     manifest, card = read_manifest(folder / MANIFEST), folder / CARD
     if card.is_file() and not overwrite and is_edited(card.read_text(encoding="utf-8")):
         what = "was edited since it was written"
-        raise OutputError.of("CARD_EDITED", card, what, "pass --overwrite to replace it")
+        raise OutputError.of("CARD_EDITED", card, what, "pass overwrite=True to replace it")
     made = card.with_name(f"{CARD}.tmp")
     try:
         draw(manifest, folder)
