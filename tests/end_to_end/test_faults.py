@@ -529,7 +529,7 @@ def test_too_little_memory_for_one_block_names_the_tensor_and_the_bytes(models: 
     result = paft("merge", file, tmp_path / "out", "--memory", "1k")
     assert result.exit_code == 1
     assert re.fullmatch(
-        r"error\[MEMORY\]: model\S+: one block .* take [\d,]+ bytes, and --memory allows 1,000; allow at least [\d,]+\n",
+        r"error\[MEMORY\]: model\S+: one block .* take [\d,]+ bytes, more than --memory 1000; allow at least [\d,]+ bytes\n",
         result.stderr,
     )
     assert not list(tmp_path.glob("out*"))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,14 @@ from typing import Any, ForwardRef
 import pytest
 import torch
 from conftest import near, save_checkpoint
-from toys.merge import files_of, manifest_of, python, recipe, write_recipe
+from safetensors.torch import load_file, save_file
+from toys.hub import UPLOADS
+from toys.hub import files_of as hub_files
+from toys.hub import hub as hub
+from toys.hub_server import HubServer
+from toys.merge import files_of, manifest_of, paft, python, recipe, write_recipe
+from toys.run import make_world
+from toys.train import THEIR_WARNINGS
 
 import paft_merge
 from paft_merge import MergeOptions, merge, open_plan
@@ -225,8 +233,6 @@ def test_plans_and_recipes_are_short_and_escaped(tmp_path: Path) -> None:
 
 
 def test_a_plan_as_json_is_what_a_dry_run_prints(asked: Path) -> None:
-    from toys.merge import paft
-
     with open_plan(asked) as plan:
         ours = plan.to_json()
     printed = json.loads(paft("merge", asked, "--dry-run", "--json").stdout)
@@ -266,3 +272,37 @@ def test_one_class_in_the_package_is_called_progress() -> None:
         if re.search(r"^class Progress\b", path.read_text(), re.MULTILINE)
     ]
     assert [path.name for path in found] == ["streaming.py"]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------
+
+
+@THEIR_WARNINGS
+@UPLOADS
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_every_snippet_of_the_page_runs(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = PAGE.read_text()
+    search = {"metric": "text", "space": {"models[1].parameters.weight": [0.0, 1.0]}, "trials": 1}
+    make_world(tmp_path, tune=search).rename(tmp_path / "run.yaml")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    for at, name in enumerate(("math", "code")):
+        shutil.copytree(tmp_path / "base", tmp_path / name)
+        save_file(near(base, at), tmp_path / name / "model.safetensors", {"format": "pt"})
+    hub.add("me/base", hub_files(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    names: dict[str, Any] = {}
+    for at, snippet in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
+        exec(compile(snippet, f"snippet {at} of {PAGE.name}", "exec"), names)
+    shown = capsys.readouterr().out
+    for line in re.findall(r"# ((?:MergeResult|MergePlan|Recipe)\(.*\))", text):
+        assert re.search(re.sub(r"\d+\\\.\d+", r"[\\d.]+", re.escape(line)), shown), line
+    assert hub.repositories["me/merged"].private
+
+
+def test_the_page_shows_every_exported_name() -> None:
+    text = PAGE.read_text()
+    for name in paft_merge.__all__:
+        assert re.search(rf"\b{name}\b", text), name
