@@ -1,1 +1,1 @@
-"""`merge()` and `open_plan()`: the streaming merge, intermediate documents, reproduction."""
+"""Merges: from a recipe, or from tensors in memory, to a model folder, and their reproduction."""

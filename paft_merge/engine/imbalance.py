@@ -1,4 +1,4 @@
-"""Whether the deltas of a merge are of one size: a source that is many times smaller than another is not heard in it."""
+"""Warnings about deltas of very different sizes: the smaller source has nearly no effect on the merge."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from paft_merge.plan import MergePlan, PlannedTensor
 
 FOLD = 5.0
-"""Sizes further apart than this are told. (An SFT and a DPO adapter at their usual learning rates: about 15.)"""
+"""Smallest ratio of sizes that gives a warning. (SFT and DPO adapters at their usual learning rates: about 15.)"""
 
 
 def weight_of(tensor: PlannedTensor, source: int) -> float:
-    """The weight of one source of a tensor; 1 where the method has none."""
+    """Return the weight of one source of a tensor; 1 for a method without weights."""
     parameters = tensor.parameters.get("sources", ())
     given = parameters[source].get("weight") if source < len(parameters) else None
     return 1.0 if given is None else float(given)
 
 
 def recorded(plan: MergePlan) -> list[Problem]:
-    """A warning when the records that `paft train` left beside the adapters show deltas of very different sizes.
+    """Return a warning if the records that `paft train` wrote beside the adapters show very different sizes.
 
-    Known from the plan alone; adapters of other trainers have no such record, and are told of by `measured`.
+    A plan is enough for this. Adapters of other trainers have no record; `measured` covers them after the merge.
     """
     sizes: dict[str, float] = {}
     for model in plan.models:
@@ -42,13 +42,13 @@ def recorded(plan: MergePlan) -> list[Problem]:
 
 
 def measured(totals: Iterable[Mapping[str, Any]]) -> list[Problem]:
-    """The same from the totals of a finished merge's manifest, which every source has."""
+    """Return the same warning from the totals of a finished merge."""
     rows = [row for row in totals if row.get("weighted_l2") and row["entries"]]
     return _apart({row["source"]: row["weighted_l2"] / math.sqrt(row["entries"]) for row in rows})
 
 
 def _recorded_rms(record: Mapping[str, Any]) -> float:
-    """Root mean square of the entries of the delta that a record is about; 0 when it does not say."""
+    """Return the root mean square of the entries of the recorded delta; 0 without a record."""
     matrices: Sequence[Mapping[str, Any]] = record.get("delta", {}).get("matrices", ())
     entries = sum(int(m["entries"]) for m in matrices)
     return float(record["delta"]["norm"]) / math.sqrt(entries) if entries else 0.0

@@ -1,7 +1,7 @@
-"""Several recipes in one file, run as one: a model that a recipe names is merged while it is read, and never written.
+"""`Intermediate`: the result of one document of a recipe file, merged while other documents read it, never written.
 
-A document with a `name:` may be a source of the others. To them it is a checkpoint whose tensors are computed: block by
-block, in float32, without a rounding in between. What its method has to know of a whole tensor is measured once.
+Tensors are computed block by block, in float32, without rounding in between. Statistics of a whole tensor that the
+method needs are measured once.
 """
 
 from __future__ import annotations
@@ -24,24 +24,19 @@ from paft_merge.inputs.tensor_inputs import RAW
 from paft_merge.methods.rules.rule import Combine, TensorPass, rank_over_model
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 
-# --- the documents of a file ------------------------------------------------------------------------------------------
-
-
-# --- a model that is merged while it is read --------------------------------------------------------------------------
-
 
 class Intermediate(Checkpoint):
-    """The result of a plan as a checkpoint whose tensors are computed when they are read.
+    """The result of a plan as a checkpoint: its tensors are computed when they are read.
 
     Attributes:
-        name: what the recipe calls it.
-        plan: how it is made.
+        name: the document's name.
+        plan: the plan of the document.
     """
 
     computed = True
 
     def __init__(self, name: str, plan: MergePlan, *, rounded: bool) -> None:
-        """`rounded`: values have the type the document would be written in, as if it had been; else they are float32."""
+        """With `rounded`, values have the type that the document would be written in; else they are float32."""
         super().__init__(plan.donor.checkpoint.folder, (), {**plan.donor.checkpoint.config, **plan.config}, {})
         self.name, self.plan = name, plan
         self.tokenizer_files = plan.vocabulary.files if plan.vocabulary else plan.donor.checkpoint.tokenizer_files
@@ -60,10 +55,10 @@ class Intermediate(Checkpoint):
         return TensorInfo(name, dtype, planned.shape, file, 0, planned.numel * DTYPES[dtype].bits // 8)
 
     def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
-        """Compute what `Checkpoint.read_into` would read; whole blocks, of which the wanted part is kept.
+        """Compute the bytes of a tensor from byte `start` on; whole blocks are computed and the rest is discarded.
 
         Raises:
-            PaftMergeError: as the merge of the document would.
+            PaftMergeError: as for a merge of the document.
         """
         planned, view = self._planned[name], as_bytes(buffer)
         if planned.method == COPY:
@@ -80,7 +75,7 @@ class Intermediate(Checkpoint):
                     view[a - start : b - start] = as_bytes(made)[a - first * width : b - first * width]
 
     def _prepared(self, name: str) -> _Ready:
-        """The tensor with all that is to be known before its blocks are computed; measured by the first who asks."""
+        """Return the tensor with its measured statistics; the first call measures them."""
         with self._locks[name]:
             if name not in self._ready:
                 planned = self._with_thresholds(self._planned[name])
@@ -89,7 +84,7 @@ class Intermediate(Checkpoint):
             return self._ready[name]
 
     def _with_thresholds(self, planned: PlannedTensor) -> PlannedTensor:
-        """With `trim_scope: global`, the thresholds over all tensors of the document."""
+        """Return the tensor with its thresholds over all tensors of the document, for `trim_scope: global`."""
         if planned.rule.wants == "whole" or planned.rule.global_trims is None:
             return planned
         with self._fixing, SCRATCH.nested():
@@ -100,7 +95,7 @@ class Intermediate(Checkpoint):
         return self._fixed[planned.name]
 
     def close(self) -> None:
-        """Close every file that it is made of."""
+        """Close the inputs of the plan."""
         self._ready.clear()
         self.plan.close()
 
@@ -109,14 +104,14 @@ class Intermediate(Checkpoint):
         self.plan.check_inputs_unchanged()
 
     def fingerprint(self) -> dict[str, Any]:
-        """The document, and the fingerprints of all that it is made of."""
+        """Return the document and the fingerprints of its inputs."""
         files = {model.ref: model.checkpoint.fingerprint() for model in self.plan.models}
         adapters = {model.ref: model.adapter.fingerprint() for model in self.plan.models if model.adapter}
         vocabulary = {"vocabulary": self.plan.vocabulary.digest()} if self.plan.vocabulary else {}
         return {"recipe": self.plan.recipe.resolved(), "inputs": files, "adapters": adapters, **vocabulary}
 
     def sample(self) -> str:
-        """XXH3-128 of the samples of all that it is made of."""
+        """Return the XXH3-128 of the samples of all inputs."""
         return xxhash.xxh3_128_hexdigest("".join(model.checkpoint.sample() for model in self.plan.models).encode())
 
     @property
@@ -145,12 +140,12 @@ class Intermediate(Checkpoint):
 
 @dataclass(frozen=True)
 class _Ready:
-    """One tensor, measured: its blocks can be computed from any thread."""
+    """A tensor with its measured statistics: its blocks can be computed from any thread."""
 
     tensor: PlannedTensor
     combine: Combine | None
     whole: Any = None
-    """The merged tensor, where the method cannot do with less."""
+    """The merged tensor, for a method that needs whole tensors."""
 
     @classmethod
     def of(cls, tensor: PlannedTensor) -> _Ready:
@@ -165,7 +160,7 @@ class _Ready:
         return self.tensor.bounds
 
     def compute(self, start: int, stop: int, dtype: str) -> Any:
-        """Elements `[start, stop)`, one of `bounds`, as bytes of `dtype`; valid until this thread's next block."""
+        """Return elements `[start, stop)`, one of `bounds`, as bytes of `dtype`; valid until this thread's next block."""
         key = self.tensor.rounding_key if dtype == self.tensor.dtype else 0
         if self.combine is None:
             return stored_bytes(self.whole[start:stop], dtype, key, start)

@@ -1,4 +1,4 @@
-"""What stands beside the merged weights: config, tokenizer and processor files, the manifest and the model card."""
+"""The output files beside the weights: config, tokenizer and processor files, the manifest and the model card."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import xxhash
 
 from paft_merge.compute import kernels
 from paft_merge.engine import imbalance
+from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem
 from paft_merge.hub import SIDE_FILES, is_repository, snapshot_of
@@ -51,7 +52,7 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: Merge
         for f in sorted(folder.iterdir())
         if f.is_file() and any(fnmatch(f.name, p) for p in copied) and not any(fnmatch(f.name, p) for p in _NOT_COPIED)
     }
-    if plan.donor.checkpoint.file:  # a file of tensors, whose neighbours need not belong to it
+    if plan.donor.checkpoint.file:  # a tensor file; other files of its folder need not belong to it
         files = {}
     templates = folder / "additional_chat_templates"
     if templates.is_dir() and not plan.donor.checkpoint.file:
@@ -74,8 +75,8 @@ def _digest_of(content: bytes | Path) -> str:
 
 
 def origins(plan: MergePlan) -> list[dict[str, Any]]:
-    """Where every model and adapter came from: `path` and `revision` as written, the repository's commit if it is one
-    of the Hub's, and what its card says of its licence and data."""
+    """Return the origin of every model and adapter: `path` and `revision` as written, the commit of a Hub repository,
+    and the licence and data that its card states."""
     found: dict[tuple[str, str | None, str], dict[str, Any]] = {}
 
     def add(path: str, revision: str | None, kind: str, folder: Path, *, donor: bool = False) -> None:
@@ -88,8 +89,8 @@ def origins(plan: MergePlan) -> list[dict[str, Any]]:
         refs = {str(ref): ref for ref in plan.recipe.references}
         for model in plan.models:
             ref = refs[model.ref]
-            if isinstance(beneath := getattr(model.checkpoint, "plan", None), MergePlan):
-                walk(beneath, top=False)
+            if isinstance(model.checkpoint, Intermediate):
+                walk(model.checkpoint.plan, top=False)
             else:
                 add(ref.path, ref.revision, "model", model.checkpoint.folder, donor=top and model is plan.donor)
             if ref.lora and model.adapter:
@@ -100,31 +101,32 @@ def origins(plan: MergePlan) -> list[dict[str, Any]]:
 
 
 def documents(plan: MergePlan) -> list[dict[str, Any]]:
-    """The other documents of the recipe's file that the merge is made of, each after those it is made of itself."""
+    """Return the other documents of the recipe file that the merge uses, each after those it uses itself."""
     found: dict[str, dict[str, Any]] = {}
     for model in plan.models:
-        if isinstance(beneath := getattr(model.checkpoint, "plan", None), MergePlan):
-            found |= {str(one.get("name")): one for one in documents(beneath)}
-            found[str(beneath.recipe.name)] = beneath.recipe.resolved()
+        if isinstance(model.checkpoint, Intermediate):
+            inner = model.checkpoint.plan
+            found |= {str(one.get("name")): one for one in documents(inner)}
+            found[str(inner.recipe.name)] = inner.recipe.resolved()
     return list(found.values())
 
 
 def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
-    """A warning when the donor brings Python code: it was copied, or the output's config names what is not there."""
+    """Return a warning if Python code was copied, or if the output's config names code that was not copied."""
     checkpoint = plan.donor.checkpoint
     files = sorted(f.name for f in checkpoint.folder.glob(_CODE))
     if not files or not (trust_remote_code or "auto_map" in checkpoint.config):
         return []
     if trust_remote_code:
-        return [Problem("REMOTE_CODE", plan.donor.ref, f"its {', '.join(files)} are copied, and not run", "read them")]
-    what = f"its config.json names code of its own, and {', '.join(files)} are not copied"
+        return [Problem("REMOTE_CODE", plan.donor.ref, f"its {', '.join(files)} are copied, not run", "read them")]
+    what = f"its config.json names Python code, and {', '.join(files)} are not copied"
     return [
         Problem("REMOTE_CODE", plan.donor.ref, what, "pass trust_remote_code=True to copy them; they are never run")
     ]
 
 
 def licence_notice(plan: MergePlan) -> list[Problem]:
-    """A warning when the sources state different licences."""
+    """Return a warning if the sources state different licences."""
     return licence({"sources": origins(plan)})[1]
 
 
@@ -136,7 +138,7 @@ _ENCODED = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _lines(data: Any, pad: str = "") -> str:
-    """JSON with a line for each entry, but for lists of numbers, which stand in one."""
+    """Return JSON with a line for each entry; a list of numbers takes one line."""
     inner = f"{pad}  "
     if isinstance(data, dict):
         marks, entries = "{}", [f"{_ENCODED(key)}: {_lines(value, inner)}" for key, value in data.items()]
@@ -149,7 +151,7 @@ def _lines(data: Any, pad: str = "") -> str:
 
 
 def versions(plan: MergePlan) -> dict[str, str]:
-    """Versions of what computes a merge's bits."""
+    """Return the versions of the packages that compute the bits of a merge."""
     found = {"python": platform.python_version()}
     borrowed = any(tensor.rule.wants == "whole" for tensor in plan.tensors)
     for name in ("paft-merge", "torch", "numpy", "numba", "safetensors", *(["mergekit"] if borrowed else [])):
@@ -159,7 +161,7 @@ def versions(plan: MergePlan) -> dict[str, str]:
 
 @cache
 def _version(package: str) -> str:
-    """The version that is installed; looked up once, because it is read from a file."""
+    """Return the installed version; cached, because it is read from a file."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -167,7 +169,10 @@ def _version(package: str) -> str:
 
 
 def identity(plan: MergePlan, device: str) -> dict[str, Any]:
-    """What makes a merge this merge: a resumed one must have the same. `device` as in `device.ops_for`."""
+    """Return everything that determines the bits of a merge; a resumed merge must have the same identity.
+
+    `device`: as for `devices.ops_for`.
+    """
     return {
         "device": device.split(":")[0],
         "recipe": plan.recipe.resolved(),
@@ -179,7 +184,7 @@ def identity(plan: MergePlan, device: str) -> dict[str, Any]:
 
 
 def _fingerprint(model: Model) -> dict[str, Any]:
-    """What tells a model from others: sizes, times, digests of headers and configs, a sample of the data."""
+    """Return sizes, times, digests of headers and configs, and a digest of sampled data."""
     found = {"checkpoint": _fingerprint_of(model.checkpoint, model.checkpoint.config)}
     if model.adapter:
         found["adapter"] = _fingerprint_of(model.adapter.file, model.adapter.config)
@@ -189,28 +194,28 @@ def _fingerprint(model: Model) -> dict[str, Any]:
 def _fingerprint_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
     digest = xxhash.xxh3_128_hexdigest(json.dumps(config, sort_keys=True).encode())
     found: dict[str, Any] = {"files": checkpoint.fingerprint(), "config": digest}
-    if not checkpoint.far:  # an etag stands for all bytes, and a sample would be a request a tensor
+    if not checkpoint.far:  # an etag identifies all bytes, and a sample would take a request for each tensor
         found["sample"] = checkpoint.sample()
     return found
 
 
 def _without_times(found: Any) -> Any:
-    """Fingerprints as they are on any machine: a copy of a file has the same."""
+    """Return fingerprints without file times, so that a copy of a file has the same."""
     if isinstance(found, Mapping):
         return {key: _without_times(value) for key, value in found.items() if key != "mtime_ns"}
     return found
 
 
 def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping[str, Any]) -> dict[str, Any]:
-    """`merge_manifest.json`: how these bytes came to be, and what was measured on the way.
+    """Return `merge_manifest.json`: how the output was made, and statistics of the deltas.
 
     Per tensor: `method`, `digest` (XXH3-128 over the XXH3-128 of each `block_bytes`), the parameters, and per source the
     counts and norms of its delta: `zeros`, entries `below_` four thresholds, `kept` by trimming or dropping, `elected`;
-    `max`, `l1`, `l2`, `hoyer`, and the shares of `l2` squared that were kept and elected; null for what is not finite.
-    `totals` has the same of every source over all tensors, and `weighted_l2`, the norm of weight * delta; `warnings` what
-    they show to be odd. docs/audit.md says what only an audit measures. `sources` says where everything came from,
-    `options` what was asked for beside the recipe, `documents` the other recipes of its file, `files` the XXH3-128 of
-    what stands beside the weights.
+    `max`, `l1`, `l2`, `hoyer`, and the shares of `l2` squared that were kept and elected; null if not finite.
+    `totals` has the same for every source over all tensors, and `weighted_l2`, the norm of weight * delta; `warnings`
+    are about the totals. `sources` are the origins of all models, `options` the options beside the recipe, `documents`
+    the other recipes of its file, `files` the XXH3-128 of the other output files. docs/audit.md lists the statistics
+    that only an audit has.
     """
     measured, entries = totals(plan, finished), {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors}
     noted, pairs = totals_of(entries.values(), [row["source"] for row in measured])
@@ -219,7 +224,7 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping
         "complete": True,
         "recipe": plan.recipe.resolved(),
         "recipe_text": plan.recipe.text,
-        **({"documents": beneath} if (beneath := documents(plan)) else {}),
+        **({"documents": used} if (used := documents(plan)) else {}),
         "options": dict(options),
         "sources": origins(plan),
         "seed": plan.recipe.seed,
@@ -265,7 +270,7 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
 
 
 def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:
-    """One row of a tally over so many entries as the manifest writes it; {} when nothing was measured (values, not deltas)."""
+    """Return one row of a tally over `entries` entries for the manifest; {} if there were no deltas to measure."""
     if not sums[0] and not counts[0]:
         return {}
     row = {name: int(value) for name, value in zip(kernels.COUNTS, counts, strict=True) if name != "max_bits"}
@@ -279,7 +284,7 @@ def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:
 
 
 def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, Any]]:
-    """The measured rows of every source added up over all tensors that it changes."""
+    """Return the statistics of every source, added up over all tensors that it changes."""
     names = dict.fromkeys(r.source for t in plan.tensors for r in t.inputs.sources)
     found = []
     for name in names:

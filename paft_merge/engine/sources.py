@@ -1,4 +1,4 @@
-"""The models that a recipe names: looked for once, each at one commit, then opened from here or from the Hub."""
+"""The models of a recipe: each is located once, at one commit, then opened from disk or from the Hub."""
 
 from __future__ import annotations
 
@@ -6,106 +6,107 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from paft_merge.errors import PaftMergeError, Problem, Problems
+from paft_merge.errors import PaftMergeError, Problems
 from paft_merge.hub import Kind, Remote, ResolvedRepo, check_room, download, resolve
+from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.plan import Model
 from paft_merge.recipe import ModelRef
-
-if TYPE_CHECKING:
-    from paft_merge.inputs.adapters import Adapter
 
 _Place = tuple[str, str | None, Kind]
 
 
 class Sources:
-    """Where every reference of a recipe leads."""
+    """The located models and adapters of a recipe."""
 
     def __init__(self, refs: Sequence[ModelRef], unpickle: bool, computed: Collection[str] = ()) -> None:
         self.refs, self.unpickle, self.computed = tuple(refs), unpickle, computed
-        self.looks: dict[_Place, ResolvedRepo] = {}
-        self.faults: dict[_Place, PaftMergeError] = {}
-        """What could not be found; raised by `opened`, together with what is wrong with the rest."""
+        self.repos: dict[_Place, ResolvedRepo] = {}
+        self.errors: dict[_Place, PaftMergeError] = {}
+        """Errors of places that were not found; `opened` raises them together with all other problems."""
 
     @classmethod
     def find(cls, refs: Sequence[ModelRef], *, unpickle: bool = False, computed: Collection[str] = ()) -> Sources:
-        """Look every reference up; of what is on the Hub the small files are fetched, and no weights.
-
-        Pickles are the exception, as nothing is known of them without reading them.
+        """Locate every reference. Of Hub repositories only small files are downloaded, and pickles, which have no header.
 
         Args:
-            refs: a computed model after all that it is made of.
+            refs: models; a computed model comes after its inputs.
             unpickle: read `.bin` checkpoints through mergekit's restricted unpickler.
-            computed: paths that are no places but documents of the recipe's file; `opened` makes their checkpoints.
+            computed: names of documents of the recipe file; `opened` computes their checkpoints.
         """
         found = cls(refs, unpickle, computed)
         for place in dict.fromkeys(place for ref in refs for place in found.places(ref)):
             path, revision, kind = place
             try:
-                found.looks[place] = one = resolve(path, revision, kind=kind, unpickle=unpickle)
+                found.repos[place] = one = resolve(path, revision, kind=kind, unpickle=unpickle)
                 if any(file.name.endswith(".bin") for file in one.missing):
                     download([one])
-                    found.looks[place] = replace(one, missing=())
+                    found.repos[place] = replace(one, missing=())
             except PaftMergeError as error:
-                found.faults[place] = error
-                found.looks.pop(place, None)
+                found.errors[place] = error
+                found.repos.pop(place, None)
         return found
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes of weights that are on the Hub only."""
-        files = {(one.commit, file.name): file.size for one in self.looks.values() for file in one.missing}
+        """Bytes of weights that are only on the Hub."""
+        files = {(one.commit, file.name): file.size for one in self.repos.values() for file in one.missing}
         return sum(files.values())
 
     def check_room(self, also: int, beside: Path) -> None:
-        """Raise HubError DISK when what is missing, and `also` bytes of output `beside` it, do not fit on the disk."""
-        check_room(self.looks.values(), also, beside)
+        """Raise `HubError` DISK if the missing weights, and `also` bytes of output at `beside`, do not fit on the disk."""
+        check_room(self.repos.values(), also, beside)
 
     def pull(self) -> None:
-        """Fetch all weights that are not here.
+        """Download all missing weights.
 
         Raises:
-            HubError: as `hub.download`.
+            HubError: as for `hub.download`.
         """
-        download(list(self.looks.values()))
-        self.looks = {place: replace(one, missing=()) for place, one in self.looks.items()}
+        download(list(self.repos.values()))
+        self.repos = {place: replace(one, missing=()) for place, one in self.repos.items()}
 
     @contextmanager
     def opened(
         self, compute: Callable[[str, Mapping[ModelRef, Model]], Checkpoint] | None = None
     ) -> Iterator[dict[ModelRef, Model]]:
-        """Open every reference once, a checkpoint that several share too; what is on the Hub only is read from there.
+        """Open every model, each checkpoint once; weights that are only on the Hub are read from there.
 
         Args:
-            compute: makes the checkpoint of a computed path, of the models that are already open.
+            compute: returns the checkpoint of a computed model, from the models that are already open.
 
         Raises:
-            PaftMergeError: everything that is wrong with them, at once.
+            PaftMergeError: all problems of all models.
         """
-        problems, models = Problems(), dict[ModelRef, Model]()
-        faults = dict(self.faults)
+        problems, models, errors = Problems(), dict[ModelRef, Model](), dict(self.errors)
         checkpoints: dict[Path | str, Checkpoint | None] = {}
-        with Remote.open(list(self.looks.values())) as remote:
+        """By folder or computed name; None for one that failed to open, which is reported once."""
+
+        def checkpoint_of(ref: ModelRef, repo: ResolvedRepo | None, remote: Remote) -> Checkpoint | None:
+            key = repo.folder.resolve() if repo else ref.path
+            if key not in checkpoints:
+                checkpoints[key] = None
+                if repo:
+                    checkpoints[key] = Checkpoint.open(repo.folder, unpickle=self.unpickle, far=remote.files(repo))
+                else:
+                    assert compute is not None
+                    checkpoints[key] = compute(ref.path, models)
+            return checkpoints[key]
+
+        with Remote.open(list(self.repos.values())) as remote:
             try:
                 for ref in self.refs:
-                    looks = [self.looks.get(place) for place in self.places(ref)]
-                    problems.found += [p for place in self.places(ref) for p in _told(faults.pop(place, None))]
-                    at, adapter = (None, looks) if ref.path in self.computed else (looks[0], looks[1:])
-                    if None in looks or (at is None and problems.found):
+                    places = self.places(ref)
+                    problems.found += [p for at in places if at in errors for p in errors.pop(at).problems]
+                    repos = {kind: self.repos.get((path, revision, kind)) for path, revision, kind in places}
+                    if None in repos.values() or ("model" not in repos and problems.found):
                         continue
                     with problems.catching():
-                        if at is None:
-                            assert compute is not None
-                            if ref.path not in checkpoints:
-                                checkpoints[ref.path] = None
-                                checkpoints[ref.path] = compute(ref.path, models)
-                            checkpoint = checkpoints[ref.path]
-                        else:
-                            checkpoint = self._checkpoint(at, checkpoints, remote)
+                        checkpoint, adapter = checkpoint_of(ref, repos.get("model"), remote), repos.get("adapter")
                         if checkpoint is not None:
-                            bound = _open_adapter(adapter[0], checkpoint, remote) if adapter and adapter[0] else None
+                            files = remote.files(adapter) if adapter else None
+                            bound = Adapter.open(adapter.folder, checkpoint, files) if adapter else None
                             models[ref] = Model(str(ref), checkpoint, bound)
                 problems.raise_as(PaftMergeError)
                 yield models
@@ -116,30 +117,6 @@ class Sources:
                     model.close()
 
     def places(self, ref: ModelRef) -> list[_Place]:
-        """What has to be looked up for a reference."""
-        return [place for place in _places(ref) if place[2] == "adapter" or ref.path not in self.computed]
-
-    def _checkpoint(
-        self, at: ResolvedRepo, checkpoints: dict[Path | str, Checkpoint | None], remote: Remote
-    ) -> Checkpoint | None:
-        """The checkpoint there; None when it has failed to open for another reference, which was told."""
-        key = at.folder.resolve()
-        if key not in checkpoints:
-            checkpoints[key] = None
-            checkpoints[key] = Checkpoint.open(at.folder, unpickle=self.unpickle, far=remote.files(at))
-        return checkpoints[key]
-
-
-def _told(error: PaftMergeError | None) -> tuple[Problem, ...]:
-    return error.problems if error else ()
-
-
-def _places(ref: ModelRef) -> list[_Place]:
-    model: _Place = (ref.path, ref.revision, "model")
-    return [model, (ref.lora, ref.lora_revision, "adapter")] if ref.lora else [model]
-
-
-def _open_adapter(at: ResolvedRepo, checkpoint: Checkpoint, remote: Remote) -> Adapter:
-    from paft_merge.inputs.adapters import Adapter  # imports torch, which a merge of plain checkpoints does without
-
-    return Adapter.open(at.folder, checkpoint, remote.files(at))
+        """Return the places of a reference: its model, unless that is computed, and its adapter."""
+        model: list[_Place] = [] if ref.path in self.computed else [(ref.path, ref.revision, "model")]
+        return [*model, (ref.lora, ref.lora_revision, "adapter")] if ref.lora else model

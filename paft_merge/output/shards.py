@@ -29,7 +29,7 @@ Planned: TypeAlias = "tuple[str, str, tuple[int, ...]]"
 _DIRECT_FROM = 64 << 20
 """File size from which writes are direct; smaller files are often read soon after."""
 
-START_OVER = "run without --resume to start over"
+START_OVER = "run without resume=True to start over"
 """The fix for RESUME_STALE."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,14 +1,17 @@
-"""The plan of a merge, from the recipe and headers alone: every output tensor, its inputs, its rule and its place.
+"""The plan of a merge, from the recipe and headers: every output tensor, its inputs, its rule and its place in a file.
 
-| room | what it is |
+| module | contents |
 |---|---|
-| stacks | layers and modules by the names of tensors |
-| models | one opened model reference |
-| places | where every output tensor comes from |
-| tensors | what is read for it, and which rule merges it |
-| kinds | which kind a layer is by its number |
-| config | what changes in `config.json` |
-| planned | the plan itself |
+| planned | `MergePlan` and its tensors |
+| output_tensors | where every output tensor comes from |
+| tensor_planner | the inputs and the rule of an output tensor |
+| layer_stacks | layers and modules by tensor name |
+| layer_kinds | the kind of a layer by its number |
+| compatibility | whether models can be merged with each other |
+| output_config | changes to `config.json` |
+| vocabulary | the output's tokenizer and chat template |
+| explanation | what is done with each tensor, and why |
+| formatting | short text and tables |
 """
 
 from __future__ import annotations
@@ -46,12 +49,12 @@ def plan_merge(
         recipe: what to merge.
         models: every model that the recipe refers to, opened.
         out_shard_bytes: largest size of an output file; None keeps the donor's files.
-        allow_crimes: merge models whose configs differ where tensors do not show it (heads, rope, activation).
-        allow_nonfinite: merge NaN and infinity as they come.
-        tensor_names: which tensors of files that do not hold the same ones are merged; None: that is an error.
+        allow_crimes: merge models whose configs differ in fields that shapes do not show (heads, rope, activation).
+        allow_nonfinite: merge NaN and infinity instead of raising an error.
+        tensor_names: which tensors to merge of tensor files with different tensors; None: raise an error.
 
     Raises:
-        RecipeError, CheckpointError: everything that headers show to be wrong, all at once.
+        RecipeError, CheckpointError: all problems that the headers show.
     """
     _refuse_unplanned(recipe)
     planner = Planner(recipe, models, allow_crimes, tensor_names)
@@ -72,7 +75,7 @@ def plan_merge(
 
 
 def _refuse_unplanned(recipe: Recipe) -> None:
-    """Parts of mergekit's language that have no plan yet: left out, they would make another merge than asked for."""
+    """Raise `RecipeError` for combinations that cannot be planned."""
     problems = Problems()
     if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
         where, fix = recipe.located.spot(("rounding",)), "remove one of the two"
@@ -86,7 +89,7 @@ _SHARD_BYTES = 5_000_000_000
 def _layout(
     donor: Checkpoint, tensors: Sequence[PlannedTensor], out_shard_bytes: int | None, *, as_donor: bool
 ) -> tuple[Shard, ...]:
-    """The output's files: the donor's own, unless a size is given, layers are new, or the donor is no safetensors checkpoint."""
+    """Return the output's files: those of the donor, unless a size is given, layers are new, or the donor has pickles."""
     rows = [(t.name, t.dtype, t.shape) for t in tensors]
     if out_shard_bytes is not None or not as_donor or not all(f.name.endswith(".safetensors") for f in donor.files):
         return plan_shards(split(rows, out_shard_bytes or _SHARD_BYTES))

@@ -87,9 +87,9 @@ class Recipe:
     """Every key as written."""
     method: Method
     modules: tuple[OutputModule, ...]
-    """What to make. One module without a name, unless the recipe has `modules:`."""
+    """The output modules; one without a name, unless the recipe has `modules:`."""
     warnings: tuple[Problem, ...]
-    """What has no effect as written, in the order of the file."""
+    """Keys that have no effect, in the order of the file."""
     located: Located
     """The data it was read from, with its lines."""
 
@@ -109,7 +109,7 @@ class Recipe:
 
     @property
     def references(self) -> tuple[ModelRef, ...]:
-        """Every model that is merged, once: the recipe's base first, then in the order of the recipe."""
+        """Every model, once: the base of the recipe, then the others in the order of the recipe."""
         found = [self.base_model]
         for output in self.slices:
             found += [output.base, *(source.ref for source in output.sources)]
@@ -117,11 +117,11 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The YAML as the user wrote it, or an equal one where there is no file of its own."""
+        """The YAML as written, or equivalent YAML if the recipe did not come from its own file."""
         return self.located.text or dump_yaml(self.resolved())
 
     def resolved(self) -> dict[str, Any]:
-        """Plain data (JSON) that loads as an equal recipe, with our defaults written out."""
+        """Return plain data (JSON) that loads as an equal recipe, with our defaults written out."""
         return self.language.model_dump(mode="json", exclude_none=True)
 
     @property
@@ -158,7 +158,7 @@ class Recipe:
 
     @property
     def tokenizer(self) -> TokenizerEntry | None:
-        """Which vocabulary the output has, however it was written; None keeps the base's."""
+        """The output's vocabulary, from `tokenizer_source` or `tokenizer`; None keeps the base's."""
         source = self.language.tokenizer_source
         return TokenizerEntry(source=source) if source else self.language.tokenizer
 
@@ -174,11 +174,11 @@ def load_recipe(
 
     Args:
         source: a file, YAML text (a str with a line break or `: ` in it; any other is a path), data, or part of a file.
-        strict: refuse what mergekit would ignore, instead of warning.
-        methods: the methods a recipe may name.
+        strict: raise an error for keys that have no effect, instead of a warning.
+        methods: the methods that a recipe may name.
 
     Raises:
-        RecipeError: everything that is wrong with it, one problem each, in the order of the file.
+        RecipeError: all problems, in the order of the file.
     """
     located = _located(source)
     report = Report(located)
