@@ -106,9 +106,12 @@ def test_a_deprecated_name_says_what_to_use() -> None:
     def old() -> None:
         deprecated("old()", "use new()", since="0.3")
 
-    with pytest.warns(FutureWarning, match=r"^old\(\) is deprecated since paft-merge 0.3, .*; use new\(\)$") as caught:
+    def user() -> None:
         old()
-    assert caught[0].filename == __file__
+
+    with pytest.warns(FutureWarning, match=r"^old\(\) is deprecated since paft-merge 0.3, .*; use new\(\)$") as caught:
+        user()
+    assert caught[0].lineno == user.__code__.co_firstlineno + 1
 
 
 def test_a_manifest_cannot_set_other_options(asked: Path, tmp_path: Path) -> None:
@@ -195,10 +198,11 @@ def test_several_results_are_one_result_with_each_by_its_name(family: Family, tm
     assert chosen.plan.recipe.name == "x"
 
 
-def test_problems_of_the_place_are_reported_once(asked: Path, tmp_path: Path) -> None:
+def test_problems_of_the_place_are_reported_once(asked: Path, hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     broken = json.loads(asked.read_text()) | {"models": [{"model": str(tmp_path / "nowhere")}]}
-    for case in (asked, broken):
+    hub.add("me/base", hub_files(tmp_path / "base"))
+    for case in (asked, broken, recipe("linear", None, ("me/base", {"weight": 1.0}))):
         with pytest.raises(PaftMergeError) as caught:
             merge(case, tmp_path / "out")
         assert len(set(caught.value.problems)) == len(caught.value.problems)
@@ -209,7 +213,7 @@ def test_problems_of_the_place_are_reported_once(asked: Path, tmp_path: Path) ->
 
 
 def test_plans_and_recipes_are_short_and_escaped(tmp_path: Path) -> None:
-    state = {f"<i>{n}": torch.full((4,), float(n)) for n in range(300)}
+    state = {f"<i>{n:03}": torch.full((4,), float(n)) for n in range(300)}
     places = [save_checkpoint(tmp_path / f"<u>{i}", near(state, i)) for i in range(2)]
     weights = [{"filter": name, "value": 0.1 + i / 7} for i, name in enumerate(state)]
     sources = [(place, {"weight": [*weights, {"value": 0.5}]}) for place in places]
