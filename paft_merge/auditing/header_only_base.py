@@ -132,7 +132,7 @@ def _of_sparse(keys: Keys, file: Checkpoint, rank: int) -> Shapes:
         rows, columns = held.corner()
         if held.count != rank * (rows + columns):
             what = f"the entries of {path} do not tell how large it is"
-            raise AuditError.of("NO_BASE", file.folder, what, "pass --base")
+            raise AuditError.of("NO_BASE", file.folder, what, "pass base=...")
         found[f"{path}.weight"] = rows, columns
     return found
 

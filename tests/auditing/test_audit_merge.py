@@ -176,7 +176,7 @@ def test_a_finished_merge_is_what_its_manifest_says(merged: Path) -> None:
     assert check.tensors == len(random_state(0))
     shown = CliRunner().invoke(cli, ["audit", str(merged)])
     assert shown.exit_code == 0, shown.output
-    assert "all are what the merge wrote" in shown.output.replace("\n", " ")
+    assert "all as the merge wrote them" in shown.output.replace("\n", " ")
     as_json = json.loads(CliRunner().invoke(cli, ["audit", str(merged), "--json"]).stdout)
     assert as_json["ok"]
     assert as_json["totals"][0]["kept"] > 0
