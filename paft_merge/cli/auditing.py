@@ -48,7 +48,9 @@ from paft_merge.errors import AuditError
     type=click.Path(file_okay=False, path_type=Path),
     help="Write the figures as PNG files into this folder.",
 )
-@click.option("--plots", type=click.Path(file_okay=False, path_type=Path), hidden=True, help="The former name of --png-dir.")
+@click.option(
+    "--plots", type=click.Path(file_okay=False, path_type=Path), hidden=True, help="The former name of --png-dir."
+)
 @click.option(
     "--require", multiple=True, metavar="TEXT", help='Exit with 3 unless it holds, e.g. "sparsity(1e-5) >= 0.9".'
 )

@@ -183,7 +183,7 @@ def test_a_finished_merge_is_what_its_manifest_says(merged: Path) -> None:
 
 
 def test_one_changed_byte_of_a_finished_merge_is_found_and_named(merged: Path) -> None:
-    file = next(f for f in sorted(merged.glob("*.safetensors")))
+    file = next(f for f in sorted(Path(merged).glob("*.safetensors")))
     with safe_open(file, "pt") as opened:
         assert len(list(opened.keys())) > 1
     data = bytearray(file.read_bytes())
