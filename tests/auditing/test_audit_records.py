@@ -107,7 +107,7 @@ def test_fused_experts_are_measured_and_their_missing_spectrum_is_said(tmp_path:
     assert all(t.spectrum is None and t.factors is None for t in fused)
     (skipped,) = found.skipped
     assert set(skipped.names) == {t.name for t in fused}
-    assert "each expert is a product of its own" in skipped.why
+    assert "each expert is a separate product" in skipped.why
     with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
         for tensor in fused:
             delta = opened.deltas[tensor.name]
