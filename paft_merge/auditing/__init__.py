@@ -1,8 +1,8 @@
-"""The audit: how sparse a delta is, how several will merge, and whether a finished merge is what its manifest says.
+"""The audit: how sparse a delta is, how several will merge, and whether a finished merge still matches its manifest.
 
-`audit` opens the sources (`opening`, `shapes`), surveys every tensor in up to three walks (`walk`, `survey`), and puts
-measures (`paft_merge.stats`, `preview`) into one frozen result (`results`), which is read by the advice,
-the gate, and everything that draws. `verify` is the other way round: from a finished folder to its manifest.
+`audit` opens the sources (`opening`), measures every tensor in up to three passes (`walk`, `tensor_survey`), previews a
+merge (`preview`) and returns frozen results (`results`) with advice, gate and reports (`report`). `recorded` reads the
+audit that a merge wrote into its manifest.
 """
 
 from __future__ import annotations

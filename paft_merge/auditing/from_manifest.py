@@ -1,4 +1,4 @@
-"""The audit that a merge made of its own sources as it streamed, read back from its manifest; nothing is computed again."""
+"""The audit that a merge recorded in its manifest, read without computing anything again."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from paft_merge.stats.record import DENSITY, RecordedTensor
 
 
 def recorded(manifest: Mapping[str, Any]) -> Audit | None:
-    """What `merge_manifest.json` says of the sources of its merge; None when no tensor had deltas.
+    """The audit in a `merge_manifest.json`; None when no tensor had deltas.
 
-    Its `sampled` is the share of the entries behind what is not counted on all of them.
+    Its `sampled` is the share of the entries in the sample from which some numbers are estimated.
     """
     held = {
         name: (entry, tensor)
@@ -69,7 +69,7 @@ def _pair(left: str, right: str, labels: Mapping[str, str], held: Held) -> PairA
 
 
 def _kept(name: str, entry: Mapping[str, Any], tensor: RecordedTensor, labels: Mapping[str, str]) -> PreviewTensor:
-    """What the merge kept of a tensor; the norm of what it merged is not recorded."""
+    """The entries and energy of each source that the merge kept; the norm of the merged delta is not recorded."""
     kept, entries = {}, math.prod(entry["shape"])
     for row in entry["sources"]:
         if row["source"] in tensor.sources:
@@ -80,6 +80,6 @@ def _kept(name: str, entry: Mapping[str, Any], tensor: RecordedTensor, labels: M
 
 
 def _most(kinds: Iterable[str]) -> str:
-    """The kind that most tensors have."""
+    """The most frequent kind."""
     held = list(kinds)
     return max(dict.fromkeys(held), key=held.count)

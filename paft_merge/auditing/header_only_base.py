@@ -1,4 +1,4 @@
-"""A base of which only names and shapes are known, so that an adapter can be audited from its own files."""
+"""A base whose names and shapes are known but not its weights, so that an adapter can be audited from its own files."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
 from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
 
 NO_BASE = Path("(no base)")
-"""Where such a base says it lies."""
+"""The folder of a base without files, for messages."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What one adapter's own file tells of its base."""
+    """Facts about the base from the file of one adapter."""
 
     shapes: Shapes
     copies: Mapping[str, str]
-    """Weights that the file has a copy of beneath its factors (PEFT saves embeddings so): name to the copy's own name."""
+    """Weights of the base that the file holds a copy of (PEFT saves embeddings so): their name in the base to their key."""
 
 
 class ShapesOnly(Checkpoint):
-    """A base without weights: a tensor reads as zeros, which is right for all that only looks at a LoRA's delta.
+    """A base without weights: tensors read as zeros, which is enough for metrics of a LoRA's delta alone.
 
-    Where an adapter carries a copy of the weight beneath, that is what is read.
+    Where an adapter holds a copy of the base's weight, that copy is read.
 
     Args:
-        known: what adapters tell of their base.
-        headers: the base, if there is one, of which names, types and shapes are all that is looked at.
+        known: facts from each adapter, with its open file.
+        headers: the base where it is known; only its names, types and shapes are used.
     """
 
     def __init__(self, known: Sequence[tuple[Known, Checkpoint]], headers: Checkpoint | None = None) -> None:
@@ -59,11 +59,11 @@ class ShapesOnly(Checkpoint):
             as_bytes(buffer)[:] = bytes(len(as_bytes(buffer)))
 
     def _stored(self, info: TensorInfo) -> TensorInfo:
-        """The base's tensor, or the copy of it where that is of the same shape."""
+        """The base's tensor, or an adapter's copy of the same shape."""
         copy = self._info(info.name, info.shape) if info.name in self._copies else info
         if copy.shape == info.shape:
             return copy
-        del self._copies[info.name]  # it has more rows: then it is a new value, and the adapter says so
+        del self._copies[info.name]  # with more rows it is a new value, which the adapter replaces
         return info
 
     def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -74,7 +74,7 @@ class ShapesOnly(Checkpoint):
 
 
 def known_of(folder: Path, tokens: Iterable[int] = (), rank: int = 1) -> Known:
-    """Name and shape of every tensor that the adapter in `folder` changes, as far as its own header tells.
+    """Name and shape of every tensor that the adapter in `folder` changes, from its header.
 
     Args:
         folder: holds `adapter_model.safetensors`.
@@ -82,7 +82,7 @@ def known_of(folder: Path, tokens: Iterable[int] = (), rank: int = 1) -> Known:
         rank: `r` of its configuration, by which SHiRA counts its entries.
 
     Raises:
-        AuditError, CheckpointError: there is no such file, it cannot be read, or it does not tell a shape (NO_BASE).
+        AuditError, CheckpointError: the file is missing or cannot be read, or does not determine a shape (NO_BASE).
     """
     with Checkpoint.open(weights_of(folder)) as file:
         keys = sort_keys(file.tensors, folder, Problems())
@@ -97,7 +97,7 @@ def weights_of(folder: Path) -> Path:
     """The file with an adapter's tensors.
 
     Raises:
-        AuditError: ADAPTER_CONFIG, there is none.
+        AuditError: ADAPTER_CONFIG, there is no such file.
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -106,7 +106,7 @@ def weights_of(folder: Path) -> Path:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 10 behind layer 9."""
+    """A sort key that puts layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -124,15 +124,15 @@ def _of_factors(keys: Keys, held: Shapes) -> Shapes:
 
 
 def _of_sparse(keys: Keys, file: Checkpoint, rank: int) -> Shapes:
-    """SHiRA holds r (rows + columns) entries of a weight, which tell its shape when they reach its last row and column."""
+    """Shapes of SHiRA weights: of r (rows + columns) entries, where they reach the last row and column."""
     found: Shapes = {}
     for (path, _), module in keys.modules.items():
         if module.parts.keys() != {"weight", "indices"} or (held := EntryTensors(file, **module.parts)).fault:
-            continue  # the adapter, when it is opened, says what is wrong
+            continue  # opening the adapter reports it
         rows, columns = held.corner()
         if held.count != rank * (rows + columns):
-            what = f"the entries of {path} do not tell how large it is"
-            raise AuditError.of("NO_BASE", file.folder, what, "pass --base")
+            what = f"the entries of {path} do not determine its shape"
+            raise AuditError.of("NO_BASE", file.folder, what, "pass base=...")
         found[f"{path}.weight"] = rows, columns
     return found
 

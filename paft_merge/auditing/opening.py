@@ -1,27 +1,27 @@
-"""What is audited, opened: the sources, the base if there is one, and every tensor that they change."""
+"""Opens the sources of an audit, their base if there is one, and every tensor that they change."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, natural, weights_of
-from paft_merge.compute.blocks import Block, tile_bounds
 from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
 from paft_merge.inputs.adapters import Adapter, AdapterDelta
+from paft_merge.inputs.adapters.config import CONFIG
 from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.tensor_inputs import Inputs, Read
 from paft_merge.methods.rules.rule import Rule
 from paft_merge.plan import COPY, MergePlan, Model
+from paft_merge.plan.planned import PlannedTensor, StreamedTensor
 from paft_merge.recipe import ModelRef, Recipe
 
 Source = Path | str | Mapping[str, Any] | Recipe
@@ -30,43 +30,25 @@ _LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
-class AuditedTensor:
+class AuditedTensor(StreamedTensor):
     """One tensor to audit."""
 
     name: str
+    shape: tuple[int, ...]
     inputs: Inputs
     rule: Rule | None = None
     """The rule of a recipe for this tensor."""
 
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return max((r.shape for r in self.inputs.reads), key=math.prod)
-
-    @cached_property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @cached_property
-    def row(self) -> int:
-        """Elements of a row, of which blocks hold whole ones."""
-        return self.inputs.row(self.shape, self.rule.row(self.shape) if self.rule else 1)
-
-    @cached_property
-    def bounds(self) -> list[tuple[int, int]]:
-        return tile_bounds(self.numel, self.row)
-
-    def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
-        """Read elements `[start, stop)`; see `Inputs.block`."""
-        return self.inputs.block(start, stop, all_sources=all_sources)
-
-    def release(self) -> None:
-        """Let go of the adapters' factors, which are read when they are first needed."""
-        self.inputs.release()
+    @classmethod
+    def of(cls, name: str, base: Read, sources: Sequence[Read], rule: Rule | None = None) -> AuditedTensor:
+        """The deltas of `sources` from `base`; the shape is the largest of theirs."""
+        inputs = Inputs(base, tuple(sources), "deltas", subtract=False)
+        return cls(name, max((r.shape for r in inputs.reads), key=math.prod), inputs, rule)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a source is, from its own files."""
+    """Kind and settings of a source, from its own files."""
 
     source: str
     label: str
@@ -74,12 +56,12 @@ class Header:
     kind: str
     """`lora`, `rslora`, `dora`, `pissa`, `olora`, `shira`, or `checkpoint`."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Of an adapter: rank, alpha, scale, dtype of the factors, PEFT version, the base it names, digest of its header."""
+    """For an adapter: rank, alpha, scale, target modules, PEFT version, the base it names, digest of its header, training record."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was not audited, and why."""
+    """Tensors that were not audited, and the reason."""
 
     source: str
     names: tuple[str, ...]
@@ -92,9 +74,9 @@ class Opened:
 
     headers: tuple[Header, ...]
     base: str | None
-    """None when only what adapters' own files tell is known."""
+    """None when adapters are audited from their own files alone."""
     weights: bool
-    """The base's weights can be read; else nothing that needs them is measured."""
+    """The base's weights can be read; otherwise metrics that need them are not measured."""
     subjects: tuple[AuditedTensor, ...]
     skipped: tuple[Skipped, ...]
     warnings: tuple[Problem, ...]
@@ -103,37 +85,36 @@ class Opened:
 
 @contextmanager
 def open_sources(sources: Sequence[Source], base: Path | str | None, *, fetch_base: bool = False) -> Iterator[Opened]:
-    """Open what is to be audited.
+    """Open the sources of an audit, and close them at the end of the block.
 
     Args:
         sources: adapters, checkpoints, `base+adapter` references, or one recipe (a file, text with a newline, a mapping).
-        base: what they change; not with a recipe, which names it.
-        fetch_base: fetch the weights of a base that is on the Hub only. Without it headers are all that is read of the base of
-            adapters; that of whole models is fetched in any case, as their deltas are the difference from it.
+        base: the model that they change; not with a recipe, which names it.
+        fetch_base: fetch the weights of a base that is on the Hub only. By default only headers are read of the base of
+            adapters. The base of whole models is always fetched, since their deltas are the difference from it.
 
     Raises:
         AuditError: NO_BASE, EMPTY (there is nothing to audit), RECIPE.
-        PaftMergeError: what opening them shows to be wrong.
+        PaftMergeError: a source cannot be opened.
     """
-    recipes = [s for s in sources if _is_recipe(s)]
-    if recipes:
-        if len(sources) > 1 or base is not None:
-            raise AuditError.of("RECIPE", "", "a recipe names its sources and its base itself", "give the recipe alone")
-        inline = not isinstance(recipes[0], str) or "\n" in recipes[0] or recipes[0].startswith(HF)
-        recipe = recipes[0] if inline else Path(str(recipes[0]))
-        with ExitStack() as stack:
-            planned = stack.enter_context(api.open_plan(recipe, stream_from_hub=not fetch_base))
-            if not all(_only_adapters(tensor.inputs) for tensor in planned.tensors):
-                stack.close()
-                planned = stack.enter_context(api.open_plan(recipe))
-            yield _not_empty(_of_plan(planned))
-        return
+    recipe = next((s for s in sources if _is_recipe(s)), None)
+    if recipe is not None and (len(sources) > 1 or base is not None):
+        raise AuditError.of("RECIPE", "", "a recipe names its sources and its base itself", "give the recipe alone")
     with ExitStack() as stack:
-        yield _not_empty(_of_references([_reference(s) for s in sources], base, stack, fetch_base))
+        if recipe is not None:
+            opened = _of_plan(_plan_of(recipe, stack, fetch_base))
+        else:
+            opened = _of_references([_reference(s) for s in sources], base, stack, fetch_base)
+        if not opened.subjects:
+            why = "; ".join(dict.fromkeys(s.why for s in opened.skipped)) or "no tensor differs from the base"
+            where = ", ".join(h.source for h in opened.headers)
+            fix = "pass base=..." if opened.base is None else "" if opened.weights else "pass fetch_base=True"
+            raise AuditError.of("EMPTY", where, f"there is nothing to audit: {why}", fix)
+        yield opened
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a tensor: the first numbered segment of its name; None outside of layers."""
+    """The layer of a tensor: the first number in its name; None outside layers."""
     found = _LAYER.match(name)
     return int(found[1]) if found else None
 
@@ -155,14 +136,16 @@ def _reference(source: Source) -> ModelRef:
     return ModelRef(str(source)) if Path(source).exists() else ModelRef.parse(str(source))
 
 
-def _not_empty(opened: Opened) -> Opened:
-    if not opened.subjects:
-        why = "; ".join(dict.fromkeys(s.why for s in opened.skipped)) or "no tensor differs from the base"
-        where = ", ".join(h.source for h in opened.headers)
-        raise AuditError.of(
-            "EMPTY", where, f"there is nothing to audit: {why}", "pass --base" if opened.base is None else ""
-        )
-    return opened
+def _gathered(found: Iterable[AuditedTensor | Skipped | None]) -> tuple[tuple[AuditedTensor, ...], tuple[Skipped, ...]]:
+    """The tensors to audit in natural order, and the others with one entry for each source and reason."""
+    subjects, names = list[AuditedTensor](), dict[tuple[str, str], tuple[str, ...]]()
+    for one in found:
+        if isinstance(one, AuditedTensor):
+            subjects.append(one)
+        elif one is not None:
+            names[one.source, one.why] = names.get((one.source, one.why), ()) + one.names
+    skipped = (Skipped(source, held, why) for (source, why), held in names.items())
+    return tuple(sorted(subjects, key=lambda s: natural(s.name))), tuple(skipped)
 
 
 # --- from references --------------------------------------------------------------------------------------------------
@@ -176,42 +159,41 @@ def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: Exi
         with problems.catching():
             folders.append(fetch(ref.lora, ref.lora_revision) if ref.lora else fetch(ref.path, ref.revision))
     problems.raise_as(AuditError)
-    adapters = [
-        bool(ref.lora) or (folder / "adapter_config.json").is_file() for ref, folder in zip(refs, folders, strict=True)
-    ]
-    named = base if base is not None else next((str(ref.base) for ref in refs if ref.lora), None)
-    if named is None:
-        for ref, is_adapter in zip(refs, adapters, strict=True):
-            if not is_adapter:
-                what = "is a whole model, and its delta is the difference from what it was fine-tuned from"
-                problems.add("NO_BASE", ref, what, "pass that model as --base")
-        problems.raise_as(AuditError)
-        return _without_base([str(r) for r in refs], folders, stack)
-    model = ModelRef.parse(str(named)) if not Path(named).exists() else ModelRef(str(named))
-    bases = _Bases(stack, folders if all(adapters) and not fetch_base else None)
-    checkpoint, models, skipped = bases.open(model), list[Model](), list[Skipped]()
-    for ref, folder, is_adapter in zip(refs, folders, adapters, strict=True):
+    adapters = [bool(r.lora) or (f / CONFIG).is_file() for r, f in zip(refs, folders, strict=True)]
+    named = base if base is not None else next((ref.base for ref in refs if ref.lora), None)
+    if named is not None:
+        bases = _Bases(stack, folders if all(adapters) and not fetch_base else None)
+        return _on_base(list(zip(refs, folders, adapters, strict=True)), _reference(str(named)), bases, stack)
+    for ref, is_adapter in zip(refs, adapters, strict=True):
+        if not is_adapter:
+            what = "is a whole model, and its delta is the difference from the model that it was fine-tuned from"
+            problems.add("NO_BASE", ref, what, "pass that model as base=...")
+    problems.raise_as(AuditError)
+    return _without_base([str(r) for r in refs], folders, stack)
+
+
+def _on_base(found: Sequence[tuple[ModelRef, Path, bool]], named: ModelRef, bases: _Bases, stack: ExitStack) -> Opened:
+    """Sources (reference, folder, whether it is an adapter) on their base."""
+    checkpoint, models, skipped, problems = bases.open(named), list[Model](), list[Skipped](), Problems()
+    for ref, folder, is_adapter in found:
         with problems.catching():
+            if not is_adapter:
+                models.append(Model(str(ref), stack.enter_context(Checkpoint.open(folder))))
+                continue
             own = bases.open(ref) if ref.lora else checkpoint
-            opened = _open_model(ref, folder, is_adapter, own, stack)
-            if opened.adapter and isinstance(own, ShapesOnly):
-                skipped += _drop_what_needs_weights(str(ref), opened.adapter, "--fetch-base")
-            models.append(opened)
+            adapter = stack.enter_context(Adapter.open(folder, own))
+            if isinstance(own, ShapesOnly):
+                skipped += _drop_what_needs_weights(str(ref), adapter)
+            models.append(Model(str(ref), own, adapter))
     problems.raise_as(AuditError)
     return _of_models(models, Model(str(named), checkpoint), str(named), skipped)
 
 
-def _open_model(ref: ModelRef, folder: Path, is_adapter: bool, base: Checkpoint, stack: ExitStack) -> Model:
-    if not is_adapter:
-        return Model(str(ref), stack.enter_context(Checkpoint.open(folder)))
-    return Model(str(ref), base, stack.enter_context(Adapter.open(folder, base)))
-
-
 class _Bases:
-    """The checkpoints beneath, each opened once; of those on the Hub only the headers where that is enough."""
+    """The base checkpoints, each opened once; only their headers where they are on the Hub and headers are enough."""
 
     def __init__(self, stack: ExitStack, adapters: Sequence[Path] | None) -> None:
-        """`adapters`: their folders, when there is nothing else to audit; None to fetch what is missing."""
+        """`adapters`: the folders of all sources when all are adapters; None to fetch missing weights."""
         self._stack, self._adapters, self._opened = stack, adapters, dict[Path, Checkpoint]()
 
     def open(self, ref: ModelRef) -> Checkpoint:
@@ -234,7 +216,7 @@ class _Bases:
 
 
 def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack) -> Opened:
-    """Adapters by themselves, on a base of which only their own files tell."""
+    """Adapters on a base whose names and shapes come from their own files."""
     known, shapes, problems = list[tuple[Known, Checkpoint]](), dict[str, tuple[int, ...]](), Problems()
     for ref, folder in zip(refs, folders, strict=True):
         with problems.catching():
@@ -242,21 +224,20 @@ def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack
             known.append((one, stack.enter_context(Checkpoint.open(weights_of(folder)))))
             for name, shape in one.shapes.items():
                 if shapes.setdefault(name, shape) != shape:
-                    what = f"{name} is {shape}, and another adapter has {shapes[name]} there"
+                    what = f"{name} is {shape}, and {shapes[name]} in another adapter"
                     problems.add("ADAPTER_SHAPE", ref, what, "audit adapters of one base together")
     problems.raise_as(AuditError)
     base, models, skipped = ShapesOnly(known), list[Model](), list[Skipped]()
     for ref, folder in zip(refs, folders, strict=True):
         with problems.catching():
             adapter = stack.enter_context(Adapter.open(folder, base))
-            skipped += _drop_what_needs_weights(ref, adapter, "--base")
+            skipped += _drop_what_needs_weights(ref, adapter)
             models.append(Model(ref, base, adapter))
     problems.raise_as(AuditError)
     opened = _of_models(models, Model("", base), None, skipped)
+    what, fix = "carries its own copy of {}, which is taken to be the base's", "pass base=... to be sure"
     copies = [
-        Problem(
-            "NO_BASE", ref, f"carries its own copy of {name}, which is taken to be the base's", "pass --base to be sure"
-        )
+        Problem("NO_BASE", ref, what.format(name), fix)
         for ref, (one, _) in zip(refs, known, strict=True)
         for name in one.copies
     ]
@@ -266,24 +247,23 @@ def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack
 def _known(ref: str, folder: Path) -> Known:
     settings = read_settings(folder)
     if settings.names("target_parameters"):
-        what = "targets fused parameters, and which they are only the base's architecture tells"
-        raise AuditError.of("NO_BASE", ref, what, "pass --base")
+        what = "targets fused parameters, which need the base's architecture"
+        raise AuditError.of("NO_BASE", ref, what, "pass base=...")
     listed = settings.raw.get("trainable_token_indices") or []
     rows = [i for one in (listed.values() if isinstance(listed, dict) else [listed]) for i in one]
     return known_of(folder, rows, settings.rank)
 
 
-def _drop_what_needs_weights(ref: str, adapter: Adapter, option: str) -> list[Skipped]:
-    """Remove the deltas that depend on the weights, with a warning."""
-    groups: dict[str, list[str]] = {}
-    for name, delta in list(adapter.deltas.items()):
-        if _needs_weights(delta):
-            del adapter.deltas[name]
-            groups.setdefault(delta.kind, []).append(name)
-    return [
-        Skipped(ref, tuple(names), f"{_WHY[kind]}, and without {option} its delta is unknown")
-        for kind, names in groups.items()
-    ]
+def _drop_what_needs_weights(ref: str, adapter: Adapter) -> list[Skipped]:
+    """Remove the deltas that depend on the base's weights from `adapter`, and return them."""
+    dropped = [(name, delta) for name, delta in adapter.deltas.items() if _needs_weights(delta)]
+    for name, _ in dropped:
+        del adapter.deltas[name]
+    return [_unknown(ref, name, delta) for name, delta in dropped]
+
+
+def _unknown(ref: str, name: str, delta: AdapterDelta) -> Skipped:
+    return Skipped(ref, (name,), f"{_WHY[delta.kind]}, so its delta is unknown without the base's weights")
 
 
 def _needs_weights(delta: AdapterDelta) -> bool:
@@ -294,75 +274,89 @@ _WHY = {
     "dora": "DoRA scales the whole weight",
     "replace": "modules_to_save holds the whole new value",
     "tokens": "trainable_token_indices holds whole new rows",
-    "pissa": "PiSSA took its start out of the weight",
-    "olora": "OLoRA took its start out of the weight",
-    "untied": "it is a tied weight that must be parted",
+    "pissa": "PiSSA subtracted its start from the weight",
+    "olora": "OLoRA subtracted its start from the weight",
+    "untied": "it is a tied weight that must be untied",
 }
 
 
 def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped: Sequence[Skipped]) -> Opened:
-    """Every tensor that some model has otherwise than the base."""
-    unties = {
-        n: under
+    """Every tensor in which some model differs from the base."""
+    stored = base.checkpoint.tensors
+    unties = {n: tied for m in models if m.adapter for n, tied in m.adapter.unties.items() if n not in stored}
+    extra = [
+        Skipped(m.ref, names, "the base has no such tensor")
         for m in models
-        if m.adapter
-        for n, under in m.adapter.unties.items()
-        if n not in base.checkpoint.tensors
-    }
-    subjects, left_out = list[AuditedTensor](), list(skipped)
-    for name in [*base.checkpoint.tensors, *unties]:
-        under = unties.get(name)
-        reads = [_read(m, name, under) for m in models]
-        beneath = base.read(under or name)
-        present = [r for r in reads if r is not None]
-        changed = [r for r in present if r.delta or not r.same_weight(beneath)]
-        if not changed:
-            continue
-        why = _unfit(beneath, reads, changed)
-        if why:
-            left_out.append(Skipped(changed[0].source, (name,), why))
-        else:
-            subjects.append(AuditedTensor(name, Inputs(beneath, tuple(present), "deltas", subtract=False)))
-    for m in models:
-        extra = [n for n in m.checkpoint.tensors if n not in base.checkpoint.tensors]
-        if extra:
-            left_out.append(Skipped(m.ref, tuple(extra), "the base has no such tensor"))
-    headers = tuple(_header(m, label) for m, label in zip(models, labels_of([m.ref for m in models]), strict=True))
-    warnings = [
-        w for m in models if m.adapter for w in m.adapter.warnings if named is not None or w.code != "ADAPTER_BASE"
+        if (names := tuple(n for n in m.checkpoint.tensors if n not in stored))
     ]
-    ordered = sorted(subjects, key=lambda s: natural(s.name))
+    changed = (_difference(name, unties.get(name), models, base) for name in [*stored, *unties])
+    subjects, left_out = _gathered([*skipped, *changed, *extra])
+    headers = tuple(_header(m, label) for m, label in zip(models, labels_of([m.ref for m in models]), strict=True))
+    warnings = [w for m in models if m.adapter for w in m.adapter.warnings]
+    if named is None:
+        warnings = [w for w in warnings if w.code != "ADAPTER_BASE"]
     weights = not isinstance(base.checkpoint, ShapesOnly)
     warnings += [_only_headers(named)] if named is not None and not weights else []
-    return Opened(headers, named, weights, tuple(ordered), tuple(left_out), tuple(warnings))
+    return Opened(headers, named, weights, subjects, left_out, tuple(warnings))
+
+
+def _difference(name: str, tied: str | None, models: Sequence[Model], base: Model) -> AuditedTensor | Skipped | None:
+    """The tensor `name` in all models; None where none changes it.
+
+    Args:
+        name: a tensor of the base, or one that an adapter unties.
+        tied: the base's tensor that `name` is tied to.
+        models: the sources.
+        base: the model that they change.
+    """
+    below = base.read(tied or name)
+    reads = [_read(m, name, tied) for m in models]
+    present = [r for r in reads if r is not None]
+    changed = [r for r in present if r.delta or not r.same_weight(below)]
+    if not changed:
+        return None
+    why = _unfit(below, reads, changed)
+    return Skipped(changed[0].source, (name,), why) if why else AuditedTensor.of(name, below, present)
 
 
 def _only_headers(base: str) -> Problem:
-    what = "is on the Hub only, and its headers are all that was read; what needs its weights is left out"
-    return Problem("HEADERS_ONLY", base, what, "pass --fetch-base to fetch them")
+    what = "is on the Hub only, and only its headers were read; metrics that need its weights are left out"
+    return Problem("HEADERS_ONLY", base, what, "pass fetch_base=True to measure the rest")
 
 
-def _read(model: Model, name: str, under: str | None) -> Read | None:
-    wanted = name if under is None or model.has(name) else under
+def _read(model: Model, name: str, tied: str | None) -> Read | None:
+    wanted = name if tied is None or model.has(name) else tied
     return model.read(wanted) if model.has(wanted) else None
 
 
-def _unfit(beneath: Read, reads: Sequence[Read | None], changed: Sequence[Read]) -> str:
-    """Why a tensor has no delta; empty when it has."""
+def _unfit(below: Read, reads: Sequence[Read | None], changed: Sequence[Read]) -> str:
+    """Why a tensor has no delta; empty when it has one."""
     if any(r is None for r in reads):
         return "not every source has it"
-    if not all(DTYPES[r.dtype].mergeable for r in [beneath, *changed]):
-        return f"its values are {beneath.dtype}, from which there is no difference to take"
-    if len({r.shape for r in changed}) > 1 or any(not r.delta and r.shape != beneath.shape for r in changed):
-        return f"its shapes differ: {', '.join(str(list(s)) for s in {beneath.shape, *(r.shape for r in changed)})}"
+    if not all(DTYPES[r.dtype].mergeable for r in [below, *changed]):
+        return f"its values are {below.dtype}, which cannot be subtracted"
+    if len({r.shape for r in changed}) > 1 or any(not r.delta and r.shape != below.shape for r in changed):
+        return f"its shapes differ: {', '.join(str(list(s)) for s in {below.shape, *(r.shape for r in changed)})}"
     return ""
 
 
 # --- from a recipe ----------------------------------------------------------------------------------------------------
 
 
+def _plan_of(source: Source, stack: ExitStack, fetch_base: bool) -> MergePlan:
+    """The plan of a recipe; bases on the Hub are opened by their headers where all their deltas come from adapters."""
+    inline = not isinstance(source, str) or "\n" in source or source.startswith(HF)
+    recipe = source if inline else Path(str(source))
+    with ExitStack() as attempt:
+        planned = attempt.enter_context(api.open_plan(recipe, stream_from_hub=not fetch_base))
+        if all(_only_adapters(tensor.inputs) for tensor in planned.tensors):
+            stack.push(attempt.pop_all())
+            return planned
+    return stack.enter_context(api.open_plan(recipe))
+
+
 def _only_adapters(inputs: Inputs) -> bool:
-    """Whether what a tensor's sources add to their base is known without it, or its base is here."""
+    """Whether the deltas of a tensor are known without its base, or its base is on this machine."""
     base = inputs.base
     if base is None or not any(read.checkpoint.far for read in inputs.reads):
         return True
@@ -370,58 +364,62 @@ def _only_adapters(inputs: Inputs) -> bool:
 
 
 def _of_plan(planned: MergePlan) -> Opened:
-    """What a recipe merges, tensor by tensor with its rule."""
-    base_ref = planned.recipe.slices[0].base
-    if base_ref is None:
+    """Every tensor that a recipe merges from deltas, with its rule."""
+    base = planned.recipe.slices[0].base
+    if base is None:
         what = f"{planned.recipe.merge_method} here has no base, so there are no deltas to audit"
         raise AuditError.of("NO_BASE", "", what, "give the recipe a base_model")
-    subjects, left_out, unread = list[AuditedTensor](), list[str](), dict[Checkpoint, Checkpoint]()
-    skipped = list[Skipped]()
-    for tensor in planned.tensors:
-        if tensor.method == COPY or not tensor.inputs.sources:
-            continue
-        if tensor.inputs.base is None or not tensor.inputs.deltas:
-            left_out.append(tensor.name)
-            continue
-        inputs = Inputs(tensor.inputs.base, tensor.inputs.sources, "deltas", subtract=False)
-        if tensor.inputs.base.checkpoint.far:
-            needing = [(r.source, r.delta.kind) for r in inputs.reads if r.delta and _needs_weights(r.delta)]
-            if needing:
-                source, kind = needing[0]
-                why = f"{_WHY[kind]}, and without --fetch-base its delta is unknown"
-                skipped.append(Skipped(source, (tensor.name,), why))
-                continue
-            inputs = _unread(inputs, unread)
-        if inputs.active:
-            rule = None if tensor.rule.wants == "whole" else tensor.rule
-            subjects.append(AuditedTensor(tensor.name, inputs, rule))
+    unread = dict[Checkpoint, Checkpoint]()
+    subjects, skipped = _gathered(_planned(tensor, planned.recipe.merge_method, unread) for tensor in planned.tensors)
     by_ref = {m.ref: m for m in planned.models}
     refs = list(dict.fromkeys(r.source for s in subjects for r in s.inputs.sources))
-    why = f"{planned.recipe.merge_method} merges whole values there, not deltas"
-    skipped += [Skipped("", tuple(left_out), why)] if left_out else []
-    warnings = [*planned.warnings, *([_only_headers(str(base_ref))] if unread else [])]
     headers = tuple(_header(by_ref[ref], label) for ref, label in zip(refs, labels_of(refs), strict=True))
-    ordered = tuple(sorted(subjects, key=lambda s: natural(s.name)))
-    return Opened(headers, str(base_ref), not unread, ordered, tuple(skipped), tuple(warnings), planned.recipe)
+    warnings = (*planned.warnings, *([_only_headers(str(base))] if unread else []))
+    return Opened(headers, str(base), not unread, subjects, skipped, warnings, planned.recipe)
 
 
-def _unread(inputs: Inputs, unread: dict[Checkpoint, Checkpoint]) -> Inputs:
-    """The same tensor with zeros for the base's weights; the base's substitutes are kept in `unread`."""
+def _planned(
+    tensor: PlannedTensor, method: str, unread: dict[Checkpoint, Checkpoint]
+) -> AuditedTensor | Skipped | None:
+    """A tensor of a plan; None where it is copied or no source changes it.
 
-    def beneath(read: Read) -> Read:
-        held = unread.setdefault(read.checkpoint, ShapesOnly((), read.checkpoint))
-        return replace(read, checkpoint=held)
+    Args:
+        tensor: from the plan.
+        method: the recipe's, for messages.
+        unread: for each base on the Hub the checkpoint without weights in its place; filled as they are met.
+    """
+    base, sources = tensor.inputs.base, tensor.inputs.sources
+    if tensor.method == COPY or not sources:
+        return None
+    if base is None or not tensor.inputs.deltas:
+        return Skipped("", (tensor.name,), f"{method} merges whole values there, not deltas")
+    if base.checkpoint.far:
+        for read in tensor.inputs.reads:
+            if read.delta and _needs_weights(read.delta):
+                return _unknown(read.source, tensor.name, read.delta)
+        base, sources = _unread(base, unread), tuple(_unread(read, unread) for read in sources)
+    found = AuditedTensor.of(tensor.name, base, sources, None if tensor.rule.wants == "whole" else tensor.rule)
+    return found if found.inputs.active else None
 
-    assert inputs.base is not None
-    return replace(inputs, base=beneath(inputs.base), sources=tuple(map(beneath, inputs.sources)))
+
+def _unread(read: Read, unread: dict[Checkpoint, Checkpoint]) -> Read:
+    """The same read with zeros for the base's weights."""
+    return replace(read, checkpoint=unread.setdefault(read.checkpoint, ShapesOnly((), read.checkpoint)))
 
 
 # --- headers ----------------------------------------------------------------------------------------------------------
 
 
+def label_of(ref: str) -> str:
+    """A short name of a reference: the last part of its path; the repository's name for a snapshot in the Hub's cache."""
+    path = ref.split("+")[-1].split("@")[0].rstrip("/")
+    cached = re.search(r"models--(?:.+?--)?([^/]+)/snapshots/[^/]+$", path)
+    return cached[1] if cached else path.split("/")[-1] or ref
+
+
 def labels_of(refs: Sequence[str]) -> list[str]:
-    """The last part of each reference where that tells them apart, else the whole."""
-    short = [ref.split("+")[-1].split("@")[0].rstrip("/").split("/")[-1] or ref for ref in refs]
+    """The short name of each reference where it is unique among them, else the whole reference."""
+    short = [label_of(ref) for ref in refs]
     return [name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
 
 
@@ -430,30 +428,29 @@ def _header(model: Model, label: str) -> Header:
         kinds = {info.dtype for info in model.checkpoint.tensors.values()}
         return Header(model.ref, label, "checkpoint", {"dtype": "/".join(sorted(kinds))})
     config = model.adapter.config
-    start = str(config.get("init_lora_weights", True)).lower()
-    kind = (
-        "shira"
-        if config.get("peft_type") == "SHIRA"
-        else "dora"
-        if config.get("use_dora")
-        else "rslora"
-        if config.get("use_rslora")
-        else "lora"
-    )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank and alpha else None
-    prints = model.adapter.fingerprint()
     details = {
         "rank": rank, "alpha": alpha, "scale": scale, "target_modules": config.get("target_modules"),
         "peft_version": config.get("peft_version"), "base": config.get("base_model_name_or_path"),
-        "header_digest": next((str(p["header"]) for p in prints.values()), None),
+        "header_digest": next((str(p["header"]) for p in model.adapter.fingerprint().values()), None),
         "trained": _trained(model.adapter.record),
     }  # fmt: skip
-    return Header(model.ref, label, start if start in ("pissa", "olora") else kind, details)
+    return Header(model.ref, label, _kind(config), details)
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """The kind of an adapter as `Header.kind` names it."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start in ("pissa", "olora"):
+        return start
+    if config.get("peft_type") == "SHIRA":
+        return "shira"
+    return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
 
 
 def _trained(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `paft train` left beside an adapter, in short; None where another trainer made it."""
+    """The record of `paft train` in short; None for an adapter of another trainer."""
     if not record:
         return None
     l1, delta = record.get("spec", {}).get("l1"), record["delta"]

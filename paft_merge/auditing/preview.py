@@ -15,6 +15,7 @@ from paft_merge.errors import AuditError, Problems
 from paft_merge.methods import METHODS, REQUIRED, Parameter
 from paft_merge.methods.rules.rule import Rule, rank_over_model
 from paft_merge.methods.rules.thresholds import stream_key
+from paft_merge.recipe.yaml_source import did_you_mean
 from paft_merge.stats.metrics import UNDEFINED
 
 
@@ -36,8 +37,10 @@ class Proposal:
         """
         problems, parameters = Problems(), dict[str, Any]()
         known = METHODS[method].parameters if method in METHODS else ()
+        names = [p.name for p in known]
         if method not in METHODS:
-            problems.add("PREVIEW", method, "is no method of ours", f"one of {', '.join(METHODS)}")
+            near = did_you_mean(method, METHODS)
+            problems.add("PREVIEW", method, "is not a method", near or f"methods are {', '.join(METHODS)}")
         for text in settings:
             name, _, value = text.partition("=")
             spec = next((p for p in known if p.name == name), None)
@@ -47,7 +50,7 @@ class Proposal:
                         "PREVIEW",
                         text,
                         f"{method} has no parameter {name!r}",
-                        f"one of {', '.join(p.name for p in known)}",
+                        did_you_mean(name, names) or f"its parameters are {', '.join(names)}",
                     )
                 continue
             with problems.catching():

@@ -1,4 +1,4 @@
-"""The results of an audit: frozen, typed, and the same numbers for the table, the JSON, the CSV and the page."""
+"""The results of an audit, frozen and typed: the source of the tables, the JSON, the CSV and the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paft_merge.stats.pairs import PairMeasure
 from paft_merge.stats.spectrum import FactorCounts, Spectrum
 
 SCHEMA = "paft_merge.audit/1"
-"""The version of the JSON; fields may be added under it, and none changes its meaning (docs/audit.md)."""
+"""The version of the JSON; fields may be added under the same version, but none changes its meaning (docs/audit.md)."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TensorAudit:
     layer: int | None
     module: str
     kind: str
-    """`lora`, `dora`, `replace`, ... as `adapters.Patch.kind`, or `checkpoint`."""
+    """`lora`, `dora`, `replace`, ... as `AdapterDelta.kind`, or `checkpoint`."""
     shape: tuple[int, ...]
     measure: Measure
     spectrum: Spectrum | None
@@ -36,24 +36,24 @@ class TensorAudit:
 
 @dataclass(frozen=True)
 class Group:
-    """Some tensors of one source taken together: a layer, a kind of module, or all."""
+    """Tensors of one source taken together: a layer, a kind of module, or all."""
 
     key: str
     tensors: tuple[TensorAudit, ...]
 
     @cached_property
     def measure(self) -> Measure:
-        """Of all entries of the tensors together."""
+        """The measure of all entries of the tensors."""
         return Measure.total([t.measure for t in self.tensors])
 
     @property
     def stable_rank(self) -> float:
-        """Mean over the tensors that have a spectrum."""
+        """Mean stable rank of the tensors that have a spectrum; NaN without one."""
         return _mean(t.spectrum.stable_rank for t in self.tensors if t.spectrum)
 
     @property
     def effective_rank(self) -> float:
-        """Mean over the tensors that have a spectrum."""
+        """Mean effective rank of the tensors that have a spectrum; NaN without one."""
         return _mean(t.spectrum.effective_rank for t in self.tensors if t.spectrum)
 
     @cached_property
@@ -63,7 +63,7 @@ class Group:
         return FactorCounts.total(known) if known else None
 
     def to_json(self) -> dict[str, Any]:
-        """As the report's JSON has it."""
+        """As in the JSON of the report."""
         factors = self.factors.to_json() if self.factors else None
         ranks = {"stable_rank": self.stable_rank, "effective_rank": self.effective_rank}
         return {"tensors": len(self.tensors), **self.measure.to_json(), **ranks, "factors": factors}
@@ -78,6 +78,7 @@ class SourceAudit:
 
     @property
     def label(self) -> str:
+        """Short name, unique in the audit."""
         return self.header.label
 
     @cached_property
@@ -87,26 +88,23 @@ class SourceAudit:
 
     @cached_property
     def layers(self) -> Mapping[int, Group]:
-        """By number; what lies outside of the layers is in none."""
+        """By number; tensors outside layers are in none."""
         keys = sorted({t.layer for t in self.tensors if t.layer is not None})
         return {k: Group(str(k), tuple(t for t in self.tensors if t.layer == k)) for k in keys}
 
     @cached_property
     def modules(self) -> Mapping[str, Group]:
-        """By kind of module, attention before MLP as a layer computes them."""
+        """By kind of module, in the order in which a layer computes them."""
         keys = in_order(t.module for t in self.tensors)
         return {k: Group(k, tuple(t for t in self.tensors if t.module == k)) for k in keys}
 
     def paft_sparsity(self, epsilon: float) -> float:
-        """PAFT's measure (its Figure 2): share of |delta| < `epsilon` in each layer, and of these the mean.
-
-        A source without layers has the share over everything.
-        """
+        """Mean over layers of the share of |delta| < `epsilon` (PAFT, Figure 2); without layers, the share of all entries."""
         shares = [group.measure.sparsity(epsilon) for group in self.layers.values()]
         return _mean(shares) if shares else self.total.measure.sparsity(epsilon)
 
     def to_json(self) -> dict[str, Any]:
-        """As the report's JSON has it."""
+        """As in the JSON of the report."""
         return {
             "source": self.header.source,
             "label": self.label,
@@ -144,31 +142,33 @@ class PairAudit:
 
     @property
     def total(self) -> PairMeasure:
-        """Over all tensors that either changes."""
+        """The measure of all tensors that either source changes."""
         return self.of(self.tensors)
 
     @cached_property
     def layers(self) -> Mapping[int, PairMeasure]:
+        """By number of the layer."""
         keys = sorted({t.layer for t in self.tensors if t.layer is not None})
         return {k: self.of([t for t in self.tensors if t.layer == k]) for k in keys}
 
     @cached_property
     def modules(self) -> Mapping[str, PairMeasure]:
+        """By kind of module."""
         keys = in_order(t.module for t in self.tensors)
         return {k: self.of([t for t in self.tensors if t.module == k]) for k in keys}
 
     def of(self, tensors: Sequence[PairTensor]) -> PairMeasure:
-        """The measure of some of the tensors taken together."""
+        """The measure of `tensors` taken together."""
         return PairMeasure.total([t.measure for t in tensors])
 
     @property
     def subspace(self) -> tuple[float, float]:
-        """Mean overlap of the left and right subspaces over the tensors that have one."""
+        """Mean overlap of the left and of the right singular subspaces, over the tensors that have one."""
         known = [t.subspace for t in self.tensors if t.subspace]
         return _mean(k[0] for k in known), _mean(k[1] for k in known)
 
     def to_json(self) -> dict[str, Any]:
-        """As the report's JSON has it."""
+        """As in the JSON of the report."""
         return {
             "left": self.left,
             "right": self.right,
@@ -184,7 +184,7 @@ class PairAudit:
 
 @dataclass(frozen=True)
 class AuditData:
-    """Everything that an audit measured: what the advice, the gate and every report read."""
+    """Everything that an audit measured; the input of the advice, the gate and every report."""
 
     sources: tuple[SourceAudit, ...]
     pairs: tuple[PairAudit, ...]
@@ -196,10 +196,10 @@ class AuditData:
     skipped: tuple[Skipped, ...]
     warnings: tuple[Problem, ...]
     sampled: float | None = None
-    """For an audit of a merge's own records: share of the entries behind the sampled numbers; None where all were counted."""
+    """Of an audit from a manifest: the share of the entries in the sample. None where every entry was counted."""
 
     def source(self, label: str) -> SourceAudit:
-        """The source of that label.
+        """The source with that label.
 
         Raises:
             KeyError: no source has it.
@@ -218,10 +218,10 @@ class Advice:
     """`good`, `note` or `warn`."""
     text: str
     metric: str
-    """What the number is, in the words of a gate (`--require`)."""
+    """The name of the number, as a requirement names it (`--require`)."""
     value: float
     page: str
-    """Where it is explained."""
+    """File and anchor of the explanation in the documentation."""
 
 
 def _tensor_json(tensor: TensorAudit) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _tensor_json(tensor: TensorAudit) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_ORDER = (
+_ORDER = [
     "q_proj",
     "k_proj",
     "v_proj",
@@ -246,11 +246,11 @@ _ORDER = (
     "down_proj",
     "fc1",
     "fc2",
-)
+]
 
 
 def in_order(modules: Iterable[str]) -> list[str]:
-    """Each kind of module once, those that every layer of a transformer has first, in the order they act."""
+    """Each kind of module once; known kinds first, in the order in which a transformer's layer computes them."""
     once = list(dict.fromkeys(modules))
     return sorted(once, key=lambda m: _ORDER.index(m) if m in _ORDER else len(_ORDER))
 

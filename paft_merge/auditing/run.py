@@ -1,4 +1,4 @@
-"""The main path of an audit: open, survey every tensor, and put the results in order."""
+"""The main path of an audit: open the sources, survey every tensor, and collect the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from paft_merge.errors import Problem
 from paft_merge.stats.pairs import PairMeasure
 
 HELD_BYTES = 512 << 20
-"""Memory for the deltas of one tensor; larger ones are computed anew for each walk."""
+"""Memory for the deltas of one tensor; larger ones are recomputed for each walk."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,25 @@ def audit(
 
     Args:
         sources: folders or Hub names of adapters and checkpoints, `base+adapter`, or one recipe (file, mapping, text).
-        base: what the sources change. Adapters do without it; what needs the weights is then left out, and said.
+        base: the model that the sources change. Optional for adapters: metrics that need its weights are then left out.
         preview: what to preview for several sources: a method's name, `{"method": ..., parameter: ...}`, a `Proposal`, or
             None for nothing. A recipe brings its own. The default is TIES at density 0.2.
-        epsilon: threshold of PAFT's sparsity, and of what counts as above in pairs.
+        epsilon: threshold of PAFT's sparsity, and of `conflict_above`.
         epsilons: further thresholds to count.
         density: share of the largest entries whose overlap is compared, in (0, 1].
-        require: requirements that will be checked, whose thresholds are then counted (see `Audit.check`).
-        fetch_base: fetch the weights of a base that is on the Hub only. Without it headers are all that is read of the base of
-            adapters, and what needs its weights is left out, and said.
-        threads: blocks computed at a time; all cores by default. Changes no count.
-        held_bytes: memory for the deltas of one tensor; larger ones are computed anew for each walk.
+        require: requirements whose thresholds are to be counted, for a later `Audit.check`.
+        fetch_base: fetch the weights of a base that is on the Hub only. By default only the headers of the base of adapters
+            are read, and metrics that need its weights are left out.
+        threads: blocks computed at a time; all cores by default. Does not change the counts.
+        held_bytes: memory for the deltas of one tensor; larger ones are recomputed for each walk.
         progress: called after each tensor.
 
     Returns:
-        Every number, typed; `print`s short and shows itself in a notebook.
+        Every number, typed. `print` shows a few lines, a notebook a short report.
 
     Raises:
-        AuditError: NO_BASE, EMPTY, PREVIEW, GATE, NONFINITE; with everything that could be known at once.
-        PaftMergeError: what opening the sources shows to be wrong.
+        AuditError: NO_BASE, EMPTY, PREVIEW, GATE, NONFINITE; with every problem that is found at once.
+        PaftMergeError: a source cannot be opened.
     """
     if not sources:
         raise TypeError("audit() needs at least one source")
@@ -112,25 +112,25 @@ def _results(opened: Opened, found: Sequence[TensorStats], wanted: Wanted, propo
 
 
 def _no_spectrum(sources: Sequence[SourceAudit]) -> list[Skipped]:
-    """Fused experts hold a product for each expert, one below the other, and no low rank as a whole."""
+    """Tensors of fused experts, which hold a product for each expert and have no low rank as a whole."""
     fused = {s.label: tuple(t.name for t in s.tensors if t.kind == "experts" and not t.spectrum) for s in sources}
-    why = "each expert is a product of its own, so the spectrum and the overlap of subspaces are left out; all else is measured"
+    why = "each expert is a separate product, so spectrum and common subspace are left out; all else is measured"
     return [Skipped(label, names, why) for label, names in fused.items() if names]
 
 
 TRAINED_KINDS = ("lora", "shira")
-"""Deltas that the record of a training measures."""
+"""Kinds of deltas that the record of a training covers."""
 
 
 def _other_records(sources: Sequence[SourceAudit]) -> list[Problem]:
-    """A warning for each record of a training that is not of the adapter it lies beside."""
+    """A warning for each training record that does not belong to the adapter beside it."""
     found = []
     for source in sources:
         trained = source.header.details.get("trained")
         norm = math.sqrt(math.fsum(t.measure.square for t in source.tensors if t.kind in TRAINED_KINDS))
         if trained and abs(norm - trained["norm"]) > 0.01 * max(norm, trained["norm"]):
             what = f"paft_train.json says that the delta's norm is {trained['norm']:.4g}; it is {norm:.4g}"
-            fix = "the record is of another adapter, or this one was changed since"
+            fix = "the record is of another adapter, or this one has changed since"
             found.append(Problem("TRAIN_RECORD", source.label, what, fix))
     return found
 
@@ -139,7 +139,7 @@ Held = Sequence[tuple[AuditedTensor, TensorStats]]
 
 
 def _row(subject: AuditedTensor, source: str) -> int | None:
-    """Which of the subject's sources this is, if it changes the tensor."""
+    """Index of `source` among those that change the tensor; None where it does not."""
     return next((i for i in subject.inputs.active if subject.inputs.sources[i].source == source), None)
 
 

@@ -1,67 +1,73 @@
-"""What `paft audit` does with a finished audit: tables or JSON, files, and the gate."""
+"""The output of `paft audit`: tables or JSON, files, and the gate."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import click
 
 from paft_merge.auditing.from_manifest import recorded
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.csv_file import csv_text, write
-from paft_merge.cli.audit_tables import audit_table, manifest_table
-from paft_merge.errors import AuditError, Problem
+from paft_merge.cli.audit_tables import audit_table, in_options, labelled, manifest_table
+from paft_merge.cli.terminal import warn
+from paft_merge.errors import AuditError
 from paft_merge.output.manifest import ManifestCheck
 
 
 @dataclass(frozen=True)
 class Outlets:
-    """Where an audit goes."""
+    """Where an audit is written."""
 
     as_json: bool = False
     csv: Path | None = None
     html: Path | None = None
-    plots: Path | None = None
+    png_dir: Path | None = None
 
 
-def report(audit: Audit, outlets: Outlets, require: Sequence[str], warn: Callable[[Sequence[Problem]], None]) -> None:
-    """Print and write an audit, then hold it against the requirements.
+def report(audit: Audit, outlets: Outlets, require: Sequence[str]) -> None:
+    """Print and write an audit, then check the requirements.
 
     Raises:
-        AuditError: REQUIRED, with everything that fails; GATE, a requirement asks for what is not there.
+        AuditError: REQUIRED, with every requirement that fails; GATE, a metric was not measured.
         OutputError: a file cannot be written.
     """
-    warn(audit.warnings)
+    parts = "where", "what", "fix"
+    warn([replace(w, **{p: labelled(getattr(w, p), audit) for p in parts}) for w in audit.warnings])
     if outlets.as_json:
-        sys.stdout.write(audit.dumps() + "\n")
+        sys.stdout.write(in_options(audit.dumps()) + "\n")
     else:
         audit_table(audit)
-    _elsewhere(audit, outlets, require)
+    _write_and_check(audit, outlets, require)
 
 
-def _elsewhere(audit: Audit, outlets: Outlets, require: Sequence[str]) -> None:
-    """Write the files that are wanted, and raise what is required and fails."""
+def _write_and_check(audit: Audit, outlets: Outlets, require: Sequence[str]) -> None:
+    """Write the files that were asked for, say so, and raise the requirements that fail."""
     if outlets.csv:
         write(outlets.csv, csv_text(audit))
+        click.echo(f"wrote {outlets.csv}", err=True)
     if outlets.html:
-        write(outlets.html, audit.to_html())
-    if outlets.plots:
-        from paft_merge.auditing.report.png import plot
+        write(outlets.html, in_options(audit.to_html()))
+        click.echo(f"wrote {outlets.html}", err=True)
+    if outlets.png_dir:
+        from paft_merge.auditing.report.png import write_png
 
-        plot(audit, outlets.plots)
+        click.echo(f"wrote {len(write_png(audit, outlets.png_dir))} pictures into {outlets.png_dir}", err=True)
     failed = audit.check(*require)
     if failed:
         raise AuditError(failed)
 
 
 def report_manifest(check: ManifestCheck, outlets: Outlets, require: Sequence[str]) -> None:
-    """Print how a finished merge compares with its manifest, and what that says of its sources, then hold it against `require`.
+    """Print how a finished merge compares with its manifest, and the audit in it, then check the requirements.
 
     Raises:
-        AuditError: MANIFEST, with every tensor that is not what the merge wrote, or nothing is recorded that was asked
-            for; REQUIRED and GATE as in `report`.
+        AuditError: MANIFEST, with every tensor that differs from what the merge wrote, or the manifest has no audit to
+            write or check; REQUIRED and GATE as in `report`.
         OutputError: a file cannot be written.
     """
     audit = recorded(check.manifest)
@@ -73,7 +79,7 @@ def report_manifest(check: ManifestCheck, outlets: Outlets, require: Sequence[st
     if check.problems:
         raise AuditError(check.problems)
     if audit:
-        _elsewhere(audit, outlets, require)
+        _write_and_check(audit, outlets, require)
     elif require or outlets != Outlets(outlets.as_json):
         what = "its manifest has no measured deltas: they were merged from values, or by an older version"
-        raise AuditError.of("MANIFEST", check.folder, what, "pass --base to audit the model itself")
+        raise AuditError.of("MANIFEST", check.folder, what, "pass base=... to audit the model itself")

@@ -1,4 +1,4 @@
-"""What the terminal shows of an audit, and of a finished merge beside its manifest."""
+"""Tables of the terminal for an audit, and for a finished merge and its manifest."""
 
 from __future__ import annotations
 
@@ -9,56 +9,91 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from paft_merge.auditing.opening import label_of
 from paft_merge.auditing.report.audit import Audit
+from paft_merge.auditing.report.figures import abridged, exponent
 from paft_merge.auditing.report.html import percent, sampled_line, short
-from paft_merge.auditing.report.svg import abridged
 from paft_merge.auditing.results import Group, PairAudit, SourceAudit
+from paft_merge.errors import escape as printable
 from paft_merge.output.manifest import ManifestCheck
 
 _SIGNS = {"warn": "[bold yellow]![/]", "note": "[bold blue]·[/]", "good": "[bold green]✓[/]"}
 
 
 def audit_table(audit: Audit) -> None:
-    """The answer, the numbers behind it, and what to do."""
+    """Print the numbers of an audit and the advice."""
     console = Console()
-    base = f"on {audit.base}" if audit.base else "without a base: what needs its weights is left out"
-    console.print(f"sparse means |delta| < {audit.epsilon:g}; {escape(base)}", highlight=False)
+
+    def say(markup: str) -> None:
+        console.print(markup, highlight=False)
+
+    base = f"on {label_of(audit.base)}" if audit.base else "without a base: metrics that need its weights are left out"
+    say(f"sparse means |delta| < {exponent(audit.epsilon)}; {_safe(base)}")
     if audit.sampled is not None:
-        console.print(escape(sampled_line(audit.sampled)), highlight=False)
+        say(_safe(sampled_line(audit.sampled)))
     for table in _sources(audit, console.width):
         console.print(table)
     for source in audit.sources:
         if len(source.modules) > 1:
-            console.print(_groups(f"{source.label}, by kind of module", list(source.modules.values()), audit.epsilon))
+            title = f"{abridged(source.label, 40)}, by kind of module"
+            console.print(_groups(title, list(source.modules.values()), audit.epsilon))
     if audit.pairs:
         console.print(_pairs(audit.pairs))
     if audit.preview:
         console.print(_preview(audit))
     for line in audit.advice:
-        console.print(f"{_SIGNS[line.level]} {escape(line.text)} [dim]({line.page})[/]", highlight=False)
+        say(f"{_SIGNS[line.level]} {_safe(in_options(line.text))} [dim]({_safe(line.metric)} = {short(line.value)})[/]")
     for skipped in audit.skipped:
         names = ", ".join(skipped.names[:3]) + (f" and {len(skipped.names) - 3} more" if len(skipped.names) > 3 else "")
-        console.print(f"[dim]left out: {escape(f'{skipped.source}: {names}: {skipped.why}')}[/]", highlight=False)
+        say(f"[dim]left out: {_safe(labelled(f'{skipped.source}: {names}: {skipped.why}', audit))}[/]")
+    say("[dim]--html FILE writes figures, all numbers and a glossary[/]")
 
 
 def manifest_table(check: ManifestCheck, audit: Audit | None) -> None:
-    """What a finished merge measured (`audit`), and whether its bytes are still what it wrote."""
+    """Print the audit that a finished merge recorded, and whether its bytes are those that the merge wrote."""
     console = Console()
     if audit:
         audit_table(audit)
     for warning in check.manifest.get("warnings", []):
-        console.print(f"{_SIGNS['warn']} {escape(str(warning))}", highlight=False)
+        text = labelled(str(warning), audit) if audit else str(warning)
+        console.print(f"{_SIGNS['warn']} {_safe(text)}", highlight=False)
     if check.ok:
-        text = f"{check.tensors:,} tensors, {check.nbytes:,} bytes: all are what the merge wrote"
-        console.print(f"[bold green]✓[/] {escape(str(check.folder))}: {text}", highlight=False)
+        text = f"{check.folder}: {check.tensors:,} tensors, {check.nbytes:,} bytes: all as the merge wrote them"
+        console.print(f"[bold green]✓[/] {_safe(text)}", highlight=False)
+
+
+_OPTIONS = (("fetch_base=True", "--fetch-base"), ("base=...", "--base"))
+"""Arguments of `paft_merge.audit` as its texts name them, and the options that set them."""
+
+
+def in_options(text: str) -> str:
+    """`text` with options of the command in place of arguments of the function."""
+    for argument, option in _OPTIONS:
+        text = text.replace(argument, option)
+    return text
+
+
+def labelled(text: str, audit: Audit) -> str:
+    """`text` with the label of each source in place of its reference, and with options in place of arguments."""
+    for source in sorted(audit.sources, key=lambda s: -len(s.header.source)):
+        text = text.replace(source.header.source, source.label)
+    return in_options(text)
+
+
+def _safe(text: str) -> str:
+    """`text` without markup or control characters."""
+    return escape(printable(text))
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    """A table whose headings wrap, so that it fits 80 columns; the first column is words, the others are numbers."""
+    """A table for 80 columns, with headings in two rows; the first column is words, the others are numbers."""
     padding = (0, 1, 0, 0)
-    table = Table(title=escape(title), box=box.SIMPLE, title_justify="left", title_style="bold", padding=padding)
+    table = Table(title=_safe(title), box=box.SIMPLE, title_justify="left", title_style="bold", padding=padding)
     for at, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if at else "left", overflow="fold", min_width=4)
+        widest = max(map(len, heading.split("\n"))) if at else 4
+        table.add_column(
+            _safe(heading), justify="right" if at else "left", overflow="fold", min_width=widest, vertical="bottom" if at else "top"
+        )  # fmt: skip
     return table
 
 
@@ -67,7 +102,7 @@ _WORDS = 32
 
 
 def _sources(audit: Audit, width: int) -> Iterator[Table]:
-    """One column a source, and as many sources a table as the terminal is wide."""
+    """One column a source, and as many sources a table as the terminal has room for."""
     columns = [(abridged(source.label), _numbers(source, audit.epsilon)) for source in audit.sources]
     while columns:
         room, fit = width - _WORDS, 0
@@ -91,7 +126,7 @@ def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
         **head,
         "entries": f"{m.entries:,}",
         "sparse, mean over layers": percent(source.paft_sparsity(epsilon)),
-        **{f"below {e:g}": percent(m.sparsity(e)) for e in m.below},
+        **{f"below {exponent(e)}": percent(m.sparsity(e)) for e in m.below},
         "exactly zero": percent(m.zero_share),
         "erased by a cast to bfloat16": percent(m.bf16_sparsity),
         "Hoyer, participation": f"{short(m.hoyer)}, {short(m.participation)}",
@@ -103,25 +138,27 @@ def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
 
 
 def _groups(title: str, groups: Sequence[Group], epsilon: float) -> Table:
-    table = _table(title, ("module", "sparse", "bf16 erases", "Hoyer", "top 20 %", "rms", "stable rank"))
+    headings = "module", "sparse", "bf16\nerases", "Hoyer", "energy in\ntop 20 %", "rms", "stable\nrank"
+    table = _table(title, headings)
     for group in groups:
         m = group.measure
         shares = percent(m.sparsity(epsilon)), percent(m.bf16_sparsity)
         rest = short(m.hoyer), percent(m.top_energy(0.2)), short(m.rms), short(group.stable_rank)
-        table.add_row(escape(group.key), *shares, *rest)
+        table.add_row(_safe(group.key), *shares, *rest)
     return table
 
 
 def _pairs(pairs: Sequence[PairAudit]) -> Table:
-    table = _table(
-        "against each other",
-        ("pair", "sizes", "cosine", "signs\ndiffer", "weigh-\nted", "over-\nlap", "by\nchance", "sub-\nspaces"),
-    )
+    headings = (
+        "pair", "norm\nratio", "cosine", "signs\ndiffer", "signs,\nweighted", "overlap", "by\nchance", "common\nsubspaces",
+    )  # fmt: skip
+    table = _table("against each other", headings)
     for pair in pairs:
-        total, (left, right) = pair.total, pair.subspace
+        total = pair.total
+        shares = total.conflict, total.conflict_weighted, total.overlap, total.overlap_chance
         table.add_row(
-            escape(f"{abridged(pair.left, 18)}\n{abridged(pair.right, 18)}"), f"x {short(total.size_ratio)}", short(total.cosine),
-            percent(total.conflict), percent(total.conflict_weighted), percent(total.overlap), percent(total.overlap_chance), f"{percent(left, 0)}, {percent(right, 0)}",
+            _safe(f"{abridged(pair.left, 15)}\n{abridged(pair.right, 15)}"), f"x {short(total.size_ratio)}", short(total.cosine, 2),
+            *map(percent, shares), ", ".join(percent(share, 0) for share in pair.subspace),
         )  # fmt: skip
     return table
 
@@ -130,19 +167,13 @@ def _preview(audit: Audit) -> Table:
     preview = audit.preview
     assert preview is not None
     given = ", ".join(f"{k}={v}" for k, v in preview.parameters.items())
-    table = _table(
-        f"what {preview.method}{f' ({given})' if given else ''} {'would keep' if audit.sampled is None else 'kept'}",
-        ("source", "entries", "after election", "energy", "after election"),
-    )
+    title = f"what {preview.method}{f' ({given})' if given else ''} {'would keep' if audit.sampled is None else 'kept'}"
+    headings = "source", "entries\nkept", "entries after\nelection", "energy\nkept", "energy after\nelection"
+    table = _table(title, headings)
     for source in audit.sources:
         if any(source.label in t.sources for t in preview.tensors):
             left = preview.of(source.label)
             elected = left.elected / left.entries if left.entries else None
-            table.add_row(
-                escape(abridged(source.label)),
-                percent(left.kept_share),
-                percent(elected),
-                percent(left.kept_energy),
-                percent(left.elected_energy),
-            )
+            shares = left.kept_share, elected, left.kept_energy, left.elected_energy
+            table.add_row(_safe(abridged(source.label)), *map(percent, shares))
     return table

@@ -10,19 +10,18 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.terminal import sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import line, sigterm_as_interrupt, warn
 from paft_merge.compute.magnitudes import EPSILON
+from paft_merge.errors import AuditError
 
 
 @click.command(short_help="How sparse adapters are, and whether they will merge.")
 @click.argument("sources", nargs=-1, required=True)
-@click.option(
-    "--base", help="What the sources change, a folder or Hub name. Adapters do without it, as far as that goes."
-)
+@click.option("--base", help="The model that the sources change: a folder or Hub name. Optional for adapters.")
 @click.option(
     "--fetch-base",
     is_flag=True,
-    help="Fetch the weights of adapters' base from the Hub. Without it its headers are all that is read there.",
+    help="Fetch the weights of the adapters' base from the Hub; without it only its headers are read.",
 )
 @click.option("--method", default="ties", show_default=True, help="Method to preview when there are several sources.")
 @click.option(
@@ -31,61 +30,85 @@ from paft_merge.compute.magnitudes import EPSILON
     "parameters",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Parameter of --method; V1,V2 is one a source.",
+    help="Parameter of --method; V1,V2 gives each source its own.",
 )
-@click.option("--no-preview", is_flag=True, help="Preview nothing.")
+@click.option("--no-preview", is_flag=True, help="Do not preview a merge.")
 @click.option(
     "--epsilon", type=float, default=EPSILON, show_default=True, help="An entry is sparse when |delta| is below this."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema in docs/audit.md) instead of tables.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Write every number as CSV.")
 @click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report with pictures, one page."
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a report with figures and a glossary as one HTML page.",
 )
 @click.option(
-    "--plots", type=click.Path(file_okay=False, path_type=Path), help="Write the pictures as PNG into this folder."
+    "--png-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the figures as PNG files into this folder.",
 )
 @click.option(
-    "--require", multiple=True, metavar="TEXT", help='Exit with 1 unless it holds, e.g. "sparsity(1e-5) >= 0.9".'
+    "--plots", type=click.Path(file_okay=False, path_type=Path), hidden=True, help="The former name of --png-dir."
 )
 @click.option(
-    "--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no count."
+    "--require", multiple=True, metavar="TEXT", help='Exit with 3 unless it holds, e.g. "sparsity(1e-5) >= 0.9".'
 )
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="Blocks computed at a time. Default: all cores. Does not change the counts.",
+)
+@click.option("--quiet", is_flag=True, help="Hide the progress bar.")
 def audit(
     sources: tuple[str, ...], base: str | None, fetch_base: bool, method: str, parameters: tuple[str, ...], no_preview: bool, epsilon: float,
-    as_json: bool, csv: Path | None, html: Path | None, plots: Path | None, require: tuple[str, ...], threads: int | None, quiet: bool,
+    as_json: bool, csv: Path | None, html: Path | None, png_dir: Path | None, plots: Path | None, require: tuple[str, ...],
+    threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Audit SOURCES: adapters, fine-tuned models with --base, `base+adapter`, one recipe, or a finished merge.
 
-    Says how sparse each delta is, how several get along, and what a merge would keep of each. A finished merge without
-    --base is compared with its own manifest, which also has what the merge measured of its sources.
+    Reports how sparse each delta is, how the sources relate, and how much of each a merge would keep. A finished merge
+    without --base is compared with its manifest, which also holds an audit of its sources.
+
+    Exits with 3 when a --require fails, and with 2 when an option cannot be read.
     """
     from paft_merge import auditing
     from paft_merge.cli.audit_report import Outlets, report, report_manifest
     from paft_merge.output.manifest import is_merged
 
-    if len(sources) == 1 and base is None and is_merged(sources[0]):
-        report_manifest(auditing.verify(sources[0]), Outlets(as_json, csv, html, plots), require)
-        return
-    proposal = (
-        None
-        if no_preview
-        else auditing.Proposal.parse(method, parameters)
-        if parameters or method != "ties"
-        else auditing.Proposal()
-    )
-    with sigterm_as_interrupt(), _audit_progress(quiet) as progress:
-        done = auditing.audit(
-            *sources, base=base, preview=proposal, epsilon=epsilon, require=require, fetch_base=fetch_base, threads=threads,
-            progress=progress,
-        )  # fmt: skip
-    report(done, Outlets(as_json, csv, html, plots), require, warn)
+    outlets = Outlets(as_json, csv, html, png_dir or plots)
+    with sigterm_as_interrupt(), _exit_codes():
+        if len(sources) == 1 and base is None and is_merged(sources[0]):
+            report_manifest(auditing.verify(sources[0]), outlets, require)
+            return
+        default = auditing.Proposal() if method == "ties" and not parameters else None
+        preview = None if no_preview else default or auditing.Proposal.parse(method, parameters)
+        with _audit_progress(quiet) as progress:
+            done = auditing.audit(
+                *sources, base=base, preview=preview, epsilon=epsilon, require=require, fetch_base=fetch_base, threads=threads,
+                progress=progress,
+            )  # fmt: skip
+        report(done, outlets, require)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Exit with 3 where a gate failed, with 2 where an option cannot be read, else with 1; name options in errors."""
+    from paft_merge.cli.audit_tables import in_options
+
+    try:
+        yield
+    except AuditError as error:
+        warn(error.warnings)
+        for problem in error.problems:
+            click.echo(in_options(line("error", problem)), err=True)
+        codes = {problem.code for problem in error.problems}
+        raise click.exceptions.Exit(3 if codes == {"REQUIRED"} else 2 if codes <= {"GATE", "PREVIEW"} else 1) from error
 
 
 @contextmanager
 def _audit_progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A bar on stderr with the tensors and the time left."""
+    """A progress bar on stderr with the number of tensors and the time left."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return

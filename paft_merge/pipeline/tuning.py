@@ -336,7 +336,10 @@ def _write(
 
 
 def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
-    """Draw the search as a PNG: the value over the trials, and over every parameter; skipped without matplotlib."""
+    """Draw the search as a PNG: the value over the trials and over each parameter; skipped without matplotlib.
+
+    The colour of a dot is the number of its trial; a star marks the best trial, a dashed line the recipe as it is.
+    """
     if find_spec("matplotlib") is None:
         log.warning("no %s: matplotlib is not installed (pip install 'paft-merge[plots]')", path.name)
         return
@@ -345,24 +348,48 @@ def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
     keys = list(spec.space)
-    figure = Figure(figsize=(3.2 * (len(keys) + 1), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.2 * (len(keys) + 1) + 0.8, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(keys) + 1, sharey=True, squeeze=False)[0]
-    numbers, values = [t.number for t in trials], [t.value for t in trials]
-    best = [max(values[: at + 1]) for at in range(len(values))]
-    panels[0].scatter(numbers, values, s=14, color="#4477aa")
-    panels[0].step(numbers, best, where="post", color="#cc3311", linewidth=1)
+    best, own = max(trials, key=lambda t: (t.value, -t.number)), next((t for t in trials if t.is_recipe), None)
+    numbers = [t.number for t in trials]
+
+    def draw(panel: Any, at: Callable[[Trial], Any], shown: list[Trial]) -> Any:
+        style = {"vmin": min(numbers), "vmax": max(numbers) + 1, "cmap": "viridis"}
+        dots = panel.scatter(
+            [at(t) for t in shown], [t.value for t in shown], s=16, c=[t.number for t in shown], **style
+        )
+        if best in shown:
+            ring = {"marker": "*", "s": 170, "facecolor": "none", "edgecolor": "#cc3311", "label": "best trial"}
+            panel.scatter([at(best)], [best.value], **ring)
+        if own:
+            panel.axhline(own.value, color="#777777", linestyle="--", linewidth=1, label="the recipe as it is")
+        panel.grid(alpha=0.3)
+        return dots
+
+    dots = draw(panels[0], lambda t: t.number, trials)
+    running = [max(t.value for t in trials[: at + 1]) for at in range(len(trials))]
+    panels[0].step(numbers, running, where="post", color="#cc3311", linewidth=1, label="best so far")
     panels[0].set(xlabel="trial", ylabel=spec.metric)
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel, key in zip(panels[1:], keys, strict=True):
         plain = _is_range(spec.space[key])
         given = [t for t in trials if not (plain and t.parameters[key] is None)]
-        choices = [t.parameters[key] if plain else str(t.parameters[key]) for t in given]
-        panel.scatter(choices, [t.value for t in given], s=14, c=[t.number for t in given], cmap="viridis")
+
+        def choice(trial: Trial, key: str = key, plain: bool = plain) -> Any:
+            value = trial.parameters[key]
+            return value if plain else "not set" if value is None else str(value)
+
+        draw(panel, choice, given)
         panel.set(xlabel=dotted(parse_key_path(key)))
         if plain and len(spec.space[key]) == 3:
             panel.set_xscale("log")
-            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            wide = spec.space[key][1] > 100 * spec.space[key][0]
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
             panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             panel.xaxis.set_minor_locator(NullLocator())
+    figure.colorbar(dots, ax=list(panels), label="trial", pad=0.01).ax.yaxis.set_major_locator(
+        MaxNLocator(integer=True)
+    )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)

@@ -40,8 +40,40 @@ class TensorKind(NamedTuple):
     parameters: str
 
 
+class StreamedTensor:
+    """A tensor that is read block by block."""
+
+    shape: tuple[int, ...]
+    inputs: Inputs
+    rule: Rule | WholeRule | None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def row(self) -> int:
+        """Elements of a row; a block is a number of whole rows."""
+        rule = self.rule
+        return self.inputs.row(self.shape, 1 if rule is None or rule.wants == "whole" else rule.row(self.shape))
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Flat `[start, stop)` of every block."""
+        return tile_bounds(self.numel, self.row)
+
+    def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
+        """Read elements `[start, stop)`; see `Inputs.block`."""
+        return self.inputs.block(start, stop, all_sources=all_sources)
+
+    def release(self) -> None:
+        """Free the factors of the adapters; they are read again when needed."""
+        self.inputs.release()
+
+
 @dataclass(frozen=True)
-class PlannedTensor:
+class PlannedTensor(StreamedTensor):
     """One tensor of the output."""
 
     name: str
@@ -62,11 +94,6 @@ class PlannedTensor:
     """Why the tensor is copied."""
 
     @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
     def width(self) -> int:
         """Bytes of one element in the output."""
         return DTYPES[self.dtype].bits // 8
@@ -75,16 +102,6 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Bytes in the output."""
         return self.numel * DTYPES[self.dtype].bits // 8
-
-    @cached_property
-    def row(self) -> int:
-        """Elements of a row; a block is a number of whole rows."""
-        return self.inputs.row(self.shape, 1 if self.rule.wants == "whole" else self.rule.row(self.shape))
-
-    @cached_property
-    def bounds(self) -> list[tuple[int, int]]:
-        """Flat `[start, stop)` of every block."""
-        return tile_bounds(self.numel, self.row)
 
     @property
     def tile_bytes(self) -> int:
@@ -135,14 +152,6 @@ class PlannedTensor:
             "adapters": {read.source: read.delta.kind for read in inputs.sources if read.delta},
             "parameters": dict(self.parameters),
         }
-
-    def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
-        """Read elements `[start, stop)`; see `Inputs.block`."""
-        return self.inputs.block(start, stop, all_sources=all_sources)
-
-    def release(self) -> None:
-        """Free the factors of the adapters; they are read again when needed."""
-        self.inputs.release()
 
 
 @dataclass(frozen=True, repr=False)

@@ -76,7 +76,7 @@ def test_of_a_base_on_the_hub_the_header_is_read_and_not_a_byte_of_its_weights(
         assert b.erased is not None
     assert found.pairs[0].total == here.pairs[0].total
     assert (found.base, [w.code for w in found.warnings]) == ("me/base", ["HEADERS_ONLY"])
-    assert any("--fetch-base" in a.text for a in found.advice)
+    assert any("fetch_base=True" in a.text for a in found.advice)
 
 
 def test_headers_of_a_base_on_the_hub_still_say_what_does_not_fit(
@@ -122,10 +122,10 @@ def test_what_needs_the_weights_is_named(hub: HubServer, tmp_path: Path) -> None
     base, adapter = train(llama(), tmp_path, config)
     hub.add("me/llama", files_of(base))
     found = audit(adapter, base="me/llama")
-    assert [(s.names, "--fetch-base" in s.why) for s in found.skipped] == [(("lm_head.weight",), True)]
+    assert [(s.names, "without the base's weights" in s.why) for s in found.skipped] == [(("lm_head.weight",), True)]
     (tmp_path / "again").mkdir()
     _, dora = train(llama(), tmp_path / "again", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(AuditError, match="--fetch-base"):
+    with pytest.raises(AuditError, match="fetch_base=True"):
         audit(dora, base="me/llama")
 
 
@@ -135,5 +135,8 @@ def test_the_command_says_it_and_takes_the_option(hub: HubServer, made: dict[str
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "headers are all that was read" in paft()
+    shown = paft()
+    assert "only its headers were read" in shown
+    assert "pass --fetch-base" in shown
+    assert "fetch_base" not in shown
     assert "headers" not in paft("--fetch-base")

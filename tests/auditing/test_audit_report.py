@@ -5,23 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from conftest import random_state, save_adapter, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from paft_merge import merge
 from paft_merge.auditing import Audit, audit
-from paft_merge.auditing.report.figures import figures_of
+from paft_merge.auditing.report.figures import Chart, Heat, Line, exponent, figures_of, share_limits
 from paft_merge.auditing.report.gate import METRICS, Requirement
 from paft_merge.auditing.report.html import percent
-from paft_merge.auditing.report.svg import draw, ticks
+from paft_merge.auditing.report.png import write_png
+from paft_merge.auditing.report.svg import draw, standalone, ticks
 from paft_merge.auditing.results import SCHEMA
 from paft_merge.cli import cli
 from paft_merge.errors import AuditError
@@ -98,7 +102,9 @@ def test_every_metric_of_the_gate_and_every_page_of_the_advice_is_documented(fou
     assert {name for name in METRICS if f"`{name}" not in DOCS} == set()
     anchors = set(re.findall(r'<a id="([\w-]+)">', DOCS))
     source = (Path(__file__).parents[2] / "paft_merge" / "auditing" / "report" / "advice.py").read_text()
-    assert set(re.findall(r"\{PAGE\}#([\w-]+)", source)) <= anchors
+    named = set(re.findall(r', "([\w-]+)"\)$', source, flags=re.M))
+    assert {"zero", "scale", "preview"} <= named <= anchors
+    assert {f"paft-{anchor}" for anchor in named} <= Page(found.to_html()).ids
     assert all(a.page.split("#")[1] in anchors for a in found.advice)
 
 
@@ -121,19 +127,31 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: set[str] = set()
         self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.folded = 0
+        self.shown: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "data", "action", "style")]
+        self.ids |= {value or "" for name, value in attrs if name == "id"}
+        self.folded += tag == "details" and ("open", None) not in attrs
         assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.folded -= tag == "details" and self.folded > 0
+
+    def handle_data(self, data: str) -> None:
+        self.shown += [data] if not self.folded and data.strip() else []
 
 
 def test_the_page_is_whole_and_needs_nothing_beside_it(found: Audit) -> None:
     text = found.to_html()
     parsed = Page(text)
     assert not {"script", "link", "img", "iframe", "object"} & parsed.tags
-    assert parsed.links == []
+    assert parsed.links
+    assert {link.removeprefix("#") for link in parsed.links} <= parsed.ids
     assert "url(" not in text
     assert "@import" not in text
     assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S).lower()
@@ -151,13 +169,19 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(found: Audit) -> None:
 
 
 def test_names_from_files_cannot_write_into_the_page(tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "<video>sft&", random_state(0), 3)
+    folder = save_adapter(tmp_path / "<video>sft&\"'\x1b]0;{{ audit }}", random_state(0), 3)
     factors = load_file(folder / "adapter_model.safetensors")
     hostile = {n.replace("up_proj", "<script>alert(1)</script>"): t for n, t in factors.items()}
     save_file(hostile, folder / "adapter_model.safetensors")
-    text = audit(folder).to_html()
-    assert not {"script", "video"} & Page(text).tags
-    assert "&lt;video&gt;sft&amp;" in text
+    found = audit(folder)
+    for text in (found.to_html(), found._repr_html_(), *map(standalone, figures_of(found))):
+        assert not {"script", "video"} & Page(text).tags
+        assert "\x1b" not in text
+        assert "{{" in text or "<svg xmlns" in text
+    assert "&lt;video&gt;sft&amp;" in found.to_html()
+    assert "\x1b" not in str(found)
+    for figure in figures_of(found):
+        ElementTree.fromstring(standalone(figure))
 
 
 def test_every_figure_is_sound_svg(found: Audit) -> None:
@@ -172,18 +196,104 @@ def test_every_figure_is_sound_svg(found: Audit) -> None:
         assert max(numbers) <= 900
 
 
-def test_a_notebook_shows_the_report_and_a_terminal_a_line(found: Audit) -> None:
-    assert found._repr_html_().startswith("<style>")
+def test_shares_that_are_close_together_fill_their_axis_which_shows_its_part_of_the_whole() -> None:
+    chart = Chart(
+        "c", "", "", "layer", "share", (Line("a", (0.0, 1.0), (0.02, 0.03), 0),), percent_y=True, share_y=True
+    )
+    (curve,) = (e for e in ElementTree.fromstring(draw(chart)).iter("polyline"))
+    first, last = (float(point.split(",")[1]) for point in curve.get("points", "").split())
+    assert first - last > 60
+    assert "the axis shows 1.0% to 4.0% of 0 to 100 %" in draw(chart)
+    whole = replace(chart, lines=(Line("a", (0.0, 1.0), (0.0, 1.0), 0),))
+    assert "of 0 to 100 %" not in draw(whole)
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [([0.02, 0.03], (0.01, 0.04)), ([0.0, 0.9], (0.0, 1.0)), ([0.97, 0.99], (0.96, 1.0)), ([0.5, 0.5], (0.49, 0.51)), ([0.0], (0.0, 0.01))],
+)  # fmt: skip
+def test_an_axis_of_shares_follows_the_data_inside_0_to_1(values: list[float], limits: tuple[float, float]) -> None:
+    assert share_limits(values) == pytest.approx(limits)
+
+
+@pytest.mark.parametrize("layers", [2, 32, 126, 1000])
+def test_layers_below_a_heat_map_do_not_run_into_each_other(layers: int) -> None:
+    columns = tuple(map(str, range(layers)))
+    heat = Heat("h", "", "", ("q_proj",), columns, ((0.5,) * layers,), "share", 0.0, 1.0)
+    root = ElementTree.fromstring(draw(heat))
+    ticks = [
+        (float(e.get("x", "")), e.text or "")
+        for e in root.iter("text")
+        if (e.text or "").isdigit() and e.get("class") == "tick"
+    ]
+    assert len(ticks) > 1
+    for (x, text), (after, other) in pairwise(ticks):
+        assert after - x > 6 * (len(text) + len(other)) / 2
+
+
+def test_a_legend_of_long_names_lies_above_the_plot_and_inside_the_picture() -> None:
+    names = ["a-very-long-name-of-a-run-" * 4 + str(i) for i in range(5)]
+    chart = Chart("c", "", "", "x", "y", tuple(Line(n, (0.0, 1.0), (0.0, 1.0), i) for i, n in enumerate(names)))
+    root = ElementTree.fromstring(draw(chart))
+    entries = [e for e in root.iter("text") if e.get("class") == "legend"]
+    top = min(float(p.split(",")[1]) for e in root.iter("polyline") for p in e.get("points", "").split())
+    assert len(entries) == 5
+    assert all(float(e.get("y", "")) < top for e in entries)
+    assert all(float(e.get("x", "")) + 7 * len(e.text or "") <= 560 for e in entries)
+
+
+def test_thresholds_have_one_form_everywhere(found: Audit) -> None:
+    assert [exponent(v) for v in (1e-6, 1e-5, 1e-4, 2.5e-3, 0.02, 0.5)] == [
+        "1e-6",
+        "1e-5",
+        "1e-4",
+        "2.5e-3",
+        "0.02",
+        "0.5",
+    ]
+    text = found.to_html()
+    assert "1e-05" not in text
+    assert "<th>1e-6</th><th>1e-5</th><th>1e-4</th><th>1e-3</th>" in text
+
+
+def test_a_notebook_shows_answer_and_advice_and_folds_the_rest(found: Audit) -> None:
+    parsed = Page(found._repr_html_())
+    shown = " ".join(parsed.shown)
+    assert "look here" in shown
+    assert "of the energy survives ties" in shown
+    assert "Spectrum" not in shown
+    assert "by chance" not in shown
+    assert parsed.links == []
+    assert "Spectrum" in " ".join(Page(found.to_html()).shown)
+
+
+def test_print_shows_a_few_lines_with_numbers_and_repr_one(found: Audit) -> None:
     assert repr(found) == "<Audit of sft, dpo: 12 tensors>"
+    lines = str(found).splitlines()
+    assert lines[0] == "audit of 2 sources on base"
+    sparsity = percent(found.source("sft").paft_sparsity(1e-5))
+    assert lines[1].startswith(f"  sft: lora, 6 tensors, {sparsity} below 1e-5, norm ")
+    assert f"cosine {found.pairs[0].total.cosine:.3g}" in lines[3]
+    assert len(lines) < 12
 
 
 def test_pictures_are_written_as_png(found: Audit, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from paft_merge.auditing.report.png import plot
-
-    written = plot(found, tmp_path / "plots")
+    pytest.importorskip("resvg_py")
+    written = write_png(found, tmp_path / "png")
     assert [p.stem for p in written] == [f.name for f in figures_of(found)]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
+    for path in written:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert int.from_bytes(data[16:20], "big") == 2 * 576  # width
+
+
+def test_pictures_without_resvg_are_an_error_with_the_way_out(
+    found: Audit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paft_merge.auditing.report.png.find_spec", lambda name: None)
+    with pytest.raises(AuditError, match=r"paft-merge\[plots\]"):
+        write_png(found, tmp_path / "png")
 
 
 def test_advice_has_a_number_behind_each_line(found: Audit) -> None:
@@ -236,12 +346,14 @@ def test_what_is_required_and_fails_says_where_and_by_how_much(fails: str, where
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sparsity >= 0.9", "threshold in parentheses"),
+        ("sparsity >= 0.9", r'threshold in parentheses; write for example "sparsity\(1e-5\) >= 0.9"'),
+        ("top_energy > 90%", r'share in parentheses; write for example "top_energy\(0.2\) > 90%"'),
         ("hoyer(3) > 1", "nothing in parentheses"),
-        ("sparseness(1e-5) > 1", "no metric 'sparseness'"),
-        ("sparsity(1e-5) [depth=3] > 1", "no scope"),
-        ("sparsity(1e-5) > much", "no number"),
-        ("more of everything", "no requirement"),
+        ("sparsty(1e-5) > 1", "no metric 'sparsty'; did you mean 'sparsity'"),
+        ("xyz > 1", "no metric 'xyz'; metrics are sparsity, "),
+        ("sparsity(1e-5) [depth=3] > 1", "not a scope"),
+        ("sparsity(1e-5) > much", "not a number"),
+        ("more of everything", "not a requirement"),
     ],
 )
 def test_a_requirement_that_cannot_be_read_is_an_error(text: str, message: str, found: Audit) -> None:
@@ -257,7 +369,7 @@ def test_a_requirement_that_matches_nothing_or_was_not_measured_is_an_error(
     with pytest.raises(AuditError, match="0\\.123 was not counted"):
         found.check("sparsity(0.123) > 0")
     alone = audit(folders["sft"])
-    with pytest.raises(AuditError, match="--base"):
+    with pytest.raises(AuditError, match=r"base=\.\.\."):
         alone.check("bf16_sparsity < 1")
     with pytest.raises(AuditError, match="preview"):
         alone.check("kept_energy > 0")
@@ -265,9 +377,11 @@ def test_a_requirement_that_matches_nothing_or_was_not_measured_is_an_error(
         alone.check("cosine > 0")
 
 
-def test_the_command_prints_tables_and_writes_every_file(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--png-dir", "--plots"])
+def test_the_command_prints_tables_and_writes_every_file(option: str, folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    places = ["--html", str(tmp_path / "r.html"), "--csv", str(tmp_path / "r.csv"), "--plots", str(tmp_path / "png")]
+    pytest.importorskip("resvg_py")
+    places = ["--html", str(tmp_path / "r.html"), "--csv", str(tmp_path / "r.csv"), option, str(tmp_path / "png")]
     sources = [str(folders["sft"]), str(folders["dpo"]), "--base", str(folders["base"])]
     shown = CliRunner().invoke(
         cli, ["audit", *sources, *places, "--require", "sparsity(2e-3) >= 0.1", "-p", "density=0.3"]
@@ -277,19 +391,39 @@ def test_the_command_prints_tables_and_writes_every_file(folders: dict[str, Path
     assert "what ties (density=0.3) would keep" in shown.stdout
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "r.csv").read_text().startswith("source,other,scope,key")
-    assert len(list((tmp_path / "png").glob("*.png"))) >= 9
+    pictures = len(list((tmp_path / "png").glob("*.png")))
+    assert pictures >= 9
+    wrote = [str(tmp_path / "r.csv"), str(tmp_path / "r.html"), f"{pictures} pictures into {tmp_path / 'png'}"]
+    assert shown.stderr.splitlines() == [f"wrote {what}" for what in wrote]
 
 
-def test_the_command_prints_json_alone_and_a_failed_gate_is_exit_code_one(folders: dict[str, Path]) -> None:
+def test_the_command_speaks_of_its_options_and_labels(folders: dict[str, Path], tmp_path: Path) -> None:
+    def paft(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(cli, ["audit", *map(str, arguments)], env={**os.environ, "COLUMNS": "400"})
+
+    refused = paft(folders["base"])
+    assert (refused.exit_code, "pass that model as --base" in refused.stderr) == (1, True)
+    shown = paft(folders["sft"], "--html", tmp_path / "r.html")
+    assert "pass --base." in shown.stdout
+    assert str(folders["sft"].parent) not in shown.stdout
+    assert "base=" not in shown.stdout + (tmp_path / "r.html").read_text()
+    mistyped = paft(folders["sft"], folders["dpo"], "-p", "densty=0.2")
+    assert (mistyped.exit_code, "did you mean 'density'" in mistyped.stderr) == (2, True)
+    method = paft(folders["sft"], folders["dpo"], "--method", "tie")
+    assert (method.exit_code, "did you mean 'ties'" in method.stderr) == (2, True)
+    assert "--plots" not in paft("--help").stdout
+
+
+def test_the_command_prints_json_alone_and_a_failed_gate_is_exit_code_three(folders: dict[str, Path]) -> None:
     shown = CliRunner().invoke(cli, ["audit", str(folders["sft"]), "--json", "--require", "sparsity(7e-5) >= 0.9"])
-    assert shown.exit_code == 1
+    assert shown.exit_code == 3
     assert json.loads(shown.stdout)["sources"][0]["label"] == "sft"
-    assert "error[REQUIRED]: sft: sparsity(7e-05) is" in shown.stderr
+    assert "error[REQUIRED]: sft: sparsity(7e-5) is" in shown.stderr
 
 
 def test_the_command_refuses_a_gate_that_it_cannot_read_before_it_measures(folders: dict[str, Path]) -> None:
     shown = CliRunner().invoke(cli, ["audit", str(folders["sft"]), "--require", "nonsense"])
-    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert (shown.exit_code, shown.stdout) == (2, "")
     assert "error[GATE]" in shown.stderr
 
 

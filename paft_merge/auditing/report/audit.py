@@ -8,16 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from paft_merge.auditing.opening import label_of
 from paft_merge.auditing.preview import Preview
 from paft_merge.auditing.report.advice import advise
+from paft_merge.auditing.report.figures import exponent
 from paft_merge.auditing.report.gate import failures
-from paft_merge.auditing.report.html import fragment, page
+from paft_merge.auditing.report.html import SIGNS, fragment, page, percent, short
 from paft_merge.auditing.results import SCHEMA, Advice, AuditData
-from paft_merge.errors import Problem
+from paft_merge.errors import Problem, escape
 
 
 class Audit(AuditData):
-    """The result of an audit. A notebook shows it as the HTML report."""
+    """The result of an audit. `print` shows it in a few lines, a notebook as a short HTML report."""
 
     @cached_property
     def advice(self) -> tuple[Advice, ...]:
@@ -25,15 +27,15 @@ class Audit(AuditData):
         return advise(self)
 
     def check(self, *requirements: str) -> list[Problem]:
-        """What fails of some requirements (`"sparsity(1e-5) >= 0.9"`, see `gate`); empty when all hold.
+        """The requirements (`"sparsity(1e-5) >= 0.9"`, see `gate`) that do not hold; empty when all hold.
 
         Raises:
-            AuditError: GATE, one cannot be read, or asks for what was not measured.
+            AuditError: GATE, a requirement cannot be read, or its metric was not measured.
         """
         return failures(self, requirements)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON (schema `SCHEMA`, described in docs/audit.md); what is undefined is null."""
+        """The report as JSON (schema `SCHEMA`, described in docs/audit.md); undefined values are null."""
         document: dict[str, Any] = _defined({
             "schema": SCHEMA,
             "base": self.base,
@@ -60,9 +62,28 @@ class Audit(AuditData):
     def _repr_html_(self) -> str:
         return fragment(self)
 
+    def __str__(self) -> str:
+        lines = [f"audit of {len(self.sources)} {'source' if len(self.sources) == 1 else 'sources'} {_on(self.base)}"]
+        for source in self.sources:
+            text = f"  {source.label}: {source.header.kind}, {len(source.tensors):,} tensors"
+            if source.tensors:
+                shares = f"{percent(source.paft_sparsity(self.epsilon))} below {exponent(self.epsilon)}"
+                text += f", {shares}, norm {short(source.total.measure.norm)}"
+            lines.append(text)
+        for pair in self.pairs:
+            total = pair.total
+            numbers = f"norms x {short(total.size_ratio)}, cosine {short(total.cosine)}, signs differ {percent(total.conflict)}"
+            lines.append(f"  {pair.left} and {pair.right}: {numbers}")
+        lines += [f"  {SIGNS[advice.level][0]} {advice.text}" for advice in self.advice if advice.level == "warn"]
+        return escape("\n".join(lines))
+
     def __repr__(self) -> str:
         names = ", ".join(s.label for s in self.sources)
         return f"<Audit of {names}: {sum(len(s.tensors) for s in self.sources)} tensors>"
+
+
+def _on(base: str | None) -> str:
+    return f"on {label_of(base)}" if base else "without a base"
 
 
 def _preview_json(preview: Preview, labels: Sequence[str]) -> dict[str, Any]:
@@ -82,7 +103,7 @@ def _preview_json(preview: Preview, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _defined(value: Any) -> Any:
-    """`value` with null for every number that is none."""
+    """`value` with None for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,10 +1,9 @@
-"""The files of an audit: CSV, HTML, and PNG pictures."""
+"""The numbers of an audit as CSV, and writing of text files."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,20 @@ from paft_merge.errors import OutputError
 from paft_merge.stats.pairs import PairMeasure
 
 _PLACE = ("source", "other", "scope", "key")
+_SURVIVED = {"kept": "kept_share", "kept_energy": "kept_energy", "elected_energy": "elected_energy"}
 
 
 def csv_text(audit: AuditData) -> str:
-    """One row for every source, layer, kind of module and tensor; and the same for every pair (`other` is then filled).
+    """One row for each source, layer, kind of module and tensor, and the same for each pair (with `other` filled).
 
-    Columns are the union of all metrics, named as in a gate, with a cell left empty where a metric has no value.
+    Columns are the union of all metrics, named as in a gate; a cell is empty where its metric has no value.
     """
     rows = list(_rows(audit))
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(
-        {k: "" if v is None or (isinstance(v, float) and math.isnan(v)) else v for k, v in row.items()} for row in rows
-    )
+    writer.writerows({k: v for k, v in row.items() if v is not None and v == v} for row in rows)
     return text.getvalue()
 
 
@@ -51,24 +49,22 @@ def write(place: Path, text: str) -> None:
 def _rows(audit: AuditData) -> Iterator[dict[str, Any]]:
     for source in audit.sources:
         groups = [("all", "", source.total)] if source.tensors else []
-        groups += [("layer", str(k), g) for k, g in source.layers.items()] + [
-            ("module", k, g) for k, g in source.modules.items()
-        ]
+        groups += [("layer", str(k), g) for k, g in source.layers.items()]
+        groups += [("module", k, g) for k, g in source.modules.items()]
         groups += [("tensor", t.name, Group(t.name, (t,))) for t in source.tensors]
+        survived = (
+            {t.name: t.sources[source.label] for t in audit.preview.tensors if source.label in t.sources}
+            if audit.preview
+            else {}
+        )
         for scope, key, group in groups:
-            names = {t.name for t in group.tensors}
-            held = (
-                [t for t in audit.preview.tensors if t.name in names and source.label in t.sources]
-                if audit.preview
-                else []
-            )
-            survived = Survived.total([t.sources[source.label] for t in held]) if held else None
-            yield dict(zip(_PLACE, (source.label, "", scope, key), strict=True)) | _metrics(group, survived)
+            held = [survived[t.name] for t in group.tensors if t.name in survived]
+            place = dict(zip(_PLACE, (source.label, "", scope, key), strict=True))
+            yield place | _metrics(group, Survived.total(held) if held else None)
     for pair in audit.pairs:
-        pairs = [("all", "", pair.total)] + [("layer", str(k), m) for k, m in pair.layers.items()]
-        pairs += [("module", k, m) for k, m in pair.modules.items()] + [
-            ("tensor", t.name, t.measure) for t in pair.tensors
-        ]
+        pairs = [("all", "", pair.total), *(("layer", str(k), m) for k, m in pair.layers.items())]
+        pairs += [("module", k, m) for k, m in pair.modules.items()]
+        pairs += [("tensor", t.name, t.measure) for t in pair.tensors]
         for scope, key, measure in pairs:
             yield dict(zip(_PLACE, (pair.left, pair.right, scope, key), strict=True)) | _pair_metrics(measure)
 
@@ -81,11 +77,7 @@ def _metrics(group: Group, survived: Survived | None) -> dict[str, Any]:
         elif name != "factors":
             flat[name] = value
     if survived is not None:
-        flat |= {
-            "kept": survived.kept_share,
-            "kept_energy": survived.kept_energy,
-            "elected_energy": survived.elected_energy,
-        }
+        flat |= {name: getattr(survived, attribute) for name, attribute in _SURVIVED.items()}
     return flat
 
 

@@ -1,15 +1,15 @@
-"""The pictures of an audit as data: what is drawn, once, for the page (`svg`) and for PNG files (`plots`)."""
+"""The figures of an audit as data, which `svg` draws."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from paft_merge.auditing.results import AuditData, PairAudit, SourceAudit, in_order
+from paft_merge.auditing.results import AuditData, PairAudit, PairTensor, SourceAudit, TensorAudit, in_order
 from paft_merge.compute.magnitudes import EPSILONS
 
 
@@ -24,7 +24,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `hue` numbers its source, and `dashed` tells two curves of one source apart."""
+    """One curve; `hue` is the number of its source, and `dashed` marks the second of two curves of one source."""
 
     label: str
     x: tuple[float, ...]
@@ -49,6 +49,8 @@ class Chart:
     log_y: bool = False
     percent_x: bool = False
     percent_y: bool = False
+    share_y: bool = False
+    """y is a share of 0 to 1; the axis follows the data, and a thin bar shows its part of the whole."""
     y_range: tuple[float, float] | None = None
     marks: tuple[Mark, ...] = ()
 
@@ -86,9 +88,9 @@ Figure = Chart | Dots | Heat
 
 
 def figures_of(audit: AuditData) -> list[Figure]:
-    """Every picture that an audit has numbers for."""
+    """Every figure that the audit has numbers for."""
     sources = [(i, s) for i, s in enumerate(audit.sources) if s.tensors]
-    drawn: list[Figure | None] = [
+    figures: list[Figure | None] = [
         _by_layer(sources, audit.epsilon),
         _by_module(sources, audit.epsilon),
         *(_sparsity_map(s, audit.epsilon, i) for i, s in sources),
@@ -99,32 +101,64 @@ def figures_of(audit: AuditData) -> list[Figure]:
         *(_conflicts(p, i) for i, p in enumerate(audit.pairs)),
         _preview(audit),
     ]
-    return [d for d in drawn if d is not None]
+    return [f for f in figures if f is not None]
 
 
 Sources = Sequence[tuple[int, SourceAudit]]
 
 
-def _layer_lines(sources: Sources, value: Callable[[SourceAudit, int], float | None]) -> tuple[Line, ...]:
+T = TypeVar("T", TensorAudit, PairTensor)
+
+
+def abridged(label: str, most: int = 22) -> str:
+    """`label` in at most `most` characters: its beginning and its end, since names of runs differ at either."""
+    return label if len(label) <= most else f"{label[: most // 2]}…{label[len(label) - (most - most // 2 - 1) :]}"
+
+
+def exponent(value: float) -> str:
+    """A threshold in its shortest form: 1e-5, 0.02."""
+    digits, _, power = f"{value:e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}" if 0 < value < 0.01 else f"{value:g}"
+
+
+def share_limits(values: Sequence[float]) -> tuple[float, float]:
+    """The part of 0 to 1 that an axis of shares shows: all of it, unless the values lie close together."""
+    low, high = min(values), max(values)
+    pad = max(0.15 * (high - low), 0.005)
+    low, high = max(low - pad, 0.0), min(high + pad, 1.0)
+    low = 0.0 if low < 0.5 * (high - low) else math.floor(low * 100) / 100
+    return (0.0, 1.0) if high - low > 0.6 else (low, math.ceil(high * 100) / 100)
+
+
+def _layer_chart(
+    name: str,
+    title: str,
+    caption: str,
+    y_label: str,
+    sources: Sources,
+    value: Callable[[SourceAudit, int], float | None],
+) -> Chart | None:
+    """A share of each layer as a curve for every source that has at least two; None without one."""
     lines = []
     for hue, source in sources:
-        found = [(layer, v) for layer in source.layers if (v := value(source, layer)) is not None and not math.isnan(v)]
+        found = {float(k): v for k in source.layers if (v := value(source, k)) is not None and not math.isnan(v)}
         if len(found) > 1:
-            lines.append(
-                Line(source.label, tuple(float(x) for x, _ in found), tuple(y for _, y in found), hue, points=True)
-            )
-    return tuple(lines)
+            lines.append(Line(source.label, tuple(found), tuple(found.values()), hue, points=True))
+    return Chart(name, title, caption, "layer", y_label, tuple(lines), percent_y=True, share_y=True) if lines else None
 
 
 def _by_layer(sources: Sources, epsilon: float) -> Chart | None:
-    lines = _layer_lines(sources, lambda s, k: s.layers[k].measure.sparsity(epsilon))
-    caption = f"Share of entries with |delta| < {epsilon:g} in each layer: the measure of PAFT's Figure 2."
-    title = "Sparsity by layer"
-    return (
-        Chart("sparsity_by_layer", title, caption, "layer", "sparsity", lines, percent_y=True, y_range=(0, 1))
-        if lines
-        else None
-    )
+    caption = f"Share of entries with |delta| < {exponent(epsilon)} in each layer (Figure 2 of the PAFT paper)."
+    return _layer_chart(
+        "sparsity_by_layer", "Sparsity by layer", caption, "sparsity", sources, lambda s, k: s.layers[k].measure.sparsity(epsilon)
+    )  # fmt: skip
+
+
+def _bf16(sources: Sources) -> Chart | None:
+    caption = "Share of entries that vanish when weight + delta is cast to bfloat16."
+    return _layer_chart(
+        "bf16_by_layer", "What a cast to bfloat16 erases", caption, "erased", sources, lambda s, k: s.layers[k].measure.bf16_sparsity
+    )  # fmt: skip
 
 
 def _by_module(sources: Sources, epsilon: float) -> Dots | None:
@@ -135,25 +169,34 @@ def _by_module(sources: Sources, epsilon: float) -> Dots | None:
         (s.label, hue, tuple(s.modules[m].measure.sparsity(epsilon) if m in s.modules else None for m in modules))
         for hue, s in sources
     )
-    caption = f"Share of entries with |delta| < {epsilon:g} in each kind of module, all layers together."
+    caption = f"Share of entries with |delta| < {exponent(epsilon)} in each kind of module, over all layers."
     return Dots("sparsity_by_module", "Sparsity by module", caption, tuple(modules), lines, "sparsity")
 
 
-def _sparsity_map(source: SourceAudit, epsilon: float, hue: int) -> Heat | None:
-    def value(layer: int, module: str) -> float | None:
-        parts = [t.measure for t in source.layers[layer].tensors if t.module == module]
-        entries = sum(p.entries for p in parts)
-        return sum(p.below[epsilon] for p in parts) / entries if entries else None
+def _cells(
+    tensors: Iterable[T], value: Callable[[list[T]], float]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[float | None, ...], ...]]:
+    """Modules, layers, and the value of each module (row) in each layer (column); None where no tensor is."""
+    cells: dict[tuple[str, int], list[T]] = {}
+    for tensor in tensors:
+        if tensor.layer is not None:
+            cells.setdefault((tensor.module, tensor.layer), []).append(tensor)
+    modules, layers = in_order(m for m, _ in cells), sorted({layer for _, layer in cells})
+    rows = tuple(tuple(value(cells[m, k]) if (m, k) in cells else None for k in layers) for m in modules)
+    return tuple(modules), tuple(map(str, layers)), rows
 
-    modules = [m for m, g in source.modules.items() if any(t.layer is not None for t in g.tensors)]
-    if len(source.layers) < 2 or len(modules) < 2:
+
+def _sparsity_map(source: SourceAudit, epsilon: float, hue: int) -> Heat | None:
+    def share(parts: list[TensorAudit]) -> float:
+        return sum(p.measure.below[epsilon] for p in parts) / max(sum(p.measure.entries for p in parts), 1)
+
+    modules, layers, values = _cells(source.tensors, share)
+    if len(layers) < 2 or len(modules) < 2:
         return None
-    values = tuple(tuple(value(layer, m) for layer in source.layers) for m in modules)
-    caption = f"Share of entries with |delta| < {epsilon:g}; rows are modules, columns layers."
-    title = f"Where {source.label} is sparse"
-    return Heat(
-        f"sparsity_map_{hue}", title, caption, tuple(modules), tuple(map(str, source.layers)), values, "share", 0.0, 1.0
-    )
+    caption = f"Share of entries with |delta| < {exponent(epsilon)}; rows are modules, columns are layers."
+    title = f"Where {abridged(source.label, 44)} is sparse"
+    limits = share_limits([v for row in values for v in row if v is not None])
+    return Heat(f"sparsity_map_{hue}", title, caption, modules, layers, values, "share", *limits)
 
 
 def _magnitudes(sources: Sources, epsilon: float) -> Chart | None:
@@ -165,27 +208,18 @@ def _magnitudes(sources: Sources, epsilon: float) -> Chart | None:
             lines.append(Line(source.label, tuple(e * middle for e in edges), tuple(shares), hue))
     if not lines:
         return None
-    # A Gaussian's tail towards zero goes on for ever; the eye needs the decades that hold nearly all entries.
+    # A Gaussian has a long tail towards zero; the axis shows the decades that hold nearly all entries.
     low = min(_quantile(line, 2e-4) for line in lines)
     lines = [_from(line, low) for line in lines]
     top = max(max(line.x) for line in lines)
-    marks = [
-        Mark(e, f"{e:.0e}".replace("e-0", "e-"), strong=e == epsilon)
-        for e in sorted({*EPSILONS, epsilon})
-        if low < e < top / 2
-    ]
-    caption = "Share of the entries at each magnitude (eighths of a decade). Left of a line lies what that threshold calls zero."
-    return Chart(
-        "magnitudes",
-        "Magnitudes",
-        caption,
-        "|delta|",
-        "share of entries",
-        tuple(lines),
-        log_x=True,
-        percent_y=True,
-        marks=tuple(marks),
+    marks = [Mark(e, exponent(e), strong=e == epsilon) for e in sorted({*EPSILONS, epsilon}) if low < e < top / 2]
+    caption = (
+        "Share of the entries at each magnitude (eighths of a decade). Entries left of a vertical line are below that "
+        "threshold."
     )
+    return Chart(
+        "magnitudes", "Magnitudes", caption, "|delta|", "share of entries", tuple(lines), log_x=True, percent_y=True, marks=tuple(marks)
+    )  # fmt: skip
 
 
 def _quantile(line: Line, share: float) -> float:
@@ -207,7 +241,7 @@ def _energy(sources: Sources) -> Chart | None:
             lines.append(Line(source.label, tuple(shares), tuple(measure.top_energy(s) for s in shares), hue))
     if not lines:
         return None
-    caption = "Energy (sum of squares) held by the largest entries: what TIES keeps at a density. The higher the curve, the cheaper the trim."
+    caption = "Energy (sum of squares) of the largest entries: what TIES keeps at a density. The higher the curve, the less a trim removes."
     marks = (Mark(0.2, "density 0.2"),)
     return Chart("energy", "Energy held by the largest entries", caption, "share of entries kept", "energy kept", tuple(lines),
                  percent_x=True, percent_y=True, y_range=(0, 1), marks=marks)  # fmt: skip
@@ -219,68 +253,34 @@ def _spectrum(sources: Sources) -> Chart | None:
         spectra = [t.spectrum.values for t in source.tensors if t.spectrum and t.spectrum.values[0] > 0]
         if not spectra:
             continue
-        width = (
-            min(map(len, spectra)) if max(map(len, spectra)) > 4 * min(map(len, spectra)) else max(map(len, spectra))
+        least, most = min(map(len, spectra)), max(map(len, spectra))
+        width = least if most > 4 * least else most
+        padded = np.array([[*s[:width], *[np.nan] * (width - len(s))] for s in spectra])
+        table = padded / padded[:, :1]
+        low, middle, high = (
+            tuple(np.maximum(np.nanquantile(table, q, axis=0), 1e-6).tolist()) for q in (0.1, 0.5, 0.9)
         )
-        table = np.array([[*s[:width], *[np.nan] * (width - len(s))] for s in spectra]) / np.array(
-            [[s[0]] for s in spectra]
-        )
-        low, middle, high = (np.maximum(np.nanquantile(table, q, axis=0), 1e-6) for q in (0.1, 0.5, 0.9))
         x = tuple(float(i + 1) for i in range(width))
-        lines.append(
-            Line(
-                source.label,
-                x,
-                tuple(middle.tolist()),
-                hue,
-                points=width <= 32,
-                band=(tuple(low.tolist()), tuple(high.tolist())),
-            )
-        )
+        lines.append(Line(source.label, x, middle, hue, points=width <= 32, band=(low, high)))
     if not lines or max(len(line.x) for line in lines) < 2:
         return None
     caption = "Singular values over the largest: median over the tensors, and the band that holds 80 % of them. Flat is full rank."
     return Chart("spectrum", "Spectrum", caption, "component", "singular value / largest", tuple(lines), log_y=True)
 
 
-def _bf16(sources: Sources) -> Chart | None:
-    lines = _layer_lines(sources, lambda s, k: s.layers[k].measure.bf16_sparsity)
-    caption = "Share of entries that vanish when weight + delta is cast to bfloat16."
-    title = "What a cast to bfloat16 erases"
-    return (
-        Chart("bf16_by_layer", title, caption, "layer", "erased", lines, percent_y=True, y_range=(0, 1))
-        if lines
-        else None
-    )
-
-
 def _conflicts(pair: PairAudit, number: int) -> Heat | None:
-    inside = [t for t in pair.tensors if t.layer is not None and t.measure.both]
-    layers = sorted({t.layer for t in inside if t.layer is not None})
-    modules = in_order(t.module for t in inside)
-    if not inside:
+    modules, layers, values = _cells(
+        (t for t in pair.tensors if t.measure.both), lambda parts: pair.of(parts).conflict_weighted
+    )
+    if not modules:
         return None
-
-    def value(layer: int, module: str) -> float | None:
-        parts = [t for t in inside if t.layer == layer and t.module == module]
-        return pair.of(parts).conflict_weighted if parts else None
-
-    values = tuple(tuple(value(layer, m) for layer in layers) for m in modules)
     reach = max([abs(v - 0.5) for row in values for v in row if v is not None] + [0.05])
     reach = min(0.5, math.ceil(reach * 20) / 20)
-    caption = "Share of signs that differ, weighted by the smaller magnitude. Pale is chance (50 %), blue agrees, orange opposes."
-    title = f"Sign conflict of {pair.left} and {pair.right}"
-    return Heat(
-        f"conflict_{number}",
-        title,
-        caption,
-        tuple(modules),
-        tuple(map(str, layers)),
-        values,
-        "around_half",
-        0.5 - reach,
-        0.5 + reach,
+    caption = (
+        "Share of signs that differ, weighted by the smaller magnitude. 50 % is chance; blue agrees, orange opposes."
     )
+    title = f"Sign conflict of {abridged(pair.left, 32)} and {abridged(pair.right, 32)}"
+    return Heat(f"conflict_{number}", title, caption, modules, layers, values, "around_half", 0.5 - reach, 0.5 + reach)
 
 
 def _preview(audit: AuditData) -> Chart | None:
@@ -291,16 +291,17 @@ def _preview(audit: AuditData) -> Chart | None:
     for hue, source in enumerate(audit.sources):
         own = [t for t in preview.tensors if source.label in t.sources and t.layer is not None]
         layers = sorted({t.layer for t in own if t.layer is not None})
-        if len(layers) < 2:
-            continue
-        left = [preview.of(source.label, [t for t in own if t.layer == k]) for k in layers]
-        x = tuple(map(float, layers))
-        lines.append(Line("", x, tuple(s.kept_energy for s in left), hue, dashed=True))
-        lines.append(Line(source.label, x, tuple(s.elected_energy for s in left), hue, points=True))
-    caption = "Share of each source's energy that survives trimming (dashed) and then the election (solid)."
+        left = {float(k): preview.of(source.label, [t for t in own if t.layer == k]) for k in layers}
+        left = {k: survived for k, survived in left.items() if survived.square}
+        if len(left) > 1:
+            lines.append(Line("", tuple(left), tuple(s.kept_energy for s in left.values()), hue, dashed=True))
+            lines.append(
+                Line(source.label, tuple(left), tuple(s.elected_energy for s in left.values()), hue, points=True)
+            )
+    caption = "Share of each source's energy that is left after trimming (dashed) and then after the election of signs (solid)."
     title = f"What {preview.method} {'would keep' if audit.sampled is None else 'kept'}"
     return (
-        Chart("preview", title, caption, "layer", "energy kept", tuple(lines), percent_y=True, y_range=(0, 1))
+        Chart("preview", title, caption, "layer", "energy kept", tuple(lines), percent_y=True, share_y=True)
         if lines
         else None
     )

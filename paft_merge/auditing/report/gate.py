@@ -1,4 +1,4 @@
-"""`--require`: a metric, a scope, a bound. What fails is a `Problem`, and the exit code of `paft audit` is 1.
+"""`--require`: a metric, a scope and a bound. Each failure is a `Problem`, and `paft audit` then exits with 3.
 
     sparsity(1e-5) >= 0.9                       of every source, all its tensors together
     sparsity(1e-5) [source=sft, layer=*] >= 90% in each layer of sft by itself
@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from paft_merge.auditing.report.figures import exponent
 from paft_merge.auditing.results import AuditData, Group, SourceAudit
 from paft_merge.errors import AuditError, Problem, Problems
+from paft_merge.recipe.yaml_source import did_you_mean
 from paft_merge.stats.pairs import PairMeasure
 
 _TEXT = re.compile(
@@ -31,6 +33,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq,
 }  # fmt: skip
 _KEYS = ("source", "layer", "module", "tensor")
+_EXAMPLES = {"threshold": "1e-5", "share": "0.2", "multiple": "0.1"}
+"""An argument of each kind, for messages."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Metric:
     """From a `Group`, a `PairMeasure` or a `Survived`, and the argument; None when it was not measured."""
     doc: str
     argument: str = ""
-    """What stands in the parentheses; empty when nothing does."""
+    """The name of the argument in parentheses; empty without one."""
 
 
 def _factors(name: str, of: str) -> Callable[[Group, float], float | None]:
@@ -55,15 +59,15 @@ def _factors(name: str, of: str) -> Callable[[Group, float], float | None]:
 
 METRICS: Mapping[str, Metric] = {
     "sparsity": Metric("source", lambda g, x: g.measure.sparsity(x), "share of |delta| below a threshold", "threshold"),
-    "paft_sparsity": Metric("source", lambda g, x: None, "the same per layer, and of these the mean (PAFT, Figure 2)", "threshold"),
+    "paft_sparsity": Metric("source", lambda g, x: None, "the same per layer, then the mean over layers (PAFT, Figure 2)", "threshold"),
     "zeros": Metric("source", lambda g, _: g.measure.zero_share, "share of entries that are exactly zero"),
     "bf16_sparsity": Metric("source", lambda g, _: g.measure.bf16_sparsity, "share of entries that a cast to bfloat16 erases"),
-    "relative_rms": Metric("source", lambda g, x: g.measure.relative_rms(x), "share of |delta| <= x * rms", "x"),
-    "relative_max": Metric("source", lambda g, x: g.measure.relative_max(x), "share of |delta| <= x * largest", "x"),
+    "relative_rms": Metric("source", lambda g, x: g.measure.relative_rms(x), "share of |delta| <= x * rms", "multiple"),
+    "relative_max": Metric("source", lambda g, x: g.measure.relative_max(x), "share of |delta| <= x * largest", "multiple"),
     "hoyer": Metric("source", lambda g, _: g.measure.hoyer, "Hoyer sparsity, 0 flat to 1 a single entry"),
     "participation": Metric("source", lambda g, _: g.measure.participation, "share of entries that carries the energy"),
-    "top_energy": Metric("source", lambda g, x: g.measure.top_energy(x), "energy held by the largest share x", "x"),
-    "density_for": Metric("source", lambda g, x: g.measure.density_for(x), "smallest share of entries with energy x", "x"),
+    "top_energy": Metric("source", lambda g, x: g.measure.top_energy(x), "energy held by the largest share x", "share"),
+    "density_for": Metric("source", lambda g, x: g.measure.density_for(x), "smallest share of entries with energy x", "share"),
     "norm": Metric("source", lambda g, _: g.measure.norm, "Frobenius norm"),
     "rms": Metric("source", lambda g, _: g.measure.rms, "root mean square"),
     "largest": Metric("source", lambda g, _: g.measure.largest, "largest |delta|"),
@@ -105,13 +109,17 @@ class Requirement:
         """
         found = _TEXT.fullmatch(text)
         if not found:
-            raise _unreadable(text, "is no requirement", 'write for example "sparsity(1e-5) [layer=*] >= 0.9"')
+            raise _unreadable(text, "is not a requirement", 'write for example "sparsity(1e-5) [layer=*] >= 0.9"')
         name = found["metric"]
         if name not in METRICS:
-            raise _unreadable(text, f"there is no metric {name!r}", f"one of {', '.join(METRICS)}")
+            near = did_you_mean(name, METRICS)
+            raise _unreadable(text, f"there is no metric {name!r}", near or f"metrics are {', '.join(METRICS)}")
         wanted = METRICS[name].argument
         if bool(wanted) != (found["argument"] is not None):
-            raise _unreadable(text, f"{name} takes {'a ' + wanted if wanted else 'nothing'} in parentheses")
+            takes = f"a {wanted} in parentheses" if wanted else "nothing in parentheses"
+            example = f"{name}({_EXAMPLES[wanted]})" if wanted else name
+            rest = f"{found['operator']} {found['value']}{found['percent'] or ''}"
+            raise _unreadable(text, f"{name} takes {takes}", f'write for example "{example} {rest}"')
         bound = _number(text, found["value"]) / (100 if found["percent"] else 1)
         argument = _number(text, found["argument"]) if wanted else 0.0
         return cls(text, name, argument, _scope(text, found["scope"] or ""), found["operator"], bound)
@@ -132,36 +140,27 @@ def epsilons_of(requirements: Sequence[str]) -> list[float]:
 
 
 def failures(audit: AuditData, requirements: Sequence[str]) -> list[Problem]:
-    """What of `requirements` does not hold.
+    """A problem for each group that does not meet one of `requirements`.
 
     Raises:
-        AuditError: GATE, one cannot be read, matches nothing, or asks for what was not measured.
+        AuditError: GATE, a requirement cannot be read or matches nothing, or its metric was not measured.
     """
     found = list[Problem]()
-    for requirement in map(Requirement.parse, requirements):
-        values = list(_values(audit, requirement))
+    for wanted in map(Requirement.parse, requirements):
+        values = list(_values(audit, wanted))
         if not values:
-            raise _unreadable(requirement.text, "matches nothing", _known(audit, requirement))
+            raise _unreadable(wanted.text, "matches nothing", _known(audit, wanted))
+        name = f"{wanted.metric}({exponent(wanted.argument)})" if METRICS[wanted.metric].argument else wanted.metric
         for where, value in values:
-            if not _OPERATORS[requirement.operator](value, requirement.bound):
+            if not _OPERATORS[wanted.operator](value, wanted.bound):
                 shown = "undefined, since the delta is zero there" if math.isnan(value) else f"{value:.4g}"
-                name = (
-                    f"{requirement.metric}({requirement.argument:g})"
-                    if METRICS[requirement.metric].argument
-                    else requirement.metric
-                )
-                found.append(
-                    Problem(
-                        "REQUIRED",
-                        where,
-                        f"{name} is {shown}, and {requirement.operator} {requirement.bound:g} is required",
-                    )
-                )
+                what = f"{name} is {shown}, and {wanted.operator} {wanted.bound:g} is required"
+                found.append(Problem("REQUIRED", where, what))
     return found
 
 
 def _values(audit: AuditData, wanted: Requirement) -> Iterator[tuple[str, float]]:
-    """Every group that a requirement speaks of, by name, and its value."""
+    """The name and value of every group that a requirement selects."""
     metric = METRICS[wanted.metric]
     if metric.of == "source":
         for source in audit.sources:
@@ -196,20 +195,16 @@ def _one(
     try:
         value = metric.value(thing, wanted.argument)
     except KeyError:
-        raise _unreadable(
-            wanted.text, f"{wanted.argument:g} was not counted", f"audit with epsilons=[{wanted.argument:g}]"
-        ) from None
+        fix = f"audit with epsilons=[{wanted.argument:g}]"
+        raise _unreadable(wanted.text, f"{wanted.argument:g} was not counted", fix) from None
     if value is None:
-        raise _unreadable(
-            wanted.text,
-            f"{wanted.metric} was not measured for {label}",
-            "pass --base (and --fetch-base where it is on the Hub), or ask for no scope",
-        )
+        fix = "pass base=... (and fetch_base=True where it is on the Hub), or do not require it"
+        raise _unreadable(wanted.text, f"{wanted.metric} was not measured for {label}", fix)
     return (f"{label}: {where}" if where else label), value
 
 
 def _groups(tensors: Sequence[Any], wanted: Requirement) -> Iterator[tuple[str, list[Any]]]:
-    """The tensors that the scope admits, grouped by the keys that it names."""
+    """The tensors that the scope selects, grouped by the keys that it names."""
     keys = [k for k in _KEYS[1:] if k in wanted.scope]
     groups: dict[str, list[Any]] = {}
     for tensor in tensors:
@@ -233,7 +228,7 @@ def _scope(text: str, scope: str) -> dict[str, str]:
     for part in filter(None, (p.strip() for p in scope.split(","))):
         key, equals, value = (p.strip() for p in part.partition("="))
         if not equals or key not in _KEYS or not value:
-            raise _unreadable(text, f"{part!r} is no scope", f"write KEY=PATTERN with one of {', '.join(_KEYS)}")
+            raise _unreadable(text, f"{part!r} is not a scope", f"write KEY=PATTERN with one of {', '.join(_KEYS)}")
         found[key] = value
     return found
 
@@ -242,7 +237,7 @@ def _number(text: str, number: str) -> float:
     try:
         return float(number)
     except ValueError:
-        raise _unreadable(text, f"{number!r} is no number") from None
+        raise _unreadable(text, f"{number!r} is not a number") from None
 
 
 def _fits(pattern: str, name: str) -> bool:

@@ -1,236 +1,327 @@
-"""Figures as inline SVG: no script, no font, no file beside it. Colours of Okabe and Ito (2008), and every curve has its own mark."""
+"""Figures as SVG without script, font or second file: inline in the page, and standing alone for PNG files.
+
+Colours are CSS classes, so that the page can show the same drawing light and dark. Every source has a hue of Okabe and
+Ito (2008) and a mark of its own shape.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
-from paft_merge.auditing.report.figures import Chart, Dots, Figure, Heat, Line
+from paft_merge.auditing.report.figures import Chart, Dots, Figure, Heat, Line, abridged, share_limits
+from paft_merge.errors import escape as printable
 
-HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
-"""Okabe and Ito's palette, in the order in which its colours are furthest apart; yellow is left out (too pale for a line)."""
 
-_WIDTH, _HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 34, 46
+@dataclass(frozen=True)
+class Palette:
+    """The colours of a page and its figures."""
+
+    named: Mapping[str, str]
+    """Colours of texts, rules and surfaces, by name."""
+    hues: tuple[str, ...]
+    """One for each source, the furthest apart first."""
+    share: tuple[str, ...]
+    """Stops of the scale for shares, from 0 to 1."""
+    around_half: tuple[str, ...]
+    """Stops of the scale whose middle is 0.5."""
+
+
+LIGHT = Palette(
+    {
+        "ink": "#1c2430", "soft": "#5b6675", "rule": "#e3e7ec", "wash": "#f6f8fa", "paper": "#ffffff", "warn": "#a34700",
+        "good": "#00664a", "note": "#005c91", "line": "#e8ebef", "axis": "#9aa4b0", "none": "#f0f1f3",
+    },
+    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777"),
+    ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b"),
+    ("#05518d", "#68aacf", "#f4f4f2", "#f0a050", "#b34800"),
+)  # fmt: skip
+DARK = Palette(
+    {
+        "ink": "#e6eaf0", "soft": "#a3adba", "rule": "#2b333d", "wash": "#1a2028", "paper": "#12161c", "warn": "#ffa057",
+        "good": "#4fd1a5", "note": "#6cbcf5", "line": "#27303a", "axis": "#6b7684", "none": "#191e25",
+    },
+    ("#4aa8e0", "#f0803c", "#26b98f", "#dd94bd", "#f0b429", "#8fd0f5", "#a0a0a0"),
+    ("#1a2531", "#1c4467", "#2670a8", "#62ace0", "#d6ecfb"),
+    ("#8fcdf0", "#2f7fb0", "#262c33", "#b8691f", "#ffc07a"),
+)  # fmt: skip
+
+_STEPS = 24
+"""Colours of a heat map's scale, less one."""
+_WIDTH, _LEFT, _RIGHT = 560, 58, 44
+_PLOT = 220
+"""Height of a chart inside its axes."""
 _SHAPES = ("circle", "square", "triangle", "diamond")
+_STRIDES = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500)
 
 Place = Callable[[float], float]
+"""From a value to a coordinate."""
 
 
-def hue(number: int) -> str:
-    """The colour of the source of that number."""
-    return HUES[number % len(HUES)]
+def stylesheet(palette: Palette) -> str:
+    """The CSS of figures, below an element of class `paft`."""
+    c = palette.named
+    rules = [
+        f".tick,.cell,.mark-text{{font-size:11px;fill:{c['soft']}}}",
+        f".label{{font-size:12px;fill:{c['ink']}}}",
+        f".legend{{font-size:12.5px;fill:{c['ink']}}}",
+        f".title{{font-size:15px;font-weight:700;fill:{c['ink']}}}",
+        f".caption{{font-size:12px;fill:{c['soft']}}}",
+        f".gridline{{stroke:{c['line']}}}",
+        f".axis{{stroke:{c['axis']}}}",
+        f".mark{{stroke:{c['axis']};stroke-dasharray:2 3}}",
+        f".strong{{stroke:{c['ink']};stroke-dasharray:none}}",
+        f".none{{fill:{c['none']}}}",
+        f".whole{{fill:{c['line']}}}",
+        f".part{{fill:{c['axis']}}}",
+        ".curve{fill:none;stroke-width:2;stroke-linejoin:round}",
+        ".dashed{stroke-dasharray:5 4}",
+        ".band{opacity:.15}",
+    ]
+    for i, hue in enumerate(palette.hues):
+        rules += [f".fill{i}{{fill:{hue}}}", f".stroke{i}{{stroke:{hue}}}"]
+    for name, stops in (("share", palette.share), ("around_half", palette.around_half)):
+        for step in range(_STEPS + 1):
+            colour = _blend(stops, step / _STEPS)
+            light = sum(int(colour[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) > 140
+            rules += [
+                f".{name}{step}{{fill:{colour}}}",
+                f".on-{name}{step}{{fill:{'#1c2430' if light else '#ffffff'}}}",
+            ]
+    return "".join(".paft " + rule.replace(",.", ",.paft .") for rule in rules)
 
 
 def draw(figure: Figure) -> str:
-    """One figure as an `<svg>` element."""
-    if isinstance(figure, Heat):
-        return _heat(figure)
-    return _dots(figure) if isinstance(figure, Dots) else _chart(figure)
+    """A figure as an `<svg>` element, coloured by `stylesheet`."""
+    width, height, parts = _parts(figure)
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{_plain(figure.title)}">{parts}</svg>'
 
 
-def swatch(number: int) -> str:
-    """A source's mark, to stand beside its name."""
-    return f'<svg class="swatch" width="12" height="12" viewBox="0 0 12 12" aria-hidden="true">{_point(6, 6, number, 4)}</svg>'
-
-
-def blend(value: float, heat: Heat) -> str:
-    """The colour of a cell."""
-    share = min(max((value - heat.low) / (heat.high - heat.low), 0.0), 1.0)
-    stops = _SHARE if heat.scale == "share" else _AROUND
-    at = share * (len(stops) - 1)
-    low = min(int(at), len(stops) - 2)
-    return "#" + "".join(
-        f"{round(a + (b - a) * (at - low)):02x}" for a, b in zip(stops[low], stops[low + 1], strict=True)
+def standalone(figure: Figure) -> str:
+    """A figure as an SVG document in light colours, with its title and caption."""
+    width, height, parts = _parts(figure)
+    texts = [("title", 19, line) for line in textwrap.wrap(figure.title, 64)]
+    texts += [("caption", 16, line) for line in textwrap.wrap(figure.caption, 84)]
+    head, y = [], 8.0
+    for kind, step, line in texts:
+        y += step
+        head.append(_text(16, y, line, kind, "start"))
+    y += 10
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="paft" width="{width + 16:g}" height="{height + y + 6:g}" font-family="sans-serif">'
+        f'<style>{stylesheet(LIGHT)}</style>{"".join(head)}<g transform="translate(8 {y:g})">{parts}</g></svg>'
     )
 
 
-_SHARE = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
-_AROUND = ((5, 81, 141), (104, 170, 207), (244, 244, 242), (240, 160, 80), (179, 72, 0))
+def swatch(number: int) -> str:
+    """The mark of a source, for use beside its name."""
+    point = _point(6, 6, number, 4)
+    return f'<svg class="swatch" width="12" height="12" viewBox="0 0 12 12" aria-hidden="true">{point}</svg>'
 
 
-def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
+def _parts(figure: Figure) -> tuple[float, float, str]:
+    """Width, height and elements of a figure."""
+    if isinstance(figure, Heat):
+        height, parts = _heat(figure)
+    else:
+        height, parts = _dots(figure) if isinstance(figure, Dots) else _chart(figure)
+    return _WIDTH, height, "".join(parts)
+
+
+def _plain(text: str) -> str:
+    return escape(printable(text))
 
 
 def _text(x: float, y: float, text: str, kind: str = "tick", anchor: str = "middle", more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{more}>{_plain(text)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
+def _rect(x: float, y: float, width: float, height: float, kind: str, title: str = "") -> str:
+    place = f'x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" class="{kind}"'
+    return f"<rect {place}><title>{_plain(title)}</title></rect>" if title else f"<rect {place}/>"
+
+
 def _point(x: float, y: float, number: int, size: float = 3) -> str:
-    shape, colour = _SHAPES[number % len(_SHAPES)], hue(number)
+    shape, fill = _SHAPES[number % len(_SHAPES)], f'class="fill{number % len(LIGHT.hues)}"'
     if shape == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" fill="{colour}"/>'
-    if shape == "square":
-        return (
-            f'<rect x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size:g}" height="{2 * size:g}" fill="{colour}"/>'
-        )
-    corners = (
-        [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)] if shape == "triangle" else [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]
-    )
-    points = " ".join(f"{x + dx * size:.1f},{y + dy * size:.1f}" for dx, dy in corners)
-    return f'<polygon points="{points}" fill="{colour}"/>'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" {fill}/>'
+    corners = {
+        "square": [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)],
+        "triangle": [(0.0, -1.2), (1.1, 0.9), (-1.1, 0.9)],
+        "diamond": [(0.0, -1.3), (1.3, 0.0), (0.0, 1.3), (-1.3, 0.0)],
+    }[shape]
+    return f'<polygon points="{" ".join(f"{x + dx * size:.1f},{y + dy * size:.1f}" for dx, dy in corners)}" {fill}/>'
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
-def _chart(chart: Chart) -> str:
-    x_low, x_high = _range([v for line in chart.lines for v in line.x], chart.log_x)
+def _chart(chart: Chart) -> tuple[float, list[str]]:
+    legend, top = _legend([(line.label, line.hue) for line in chart.lines if line.label])
+    bottom, right = top + _PLOT, _WIDTH - _RIGHT
     bands = [v for line in chart.lines if line.band for side in line.band for v in side]
-    y_low, y_high = chart.y_range or _range(
-        [*(v for line in chart.lines for v in line.y), *bands], chart.log_y, pad=not chart.log_y
+    x_low, x_high = _limits([v for line in chart.lines for v in line.x], chart.log_x)
+    values = [*(v for line in chart.lines for v in line.y), *bands]
+    if chart.share_y:
+        y_low, y_high = share_limits(values)
+    else:
+        y_low, y_high = chart.y_range or _limits(values, chart.log_y, pad=not chart.log_y)
+    place_x, place_y = (
+        _scale(x_low, x_high, _LEFT, right, chart.log_x),
+        _scale(y_low, y_high, bottom, top, chart.log_y),
     )
-    place_x = _scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT, chart.log_x)
-    place_y = _scale(y_low, y_high, _HEIGHT - _BOTTOM, _TOP, chart.log_y)
-    parts = [_legend([(line.label, line.hue, line.dashed) for line in chart.lines if line.label])]
+    parts = legend
+    for value, text in _labelled(ticks(y_low, y_high, chart.log_y), chart.percent_y):
+        parts += [_line(_LEFT, place_y(value), right, place_y(value), "gridline")]
+        parts += [_text(_LEFT - 8, place_y(value) + 4, text, anchor="end")]
     whole = all(float(v).is_integer() for line in chart.lines for v in line.x)
-    for value in ticks(y_low, y_high, chart.log_y):
-        parts.append(_line(_LEFT, place_y(value), _WIDTH - _RIGHT, place_y(value), "grid"))
-        parts.append(_text(_LEFT - 8, place_y(value) + 4, shown(value, chart.percent_y, y_high - y_low), anchor="end"))
-    for value in ticks(x_low, x_high, chart.log_x, whole):
-        parts.append(_text(place_x(value), _HEIGHT - _BOTTOM + 18, shown(value, chart.percent_x, x_high - x_low)))
+    for value, text in _labelled(ticks(x_low, x_high, chart.log_x, whole), chart.percent_x):
+        parts.append(_text(place_x(value), bottom + 18, text))
     for mark in chart.marks:
-        parts.append(
-            _line(place_x(mark.x), _TOP, place_x(mark.x), _HEIGHT - _BOTTOM, "mark strong" if mark.strong else "mark")
-        )
-        # Where the axis is fixed, curves fill the top; a word there would lie on one of them.
-        level = _HEIGHT - _BOTTOM - 7 if chart.y_range else _TOP + 11
-        parts.append(_text(place_x(mark.x) + 4, level, mark.text, "mark-text", "start"))
-    parts += [_curve(line, place_x, place_y, chart) for line in chart.lines]
-    parts.append(_line(_LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM, "axis"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, chart.x_label, "label"))
-    parts.append(
-        _text(
-            14,
-            (_TOP + _HEIGHT - _BOTTOM) / 2,
-            chart.y_label,
-            "label",
-            more=f' transform="rotate(-90 14 {(_TOP + _HEIGHT - _BOTTOM) / 2:.1f})"',
-        )
-    )
-    return _svg(_WIDTH, _HEIGHT, chart.title, parts)
+        parts.append(_line(place_x(mark.x), top, place_x(mark.x), bottom, "mark strong" if mark.strong else "mark"))
+        parts.append(_text(place_x(mark.x), top - 5, mark.text, "mark-text"))
+    parts += [part for line in chart.lines for part in _curve(line, place_x, place_y, chart)]
+    if chart.share_y:
+        parts += _part_of_whole(right + 26, bottom, y_low, y_high, _PLOT, upright=True)
+    middle = (top + bottom) / 2
+    turned = f' transform="rotate(-90 14 {middle:.1f})"'
+    parts += [_line(_LEFT, bottom, right, bottom, "axis"), _text(14, middle, chart.y_label, "label", more=turned)]
+    parts.append(_text((_LEFT + right) / 2, bottom + 38, chart.x_label, "label"))
+    return bottom + 46, parts
 
 
-def _curve(line: Line, place_x: Place, place_y: Place, chart: Chart) -> str:
-    at = [(place_x(x), place_y(y)) for x, y in zip(line.x, line.y, strict=True)]
-    parts = []
+def _curve(line: Line, place_x: Place, place_y: Place, chart: Chart) -> list[str]:
+    number, parts = line.hue % len(LIGHT.hues), []
     if line.band:
         low, high = ([(place_x(x), place_y(y)) for x, y in zip(line.x, side, strict=True)] for side in line.band)
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*low, *reversed(high)])
-        parts.append(f'<polygon points="{points}" fill="{hue(line.hue)}" opacity="0.15"/>')
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-    dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-    parts.append(
-        f'<polyline points="{points}" fill="none" stroke="{hue(line.hue)}" stroke-width="2" stroke-linejoin="round"{dash}/>'
-    )
+        parts.append(f'<polygon points="{points}" class="band fill{number}"/>')
+    at = [(place_x(x), place_y(y)) for x, y in zip(line.x, line.y, strict=True)]
+    points, dashed = " ".join(f"{x:.1f},{y:.1f}" for x, y in at), " dashed" if line.dashed else ""
+    parts.append(f'<polyline points="{points}" class="curve stroke{number}{dashed}"/>')
+    size = 3 if len(at) <= 48 else 1.8
     for (x, y), value_x, value_y in zip(at, line.x, line.y, strict=True) if line.points else ():
-        told = f"{line.label}: {chart.x_label} {value_x:g}, {chart.y_label} {shown(value_y, chart.percent_y, 0.001)}"
-        parts.append(f"<g>{_point(x, y, line.hue)}<title>{escape(told)}</title></g>")
-    return "".join(parts)
+        value = f"{value_y:.2%}" if chart.percent_y else f"{value_y:.3g}"
+        title = f"{line.label}: {chart.x_label} {value_x:g}, {chart.y_label} {value}"
+        parts.append(f"<g>{_point(x, y, line.hue, size)}<title>{_plain(title)}</title></g>")
+    return parts
 
 
-def _legend(entries: Sequence[tuple[str, int, bool]]) -> str:
-    parts, x = [], float(_LEFT)
-    room = (_WIDTH - _LEFT - _RIGHT) / max(len(entries), 1)
-    for label, number, dashed in entries:
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        parts.append(
-            f'<line x1="{x:.1f}" y1="14" x2="{x + 20:.1f}" y2="14" stroke="{hue(number)}" stroke-width="2"{dash}/>'
-        )
-        parts.append("" if dashed else _point(x + 10, 14, number))
-        most = max(int((min(room, 230) - 30) / 7.0), 4)
-        text = abridged(label, most)
-        parts.append(_text(x + 26, 18, text, "legend", "start"))
-        x += min(room, 40 + 7.2 * len(text))
-    return "".join(parts)
+def _legend(entries: Sequence[tuple[str, int]]) -> tuple[list[str], float]:
+    """The marks and names of the sources in as many rows as they need, and where the plot begins below them."""
+    parts, x, y = [], float(_LEFT), 14.0
+    for label, number in entries:
+        text = abridged(label, 44)
+        width = 46 + 7.2 * len(text)
+        if x > _LEFT and x + width > _WIDTH:
+            x, y = float(_LEFT), y + 19
+        stroke = f"curve stroke{number % len(LIGHT.hues)}"
+        parts += [
+            _line(x, y, x + 20, y, stroke),
+            _point(x + 10, y, number),
+            _text(x + 26, y + 4, text, "legend", "start"),
+        ]
+        x += width
+    return parts, y + 26
 
 
 # --- dots and cells ---------------------------------------------------------------------------------------------------
 
 
-def _dots(dots: Dots) -> str:
-    left, step = 24 + 6.6 * min(max(map(len, dots.categories)), 22), 22
-    height = _TOP + step * len(dots.categories) + 44
-    place = _scale(0.0, 1.0, left, _WIDTH - _RIGHT - 8, False)
-    parts = [_legend([(label, number, False) for label, number, _ in dots.lines])]
-    bottom = _TOP + step * len(dots.categories)
-    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(_line(place(value), _TOP, place(value), bottom, "grid"))
-        parts.append(_text(place(value), bottom + 16, f"{value:.0%}"))
+def _dots(dots: Dots) -> tuple[float, list[str]]:
+    parts, top = _legend([(label, number) for label, number, _ in dots.lines])
+    left, step, right = 24 + 6.6 * min(max(map(len, dots.categories)), 22), 22, _WIDTH - _RIGHT
+    bottom = top + step * len(dots.categories)
+    low, high = share_limits([v for _, _, values in dots.lines for v in values if v is not None])
+    place = _scale(low, high, left, right, False)
+    for value, text in _labelled(ticks(low, high, False), True):
+        parts += [_line(place(value), top, place(value), bottom, "gridline"), _text(place(value), bottom + 16, text)]
     for row, category in enumerate(dots.categories):
-        y = _TOP + step * (row + 0.5)
-        parts.append(_line(left, y, _WIDTH - _RIGHT - 8, y, "rail"))
-        parts.append(_text(left - 10, y + 4, _short(category, 22), anchor="end"))
+        y = top + step * (row + 0.5)
+        parts += [_line(left, y, right, y, "gridline"), _text(left - 10, y + 4, abridged(category), anchor="end")]
         for at, (label, number, values) in enumerate(dots.lines):
             share, aside = values[row], min(7.0, 16 / len(dots.lines)) * (at - (len(dots.lines) - 1) / 2)
             if share is not None:
-                told = f"{label}, {category}: {share:.2%}"
-                parts.append(f"<g>{_point(place(share), y + aside, number, 4)}<title>{escape(told)}</title></g>")
-    parts.append(_text((left + _WIDTH - _RIGHT) / 2, height - 8, dots.x_label, "label"))
-    return _svg(_WIDTH, height, dots.title, parts)
+                title = _plain(f"{label}, {category}: {share:.2%}")
+                parts.append(f"<g>{_point(place(share), y + aside, number, 4)}<title>{title}</title></g>")
+    bar = _part_of_whole(left, bottom + 28, low, high, right - left, upright=False)
+    below = bottom + (52 if bar else 36)
+    return below + 8, [*parts, *bar, _text((left + right) / 2, below, dots.x_label, "label")]
 
 
-def _heat(heat: Heat) -> str:
-    left, tall = 24 + 6.6 * min(max(map(len, heat.rows)), 22), 20
-    wide = (_WIDTH - left - _RIGHT) / len(heat.columns)
-    top, bottom = 12.0, 12.0 + tall * len(heat.rows)
-    parts = []
+def _heat(heat: Heat) -> tuple[float, list[str]]:
+    left, tall, top = 24 + 6.6 * min(max(map(len, heat.rows)), 22), 20, 4.0
+    room = _WIDTH - left - 12
+    wide, bottom, parts = room / len(heat.columns), top + tall * len(heat.rows), list[str]()
+    gap = 1.0 if wide >= 6 else 0.0
     for row, (name, values) in enumerate(zip(heat.rows, heat.values, strict=True)):
         y = top + tall * row
-        parts.append(_text(left - 10, y + tall / 2 + 4, _short(name, 22), anchor="end"))
+        parts.append(_text(left - 10, y + tall / 2 + 4, abridged(name), anchor="end"))
         for column, value in enumerate(values):
-            parts.append(
-                _cell(heat, left + wide * column, y, wide, tall, value, f"{name}, layer {heat.columns[column]}")
-            )
-    every = max(1, math.ceil(len(heat.columns) * 18 / (_WIDTH - left - _RIGHT)))
-    for column, name in enumerate(heat.columns):
-        if column % every == 0:
-            parts.append(_text(left + wide * (column + 0.5), bottom + 15, name))
-    parts.append(_text((left + _WIDTH - _RIGHT) / 2, bottom + 34, "layer", "label"))
-    parts.append(_key(heat, left, bottom + 46))
-    return _svg(_WIDTH, bottom + 84, heat.title, parts)
+            x, where = left + wide * column, f"{name}, layer {heat.columns[column]}"
+            if value is None or math.isnan(value):
+                parts.append(_rect(x, y, wide - gap, tall - 1, "none", f"{where}: none"))
+                continue
+            colour = _colour(value, heat)
+            parts.append(_rect(x, y, wide - gap, tall - 1, colour, f"{where}: {value:.1%}"))
+            if wide >= 30:
+                parts.append(_text(x + wide / 2, y + tall / 2 + 3.5, f"{value * 100:.0f}", f"cell on-{colour}"))
+    widest = 6.8 * max(map(len, heat.columns)) + 6
+    every = next((s for s in _STRIDES if s * wide >= widest), len(heat.columns))
+    for column in range(0, len(heat.columns), every):
+        parts.append(_text(left + wide * (column + 0.5), bottom + 14, heat.columns[column]))
+    parts.append(_text(left + room / 2, bottom + 32, "layer", "label"))
+    return bottom + 74, parts + _key(heat, left, bottom + 44)
 
 
-def _cell(heat: Heat, x: float, y: float, wide: float, tall: float, value: float | None, where: str) -> str:
-    if value is None or math.isnan(value):
-        return f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide - 1:.1f}" height="{tall - 1:.1f}" class="none"><title>{escape(where)}: none</title></rect>'
-    colour = blend(value, heat)
-    told = f"{where}: {value:.1%}"
-    cell = f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(wide - 1, 0.5):.1f}" height="{tall - 1:.1f}" fill="{colour}"><title>{escape(told)}</title></rect>'
-    if wide < 30:
-        return cell
-    dark = sum(int(colour[i : i + 2], 16) * w for i, w in ((1, 0.3), (3, 0.59), (5, 0.11))) < 140
-    return cell + _text(x + wide / 2, y + tall / 2 + 3.5, f"{value * 100:.0f}", "cell light" if dark else "cell")
-
-
-def _key(heat: Heat, left: float, y: float) -> str:
-    """The colour scale beneath a heat map."""
-    steps, width = 60, 200.0
-    parts = []
-    for i in range(steps):
-        value = heat.low + (heat.high - heat.low) * (i + 0.5) / steps
-        parts.append(
-            f'<rect x="{left + i * width / steps:.2f}" y="{y:.1f}" width="{width / steps + 0.3:.2f}" height="10" fill="{blend(value, heat)}"/>'
-        )
+def _key(heat: Heat, left: float, y: float) -> list[str]:
+    """The colour scale below a heat map."""
+    width, steps = 200.0, _STEPS + 1
+    parts = [_rect(left + i * width / steps, y, width / steps + 0.3, 10, f"{heat.scale}{i}") for i in range(steps)]
+    words = ("agree", "chance", "oppose") if heat.scale == "around_half" else ("", "", "")
     middle = (heat.low + heat.high) / 2
-    words = ("agree", "chance", "oppose") if heat.scale == "around_half" else ("dense", "", "sparse")
-    for value, share, word in zip((heat.low, middle, heat.high), (0.0, 0.5, 1.0), words, strict=True):
-        parts.append(
-            _text(
-                left + share * width, y + 24, f"{value:.0%} {word}".strip(), anchor="start" if not share else "middle"
-            )
-        )
-    return "".join(parts)
+    for (_, text), at, word in zip(_labelled((heat.low, middle, heat.high), True), (0.0, 0.5, 1.0), words, strict=True):
+        parts.append(_text(left + at * width, y + 24, f"{text} {word}".strip(), anchor="middle" if at else "start"))
+    return parts
+
+
+def _colour(value: float, heat: Heat) -> str:
+    """The class of a cell."""
+    share = min(max((value - heat.low) / (heat.high - heat.low), 0.0), 1.0)
+    return f"{heat.scale}{round(share * _STEPS)}"
+
+
+def _blend(stops: Sequence[str], share: float) -> str:
+    at = share * (len(stops) - 1)
+    low = min(int(at), len(stops) - 2)
+    pairs = [(int(stops[low][i : i + 2], 16), int(stops[low + 1][i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in pairs)
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------
+
+
+def _part_of_whole(x: float, y: float, low: float, high: float, length: float, *, upright: bool) -> list[str]:
+    """A thin bar from 0 to 100 % that starts at (x, y), with the part that the axis shows."""
+    if (low, high) == (0.0, 1.0):
+        return []
+    start, size = low * length, max((high - low) * length, 2.0)
+    title = f"the axis shows {low:.1%} to {high:.1%} of 0 to 100 %"
+    if upright:
+        bars = [
+            _rect(x - 2, y - length, 4, length, "whole", title),
+            _rect(x - 2, y - start - size, 4, size, "part", title),
+        ]
+        return [*bars, _text(x, y - length - 5, "100%"), _text(x, y + 14, "0%")]
+    bars = [_rect(x, y - 2, length, 4, "whole", title), _rect(x + start, y - 2, size, 4, "part", title)]
+    return [*bars, _text(x - 6, y + 4, "0%", anchor="end"), _text(x + length, y + 16, "100%", anchor="end")]
 
 
 def ticks(low: float, high: float, log: bool, whole: bool = False) -> list[float]:
@@ -244,18 +335,20 @@ def ticks(low: float, high: float, log: bool, whole: bool = False) -> list[float
     unit = 10 ** math.floor(math.log10(raw))
     step = next(s * unit for s in (1, 2, 2.5, 5, 10) if s * unit >= raw)
     step = max(1.0, float(round(step))) if whole else step
-    count = int((high - math.ceil(low / step - 1e-9) * step) / step + 1e-9)
-    return [math.ceil(low / step - 1e-9) * step + i * step for i in range(count + 1)]
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def shown(value: float, percent: bool, span: float) -> str:
-    """A number as an axis shows it; `span` says how many digits matter."""
+def _labelled(values: Sequence[float], percent: bool) -> list[tuple[float, str]]:
+    """The ticks of an axis with their labels, all with the digits that the closest two need."""
     if percent:
-        return f"{value:.{0 if span > 0.3 else 1 if span > 0.005 else 2}%}"
-    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e") if value and abs(value) < 1e-2 else f"{value:.3g}"
+        enough = (d for d in range(4) if all(abs(round(100 * v, d) - 100 * v) < 1e-7 for v in values))
+        digits = next(enough, 4)
+        return [(v, f"{v:.{digits}%}") for v in values]
+    return [(v, f"{v:.0e}".replace("e-0", "e-") if v and abs(v) < 1e-2 else f"{v:.3g}") for v in values]
 
 
-def _range(values: Sequence[float], log: bool, pad: bool = False) -> tuple[float, float]:
+def _limits(values: Sequence[float], log: bool, pad: bool = False) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
         return (low, high) if high > low else (low / 2, high * 2)
@@ -269,12 +362,3 @@ def _scale(low: float, high: float, start: float, stop: float, log: bool) -> Pla
         a, b = math.log10(low), math.log10(high)
         return lambda v: start + (math.log10(max(v, low)) - a) / (b - a) * (stop - start)
     return lambda v: start + (v - low) / (high - low) * (stop - start)
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def abridged(label: str, most: int = 22) -> str:
-    """A label in at most so many characters: its beginning and its end, since names of runs differ at either."""
-    return label if len(label) <= most else f"{label[: most // 2]}…{label[len(label) - (most - most // 2 - 1) :]}"
