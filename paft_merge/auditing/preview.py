@@ -12,9 +12,10 @@ from paft_merge.auditing.opening import AuditedTensor
 from paft_merge.compute.blocks import KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import AuditError, Problems
-from paft_merge.methods import METHODS, REQUIRED, Parameter
+from paft_merge.methods import METHODS, REQUIRED
 from paft_merge.methods.rules.rule import Rule, rank_over_model
 from paft_merge.methods.rules.thresholds import stream_key
+from paft_merge.recipe.resolution import SettingError, coerce
 from paft_merge.recipe.yaml_source import did_you_mean
 from paft_merge.stats.metrics import UNDEFINED
 
@@ -53,8 +54,11 @@ class Proposal:
                         did_you_mean(name, names) or f"its parameters are {', '.join(names)}",
                     )
                 continue
-            with problems.catching():
-                values = [_value(spec, part) for part in value.split(",")]
+            try:
+                values = [coerce(spec, part) for part in value.split(",")]
+            except SettingError as error:
+                problems.add("PREVIEW", name, error.what, error.fix)
+            else:
                 parameters[name] = values[0] if len(values) == 1 else tuple(values)
         problems.raise_as(AuditError)
         return cls(method, parameters)
@@ -192,18 +196,6 @@ def _rule_for(subject: AuditedTensor, proposal: Proposal | None) -> Rule | None:
     if rule is None and proposal is not None:
         rule = proposal.rule([r.source for r in subject.inputs.sources], subject.name)
     return rule if rule is not None and rule.selection_weights is not None else None
-
-
-def _value(spec: Parameter, text: str) -> Any:
-    try:
-        value = text.lower() in ("true", "yes", "1") if spec.type is bool else spec.type(text)
-    except ValueError:
-        raise AuditError.of("PREVIEW", spec.name, f"must be a {spec.type.__name__}, got {text!r}") from None
-    if spec.choices and value not in spec.choices:
-        raise AuditError.of("PREVIEW", spec.name, f"must be one of {', '.join(spec.choices)}, got {text!r}")
-    if spec.type in (int, float) and not spec.low <= value <= spec.high:
-        raise AuditError.of("PREVIEW", spec.name, f"must be in [{spec.low:g}, {spec.high:g}], got {text!r}")
-    return value
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -24,7 +24,7 @@ def plan_table(planned: MergePlan, out: Path | None) -> None:
     console, recipe = terminal(), planned.recipe
     console.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
     for model in planned.models:
-        role = "  (gives names, order, files, config and tokenizer)" if model is planned.donor else ""
+        role = "  (gives names, order, files, config and tokenizer)" if model is planned.config_source else ""
         role += "  (merged on the fly)" if model.checkpoint.computed else ""
         console.print(f"  {escape(model.ref)}{role}", soft_wrap=True)
     where = "float32, rounded once" if recipe.arithmetic == "float32" else "as in mergekit, in the storage type"

@@ -37,9 +37,13 @@ class Intermediate(Checkpoint):
 
     def __init__(self, name: str, plan: MergePlan, *, rounded: bool) -> None:
         """With `rounded`, values have the type that the document would be written in; else they are float32."""
-        super().__init__(plan.donor.checkpoint.folder, (), {**plan.donor.checkpoint.config, **plan.config}, {})
+        super().__init__(
+            plan.config_source.checkpoint.folder, (), {**plan.config_source.checkpoint.config, **plan.config}, {}
+        )
         self.name, self.plan = name, plan
-        self.tokenizer_files = plan.vocabulary.files if plan.vocabulary else plan.donor.checkpoint.tokenizer_files
+        self.tokenizer_files = (
+            plan.vocabulary.files if plan.vocabulary else plan.config_source.checkpoint.tokenizer_files
+        )
         self._planned = {tensor.name: tensor for tensor in plan.tensors}
         self.files = tuple(CheckpointFile(shard.file, shard.size, 0, {}, "") for shard in plan.shards)
         self.tensors = {

@@ -45,23 +45,23 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: Merge
         options: `trust_remote_code` copies the Python files of the config source, `write_model_card` adds README.md;
             the manifest records some (see `MergeOptions.recorded`).
     """
-    folder = plan.donor.checkpoint.folder
+    folder = plan.config_source.checkpoint.folder
     copied = (*SIDE_FILES, _CODE) if options.trust_remote_code else SIDE_FILES
     files: dict[str, bytes | Path] = {
         f.name: f
         for f in sorted(folder.iterdir())
         if f.is_file() and any(fnmatch(f.name, p) for p in copied) and not any(fnmatch(f.name, p) for p in _NOT_COPIED)
     }
-    if plan.donor.checkpoint.file:  # a tensor file; other files of its folder need not belong to it
+    if plan.config_source.checkpoint.file:  # a tensor file; other files of its folder need not belong to it
         files = {}
     templates = folder / "additional_chat_templates"
-    if templates.is_dir() and not plan.donor.checkpoint.file:
+    if templates.is_dir() and not plan.config_source.checkpoint.file:
         files |= {f"{templates.name}/{f.name}": f for f in sorted(templates.glob("*.jinja"))}
-    tokenizer = plan.vocabulary.files if plan.vocabulary else plan.donor.checkpoint.tokenizer_files
+    tokenizer = plan.vocabulary.files if plan.vocabulary else plan.config_source.checkpoint.tokenizer_files
     if tokenizer is not None:
         files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | {**tokenizer}
-    if plan.donor.checkpoint.config and not plan.donor.checkpoint.file:
-        files["config.json"] = _json({**plan.donor.checkpoint.config, **plan.config})
+    if plan.config_source.checkpoint.config and not plan.config_source.checkpoint.file:
+        files["config.json"] = _json({**plan.config_source.checkpoint.config, **plan.config})
     document = manifest(plan, finished, options.recorded())
     document["files"] = {name: _digest_of(content) for name, content in sorted(files.items())}
     files[MANIFEST] = _json(document)
@@ -92,7 +92,7 @@ def origins(plan: MergePlan) -> list[dict[str, Any]]:
             if isinstance(model.checkpoint, Intermediate):
                 walk(model.checkpoint.plan, top=False)
             else:
-                add(ref.path, ref.revision, "model", model.checkpoint.folder, donor=top and model is plan.donor)
+                add(ref.path, ref.revision, "model", model.checkpoint.folder, donor=top and model is plan.config_source)
             if ref.lora and model.adapter:
                 add(ref.lora, ref.lora_revision, "adapter", model.adapter.folder)
 
@@ -113,15 +113,19 @@ def documents(plan: MergePlan) -> list[dict[str, Any]]:
 
 def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
     """Return a warning if Python code was copied, or if the output's config names code that was not copied."""
-    checkpoint = plan.donor.checkpoint
+    checkpoint = plan.config_source.checkpoint
     files = sorted(f.name for f in checkpoint.folder.glob(_CODE))
     if not files or not (trust_remote_code or "auto_map" in checkpoint.config):
         return []
     if trust_remote_code:
-        return [Problem("REMOTE_CODE", plan.donor.ref, f"its {', '.join(files)} are copied, not run", "read them")]
+        return [
+            Problem("REMOTE_CODE", plan.config_source.ref, f"its {', '.join(files)} are copied, not run", "read them")
+        ]
     what = f"its config.json names Python code, and {', '.join(files)} are not copied"
     return [
-        Problem("REMOTE_CODE", plan.donor.ref, what, "pass trust_remote_code=True to copy them; they are never run")
+        Problem(
+            "REMOTE_CODE", plan.config_source.ref, what, "pass trust_remote_code=True to copy them; they are never run"
+        )
     ]
 
 
@@ -231,7 +235,7 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping
         "arithmetic": plan.recipe.arithmetic,
         "rounding": plan.recipe.rounding,
         "allow_nonfinite": plan.allow_nonfinite,
-        "donor": plan.donor.ref,
+        "donor": plan.config_source.ref,
         "inputs": _without_times({m.ref: _fingerprint(m) for m in plan.models}),
         "versions": versions(plan),
         **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),

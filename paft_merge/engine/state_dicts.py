@@ -95,7 +95,7 @@ def merge_state_dicts(
     plan = plan_merge(recipe, opened, allow_nonfinite=allow_nonfinite)
     output = _Tensors(plan.tensors)
     merge_checkpoint(plan, output, threads=threads or available_cores())
-    return {name: output.tensors[name] for name in plan.donor.checkpoint.tensors}
+    return {name: output.tensors[name] for name in plan.config_source.checkpoint.tensors}
 
 
 class _InMemory(Checkpoint):

@@ -1,16 +1,16 @@
-"""The plan of a merge, from the recipe and headers: every output tensor, its inputs, its rule and its place in a file.
+"""The plan of a merge, from the recipe and file headers alone: every output tensor, its inputs, its rule and its file.
 
 | module | contents |
 |---|---|
-| planned | `MergePlan` and its tensors |
-| output_tensors | where every output tensor comes from |
-| tensor_planner | the inputs and the rule of an output tensor |
-| layer_stacks | layers and modules by tensor name |
-| layer_kinds | the kind of a layer by its number |
-| compatibility | whether models can be merged with each other |
-| output_config | changes to `config.json` |
-| vocabulary | the output's tokenizer and chat template |
-| explanation | what is done with each tensor, and why |
+| layer_stacks | layers and modules by tensor names |
+| output_tensors | the output's tensors and their sources |
+| tensor_planner | the tensors to read and the rule that merges them |
+| compatibility | checks that models can be merged |
+| layer_kinds | the kind of each layer by its number |
+| output_config | changes of `config.json` |
+| vocabulary | tokenizer, embeddings and chat template of the output |
+| planned | the plan |
+| explanation | the plan of single tensors, for readers |
 | formatting | short text and tables |
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from paft_merge.compute.scratch import uncollected
-from paft_merge.errors import CheckpointError, Problems, RecipeError
+from paft_merge.errors import CheckpointError, RecipeError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.safetensors_header import truncate
@@ -43,60 +43,53 @@ def plan_merge(
     allow_nonfinite: bool = False,
     tensor_names: Literal["intersection", "union"] | None = None,
 ) -> MergePlan:
-    """Plan a merge from headers.
+    """Plan a merge from file headers.
 
     Args:
-        recipe: what to merge.
+        recipe: the recipe.
         models: every model that the recipe refers to, opened.
-        out_shard_bytes: largest size of an output file; None keeps the donor's files.
-        allow_crimes: merge models whose configs differ in fields that shapes do not show (heads, rope, activation).
-        allow_nonfinite: merge NaN and infinity instead of raising an error.
-        tensor_names: which tensors to merge of tensor files with different tensors; None: raise an error.
+        out_shard_bytes: largest size of an output file; None keeps the files of the config source.
+        allow_crimes: merge models whose configs differ in fields that tensors do not show (heads, rope, activation).
+        allow_nonfinite: merge NaN and infinity instead of rejecting them.
+        tensor_names: `intersection` or `union`, for files that hold different tensors; None: that is an error.
 
     Raises:
-        RecipeError, CheckpointError: all problems that the headers show.
+        RecipeError, CheckpointError: all errors that are visible in the recipe and in file headers, reported together.
     """
-    _refuse_unplanned(recipe)
+    if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
+        what = "mergekit's arithmetic has no stochastic rounding"
+        raise RecipeError.of("RECIPE", recipe.located.spot(("rounding",)), what, "remove one of the two")
     planner = Planner(recipe, models, allow_crimes, tensor_names)
     tensors = list(planner.tensors())
     planner.check_global_trim(tensors)
-    config = config_changes(recipe, planner.places, tensors, planner.problems, allow_crimes)
+    config = config_changes(recipe, planner.outputs, tensors, planner.problems, allow_crimes)
     if planner.vocabulary:
-        config = planner.vocabulary.in_config(planner.donor.checkpoint.config, config)
+        config = planner.vocabulary.in_config(planner.config_source.checkpoint.config, config)
     if planner.problems.found:
         raise CheckpointError(truncate(list(dict.fromkeys(planner.problems.found)), "the recipe"))
-    shards = _layout(planner.donor.checkpoint, tensors, out_shard_bytes, as_donor=planner.places.whole)
+    shards = _layout(planner.config_source.checkpoint, tensors, out_shard_bytes, keep_files=planner.outputs.whole)
     order = {slot.name: i for i, slot in enumerate(slot for shard in shards for slot in shard.slots)}
     tensors.sort(key=lambda t: order[t.name])
     return MergePlan(
-        recipe, tuple(models.values()), planner.donor, tuple(tensors), shards, config,
+        recipe, tuple(models.values()), planner.config_source, tuple(tensors), shards, config,
         (*recipe.warnings, *planner.warnings), allow_nonfinite, planner.vocabulary,
     )  # fmt: skip
-
-
-def _refuse_unplanned(recipe: Recipe) -> None:
-    """Raise `RecipeError` for combinations that cannot be planned."""
-    problems = Problems()
-    if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
-        where, fix = recipe.located.spot(("rounding",)), "remove one of the two"
-        problems.add("RECIPE", where, "mergekit rounds to nearest, so its arithmetic has no stochastic rounding", fix)
-    problems.raise_as(RecipeError)
 
 
 _SHARD_BYTES = 5_000_000_000
 
 
 def _layout(
-    donor: Checkpoint, tensors: Sequence[PlannedTensor], out_shard_bytes: int | None, *, as_donor: bool
+    source: Checkpoint, tensors: Sequence[PlannedTensor], out_shard_bytes: int | None, *, keep_files: bool
 ) -> tuple[Shard, ...]:
-    """Return the output's files: those of the donor, unless a size is given, layers are new, or the donor has pickles."""
+    """The output's files: those of `source` if `keep_files` and they are safetensors, unless a size is given."""
     rows = [(t.name, t.dtype, t.shape) for t in tensors]
-    if out_shard_bytes is not None or not as_donor or not all(f.name.endswith(".safetensors") for f in donor.files):
+    if out_shard_bytes is not None or not keep_files or not all(f.name.endswith(".safetensors") for f in source.files):
         return plan_shards(split(rows, out_shard_bytes or _SHARD_BYTES))
-    last = donor.files[-1].name
-    files: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {f.name: [] for f in donor.files}
+    last = source.files[-1].name
+    files: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {f.name: [] for f in source.files}
     for row in rows:
-        info = donor.tensors.get(row[0])
+        info = source.tensors.get(row[0])
         files[info.file if info else last].append(row)
     held = {file: rows for file, rows in files.items() if rows}
-    return plan_shards(held, {f.name: f.metadata for f in donor.files if f.metadata and f.name in held})
+    return plan_shards(held, {f.name: f.metadata for f in source.files if f.metadata and f.name in held})

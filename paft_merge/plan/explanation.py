@@ -1,4 +1,4 @@
-"""What a plan does with each tensor and why: its sources, and every parameter with the line of the recipe that set it."""
+"""Explanations of planned tensors: the sources, and every parameter with the line of the recipe that set it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ExplainedSource:
 
     model: str
     tensor: str
-    """What it is called there."""
+    """The model's name of the tensor."""
     delta: str
-    """`checkpoint`, `document` (merged on the way), or the kind of its adapter's delta; `none`: it is the base's own tensor."""
+    """`checkpoint`, `document` (an intermediate merge), the kind of an adapter's delta, or `none`: the base's own tensor."""
     parameters: dict[str, Resolved]
 
 
@@ -35,7 +35,7 @@ class Explained:
     method: str
     """A method, or `copy`."""
     why: str
-    """Why it is copied."""
+    """Why it is copied; empty where it is merged."""
     dtype: str
     shape: tuple[int, ...]
     t: float
@@ -46,52 +46,50 @@ class Explained:
 
     @property
     def likeness(self) -> tuple[Any, ...]:
-        """Equal for tensors of which the same can be said, but for their layers, and with them the values of gradients."""
+        """A key that is equal for tensors whose explanations differ only in layer numbers and in values of gradients."""
 
-        def told(source: ExplainedSource) -> tuple[Any, ...]:
-            return (
-                source.model,
-                "" if self.why else _without_numbers(source.tensor),
-                source.delta,
-                _origins(source.parameters),
-            )
+        def described(source: ExplainedSource) -> tuple[Any, ...]:
+            tensor = "" if self.why else _without_numbers(source.tensor)
+            return source.model, tensor, source.delta, _origins(source.parameters)
 
-        inputs = tuple(told(s) for s in [*([self.base] if self.base else []), *self.sources])
+        inputs = tuple(map(described, [*([self.base] if self.base else []), *self.sources]))
         name = "" if self.why else _without_numbers(self.name)
         return self.method, self.why, self.dtype, name, inputs, _origins(self.shared)
 
 
 def explain(plan: MergePlan, pattern: str = "*") -> Iterator[Explained]:
-    """Explain every tensor whose name fits `pattern`, a glob (or is a part of its name), in the order of the output.
+    """Explain the output tensors whose names match the glob `pattern` or, if none does, contain it.
 
     Raises:
-        RecipeError: no tensor fits.
+        RecipeError: no tensor matches.
     """
     chosen = [t for t in plan.tensors if fnmatchcase(t.name, pattern)]
     chosen = chosen or [t for t in plan.tensors if pattern in t.name]
     if not chosen:
         fix = did_you_mean(pattern, [t.name for t in plan.tensors]) or f"the first is {plan.tensors[0].name}"
-        raise RecipeError.of("TENSOR", pattern, "fits no tensor of the output", fix)
+        raise RecipeError.of("TENSOR", pattern, "matches no tensor of the output", fix)
     return (_explained(plan, tensor) for tensor in chosen)
 
 
 def _explained(plan: MergePlan, tensor: PlannedTensor) -> Explained:
-    place = tensor.place
-    assert place is not None
-    making = place.making
+    output = tensor.place
+    assert output is not None
+    slice_ = output.slice
     shared, per_source = (
-        ({}, [{} for _ in making.sources]) if tensor.method == COPY else resolved(place, plan.recipe.method)
+        ({}, [{} for _ in slice_.sources]) if tensor.method == COPY else resolved(output, plan.recipe.method)
     )
     base = None
-    if making.base:
-        base = ExplainedSource(making.base.ref, place.lead, _delta(making.base.read(place.lead), None), {})
+    if slice_.base:
+        base = ExplainedSource(
+            slice_.base.ref, output.template_name, _delta(slice_.base.read(output.template_name), None), {}
+        )
     sources = tuple(
-        ExplainedSource(model.ref, place.name_in(i), _delta(model.read(place.name_in(i)), base), per_source[i])
-        for i, (_, model) in enumerate(making.sources)
-        if model.has(place.name_in(i))
+        ExplainedSource(model.ref, output.name_in(i), _delta(model.read(output.name_in(i)), base), per_source[i])
+        for i, (_, model) in enumerate(slice_.sources)
+        if model.has(output.name_in(i))
     )
     dtype = str(DTYPES[tensor.dtype].torch)
-    return Explained(tensor.name, tensor.method, tensor.why, dtype, tensor.shape, place.t, base, sources, shared)
+    return Explained(tensor.name, tensor.method, tensor.why, dtype, tensor.shape, output.t, base, sources, shared)
 
 
 def _delta(read: Read, base: ExplainedSource | None) -> str:
@@ -107,8 +105,8 @@ def to_json(tensor: Explained) -> dict[str, Any]:
     """One explanation as JSON: every parameter as `{value, set_by, line}`."""
 
     def source(one: ExplainedSource) -> dict[str, Any]:
-        said = {"model": one.model, "tensor": one.tensor, "delta": one.delta}
-        return {**said, "parameters": _parameters(one.parameters)} if one.parameters else said
+        found = {"model": one.model, "tensor": one.tensor, "delta": one.delta}
+        return {**found, "parameters": _parameters(one.parameters)} if one.parameters else found
 
     return {
         "name": tensor.name, "method": tensor.method, **({"why": tensor.why} if tensor.why else {}),
@@ -129,7 +127,7 @@ def _parameters(found: dict[str, Resolved]) -> dict[str, Any]:
 
 
 def alike(tensors: Iterator[Explained]) -> list[Sequence[Explained]]:
-    """Tensors of which the same can be said, together, in the order of the first of each."""
+    """Group tensors of equal `likeness`, in the order of the first of each group."""
     groups: dict[tuple[Any, ...], list[Explained]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.likeness, []).append(tensor)

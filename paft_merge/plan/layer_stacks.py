@@ -1,35 +1,47 @@
-"""Layers and modules by the names of tensors: the numbered stacks of a checkpoint, and which part of a model a name belongs to.
+"""Layers and modules by tensor names: the numbered stacks of a checkpoint, and the module that a tensor belongs to.
 
-A layer is the first numbered segment of a name, and a stack is what shares the part before it: `model.layers.` in
-`model.layers.7.mlp.up_proj.weight`. So any architecture has layers without anybody having described it.
+The number of a layer is the first numbered segment of a name, and a stack is the prefix before it: `model.layers.` in
+`model.layers.7.mlp.up_proj.weight`. This finds the layers of any architecture without a table of architectures.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from paft_merge.recipe.diagnostics import UnlocatedError
 
 _LAYER = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*?)(\d+)\.(.*)$")
 
 Path = tuple[str, ...]
-"""Keys that lead to a value in a config."""
+"""The keys of a value in a nested config, outermost first."""
 
 
 def split(name: str) -> tuple[str, int, str] | None:
-    """A name as stack, layer and rest, `("model.layers.", 7, "mlp.up_proj.weight")`; None outside of layers."""
+    """Split a name into stack, layer and rest: `("model.layers.", 7, "mlp.up_proj.weight")`; None outside of layers."""
     found = _LAYER.match(name)
     return (found[1], int(found[2]), found[3]) if found else None
 
 
 def is_for_all_layers(tail: str) -> bool:
-    """Whether the tensor `tail` of a layer serves them all, though it stands in the first (T5's position biases)."""
+    """Whether all layers use this tensor, although it is stored in the first (position biases of T5)."""
     return "relative_attention_bias" in tail
 
 
+def tails_of(names: Iterable[str], stack: str) -> dict[int, dict[str, None]]:
+    """For each layer of a stack the names of its tensors without stack and number, as the keys of a dict, in order."""
+    tails: dict[int, dict[str, None]] = {}
+    for name in names:
+        found = split(name)
+        if found and found[0] == stack and not is_for_all_layers(found[2]):
+            tails.setdefault(found[1], {})[found[2]] = None
+    return tails
+
+
 def stacks_of(names: Iterable[str]) -> dict[str, int]:
-    """Every numbered stack among `names` that counts from 0 without a gap, with its number of layers."""
+    """The number of layers of every stack that is numbered from 0 without a gap."""
     seen: dict[str, set[int]] = {}
     for name in names:
         if found := split(name):
@@ -44,50 +56,56 @@ class Stack:
     prefix: str
     count: int
     keys: tuple[Path, ...]
-    """Where the config says how many layers it has."""
+    """Where the config states the number of layers."""
     beyond: int = 0
-    """Layers behind the last, which predict further tokens (DeepSeek-V3); the config does not count them."""
+    """Layers after the last that predict further tokens (DeepSeek-V3). The config does not count them."""
 
 
-class StackError(Exception):
-    """No one stack can be meant: `what` is wrong, and the `fix`."""
-
-    def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(what)
-        self.what, self.fix = what, fix
+class StackError(UnlocatedError):
+    """`layer_range` does not choose one stack."""
 
 
 def choose_stack(names: Collection[str], config: Mapping[str, Any]) -> Stack:
-    """The stack that `layer_range` counts: the only one, or the only one as long as the config says.
+    """The stack that `layer_range` counts: the only one, or the only one whose length the config states.
 
     Raises:
-        StackError: there is none, several can be meant, or the config knows another number of layers.
+        StackError: there is no stack, several match, or the config states another number of layers.
     """
     stacks = stacks_of(names)
     known = {prefix: layer_keys(config, prefix) for prefix in stacks}
-    agreeing = [p for p, count in stacks.items() if any(value_at(config, path) == count for path in known[p])]
-    if not agreeing and (longer := _with_predicting(stacks, config, known)):
-        return longer
-    if len(agreeing) > 1:
-        listed = ", ".join(f"{prefix.rstrip('.')} ({stacks[prefix]})" for prefix in agreeing)
-        parts = sorted(set(modules_of(names).values()))
-        fix = (
-            f"write modules: with slices for one of {', '.join(parts)}" if len(parts) > 1 else "write modules: by name"
-        )
-        raise StackError(f"has several stacks of layers, {listed}, and layer_range could mean each", fix)
-    if agreeing:
-        prefix = agreeing[0]
-        keys = tuple(path for path in known[prefix] if value_at(config, path) == stacks[prefix])
-        return Stack(prefix, stacks[prefix], keys)
+    agreeing = [_agreeing(config, prefix, count, known[prefix]) for prefix, count in stacks.items()]
+    matching = [stack for stack in agreeing if stack.keys]
+    found = matching or _with_predicting(stacks, config, known)
+    if len(found) == 1:
+        return found[0]
+    if matching:
+        raise _ambiguous(matching, names)
+    if len(stacks) == 1 and not agreeing[0].keys and not known[agreeing[0].prefix]:
+        return agreeing[0]
+    raise _uncounted(stacks, known, config)
+
+
+def _agreeing(config: Mapping[str, Any], prefix: str, count: int, keys: Sequence[Path]) -> Stack:
+    """A stack with those of `keys` at which the config states its number of layers."""
+    return Stack(prefix, count, tuple(path for path in keys if value_at(config, path) == count))
+
+
+def _ambiguous(stacks: Sequence[Stack], names: Collection[str]) -> StackError:
+    listed = ", ".join(f"{stack.prefix.rstrip('.')} ({stack.count})" for stack in stacks)
+    modules = sorted(set(modules_of(names).values()))
+    fix = f"with slices for one of {', '.join(modules)}" if len(modules) > 1 else "by name"
+    return StackError(
+        f"has several stacks of layers, {listed}, and layer_range could mean each", f"write modules: {fix}"
+    )
+
+
+def _uncounted(stacks: Mapping[str, int], known: Mapping[str, Sequence[Path]], config: Mapping[str, Any]) -> StackError:
     if not stacks:
-        raise StackError("has no numbered layers, so layer_range means nothing", "write models: instead of slices:")
-    if len(stacks) > 1 or known[next(iter(stacks))]:
-        listed = ", ".join(f"{prefix.rstrip('.')} ({count})" for prefix, count in stacks.items())
-        said = ", ".join(f"{'.'.join(p)}: {value_at(config, p)}" for keys in known.values() for p in keys)
-        what = f"numbers its tensors by {listed}, and its config says {said or 'nothing of layers'}"
-        raise StackError(what, "slices need a config that knows the number of layers; merge it with models:")
-    ((prefix, count),) = stacks.items()
-    return Stack(prefix, count, ())
+        return StackError("has no numbered layers for layer_range to count", "write models: instead of slices:")
+    listed = ", ".join(f"{prefix.rstrip('.')} ({count})" for prefix, count in stacks.items())
+    stated = ", ".join(f"{'.'.join(p)}: {value_at(config, p)}" for keys in known.values() for p in keys)
+    what = f"numbers its tensors by {listed}, and its config states {stated or 'no number of layers'}"
+    return StackError(what, "slices need a config with the number of layers; merge it with models:")
 
 
 _PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
@@ -95,19 +113,19 @@ _PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
 
 def _with_predicting(
     stacks: Mapping[str, int], config: Mapping[str, Any], known: Mapping[str, Sequence[Path]]
-) -> Stack | None:
-    """The one stack that is longer than the config says by the layers that predict further tokens."""
+) -> list[Stack]:
+    """Stacks that are longer than the config states by exactly the layers that predict further tokens."""
     found = []
     for prefix, count in stacks.items():
         for path in known[prefix]:
             beyond = count - value_at(config, path)
             if beyond > 0 and beyond in [value_at(config, (*path[:-1], key)) for key in _PREDICTING]:
                 found.append(Stack(prefix, count - beyond, (path,), beyond))
-    return found[0] if len(found) == 1 else None
+    return found
 
 
-def layer_t_of(names: Iterable[str]) -> dict[str, int]:
-    """The number of layers of each stack by its highest layer, for gradients over whole models."""
+def layer_counts(names: Iterable[str]) -> dict[str, int]:
+    """The highest layer of each stack, plus one: the length of a gradient over a whole model."""
     last: dict[str, int] = {}
     for name in names:
         if found := split(name):
@@ -115,7 +133,7 @@ def layer_t_of(names: Iterable[str]) -> dict[str, int]:
     return last
 
 
-# --- what a config says of layers -------------------------------------------------------------------------------------
+# --- the number of layers in a config ---------------------------------------------------------------------------------
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", "num_blocks", "layers")
 _OF_ENCODER = ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers", "num_layers", "num_hidden_layers")
@@ -126,27 +144,38 @@ _SECTIONS = {"vision": ("vision", "visual"), "audio": ("audio",)}
 
 def layer_keys(config: Mapping[str, Any], prefix: str) -> list[Path]:
     """Where a config states the number of layers of the stack `prefix`."""
-    role = role_of(prefix)
-    nested = [key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
-    if role in _SECTIONS:
-        own = [key for key in nested if any(word in key for word in _SECTIONS[role])]
-        if own:
-            return [(key, count) for key in own for count in _OF_VISION if _is_count(config[key].get(count))]
-    text = [key for key in nested if not any(word in key for words in _SECTIONS.values() for word in words)]
-    places: list[Path] = [(), *((key,) for key in text)]
-    parts = prefix.split(".")
-    if any(value_at(config, (*place, key)) is not None for place in places for key in _OF_DECODER):
-        counts: Sequence[str] = _OF_ENCODER if "encoder" in parts else _OF_DECODER if "decoder" in parts else _COUNTS
-    else:
-        counts = _COUNTS
-    return [(*place, key) for place in places for key in counts if _is_count(value_at(config, (*place, key)))]
+    nested, words = _nested(config), _SECTIONS.get(role_of(prefix), ())
+    if own := [(key,) for key in nested if any(word in key for word in words)]:
+        return _counts_at(config, own, _OF_VISION)
+    sections = [(), *((key,) for key in nested if not any(w in key for words in _SECTIONS.values() for w in words))]
+    two_sided = any(value_at(config, (*section, key)) is not None for section in sections for key in _OF_DECODER)
+    sides = {"encoder": _OF_ENCODER, "decoder": _OF_DECODER} if two_sided else {}
+    keys = next((keys for side, keys in sides.items() if side in prefix.split(".")), _COUNTS)
+    return _counts_at(config, sections, keys)
+
+
+def _counts_at(config: Mapping[str, Any], sections: Sequence[Path], keys: Sequence[str]) -> list[Path]:
+    """Those of `keys` in `sections` whose value is a whole number."""
+    paths = [(*section, key) for section in sections for key in keys]
+    return [path for path in paths if type(value_at(config, path)) is int]
+
+
+def _nested(config: Mapping[str, Any]) -> list[str]:
+    """The keys of the configs nested in a config."""
+    return [key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+
+
+def with_nested(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A config and all configs nested in it, each with the dotted prefix of its keys."""
+    yield within, config
+    for key in _nested(config):
+        yield from with_nested(config[key], f"{within}{key}.")
 
 
 def count_place(config: Mapping[str, Any], prefix: str) -> Path:
-    """Where a config that does not state the number of layers of the stack `prefix` would."""
+    """Where to state the number of layers of the stack `prefix` in a config that does not state it."""
     words = _SECTIONS.get(role_of(prefix), ("text", "llm", "language"))
-    nested = [key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
-    own = next((key for key in nested if any(word in key for word in words)), None)
+    own = next((key for key in _nested(config) if any(word in key for word in words)), None)
     return (own, "num_hidden_layers") if own else ("num_hidden_layers",)
 
 
@@ -158,11 +187,7 @@ def value_at(config: Mapping[str, Any], path: Path) -> Any:
     return found
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# --- parts of a model -------------------------------------------------------------------------------------------------
+# --- modules of a model -----------------------------------------------------------------------------------------------
 
 _PROJECTOR = {
     "multi_modal_projector", "mm_projector", "projector", "connector", "merger", "deepstack_merger_list",
@@ -180,7 +205,7 @@ _ALIASES = {
 
 
 def role_of(name: str) -> str:
-    """What of a multimodal model a name is of: projector, vision, audio, or text."""
+    """The role of a tensor in a multimodal model: projector, vision, audio, or text."""
     parts = set(name.split("."))
     if parts & _PROJECTOR:
         return "projector"
@@ -191,7 +216,7 @@ _MODULES = {"projector": "multi_modal_projector", "vision": "vision_tower", "aud
 
 
 def modules_of(names: Collection[str]) -> dict[str, str]:
-    """The part of the model that each name belongs to, as mergekit calls the parts.
+    """The module that each name belongs to, by mergekit's names of modules.
 
     `text_decoder`, `vision_tower`, `audio_tower` and `multi_modal_projector` where a model has several of them; `encoder`,
     `decoder` and `shared` where the text has two stacks; else `default`.
@@ -208,10 +233,10 @@ def modules_of(names: Collection[str]) -> dict[str, str]:
 
 
 def parts(names: Collection[str], wanted: Sequence[str]) -> dict[str, str]:
-    """Which of the `wanted` modules each name belongs to; names of none are left out.
+    """Which of the `wanted` modules each name belongs to, without the names that belong to none.
 
-    A module is a part as `modules_of` calls it (or a usual other name of it), or what the names of its tensors begin with
-    (the longest wins); `default` is everything that no other wanted module takes.
+    A module is named as by `modules_of`, by a usual alias of that name, or by a prefix of its tensors (the longest wins).
+    `default` takes everything that no other wanted module takes.
     """
     own = modules_of(names)
     present = set(own.values())
@@ -232,5 +257,5 @@ _BEFORE = re.compile(
 
 
 def is_before_layers(name: str) -> bool:
-    """Whether a tensor outside of layers is used before the first of them (embeddings), rather than after the last."""
+    """Whether a tensor outside of layers is used before the first layer (an embedding) and not after the last."""
     return bool(_BEFORE.search(name))

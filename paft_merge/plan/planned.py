@@ -160,18 +160,18 @@ class MergePlan:
 
     recipe: Recipe
     models: tuple[Model, ...]
-    donor: Model
+    config_source: Model
     """The model that gives the output its tensor names, order, config and tokenizer: the base, or the first model."""
     tensors: tuple[PlannedTensor, ...]
     """In output order."""
     shards: tuple[Shard, ...]
     """The files of the output."""
     config: Mapping[str, Any]
-    """Changes to the donor's `config.json`."""
+    """Changes to the config source's `config.json`."""
     warnings: tuple[Problem, ...]
     allow_nonfinite: bool = False
     vocabulary: Vocabulary | None = None
-    """The output's tokenizer and chat template; None: the donor's."""
+    """The output's tokenizer and chat template; None: those of the config source."""
 
     def __repr__(self) -> str:
         method, models, tensors = self.recipe.merge_method, len(self.models), len(self.tensors)

@@ -1,19 +1,21 @@
-"""A recipe: YAML in mergekit's language, and ours, read into frozen models, with every error at once and its line.
+"""Merge recipes: YAML in mergekit's language with our additions, read into frozen models, all errors with their lines.
 
-`load_recipe` gives a `Recipe`: the language as written, and the modules, slices and sources that it asks for.
-`resolve_all` gives a method's parameters for one tensor, and the line that set each.
-`load_yaml` gives plain data that knows its lines, for other YAML files of ours.
+`load_recipe` returns a `Recipe`: the language as written, and its modules, slices and sources.
+`resolve_all` returns a method's parameters for one tensor, and the line that set each.
+`load_yaml` returns plain data with its lines, for other YAML files.
 
-| room | what it is |
+| module | contents |
 |---|---|
-| text | YAML text as plain data that knows its lines |
-| reference | what a recipe calls a model |
-| language | what may be written |
-| reading | plain data to those models, with every fault of shape and type |
-| settings | what a parameter is worth for one tensor |
-| outline | one shape for `models:`, `slices:` and `modules:` |
-| checks | what the method can take |
-| report | the faults, in the order of the file |
+| yaml_source | YAML text as plain data with its lines |
+| sections | pydantic sections, and their errors in plain English |
+| reference | references to models |
+| schema | the language |
+| parsing | plain data to the schema, with every error of shape and type |
+| resolution | the value of a parameter for one tensor |
+| normalized | one form for `models:`, `slices:` and `modules:` |
+| validation | the requirements of the method |
+| diagnostics | the errors and warnings, in the order of the file |
+| documents | the documents of one file |
 """
 
 from __future__ import annotations
@@ -24,18 +26,17 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from paft_merge.errors import Problem
+from paft_merge.errors import Problem, RecipeError
 from paft_merge.methods import METHODS, Method
 from paft_merge.recipe.diagnostics import Report
-from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, outline
-from paft_merge.recipe.parsing import read_language
+from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, normalize
+from paft_merge.recipe.parsing import kind_of, read_language
 from paft_merge.recipe.reference import ModelRef
-from paft_merge.recipe.resolution import Level, Origin, ParameterCache, Resolved, layer_t, resolve, resolve_all
-from paft_merge.recipe.schema import CHAT_TEMPLATES, DTYPES, Language, TokenEntry, TokenizerEntry, TokenRow, ZeroRow
+from paft_merge.recipe.resolution import ParameterCache, Resolved, layer_t, resolve, resolve_all
+from paft_merge.recipe.schema import CHAT_TEMPLATES, Language, TokenizerEntry, TokenRow, ZeroRow
 from paft_merge.recipe.validation import check, find_method
 from paft_merge.recipe.yaml_source import (
     Located,
-    SourceLocation,
     did_you_mean,
     dotted,
     dump_yaml,
@@ -46,26 +47,22 @@ from paft_merge.recipe.yaml_source import (
 
 __all__ = [
     "CHAT_TEMPLATES",
-    "DTYPES",
     "Language",
-    "Level",
     "Located",
     "ModelRef",
-    "Origin",
     "OutputModule",
     "OutputSlice",
     "ParameterCache",
     "Recipe",
     "Resolved",
     "Source",
-    "SourceLocation",
-    "TokenEntry",
     "TokenRow",
     "TokenizerEntry",
     "ZeroRow",
     "did_you_mean",
     "dotted",
     "dump_yaml",
+    "kind_of",
     "layer_t",
     "load_documents",
     "load_recipe",
@@ -86,12 +83,13 @@ class Recipe:
     language: Language
     """Every key as written."""
     method: Method
+    """The method that `merge_method` names."""
     modules: tuple[OutputModule, ...]
-    """The output modules; one without a name, unless the recipe has `modules:`."""
+    """The output's modules: a single one without a name, unless the recipe has `modules:`."""
     warnings: tuple[Problem, ...]
-    """Keys that have no effect, in the order of the file."""
+    """Keys and values without effect, in the order of the file."""
     located: Located
-    """The data it was read from, with its lines."""
+    """The data that the recipe was read from, with its lines."""
 
     def __repr__(self) -> str:
         named = [f", {key}={value!r}" for key, value in (("name", self.name), ("file", self.located.file)) if value]
@@ -104,12 +102,12 @@ class Recipe:
 
     @property
     def slices(self) -> tuple[OutputSlice, ...]:
-        """Every output slice, module by module; `models:` is one slice."""
+        """Every output slice, module by module; a `models:` list is one slice."""
         return tuple(output for module in self.modules for output in module.slices)
 
     @property
     def references(self) -> tuple[ModelRef, ...]:
-        """Every model, once: the base of the recipe, then the others in the order of the recipe."""
+        """Every model that is merged, once: the recipe's base, then the others in the order of the recipe."""
         found = [self.base_model]
         for output in self.slices:
             found += [output.base, *(source.ref for source in output.sources)]
@@ -117,77 +115,89 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The YAML as written, or equivalent YAML if the recipe did not come from its own file."""
+        """The YAML as the user wrote it, or equivalent YAML for a recipe without a file."""
         return self.located.text or dump_yaml(self.resolved())
 
     def resolved(self) -> dict[str, Any]:
-        """Return plain data (JSON) that loads as an equal recipe, with our defaults written out."""
+        """JSON data that loads as an equal recipe, including the defaults of our keys."""
         return self.language.model_dump(mode="json", exclude_none=True)
 
     @property
     def merge_method(self) -> str:
+        """The name of the method."""
         return self.language.merge_method
 
     @property
     def base_model(self) -> ModelRef | None:
+        """The model that is merged into; None without one."""
         return self.language.base_model
 
     @property
     def dtype(self) -> str | None:
+        """The output's dtype where `out_dtype` is None; the dtype of mergekit's arithmetic."""
         return self.language.dtype
 
     @property
     def out_dtype(self) -> str | None:
+        """The output's dtype."""
         return self.language.out_dtype
 
     @property
     def rounding(self) -> Literal["nearest", "stochastic"]:
+        """How float32 results are rounded to the output's dtype."""
         return self.language.rounding
 
     @property
     def arithmetic(self) -> Literal["float32", "mergekit"]:
+        """Whether to compute in float32, or in `dtype` as mergekit does."""
         return self.language.arithmetic
 
     @property
     def seed(self) -> int:
+        """The seed of random drops and of stochastic rounding."""
         return self.language.seed
 
     @property
     def name(self) -> str | None:
+        """The name by which other documents of the file use the result."""
         return self.language.name
 
     @property
     def tokenizer(self) -> TokenizerEntry | None:
-        """The output's vocabulary, from `tokenizer_source` or `tokenizer`; None keeps the base's."""
+        """The output's vocabulary, from `tokenizer` or `tokenizer_source`; None keeps the config source's."""
         source = self.language.tokenizer_source
         return TokenizerEntry(source=source) if source else self.language.tokenizer
 
     @property
     def chat_template(self) -> str | None:
+        """`auto`, a name of `CHAT_TEMPLATES`, or a Jinja template; None keeps the config source's."""
         return self.language.chat_template
 
 
 def load_recipe(
     source: Path | str | Mapping[str, Any] | Located, *, strict: bool = False, methods: Mapping[str, Method] = METHODS
 ) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a merge recipe.
 
     Args:
-        source: a file, YAML text (a str with a line break or `: ` in it; any other is a path), data, or part of a file.
-        strict: raise an error for keys that have no effect, instead of a warning.
+        source: a path; YAML text (a str with a line break or `: `, any other is a path); data; or part of a file.
+        strict: raise for keys that mergekit would ignore, instead of warning.
         methods: the methods that a recipe may name.
 
     Raises:
-        RecipeError: all problems, in the order of the file.
+        RecipeError: every error of the recipe, in the order of the file.
     """
     located = _located(source)
+    if kind_of(located.data) == "run":
+        fix = "use paft run" + (", or write its merge: section to a file" if "merge" in located.data else "")
+        raise RecipeError.of("RECIPE", located.spot(), "this is a recipe for paft run, not a merge recipe", fix)
     report = Report(located)
     names = {p.name for method in methods.values() for p in method.parameters} | {"trim"}
     language, faulty = read_language(located, report, names)
     if language is None:
         raise report.error_of()
     method = find_method(language.merge_method, methods, report)
-    modules = outline(language, method, report)
+    modules = normalize(language, method, report)
     if method is None:
         raise report.error_of()
     check(modules, method, methods, report, faulty)

@@ -1,4 +1,4 @@
-"""The faults of one recipe, gathered while it is read, so that all are told at once and in the order of the file."""
+"""The errors and warnings of a recipe, collected while it is read and reported together."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from paft_merge.errors import Problem, RecipeError
 from paft_merge.recipe.yaml_source import Located, SourceLocation
 
 
+class UnlocatedError(Exception):
+    """An error whose location only the caller knows: the message `what`, and the `fix`."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
 class Report:
-    """Errors and warnings of the recipe `located`."""
+    """The errors and warnings of one recipe, each with its line."""
 
     def __init__(self, located: Located) -> None:
         self.located = located
@@ -15,11 +23,11 @@ class Report:
         self.warnings: list[tuple[int, Problem]] = [(0, problem) for problem in located.warnings]
 
     def error(self, spot: SourceLocation, what: str, fix: str = "", code: str = "RECIPE") -> None:
-        """Note what the recipe cannot be run with."""
+        """Note an error at `spot`."""
         self.errors.append((spot.line or 0, Problem(code, str(spot), what, fix)))
 
     def warn(self, spot: SourceLocation, what: str, fix: str = "", code: str = "UNKNOWN_KEY") -> None:
-        """Note what has no effect."""
+        """Note a key or value without effect at `spot`."""
         self.warnings.append((spot.line or 0, Problem(code, str(spot), what, fix)))
 
     def finish(self, *, strict: bool) -> tuple[Problem, ...]:
@@ -33,9 +41,9 @@ class Report:
         return _in_order(self.warnings)
 
     def error_of(self, *, strict: bool = False) -> RecipeError:
-        """All errors as one. Unknown keys are told with them, being often their cause; with `strict`, every warning."""
-        told = [(line, problem) for line, problem in self.warnings if strict or problem.code == "UNKNOWN_KEY"]
-        return RecipeError(_in_order(self.errors + told))
+        """All errors, and the warnings of unknown keys, which are often the cause; with `strict`, all warnings."""
+        added = [(line, problem) for line, problem in self.warnings if strict or problem.code == "UNKNOWN_KEY"]
+        return RecipeError(_in_order(self.errors + added))
 
 
 def _in_order(noted: list[tuple[int, Problem]]) -> tuple[Problem, ...]:

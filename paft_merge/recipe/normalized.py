@@ -1,6 +1,6 @@
-"""What a recipe asks for, in one shape for all three forms: modules of output slices of sources, with their levels.
+"""One form for the three forms of a recipe: modules of output slices of sources, each with its parameter levels.
 
-`models:` is one slice that spans all layers, `slices:` are those of the only module, `modules:` has either by name.
+`models:` becomes one slice over all layers, `slices:` the slices of a single module; a module of `modules:` has either.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from paft_merge.recipe.yaml_source import KeyPath, SourceLocation, did_you_mean,
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One of the models that an output slice is made of."""
+    """A model that an output slice is made of."""
 
     ref: ModelRef
     layers: tuple[int, int] | None
-    """The first layer and the one after the last; None for all of the model."""
+    """The first layer and the one after the last; None: the whole model."""
     levels: tuple[Level, ...]
-    """Where its parameters may be, most specific first. Places that say nothing are left out."""
+    """The levels that set its parameters, most specific first."""
     implicit: bool
-    """It is the `base_model`, which no list names."""
+    """Whether it is the `base_model` and no list names it."""
     spot: SourceLocation
 
 
 @dataclass(frozen=True, slots=True)
 class OutputSlice:
-    """Consecutive layers of the output, and what they are made of."""
+    """Consecutive layers of the output, and the sources they are made of."""
 
     sources: tuple[Source, ...]
     """In the order of the recipe; an implicit base comes last."""
     base: ModelRef | None
     levels: tuple[Level, ...]
-    """Where shared parameters may be, most specific first."""
+    """The levels that set shared parameters, most specific first."""
     spot: SourceLocation
 
 
@@ -48,20 +48,20 @@ class OutputModule:
     """A part of the output model."""
 
     name: str | None
-    """None: the whole model."""
+    """None for the whole model."""
     slices: tuple[OutputSlice, ...]
     spot: SourceLocation
 
 
-def outline(language: Language, method: Method | None, report: Report) -> tuple[OutputModule, ...]:
-    """Bring a recipe into that shape, noting faulty parameter settings in `report`."""
-    outliner = _Outliner(language, method, report)
+def normalize(language: Language, method: Method | None, report: Report) -> tuple[OutputModule, ...]:
+    """Normalize a recipe, noting errors in parameter settings in `report`."""
+    normalizer = _Normalizer(language, method, report)
     if language.modules:
-        return tuple(outliner.module(name, entry) for name, entry in language.modules.items())
+        return tuple(normalizer.module(name, entry) for name, entry in language.modules.items())
     if language.models:
-        slices: tuple[OutputSlice, ...] = (outliner.whole((), language.models, ()),)
+        slices: tuple[OutputSlice, ...] = (normalizer.whole((), language.models, ()),)
     else:
-        slices = tuple(outliner.slice((), i, entry, ()) for i, entry in enumerate(language.slices or ()))
+        slices = tuple(normalizer.slice((), i, entry, ()) for i, entry in enumerate(language.slices or ()))
     return (OutputModule(None, slices, report.located.spot()),)
 
 
@@ -75,7 +75,7 @@ def all_levels(modules: tuple[OutputModule, ...]) -> Iterator[Level]:
                 yield level
 
 
-class _Outliner:
+class _Normalizer:
     def __init__(self, language: Language, method: Method | None, report: Report) -> None:
         self.language, self.method, self.report = language, method, report
         self.recipe_levels = self.level("recipe", (), language.parameters)
@@ -90,7 +90,7 @@ class _Outliner:
         return OutputModule(name, slices, self.spot(steps))
 
     def whole(self, steps: KeyPath, entries: tuple[ModelEntry, ...], around: tuple[Level, ...]) -> OutputSlice:
-        """The one slice of a `models:` list. The base belongs to it, named or not."""
+        """The slice of a `models:` list, with the base even if the list does not name it."""
         base, shared = self.language.base_model, around + self.recipe_levels
         sources = []
         for i, entry in enumerate(entries):
@@ -114,15 +114,12 @@ class _Outliner:
     def level(
         self, kind: Literal["source", "slice", "module", "recipe"], steps: KeyPath, parameters: Mapping[str, Any] | None
     ) -> tuple[Level, ...]:
-        """The level that `parameters` make, or none when nothing is written there."""
+        """The level of a `parameters:` mapping; empty without settings."""
         steps = (*steps, "parameters")
         settings: dict[str, Setting] = {}
         for name, raw in (parameters or {}).items():
-            flat = (
-                self.trim(steps, raw)
-                if name == "trim" and not self.takes_trim
-                else {name: self.setting((*steps, name), raw)}
-            )
+            is_trim = name == "trim" and not (self.method and self.method.parameter("trim"))
+            flat = self.trim(steps, raw) if is_trim else {name: read_setting(self.report, (*steps, name), raw)}
             for one in (one for one in flat if one in settings):
                 spot = flat[one].spot
                 self.report.error(spot, f"{one} is also set by {settings[one].spot.path}", "keep one of the two")
@@ -130,7 +127,7 @@ class _Outliner:
         return (Level(kind, settings, self.spot(steps)),) if settings else ()
 
     def trim(self, steps: KeyPath, raw: Any) -> dict[str, Setting]:
-        """`trim: {density: 0.2}` says the same as `density: 0.2`."""
+        """The setting in `trim: {density: 0.2}`, which means `density: 0.2`."""
         steps = (*steps, "trim")
         known = f"one of {', '.join(TRIM_RULES)}"
         if not isinstance(raw, Mapping):
@@ -142,14 +139,7 @@ class _Outliner:
         if len(raw) != 1:
             self.report.error(self.spot(steps), f"trims by {known}, got {len(raw)}", "write trim: {density: 0.2}")
             return {}
-        return {name: self.setting((*steps, name), raw[name]) for name in TRIM_RULES if name in raw}
-
-    @property
-    def takes_trim(self) -> bool:
-        return self.method is not None and self.method.parameter("trim") is not None
-
-    def setting(self, steps: KeyPath, raw: Any) -> Setting:
-        return read_setting(self.report, steps, raw)
+        return {name: read_setting(self.report, (*steps, name), raw[name]) for name in TRIM_RULES if name in raw}
 
     def spot(self, steps: KeyPath) -> SourceLocation:
         return self.report.located.spot(steps)

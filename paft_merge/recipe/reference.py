@@ -1,23 +1,24 @@
-"""What a recipe calls a model: a folder or Hub repository, at a revision, perhaps with an adapter on top."""
+"""References to models in a recipe: a folder or Hub repository, a revision, and an optional adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from paft_merge.errors import RecipeError
-from paft_merge.recipe.yaml_source import show
+from paft_merge.recipe.sections import Section, problems_of, refused
+from paft_merge.recipe.yaml_source import dotted, show
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A model as a recipe names it; two that are spelt differently are two models.
+    """A model as a recipe names it; references that are spelled differently are different models.
 
-    `str()` gives `path@revision+lora@revision`. `written()` gives that, or the object form where only that can say it.
+    `str()` is `path@revision+lora@revision`, which is ambiguous for a path with an `@` or `+`; see `written`.
     """
 
     path: str
@@ -26,7 +27,7 @@ class ModelRef:
     lora_revision: str | None = None
     override_architecture: str | None = None
     label: str | None = field(default=None, compare=False)
-    """A name for what random drops go by, wherever the files lie; it tells no two models apart."""
+    """A name that seeds random drops in place of the path; it does not distinguish models."""
 
     @classmethod
     def parse(cls, value: ModelRef | str | Mapping[str, Any]) -> ModelRef:
@@ -35,15 +36,13 @@ class ModelRef:
         A `model:` before the path (old model cards) is dropped.
 
         Raises:
-            RecipeError: anything else, with its reason.
+            RecipeError: the value has neither form.
         """
         try:
             return _ADAPTER.validate_python(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            context = first.get("ctx", {})
-            what = context.get("what") or f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-            raise RecipeError.of("RECIPE", "", what, context.get("fix", "")) from None
+            first = next(problems_of(error, _Form, value, dotted))
+            raise RecipeError([replace(first, code="RECIPE")]) from None
 
     def __str__(self) -> str:
         text = _part(self.path, self.revision)
@@ -56,11 +55,11 @@ class ModelRef:
 
     @property
     def stream(self) -> str:
-        """What the random numbers of this source are drawn by: its label, else the reference as written."""
+        """The name that seeds this source's random drops: its label, else the reference as written."""
         return self.label or str(self)
 
     def written(self) -> str | dict[str, Any]:
-        """The form that `parse` reads back as an equal reference."""
+        """The string form, or the object form where the string would not parse as an equal reference."""
         places = [self.path, self.revision, self.lora, self.lora_revision]
         marked = any(mark in place for place in places if place for mark in "+@") or self.path.startswith("model:")
         if not marked and self.override_architecture is None and self.label is None:
@@ -86,16 +85,7 @@ def _part(path: str, revision: str | None) -> str:
     return f"{path}@{revision}" if revision else path
 
 
-def refused(what: str, fix: str = "") -> PydanticCustomError:
-    """A fault that a validator found, in the words the user will read."""
-    return PydanticCustomError("recipe", "{what}", {"what": what, "fix": fix})
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Place(_Strict):
+class _Place(Section):
     """`path@revision`, or `{path, revision}` for a path that has an `@` or `+` in it."""
 
     path: str
@@ -114,8 +104,8 @@ class _Place(_Strict):
         return value
 
 
-class _Form(_Strict):
-    """The object form, which is also what the string form is read into."""
+class _Form(Section):
+    """The object form, into which the string form is converted."""
 
     model: _Place
     lora: _Place | None = None

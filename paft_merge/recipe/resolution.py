@@ -1,7 +1,7 @@
-"""What a parameter is worth for one tensor: gradients over layers, filters by name, and which level of a recipe wins.
+"""The value of a parameter for one tensor: gradients over layers, filters by tensor name, and the levels of a recipe.
 
-The rules are mergekit's. A setting is a scalar, a gradient (a list of scalars), or conditions with filters. Levels are
-asked from the most specific to the least: source, output slice, module, recipe; then the method's default.
+The rules are mergekit's. A setting is a scalar, a gradient (a list of scalars), or a list of conditions with filters. The most
+specific level that sets a parameter wins: source, output slice, module, recipe, and finally the method's default.
 """
 
 from __future__ import annotations
@@ -16,66 +16,62 @@ from pydantic import TypeAdapter, ValidationError
 
 from paft_merge.errors import Problem, RecipeError
 from paft_merge.methods import REQUIRED, Method, Parameter
-from paft_merge.recipe.diagnostics import Report
+from paft_merge.recipe.diagnostics import Report, UnlocatedError
 from paft_merge.recipe.yaml_source import KeyPath, SourceLocation, did_you_mean, show
 
 Scalar: TypeAlias = bool | int | float | str
 
 TRIM_RULES: Final = ("density", "l1_mass", "epsilon")
-"""What `trim: {...}` may name. A method with an `l1_mass` trims by one of them: the one of the most specific level."""
+"""The keys of `trim: {...}`. A method with an `l1_mass` trims by the one that the most specific level sets."""
 
 _DEFAULT = SourceLocation("", None, "")
 
 
-class SettingError(Exception):
-    """A value that a parameter cannot take: `what` is wrong, and the `fix`."""
-
-    def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(what)
-        self.what, self.fix = what, fix
+class SettingError(UnlocatedError):
+    """An invalid value of a parameter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A value, or a gradient of values, for the tensors whose name contains `filter`."""
+    """A value or gradient for the tensors whose names contain `filter`."""
 
     value: Scalar | tuple[Scalar, ...]
     filter: str | None
-    """None: every tensor."""
+    """Part of a tensor's name; None or `*`: every tensor."""
     spot: SourceLocation
 
     def matches(self, tensor_name: str) -> bool:
-        """Whether it holds for a tensor; a plain substring, and `*` means every tensor."""
+        """Whether the condition applies to a tensor."""
         return self.filter in (None, "*") or bool(tensor_name and self.filter in tensor_name)
 
     @property
     def scalars(self) -> tuple[Scalar, ...]:
-        """Every scalar that is written here."""
+        """The value as a tuple of scalars."""
         return self.value if isinstance(self.value, tuple) else (self.value,)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """All that one level says of one parameter. The first condition that matches is the one in force."""
+    """The conditions of one parameter on one level, of which the first that matches applies."""
 
     conditions: tuple[Condition, ...]
     spot: SourceLocation
 
     def pick(self, tensor_name: str) -> Condition | None:
-        """The condition in force for a tensor; None when none matches, or it is an empty list."""
+        """The condition that applies to a tensor; None if none matches or its value is an empty list."""
         found = next((c for c in self.conditions if c.matches(tensor_name)), None)
         return found if found and found.value != () else None
 
     @property
     def always(self) -> Condition | None:
-        """The condition that holds for every tensor because no filter comes before it; None without one."""
+        """The first condition if it applies to every tensor, else None."""
         first = self.conditions[0] if self.conditions else None
         return first if first and first.filter in (None, "*") and first.value != () else None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Level:
-    """The parameters written in one place."""
+    """The settings of one `parameters:` mapping."""
 
     kind: Literal["source", "slice", "module", "recipe"]
     settings: Mapping[str, Setting]
@@ -83,7 +79,7 @@ class Level:
 
 
 class Origin(NamedTuple):
-    """Where a value comes from; `spot` has the file, the line and the path, and is empty for a default."""
+    """The level and the place in the recipe that set a value; `spot` is empty for a default."""
 
     level: Literal["source", "slice", "module", "recipe", "default"]
     spot: SourceLocation
@@ -93,25 +89,29 @@ class Origin(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """A parameter's value for one tensor, and what set it."""
+    """The value of a parameter for one tensor, and its origin."""
 
     value: Any
     origin: Origin
 
 
 def layer_t(index: int, count: int) -> float:
-    """Where layer `index` of an output slice of `count` layers lies on a gradient, in [0, 1]; a lone layer is at 1.
+    """The place on a gradient, in [0, 1], of layer `index` of an output slice of `count` layers; 1 for a single layer.
 
-    Tensors outside of layers (embeddings, the last norm, the head) are at 0.
+    Tensors outside of layers (embeddings, the last norm, the head) use 0.
     """
     return index / (count - 1) if count > 1 else 1.0
 
 
-def typed(parameter: Parameter, value: Any) -> Any:
-    """`value` as the parameter's type, by pydantic's lax rules (`"1e-3"` is a float, 1 is a bool), within its bounds.
+def coerce(parameter: Parameter, value: Any) -> Any:
+    """Convert a scalar of YAML or of a command line to the type of a parameter, by pydantic's lax rules, and check it.
+
+    Args:
+        parameter: its type, choices, bounds and flags.
+        value: a scalar, or its text: `"1e-3"` is a float, and `1` and `"yes"` are bools.
 
     Raises:
-        SettingError: it is not of that type, not finite, out of bounds, or none of the choices.
+        SettingError: the value has another type, is not finite, is out of bounds, or is not one of the choices.
     """
     if parameter.flags and value not in parameter.choices:
         try:
@@ -127,24 +127,22 @@ def typed(parameter: Parameter, value: Any) -> Any:
     if isinstance(made, float) and not math.isfinite(made):
         raise SettingError(f"must be finite, got {made}")
     if isinstance(made, int | float) and not parameter.low <= made <= parameter.high:
-        raise SettingError(
-            f"must be {_bounds(parameter)}, got {show(made)}", _SHARE_FIX if made > 1 and parameter.high == 1 else ""
-        )
+        fix = "it is a fraction: write 0.2 for 20 %" if made > 1 and parameter.high == 1 else ""
+        raise SettingError(f"must be {_bounds(parameter)}, got {show(made)}", fix)
     return made
 
 
-_SHARE_FIX = "it is a share: write 0.2 for 20 %"
-
-
 def evaluate(condition: Condition, parameter: Parameter, t: float) -> Any:
-    """The value at `t` in [0, 1]: numbers are interpolated, and of bools and words the last is taken at `t = 1` only.
+    """The value of a condition at `t` in [0, 1].
+
+    Numbers are interpolated linearly. Bools and words are not: each holds up to the next one.
 
     Raises:
-        SettingError: a value does not suit the parameter, or an interpolated one is not integral where it must be.
+        SettingError: a value is invalid, or an interpolated value of a whole-number parameter is not whole.
     """
     if not isinstance(condition.value, tuple):
-        return typed(parameter, condition.value)
-    values = [typed(parameter, v) for v in condition.value]
+        return coerce(parameter, condition.value)
+    values = [coerce(parameter, v) for v in condition.value]
     last = len(values) - 1
     place = t * last
     low = int(place)
@@ -152,7 +150,7 @@ def evaluate(condition: Condition, parameter: Parameter, t: float) -> Any:
         return values[low]
     part = place - low
     between = (1 - part) * values[low] + part * values[min(low + 1, last)]
-    # Within the bounds up to a rounding, because both ends are; so only the type is asked for again.
+    # Both ends are within the bounds, and so is the value between them: only its type is checked.
     try:
         return _adapter(parameter.type).validate_python(between)
     except ValidationError:
@@ -169,17 +167,18 @@ def resolve(
     model: object = None,
     rivals: Collection[str] = (),
 ) -> Resolved:
-    """The value of a parameter for one tensor, and what set it.
+    """The value of a parameter for one tensor, and its origin.
 
     Args:
-        levels: most specific first.
-        tensor_name: for filters. A source's own name of the tensor for its parameters, the output's for shared ones.
-        t: place on gradients, `layer_t`.
-        model: named in the message when a required value is missing.
-        rivals: parameters of which only one can hold (see `rivals`); a more specific level that gives another one wins.
+        levels: the levels, most specific first.
+        parameter: the parameter.
+        tensor_name: the name that filters match: the source's for its own parameters, the output's for shared ones.
+        t: place on gradients, see `layer_t`.
+        model: the source, for the message about a missing value.
+        rivals: parameters of which only one may be set (see `rivals`): the most specific level decides which.
 
     Raises:
-        RecipeError: no level gives a required parameter, a value does not suit it, or two rivals meet on one level.
+        RecipeError: a required parameter is not set, its value is invalid, or one level sets two rivals.
     """
     for level in levels:
         setting = level.settings.get(parameter.name)
@@ -214,7 +213,10 @@ def resolve_all(
     *,
     model: object = None,
 ) -> dict[str, Resolved]:
-    """Every parameter of `method` with that scope, by name; arguments and errors are those of `resolve`."""
+    """Every parameter of `method` with that scope, by name.
+
+    Arguments and errors are those of `resolve`.
+    """
     names = rivals(method)
     return {
         p.name: resolve(levels, p, tensor_name, t, model=model, rivals=names if p.name in names else ())
@@ -224,7 +226,7 @@ def resolve_all(
 
 
 class ParameterCache:
-    """`resolve_all` for the many tensors of one recipe: a name matters only by the filters that are part of it."""
+    """`resolve_all` for many tensors: results are cached by level, place on gradients, and matching filters."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -240,10 +242,10 @@ class ParameterCache:
         *,
         model: object = None,
     ) -> dict[str, Any]:
-        """The values alone, not to be changed; arguments and errors are those of `resolve_all`.
+        """The values without their origins; callers must not change the mapping.
 
         Args:
-            levels: the very object that was given before, where its answers are to be used again.
+            levels: the cache key is the identity of this object. The other arguments are those of `resolve_all`.
         """
         if id(levels) not in self._filters:
             conditions = (c for level in levels for setting in level.settings.values() for c in setting.conditions)
@@ -257,12 +259,12 @@ class ParameterCache:
 
 
 def rivals(method: Method) -> tuple[str, ...]:
-    """The ways to trim among which a recipe chooses one; none for a method that has no such choice."""
+    """The parameters of which a recipe sets one; empty for a method without such a choice."""
     return TRIM_RULES if method.parameter("l1_mass") else ()
 
 
 def read_setting(report: Report, steps: KeyPath, raw: Any) -> Setting:
-    """A setting from plain data at `steps`; what is wrong with it is noted in `report`."""
+    """Read the setting at `steps` from plain data, noting errors in `report`."""
     if isinstance(raw, Mapping):
         conditions = [_condition(report, steps, raw)]
     elif isinstance(raw, list | tuple) and any(isinstance(item, Mapping) for item in raw):
@@ -278,7 +280,7 @@ def _condition(report: Report, steps: KeyPath, raw: Any) -> Condition:
     spot = report.located.spot(steps)
     if not isinstance(raw, Mapping):
         report.error(
-            spot, f"must be a condition like its neighbours, got {show(raw)}", "write {value: ..., filter: ...}"
+            spot, f"must be a condition like the other items, got {show(raw)}", "write {value: ..., filter: ...}"
         )
         return Condition((), None, spot)
     for key in (key for key in raw if key not in ("value", "filter")):
@@ -292,13 +294,13 @@ def _condition(report: Report, steps: KeyPath, raw: Any) -> Condition:
         name = report.located.spelling((*steps, "filter")) or name
     if not isinstance(name, str | None):
         what = f"a filter is part of a tensor's name, got {show(name)}"
-        report.error(report.located.spot((*steps, "filter")), what, "quote it, one name a condition")
+        report.error(report.located.spot((*steps, "filter")), what, "quote it, and write one name for each condition")
         name = None
     return Condition(_value(report, (*steps, "value"), raw["value"]), name, spot)
 
 
 def _value(report: Report, steps: KeyPath, raw: Any) -> Scalar | tuple[Scalar, ...]:
-    """A scalar or a gradient; an empty one where it was faulty."""
+    """A scalar or a gradient; empty if faulty."""
     listed = isinstance(raw, list | tuple)
     items = raw if listed else [raw]
     before = len(report.errors)
@@ -306,7 +308,7 @@ def _value(report: Report, steps: KeyPath, raw: Any) -> Scalar | tuple[Scalar, .
         spot = report.located.spot((*steps, i) if listed else steps)
         if not isinstance(item, bool | int | float | str):
             fix = "remove it" if item is None else "write a scalar, a list of scalars, or conditions {value, filter}"
-            report.error(spot, f"must be a number, a word, true or false, got {show(item)}", fix)
+            report.error(spot, f"must be a number, text, true or false, got {show(item)}", fix)
         elif isinstance(item, float) and not math.isfinite(item):
             report.error(spot, f"must be finite, got {item}")
     if len(report.errors) > before:
@@ -315,22 +317,22 @@ def _value(report: Report, steps: KeyPath, raw: Any) -> Scalar | tuple[Scalar, .
 
 
 def _rival(level: Level, parameter: Parameter, tensor_name: str, rivals: Collection[str]) -> Condition | None:
-    """What the level says of another one of `rivals`."""
+    """The condition of another one of `rivals` on the level."""
     settings = (level.settings.get(name) for name in rivals if name != parameter.name)
     return next((found for s in settings if s and (found := s.pick(tensor_name))), None)
 
 
 def _clash(name: str, one: Condition, other: Condition, tensor_name: str) -> Problem:
-    what = f"{name} and {other.spot.path} both hold for {tensor_name}"
+    what = f"{name} and {other.spot.path} both apply to {tensor_name}"
     return Problem("RECIPE", str(one.spot), what, f"keep one of {', '.join(TRIM_RULES)} at a level")
 
 
 def _no_match(levels: Sequence[Level], parameter: Parameter) -> str:
-    """How to give a parameter that every filter leaves out, or that is nowhere."""
+    """The fix for a parameter that no level sets, or whose filters all miss the tensor."""
     found = next((s for level in levels if (s := level.settings.get(parameter.name))), None)
     if found:
         return f"no filter of {found.spot} matches; add a last `- value: ...` without a filter"
-    return "write it under parameters, of this model or once for all"
+    return "write it under parameters, of this model or at the top"
 
 
 def _kind(parameter: Parameter) -> str:

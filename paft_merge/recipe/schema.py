@@ -1,7 +1,6 @@
-"""The language of a recipe as written: mergekit's whole YAML and our few top-level keys, as frozen models.
+"""The language of a merge recipe, mergekit's keys and our additions at the top level, as frozen pydantic models.
 
-A model here says what may be written, with its shape and type; what it means for a merge is in `outline`, and what is
-wrong with it beyond its shape in `checks`.
+The models define keys, shapes and types. `normalized` gives a recipe its meaning; `validation` checks it against the method.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PlainSerializer,
@@ -24,14 +21,15 @@ from pydantic import (
     model_validator,
 )
 
-from paft_merge.recipe.reference import ModelRef, refused
+from paft_merge.recipe.reference import ModelRef
+from paft_merge.recipe.sections import Section, refused
 from paft_merge.recipe.yaml_source import did_you_mean, show
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-"""What `dtype` and `out_dtype` may be."""
+"""The values of `dtype` and `out_dtype`."""
 
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
-"""The chat templates that have a name."""
+"""The names of chat templates."""
 
 _ALIASES = {
     "bf16": "bfloat16",
@@ -42,13 +40,13 @@ _ALIASES = {
     "fp64": "float64",
 }
 _TAG = "\0"
-"""Begins the names of alternatives, so that they can be told from keys in the place of an error."""
+"""Prefix of the names of union members, which distinguishes them from keys in pydantic's error locations."""
 
 T = TypeVar("T")
 
 
 def _frozen(value: Any) -> Any:
-    """Plain data that cannot be changed."""
+    """Make plain data immutable."""
     if isinstance(value, Mapping):
         return MappingProxyType({key: _frozen(item) for key, item in value.items()})
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
@@ -65,7 +63,7 @@ def _read_dtype(value: Any) -> Any:
     if name is None or name in DTYPES:
         return name
     if name == "int64":
-        raise refused("int64 would cut every weight to a whole number", f"use one of {', '.join(DTYPES)}")
+        raise refused("int64 would truncate every weight to a whole number", f"use one of {', '.join(DTYPES)}")
     near = did_you_mean(_ALIASES.get(str(name), name), DTYPES)
     raise refused(f"unknown dtype {show(value)}", near or f"use one of {', '.join(DTYPES)}")
 
@@ -79,9 +77,9 @@ def _read_layers(value: Any) -> Any:
     if first >= 0 > end:
         meant = f"did you mean [{first}, N], with N the number of layers?"
         fix = meant if end == -1 else "count the end from the first layer"
-        raise refused(f"[{first}, {end}] holds no layer, because layers are not counted from the end", fix)
+        raise refused(f"[{first}, {end}] contains no layer, because a negative end does not count from the end", fix)
     if not 0 <= first < end:
-        raise refused(f"[{first}, {end}] holds no layer", "the first is counted from 0 and the end is not included")
+        raise refused(f"[{first}, {end}] contains no layer", "the first is counted from 0 and the end is not included")
     return first, end
 
 
@@ -94,7 +92,7 @@ def _read_template(value: Any) -> Any:
         return value
     known = f"auto, {', '.join(CHAT_TEMPLATES)}, or a Jinja template"
     raise refused(
-        f"{show(value)} is no chat template", did_you_mean(value, ("auto", *CHAT_TEMPLATES)) or f"use {known}"
+        f"{show(value)} is not a chat template", did_you_mean(value, ("auto", *CHAT_TEMPLATES)) or f"use {known}"
     )
 
 
@@ -119,7 +117,7 @@ def _word_or_reference(*words: str) -> Discriminator:
 
 
 def _kind_of_row(value: Any) -> str:
-    """Which alternative a token's source is: `{kind: ...}`, or a model whose row is taken."""
+    """The union member of a token's source: `{kind: ...}`, or a model."""
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
     return _TAG + ("model" if kind is None else "zero" if kind == "zero" else "model_token")
 
@@ -137,39 +135,33 @@ TokenizerSource = Annotated[
 ]
 
 
-class Written(BaseModel):
-    """Frozen, and closed: an unknown key is an error here, which `load_recipe` softens to a warning."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelEntry(Written):
-    """One of `models:`."""
+class ModelEntry(Section):
+    """An item of `models:`."""
 
     model: ModelRef
     parameters: Parameters | None = None
 
 
-class SourceEntry(Written):
-    """One of a slice's `sources:`."""
+class SourceEntry(Section):
+    """An item of a slice's `sources:`."""
 
     model: ModelRef
     layer_range: Layers
-    """The first layer, and the one after the last."""
+    """The first layer, and the layer after the last."""
     parameters: Parameters | None = None
 
 
-class SliceEntry(Written):
-    """One of `slices:`: layers of the output, made of the same number of layers of each source."""
+class SliceEntry(Section):
+    """An item of `slices:`: output layers made of equally many layers of each source."""
 
     sources: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
     base_model: ModelRef | None = None
-    """Instead of the recipe's."""
+    """Replaces the recipe's `base_model`."""
     parameters: Parameters | None = None
 
 
-class ModuleEntry(Written):
-    """One of `modules:`: a part of a composite model, such as a text decoder."""
+class ModuleEntry(Section):
+    """A value of `modules:`: a part of a composite model, such as a text decoder."""
 
     models: tuple[ModelEntry, ...] | None = None
     slices: tuple[SliceEntry, ...] | None = None
@@ -184,14 +176,14 @@ class ModuleEntry(Written):
         return self
 
 
-class ZeroRow(Written):
-    """A token whose embedding is zero."""
+class ZeroRow(Section):
+    """The zero embedding."""
 
     kind: Literal["zero"]
 
 
-class TokenRow(Written):
-    """A token whose embedding is that of a token of a model."""
+class TokenRow(Section):
+    """The embedding of a token of a model."""
 
     kind: Annotated[Literal["model_token"], BeforeValidator(_read_kind)]
     model: ModelRef
@@ -205,8 +197,8 @@ class TokenRow(Written):
         return self
 
 
-class TokenEntry(Written):
-    """Where one token's embedding comes from."""
+class TokenEntry(Section):
+    """The source of one token's embedding."""
 
     source: Annotated[
         Annotated[ZeroRow, Tag(f"{_TAG}zero")]
@@ -215,29 +207,29 @@ class TokenEntry(Written):
         Discriminator(_kind_of_row),
     ]
     force: bool = False
-    """For every model, also where it has the token itself."""
+    """Whether models that have the token use this embedding too."""
 
 
-class TokenizerEntry(Written):
-    """Which vocabulary the output has."""
+class TokenizerEntry(Section):
+    """The output's vocabulary."""
 
     source: TokenizerSource = "union"
     tokens: Frozen[TokenEntry] | None = None
     pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
 
 
-class Language(Written):
-    """A recipe as written. mergekit's keys first, then ours."""
+class Language(Section):
+    """A merge recipe as written: mergekit's keys, then ours."""
 
     merge_method: str
     models: tuple[ModelEntry, ...] | None = None
     slices: tuple[SliceEntry, ...] | None = None
     modules: Frozen[ModuleEntry] | None = None
     base_model: ModelRef | None = None
-    """The checkpoint merged into, and the donor of config and tokenizer."""
+    """The checkpoint to merge into, which also provides config and tokenizer."""
     parameters: Parameters | None = None
     dtype: DtypeName = None
-    """The output's type when there is no `out_dtype`; with `arithmetic: mergekit` also that of the arithmetic."""
+    """The output's dtype without an `out_dtype`; with `arithmetic: mergekit` also the dtype of the arithmetic."""
     out_dtype: DtypeName = None
     tokenizer_source: TokenizerSource | None = None
     """The short form of `tokenizer`."""
@@ -246,13 +238,13 @@ class Language(Written):
     """`auto`, one of `CHAT_TEMPLATES`, or a Jinja template."""
 
     name: str | None = None
-    """What the other documents of a multi-document file call the result."""
+    """The name by which other documents of the file use the result."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """How float32 becomes the output's type."""
+    """How float32 results are rounded to the output's dtype."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
-    """Of everything random: drops, stochastic rounding."""
+    """Seed of random drops and of stochastic rounding."""
     arithmetic: Literal["float32", "mergekit"] = "float32"
-    """`mergekit` computes in `dtype`, as mergekit does, for parity."""
+    """`mergekit` computes in `dtype` as mergekit does, for equal results."""
 
     @model_validator(mode="after")
     def one_form(self) -> Language:

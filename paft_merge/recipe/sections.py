@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from paft_merge.errors import Problem, RecipeError
 from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean, show
@@ -16,6 +17,29 @@ from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean, show
 log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound="Section")
+
+
+_TYPES = {
+    "string_type": ("text", "quote it"),
+    "bool_type": ("true or false", ""),
+    "bool_parsing": ("true or false", ""),
+    "int_type": ("a whole number", ""),
+    "int_parsing": ("a whole number", ""),
+    "int_from_float": ("a whole number", ""),
+    "float_type": ("a number", ""),
+    "float_parsing": ("a number", ""),
+    "list_type": ("a list", "begin every item with '- '"),
+    "tuple_type": ("a list", "begin every item with '- '"),
+    "dict_type": ("a mapping", "write key: value"),
+    "mapping_type": ("a mapping", "write key: value"),
+    "model_type": ("a mapping", "write key: value"),
+}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "above"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
 
 
 class Section(BaseModel):
@@ -30,6 +54,11 @@ class Section(BaseModel):
 def as_list(value: Any) -> Any:
     """Wrap a single value or mapping where a section wants a list."""
     return [value] if isinstance(value, str | Mapping | Section) else value
+
+
+def refused(what: str, fix: str = "") -> PydanticCustomError:
+    """The error that a validator raises to choose the user's message itself."""
+    return PydanticCustomError("recipe", "{what}", {"what": what, "fix": fix})
 
 
 def beside_recipe(path: str, folder: Path) -> Path:
@@ -48,7 +77,7 @@ def read_section(model: type[S], located: Located) -> S:
     """Read a section into its model; a former key is accepted with one warning that names the present one.
 
     Raises:
-        RecipeError: KEY, VALUE; every fault with its line and, for an unknown key, the nearest known one.
+        RecipeError: KEY for every unknown key, with the nearest known one; VALUE for every other error.
     """
 
     def tell(path: KeyPath, new: str) -> None:
@@ -58,7 +87,7 @@ def read_section(model: type[S], located: Located) -> S:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise RecipeError([_problem(fault, model, located) for fault in error.errors(include_url=False)]) from None
+        raise RecipeError(tuple(problems_of(error, model, data, located.spot))) from None
 
 
 @cache
@@ -117,23 +146,102 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
-def _problem(fault: Any, model: type[Section], located: Located) -> Problem:
-    path = tuple(part for part in fault["loc"] if part not in ("str", "list[str]", "int"))  # branches of unions
-    where = str(located.spot(path))
-    if fault["type"] == "extra_forbidden":
-        owner = _section_at(model, path[:-1])
-        if new := owner.RENAMED.get(path[-1]):
-            return Problem("KEY", where, f"the former name of `{new}`, which is given too", "remove it")
-        known = [field.alias or name for name, field in owner.model_fields.items()]
-        return Problem("KEY", where, "unknown key", suggestion(path[-1], known))
-    what, given = str(fault["msg"]).removeprefix("Value error, "), fault.get("input")
-    of_mapping = fault["type"] == "value_error" and not isinstance(given, str | int | float)
-    quiet = fault["type"] == "missing" or of_mapping or "got" in what
-    return Problem("VALUE", where, what if quiet else f"{what}, got {show(given)}")
+def problems_of(
+    error: ValidationError, model: type[BaseModel], data: Any, where: Callable[[KeyPath], object]
+) -> Iterator[Problem]:
+    """One problem for each key path of an error. If members of a union failed at different depths, the deepest counts.
+
+    Args:
+        error: raised by the validation of `data`.
+        model: the model that was to be made.
+        data: the validated data.
+        where: makes the location of a message from a key path.
+    """
+    at: dict[KeyPath, list[ErrorDetails]] = {}
+    for fault in error.errors(include_url=False):
+        at.setdefault(steps_in(data, fault), []).append(fault)
+    for steps, faults in at.items():
+        if any(other[: len(steps)] == steps != other for other in at):
+            continue
+        if faults[0]["type"] == "extra_forbidden":
+            renamed = next((s.RENAMED for s in models_at(model, steps[:-1]) if issubclass(s, Section)), {})
+            if new := renamed.get(steps[-1]):
+                yield Problem("KEY", str(where(steps)), f"the former name of `{new}`, which is given too", "remove it")
+            else:
+                fix = suggestion(steps[-1], fields_at(model, steps[:-1]))
+                yield Problem("KEY", str(where(steps)), "unknown key", fix)
+            continue
+        what, fix = explain(faults[0], steps)
+        wanted = dict.fromkeys(_TYPES[fault["type"]][0] for fault in faults if fault["type"] in _TYPES)
+        if len(wanted) > 1:
+            what, fix = f"must be {' or '.join(wanted)}, got {show(faults[0]['input'])}", ""
+        fields = [item for one in models_at(model, steps) for item in one.model_fields.items()]
+        if fields and faults[0]["type"] == "model_type":
+            keys = [field.alias or name for name, field in fields if field.is_required()] or [fields[0][0]]
+            fix = f"write {{{', '.join(f'{key}: ...' for key in keys)}}}"
+        yield Problem("VALUE", str(where(steps)), what, fix)
 
 
-def _section_at(model: type[Section], path: KeyPath) -> type[Section]:
-    for part in path:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        model = (_section_in(field.annotation) if field else None) or model
-    return model
+def explain(fault: ErrorDetails, steps: KeyPath) -> tuple[str, str]:
+    """A pydantic error as the message and its fix (which may be empty), in the words a user of YAML knows."""
+    kind, context, value = fault["type"], fault.get("ctx", {}), fault["input"]
+    if kind in ("recipe", "reference"):
+        return context["what"], context["fix"]
+    if kind == "value_error":
+        return str(context["error"]), ""
+    if kind == "missing":
+        return "missing", f"add {steps[-1]}: ..."
+    if kind == "literal_error":
+        choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        wanted = "one of " * (len(choices) > 1) + ", ".join(choices)
+        return f"must be {wanted}, got {show(value)}", did_you_mean(value, choices)
+    if kind in _TYPES:
+        wanted, fix = _TYPES[kind]
+        if steps and steps[-2:-1] in (("models",), ("sources",)) and isinstance(value, str):
+            fix = f"write - model: {value}"
+        return f"must be {wanted}, got {show(value)}", fix
+    if kind in ("too_short", "string_too_short"):
+        return "is empty", "list what is merged" if steps[-1:] == ("sources",) else ""
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return f"must be {words} {context[bound]:g}, got {show(value)}", ""
+    if kind == "string_pattern_mismatch":
+        return f"must match the pattern {context['pattern']}, got {show(value)}", ""
+    return fault["msg"], ""
+
+
+def steps_in(data: Any, fault: ErrorDetails) -> KeyPath:
+    """The key path of a pydantic error in the data, without the names pydantic gives to the members of a union."""
+    steps: list[str | int] = []
+    for i, part in enumerate(fault["loc"]):
+        is_missing = fault["type"] == "missing" and i == len(fault["loc"]) - 1
+        if isinstance(data, Mapping) and (part in data or is_missing):
+            data = data.get(part)
+        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            continue
+        steps.append(part)
+    return tuple(steps)
+
+
+def fields_at(annotation: Any, steps: KeyPath) -> list[str]:
+    """The keys that the mapping at `steps` may have; none if it is not a section."""
+    fields = (item for model in models_at(annotation, steps) for item in model.model_fields.items())
+    return list(dict.fromkeys(field.alias or name for name, field in fields))
+
+
+def models_at(annotation: Any, steps: KeyPath) -> list[type[BaseModel]]:
+    """The pydantic models that a value at `steps` may be by an annotation: a model, or a list, mapping or union of models.
+
+    An index may be left out of `steps`, as for a key that takes one item or several.
+    """
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = {field.alias or name: field.annotation for name, field in annotation.model_fields.items()}
+        return models_at(fields.get(steps[0]), steps[1:]) if steps else [annotation]  # type: ignore[arg-type]
+    origin, options = get_origin(annotation), get_args(annotation)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return models_at(options[1], steps[1:]) if steps else []
+    if isinstance(origin, type) and issubclass(origin, list | tuple):
+        steps = steps[1:] if steps and isinstance(steps[0], int) else steps
+    return [model for option in options for model in models_at(option, steps)]

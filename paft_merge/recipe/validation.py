@@ -1,6 +1,6 @@
-"""What a recipe asks of its method: sources it can take, parameters it knows, values they can have.
+"""Checks of a recipe against its method: the number of sources, the names of parameters, and their values.
 
-Everything here is known from the recipe alone, before any file is opened.
+All checks use the recipe alone, before any file is opened.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 from paft_merge.methods import REQUIRED, Method, Parameter
 from paft_merge.recipe.diagnostics import Report
 from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, all_levels
-from paft_merge.recipe.resolution import TRIM_RULES, Condition, Level, Setting, SettingError, rivals, typed
+from paft_merge.recipe.resolution import TRIM_RULES, Condition, Level, Setting, SettingError, coerce, rivals
 from paft_merge.recipe.yaml_source import did_you_mean, show
 
 
 def find_method(name: str, methods: Mapping[str, Method], report: Report) -> Method | None:
-    """The method that `merge_method` names; an unknown one is noted."""
+    """The method that `merge_method` names; None, with an error in `report`, if it is unknown."""
     if name not in methods:
-        fix = did_you_mean(name, methods) or f"known are {', '.join(sorted(methods))}"
+        fix = did_you_mean(name, methods) or f"known: {', '.join(sorted(methods))}"
         report.error(report.located.spot(("merge_method",)), f"Unimplemented merge method {show(name)}", fix)
     return methods.get(name)
 
@@ -30,11 +30,14 @@ def check(
     report: Report,
     faulty: Collection[str],
 ) -> None:
-    """Note in `report` everything that `method` cannot do as asked, and what it would ignore.
+    """Note in `report` everything that the method does not support or would ignore.
 
     Args:
-        methods: all of them, to say whose parameter an ignored one is.
-        faulty: keys whose values were already refused, so that what follows from that is not told again.
+        modules: the normalized recipe.
+        method: its method.
+        methods: all methods, to name those that an ignored parameter belongs to.
+        report: receives errors and warnings.
+        faulty: keys with errors already reported, whose consequences are not reported again.
     """
     slices = [output for module in modules for output in module.slices]
     if not {"model", "base_model"} & set(faulty):
@@ -58,12 +61,12 @@ def check(
 
 def _check_base_given(slices: Sequence[OutputSlice], method: Method, report: Report) -> None:
     if method.base == "required" and any(output.base is None for output in slices):
-        what = f"missing, and {method.name} merges what the others changed of it"
+        what = f"missing, and {method.name} merges differences from a base"
         report.error(report.located.spot(("base_model",)), what, "add base_model: ...")
 
 
 def _check_sources(output: OutputSlice, method: Method, report: Report) -> None:
-    """Whether the method can take these models: the base among them, none twice, not too few or many."""
+    """Check that the models of a slice are distinct, include a required base, and are of a supported number."""
     refs = [source.ref for source in output.sources]
     has_base = output.base in refs and method.base != "ignored"
     for i, source in enumerate(output.sources):
@@ -72,8 +75,8 @@ def _check_sources(output: OutputSlice, method: Method, report: Report) -> None:
             report.error(source.spot, f"{source.ref} is already listed at {first.path or first}", "list it once")
         same = [ref for ref in refs[:i] if ref != source.ref and ref.stream == source.ref.stream]
         if any(ref.label for ref in (*same, source.ref)) and same:
-            what = f"{source.ref} has the label {source.ref.stream}, as {same[0]} has, so their drops would be the same"
-            report.error(source.spot, what, "give each source a label of its own")
+            what = f"{source.ref} has the label {source.ref.stream} of {same[0]}, so both would drop the same entries"
+            report.error(source.spot, what, "give each source a different label")
     if method.base != "ignored" and output.base and not has_base:
         what = f"base_model {output.base} is not among the sources of this slice, and {method.name} needs it there"
         report.error(output.spot, what, "add it to sources, with its layer_range")
@@ -95,7 +98,7 @@ def _check_count(count: int, output: OutputSlice, method: Method, report: Report
 
 
 def _check_ends(module: OutputModule, report: Report) -> None:
-    """mergekit counts the first slice's sources, and makes the last norm and the head of as many of the last's."""
+    """Reject a last slice with more sources than the first: mergekit would leave them out of the last norm and the head."""
     first, last = module.slices[0].sources, module.slices[-1].sources
     if len(last) > len(first):
         used = ", ".join(str(source.ref) for source in last[: len(first)])
@@ -113,7 +116,7 @@ def _check_lengths(output: OutputSlice, report: Report) -> None:
 
 
 def _check_names(level: Level, method: Method, methods: Mapping[str, Method], report: Report) -> None:
-    """Parameters of other methods, and of none."""
+    """Warn of parameters that the method does not have."""
     known = [p.name for p in method.parameters]
     for name, setting in level.settings.items():
         if name in known:
@@ -132,13 +135,13 @@ def _check_values(setting: Setting, parameter: Parameter, report: Report) -> Non
     for condition in setting.conditions:
         for value in condition.scalars:
             try:
-                typed(parameter, value)
+                coerce(parameter, value)
             except SettingError as refusal:
                 report.error(condition.spot, refusal.what, refusal.fix)
 
 
 def _check_rivals(level: Level, method: Method, report: Report) -> None:
-    """Two ways to trim in one place. Where every condition has a filter, `resolve` sees whether they ever meet."""
+    """Reject two ways to trim on one level. If all conditions have filters, `resolve` checks tensor by tensor."""
     given = [name for name in rivals(method) if name in level.settings and level.settings[name].conditions]
     open_ended = [name for name in given if level.settings[name].always or _last_is_open(level.settings[name])]
     if len(given) > 1 and open_ended:
@@ -153,7 +156,7 @@ def _last_is_open(setting: Setting) -> bool:
 
 
 def _check_source_level(source: Source, output: OutputSlice, method: Method, report: Report) -> None:
-    """What stands under one source: its own parameters, unless it is the base, and none that is shared."""
+    """Check the parameters of one source: valid values, no shared parameters, and none at all for the base."""
     own = source.levels[0] if source.levels and source.levels[0].kind == "source" else None
     is_base = method.base != "ignored" and source.ref == output.base
     for parameter, setting in _given(own, method):
@@ -179,36 +182,36 @@ def _given(level: Level | None, method: Method) -> Iterator[tuple[Parameter, Set
 def _check_misplaced(
     parameter: Parameter, setting: Setting, output: OutputSlice, method: Method, report: Report
 ) -> None:
-    """A shared parameter under one source has no effect in mergekit: refused, unless the merge is the same with it.
+    """Reject a shared parameter under one source, where mergekit ignores it.
 
-    It is where it says what holds anyway, and where the parameter changes nothing wherever it stands.
+    It is only a warning if the value is in force anyway, or if the parameter has no effect at all.
     """
-    what = f"{parameter.name} is one value for all sources of {method.name}, so it would be ignored under one of them"
+    what = f"{parameter.name} is one value for all sources of {method.name} and is ignored under a single source"
     if parameter.inert:
-        report.warn(setting.spot, f"{what}, and it changes nothing anywhere", "remove it", "IGNORED")
-    elif _says(setting.always, parameter) == _in_force(output.levels, parameter):
-        report.warn(setting.spot, f"{what}; that value holds anyway", "move it to the recipe's parameters", "IGNORED")
+        report.warn(setting.spot, f"{what}; it has no effect in any place", "remove it", "IGNORED")
+    elif _constant(setting.always, parameter) == _in_force(output.levels, parameter):
+        report.warn(setting.spot, f"{what}; it has this value anyway", "move it to the recipe's parameters", "IGNORED")
     else:
         report.error(setting.spot, what, "move it to the recipe's parameters, or remove it", "MISPLACED")
 
 
-def _says(condition: Condition | None, parameter: Parameter) -> Any:
-    """The one value of a condition; something unlike any value when it has none or many."""
+def _constant(condition: Condition | None, parameter: Parameter) -> Any:
+    """The value of a condition; an object that equals nothing if it is missing, faulty or a gradient."""
     if condition is None or isinstance(condition.value, tuple):
         return object()
     try:
-        return typed(parameter, condition.value)
+        return coerce(parameter, condition.value)
     except SettingError:
         return object()
 
 
 def _in_force(levels: Sequence[Level], parameter: Parameter) -> Any:
     setting = next((s for level in levels if (s := level.settings.get(parameter.name))), None)
-    return parameter.default if setting is None else _says(setting.always, parameter)
+    return parameter.default if setting is None else _constant(setting.always, parameter)
 
 
 def _check_required(output: OutputSlice, method: Method, report: Report) -> None:
-    """Required parameters that no place gives. Whether filters leave a tensor out is seen when tensors are known."""
+    """Check that required parameters are set. Filters that miss a tensor are found once tensors are known."""
     for parameter in method.parameters:
         if parameter.default is not REQUIRED:
             continue
@@ -226,10 +229,10 @@ def _check_required(output: OutputSlice, method: Method, report: Report) -> None
 def _report_missing(source: Source, parameter: Parameter, method: Method, report: Report) -> None:
     what = f"Missing required parameter {parameter.name} for {source.ref}"
     if source.implicit:
-        what += f", which {method.name} merges like any other model although it is not listed"
+        what += f", which {method.name} merges although no list names it"
         report.error(source.spot, what, f"list it under models with its {parameter.name}")
     else:
-        report.error(source.spot, what, f"write parameters: {{{parameter.name}: ...}} here, or once at the top")
+        report.error(source.spot, what, f"write parameters: {{{parameter.name}: ...}} here or at the top")
 
 
 def _is_given(levels: Sequence[Level], parameter: Parameter) -> bool:

@@ -1,8 +1,8 @@
-"""YAML text as plain data that knows its lines: what can go wrong in a file is said with the line it is on.
+"""YAML text as plain data with line numbers, for error messages.
 
-The rules are those of PyYAML's safe loader (YAML 1.1: `yes` is a bool, `<<` merges), so that a file means here what it
-means in mergekit, but for the traps: `1e-4` is a number, a key is always text (`on:` is not `True:`), a date is text, a
-key may not occur twice, and neither nesting nor aliases can exhaust the machine.
+The rules are those of PyYAML's safe loader (YAML 1.1: `yes` is a bool, `<<` merges), so that a file means the same as in
+mergekit, with these exceptions: `1e-4` is a number, a key is always text (`on:` is not `True:`), a date is text, a
+duplicate key is an error, and nesting and aliases are limited.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import yaml
 from paft_merge.errors import Problem, RecipeError
 
 KeyPath: TypeAlias = tuple[str | int, ...]
-"""A way into nested data: `("models", 0, "parameters")`."""
+"""The keys and indices of a value in nested data: `("models", 0, "parameters")`."""
 
 MAX_BYTES = 4 << 20
 MAX_DEPTH = 64
 MAX_ALIASED = 100_000
-"""Bounds of a recipe: its text, its nesting, and the values that its aliases stand for."""
+"""Limits of a recipe: bytes of text, levels of nesting, and values that aliases expand to."""
 
 _NO_FILE = "<text>"
 _TAG = "tag:yaml.org,2002:"
@@ -34,7 +34,7 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass(frozen=True, slots=True)
 class SourceLocation:
-    """A place in a recipe; `str()` is `file:line: models[0].weight`, as far as each is known."""
+    """A place in a recipe; `str()` is `file:line: models[0].weight`, without the parts that are unknown."""
 
     file: str
     line: int | None
@@ -47,40 +47,44 @@ class SourceLocation:
 
 @dataclass(frozen=True)
 class Located:
-    """Plain data (dict, list, str, bool, int, float, None) and the lines it came from."""
+    """Plain data (dict, list, str, bool, int, float, None) and its lines."""
 
     data: Any
     file: str = ""
-    """As the user wrote it; empty when the data came from Python."""
+    """The path as the user wrote it; empty for data from Python."""
     text: str = field(default="", repr=False)
-    """The file as written, when this is all of it."""
+    """The file's text; empty for a part of a file."""
     prefix: KeyPath = ()
-    """Where `data` lies in its document; every way below starts there."""
+    """The key path of `data` in its document."""
     warnings: tuple[Problem, ...] = ()
     lines: Mapping[KeyPath, int] = field(default_factory=dict, repr=False)
     spellings: Mapping[KeyPath, str] = field(default_factory=dict, repr=False)
-    """The text of what is a number here and text in YAML 1.1 (`1e5`), for a place that wants text."""
+    """The text of values that are numbers here and text in YAML 1.1 (`1e5`), for keys that take text."""
 
     @classmethod
     def of(cls, data: Any) -> Located:
-        """Data made in Python, copied; RecipeError where a key is not text, or the data contains itself."""
+        """Copy data from Python.
+
+        Raises:
+            RecipeError: a key is not text, or the data is nested too deeply.
+        """
         return cls(_plain(data, (), 0))
 
     def line(self, steps: KeyPath = ()) -> int | None:
-        """The line (from 1) of the key or item at `steps`, or of the nearest thing around it; None without a file."""
-        way = self.prefix + steps
-        return next((self.lines[way[:n]] for n in range(len(way), -1, -1) if way[:n] in self.lines), None)
+        """The line (from 1) of the key or item at `steps`, or of the innermost one around it; None without a file."""
+        path = self.prefix + steps
+        return next((self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), None)
 
     def spot(self, steps: KeyPath = ()) -> SourceLocation:
-        """Where `steps` is, for a message."""
+        """The location of `steps`, for a message."""
         return SourceLocation(self.file, self.line(steps), dotted(self.prefix + steps))
 
     def spelling(self, steps: KeyPath) -> str | None:
-        """The text of the number at `steps` when mergekit would read it as text."""
+        """The text of the number at `steps` if mergekit would read it as text."""
         return self.spellings.get(self.prefix + steps)
 
     def sub(self, *steps: str | int) -> Located:
-        """The part at `steps`, which still knows its lines."""
+        """The part at `steps`, with its lines."""
         data = self.data
         for step in steps:
             data = data[step]
@@ -88,10 +92,10 @@ class Located:
 
 
 def load_yaml(source: Path | str) -> Located:
-    """Read the one document of a file (`Path`, or a str that is no YAML mapping) or of YAML text.
+    """Read the single document of a file (`Path`, or a str that is not a YAML mapping) or of YAML text.
 
     Raises:
-        RecipeError: the file cannot be read or is not YAML, with line and column; it holds several documents.
+        RecipeError: the file cannot be read, is not YAML (with line and column), or holds several documents.
     """
     documents = load_documents(source)
     if len(documents) > 1:
@@ -106,22 +110,22 @@ def load_yaml(source: Path | str) -> Located:
 
 
 def load_documents(source: Path | str) -> tuple[Located, ...]:
-    """Read every non-empty document of a YAML stream (`---` between them); an empty stream is one empty document."""
+    """Read every non-empty document of a file; an empty file is one empty document."""
     text, file = _text_of(source)
     documents = tuple(_documents(text, file))
     if len(documents) > 1:
-        # The text of one of several is not cut out: comments between them belong to either.
+        # No document gets its own text, because a comment between two of them may belong to either.
         return tuple(replace(document, text="") for document in documents)
     return documents or (Located(None, file, text, lines={(): 1}),)
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML that `load_yaml`, and mergekit, read back as the same."""
+    """Plain data as YAML that `load_yaml` and mergekit read back as equal data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
 def dotted(steps: Sequence[str | int]) -> str:
-    """`("models", 0, "model")` as `models[0].model`; a key that is no plain word is quoted in brackets."""
+    """`("models", 0, "model")` as `models[0].model`; a key with other characters than letters, digits, `_` and `-` is quoted."""
     text = ""
     for step in steps:
         if isinstance(step, int):
@@ -134,13 +138,13 @@ def dotted(steps: Sequence[str | int]) -> str:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`did you mean 'density'?`, or nothing when no known word is near."""
+    """`did you mean 'density'?`, or empty text if no known word is similar."""
     near = difflib.get_close_matches(str(word), sorted(known), n=1)
     return f"did you mean '{near[0]}'?" if near else ""
 
 
 def show(value: object) -> str:
-    """A value for a message: short, and a container only by its kind."""
+    """A value for a message: at most 60 characters, and containers only by their kind."""
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list | tuple):
@@ -152,7 +156,7 @@ def show(value: object) -> str:
 
 
 def _text_of(source: Path | str) -> tuple[str, str]:
-    """The text and the name of its file."""
+    """The text, and the name of its file."""
     if isinstance(source, str) and ("\n" in source or ": " in source or source[:1] in "{["):
         return source, _NO_FILE
     path = Path(source)
@@ -227,18 +231,18 @@ def _refuse_syntax(error: yaml.MarkedYAMLError, file: str) -> NoReturn:
 
 
 def _refuse(node: Any, what: str, fix: str = "") -> NoReturn:
-    """Refuse a node or event that a recipe may not contain; told like a syntax error, with its line and column."""
+    """Reject a node or event as PyYAML rejects a syntax error, with line and column."""
     raise yaml.constructor.ConstructorError(None, None, what, node.start_mark, fix)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader up to nodes, with shallow nesting, numbers such as `1e-4`, and no dates."""
+    """PyYAML's safe loader of nodes, with limited nesting, numbers such as `1e-4`, and no dates."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = 0
         self.aliased: set[int] = set()
-        """The ids of nodes that an alias repeats."""
+        """The ids of nodes that an alias refers to."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.depth >= MAX_DEPTH:
@@ -262,14 +266,14 @@ _Loader.add_implicit_resolver(f"{_TAG}float#exponent", _EXPONENT, list("-+012345
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which quotes text that looks like `1e-4`."""
+    """PyYAML's safe dumper, which also quotes text such as `1e-4`."""
 
 
 _Dumper.add_implicit_resolver(f"{_TAG}float#exponent", _EXPONENT, list("-+0123456789."))
 
 
 class _Builder:
-    """Makes plain data of one document's nodes and notes every line on the way."""
+    """Converts the nodes of one document to plain data and records the line of each."""
 
     def __init__(self, loader: _Loader, file: str) -> None:
         self.loader, self.file = loader, file
@@ -280,7 +284,7 @@ class _Builder:
         self.from_alias = 0
 
     def build(self, node: yaml.Node, steps: KeyPath, repeated: bool = False) -> Any:
-        """The data of `node` at `steps`; `repeated` inside what an alias may stand for."""
+        """The data of `node` at `steps`; `repeated`: an alias refers to it or to a node around it."""
         self.lines.setdefault(steps, node.start_mark.line + 1)
         repeated = repeated or id(node) in self.loader.aliased
         self.count(node, repeated)
@@ -294,16 +298,16 @@ class _Builder:
             return self.items(node, steps, repeated)
 
     def count(self, node: yaml.Node, values: int) -> None:
-        """Count values that stem from an alias, so that a few lines cannot stand for billions."""
+        """Count values that come from aliases, so that a few lines cannot expand to billions."""
         self.from_alias += values
         if self.from_alias > MAX_ALIASED:
-            _refuse(node, f"aliases stand for more than {MAX_ALIASED:,} values", "write them out, or use fewer")
+            _refuse(node, f"aliases expand to more than {MAX_ALIASED:,} values", "write them out, or use fewer")
 
     @contextmanager
     def inside(self, node: yaml.Node) -> Iterator[None]:
-        """Refuse a node inside itself."""
+        """Reject a node that contains itself."""
         if id(node) in self.open:
-            _refuse(node, "an alias stands for something that contains it", "write the value out")
+            _refuse(node, "an alias refers to a value that contains it", "write the value out")
         self.open.add(id(node))
         yield
         self.open.remove(id(node))
@@ -320,7 +324,7 @@ class _Builder:
         return data
 
     def pairs(self, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """A mapping's own pairs, and those that `<<` adds beneath them."""
+        """A mapping's own pairs, and those that `<<` adds and its own pairs override."""
         self.expect(node, "map")
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -338,7 +342,7 @@ class _Builder:
         return merged | own
 
     def merged(self, node: yaml.Node) -> list[dict[str, tuple[yaml.Node, yaml.Node]]]:
-        """What one `<<` merges: the earlier mapping of a list wins."""
+        """The pairs that one `<<` merges; the earlier mapping of a list wins."""
         sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
         found = []
         for source in sources:
@@ -372,21 +376,21 @@ class _Builder:
         return value
 
     def warn_of_traps(self, node: yaml.ScalarNode, steps: KeyPath, value: Any) -> None:
-        """`012` is ten and `1:30` is ninety in YAML 1.1: say so."""
+        """Warn that `012` is 10 and `1:30` is 90 in YAML 1.1."""
         if re.fullmatch(r"[-+]?0[0-7_]+", node.value) or (":" in node.value and isinstance(value, int | float)):
             where = SourceLocation(self.file, node.start_mark.line + 1, dotted(steps))
             what = f"{node.value} is {value} in YAML 1.1"
             self.warnings.append(Problem("NUMBER", str(where), what, f"write {value}, or quote it if it is text"))
 
     def expect(self, node: yaml.Node, kind: str) -> None:
-        """Refuse `!!python/...` and every other tag that makes an object."""
+        """Reject `!!python/...` and every other tag that makes an object."""
         if node.tag != _TAG + kind:
             shown = node.tag.replace(_TAG, "!!")
             _refuse(node, f"the tag {shown} is not allowed", "a recipe holds plain data; remove the tag")
 
 
 def _plain(data: Any, steps: KeyPath, depth: int) -> Any:
-    """A copy of containers as dict and list; everything else as it is."""
+    """Copy containers as dict and list."""
     if depth > MAX_DEPTH:
         raise RecipeError.of("RECIPE", dotted(steps[:4]) + "...", f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(data, Mapping):

@@ -137,7 +137,7 @@ def test_the_merged_norm_is_that_of_the_dense_merge(family: Family) -> None:
     [
         (["densty=0.2"], "densty"),
         (["density=2"], r"\[0, 1\]"),
-        (["density=much"], "must be a float"),
+        (["density=much"], "density: must be a number, got 'much'"),
         (["elect=loudest"], "weighted"),
     ],
 )

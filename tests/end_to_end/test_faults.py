@@ -570,11 +570,13 @@ def test_tokenizers_that_differ_are_a_warning_with_what_differs(models: Models, 
     result = paft("merge", file, tmp_path / "out")
     assert result.exit_code == 0
     warning = next(line for line in result.stderr.splitlines() if line.startswith("warning[TOKENIZER]"))
-    assert warning.startswith(f"warning[TOKENIZER]: {models['x']}: has another tokenizer.json than {models['base']}")
-    assert "(2 tokens more, 1 fewer, 3 with another number)" in warning
+    assert warning.startswith(
+        f"warning[TOKENIZER]: {models['x']}: its tokenizer.json differs from that of {models['base']}"
+    )
+    assert "(2 tokens more, 1 fewer, 3 with another id)" in warning
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (models["base"] / "tokenizer.json").read_bytes()
     (models["x"] / "tokenizer.json").write_text("not JSON")
-    assert "has another tokenizer.json than" in paft("merge", file, tmp_path / "odd").stderr
+    assert "its tokenizer.json differs from that of" in paft("merge", file, tmp_path / "odd").stderr
     (models["x"] / "tokenizer.json").write_bytes((models["base"] / "tokenizer.json").read_bytes())
     assert "TOKENIZER" not in paft("merge", file, tmp_path / "same").stderr
 

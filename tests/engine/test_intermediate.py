@@ -289,7 +289,7 @@ def test_files_that_do_not_hold_the_same_tensors_are_merged_as_mergekit_pytorch_
 def test_models_have_to_hold_the_same_tensors(family: Family, tmp_path: Path) -> None:
     f = family()
     path = written(tmp_path / "r.yaml", recipe("linear", None, (f["x"], {"weight": 1.0}), (f["y"], {"weight": 1.0})))
-    assert "the union of their tensors is for files of tensors" in paft("merge", path, "--dry-run", "-u").output
+    assert "the union of tensors is for single files" in paft("merge", path, "--dry-run", "-u").output
 
 
 def test_an_interrupted_merge_goes_on_and_ends_in_the_same_bytes(family: Family, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_streamed_is_in_memory_bit_for_bit(method: str, large: dict[str, Path], 
         assert [t.name for t in planned.tensors if len(t.bounds) > 1] == [LARGE]
         for tensor in planned.tensors:
             copied = tensor.method == COPY
-            expected = planned.donor.checkpoint.tensor(tensor.name) if copied else in_memory(tensor)
+            expected = planned.config_source.checkpoint.tensor(tensor.name) if copied else in_memory(tensor)
             assert bits_equal(written[tensor.name], expected), tensor.name
 
 

@@ -245,7 +245,7 @@ REFUSED = {
         "mergekit's ties has no normalize: count",
     ),
     "a method of ours": ({"merge_method": "l1_ties"}, "mergekit has no l1_ties"),
-    "stochastic rounding": ({"merge_method": "ties", "rounding": "stochastic"}, "mergekit rounds to nearest"),
+    "stochastic rounding": ({"merge_method": "ties", "rounding": "stochastic"}, "has no stochastic rounding"),
 }
 
 

@@ -86,10 +86,10 @@ seeds: [0, 0]
         "bad.yaml:2: adaptrs: unknown key; did you mean 'adapters'?",
         "bad.yaml:4: adapters.sft.lora.rr: unknown key",
         "bad.yaml:5: merge: a merge recipe is a mapping",
-        "bad.yaml:6: audit.epsilon: Input should be greater than 0, got -1",
+        "bad.yaml:6: audit.epsilon: must be above 0, got -1",
         "bad.yaml:7: evaluate.metrics.a.dta: unknown key; did you mean 'data'?",
-        "bad.yaml:8: compare.arms[0]: Input should be 'base', 'individual', 'sequential' or 'parallel', got 'paralel'",
-        "bad.yaml:9: push.repo_id: String should match pattern",
+        "bad.yaml:8: compare.arms[0]: must be one of base, individual, sequential, parallel, got 'paralel'; did you mean 'parallel'?",
+        "bad.yaml:9: push.repo_id: must match the pattern ",
         "bad.yaml:10: seeds: must be different whole numbers",
     ):
         assert part in text, (part, text)

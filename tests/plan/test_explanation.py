@@ -76,7 +76,7 @@ def test_a_copy_says_why(recipe: Path) -> None:
     with open_plan(recipe) as plan:
         (head,) = explain(plan, "lm_head.weight")
         assert (head.method, head.why) == ("copy", "every source has the base's own tensor")
-        with pytest.raises(RecipeError, match=r"lm_haed\.weight: fits no tensor .*did you mean 'lm_head\.weight'"):
+        with pytest.raises(RecipeError, match=r"lm_haed\.weight: matches no tensor .*did you mean 'lm_head\.weight'"):
             explain(plan, "lm_haed.weight")
 
 

@@ -243,13 +243,13 @@ def test_what_no_config_can_say_is_refused(tmp_path: Path) -> None:
     inverse = {"n_embd": 16, "n_layer": 4, "n_head": 2, "vocab_size": 40, "scale_attn_by_inverse_layer_idx": True}
     base, _ = saved(Case("GPT2LMHeadModel", "GPT2Config", inverse, ""), tmp_path / "gpt2")
     assert (
-        "scale_attn_by_inverse_layer_idx: True tells a layer's kind by its number, and layer 1 becomes layer 2"
+        "scale_attn_by_inverse_layer_idx: True sets a layer's kind by its number, and layer 1 becomes layer 2"
         in refusal(stacked(base, (0, 2), (1, 4)))
     )
 
     base, _ = saved(CASES["ModernBERT"], tmp_path / "modernbert")
     assert (
-        "layer 0 cannot become layer 4, because the model has other tensors there (which the config does not explain)"
+        "layer 0 cannot become layer 4, because the model has other tensors there (the config does not explain why)"
         in refusal(stacked(base, (0, 4), (0, 4)))
     )
 
@@ -315,7 +315,9 @@ def test_prediction_layers_are_merged_like_the_head(tmp_path: Path) -> None:
 def test_a_range_that_takes_a_prediction_layer_and_a_source_without_it_are_told(tmp_path: Path) -> None:
     base = with_prediction(tmp_path / "base", 1)
     with (
-        pytest.raises(PaftMergeError, match=r"goes to layer 4, and \S+ has 4, 0 to 3, and behind them 1 that predicts"),
+        pytest.raises(
+            PaftMergeError, match=r"goes to layer 4, and \S+ has 4, 0 to 3; those for multi-token prediction \(1\)"
+        ),
         open_plan(stacked(base, (0, 5))),
     ):
         pass

@@ -174,7 +174,7 @@ def test_a_stack_of_copies_has_their_very_bytes_and_loads(llamas: dict[str, Path
     recipe = sliced(
         "passthrough", [source(llamas["x"], 0, 4)], [source(llamas["x"], 2, 4)], [source(llamas["x"], 0, 1)]
     )
-    out = merge(recipe, tmp_path / "out")
+    out = merge(recipe, tmp_path / "out").path
     made, x = tensors_of(out), tensors_of(llamas["x"])
     for at, layer in enumerate([0, 1, 2, 3, 2, 3, 0]):
         for name in (n for n in x if f".{layer}." in n):
@@ -274,7 +274,7 @@ def test_a_rule_that_places_kinds_of_layers_is_refused_where_the_order_breaks_it
         tmp_path / "m", random_state(0), config={"num_hidden_layers": 3, "sliding_window_pattern": 3}
     )
     broken = sliced("passthrough", [source(model, 0, 2)], [source(model, 1, 3)])
-    assert "sliding_window_pattern: 3 tells a layer's kind by its number, and layer 1 becomes layer 2" in refusals(
+    assert "sliding_window_pattern: 3 sets a layer's kind by its number, and layer 1 becomes layer 2" in refusals(
         broken
     )
     with open_plan(broken, allow_crimes=True) as plan:
@@ -288,8 +288,8 @@ def test_a_rule_that_places_kinds_of_layers_is_refused_where_the_order_breaks_it
 
 def test_ranges_that_hold_no_layer_say_what_was_probably_meant(llamas: dict[str, Path]) -> None:
     text = refusals(sliced("passthrough", [source(llamas["x"], 0, -1)]))
-    assert "[0, -1] holds no layer, because layers are not counted from the end; did you mean [0, N]" in text
-    assert "[3, 1] holds no layer" in refusals(sliced("passthrough", [source(llamas["x"], 3, 1)]))
+    assert "[0, -1] contains no layer, because a negative end does not count from the end; did you mean [0, N]" in text
+    assert "[3, 1] contains no layer" in refusals(sliced("passthrough", [source(llamas["x"], 3, 1)]))
 
 
 def test_a_layer_beyond_the_model_is_told_with_both_numbers(llamas: dict[str, Path]) -> None:
@@ -345,7 +345,7 @@ def test_a_model_of_another_depth_can_lend_layers(tmp_path: Path) -> None:
 def test_a_config_that_counts_otherwise_is_refused(tmp_path: Path) -> None:
     model = save_checkpoint(tmp_path / "m", random_state(0), config={"num_hidden_layers": 2})
     text = refusals(sliced("passthrough", [source(model, 0, 2)]))
-    assert "numbers its tensors by model.layers (3), and its config says num_hidden_layers: 2" in text
+    assert "numbers its tensors by model.layers (3), and its config states num_hidden_layers: 2" in text
 
 
 def test_layers_of_different_kinds_are_not_paired(tmp_path: Path) -> None:

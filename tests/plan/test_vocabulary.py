@@ -392,7 +392,7 @@ def test_tokens_beyond_a_model_s_rows_are_left_out_and_told(models: Family, tmp_
     as_base = recipe("task_arithmetic", tmp_path / "z", (models["base"], {"weight": 1.0}), tokenizer_source="base")
     _, told = merged(as_base, tmp_path / "cut")
     assert ids_of(tmp_path / "cut").keys() == ids_of(tmp_path / "z").keys() - {"<b>", "<c>"}
-    assert any("2 tokens of its tokenizer have no row" in str(p) for p in told)
+    assert any("2 of its tokens have no row" in str(p) for p in told)
     assert AutoTokenizer.from_pretrained(tmp_path / "cut").decode(
         AutoTokenizer.from_pretrained(tmp_path / "cut")(TEXT)["input_ids"]
     ) == TEXT  # fmt: skip
@@ -440,7 +440,7 @@ def test_tokenizers_of_every_kind_are_cut_and_joined(models: Family, tmp_path: P
     assert ids_of(tmp_path / "out") == {
         t: i for i, t in enumerate(["<unk>", "<pad>", "the", "quick", "brown", "fox", "dogs", "town"])
     }
-    assert any("1 tokens of its tokenizer have no row" in p.what and "'lost'" in p.what for p in told)
+    assert any("1 of its tokens have no row" in p.what and "'lost'" in p.what for p in told)
     rows = tensors_of(tmp_path / "x")[EMBEDDINGS[0]]
     torch.testing.assert_close(state[EMBEDDINGS[0]], rows[[0, 1, 3, 2, 4, 5, 4, 5]])
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -490,7 +490,7 @@ def test_a_row_that_may_or_may_not_be_a_token_s_is_refused_by_name(tmp_path: Pat
         state = tensors_of(folder)
         odd = {**state, "model.token_scale": torch.ones(len(state[EMBEDDINGS[0]]))}
         save_file(odd, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PaftMergeError, match=r"'model.token_scale' of shape .* may have one row per token"):
+    with pytest.raises(PaftMergeError, match=r"'model.token_scale' of shape .* may or may not have one row per token"):
         merged(raw(models, tokenizer_source="union"), tmp_path / "out")
 
 
@@ -524,7 +524,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "a token of a model that is not merged": (
         lambda m, t: raw(m, tokenizer={"tokens": {"<n>": {"source": "/else"}}}),
-        r'tokenizer.tokens\["<n>"\].source: /else is not merged here; name one of',
+        r'tokenizer.tokens\["<n>"\].source: /else is not a model of this merge; name one of',
     ),
     "a token that its model lacks": (
         lambda m, t: raw(m, tokenizer={"tokens": {"<|im_start|>": {"source": str(m["y"])}}}),
@@ -534,7 +534,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
         lambda m, t: raw(
             m, tokenizer={"tokens": {"<n>": {"source": {"kind": "model_token", "model": str(m["y"]), "token_id": 999}}}}
         ),
-        r'tokens\["<n>"\].source: .*y has no row 999: it has 275; give a token_id from 0 to 274',
+        r'tokens\["<n>"\].source: .*y has 275 rows and no row 999; give a token_id from 0 to 274',
     ),
 }  # fmt: skip
 
@@ -609,12 +609,12 @@ def test_of_equally_common_templates_the_first_in_the_recipe_is_taken(templated:
 def test_a_template_needs_a_tokenizer_and_must_be_jinja(models: Family, tmp_path: Path) -> None:
     bare = save_llama(tmp_path / "bare", tensors_of(models["x"]), 283)
     data = recipe("linear", None, (bare, {"weight": 1.0}))
-    with pytest.raises(PaftMergeError, match=r"chat_template: .*bare has no tokenizer that a chat template"):
+    with pytest.raises(PaftMergeError, match=r"chat_template: .*bare has no tokenizer to write a chat template"):
         merged({**data, "chat_template": "chatml"}, tmp_path / "out")
     broken = "{% for m in messages %}{{ m }}\n{% endif %}"
-    with pytest.raises(PaftMergeError, match="chat_template: line 2 of the template is no Jinja"):
+    with pytest.raises(PaftMergeError, match="chat_template: line 2 of the template is not valid Jinja"):
         merged(raw(models, tokenizer_source="union", chat_template=broken), tmp_path / "out")
-    with pytest.raises(PaftMergeError, match="no Jinja: No filter named 'nofilter'"):
+    with pytest.raises(PaftMergeError, match="not valid Jinja: No filter named 'nofilter'"):
         merged(raw(models, tokenizer_source="union", chat_template="{{ messages | nofilter }}"), tmp_path / "out")
     _, told = merged(raw(models, tokenizer_source="union", chat_template="auto"), tmp_path / "out")
     assert [p.what for p in told if p.code == "CHAT_TEMPLATE"] == ["no model has a chat template"]

@@ -20,6 +20,7 @@ from paft_merge.recipe import (
     Located,
     ModelRef,
     Recipe,
+    kind_of,
     layer_t,
     load_documents,
     load_recipe,
@@ -259,7 +260,7 @@ class TestReferences:
         second = {"model": "y", "label": other} if other else "x"
         models = [{"model": {"model": "z", "label": one}}, {"model": second}]
         with pytest.raises(
-            RecipeError, match=r"models\[1\]: .* has the label x, as z has, so their drops would be the same"
+            RecipeError, match=r"models\[1\]: .* has the label x of z, so both would drop the same entries"
         ):
             load_recipe(
                 {"merge_method": "dare_linear", "base_model": "b", "parameters": {"weight": 1}, "models": models}
@@ -279,7 +280,7 @@ class TestReferences:
             (3, "must name a model, got 3; write PATH or PATH@REVISION"),
             (None, "must name a model, got nothing; write PATH or PATH@REVISION"),
             ({"path": "a"}, "a model reference needs the key model; write {model: {path: ..., revision: ...}}"),
-            ({"model": "a", "lorra": "b"}, "lorra: Extra inputs are not permitted"),
+            ({"model": "a", "lorra": "b"}, "lorra: unknown key; did you mean 'lora'?"),
         ],
     )
     def test_what_names_no_model_is_refused(self, value: Any, message: str) -> None:
@@ -473,7 +474,7 @@ class TestSettings:
             resolve((), Parameter("t", float, "shared", REQUIRED, ""), "w")
         assert (
             str(caught.value)
-            == "Missing required parameter t for w; write it under parameters, of this model or once for all"
+            == "Missing required parameter t for w; write it under parameters, of this model or at the top"
         )
 
     def test_an_interpolated_whole_number_must_be_whole(self) -> None:
@@ -531,7 +532,7 @@ class TestTrim:
         with pytest.raises(RecipeError) as caught:
             values(recipe, 0, "mlp.attn")
         assert str(caught.value) == (
-            "<text>:5: models[0].parameters.density: density and models[0].parameters.l1_mass both hold for mlp.attn; "
+            "<text>:5: models[0].parameters.density: density and models[0].parameters.l1_mass both apply to mlp.attn; "
             "keep one of density, l1_mass, epsilon at a level"
         )
 
@@ -548,6 +549,16 @@ class TestRefusals:
     @pytest.mark.parametrize(("recipe", "expected"), golden("recipe_faults.txt"))
     def test_a_faulty_recipe_is_refused_with_every_fault_and_its_line(self, recipe: str, expected: list[str]) -> None:
         assert faults(recipe, methods=FEW) == expected
+
+    @pytest.mark.parametrize("key", ["adapters: {sft: {}}", "merge: {}", "evaluate: {}\nbase_model: b"])
+    def test_a_recipe_for_another_command_is_one_error_that_names_the_command(self, key: str) -> None:
+        (line,) = faults(f"seeds: [0]\n{key}")
+        assert line.startswith("RECIPE 1: this is a recipe for paft run, not a merge recipe; use paft run")
+
+    def test_the_kind_of_a_recipe_is_known_by_its_keys(self) -> None:
+        assert kind_of({"merge_methd": "ties", "models": []}) == "merge"
+        assert kind_of({"base_model": "b", "adapters": {}}) == "run"
+        assert kind_of({"models": [], "adapters": {}}) is kind_of({"base_model": "b"}) is kind_of([]) is None
 
     def test_an_empty_recipe_is_refused(self) -> None:
         assert faults("") == ["RECIPE 1: the recipe is empty; begin with merge_method: ..."]

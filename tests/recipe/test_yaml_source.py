@@ -135,8 +135,8 @@ _PLAIN = "a recipe holds plain data; remove the tag"
         ("a: !!int abc", "1:4", "'abc' cannot be read as int; quote text, or write a plain number"),
         ("a: 1\nb:\n  a: 2\n  a: 3", "4:3", "the key 'a' is already on line 3; keep one of the two"),
         ("a: 1\nyes: 2\n'yes': 3", "3:1", "the key 'yes' is already on line 2; keep one of the two"),
-        ("a: &x [*x]", "1:4", "an alias stands for something that contains it; write the value out"),
-        ("a: &x\n  <<: *x", "1:4", "an alias stands for something that contains it; write the value out"),
+        ("a: &x [*x]", "1:4", "an alias refers to a value that contains it; write the value out"),
+        ("a: &x\n  <<: *x", "1:4", "an alias refers to a value that contains it; write the value out"),
         ("c: {<<: 3}", "1:9", "'<<' merges a mapping or a list of mappings; name one by its alias: '<<: *name'"),
         ("? [a]\n: 1", "1:3", "a key must be text; quote it"),
     ],
@@ -193,7 +193,7 @@ def test_nesting_through_aliases_is_bounded_too() -> None:
 def test_an_alias_bomb_is_refused(link: str) -> None:
     first = "x0: &x0 " + ("{k: v}" if "<<" in link else "[v, v]") + "\n"
     bomb = first + "".join(f"x{i}: &x{i} {link.format(', '.join([f'*x{i - 1}'] * 10))}\n" for i in range(1, 12))
-    assert "aliases stand for more than 100,000 values; write them out, or use fewer" in refusal(bomb)
+    assert "aliases expand to more than 100,000 values; write them out, or use fewer" in refusal(bomb)
 
 
 def test_a_large_file_without_aliases_is_read() -> None:

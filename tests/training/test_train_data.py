@@ -214,9 +214,9 @@ def test_all_faults_of_all_adapters_are_told_with_hints():
         read_adapters(Located(recipe, "r.yaml"))
     told = str(caught.value)
     for expected in (
-        "r.yaml: adapters.a.data[0].pth: unknown key; did you mean 'path'?",
+        "r.yaml: adapters.a.data.pth: unknown key; did you mean 'path'?",
         "adapters.a.l1.strenght: unknown key; did you mean 'strength'?",
-        "adapters.b.lora.r: Input should be greater than or equal to 1, got 0",
+        "adapters.b.lora.r: must be at least 1, got 0",
         "needs `reward`",
         "the proximal step works on factors",
         "`orpo` has no meaning for objective sft",

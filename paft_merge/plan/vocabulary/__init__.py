@@ -1,13 +1,13 @@
-"""The vocabulary of the output: its tokenizer, and every row of every embedding that belongs to it.
+"""The vocabulary of the output: its tokenizer, and the source of every row of every embedding.
 
-| room | what it is |
+| module | contents |
 |---|---|
 | tokenizers | tokenizers loaded, cut, joined and saved |
-| alignment | from which row of which model each row comes |
-| tensors | which tensors have one row per token |
-| templates | the chat template |
+| alignment | the model and row that each row of an embedding comes from |
+| embedding_tensors | the tensors with one row per token |
+| chat_templates | the chat template |
 
-What is read is in `gathering`: one gather of rows per tensor and model, in blocks.
+`inputs.remapped_embeddings` reads the rows, in blocks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from paft_merge.errors import CheckpointError, PaftMergeError, Problem, Problems
 from paft_merge.inputs.remapped_embeddings import Gathered
 from paft_merge.inputs.safetensors_header import join_first, quote
 from paft_merge.inputs.tensor_inputs import Read
+from paft_merge.plan.layer_stacks import with_nested
 from paft_merge.plan.vocabulary.alignment import Alignment, Word
 from paft_merge.plan.vocabulary.embedding_tensors import vocabulary_rows, vocabulary_tensors
 from paft_merge.plan.vocabulary.tokenizers import (
@@ -45,14 +46,14 @@ __all__ = ["TOKENIZER_FILES", "Vocabulary", "read_vocabulary"]
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What a recipe's tokenizer and chat template make of the output.
+    """The tokenizer and the embedding rows of the output, by a recipe's `tokenizer` and `chat_template`.
 
     Attributes:
-        files: the tokenizer's files by name: content, or the file to copy. They take the place of the donor's.
-        alignment: the rows of the embeddings; None where they stay as they are.
+        files: the tokenizer's files by name: content, or the file to copy. They replace those of the config source.
+        alignment: the rows of the embeddings; None where they do not change.
         tensors: names of tensors with one row per token.
-        facts: for the manifest.
-        warnings: what is odd but possible.
+        facts: the entry of the manifest.
+        warnings: for the user.
     """
 
     files: TokenizerFiles
@@ -62,27 +63,24 @@ class Vocabulary:
     warnings: tuple[Problem, ...] = ()
 
     def align(self, reads: Sequence[Read], name: str, everywhere: Mapping[str, Read]) -> list[Read]:
-        """`reads`, which one tensor of the output is merged from, in the output's vocabulary.
+        """Read tensors in the output's vocabulary.
 
         Args:
-            reads: one a model.
-            name: of the tensor; those without a row per token stay as they are.
-            everywhere: the tensor as every model of the recipe has it, if it has it.
+            reads: the tensors that one output tensor is merged from.
+            name: its name; a tensor without a row per token does not change.
+            everywhere: the tensor in every model of the recipe that has it, by model.
 
         Raises:
-            CheckpointError: VOCABULARY, a row is to come from a model that lacks the tensor.
+            CheckpointError: VOCABULARY, the recipe takes a row from a model that lacks the tensor.
         """
         alignment = self.alignment
         if alignment is None or name not in self.tensors:
             return list(reads)
         for word in alignment.words.values():
             if word.model is not None and word.model not in everywhere:
-                what, fix = (
-                    f"lacks {quote(name)}, of which the recipe takes a token's row",
-                    "take it from another model",
-                )
-                raise CheckpointError.of("VOCABULARY", word.model, what, fix)
-        donors = tuple(everywhere.get(ref, reads[0]) for ref in alignment.own)  # the others lend no rows
+                what = f"lacks {quote(name)}, from which the recipe takes a token's row"
+                raise CheckpointError.of("VOCABULARY", word.model, what, "take the row from another model")
+        donors = tuple(everywhere.get(ref, reads[0]) for ref in alignment.own)  # models without it provide no rows
         merged = tuple(dict.fromkeys(read.source for read in reads))
         made = []
         for read in reads:
@@ -92,7 +90,7 @@ class Vocabulary:
         return made
 
     def in_config(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        """`changes` of a config, with the size of the vocabulary where `config` says nothing of it or another one."""
+        """`changes` of a config, with the output's `vocab_size` where the config lacks it or has another."""
         if self.alignment is None:
             return dict(changes)
         rows, made = self.alignment.rows, dict(changes)
@@ -106,7 +104,7 @@ class Vocabulary:
         return made
 
     def digest(self) -> str:
-        """Of everything that the output takes from tokenizers: a merge is only resumed with the same."""
+        """A digest of tokenizer files and row maps; a merge is resumed only with an equal one."""
         digest = xxhash.xxh3_128()
         for name, content in sorted(self.files.items()):
             digest.update(name.encode() + b"\0" + (content if isinstance(content, bytes) else content.read_bytes()))
@@ -115,29 +113,29 @@ class Vocabulary:
         return digest.hexdigest()
 
 
-def read_vocabulary(recipe: Recipe, models: Mapping[ModelRef, Model], donor: Model) -> Vocabulary | None:
-    """What the recipe's `tokenizer`, `tokenizer_source` and `chat_template` ask for; None when it has none of them.
+def read_vocabulary(recipe: Recipe, models: Mapping[ModelRef, Model], config_source: Model) -> Vocabulary | None:
+    """Read a recipe's `tokenizer`, `tokenizer_source` and `chat_template`; None when it has none of them.
 
     Args:
-        recipe: may have any.
+        recipe: the recipe.
         models: every model that the recipe refers to, opened.
-        donor: the base, or the first model.
+        config_source: the base, or the first model.
 
     Raises:
-        RecipeError: everything that is wrong with it, all at once.
+        RecipeError: all errors together.
     """
     if recipe.tokenizer is None and not recipe.chat_template:
         return None
-    return _Reader(recipe, models, donor).read()
+    return _Reader(recipe, models, config_source).read()
 
 
 _MOST_HOLES = 1 << 17
-"""Ids without a token that a tokenizer may have: each is a row of every embedding."""
+"""Limit of unused ids in a tokenizer; each is a row in every embedding."""
 
 
 class _Reader:
-    def __init__(self, recipe: Recipe, models: Mapping[ModelRef, Model], donor: Model) -> None:
-        self.recipe, self.models, self.donor = recipe, models, donor
+    def __init__(self, recipe: Recipe, models: Mapping[ModelRef, Model], config_source: Model) -> None:
+        self.recipe, self.models, self.config_source = recipe, models, config_source
         self.problems, self.warnings = Problems(), list[Problem]()
         self.loaded: dict[tuple[object, ...], Tokenizer | None] = {}
 
@@ -146,19 +144,19 @@ class _Reader:
         made = self._with_tokenizer(entry) if entry is not None else self._copied()
         files = self._with_template(made.files) if made is not None else {}
         self.problems.raise_as(RecipeError)
-        assert made is not None, "without a fault there is a vocabulary"
+        assert made is not None, "a missing vocabulary has a problem"
         return Vocabulary(files, made.alignment, made.tensors, made.facts, tuple(self.warnings))
 
     # Rows
 
     def _with_tokenizer(self, entry: TokenizerEntry) -> Vocabulary | None:
-        """The tokenizer that the recipe asks for, and the rows that it has in every model."""
+        """The recipe's tokenizer, and the rows of its tokens in every model."""
         sizes: dict[str, int] = {}
         for model in self.models.values():
             with self.problems.catching():
                 sizes[model.ref] = vocabulary_rows(model)
         owned = {model.ref: self._of(model, sizes) for model in self.models.values()}
-        base = owned[self.donor.ref]
+        base = owned[self.config_source.ref]
         if self.problems.found or base is None or None in owned.values():
             return None
         output = None
@@ -176,7 +174,7 @@ class _Reader:
         multiple = entry.pad_to_multiple_of or 1
         rows = -(-count // multiple) * multiple
         alignment = Alignment.of(rows, output.ids, known, sizes, words, self._base_ref())
-        self._tell(output, alignment, base)
+        self._warn(output, alignment, base)
         facts = {
             "tokens": len(output.ids), "rows": rows,
             "models": {ref: alignment.counts(ref) for ref in alignment.own},
@@ -186,12 +184,16 @@ class _Reader:
         return Vocabulary(output.files(), alignment, self._tensors(sizes), facts)
 
     def _of(self, model: Model, sizes: Mapping[str, int]) -> Tokenizer | None:
-        """A model's own tokenizer, or the donor's where it has no other and as many rows."""
+        """A model's tokenizer; without one, the config source's if the models have equally many rows."""
         files = tokenizer_files(model)
-        if files is None and model is not self.donor and sizes.get(model.ref) == sizes.get(self.donor.ref):
-            what = f"has no tokenizer; it is taken for that of {self.donor.ref}"
+        if (
+            files is None
+            and model is not self.config_source
+            and sizes.get(model.ref) == sizes.get(self.config_source.ref)
+        ):
+            what = f"has no tokenizer, so that of {self.config_source.ref} is used"
             self.warnings.append(Problem("TOKENIZER", model.ref, what, "put its tokenizer files beside its weights"))
-            files = tokenizer_files(self.donor)
+            files = tokenizer_files(self.config_source)
         if files is None:
             what, fix = "has no tokenizer", "put its tokenizer files beside its weights"
             self.problems.add("TOKENIZER", model.ref, what, fix)
@@ -199,7 +201,7 @@ class _Reader:
         return self._load(files, model.ref)
 
     def _load(self, files: TokenizerFiles, ref: str) -> Tokenizer | None:
-        """A tokenizer, which several models may share."""
+        """Load a tokenizer once, although several models may share it."""
         key = tuple(files.values())
         if key not in self.loaded:
             self.loaded[key] = None
@@ -210,8 +212,8 @@ class _Reader:
     def _output(
         self, entry: TokenizerEntry, owned: Mapping[str, Tokenizer], sizes: Mapping[str, int]
     ) -> Tokenizer | None:
-        """The output's tokenizer, with the tokens that the recipe adds."""
-        ref = self.donor.ref
+        """The output's tokenizer, including the tokens that the recipe adds."""
+        ref = self.config_source.ref
         if isinstance(entry.source, ModelRef):
             chosen, rows = self._chosen(entry.source, owned, sizes)
             if chosen is None:
@@ -220,22 +222,22 @@ class _Reader:
             chosen, rows = owned[ref], sizes[ref]
         output = chosen.cut(rows) if rows is not None else chosen
         if gone := [token for token in chosen.ids if token not in output.ids]:
-            what = (
-                f"{len(gone):,} tokens of its tokenizer have no row in the model and are left out: {join_first(gone)}"
-            )
-            self.warnings.append(Problem("TOKENIZER", chosen.ref, what, "resize its embeddings if it needs them"))
+            what = f"{len(gone):,} of its tokens have no row in the model and are left out: {join_first(gone)}"
+            self.warnings.append(Problem("TOKENIZER", chosen.ref, what, "resize its embeddings to keep them"))
         if entry.source == "union":
             others = [(tokenizer, sizes[other]) for other, tokenizer in owned.items() if other != ref]
             output, doubtful = join(output, others)
             for token in doubtful:
                 what = f"token {quote(token)} was added with different settings in several models"
-                self.warnings.append(Problem("TOKENIZER", self._spot("source"), what, "those of the first are kept"))
+                self.warnings.append(
+                    Problem("TOKENIZER", self._spot("source"), what, "those of the first model are kept")
+                )
         return output.with_tokens([token for token in entry.tokens or () if token not in output.ids])
 
     def _chosen(
         self, source: ModelRef, owned: Mapping[str, Tokenizer], sizes: Mapping[str, int]
     ) -> tuple[Tokenizer | None, int | None]:
-        """The tokenizer of a named model, which need not be merged, and its rows where they are known."""
+        """The tokenizer of any model, and the model's rows if it is one of the merged models."""
         from paft_merge.hub import fetch
 
         if source in self.models:
@@ -260,11 +262,11 @@ class _Reader:
     def _words(
         self, entry: TokenizerEntry, output: Tokenizer, known: Mapping[str, Mapping[str, int]], sizes: Mapping[str, int]
     ) -> dict[int, Word]:
-        """What `tokens:` says, by id; every fault of it is noted."""
+        """The entries of `tokens:` by token id; errors are noted."""
         words: dict[int, Word] = {}
         for token, said in (entry.tokens or {}).items():
             if token not in output.ids:
-                continue  # an empty text, which no tokenizer can hold
+                continue  # empty text cannot be a token
             number = output.ids[token]
             needed = said.force or not all(-1 < ids.get(token, -1) < sizes[ref] for ref, ids in known.items())
             if isinstance(said.source, ZeroRow):
@@ -289,14 +291,19 @@ class _Reader:
             return self.models[source].ref
         names = [model.ref for model in self.models.values()]
         fix = did_you_mean(str(source), names) or f"name one of {', '.join(names)}"
-        self.problems.add("TOKENIZER", self._spot("tokens", token, "source"), f"{source} is not merged here", fix)
+        self.problems.add(
+            "TOKENIZER", self._spot("tokens", token, "source"), f"{source} is not a model of this merge", fix
+        )
         return None
 
     def _no_row(self, token: str, ref: str, wanted: str | int, ids: Mapping[str, int], size: int) -> None:
         if isinstance(wanted, int):
-            what, fix = f"{ref} has no row {wanted:,}: it has {size:,}", f"give a token_id from 0 to {size - 1:,}"
+            what, fix = f"{ref} has {size:,} rows and no row {wanted:,}", f"give a token_id from 0 to {size - 1:,}"
         elif wanted in ids:
-            what, fix = f"{quote(wanted)} of {ref} has id {ids[wanted]:,}, and {size:,} rows are all", "name another"
+            what, fix = (
+                f"{quote(wanted)} of {ref} has id {ids[wanted]:,}, beyond its {size:,} rows",
+                "name another token",
+            )
         else:
             what = f"{ref} has no token {quote(wanted)}"
             fix = did_you_mean(wanted, list(ids)) or "name a token that it has"
@@ -307,45 +314,45 @@ class _Reader:
         return self.models[base].ref if base else None
 
     def _tensors(self, sizes: Mapping[str, int]) -> frozenset[str]:
-        """The tensors that have one row per token in any model; they must have one in all."""
+        """The tensors that have one row per token in any model, and therefore must in all."""
         found: set[str] = set()
         for model in self.models.values():
             with self.problems.catching():
                 found |= vocabulary_tensors(model, sizes[model.ref])
         return frozenset(found)
 
-    # What is worth a word
+    # Warnings
 
-    def _tell(self, output: Tokenizer, alignment: Alignment, base: Tokenizer) -> None:
-        old, rows = alignment.sizes[self.donor.ref], alignment.rows
+    def _warn(self, output: Tokenizer, alignment: Alignment, base: Tokenizer) -> None:
+        old, rows = alignment.sizes[self.config_source.ref], alignment.rows
         if rows < old:
             what = f"the vocabulary shrinks from {old:,} to {rows:,} rows, {len(output.ids):,} of them tokens"
             fix = f"write pad_to_multiple_of: {_multiple(rows, old)} to keep {old:,}"
-            fix = fix if _multiple(rows, old) else "the rows left out belong to no token of the output"
+            fix = fix if _multiple(rows, old) else "no token of the output uses the rows left out"
             self.warnings.append(Problem("VOCABULARY", self._spot(), what, fix))
         if lacking := alignment.lacking():
             what = f"{len(lacking):,} tokens have no row in any model and become zeros: {join_first(lacking)}"
             self.warnings.append(
-                Problem("VOCABULARY", self._spot(), what, "say under tokens: where their rows come from")
+                Problem("VOCABULARY", self._spot(), what, "give the source of their rows under tokens:")
             )
-        self._tell_moved(output, base)
+        self._warn_of_moved_ids(output, base)
 
-    def _tell_moved(self, output: Tokenizer, base: Tokenizer) -> None:
-        """A warning for each id in the configs that means another token now."""
+    def _warn_of_moved_ids(self, output: Tokenizer, base: Tokenizer) -> None:
+        """Warn of each token id in the configs that changes its meaning."""
         before, after = ({number: token for token, number in t.ids.items()} for t in (base, output))
-        folder = self.donor.checkpoint.folder
+        folder = self.config_source.checkpoint.folder
         for name in ("config.json", "generation_config.json"):
             for key, number in _ids_in(_config(folder / name)):
                 token = before.get(number)
                 if token is None or after.get(number) == token:
                     continue
-                now = f"{quote(after[number])} now" if number in after else "nothing now"
+                now = f"{quote(after[number])} now" if number in after else "unused now"
                 what = f"{key} is {number}, which was {quote(token)} and is {now}"
                 fix = f"set it to {output.ids[token]}" if token in output.ids else "set it to a token of the output"
-                self.warnings.append(Problem("TOKENIZER", f"{self.donor.ref}: {name}", what, fix))
+                self.warnings.append(Problem("TOKENIZER", f"{self.config_source.ref}: {name}", what, fix))
 
     def _spot(self, *steps: str) -> str:
-        """Where the recipe says it."""
+        """The line of the recipe's `tokenizer` or `tokenizer_source`."""
         language = self.recipe.language
         key = "tokenizer_source" if language.tokenizer_source else "tokenizer"
         return str(self.recipe.located.spot((key,) if key == "tokenizer_source" else (key, *steps)))
@@ -353,8 +360,8 @@ class _Reader:
     # The chat template
 
     def _copied(self) -> Vocabulary:
-        """The donor's own tokenizer, to which only a template is added."""
-        return Vocabulary(tokenizer_files(self.donor) or {})
+        """The config source's tokenizer, which only gets a chat template."""
+        return Vocabulary(tokenizer_files(self.config_source) or {})
 
     def _with_template(self, files: TokenizerFiles) -> TokenizerFiles:
         written, spot = self.recipe.chat_template, self.recipe.located.spot(("chat_template",))
@@ -368,7 +375,7 @@ class _Reader:
             self.problems.add("CHAT_TEMPLATE", spot, fault.what, fault.fix)
             return files
         if not is_tokenizer(files):
-            what = f"{self.donor.ref} has no tokenizer that a chat template could be written to"
+            what = f"{self.config_source.ref} has no tokenizer to write a chat template to"
             self.problems.add("CHAT_TEMPLATE", spot, what, "put its tokenizer files beside its weights, or remove it")
             return files
         if text is None:
@@ -383,20 +390,19 @@ def _multiple(rows: int, old: int) -> int:
 
 
 def _config(path: Path) -> Any:
-    """A JSON file of the donor; nothing where there is none. A broken one was told when the checkpoint was opened."""
+    """A JSON file; empty if it is missing or broken (an error that opening the checkpoint reports)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _ids_in(config: Any, within: str = "") -> list[tuple[str, int]]:
-    """Every token id that a config names, with its key."""
+def _ids_in(config: Any) -> list[tuple[str, int]]:
+    """Every token id in a config and the configs nested in it, with its key."""
     found: list[tuple[str, int]] = []
-    for key, value in config.items() if isinstance(config, dict) else ():
-        if key.endswith("_config"):
-            found += _ids_in(value, f"{within}{key}.")
-        elif key.endswith(("_token_id", "_token_ids", "_token_index")):
-            values = value if isinstance(value, list) else [value]
-            found += [(f"{within}{key}", v) for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    for within, section in with_nested(config if isinstance(config, dict) else {}):
+        for key, value in section.items():
+            if key.endswith(("_token_id", "_token_ids", "_token_index")):
+                values = value if isinstance(value, list) else [value]
+                found += [(f"{within}{key}", v) for v in values if type(v) is int]
     return found

@@ -1,7 +1,8 @@
-"""From which row of which model each row of the output's vocabulary comes. Ids in, row maps out.
+"""The source of each row of the output's embeddings. Token ids in, row maps out.
 
-The rules are mergekit's: a model keeps its own row of a token; where it has none, the recipe's word counts, else the only
-owner's row, else the base's, else the mean of the owners'; a token that nobody has is zero, and padding is the mean row.
+The rules are mergekit's. A model keeps its own row of a token. If it has none, its row comes from the first of: the
+recipe's entry for the token, the only model that has the token, the base, the mean of all models that have it. A token that
+no model has is zero, and padding is the mean row.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from paft_merge.inputs.remapped_embeddings import MEAN, PAD, ZERO, Ids, RowMap
 
 @dataclass(frozen=True)
 class Word:
-    """What the recipe says of one token's row: row `row` of `model`, or, without a model, zeros."""
+    """The recipe's entry for one token: row `row` of `model`, or zeros without a model."""
 
     model: str | None
     row: int
     force: bool
-    """For the models that have the token, too."""
+    """Whether it also replaces the rows of models that have the token."""
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The output's rows, and those of every model.
+    """The rows of the output and of every model.
 
     Attributes:
-        rows: of the output, padding included.
+        rows: number of rows of the output, including padding.
         ids: the output's token ids.
-        own: per model the row of each output row's token, `[rows]`, -1 where it has none.
-        sizes: per model its own number of rows.
-        words: by token id, what the recipe says.
-        base: the model whose row stands in when several have the token.
+        own: for each model the row of each output row's token, `[rows]`; -1: none.
+        sizes: number of rows of each model.
+        words: the recipe's entries by token id.
+        base: the model whose row is used when several have the token.
     """
 
     rows: int
@@ -50,22 +51,22 @@ class Alignment:
         cls, rows: int, ids: Mapping[str, int], models: Mapping[str, Mapping[str, int]], sizes: Mapping[str, int],
         words: Mapping[int, Word], base: str | None,
     ) -> Alignment:  # fmt: skip
-        """`models`: every model's token ids."""
+        """Align `models`, which are the token ids of every model; the other arguments are the attributes."""
         own = {ref: _rows(rows, ids, theirs, sizes[ref]) for ref, theirs in models.items()}
         return cls(rows, ids, own, sizes, words, base)
 
     @property
     def is_needed(self) -> bool:
-        """Whether any model's tensors are not already what the output wants."""
+        """Whether any model's rows differ from the output's."""
         every = tuple(self.own)
         return not all(self.map(ref, every).is_own(i, self.sizes[ref]) for i, ref in enumerate(every))
 
     def map(self, model: str, merged: Sequence[str]) -> RowMap:
-        """Where the rows of `model` come from; donors are all models, in the order of `own`.
+        """The sources of the rows of `model`, whose donors are all models in the order of `own`.
 
         Args:
             model: one of `merged`.
-            merged: the models that this tensor is merged from. Only they lend rows that the recipe does not name.
+            merged: the models that this tensor is merged from, which provide the rows that the recipe does not name.
         """
         key = (model, tuple(merged))
         if key not in self._made:
@@ -78,16 +79,16 @@ class Alignment:
         return self._made[key]
 
     def lacking(self) -> list[str]:
-        """Tokens that no model has and of which the recipe says nothing."""
+        """Tokens that no model has and that the recipe has no entry for."""
         owned = np.any([own >= 0 for own in self.own.values()], axis=0)
         return [token for token, i in self.ids.items() if not owned[i] and i not in self.words]
 
     def counts(self, model: str) -> dict[str, int]:
-        """How many of the output's tokens a model has itself, for reports."""
+        """The number of rows of a model, and of the output's tokens that it has."""
         return {"rows": self.sizes[model], "own_tokens": int((self.own[model] >= 0).sum())}
 
     def _default(self, merged: tuple[str, ...]) -> tuple[Ids, Ids, Ids]:
-        """Donor and row of every token for the models that lack it, and the rows of the means."""
+        """Donor and row of every token for the models that lack it, and the rows that means are taken of."""
         refs = list(self.own)
         own = np.stack([self.own[ref] for ref in merged])
         has = own >= 0
@@ -119,6 +120,6 @@ def _rows(rows: int, ids: Mapping[str, int], theirs: Mapping[str, int], size: in
     found = np.full(rows, -1, np.int64)
     for token, i in ids.items():
         row = theirs.get(token, -1)
-        if row < size:  # a token beyond the rows is one that the model was never given
+        if row < size:  # the model has no embedding for a token beyond its rows
             found[i] = row
     return found

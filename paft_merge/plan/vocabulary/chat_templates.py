@@ -1,4 +1,4 @@
-"""The chat template of the output: chosen, checked by parsing it, and put among the tokenizer's files."""
+"""The chat template of the output: chosen, parsed as a check, and added to the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -16,29 +16,26 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.plan.vocabulary.tokenizers import TokenizerFiles
 from paft_merge.recipe import CHAT_TEMPLATES
+from paft_merge.recipe.diagnostics import UnlocatedError
 
 TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
 _CONFIG = "tokenizer_config.json"
 
 
-class ChatTemplateError(Exception):
-    """No template: `what` is wrong, and the `fix`."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.what, self.fix = what, fix
+class ChatTemplateError(UnlocatedError):
+    """An invalid template."""
 
 
 def choose_template(written: str, tokenizers: Sequence[TokenizerFiles | None]) -> str | None:
-    """The text of the template that a recipe asks for; None when `auto` finds none.
+    """The text of a recipe's template; None when `auto` finds none.
 
     Args:
         written: `auto`, one of `CHAT_TEMPLATES`, or a template.
-        tokenizers: of all models, in the recipe's order: the first of equally common templates is taken.
+        tokenizers: those of all models, in the recipe's order. `auto` takes the most common template, of ties the first.
 
     Raises:
-        ChatTemplateError: it is no Jinja template.
+        ChatTemplateError: `written` is not a Jinja template.
     """
     if written == "auto":
         found = [text.strip() for files in tokenizers if files and (text := template_of(files)) and text.strip()]
@@ -50,7 +47,7 @@ def choose_template(written: str, tokenizers: Sequence[TokenizerFiles | None]) -
 
 
 def template_of(files: TokenizerFiles) -> str | None:
-    """The chat template of a tokenizer, as transformers finds it; the one called `default` of several."""
+    """The chat template of a tokenizer, as transformers finds it; of several, the one named `default`."""
     if TEMPLATE in files:
         return _bytes(files[TEMPLATE]).decode("utf-8")
     for name in (_CONFIG, _OLD_TEMPLATE):
@@ -65,22 +62,22 @@ def template_of(files: TokenizerFiles) -> str | None:
 
 
 def check_template(text: str) -> None:
-    """Parse and compile a template as transformers would; nothing is run.
+    """Parse and compile a template as transformers would, without running it.
 
     Raises:
-        ChatTemplateError: with the line inside the template.
+        ChatTemplateError: a syntax error, with its line in the template.
     """
     try:
         _ENVIRONMENT.compile(text)
     except TemplateSyntaxError as error:
-        what = f"line {error.lineno} of the template is no Jinja: {error.message}"
-        raise ChatTemplateError(what, f"mend it, or use auto, {', '.join(CHAT_TEMPLATES)}") from error
+        what = f"line {error.lineno} of the template is not valid Jinja: {error.message}"
+        raise ChatTemplateError(what, f"fix it, or use auto, {', '.join(CHAT_TEMPLATES)}") from error
     except TemplateError as error:
-        raise ChatTemplateError(f"the template is no Jinja: {error}", "mend it") from error
+        raise ChatTemplateError(f"the template is not valid Jinja: {error}", "fix it") from error
 
 
 def with_template(files: TokenizerFiles, text: str) -> dict[str, bytes | Path]:
-    """A tokenizer's files with `text` as their only default template, where transformers looks first."""
+    """A tokenizer's files with `text` as the only default template, in the file that transformers reads first."""
     made = {name: content for name, content in files.items() if name != _OLD_TEMPLATE} | {TEMPLATE: text.encode()}
     if _CONFIG in made:
         config = json.loads(_bytes(made[_CONFIG]))
@@ -90,7 +87,7 @@ def with_template(files: TokenizerFiles, text: str) -> dict[str, bytes | Path]:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks for transformers what the assistant says."""
+    """`{% generation %}`, by which transformers finds the assistant's tokens."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -109,7 +106,7 @@ def _bytes(content: bytes | Path) -> bytes:
 
 
 def _json(content: bytes | Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, of which the loading of a tokenizer tells."""
+    """A JSON object; empty if invalid (an error that loading the tokenizer reports)."""
     try:
         found = json.loads(_bytes(content))
     except ValueError:

@@ -1,14 +1,15 @@
-"""Which tensors of a checkpoint have one row per token: its input and output embeddings, and the biases beside them."""
+"""The tensors of a checkpoint that have one row per token: input and output embeddings, and their biases."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import CheckpointError, Problems
 from paft_merge.inputs.remapped_embeddings import rows_of
 from paft_merge.inputs.safetensors_header import quote
+from paft_merge.plan.layer_stacks import with_nested
 
 if TYPE_CHECKING:
     from paft_merge.inputs.models import Model
@@ -27,27 +28,27 @@ _FIX = "merge this architecture without tokenizer, or give all models one vocabu
 
 
 def vocabulary_rows(model: Model) -> int:
-    """Rows of a model's embeddings: one per token, and perhaps padding.
+    """The number of rows of a model's embeddings: one per token, plus padding.
 
     Raises:
-        CheckpointError: VOCABULARY, no tensor is known to be its input embedding.
+        CheckpointError: VOCABULARY, its input embedding is not known.
     """
     if model.adapter and model.adapter.vocab_size:
         return model.adapter.vocab_size
     tensors = model.checkpoint.tensors
     inputs = [name for name in tensors if _IS_INPUT.search(name) and len(tensors[name].shape) == 2]
-    said = {v for v in _said(model.checkpoint.config) if any(tensors[n].shape[0] == v for n in inputs)}
-    inputs = [name for name in inputs if not said or tensors[name].shape[0] in said] or _asked(model)
+    said = {v for v in _vocab_sizes(model.checkpoint.config) if any(tensors[n].shape[0] == v for n in inputs)}
+    inputs = [name for name in inputs if not said or tensors[name].shape[0] in said] or _embeddings_of_class(model)
     if not inputs:
-        raise CheckpointError.of("VOCABULARY", model.ref, "none of its tensors is known to be its embedding", _FIX)
+        raise CheckpointError.of("VOCABULARY", model.ref, "its embedding is not known", _FIX)
     return tensors[inputs[0]].shape[0]
 
 
 def vocabulary_tensors(model: Model, rows: int) -> set[str]:
-    """The names of a model's tensors that have one row per token, those that only its adapter makes included.
+    """The names of a model's tensors that have one row per token, including those that only its adapter has.
 
     Raises:
-        CheckpointError: VOCABULARY, naming tensors that may have one and may not.
+        CheckpointError: VOCABULARY, tensors for which that is unclear.
     """
     stored = {name: info.shape for name, info in model.checkpoint.tensors.items()}
     before = rows if not (model.adapter and model.adapter.vocab_size) else _stored_rows(stored)
@@ -56,28 +57,28 @@ def vocabulary_tensors(model: Model, rows: int) -> set[str]:
     found = {name for name, shape in shapes.items() if _IS_KNOWN.search(name) and rows_of(shape) in (rows, before)}
     unclear = [n for n, shape in shapes.items() if n not in found and _may_be(n, shape, (rows, before))]
     if unclear:
-        asked = set(_asked(model))
+        asked = set(_embeddings_of_class(model))
         found |= asked & set(unclear)
         problems = Problems()
         for name in (name for name in unclear if name not in asked):
-            what = f"tensor {quote(name)} of shape {list(shapes[name])} may have one row per token, and may not"
+            what = f"tensor {quote(name)} of shape {list(shapes[name])} may or may not have one row per token"
             problems.add("VOCABULARY", model.ref, what, _FIX)
         problems.raise_as(CheckpointError)
     return found
 
 
 def _may_be(name: str, shape: tuple[int, ...], rows: Iterable[int]) -> bool:
-    """Whether a tensor that no rule knows could belong to the vocabulary: by its rows, or by its name alone."""
+    """Whether the rows or the name of an unknown tensor suggest one row per token."""
     return bool(_IS_OTHER.search(name)) or (rows_of(shape) in rows and len(shape) < 3 and not _LAYERED.search(name))
 
 
 def _stored_rows(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Rows before an adapter resized them."""
+    """The number of embedding rows before an adapter resized them."""
     return next((rows_of(shape) for name, shape in shapes.items() if _IS_INPUT.search(name)), 0)
 
 
-def _asked(model: Model) -> list[str]:
-    """The embeddings that transformers knows in the model's class, by the names in the checkpoint."""
+def _embeddings_of_class(model: Model) -> list[str]:
+    """The embeddings of the model's transformers class, by their names in the checkpoint."""
     from paft_merge.inputs.adapters.architecture import Architecture
 
     architecture = Architecture.of(model.checkpoint)
@@ -85,9 +86,7 @@ def _asked(model: Model) -> list[str]:
     return [one.value_in for one in stored if one and one.value_in in model.checkpoint.tensors]
 
 
-def _said(config: object) -> list[int]:
-    """What a config, and the configs inside it, say of the size of the vocabulary."""
-    if not isinstance(config, dict):
-        return []
-    own = [value for key, value in config.items() if key == "vocab_size" and isinstance(value, int)]
-    return own + [size for key, value in config.items() if key.endswith("_config") for size in _said(value)]
+def _vocab_sizes(config: Mapping[str, Any]) -> list[int]:
+    """Every `vocab_size` in a config and the configs nested in it."""
+    sizes = (section.get("vocab_size") for _, section in with_nested(config))
+    return [size for size in sizes if isinstance(size, int)]

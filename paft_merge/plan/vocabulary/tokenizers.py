@@ -1,6 +1,6 @@
-"""Tokenizers as folders and as vocabularies: loaded by transformers, cut to the rows there are, joined, and saved.
+"""Tokenizers: loaded by transformers, cut to a model's rows, joined, and saved.
 
-transformers is imported when a recipe asks for a vocabulary, and never otherwise.
+transformers is imported only when a recipe has a tokenizer or a chat template.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TOKENIZER_FILES = (
     "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
-"""What a tokenizer is on disk."""
+"""The files of a tokenizer."""
 
 TokenizerFiles = Mapping[str, bytes | Path]
-"""A tokenizer on disk, or about to be: name to content, or to the file that holds it."""
+"""A tokenizer's files by name: the content, or the path of the file."""
 
 _ANY_OF = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 _OF_THIS_RUN = ("is_local", "local_files_only", "name_or_path")
-"""What transformers writes into a saved tokenizer that says where it was loaded, and not what it is."""
+"""Keys in a saved tokenizer_config.json that describe where it was loaded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,12 @@ class Tokenizer:
     """One model's tokenizer.
 
     Attributes:
-        ref: whose it is, for messages.
-        source: the files it was loaded from.
+        ref: its model, for messages.
+        source: the files that it was loaded from.
         ids: every token and its id.
-        added: the tokens that were added to it, with their settings, by id.
-        loaded: transformers' own object.
-        changed: it is not what those files hold, and must be saved.
+        added: added tokens with their settings, by id.
+        loaded: the transformers object.
+        changed: whether it differs from the files.
     """
 
     ref: str
@@ -57,10 +57,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: TokenizerFiles, ref: str) -> Tokenizer:
-        """Load a tokenizer; its remote code is never run.
+        """Load a tokenizer without running remote code.
 
         Raises:
-            CheckpointError: TOKENIZER: there is none, it cannot be read, or it has no fast form.
+            CheckpointError: TOKENIZER, it cannot be loaded, or it has no fast form.
         """
         with _as_folder(source) as folder:
             return cls._of(ref, source, _load(folder))
@@ -71,14 +71,14 @@ class Tokenizer:
         return cls(ref, source, ids, dict(sorted(loaded.added_tokens_decoder.items())), loaded, changed)
 
     def beyond(self, rows: int) -> list[str]:
-        """The tokens that have no row."""
+        """The tokens that a model of `rows` rows has no row for."""
         return [token for token, number in self.ids.items() if number >= rows]
 
     def cut(self, rows: int) -> Tokenizer:
-        """Itself without the tokens that have no row in the model.
+        """The tokenizer without the tokens beyond `rows`.
 
         Raises:
-            CheckpointError: TOKENIZER, they cannot be taken out.
+            CheckpointError: TOKENIZER, its format does not allow their removal.
         """
         gone = set(self.beyond(rows))
         if not gone:
@@ -93,17 +93,17 @@ class Tokenizer:
             return Tokenizer._of(self.ref, self.source, _load(Path(folder)), changed=True)
 
     def with_tokens(self, tokens: Sequence[Any]) -> Tokenizer:
-        """Itself and, behind its last id, those of `tokens` (texts, or texts with settings) that it lacks."""
+        """The tokenizer with those of `tokens` (texts, or texts with settings) that it lacks, numbered after its last id."""
         if not tokens:
             return self
-        with TemporaryDirectory() as folder:  # a copy: the loaded object is others' too
+        with TemporaryDirectory() as folder:  # a copy, because the loaded object is shared
             self._save(Path(folder))
             loaded = _load(Path(folder))
         loaded.add_tokens(list(tokens))
         return Tokenizer._of(self.ref, self.source, loaded, changed=True)
 
     def files(self) -> dict[str, bytes | Path]:
-        """Its files by name: those that it was loaded from, or new ones where it was changed."""
+        """Its files by name: the ones it was loaded from, or new ones if it was changed."""
         if not self.changed:
             return dict(self.source)
         with TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ _FAST = "load it where it works and save it again: AutoTokenizer.from_pretrained
 
 
 def tokenizer_files(model: Model) -> TokenizerFiles | None:
-    """A model's tokenizer: its adapter's, which was trained with it, else its checkpoint's; None where there is none."""
+    """The files of a model's tokenizer: its adapter's, else its checkpoint's; None without one."""
     places = [files_in(model.adapter.folder)] if model.adapter else []
     given = model.checkpoint.tokenizer_files
     places.append(files_in(model.checkpoint.folder) if given is None else dict(given))
@@ -130,7 +130,7 @@ def tokenizer_files(model: Model) -> TokenizerFiles | None:
 
 
 def files_in(folder: Path) -> dict[str, bytes | Path]:
-    """The files of a tokenizer, or of a chat template alone, that lie in a folder."""
+    """The tokenizer and chat-template files in a folder."""
     return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
@@ -140,9 +140,9 @@ def is_tokenizer(files: TokenizerFiles) -> bool:
 
 
 def join(base: Tokenizer, others: Sequence[tuple[Tokenizer, int]]) -> tuple[Tokenizer, list[str]]:
-    """The union of tokenizers: the base's ids, then the tokens of the others, in their order and by their ids.
+    """The union of tokenizers: the base's ids, then the tokens of the others in the order of tokenizers and ids.
 
-    As in mergekit, but for the order, which is random there.
+    mergekit adds the same tokens in random order.
 
     Args:
         base: cut to its rows.
@@ -170,7 +170,7 @@ def _load(folder: Path) -> Any:
     try:
         with quiet():
             loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises anything on files that it does not know
+    except Exception as error:  # transformers raises anything on unknown files
         first = str(error).strip().split("\n")[0][:200]
         what = f"its tokenizer cannot be loaded: {type(error).__name__}: {first}"
         raise CheckpointError.of("TOKENIZER", folder, what, _FAST) from error
@@ -181,7 +181,7 @@ def _load(folder: Path) -> Any:
 
 @contextmanager
 def _as_folder(files: TokenizerFiles) -> Iterator[Path]:
-    """A folder with the files: where they lie together, that one."""
+    """A folder with the files: their own if they share one, else a temporary one."""
     folders = {content.parent for content in files.values() if isinstance(content, Path)}
     if len(folders) == 1 and not any(isinstance(content, bytes) for content in files.values()):
         yield folders.pop()
@@ -195,7 +195,7 @@ def _as_folder(files: TokenizerFiles) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its log and its warnings."""
+    """Silence the log and the warnings of transformers."""
     from transformers.utils import logging
 
     loud = logging.get_verbosity()
@@ -209,15 +209,17 @@ def quiet() -> Iterator[None]:
 
 
 def _cut_model(model: dict[str, Any], gone: set[str], rows: int) -> None:
-    """Take tokens out of the `model` of a tokenizer.json, with the merges that they are part of."""
+    """Remove tokens, and the merges that contain them, from the `model` of a tokenizer.json."""
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         model["vocab"] = {token: number for token, number in vocabulary.items() if number < rows}
     elif isinstance(vocabulary, list):
         model["vocab"] = vocabulary[:rows]
     else:
-        what = f"has tokens without a row, such as {quote(sorted(gone)[0])}, in a form that they cannot be taken out of"
-        raise CheckpointError.of("TOKENIZER", "tokenizer.json", what, "take them out first")
+        what = (
+            f"has tokens without a row, such as {quote(sorted(gone)[0])}, in a format from which they cannot be removed"
+        )
+        raise CheckpointError.of("TOKENIZER", "tokenizer.json", what, "remove them first")
     if "merges" in model:
         pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
         model["merges"] = [merge for merge, pair in pairs if not gone & {*pair, "".join(pair)}]
