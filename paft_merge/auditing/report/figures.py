@@ -264,8 +264,9 @@ def _spectrum(sources: Sources) -> Chart | None:
         lines.append(Line(source.label, x, middle, hue, points=width <= 32, band=(low, high)))
     if not lines or max(len(line.x) for line in lines) < 2:
         return None
+    wide = min(v for line in lines if line.band for v in line.band[0]) < 0.1
     caption = "Singular values over the largest: median over the tensors, and the band that holds 80 % of them. Flat is full rank."
-    return Chart("spectrum", "Spectrum", caption, "component", "singular value / largest", tuple(lines), log_y=True)
+    return Chart("spectrum", "Spectrum", caption, "component", "singular value / largest", tuple(lines), log_y=wide)
 
 
 def _conflicts(pair: PairAudit, number: int) -> Heat | None:
