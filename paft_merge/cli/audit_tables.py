@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from paft_merge.auditing.opening import label_of
+from paft_merge.auditing.preview import Preview
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.figures import abridged, exponent
 from paft_merge.auditing.report.html import percent, sampled_line, short
@@ -23,30 +24,31 @@ _SIGNS = {"warn": "[bold yellow]![/]", "note": "[bold blue]·[/]", "good": "[bol
 def audit_table(audit: Audit) -> None:
     """Print the numbers of an audit and the advice."""
     console = Console()
-
-    def say(markup: str) -> None:
-        console.print(markup, highlight=False)
-
     base = f"on {label_of(audit.base)}" if audit.base else "without a base: metrics that need its weights are left out"
-    say(f"sparse means |delta| < {exponent(audit.epsilon)}; {_safe(base)}")
-    if audit.sampled is not None:
-        say(_safe(sampled_line(audit.sampled)))
-    for table in _sources(audit, console.width):
-        console.print(table)
+    lines = [f"sparse means |delta| < {exponent(audit.epsilon)}; {_safe(base)}"]
+    lines += [] if audit.sampled is None else [_safe(sampled_line(audit.sampled))]
+    for part in (*lines, *_tables(audit, console.width)):
+        console.print(part, highlight=False)
+    for advice in audit.advice:
+        number = f"[dim]({_safe(advice.metric)} = {short(advice.value)})[/]"
+        console.print(f"{_SIGNS[advice.level]} {_safe(in_options(advice.text))} {number}", highlight=False)
+    for skipped in audit.skipped:
+        names = ", ".join(skipped.names[:3]) + (f" and {len(skipped.names) - 3} more" if len(skipped.names) > 3 else "")
+        text = _safe(labelled(f"{skipped.source}: {names}: {skipped.why}", audit))
+        console.print(f"[dim]left out: {text}[/]", highlight=False)
+    console.print("[dim]--html FILE writes figures, all numbers and a glossary[/]", highlight=False)
+
+
+def _tables(audit: Audit, width: int) -> Iterator[Table]:
+    yield from _sources(audit, width)
     for source in audit.sources:
         if len(source.modules) > 1:
             title = f"{abridged(source.label, 40)}, by kind of module"
-            console.print(_groups(title, list(source.modules.values()), audit.epsilon))
+            yield _groups(title, list(source.modules.values()), audit.epsilon)
     if audit.pairs:
-        console.print(_pairs(audit.pairs))
+        yield _pairs(audit.pairs)
     if audit.preview:
-        console.print(_preview(audit))
-    for line in audit.advice:
-        say(f"{_SIGNS[line.level]} {_safe(in_options(line.text))} [dim]({_safe(line.metric)} = {short(line.value)})[/]")
-    for skipped in audit.skipped:
-        names = ", ".join(skipped.names[:3]) + (f" and {len(skipped.names) - 3} more" if len(skipped.names) > 3 else "")
-        say(f"[dim]left out: {_safe(labelled(f'{skipped.source}: {names}: {skipped.why}', audit))}[/]")
-    say("[dim]--html FILE writes figures, all numbers and a glossary[/]")
+        yield _preview(audit, audit.preview)
 
 
 def manifest_table(check: ManifestCheck, audit: Audit | None) -> None:
@@ -163,9 +165,7 @@ def _pairs(pairs: Sequence[PairAudit]) -> Table:
     return table
 
 
-def _preview(audit: Audit) -> Table:
-    preview = audit.preview
-    assert preview is not None
+def _preview(audit: Audit, preview: Preview) -> Table:
     given = ", ".join(f"{k}={v}" for k, v in preview.parameters.items())
     title = f"what {preview.method}{f' ({given})' if given else ''} {'would keep' if audit.sampled is None else 'kept'}"
     headings = "source", "entries\nkept", "entries after\nelection", "energy\nkept", "energy after\nelection"

@@ -14,15 +14,14 @@ from paft_merge.cli.terminal import line, sigterm_as_interrupt, warn
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError
 
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
 
 @click.command(short_help="How sparse adapters are, and whether they will merge.")
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--base", help="The model that the sources change: a folder or Hub name. Optional for adapters.")
-@click.option(
-    "--fetch-base",
-    is_flag=True,
-    help="Fetch the weights of the adapters' base from the Hub; without it only its headers are read.",
-)
+@click.option("--fetch-base", is_flag=True, help="Fetch the weights of the base from the Hub, not only its headers.")
 @click.option("--method", default="ties", show_default=True, help="Method to preview when there are several sources.")
 @click.option(
     "-p",
@@ -30,35 +29,17 @@ from paft_merge.errors import AuditError
     "parameters",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Parameter of --method; V1,V2 gives each source its own.",
+    help="For --method; V1,V2: one for each source.",
 )
 @click.option("--no-preview", is_flag=True, help="Do not preview a merge.")
-@click.option(
-    "--epsilon", type=float, default=EPSILON, show_default=True, help="An entry is sparse when |delta| is below this."
-)
+@click.option("--epsilon", default=EPSILON, show_default=True, help="An entry is sparse when |delta| is below this.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema in docs/audit.md) instead of tables.")
-@click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), help="Write every number as CSV.")
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a report with figures and a glossary as one HTML page.",
-)
-@click.option(
-    "--png-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Write the figures as PNG files into this folder.",
-)
-@click.option(
-    "--plots", type=click.Path(file_okay=False, path_type=Path), hidden=True, help="The former name of --png-dir."
-)
-@click.option(
-    "--require", multiple=True, metavar="TEXT", help='Exit with 3 unless it holds, e.g. "sparsity(1e-5) >= 0.9".'
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    help="Blocks computed at a time. Default: all cores. Does not change the counts.",
-)
+@click.option("--csv", type=_FILE, help="Write every number as CSV.")
+@click.option("--html", type=_FILE, help="Write a report with figures and a glossary as one HTML page.")
+@click.option("--png-dir", type=_FOLDER, help="Write the figures as PNG files into this folder.")
+@click.option("--plots", type=_FOLDER, hidden=True, help="The former name of --png-dir.")
+@click.option("--require", multiple=True, metavar="TEXT", help='Exit with 3 unless, e.g., "sparsity(1e-5) >= 0.9".')
+@click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores.")
 @click.option("--quiet", is_flag=True, help="Hide the progress bar.")
 def audit(
     sources: tuple[str, ...], base: str | None, fetch_base: bool, method: str, parameters: tuple[str, ...], no_preview: bool, epsilon: float,

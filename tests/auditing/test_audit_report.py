@@ -404,7 +404,7 @@ def test_the_command_speaks_of_its_options_and_labels(folders: dict[str, Path], 
     refused = paft(folders["base"])
     assert (refused.exit_code, "pass that model as --base" in refused.stderr) == (1, True)
     shown = paft(folders["sft"], "--html", tmp_path / "r.html")
-    assert "pass --base." in shown.stdout
+    assert "pass --base to measure it." in shown.stdout
     assert str(folders["sft"].parent) not in shown.stdout
     assert "base=" not in shown.stdout + (tmp_path / "r.html").read_text()
     mistyped = paft(folders["sft"], folders["dpo"], "-p", "densty=0.2")

@@ -45,7 +45,7 @@ def _of_source(audit: AuditData, source: SourceAudit) -> Iterator[Advice]:
     yield _density(source, audit.epsilon)
     erased = measure.bf16_sparsity
     if erased is None:
-        need = "pass base=..." if audit.base is None else "pass fetch_base=True"
+        need = "pass base=... to measure it" if audit.base is None else "pass fetch_base=True to measure it"
         text = f"What a cast to bfloat16 would erase of {label} is not measured, since the base's weights were not read: {need}."
         yield _advice("note", text, "rms", measure.rms, "bf16")
     elif erased - measure.zero_share >= ERASED:

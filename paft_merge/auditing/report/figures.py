@@ -36,12 +36,18 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Curves over an axis."""
+class Titled:
+    """The texts of a figure; `name` is that of its file."""
 
     name: str
     title: str
     caption: str
+
+
+@dataclass(frozen=True)
+class Chart(Titled):
+    """Curves over an axis."""
+
     x_label: str
     y_label: str
     lines: tuple[Line, ...]
@@ -56,12 +62,9 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Dots:
+class Dots(Titled):
     """A value for each category and source."""
 
-    name: str
-    title: str
-    caption: str
     categories: tuple[str, ...]
     lines: tuple[tuple[str, int, tuple[float | None, ...]], ...]
     """Label, hue and values of each source; None where it has none."""
@@ -69,17 +72,14 @@ class Dots:
 
 
 @dataclass(frozen=True)
-class Heat:
+class Heat(Titled):
     """A value for each cell; None where there is none."""
 
-    name: str
-    title: str
-    caption: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
     scale: Literal["share", "around_half"]
-    """`share`: 0 to 1, pale to dark. `around_half`: 0.5 is pale, blue below and orange above."""
+    """`share`: weak to strong. `around_half`: 0.5 is neutral, blue below and orange above."""
     low: float
     high: float
 
@@ -264,8 +264,9 @@ def _spectrum(sources: Sources) -> Chart | None:
         lines.append(Line(source.label, x, middle, hue, points=width <= 32, band=(low, high)))
     if not lines or max(len(line.x) for line in lines) < 2:
         return None
+    wide = min(v for line in lines if line.band for v in line.band[0]) < 0.1
     caption = "Singular values over the largest: median over the tensors, and the band that holds 80 % of them. Flat is full rank."
-    return Chart("spectrum", "Spectrum", caption, "component", "singular value / largest", tuple(lines), log_y=True)
+    return Chart("spectrum", "Spectrum", caption, "component", "singular value / largest", tuple(lines), log_y=wide)
 
 
 def _conflicts(pair: PairAudit, number: int) -> Heat | None:

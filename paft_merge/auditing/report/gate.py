@@ -23,7 +23,6 @@ from paft_merge.auditing.report.figures import exponent
 from paft_merge.auditing.results import AuditData, Group, SourceAudit
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.recipe.yaml_source import did_you_mean
-from paft_merge.stats.pairs import PairMeasure
 
 _TEXT = re.compile(
     r"\s*(?P<metric>\w+)\s*(?:\((?P<argument>[^()]*)\))?\s*(?:\[(?P<scope>[^\]]*)\])?\s*"
@@ -57,9 +56,14 @@ def _factors(name: str, of: str) -> Callable[[Group, float], float | None]:
     return value
 
 
+def _paft_sparsity(source: SourceAudit | Group, epsilon: float) -> float | None:
+    """Of a whole source; None for a layer, a kind of module or a tensor."""
+    return source.paft_sparsity(epsilon) if isinstance(source, SourceAudit) else None
+
+
 METRICS: Mapping[str, Metric] = {
     "sparsity": Metric("source", lambda g, x: g.measure.sparsity(x), "share of |delta| below a threshold", "threshold"),
-    "paft_sparsity": Metric("source", lambda g, x: None, "the same per layer, then the mean over layers (PAFT, Figure 2)", "threshold"),
+    "paft_sparsity": Metric("source", _paft_sparsity, "the same per layer, then the mean over layers (PAFT, Figure 2)", "threshold"),
     "zeros": Metric("source", lambda g, _: g.measure.zero_share, "share of entries that are exactly zero"),
     "bf16_sparsity": Metric("source", lambda g, _: g.measure.bf16_sparsity, "share of entries that a cast to bfloat16 erases"),
     "relative_rms": Metric("source", lambda g, x: g.measure.relative_rms(x), "share of |delta| <= x * rms", "multiple"),
@@ -161,44 +165,42 @@ def failures(audit: AuditData, requirements: Sequence[str]) -> list[Problem]:
 
 def _values(audit: AuditData, wanted: Requirement) -> Iterator[tuple[str, float]]:
     """The name and value of every group that a requirement selects."""
-    metric = METRICS[wanted.metric]
-    if metric.of == "source":
-        for source in audit.sources:
-            if _fits(wanted.scope.get("source", "*"), source.label):
-                yield from _of_source(source, wanted, metric)
-    elif metric.of == "pair":
-        for pair in audit.pairs:
-            if any(_fits(wanted.scope.get("source", "*"), label) for label in (pair.left, pair.right)):
-                for where, tensors in _groups(pair.tensors, wanted):
-                    yield _one(f"{pair.left} and {pair.right}", where, metric, pair.of(tensors), wanted)
-    elif audit.preview is None:
+    pattern, metric = wanted.scope.get("source", "*"), METRICS[wanted.metric]
+    if metric.of == "preview" and audit.preview is None:
         raise _unreadable(wanted.text, "there is no preview", "audit several sources, or a recipe that trims")
-    else:
-        for source in audit.sources:
-            if _fits(wanted.scope.get("source", "*"), source.label):
-                present = [t for t in audit.preview.tensors if source.label in t.sources]
-                for where, tensors in _groups(present, wanted):
-                    yield _one(source.label, where, metric, audit.preview.of(source.label, tensors), wanted)
+    for pair in audit.pairs if metric.of == "pair" else ():
+        if _fits(pattern, pair.left) or _fits(pattern, pair.right):
+            for where, tensors in _groups(pair.tensors, wanted):
+                yield _one(f"{pair.left} and {pair.right}", where, metric, pair.of(tensors), wanted)
+    for source in audit.sources if metric.of != "pair" else ():
+        if _fits(pattern, source.label):
+            for where, group in _of_source(audit, source, wanted):
+                yield _one(source.label, where, metric, group, wanted)
 
 
-def _of_source(source: SourceAudit, wanted: Requirement, metric: Metric) -> Iterator[tuple[str, float]]:
+def _of_source(audit: AuditData, source: SourceAudit, wanted: Requirement) -> Iterator[tuple[str, Any]]:
+    """The name of every group of a source, and the object that the metric is read from."""
     if wanted.metric == "paft_sparsity" and not wanted.scope.keys() - {"source"}:
-        yield _one(source.label, "", Metric("source", lambda s, x: s.paft_sparsity(x), ""), source, wanted)
-        return
-    for where, tensors in _groups(source.tensors, wanted):
-        yield _one(source.label, where, metric, Group(where, tuple(tensors)), wanted)
+        yield "", source
+    elif METRICS[wanted.metric].of == "source":
+        yield from ((where, Group(where, tuple(tensors))) for where, tensors in _groups(source.tensors, wanted))
+    elif audit.preview is not None:
+        present = [t for t in audit.preview.tensors if source.label in t.sources]
+        for where, tensors in _groups(present, wanted):
+            yield where, audit.preview.of(source.label, tensors)
 
 
-def _one(
-    label: str, where: str, metric: Metric, thing: Group | PairMeasure | Any, wanted: Requirement
-) -> tuple[str, float]:
+def _one(label: str, where: str, metric: Metric, group: Any, wanted: Requirement) -> tuple[str, float]:
     try:
-        value = metric.value(thing, wanted.argument)
+        value = metric.value(group, wanted.argument)
     except KeyError:
         fix = f"audit with epsilons=[{wanted.argument:g}]"
         raise _unreadable(wanted.text, f"{wanted.argument:g} was not counted", fix) from None
     if value is None:
-        fix = "pass base=... (and fetch_base=True where it is on the Hub), or do not require it"
+        base = "pass base=... (and fetch_base=True where it is on the Hub), or do not require it"
+        fix = (
+            "it is a mean over layers, so name no layer, module or tensor" if wanted.metric == "paft_sparsity" else base
+        )
         raise _unreadable(wanted.text, f"{wanted.metric} was not measured for {label}", fix)
     return (f"{label}: {where}" if where else label), value
 
