@@ -35,10 +35,10 @@ from paft_merge.methods.rules.whole_tensors import merge_tensors
 from paft_merge.plan import Model
 
 OURS = ("l1_ties", "sign_election")
-"""What mergekit gets."""
+"""Methods that `register` adds to mergekit."""
 
-_NOT_THERE = ("trim_scope",)
-"""Options that look at more than one tensor, which a method of mergekit never sees."""
+_ACROSS_TENSORS = ("trim_scope",)
+"""Parameters that need more than one tensor; a method of mergekit sees one tensor at a time."""
 
 
 class OurMethod(GroupMergeMethod):  # type: ignore[misc]
@@ -49,7 +49,7 @@ class OurMethod(GroupMergeMethod):  # type: ignore[misc]
         self.spec = MergeMethodSpec(
             name=method.name,
             pretty_name=method.title,
-            parameters=tuple(_spec_of(p) for p in method.parameters if p.name not in _NOT_THERE),
+            parameters=tuple(_spec_of(p) for p in method.parameters if p.name not in _ACROSS_TENSORS),
             contract=InputContract(
                 base=BasePolicy.REQUIRED, min_non_base=method.min_sources, max_non_base=method.max_sources
             ),
@@ -75,7 +75,7 @@ def _spec_of(parameter: Parameter) -> ParameterSpec:
 
 
 def _type_of(parameter: Parameter) -> Any:
-    """What pydantic checks a parameter with: the words it may be, or a number within its bounds."""
+    """The type with which pydantic checks a parameter: its choices, or a number within its bounds."""
     if parameter.choices:
         words: Any = Literal[parameter.choices]
         return Annotated[words, BeforeValidator(lambda value: _word(parameter, value))]
@@ -86,12 +86,12 @@ def _type_of(parameter: Parameter) -> Any:
 
 
 def _word(parameter: Parameter, value: Any) -> Any:
-    """true and false as the words they stand for."""
+    """The word for true or false."""
     return parameter.flags[bool(value)] if parameter.flags and isinstance(value, bool | int | float) else value
 
 
 def register() -> None:
-    """Put our methods into mergekit's registry; those that are there already stay."""
+    """Add our methods to mergekit's registry, unless they are in it already."""
     known = {method.spec.name for method in merge_methods.registered_methods()}
     for name in OURS:
         if name not in known:
@@ -99,7 +99,7 @@ def register() -> None:
 
 
 class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
-    """Reads a checkpoint as if an adapter had been merged into it and saved.
+    """Reads a checkpoint as if an adapter had been merged into it.
 
     Args:
         folder: the checkpoint.
@@ -117,7 +117,7 @@ class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
     def get_tensor(
         self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
     ) -> torch.Tensor | None:
-        """The tensor `key`, or the first of `aliases` that there is: base plus delta, rounded once."""
+        """The tensor `key`, or the first of `aliases` that exists: base plus delta, rounded once."""
         name = next((n for n in (key, *(aliases or ())) if n in self.index.tensor_paths), None)
         if name is None:
             if raise_on_missing:
@@ -130,12 +130,12 @@ class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
         return tensor.to(device, self.dtype or tensor.dtype)
 
     def flush(self) -> None:
-        """Nothing is held between tensors."""
+        """Do nothing: no tensor is cached."""
 
 
 @contextmanager
 def adapters_on_the_fly() -> Iterator[None]:
-    """While this lasts, mergekit reads `base+adapter` through `AdaptedLoader`, and takes config and tokenizer from the base."""
+    """Within the block, mergekit reads `base+adapter` through `AdaptedLoader`, and takes config and tokenizer from the base."""
     patched: Mapping[tuple[type, str], Any] = {
         (LoaderCache, "get"): _get,
         (ModelReference, "merged"): _merged,

@@ -13,14 +13,14 @@ from paft_merge.cli.terminal import import_option, sigterm_as_interrupt, warn
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-@click.command(short_help="Fetch what a merge needs from the Hub.")
+@click.command(short_help="Download the files that a merge reads from the Hub.")
 @click.argument("reference", metavar="REF")
-@click.option("--lazy-unpickle", is_flag=True, help="Take .bin files where there is nothing else.")
+@click.option("--lazy-unpickle", is_flag=True, help="Use .bin files if there are no safetensors.")
 def pull(reference: str, lazy_unpickle: bool) -> None:
-    """Fetch what a merge needs of REF into the Hub's cache, and print where it lies.
+    """Download the files of REF that a merge reads into the Hub's cache, and print the folder.
 
     REF is a repository, `user/name` or `user/name@revision`, BASE+ADAPTER for both, or a file, hf://user/name/recipe.yaml.
-    Unlike a merge, which takes what the cache has, this asks the Hub where a branch stands now.
+    Unlike a merge, which uses a complete cached snapshot, this checks whether a branch has moved.
     """
     from paft_merge import hub
 
@@ -29,21 +29,23 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
             click.echo(str(folder))
 
 
-@click.command(short_help="Send a model, an adapter or a report to the Hub.")
+@click.command(short_help="Push a model, an adapter or a report to the Hub.")
 @click.argument("folder", type=FOLDER)
 @click.argument("repo_id")
-@click.option("--private/--public", default=None, help="Of a repository that is made now. Default: the account's own.")
-@click.option("--branch", metavar="NAME", help="Commit to this branch, which is made if need be. Default: main.")
+@click.option(
+    "--private/--public", default=None, help="Visibility of a new repository. Default: the account's setting."
+)
+@click.option("--branch", metavar="NAME", help="Commit to this branch, created if necessary. Default: main.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
-@click.option("--message", metavar="TEXT", help="Of the commit.")
+@click.option("--message", metavar="TEXT", help="Commit message.")
 @click.option("--tag", "tags", multiple=True, metavar="NAME", help="Tag the commit; may be repeated.")
 def push(
     folder: Path, repo_id: str, private: bool | None, branch: str | None, create_pr: bool, message: str | None,
     tags: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Send FOLDER (a merged model, an adapter, an audit's report) to the Hub as one commit.
+    """Push FOLDER (a merged model, an adapter, an audit's report) to the Hub as one commit.
 
-    A merge is compared with its manifest first. Run it again after a break: what was uploaded is not uploaded twice.
+    A merge is compared with its manifest first. After an interruption run it again: nothing is uploaded twice.
     """
     from paft_merge import hub
 
@@ -52,13 +54,13 @@ def push(
     click.echo(url)
 
 
-@click.command(short_help="Write the model card of a merge anew.")
+@click.command(short_help="Write the model card of a merge again.")
 @click.argument("folder", type=FOLDER)
-@click.option("--overwrite", is_flag=True, help="Replace a card that was edited.")
+@click.option("--overwrite", is_flag=True, help="Replace an edited card.")
 def card(folder: Path, overwrite: bool) -> None:
-    """Write the model card of the merge in FOLDER anew, from its manifest.
+    """Write the model card of the merge in FOLDER again, from its manifest.
 
-    Results of an evaluation in FOLDER (evaluation.json, results*.json) become a table, and metadata of the Hub.
+    Evaluation results in FOLDER (evaluation.json, results*.json) become a table and metadata for the Hub.
     """
     from paft_merge.output.card import write_card
 
@@ -66,12 +68,12 @@ def card(folder: Path, overwrite: bool) -> None:
     click.echo(f"{folder / 'README.md'}")
 
 
-@click.command(short_help="Merge again from a manifest, and compare the bytes.")
+@click.command(short_help="Merge again from a manifest and compare the bytes.")
 @click.argument("place", metavar="FOLDER_OR_REPO")
 @click.argument("out", type=FOLDER, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Changes no bit.")
-@click.option("--stream-from-hub", is_flag=True, help="Store none of the inputs.")
+@click.option("--stream-from-hub", is_flag=True, help="Read inputs over the network without storing them.")
 @import_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context
@@ -79,9 +81,9 @@ def reproduce(
     ctx: click.Context, place: str, out: Path | None, as_json: bool, threads: int | None, stream_from_hub: bool,
     imports: tuple[str, ...], quiet: bool,
 ) -> None:  # fmt: skip
-    """Merge again what a manifest describes, sources at the same commits, and say whether every byte is the same.
+    """Repeat the merge that a manifest describes, with sources at the same commits, and compare every byte.
 
-    Without OUT the new merge is removed afterwards. Exit code 3: something differs.
+    Without OUT the new merge is removed afterwards. The exit code is 3 if something differs.
     """
     from paft_merge.engine.reproduction import reproduce as again
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of runs and evaluations."""
+"""The tables of runs and evaluations in the terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _console() -> Console:
 
 
 def table(results: Results) -> None:
-    """The table of a run: the best of a column in bold, then what it says. Numbers are never broken, names may be."""
+    """Print the table of a run, the best of each column in bold, and its sentences. Only names are broken into lines."""
     console = _console()
     widest = max((len(str(cell)) for row in results.rows for cell in row.cells.values()), default=0)
     names = max((len(row.name) for row in results.rows), default=0)
@@ -55,9 +55,9 @@ def table(results: Results) -> None:
 
 
 def steps_table(planned: Planned) -> None:
-    """Every step, and why it will be done or not; the evaluations of one model are one row."""
+    """Print every step and why it is to do; the evaluations of one model are one row."""
     shown = Table(box=box.SIMPLE_HEAD)
-    for column in ("step", "will be done", "output"):
+    for column in ("step", "why it runs", "output"):
         shown.add_column(column, overflow="fold")
     rows: dict[tuple[str, str, str], int] = {}
     for step in planned.steps:
@@ -69,7 +69,7 @@ def steps_table(planned: Planned) -> None:
         rows[row] = rows.get(row, 0) + 1
     for (name, why, place), count in rows.items():
         times = f" ({count} evaluations)" if count > 1 else ""
-        shown.add_row(escape(name) + times, escape(why) if why else "[dim]no[/]", escape(place))
+        shown.add_row(escape(name) + times, escape(why) if why else "[dim]finished[/]", escape(place))
     console = _console()
     console.print(shown)
     console.print(f"{len(planned.todo)} of {len(planned.steps)} steps to do")

@@ -24,22 +24,22 @@ set_option = click.option(
 )  # fmt: skip
 
 
-@click.command(short_help="Train, audit, merge, evaluate and push, as a recipe says.")
+@click.command(short_help="Train, audit, merge, evaluate and push as a recipe says.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
 @click.option(
-    "--from", "start", type=click.Choice(STAGES), help="Do this stage and those after it again, changed or not."
+    "--from", "start", type=click.Choice(STAGES), help="Repeat this stage and those after it, changed or not."
 )
-@click.option("--only", type=click.Choice(STAGES), help="Do nothing but this stage.")
-@click.option("--dry-run", is_flag=True, help="Check everything and show the steps; do nothing.")
+@click.option("--only", type=click.Choice(STAGES), help="Run only this stage.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the steps; write nothing.")
 @set_option
 @click.option("--quiet", is_flag=True, help="No lines about the steps.")
 def run(
     recipe: Path, folder: Path, start: Any, only: Any, dry_run: bool, overrides: tuple[str, ...], quiet: bool
 ) -> None:
-    """Train, audit, merge, evaluate and push what RECIPE says, in RUN_DIR; what has not changed is not done again.
+    """Train, audit, merge, evaluate and push as RECIPE says, in RUN_DIR; finished steps that have not changed are skipped.
 
-    A run that was killed goes on when the same command is given again. The table of results comes last.
+    A run that was killed resumes when the same command is given again. The table of results is printed last.
     """
     silence_libraries()
     from paft_merge import pipeline
@@ -48,9 +48,9 @@ def run(
     if dry_run:
         steps_table(pipeline.plan(recipe, folder, overrides=overrides, start=start, only=only))
         return
-    with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as tell:
+    with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as on_event:
         done = pipeline.run(
-            recipe, folder, overrides=overrides, start=start, only=only, tell=tell, planned=_planned(quiet)
+            recipe, folder, overrides=overrides, start=start, only=only, on_event=on_event, planned=_planned(quiet)
         )
     if done.table.rows:
         table(done.table)
@@ -92,12 +92,12 @@ def resume_hint() -> Iterator[None]:
 
 
 def _planned(quiet: bool) -> Callable[[Planned], None]:
-    def tell(planned: Planned) -> None:
+    def show(planned: Planned) -> None:
         if not quiet:
             done = len(planned.steps) - len(planned.todo)
             click.echo(f"{_steps(len(planned.todo))} to do, {done} done already", err=True)
 
-    return tell
+    return show
 
 
 @contextmanager
@@ -119,11 +119,11 @@ def _lines(quiet: bool) -> Iterator[Callable[[Event], None]]:
     console = Console(stderr=True)
     with console.status("") as status:
 
-        def tell(event: Event) -> None:
+        def show(event: Event) -> None:
             if event.what in ("done", "failed"):
                 mark = "[green]done[/]" if event.what == "done" else "[red]failed[/]"
                 console.print(f"{mark} {escape(event.step)} [dim]{escape(event.text)}[/]")
             else:
                 status.update(f"{escape(event.step)} {escape(event.text)}")
 
-        yield tell
+        yield show

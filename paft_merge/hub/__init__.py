@@ -1,13 +1,11 @@
-"""The Hub: what a reference leads to, tensors read over the network, and a folder sent there in one commit.
+"""The Hub: repositories as folders, tensors read over the network, and a folder pushed as one commit.
 
-| room | what it is |
-|---|---|
-| pulling | a reference as a folder: here, in huggingface_hub's cache, or fetched into it |
-| ranges | a file on the Hub, read by ranges and never stored |
-| pushing | a folder on this machine as one commit |
-| faults | what the Hub answers, in the words of our errors |
+pulling    a reference as a folder: local, in huggingface_hub's cache, or downloaded into it
+ranges     a file on the Hub, read by ranges and never stored
+pushing    a local folder as one commit
+faults     errors of huggingface_hub as `HubError`
 
-huggingface_hub is imported when something is asked of it, and nowhere else in the package.
+huggingface_hub is imported when a function needs it, and nowhere else in the package.
 """
 
 from __future__ import annotations

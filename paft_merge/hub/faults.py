@@ -1,4 +1,4 @@
-"""What the Hub answers, and what the way to it does, in the words of our errors."""
+"""Errors of huggingface_hub and of the network as `HubError`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOKEN = re.compile(r"hf_\w{8,}")
 
 @contextmanager
 def asking(where: str) -> Iterator[None]:
-    """Turn whatever huggingface_hub raises into a `HubError` about `where`: one line, with the way out, without a token."""
+    """Turn errors of huggingface_hub into a `HubError` about `where`: one line with a fix, without tokens."""
     from huggingface_hub import errors
 
     try:
@@ -39,12 +39,12 @@ def problem_of(error: BaseException, where: str) -> HubError:
     if isinstance(error, errors.RevisionNotFoundError):
         return HubError.of("HUB_REVISION", where, "the repository has no such revision", "check the part after '@'")
     if isinstance(error, errors.RepositoryNotFoundError):
-        what = "is no folder here and no repository that you can see on the Hub"
+        what = "not a local folder, and not a repository on the Hub that you can see"
         return HubError.of("HUB_NOT_FOUND", where, what, f"check the name, or {_LOGIN}")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError.of("HUB_OFFLINE", where, "HF_HUB_OFFLINE is set, and this needs the Hub", "unset it")
     if isinstance(error, errors.LocalEntryNotFoundError):
-        what = "is no folder here, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        what = "not a local folder, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
         return HubError.of("HUB_OFFLINE", where, what, "check the path, or pull it first where there is a network")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return HubError.of("HUB_FILE", where, "the repository has no such file", "check the name of the file")
@@ -54,13 +54,13 @@ def problem_of(error: BaseException, where: str) -> HubError:
         return HubError.of("DISK", error.filename or where, f"{error.strerror}", "free some space and run again")
     if isinstance(error, transport_error()):
         what = f"the connection failed: {_line(error) or type(error).__name__}"
-        return HubError.of("HUB_UNREACHABLE", where, what, "try again later; what is there already is kept")
+        return HubError.of("HUB_UNREACHABLE", where, what, "try again later; finished files are kept")
     said = "; ".join(_line(line) for line in str(error).splitlines() if line.strip())[:500]
     return HubError.of("HUB_ERROR", where, said or type(error).__name__, "")
 
 
 def root_of(error: BaseException) -> BaseException:
-    """What lies beneath the errors that huggingface_hub wraps another in: of an upload in a thread, of a first look."""
+    """The error inside those in which huggingface_hub wraps others, as from upload threads."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__ is not None:
@@ -69,7 +69,7 @@ def root_of(error: BaseException) -> BaseException:
 
 
 def transport_error() -> type[Exception]:
-    """The error of the HTTP client that huggingface_hub is built on, of which there has been more than one."""
+    """The base error of huggingface_hub's HTTP client; versions differ in the client."""
     from huggingface_hub.errors import HfHubHTTPError
 
     kinds = [kind for kind in HfHubHTTPError.__bases__ if kind is not OSError]
@@ -77,7 +77,7 @@ def transport_error() -> type[Exception]:
 
 
 def retry_after(response: Any) -> float | None:
-    """Seconds that a response asks us to wait, as a number or a date; None when it does not."""
+    """Seconds to wait as the response's Retry-After says (a number or a date); None without that header."""
     import time
     from email.utils import parsedate_to_datetime
 
@@ -95,29 +95,31 @@ def retry_after(response: Any) -> float | None:
 
 
 def _refused(error: Any, where: str) -> HubError:
-    """An answer that is an error by its number."""
+    """The `HubError` for an HTTP status."""
     status, said = error.response.status_code, _line(error.server_message or error)
     if status == 401:
-        return HubError.of("HUB_LOGIN", where, "the Hub does not know this account", _LOGIN)
+        return HubError.of("HUB_LOGIN", where, "the Hub does not accept the token", _LOGIN)
     if status == 403:
         fix = f"use a token with write permission for it, or {_LOGIN} as somebody who has it"
         return HubError.of("HUB_FORBIDDEN", where, f"no permission: {said}", fix)
     if status == 409:
         return HubError.of("HUB_EXISTS", where, f"exists already: {said}", "choose another name")
     if status == 412:
-        what = "somebody else has committed meanwhile, and nothing was changed"
-        return HubError.of("HUB_CONFLICT", where, what, "look at it, and push again; what was uploaded is kept")
+        what = "somebody committed meanwhile; nothing was changed"
+        return HubError.of(
+            "HUB_CONFLICT", where, what, "look at the new commit, and push again; uploaded files are kept"
+        )
     if status == 429:
         wait = retry_after(error.response)
         fix = f"try again in {wait:.0f} seconds" if wait is not None else "try again in a few minutes"
         return HubError.of("HUB_RATE_LIMIT", where, "too many requests", f"{fix}, or {_LOGIN} for a higher limit")
     if status >= 500:
-        what = f"the Hub has trouble of its own (status {status})"
-        return HubError.of("HUB_SERVER", where, what, "run again later; what was transferred is kept")
+        what = f"the Hub failed (status {status})"
+        return HubError.of("HUB_SERVER", where, what, "run again later; finished transfers are kept")
     return HubError.of("HUB_ERROR", where, said or f"the Hub answered with status {status}", "")
 
 
 def _line(error: object) -> str:
-    """The first line of a message that says something, with anything like a token blotted out."""
+    """The first line of a message that is not empty, without tokens."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return _TOKEN.sub("hf_***", lines[0]) if lines else ""

@@ -1,8 +1,8 @@
-"""Where a model reference leads: a local folder, or a snapshot of a Hub repository in huggingface_hub's own cache.
+"""Model references as folders: local ones, and snapshots of Hub repositories in huggingface_hub's cache.
 
-`resolve` brings the small files of a repository (config, tokenizer, index) and says which weights are not here; `download`
-brings those. What the cache holds whole is taken as it is, without asking the Hub whether a branch has moved since:
-that is what `refresh` is for, as a merge that is run twice should be the same merge.
+`resolve` downloads the small files of a repository (config, tokenizer, index) and lists the weights that are missing;
+`download` downloads those. A complete cached snapshot is used without checking whether a branch has moved, so that a merge
+that is run twice is the same merge; `refresh` checks.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Kind = Literal["any", "model", "adapter", "side"]
-"""What of a repository is wanted: it may hold a model, an adapter, or both; `side` is what stands beside the weights."""
+"""The part of a repository to get: a model, an adapter, both (`any`), or only the files beside the weights (`side`)."""
 
 _PINS: ContextVar[Mapping[tuple[str, str | None], str]] = ContextVar("_PINS", default={})  # noqa: B039  # never changed
 
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.spm", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-"""What stands beside the weights of a model and belongs to it: config, tokenizer, processor, chat template, licence."""
+"""Files beside the weights of a model: config, tokenizer, processor, chat template, licence."""
 _TEMPLATES = "additional_chat_templates/"
 _SMALL = (*SIDE_FILES, "README.md", "*.py")
 _NOT_NEEDED = ("training_args*", "optimizer*", "trainer_state.json", "*_results.json", "*.bin.index.json")
@@ -53,7 +53,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<early>[^@/]+))?/(?P<name>[^@]+?)(?:@(?P<late>[^@]+))?$")
 
 HF = "hf://"
-"""What the name of a file on the Hub begins with."""
+"""Prefix of a file on the Hub."""
 
 CONNECTIONS = 8
 _ATTEMPTS = 5
@@ -63,7 +63,7 @@ _UNKNOWN = -1
 
 @dataclass(frozen=True)
 class RepoFile:
-    """A file of a repository; `etag` is its sha256 where Git LFS (or Xet) keeps it, else git's name of the blob."""
+    """A file of a repository; `etag` is the sha256 of a file in Git LFS (or Xet), else git's id of the blob."""
 
     name: str
     size: int
@@ -72,7 +72,7 @@ class RepoFile:
 
 @dataclass(frozen=True)
 class ResolvedRepo:
-    """What a reference leads to: a folder that holds every small file, and the weights that are not in it yet."""
+    """A reference as a folder with every small file, and the weights that are not in it yet."""
 
     folder: Path
     where: str
@@ -83,20 +83,21 @@ class ResolvedRepo:
 
     @property
     def missing_bytes(self) -> int:
+        """Bytes to download."""
         return sum(file.size for file in self.missing)
 
 
 def fetch(path: str, revision: str | None = None, *, kind: Kind = "any", unpickle: bool = False) -> Path:
-    """The folder that `path` names: itself when it exists here, else the Hub repository's snapshot, whole.
+    """The folder that `path` names: a local one, else the complete snapshot of a Hub repository.
 
     Args:
-        path: a folder (or file) of this machine, or `user/name` of a repository.
+        path: a local folder (or file), or `user/name` of a repository.
         revision: a branch, tag or commit; the default branch when None.
-        kind: what of the repository is wanted.
-        unpickle: take `pytorch_model*.bin` where there is nothing else.
+        kind: the part of the repository to get.
+        unpickle: use `pytorch_model*.bin` if there are no safetensors.
 
     Raises:
-        HubError: it is neither; or the Hub cannot be reached, does not have it, or does not let us.
+        HubError: `path` is neither; or the Hub cannot be reached, does not have it, or denies access.
     """
     return download([resolve(path, revision, kind=kind, unpickle=unpickle)])[0]
 
@@ -126,7 +127,7 @@ def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
 
 
 def fetch_file(place: str, *, refresh: bool = False) -> Path:
-    """A file of a repository: `hf://user/name/path@revision`, or `hf://user/name@revision/path`, as the Hub writes it.
+    """A file of a repository: `hf://user/name/path@revision`, or `hf://user/name@revision/path`, as the Hub writes it, as a cached file.
 
     Raises:
         HubError: as `fetch`; HUB_FILE, the repository has no such file.
@@ -137,7 +138,7 @@ def fetch_file(place: str, *, refresh: bool = False) -> Path:
     found = _FILE.match(place)
     if not found or (found["early"] and found["late"]):
         fix = "write hf://user/repository/recipe.yaml, or with @revision behind it"
-        raise HubError.of("HUB_FILE", place, "is no file on the Hub", fix)
+        raise HubError.of("HUB_FILE", place, "not the address of a file on the Hub", fix)
     repo_id, name, asked = found["repo"], found["name"], found["early"] or found["late"]
     revision = _PINS.get().get((repo_id, asked), asked)
     _refuse_names([name], place)
@@ -150,7 +151,7 @@ def fetch_file(place: str, *, refresh: bool = False) -> Path:
 
 @contextmanager
 def pinned(commits: Mapping[tuple[str, str | None], str]) -> Iterator[None]:
-    """Let a repository at a revision mean one commit, wherever it is asked for in the block."""
+    """Within the block, use these commits for the given repositories and revisions."""
     before = _PINS.set(commits)
     try:
         yield
@@ -159,7 +160,7 @@ def pinned(commits: Mapping[tuple[str, str | None], str]) -> Iterator[None]:
 
 
 def is_repository(path: str) -> bool:
-    """Whether `path` could name a Hub repository, and is no path of this machine by its look."""
+    """Whether `path` has the form of a Hub repository's name, `name` or `user/name`, and not of a local path."""
     return bool(_REPOSITORY.match(path)) and not path.startswith(".")
 
 
@@ -170,7 +171,7 @@ def snapshot_of(folder: Path) -> tuple[str, str] | None:
 
 
 def cache_folder() -> Path:
-    """Where huggingface_hub keeps what was fetched."""
+    """huggingface_hub's cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
@@ -179,20 +180,22 @@ def cache_folder() -> Path:
 def resolve(
     path: str, revision: str | None = None, *, kind: Kind = "any", unpickle: bool = False, refresh: bool = False
 ) -> ResolvedRepo:
-    """See what `path` leads to, fetching no weights.
+    """Resolve a reference without downloading weights.
 
     Args:
         path, revision, kind, unpickle: as for `fetch`.
-        refresh: ask the Hub where a branch stands now, even if the cache holds the one of last time.
+        refresh: check on the Hub whether a branch has moved, also if the cache has a complete snapshot.
 
     Raises:
-        HubError: as `fetch`; HUB_PATH, a file of it has a name that would leave the folder.
+        HubError: as `fetch`; HUB_PATH, a file has a name that would leave its folder.
     """
     local = Path(path).expanduser()
     if local.exists():
         return ResolvedRepo(local, path)
     if not is_repository(path):
-        raise HubError.of("NOT_FOUND", path, "is no folder here, and no name of a Hub repository", "check the path")
+        raise HubError.of(
+            "NOT_FOUND", path, "not a local folder, and not a valid Hub repository name", "check the path"
+        )
     revision = _PINS.get().get((path, revision), revision)
     where = f"{path}@{revision}" if revision else path
     cached = _cached(path, revision, where, kind, unpickle)
@@ -200,7 +203,7 @@ def resolve(
         return cached
     if _is_offline():
         if cached is None or not cached.missing:
-            what = "is no folder here, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+            what = "not a local folder, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
             raise HubError.of("HUB_OFFLINE", where, what, "check the path, or pull it first where there is a network")
         names = ", ".join(file.name for file in cached.missing[:3]) + (", ..." if len(cached.missing) > 3 else "")
         what = f"the cache does not have all of it: {names} of commit {cached.commit} are missing, and HF_HUB_OFFLINE is set"
@@ -208,20 +211,20 @@ def resolve(
     return _ask(path, revision, where, kind, unpickle)
 
 
-def download(looks: Sequence[ResolvedRepo]) -> list[Path]:
-    """Fetch what is missing into huggingface_hub's cache, several files at a time, and check what came by its sha256.
+def download(repos: Sequence[ResolvedRepo]) -> list[Path]:
+    """Download missing files into huggingface_hub's cache, several at a time, and check their sha256.
 
-    Files that are whole are kept when another fails, so a second call goes on with the rest.
+    Complete files are kept when another fails, so that a second call continues with the rest.
 
     Raises:
-        HubError: DISK, there is too little room, told before anything is fetched; and as `fetch`.
+        HubError: DISK, too little room, before anything is downloaded; and as `fetch`.
     """
-    check_room(looks)
-    files = dict.fromkeys(
-        (resolve.repo_id, resolve.commit, resolve.where, file) for resolve in looks for file in resolve.missing
-    )
+    check_room(repos)
+    files = dict.fromkeys((repo.repo_id, repo.commit, repo.where, file) for repo in repos for file in repo.missing)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        waiting = [pool.submit(_bring, str(repo), str(commit), where, file) for repo, commit, where, file in files]
+        waiting = [
+            pool.submit(_bring, str(repo_id), str(commit), where, file) for repo_id, commit, where, file in files
+        ]
         try:
             for one in waiting:
                 one.result()
@@ -229,19 +232,19 @@ def download(looks: Sequence[ResolvedRepo]) -> list[Path]:
             for one in waiting:
                 one.cancel()
             raise
-    for seen in looks:
-        _remember(seen)
-    return [seen.folder for seen in looks]
+    for repo in repos:
+        _remember(repo)
+    return [repo.folder for repo in repos]
 
 
-def check_room(looks: Iterable[ResolvedRepo], also: int = 0, beside: Path | None = None) -> None:
-    """Raise HubError DISK when the cache's disk has too little room for what is missing (and `also` bytes at `beside`)."""
-    needed = sum({(one.commit, file.etag): file.size for one in looks for file in one.missing}.values())
+def check_room(repos: Iterable[ResolvedRepo], also: int = 0, beside: Path | None = None) -> None:
+    """Raise HubError DISK if the cache's disk has no room for the missing files (and `also` bytes, if `beside` is on it)."""
+    needed = sum({(one.commit, file.etag): file.size for one in repos for file in one.missing}.values())
     if not needed:
         return
     place = cache_folder()
     above = next(p for p in (place, *place.parents) if p.exists())
-    text = f"{needed:,} bytes are to be fetched"
+    text = f"{needed:,} bytes are to be downloaded"
     if also and beside is not None:
         there = next(p for p in (beside.absolute(), *beside.absolute().parents) if p.exists())
         if os.stat(there).st_dev == os.stat(above).st_dev:
@@ -256,7 +259,7 @@ def check_room(looks: Iterable[ResolvedRepo], also: int = 0, beside: Path | None
 
 
 def _ask(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> ResolvedRepo:
-    """Ask the Hub what the revision is and what it holds, and bring the small files."""
+    """Get the commit and the file list of a revision from the Hub, and download the small files."""
     from huggingface_hub import HfApi, snapshot_download
 
     info = _retried(where, lambda: HfApi().model_info(path, revision=revision, files_metadata=True))
@@ -303,10 +306,10 @@ def _look(
 
 
 def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> ResolvedRepo | None:
-    """What the cache knows of a reference, without the network; `missing` says what it knows to be missing.
+    """Resolve a reference from the cache alone; None if it has no snapshot, or its file list is unknown while online.
 
-    A listing of the repository, which newer versions of huggingface_hub keep, tells all. Without one, as left by others,
-    weights and their index must agree; the small files are then trusted to be there only where nobody can be asked.
+    Newer versions of huggingface_hub cache the file list of a repository. Without it, weights are compared with their
+    index, and the small files are assumed to be complete; this is done only offline.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -334,7 +337,7 @@ def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: b
 
 
 def _listing(repo_id: str, folder: Path) -> dict[str, RepoFile] | None:
-    """The files of a cached commit as huggingface_hub noted them; None when it did not."""
+    """The cached file list of a commit; None if there is none."""
     try:
         from huggingface_hub import get_cached_repo_tree  # version 2 and later
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -383,7 +386,7 @@ def _model_files(folder: Path, top: Sequence[str], unpickle: bool) -> list[str]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; what is wrong with it is told when it is opened."""
+    """The files that an index names; `Checkpoint.open` reports a broken index."""
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({name for name in named if isinstance(name, str)})
@@ -392,12 +395,12 @@ def _shards(index: Path) -> list[str]:
 
 
 def _refuse_names(files: Iterable[str], where: str) -> None:
-    """No file may have a name that leads out of the folder it is put in, on any system."""
+    """Raise HubError HUB_PATH for a name that leaves its folder on some operating system."""
     for name in files:
         parts = name.split("/")
         plain = all(p.isprintable() and p.strip(" .") and len(p.encode()) <= 255 for p in parts)
         if not plain or re.search(r"[\\:]", name):
-            what = f"holds a file named {name[:200]!r}, which would leave its folder"
+            what = f"has a file named {name[:200]!r}, which would leave its folder"
             raise HubError.of("HUB_PATH", where, what, "do not use this repository")
 
 
@@ -451,14 +454,14 @@ def _retried(where: str, call: Callable[[], T]) -> T:
 
 
 def pause(attempt: int) -> float:
-    """Seconds to wait before the next attempt: they double, up to half a minute."""
+    """Seconds to wait before the next attempt: doubled each time, at most 30."""
     return min(0.25 * 2.0**attempt, 30.0)
 
 
 def _is_whole(path: Path, file: RepoFile) -> bool:
     if path.stat().st_size != file.size:
         return False
-    if len(file.etag) != 64:  # a small file, by git's name of it
+    if len(file.etag) != 64:  # git's id of a small file
         return True
     digest, held = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as stored:
@@ -467,20 +470,20 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
     return digest.hexdigest() == file.etag
 
 
-def _remember(resolve: ResolvedRepo) -> None:
-    """Note which commit a branch or tag led to, as the Hub's client does, now that all of it is there."""
-    if resolve.commit is None or _is_commit(resolve.revision):
+def _remember(repo: ResolvedRepo) -> None:
+    """Record the commit of a branch or tag in the cache, as the Hub's client does, once the snapshot is complete."""
+    if repo.commit is None or _is_commit(repo.revision):
         return
-    ref = resolve.folder.parent.parent / "refs" / (resolve.revision or "main")
+    ref = repo.folder.parent.parent / "refs" / (repo.revision or "main")
     try:
-        if ref.is_file() and ref.read_text() == resolve.commit:
+        if ref.is_file() and ref.read_text() == repo.commit:
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
         made = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
-        made.write_text(resolve.commit)
+        made.write_text(repo.commit)
         os.replace(made, ref)
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):  # a cache that others keep
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):  # a shared, read-only cache
             log.info("%s cannot be written: %s", ref, error.strerror)
             return
-        raise problem_of(error, resolve.where) from error
+        raise problem_of(error, repo.where) from error

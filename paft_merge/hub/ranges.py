@@ -1,7 +1,7 @@
-"""A file on the Hub, read by ranges and never stored: pinned to a commit, retried where it broke, never a mix.
+"""Files on the Hub that are read by ranges and never stored: pinned to a commit, retried where a connection broke.
 
-Reads are served from windows of the file that are fetched ahead by a few connections and forgotten when others need the
-room. `RemoteFile` looks to a checkpoint like a file on a disk.
+Reads are served from windows of the file, which a few connections fetch ahead and which are dropped when others need
+the memory. `RemoteFile` has the interface of a local file of a checkpoint.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _TIMEOUT_S = 30.0
 
 
 class Windows:
-    """Recently read windows of remote files and those that come next; at most `room_bytes` of them, for all files together.
+    """A cache of recently read windows and the next ones, of at most `room_bytes` for all files together.
 
-    Reading a tensor twice, as rules with two passes do, asks the Hub again for what no longer fits.
+    Rules with two passes read a tensor twice; dropped windows are then requested again.
     """
 
     def __init__(self, room_bytes: int, window_bytes: int) -> None:
@@ -43,9 +43,9 @@ class Windows:
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="hub")
 
     def read(self, file: RemoteFile, view: memoryview, offset: int) -> None:
-        """Fill `view` from byte `offset` of `file`; all of it lies within the file."""
+        """Fill `view` from byte `offset` of `file`; the range must be within the file."""
         size, stop = self.window_bytes, offset + len(view)
-        if len(view) > self.room * size // 4:  # a whole large tensor: nobody will read it again from here
+        if len(view) > self.room * size // 4:  # a large tensor would displace every other window
             file.fetch(view, offset)
             return
         numbers = range(offset // size, (stop - 1) // size + 1)
@@ -60,7 +60,7 @@ class Windows:
             view[at : at + len(part)] = part
 
     def close(self) -> None:
-        """Stop fetching and forget what was fetched."""
+        """Stop fetching and drop all windows."""
         self._pool.shutdown(cancel_futures=True)
         self._held.clear()
 
@@ -72,7 +72,7 @@ class Windows:
                 found = self._held[key] = self._pool.submit(self._fetch, file, number)
             self._held.move_to_end(key)
             spare = len(self._held) - self.room
-            if spare > 0:  # what is on its way stays, for somebody waits for it
+            if spare > 0:  # a window that is being fetched has a waiting reader
                 for old in [k for k, one in self._held.items() if one.done() and k != key][:spare]:
                     del self._held[old]
             return found
@@ -93,29 +93,29 @@ class RemoteFile:
     name: str
     size: int
     etag: str
-    """What the Hub called its content when it was listed: sha256, or git's name of the blob."""
+    """The listed id of its content: sha256, or git's id of the blob."""
     url: str
     commit: str
     headers: Mapping[str, str] = field(repr=False)
-    """What every request carries; may hold a token, so it is never shown."""
+    """Headers of every request; may contain a token, so they are never shown."""
     windows: Windows = field(repr=False)
     _head: bytes = b""
     _direct: tuple[str, Mapping[str, str], str | None] | None = field(default=None, repr=False)
-    """Where the last redirect led, what it was asked with, and the etag that it had there."""
+    """Target of the last redirect, the headers for it, and the file's etag there."""
 
     def read(self, view: memoryview, offset: int) -> int:
-        """Fill `view` from byte `offset` on; fewer bytes only where the file ends. Returns how many."""
+        """Fill `view` from byte `offset` on; return the number of bytes, which is smaller only at the end of the file."""
         count = max(min(len(view), self.size - offset), 0)
         if offset + count <= len(self._head):
             view[:count] = self._head[offset : offset + count]
-        elif count and offset < len(self._head) and offset == 0:  # a header that is longer than the first piece
+        elif count and offset < len(self._head) and offset == 0:  # a header longer than the first piece
             self.fetch(view[:count], 0)
         elif count:
             self.windows.read(self, view[:count], offset)
         return count
 
     def read_head(self) -> None:
-        """Fetch the first piece, which most headers fit into, and keep it."""
+        """Fetch and keep the first piece, into which most headers fit."""
         held = bytearray(min(self.size, _HEAD_BYTES))
         self.fetch(memoryview(held), 0)
         self._head = bytes(held)
@@ -125,10 +125,10 @@ class RemoteFile:
         return ""
 
     def fetch(self, view: memoryview, offset: int) -> None:
-        """Fill `view` from byte `offset` on with requests of its own, going on at the byte where a connection broke.
+        """Fill `view` from byte `offset` on without the window cache; resumes at the byte where a connection broke.
 
         Raises:
-            HubError: HUB_CHANGED, it is not the file that was listed; else why it cannot be had.
+            HubError: HUB_CHANGED, it is not the file that was listed; else why it cannot be read.
         """
         done, failures = 0, 0
         while done < len(view):
@@ -158,13 +158,13 @@ class RemoteFile:
         asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         with get_session().stream("GET", url, headers=asked, timeout=_TIMEOUT_S, follow_redirects=True) as response:
             if direct and response.status_code in _EXPIRED:
-                self._direct = None  # the address was good for a while only; ask the Hub for another
+                self._direct = None  # the address has expired; get another from the Hub
                 raise _AgainError(problem_of(_status_error(response), self.where), 0.0)
             self._check(response, start, stop, direct)
             left = stop - start
             for piece in response.iter_bytes():
                 if len(piece) > left:
-                    raise HubError.of("HUB_CHANGED", self.where, "more bytes arrive than were asked for", "try again")
+                    raise HubError.of("HUB_CHANGED", self.where, "more bytes arrive than were requested", "try again")
                 left -= len(piece)
                 yield piece
 
@@ -195,18 +195,18 @@ class RemoteFile:
             self._direct = (str(response.url), kept, _plain(response.headers.get("ETag")))
 
     def _changed(self, what: str) -> HubError:
-        return HubError.of("HUB_CHANGED", self.where, what, "merge again, so that all of it is of one version")
+        return HubError.of("HUB_CHANGED", self.where, what, "merge again, so that all bytes are of one version")
 
 
 class _AgainError(Exception):
-    """A request that failed in passing."""
+    """A request that failed and is worth a retry, after `wait` seconds if the server says so."""
 
     def __init__(self, problem: HubError, wait: float | None) -> None:
         self.problem, self.wait = problem, wait
 
 
 class Remote:
-    """The weights that are on the Hub only, as files to be read over the network; a context manager."""
+    """Weights that are only on the Hub, as files read over the network."""
 
     def __init__(self) -> None:
         self.windows = Windows(ROOM_BYTES, WINDOW_BYTES)
@@ -214,38 +214,38 @@ class Remote:
 
     @classmethod
     @contextmanager
-    def open(cls, looks: Sequence[ResolvedRepo]) -> Iterator[Remote]:
-        """Open all that `looks` are missing; the headers are fetched at once, several at a time.
+    def open(cls, repos: Sequence[ResolvedRepo]) -> Iterator[Remote]:
+        """Open the missing files of resolved repositories; their headers are fetched now, several at a time.
 
         Raises:
-            HubError: why a header cannot be had.
+            HubError: a header cannot be read.
         """
         remote = cls()
         try:
-            if any(look.missing for look in looks):
-                remote._add(looks)
+            if any(repo.missing for repo in repos):
+                remote._add(repos)
             yield remote
         finally:
             remote.windows.close()
 
-    def files(self, look: ResolvedRepo) -> dict[str, RemoteFile]:
-        """What `look` is missing, by name."""
-        return {file.name: self._files[str(look.commit)][file.name] for file in look.missing}
+    def files(self, repo: ResolvedRepo) -> dict[str, RemoteFile]:
+        """The missing files of a repository, by name."""
+        return {file.name: self._files[str(repo.commit)][file.name] for file in repo.missing}
 
-    def _add(self, looks: Sequence[ResolvedRepo]) -> None:
+    def _add(self, repos: Sequence[ResolvedRepo]) -> None:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not marked as exported
 
         headers = build_hf_headers()
-        for look in looks:
-            for file in look.missing:
-                if file.name not in self._files.setdefault(str(look.commit), {}):
+        for repo in repos:
+            for file in repo.missing:
+                if file.name not in self._files.setdefault(str(repo.commit), {}):
                     where, url = (
-                        f"{look.where}: {file.name}",
-                        hf_hub_url(str(look.repo_id), file.name, revision=look.commit),
+                        f"{repo.where}: {file.name}",
+                        hf_hub_url(str(repo.repo_id), file.name, revision=repo.commit),
                     )
-                    self._files[str(look.commit)][file.name] = RemoteFile(
-                        where, file.name, file.size, file.etag, url, str(look.commit), headers, self.windows
+                    self._files[str(repo.commit)][file.name] = RemoteFile(
+                        where, file.name, file.size, file.etag, url, str(repo.commit), headers, self.windows
                     )
         every = [file for files in self._files.values() for file in files.values()]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -253,7 +253,7 @@ class Remote:
 
 
 def _sent(response: Any, key: str) -> bool:
-    """Whether the request that was answered in the end still carried this header: another host does not get our token."""
+    """Whether the last request after redirects still had this header: other hosts do not get the token."""
     return key in response.request.headers
 
 
@@ -262,7 +262,7 @@ def _plain(etag: str | None) -> str | None:
 
 
 def _status_error(response: Any) -> Exception:
-    """The error that huggingface_hub makes of an answer."""
+    """huggingface_hub's error for a response."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # documented as well
 

@@ -1,19 +1,19 @@
-"""A run: one recipe from data to a merged model, stage by stage, each step done once.
+"""A run: one recipe from data to a merged model, in stages of steps, each done once.
 
-`run` reads and checks the recipe whole, plans its steps with fingerprints of what each is made of, and does those that are
-not done yet. `plan` does the first half only.
+`run` checks the whole recipe, plans its steps with a fingerprint of everything that a result depends on, and executes
+those that are not finished. `plan` stops before the execution.
 
-| room | what it is |
-|---|---|
-| sections | the recipe as frozen models |
-| overrides | `--set key=value` |
-| arms | what is compared |
-| steps | the steps and their fingerprints |
-| prints | digests of files |
-| checks | what can be known before anything is run |
-| state | `run.json` and the lock |
-| stages | doing the steps |
-| table | the table at the end |
+schema             the recipe as frozen models
+overrides          `--set key=value`
+arms               variants of adapters, and the merges of a comparison
+steps              steps, their fingerprints, and the arms of the table
+fingerprints       digests of files
+preflight          checks before anything is run
+state              `run.json` and the lock
+execution          running the steps
+results_table      the table at the end
+tuning             `paft tune`
+starter_recipe     `paft init`
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["STAGES", "Event", "Planned", "Run", "Stage", "load_run", "plan", "ru
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run would do."""
+    """A checked recipe, its steps, and which of them are to do."""
 
     recipe: RunRecipe
     planner: Planner
@@ -51,18 +51,18 @@ class Planned:
         return self.planner.ordered
 
     def why(self, step: Step) -> str:
-        """Why a step will be done; empty when it will not."""
+        """Why a step is to do; empty if it is not."""
         return (self.state.why(step) or "asked for") if step in self.todo else ""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run gave."""
+    """The result of a run."""
 
     folder: Path
     table: Table
     done: tuple[str, ...]
-    """Names of the steps that were done this time."""
+    """Names of the steps that this call executed."""
 
 
 def plan(
@@ -73,18 +73,18 @@ def plan(
     start: Stage | None = None,
     only: Stage | None = None,
 ) -> Planned:
-    """Read and check a recipe whole, and say what would be done in `folder`; nothing is written.
+    """Check a whole recipe and plan its steps in `folder`, without writing anything.
 
     Args:
         recipe: the file.
-        folder: the run folder, which may not be there yet.
-        overrides: `key=value`, as `load_run` takes them.
-        start: do this stage and those after it again, changed or not.
-        only: do nothing but this stage.
+        folder: the run folder; need not exist.
+        overrides: `key=value`, as for `load_run`.
+        start: repeat this stage and those after it, changed or not.
+        only: run this stage alone.
 
     Raises:
-        RecipeError: everything that is wrong with the recipe and what it names.
-        RunError: STAGE, a stage that is asked for needs another, or is not in the recipe.
+        RecipeError: every problem of the recipe and of the files that it names.
+        RunError: STAGE, `start` or `only` is not in the recipe, or `only` needs a step that is not finished.
     """
     loaded, problems = read_run(recipe, overrides)
     if loaded is not None:
@@ -118,7 +118,7 @@ def _todo(planner: Planner, state: State, start: Stage | None, only: Stage | Non
 
 
 def _check_before(steps: Sequence[Step], only: Stage, state: State) -> None:
-    """Raise RunError STAGE when what a stage needs is not finished."""
+    """Raise RunError STAGE if a step that a stage needs is not finished."""
     by_name = {step.name: step for step in steps}
     needed = dict.fromkeys(n for s in steps if s.stage == only for n in s.needs if by_name[n].stage != only)
     lacking = [name for name in needed if not state.finished(by_name[name])]
@@ -135,24 +135,24 @@ def run(
     overrides: Sequence[str] = (),
     start: Stage | None = None,
     only: Stage | None = None,
-    tell: OnEvent = lambda event: None,
+    on_event: OnEvent = lambda event: None,
     planned: Callable[[Planned], None] = lambda planned: None,
 ) -> Run:
-    """Train, audit, merge, evaluate and push what a recipe says, in a run folder; what has not changed is not done again.
+    """Train, audit, merge, evaluate and push as a recipe says; finished steps that have not changed are skipped.
 
-    A run that was killed goes on where it was when it is started again in the same folder.
+    A run that was killed resumes when it is started again in the same folder.
 
     Args:
         recipe, folder, overrides, start, only: as for `plan`.
-        tell: called when a step begins, gets on, and ends.
+        on_event: called when a step starts, makes progress, and ends.
         planned: called once, before the first step.
 
     Returns:
-        The folder, its table, and the steps that were done.
+        The folder, its table, and the names of the executed steps.
 
     Raises:
-        PaftMergeError: before anything is done, with everything that is wrong; later, with what is finished and how to
-            go on.
+        PaftMergeError: before the first step, every problem found; later, the problem of the step that failed, the
+            finished stages, and how to resume.
     """
     out = Path(folder)
     if out.exists() and not out.is_dir():
@@ -167,18 +167,18 @@ def run(
             ready.recipe.located.text or dump_yaml(ready.recipe.located.data), encoding="utf-8"
         )
         _forget(ready)
-        doing = Executor(ready.recipe, out.resolve(), ready.state, tell)
+        executor = Executor(ready.recipe, out.resolve(), ready.state, on_event)
         for stage in STAGES:
             steps = [step for step in ready.todo if step.stage == stage]
             if steps:
-                doing.stage(stage, steps)
+                executor.stage(stage, steps)
         made = Table.of(ready.planner.arms, ready.steps, ready.state, ready.recipe.evaluate)
         made.write(out)
     return Run(out, made, tuple(step.name for step in ready.todo))
 
 
 def _forget(ready: Planned) -> None:
-    """Forget records of steps that the recipe no longer has, and of those that are to be done again."""
+    """Drop the records of steps that the recipe no longer has, and mark those to repeat as stale."""
     names = ready.planner.steps.keys()
     for name in [name for name in ready.state.steps if name not in names]:
         del ready.state.steps[name]

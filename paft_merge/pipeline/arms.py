@@ -1,4 +1,4 @@
-"""What is compared: the base, every adapter alone, one adapter upon the other, and both merged, by name."""
+"""Variants of adapters, their roles in a comparison, and the merges to compare. `steps.arms_of` makes the arms."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ MERGES: Mapping[str, Mapping[str, Any]] = {
     "l1_ties": {"weight": 1.0},
     "sign_election": {"weight": 1.0},
 }
-"""The merge recipe that a method's bare name under `compare: {methods: ...}` stands for; of others, its own defaults."""
+"""The merge recipe for the plain name of a method under `compare: {methods: ...}`; other methods use their defaults."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An adapter as it is trained: as the recipe says, or without its `l1` and `trim`."""
+    """An adapter as in the recipe, or without its `l1` and `trim` (`dense`)."""
 
     adapter: str
-    """Its name in the recipe."""
+    """Name in the recipe."""
     dense: bool = False
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """Name of its folder."""
         return f"{self.adapter}-dense" if self.dense else self.adapter
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table, at one seed."""
+    """One model of the table, at one seed."""
 
     name: str
     group: str
@@ -50,15 +50,16 @@ class Arm:
     parts: tuple[str, ...]
     """The model, or a base and the adapters on it."""
     needs: tuple[str, ...] = ()
+    """Names of the steps that make it."""
 
     @property
     def slug(self) -> str:
-        """The name as a file is called."""
+        """The name as a file name."""
         return re.sub(r"[^\w.-]+", "-", self.name).strip("-")
 
 
 def roles(recipe: RunRecipe) -> tuple[str | None, str | None]:
-    """The adapter that teaches the skill, and the one that teaches the preference."""
+    """The names of the skill and the preference adapter: those under `compare`, else the first with a fitting objective."""
     compare = recipe.compare or CompareSpec()  # an existing adapter has a role only where `compare` names it
     first = [name for name, spec in recipe.adapters.items() if spec.objective in ("sft", "ift")]
     then = [name for name, spec in recipe.adapters.items() if spec.objective not in ("sft", "ift", "orpo")]
@@ -66,7 +67,7 @@ def roles(recipe: RunRecipe) -> tuple[str | None, str | None]:
 
 
 def skills(recipe: RunRecipe) -> dict[str, Variant]:
-    """The variants of the skill adapter that are compared, by `dense` or `l1`."""
+    """The variants of the skill adapter to compare, by `dense` or `l1`."""
     skill, _ = roles(recipe)
     if recipe.compare is None or skill is None or skill not in recipe.names:
         return {}
@@ -104,7 +105,7 @@ def merged_together(recipe: RunRecipe) -> dict[str, list[Variant]]:
 
 
 def check_compare(recipe: RunRecipe, problems: Problems) -> None:
-    """Note what a comparison asks for and the recipe does not have."""
+    """Add the problems of `compare`: unknown adapters, and arms that the recipe's adapters do not allow."""
     compare = recipe.compare
     if compare is None:
         return

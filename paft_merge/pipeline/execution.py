@@ -1,4 +1,4 @@
-"""Doing the steps: stage by stage, each step noted when it begins and when it is finished."""
+"""Execution of the steps, stage by stage; `run.json` records the start and the end of each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """What a run tells on its way."""
+    """Something that happened to a step, for a progress display."""
 
     step: str
     what: Literal["start", "progress", "done", "failed"]
@@ -40,18 +40,18 @@ OnEvent = Callable[[Event], None]
 
 @dataclass
 class Executor:
-    """A run on its way."""
+    """Executes the steps of a run."""
 
     recipe: RunRecipe
     folder: Path
     state: State
-    tell: OnEvent
+    on_event: OnEvent
 
     def stage(self, stage: Stage, steps: Sequence[Step]) -> None:
-        """Do the steps of a stage that have to be done.
+        """Execute steps of a stage.
 
         Raises:
-            PaftMergeError: the first that fails, with what is finished and how to go on.
+            PaftMergeError: a step failed; a further problem names the finished stages and how to resume.
         """
         do = {
             "train": self._train,
@@ -74,31 +74,31 @@ class Executor:
                 raise type(error)([*error.problems, Problem("RUN", "", what, fix)], error.warnings) from error
 
     @contextmanager
-    def _doing(self, step: Step, *, aloud: bool = True) -> Iterator[dict[str, Any]]:
-        """Note a step's beginning and end; what the block puts into the mapping is its result."""
+    def _recorded(self, step: Step, *, reported: bool = True) -> Iterator[dict[str, Any]]:
+        """Record a step's start and end; the block puts the step's result into the mapping."""
         result: dict[str, Any] = {}
         self.state.start(step)
-        self.tell(Event(step.name, "start"))
+        self.on_event(Event(step.name, "start"))
         began = time.monotonic()
         try:
             yield result
         except BaseException as error:
             if isinstance(error, Exception):
                 self.state.failed(step, error)
-                self.tell(Event(step.name, "failed", str(error).split("\n")[0]))
+                self.on_event(Event(step.name, "failed", str(error).split("\n")[0]))
             raise
-        self._finish(step, result, time.monotonic() - began, aloud=aloud)
+        self._finish(step, result, time.monotonic() - began, reported=reported)
 
-    def _finish(self, step: Step, result: Mapping[str, Any], seconds: float, *, aloud: bool = True) -> None:
+    def _finish(self, step: Step, result: Mapping[str, Any], seconds: float, *, reported: bool = True) -> None:
         self.state.done(step, result)
         log.info("%s: done in %.1f s %s", step.name, seconds, dict(result))
-        if aloud:
-            self.tell(Event(step.name, "done", f"{seconds:.1f} s"))
+        if reported:
+            self.on_event(Event(step.name, "done", f"{seconds:.1f} s"))
 
     # --- train ------------------------------------------------------------------------------------------------------
 
     def _train(self, steps: Sequence[Step]) -> None:
-        """Adapters of one base and place together, so that the base is loaded once; models they need before them."""
+        """Train adapters with the same base and folder together, so that the base is loaded once."""
         waiting = list(steps)
         while waiting:
             step = waiting[0]
@@ -130,22 +130,22 @@ class Executor:
         def progress(now: Any) -> None:
             step = jobs[now.name]
             if now.name not in seen:
-                finish()  # an adapter begins when the one before it is written
+                finish()  # the adapter before this one is written by now
                 seen.add(now.name)
                 self.state.steps[step.name]["began"] = time.time()
-                self.tell(Event(step.name, "start"))
+                self.on_event(Event(step.name, "start"))
             if now.logs:
                 log.info("%s: step %d: %s", step.name, now.step, dict(now.logs))
             if time.monotonic() - last[0] > 1.0 or now.step == now.steps:
                 last[0] = time.monotonic()
-                self.tell(Event(step.name, "progress", f"step {now.step}/{now.steps}"))
+                self.on_event(Event(step.name, "progress", f"step {now.step}/{now.steps}"))
 
         try:
             train({"base_model": first.base, "adapters": sections}, first.folder, resume=True, progress=progress)
         except Exception as error:
             step = next((step for step in steps if not self._trained(step)), steps[-1])
             self.state.failed(step, error)
-            self.tell(Event(step.name, "failed", str(error).split("\n")[0]))
+            self.on_event(Event(step.name, "failed", str(error).split("\n")[0]))
             raise
         finally:
             finish()
@@ -165,7 +165,7 @@ class Executor:
             job, out = step.job, step.out
             assert isinstance(job, Audit)
             assert out is not None
-            with self._doing(step) as result:
+            with self._recorded(step) as result:
                 done = audit(
                     *job.sources,
                     base=job.base,
@@ -189,12 +189,12 @@ class Executor:
     def _merge(self, steps: Sequence[Step]) -> None:
         from paft_merge.engine.api import merge
 
-        def keep(step: Step, names: Mapping[str, str], told: list[str], problems: Sequence[Problem]) -> None:
+        def keep(step: Step, names: Mapping[str, str], kept: list[str], problems: Sequence[Problem]) -> None:
             # The merges of a comparison warn only in run.json and the log file.
             own = step.name.rpartition("/")[2] == "merged"
             for problem in problems:
                 where, what, fix = (_renamed(text, names) for text in (problem.where, problem.what, problem.fix))
-                told.append(str(Problem(problem.code, where, what, fix)))
+                kept.append(str(Problem(problem.code, where, what, fix)))
                 shown = Problem(problem.code, f"{step.name}: {where}" if where else step.name, what, fix)
                 log.log(logging.WARNING if own else logging.INFO, "%s", shown)
 
@@ -202,14 +202,14 @@ class Executor:
             job, out = step.job, step.out
             assert isinstance(job, Merge)
             assert out is not None
-            with self._doing(step) as result:
-                told = result.setdefault("warnings", [])
-                merge(job.recipe, out, resume=True, overwrite=True, warn=partial(keep, step, labels(job.recipe), told))
+            with self._recorded(step) as result:
+                kept = result.setdefault("warnings", [])
+                merge(job.recipe, out, resume=True, overwrite=True, warn=partial(keep, step, labels(job.recipe), kept))
 
     # --- evaluate ---------------------------------------------------------------------------------------------------
 
     def _evaluate(self, steps: Sequence[Step]) -> None:
-        """Metrics of one arm together, so that its model is loaded once."""
+        """Evaluate the metrics of each arm together, so that its model is loaded once."""
         spec = self.recipe.evaluate
         assert spec is not None
         waiting = list(steps)
@@ -225,13 +225,13 @@ class Executor:
         from paft_merge.evaluating.light import measure
         from paft_merge.evaluating.loading import load_subject
 
-        spec, subject, told, began = self.recipe.evaluate, None, list[str](), time.monotonic()
+        spec, subject, shown, began = self.recipe.evaluate, None, list[str](), time.monotonic()
         assert spec is not None
         for step in steps:
             job, out = step.job, step.out
             assert isinstance(job, Evaluate)
             assert out is not None
-            with self._doing(step, aloud=False) as result:
+            with self._recorded(step, reported=False) as result:
                 if job.metric == SPARSITY:
                     scores = {SPARSITY: {"value": self._sparsity(job), "stderr": None}}
                 else:
@@ -247,17 +247,17 @@ class Executor:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(out, scores)
                 result |= {name: {"value": s["value"], "stderr": s["stderr"]} for name, s in scores.items()}
-            told += [f"{name} {score['value']:.3f}" for name, score in scores.items() if score["value"] is not None]
+            shown += [f"{name} {score['value']:.3f}" for name, score in scores.items() if score["value"] is not None]
         seconds = time.monotonic() - began
-        self.tell(Event(steps[0].name.rpartition("/")[0], "done", f"{', '.join(told)} ({seconds:.1f} s)"))
+        self.on_event(Event(steps[0].name.rpartition("/")[0], "done", f"{', '.join(shown)} ({seconds:.1f} s)"))
 
     def _sparsity(self, job: Evaluate) -> float | None:
-        """Share of the entries that the arm leaves within epsilon of the base's; None when nothing was changed."""
+        """Share of the entries that the arm moves by less than epsilon; None if it changes no tensor."""
         from paft_merge.auditing import audit
 
         epsilon = self.recipe.audit.epsilon if self.recipe.audit else EPSILON
         base, *adapters = job.arm.parts
-        # An adapter on the base is named by itself: a path may hold a plus.
+        # A path may contain a plus, so an adapter on the base is passed by itself.
         source = adapters[0] if base == self.recipe.base and len(adapters) == 1 else "+".join(job.arm.parts)
         try:
             done = audit(source, base=self.recipe.base, preview=None, epsilon=epsilon)
@@ -271,26 +271,26 @@ class Executor:
     # --- push -------------------------------------------------------------------------------------------------------
 
     def _push(self, steps: Sequence[Step]) -> None:
-        from paft_merge import hub  # here, so that a run without a push needs nothing of it
+        from paft_merge import hub
 
         spec = self.recipe.push
         assert spec is not None
         for step in steps:
             assert isinstance(step.job, Push)
-            with self._doing(step) as result:
+            with self._recorded(step) as result:
                 settings = spec.model_dump(exclude={"repo_id"})
                 result["url"] = hub.push(step.job.folder, spec.repo_id, **settings)
 
 
 def _renamed(text: str, names: Mapping[str, str]) -> str:
-    """A message with its sources as the recipe calls them."""
+    """A message with its sources named as in the recipe."""
     for long in sorted(names, key=len, reverse=True):
         text = text.replace(long, names[long])
     return text
 
 
 def _relabelled(done: AuditReport, names: Mapping[str, str]) -> AuditReport:
-    """An audit whose sources are called as the recipe calls them, by the paths that were audited."""
+    """An audit with its sources named as in the recipe; `names` are by audited path."""
     labels = {
         s.label: next((n for place, n in names.items() if s.header.source.endswith(place)), s.label)
         for s in done.sources
@@ -301,7 +301,7 @@ def _relabelled(done: AuditReport, names: Mapping[str, str]) -> AuditReport:
 
 
 def _facts(step: Step) -> dict[str, Any]:
-    """What is worth keeping of a finished adapter's record."""
+    """The part of a finished adapter's record that goes into `run.json`."""
     assert step.out is not None
     record = json.loads((step.out / DONE_FILE).read_text(encoding="utf-8"))
     delta, run = record["delta"], record["run"]
@@ -313,7 +313,7 @@ def _facts(step: Step) -> dict[str, Any]:
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Write what the library and those below it log into a file, besides where it goes anyway."""
+    """Write the log records of this package and of the training libraries to a file too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -325,7 +325,7 @@ def logged(path: Path) -> Iterator[None]:
         one.addHandler(handler)
     if not ours.isEnabledFor(logging.INFO):
         ours.setLevel(logging.INFO)
-    # The file gets what -v would show; the terminal keeps its own level.
+    # The file gets INFO records; the terminal keeps its level.
     held = [(h, h.level) for h in logging.getLogger().handlers]
     for root_handler, _ in held:
         root_handler.setLevel(max(root_handler.level, shown))

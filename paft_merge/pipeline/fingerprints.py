@@ -1,4 +1,4 @@
-"""Fingerprints: what a step is made of, by content, so that what has not changed is not done again (xxh3-128)."""
+"""Digests (xxh3-128) of the files and data that a step depends on, so that an unchanged step is not repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_PART = (".part", ".lock", ".tmp")
 
 
 def key_of(**parts: Any) -> str:
-    """Digest of plain data, whatever the order of its keys."""
+    """Digest of plain data, independent of the order of keys."""
     text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=False)
     return xxhash.xxh3_128_hexdigest(text.encode())
 
@@ -37,7 +37,7 @@ class Prints:
         self.known: dict[Path, str] = {}
 
     def of(self, path: Path | str) -> str:
-        """Digest of a file, or of the names and bytes below a folder; the name itself for what is not here."""
+        """Digest of a file, or of the names and bytes in a folder; of anything else, its name."""
         place = Path(path).expanduser()
         if not place.exists():
             return f"name:{path}"
@@ -59,19 +59,19 @@ class Prints:
                 yield name.as_posix(), self.of(path)
 
     def all_of(self, paths: Mapping[str, Path | str]) -> dict[str, str]:
-        """Digests by what each is called."""
+        """Digests by name."""
         return {name: self.of(path) for name, path in paths.items()}
 
 
 def sizes_below(out: Path) -> dict[str, int]:
-    """Every file of a finished output and its size: a cheap look at whether it is still all there."""
+    """The files of an output and their sizes, for `still_there`."""
     if out.is_file():
         return {"": out.stat().st_size}
     return {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
 
 
 def still_there(out: Path, sizes: Mapping[str, int]) -> bool:
-    """Whether every file of an output is there with its size."""
+    """Whether every file of an output still has its size."""
     return bool(sizes) and all(
         (out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items()
     )

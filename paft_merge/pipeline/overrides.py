@@ -1,4 +1,4 @@
-"""`--set key=value`: a value at a dotted way into a recipe, changed before the recipe is read."""
+"""`--set key=value`: changes the value at a dotted key path of a recipe before the recipe is read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
 
 def parse_key_path(text: str) -> tuple[str | int, ...]:
-    """`merge.models[0].parameters.weight` (or `merge.models.0...`) as steps.
+    """`merge.models[0].parameters.weight` (or `merge.models.0...`) as keys and indices.
 
     Raises:
-        RecipeError: SET, it is no dotted way.
+        RecipeError: SET, it is not a dotted key path.
     """
     found = [int(index) if index else int(word) if word.isdigit() else word for word, index in _STEP.findall(text)]
     if not found or re.sub(r"[.\[\]]", "", text) != "".join(map(str, found)) or ".." in text:
-        raise RecipeError.of("SET", text, "is no way into a recipe", "write for example merge.parameters.density")
+        raise RecipeError.of("SET", text, "is not a key path", "write for example merge.parameters.density")
     return tuple(found)
 
 
@@ -30,7 +30,7 @@ def overridden(located: Located, overrides: Sequence[str]) -> Located:
     """The recipe with every `key=value` applied; values are YAML.
 
     Raises:
-        RecipeError: SET, with every one that cannot be applied.
+        RecipeError: SET, every override that cannot be applied.
     """
     if not overrides:
         return located
@@ -52,14 +52,16 @@ def _value(override: str, text: str) -> Any:
     try:
         return load_yaml(f"value: {text}\n").data["value"]
     except RecipeError as error:
-        raise RecipeError.of("SET", override, f"the value is no YAML: {error.problems[0].what}", "quote it") from error
+        raise RecipeError.of(
+            "SET", override, f"the value is not valid YAML: {error.problems[0].what}", "quote it"
+        ) from error
 
 
 def put(data: Any, steps: Sequence[str | int], value: Any) -> None:
-    """Set a value in nested data; mappings on the way are made, items of lists must be there.
+    """Set a value in nested data; missing mappings are added, missing items of lists are errors.
 
     Raises:
-        RecipeError: SET, the way leads nowhere.
+        RecipeError: SET, the data has no place for the key path.
     """
     here = data
     for at, step in enumerate(steps[:-1]):

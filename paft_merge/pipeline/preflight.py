@@ -1,4 +1,4 @@
-"""Everything about a run that can be known before its first minute is spent: files, columns, fields, packages, names."""
+"""Checks of a run before anything is executed: files, columns, fields, packages, names."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean
 
 
 def check_run(recipe: RunRecipe) -> None:
-    """Check what a recipe says, without its data: comparisons, merges, the audit's gate, evaluations, the push.
+    """Check a recipe without its training data: comparisons, merges, the audit's gate, evaluations, the push.
 
     Raises:
-        RecipeError: everything that is wrong, each with where it stands.
+        RecipeError: every problem, each with its line.
     """
     problems = Problems()
     check_compare(recipe, problems)
@@ -42,7 +42,7 @@ def check_run(recipe: RunRecipe) -> None:
 
 @contextmanager
 def _at(recipe: RunRecipe, steps: tuple[str | int, ...], problems: Problems) -> Iterator[None]:
-    """Note a block's errors with the section they belong to."""
+    """Add a block's errors to `problems`, each with the line of its section."""
     where = recipe.where(*steps)
     try:
         yield
@@ -93,9 +93,17 @@ def _check_merges(recipe: RunRecipe, problems: Problems) -> None:
 
 
 def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | int, ...], problems: Problems) -> None:
+    """Check a merge recipe and the models that it names.
+
+    Args:
+        recipe: the run's recipe.
+        data: the merge recipe, with adapters by name.
+        steps: its key path in the run's recipe.
+        problems: where problems are added.
+    """
     paths = {name: {"path": f"adapters/{name}"} for name in recipe.names}
     resolved = resolved_merge(data, paths, recipe)
-    # The lines of a whole recipe are its own; of a method's bare name (or of one by default), that of the name.
+    # A whole recipe has its own lines; a plain name of a method (or a default) has the line of the name.
     whole = isinstance(_value_at(recipe.located.data, steps), dict)
     lines: Mapping[KeyPath, int] = recipe.located.lines if whole else {(): recipe.located.line(steps) or 1}
     located = Located(resolved, recipe.located.file, prefix=steps, lines=lines)
@@ -115,7 +123,7 @@ def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | i
 
 
 def _value_at(data: Any, steps: KeyPath) -> Any:
-    """What stands there; None where nothing does."""
+    """The value at a key path; None if there is none."""
     for step in steps:
         inside = (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int))
         data = data[step] if inside else None
@@ -123,7 +131,7 @@ def _value_at(data: Any, steps: KeyPath) -> Any:
 
 
 def _spot_of(recipe: RunRecipe, data: Any, steps: tuple[str | int, ...], wanted: str) -> str:
-    """Where a merge recipe names a model."""
+    """File, line and path where a merge recipe names a model."""
 
     def find(value: Any, way: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
         if isinstance(value, Mapping | list):
@@ -144,9 +152,12 @@ def _check_audit(recipe: RunRecipe, problems: Problems) -> None:
         with _at(recipe, ("audit", "require", at), problems):
             wanted = Requirement.parse(text)
             if METRICS[wanted.metric].of == "preview":
-                fix = "use paft audit on the finished run for it"
+                fix = "use paft audit on the finished run"
                 raise RunError.of(
-                    "GATE", text, f"{wanted.metric} needs a preview of a merge, which a run's audit has not", fix
+                    "GATE",
+                    text,
+                    f"{wanted.metric} needs a preview of a merge, which the audit of a run does not have",
+                    fix,
                 )
             source = wanted.scope.get("source", "*")
             if not any(fnmatchcase(name, source) for name in names):
@@ -166,12 +177,12 @@ def _check_push(recipe: RunRecipe, problems: Problems) -> None:
 
 
 def check_training(recipe: RunRecipe, steps: Sequence[Step]) -> None:
-    """Check what the adapters that will be trained need, as `check_adapters`."""
+    """Check the adapters that will be trained, as `check_adapters` does."""
     check_adapters(recipe, [step.job.adapter.removesuffix("-dense") for step in steps if isinstance(step.job, Train)])
 
 
 def check_adapters(recipe: RunRecipe, names: Iterable[str], *, base: bool = True) -> None:
-    """Check what training adapters needs: packages, TRL's and PEFT's fields, targets, data sets.
+    """Check packages, TRL's and PEFT's fields, target modules and data sets of adapters.
 
     Args:
         recipe: the recipe.
@@ -179,7 +190,7 @@ def check_adapters(recipe: RunRecipe, names: Iterable[str], *, base: bool = True
         base: check against the base too; False where the base itself cannot be used.
 
     Raises:
-        RecipeError: everything that is wrong, by adapter.
+        RecipeError: every problem, by adapter.
     """
     problems = Problems()
     for name in dict.fromkeys(names):
@@ -189,10 +200,10 @@ def check_adapters(recipe: RunRecipe, names: Iterable[str], *, base: bool = True
 
 
 def check_task_data(recipe: RunRecipe, steps: Sequence[Step]) -> None:
-    """Load the data of lm-eval's tasks where it is needed after something is trained.
+    """Load the data of lm-eval's tasks if something is trained before they are evaluated.
 
     Raises:
-        RecipeError: it cannot be had.
+        RecipeError: it cannot be loaded.
     """
     asked = any(isinstance(step.job, Evaluate) and step.job.metric == HARNESS for step in steps)
     if recipe.evaluate is None or not asked or not any(isinstance(step.job, Train) for step in steps):
@@ -243,7 +254,7 @@ def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
 
 
 def _check_targets(recipe: RunRecipe, name: str) -> None:
-    """Hold the modules that an adapter names against the base's, of which only the shapes are made."""
+    """Check that the base has the modules that an adapter names, on a model without memory for its weights."""
     spec = recipe.adapters[name]
     if isinstance(spec.lora.target_modules, str) or not Path(recipe.base).is_dir():
         return

@@ -1,4 +1,4 @@
-"""The table that a run ends with: a row an arm, a column an evaluation, with the spread over seeds; and what it says."""
+"""The table of a run: a row per arm, a column per evaluation, the spread over seeds, and sentences that compare arms."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Cell:
     """One evaluation of one arm."""
 
     values: tuple[float, ...]
-    """One per seed."""
+    """One value per seed."""
     stderr: float | None = None
-    """Over the rows of the evaluation, mean over seeds."""
+    """Standard error over the rows of the evaluation; mean over seeds."""
 
     @property
     def mean(self) -> float:
@@ -34,12 +34,12 @@ class Cell:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over seeds; None of a single one."""
+        """Standard deviation over seeds; None for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def noise(self) -> float:
-        """Standard error of the mean: over the rows of the evaluation, or over seeds where that is larger."""
+        """Standard error of the mean: over rows or over seeds, whichever is larger."""
         rows = (self.stderr or 0.0) / math.sqrt(len(self.values))
         return max(rows, (self.spread or 0.0) / math.sqrt(len(self.values)))
 
@@ -74,11 +74,11 @@ class Table:
     rows: tuple[Row, ...]
     seeds: tuple[int | None, ...]
     better: dict[str, int]
-    """+1 where more is better, -1 where less is, by column; 0 for what is only told (sparsity)."""
+    """By column: +1 if more is better, -1 if less is, 0 if neither (sparsity)."""
 
     @classmethod
     def of(cls, arms: Sequence[Arm], steps: Sequence[Step], state: State, spec: EvaluateSpec | None) -> Table:
-        """Read the finished evaluations of a run; arms without any are left out."""
+        """The table of the finished evaluations of a run; arms without any are left out."""
         found: dict[str, dict[str, list[tuple[float, float | None]]]] = {arm.name: {} for arm in arms}
         for step in steps:
             if isinstance(step.job, Evaluate) and state.finished(step):
@@ -104,27 +104,27 @@ class Table:
         return sign * max(sign * mean for mean in means) if len(means) > 1 and sign else None
 
     def verdicts(self) -> list[str]:
-        """What the numbers say, in sentences: the alignment tax, and how merging compares with training in sequence."""
+        """Sentences on the alignment tax, and on merging against sequential training."""
         return [*self._tax(), *self._against_sequential()]
 
     def _judged(self) -> list[str]:
         return [column for column in self.columns if self.better[column]]
 
     def _tax(self) -> list[str]:
-        told = []
+        sentences = []
         pairs = [(s, i) for s in self.rows if s.group == "sequential" for i in self.rows if i.group == "individual"]
         for sequential, alone in pairs:
             if _kind(sequential.name) == _kind(alone.name) or not _kind(sequential.name):
                 losses = self._worse(sequential, alone)
                 gains = self._worse(alone, sequential)
                 if losses and gains:
-                    told.append(
+                    sentences.append(
                         f"{sequential.name} against {alone.name}: gains in {', '.join(gains)}; pays in {', '.join(losses)}"
                     )
-        return told
+        return sentences
 
     def _against_sequential(self) -> list[str]:
-        told = []
+        sentences = []
         merged = [row for row in self.rows if row.group in ("parallel", "merge")]
         for sequential in (row for row in self.rows if row.group == "sequential" and merged):
             kinds: dict[str, list[str]] = {}
@@ -132,16 +132,20 @@ class Table:
                 loses, wins = self._worse(row, sequential), self._worse(sequential, row)
                 kind = "trade" if loses and wins else "win" if wins else "lose" if loses else "tie"
                 kinds.setdefault(kind, []).append(row.name)
-            words = {"win": "better and nowhere worse", "tie": "no difference", "lose": "worse and nowhere better"}
+            words = {
+                "win": "better and nowhere worse",
+                "tie": "no difference",
+                "lose": "worse and nowhere better",
+            }
             parts = [f"{words[kind]}: {', '.join(kinds[kind])}" for kind in words if kind in kinds]
             if "win" not in kinds:
                 parts.insert(0, "none is better without being worse somewhere")
             if "trade" in kinds:
                 parts.append(f"{len(kinds['trade'])} of {len(merged)} better in one column and worse in another")
-            told.append(f"merges against {sequential.name}: {'; '.join(parts)}")
-        if told:
-            told.append("a difference counts when it is above its standard error")
-        return told
+            sentences.append(f"merges against {sequential.name}: {'; '.join(parts)}")
+        if sentences:
+            sentences.append("a difference counts when it is above its standard error")
+        return sentences
 
     def _worse(self, one: Row, other: Row) -> list[str]:
         """Columns in which the mean of `one` is worse than that of `other` by more than the standard error of their difference."""
@@ -157,7 +161,7 @@ class Table:
     # --- on disk ----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, every seed by itself too."""
+        """The table as plain data, with the value of every seed."""
         return {
             "seeds": list(self.seeds),
             "better": {c: {1: "higher", -1: "lower", 0: None}[d] for c, d in self.better.items()},
@@ -181,7 +185,7 @@ class Table:
         }
 
     def to_csv(self) -> str:
-        """A row an arm; a column's mean, and its spread beside it."""
+        """The table as CSV: a row per arm, mean and spread of each column."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["arm", "group", *(name for c in self.columns for name in (c, f"{c}_spread"))])
@@ -192,7 +196,7 @@ class Table:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """The table, the best of each column in bold, and the verdicts below."""
+        """The table as Markdown, the best of each column in bold, with the sentences below."""
         arrows = {1: " ↑", -1: " ↓", 0: ""}
         head = ["arm", *(f"{c}{arrows[self.better[c]]}" for c in self.columns)]
         lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]

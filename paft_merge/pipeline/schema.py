@@ -42,13 +42,13 @@ class AuditSpec(Section):
     epsilon: Annotated[float, Field(gt=0)] = EPSILON
     """An entry is sparse when |delta| is below this."""
     require: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
-    """What must hold before anything is merged, as `paft audit --require` takes it."""
+    """Requirements that must hold before anything is merged, as for `paft audit --require`."""
     html: bool = True
-    """Write the report with pictures too."""
+    """Also write the report with figures, `audit.html`."""
 
 
 class CompareSpec(Section):
-    """The section `compare:`: further arms, trained, merged and measured like the recipe's own."""
+    """The section `compare:`: more arms of the table."""
 
     arms: Annotated[list[Arms], BeforeValidator(as_list)] = Field(default_factory=lambda: list[Arms](get_args(Arms)))
     """`base`; `individual`: every adapter alone; `sequential`: the preference adapter trained on the merged skill model;
@@ -56,13 +56,13 @@ class CompareSpec(Section):
     skill: str | None = None
     """The adapter that is trained first in `sequential`; the first one with objective sft or ift by default."""
     preference: str | None = None
-    """The adapter that is trained upon it; the first one with another objective by default."""
+    """The adapter that is trained second in `sequential`; by default the first one with another objective."""
     sft: Annotated[list[Literal["dense", "l1"]], BeforeValidator(as_list)] | None = None
-    """Which skill adapters: as the recipe makes it sparse (`l1`), and its twin without (`dense`); all there are by default."""
+    """Variants of the skill adapter: sparse as in the recipe (`l1`), and without (`dense`); all by default."""
     methods: Annotated[list[str | dict[str, Any]], BeforeValidator(as_list)] = Field(
         default_factory=lambda: list[str | dict[str, Any]]((*PAPER_METHODS, *OUR_METHODS))
     )
-    """Names of methods, or whole merge recipes (`models` may be left out; `name` is what the table calls it)."""
+    """Names of methods, or whole merge recipes (`models` is optional; `name` is the name in the table)."""
 
     @field_validator("methods")
     @classmethod
@@ -85,17 +85,17 @@ class PushSpec(Section):
 
 
 class TuneSpec(Section):
-    """The section `tune:`: what `paft tune` searches, and what it maximises."""
+    """The section `tune:`: the search space of `paft tune` and the metric that it maximises."""
 
     metric: str
     """An evaluation of `evaluate:`; or several, added: `skill + 0.1 * happy`."""
     space: Annotated[dict[str, list[Any]], Field(min_length=1)]
-    """Ways into `merge:` to `[low, high]` (two numbers), `[low, high, log]`, or a list of choices:
+    """Key paths of `merge:`, each with `[low, high]` (two numbers), `[low, high, log]`, or a list of choices:
     `parameters.trim.l1_mass: [0.5, 1.0]`, `models[0].parameters.weight: [0.2, 1.5]`."""
     trials: Annotated[int, Field(ge=1)] = 40
     seed: int = 0
     startup_trials: Annotated[int, Field(ge=1)] = 10
-    """Random trials before the sampler (TPE) models what it has seen."""
+    """Random trials before the sampler (TPE) uses the results of earlier ones."""
 
 
 _SECTIONS: Mapping[str, type[Section]] = {
@@ -109,12 +109,12 @@ KEYS = ("base_model", "adapters", "merge", "audit", "evaluate", "compare", "push
 
 @dataclass(frozen=True)
 class RunRecipe:
-    """A recipe of a run, read; made by `load_run`."""
+    """A recipe of a run as `load_run` reads it."""
 
     located: Located
     file: Path
     base: str
-    """As `from_pretrained` takes it: a folder beside the recipe as an absolute path, or the name as written."""
+    """An absolute path, or the name of a Hub repository."""
     adapters: Mapping[str, AdapterSpec]
     """The adapters that the run trains."""
     existing: Mapping[str, ExistingAdapter]
@@ -139,19 +139,19 @@ class RunRecipe:
         return tuple(map(str, self.located.data.get("adapters") or ()))
 
     def where(self, *steps: str | int) -> str:
-        """Where a key stands, for a message."""
+        """File, line and path of a key, for a message."""
         return str(self.located.spot(steps))
 
 
 def load_run(recipe: Path | str, overrides: Sequence[str] = ()) -> RunRecipe:
-    """Read a run's recipe: shapes, types and names; `checks.check_run` looks at what it names.
+    """Read a run's recipe. The files and models that it names are checked by `preflight.check_run`.
 
     Args:
         recipe: the file.
-        overrides: `key=value` with a dotted key, each applied to the data before it is read.
+        overrides: `key=value` with a dotted key, applied to the data before it is read.
 
     Raises:
-        RecipeError: everything that is wrong with it, each with its line.
+        RecipeError: every problem, each with its line.
     """
     loaded, problems = read_run(recipe, overrides)
     problems.raise_as(RecipeError)
@@ -160,10 +160,10 @@ def load_run(recipe: Path | str, overrides: Sequence[str] = ()) -> RunRecipe:
 
 
 def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunRecipe | None, Problems]:
-    """What of a run's recipe can be read, and what is wrong with it; sections that cannot be read are left out.
+    """Read a run's recipe as far as possible; sections with problems are left out.
 
     Returns:
-        The recipe, so that the rest of it can be checked too; None where base, adapters or merge are at fault.
+        The recipe (None if base, adapters or merge have problems), and the problems.
 
     Raises:
         RecipeError: it is not a YAML mapping, it is a recipe for `paft merge`, or an override has no place in it.
@@ -186,9 +186,7 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
             problems.add("KEY", located.spot((key,)), "unknown key", fix)
     base = data.get("base_model")
     if not isinstance(base, str) or not base:
-        problems.add(
-            "BASE", located.spot(("base_model",)), "no base_model", "name the model that everything starts from"
-        )
+        problems.add("BASE", located.spot(("base_model",)), "no base_model", "name the base model")
     adapters: dict[str, AdapterSpec] = {}
     existing: dict[str, ExistingAdapter] = {}
     merge = located.sub("merge") if "merge" in data else None
@@ -254,10 +252,10 @@ def _check_names(adapters: Iterable[str], located: Located, problems: Problems) 
     for name in adapters:
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
             fix = "letters, digits, '-', '_' and '.'"
-            problems.add("ADAPTERS", located.spot(("adapters", name)), "no name for a folder", fix)
+            problems.add("ADAPTERS", located.spot(("adapters", name)), "not usable as the name of a folder", fix)
         elif name.endswith("-dense") or name.startswith("after-") or name == "base":
             fix = "choose another name"
-            problems.add("ADAPTERS", located.spot(("adapters", name)), "a name that comparisons use themselves", fix)
+            problems.add("ADAPTERS", located.spot(("adapters", name)), "a name that comparisons use", fix)
 
 
 def _seeds(given: Any, located: Located, problems: Problems) -> tuple[int | None, ...]:
@@ -276,7 +274,7 @@ def _check_together(
     data: Mapping[str, Any], adapters: Mapping[str, AdapterSpec], evaluate: EvaluateSpec | None, tune: TuneSpec | None,
     located: Located, problems: Problems,
 ) -> None:  # fmt: skip
-    """What sections ask of each other."""
+    """Check that the sections that a section needs are there."""
 
     def need(key: str, other: str, why: str) -> None:
         if key in data and other not in data:

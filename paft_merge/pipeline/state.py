@@ -1,4 +1,4 @@
-"""`run.json`: what each step was made of, whether it is finished, and what it gave; and the lock of a run folder."""
+"""`run.json`: the fingerprint, state and result of each step; and the lock of a run folder."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """The state of a run folder; an empty one where there is none.
+        """Read the state of a run folder; an empty one if there is no `run.json`.
 
         Raises:
-            RunError: STATE, the file is broken, or of another format.
+            RunError: STATE, the file is damaged or has another format.
         """
         path = folder / FILE
         if not path.exists():
@@ -42,47 +42,49 @@ class State:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
-                raise RunError.of("STATE", path, f"is of format {data['format']}", "use the version that wrote it")
+                raise RunError.of("STATE", path, f"has format {data['format']}", "use the version that wrote it")
             return cls(folder, dict(data["steps"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            fix = "remove it; adapters and merges are then made again"
+            fix = "remove it; adapters and merges are then repeated"
             raise RunError.of("STATE", path, f"cannot be read: {error}", fix) from error
 
     def write(self) -> None:
-        """Write `run.json`, whole or not at all."""
+        """Write `run.json` atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / FILE, {"format": FORMAT, "versions": versions(), "steps": self.steps})
 
     def finished(self, step: Step) -> bool:
-        """Whether a step was done with what it would be made of now, and its output is still there."""
+        """Whether a step is done with its present fingerprint, and its output is still complete."""
         record = self.steps.get(step.name, {})
         if record.get("state") != "done" or record.get("key") != step.key:
             return False
         return step.out is None or still_there(step.out, record.get("outputs", {}))
 
     def why(self, step: Step) -> str:
-        """Why a step has to run, in words; empty when it has not."""
+        """Why a step has to run; empty if it is finished."""
         record = self.steps.get(step.name)
         if self.finished(step):
             return ""
         if record is None:
             return "new"
         if record.get("key") != step.key:
-            return "what it is made of has changed"
-        return {"done": "its output is gone", "failed": "it failed"}.get(str(record.get("state")), "it was interrupted")
+            return "its inputs have changed"
+        return {"done": "its output is missing", "failed": "it failed"}.get(
+            str(record.get("state")), "it was interrupted"
+        )
 
     def start(self, step: Step) -> None:
-        """Note that a step begins; remove what another one left in its place, keep what it can go on with."""
+        """Record the start of a step; remove old output, unless the step can resume from it."""
         record = self.steps.get(step.name, {})
-        going_on = record.get("key") == step.key and record.get("state") in ("started", "failed")
-        if step.out is not None and not going_on:
+        resumes = record.get("key") == step.key and record.get("state") in ("started", "failed")
+        if step.out is not None and not resumes:
             for place in (step.out, step.out.with_name(step.out.name + ".part")):
                 _remove(place)
         self.steps[step.name] = {"stage": step.stage, "key": step.key, "state": "started", "began": time.time()}
         self.write()
 
     def done(self, step: Step, result: Mapping[str, Any] | None = None) -> None:
-        """Note that a step is finished."""
+        """Record that a step is finished."""
         record = self.steps[step.name]
         record["seconds"] = round(time.time() - record.pop("began"), 2)
         record["state"] = "done"
@@ -92,14 +94,14 @@ class State:
         self.write()
 
     def failed(self, step: Step, error: BaseException) -> None:
-        """Note why a step did not finish."""
+        """Record why a step failed."""
         record = self.steps.setdefault(step.name, {"stage": step.stage, "key": step.key})
         record["state"] = "failed"
         record["error"] = f"{type(error).__name__}: {error}"[:2000]
         self.write()
 
     def result(self, step: Step) -> dict[str, Any]:
-        """What a finished step gave."""
+        """The result of a finished step."""
         return dict(self.steps.get(step.name, {}).get("result", {}))
 
 
@@ -112,7 +114,7 @@ def _remove(place: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder; the lock goes with the process, however it ends.
+    """Lock a run folder; the operating system releases the lock when the process ends.
 
     Raises:
         RunError: BUSY, another run holds it.
@@ -124,7 +126,9 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             who = file.read().strip() or "another process"
-            raise RunError.of("BUSY", folder, f"a run is going on there ({who})", "wait for it, or stop it") from error
+            raise RunError.of(
+                "BUSY", folder, f"another run uses this folder ({who})", "wait for it, or stop it"
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()}")
         file.flush()

@@ -1,4 +1,4 @@
-"""From a recipe to the steps of its run, each with the fingerprint of what it is made of. Nothing is run or loaded here.
+"""The steps of a run, each with the fingerprint of everything that its result depends on. Nothing is executed here.
 
 train      an adapter (and, for `sequential`, the skill model that the next adapter is trained on)
 audit      the adapters of a seed
@@ -40,30 +40,30 @@ from paft_merge.training.rewards import source_of
 from paft_merge.training.schema import AdapterSpec
 
 SPARSITY = "sparsity"
-"""The column that is measured of every arm with a base."""
+"""The column that every arm but the base has."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """An adapter on a base."""
+    """Train an adapter on a base."""
 
     adapter: str
     section: Mapping[str, Any]
     base: str
     folder: Path
-    """Where the adapter's folder is made."""
+    """The parent of the adapter's folder."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One model."""
+    """Merge one model."""
 
     recipe: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Some adapters together."""
+    """Audit adapters together."""
 
     sources: tuple[str, ...]
     base: str
@@ -73,7 +73,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """One metric (or all of lm-eval's tasks) of one arm."""
+    """Evaluate one metric (or all of lm-eval's tasks) of one arm."""
 
     arm: Arm
     metric: str
@@ -81,7 +81,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Push:
-    """A folder to the Hub."""
+    """Push a folder to the Hub."""
 
     folder: Path
 
@@ -91,11 +91,12 @@ Job = Train | Merge | Audit | Evaluate | Push
 
 @dataclass(frozen=True)
 class Step:
-    """Something to do once, and the fingerprint of everything that its result depends on."""
+    """A unit of work, executed once."""
 
     name: str
     stage: Stage
     key: str
+    """Fingerprint of everything that the result depends on."""
     job: Job
     out: Path | None
     needs: tuple[str, ...] = ()
@@ -103,7 +104,7 @@ class Step:
 
 @dataclass
 class Planner:
-    """Makes the steps of a run, in an order in which they can be done."""
+    """Makes the steps of a run, each after those that it needs."""
 
     recipe: RunRecipe
     run: Path
@@ -128,7 +129,7 @@ class Planner:
         return tuple(sorted(self.steps.values(), key=lambda step: STAGES.index(step.stage)))
 
     def place(self, seed: int | None) -> Path:
-        """The folder of a seed: the run's own where the recipe names none."""
+        """The folder of a seed; the run folder if the recipe names no seeds."""
         return self.run if seed is None else self.run / f"seed-{seed}"
 
     @cached_property
@@ -216,7 +217,11 @@ class Planner:
         return (f"train/{variant.name}" if seed is None else f"train/seed-{seed}/{variant.name}",)
 
     def sequential(self, seed: int | None, skill: Variant, preference: Variant) -> tuple[Path, Path, tuple[str, ...]]:
-        """Add the steps that train one adapter on the merged model of another: that model, the adapter, their steps."""
+        """Add the steps that train one adapter on the merged model of another.
+
+        Returns:
+            The folder of that model, the folder of the adapter, and the names of both steps.
+        """
         folder = self.place(seed) / f"after-{skill.name}"
         out_dtype = (self.recipe.merge.data if self.recipe.merge else {}).get("out_dtype")
         written = {
@@ -255,7 +260,18 @@ class Planner:
     def merged(
         self, seed: int | None, name: str, out: Path, written: Mapping[str, Any], variants: list[Variant]
     ) -> str:
-        """Add the step that merges one model; `written` still names adapters as the recipe does."""
+        """Add the step that merges one model.
+
+        Args:
+            seed: the run's seed.
+            name: of the step.
+            out: the model's folder.
+            written: the merge recipe, with adapters by name.
+            variants: the variant that each of those names means.
+
+        Returns:
+            The name of the step.
+        """
         paths = {v.adapter: self.lora(seed, v) for v in variants}
         resolved = resolved_merge(written, paths, self.recipe, seed)
         others = self._outside(dict.fromkeys(references(resolved)))
@@ -302,7 +318,7 @@ class Planner:
             )  # fmt: skip
 
     def _print_of(self, arm: Arm) -> dict[str, Any]:
-        """The arm's model as far as it is not what its steps make."""
+        """What the arm's model depends on besides the steps that it needs."""
         ours = [p for p in arm.parts if self._is_ours(p) and p not in self._existing_prints]
         return {"outside": self._outside(arm.parts), "inside": [Path(part).name for part in ours]}
 
@@ -378,10 +394,15 @@ def files_of(spec: AdapterSpec, folder: Path) -> dict[str, Path]:
 def resolved_merge(
     written: Mapping[str, Any], paths: Mapping[str, Mapping[str, str]], recipe: RunRecipe, seed: int | None = None
 ) -> dict[str, Any]:
-    """A merge recipe whose model references lead somewhere: a name of `adapters:` becomes the base with that adapter.
+    """A merge recipe for the engine: a name of `adapters:` becomes the base with that adapter.
 
-    A reference that is replaced stays its source's label, so that random drops do not depend on folders. `seed` of a run
-    is the merge's too, unless the recipe gives it one.
+    The name stays the source's label, so that random drops do not depend on folders.
+
+    Args:
+        written: the merge recipe as written.
+        paths: each adapter's path and revision, by name.
+        recipe: the run's recipe.
+        seed: the run's seed, which is also the merge's unless `written` has one.
     """
 
     def place(value: Any, steps: tuple[str | int, ...] = ()) -> Any:
@@ -403,7 +424,7 @@ def resolved_merge(
 
 
 def _beside(value: str | Mapping[str, Any], folder: Path) -> Any:
-    """A reference whose folders beside the recipe have absolute paths; as it is where it has none."""
+    """A model reference with absolute paths for folders beside the recipe."""
 
     def absolute(path: str | None) -> str | None:
         return str((folder / path).resolve()) if path and (folder / path).is_dir() else path
@@ -411,13 +432,13 @@ def _beside(value: str | Mapping[str, Any], folder: Path) -> Any:
     try:
         ref = ModelRef.parse(value)
     except RecipeError:
-        return value  # told with its line when the merge is read
+        return value  # reading the merge reports it with its line
     placed = replace(ref, path=absolute(ref.path) or ref.path, lora=absolute(ref.lora), label=ref.stream)
     return value if (placed.path, placed.lora) == (ref.path, ref.lora) else placed.written()
 
 
 def is_reference(steps: tuple[str | int, ...]) -> bool:
-    """Whether a text at this way of a merge recipe names a model."""
+    """Whether the value at this key path of a merge recipe names a model."""
     return steps[-1] in ("model", "base_model") and "parameters" not in steps
 
 
@@ -426,7 +447,7 @@ def _reference(base: str, lora: Mapping[str, str]) -> dict[str, Any]:
 
 
 def labels(resolved: Any) -> dict[str, str]:
-    """What the sources of a resolved merge recipe are called, by their references in full."""
+    """The labels of the sources of a resolved merge recipe, by their full references."""
     if isinstance(resolved, Mapping) and "label" in resolved:
         ref = ModelRef.parse(resolved)
         return {str(ref): ref.stream}
@@ -435,7 +456,7 @@ def labels(resolved: Any) -> dict[str, str]:
 
 
 def references(resolved: Any, steps: tuple[str | int, ...] = ()) -> Iterator[str]:
-    """Every path that a resolved merge recipe names."""
+    """Yield every path that a resolved merge recipe names."""
     if isinstance(resolved, Mapping):
         for key, inner in resolved.items():
             if key == "path" or (isinstance(inner, str) and is_reference((*steps, key))):
@@ -457,7 +478,7 @@ def _names(written: Any, adapter: str, steps: tuple[str | int, ...] = ()) -> boo
 
 
 def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:
-    """The arms of one seed in the order of the table; their training and merging steps are added to the plan."""
+    """Yield the arms of one seed in the order of the table; adds the training and merging steps that they need."""
     recipe, place = planner.recipe, planner.place(seed)
     arms = arms_wanted(recipe)
     base = str(Path(recipe.base))

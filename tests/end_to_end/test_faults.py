@@ -294,12 +294,12 @@ FAULTS: dict[str, tuple[Callable[[Models], object], str, str]] = {
     "62 a model that is nowhere": (
         lambda m: recipe("ties", m["base"], ("./nowhere", WEIGHT)),
         "NOT_FOUND",
-        "./nowhere: is no folder here",
+        "./nowhere: not a local folder",
     ),
     "62 a model of the Hub, offline": (
         lambda m: recipe("ties", m["base"], ("some/model", WEIGHT)),
         "HUB_OFFLINE",
-        "some/model: is no folder here, and the Hub cannot be reached",
+        "some/model: not a local folder, and the Hub cannot be reached",
     ),
 }
 

@@ -36,7 +36,7 @@ def ours() -> Iterator[None]:
 
 
 def merged(recipe: dict[str, Any], out: Path) -> State:
-    return load_state(api.merge(recipe, out, warn=lambda _: None))
+    return load_state(api.merge(recipe, out, warn=lambda _: None).path)
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -234,7 +234,7 @@ def test_a_process_that_is_killed_outright_leaves_a_run_that_goes_on(
 def test_a_folder_holds_one_run_at_a_time(world: Path, copied: Path) -> None:
     from paft_merge.pipeline.state import locked
 
-    with locked(copied), pytest.raises(RunError, match=rf"a run is going on there \(process {os.getpid()}\)"):
+    with locked(copied), pytest.raises(RunError, match=rf"another run uses this folder \(process {os.getpid()}\)"):
         run(world, copied)
     assert run(world, copied).done == ()
 

@@ -113,7 +113,7 @@ seeds: [0, 0]
         ({"merge": None, "push": {"repo_id": "a/b"}}, "push needs merge"),
         ({"seeds": "all"}, "seeds: must be different whole numbers"),
         ({"evaluate": {}}, "evaluate: names no evaluation"),
-        ({"adapters": {"base": sections()["adapters"]["sft"]}, "merge": None}, "a name that comparisons use themselves"),
+        ({"adapters": {"base": sections()["adapters"]["sft"]}, "merge": None}, "a name that comparisons use"),
     ],
 )  # fmt: skip
 def test_what_a_recipe_names_is_looked_at_before_anything_is_run(
@@ -365,8 +365,8 @@ def test_overrides_reach_any_depth_and_lists() -> None:
         ("adaptrs.sft.l1=1", "the recipe has no such section; did you mean 'adapters'?"),
         ("merge.models[7].model=x", "merge.models is a list of 2; give a number from 0 to 1"),
         ("base_model.x=1", "base_model is 'base'; it has no keys"),
-        ("merge.seed=[", "the value is no YAML"),
-        ("a..b=1", "is no way into a recipe"),
+        ("merge.seed=[", "the value is not valid YAML"),
+        ("a..b=1", "is not a key path"),
     ],
 )
 def test_an_override_that_leads_nowhere_is_told(override: str, expected: str, world: Path) -> None:

@@ -520,7 +520,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "no tokenizer": (_no_tokenizer, r"bare: has no tokenizer; put its tokenizer files beside its weights"),
     "a broken sentencepiece model alone": (_only_sentencepiece, r"bare: its tokenizer cannot be loaded.*save it again"),
     "a tokenizer source that is nowhere": (
-        lambda m, t: raw(m, tokenizer_source=str(t / "nowhere")), r"tokenizer_source: .*nowhere is no folder here"
+        lambda m, t: raw(m, tokenizer_source=str(t / "nowhere")), r"tokenizer_source: .*nowhere not a local folder"
     ),
     "a token of a model that is not merged": (
         lambda m, t: raw(m, tokenizer={"tokens": {"<n>": {"source": "/else"}}}),
