@@ -262,7 +262,8 @@ def penalty_alone(given: argparse.Namespace) -> dict[str, Any]:
     """The product penalty and its gradient on `--penalty` layers of Mistral-7B's shapes: seconds, peak, a check."""
     import torch
 
-    from paft_merge.training.l1 import Factors, product_l1
+    from paft_merge.training.factors import Factors
+    from paft_merge.training.l1 import product_l1
 
     torch.set_num_threads(given.threads)
     cuda = given.device == "cuda"

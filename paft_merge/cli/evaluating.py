@@ -4,44 +4,68 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from paft_merge.cli.running import set_option, silence_libraries
 from paft_merge.cli.terminal import sigterm_as_interrupt
 
+if TYPE_CHECKING:
+    from paft_merge.evaluating import EvaluateProgress
+
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command(short_help="Measure a model, or an adapter on its base.")
+@click.command(short_help="Evaluate a model, or an adapter on its base.")
 @click.argument("model")
-@click.option("--recipe", type=_FILE, help="Do what the section evaluate: of this recipe says.")
+@click.option("--recipe", type=_FILE, help="Run the section evaluate: of this recipe.")
 @set_option
-@click.option("--suite", type=click.Choice(["open-llm-v1"]), help="A suite of lm-eval tasks (extra [eval]).")
-@click.option("--task", "tasks", multiple=True, metavar="NAME|FILE", help="An lm-eval task, or a task's YAML file.")
-@click.option("--num-fewshot", type=click.IntRange(0), help="Shots of --task. Default: the task's own.")
-@click.option("--limit", type=float, help="Only so many rows of each lm-eval task, or a share of them when below 1.")
 @click.option(
-    "--exact-match", type=_FILE, multiple=True, help="A .jsonl of prompt and answer: share of right greedy answers."
+    "--suite", type=click.Choice(["open-llm-v1"]), help="Run a suite of lm-eval tasks (extra: paft-merge[eval])."
 )
 @click.option(
-    "--preference", type=_FILE, multiple=True, help="A .jsonl of prompt, chosen, rejected: share of pairs told apart."
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Run an lm-eval task, given by name or as a YAML file; may be repeated.",
 )
-@click.option("--perplexity", type=_FILE, multiple=True, help="A text file.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(0), help="Number of few-shot examples of --task. Default: the task's."
+)
+@click.option("--limit", type=float, help="Number of rows per lm-eval task, or a share of them if below 1.")
+@click.option(
+    "--exact-match", type=_FILE, multiple=True, help="Share of right greedy answers to a .jsonl of prompt and answer."
+)
+@click.option(
+    "--preference",
+    type=_FILE,
+    multiple=True,
+    help="Share of pairs in a .jsonl of prompt, chosen, rejected whose chosen answer is more likely.",
+)
+@click.option("--perplexity", type=_FILE, multiple=True, help="Perplexity of a text file.")
 @click.option(
     "--reward", nargs=2, multiple=True, metavar="FILE FUNCTION",
-    help="A .jsonl of prompts, and what scores the greedy answers: module:function or file.py:function.",
+    help="Mean reward of greedy answers to a .jsonl of prompts; FUNCTION is rewards.py:f or package.module:f.",
 )  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Of greedy answers.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows at a time.")
-@click.option("--device", help="cuda or cpu. Default: a GPU where there is one.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the score of every row, instead of a table.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write that JSON to a file.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Longest generated answer, in tokens.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows per batch.")
+@click.option("--device", help="cuda or cpu. Default: a GPU if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with the value of every row instead of a table.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON to a file.")
 @click.option(
     "--alpaca-eval", type=click.Path(dir_okay=False, path_type=Path),
-    help="Write greedy answers to --instructions in AlpacaEval's format, to be judged elsewhere.",
+    help="Write greedy answers to --instructions in AlpacaEval's format, for judging elsewhere.",
 )  # fmt: skip
 @click.option("--instructions", type=_FILE, help="AlpacaEval's alpaca_eval.json, or any list of {instruction: ...}.")
 def evaluate(
@@ -50,7 +74,7 @@ def evaluate(
     reward: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
     out: Path | None, alpaca_eval: Path | None, instructions: Path | None,
 ) -> None:  # fmt: skip
-    """Evaluate MODEL: a folder, a Hub name, or BASE+ADAPTER, which is never written as a merged model."""
+    """Evaluate MODEL: a folder, a Hub name, or BASE+ADAPTER, without writing a merged model."""
     if alpaca_eval is not None and instructions is None:
         raise click.UsageError("--alpaca-eval needs --instructions.")
     metrics = {
@@ -72,9 +96,11 @@ def evaluate(
             "Nothing to evaluate: give --recipe, --suite, --task, --exact-match or one of the others."
         )
     if overrides and recipe is None:
-        raise click.UsageError("--set changes a recipe, and needs --recipe.")
+        raise click.UsageError("--set changes a recipe and needs --recipe.")
     silence_libraries()
-    from paft_merge.evaluating import EvaluateSpec
+    from paft_merge.evaluating import EvaluateProgress, EvaluateSpec
+    from paft_merge.evaluating import evaluate as evaluate_model
+    from paft_merge.evaluating.alpaca import write_alpaca
 
     given = {
         "metrics": metrics, "suite": suite, "tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit,
@@ -82,22 +108,61 @@ def evaluate(
     }  # fmt: skip
     with sigterm_as_interrupt():
         scores: dict[str, Any] = {}
-        if recipe is not None:
-            scores |= _by_recipe(model, recipe, overrides)
-        if asked:
-            from paft_merge.evaluating import evaluate
-
-            scores |= evaluate(model, given)
-        if alpaca_eval is not None and instructions is not None:
-            from paft_merge.evaluating.alpaca import write_alpaca
-
-            spec = EvaluateSpec(batch_size=batch_size, device=device)
-            count = write_alpaca(model, instructions, alpaca_eval, spec, max_new_tokens=max_new_tokens)
+        with _progress() as progress:
+            if recipe is not None:
+                scores |= _by_recipe(model, recipe, overrides, progress)
+            if asked:
+                scores |= evaluate_model(model, given, progress=progress)
+            if alpaca_eval is not None and instructions is not None:
+                count = write_alpaca(
+                    model, instructions, alpaca_eval, EvaluateSpec(batch_size=batch_size, device=device),
+                    max_new_tokens=max_new_tokens,
+                    advance=lambda done, rows: progress(EvaluateProgress("alpaca-eval", done, rows)),
+                )  # fmt: skip
+        if alpaca_eval is not None:
             click.echo(f"{count} answers in {alpaca_eval}", err=True)
     _show(scores, as_json, out)
 
 
-def _by_recipe(model: str, recipe: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+@contextmanager
+def _progress() -> Iterator[Callable[[EvaluateProgress], None]]:
+    """On a terminal, a bar of rows for every metric; without one, a line for every finished metric. All on stderr."""
+    from paft_merge.evaluating import HARNESS
+
+    if not sys.stderr.isatty():
+        yield _line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(now: EvaluateProgress) -> None:
+            if now.name == HARNESS:
+                bar.stop()  # lm-eval draws its own bars
+                if now.scores is not None:
+                    bar.start()
+                return
+            if now.name not in tasks:
+                tasks[now.name] = bar.add_task(now.name, total=None)
+            if now.rows is not None:
+                bar.update(tasks[now.name], completed=now.done, total=now.rows)
+
+        yield show
+
+
+def _line(now: EvaluateProgress) -> None:
+    for name, score in (now.scores or {}).items():
+        spread = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+        click.echo(f"{name}: {score.value:.4f}{spread} ({now.seconds:.1f} s)", err=True)
+
+
+def _by_recipe(
+    model: str, recipe: Path, overrides: tuple[str, ...], progress: Callable[[EvaluateProgress], None]
+) -> dict[str, Any]:
     from paft_merge.errors import EvaluateError
     from paft_merge.evaluating import evaluate
     from paft_merge.pipeline.schema import load_run
@@ -105,7 +170,7 @@ def _by_recipe(model: str, recipe: Path, overrides: tuple[str, ...]) -> dict[str
     loaded = load_run(recipe, overrides)
     if loaded.evaluate is None:
         raise EvaluateError.of("SECTION", recipe, "has no section evaluate", "add evaluate: {metrics: ...}")
-    return {**evaluate(model, loaded.evaluate, folder=loaded.folder)}
+    return {**evaluate(model, loaded.evaluate, folder=loaded.folder, progress=progress)}
 
 
 def _show(scores: dict[str, Any], as_json: bool, out: Path | None) -> None:

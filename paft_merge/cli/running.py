@@ -68,6 +68,8 @@ def silence_libraries() -> None:
     """Hide progress bars and known warnings of Hugging Face libraries; a run writes their logs into its folder."""
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     import warnings
     from logging import ERROR, getLogger
 

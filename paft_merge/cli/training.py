@@ -3,54 +3,59 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from paft_merge.cli.running import silence_libraries
 from paft_merge.cli.terminal import sigterm_as_interrupt
 
+if TYPE_CHECKING:
+    from paft_merge.training.train_options import TrainProgress
+
 
 @click.command(short_help="Train the sparse adapters of a recipe.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Train this adapter only; may be repeated.")
-@click.option("--resume", is_flag=True, help="Leave finished adapters alone and go on with interrupted ones.")
+@click.option("--resume", is_flag=True, help="Skip finished adapters and continue interrupted ones.")
 @click.option(
     "--schedule", type=click.Choice(["auto", "sequential", "processes"]), default="auto", show_default=True,
-    help="One after another on one base in memory, or one process with its own GPUs for each adapter.",
+    help="Train one after another on one base in memory, or each in a process with its own GPUs.",
 )  # fmt: skip
 @click.option(
     "--devices", metavar="LIST",
-    help="Train side by side on these: GPUs (0,1) or processes on the CPU (cpu:2). Default: every visible GPU.",
+    help="Devices for processes: GPUs (0,1) or CPU processes (cpu:2). Default: every visible GPU.",
 )  # fmt: skip
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
 def train(
     recipe: Path, out: Path, adapters: tuple[str, ...], resume: bool, schedule: Any, devices: str | None, quiet: bool
 ) -> None:
-    """Train the adapters of RECIPE, each into OUT/NAME (needs the extra: paft-merge[train])."""
+    """Train the adapters of RECIPE, each into OUT/NAME with a log in OUT/NAME.log (extra: paft-merge[train])."""
     if devices and schedule == "sequential":
-        raise click.UsageError("--devices are for processes; use CUDA_VISIBLE_DEVICES with --schedule sequential")
+        raise click.UsageError("--devices needs processes; use CUDA_VISIBLE_DEVICES with --schedule sequential")
     from paft_merge.training import train
 
     silence_libraries()
-    with sigterm_as_interrupt(), _train_progress(quiet) as progress:
+    with sigterm_as_interrupt(), _progress(quiet) as progress:
         done = train(
             recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, devices=devices,
-            progress=progress,
+            progress=progress, logs=True,
         )  # fmt: skip
-    for folder in done.values():
+    for name, folder in done.items():
         click.echo(folder)
+        if not quiet and (log := out / f"{name}.log").exists():
+            click.echo(f"{name}: log in {log}", err=True)
 
 
 @contextmanager
-def _train_progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
-    """A bar on stderr for every adapter, with the loss and the sparsity that were logged last."""
+def _progress(quiet: bool) -> Iterator[Callable[[TrainProgress], None] | None]:
+    """On a terminal, a bar for every adapter; without one, a line for every logging step. Both on stderr."""
     if quiet or not sys.stderr.isatty():
-        yield None
+        yield None if quiet else _line
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -62,17 +67,25 @@ def _train_progress(quiet: bool) -> Iterator[Callable[[Any], None] | None]:
     ) as bar:
         tasks: dict[str, Any] = {}
 
-        def advance(done: Any) -> None:
-            if done.name not in tasks:
-                tasks[done.name] = bar.add_task(done.name, total=done.steps, logged="")
-            shown = [f"{key} {done.logs[name]:.4g}" for key, name in _SHOWN.items() if name in done.logs]
-            task = tasks[done.name]
-            bar.update(task, completed=done.step, total=done.steps)
-            if shown:
-                bar.update(task, logged=", ".join(shown))
+        def advance(now: TrainProgress) -> None:
+            if now.name not in tasks:
+                tasks[now.name] = bar.add_task(now.name, total=now.steps, logged="")
+            bar.update(tasks[now.name], completed=now.step, total=now.steps)
+            if shown := _shown(now, _ON_BAR):
+                bar.update(tasks[now.name], logged=shown)
 
         yield advance
 
 
-_SHOWN = {"loss": "loss", "sparse": "sparsity/below_1e-5"}
-"""What the bar shows, and how it is logged."""
+_ON_BAR = {"loss": "loss", "sparse": "sparsity/below_1e-5"}
+_ON_LINE = {**_ON_BAR, "eval loss": "eval_loss", "rate": "learning_rate"}
+"""Values that are shown, and their names in the trainer's log."""
+
+
+def _shown(now: TrainProgress, names: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {now.logs[name]:.4g}" for key, name in names.items() if name in now.logs)
+
+
+def _line(now: TrainProgress) -> None:
+    if shown := _shown(now, _ON_LINE):
+        click.echo(f"{now.name}: step {now.step}/{now.steps}, {shown}", err=True)

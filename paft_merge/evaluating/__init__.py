@@ -1,10 +1,10 @@
-"""Evaluations: light ones that need no package, and those of lm-eval; on a model, or on adapters upon a base in memory.
+"""Evaluation of a model, or of adapters on a base in memory: light metrics without further packages, and lm-eval.
 
-| room | what it is |
+| module | contents |
 |---|---|
-| spec | the section `evaluate:` |
-| rows | files and functions it names, checked before anything is loaded |
-| models | what is evaluated, in memory |
+| schema | the section `evaluate:` |
+| data_rows | data files, checked before anything is loaded |
+| loading | the model in memory |
 | light | exact match, preference accuracy, mean reward, perplexity |
 | harness | lm-eval |
 | alpaca | answers in AlpacaEval's format |
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,17 @@ from paft_merge.recipe.yaml_source import Located
 if TYPE_CHECKING:
     from paft_merge.evaluating.light import Score
 
-__all__ = ["EvaluateSpec", "check_evaluate", "evaluate", "read_evaluate"]
+__all__ = ["HARNESS", "EvaluateProgress", "EvaluateSpec", "check_evaluate", "evaluate", "read_evaluate"]
+
+HARNESS = "lm-eval"
+"""The name of all lm-eval tasks together, in `only` and `progress`."""
 
 
 def check_evaluate(spec: EvaluateSpec, folder: Path = Path()) -> None:
-    """Find everything that would stop an evaluation, without a model: files, columns, functions, packages, tasks.
+    """Check files, columns, functions, packages and tasks of an evaluation without loading a model.
 
     Raises:
-        EvaluateError: with all of it.
+        EvaluateError: with every problem.
     """
     from paft_merge.evaluating.data_rows import check_measurement
 
@@ -47,28 +51,43 @@ def check_evaluate(spec: EvaluateSpec, folder: Path = Path()) -> None:
     problems.raise_as(EvaluateError)
 
 
+@dataclass(frozen=True)
+class EvaluateProgress:
+    """The state of one evaluation: reported when it starts, after every batch, and when it is finished."""
+
+    name: str
+    """The metric, or `HARNESS` for all lm-eval tasks together."""
+    done: int = 0
+    """Rows that are evaluated."""
+    rows: int | None = None
+    """All rows; None while unknown, and for lm-eval."""
+    scores: Mapping[str, Score] | None = None
+    """The results, when the evaluation is finished."""
+    seconds: float = 0.0
+
+
 def evaluate(
     model: Path | str | Sequence[str],
     spec: EvaluateSpec | Mapping[str, Any],
     *,
     folder: Path = Path(),
     only: Sequence[str] | None = None,
-    progress: Callable[[str, float], None] = lambda name, seconds: None,
+    progress: Callable[[EvaluateProgress], None] = lambda progress: None,
 ) -> dict[str, Score]:
     """Evaluate a model, or `base+adapter` without writing the merged model anywhere.
 
     Args:
-        model: a folder or Hub name; `base+adapter`, `base+adapter+adapter`; or these parts by themselves.
-        spec: the section `evaluate:`, read or as plain data.
-        folder: where relative paths of the section start.
-        only: names of the light metrics to measure; None for all, and lm-eval's tasks too.
-        progress: called after each evaluation with its name and its seconds.
+        model: A folder or Hub name; `base+adapter`, `base+adapter+adapter`; or a sequence of these parts.
+        spec: The section `evaluate:`, read or as plain data.
+        folder: Folder where relative paths of the section start.
+        only: Names of the light metrics to measure, and `HARNESS` for lm-eval's tasks; None for everything.
+        progress: Called when an evaluation starts, after every batch, and when it is finished.
 
     Returns:
         A score by name, in the order of the section.
 
     Raises:
-        EvaluateError, RecipeError: what would stop it, before the model is loaded where that can be known.
+        EvaluateError, RecipeError: before the model is loaded where possible.
     """
     from paft_merge.evaluating.light import measure
     from paft_merge.evaluating.loading import load_subject
@@ -76,19 +95,21 @@ def evaluate(
     spec = spec if isinstance(spec, EvaluateSpec) else read_evaluate(Located.of(spec))
     check_evaluate(spec, folder)
     subject, scores = load_subject(model, spec), dict[str, Any]()
-    for name, measurement in spec.metrics.items():
-        if only is None or name in only:
-            started = time.monotonic()
-            scores[name] = measure(subject, measurement, folder, spec.batch_size, spec.seed)
-            progress(name, time.monotonic() - started)
-    if spec.needs_lm_eval and (only is None or HARNESS in only):
-        from paft_merge.evaluating.harness import run_tasks
-
+    names = [*spec.metrics, *([HARNESS] if spec.needs_lm_eval else [])]
+    for name in names if only is None else [name for name in names if name in only]:
         started = time.monotonic()
-        scores |= run_tasks(subject, spec, folder)
-        progress(HARNESS, time.monotonic() - started)
+        progress(EvaluateProgress(name))
+        if name == HARNESS:
+            from paft_merge.evaluating.harness import run_tasks
+
+            found = run_tasks(subject, spec, folder)
+        else:
+
+            def advance(done: int, rows: int, name: str = name) -> None:
+                progress(EvaluateProgress(name, done, rows))
+
+            of = spec.metrics[name]
+            found = {name: measure(subject, of, folder, spec.batch_size, spec.seed, advance)}
+        scores |= found
+        progress(EvaluateProgress(name, scores=found, seconds=time.monotonic() - started))
     return scores
-
-
-HARNESS = "lm-eval"
-"""What all of lm-eval's tasks together are called in `only` and `progress`."""

@@ -9,13 +9,13 @@ from typing import Any
 
 from paft_merge.errors import EvaluateError
 from paft_merge.evaluating.data_rows import read_rows
-from paft_merge.evaluating.light import generate
+from paft_merge.evaluating.light import Advance, generate
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec
 
 
 def read_instructions(path: Path) -> list[dict[str, Any]]:
-    """Rows with an `instruction`: a JSON list, as AlpacaEval publishes its set (`alpaca_eval.json`), or .jsonl.
+    """Read rows with an `instruction`: a JSON list like AlpacaEval's `alpaca_eval.json`, or a .jsonl file.
 
     Raises:
         EvaluateError: EVAL_DATA.
@@ -35,20 +35,32 @@ def read_instructions(path: Path) -> list[dict[str, Any]]:
 
 
 def write_alpaca(
-    model: str, instructions: Path, out: Path, spec: EvaluateSpec, *, name: str | None = None, max_new_tokens: int = 512
+    model: str,
+    instructions: Path,
+    out: Path,
+    spec: EvaluateSpec,
+    *,
+    name: str | None = None,
+    max_new_tokens: int = 512,
+    advance: Advance = lambda done, rows: None,
 ) -> int:
-    """Answer instructions and write `out` for `alpaca_eval --model_outputs out`; returns how many.
+    """Answer instructions and write `out` for `alpaca_eval --model_outputs out`; returns the number of answers.
 
     Args:
-        model: as for `evaluate`.
-        name: what AlpacaEval's table calls the model; the last part of its path by default.
+        model: As for `evaluate`.
+        instructions: A file for `read_instructions`.
+        out: JSON file to write.
+        spec: Batch size, device and dtype.
+        name: The model's name in AlpacaEval's table; the last part of its path by default.
+        max_new_tokens: Longest answer, in tokens.
+        advance: Called after every batch.
     """
     rows = read_instructions(instructions)
     subject = load_subject(model, spec)
     chat = bool(subject.tokenizer.chat_template)
     texts = [str(row["instruction"]) for row in rows]
     prompts: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if chat else texts
-    outputs = generate(subject, prompts, max_new_tokens, spec.batch_size)
+    outputs = generate(subject, prompts, max_new_tokens, spec.batch_size, advance=advance)
     written = [
         {
             "dataset": row.get("dataset", instructions.stem),

@@ -1,4 +1,4 @@
-"""Files that evaluations read: rows of a .jsonl, text, and Python functions that score; checked before anything is loaded."""
+"""Data files of evaluations: rows of a .jsonl file, or text. They are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Row = dict[str, Any]
 
 
 def is_file(task: str) -> bool:
-    """Whether a task of lm-eval is a YAML file of the user's own."""
+    """Whether a task of lm-eval is given as a YAML file."""
     return task.endswith((".yaml", ".yml"))
 
 
 def read_rows(path: Path, max_rows: int | None = None) -> list[Row]:
-    """Rows of a .jsonl file.
+    """Read rows of a .jsonl file.
 
     Raises:
-        EvaluateError: EVAL_DATA, with every line that is no JSON object; or the file cannot be read, or is empty.
+        EvaluateError: EVAL_DATA, with every line that is not a JSON object, or when the file is unreadable or empty.
     """
     rows, problems = list[Row](), Problems()
     for number, line in _lines(path):
@@ -35,20 +35,20 @@ def read_rows(path: Path, max_rows: int | None = None) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            problems.add("EVAL_DATA", f"{path}:{number}", f"is no JSON: {error}", "write one JSON object a line")
+            problems.add("EVAL_DATA", f"{path}:{number}", f"not JSON: {error}", "write one JSON object per line")
             continue
         if isinstance(row, dict):
             rows.append(row)
         else:
-            problems.add("EVAL_DATA", f"{path}:{number}", f"is {show(row)}", "write one JSON object a line")
+            problems.add("EVAL_DATA", f"{path}:{number}", f"is {show(row)}", "write one JSON object per line")
     if not rows and not problems.found:
-        problems.add("EVAL_DATA", path, "holds no rows", "give a file with at least one JSON object")
+        problems.add("EVAL_DATA", path, "has no rows", "give a file with at least one JSON object")
     problems.raise_as(EvaluateError)
     return rows
 
 
 def read_lines(path: Path, max_rows: int | None = None) -> list[str]:
-    """Lines of a text file that hold something."""
+    """Read the lines of a text file that are not blank."""
     lines = [line for _, line in _lines(path)][:max_rows]
     if not lines:
         raise EvaluateError.of("EVAL_DATA", path, "is empty", "give a text file")
@@ -65,25 +65,25 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def answer_column(of: Measurement, row: Row) -> str:
-    """The column that holds the right answer."""
+    """Name of the column with the right answer."""
     return of.answer or ("answer" if "answer" in row else "completion")
 
 
 def check_measurement(name: str, of: Measurement, folder: Path) -> None:
-    """Find whatever would stop a light evaluation.
+    """Check the data, the function and the expression of a light evaluation.
 
     Raises:
-        EvaluateError: EVAL_DATA, REWARD, EXTRACT; everything at once.
+        EvaluateError: EVAL_DATA, REWARD, EXTRACT; every problem at once.
     """
     problems, path = Problems(), beside_recipe(of.data, folder)
     if of.extract is not None:
         try:
             groups = re.compile(of.extract).groups
         except re.error as error:
-            problems.add("EXTRACT", name, f"extract is no regular expression: {error}", "mend it")
+            problems.add("EXTRACT", name, f"extract is not a regular expression: {error}", "fix it")
         else:
             if groups < 1:
-                problems.add("EXTRACT", name, "extract has no group", "put what is the answer in parentheses")
+                problems.add("EXTRACT", name, "extract has no group", "put the answer in parentheses")
     if of.function is not None:
         with problems.catching():
             load_function(of.function, folder)

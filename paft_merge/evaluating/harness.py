@@ -1,4 +1,4 @@
-"""lm-eval (EleutherAI's harness) as one more evaluation: suites, its tasks by name, and task files of your own."""
+"""Evaluation with lm-eval (EleutherAI's harness): suites, tasks by name, and task files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """A task, its number of shots (None: its own), and which of its metrics stands in the table (None: the first known)."""
+    """A task, its number of shots (None: the task's), and its metric (None: the first of `_PREFERRED`)."""
 
     name: str
     shots: int | None = None
     metric: str | None = None
     parts: bool = False
-    """Of a group: the plain mean over its parts, which lm-eval would weigh by their rows."""
+    """For a group: take the plain mean over its parts, which lm-eval weights by their numbers of rows."""
 
 
 SUITES: Mapping[str, tuple[Task, ...]] = {
@@ -42,17 +42,17 @@ SUITES: Mapping[str, tuple[Task, ...]] = {
         Task("truthfulqa_mc2", 0, "acc,none"),
         Task("winogrande", 5, "acc,none"),
         Task("gsm8k", 5, "exact_match,strict-match"),
-    ),
+    )
 }
-"""Suites by name. `open-llm-v1` is the Open LLM Leaderboard's first one, whose mean is the number that PAFT reports; its
-MMLU was the mean over 57 subjects."""
+"""Suites by name. `open-llm-v1` is the first Open LLM Leaderboard, whose mean PAFT reports; its MMLU is the mean over 57
+subjects."""
 
 _PREFERRED = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "bits_per_byte", "word_perplexity")
-"""What stands in the table of a task that reports several, in this order."""
+"""Order of preference among the metrics of a task that reports several."""
 
 
 def tasks_of(spec: EvaluateSpec, folder: Path) -> list[Task]:
-    """Every task of a section; a file is known by the name inside it, and stands in for a suite's task of that name."""
+    """List the tasks of a section. A file is named by its `task` key; a suite's task of the same name keeps its settings."""
     found = {task.name: task for task in (SUITES[spec.suite] if spec.suite else ())}
     for task in spec.tasks:
         name = str(load_yaml(beside_recipe(task, folder)).data["task"]) if is_file(task) else task
@@ -61,44 +61,41 @@ def tasks_of(spec: EvaluateSpec, folder: Path) -> list[Task]:
 
 
 def check_tasks(spec: EvaluateSpec, folder: Path) -> None:
-    """Find what would stop lm-eval: the package, a task's file, a name it does not know.
+    """Check that lm-eval is installed, task files are valid, and names are known.
 
     Raises:
-        EvaluateError: MISSING, TASK; everything at once.
+        EvaluateError: MISSING, TASK; every problem at once.
     """
     if not spec.needs_lm_eval:
         return
     missing = [package for package in ("lm_eval", "requests") if find_spec(package) is None]
     if missing:
-        fix = "pip install 'paft-merge[eval]', or use evaluate: {metrics: ...}, which needs no package"
+        fix = "pip install 'paft-merge[eval]', or use evaluate: {metrics: ...}, which needs no further packages"
         raise EvaluateError.of("MISSING", "lm-eval's tasks", f"{' and '.join(missing)} not installed", fix)
     problems = Problems()
     for task in filter(is_file, spec.tasks):
         with problems.catching():
             located = load_yaml(beside_recipe(task, folder))
             if not isinstance(located.data, Mapping) or not located.data.get("task"):
-                problems.add("TASK", located.spot(), "is no task of lm-eval", "give it a name with task:")
+                problems.add("TASK", located.spot(), "not a task of lm-eval", "name it with task:")
     problems.raise_as(EvaluateError)
     known = _manager(spec, folder).all_tasks
     for name in dict.fromkeys(task.name for task in tasks_of(spec, folder)):
         if name not in known:
-            fix = (
-                did_you_mean(name, known)
-                or "`lm-eval ls tasks` lists them; a task of your own is named by its .yaml file"
-            )
+            fix = did_you_mean(name, known) or "`lm-eval ls tasks` lists the names; give your own task as a .yaml file"
             problems.add("TASK", "evaluate", f"lm-eval has no task {name!r}", fix)
     problems.raise_as(EvaluateError)
 
 
 def check_data(spec: EvaluateSpec, folder: Path) -> None:
-    """Load the data of every task, as running them would, so that what cannot be had is known before anything is trained.
+    """Load the data of every task, so that missing data is reported before training.
 
     Raises:
-        EvaluateError: LM_EVAL, as `run_tasks`.
+        EvaluateError: LM_EVAL, as in `run_tasks`.
     """
     if spec.needs_lm_eval:
         names = [task.name for task in tasks_of(spec, folder)]
-        with _told("evaluate", names):
+        with _errors_of("evaluate", names):
             _manager(spec, folder).load(names)
 
 
@@ -109,7 +106,7 @@ def _manager(spec: EvaluateSpec, folder: Path) -> Any:
 
 @cache
 def _index(own: tuple[str, ...], defaults: bool) -> Any:
-    """lm-eval's index of tasks; kept, since it is read from more than ten thousand files."""
+    """lm-eval's index of tasks, cached because it reads more than ten thousand files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(own) or None, include_defaults=defaults)
@@ -119,12 +116,12 @@ def run_tasks(subject: EvaluatedModel, spec: EvaluateSpec, folder: Path) -> dict
     """Run a section's lm-eval tasks on a model in memory; a suite's mean is added under its name.
 
     Raises:
-        EvaluateError: LM_EVAL, a task cannot be run (its data is not here, most often).
+        EvaluateError: LM_EVAL, when a task cannot be run (most often because its data is missing).
     """
     from lm_eval.models.huggingface import HFLM
 
     tasks = tasks_of(spec, folder)
-    with _quieter(subject, tasks):
+    with _quiet_log(subject, tasks):
         asked = HFLM(
             pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=spec.batch_size,
             max_length=subject.max_length,
@@ -132,7 +129,7 @@ def run_tasks(subject: EvaluatedModel, spec: EvaluateSpec, folder: Path) -> dict
     found: dict[str, Score] = {}
     for shots in dict.fromkeys(task.shots for task in tasks):
         mine = [task for task in tasks if task.shots == shots]
-        with _told(subject.name, [task.name for task in mine]), _quieter(subject, mine):
+        with _errors_of(subject.name, [task.name for task in mine]), _quiet_log(subject, mine):
             results = _evaluate(asked, [task.name for task in mine], shots, spec, folder)
         found |= {task.name: _score(results, task) for task in mine}
     ordered = {task.name: found[task.name] for task in tasks}
@@ -154,20 +151,20 @@ def _evaluate(model: Any, names: list[str], shots: int | None, spec: EvaluateSpe
 
 
 @contextmanager
-def _told(where: str, names: Sequence[str]) -> Iterator[None]:
-    """Turn whatever lm-eval raises into an EvaluateError."""
+def _errors_of(where: str, names: Sequence[str]) -> Iterator[None]:
+    """Convert every exception of lm-eval to EvaluateError LM_EVAL."""
     try:
         yield
-    except Exception as error:  # a harness of many authors: a task may fail in any way, and all mean the same here
+    except Exception as error:  # tasks raise errors of any type
         what = f"{', '.join(names)}: {type(error).__name__}: {str(error).strip()[:300]}"
-        fix = "leave the task out, or ask lm-eval itself for more"
-        if isinstance(error, OSError):  # so are the errors of datasets and of the Hub
-            fix = "its data must be loadable here: HF_HUB_OFFLINE forbids downloads, but not what is in the cache"
+        fix = "remove the task, or run it with lm-eval for details"
+        if isinstance(error, OSError):  # includes errors of datasets and of the Hub
+            fix = "its data must be loadable here: with HF_HUB_OFFLINE only the cache is used"
         raise EvaluateError.of("LM_EVAL", where, what, fix) from error
 
 
-class _Quieter(logging.Handler):
-    """Takes lm-eval's warnings, most of which are told once a prompt or task, into our log, and notes whether prompts were cut."""
+class _LogFilter(logging.Handler):
+    """Passes lm-eval's messages to our log, mostly as INFO, and records whether prompts were truncated."""
 
     cut = False
 
@@ -179,9 +176,9 @@ class _Quieter(logging.Handler):
 
 
 @contextmanager
-def _quieter(subject: EvaluatedModel, tasks: Sequence[Task]) -> Iterator[None]:
-    """Tell once that prompts were longer than the model can see, and little else."""
-    theirs, handler = logging.getLogger("lm_eval"), _Quieter()
+def _quiet_log(subject: EvaluatedModel, tasks: Sequence[Task]) -> Iterator[None]:
+    """Redirect lm-eval's log, and warn once if prompts were truncated."""
+    theirs, handler = logging.getLogger("lm_eval"), _LogFilter()
     before = theirs.propagate
     theirs.addHandler(handler)
     theirs.propagate = False
@@ -192,8 +189,8 @@ def _quieter(subject: EvaluatedModel, tasks: Sequence[Task]) -> Iterator[None]:
         theirs.propagate = before
     if handler.cut:
         log.warning(
-            "%s: there are prompts longer than the %d tokens that %s sees; they lost their beginning, examples first, "
-            "so these are not the scores of the task",
+            "%s: there are prompts longer than the %d tokens of %s's context; their beginning (few-shot examples first) "
+            "was cut, so the scores are not comparable",
             ", ".join(task.name for task in tasks), subject.max_length, subject.name,
         )  # fmt: skip
 
@@ -208,7 +205,7 @@ def _score(found: Mapping[str, Any], task: Task) -> Score:
     numbers = {k: v for k, v in results.items() if isinstance(v, int | float) and "_stderr," not in k}
     chosen = task.metric or _chosen(numbers)
     if chosen not in numbers:
-        what = f"{task.name} reports no {chosen}"
+        what = f"{task.name} does not report {chosen}"
         raise EvaluateError.of("LM_EVAL", "evaluate", what, f"it has {', '.join(numbers)}")
     metric, _, rest = chosen.partition(",")
     error = results.get(f"{metric}_stderr,{rest}")
@@ -216,7 +213,7 @@ def _score(found: Mapping[str, Any], task: Task) -> Score:
 
 
 def _parts(found: Mapping[str, Any], name: str) -> list[str]:
-    """The tasks of a group, those of the groups in it too."""
+    """The tasks of a group, including those of nested groups."""
     below = found["group_subtasks"].get(name)
     return [part for inner in below for part in _parts(found, inner)] if below else [name]
 

@@ -1,14 +1,14 @@
-"""Evaluations that need nothing but the model: greedy answers, pairs, a reward of answers, perplexity.
+"""Light evaluations: exact match of greedy answers, preference pairs, a reward of answers, perplexity.
 
 B = rows of a batch, T = tokens, V = vocabulary. Every kind gives one number per row, so that two models can be compared row
-by row, and the number of the table is their mean (of `perplexity`: exp of the mean over tokens).
+by row. The score is their mean (`perplexity`: exp of the mean over tokens).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,33 +28,53 @@ from paft_merge.training.rewards import load_function, text_of, total
 
 @dataclass(frozen=True)
 class Score:
-    """One number of the table, and what it is made of."""
+    """One evaluation: its value, standard error and rows."""
 
     value: float
     stderr: float | None
     rows: tuple[float, ...]
-    """Per row, in the order of the file; empty when the task keeps them to itself."""
+    """Values by row, in the order of the file; empty for lm-eval."""
     outputs: tuple[str, ...] = ()
-    """What the model wrote, where it wrote anything."""
+    """The generated texts by row, if any."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the score as JSON values."""
         return {"value": self.value, "stderr": self.stderr, "rows": list(self.rows), "outputs": list(self.outputs)}
 
 
-def measure(subject: EvaluatedModel, of: Measurement, folder: Path, batch_size: int, seed: int = 0) -> Score:
-    """Run one light evaluation; `seed` is of sampled answers.
+Advance = Callable[[int, int], None]
+"""Called with the number of rows that are done and the number of all rows."""
+
+
+def measure(
+    subject: EvaluatedModel,
+    of: Measurement,
+    folder: Path,
+    batch_size: int,
+    seed: int = 0,
+    advance: Advance = lambda done, rows: None,
+) -> Score:
+    """Run one light evaluation.
+
+    Args:
+        subject: The model.
+        of: What to measure.
+        folder: Folder where relative paths start.
+        batch_size: Rows per forward pass.
+        seed: Seed of sampled answers.
+        advance: Called after every batch.
 
     Raises:
         EvaluateError: EVAL_DATA, LENGTH. TrainError: REWARD, NONFINITE, from the function that scores.
     """
     path = beside_recipe(of.data, folder)
     if of.kind == "perplexity":
-        return _perplexity(subject, read_lines(path, of.max_rows), of.unit, batch_size)
+        return _perplexity(subject, read_lines(path, of.max_rows), of.unit, batch_size, advance)
     rows = read_rows(path, of.max_rows)
     if of.kind == "preference":
-        return _preference(subject, rows, of, batch_size)
-    outputs = generate(subject, [row[of.prompt] for row in rows], of.max_new_tokens, batch_size, of.temperature, seed)
+        return _preference(subject, rows, of, batch_size, advance)
+    prompts = [row[of.prompt] for row in rows]
+    outputs = generate(subject, prompts, of.max_new_tokens, batch_size, of.temperature, seed, advance)
     if of.kind == "exact_match":
         right = [str(row[answer_column(of, row)]).strip() for row in rows]
         return _mean([float(_answer(o, of.extract) == r) for o, r in zip(outputs, right, strict=True)], outputs)
@@ -62,7 +82,6 @@ def measure(subject: EvaluatedModel, of: Measurement, folder: Path, batch_size: 
     columns = {
         key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompts", "completions", of.prompt)
     }
-    prompts = [row[of.prompt] for row in rows]
     return _mean(total([load_function(of.function, folder)], prompts=prompts, completions=outputs, **columns), outputs)
 
 
@@ -82,7 +101,7 @@ def _mean(values: Sequence[float], outputs: Sequence[str] = ()) -> Score:
 
 @contextmanager
 def _drawing(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from a seed, and leave the caller's random numbers as they were."""
+    """Draw random numbers from a seed without changing the caller's generators."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -95,23 +114,33 @@ def generate(
     batch_size: int,
     temperature: float = 0.0,
     seed: int = 0,
+    advance: Advance = lambda done, rows: None,
 ) -> list[str]:
-    """Greedy (or, at a temperature, sampled) answers, in the order of the prompts, without prompts and closing tokens.
+    """Generate an answer to every prompt, without the prompt and special tokens.
 
-    Greedy answers depend on the prompt alone; sampled ones on the seed and the batch size too.
+    Greedy answers depend on the prompt only; sampled answers also on the seed and the batch size.
+
+    Args:
+        subject: The model.
+        prompts: Texts, or lists of chat turns.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Prompts per batch.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        seed: Seed of sampled answers.
+        advance: Called after every batch.
 
     Raises:
-        EvaluateError: LENGTH, a prompt and its answer do not fit the model.
+        EvaluateError: LENGTH, when a prompt and its answer are longer than the model's context.
     """
     tokenizer = subject.tokenizer
     ids = [token_ids(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, ids)) + max_new_tokens
     if longest > subject.max_length:
-        what = f"the longest prompt and its answer take {longest} tokens, the model sees {subject.max_length}"
+        what = f"the longest prompt and its answer take {longest} tokens, the model's limit is {subject.max_length}"
         raise EvaluateError.of("LENGTH", subject.name, what, "lower max_new_tokens, or raise max_length")
     answers = [""] * len(ids)
     with _drawing(seed, subject.device):
-        for batch in _batches(ids, batch_size):
+        for batch in _batches(ids, batch_size, advance):
             found = complete(
                 subject.model,
                 tokenizer,
@@ -124,19 +153,21 @@ def generate(
     return answers
 
 
-def _batches(ids: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Row numbers in batches of like length, longest first, so that memory runs out at once or never."""
+def _batches(ids: Sequence[Sequence[int]], size: int, advance: Advance) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length, longest first, so that memory runs out at once or never."""
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+        advance(min(start + size, len(order)), len(order))
 
 
 @torch.inference_mode()
 def _logps(
-    subject: EvaluatedModel, ids: Sequence[list[int]], starts: Sequence[int], batch_size: int
+    subject: EvaluatedModel, ids: Sequence[list[int]], starts: Sequence[int], batch_size: int, advance: Advance
 ) -> list[tuple[float, int]]:
-    """Summed log probability of the tokens from each row's start on, and how many they are."""
+    """Summed log probability of the tokens from each row's start on, and the number of these tokens."""
     found = [(0.0, 0)] * len(ids)
-    for batch in _batches(ids, batch_size):
+    for batch in _batches(ids, batch_size, advance):
         rows_BT, mask_BT = padded([ids[i] for i in batch], subject.tokenizer.pad_token_id, subject.device, left=False)
         logits_BTV = subject.model(input_ids=rows_BT, attention_mask=mask_BT).logits[:, :-1].float()
         logp_BT = log_softmax(logits_BTV, -1).gather(2, rows_BT[:, 1:, None])[..., 0]
@@ -146,19 +177,21 @@ def _logps(
     return found
 
 
-def _preference(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, batch_size: int) -> Score:
-    """Share of pairs whose chosen answer is likelier than the rejected one; a tie counts half."""
+def _preference(
+    subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, batch_size: int, advance: Advance
+) -> Score:
+    """Share of pairs whose chosen answer is more likely than the rejected one; a tie counts half."""
     ids, starts, end = list[list[int]](), list[int](), subject.tokenizer.eos_token or ""
     for row in rows:
         start = len(token_ids(subject.tokenizer, row[of.prompt]))
         for key in ("chosen", "rejected"):
             full = token_ids(subject.tokenizer, row[of.prompt], text_of(row[key]) + end)
             if len(full) > subject.max_length:
-                what = f"a pair takes {len(full)} tokens, the model sees {subject.max_length}"
+                what = f"a pair takes {len(full)} tokens, the model's limit is {subject.max_length}"
                 raise EvaluateError.of("LENGTH", of.data, what, "remove such rows, or raise max_length")
             ids.append(full)
             starts.append(start)
-    sums = _logps(subject, ids, starts, batch_size)
+    sums = _logps(subject, ids, starts, batch_size, advance)
     scores = [logp / max(tokens, 1) if of.normalize else logp for logp, tokens in sums]
     wins = [
         1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in zip(scores[::2], scores[1::2], strict=True)
@@ -166,8 +199,8 @@ def _preference(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, b
     return _mean(wins)
 
 
-def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_size: int) -> Score:
-    """exp of the mean loss of a token. `rows` are the mean losses of the windows (or lines), in nats."""
+def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_size: int, advance: Advance) -> Score:
+    """exp of the mean loss per token; `rows` are the mean losses of the windows (or lines), in nats."""
     tokenizer, most = subject.tokenizer, subject.max_length
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     room = most - len(first)
@@ -178,7 +211,7 @@ def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise EvaluateError.of("EVAL_DATA", subject.name, "the text has no token to predict", "give a longer text")
-    sums = _logps(subject, windows, [1] * len(windows), batch_size)
+    sums = _logps(subject, windows, [1] * len(windows), batch_size, advance)
     tokens = sum(count for _, count in sums)
     loss = -math.fsum(logp for logp, _ in sums) / tokens
     per_row = _mean([-logp / count for logp, count in sums])

@@ -1,8 +1,8 @@
-"""The model that is evaluated: a folder or Hub name, or a base with adapters on it that are never written as a model.
+"""Load the model that is evaluated: a folder or Hub name, or a base with adapters that are not written as a model.
 
 merged                 a model
 base+adapter           a base and an adapter
-base+sft+dpo           an adapter upon another, each added with its own scale
+base+sft+dpo           an adapter on another, each with its own scale
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
 
 MOST_TOKENS = 4096
-"""How many tokens a model sees at once at most, unless `max_length` says so."""
+"""Longest context in tokens unless `max_length` is given."""
 
 
 @dataclass
 class EvaluatedModel:
-    """A model in memory, ready to be asked."""
+    """A model in memory."""
 
     name: str
     model: Any
@@ -34,17 +34,17 @@ class EvaluatedModel:
 
 
 def parts_of(model: Path | str | Sequence[str]) -> tuple[str, ...]:
-    """`base+adapter` as its parts; a folder whose name has a plus in it is one part."""
+    """Split `base+adapter` into its parts; an existing folder whose name contains a plus is one part."""
     if not isinstance(model, Path | str):
         return tuple(model)
     return (str(model),) if Path(model).exists() else tuple(str(model).split("+"))
 
 
 def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec) -> EvaluatedModel:
-    """Load what is to be evaluated.
+    """Load a model, or a base with adapters.
 
     Raises:
-        EvaluateError: MODEL, a part cannot be loaded. HubError: it is not here and cannot be fetched.
+        EvaluateError: MODEL, when a part cannot be loaded. HubError: when a part cannot be fetched.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,7 +74,7 @@ def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec) -> Evalu
 
 
 def _adapted(model: Any, adapter: Path) -> Any:
-    """Put an adapter on a model. One that is already there is added to the weights first."""
+    """Put an adapter on a model; an adapter that is already on it is first added to the weights."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):

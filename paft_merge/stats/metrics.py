@@ -155,9 +155,8 @@ class Measure:
 
     @property
     def hoyer(self) -> float:
-        """(sqrt(n) - L1 / L2) / (sqrt(n) - 1): 0 all equal, 1 a single entry; a Gaussian has 0.20 (Hoyer 2004, sec. 3.1)."""
-        root = math.sqrt(self.entries)
-        return ratio(root - ratio(self.l1, self.norm), root - 1)
+        """Hoyer sparsity: see `hoyer`."""
+        return hoyer(self.entries, self.l1, self.norm)
 
     @property
     def participation(self) -> float:
@@ -225,6 +224,15 @@ class Measure:
             "largest": self.largest,
             "relative_norm": self.relative_norm,
         }
+
+
+def hoyer(entries: int, l1: float, l2: float) -> float:
+    """(sqrt(n) - L1 / L2) / (sqrt(n) - 1): 0 for equal entries, 0.20 for a Gaussian, 1 for one entry.
+
+    Hoyer 2004, sec. 3.1. UNDEFINED for an all-zero delta and for a single entry.
+    """
+    root = math.sqrt(entries)
+    return ratio(root - ratio(l1, l2), root - 1)
 
 
 def ratio(part: float, whole: float) -> float:

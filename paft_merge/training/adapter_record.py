@@ -1,4 +1,4 @@
-"""What is written beside an adapter: `paft_train.json`, the model card, and the trimmed delta as a SHiRA adapter."""
+"""Files of an adapter's folder: `paft_train.json`, the model card, and a trimmed delta as a SHiRA adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paft_merge.errors import Problems, TrainError
-from paft_merge.training.l1 import Factors, Stats, trimmed
+from paft_merge.training.delta_stats import Stats, trimmed
+from paft_merge.training.factors import Factors
 from paft_merge.training.run_folder import DONE_FILE, write_json
 from paft_merge.training.schema import AdapterSpec
 
@@ -23,7 +24,7 @@ PACKAGES = ("paft-merge", "torch", "transformers", "trl", "peft", "datasets", "a
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that make an adapter."""
+    """Installed versions of the packages that train an adapter."""
     found = {}
     for package in PACKAGES:
         try:
@@ -36,11 +37,10 @@ def versions() -> dict[str, str]:
 def write_record(
     folder: Path, spec: AdapterSpec, stats: Stats, *, base: dict[str, Any], data: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write `paft_train.json` and return it: what made the adapter, and how large and sparse its delta is.
+    """Write `paft_train.json` and return it.
 
     Keys: `format`, `objective`, `base` (name, digest), `spec` (the section with defaults), `data` (fingerprint, rows,
-    counts of cut rows), `delta` (norm, relative_norm and the sparsities, in all and by matrix), `run` (steps, losses,
-    strength, warnings), `versions`.
+    counts of cut rows), `delta` (`Stats.record`), `run` (steps, losses, strength, warnings, log), `versions`.
     """
     record = {
         "format": FORMAT,
@@ -70,7 +70,7 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
         f"A {record['objective'].upper()} adapter for `{record['base']['name']}`, trained with paft_merge ({how}).", "",
         "| the delta | |", "|---|---|",
         f"| norm | {delta['norm']:.4g} |",
-        f"| norm relative to the weights beneath | {relative} |",
+        f"| norm relative to the frozen weights | {relative} |",
         f"| entries below 1e-5 (PAFT's sparsity) | {delta['below_epsilon']:.1%} |",
         f"| entries below a tenth of the rms | {delta['below_tenth_rms']:.1%} |",
         f"| exact zeros | {delta['exact_zero']:.1%} |",
@@ -83,14 +83,16 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
 
 
 def check_trim(factors: Sequence[Factors], density: float) -> None:
-    """Raise TrainError TRIM, before anything is trained, with every matrix whose pruned delta SHiRA cannot hold."""
+    """Raise TrainError TRIM with every matrix whose pruned delta SHiRA cannot hold."""
     problems, rank = Problems(), _rank(factors, density)
     for f in factors:
         if not f.linear:
-            fix = "leave it out of lora.target_modules, or leave trim out and trim in the merge"
-            problems.add("TRIM", f.name, "is no linear layer, and PEFT's sparse format (SHiRA) holds no other", fix)
+            fix = "remove it from lora.target_modules, or remove trim and trim in the merge"
+            problems.add(
+                "TRIM", f.name, "is not a linear layer, and PEFT's sparse format (SHiRA) supports only those", fix
+            )
         elif rank * _side(f) > f.numel:
-            fix = "leave trim out and trim in the merge (trim: {density: ...}), or use a smaller density"
+            fix = "remove trim and trim in the merge (trim: {density: ...}), or use a smaller density"
             problems.add("TRIM", f.name, f"a SHiRA adapter of rank {rank} has more entries than the matrix", fix)
     problems.raise_as(TrainError)
 
@@ -100,11 +102,10 @@ def write_trimmed(folder: Path, factors: Sequence[Factors], density: float, base
     """Write the magnitude-pruned delta as a SHiRA adapter, PEFT's format for sparse updates of full rank.
 
     SHiRA stores the same r * (out + in) entries for every matrix, so r is the smallest that holds the densest one and
-    the others are padded with explicit zeros. Whole modules that were trained (`modules_to_save`) come along from
-    `untrimmed/`.
+    the others are padded with explicit zeros. Fully trained modules (`modules_to_save`) are copied from `untrimmed/`.
 
     Returns:
-        The density that was written, over all entries.
+        The density of the written delta over all entries.
     """
     rank, kept = _rank(factors, density), 0
     tensors, whole = _trained_whole(folder / "untrimmed")
@@ -124,14 +125,14 @@ def write_trimmed(folder: Path, factors: Sequence[Factors], density: float, base
 
 
 def _entries(delta: Tensor, slots: int) -> tuple[Tensor, Tensor, int]:
-    """`slots` entries of a sparse matrix, with their indices `[2, slots]`, and how many of them are not zero.
+    """Pick `slots` entries of a sparse matrix; returns values, indices `[2, slots]`, and the number of nonzero values.
 
-    The zeros among them are taken from the end, so that the indices tell the shape: they reach the last row and column.
+    Zeros are taken from the end of the matrix, so that the indices reach the last row and column and define its shape.
     """
     flat = delta.flatten()
     chosen = flat != 0
     count = int(chosen.sum())
-    last = len(flat) - slots  # from here on there are zeros enough
+    last = len(flat) - slots  # the tail from here holds enough zeros
     spare = last + (~chosen[last:]).nonzero().flatten()
     chosen[spare[len(spare) - (slots - count) :]] = True
     where = chosen.nonzero().flatten()
@@ -140,14 +141,14 @@ def _entries(delta: Tensor, slots: int) -> tuple[Tensor, Tensor, int]:
 
 
 def _trained_whole(untrimmed: Path) -> tuple[dict[str, Tensor], list[str] | None]:
-    """The tensors of the LoRA's file that are no factors, and its `modules_to_save`."""
+    """The tensors of the LoRA's file other than factors, and its `modules_to_save`."""
     held = load_file(str(untrimmed / "adapter_model.safetensors"))
     config = json.loads((untrimmed / "adapter_config.json").read_text(encoding="utf-8"))
     return {key: tensor for key, tensor in held.items() if ".lora_" not in key}, config.get("modules_to_save")
 
 
 def _rank(factors: Sequence[Factors], density: float) -> int:
-    """SHiRA's r, of which every matrix holds r * (out + in) entries."""
+    """The smallest SHiRA r: a matrix stores r * (out + in) entries."""
     return max(-(-max(1, math.floor(density * f.numel)) // _side(f)) for f in factors)
 
 

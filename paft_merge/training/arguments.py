@@ -1,4 +1,4 @@
-"""From a section to the objects TRL and PEFT take, with every field checked before anything is loaded."""
+"""Build the configs of TRL and PEFT from a section; every field is checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -31,24 +31,29 @@ NOT_FOR: dict[str, dict[str, str]] = {
     "ift": {**_PER_SEQUENCE, "loss_type": "the objective is the loss"},
     "rwr": {**_PER_SEQUENCE, **_ROUNDS, "loss_type": "the objective is the loss"},
 }
-"""Fields of the TRL config that an objective leaves without a meaning, and why."""
-
+"""Fields of the TRL config that have no effect for an objective, and the reason."""
 
 UNMEASURED = {
-    "use_dora": "DoRA's update is no product of two factors: no L1 and no measure of sparsity here knows it",
-    "target_parameters": "fused parameters have no measure of sparsity here",
+    "use_dora": "the L1 penalty and the sparsity metrics do not support DoRA, whose update is not a low-rank product",
+    "target_parameters": "the L1 penalty and the sparsity metrics do not support fused parameters",
 }
-"""Fields of LoraConfig that this trainer does not take, and why."""
+"""Unsupported fields of LoraConfig, and the reason."""
 
 
 def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: Any) -> Any:
-    """Build the TRL config of an adapter; `fixed` fields override the section's.
+    """Build the TRL config of an adapter.
 
-    Ours beneath the user's: float32 and no pinned memory where there is no GPU (TRL's default is bf16 everywhere), no
-    report, no bar, and no filter that hides a NaN in the logs.
+    Defaults that differ from TRL's: float32 and no pinned memory without a GPU, no reports, no progress bar, and NaN
+    losses are logged.
+
+    Args:
+        spec: The adapter's section.
+        output_dir: Folder of the checkpoints.
+        name: The adapter's name in messages.
+        fixed: Fields that override the section's.
 
     Raises:
-        TrainError: TRAINING, with every field that the config does not know or does not take.
+        TrainError: TRAINING, with every unknown or unsupported field.
     """
     from paft_merge.training.trainers import CONFIGS, DPO_LOSSES
 
@@ -58,9 +63,9 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
         where = f"{name}: training.{key}"
         if key not in known:
             hint = suggestion(key, known)
-            problems.add("TRAINING", where, f"TRL's {config.__name__} has no such field", hint)
+            problems.add("TRAINING", where, f"TRL's {config.__name__} does not have this field", hint)
         elif key in NOT_FOR.get(spec.objective, {}):
-            problems.add("TRAINING", where, f"has no meaning for {spec.objective}", NOT_FOR[spec.objective][key])
+            problems.add("TRAINING", where, f"has no effect for {spec.objective}", NOT_FOR[spec.objective][key])
     if spec.objective in ("dpo", "on_policy"):
         given = spec.training.get("loss_type", [])
         for kind in [given] if isinstance(given, str) else given:
@@ -82,7 +87,7 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
 
 
 def _renamed(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """Say `activation_checkpointing` where transformers knows it: the old name warns, TRL's own default included."""
+    """Use the name `activation_checkpointing` where transformers has it: the old name gives a warning."""
     if "activation_checkpointing" not in known:
         return given
     old, new = "gradient_checkpointing", "activation_checkpointing"
@@ -99,7 +104,9 @@ def lora_config(spec: AdapterSpec) -> Any:
     problems = Problems()
     for key in lora.extra:
         if key not in known:
-            problems.add("LORA", f"lora.extra.{key}", "peft.LoraConfig has no such field", suggestion(key, known))
+            problems.add(
+                "LORA", f"lora.extra.{key}", "peft.LoraConfig does not have this field", suggestion(key, known)
+            )
     for key, why in UNMEASURED.items():
         if lora.extra.get(key):
             problems.add("LORA", f"lora.extra.{key}", why, "remove it")
@@ -120,12 +127,11 @@ def check_targets(spec: AdapterSpec, model: Any) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             hint = suggestion(target, leaves)
-            problems.add("TARGET", f"lora.target_modules: {target}", "the base has no such module", hint)
+            problems.add("TARGET", f"lora.target_modules: {target}", "the base does not have this module", hint)
     if any(target.rsplit(".", 1)[-1] == "lm_head" for target in targets):
-        problems.add(
-            "TARGET", "lora.target_modules: lm_head", "TRL's fused head reads its weight, so it would never be trained",
-            "remove it, or use modules_to_save: [lm_head]",
-        )  # fmt: skip
+        what = "TRL's fused head reads the weight directly, so its adapter would not be trained"
+        fix = "remove it, or use modules_to_save: [lm_head]"
+        problems.add("TARGET", "lora.target_modules: lm_head", what, fix)
     problems.raise_as(TrainError)
 
 
@@ -137,7 +143,7 @@ def _check_pattern(pattern: str, model: Any) -> None:
     try:
         found = any(re.fullmatch(pattern, name) for name, _ in model.named_modules())
     except re.error as error:
-        raise TrainError.of("TARGET", where, f"is no regular expression: {error}") from error
+        raise TrainError.of("TARGET", where, f"not a regular expression: {error}") from error
     if not found:
-        fix = "it has to match a whole name (.*q_proj); or give a list of names, or all-linear"
+        fix = "match whole names (.*q_proj), or give a list of names, or all-linear"
         raise TrainError.of("TARGET", where, "no module of the base matches", fix)

@@ -1,4 +1,4 @@
-"""The base model: loaded once, lent to one adapter after another, and given back bit for bit as it was."""
+"""Load the base model and its tokenizer, and restore a base after an adapter was trained on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paft_merge.errors import TrainError
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.sections import beside_recipe
-from paft_merge.training.l1 import whole
+from paft_merge.training.factors import whole
 from paft_merge.training.schema import AdapterSpec, BaseSpec, QuantizationSpec
 
 
@@ -23,7 +23,7 @@ def load_base(name: str, spec: BaseSpec) -> Any:
     """Load a causal language model for frozen use.
 
     Raises:
-        TrainError: BASE, when it cannot be loaded; MISSING, when 4 bits are asked for without bitsandbytes.
+        TrainError: BASE, when it cannot be loaded; MISSING, when quantization needs bitsandbytes.
     """
     from transformers import AutoModelForCausalLM
 
@@ -63,7 +63,11 @@ def _this_device() -> dict[str, Any] | None:
 
 
 def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path()) -> Any:
-    """Load the base's tokenizer with the chat template that the adapter asks for."""
+    """Load the base's tokenizer with the adapter's `chat_template`.
+
+    Raises:
+        TrainError: TEMPLATE, when one of them cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     base = spec.base
@@ -99,7 +103,7 @@ def _template(source: str, folder: Path) -> str:
 def digest_of(model: nn.Module) -> str:
     """Digest of every parameter and buffer with its name (xxh3-128): equal only for bit-identical weights.
 
-    Of a sharded model (FSDP2) every process has to ask, since every tensor is gathered, one at a time.
+    Of a sharded model (FSDP 2) tensors are gathered one at a time, so every process must call this function.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -112,16 +116,16 @@ def digest_of(model: nn.Module) -> str:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only its part of the weights (FSDP2)."""
+    """Whether this process holds only its part of the weights (FSDP 2)."""
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 @contextmanager
 def restoring_base(model: Any) -> Iterator[None]:
-    """Lend a base to a trainer and undo afterwards whatever trainers do to it besides training: also after an error.
+    """Restore a base after training, also after an error.
 
-    PEFT wraps its layers and freezes it, TRL patches its forward, switches dropout off, mirrors token ids into its
-    configs and hooks its embeddings.
+    Undoes the changes of PEFT (wrapped and frozen layers) and TRL (patched forward, dropout, token ids in configs,
+    hooks on embeddings).
     """
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     dropouts = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
@@ -155,7 +159,7 @@ def _no_checkpointing(model: Any) -> None:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Put every adapted layer's own module back in its place."""
+    """Replace every adapted layer by its original module."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -164,7 +168,7 @@ def _unwrap(model: nn.Module) -> None:
             parent, _, leaf = name.rpartition(".")
             try:
                 owner = model.get_submodule(parent)
-            except AttributeError:  # a part of a wrapper that was put back already
+            except AttributeError:  # part of a wrapper that is already replaced
                 continue
             original = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
             setattr(owner, leaf, original)

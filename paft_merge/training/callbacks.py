@@ -1,10 +1,9 @@
-"""What happens around a training step: the L1 strength over time, the proximal step, the measures, the alarms."""
+"""Trainer callbacks: the L1 strength over time, the proximal step, sparsity measurements, and detection of a collapse."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,51 +11,32 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from paft_merge.errors import TrainError
-from paft_merge.training.l1 import (
-    Controller,
-    Factors,
-    adapted,
-    factor_l1,
-    owner,
-    product_l1,
-    prox_step_,
-    quick_stats,
-    ramp,
-    whole,
-)
+from paft_merge.training.delta_stats import quick_stats
+from paft_merge.training.factors import Factors, adapted, owner, whole
+from paft_merge.training.l1 import Controller, factor_l1, product_l1, prox_step_, ramp
 from paft_merge.training.schema import L1Spec
+from paft_merge.training.train_options import TrainProgress
 
-LOOKS, CONTROLLED_LOOKS = 25, 100
-"""A run is measured about this often, without and with a target; without one every tenth step at most, and the last.
+MEASUREMENTS, CONTROLLED_MEASUREMENTS = 25, 100
+"""Number of measurements in a run without and with a target; without one at most every tenth step, and the last step.
 
-A look costs a few product penalties.
+A measurement costs as much as a few product penalties.
 """
 
 FIRST_STEPS = 10
-"""Until then no adapter is larger than the noise of an optimizer step."""
+"""Before this step every adapter is as small as one optimizer step, so a collapse is not checked."""
 
 NOISE = {"product": 0.6, "factors": 1.0}
-"""What a penalty leaves where zeros should be, in learning rates, by what it acts on (measured on toys)."""
+"""Amplitude that a penalty leaves instead of zeros, in learning rates, by the penalised matrix (measured on toys)."""
 
 MOMENTUM_STEPS = 10
-"""How many steps Adam's momentum (beta1 = 0.9) remembers."""
+"""Steps over which Adam's momentum (beta1 = 0.9) averages."""
 
 DEFAULT_WARMUP = {"penalty": 0.0, "prox": 0.1}
 
 
-@dataclass(frozen=True)
-class TrainProgress:
-    """One optimizer step, for whoever draws a progress bar."""
-
-    name: str
-    step: int
-    steps: int
-    logs: dict[str, float]
-    """What was logged last; empty between logs."""
-
-
 class L1:
-    """The L1 term of one run: what it acts on and how strong it is at which step."""
+    """The L1 term of one run: the penalised matrices, and the strength at every step."""
 
     def __init__(self, spec: L1Spec) -> None:
         self.spec = spec
@@ -112,7 +92,7 @@ def _second_moment(moments: dict[str, Any], group: dict[str, Any]) -> tuple[torc
 
 
 def _last_lr(scheduler: Any, steps: int) -> float:
-    """Mean learning rate of the last steps of a run, which Adam's momentum still feels at the end; 0 when unknown."""
+    """Mean learning rate of the last `MOMENTUM_STEPS` steps of a run; 0 when unknown."""
     schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
     lambdas, bases = getattr(schedule, "lr_lambdas", None), getattr(schedule, "base_lrs", ())
     if not lambdas:
@@ -123,15 +103,15 @@ def _last_lr(scheduler: Any, steps: int) -> float:
 
 
 def _rms(side: Sequence[torch.Tensor]) -> float:
-    """Root mean square of all entries that are not zero: rows of an embedding may not have come up yet."""
+    """Root mean square of the nonzero entries: some rows of an embedding may not have been trained yet."""
     square = sum(float(whole(one).detach().square().sum()) for one in side)
     return math.sqrt(square / max(1, sum(int(whole(one).detach().count_nonzero()) for one in side)))
 
 
 class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Measures the adapter a few dozen times in a run, moves the strength, and stops a collapsed run.
+    """Measures the adapter a few dozen times in a run, adjusts the strength, and stops a collapsed run.
 
-    Its state is part of the trainer's checkpoints, so a resumed run goes on with the strength it had.
+    Its state is part of the trainer's checkpoints, so a resumed run continues with the same strength.
     """
 
     def __init__(self, name: str, l1: L1 | None, progress: Callable[[TrainProgress], None] | None = None) -> None:
@@ -140,12 +120,12 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.faint = 0
 
     def state(self) -> dict[str, Any]:
-        """For `trainer_state.json`."""
+        """Return the state for `trainer_state.json`."""
         controller = self.l1.controller.state() if self.l1 and self.l1.controller else None
         return {"args": {}, "attributes": {"controller": controller, "faint": self.faint, "latest": self.latest}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the state of a checkpoint, if the run was resumed from one."""
+        """Load the state of the checkpoint when the run is resumed."""
         saved = state.stateful_callbacks.get("Watch")
         if state.global_step == 0 or not isinstance(saved, dict):
             return
@@ -155,20 +135,24 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.l1.controller = Controller(**attributes["controller"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the adapter when it is time."""
+        """Measure the adapter if a measurement is due, and report the step."""
         controlled = self.l1 is not None and self.l1.controller is not None
-        every = max(1, state.max_steps // CONTROLLED_LOOKS) if controlled else max(10, state.max_steps // LOOKS)
+        every = (
+            max(1, state.max_steps // CONTROLLED_MEASUREMENTS)
+            if controlled
+            else max(10, state.max_steps // MEASUREMENTS)
+        )
         if state.global_step % every == 0 or state.global_step == state.max_steps:
-            self._look(state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
+            self._measure(state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
         if self.progress:
             self.progress(TrainProgress(self.name, state.global_step, state.max_steps, {}))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Hand what is logged to whoever draws."""
+        """Report the logged values."""
         if self.progress:
             self.progress(TrainProgress(self.name, state.global_step, state.max_steps, dict(logs or {})))
 
-    def _look(self, state: Any, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
+    def _measure(self, state: Any, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
         factors = adapted(getattr(model, "module", model))
         lr = max(float(group["lr"]) for group in optimizer.param_groups)
         penalised = self.l1 is not None and self.l1.spec.mode == "penalty"
@@ -183,16 +167,16 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.l1 is None:
             return
         if state.global_step > self.l1.warmup_steps(state.max_steps):
-            self._alarm(factors, lr, state)
+            self.check_collapse(factors, lr, state)
             if self.l1.controller:
                 self.l1.controller.update(seen.settled, lr, state.global_step / state.max_steps)
 
-    def _alarm(self, factors: tuple[Factors, ...], lr: float, state: Any) -> None:
-        """Stop a run of which nothing is left but what an optimizer step throws to and fro.
+    def check_collapse(self, factors: tuple[Factors, ...], lr: float, state: Any) -> None:
+        """Raise TrainError L1_COLLAPSE when the factors are as small as an optimizer step in two measurements in a row.
 
-        After 20 steps of any run that learned (toys and the quickstart's base) the largest |B| was 18 learning rates and
-        more, and the root mean square of its entries 2.8 and more. Of runs that collapsed the one was about one, or four
-        where some entry was thrown far by Adam's first steps, and the other 0.15 to 0.24.
+        In learning rates, after 20 steps of every run that learned (toys and the quickstart's base) the largest |B| was
+        at least 18 and the root mean square at least 2.8. In collapsed runs they were about 1 (4 where Adam's first
+        steps were large) and 0.15 to 0.24.
         """
         if self.l1 is None or lr == 0 or state.global_step < FIRST_STEPS:
             return
@@ -204,6 +188,6 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "L1_COLLAPSE",
                 self.name,
                 f"the L1 strength {self.l1.strength:.3g} has driven the adapter to zero by step {state.global_step} of "
-                f"{state.max_steps}; A = B = 0 has no gradient, so it would never recover",
+                f"{state.max_steps}; A = B = 0 has no gradient, so it cannot recover",
                 "use a strength about ten times smaller, a longer l1.warmup, or l1.target",
             )

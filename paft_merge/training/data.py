@@ -1,4 +1,4 @@
-"""Rows to train on: where they come from, whether they fit the objective, how many will be cut, their fingerprint."""
+"""Training data: load and mix data sets, check them against the objective, count cut rows, fingerprint them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 COUNTED_ROWS = 20_000
-"""How many rows are tokenised to count what the length limit cuts; of more rows an even sample is taken."""
+"""Rows that are tokenised to count those longer than the limit; of larger data sets an even sample."""
 
 WANTED: dict[str, tuple[frozenset[str], ...]] = {
     "text": (
@@ -31,11 +31,11 @@ WANTED: dict[str, tuple[frozenset[str], ...]] = {
     "preference": (frozenset({"chosen", "rejected"}),),
     "prompts": (frozenset({"prompt"}),),
 }
-"""Columns that make a data set of each kind; any one of the sets is enough."""
+"""Columns of each kind of data set; one of the alternatives is enough."""
 
 
 def kind_of(spec: AdapterSpec) -> str:
-    """Which kind of rows an adapter trains on: `text`, `preference` or `prompts`."""
+    """The kind of rows that an adapter trains on: `text`, `preference` or `prompts`."""
     if spec.objective in ("dpo", "orpo") or (spec.objective == "on_policy" and spec.sampling.mixing_ratio > 0):
         return "preference"
     online: tuple[Objective, ...] = (*SAMPLING, "rloo", "grpo")
@@ -86,7 +86,7 @@ def _load(source: DataSpec, folder: Path) -> Any:
             )
     except TrainError:
         raise
-    except Exception as error:  # every loader has its own kinds; all of them mean that the source cannot be read
+    except Exception as error:  # loaders raise errors of many types; all mean that the source cannot be read
         what = f"cannot be loaded: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         fix = "check data.path, name and split; a local file must exist and end in .json, .jsonl, .parquet or .csv"
         raise TrainError.of("DATA", source.path, what, fix) from error
@@ -99,10 +99,10 @@ def _load_file(path: Path, source: DataSpec) -> Any:
     loader = LOADERS.get(path.suffix)
     if loader is None:
         raise TrainError.of(
-            "DATA", path, f"{path.suffix or 'no suffix'} is no known format", f"use {', '.join(LOADERS)}"
+            "DATA", path, f"{path.suffix or 'no suffix'} is not a known format", f"use {', '.join(LOADERS)}"
         )
     if not path.stat().st_size:
-        raise TrainError.of("DATA", path, "the file is empty", "write a row a line, or take another file")
+        raise TrainError.of("DATA", path, "the file is empty", "write one row per line, or use another file")
     split = source.split if source.split.startswith("train") else "train"
     return datasets.load_dataset(loader, data_files=str(path), split=split)
 
@@ -125,17 +125,27 @@ def _after(rows: Any, source: DataSpec) -> set[str]:
 
 
 def _by_fraction(parts: list[Any], fractions: Sequence[float | None]) -> list[Any]:
-    """Cut every set so that it has its share of the mixture and none is repeated (TRL's rule)."""
+    """Cut every set to its share of the mixture without repeating rows (TRL's rule)."""
     if not all(fractions):
         fix = "give fraction to every set or to none"
-        raise TrainError.of("DATA", "data", "some sets of the mixture have a fraction, others not", fix)
+        raise TrainError.of("DATA", "data", "some sets of the mixture have a fraction, others do not", fix)
     weights = [float(f or 0) / sum(f or 0 for f in fractions) for f in fractions]
     total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
     return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
 
 
 def check_rows(rows: Any, spec: AdapterSpec, tokenizer: Any, what: str = "data") -> None:
-    """Find everything about a data set that would stop or spoil a run; raises `TrainError` with all of it."""
+    """Check a data set against the objective and the tokenizer.
+
+    Args:
+        rows: A `datasets.Dataset`.
+        spec: The adapter's section.
+        tokenizer: The base's, with the adapter's chat template.
+        what: Name of the data set in messages.
+
+    Raises:
+        TrainError: DATA, TEMPLATE; every problem at once.
+    """
     problems = Problems()
     kind = kind_of(spec)
     if len(rows) == 0:
@@ -151,7 +161,7 @@ def check_rows(rows: Any, spec: AdapterSpec, tokenizer: Any, what: str = "data")
     else:
         _check_values(rows, spec, kind, tokenizer, problems, what)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        problems.add("TEMPLATE", "tokenizer", "it has neither a pad nor an eos token", "use a tokenizer that has one")
+        problems.add("TEMPLATE", "tokenizer", "has neither a pad nor an eos token", "use a tokenizer that has one")
     problems.raise_as(TrainError)
 
 
@@ -171,12 +181,14 @@ def _check_values(rows: Any, spec: AdapterSpec, kind: str, tokenizer: Any, probl
     if conversational and not tokenizer.chat_template:
         problems.add(
             "TEMPLATE", what, "the rows are conversations, but the tokenizer has no chat template",
-            "set chat_template: to a jinja file or to a model whose template fits",
+            "set chat_template: to a name such as chatml, a Jinja file, or a model whose template fits",
         )  # fmt: skip
     if spec.training.get("assistant_only_loss") and not conversational:
         problems.add("DATA", what, "training.assistant_only_loss needs conversations", "drop it, or use messages")
     if kind == "text" and spec.objective == "ift" and spec.training.get("packing"):
-        problems.add("DATA", what, "ift weighs tokens per sequence, so packing cannot be used", "drop training.packing")
+        problems.add(
+            "DATA", what, "ift weights tokens per sequence and does not support packing", "drop training.packing"
+        )
 
 
 def _probe(rows: int, most: int = 1000) -> range:
@@ -184,7 +196,7 @@ def _probe(rows: int, most: int = 1000) -> range:
 
 
 def text_of(row: Mapping[str, Any], tokenizer: Any, field: str = "text") -> list[tuple[str, int]]:
-    """Token counts of what a row becomes, by name: `[("text", 812)]` or prompt, chosen, rejected."""
+    """Token counts of the sequences made from a row, by name: `[("text", 812)]`, or `chosen` and `rejected`."""
 
     def count(value: Any, prompt: Any = None) -> int:
         if isinstance(value, list):
@@ -203,9 +215,10 @@ def text_of(row: Mapping[str, Any], tokenizer: Any, field: str = "text") -> list
 
 
 def count_cut(rows: Any, tokenizer: Any, max_length: int | None, field: str = "text") -> dict[str, int]:
-    """Count the rows that `max_length` tokens will cut: looked at, cut, and the longest seen.
+    """Count the rows that are longer than `max_length` tokens, of at most `COUNTED_ROWS` evenly spaced rows.
 
-    At most `COUNTED_ROWS` rows are tokenised, evenly spaced.
+    Returns:
+        `rows_looked_at`, `rows_cut`, `longest_tokens` and `max_length`; empty without a limit.
     """
     if max_length is None or "conversations" in rows.column_names:
         return {}
@@ -218,10 +231,10 @@ def count_cut(rows: Any, tokenizer: Any, max_length: int | None, field: str = "t
 
 
 def shorten_prompts(rows: Any, tokenizer: Any, most: int) -> tuple[Any, int]:
-    """Cut prompts of preference rows from the left to `most` tokens: whole old turns first, then the text of the last.
+    """Cut prompts of preference rows from the left to `most` tokens: first whole old turns, then text of the last turn.
 
     Returns:
-        The rows, and how many were cut.
+        The rows, and the number of cut rows.
     """
     from trl import extract_prompt
 
@@ -277,7 +290,7 @@ def fingerprint(rows: Any) -> str:
     digest = xxhash.xxh3_128()
     for table in rows.with_format("arrow").iter(batch_size=1000):
         sink = pa.BufferOutputStream()
-        # Taking every row copies them to fresh buffers: slices and joins of the same rows differ in theirs.
+        # `take` copies the rows to new buffers: slices and joins of the same rows have different ones.
         plain = table.replace_schema_metadata(None).take(pa.array(range(len(table)))).combine_chunks()
         with pa.ipc.new_stream(sink, plain.schema) as stream:
             stream.write_table(plain)

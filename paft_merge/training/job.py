@@ -1,4 +1,4 @@
-"""The training of one adapter as a job: trainer, run, checks of the result, and the adapter's folder."""
+"""The steps of training one adapter: build the trainer, train, measure and check the result, write the folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,23 @@ from paft_merge.errors import TrainError
 from paft_merge.recipe.sections import former_keys
 from paft_merge.training.adapter_record import check_trim, write_card, write_record, write_trimmed
 from paft_merge.training.arguments import lora_config
-from paft_merge.training.callbacks import L1, ProxCallback, TrainProgress, Watch
-from paft_merge.training.l1 import Factors, Stats, adapted, measure, whole
+from paft_merge.training.callbacks import L1, ProxCallback, Watch
+from paft_merge.training.delta_stats import Stats, measure
+from paft_merge.training.factors import Factors, adapted, whole
 from paft_merge.training.run_folder import RunFolder, is_first, write_json
 from paft_merge.training.schema import AdapterSpec
+from paft_merge.training.train_options import TrainOptions
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Job:
-    """Everything that one adapter's training works with."""
+    """The training of one adapter: checked inputs, and the facts and warnings that its record will hold."""
 
-    name: str
     spec: AdapterSpec
     place: RunFolder
+    options: TrainOptions
     base: Any
     """The model, without adapters."""
     base_name: str
@@ -40,16 +42,15 @@ class Job:
     """The TRL config."""
     rows: Any
     eval_rows: Any
-    resume: bool = False
-    progress: Callable[[TrainProgress], None] | None = None
-    callbacks: tuple[Any, ...] = ()
     base_digest: str = ""
-    folder: Path = Path()
-    """Where relative paths of the section start."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What is known of the data."""
+    """Facts about the data."""
     warnings: list[str] = field(default_factory=list)
-    """What is worth telling, for the log and the record."""
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter in messages."""
+        return self.options.name
 
     def warn(self, text: str) -> None:
         """Log a warning, once for all processes, and keep it for the record."""
@@ -59,33 +60,43 @@ class Job:
 
 
 def uses_old_fsdp(name: str) -> TrainError:
-    what = "FSDP 1 flattens the factors of all matrices into one tensor, so none of them can be measured or penalised"
+    """The error for FSDP 1."""
+    what = "FSDP 1 flattens the factors of all matrices into one tensor, so they cannot be measured or penalised"
     return TrainError.of("FSDP", name, what, "set fsdp_config: {fsdp_version: 2} in the accelerate_config")
 
 
 def is_main_process() -> bool:
+    """Whether this process is the first one of accelerate's."""
     from accelerate import PartialState
 
     return bool(PartialState().is_main_process)
 
 
 def wait_for_everyone() -> None:
+    """Wait until all of accelerate's processes are here."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()
 
 
 def training_plan(job: Job) -> dict[str, Any]:
-    """What a resumed run has to have in common with the one it goes on with."""
+    """The settings that a resumed run must share with the interrupted one."""
     spec = job.spec.model_dump(mode="json", by_alias=True, exclude={"processes", "accelerate_config"})
     return {"base": job.base_name, "spec": former_keys(AdapterSpec, spec), "data": job.facts["fingerprint"]}
 
 
 def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, policy: Any = None) -> Any:
-    """Build the objective's trainer on the job's base, with a fresh adapter, the weights of `adapter`, or a PeftModel.
+    """Build the objective's trainer on the job's base.
+
+    Args:
+        job: The job.
+        rows: Training rows; default: the job's. Without evaluation rows if given.
+        adapter: Folder of an adapter whose weights the new adapter starts with.
+        policy: A PeftModel to train further instead of a new adapter on the base.
 
     Raises:
-        TrainError: TARGET, when PEFT or TRL cannot adapt the base as asked; PROX_ZERO, ZERO or FSDP, when the factors would be out of reach.
+        TrainError: TARGET or DATA, when PEFT or TRL refuses the settings; PROX_ZERO, ZERO or FSDP, when a process
+            would not have whole factors.
     """
     from paft_merge.training import trainers
 
@@ -95,12 +106,12 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     if spec.objective in ("rloo", "grpo"):
         from paft_merge.training.rewards import reward_functions
 
-        options["reward_funcs"] = reward_functions(spec.reward, job.folder)
+        options["reward_funcs"] = reward_functions(spec.reward, job.options.folder)
     if spec.objective == "rwr":
         job.tokenizer.pad_token = job.tokenizer.pad_token or job.tokenizer.eos_token
         options["data_collator"] = trainers.weighted_collator(job.tokenizer)
-    watch = Watch(job.name, l1, job.progress)
-    callbacks = [watch, *([ProxCallback(l1)] if l1 and l1.spec.mode == "prox" else []), *job.callbacks]
+    watch = Watch(job.name, l1, job.options.progress)
+    callbacks = [watch, *([ProxCallback(l1)] if l1 and l1.spec.mode == "prox" else []), *job.options.callbacks]
     try:
         trainer = trainers.TRAINERS[spec.objective](
             model=job.base if policy is None else policy,
@@ -118,24 +129,24 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     _quiet(trainer)
     trainer.l1, trainer.watch, trainer.where = l1, watch, job.name
     trainer.orpo, trainer.ift = spec.orpo, spec.ift
-    _widen(trainer.model)
+    widen_adapter(trainer.model)
     if spec.trim:
         check_trim(adapted(trainer.model), spec.trim.density)
     if adapter is not None:
         _load_adapter(trainer.model, adapter)
-    _check_sharding(job, trainer)
+    check_sharding(job, trainer)
     return trainer
 
 
 def _quiet(trainer: Any) -> None:
-    """Without a bar transformers prints its logs to stdout, where only results belong."""
+    """Stop transformers from printing its logs to stdout, which is for results."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
 
 
-def _widen(model: Any) -> None:
-    """Keep adapters in float32: TRL narrows them to bf16 on quantised bases, where steps of a small rate are lost."""
+def widen_adapter(model: Any) -> None:
+    """Convert trainable 16-bit parameters to float32: TRL casts adapters to bf16 on quantised bases."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
@@ -152,50 +163,52 @@ def _load_adapter(model: Any, adapter: Path) -> None:
         )
 
 
-def _check_sharding(job: Job, trainer: Any) -> None:
+def check_sharding(job: Job, trainer: Any) -> None:
+    """Raise TrainError FSDP, ZERO or PROX_ZERO when the trainer's sharding makes the L1 term or its measures wrong."""
     l1 = job.spec.l1
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise uses_old_fsdp(job.name)
     if not trainer.is_deepspeed_enabled:
         return
     if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        what = "ZeRO-3 shards the factors, so they can be neither measured nor penalised"
-        raise TrainError.of("ZERO", job.name, what, "use FSDP 2, which shards them too and gathers them, or ZeRO-2")
+        what = "ZeRO-3 shards the factors, so they cannot be measured or penalised"
+        raise TrainError.of("ZERO", job.name, what, "use FSDP 2, whose shards are gathered, or ZeRO-2")
     if l1 and l1.mode == "prox":
-        raise TrainError.of(
-            "PROX_ZERO", job.name, "ZeRO keeps its own float32 copies, which overwrite what the proximal step shrinks",
-            "use mode: penalty, or DDP or FSDP instead of DeepSpeed",
-        )  # fmt: skip
+        what = "ZeRO keeps float32 copies of the factors, which overwrite the result of the proximal step"
+        raise TrainError.of("PROX_ZERO", job.name, what, "use mode: penalty, or DDP or FSDP instead of DeepSpeed")
 
 
 def run_trainer(job: Job, trainer: Any) -> None:
-    """Train, from the last complete checkpoint when the job resumes; TrainError EMPTY without a single row left."""
+    """Train, from the last complete checkpoint when the job resumes; TrainError DATA when no row is left."""
     if len(trainer.train_dataset) == 0:
-        fix = "raise training.max_length, or check that completions are not empty"
-        raise TrainError.of("DATA", job.name, "no row is left: every one is masked or cut away", fix)
-    checkpoint = job.place.last_checkpoint() if job.resume else None
+        fix = "raise training.max_length, or check for empty completions"
+        raise TrainError.of("DATA", job.name, "no row is left: every row is masked or cut completely", fix)
+    checkpoint = job.place.last_checkpoint() if job.options.resume else None
     if checkpoint:
-        log.info("%s: going on from %s", job.name, checkpoint.name)
+        log.info("%s: resuming from %s", job.name, checkpoint.name)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     job.facts.setdefault("rows_trained_on", len(trainer.train_dataset))
     job.facts["train_loss"] = result.training_loss
 
 
 def finish(job: Job, trainer: Any, **run: Any) -> Stats:
-    """Measure the adapter, write it with its record and card, and give its folder the final name."""
+    """Measure the adapter, write it with its record and card, and rename its folder to the final name.
+
+    Args:
+        job: The job.
+        trainer: Its trainer, after training.
+        run: Further entries of the record's `run`.
+    """
     place, spec = job.place, job.spec
-    factors, density = (
-        adapted(trainer.accelerator.unwrap_model(trainer.model)),
-        spec.trim.density if spec.trim else None,
-    )
+    factors = adapted(trainer.accelerator.unwrap_model(trainer.model))
     if spec.trim:  # every process takes part in gathering, and one writes
         factors = tuple(replace(f, a_RI=whole(f.a_RI).detach(), b_OR=whole(f.b_OR).detach()) for f in factors)
-    stats = measure(factors, density=density)
+    stats = measure(factors, density=spec.trim.density if spec.trim else None)
     save_adapter(trainer, place.part)
     if is_main_process():
         _check_written(place.part, factors)
-        (place.part / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in words
-        shutil.rmtree(place.part / "ref", ignore_errors=True)  # TRL's frozen copy of the policy, if there was one
+        (place.part / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record has the same values
+        shutil.rmtree(place.part / "ref", ignore_errors=True)  # TRL's frozen copy of the policy
         _name_base(place.part, job.base_name)
         run = {**_run_facts(job, trainer, stats), **run}
         if spec.trim:
@@ -210,7 +223,7 @@ def finish(job: Job, trainer: Any, **run: Any) -> Stats:
 
 
 def save_adapter(trainer: Any, folder: Path) -> None:
-    """Write the adapter and the tokenizer. Sharded factors are gathered; TRL would gather the base as well, or nothing."""
+    """Write the adapter and the tokenizer; of sharded models only the trained parameters are gathered."""
     if not trainer.is_fsdp_enabled:
         trainer.save_model(str(folder))
         return
@@ -222,19 +235,19 @@ def save_adapter(trainer: Any, folder: Path) -> None:
 
 
 def _check_written(folder: Path, factors: Sequence[Factors]) -> None:
-    """Raise TrainError ADAPTER unless the file holds every factor in its full size: what wraps a model hides names."""
+    """Raise TrainError ADAPTER unless the file holds every factor in full: wrappers of a model may hide names."""
     from safetensors import safe_open
 
     with safe_open(str(folder / "adapter_model.safetensors"), "pt") as held:
         found = sum(math.prod(held.get_slice(key).get_shape()) for key in held.keys() if ".lora_" in key)  # noqa: SIM118
     wanted = sum(f.a_RI.numel() + f.b_OR.numel() for f in factors)
     if found != wanted:
-        what = f"{found} of the adapter's {wanted} numbers were written"
-        raise TrainError.of("ADAPTER", folder, what, "this is a fault of paft_merge; please report it")
+        what = f"only {found} of the adapter's {wanted} values were written"
+        raise TrainError.of("ADAPTER", folder, what, "this is a bug of paft_merge; please report it")
 
 
 def _name_base(folder: Path, base: str) -> None:
-    """Say in the adapter's config which base it belongs to: PEFT knows no name for a model in memory."""
+    """Write the base's name into the adapter's config: PEFT does not know the name of a model in memory."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, config | {"base_model_name_or_path": base})
@@ -245,8 +258,8 @@ def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
     target = job.spec.l1.target if job.spec.l1 else None
     reached = trainer.watch.latest.get("sparsity/below_1e-5", stats.below_epsilon)  # before any trimming
     if target is not None and abs(reached - target) > 0.02:
-        fix = "give it more steps, or start l1.strength nearer to where it ended"
-        job.warn(f"the sparsity is {reached:.3f}, the target was {target}; {fix} ({l1.strength:.2g})")
+        fix = f"give it more steps, or start l1.strength nearer to its last value ({l1.strength:.2g})"
+        job.warn(f"the sparsity is {reached:.3f}, the target was {target}; {fix}")
     if stats.norm == 0:
         job.warn("the delta is zero: nothing was learned")
     return {
@@ -261,7 +274,7 @@ def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
 
 
 def _trim(job: Job, factors: Sequence[Factors]) -> float:
-    """Move the LoRA to `untrimmed/` and put the pruned delta in its place."""
+    """Move the LoRA to `untrimmed/` and write the pruned delta in its place; returns its density."""
     assert job.spec.trim is not None
     part = job.place.part
     (part / "untrimmed").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""All adapters of a recipe: one after another on one base in memory, or one process each on GPUs of its own."""
+"""Train all adapters of a recipe: one after another on one base in memory, or one process per adapter."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from paft_merge.errors import Problems, RecipeError, TrainError
 from paft_merge.recipe.sections import suggestion
 from paft_merge.recipe.yaml_source import Located, load_yaml
-from paft_merge.training.processes import Launch, Told, command_for, devices_of, free_ports, run_all, step_printer
-from paft_merge.training.run_folder import is_first
+from paft_merge.training.processes import Launch, OnStep, command_for, devices_of, free_ports, run_all, step_printer
+from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import AdapterSpec, read_adapters
-
-if TYPE_CHECKING:
-    from paft_merge.training.callbacks import TrainProgress
+from paft_merge.training.train_options import TrainOptions, TrainProgress
 
 Schedule = Literal["auto", "sequential", "processes"]
 
@@ -33,6 +33,7 @@ def train(
     devices: str | None = None,
     base: Any = None,
     progress: Callable[[TrainProgress], None] | None = None,
+    logs: bool = False,
 ) -> dict[str, Path]:
     """Train adapters of a recipe, each into `out/<name>`; returns the folders by name.
 
@@ -40,17 +41,18 @@ def train(
         recipe: A PAFT recipe: a file, or the mapping it holds (`base_model`, `adapters`).
         out: Folder of the adapters.
         adapters: Names to train; all by default.
-        resume: Leave finished adapters alone and go on with interrupted ones.
+        resume: Skip finished adapters and continue interrupted ones.
         schedule: `sequential`: one after another, one base in memory. `processes`: one `accelerate launch` per adapter,
             as many at a time as there are devices for. `auto`: processes when there are several devices and there is
             more than one adapter, or an adapter asks for several.
-        devices: What processes may use: GPUs (`0,1`) or a number of processes on the CPU (`cpu:2`). By default every
-            visible GPU; without one, as many processes as the largest adapter asks for.
+        devices: Devices of the processes: GPUs (`0,1`) or a number of CPU processes (`cpu:2`). Default: every visible
+            GPU, or without GPUs as many CPU processes as the largest adapter needs.
         base: The model in memory instead of the recipe's `base_model` (sequential only).
         progress: Called after every optimizer step and with every log; by processes about once a second.
+        logs: Write `out/<name>.log` also when adapters are trained in this process; processes always write theirs.
 
     Raises:
-        RecipeError: what the recipe says wrong, all of it. TrainError: what went wrong later, naming the adapter.
+        RecipeError: every fault of the recipe. TrainError: a failure of an adapter, with its name.
     """
     located, folder = read_recipe(recipe)
     specs = _chosen(read_adapters(located), adapters, located)
@@ -62,7 +64,11 @@ def train(
     if base is None and _wants_processes(specs, schedule, devices):
         source = Path(recipe) if isinstance(recipe, str | Path) else _spill(located.data, out)
         return _in_processes(specs, source, out, resume, devices, progress)
-    return _one_after_another(specs, name, base, out, folder, resume, progress)
+    path = str(folder / name) if name and (folder / name).is_dir() else name
+    options = TrainOptions(
+        resume=resume, folder=folder, base_name=name or None, base_path=path or None, progress=progress
+    )
+    return _one_after_another(specs, base, out, options, logs)
 
 
 def read_recipe(recipe: Mapping[str, Any] | Path | str) -> tuple[Located, Path]:
@@ -98,17 +104,8 @@ def _wants_processes(specs: dict[str, AdapterSpec], schedule: Schedule, devices:
     return torch.cuda.device_count() > 1 and len(specs) > 1
 
 
-# ------------------------------------------------------------------------------------------------- one base, in turn
-
-
 def _one_after_another(
-    specs: dict[str, AdapterSpec],
-    name: str,
-    base: Any,
-    out: Path,
-    folder: Path,
-    resume: bool,
-    progress: Callable[[TrainProgress], None] | None,
+    specs: dict[str, AdapterSpec], base: Any, out: Path, options: TrainOptions, logs: bool
 ) -> dict[str, Path]:
     from paft_merge.training.base_model import digest_of, is_sharded, load_base
     from paft_merge.training.run import train_adapter
@@ -116,32 +113,48 @@ def _one_after_another(
     done: dict[str, Path] = {}
     model, loaded, digest = base, None, None
     for adapter, spec in specs.items():
-        if resume and (out / adapter / "paft_train.json").exists():
+        if options.resume and RunFolder(out / adapter).finished:
             done[adapter] = out / adapter
             continue
         if base is None and loaded != spec.base:
-            model = None  # the old base is let go before the next is read
-            model, loaded, digest = load_base(_path(name, folder), spec.base), spec.base, None
-        digest = digest or (digest_of(model) if is_first() else "taken by the first process")
-        done[adapter] = train_adapter(
-            model, spec, out / adapter, name=adapter, resume=resume, folder=folder,
-            base_name=name or None, base_path=_path(name, folder) or None, base_digest=digest, progress=progress,
-        )  # fmt: skip
+            model = None  # frees the old base before the next is loaded
+            model, loaded, digest = load_base(str(options.base_path), spec.base), spec.base, None
+        digest = digest or (digest_of(model) if is_first() else "computed by the first process")
+        log_file = _logged(out / f"{adapter}.log", options.progress) if logs else nullcontext(options.progress)
+        with log_file as progress:
+            mine = replace(options, name=adapter, base_digest=digest, progress=progress)
+            done[adapter] = train_adapter(model, spec, out / adapter, mine)
         after, sharded = digest_of(model), is_sharded(model)
         if is_first() and after != digest:
-            what = "the base's weights are not what they were before this adapter was trained"
-            raise TrainError.of("BASE_CHANGED", adapter, what, "this is a fault of paft_merge; please report it")
+            what = "training this adapter changed the base's weights"
+            raise TrainError.of("BASE_CHANGED", adapter, what, "this is a bug of paft_merge; please report it")
         if sharded:
-            loaded = None  # each process has its part of it now: the next adapter needs a whole one
+            loaded = None  # each process now has only a part: the next adapter needs a whole base
     return done
 
 
-def _path(name: str, folder: Path) -> str:
-    """The base as `from_pretrained` takes it: a folder beside the recipe, or the name as it is."""
-    return str(folder / name) if name and (folder / name).is_dir() else name
+@contextmanager
+def _logged(path: Path, progress: Callable[[TrainProgress], None] | None) -> Iterator[Callable[[TrainProgress], None]]:
+    """Append steps, warnings and an error to an adapter's log, in the format of a child process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    package = logging.getLogger("paft_merge")
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        steps, handler = step_printer(file.write), logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
+        def both(now: TrainProgress) -> None:
+            steps(now)
+            if progress:
+                progress(now)
 
-# ----------------------------------------------------------------------------------------------- processes, one each
+        package.addHandler(handler)
+        try:
+            yield both
+        except BaseException as error:
+            file.write(f"{type(error).__name__}: {error}\n")
+            raise
+        finally:
+            package.removeHandler(handler)
 
 
 def _in_processes(
@@ -152,7 +165,7 @@ def _in_processes(
     devices: str | None,
     progress: Callable[[TrainProgress], None] | None,
 ) -> dict[str, Path]:
-    wanted = {name: spec for name, spec in specs.items() if not (resume and (out / name / "paft_train.json").exists())}
+    wanted = {name: spec for name, spec in specs.items() if not (resume and RunFolder(out / name).finished)}
     needs = {name: spec.processes for name, spec in wanted.items()}
     given = devices_of(devices, needs)
     ports = dict(zip(wanted, free_ports(len(wanted)), strict=True))
@@ -163,21 +176,19 @@ def _in_processes(
     def launch(name: str, mine: tuple[str, ...]) -> Launch:
         return Launch(name, commands[name], mine, out / f"{name}.log", threads)
 
-    run_all(needs, given, launch, _teller(progress))
+    run_all(needs, given, launch, _on_step(progress))
     return {name: out / name for name in specs}
 
 
-def _teller(progress: Callable[[TrainProgress], None] | None) -> Told | None:
-    """What a child tells, as our own trainers tell it."""
+def _on_step(progress: Callable[[TrainProgress], None] | None) -> OnStep | None:
+    """Convert the messages of children to `TrainProgress`."""
     if progress is None:
         return None
-    from paft_merge.training.callbacks import TrainProgress
-
     return lambda name, step, steps, logs: progress(TrainProgress(name, step, steps, logs))
 
 
 def _spill(mapping: Mapping[str, Any], out: Path) -> Path:
-    """Write a recipe that has no file (JSON is YAML), so that children can read it."""
+    """Write a recipe that has no file as JSON, which is YAML, so that children can read it."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "recipe.json"
     path.write_text(json.dumps(mapping, indent=2), encoding="utf-8")
@@ -185,12 +196,12 @@ def _spill(mapping: Mapping[str, Any], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """What a child runs: RECIPE OUT NAME [--resume]; errors of the user are one line on stderr and exit code 1."""
+    """Entry point of a child: RECIPE OUT NAME [--resume]. A `TrainError` is one line on stderr and exit code 1."""
     recipe, out, name, *rest = arguments
     first = is_first()
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s: %(message)s")
     logging.getLogger("paft_merge").setLevel(logging.INFO if first else logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import which kernels it would rather have
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs missing kernels at import
     progress = step_printer(sys.stdout.write) if first else None
     try:
         train(recipe, out, adapters=[name], resume="--resume" in rest, schedule="sequential", progress=progress)

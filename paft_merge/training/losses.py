@@ -1,4 +1,4 @@
-"""What the objectives minimise: pure functions of token log-probabilities. No TRL, no model, no state.
+"""Losses of the objectives, as pure functions of token log-probabilities.
 
 B = sequences, P = preference pairs (B = 2P: chosen first, then rejected), T = predicted positions, D = embedding width.
 A position `t` of a `[B, T]` tensor is the prediction of token `t + 1` of its sequence (labels already shifted).
@@ -16,22 +16,6 @@ from torch import Tensor
 NllScope = Literal["full", "response"]
 
 
-def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-probability of every next token, zero where it is not a target.
-
-    Args:
-        logits: `[B, T + 1, V]`, any float dtype; the softmax is taken in at least float32.
-        labels: `[B, T + 1]` token ids, unshifted; -100 marks what is no target.
-
-    Returns:
-        `[B, T]`, float32 (float64 for float64 logits).
-    """
-    targets = labels[:, 1:]
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    picked = wide.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return picked.masked_fill(targets == -100, 0.0)
-
-
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Average `[B, T]` over the marked positions of each row: `[B]`; 0 for a row without any."""
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
@@ -41,7 +25,7 @@ def log1mexp(x: Tensor) -> Tensor:
     """Return log(1 - exp(x)) for x < 0 without cancellation (Maechler 2012, "Accurately Computing log(1-exp(-a))")."""
     below = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = below > -0.6931471805599453
-    # Each branch sees harmless values where the other is taken: `where` would spread a NaN gradient otherwise.
+    # Each branch gets harmless values where the other one is used: `where` would propagate a NaN gradient.
     return torch.where(
         near,
         (-torch.expm1(torch.where(near, below, -1.0))).log(),
@@ -50,7 +34,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 class OrpoTerms(NamedTuple):
-    """The parts of one ORPO batch; `loss` is what is minimised."""
+    """The terms of one ORPO batch; `loss` is minimised."""
 
     loss: Tensor
     """Scalar: `nll + beta * odds`."""
@@ -106,12 +90,12 @@ def discounted_suffix(losses: Tensor, gamma: float) -> Tensor:
 
 
 def ift_loss(losses: Tensor, mask: Tensor, *, gamma: float, detach_weights: bool = False) -> Tensor:
-    """Weigh every token's loss by the discounted losses that follow it, as Intuitive Fine-Tuning does.
+    """Weight every token's loss by the discounted losses that follow it, as Intuitive Fine-Tuning does.
 
     IFT (Hua et al. 2024, arXiv:2405.11870) as its authors' code computes it: w_i = N c_i / sum(c), the loss of a
     sequence is mean(w_i l_i) = sum(l c) / sum(c), the batch the mean over sequences. The paper's eq. 22 weighs *late*
-    tokens linearly instead; the code is followed. Their weights carry gradient, which can push a gold token's
-    probability *down*; `detach_weights` is the safe deviation.
+    tokens linearly instead; this function follows the code. Gradients flow through its weights, which can lower the
+    probability of a gold token; `detach_weights` avoids that.
 
     Args:
         losses: `[B, T]` negative log-likelihoods.

@@ -1,7 +1,7 @@
 """Rounds of generate, score, pair and train: preference learning on the policy's own samples (arXiv:2404.14367).
 
-Round `k` lives in `<work folder>/rounds/k`: `samples.jsonl` (every completion with its score), `adapter/` once it is
-trained. A resumed run takes up finished rounds and samples as they are.
+Round `k` writes `<work folder>/rounds/k`: `samples.jsonl` (every completion with its score) and, after training,
+`adapter/`. A resumed run reuses finished rounds and samples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from paft_merge.training.schema import SamplingSpec
 
 @dataclass(frozen=True)
 class Sampled:
-    """One prompt's completions and what they scored."""
+    """The completions of one prompt, and their rewards."""
 
     prompt: Any
     """Text, or chat turns."""
@@ -43,8 +43,8 @@ class Sampled:
 def pairs_of(sampled: Sequence[Sampled], spec: SamplingSpec) -> list[dict[str, Any]]:
     """Turn scored completions into preference rows.
 
-    `best_worst` gives at most one pair per prompt, `threshold` every ordered pair; either way only where the rewards
-    differ by more than `spec.threshold`. Of equal rewards the first generated counts as the best, and as the worst.
+    `best_worst` gives at most one pair per prompt, `threshold` every ordered pair; in both cases the rewards must differ
+    by more than `spec.threshold`. Of equal rewards the first completion is the best, or the worst.
     """
     rows = []
     for one in sampled:
@@ -60,12 +60,12 @@ def pairs_of(sampled: Sequence[Sampled], spec: SamplingSpec) -> list[dict[str, A
 
 
 def best_of(sampled: Sequence[Sampled]) -> list[dict[str, Any]]:
-    """Keep the best completion of every prompt (the first of equals), as prompt and completion."""
+    """Rows of every prompt and its best completion (the first of equals)."""
     return [_row(one.prompt, completion=one.completions[one.rewards.index(max(one.rewards))]) for one in sampled]
 
 
 def weighted(sampled: Sequence[Sampled], temperature: float) -> list[dict[str, Any]]:
-    """Keep every completion, with its reward-weighted-regression weight."""
+    """Rows of every completion with its reward-weighted-regression weight."""
     rows = []
     for one in sampled:
         weights = rwr_weights(one.rewards, temperature)
@@ -81,7 +81,7 @@ def _row(prompt: Any, **texts: str) -> dict[str, Any]:
 
 
 def mixed(rows: list[dict[str, Any]], offline: Any, ratio: float, seed: int) -> list[dict[str, Any]]:
-    """Add offline preference pairs so that they make up `ratio` of the result (as many as there are, at most)."""
+    """Add offline preference pairs so that they are `ratio` of the result, or all pairs if there are fewer."""
     wanted = min(len(offline), round(len(rows) * ratio / (1 - ratio))) if ratio else 0
     if not wanted:
         return rows
@@ -115,16 +115,16 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpe
 
 @dataclass(frozen=True)
 class RoundPlace(RunFolder):
-    """A round's folder, which never gets another name."""
+    """A round's folder, which is not renamed."""
 
     @property
     def part(self) -> Path:
-        """Where the round works."""
+        """The folder that the round writes to."""
         return self.final
 
 
 def train_in_rounds(job: Job) -> None:
-    """Run all rounds of a job and write its adapter, with what every round did under `run.rounds`."""
+    """Run all rounds of a job and write its adapter; the record lists the rounds under `run.rounds`."""
     job.tokenizer.pad_token = job.tokenizer.pad_token or job.tokenizer.eos_token
     done: list[dict[str, Any]] = []
     adapter: Path | None = None
@@ -189,7 +189,7 @@ def _inner(job: Job, number: int, folder: Path, done: Sequence[dict[str, Any]]) 
 
 
 def _trainer(job: Job, rows: Any, adapter: Path | None) -> Any:
-    """The round's trainer, warm-started; its reference is the base, or the policy as the round found it."""
+    """The round's trainer, warm-started; its reference is the base, or the policy at the start of the round."""
     if adapter is None or job.spec.objective != "on_policy" or job.spec.sampling.reference == "base":
         return make_trainer(job, rows=rows, adapter=adapter)
     from peft import PeftModel
@@ -210,10 +210,10 @@ def _training_rows(job: Job, sampled: Sequence[Sampled], number: int) -> list[di
 
 @contextmanager
 def _policy(job: Job, adapter: Path | None) -> Iterator[Any]:
-    """The policy as it stands: the base, with the last round's adapter if there was one."""
+    """The policy: the base, with the adapter of the previous round if there is one."""
     device = PartialState().device
     if job.base.device != device and not job.spec.base.quantization:
-        job.base.to(device)  # a trainer would have moved it, but before the first round there is none
+        job.base.to(device)  # before the first round no trainer has moved it
     if adapter is None:
         yield job.base
         return
@@ -224,7 +224,7 @@ def _policy(job: Job, adapter: Path | None) -> Iterator[Any]:
 
 
 def _samples(job: Job, number: int, folder: Path, adapter: Path | None) -> list[Sampled]:
-    """The round's scored completions: read when they were made before, else generated by the policy as it is."""
+    """The round's scored completions: read if they exist, else generated by the policy."""
     path, spec = folder / "samples.jsonl", job.spec.sampling
     if path.exists():
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -243,7 +243,7 @@ def _samples(job: Job, number: int, folder: Path, adapter: Path | None) -> list[
 
 
 def _prompts(job: Job, number: int) -> dict[str, list[Any]]:
-    """The round's prompts with the other columns of their rows: a fresh window of one shuffled pass, then around."""
+    """The round's prompts and the other columns of their rows: the next window of one shuffled order, cyclically."""
     from trl import extract_prompt
 
     spec, rows = job.spec.sampling, job.rows
@@ -264,6 +264,6 @@ def _score(
     flat = [one for group in completions for one in group]
     repeated = {key: [v for v in values for _ in range(n)] for key, values in columns.items()}
     given = [[{"role": "assistant", "content": one}] for one in flat] if not isinstance(prompts[0], str) else flat
-    functions = reward_functions(job.spec.reward, job.folder)
+    functions = reward_functions(job.spec.reward, job.options.folder)
     scores = total(functions, prompts=[p for p in prompts for _ in range(n)], completions=given, **repeated)
     return [tuple(scores[i : i + n]) for i in range(0, len(scores), n)]

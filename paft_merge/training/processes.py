@@ -1,4 +1,4 @@
-"""Adapters side by side: one `accelerate launch` each, with devices, a port and a log of its own; all stop together."""
+"""Train adapters in parallel: one `accelerate launch` per adapter with its own devices, port and log."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import TrainError
+from paft_merge.recipe.sections import beside_recipe
 from paft_merge.training.schema import AdapterSpec
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
-"""How long a process that is told to stop may take before it is killed."""
+"""Seconds between the request to stop a process and killing it."""
 
 CPU = "cpu"
 
-Told = Callable[[str, int, int, dict[str, float]], None]
-"""Takes what a child tells: its adapter, step, steps, and what was logged."""
+OnStep = Callable[[str, int, int, dict[str, float]], None]
+"""Called with a child's adapter, step, number of steps, and logged values."""
 
 _STEP = re.compile(r"step (\d+)/(\d+) (\{.*\})")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One child: what it runs, on which devices, where its output goes."""
+    """The command, devices and log of one child."""
 
     name: str
     command: tuple[str, ...]
     devices: tuple[str, ...]
-    """GPUs as CUDA_VISIBLE_DEVICES spells them, or `cpu` once for every process."""
+    """GPUs as in CUDA_VISIBLE_DEVICES, or `cpu` once per process."""
     log: Path
     threads: int | None = None
     """Threads of each process on a CPU."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """The child's environment: what it sees of the machine, and no bars in its log."""
+        """The child's environment variables: visible devices, threads, and no progress bars in its log."""
         mine = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-        # TRL's, of names it will change
-        mine["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")
-        if CPU in self.devices:  # or each of its processes would take itself for the only one
+        mine["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")  # of TRL
+        if CPU in self.devices:  # else each process would act as the only one
             mine |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(self.threads or 1)}
             mine |= {key: os.environ[key] for key in ("OMP_NUM_THREADS",) if key in os.environ}
         elif self.devices:
@@ -60,7 +60,19 @@ class Launch:
 
 
 def command_for(name: str, spec: AdapterSpec, recipe: Path, out: Path, resume: bool, port: int) -> tuple[str, ...]:
-    """The `accelerate launch` of one adapter; TrainError PROCESSES when its `accelerate_config` is not there."""
+    """The `accelerate launch` command of one adapter.
+
+    Args:
+        name: The adapter.
+        spec: Its section.
+        recipe: The recipe's file.
+        out: Folder of the adapters.
+        resume: Continue an interrupted run.
+        port: A free TCP port.
+
+    Raises:
+        TrainError: PROCESSES, when its `accelerate_config` does not exist.
+    """
     config = ("--config_file", str(config_of(name, spec.accelerate_config, recipe))) if spec.accelerate_config else ()
     several = ("--multi_gpu",) if spec.processes > 1 and not config else ()
     return (
@@ -72,21 +84,25 @@ def command_for(name: str, spec: AdapterSpec, recipe: Path, out: Path, resume: b
 
 
 def config_of(name: str, given: str, recipe: Path) -> Path:
-    """A file for accelerate, beside the recipe first; TrainError PROCESSES when there is none."""
-    for path in (recipe.parent / given, Path(given)):
-        if path.is_file():
-            return path
+    """The file of `accelerate_config`; TrainError PROCESSES when it does not exist."""
+    path = beside_recipe(given, recipe.parent)
+    if path.is_file():
+        return path
     fix = "write one with `accelerate config --config_file FILE`"
-    raise TrainError.of("PROCESSES", f"{name}: accelerate_config", f"there is no file {given}", fix)
+    raise TrainError.of("PROCESSES", f"{name}: accelerate_config", f"file {given} not found", fix)
 
 
 def devices_of(given: str | None, needs: Mapping[str, int]) -> tuple[str, ...]:
-    """What children may use: the GPUs `0,1`, `cpu:4` for four processes on the CPU; by default every visible GPU.
+    """Parse devices: `0,1` for GPUs, `cpu:4` for four CPU processes. Default: every visible GPU.
 
-    Without a GPU as many processes on the CPU as the largest adapter asks for.
+    Without a GPU the default is as many CPU processes as the largest adapter needs.
+
+    Args:
+        given: Text of `--devices`, or None.
+        needs: Number of processes by adapter.
 
     Raises:
-        TrainError: PROCESSES, when `given` says nothing, or an adapter needs more than there are.
+        TrainError: PROCESSES, when `given` is malformed, or an adapter needs more devices than there are.
     """
     if given and given.split(":")[0] == CPU:
         count = given.partition(":")[2] or "1"
@@ -97,16 +113,18 @@ def devices_of(given: str | None, needs: Mapping[str, int]) -> tuple[str, ...]:
     else:
         found = visible_gpus() or (CPU,) * max(needs.values(), default=1)
     if not found:
-        raise TrainError.of("PROCESSES", f"devices {given}", "names no device", "write 0,1 (GPUs) or cpu:2 (processes)")
+        raise TrainError.of(
+            "PROCESSES", f"devices {given}", "not a list of devices", "write 0,1 (GPUs) or cpu:2 (processes)"
+        )
     for name, count_of in needs.items():
         if count_of > len(found):
-            what = f"asks for {count_of} processes, but there are {len(found)} devices ({', '.join(found)})"
+            what = f"needs {count_of} processes, but there are {len(found)} devices ({', '.join(found)})"
             raise TrainError.of("PROCESSES", name, what, "lower processes, or name more devices")
     return found
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that children may be given, as CUDA_VISIBLE_DEVICES spells them."""
+    """The visible GPUs, as in CUDA_VISIBLE_DEVICES."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return tuple(one for one in given.split(",") if one and one != "-1")
@@ -116,7 +134,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that are free now, all of them different."""
+    """Find `count` different free TCP ports."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
@@ -127,20 +145,24 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-# --------------------------------------------------------------------------------------------------- the children's life
-
-
 def run_all(
     needs: Mapping[str, int],
     devices: Sequence[str],
     launch: Callable[[str, tuple[str, ...]], Launch],
-    told: Told | None = None,
+    on_step: OnStep | None = None,
     poll_s: float = 0.2,
 ) -> None:
-    """Run children, as many at a time as there are devices for, and stop all of them when one fails.
+    """Run children, as many at a time as the devices allow, and stop all of them when one fails.
+
+    Args:
+        needs: Number of devices by adapter.
+        devices: All devices.
+        launch: Makes the launch of an adapter on given devices.
+        on_step: Called for every reported step.
+        poll_s: Seconds between looks at the children.
 
     Raises:
-        TrainError: CHILD, naming the adapter that failed, what it said last, and its log.
+        TrainError: CHILD, with the adapter that failed, its error, and its log.
     """
     waiting, free = dict(needs), list(devices)
     running: list[Child] = []
@@ -152,7 +174,7 @@ def run_all(
                     running.append(Child(launch(name, mine)))
             for child in list(running):
                 ended = child.process.poll() is not None
-                child.listen(told)
+                child.listen(on_step)
                 if ended:
                     running.remove(child)
                     free += child.how.devices
@@ -163,7 +185,7 @@ def run_all(
 
 
 class Child:
-    """A running child, and what it has said since it was started."""
+    """A running child, and the errors in its log."""
 
     def __init__(self, how: Launch) -> None:
         log.info("%s: starting on %s, log in %s", how.name, ",".join(how.devices), how.log)
@@ -171,33 +193,33 @@ class Child:
         self.read = how.log.stat().st_size if how.log.exists() else 0
         self.error = ""
         with how.log.open("ab") as sink:
-            # A session of its own, so that a Ctrl-C here reaches it in order and not on its own.
+            # In a new session, so that Ctrl-C reaches it only through `stop`.
             self.process = subprocess.Popen(
                 how.command, stdout=sink, stderr=subprocess.STDOUT, env=how.environment, start_new_session=True
             )
 
-    def listen(self, told: Told | None) -> None:
-        """Read the whole lines that came since the last time: steps are told on, the error of our own is kept."""
+    def listen(self, on_step: OnStep | None) -> None:
+        """Read the complete lines since the last call: report steps, and keep the first error."""
         with self.how.log.open("rb") as source:
             source.seek(self.read)
             new = source.read()
         whole = new[: new.rfind(b"\n") + 1]
         self.read += len(whole)
         for line in whole.decode("utf-8", errors="replace").splitlines():
-            if (step := _STEP.fullmatch(line)) and told:
-                told(self.how.name, int(step[1]), int(step[2]), json.loads(step[3]))
+            if (step := _STEP.fullmatch(line)) and on_step:
+                on_step(self.how.name, int(step[1]), int(step[2]), json.loads(step[3]))
             self._keep(line.strip())
 
     def _keep(self, line: str) -> None:
         ours = ("TrainError: ", "RecipeError: ")
         theirs = re.match(r"(\[rank\d+\]: )?[\w.]*Error: ", line) and "ChildFailedError" not in line
         if self.error.startswith(ours):
-            return  # what the other processes say after it is its echo
+            return  # errors of other processes follow from it
         if line.startswith(ours) or (theirs and not self.error):
             self.error = line
 
     def check(self) -> None:
-        """Raise TrainError CHILD unless it ended well."""
+        """Raise TrainError CHILD unless the exit code is 0."""
         code = self.process.returncode
         if code:
             what = f"training ended with exit code {code}" + (f": {self.error[:300]}" if self.error else "")
@@ -205,15 +227,15 @@ class Child:
 
 
 def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask children and all that they have started to end, then make those end that did not.
+    """Terminate children and their descendants, and after `GRACE_S` kill those that still run.
 
-    torch gives every worker a session of its own, so the family is known by descent and not by process group.
+    torch starts every worker in a new session, so descendants are found by their parents and not by process group.
     """
     import psutil
 
     family: list[psutil.Process] = []
     for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
             family += psutil.Process(child.pid).children(recursive=True)
     for one in (*children, *family):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -233,7 +255,7 @@ def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def step_printer(say: Callable[[str], Any], every_s: float = 1.0) -> Callable[[Any], None]:
-    """A child's progress, as lines that `Child.listen` reads: every log, the last step, and steps a second apart."""
+    """Write progress as lines that `Child.listen` reads: every log, the last step, and other steps at most every second."""
     last = [0.0]
 
     def progress(now: Any) -> None:
@@ -245,5 +267,5 @@ def step_printer(say: Callable[[str], Any], every_s: float = 1.0) -> Callable[[A
 
 
 def _plain(logs: Iterable[tuple[str, Any]]) -> dict[str, float]:
-    """The numbers among what was logged; those that are not finite have no JSON."""
+    """The finite numbers among the logged values: JSON has no others."""
     return {key: float(f"{value:.6g}") for key, value in logs if isinstance(value, int | float) and value - value == 0}

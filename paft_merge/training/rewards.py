@@ -1,4 +1,4 @@
-"""What scores a completion: a Python function, a reward model or a rule, all called as TRL calls reward functions."""
+"""Rewards of completions: a Python function, a reward model or a rule, all with TRL's signature of reward functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Reward = Callable[..., list[float]]
 
 
 def text_of(completion: Any) -> str:
-    """A completion's text, whether it is a string or a list of chat turns."""
+    """The text of a completion, which is a string or a list of chat turns."""
     return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
 
 
@@ -94,7 +94,11 @@ def source_of(name: str, folder: Path = Path()) -> Path | None:
 
 
 def model_reward(name: str) -> Reward:
-    """Score with a sequence-classification model: its first logit for prompt and completion."""
+    """A reward that is the first logit of a sequence-classification model for prompt and completion.
+
+    Raises:
+        TrainError: REWARD, when the model cannot be loaded.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -111,7 +115,7 @@ def model_reward(name: str) -> Reward:
     def score(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         texts = [_joined(p, c, tokenizer) for p, c in zip(prompts, completions, strict=True)]
         scores = []
-        for one in texts:  # one at a time: a reward must not depend on its batch's padding
+        for one in texts:  # one at a time: a reward must not depend on the padding of its batch
             ids = tokenizer(one, return_tensors="pt", truncation=True).to(model.device)
             scores.append(float(model(**ids).logits[0, 0]))
         return scores
@@ -129,7 +133,7 @@ def _joined(prompt: Any, completion: Any, tokenizer: Any) -> str:
 
 
 def reward_functions(specs: Sequence[RewardSpec], folder: Path = Path()) -> list[Reward]:
-    """Resolve the section `reward:` to functions, weights folded in; `folder` is the recipe's."""
+    """Load the functions of the section `reward:`, multiplied by their weights; `folder` is the recipe's."""
     return [_weighted(_resolve(spec, folder), spec.weight) for spec in specs]
 
 
@@ -148,21 +152,28 @@ def _weighted(reward: Reward, weight: float) -> Reward:
 
 
 def total(functions: Sequence[Reward], **given: Any) -> list[float]:
-    """Sum several rewards; TrainError REWARD for a wrong number of scores, NONFINITE for a NaN."""
+    """Sum the scores of several rewards.
+
+    Args:
+        functions: The rewards.
+        given: `prompts`, `completions` and the columns of the rows.
+
+    Raises:
+        TrainError: REWARD, for a wrong signature or number of scores; NONFINITE, for a score that is not finite.
+    """
     count = len(given["completions"])
     sums = [0.0] * count
     for function in functions:
         try:
             scores = list(function(**given))
         except TypeError as error:
-            fix = "it is called with prompts=, completions= and the columns of the rows"
+            fix = "accept prompts=, completions= and the columns of the rows"
             raise TrainError.of("REWARD", function.__name__, f"cannot be called: {error}", fix) from error
         if len(scores) != count:
             what = f"returned {len(scores)} score{'s' * (len(scores) != 1)} for {count} completions"
             raise TrainError.of("REWARD", function.__name__, what, "return one number per completion")
         if not all(math.isfinite(score) for score in scores):
-            raise TrainError.of(
-                "NONFINITE", function.__name__, "gave a score that is not finite", "return finite numbers"
-            )
+            what = "returned a score that is not finite"
+            raise TrainError.of("NONFINITE", function.__name__, what, "return finite numbers")
         sums = [s + score for s, score in zip(sums, scores, strict=True)]
     return sums

@@ -1,11 +1,12 @@
-"""One adapter from its section to its folder: check, lend the base to a TRL trainer, train, measure, write."""
+"""Train one adapter, from its section of a recipe to its folder."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from paft_merge.errors import TrainError
 from paft_merge.training import data as sets
 from paft_merge.training.arguments import check_targets, training_arguments
 from paft_merge.training.base_model import digest_of, load_base, load_tokenizer, restoring_base
-from paft_merge.training.callbacks import TrainProgress
 from paft_merge.training.job import (
     Job,
     finish,
@@ -27,6 +27,7 @@ from paft_merge.training.job import (
 )
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter
+from paft_merge.training.train_options import TrainOptions
 
 log = logging.getLogger(__name__)
 
@@ -35,74 +36,64 @@ def train_adapter(
     base: Any,
     spec: AdapterSpec | Mapping[str, Any],
     out: Path | str,
-    *,
-    name: str = "adapter",
-    rows: Any = None,
-    eval_rows: Any = None,
-    tokenizer: Any = None,
-    resume: bool = False,
-    folder: Path = Path(),
-    base_name: str | None = None,
-    base_path: str | None = None,
-    base_digest: str | None = None,
-    progress: Callable[[TrainProgress], None] | None = None,
-    callbacks: Sequence[Any] = (),
+    options: TrainOptions | None = None,
+    **fields: Any,
 ) -> Path:
     """Train one adapter and write it to `out`; returns that folder.
 
     Args:
-        base: A folder, a Hub name, or a causal language model in memory (given back bit for bit as it was).
+        base: A folder, a Hub name, or a causal language model in memory (restored bit for bit afterwards).
         spec: The adapter's section of a recipe.
         out: Folder to write; must not exist. The run works in `<out>.part`.
-        name: What messages call the adapter.
-        rows: A `datasets.Dataset` instead of `spec.data`; `eval_rows` instead of `spec.eval_data`.
-        tokenizer: Instead of the base's own.
-        resume: Go on from the last checkpoint of an interrupted run; a finished adapter is left alone.
-        folder: Where relative paths of the section start.
-        base_name: What the adapter's files call the base; the folder or name it was loaded from by default.
-        base_path: Where the tokenizer of a base given in memory is; `base_name` by default.
-        base_digest: `digest_of` the base, if the caller knows it.
-        progress: Called after every optimizer step and with every log.
-        callbacks: Further `transformers.TrainerCallback`s.
+        options: Data, names, callbacks and the like.
+        fields: Fields of `TrainOptions`, as keywords.
 
     Raises:
-        TrainError, RecipeError: with everything that is wrong, before the first step where that can be known.
+        TrainError, RecipeError: with every problem at once, before the first step where possible.
     """
-    spec = spec if isinstance(spec, AdapterSpec) else read_adapter(spec, name)
+    options = replace(options or TrainOptions(), **fields)
+    spec = spec if isinstance(spec, AdapterSpec) else read_adapter(spec, options.name)
     _need_extras()
     place = RunFolder(Path(out))
-    if resume and place.finished:
+    if options.resume and place.finished:
         return place.final
-    named = base_name or str(base if isinstance(base, str | Path) else base.config._name_or_path)
-    arguments = training_arguments(spec, place.checkpoints, name)
-    _check_processes(spec, name)
-    source = str(base) if isinstance(base, str | Path) else base_path or named
-    tokenizer = tokenizer or load_tokenizer(source, spec, folder)
-    rows = rows if rows is not None else sets.load_rows(spec.data, folder)
-    eval_rows = eval_rows if eval_rows is not None or not spec.eval_data else sets.load_rows(spec.eval_data, folder)
-    sets.check_rows(rows, spec, tokenizer)
-    if eval_rows is not None:
-        sets.check_rows(eval_rows, spec, tokenizer, "eval_data")
-    model = load_base(source, spec.base) if isinstance(base, str | Path) else base
-    check_targets(spec, model)
-    job = Job(
-        name, spec, place, model, named, tokenizer, arguments, rows, eval_rows, resume, progress, tuple(callbacks)
-    )
-    job.folder = folder
-    job.base_digest = base_digest or (digest_of(model) if is_first() else "")
-    _look_at_data(job)
+    job = _prepared(base, spec, place, options)
     begun = place.part.exists()
     if is_main_process():
-        place.open(training_plan(job), resume)
+        place.open(training_plan(job), options.resume)
     wait_for_everyone()
-    with restoring_base(model):
+    with restoring_base(job.base):
         try:
             _train(job)
         except TrainError:
             if not begun and is_main_process() and not place.holds_work():
-                shutil.rmtree(place.part)  # there is nothing to resume
+                shutil.rmtree(place.part)  # nothing to resume
             raise
     return place.final
+
+
+def _prepared(base: Any, spec: AdapterSpec, place: RunFolder, options: TrainOptions) -> Job:
+    """Load and check everything that a training needs."""
+    name, folder, loaded = options.name, options.folder, not isinstance(base, str | Path)
+    base_name = options.base_name or str(base.config._name_or_path if loaded else base)
+    arguments = training_arguments(spec, place.checkpoints, name)
+    _check_processes(spec, name)
+    source = (options.base_path or base_name) if loaded else str(base)
+    tokenizer = options.tokenizer or load_tokenizer(source, spec, folder)
+    rows, eval_rows = options.rows, options.eval_rows
+    if rows is None:
+        rows = sets.load_rows(spec.data, folder)
+    if eval_rows is None and spec.eval_data:
+        eval_rows = sets.load_rows(spec.eval_data, folder)
+    sets.check_rows(rows, spec, tokenizer)
+    if eval_rows is not None:
+        sets.check_rows(eval_rows, spec, tokenizer, "eval_data")
+    model = base if loaded else load_base(source, spec.base)
+    check_targets(spec, model)
+    digest = options.base_digest or (digest_of(model) if is_first() else "")
+    job = Job(spec, place, options, model, base_name, tokenizer, arguments, rows, eval_rows, digest)
+    inspect_data(job)
+    return job
 
 
 def _train(job: Job) -> None:
@@ -126,11 +117,11 @@ def _need_extras() -> None:
 def _check_processes(spec: AdapterSpec, name: str) -> None:
     from accelerate import PartialState
 
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # accelerate launch tells by the environment
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # set by accelerate launch
         if os.environ.get("FSDP_VERSION", "1") == "1":
             raise uses_old_fsdp(name)
         if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
-            what = "its activation checkpointing renames modules, so that PEFT finds no adapter to put into checkpoints"
+            what = "FSDP's activation checkpointing renames modules, so PEFT writes checkpoints without the adapter"
             fix = "set fsdp_activation_checkpointing: false there, and training: {gradient_checkpointing: true} here"
             raise TrainError.of("FSDP", f"{name}: accelerate_config", what, fix)
     if spec.objective in SAMPLING and PartialState().num_processes > 1:
@@ -138,8 +129,8 @@ def _check_processes(spec: AdapterSpec, name: str) -> None:
         raise TrainError.of("PROCESSES", name, f"{spec.objective} generates on one device", fix)
 
 
-def _look_at_data(job: Job) -> None:
-    """Shorten prompts where asked, count what the length limit cuts, and tell what is unusual."""
+def inspect_data(job: Job) -> None:
+    """Shorten prompts if asked, count rows that the length limit cuts, and warn of unusual settings."""
     job.facts = {"fingerprint": sets.fingerprint(job.rows), "rows": len(job.rows)}
     spec, tokenizer = job.spec, job.tokenizer
     if tokenizer.pad_token is None:
@@ -159,4 +150,4 @@ def _look_at_data(job: Job) -> None:
             f"{counts['max_length']} and will be cut (the longest has {counts['longest_tokens']} tokens)"
         )
     if spec.l1 and str(getattr(job.arguments.lr_scheduler_type, "value", "")).startswith("constant"):
-        job.warn("L1 with a constant learning rate leaves noise where zeros should be; use cosine or linear")
+        job.warn("L1 with a constant learning rate leaves noise instead of zeros; use cosine or linear")

@@ -1,4 +1,4 @@
-"""Where an adapter grows: `<out>.part` until everything is written, then `<out>`; what a resumed run has to match."""
+"""The folders of an adapter's run: `<out>.part` until everything is written, then `<out>`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DONE_FILE = "paft_train.json"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folders of one adapter's run."""
+    """The output folder of one adapter, and its work folder."""
 
     final: Path
 
     @property
     def part(self) -> Path:
-        """Where the run works."""
+        """The work folder."""
         return self.final.with_name(self.final.name + ".part")
 
     @property
@@ -37,15 +37,20 @@ class RunFolder:
         return (self.final / DONE_FILE).exists()
 
     def open(self, plan: dict[str, Any], resume: bool) -> None:
-        """Make the work folder, or check that the one that is there belongs to the same run.
+        """Create the work folder, or check that an existing one belongs to the same run.
+
+        Args:
+            plan: Settings that must be equal in both runs.
+            resume: Continue an interrupted run.
 
         Raises:
-            TrainError: EXISTS, when something is there and `resume` is off; RESUME, when it is another run's.
+            TrainError: EXISTS, when a folder exists and `resume` is off; RESUME, when it belongs to another run.
         """
         if self.final.exists():
-            raise TrainError.of("EXISTS", self.final, "the folder exists", "remove it, or write elsewhere with --out")
+            fix = "skip finished adapters with resume=True, remove the folder, or train into another one"
+            raise TrainError.of("EXISTS", self.final, "the folder exists", fix)
         if self.part.exists() and not resume:
-            fix = "go on with --resume, or remove the folder"
+            fix = "continue it with resume=True, or remove the folder"
             raise TrainError.of("EXISTS", self.part, "an interrupted run left this folder", fix)
         if self.part.exists() and (self.part / RUN_FILE).exists():
             _check_same(json.loads((self.part / RUN_FILE).read_text()), plan, self.part)
@@ -53,18 +58,18 @@ class RunFolder:
         write_json(self.part / RUN_FILE, plan)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is complete: the trainer writes its state last."""
+        """The newest complete checkpoint; the trainer writes its state file last."""
         found = [p for p in self.checkpoints.glob("checkpoint-*") if _complete(p)]
         return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
     def tidy(self) -> None:
-        """Remove the checkpoints; what TensorBoard reads was written among them, and stays as `runs/`."""
+        """Remove the checkpoints, but keep TensorBoard's files as `runs/`."""
         if (self.checkpoints / "runs").exists():
             os.replace(self.checkpoints / "runs", self.part / "runs")
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def holds_work(self) -> bool:
-        """Whether there is anything to resume, or to look at after a failure."""
+        """Whether the work folder has anything to resume, or to inspect after a failure."""
         return (
             any(self.part.rglob("checkpoint-*"))
             or any(self.part.rglob("samples.jsonl"))
@@ -72,7 +77,7 @@ class RunFolder:
         )
 
     def finish(self, keep_checkpoints: bool = False) -> None:
-        """Remove what only the run needed and give the folder its name."""
+        """Remove the files that only the run needs, and rename the work folder to the output folder."""
         if not keep_checkpoints:
             self.tidy()
         (self.part / RUN_FILE).unlink(missing_ok=True)
@@ -84,7 +89,7 @@ def _complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))  # each process's part, instead of an adapter
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))  # parts of processes instead of an adapter file
     return sharded or (checkpoint / "adapter_model.safetensors").exists()
 
 
@@ -92,7 +97,7 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], part: Path) -> None
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     detail = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed]
     if changed:
-        fix = "resume with the recipe and the data it was started with, or remove the folder"
+        fix = "resume with the same recipe and data, or remove the folder"
         raise TrainError.of("RESUME", part, "; ".join(detail), fix)
 
 
@@ -102,12 +107,12 @@ def _short(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
+    """Write JSON atomically: a reader sees the old file or the complete new one."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(beside, path)
 
 
 def is_first() -> bool:
-    """Whether this is the only process of a run, or the first of several: the one that writes and speaks."""
+    """Whether this process writes and logs: the only process of a run, or the first of several."""
     return os.environ.get("RANK", "0") == "0"

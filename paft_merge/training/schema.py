@@ -1,4 +1,4 @@
-"""One adapter's section of a PAFT recipe as frozen models: what to train, on what, how sparse. Imports no torch."""
+"""The section `adapters:` of a recipe as frozen models. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SAMPLING: tuple[Objective, ...] = ("on_policy", "best_of_n", "rwr")
 
 OURS = {
     "output_dir": "the adapter is written to OUT/NAME",
-    "resume_from_checkpoint": "use --resume",
-    "push_to_hub": "use the recipe's push: section",
+    "resume_from_checkpoint": "use resume=True",
+    "push_to_hub": "use the section push: of the recipe",
     "model_init_kwargs": "use base: {...} of the adapter",
     "remove_unused_columns": "the trainers choose their columns",
     "logging_nan_inf_filter": "a non-finite loss always stops a run",
     "chat_template_path": "use chat_template: of the adapter",
 }
-"""Fields of the TRL configs that `training:` may not set, and what to use instead."""
+"""Fields of the TRL configs that `training:` may not set, and their replacements."""
 
 
 def _finite(value: float) -> float:
@@ -41,7 +41,7 @@ Density = Annotated[float, Field(gt=0, le=1)]
 
 
 class DataSpec(Section):
-    """Where rows come from: a Hub data set, a local .json/.jsonl/.parquet/.csv file, or a folder of either kind."""
+    """A data set: on the Hub, a local .json/.jsonl/.parquet/.csv file, or a folder."""
 
     path: str
     """Hub name, file, or folder (also one written by `Dataset.save_to_disk`)."""
@@ -58,7 +58,7 @@ class DataSpec(Section):
     columns: list[str] | None = None
     """Columns to keep, after renaming; all by default."""
     fraction: Positive | None = None
-    """Share of this set in a mixture, for all sets or none; none is repeated, so the scarcest one bounds the total."""
+    """Share of this set in a mixture; give it for all sets or none. Rows are not repeated, so the smallest set limits all."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use only this many rows from the start."""
 
@@ -66,7 +66,7 @@ class DataSpec(Section):
 
 
 class LoraSpec(Section):
-    """The adapter's shape. Any other field of `peft.LoraConfig` goes under `extra`."""
+    """The LoRA. Other fields of `peft.LoraConfig` go under `extra`."""
 
     r: Annotated[int, Field(ge=1)] = 16
     """Rank."""
@@ -84,10 +84,10 @@ class LoraSpec(Section):
 
 
 class L1Spec(Section):
-    """How the update is made sparse while it is trained."""
+    """The L1 term that makes the update sparse during training."""
 
     strength: Positive = 1e-4
-    """Weight of the *sum* of absolute values (PAFT: 1e-4 to 1e-3). With `target`, where the controller starts."""
+    """Weight of the *sum* of absolute values (PAFT: 1e-4 to 1e-3). With `target`, the initial strength."""
     penalize: Literal["product", "factors"] | None = None
     """The penalised matrix: the delta `scale * B @ A` (`product`, as in PAFT; default) or A and B (`factors`)."""
     mode: Literal["penalty", "prox"] = "penalty"
@@ -97,7 +97,7 @@ class L1Spec(Section):
     cap: Positive = 10.0
     """`prox` only: largest threshold, in units of the learning rate."""
     target: OpenShare | None = None
-    """Sparsity to be reached (share of |delta| < 1e-5, mean over matrices); the strength is then controlled."""
+    """Sparsity to reach (share of |delta| < 1e-5, mean over matrices); the strength is then adjusted automatically."""
 
     RENAMED: ClassVar[Mapping[Any, str]] = {"on": "penalize", True: "penalize"}  # YAML 1.1 reads `on` as true
 
@@ -117,7 +117,7 @@ class L1Spec(Section):
 
 
 class TrimSpec(Section):
-    """Magnitude pruning of the finished delta: the baseline that every sparse training has to beat."""
+    """Magnitude pruning of the trained delta, the baseline of sparse training."""
 
     density: Density
     """Share of entries kept, per matrix."""
@@ -140,11 +140,11 @@ class IftSpec(Section):
     gamma: Share = 0.95
     """Discount of the future losses in a token's weight."""
     detach_weights: bool = False
-    """Hold the weights constant in the gradient: safer (no token is pushed down), but not what the authors ran."""
+    """Use the weights without gradient: no token's probability is lowered, but this is not the authors' method."""
 
 
 class RewardSpec(Section):
-    """What scores a completion. Exactly one of the three."""
+    """A reward of completions: exactly one of `function`, `model` and `rule`."""
 
     function: str | None = None
     """`rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
@@ -164,17 +164,17 @@ class RewardSpec(Section):
 
 
 class SamplingSpec(Section):
-    """Rounds of generate, score, pair and train, with the knobs of arXiv:2404.14367."""
+    """Rounds of generate, score, pair and train, with the parameters of arXiv:2404.14367."""
 
     rounds: Annotated[int, Field(ge=1)] = 4
     samples_per_round: Annotated[int, Field(ge=1)] = 64
-    """Prompts per round (B): fewer per round is more on-policy for the same total."""
+    """Prompts per round (B)."""
     completions: Annotated[int, Field(ge=2)] = 4
     """Completions per prompt (n)."""
     inner_passes: Annotated[int, Field(ge=1)] = 1
     """Passes over a round's samples (T)."""
     mixing_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of offline pairs (from `data`, which then needs chosen and rejected) in what a round trains on."""
+    """Share of offline pairs (from `data`, which then needs chosen and rejected) in the rows of a round."""
     reference: Literal["base", "previous"] = "base"
     """Reference of the preference loss: the base, or the policy at the start of the round."""
     pairing: Literal["best_worst", "threshold"] = "best_worst"
@@ -226,7 +226,7 @@ DataList = Annotated[list[DataSpec], BeforeValidator(_named), Field(min_length=1
 
 
 class AdapterSpec(Section):
-    """One adapter of `adapters:`; docs/training.md has an example of each objective."""
+    """One adapter of `adapters:`. docs/training.md has an example of each objective."""
 
     objective: Objective
     data: DataList
@@ -241,14 +241,14 @@ class AdapterSpec(Section):
     ift: IftSpec = IftSpec()
     sampling: SamplingSpec = SamplingSpec()
     reward: Annotated[list[RewardSpec], BeforeValidator(as_list)] = Field(default_factory=list)
-    """What scores completions (`on_policy`, `best_of_n`, `rwr`, `rloo`, `grpo`); several are summed."""
+    """Rewards of completions (`on_policy`, `best_of_n`, `rwr`, `rloo`, `grpo`); several are summed."""
     base: BaseSpec = BaseSpec()
     chat_template: str | None = None
     """A name (`chatml`, as in `merge:`), a Jinja file, or a model whose template is used. Default: the base's own."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Preference data: cut longer prompts from the left (TRL dropped `max_prompt_length`)."""
     processes: Annotated[int, Field(ge=1)] = 1
-    """GPUs, or processes on the CPU, that this adapter trains on (through accelerate)."""
+    """GPUs, or CPU processes, that train this adapter (through accelerate)."""
     accelerate_config: str | None = None
     """A file for `accelerate launch --config_file` (FSDP and the like)."""
 
@@ -258,7 +258,7 @@ class AdapterSpec(Section):
         wrong = {"orpo": ("orpo",), "ift": ("ift",), "sampling": SAMPLING, "reward": (*SAMPLING, "rloo", "grpo")}
         for section, objectives in wrong.items():
             if section in given and self.objective not in objectives:
-                raise ValueError(f"`{section}` has no meaning for objective {self.objective}; remove it")
+                raise ValueError(f"`{section}` has no effect for objective {self.objective}; remove it")
         if self.objective in wrong["reward"] and not self.reward:
             example = 'reward: {function: "rewards.py:helpful"}'
             raise ValueError(f"objective {self.objective} needs `reward`; e.g. {example}")
@@ -270,7 +270,7 @@ class AdapterSpec(Section):
 
 
 def read_adapter(section: Any, name: str = "adapter") -> AdapterSpec:
-    """Read one adapter's mapping; raises `RecipeError` with every fault of it."""
+    """Read one adapter's section; raises `RecipeError` with every fault."""
     located = section if isinstance(section, Located) else Located(section, prefix=("adapters", name))
     return read_section(AdapterSpec, located)
 
@@ -281,7 +281,7 @@ def is_existing(section: Any) -> bool:
 
 
 def read_adapters(recipe: Located | Mapping[str, Any]) -> dict[str, AdapterSpec]:
-    """Read the entries of a recipe's `adapters:` that are trained; raises `RecipeError` with all faults of all of them."""
+    """Read the entries of a recipe's `adapters:` that are trained; raises `RecipeError` with the faults of all of them."""
     located = recipe if isinstance(recipe, Located) else Located(recipe)
     sections = located.data.get("adapters")
     if not isinstance(sections, Mapping) or not sections:

@@ -1,4 +1,4 @@
-"""TRL's trainers with our objectives and the L1 term: `compute_loss` is overridden, and `log` to add lines."""
+"""TRL's trainers with further objectives and the L1 term: `compute_loss` and `log` are overridden."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from paft_merge.errors import TrainError
 from paft_merge.training.callbacks import L1, Watch
-from paft_merge.training.l1 import adapted, owner, whole
+from paft_merge.training.factors import adapted, owner, whole
 from paft_merge.training.losses import ift_loss, orpo_loss, residual_embeddings, weighted_nll
 from paft_merge.training.schema import IftSpec, Objective, OrpoSpec
 
 _ARGMAX_TOKENS = 1024
-"""Tokens whose logits exist at the same time when the greedy prediction is taken."""
+"""Tokens whose logits are computed at a time for the greedy prediction."""
 
 
 class L1Mixin:
-    """Adds the L1 penalty to any TRL trainer's loss, and what was measured to its logs.
+    """Adds the L1 penalty to the loss of a TRL trainer, and sparsity measurements to its logs.
 
-    The penalty enters once per optimizer step, with its last micro-batch, and not at all in evaluation. The value of
-    the loss stays the task's alone (the penalty adds its gradient only), so train and eval loss remain comparable.
+    The penalty is added once per optimizer step, with the last micro-batch, and not in evaluation. It adds only its
+    gradient and not its value, so train and eval loss remain comparable.
     """
 
     l1: L1 | None = None
     watch: Watch | None = None
     where: str = "adapter"
     penalty_gradient: dict[torch.Tensor, torch.Tensor] | None = None
-    """What the penalty adds to each factor's gradient in this step; only in steps that are logged."""
+    """The penalty's part of each factor's gradient in this step; only in logged steps."""
 
     def _send_telemetry(self) -> None:
-        """Send nothing: TRL would tell the Hub of every trainer that is made."""
+        """Send nothing: TRL would report every trainer to the Hub."""
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Take TRL's step and, where it is logged, measure the penalty's and the task's part of the gradient apart."""
+        """Run TRL's step; in a logged step also measure the gradient norms of the penalty and of the task."""
         self.penalty_gradient = None
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if self.penalty_gradient is not None:
@@ -51,7 +51,7 @@ class L1Mixin:
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the task's loss, with the penalty's gradient attached where it is due."""
+        """Return the task's loss, with the penalty's gradient in the last micro-batch of a step."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self.model.training:
             return result
@@ -74,20 +74,20 @@ class L1Mixin:
             owners = [owner(side) for f in factors for side in (f.a_RI, f.b_OR)]
             gradients = torch.autograd.grad(penalty, owners, retain_graph=True)
             self.penalty_gradient = {p: strength * g for p, g in zip(owners, gradients, strict=True)}
-        # transformers divides a loss by the number of micro-batches unless it says that it is scaled already
-        # (SFTTrainer's is, DPOTrainer's is not); the penalty is a term of the step, so that division is undone.
+        # transformers divides a loss by the number of micro-batches unless the trainer scales it already (SFTTrainer
+        # does, DPOTrainer does not). The penalty belongs to the whole step, so that division is undone.
         undo = 1 if self._scaled_already(num_items_in_batch) else self.current_gradient_accumulation_steps
         term: torch.Tensor = undo * strength * (penalty - penalty.detach())
         return term
 
     def _is_logged(self: Any) -> bool:
-        """Whether this step's line will be logged, and its gradient is in plain sight: not in fp16's scale, nor ZeRO's."""
+        """Whether this step is logged and its gradients are readable: neither scaled (fp16) nor managed by ZeRO."""
         step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps or 1))
         plain = self.accelerator.scaler is None and not self.is_deepspeed_enabled
         return plain and self.args.logging_strategy == "steps" and step % every == 0
 
     def _scaled_already(self: Any, num_items_in_batch: Any) -> bool:
-        """Repeat the rule by which `Trainer.training_step` decides whether to divide a loss."""
+        """The rule of `Trainer.training_step` for not dividing a loss."""
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
         return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
@@ -104,7 +104,7 @@ class L1Mixin:
 
     @property
     def extra_logs(self) -> defaultdict[str, list[float]]:
-        """Values gathered since the last log, by name; logged as their mean."""
+        """Values since the last log, by name; their mean is logged."""
         if "_extra_logs" not in self.__dict__:
             self.__dict__["_extra_logs"] = defaultdict(list)
         found: defaultdict[str, list[float]] = self.__dict__["_extra_logs"]
@@ -120,27 +120,11 @@ class L1Mixin:
 
 
 def _norm(gradients: Iterable[torch.Tensor]) -> float:
-    """Norm of all of them together."""
+    """Norm of all gradients together."""
     return math.sqrt(sum(float(whole(g.detach().float().square().sum())) for g in gradients))
 
 
-class PaftSFTTrainer(L1Mixin, SFTTrainer):  # type: ignore[misc]
-    """Supervised fine-tuning, sparse on demand."""
-
-
-class PaftDPOTrainer(L1Mixin, DPOTrainer):  # type: ignore[misc]
-    """Direct preference optimisation against the base, sparse on demand."""
-
-
-class PaftRLOOTrainer(L1Mixin, RLOOTrainer):  # type: ignore[misc]
-    """TRL's leave-one-out policy gradient as it is, sparse on demand."""
-
-
-class PaftGRPOTrainer(L1Mixin, GRPOTrainer):  # type: ignore[misc]
-    """TRL's group-relative policy gradient as it is, sparse on demand."""
-
-
-class _Orpo(DPOTrainer):  # type: ignore[misc]
+class _ORPOTrainer(DPOTrainer):  # type: ignore[misc]
     """The odds-ratio objective on TRL's preference batches: one forward, no reference."""
 
     loss_is_scaled_for_ga = False
@@ -165,12 +149,8 @@ class _Orpo(DPOTrainer):  # type: ignore[misc]
         return terms.loss
 
 
-class PaftORPOTrainer(L1Mixin, _Orpo):
-    """ORPO, sparse on demand."""
-
-
-class _Ift(SFTTrainer):  # type: ignore[misc]
-    """Intuitive Fine-Tuning on TRL's batches: a greedy look ahead without gradient, then the weighted loss."""
+class _IFTTrainer(SFTTrainer):  # type: ignore[misc]
+    """Intuitive Fine-Tuning on TRL's batches: a greedy prediction without gradient, then the weighted loss."""
 
     loss_is_scaled_for_ga = False
     ift = IftSpec()
@@ -211,10 +191,6 @@ class _Ift(SFTTrainer):  # type: ignore[misc]
             model.train(was)
 
 
-class PaftIFTTrainer(L1Mixin, _Ift):
-    """IFT, sparse on demand."""
-
-
 class _WeightedCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
     """TRL's collator, plus the `weight` column."""
 
@@ -224,7 +200,7 @@ class _WeightedCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
         return batch
 
 
-class _Rwr(SFTTrainer):  # type: ignore[misc]
+class _RWRTrainer(SFTTrainer):  # type: ignore[misc]
     """Likelihood of sampled completions, weighted by their rewards."""
 
     loss_is_scaled_for_ga = False
@@ -236,10 +212,6 @@ class _Rwr(SFTTrainer):  # type: ignore[misc]
         weight = inputs.pop("weight")
         fused = model(**inputs, use_cache=False, fused_lm_head=True)
         return weighted_nll(fused.log_probs, fused.label_mask, weight)
-
-
-class PaftRWRTrainer(L1Mixin, _Rwr):
-    """Reward-weighted regression, sparse on demand."""
 
 
 CONFIGS: dict[Objective, type[Any]] = {
@@ -255,23 +227,30 @@ CONFIGS: dict[Objective, type[Any]] = {
 }
 """The TRL config whose fields `training:` takes, by objective."""
 
+
+def with_l1(trainer: type[Any]) -> type[Any]:
+    """Derive a trainer class with the L1 term."""
+    return type(f"Paft{trainer.__name__.removeprefix('_')}", (L1Mixin, trainer), {})
+
+
 TRAINERS: dict[Objective, type[Any]] = {
-    "sft": PaftSFTTrainer,
-    "ift": PaftIFTTrainer,
-    "best_of_n": PaftSFTTrainer,
-    "rwr": PaftRWRTrainer,
-    "dpo": PaftDPOTrainer,
-    "orpo": PaftORPOTrainer,
-    "on_policy": PaftDPOTrainer,
-    "rloo": PaftRLOOTrainer,
-    "grpo": PaftGRPOTrainer,
+    "sft": with_l1(SFTTrainer),
+    "ift": with_l1(_IFTTrainer),
+    "best_of_n": with_l1(SFTTrainer),
+    "rwr": with_l1(_RWRTrainer),
+    "dpo": with_l1(DPOTrainer),
+    "orpo": with_l1(_ORPOTrainer),
+    "on_policy": with_l1(DPOTrainer),
+    "rloo": with_l1(RLOOTrainer),
+    "grpo": with_l1(GRPOTrainer),
 }
+"""The trainer class by objective."""
 
 DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-"""TRL 1.16's `loss_type` of DPO; a test compares the list with TRL's own."""
+"""Values of `loss_type` of TRL 1.16's DPO; a test compares the list with TRL's."""
 
 
 def weighted_collator(tokenizer: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,13 +18,14 @@ import torch
 import yaml
 from click.testing import CliRunner
 from toys import train as train_toys
+from toys.merge import python
 from toys.run import write_rows
 from toys.train import THEIR_WARNINGS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paft_merge.cli import cli
 from paft_merge.errors import EvaluateError, PaftMergeError, RecipeError
-from paft_merge.evaluating import check_evaluate, evaluate, harness
+from paft_merge.evaluating import EvaluateProgress, check_evaluate, evaluate, harness
 from paft_merge.evaluating.harness import check_data
 from paft_merge.evaluating.light import generate
 from paft_merge.evaluating.loading import load_subject
@@ -200,7 +203,7 @@ def test_everything_that_would_stop_an_evaluation_is_told_at_once(tmp_path: Path
         check_evaluate(section, tmp_path)
     text = str(caught.value)
     for part in (
-        "broken.jsonl:2: is no JSON", "two needs the column 'prompt'; did you mean 'promt'?",
+        "broken.jsonl:2: not JSON", "two needs the column 'prompt'; did you mean 'promt'?",
         "has no function 'goood'; did you mean 'good'?", "none.txt: cannot be read: No such file",
         "five needs the column 'chosen'", "five needs the column 'rejected'", "extract has no group",
     ):  # fmt: skip
@@ -217,7 +220,7 @@ def test_everything_that_would_stop_an_evaluation_is_told_at_once(tmp_path: Path
         ({"suite": "open-llm-v3"}, "suite: must be open-llm-v1, got 'open-llm-v3'; did you mean 'open-llm-v1'?"),
         (
             {"metrics": {"a": {"kind": "perplexity", "data": "x", "function": "f:g"}}},
-            "`function` means nothing for perplexity",
+            "`function` has no effect for perplexity",
         ),
     ],
 )
@@ -230,7 +233,9 @@ def test_a_section_that_is_wrong_is_refused_with_its_place(section: dict, told: 
 def test_a_prompt_that_does_not_fit_is_told_and_not_cut(place: Path) -> None:
     write_rows(place / "long.jsonl", [{"prompt": "w1 " * 100, "answer": "w2"}])
     section = spec_of(a={"kind": "exact_match", "data": "long.jsonl", "max_new_tokens": 40})
-    with pytest.raises(EvaluateError, match="the longest prompt and its answer take 140 tokens, the model sees 128"):
+    with pytest.raises(
+        EvaluateError, match="the longest prompt and its answer take 140 tokens, the model's limit is 128"
+    ):
         evaluate(place / "base", section, folder=place)
 
 
@@ -416,6 +421,8 @@ def test_the_command_prints_a_table_or_json(place: Path, tmp_path: Path) -> None
     shown = CliRunner().invoke(cli, args)
     assert shown.exit_code == 0, shown.output
     assert "perplexity" in shown.stdout
+    assert [line.split(":")[0] for line in shown.stderr.splitlines()] == ["preference", "perplexity"]
+    assert re.search(r"^preference: [01]\.\d{4} ± 0\.\d{4} \(\d+\.\d s\)$", shown.stderr, re.MULTILINE)
     written = CliRunner().invoke(cli, [*args, "--json", "--out", str(tmp_path / "scores.json")])
     scores = json.loads(written.stdout)
     assert scores == json.loads((tmp_path / "scores.json").read_text())
@@ -423,6 +430,40 @@ def test_the_command_prints_a_table_or_json(place: Path, tmp_path: Path) -> None
     nothing = CliRunner().invoke(cli, ["evaluate", str(place / "base")])
     assert nothing.exit_code == 2
     assert "Nothing to evaluate" in nothing.stderr
+
+
+def test_the_command_draws_rows_on_a_terminal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    args = ["evaluate", str(place / "base"), "--preference", str(place / "pairs.jsonl"), "--batch-size", "5"]
+    cli(args, standalone_mode=False)
+    assert "preference" in terminal.getvalue()
+    assert "12/12" in terminal.getvalue()  # chosen and rejected
+
+
+def test_progress_is_reported_at_the_start_after_every_batch_and_at_the_end(place: Path) -> None:
+    told: list[EvaluateProgress] = []
+    found = evaluate(
+        place / "base", spec_of(p={"kind": "preference", "data": "pairs.jsonl"}), folder=place, progress=told.append
+    )
+    assert [(now.name, now.done, now.rows) for now in told] == [
+        ("p", 0, None), *(("p", done, 12) for done in (3, 6, 9, 12)), ("p", 0, None),
+    ]  # fmt: skip
+    assert told[-1].scores == {"p": found["p"]}
+
+
+def test_bars_of_other_packages_do_not_reach_a_file(place: Path) -> None:
+    run = python(
+        "import sys; from paft_merge.cli import cli; cli(sys.argv[1:])",
+        "evaluate", place / "base", "--perplexity", place / "text.txt",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "%|" not in run.stderr
+    assert run.stderr.startswith("perplexity: ")
 
 
 def test_answers_are_written_in_alpacaevals_format(place: Path, tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ def test_fields_targets_and_columns_of_training_are_looked_at_too(world: Path, t
     adapters["dpo"]["lora"] = {"r": 2, "target_modules": ["q_prj"]}
     adapters["dpo"]["data"] = "sft.jsonl"
     text = told(world, tmp_path, adapters=adapters)
-    assert "SFTConfig has no such field; did you mean 'learning_rate'?" in text
-    assert "lora.target_modules: q_prj: the base has no such module; did you mean 'q_proj'?" in text
+    assert "SFTConfig does not have this field; did you mean 'learning_rate'?" in text
+    assert "lora.target_modules: q_prj: the base does not have this module; did you mean 'q_proj'?" in text
     assert "objective dpo needs chosen+rejected, the columns are text" in text
 
 

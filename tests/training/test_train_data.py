@@ -68,7 +68,7 @@ def test_a_folder_as_on_the_hub_loads_by_its_card(tmp_path):
 def test_every_source_that_cannot_be_read_is_told_at_once(tmp_path):
     (tmp_path / "x.txt").write_text("hello")
     sources = [DataSpec(path="nowhere.jsonl"), DataSpec(path="x.txt")]
-    with pytest.raises(TrainError, match="no known format") as caught:
+    with pytest.raises(TrainError, match="not a known format") as caught:
         load_rows(sources, tmp_path)
     assert codes(caught) == ["DATA", "DATA"]
 
@@ -182,7 +182,7 @@ def test_an_unknown_target_a_training_typo_and_a_bad_loss_are_refused_before_tra
     with pytest.raises(TrainError, match="did you mean 'q_proj'") as caught:
         start(objective="dpo", data="m", lora={"target_modules": ["q_porj", "v_proj", "lm_head"]}, training=FAST)
     assert codes(caught) == ["TARGET", "TARGET"]
-    for pattern, message in (("q_proj", "no module of the base matches"), ("(q", "is no regular expression")):
+    for pattern, message in (("q_proj", "no module of the base matches"), ("(q", "not a regular expression")):
         with pytest.raises(TrainError, match=message) as caught:
             start(objective="dpo", data="m", lora={"target_modules": pattern}, training=FAST)
         assert codes(caught) == ["TARGET"]
@@ -219,7 +219,7 @@ def test_all_faults_of_all_adapters_are_told_with_hints():
         "adapters.b.lora.r: must be at least 1, got 0",
         "needs `reward`",
         "the proximal step works on factors",
-        "`orpo` has no meaning for objective sft",
+        "`orpo` has no effect for objective sft",
     ):
         assert expected in told
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_a_trainer_that_touches_the_base_is_found_out(tmp_path, monkeypatch):
             job.base.get_input_embeddings().weight[0, 0] += 1e-6
 
     monkeypatch.setattr(run, "run_trainer", spoil)
-    with pytest.raises(TrainError, match="weights are not what they were") as caught:
+    with pytest.raises(TrainError, match="training this adapter changed") as caught:
         train(recipe(tmp_path), tmp_path / "out", adapters=["sft"], schedule="sequential")
     assert caught.value.problems[0].code == "BASE_CHANGED"
 
@@ -168,9 +169,9 @@ def test_devices_are_the_visible_gpus_those_that_are_named_or_processes_on_the_c
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     assert devices_of(None, {"a": 1}) == ("4", "5")
     for nothing in ("gpu", "cpu:x", "0,x", "cpu:0"):
-        with pytest.raises(TrainError, match=r"names no device; write 0,1 \(GPUs\) or cpu:2 \(processes\)"):
+        with pytest.raises(TrainError, match=r"not a list of devices; write 0,1 \(GPUs\) or cpu:2 \(processes\)"):
             devices_of(nothing, {"a": 1})
-    with pytest.raises(TrainError, match=r"a: asks for 3 processes, but there are 2 devices \(4, 5\)"):
+    with pytest.raises(TrainError, match=r"a: needs 3 processes, but there are 2 devices \(4, 5\)"):
         devices_of(None, {"a": 3})
 
 
@@ -234,7 +235,7 @@ def test_an_adapter_on_several_gpus_is_launched_as_its_accelerate_config_says(tm
 
 def test_an_accelerate_config_that_is_not_there_stops_before_anything_is_launched(tmp_path):
     path = recipe(tmp_path, third={"objective": "sft", "data": "x", "accelerate_config": "fsdp.yaml"})
-    with pytest.raises(TrainError, match=r"third: accelerate_config: there is no file fsdp.yaml"):
+    with pytest.raises(TrainError, match=r"third: accelerate_config: file fsdp.yaml"):
         train(path, tmp_path / "out", schedule="processes")
     assert not (tmp_path / "out").exists()
 
@@ -246,21 +247,28 @@ def test_the_command_prints_folders_alone_and_draws_progress_on_a_terminal(tmp_p
 
     from paft_merge.cli import cli
     from paft_merge.training import launch
-    from paft_merge.training.callbacks import TrainProgress
+    from paft_merge.training.train_options import TrainProgress
 
     asked = {}
 
     def fake(path, out, **options):
         asked.update(options)
         if options["progress"]:
-            for step, logs in ((1, {}), (2, {"loss": 3.25, "sparsity/below_1e-5": 0.5}), (2, {})):
+            for step, logs in (
+                (1, {}),
+                (2, {"loss": 3.25, "sparsity/below_1e-5": 0.5, "learning_rate": 1e-3}),
+                (2, {}),
+            ):
                 options["progress"](TrainProgress("sft", step, 2, logs))
         return {"sft": Path(out) / "sft"}
 
     monkeypatch.setattr(launch, "train", fake)
     shown = CliRunner().invoke(cli, ["train", str(recipe(tmp_path)), "out", "--adapter", "sft", "--resume"])
-    assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "out/sft\n", "")
-    assert (asked["adapters"], asked["resume"], asked["progress"]) == (("sft",), True, None)
+    assert (shown.exit_code, shown.stdout) == (0, "out/sft\n")
+    assert shown.stderr == "sft: step 2/2, loss 3.25, sparse 0.5, rate 0.001\n"
+    assert (asked["adapters"], asked["resume"], asked["logs"]) == (("sft",), True, True)
+    quiet = CliRunner().invoke(cli, ["train", str(recipe(tmp_path)), "out", "--quiet"])
+    assert (quiet.stdout, quiet.stderr, asked["progress"]) == ("out/sft\n", "", None)
     CliRunner().invoke(cli, ["train", str(recipe(tmp_path)), "out", "--devices", "cpu:2"])
     assert asked["devices"] == "cpu:2"
     wrong = CliRunner().invoke(
@@ -272,11 +280,28 @@ def test_the_command_prints_folders_alone_and_draws_progress_on_a_terminal(tmp_p
         def isatty(self):
             return True
 
-    from paft_merge.cli.training import _train_progress
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    cli(["train", str(recipe(tmp_path)), "out"], standalone_mode=False)
+    assert "loss 3.25, sparse 0.5" in terminal.getvalue()
+    assert "2/2" in terminal.getvalue()
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with _train_progress(True) as quiet, _train_progress(False) as drawn:
-        assert quiet is None
-        fake("r", "out", progress=drawn)
-    assert "loss 3.25, sparse 0.5" in sys.stderr.getvalue()
-    assert "2/2" in sys.stderr.getvalue()
+
+def test_the_command_writes_a_log_of_every_adapter_and_names_it(tmp_path):
+    from click.testing import CliRunner
+
+    from paft_merge.cli import cli
+
+    out = tmp_path / "out"
+    args = ["train", str(recipe(tmp_path)), str(out), "--schedule", "sequential"]
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 0, done.output
+    for name in ("sft", "dpo"):
+        log = (out / f"{name}.log").read_text()
+        assert re.search(r'^step \d+/\d+ \{"loss": ', log, re.MULTILINE)
+        assert f"{name}: log in {out / name}.log" in done.stderr
+        assert re.search(rf"^{name}: step \d+/\d+, loss [\d.]+.*, rate ", done.stderr, re.MULTILINE)
+    again = CliRunner().invoke(cli, args)
+    assert again.exit_code == 1
+    assert "the folder exists; skip finished adapters with --resume" in again.stderr
+    assert "TrainError: " in (out / "sft.log").read_text()

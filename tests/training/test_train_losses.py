@@ -15,11 +15,17 @@ from paft_merge.training.losses import (
     orpo_loss,
     residual_embeddings,
     rwr_weights,
-    token_logps,
     weighted_nll,
 )
 
 VECTOR = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+
+
+def token_logps(logits, labels):
+    """Log-probability of every next token `[B, T]`, zero where the label is -100."""
+    targets = labels[:, 1:]
+    picked = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(targets == -100, 0.0)
 
 
 def test_ift_matches_the_vectors_of_the_authors_code():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from paft_merge.recipe import load_yaml
 from paft_merge.training.arguments import lora_config, training_arguments
-from paft_merge.training.schema import read_adapters
+from paft_merge.training.schema import Objective, read_adapters
 
 FILES = [p for p in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")) if "\nadapters:" in p.read_text()]
 
@@ -33,3 +36,10 @@ def test_the_zephyr_settings_are_there_for_both_bases_with_the_source_of_every_n
         recipe = yaml.safe_load(path.read_text())
         assert {"sft", "dpo", "orpo"} <= recipe["adapters"].keys()
         assert recipe["adapters"]["dpo"]["training"]["beta"] == 0.01
+
+
+def test_the_documentation_has_an_example_of_every_objective_that_reads_without_an_error():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    examples = [load_yaml(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    found = {spec.objective for example in examples for spec in read_adapters(example).values()}
+    assert found == set(get_args(Objective))

@@ -84,7 +84,7 @@ def test_an_interrupted_folder_is_not_overwritten_and_another_run_is_not_continu
         run(tmp_path / "x", callbacks=[killer(4)])
     with pytest.raises(TrainError, match="an interrupted run left this folder"):
         run(tmp_path / "x")
-    with pytest.raises(TrainError, match=r"spec was .* resume with the recipe"):
+    with pytest.raises(TrainError, match=r"spec was .* resume with the same recipe"):
         run(tmp_path / "x", resume=True, l1={"strength": 1.0})
     shutil.rmtree(tmp_path / "x.part")
     out = run(tmp_path / "x")

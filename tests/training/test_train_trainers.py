@@ -23,7 +23,8 @@ from toys.train import (
 from paft_merge.errors import TrainError
 from paft_merge.training import train_adapter
 from paft_merge.training.base_model import digest_of, restoring_base
-from paft_merge.training.l1 import adapted, product_l1
+from paft_merge.training.factors import adapted
+from paft_merge.training.l1 import product_l1
 
 pytestmark = THEIR_WARNINGS
 
@@ -340,7 +341,10 @@ def test_a_trimmed_adapter_with_a_trained_module_merges_and_audits_as_peft_merge
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"lora": {"r": 2, "target_modules": ["embed_tokens", "q_proj"]}, "trim": {"density": 0.1}}, "no linear layer"),
+        (
+            {"lora": {"r": 2, "target_modules": ["embed_tokens", "q_proj"]}, "trim": {"density": 0.1}},
+            "not a linear layer",
+        ),
         ({"lora": {"r": 2}, "trim": {"density": 0.9}}, "more entries than the matrix"),
     ],
 )
@@ -376,7 +380,7 @@ def test_an_entry_that_was_thrown_far_does_not_hide_a_collapse_and_a_sparse_adap
     from types import SimpleNamespace
 
     from paft_merge.training.callbacks import L1, Watch
-    from paft_merge.training.l1 import Factors
+    from paft_merge.training.factors import Factors
     from paft_merge.training.schema import L1Spec
 
     lr, state = 1e-3, SimpleNamespace(global_step=30, max_steps=100)
@@ -384,7 +388,7 @@ def test_an_entry_that_was_thrown_far_does_not_hide_a_collapse_and_a_sparse_adap
     def look_twice(b):
         watch = Watch("x", L1(L1Spec(strength=1.0)))
         for _ in range(2):
-            watch._alarm((Factors("q", torch.ones(4, 50), b, 1.0),), lr, state)
+            watch.check_collapse((Factors("q", torch.ones(4, 50), b, 1.0),), lr, state)
 
     noise = torch.full((1000, 4), 0.2 * lr)
     noise[0, 0] = 4 * lr
@@ -421,9 +425,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 @pytest.mark.parametrize(
     ("l1", "stage", "message"),
     [
-        ({"mode": "prox"}, 2, "overwrite what the proximal step shrinks; use mode: penalty"),
+        ({"mode": "prox"}, 2, "overwrite the result of the proximal step; use mode: penalty"),
         ({"penalize": "product"}, 3, "ZeRO-3 shards the factors"),
-        ({"penalize": "factors"}, 3, "neither measured nor penalised; use FSDP 2"),
+        ({"penalize": "factors"}, 3, "cannot be measured or penalised; use FSDP 2"),
         (None, 3, "ZeRO-3 shards the factors"),
         ({"penalize": "product"}, 2, None),
     ],
@@ -431,7 +435,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 def test_what_zero_would_undo_is_refused(l1, stage, message):
     from types import SimpleNamespace
 
-    from paft_merge.training.job import _check_sharding
+    from paft_merge.training.job import check_sharding
     from paft_merge.training.schema import read_adapter
 
     plugin = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
@@ -440,19 +444,21 @@ def test_what_zero_would_undo_is_refused(l1, stage, message):
     )
     job = SimpleNamespace(name="sft", spec=read_adapter({"objective": "sft", "data": "x", "l1": l1}))
     if message is None:
-        _check_sharding(job, trainer)
+        check_sharding(job, trainer)
         return
     with pytest.raises(TrainError, match=message) as caught:
-        _check_sharding(job, trainer)
+        check_sharding(job, trainer)
     assert caught.value.problems[0].code == ("PROX_ZERO" if stage == 2 else "ZERO")
     trainer.is_deepspeed_enabled = False
-    _check_sharding(job, trainer)
+    check_sharding(job, trainer)
 
 
 def test_four_bits_without_bitsandbytes_say_what_to_install_and_with_it_what_was_asked_for(monkeypatch):
     import importlib.util
 
-    from paft_merge.training.base_model import _quantization, load_base
+    from transformers import AutoModelForCausalLM
+
+    from paft_merge.training.base_model import load_base
     from paft_merge.training.schema import BaseSpec
 
     wanted = BaseSpec(quantization={"load_in_4bit": True})
@@ -460,12 +466,10 @@ def test_four_bits_without_bitsandbytes_say_what_to_install_and_with_it_what_was
     with pytest.raises(TrainError, match=r"bitsandbytes is not installed; pip install 'paft-merge\[4bit\]'"):
         load_base("toy", wanted)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    asked = _quantization(wanted.quantization)
-    assert (asked.load_in_4bit, asked.bnb_4bit_quant_type, asked.bnb_4bit_compute_dtype) == (
-        True,
-        "nf4",
-        torch.bfloat16,
-    )
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **options: options)
+    asked = load_base("toy", wanted)["quantization_config"]
+    assert (asked.load_in_4bit, asked.bnb_4bit_quant_type) == (True, "nf4")
+    assert asked.bnb_4bit_compute_dtype == torch.bfloat16
 
 
 def test_a_base_in_four_bits_is_trained_with_float32_adapters_and_the_result_merges(base, tmp_path):
@@ -492,12 +496,12 @@ def test_a_base_in_four_bits_is_trained_with_float32_adapters_and_the_result_mer
     assert moved == pytest.approx(record["delta"]["norm"], rel=1e-3)
 
 
-def test_adapters_that_trl_narrowed_are_widened_and_frozen_weights_are_not():
-    from paft_merge.training.job import _widen
+def test_adapters_that_trl_narrowed_arewiden_adaptered_and_frozen_weights_are_not():
+    from paft_merge.training.job import widen_adapter
 
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).bfloat16()
     net[0].requires_grad_(False)
-    _widen(net)
+    widen_adapter(net)
     assert [p.dtype for p in net.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
@@ -551,17 +555,9 @@ def test_prompt_completion_rows_and_packing_run(base, tmp_path):
     assert "rows_cut" not in record_of(out)["data"]  # wrapped: what does not fit goes on in the next row
 
 
-def test_rows_that_packing_cuts_are_counted(tmp_path):
-    from types import SimpleNamespace
-
-    from paft_merge.training.run import _look_at_data
-
-    arguments = SimpleNamespace(packing=True, packing_strategy="bfd", max_length=8, lr_scheduler_type="cosine")
-    warned = []
-    job = SimpleNamespace(
-        rows=texts(), spec=SimpleNamespace(max_prompt_tokens=None, l1=None), tokenizer=tokenizer(), arguments=arguments,
-        warn=warned.append,
-    )  # fmt: skip
-    _look_at_data(job)
-    assert job.facts["rows_cut"] == 64
-    assert "64 of 64 rows looked at are longer than max_length 8" in warned[0]
+def test_rows_that_packing_cuts_are_counted(base, tmp_path):
+    training = {"packing": True, "packing_strategy": "bfd", "max_length": 8}
+    section = spec(steps=1, training=training)
+    out = train_adapter(base, section, tmp_path / "x", rows=texts(), tokenizer=tokenizer(), base_name="toy")
+    assert record_of(out)["data"]["rows_cut"] == 64
+    assert "64 of 64 rows looked at are longer than max_length 8" in record_of(out)["run"]["warnings"][0]
