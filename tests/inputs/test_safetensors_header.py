@@ -243,12 +243,12 @@ REFUSED = {
     "same name twice": (
         raw(b'{"w":%b,"w":%b}' % ((json.dumps(ONE).encode(),) * 2), bytes(8)),
         "SHARD_HEADER",
-        "name 'w' stands more than once",
+        "name 'w' occurs more than once",
     ),
     "same key twice": (
         raw(b'{"w":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
         "SHARD_HEADER",
-        "name 'dtype' stands more than once",
+        "name 'dtype' occurs more than once",
     ),
     # entries of the wrong kind
     "entry is a list": (raw({"w": ["F32", [2], [0, 8]]}, bytes(8)), "SHARD_HEADER", "not {dtype, shape, data_offsets}"),

@@ -188,7 +188,7 @@ def test_inputs_are_never_modified(asked: dict[str, Any], models: dict[str, Path
 def test_a_foreign_folder_of_the_name_out_part_is_not_touched(asked: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="no merge has left it"):
+    with pytest.raises(OutputError, match="is not the unfinished output of a merge"):
         merge(asked, tmp_path / "out")
     assert files_of(tmp_path / "out.part") == {"thesis.txt": b"mine"}
 
