@@ -256,10 +256,7 @@ def _header_bytes(read: ReadAt, size: int, path: Path) -> bytearray:
 _MAGIC = (
     (b"\x1f\x8b", "gzip data"),
     (b"PK\x03\x04", "a zip archive, perhaps a PyTorch pickle"),
-    (b"\x80\x02", "a Python pickle"),
-    (b"\x80\x03", "a Python pickle"),
-    (b"\x80\x04", "a Python pickle"),
-    (b"\x80\x05", "a Python pickle"),
+    *((bytes((0x80, protocol)), "a Python pickle") for protocol in (2, 3, 4, 5)),
     (b"GGUF", "a GGUF model"),
     (b"\x89HDF", "an HDF5 file"),
     (b"\x28\xb5\x2f\xfd", "Zstandard data"),
