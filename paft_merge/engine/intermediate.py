@@ -119,7 +119,7 @@ class Intermediate(Checkpoint):
         return xxhash.xxh3_128_hexdigest("".join(model.checkpoint.sample() for model in self.plan.models).encode())
 
     @property
-    def place(self) -> tuple[str, int]:
+    def identity(self) -> tuple[str, int]:
         return self.name, id(self.plan)
 
     @property
@@ -130,8 +130,8 @@ class Intermediate(Checkpoint):
     def written_dtype(self, name: str) -> str:
         return self._planned[name].dtype
 
-    def bytes_behind(self, name: str) -> int:
-        return sum(read.checkpoint.bytes_behind(read.name) for read in self._planned[name].inputs.reads)
+    def bytes_read(self, name: str) -> int:
+        return sum(read.checkpoint.bytes_read(read.name) for read in self._planned[name].inputs.reads)
 
     def working_bytes(self, name: str) -> int:
         return self._planned[name].block_bytes

@@ -117,7 +117,7 @@ class _InMemory(Checkpoint):
         self._place = id(tensors)
 
     @property
-    def place(self) -> Hashable:
+    def identity(self) -> Hashable:
         return self._place
 
     def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:

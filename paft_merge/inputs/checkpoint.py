@@ -1,4 +1,4 @@
-"""A folder of tensors: their names, dtypes and shapes from headers alone, their bytes on demand."""
+"""A checkpoint's folder: names, dtypes and shapes of its tensors from headers alone, their bytes on demand."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "UNFINISHED", "Checkpoint", "CheckpointFile", "Dtype", "TensorInfo"]
 
 UNFINISHED = "merge_state.json"
-"""The journal of a merge under way. A folder that holds one, or is called `*.part`, is not opened: the files inside
-have their full size from the start and would look complete."""
+"""The journal of an unfinished merge. A folder that holds one, or is called `*.part`, is not opened: its files have
+their full size from the start and would look complete."""
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".index.json"
@@ -53,7 +53,7 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """One file that holds tensors, as it was when it was opened; `digest` is xxh3_128 of its header, in hex."""
+    """One file of tensors at the time it was opened; `digest` is xxh3_128 of its header, in hex."""
 
     name: str
     size: int
@@ -63,32 +63,32 @@ class CheckpointFile:
 
 
 class FarFile(Protocol):
-    """A file that lies elsewhere, and is read as if it were here."""
+    """A remote file, read like a local one."""
 
     size: int
     etag: str
-    """Tells its content from any other."""
+    """Identifies the content."""
 
     def read(self, view: memoryview, offset: int) -> int:
-        """Fill `view` from byte `offset` on; fewer bytes only where the file ends."""
+        """Fill `view` from byte `offset` on; return the number of bytes, fewer than asked only at the end of the file."""
 
     def changed(self) -> str:
-        """What differs from when it was opened, in words; empty when nothing does."""
+        """Describe how the file differs from when it was opened; empty if it does not."""
 
 
 class Checkpoint:
     """The tensors of a folder (or of one file), for reading from any number of threads; a context manager.
 
-    Reads are `preadv` on one descriptor per file: a file that shrinks under us is an error, not a SIGBUS. Files that are
-    not in the folder may lie elsewhere (`far`).
+    Reads are `preadv` on one descriptor per file, so that a file that becomes shorter is an error and not a SIGBUS.
+    Files that are not in the folder may be remote (`far`).
 
     Attributes:
-        folder: where the files lie.
-        tensors: by name, in the order of the sorted files and then of offsets.
+        folder: the folder of the files.
+        tensors: by name, ordered by file and then by offset.
         files: the files that hold tensors, sorted by name.
-        config: `config.json` parsed; empty when there is none.
-        file: the one file that was asked for, when it was no folder.
-        tokenizer_files: of its tokenizer, by name, where they are not the folder's (a merge that is never written).
+        config: `config.json` parsed; empty if there is none.
+        file: the name of the file, if a file was opened and not a folder.
+        tokenizer_files: tokenizer files by name, for an intermediate merge, which has no folder; else None.
     """
 
     tokenizer_files: Mapping[str, bytes | Path] | None = None
@@ -112,15 +112,15 @@ class Checkpoint:
     def open(cls, folder: Path, *, unpickle: bool = False, far: Mapping[str, FarFile] | None = None) -> Checkpoint:
         """Open a folder of `model.safetensors`, of shards with their index, or one `.safetensors` file by its path.
 
-        Names as diffusers writes them, and a single file of any other name, are found too.
+        File names of diffusers, and a single file of any other name, are found too.
 
         Args:
             folder: the checkpoint, on this machine.
-            unpickle: read `pytorch_model*.bin` when there is nothing else, through mergekit's restricted unpickler.
-            far: files of the folder that lie elsewhere, by their names; one that is in the folder is read from there.
+            unpickle: read `pytorch_model*.bin` if there is nothing else, through mergekit's restricted unpickler.
+            far: remote files of the folder by name; a file that is also in the folder is read from the folder.
 
         Raises:
-            CheckpointError: with all the faults that headers, index and config show.
+            CheckpointError: with all faults of headers, index and config.
         """
         asked = folder = Path(folder)
         problems, opened = Problems(), list[_Opened]()
@@ -163,36 +163,41 @@ class Checkpoint:
         Args:
             name: a key of `tensors`.
             start: in bytes from the beginning of the tensor, not negative.
-            buffer: writable and C-contiguous (a numpy array, a memoryview); `start` plus its bytes must lie within
-                the tensor.
+            buffer: writable and C-contiguous (a numpy array, a memoryview); must not reach past the tensor's end.
 
         Raises:
-            CheckpointError: INPUT_CHANGED when the file has become shorter, SHARD_UNREADABLE when the disk fails.
+            CheckpointError: INPUT_CHANGED if the file has become shorter, SHARD_UNREADABLE if the disk fails.
         """
         view = as_bytes(buffer)
-        info = self._holding(name, start, len(view))
+        info = self._info_within(name, start, len(view))
         if name in self._strided:
             view[:] = self._pack(name)[start : start + len(view)]
         else:
             self._read(info.file, info.offset + start, view)
 
-    def lies_at(self, name: str, start: int, nbytes: int) -> tuple[int, int] | None:
-        """Where bytes of tensor `name` lie: a descriptor and the offset of byte `start`; None where no file holds them as they are."""
-        info = self._holding(name, start, nbytes)
+    def location(self, name: str, start: int, nbytes: int) -> tuple[int, int] | None:
+        """File descriptor and offset of byte `start` of tensor `name`; None if no local file holds it contiguously.
+
+        Args:
+            name: a key of `tensors`.
+            start: in bytes from the beginning of the tensor.
+            nbytes: number of bytes that will be read; must not reach past the tensor's end.
+        """
+        info = self._info_within(name, start, nbytes)
         fd = None if name in self._strided else self._fds.get(info.file)
         return None if fd is None else (fd, info.offset + start)
 
-    def _holding(self, name: str, start: int, nbytes: int) -> TensorInfo:
+    def _info_within(self, name: str, start: int, nbytes: int) -> TensorInfo:
         info = self.tensors[name]
         if not 0 <= start <= info.nbytes - nbytes:
             raise ValueError(f"bytes {start} to {start + nbytes} of {name!r}, which has {info.nbytes}")
         return info
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor whole, into fresh memory, in its storage dtype.
+        """Read one whole tensor in its storage dtype.
 
         Raises:
-            CheckpointError: DTYPE_UNSUPPORTED when torch has no such dtype (F4, F6), and as `read_into`.
+            CheckpointError: DTYPE_UNSUPPORTED if torch has no such dtype (F4, F6); otherwise as `read_into`.
         """
         import torch
 
@@ -205,40 +210,40 @@ class Checkpoint:
         self.read_into(name, 0, raw.numpy())
         return raw.view(dtype).reshape(info.shape)
 
-    # --- what a checkpoint that is computed does otherwise (see `graph.Intermediate`) --------------------------------------
+    # --- overridden by computed checkpoints (see `engine.intermediate`) ---------------------------------------------------
 
     computed = False
-    """Whether its tensors are merged while they are read."""
+    """Whether reading a tensor computes it."""
 
     @property
-    def place(self) -> Hashable:
-        """What tells its tensors from those of other checkpoints."""
+    def identity(self) -> Hashable:
+        """Distinguishes its tensors from those of other checkpoints."""
         return self.folder, self.file
 
     @property
     def folders(self) -> list[Path]:
-        """Every folder, or lone file, that is read."""
+        """Every folder, or separate file, that is read."""
         return [self.folder / self.file if self.file else self.folder]
 
     def written_dtype(self, name: str) -> str:
-        """The type of tensor `name` as the checkpoint means it; what is read may be wider."""
+        """Storage type of tensor `name`; a computed checkpoint may deliver a wider one."""
         return self.tensors[name].dtype
 
-    def bytes_behind(self, name: str) -> int:
-        """Stored bytes that a pass over tensor `name` reads."""
+    def bytes_read(self, name: str) -> int:
+        """Stored bytes that one pass over tensor `name` reads."""
         return self.tensors[name].nbytes
 
     def working_bytes(self, name: str) -> int:
-        """Memory that reading a block of tensor `name` takes beside the block."""
+        """Bytes of memory that reading a block of tensor `name` needs besides the block."""
         return 0
 
     def release(self, name: str) -> None:
-        """Let go of what is held for tensor `name`."""
+        """Free memory held for tensor `name`."""
 
     def sample(self) -> str:
-        """XXH3-128 of the first 4 KiB of every tensor: headers of fine-tunes are equal, their first weights hardly ever are.
+        """XXH3-128 of the first 4 KiB of every tensor, to distinguish fine-tunes, whose headers are equal.
 
-        Read once: `check_unchanged` tells of files that are not what they were.
+        Computed once: `check_unchanged` reports files that have changed since.
         """
         if self._sampled is None:
             digest = xxhash.xxh3_128()
@@ -252,9 +257,9 @@ class Checkpoint:
     # ----------------------------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, dict[str, int | str]]:
-        """What tells these files from others without reading their data: per file size, mtime_ns and header digest.
+        """Identify the files without reading their data: by file name size, mtime_ns and header digest.
 
-        A file that lies elsewhere has an etag, which stands for all of its bytes.
+        A remote file also has an etag, which identifies all of its bytes.
         """
         etags = {name: {"etag": file.etag} for name, file in self._far.items()}
         return {
@@ -264,30 +269,32 @@ class Checkpoint:
 
     @property
     def far(self) -> dict[str, int]:
-        """The size of every file of it that lies elsewhere."""
+        """The size of every remote file."""
         return {name: file.size for name, file in self._far.items()}
 
     def check_unchanged(self) -> None:
-        """Compare each file's size and time of change with those at opening.
+        """Compare each file's size and modification time with those at opening.
 
         Raises:
-            CheckpointError: INPUT_CHANGED, naming every file that differs or is gone.
+            CheckpointError: INPUT_CHANGED, naming every file that differs or is missing.
         """
         problems = Problems()
         for file in self.files:
             if file.name in self._far:
                 if what := self._far[file.name].changed():
-                    fix = "run again, so that all of it is of one version"
+                    fix = "run again, so that all of it has one version"
                     problems.add("INPUT_CHANGED", self.folder / file.name, what, fix)
                 continue
             try:
                 now = os.stat(self.folder / file.name)
             except OSError as error:
-                problems.add("INPUT_CHANGED", self.folder / file.name, f"cannot be found any more: {error.strerror}")
+                problems.add("INPUT_CHANGED", self.folder / file.name, f"is missing: {error.strerror}")
                 continue
             if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
                 what = f"was {file.size:,} bytes when opened and is {now.st_size:,} now, or was written to since"
-                problems.add("INPUT_CHANGED", self.folder / file.name, what, "run again when nothing writes to it")
+                problems.add(
+                    "INPUT_CHANGED", self.folder / file.name, what, "run again when no other process writes to it"
+                )
         problems.raise_as(CheckpointError)
 
     def _read(self, file: str, offset: int, view: memoryview) -> None:
@@ -299,10 +306,12 @@ class Checkpoint:
             raise CheckpointError.of("SHARD_UNREADABLE", self.folder / file, what) from error
         if done < len(view):
             what = f"ends at byte {offset + done:,}, and was longer when it was opened"
-            raise CheckpointError.of("INPUT_CHANGED", self.folder / file, what, "run again when nothing writes to it")
+            raise CheckpointError.of(
+                "INPUT_CHANGED", self.folder / file, what, "run again when no other process writes to it"
+            )
 
     def _pack(self, name: str) -> memoryview:
-        """The bytes in C order of a tensor of a .bin that lies there transposed or sliced; the last one is kept."""
+        """The bytes in C order of a tensor that a .bin stores transposed or sliced; the last one is cached."""
         import torch
 
         with self._packing:
@@ -317,7 +326,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file with its descriptor, and what of a .bin needs packing before it can be read."""
+    """An opened file; `strided` are the tensors of a .bin that are not contiguous in it."""
 
     fd: int | None
     file: CheckpointFile
@@ -358,11 +367,11 @@ def _scan_bin(fd: int, path: Path) -> tuple[Header, tuple[Stored, ...]]:
     return Header(tensors, {}, digest), tuple(one for one in stored if not one.contiguous)
 
 
-# --- which files a folder means ---------------------------------------------------------------------------------------
+# --- choosing the files of a folder ---------------------------------------------------------------------------------------
 
 
 def _locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, list[str], dict[str, str] | None, bool]:
-    """The folder, its files sorted by name, the index's weight_map if there is an index, and if they are pickles."""
+    """The folder, its files sorted by name, the index's weight_map if there is an index, and whether they are pickles."""
     if path.suffix == ".safetensors" and not path.is_dir():
         return path.parent, [path.name], None, False
     if path.suffix in _PICKLES and path.is_file():
@@ -386,12 +395,12 @@ def _locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, 
 
 
 def _choose(folder: Path, present: Sequence[str], unpickle: bool) -> str:
-    """The one file that says what the checkpoint is: a safetensors file, or an index; see `Checkpoint.open`."""
+    """The file that defines the checkpoint: a safetensors file or an index; see `Checkpoint.open`."""
     for stem in _STEMS:
         both = [name for name in (f"{stem}.safetensors", f"{stem}.safetensors{_INDEX}") if name in present]
         if len(both) == 2 and set(_read_index(folder / both[1]).values()) != {both[0]}:
             what = f"holds both {both[0]} and an index of other files"
-            raise CheckpointError.of("CHECKPOINT_AMBIGUOUS", folder, what, "remove the one that is not meant")
+            raise CheckpointError.of("CHECKPOINT_AMBIGUOUS", folder, what, "remove the wrong one")
         if both:
             return both[-1]
     ours = [name for name in present if not name.startswith(("consolidated", "adapter_model", "."))]
@@ -400,7 +409,7 @@ def _choose(folder: Path, present: Sequence[str], unpickle: bool) -> str:
     if len(files) == 1 and not _is_part_of_many(files[0]):
         return files[0]
     if files:
-        what = f"holds {join_first(files)}, and nothing that says how they belong together"
+        what = f"holds {join_first(files)}, and no index of them"
         raise CheckpointError.of("INDEX_MISSING", folder, what, f"download model.safetensors{_INDEX} too")
     return _choose_pickle(folder, present, unpickle)
 
@@ -422,9 +431,9 @@ def _choose_pickle(folder: Path, present: Sequence[str], unpickle: bool) -> str:
     if "adapter_model.safetensors" in present:
         what, fix = "holds an adapter and no checkpoint", "name it after its base: base+adapter"
     elif consolidated := [name for name in present if name.startswith("consolidated")]:
-        what, fix = f"holds only {consolidated[0]}, not in Hugging Face's form", "convert it to model.safetensors"
+        what, fix = f"holds only {consolidated[0]}, not in Hugging Face's format", "convert it to model.safetensors"
     else:
-        what, fix = "holds no safetensors file", "is it the folder that was meant?"
+        what, fix = "holds no safetensors file", "check the path"
     raise CheckpointError.of("CHECKPOINT_MISSING", folder, what, fix)
 
 
@@ -440,10 +449,10 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError.of("INDEX_INVALID", path, "has no weight_map of tensor names to files")
-    faults = [Problem("INDEX_INVALID", str(path), f"key {quote(key)} stands more than once") for key in twice]
+    faults = [Problem("INDEX_INVALID", str(path), f"key {quote(key)} occurs more than once") for key in twice]
     for name, file in weight_map.items():
         if type(file) is not str:
-            faults.append(Problem("INDEX_INVALID", str(path), f"the file of tensor {quote(name)} is not a text"))
+            faults.append(Problem("INDEX_INVALID", str(path), f"the file of tensor {quote(name)} is not a string"))
     for file in sorted({file for file in weight_map.values() if type(file) is str and not _is_plain(file)}):
         faults.append(Problem("INDEX_PATH", str(path), f"names {quote(file)}, which is not a plain file name"))
     if faults:
@@ -452,9 +461,9 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Is this a file name that cannot leave its folder on any system?
+    """Whether a file name cannot lead out of its folder on any system.
 
-    Only the name is judged. Where a symlink leads is no fault: the Hub's cache is made of them.
+    Only the name is checked. Symlinks may lead anywhere: the Hub's cache consists of them.
     """
     return (
         name.isprintable() and name.strip(" .") != "" and not re.search(r"[/\\:]", name) and len(name.encode()) <= 255
@@ -462,13 +471,13 @@ def _is_plain(name: str) -> bool:
 
 
 def _compare(weight_map: Mapping[str, str], opened: Iterable[_Opened], folder: Path) -> list[Problem]:
-    """Index and files must agree on every tensor; files that could not be read have been told already."""
+    """Compare index and files; files that could not be read have been reported already."""
     held = {one.file.name: one.tensors for one in opened}
     faults = list[Problem]()
     for name, file in weight_map.items():
         if file in held and name not in held[file]:
             where = next((f"{other} has it" for other in held if name in held[other]), "no file has it")
-            what = f"tensor {quote(name)} is not there though the index says so; {where}"
+            what = f"tensor {quote(name)} is missing, though the index lists it; {where}"
             faults.append(Problem("INDEX_MISMATCH", str(folder / file), what))
     for file, tensors in held.items():
         for name in tensors:
@@ -482,7 +491,7 @@ def _compare(weight_map: Mapping[str, str], opened: Iterable[_Opened], folder: P
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` as transformers reads it: data only, whatever code it names."""
+    """Parse `config.json`; data only, no code that it names is run."""
     path = folder / "config.json"
     if not os.path.lexists(path):
         return {}

@@ -1,4 +1,4 @@
-"""One opened model reference."""
+"""An opened model reference: a checkpoint, perhaps with an adapter."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """One opened model reference: a checkpoint, and the adapter on it if there is one."""
+    """One opened model reference.
+
+    Attributes:
+        ref: the reference, for messages.
+        checkpoint: the checkpoint.
+        adapter: the adapter on it, if any.
+    """
 
     ref: str
     checkpoint: Checkpoint
     adapter: Adapter | None = None
 
     def read(self, name: str) -> Read:
-        """How this model has the tensor `name`."""
+        """Return the model's tensor `name`, with the adapter's delta."""
         delta = self.adapter.deltas.get(name) if self.adapter else None
         return Read(self.ref, self.checkpoint, (delta.stored_as if delta else None) or name, delta)
 
     def has(self, name: str) -> bool:
-        """Whether this model has a tensor `name`, stored or made by its adapter."""
+        """Whether the model has a tensor `name`, in the checkpoint or made by the adapter."""
         return name in self.checkpoint.tensors or bool(self.adapter and name in self.adapter.deltas)
 
     def close(self) -> None:

@@ -1,10 +1,9 @@
-"""A tensor with one row per token, read in the order of another vocabulary: rows are gathered, and missing ones filled.
+"""A tensor with one row per token in the order of another vocabulary: rows are gathered, and missing rows filled.
 
-A block of such a tensor is a gather of rows of stored tensors: rows that follow each other are read with one `pread`, so
-that memory stays that of the block. What is added to the rows by adapters is gathered alike, apart from what is stored,
-which keeps their deltas exact.
+A block gathers rows of stored tensors; consecutive rows are one `pread`, so that only the block is in memory. Deltas of
+adapters are gathered separately from the stored rows, which keeps them exact.
 
-    V  rows of the output       D  donors: the tensor as each model has it       W  elements of a row
+    V  rows of the output       D  donors: this tensor in every model       W  elements per row
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ZERO, MEAN, PAD = -1, -2, -3
-"""Donors that are no model: nothing; the mean of a row of several; the mean of all rows that are not `PAD`."""
+"""Donors that are not models: zeros; the mean of a row of several models; the mean of all rows that are not `PAD`."""
 
 Ids = NDArray[np.int64]
 Take = Callable[[Read, Ids, Any], None]
-"""Writes the given rows of a tensor, or of what its adapter adds to them, into `[len(rows), W]` float32."""
+"""Writes the given rows of a tensor, or of its adapter's delta, into `[len(rows), W]` float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """Where each row of one model's tensor comes from, when it has another vocabulary.
+    """The origin of each row of one model's tensor, for another vocabulary.
 
     Attributes:
         donor: `[V]`: index of a donor, or `ZERO`, `MEAN`, `PAD`.
-        row: `[V]`: the row in that donor; for `MEAN` the line of `shared`.
-        shared: `[S, D]`: per mean the row in each donor, -1 where it takes no part; at least one does.
+        row: `[V]`: the row in that donor; for `MEAN` the index into `shared`.
+        shared: `[S, D]`: for each mean the row in each donor, -1 for donors without it; at least one has it.
     """
 
     donor: Ids
@@ -60,17 +59,17 @@ class RowMap:
 
 @dataclass(frozen=True)
 class Gathered(Read):
-    """One model's tensor in the output's vocabulary. The first dimension that is longer than one is the vocabulary's."""
+    """One model's tensor in the output's vocabulary, whose rows are the first dimension longer than one."""
 
     donors: tuple[Read, ...] = field(default=(), compare=False, repr=False)
-    """This tensor as every model of the merge has it, in its own vocabulary."""
+    """This tensor in every model of the merge, each in the model's vocabulary."""
     map: RowMap = field(kw_only=True, compare=False, repr=False)
     _mean: dict[Take, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     _lock: Any = field(default_factory=Lock, init=False, compare=False, repr=False)
 
     @classmethod
     def of(cls, read: Read, donors: tuple[Read, ...], rows: RowMap) -> Gathered:
-        """`read`, which is one of `donors`, with the rows that `rows` says."""
+        """`read`, which is one of `donors`, with its rows mapped by `rows`."""
         made = cls(read.source, read.checkpoint, read.name, None, donors, map=rows)
         used = [donors[i] for i in np.unique(rows.donor) if i >= 0]
         used += [donor for donor, column in zip(donors, rows.shared.T, strict=True) if (column >= 0).any()]
@@ -97,7 +96,7 @@ class Gathered(Read):
 
     @cached_property
     def stored_at(self) -> object:
-        """The stored rows, in order: equal for two that begin with the same ones."""
+        """Identity of the stored rows; equal for the same rows in the same order."""
         places: dict[object, int] = {}
         number = np.array([places.setdefault(donor.stored_at, len(places)) for donor in self.donors], np.int64)
         donor = np.where(self.map.donor < 0, self.map.donor, number[np.maximum(self.map.donor, 0)])
@@ -110,7 +109,7 @@ class Gathered(Read):
         self._gather(start // self.row_size, stop // self.row_size, _stored, out)
 
     def tensor(self, *, baked: bool) -> Tensor:
-        """As `Read.tensor`; baked, in the type that all donors are promoted to."""
+        """As `Read.tensor`; `baked` rounds to the type that all donors are promoted to."""
         import torch
 
         kind = torch.float32
@@ -121,7 +120,7 @@ class Gathered(Read):
         return self._in_memory(kind)
 
     def _fetch(self, first: int, last: int, out: Any) -> None:
-        """What adapters add to rows `[first, last)`, into `out` `[last - first, W]`."""
+        """The adapters' deltas of rows `[first, last)`, into `out` `[last - first, W]`."""
         self._gather(first, last, _added, out)
 
     def _gather(self, first: int, last: int, take: Take, out: Any) -> None:
@@ -144,7 +143,7 @@ class Gathered(Read):
                 table[places] = held
 
     def _means(self, lines: Ids, take: Take) -> Any:
-        """The means of rows that several models share, `[len(lines), W]`; in the order of the donors, in float64."""
+        """The means of rows that several models share, `[len(lines), W]`; summed in the order of the donors in float64."""
         total, count = np.zeros((len(lines), self.row_size)), np.zeros((len(lines), 1))
         for donor, rows in zip(self.donors, self.map.shared[lines].T, strict=True):
             has = np.flatnonzero(rows >= 0)
@@ -157,7 +156,7 @@ class Gathered(Read):
         return total / count
 
     def _padding(self, take: Take) -> Any:
-        """The mean of all rows that are not padding, `[W]`: one pass over the tensor, by the first thread that asks."""
+        """The mean of all rows that are not padding, `[W]`, computed once, in one pass over the tensor."""
         with self._lock:
             if take not in self._mean:
                 total, count = np.zeros(self.row_size), 0
@@ -165,7 +164,7 @@ class Gathered(Read):
                     bounds = start // self.row_size, stop // self.row_size
                     known = np.flatnonzero(self.map.donor[slice(*bounds)] != PAD)
                     if len(known):
-                        # Padding lies behind the tokens, but for ids that a tokenizer leaves out.
+                        # Padding follows the tokens, except for ids that a tokenizer skips.
                         parts = [(int(a), int(b)) for a, b in _runs(known + bounds[0])]
                         for first, many in parts:
                             held = np.empty((many, self.row_size), np.float32)
@@ -177,17 +176,17 @@ class Gathered(Read):
 
 
 def is_flat(shape: tuple[int, ...]) -> bool:
-    """Whether the vocabulary lies along the second dimension, the first being one (BART's `final_logits_bias`)."""
+    """Whether the vocabulary is the second dimension, as the first is one (BART's `final_logits_bias`)."""
     return len(shape) == 2 and shape[0] == 1 and shape[1] > 1
 
 
 def rows_of(shape: tuple[int, ...]) -> int:
-    """Rows of a tensor that has one per token."""
+    """Number of rows of a tensor that has one per token."""
     return shape[1] if is_flat(shape) else shape[0] if shape else 0
 
 
 def _stored(read: Read, rows: Ids, out: Any) -> None:
-    """Rows as they are stored; zero beyond the last one, which is where an adapter has extended the vocabulary."""
+    """Stored rows; zero past the last one, where an adapter extends the vocabulary."""
     info = read.checkpoint.tensors[read.name]
     inside = np.flatnonzero(rows < rows_of(info.shape))
     if len(inside) < len(rows):
@@ -199,23 +198,23 @@ def _stored(read: Read, rows: Ids, out: Any) -> None:
         return
     size = info.nbytes // rows_of(info.shape)
     bits = SCRATCH.array("gathered_bits", (len(rows), size), np.uint8)
-    for at, (first, count) in _placed(rows):
+    for at, (first, count) in _runs_with_index(rows):
         read.checkpoint.read_into(read.name, first * size, bits[at : at + count])
     widen(bits.reshape(-1), info.dtype, out.reshape(-1))
 
 
 def _added(read: Read, rows: Ids, out: Any) -> None:
-    """What the adapter adds to rows; zero without one."""
+    """The adapter's delta of rows; zero without an adapter."""
     if read.delta is None:
         out[:] = 0
         return
     width = out.shape[1]
-    for at, (first, count) in _placed(rows):
+    for at, (first, count) in _runs_with_index(rows):
         read.compute_delta(first * width, (first + count) * width, out[at : at + count].reshape(-1))
 
 
-def _placed(rows: Ids) -> Iterator[tuple[int, tuple[int, int]]]:
-    """The runs of `rows`, each with the place where it begins."""
+def _runs_with_index(rows: Ids) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The runs of `rows`, each with the index where it begins."""
     at = 0
     for first, count in _runs(rows):
         yield at, (first, count)
@@ -223,7 +222,7 @@ def _placed(rows: Ids) -> Iterator[tuple[int, tuple[int, int]]]:
 
 
 def _runs(rows: Ids) -> Iterator[tuple[int, int]]:
-    """Consecutive numbers in `rows` as first and count."""
+    """Runs of consecutive numbers in `rows`, as first and count."""
     cuts = np.flatnonzero(np.diff(rows) != 1) + 1
     begins = [0, *cuts.tolist()]
     for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):
@@ -240,11 +239,12 @@ Fetch = Callable[[int, int, Array], None]
 
 
 class RemappedDelta(AdapterDelta):
-    """The rows of other deltas in another order; it has no factors of its own.
+    """The rows of other deltas in another order.
 
     Args:
-        shape, row_size, kind: as for `AdapterDelta`; `kind` is that of the model's own adapter.
-        deltas: those whose rows are taken.
+        shape, row_size: as for `AdapterDelta`.
+        kind: kind of the delta of the model's adapter.
+        deltas: the other deltas.
         fetch: writes rows `[start, stop)` of the delta into its last argument.
     """
 

@@ -1,4 +1,4 @@
-"""One safetensors file from its header alone, strictly: names, dtypes, shapes, offsets. Also the one dtype table."""
+"""Parses and checks the header of a safetensors file: names, dtypes, shapes, offsets; and quotes names for messages."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ByteBuffer: TypeAlias = "memoryview | bytearray | bytes | npt.NDArray[Any]"
-"""What bytes are read into and written from; C-contiguous, and writable where it is read into."""
+"""A C-contiguous buffer; writable if bytes are read into it."""
 
 ReadAt: TypeAlias = "Callable[[memoryview, int], int]"
-"""Fills a view from an offset of a file; gives how many bytes came, fewer only where the file ends."""
+"""Fills a view from an offset of a file, and returns the number of bytes, fewer only at the end of the file."""
 
 MAX_JSON_BYTES = 100_000_000
-"""The longest header, index or config that is read: safetensors' own limit for a header."""
+"""Limit of the size of a header, index or config: that of safetensors for a header."""
 
 _MAX_INT = 2**63 - 1
 _MAX_RANK = 64
@@ -41,7 +41,7 @@ _PEEK_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` bytes into `file` (relative to its folder), `nbytes` of them, in C order."""
+    """Location of one tensor: `nbytes` bytes at `offset` of `file` (relative to the checkpoint's folder), in C order."""
 
     name: str
     dtype: str
@@ -52,13 +52,13 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """How many elements; 1 for a scalar."""
+        """Number of elements; 1 for a scalar."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file says of itself: tensors by offset, the `__metadata__` texts, xxh3_128 of length and JSON in hex."""
+    """Header of one file: tensors ordered by offset, the `__metadata__`, and xxh3_128 of length and JSON in hex."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -66,7 +66,11 @@ class Header:
 
 
 def open_regular(path: Path) -> int:
-    """Open a regular file, or a symlink to one, for reading; a FIFO or device is refused without being opened."""
+    """Open a regular file, or a symlink to one, for reading.
+
+    Raises:
+        CheckpointError: SHARD_MISSING; SHARD_UNREADABLE, also for a FIFO or device, which is not opened.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError.of("SHARD_UNREADABLE", path, "is not a regular file")
@@ -81,7 +85,7 @@ def open_regular(path: Path) -> int:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn a read that the system refuses into a `CheckpointError` that names the file."""
+    """Turn an OSError of a read into a `CheckpointError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -89,7 +93,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def fill(fd: int, view: memoryview, offset: int) -> int:
-    """Read into `view` (bytes) from `offset` until it is full or the file ends; returns how many bytes came."""
+    """Read into `view` (bytes) from `offset` until it is full or the file ends; return the number of bytes."""
     done = 0
     while done < len(view):
         count = os.preadv(fd, [view[done:]], offset + done)
@@ -101,12 +105,16 @@ def fill(fd: int, view: memoryview, offset: int) -> int:
 
 def as_bytes(buffer: ByteBuffer) -> memoryview:
     """The bytes of a C-contiguous buffer of any element type, without a copy."""
-    view = memoryview(buffer)  # type: ignore[arg-type]  # before Python 3.12, numpy's arrays do not say that they are buffers
+    view = memoryview(buffer)  # type: ignore[arg-type]  # before Python 3.12, numpy's arrays are not typed as buffers
     return view.cast("B") if view.nbytes else memoryview(bytearray())
 
 
 def read_text(path: Path, code: str) -> str:
-    """Read a small UTF-8 file (an index, a config); a fault is a `CheckpointError` of `code`."""
+    """Read a small UTF-8 file (an index, a config).
+
+    Raises:
+        CheckpointError: with `code`; LFS_POINTER, SHARD_MISSING, SHARD_UNREADABLE.
+    """
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
@@ -132,10 +140,14 @@ def scan(fd: int, path: Path) -> Header:
 
 @uncollected()
 def parse(read: ReadAt, size: int, path: Path) -> Header:
-    """Parse and check the header of a file of `size` bytes, wherever it lies; as `scan`."""
+    """Parse and check the header of a file of `size` bytes; `TensorInfo.file` is the name of `path`.
+
+    Raises:
+        CheckpointError: with every fault of the header.
+    """
     raw = _header_bytes(read, size, path)
     document, twice = _header_json(raw, path)
-    faults = [Problem("SHARD_HEADER", str(path), f"name {quote(name)} stands more than once") for name in twice]
+    faults = [Problem("SHARD_HEADER", str(path), f"name {quote(name)} occurs more than once") for name in twice]
     metadata = _metadata(document.pop("__metadata__", None), path, faults)
     spans = []
     for name, entry in document.items():
@@ -153,7 +165,7 @@ def parse(read: ReadAt, size: int, path: Path) -> Header:
 
 
 def truncate(faults: Sequence[Problem], where: object) -> list[Problem]:
-    """The first twenty faults and a count of the rest, so that a hostile file cannot flood the screen."""
+    """The first twenty faults and a count of the rest, so that a malicious file cannot flood the terminal."""
     rest = len(faults) - _MAX_FAULTS
     if rest <= 0:
         return list(faults)
@@ -161,12 +173,12 @@ def truncate(faults: Sequence[Problem], where: object) -> list[Problem]:
 
 
 def quote(name: str) -> str:
-    """A tensor's name as messages print it: quoted, escaped, and cut to 200 characters."""
+    """A name for messages: quoted, escaped, and truncated to 200 characters."""
     return repr(name) if len(name) <= 200 else f"{name[:200]!r}... ({len(name):,} characters)"
 
 
 def join_first(names: Sequence[str], most: int = 5) -> str:
-    """The first `most` names as messages print them, and a count of the rest."""
+    """The first `most` names for messages, and a count of the rest."""
     return ", ".join(map(quote, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
@@ -175,13 +187,13 @@ class _NotWhole(str):
 
 
 def strict_json(text: str) -> tuple[Any, list[str]]:
-    """Parse JSON; also return the keys that stand twice in one object.
+    """Parse JSON; also return the keys that occur more than once in one object.
 
-    Numbers that are no plain unsigned integers (negative, fractions, NaN) come back as a `str` of their own, so that
-    no check of `type(x) is int` lets them pass.
+    Numbers that are not unsigned integers (negative, fractions, NaN) are returned as instances of a subclass of `str`,
+    so that they fail the check `type(x) is int`.
 
     Raises:
-        ValueError: when `text` is not JSON or nested too deep to be a header.
+        ValueError: `text` is not JSON, or is nested too deep for a header.
     """
     twice: list[str] = []
 
@@ -191,7 +203,7 @@ def strict_json(text: str) -> tuple[Any, list[str]]:
             twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return found
 
-    if text.count("[") + text.count("{") > 100 + len(text) // 10:  # each would take twenty times its size in memory
+    if text.count("[") + text.count("{") > 100 + len(text) // 10:  # a bracket takes twenty times its size in memory
         raise ValueError("it has more brackets than tensors need")
     try:
         document = json.loads(
@@ -222,7 +234,7 @@ def _read(read: ReadAt, count: int) -> bytearray:
 
 
 def _header_bytes(read: ReadAt, size: int, path: Path) -> bytearray:
-    """The length and the JSON as they stand in the file, once the length is known to be possible."""
+    """The length and the JSON as stored in the file, after a check of the length."""
     if size < _LENGTH_BYTES:
         raise CheckpointError.of("SHARD_TRUNCATED", path, f"is {size} bytes long", "download it again")
     peek = _read(read, min(size, _PEEK_BYTES))
@@ -238,16 +250,13 @@ def _header_bytes(read: ReadAt, size: int, path: Path) -> bytearray:
         what = f"states a header of {length:,} bytes in a file of {size:,}"
     else:
         what = f"its header of {length:,} bytes does not begin with '{{' (at byte {_LENGTH_BYTES})"
-    raise CheckpointError.of("SHARD_HEADER", path, what, "download it again, if it was ever a safetensors file")
+    raise CheckpointError.of("SHARD_HEADER", path, what, "download it again, or check that it is a safetensors file")
 
 
 _MAGIC = (
     (b"\x1f\x8b", "gzip data"),
     (b"PK\x03\x04", "a zip archive, perhaps a PyTorch pickle"),
-    (b"\x80\x02", "a Python pickle"),
-    (b"\x80\x03", "a Python pickle"),
-    (b"\x80\x04", "a Python pickle"),
-    (b"\x80\x05", "a Python pickle"),
+    *((bytes((0x80, protocol)), "a Python pickle") for protocol in (2, 3, 4, 5)),
     (b"GGUF", "a GGUF model"),
     (b"\x89HDF", "an HDF5 file"),
     (b"\x28\xb5\x2f\xfd", "Zstandard data"),
@@ -258,14 +267,14 @@ _PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 
 def _other_kind(peek: bytearray) -> tuple[str, str, str] | None:
-    """What a file is instead of ours, from its first bytes: code, what, fix."""
+    """The kind of a file that is not safetensors, from its first bytes, as code, what and fix; None if unknown."""
     if peek.startswith((b"version https://git-lfs", b"version https://hawser")):
         return "LFS_POINTER", "is a Git LFS pointer, not the file itself", "run `git lfs pull`, or download it again"
     again = "download the file again"
     if peek.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGE):
         return "NOT_SAFETENSORS", "is a web page, not the file itself", again
     if kind := next((kind for magic, kind in _MAGIC if peek.startswith(magic)), None):
-        return "NOT_SAFETENSORS", f"is {kind}, whatever its name says", again
+        return "NOT_SAFETENSORS", f"is {kind}, despite its name", again
     return None
 
 
@@ -286,12 +295,12 @@ def _metadata(value: Any, path: Path, faults: list[Problem]) -> dict[str, str]:
     texts = {} if value is None else value
     if isinstance(texts, dict) and all(map(_is_text, texts)) and all(map(_is_text, texts.values())):
         return texts
-    faults.append(Problem("SHARD_HEADER", str(path), "its __metadata__ is not a map of texts"))
+    faults.append(Problem("SHARD_HEADER", str(path), "its __metadata__ is not a map of strings"))
     return {}
 
 
 def _is_text(value: Any) -> bool:
-    """Is this a string with no half of a surrogate pair (which JSON can spell and UTF-8 cannot)?"""
+    """Whether a value is a string without unpaired surrogates (which JSON can express and UTF-8 cannot)."""
     return type(value) is str and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
 
 
@@ -310,16 +319,16 @@ class _Span(NamedTuple):
 
 
 def _entry_fault(name: str, entry: Any) -> tuple[str, str] | None:
-    """What is wrong with one entry by itself, as code and text; None when nothing is."""
+    """The fault of one entry, as code and text; None if it has none."""
     if not _is_text(name):
         return "SHARD_HEADER", "its name is not Unicode text"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "SHARD_HEADER", "its entry is not {dtype, shape, data_offsets}"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or not isinstance(shape, list) or not isinstance(offsets, list):
-        return "SHARD_HEADER", "its entry is not {dtype: text, shape: list, data_offsets: list}"
+        return "SHARD_HEADER", "its entry is not {dtype: string, shape: list, data_offsets: list}"
     if dtype not in DTYPES:
-        return "DTYPE_UNSUPPORTED", f"dtype {quote(dtype)} is none of {', '.join(DTYPES)}"
+        return "DTYPE_UNSUPPORTED", f"dtype {quote(dtype)} is not one of {', '.join(DTYPES)}"
     if len(shape) > _MAX_RANK or not all(type(size) is int for size in shape):
         return "SHARD_LAYOUT", f"shape {_listed(shape)} is impossible"
     if prod(size or 1 for size in shape) * DTYPES[dtype].bits > _MAX_INT:
@@ -338,7 +347,7 @@ def _listed(values: Sequence[Any]) -> str:
 
 
 def _check_layout(spans: Sequence[_Span], data_bytes: int, path: Path, faults: list[Problem]) -> None:
-    """The spans, in order, must tile the data: no overlap, no hole, nothing missing, nothing left."""
+    """Check that the spans, which are sorted, cover the data without overlaps or gaps."""
 
     def add(what: str, code: str = "SHARD_LAYOUT", fix: str = "") -> None:
         faults.append(Problem(code, str(path), what, fix))

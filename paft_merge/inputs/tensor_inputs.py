@@ -1,4 +1,4 @@
-"""One merged tensor's inputs, and the blocks they make: bytes from checkpoints, and adapters' deltas computed on the way."""
+"""The inputs of one merged tensor, read in blocks: bytes from checkpoints, and deltas of adapters, computed on the fly."""
 
 from __future__ import annotations
 
@@ -21,49 +21,51 @@ if TYPE_CHECKING:
     from paft_merge.inputs.adapters import AdapterDelta
 
 RAW = {"BF16": np.uint16, "F32": np.uint32}
-"""Storage types that a block holds as they are."""
+"""Storage types that a block can hold unconverted, and the type of their bits."""
 
 
 def _quietly() -> np.errstate:
-    """Let NaN and infinity pass without NumPy's warning: the engine tells of them, with their place."""
+    """Suppress NumPy's warnings about NaN and infinity: the engine reports them, with their position."""
     return np.errstate(invalid="ignore", over="ignore")
 
 
 @dataclass(frozen=True)
 class Read:
-    """One tensor as one source has it: a checkpoint's tensor, and what an adapter does to it."""
+    """One tensor of one source: a checkpoint's tensor, and the delta that an adapter adds to it."""
 
     source: str
-    """The model reference, as messages and the manifest show it."""
+    """The model reference, for messages and the manifest."""
     checkpoint: Checkpoint = field(compare=False, repr=False)
     name: str
     delta: AdapterDelta | None = field(default=None, compare=False, repr=False)
 
     @property
     def dtype(self) -> str:
+        """Storage type of the checkpoint's tensor."""
         return self.checkpoint.tensors[self.name].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the sum."""
         return self.delta.shape if self.delta else self.checkpoint.tensors[self.name].shape
 
     @property
     def row_size(self) -> int:
-        """Elements that are read together: rows of an adapter, or single ones."""
+        """Elements that are read together: a row of the adapter's delta, or 1."""
         return self.delta.row_size if self.delta else 1
 
     @property
     def plain(self) -> bool:
-        """Whether its values are the stored bits, in their order."""
+        """Whether its values are the stored tensor, unchanged."""
         return self.delta is None
 
     @property
     def stored_at(self) -> object:
-        """Where what is stored of it lies; equal for the same tensor of the same checkpoint."""
-        return self.checkpoint.place, self.name
+        """Identity of the stored tensor; equal for the same tensor of the same checkpoint."""
+        return self.checkpoint.identity, self.name
 
     def same_weight(self, other: Read) -> bool:
-        """Whether both begin with the very same stored tensor."""
+        """Whether both have the same stored tensor."""
         return self.stored_at == other.stored_at
 
     def raw(self, start: int, stop: int, out: Any) -> None:
@@ -71,18 +73,18 @@ class Read:
         width = DTYPES[self.dtype].bits // 8
         self.checkpoint.read_into(self.name, start * width, out.view(np.uint8))
 
-    def fed(self, feed: BlockSource, start: int, row: int) -> bool:
-        """Let `feed` read the stored elements from `start` on into a row; whether it can."""
+    def add_to(self, feed: BlockSource, start: int, row: int) -> bool:
+        """Add the read of the stored elements from `start` on, into a row; False if they cannot be read from a file."""
         width = DTYPES[self.dtype].bits // 8
-        place = self.checkpoint.lies_at(self.name, start * width, feed.size * width)
-        if place:
-            feed.read(row, *place)
-        return place is not None
+        location = self.checkpoint.location(self.name, start * width, feed.size * width)
+        if location:
+            feed.read(row, *location)
+        return location is not None
 
     def weight(self, start: int, stop: int, out: Any) -> None:
-        """Elements `[start, stop)` of the stored tensor as float32 into `out` `[stop - start]`; zero beyond its end.
+        """Read elements `[start, stop)` of the stored tensor as float32 into `out` `[stop - start]`.
 
-        A vocabulary that an adapter has extended has rows that the checkpoint lacks; nothing is there to be added to.
+        Elements past its end are zero: an adapter that extends the vocabulary adds rows that the checkpoint lacks.
         """
         stored = self.checkpoint.tensors[self.name]
         end = min(stop, stored.numel)
@@ -100,7 +102,7 @@ class Read:
 
     @_quietly()
     def value(self, start: int, stop: int, out: Any) -> None:
-        """Elements `[start, stop)` as this source has them, float32 into `out`."""
+        """Read elements `[start, stop)`, with the delta added, as float32 into `out`."""
         self.weight(start, stop, out)
         if self.delta:
             delta = SCRATCH.array("value_delta", stop - start, np.float32)
@@ -108,11 +110,10 @@ class Read:
             out += delta
 
     def tensor(self, *, baked: bool) -> Tensor:
-        """The whole tensor as this source has it, in memory.
+        """Read the whole tensor, with the delta added.
 
         Args:
-            baked: in its storage type, the adapter rounded into it, as a merged checkpoint would hold it; else exact, as
-                float32.
+            baked: round to the storage type, as a merged checkpoint would hold it; otherwise float32.
         """
         import torch
 
@@ -121,7 +122,7 @@ class Read:
         return self._in_memory(getattr(torch, str(DTYPES[self.dtype].torch)) if baked else torch.float32)
 
     def _in_memory(self, kind: Any) -> Tensor:
-        """The values as a tensor of the type `kind`."""
+        """The values as a tensor of torch dtype `kind`."""
         import torch
 
         made = torch.empty(math.prod(self.shape), dtype=kind)
@@ -132,36 +133,43 @@ class Read:
         return made.reshape(self.shape)
 
     def compute_delta(self, start: int, stop: int, out: Any, weight: Any = None) -> None:
-        """The adapter's delta of elements `[start, stop)`, whole rows, float32 into `out`; `weight`: what it is added to."""
+        """Compute the adapter's delta of elements `[start, stop)` into `out`.
+
+        Args:
+            start: first element; a multiple of `row_size`.
+            stop: one past the last element; a multiple of `row_size`.
+            out: `[stop - start]` float32; overwritten.
+            weight: the stored elements, float32; read if needed and None.
+        """
         assert self.delta is not None
-        row = self.delta.row_size
+        row_size = self.delta.row_size
         if weight is None and self.delta.needs_weight:
             weight = SCRATCH.array("delta_weight", stop - start, np.float32)
             self.weight(start, stop, weight)
-        below = weight.reshape(-1, row) if self.delta.needs_weight else None
-        self.delta.compute(start // row, stop // row, below, out.reshape(-1, row))
+        rows = weight.reshape(-1, row_size) if self.delta.needs_weight else None
+        self.delta.compute(start // row_size, stop // row_size, rows, out.reshape(-1, row_size))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The base and the sources of one merged tensor, and in which form its blocks hold them.
+    """The base and the sources of one merged tensor, and the form in which its blocks hold the sources.
 
-    `raw`     values as stored; every input is a plain tensor of the same type, bfloat16 or float32.
+    `raw`     stored bits; every input is a plain tensor of the same type, bfloat16 or float32.
     `deltas`  float32 deltas from the base.
     `values`  float32 values.
 
-    Where deltas are wanted, a source that does not differ from the base has none and is not `active`.
+    If the method needs deltas, sources that do not differ from the base are not `active`.
     """
 
     base: Read | None
     sources: tuple[Read, ...]
     form: Literal["raw", "deltas", "values"]
     subtract: bool
-    """With `raw`: the rule wants deltas."""
+    """With `raw`: the method needs deltas."""
 
     @classmethod
     def one(cls, read: Read) -> Inputs:
-        """One tensor, as it is."""
+        """A single tensor, unchanged."""
         return cls(read, (), "deltas", subtract=False)
 
     @property
@@ -172,7 +180,7 @@ class Inputs:
 
     @property
     def deltas(self) -> bool:
-        """Whether a block's sources are deltas, or stand for them."""
+        """Whether the method needs deltas, which a block holds or from whose values it computes them."""
         return self.form == "deltas" or self.subtract
 
     @property
@@ -180,13 +188,18 @@ class Inputs:
         """The base, if there is one, and every source."""
         return [*([self.base] if self.base else []), *self.sources]
 
-    def row(self, shape: Sequence[int], of_rule: int) -> int:
-        """Elements of a row of the merged tensor: blocks are whole rows, as adapters' deltas are, and of those of the rule."""
+    def row_size(self, shape: Sequence[int], of_rule: int) -> int:
+        """Elements per row of the merged tensor; a block is a number of whole rows of adapters and of the rule.
+
+        Args:
+            shape: shape of the merged tensor.
+            of_rule: elements per row of the rule.
+        """
         rows = {read.delta.row_size for read in self.reads if read.delta}
         return math.lcm(of_rule, *(rows or {max(shape[-1] if shape else 1, 1)}))
 
     def release(self) -> None:
-        """Let go of the adapters' factors and of computed tensors, which are made when they are first needed."""
+        """Free the adapters' factors and computed tensors; they are made again on the next use."""
         for read in self.reads:
             if read.delta:
                 read.delta.release()
@@ -194,7 +207,7 @@ class Inputs:
 
     @property
     def active(self) -> list[int]:
-        """Indices of the sources that a block's rows hold."""
+        """Indices of the sources that differ from the base, if the method needs deltas; else of all."""
         return [i for i, s in enumerate(self.sources) if not (self.deltas and self._idle(s))]
 
     def _idle(self, source: Read) -> bool:
@@ -205,31 +218,56 @@ class Inputs:
     def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
         """Read elements `[start, stop)`; the arrays belong to this thread until its next block.
 
-        `all_sources`: one row a source, zeros for those that have no delta; else one for each that is `active`.
+        Args:
+            start: first element; the first of a row.
+            stop: one past the last element; the end of a row.
+            all_sources: one row for each source, zeros for those without a delta; else one for each that is `active`.
         """
         rows = list(self.sources) if all_sources else [self.sources[i] for i in self.active]
-        size, raw, base = stop - start, self.form == "raw", self.base
-        deltas = [read.delta for read in rows if read.delta]
-        feed = BlockSource(size, deltas[0].row_size if deltas else 1, lambda: self._reread(rows, start, stop))
-        stored = base is not None and (raw or (base.dtype == "BF16" and base.plain and not self._extended))
-        kinds = (RAW[base.dtype] if stored and base else np.uint32), (RAW[rows[0].dtype] if raw and rows else np.uint32)
-        fed = {-1} if stored and base and base.fed(feed, start, -1) else set[int]()
-        fed |= {
-            i for i, read in enumerate(rows) if (read.fed(feed, start, i) if raw else self._fed(read, feed, start, i))
-        }
+        width = next((read.delta.row_size for read in rows if read.delta), 1)
+        feed = BlockSource(stop - start, width, lambda: self._read_again(rows, start, stop))
+        if self.form == "raw":
+            return self._raw_block(rows, feed, start)
+        if self.base and self.base.dtype == "BF16" and self.base.plain and not self._extended:
+            return self._delta_block(rows, feed, start)
+        return self._float_block(rows, feed, start)
+
+    def _raw_block(self, rows: Sequence[Read], feed: BlockSource, start: int) -> Block:
+        """A block of stored bits."""
+        reads = [*([(-1, self.base)] if self.base else []), *enumerate(rows)]
+        fed = {row for row, read in reads if read.add_to(feed, start, row)}
+        return self._filled(rows, feed, fed, start, base_bits=True)
+
+    def _delta_block(self, rows: Sequence[Read], feed: BlockSource, start: int) -> Block:
+        """A block of the stored bits of the base, and float32 deltas."""
+        assert self.base is not None
+        fed = {-1} if self.base.add_to(feed, start, -1) else set[int]()
+        fed |= {i for i, read in enumerate(rows) if self._add_product(read, feed, start, i)}
+        return self._filled(rows, feed, fed, start, base_bits=True)
+
+    def _float_block(self, rows: Sequence[Read], feed: BlockSource, start: int) -> Block:
+        """A block of float32 values of the base, if any, and float32 deltas or values."""
+        fed = {i for i, read in enumerate(rows) if self._add_product(read, feed, start, i)}
+        return self._filled(rows, feed, fed, start, base_bits=False)
+
+    def _filled(self, rows: Sequence[Read], feed: BlockSource, fed: set[int], start: int, *, base_bits: bool) -> Block:
+        """A block of the rows in `fed` (-1 is the base), which `feed` fills when needed, and the others, read now."""
+        base, stop, subtract = self.base, start + feed.size, self.form == "raw" and self.subtract
+        base_kind = RAW[base.dtype] if base and base_bits else np.uint32
+        kind = RAW[rows[0].dtype] if self.form == "raw" and rows else np.uint32
         if len(fed) == len(rows) + (base is not None):
-            return Block(start, np.empty(0, kinds[0]), np.empty((len(rows), 0), kinds[1]), raw and self.subtract, feed)
-        bits = SCRATCH.array("base", size if base else 0, kinds[0])
-        sources = SCRATCH.array("sources", (len(rows), size), kinds[1])
+            return Block(start, np.empty(0, base_kind), np.empty((len(rows), 0), kind), subtract, feed)
+        bits = SCRATCH.array("base", feed.size if base else 0, base_kind)
+        sources = SCRATCH.array("sources", (len(rows), feed.size), kind)
         if base and -1 not in fed:
-            base.raw(start, stop, bits) if stored else base.value(start, stop, bits.view(np.float32))
+            base.raw(start, stop, bits) if base_bits else base.value(start, stop, bits.view(np.float32))
         for i, (read, row) in enumerate(zip(rows, sources, strict=True)):
             if i not in fed:
                 self._read(read, start, stop, row)
-        return Block(start, bits, sources, raw and self.subtract, feed if fed else None)
+        return Block(start, bits, sources, subtract, feed if fed else None)
 
     def _read(self, source: Read, start: int, stop: int, out: Any) -> None:
-        """A source's row of a block."""
+        """Read a source's row of a block."""
         if self.form == "raw":
             source.raw(start, stop, out)
         elif self.form == "values":
@@ -237,14 +275,14 @@ class Inputs:
         else:
             self._delta(source, start, stop, out.view(np.float32))
 
-    def _reread(self, rows: Sequence[Read], start: int, stop: int) -> None:
-        """Read what a block is made of once more, to be told what is wrong with it."""
+    def _read_again(self, rows: Sequence[Read], start: int, stop: int) -> None:
+        """Read the inputs of a block again, to raise the error behind a failed read."""
         held = np.empty(stop - start, np.float32)
         for read in [*([self.base] if self.base else []), *rows]:
             read.weight(start, stop, held)
 
-    def _fed(self, source: Read, feed: BlockSource, start: int, row: int) -> bool:
-        """Let `feed` compute a source's delta, where it is one product; whether it is."""
+    def _add_product(self, source: Read, feed: BlockSource, start: int, row: int) -> bool:
+        """Add a source's delta, if it is one low-rank product, to `feed`; False if it is not."""
         base, delta, width = self.base, source.delta, feed.width
         if self.form != "deltas" or base is None or base.delta or delta is None or delta.row_size != width:
             return False
@@ -254,9 +292,9 @@ class Inputs:
         return product is not None
 
     def factors(self, source: int) -> tuple[Any, Any] | None:
-        """B `[O, R]` and A `[R, I]` of a source's delta, float32, scale in B, where it is one product and nothing else.
+        """Return B `[O, R]` and A `[R, I]` of a source's delta, float32 with the scale in B.
 
-        A head that is only untied from its embeddings is a product of rank 0, and has nothing to tell.
+        None if the delta is not one low-rank product, belongs to a bias, or has rank 0 (a head that is only untied).
         """
         base, read = self.base, self.sources[source]
         if base is None or base.delta or read.delta is None or not read.same_weight(base) or read.delta.kind == "bias":
@@ -265,7 +303,7 @@ class Inputs:
         return pairs[0] if pairs is not None and len(pairs) == 1 and pairs[0][0].shape[1] else None
 
     def whole(self, *, baked: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """Base, or None, and every source as whole tensors in memory (see `Read.tensor`)."""
+        """Read the base, if any, and every source as whole tensors (see `Read.tensor`)."""
         base = self.base.tensor(baked=baked) if self.base else None
         return base, [source.tensor(baked=baked) for source in self.sources]
 
@@ -275,7 +313,7 @@ class Inputs:
         return any(s.shape != self.base.shape for s in self.sources)
 
     def _delta(self, source: Read, start: int, stop: int, out: Any) -> None:
-        """`source - base` in float32. What both share is never subtracted, so an adapter's delta is exact."""
+        """`source - base` in float32. A shared stored tensor is not subtracted, so an adapter's delta is exact."""
         base = self.base
         assert base is not None
         if source.same_weight(base):
@@ -295,13 +333,19 @@ class Inputs:
 
 
 def inputs_for(base: Read | None, sources: Sequence[Read], wants: Wants | Literal["whole"]) -> Inputs:
-    """Choose the form of the blocks: stored values where no arithmetic is needed to get them, deltas where adapters give them."""
+    """Choose the form of the blocks: stored bits if possible, and deltas if adapters give them.
+
+    Args:
+        base: the base, if the merge has one.
+        sources: at least one.
+        wants: the form that the method needs, or `whole` for whole tensors.
+    """
     if wants == "whole":
         return Inputs(base, tuple(sources), "values", subtract=False)
     if wants == "offsets":
         wants = "deltas" if base else "values"
     if wants == "either" and all(s.same_weight(sources[0]) for s in sources):
-        # Values that share their checkpoint: the shared part is read once and the adapters are added to it.
+        # Values of one checkpoint: it is read once and the adapters are added to it.
         plain = replace(sources[0], delta=None)
         return Inputs(plain, tuple(sources), "deltas", subtract=False)
     reads = [*([base] if base and wants == "deltas" else []), *sources]
@@ -310,8 +354,6 @@ def inputs_for(base: Read | None, sources: Sequence[Read], wants: Wants | Litera
             return Inputs(None, tuple(sources), "raw", subtract=False)
         if not all(s.same_weight(sources[0]) for s in reads):
             return Inputs(base, tuple(sources), "raw", subtract=True)
-    return (
-        Inputs(base, tuple(sources), "deltas", False)
-        if wants == "deltas"
-        else Inputs(None, tuple(sources), "values", False)
-    )
+    if wants == "deltas":
+        return Inputs(base, tuple(sources), "deltas", subtract=False)
+    return Inputs(None, tuple(sources), "values", subtract=False)

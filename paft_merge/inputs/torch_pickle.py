@@ -1,4 +1,4 @@
-"""Where the tensors of a PyTorch .bin file lie, by mergekit's restricted unpickler: no code of the file is run."""
+"""Locates the tensors of a PyTorch .bin file with mergekit's restricted unpickler, which runs no code of the file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _patching = Lock()  # mergekit's loader patches modules of Python and torch whil
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a .bin: `dtype` is torch's, `offset` absolute in the file, `extent` the bytes it spans there."""
+    """One tensor of a .bin: `dtype` is torch's, `offset` is absolute in the file, `extent` is the bytes that it spans."""
 
     name: str
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Stored:
 
     @property
     def contiguous(self) -> bool:
-        """Do its elements lie in C order without gaps, so that they can be read as they are?"""
+        """Whether its elements are stored in C order without gaps."""
         step = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and stride != step:
@@ -48,11 +48,11 @@ def read_bin(path: Path, archive_bytes: io.BufferedReader) -> tuple[list[Stored]
     """Find the tensors of a file that `torch.save` wrote (PyTorch 1.6 or newer).
 
     Returns:
-        The tensors as they stand in the state dict, and the bytes of its pickle, for a digest.
+        The tensors in the order of the state dict, and the bytes of its pickle, for a digest.
 
     Raises:
-        CheckpointError: PICKLE_REFUSED when the pickle asks for anything but tensors; PICKLE_UNREADABLE when it is
-            damaged, or no state dict.
+        CheckpointError: PICKLE_REFUSED if the pickle needs anything but tensors; PICKLE_UNREADABLE if it is damaged or
+            is not a state dict.
     """
     try:
         with zipfile.ZipFile(archive_bytes) as archive:
@@ -86,20 +86,22 @@ def _member_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 @contextmanager
 def _restricted() -> Iterator[Any]:
-    """mergekit's unpickler class, ready to give `DeferredLoad`s in the place of tensors."""
+    """mergekit's unpickler class, patched so that it returns `DeferredLoad`s instead of tensors."""
     import torch
 
     with _patching, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its imports and torch's typed storages warn of their age
+        warnings.simplefilter("ignore")  # its imports and torch's typed storages are deprecated
         from mergekit.io.lazy_unpickle import LazyTorchUnpickler, torch_lazy_load
 
         with torch_lazy_load():
-            torch._utils._rebuild_tensor = _place  # mergekit's own fails on bool; it puts torch's back at the end
+            torch._utils._rebuild_tensor = (
+                _record_location  # mergekit's version fails on bool; the context restores torch's
+            )
             yield LazyTorchUnpickler
 
 
-def _place(storage: Any, offset: int, shape: Any, stride: Any) -> Any:
-    """Note on the deferred storage where in it the tensor lies: what torch calls to make a tensor of a storage."""
+def _record_location(storage: Any, offset: int, shape: Any, stride: Any) -> Any:
+    """Record offset, shape and stride on the deferred storage; replaces torch's function that makes a tensor."""
     storage.file_offset, storage.shape, storage.stride = offset * storage.dtype.itemsize, shape, stride
     return storage
 
@@ -108,8 +110,8 @@ def _unpickle(pickled: bytes, path: Path) -> dict[str, Any]:
     try:
         with _restricted() as unpickler:
             state = unpickler(io.BytesIO(pickled)).load()
-    except Exception as error:  # whatever a hostile pickle makes the unpickler raise, it is one fault of this file
-        what = f"its pickle asks for more than tensors, or is damaged: {error}"
+    except Exception as error:  # a malicious pickle can make the unpickler raise any error
+        what = f"its pickle needs more than tensors, or is damaged: {error}"
         fix = "convert it to safetensors where you trust it"
         raise CheckpointError.of("PICKLE_REFUSED", path, what, fix) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -139,7 +141,7 @@ def _stored(
 
 
 def _data_start(archive_bytes: io.BufferedReader, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: behind its local header, whose name and extra field vary in length."""
+    """Offset of a member's bytes: after its local header, whose name and extra field vary in length."""
     archive_bytes.seek(member.header_offset)
     local = archive_bytes.read(30)
     return member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")

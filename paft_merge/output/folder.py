@@ -26,7 +26,7 @@ from paft_merge.compute.blocks import Counts, Sums
 from paft_merge.errors import OutputError, Problems
 from paft_merge.inputs.checkpoint import UNFINISHED
 from paft_merge.output.direct_io import PageAlignedBuffer
-from paft_merge.output.shards import DISK_FULL, START_OVER, Shard, ShardWriter, Slot, index_of, index_text
+from paft_merge.output.shards import DISK_FULL, START_OVER, Shard, ShardWriter, Slot, index_of, index_text, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -187,12 +187,12 @@ class Output:
                 _write_durably(target, content if isinstance(content, bytes) else content.read_bytes())
             if index is not None:
                 _write_durably(self.part / f"{_stem(self.shards)}.safetensors.index.json", index_text(index).encode())
-            _fsync(self.part)
+            sync_folder(self.part)
             self.journal.close()
             (self.part / JOURNAL).unlink()
             _put_in_place(self.part, self.out, overwrite=overwrite)
             (self.out / LOCK).unlink()  # last, because it keeps other merges out of out.part
-            _fsync(self.out.parent)
+            sync_folder(self.out.parent)
 
     @contextmanager
     def _open_journal(self, identity: Mapping[str, Any]) -> Iterator[None]:
@@ -383,14 +383,6 @@ def _write_durably(target: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

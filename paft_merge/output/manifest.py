@@ -1,4 +1,4 @@
-"""`merge_manifest.json`: its name and form, how it is read, and a finished merge held against it, byte by byte."""
+"""Reads `merge_manifest.json`, and compares a finished merge with it byte by byte."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ FORMAT = "paft_merge.manifest/1"
 
 @dataclass(frozen=True)
 class ManifestCheck:
-    """What a finished merge looks like beside its manifest."""
+    """The comparison of a finished merge with its manifest."""
 
     folder: Path
     manifest: Mapping[str, Any]
     tensors: int
-    """Tensors whose bytes were compared."""
+    """Number of tensors whose bytes were compared."""
     nbytes: int
+    """Number of bytes compared."""
     problems: tuple[Problem, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether every byte is what the merge wrote."""
+        """Whether every byte is unchanged since the merge."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """As `paft audit OUT --json` prints it."""
+        """Return the output of `paft audit OUT --json`."""
         return {
             "schema": "paft_merge.audit.manifest/1",
             "folder": str(self.folder),
@@ -59,13 +60,13 @@ def verify(
     """Compare a finished merge with its `merge_manifest.json`: names, dtypes, shapes, and the digest of every tensor.
 
     Args:
-        folder: as `paft merge` wrote it.
-        manifest: of another merge that should be the same; the folder's own by default.
-        progress: called with bytes done, bytes in all, and the tensor that was compared.
+        folder: the output of `paft merge`.
+        progress: called with bytes done, total bytes, and the name of the compared tensor.
+        manifest: the manifest of another merge that should have the same result; default: the one in `folder`.
 
     Raises:
-        AuditError: MANIFEST, there is none, or it cannot be read.
-        CheckpointError: the folder is no whole checkpoint.
+        AuditError: MANIFEST, it is missing or cannot be read.
+        CheckpointError: the folder is not a complete checkpoint.
     """
     folder = Path(folder)
     manifest = read_manifest(folder / MANIFEST) if manifest is None else manifest
@@ -78,12 +79,12 @@ def verify(
         for name in both:
             entry, info = planned[name], held[name]
             if (entry["dtype"], tuple(entry["shape"])) != (info.dtype, info.shape):
-                what = f"is {info.dtype} {list(info.shape)}, and was written as {entry['dtype']} {entry['shape']}"
+                what = f"is {info.dtype} {list(info.shape)}, but was written as {entry['dtype']} {entry['shape']}"
                 problems.add("MANIFEST", f"{folder}: {name}", what, "merge again")
             slot = Slot(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
             if digest_of(folder, slot, entry["block_bytes"]) != entry["digest"]:
                 problems.add(
-                    "MANIFEST", f"{folder}: {name}", "its bytes are not those that the merge wrote", "merge again"
+                    "MANIFEST", f"{folder}: {name}", "its bytes differ from those that the merge wrote", "merge again"
                 )
             done += info.nbytes
             progress(done, total, name)
@@ -92,9 +93,9 @@ def verify(
 
 def _compare_names(planned: Mapping[str, Any], held: Mapping[str, Any], folder: Path, problems: Problems) -> None:
     for name in planned.keys() - held.keys():
-        problems.add("MANIFEST", f"{folder}: {name}", "is in the manifest and not in the checkpoint", "merge again")
+        problems.add("MANIFEST", f"{folder}: {name}", "is in the manifest but not in the checkpoint", "merge again")
     for name in held.keys() - planned.keys():
-        problems.add("MANIFEST", f"{folder}: {name}", "is in the checkpoint and not in the manifest", "merge again")
+        problems.add("MANIFEST", f"{folder}: {name}", "is in the checkpoint but not in the manifest", "merge again")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -117,8 +118,5 @@ def read_manifest(path: Path) -> dict[str, Any]:
         or not isinstance(manifest.get("tensors"), dict)
     ):
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise AuditError.of("MANIFEST", path, f"has the format {found!r}, and this version reads {FORMAT!r}")
+        raise AuditError.of("MANIFEST", path, f"has the format {found!r}, but this version reads {FORMAT!r}")
     return manifest
-
-
-__all__ = ["ManifestCheck", "is_merged", "verify"]

@@ -263,7 +263,7 @@ class ShardWriter:
         for file, fd in self._fds.items():
             with self._naming_file(file):
                 os.fsync(fd)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def close(self) -> None:
         """Close every file; a second call does nothing."""
@@ -374,7 +374,8 @@ def _reserve(fd: int, size: int) -> None:
     return None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

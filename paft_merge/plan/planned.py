@@ -56,7 +56,7 @@ class StreamedTensor:
     def row(self) -> int:
         """Elements of a row; a block is a number of whole rows."""
         rule = self.rule
-        return self.inputs.row(self.shape, 1 if rule is None or rule.wants == "whole" else rule.row(self.shape))
+        return self.inputs.row_size(self.shape, 1 if rule is None or rule.wants == "whole" else rule.row(self.shape))
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -216,8 +216,8 @@ class MergePlan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors and adapter files that one pass over all inputs reads."""
-        reads = {(r.checkpoint.place, r.name): r for t in self.tensors for r in t.inputs.reads}
-        stored = [r.checkpoint.bytes_behind(r.name) for r in reads.values()]
+        reads = {(r.checkpoint.identity, r.name): r for t in self.tensors for r in t.inputs.reads}
+        stored = [r.checkpoint.bytes_read(r.name) for r in reads.values()]
         adapters = {m.adapter.folder: m.adapter.fingerprint() for m in self.models if m.adapter}
         return sum(stored) + sum(int(file["size"]) for files in adapters.values() for file in files.values())
 

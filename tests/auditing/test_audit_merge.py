@@ -191,7 +191,7 @@ def test_one_changed_byte_of_a_finished_merge_is_found_and_named(merged: Path) -
     file.write_bytes(bytes(data))
 
     (problem,) = verify(merged).problems
-    assert "not those that the merge wrote" in problem.what
+    assert "its bytes differ from those that the merge wrote" in problem.what
     shown = CliRunner().invoke(cli, ["audit", str(merged)])
     assert shown.exit_code == 1
     assert problem.where.rsplit(" ", 1)[-1] in shown.stderr

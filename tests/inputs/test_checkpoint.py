@@ -350,10 +350,10 @@ def test_the_only_part_of_one_is_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("files", "text"),
     [
-        ([], "holds no safetensors file; is it the folder that was meant?"),
+        ([], "holds no safetensors file; check the path"),
         (["README.md"], "holds no safetensors file"),
         (["adapter_model.safetensors"], "holds an adapter and no checkpoint; name it after its base: base+adapter"),
-        (["consolidated.safetensors"], "holds only consolidated.safetensors, not in Hugging Face's form"),
+        (["consolidated.safetensors"], "holds only consolidated.safetensors, not in Hugging Face's format"),
     ],
 )
 def test_a_folder_without_a_checkpoint_says_what_it_has(tmp_path, files, text):
@@ -415,8 +415,8 @@ def test_an_index_that_points_out_of_its_folder_is_refused_before_anything_is_op
         (b"{}", "has no weight_map of tensor names to files"),
         (b'{"weight_map": {}}', "has no weight_map of tensor names to files"),
         (b'{"weight_map": ["a"]}', "has no weight_map of tensor names to files"),
-        (b'{"weight_map": {"a": 1}}', "the file of tensor 'a' is not a text"),
-        (b'{"weight_map": {"a": "x", "a": "x"}}', "key 'a' stands more than once"),
+        (b'{"weight_map": {"a": 1}}', "the file of tensor 'a' is not a string"),
+        (b'{"weight_map": {"a": "x", "a": "x"}}', "key 'a' occurs more than once"),
         (b"[" * 100_000, "it has more brackets than tensors need"),
         (b"<html></html>", "is a web page, not the file itself"),
     ],
@@ -450,10 +450,10 @@ def test_index_and_shards_must_agree_on_every_tensor(tmp_path):
     sharded(tmp_path)
     edit_index(tmp_path, phantom=first, norm=None, head=first)
     assert faults_of(tmp_path) == [
-        ("INDEX_MISMATCH", f"{tmp_path / first}: tensor 'head' is not there though the index says so; {second} has it"),
+        ("INDEX_MISMATCH", f"{tmp_path / first}: tensor 'head' is missing, though the index lists it; {second} has it"),
         (
             "INDEX_MISMATCH",
-            f"{tmp_path / first}: tensor 'phantom' is not there though the index says so; no file has it",
+            f"{tmp_path / first}: tensor 'phantom' is missing, though the index lists it; no file has it",
         ),
         ("INDEX_MISMATCH", f"{tmp_path / first}: tensor 'norm' is not in the index"),
     ]

@@ -56,3 +56,12 @@ def test_tensors_of_another_type_are_refused(folders: tuple[Path, Path]) -> None
         pytest.raises(AdapterError, match="has LORA tensors, but peft_type is OUTER"),
     ):
         Adapter.open(folders[1], base)
+
+
+def test_a_delta_and_new_rows_of_one_tensor_are_refused(folders: tuple[Path, Path]) -> None:
+    path = folders[1] / "adapter_model.safetensors"
+    tokens = {"layer.token_adapter.trainable_tokens_delta": ones(1, 2)}
+    save_file({"layer.outer_u": ones(3), "layer.outer_v": ones(2), **tokens}, path)
+    (folders[1] / "adapter_config.json").write_text('{"peft_type": "OUTER", "trainable_token_indices": [1]}')
+    with Checkpoint.open(folders[0]) as base, pytest.raises(AdapterError, match="by a delta and also replaces values"):
+        Adapter.open(folders[1], base)

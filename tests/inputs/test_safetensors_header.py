@@ -238,31 +238,31 @@ REFUSED = {
         "12 bits",
     ),
     # 12
-    "unknown dtype": (entry(dtype="F31"), "DTYPE_UNSUPPORTED", "tensor 'w': dtype 'F31' is none of F64, F32"),
+    "unknown dtype": (entry(dtype="F31"), "DTYPE_UNSUPPORTED", "tensor 'w': dtype 'F31' is not one of F64, F32"),
     # 14
     "same name twice": (
         raw(b'{"w":%b,"w":%b}' % ((json.dumps(ONE).encode(),) * 2), bytes(8)),
         "SHARD_HEADER",
-        "name 'w' stands more than once",
+        "name 'w' occurs more than once",
     ),
     "same key twice": (
         raw(b'{"w":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
         "SHARD_HEADER",
-        "name 'dtype' stands more than once",
+        "name 'dtype' occurs more than once",
     ),
     # entries of the wrong kind
     "entry is a list": (raw({"w": ["F32", [2], [0, 8]]}, bytes(8)), "SHARD_HEADER", "not {dtype, shape, data_offsets}"),
     "entry lacks shape": (raw({"w": {"dtype": "F32"}}), "SHARD_HEADER", "not {dtype, shape, data_offsets}"),
     "entry says more": (entry(strides=[1]), "SHARD_HEADER", "not {dtype, shape, data_offsets}"),
-    "dtype is a map": (entry(dtype={"F32": None}), "SHARD_HEADER", "not {dtype: text, shape: list"),
-    "shape is a number": (entry(shape=2), "SHARD_HEADER", "not {dtype: text, shape: list"),
+    "dtype is a map": (entry(dtype={"F32": None}), "SHARD_HEADER", "not {dtype: string, shape: list"),
+    "shape is a number": (entry(shape=2), "SHARD_HEADER", "not {dtype: string, shape: list"),
     "half a surrogate pair": (
         raw(b'{"\\ud800":%b}' % json.dumps(ONE).encode(), bytes(8)),
         "SHARD_HEADER",
         "not Unicode",
     ),
-    "metadata not texts": (raw({"__metadata__": {"a": 1}}), "SHARD_HEADER", "__metadata__ is not a map of texts"),
-    "metadata a list": (raw({"__metadata__": []}), "SHARD_HEADER", "__metadata__ is not a map of texts"),
+    "metadata not texts": (raw({"__metadata__": {"a": 1}}), "SHARD_HEADER", "__metadata__ is not a map of strings"),
+    "metadata a list": (raw({"__metadata__": []}), "SHARD_HEADER", "__metadata__ is not a map of strings"),
     # 16 and 17
     "LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",

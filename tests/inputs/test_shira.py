@@ -73,7 +73,7 @@ def with_corner(held: Tensors) -> Tensors:
 def test_an_audit_without_a_base_asks_for_it_when_the_entries_do_not_tell_the_shape(tmp_path: Path) -> None:
     _, adapter = made(tmp_path)
     edit_tensors(adapter, lambda held: {n: torch.zeros_like(t) if "indices" in n else t for n, t in held.items()})
-    with pytest.raises(AuditError, match="do not tell how large it is; pass --base"):
+    with pytest.raises(AuditError, match="do not determine its shape; pass base="):
         audit(adapter)
 
 

@@ -188,7 +188,7 @@ def test_inputs_are_never_modified(asked: dict[str, Any], models: dict[str, Path
 def test_a_foreign_folder_of_the_name_out_part_is_not_touched(asked: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="no merge has left it"):
+    with pytest.raises(OutputError, match="is not the unfinished output of a merge"):
         merge(asked, tmp_path / "out")
     assert files_of(tmp_path / "out.part") == {"thesis.txt": b"mine"}
 
@@ -448,7 +448,7 @@ def test_a_merge_of_something_else_is_not_resumed(
     with pytest.raises(OutputError, match=f"started with another .*{named}") as caught:
         merge(asked, half, resume=True, **keywords)
     assert codes(caught) == ["RESUME_STALE"]
-    assert caught.value.problems[0].fix == "run without --resume to start over"
+    assert caught.value.problems[0].fix == "run without resume=True to start over"
     before.pop(LOCK)
     assert {name: content for name, content in files_of(part_of(half)).items() if name != LOCK} == before
 
@@ -498,7 +498,7 @@ def test_a_merge_that_is_told_to_stop_says_how_to_go_on(
     """
     run = paft_process("merge", file, tmp_path / "out", "--threads", "1", before=hook)
     assert run.returncode == 130, run.stderr
-    assert run.stderr == "interrupted; finished work is kept beside the output, and --resume continues\n"
+    assert run.stderr == "interrupted; finished work is kept, and the same command with --resume continues\n"
     assert lines_of(tmp_path / "out.part" / JOURNAL) >= 3
 
 

@@ -324,7 +324,7 @@ def test_a_file_of_another_merge_is_not_resumed_and_not_touched(tmp_path, change
     (tmp_path / FILE).write_bytes(other[change])
 
     with pytest.raises(
-        OutputError, match="is not the file that this merge would write; run without --resume to start over"
+        OutputError, match="is not the file that this merge would write; run without resume=True to start over"
     ) as caught:
         ShardWriter(tmp_path, shards, resume=True)
 

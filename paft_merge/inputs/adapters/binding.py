@@ -68,8 +68,15 @@ class DeltaBuilder:
     make: Callable[[], AdapterDelta] | None = None
 
     def build(self, base: Checkpoint) -> AdapterDelta:
-        """Return the delta. It reads `base` on first use, and only for the norms of columns."""
+        """Return the delta. It reads `base` on first use, and only for the norms of columns.
+
+        Raises:
+            AdapterError: ADAPTER_UNSUPPORTED if parts exclude each other.
+        """
         if self.make is not None:
+            if self.new is not None or self.tokens is not None:
+                what = f"changes tensor {quote(self.name)} by a delta and also replaces values of it"
+                raise AdapterError.of("ADAPTER_UNSUPPORTED", "the adapter", what, "merge it with PEFT instead")
             return self.make()
         low = LowRank(self.shape, self.row_size, self.low, self.kind, self.stored_as) if self.low is not None else None
         if self.new is None and self.magnitude is None and self.tokens is None:

@@ -1,12 +1,12 @@
-"""The model card of a merge, made from its manifest alone, so that it says what is so and can be made again.
+"""The model card of a merge, generated from its manifest.
 
-| room | what it is |
+| module | content |
 |---|---|
-| metadata | what the Hub's widgets read: base models, licence, tags, data sets, results |
-| page | the text: sources with their revisions, what was measured, the recipe, how to reproduce it |
-| plot | the sparsity of each source along the layers, as a picture |
+| metadata | metadata for the Hub: base models, licence, tags, data sets, results |
+| markdown | the text: sources with their revisions, statistics, the recipe, how to reproduce the merge |
+| plot | a picture of the sparsity of each source by layer |
 
-A card ends with a digest of itself. One that a person has edited is not overwritten unless they say so.
+A card ends with its digest, so that an edited card is recognised and not overwritten without permission.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _MARK = re.compile(r"\n<!-- paft_merge: ([0-9a-f]{32}) -->\n$")
 
 
 def model_card(manifest: Mapping[str, Any], folder: Path | None = None) -> str:
-    """README.md of a merge.
+    """Return the README.md of a merge.
 
     Args:
-        manifest: of the merge.
-        folder: where its evaluation results and its picture lie, if it has them.
+        manifest: the manifest of the merge.
+        folder: the folder of its evaluation results and its picture, if any.
     """
     picture = folder is not None and (folder / PICTURE).is_file()
     text = page(manifest, scores_in(folder) if folder else [], PICTURE if picture else None)
@@ -44,17 +44,18 @@ def model_card(manifest: Mapping[str, Any], folder: Path | None = None) -> str:
 
 
 def write_card(folder: Path, *, overwrite: bool = False) -> list[Problem]:
-    """Write the card of a finished merge anew, with its picture where matplotlib is installed.
+    """Write the card of a finished merge, with its picture if matplotlib is installed.
 
     Args:
-        folder: as `paft merge` wrote it; the results of an evaluation may lie in it as `evaluation.json` or `results*.json`.
-        overwrite: replace a card that somebody has edited.
+        folder: the output of `paft merge`, perhaps with evaluation results as `evaluation.json` or `results*.json`.
+        overwrite: replace a card that was edited.
 
     Returns:
-        What a reader of the card should know: licences that differ.
+        Warnings: licences that differ.
 
     Raises:
-        OutputError: CARD_EDITED, the card is not as it was written. AuditError: MANIFEST, there is none.
+        OutputError: CARD_EDITED, the card was edited.
+        AuditError: MANIFEST, the manifest is missing or cannot be read.
     """
     manifest, card = read_manifest(folder / MANIFEST), folder / CARD
     if card.is_file() and not overwrite and is_edited(card.read_text(encoding="utf-8")):
@@ -71,7 +72,7 @@ def write_card(folder: Path, *, overwrite: bool = False) -> list[Problem]:
 
 
 def is_edited(text: str) -> bool:
-    """Whether a card is anything else than what `model_card` once made."""
+    """Whether a card differs from the output of `model_card` when it was written."""
     mark = _MARK.search(text)
     return mark is None or mark[1] != _digest(text[: mark.start()])
 

@@ -1,4 +1,4 @@
-"""The text of a card."""
+"""The Markdown text of a card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from paft_merge.output.manifest import MANIFEST
 
 
 def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | None) -> str:
-    """Everything but the mark at the end; `picture` is the name of the file beside it."""
+    """Return the card without the digest at its end.
+
+    Args:
+        manifest: the manifest of the merge.
+        scores: evaluation results.
+        picture: file name of the picture, if any.
+    """
     recipe = manifest["recipe"]
     name = recipe.get("name") or "Merged model"
     data = yaml.safe_dump(card_metadata(manifest, name, scores), sort_keys=False, allow_unicode=True).strip()
@@ -53,7 +59,7 @@ def _sources(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _measured(manifest: Mapping[str, Any]) -> list[str]:
-    """What each source brought: its delta, and what of it was merged."""
+    """Statistics of each source's delta, and how much of it was merged."""
     rows = [row for row in manifest.get("totals", ()) if row.get("l2")]
     notes = [line for text in manifest.get("warnings", ()) for line in (f"Note: {text}", "")]
     if not rows:
@@ -64,8 +70,11 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
         f"| {r['l2']:.4g} |"
         for r in rows
     ]
-    said = "Entries of each source's delta (its difference from the base), and the share that is almost zero, that the"
-    return ["## What was merged", "", f"{said} method kept, and whose sign was elected.", "", *head, *body, "", *notes]
+    legend = (
+        "Entries of each source's delta (its difference from the base); the shares of them that are almost zero, that "
+        "the method kept, and whose sign was elected."
+    )
+    return ["## Deltas", "", legend, "", *head, *body, "", *notes]
 
 
 def _share(row: Mapping[str, Any], key: str) -> str:
@@ -87,10 +96,10 @@ def _scores(scores: Sequence[Score]) -> list[str]:
 def _reproduce(manifest: Mapping[str, Any]) -> list[str]:
     version = manifest.get("versions", {}).get("paft-merge", "")
     local = [s["path"] for s in manifest.get("sources", ()) if not s.get("repo_id")]
-    needs = f" It needs {', '.join(f'`{path}`' for path in local)} as they were." if local else ""
-    told = f"`{MANIFEST}` holds every tensor's parameters, counts and digest, and the commit of every source."
+    needs = f" Reproduction needs {', '.join(f'`{path}`' for path in local)} unchanged." if local else ""
+    record = f"`{MANIFEST}` records the parameters, counts and digest of every tensor, and the commit of every source."
     return [
         "## Reproduce", "", "```sh", f"pip install paft-merge=={version}",
-        "paft reproduce REPOSITORY_OR_FOLDER   # merges again, and says whether every byte is the same", "```", "",
-        f"{told}{needs}", "",
+        "paft reproduce REPOSITORY_OR_FOLDER   # merges again and compares every byte", "```", "",
+        f"{record}{needs}", "",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the Hub's widgets read of a card: base models, licence, tags, data sets, and the results of evaluations."""
+"""The metadata of a card for the Hub: base models, licence, tags, data sets, and evaluation results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RESULTS = ("evaluation.json", "results*.json")
 
 @dataclass(frozen=True)
 class Score:
-    """One number of an evaluation."""
+    """One result of an evaluation."""
 
     task: str
     metric: str
@@ -28,7 +28,7 @@ class Score:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What the card of a source says of its licence, data sets and languages; {} when it has none, or says nothing."""
+    """Licence, data sets and languages in the card of a source; empty if it has no card or the card does not state them."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -45,7 +45,7 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def licence(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The licence that all sources which state one agree on, as metadata; a warning when they do not agree."""
+    """The common licence of all sources that state one, as metadata; if they differ, none and a warning."""
     stated: dict[tuple[Any, ...], list[str]] = {}
     fields = ("license", "license_name", "license_link")
     for source in manifest.get("sources", ()):
@@ -53,10 +53,10 @@ def licence(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
             key = (tuple(said) if isinstance(said, list) else said, *(source["card"].get(f) for f in fields[1:]))
             stated.setdefault(key, []).append(source["path"])
     if len(stated) > 1:
-        told = "; ".join(f"{', '.join(paths)}: {key[1] or key[0]}" for key, paths in stated.items())
+        stated_by = "; ".join(f"{', '.join(paths)}: {key[1] or key[0]}" for key, paths in stated.items())
         fix = "read them, and set `license` in the card yourself"
         return {}, [
-            Problem("LICENSE", "", f"the sources have different licences ({told}), so the card states none", fix)
+            Problem("LICENSE", "", f"the sources have different licences ({stated_by}), so the card states none", fix)
         ]
     values = next(iter(stated), ())
     return {
@@ -65,7 +65,13 @@ def licence(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
 
 
 def card_metadata(manifest: Mapping[str, Any], name: str, scores: Sequence[Score]) -> dict[str, Any]:
-    """The card's YAML as data."""
+    """Return the content of the card's YAML header.
+
+    Args:
+        manifest: the manifest of the merge.
+        name: the name of the model.
+        scores: evaluation results.
+    """
     sources = manifest.get("sources", ())
     hub = list(dict.fromkeys(s["repo_id"] for s in sources if s.get("repo_id")))
     data_sets = sorted({name for s in sources for name in _listed(s, "datasets")})
@@ -82,7 +88,7 @@ def _listed(source: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _index(name: str, scores: Sequence[Score]) -> dict[str, Any]:
-    """Results in the form that the Hub's leaderboards read (model-index)."""
+    """Results in the format of the Hub's leaderboards (model-index)."""
     results = []
     for task in dict.fromkeys(score.task for score in scores):
         metrics = [{"type": s.metric, "value": s.value, "name": s.metric} for s in scores if s.task == task]
@@ -92,7 +98,7 @@ def _index(name: str, scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def scores_in(folder: Path) -> list[Score]:
-    """The results of evaluations that lie in a folder: lm-eval's `results*.json`, or `evaluation.json`, a number a task."""
+    """Evaluation results in a folder: lm-eval's `results*.json`, or `evaluation.json` with one number for each task."""
     found = dict.fromkeys(path for pattern in _RESULTS for path in sorted(folder.glob(pattern)))
     return [score for path in found for score in _scores_of(path)]
 
