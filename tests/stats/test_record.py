@@ -210,12 +210,12 @@ def test_a_finished_merge_shows_what_it_measured_everywhere(sources: Family, tmp
     html, table = tmp_path / "r.html", tmp_path / "r.csv"
     shown = CliRunner().invoke(cli, ["audit", str(out), "--html", str(html), "--csv", str(table), "--require", "kept <= 0.31"])  # fmt: skip
     assert shown.exit_code == 0, shown.output
-    for text in ("against each other", "what ties kept", "estimated from", "all are what the merge"):
+    for text in ("against each other", "what ties kept", "estimated from", "all as the merge wrote"):
         assert text in " ".join(shown.stdout.split()), text
     assert "estimated from 100.0% of the entries" in html.read_text()
     assert len(table.read_text().splitlines()) > 30
     failed = CliRunner().invoke(cli, ["audit", str(out), "--require", "conflict_weighted [layer=*] < 0.1", "--json"])
-    assert failed.exit_code == 1
+    assert failed.exit_code == 3
     assert "error[REQUIRED]: sft and dpo: layer 0" in failed.stderr
     assert json.loads(failed.stdout)["audit"]["sampled"] == 1.0
 
