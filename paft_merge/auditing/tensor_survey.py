@@ -1,4 +1,4 @@
-"""Everything that is measured of one tensor: each source's delta, every pair of them, and what a merge would keep.
+"""Measures one tensor: the delta of each source, every pair of deltas, and the entries that a merge would keep.
 
 n active sources; blocks come from `HeldDeltas`. Counts do not depend on the order in which blocks are done, and sums are
 taken block by block and added in tile order.
@@ -36,24 +36,24 @@ Pairs = Mapping[tuple[int, int], PairMeasure]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to measure."""
+    """Settings of a survey."""
 
     epsilon: float
     epsilons: tuple[float, ...]
     weights: bool
-    """The base's weights are known."""
+    """The base's weights can be read."""
     pairs: bool
     density: float
-    """At which the supports of two sources are compared."""
+    """Share of the largest entries whose positions are compared between two sources."""
 
 
 @dataclass(frozen=True)
 class TensorStats:
-    """One tensor, measured. Sources are indices into the subject's."""
+    """The measures of one tensor; sources are indices into those of the tensor."""
 
     measures: Mapping[int, Measure]
     spectra: Mapping[int, tuple[Spectrum, FactorCounts]]
-    """Of the sources whose delta is one product of factors."""
+    """Spectrum and counts of each source whose delta is one product of factors."""
     pairs: Pairs
     subspaces: Mapping[tuple[int, int], tuple[float, float]]
     survived: Mapping[int, Survived]
@@ -100,7 +100,7 @@ def survey(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rul
 
 @dataclass(frozen=True)
 class _Part:
-    """The sums of one block, a row a source (a pair)."""
+    """The sums of one block, with a row for each source or pair."""
 
     sums: Any
     below: Any
@@ -112,7 +112,7 @@ class _Part:
 
 
 class _First:
-    """The first walk: each delta by itself and, where wanted, against every other."""
+    """The first pass: each delta alone and, where wanted, against every other one."""
 
     def __init__(self, subject: AuditedTensor, wanted: Wanted, n: int) -> None:
         self.subject, self.wanted, self.n = subject, wanted, n
@@ -136,7 +136,7 @@ class _First:
         return _Part(sums, below, largest, erased, float(weight[0]), pair_counts, pair_sums)
 
     def _measure(self, i: int, row: Any, below: Any, sums: Any) -> int:
-        """Measure one delta; its histogram is integers, which may be added in any order."""
+        """Measure one delta; its histogram has integers, so that blocks may be added in any order."""
         largest = 0
         for start in range(0, row.size, kernels.MOST):
             packed = np.zeros(kernels.BINS, np.int64)
@@ -156,7 +156,7 @@ class _First:
         return self._counts, self._lows
 
     def measures(self, parts: Sequence[_Part], subject: AuditedTensor) -> list[Measure]:
-        """Every source's measure, from all blocks."""
+        """The measure of every source, from all blocks."""
         found = []
         for i in range(self.n):
             sums = [math.fsum(p.sums[i, k] for p in parts) for k in range(3)]
@@ -173,7 +173,7 @@ class _First:
         return found
 
     def pairs(self, parts: Sequence[_Part], measures: Sequence[Measure]) -> dict[tuple[int, int], PairMeasure]:
-        """Every pair's measure, but for the support."""
+        """The measure of every pair, without the overlap of the largest entries."""
         found = {}
         for k, (a, b) in enumerate(self.combinations):
             both, conflicts, above, above_conflicts = (int(sum(p.pair_counts[k, c] for p in parts)) for c in range(4))
@@ -268,7 +268,7 @@ def _sum_square(
 
 
 def _factored(subject: AuditedTensor, i: int) -> Factored | None:
-    """The decomposed factors of a source's delta, where one product is all it is."""
+    """The decomposed factors of a source whose delta is one product of factors, else None."""
     factors = subject.inputs.factors(i)
     return Factored.of(*factors) if factors else None
 
@@ -276,5 +276,5 @@ def _factored(subject: AuditedTensor, i: int) -> Factored | None:
 def _not_finite(subject: AuditedTensor, row: int) -> AuditError:
     source = subject.inputs.sources[subject.inputs.active[row]].source
     return AuditError.of(
-        "NONFINITE", f"{source}: {subject.name}", "the delta has values that are NaN or infinite", "mend the source"
+        "NONFINITE", f"{source}: {subject.name}", "the delta has NaN or infinite values", "repair the source"
     )
