@@ -239,7 +239,10 @@ def test_modules_that_cannot_be_imported_are_told_together(tmp_path: Path, monke
 
 
 REFUSED = {
-    "an option of ours": ({"merge_method": "ties", "parameters": {"elect": "count"}}, "mergekit's ties does not have elect"),
+    "an option of ours": (
+        {"merge_method": "ties", "parameters": {"elect": "count"}},
+        "mergekit's ties does not have elect",
+    ),
     "a word of ours": (
         {"merge_method": "ties", "parameters": {"normalize": "count"}},
         "mergekit's ties does not have normalize: count",
