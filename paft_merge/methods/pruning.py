@@ -241,7 +241,7 @@ def della_linear(
         weight: one for all, or one a delta.
         density: mean probability in [0, 1] that an entry stays; 1 keeps everything.
         epsilon: the probability runs from `density - epsilon` for the smallest entry of a row to `density + epsilon` for the
-            largest; both must lie inside (0, 1) unless the density is 0 or 1.
+            largest; both must be inside (0, 1) unless the density is 0 or 1.
         normalize: divide by the sum of the weights.
         rescale: multiply by (L1 norm before / L1 norm after), as mergekit does; the paper divides by the probability.
         lambda_: multiplies the result.

@@ -35,7 +35,7 @@ def no_factors() -> list[None]:
 
 @pytest.fixture(autouse=True)
 def _whatever_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The samples of tiles as small as these tell little, so that much is open."""
+    """Samples of tiles as small as these are inexact, and many entries stay undecided."""
     monkeypatch.setattr(one_pass, "_MOST_UNDECIDED", 0.9)
 
 
