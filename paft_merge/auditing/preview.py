@@ -1,4 +1,4 @@
-"""What a merge would keep of each source, by the very rule of the merge, before anything is merged."""
+"""What a merge would keep of each source, computed by the rule of the merge, before the merge."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from paft_merge.stats.metrics import UNDEFINED
 
 @dataclass(frozen=True)
 class Proposal:
-    """A method with its parameters; a parameter of a source may be one value for all, or one a source."""
+    """A method with its parameters; a parameter of a source has one value for all sources, or one a source."""
 
     method: str = "ties"
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"density": 0.2, "weight": 1.0})
@@ -31,10 +31,10 @@ class Proposal:
 
     @classmethod
     def parse(cls, method: str, settings: Sequence[str]) -> Proposal:
-        """From `NAME=VALUE` texts; `NAME=V1,V2` gives each source its own.
+        """Parse `NAME=VALUE` texts; `NAME=V1,V2` gives each source its own value.
 
         Raises:
-            AuditError: PREVIEW, with everything that is wrong.
+            AuditError: PREVIEW, with all errors.
         """
         problems, parameters = Problems(), dict[str, Any]()
         known = METHODS[method].parameters if method in METHODS else ()
@@ -47,12 +47,8 @@ class Proposal:
             spec = next((p for p in known if p.name == name), None)
             if spec is None:
                 if method in METHODS:
-                    problems.add(
-                        "PREVIEW",
-                        text,
-                        f"{method} has no parameter {name!r}",
-                        did_you_mean(name, names) or f"its parameters are {', '.join(names)}",
-                    )
+                    fix = did_you_mean(name, names) or f"its parameters are {', '.join(names)}"
+                    problems.add("PREVIEW", text, f"{method} has no parameter {name!r}", fix)
                 continue
             try:
                 values = [coerce(spec, part) for part in value.split(",")]
@@ -67,7 +63,7 @@ class Proposal:
         """The rule for the tensor `name`.
 
         Raises:
-            AuditError: PREVIEW, a parameter is missing, out of bounds, or has not one value a source.
+            AuditError: PREVIEW, a parameter is missing, out of bounds, or does not have one value a source.
         """
         method, problems = METHODS[self.method], Problems()
         per_source: list[dict[str, Any]] = [{} for _ in sources]
@@ -92,13 +88,15 @@ class Proposal:
         except ValueError as error:
             raise AuditError.of("PREVIEW", self.method, str(error)) from error
         if rule.wants == "whole":
-            raise AuditError.of("PREVIEW", self.method, "is merged by mergekit, which shows nothing of what it keeps")
+            raise AuditError.of(
+                "PREVIEW", self.method, "is merged by mergekit, which does not report which entries it keeps"
+            )
         return rule
 
 
 @dataclass(frozen=True)
 class Survived:
-    """What trimming and election leave of one source's delta; counts and energies add up over tensors."""
+    """What trimming and election keep of one source's delta; counts and energies add up over tensors."""
 
     entries: int
     kept: int
@@ -112,7 +110,7 @@ class Survived:
 
     @classmethod
     def total(cls, parts: Sequence[Survived]) -> Survived:
-        """What is left of everything in `parts`."""
+        """The sum of `parts`."""
         return cls(*(sum(getattr(p, name) for p in parts) for name in cls.__dataclass_fields__))
 
     @property
@@ -131,14 +129,14 @@ class Survived:
         return _ratio(self.elected_square, self.square)
 
     def to_json(self) -> dict[str, Any]:
-        """As the report's JSON has it."""
+        """The fields of the report's JSON."""
         counts = {"entries": self.entries, "kept": self.kept, "elected": self.elected}
         return {**counts, "kept_energy": self.kept_energy, "elected_energy": self.elected_energy}
 
 
 @dataclass(frozen=True)
 class PreviewTensor:
-    """What a merge would make of one tensor."""
+    """What a merge would keep of one tensor."""
 
     name: str
     layer: int | None
@@ -147,7 +145,7 @@ class PreviewTensor:
     merged_square: float
     """Sum of squares of the merged delta."""
     sum_square: float
-    """Sum of squares of the plain sum of weight * delta, which nothing is trimmed from."""
+    """Sum of squares of the sum of weight * delta without trimming."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class Preview:
     tensors: tuple[PreviewTensor, ...]
 
     def of(self, source: str, tensors: Sequence[PreviewTensor] | None = None) -> Survived:
-        """What is left of one source (by its label) over `tensors`, all by default."""
+        """What is kept of one source (by its label) in `tensors`, by default all."""
         parts = [t.sources[source] for t in (self.tensors if tensors is None else tensors) if source in t.sources]
         return Survived.total(parts)
 

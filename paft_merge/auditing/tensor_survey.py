@@ -152,7 +152,7 @@ class _First:
 
     @property
     def full(self) -> tuple[Any, Any]:
-        """The histograms of all blocks, as `sparsify.trim_survivals` takes them."""
+        """The histograms of all blocks, as `thresholds.trim_survivals` takes them."""
         return self._counts, self._lows
 
     def measures(self, parts: Sequence[_Part], subject: AuditedTensor) -> list[Measure]:

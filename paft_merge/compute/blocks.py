@@ -177,7 +177,7 @@ class Tally:
         self.sums.append(sums)
 
     def total(self) -> Sums:
-        """`[n, 4]` float64: the correctly rounded sum over the blocks, so that their order cannot matter."""
+        """`[n, 4]` float64: the correctly rounded sum over the blocks, which does not depend on their order."""
         if not self.sums:
             return np.zeros((len(self.counts), len(kernels.SUMS)))
         stacked = np.stack(self.sums)

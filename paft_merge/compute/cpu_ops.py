@@ -44,7 +44,7 @@ class CpuOps:
         return counts, low
 
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
-        """Per source: how many magnitudes lie inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
+        """Per source: how many magnitudes are inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
         n, size = block.count, block.size
         found, counts = SCRATCH.array("found", (n, size), np.uint32), np.empty((n, 2), np.int64)
         bounds = np.array(low, np.uint32), np.array(width, np.uint32)
@@ -240,7 +240,7 @@ def _strips(of_float32: int, of_float64: int) -> tuple[Any, Any]:
 
 
 def _one_row(block: Block) -> Block:
-    """A block of one row for what is computed from `block`."""
+    """A block with one uninitialised row, with the index and the base of `block`."""
     return Block(block.index, block.base, np.empty((1, block.size), np.uint32), subtract=False)
 
 

@@ -1,7 +1,7 @@
-"""mergekit's own methods on whole tensors: those we have no streaming rule for, those that others registered, and parity.
+"""mergekit's methods on whole tensors: methods without a streaming rule, methods that plugins registered, and parity.
 
-Nothing of a recipe or a file is known here, and nothing of mergekit elsewhere, except in `unpickle` (its lazy reader of .bin
-files) and `plugin` (our methods in its registry). mergekit is imported when it is first needed.
+This module does not depend on recipes or files. Only it, `inputs.torch_pickle` (mergekit's lazy reader of .bin files) and
+`mergekit_plugin` (our methods in mergekit's registry) use mergekit, which is imported at first use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _answers: dict[tuple[str | None, ...], str] = {}  # of `WholeTensor.result_dtype
 
 @dataclass(frozen=True)
 class WholeTensor:
-    """The law of a tensor that is merged in one piece: one call of a method in mergekit's registry."""
+    """The rule of a tensor that is merged in one piece: one call of a method in mergekit's registry."""
 
     method: str
     shared: Shared
@@ -41,11 +41,11 @@ class WholeTensor:
     key: int
     """Stream of torch's random numbers."""
     dtype: str | None
-    """torch's name of the type that inputs are cast to and the arithmetic is done in; None: what torch promotes them to."""
+    """torch's name of the dtype that inputs are cast to for the arithmetic; None: the dtype that torch promotes them to."""
     out_dtype: str | None = None
-    """Type of the result; None: what the method gives."""
+    """dtype of the result; None: the method's own."""
     baked: bool = False
-    """Adapters are rounded into their checkpoint's type before anything else, as mergekit does; else they stay float32."""
+    """Adapters are first rounded into their checkpoint's dtype, as in mergekit; else they stay float32."""
 
     wants: ClassVar[Literal["whole"]] = "whole"
     keeps_equals: ClassVar[bool] = False
@@ -57,12 +57,12 @@ class WholeTensor:
         """Merge one tensor.
 
         Args:
-            base: `[*shape]`, or None for a method that has no base here.
+            base: `[*shape]`, or None if the method has no base.
             sources: each `[*shape]`; not modified.
-            name: the tensor's, for methods that look at it and for messages.
+            name: the tensor's name, for messages and for methods that depend on it.
 
         Returns:
-            `[*shape]` of `out_dtype`, else of what the method gives. The same bits in every run with one thread in torch.
+            `[*shape]` of `out_dtype`, else of the method's own dtype. The same bits in every run with one thread in torch.
 
         Raises:
             MergeError: MERGEKIT, the method refused or failed.
@@ -81,17 +81,17 @@ class WholeTensor:
                     tensors, self.method, parameters=self._parameters(), ids=places, base_index=0 if base is not None else None,
                     name=name, dtype=_torch_dtype(self.dtype), out_dtype=_torch_dtype(self.out_dtype),
                 )  # fmt: skip
-            except Exception as error:  # whatever somebody's method raises, it is about this tensor
+            except Exception as error:  # a registered method may raise anything
                 what = f"{self.method} of mergekit failed: {type(error).__name__}: {error}"
                 raise MergeError.of("MERGEKIT", name, what) from error
 
     def result_dtype(self, dtypes: Sequence[str]) -> str:
-        """torch's name of the type that inputs of the types `dtypes` come out in, base first where there is one.
+        """torch's name of the result's dtype for inputs of the dtypes `dtypes`, the base first if there is one.
 
-        A method of mergekit is free in this: arcee_fusion makes float32 of bfloat16. So it is asked, with tiny tensors.
+        A method of mergekit may choose it: arcee_fusion makes float32 of bfloat16. So a merge of tiny tensors finds out.
 
         Raises:
-            MergeError: MERGEKIT, it cannot take such inputs.
+            MergeError: MERGEKIT, the method does not accept such inputs.
         """
         import torch
 
@@ -104,12 +104,12 @@ class WholeTensor:
         return _answers[asked]
 
     def bytes_per_element(self) -> int:
-        """Working memory of a merge by mergekit, about: inputs as stored and as cast, deltas, masks, a sort, the result."""
+        """Estimated working memory: inputs as stored and as cast, deltas, masks, a sort, the result."""
         width = 8 if self.dtype == "float64" else 4
         return width * (6 * (len(self.sources) + 1) + 8)
 
     def _parameters(self) -> dict[str, Any]:
-        """The parameters as mergekit takes them: those of sources as one mapping a name."""
+        """The parameters in mergekit's form: one mapping a name for parameters of sources."""
         spec = _spec(self.method)
         given: dict[str, Any] = {p.name: self.shared[p.name] for p in spec.shared_parameters if p.name in self.shared}
         for parameter in spec.input_parameters:
@@ -120,25 +120,27 @@ class WholeTensor:
 def as_mergekit(
     method: Method, sources: Sources, shared: Shared, key: int, dtype: str | None, out_dtype: str | None
 ) -> WholeTensor:
-    """The law that has mergekit's arithmetic: inputs cast to `dtype`, adapters rounded into their checkpoint first.
+    """The rule with mergekit's arithmetic: inputs cast to `dtype`, adapters first rounded into their checkpoint.
 
     Args:
-        method: one of ours that mergekit has too.
+        method: a method of this package that mergekit has too.
         sources, shared: resolved parameters.
-        key: stream of random numbers. The masks are not those of a run of mergekit-yaml, which draws them in its own order.
+        key: stream of random numbers. The masks differ from those of mergekit-yaml, which draws them in another order.
         dtype, out_dtype: torch's names, or None.
 
     Raises:
-        ValueError: mergekit has no such method, or no such option of it.
+        ValueError: mergekit does not have the method, or one of its options.
     """
     if method.name not in registry():
-        raise ValueError(f"mergekit has no {method.name}, so there is no arithmetic of mergekit's for it")
+        raise ValueError(f"mergekit does not have {method.name}, so arithmetic: mergekit cannot be used for it")
     spec = _spec(method.name)
     known = {p.name for p in spec.parameters}
     for parameter in method.parameters:
         values = [shared[parameter.name]] if parameter.scope == "shared" else [s[parameter.name] for s in sources]
         if parameter.name not in known and any(value != parameter.default for value in values):
-            raise ValueError(f"mergekit's {method.name} has no {parameter.name}, which arithmetic: mergekit would need")
+            raise ValueError(
+                f"mergekit's {method.name} does not have {parameter.name}, which arithmetic: mergekit needs"
+            )
     flags = {p.name: p.flags for p in method.parameters if p.flags}
     plain = {
         name: _flag(value, flags[name], method.name, name) if name in flags else value for name, value in shared.items()
@@ -148,29 +150,32 @@ def as_mergekit(
 
 def _flag(value: str, flags: tuple[str, str], method: str, name: str) -> bool:
     if value not in flags:
-        raise ValueError(f"mergekit's {method} has no {name}: {value}; write true or false")
+        raise ValueError(f"mergekit's {method} does not have {name}: {value}; write true or false")
     return flags.index(value) == 1
 
 
 def registry() -> dict[str, Any]:
-    """mergekit's methods by name, with those that others registered."""
+    """mergekit's methods by name, including those that plugins registered."""
     return {method.spec.name: method for method in _mergekit().registered_methods()}
 
 
 def chat_template(name: str) -> str:
-    """The text of one of mergekit's chat templates, from its own file."""
+    """The text of one of mergekit's chat templates."""
     return (files("mergekit._data.chat_templates") / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def import_methods(modules: Iterable[str], known: Mapping[str, Method]) -> dict[str, Method]:
-    """Import modules that register methods with mergekit; `known` and every registered method that is not among them.
+    """Import modules that register methods with mergekit.
 
     Args:
-        modules: dotted names, looked for in the current folder too.
-        known: methods that keep their place: ours are never replaced.
+        modules: dotted names; the current folder is searched too.
+        known: methods that are never replaced.
+
+    Returns:
+        `known`, and every registered method with another name.
 
     Raises:
-        RecipeError: IMPORT, a module cannot be imported, or makes a method without registering it.
+        RecipeError: IMPORT, a module cannot be imported, or defines a method without registering it.
     """
     modules, problems = list(modules), Problems()
     if not modules:
@@ -187,10 +192,10 @@ def import_methods(modules: Iterable[str], known: Mapping[str, Method]) -> dict[
 
 
 def method_of(name: str) -> Method:
-    """A method of mergekit's registry as a recipe of ours takes it.
+    """A method of mergekit's registry, for a recipe of this package.
 
     Raises:
-        RecipeError: IMPORT, it has a parameter that is given to the base too, which a recipe here cannot do.
+        RecipeError: IMPORT, it has a parameter for every input including the base, which a recipe cannot give.
     """
     spec = _spec(name)
     contract = spec.contract
@@ -227,7 +232,7 @@ def _parameter(spec: Any) -> Parameter:
 
 
 def _plain_type(annotation: Any) -> tuple[type, tuple[str, ...]]:
-    """The scalar that a recipe writes for an annotation, and the words it may be; mergekit checks the rest of it."""
+    """The scalar type that a recipe writes for an annotation, and its choices; mergekit checks the rest."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _plain_type(arguments[0])
@@ -242,15 +247,15 @@ def _plain_type(annotation: Any) -> tuple[type, tuple[str, ...]]:
 def _import(name: str) -> None:
     try:
         module = import_module(name)
-    except Exception as error:  # whatever somebody's module raises while it is imported
+    except Exception as error:  # an imported module may raise anything
         what = f"cannot be imported: {type(error).__name__}: {error}"
         raise RecipeError.of(
-            "IMPORT", name, what, "give a module that can be imported from here, as package.module"
+            "IMPORT", name, what, "give a module that can be imported from the current folder, as package.module"
         ) from error
     kind = _mergekit().MergeMethod
     made = {value.spec.name for value in vars(module).values() if isinstance(value, kind)} - registry().keys()
     if made:
-        what = f"makes {', '.join(sorted(made))} and does not register {'it' if len(made) == 1 else 'them'}"
+        what = f"defines {', '.join(sorted(made))} and does not register {'it' if len(made) == 1 else 'them'}"
         raise RecipeError.of("IMPORT", name, what, "call mergekit.merge_methods.register(method) in it")
 
 
@@ -263,7 +268,7 @@ def _spec(name: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _mergekit() -> Any:
-    """mergekit's registry of methods. Its import takes seconds, and warns of what it imports itself."""
+    """mergekit's registry of methods. Its import takes seconds and emits warnings about its own imports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from mergekit import merge_methods
@@ -292,8 +297,8 @@ TABLE: Final = (ARCEE_FUSION,)
 def arcee_fusion(base: torch.Tensor, other: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
     """The other tensor's value at its important entries, the base's elsewhere.
 
-    An entry's importance is |difference| times the KL divergence of the rows' softmaxes; important is what lies above the
-    median plus 1.5 times the interquartile range, over a random million of the entries where there are more.
+    The importance of an entry is |difference| times the KL divergence of the rows' softmaxes. Entries above the median plus
+    1.5 times the interquartile range are important; both are taken over a random million entries if there are more.
 
     Args:
         base, other: `[*shape]`, any float dtype; not modified.
@@ -303,7 +308,7 @@ def arcee_fusion(base: torch.Tensor, other: torch.Tensor, *, seed: int = 0) -> t
         `[*shape]` float32.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: the shapes differ.
     """
     if base.shape != other.shape:
         raise ValueError(f"a merge needs tensors of one shape, got {[tuple(base.shape), tuple(other.shape)]}")

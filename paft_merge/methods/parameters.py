@@ -144,6 +144,11 @@ def elect(default: str) -> tuple[Parameter, Parameter]:
     )  # fmt: skip
 
 
+def signs(normalize: str | bool, lambda_: float, elect: str, elect_tie: str) -> dict[str, Any]:
+    """The parameters of an election by name, for `in_memory.run`."""
+    return {"normalize": normalize, "lambda_": lambda_, "elect": elect, "elect_tie": elect_tie}
+
+
 def election(sources: Sources, shared: Shared) -> Election:
     """The election of resolved parameters; a plain weighted sum for a method without `elect`.
 

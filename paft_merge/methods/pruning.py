@@ -19,6 +19,7 @@ from paft_merge.methods.parameters import (
     election,
     normalize,
     rescale,
+    signs,
     weight,
 )
 
@@ -153,18 +154,8 @@ def dare_ties(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(
-        DARE_TIES,
-        deltas,
-        weight=weight,
-        density=density,
-        normalize=normalize,
-        rescale=rescale,
-        lambda_=lambda_,
-        elect=elect,
-        elect_tie=elect_tie,
-        seed=seed,
-    )
+    chosen = signs(normalize, lambda_, elect, elect_tie)
+    return run(DARE_TIES, deltas, weight=weight, density=density, rescale=rescale, seed=seed, **chosen)
 
 
 def breadcrumbs(
@@ -227,18 +218,8 @@ def breadcrumbs_ties(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(
-        BREADCRUMBS_TIES,
-        deltas,
-        weight=weight,
-        density=density,
-        gamma=gamma,
-        normalize=normalize,
-        rescale=rescale,
-        lambda_=lambda_,
-        elect=elect,
-        elect_tie=elect_tie,
-    )
+    chosen = signs(normalize, lambda_, elect, elect_tie)
+    return run(BREADCRUMBS_TIES, deltas, weight=weight, density=density, gamma=gamma, rescale=rescale, **chosen)
 
 
 def della_linear(
@@ -260,7 +241,7 @@ def della_linear(
         weight: one for all, or one a delta.
         density: mean probability in [0, 1] that an entry stays; 1 keeps everything.
         epsilon: the probability runs from `density - epsilon` for the smallest entry of a row to `density + epsilon` for the
-            largest; both must lie inside (0, 1) unless the density is 0 or 1.
+            largest; both must be inside (0, 1) unless the density is 0 or 1.
         normalize: divide by the sum of the weights.
         rescale: multiply by (L1 norm before / L1 norm after), as mergekit does; the paper divides by the probability.
         lambda_: multiplies the result.
@@ -313,16 +294,5 @@ def della(
     Raises:
         ValueError: `density` plus or minus `epsilon` leaves (0, 1).
     """
-    return run(
-        DELLA,
-        deltas,
-        weight=weight,
-        density=density,
-        epsilon=epsilon,
-        normalize=normalize,
-        rescale=rescale,
-        lambda_=lambda_,
-        elect=elect,
-        elect_tie=elect_tie,
-        seed=seed,
-    )
+    chosen = signs(normalize, lambda_, elect, elect_tie)
+    return run(DELLA, deltas, weight=weight, density=density, epsilon=epsilon, rescale=rescale, seed=seed, **chosen)

@@ -19,6 +19,7 @@ from paft_merge.methods.parameters import (
     election,
     normalize,
     rescale,
+    signs,
     weight,
 )
 
@@ -97,17 +98,8 @@ def ties(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(
-        TIES,
-        deltas,
-        weight=weight,
-        density=density,
-        normalize=normalize,
-        rescale=rescale,
-        lambda_=lambda_,
-        elect=elect,
-        elect_tie=elect_tie,
-    )
+    chosen = signs(normalize, lambda_, elect, elect_tie)
+    return run(TIES, deltas, weight=weight, density=density, rescale=rescale, **chosen)
 
 
 def l1_ties(
@@ -140,6 +132,7 @@ def l1_ties(
     Returns:
         `[*shape]` float32, to add to the base.
     """
+    chosen = signs(normalize, lambda_, elect, elect_tie)
     return run(
         L1_TIES,
         deltas,
@@ -149,10 +142,7 @@ def l1_ties(
         epsilon=epsilon,
         shrink=shrink,
         rescale=rescale,
-        normalize=normalize,
-        lambda_=lambda_,
-        elect=elect,
-        elect_tie=elect_tie,
+        **chosen,
     )
 
 
@@ -177,13 +167,5 @@ def sign_election(
     Returns:
         `[*shape]` float32, to add to the base.
     """
-    return run(
-        SIGN_ELECTION,
-        deltas,
-        weight=weight,
-        density=density,
-        normalize=normalize,
-        lambda_=lambda_,
-        elect=elect,
-        elect_tie=elect_tie,
-    )
+    chosen = signs(normalize, lambda_, elect, elect_tie)
+    return run(SIGN_ELECTION, deltas, weight=weight, density=density, **chosen)

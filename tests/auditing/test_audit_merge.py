@@ -167,7 +167,7 @@ def merged(tmp_path: Path) -> Path:
     state = random_state(0, torch.bfloat16)
     base, sft = save_checkpoint(tmp_path / "base", state, 2), save_adapter(tmp_path / "sft", state, 3)
     models = [{"model": f"{base}+{sft}", "parameters": {"weight": 1.0, "density": 0.5}}]
-    return paft_merge.merge({"merge_method": "ties", "base_model": str(base), "models": models}, tmp_path / "out")
+    return paft_merge.merge({"merge_method": "ties", "base_model": str(base), "models": models}, tmp_path / "out").path
 
 
 def test_a_finished_merge_is_what_its_manifest_says(merged: Path) -> None:

@@ -235,16 +235,19 @@ def test_modules_that_cannot_be_imported_are_told_together(tmp_path: Path, monke
     first, second, third = (str(problem) for problem in caught.value.problems)
     assert first.startswith("no_such_module: cannot be imported: ModuleNotFoundError")
     assert second.startswith("broken_methods: cannot be imported: ZeroDivisionError")
-    assert "makes forgotten and does not register it" in third
+    assert "defines forgotten and does not register it" in third
 
 
 REFUSED = {
-    "an option of ours": ({"merge_method": "ties", "parameters": {"elect": "count"}}, "mergekit's ties has no elect"),
+    "an option of ours": (
+        {"merge_method": "ties", "parameters": {"elect": "count"}},
+        "mergekit's ties does not have elect",
+    ),
     "a word of ours": (
         {"merge_method": "ties", "parameters": {"normalize": "count"}},
-        "mergekit's ties has no normalize: count",
+        "mergekit's ties does not have normalize: count",
     ),
-    "a method of ours": ({"merge_method": "l1_ties"}, "mergekit has no l1_ties"),
+    "a method of ours": ({"merge_method": "l1_ties"}, "mergekit does not have l1_ties"),
     "stochastic rounding": ({"merge_method": "ties", "rounding": "stochastic"}, "has no stochastic rounding"),
 }
 

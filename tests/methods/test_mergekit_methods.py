@@ -27,7 +27,7 @@ THIN = {**WEIGHT, "density": (0.3, 0.5, 0.8)}
 RESCALED = {**THIN, "normalize": True, "rescale": True, "lambda": 0.8}
 VALUES = ("linear", "passthrough", "karcher", "slerp", "arcee_fusion")
 
-# name, what is given to both, and with which models: the base with `b`
+# name, the parameters of both, and the models: the base with `b`
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "linear": ("linear", WEIGHT, "xyz"),
     "linear of a negative weight": ("linear", {**NEGATIVE, "normalize": False}, "xyz"),

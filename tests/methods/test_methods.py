@@ -30,7 +30,7 @@ NOT_HOMOGENEOUS = {
 
 
 def call(name: str, tensors: list[torch.Tensor], **keywords: Any) -> torch.Tensor:
-    """Run a method on all tensors, on the first two, or on the first, with weight 1 and t 0.5 unless told otherwise."""
+    """Run a method on all tensors, on the first two, or on the first, with weight 1 and t 0.5 by default."""
     function: Callable[..., torch.Tensor] = getattr(methods, name)
     for key, value in (("weight", 1.0), ("t", 0.5)):
         if key in inspect.signature(function).parameters:
@@ -240,7 +240,7 @@ def test_a_seed_gives_the_same_mask_and_another_seed_another() -> None:
 
 
 def reference_ties(deltas: list[np.ndarray], weights: list[float], density: float, **rule: Any) -> np.ndarray:
-    """TIES as its paper tells it, entry by entry, in float64."""
+    """TIES as its paper describes it, entry by entry, in float64."""
     kept = []
     for delta in deltas:
         order = np.lexsort((np.arange(delta.size), -np.abs(delta)))[: kept_count(delta.size, density)]

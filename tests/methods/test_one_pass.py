@@ -35,7 +35,7 @@ def no_factors() -> list[None]:
 
 @pytest.fixture(autouse=True)
 def _whatever_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The samples of tiles as small as these tell little, so that much is open."""
+    """Samples of tiles as small as these are inexact, and many entries stay undecided."""
     monkeypatch.setattr(one_pass, "_MOST_UNDECIDED", 0.9)
 
 
@@ -111,6 +111,13 @@ def test_a_source_that_keeps_everytrimsg_has_no_bracket() -> None:
     assert settled(rule, walk, ours)
     measured(rule, walk, theirs)
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_count_keeps_that_many_however_many_sources_have_one() -> None:
+    rule = Consensus((Trim("count", 777), Trim("count", SIZE)), EQUAL)
+    walk = TensorPass(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
+    counts = sum(o.counts[:, 5] for o in measured(rule, walk, np.empty(SIZE, np.uint32)))
+    assert counts.tolist() == [777, SIZE]
 
 
 @pytest.mark.parametrize(

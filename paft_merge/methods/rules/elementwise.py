@@ -60,7 +60,7 @@ class Overlap(Rule):
     def _scales(self, walk: TensorPass) -> list[float]:
         blocks = walk.each(lambda block: walk.ops.overlaps(block, self.epsilon)[0])
         counts = np.sum(blocks, axis=0) if blocks else np.zeros((len(walk.active), 2), np.int64)
-        # Without entries of its own a source has nothing to boost; epsilon as the least divisor is mergekit's.
+        # A source that changes no entry alone has nothing to boost; the least divisor epsilon is mergekit's.
         return [
             1 + self.boost * min(max(shared / max(own, self.epsilon), 0), self.limit) for shared, own in counts.tolist()
         ]

@@ -109,18 +109,12 @@ class OnePass:
         # `merge` counted the deltas of these entries, but not how many are kept and elected.
         outcome.counts[:, 5:7] += second.counts[:, 5:7]
         outcome.sums[:, 2:] += second.sums[:, 2:]
-        outcome.bad += second.bad - int(
-            np.count_nonzero(~np.isfinite(undecided.held[-1]))
-        )  # `merge` wrote the base here
+        # And it counted the elements of the base that are not finite, as it wrote the base there.
+        outcome.bad += second.bad - int(np.count_nonzero(~np.isfinite(undecided.held[-1])))
 
 
 def plan_one_pass(
-    trims: Sequence[Trim],
-    election: Election,
-    numel: int,
-    each: BlockWalk,
-    ops: Ops,
-    factors: Callable[[], Factors],
+    trims: Sequence[Trim], election: Election, numel: int, each: BlockWalk, ops: Ops, factors: Callable[[], Factors]
 ) -> OnePass | None:
     """Guess the brackets of one tensor; None if one pass is impossible, or measuring first is cheaper.
 

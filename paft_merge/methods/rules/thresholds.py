@@ -295,12 +295,12 @@ class _Search:
         return bits, self._cut(i, bracket, bits, rank - larger)
 
     def _cut(self, i: int, bracket: _Found, bits: int, kept: int) -> int:
-        """The flat index below which entries equal to the threshold are kept, so that `kept` of them are."""
+        """The flat index below which exactly `kept` entries equal the threshold."""
         for tile in range(len(bracket.tiles)):
-            here = bracket.equal(tile, bits)
-            if here >= kept:
+            equal = bracket.equal(tile, bits)
+            if equal >= kept:
                 return self._locate(i, tile, bits, kept - 1) + 1
-            kept -= here
+            kept -= equal
         raise AssertionError("the ties of a threshold were counted and then not found")
 
     def _locate(self, i: int, tile: int, bits: int, nth: int) -> int:
