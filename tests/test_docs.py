@@ -1,0 +1,77 @@
+"""The README, the pages of docs/ and the recipes in the tree are true: links, tables, pictures, recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import docs_tables
+import pytest
+import yaml
+
+from paft_merge.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", docs_tables.TABLES)
+def test_generated_tables_are_up_to_date(page: str) -> None:
+    assert docs_tables.with_table(page) == (ROOT / "docs" / page).read_text(), "run python tools/docs_tables.py"
+
+
+def test_every_key_of_the_language_is_described() -> None:
+    assert list(docs_tables.KEYS) == docs_tables.keys()
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page: its headings as GitHub names them, and its own `<a id>`."""
+    text = page.read_text()
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    made = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+    return made | set(re.findall(r'<a id="([^"]+)"', text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if path.startswith("http"):
+            continue
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_every_package_is_in_the_picture() -> None:
+    picture = (ROOT / "docs" / "architecture.md").read_text().split("```\ncli/")[1].split("```")[0]
+    rooms = {
+        p.name + ("/" if p.is_dir() else "")
+        for p in (ROOT / "paft_merge").iterdir()
+        if not p.name.startswith(("_", "."))
+    }
+    assert {r for r in rooms - {"py.typed"} if r not in picture} == {"cli/"}
+
+
+def test_the_recipe_of_the_readme_loads_without_a_warning() -> None:
+    (recipe,) = re.findall(r"```yaml\n(# recipe\.yaml.*?)```", README, re.DOTALL)
+    assert load_recipe(recipe, strict=True).merge_method == "ties"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_ready_recipes_load_without_a_warning(path: Path) -> None:
+    data = yaml.safe_load(path.read_text())
+    if "adapters" in data:
+        from paft_merge.training.schema import AdapterSpec
+
+        for section in data["adapters"].values():
+            AdapterSpec.model_validate(section)
+    else:
+        load_recipe(path, strict=True)
