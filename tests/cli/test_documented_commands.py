@@ -37,7 +37,9 @@ def test_a_documented_command_parses(name: str, text: str) -> None:
         assert (ROOT / verb).is_file()
         return
     command = cli.commands[verb]
-    context = click.Context(command)
+    context = click.Context(
+        command, parent=click.Context(cli, **cli.context_settings)
+    )  # with the help options of the group
     given, rest, _ = command.make_parser(context).parse_args(words)
     assert not rest, f"{name}: too many arguments: {rest}"
     for parameter in command.params:
