@@ -2,7 +2,7 @@
 
 merge(recipe, out)          merge the models of a recipe into a model folder
 merge_state_dicts(...)      merge dicts of tensors in memory
-open_plan(recipe)           plan a merge from file headers; explain(plan) says what is done with each tensor
+open_plan(recipe)           plan a merge from file headers; explain(plan) describes each tensor
 reproduce(folder)           repeat a merge from its manifest and compare the bytes
 train(recipe, out)          train the sparse adapters of a recipe
 audit(source, ...)          measure how sparse deltas are and how they will merge

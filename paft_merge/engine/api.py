@@ -106,7 +106,7 @@ def _planned(
         before_download: called with the plan from headers before weights are downloaded; may raise.
     """
     recipe = documents.only(options.output_name)
-    parts = documents.beneath(recipe)
+    parts = documents.parts_of(recipe)
     notices: list[Problem] = documents.unused([recipe]) if options.output_name is None else []
 
     def plan(models: Mapping[ModelRef, Model], of: Recipe = recipe) -> MergePlan:

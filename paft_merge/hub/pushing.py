@@ -55,7 +55,7 @@ def push(
 
     Large files are uploaded first and belong to no revision until one commit names all of them: a push that is cut off
     changes nothing that anybody sees, and the next one uploads only what is not there yet. Weights of an older model
-    that the folder does not have are deleted by the same commit, since the two could not be told apart.
+    that the folder does not have are deleted by the same commit, since the two could not be distinguished.
 
     Args:
         folder: what `prepare_upload` accepts.
@@ -104,11 +104,11 @@ def prepare_upload(folder: Path) -> UploadPlan:
     Raises:
         HubError: PUSH_FOLDER, it is none, holds nothing, or is a merge under way; PUSH_INCOMPLETE, its manifest says
             so; PUSH_CHANGED, its bytes are not those that the merge wrote; PUSH_SECRET, a file holds a token.
-        CheckpointError: it is no whole checkpoint or adapter.
+        CheckpointError: it is not a complete checkpoint or adapter.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise HubError.of("PUSH_FOLDER", folder, "is no folder", "give the folder that was written")
+        raise HubError.of("PUSH_FOLDER", folder, "is not a folder", "give the folder that was written")
     if folder.name.endswith(".part") or (folder / UNFINISHED).exists():
         what = "is the output of a merge that did not finish"
         raise HubError.of("PUSH_INCOMPLETE", folder, what, "finish it with `paft merge --resume`")
@@ -246,7 +246,7 @@ def _digest(path: Path, digest: Any) -> str:
 
 
 def _replaced(parcel: UploadPlan, there: Sequence[str]) -> list[str]:
-    """Weights in the repository that the folder does not have, when it brings weights of its own."""
+    """Weights in the repository that the folder does not have, when the folder has weights."""
     if not any(_any(name, _WEIGHTS) for name in parcel.files):
         return []
     return [n for n in there if "/" not in n and _any(n, _WEIGHTS) and n not in parcel.files]

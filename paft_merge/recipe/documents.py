@@ -37,7 +37,7 @@ class Documents:
 
     def unused(self, finals: Sequence[Recipe]) -> list[Problem]:
         """Return a warning for every document that no result uses."""
-        needed = {one.name for final in finals for one in self.beneath(final)}
+        needed = {one.name for final in finals for one in self.parts_of(final)}
         left = [recipe for recipe in self.recipes if recipe.name not in needed]
         return [
             Problem(
@@ -70,17 +70,17 @@ class Documents:
 
     def _with_text(self, recipe: Recipe) -> Recipe:
         """Return the recipe with the text of all documents that it uses, for the manifest and the model card."""
-        made_of = self.beneath(recipe)
+        made_of = self.parts_of(recipe)
         if len(made_of) == 1:
             return recipe
         text = "---\n".join(dump_yaml(one.resolved()) for one in made_of)
         return replace(recipe, located=replace(recipe.located, text=text))
 
-    def beneath(self, recipe: Recipe) -> list[Recipe]:
+    def parts_of(self, recipe: Recipe) -> list[Recipe]:
         """Return the documents that a recipe uses, each after those it uses itself, and the recipe last."""
         found: dict[str, Recipe] = {}
         for name in self.used_by(recipe):
-            found |= {one.name or "": one for one in self.beneath(self.named[name])}
+            found |= {one.name or "": one for one in self.parts_of(self.named[name])}
         return [*found.values(), recipe]
 
 

@@ -80,10 +80,10 @@ def read_section(model: type[S], located: Located) -> S:
         RecipeError: KEY for every unknown key, with the nearest known one; VALUE for every other error.
     """
 
-    def tell(path: KeyPath, new: str) -> None:
+    def on_former_key(path: KeyPath, new: str) -> None:
         _warn(f"{located.spot(path)}: the key `{path[-1]}` was renamed; write `{new}`")
 
-    data = current_keys(model, {} if located.data is None else located.data, tell)
+    data = current_keys(model, {} if located.data is None else located.data, on_former_key)
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -96,9 +96,11 @@ def _warn(text: str) -> None:
     log.warning("%s", text)
 
 
-def current_keys(model: type[Section], data: Any, tell: Callable[[KeyPath, str], None] = lambda path, new: None) -> Any:
-    """Replace former keys in a section's data; `tell` takes the path of each former key and its present name."""
-    return _with_keys(model, data, lambda section: section.RENAMED, tell, ())
+def current_keys(
+    model: type[Section], data: Any, on_former_key: Callable[[KeyPath, str], None] = lambda path, new: None
+) -> Any:
+    """Replace former keys in a section's data; `on_former_key` takes the path of each former key and its present name."""
+    return _with_keys(model, data, lambda section: section.RENAMED, on_former_key, ())
 
 
 def former_keys(model: type[Section], data: Any) -> Any:
@@ -114,11 +116,11 @@ def _with_keys(
     model: type[Section],
     data: Any,
     names: Callable[[type[Section]], Mapping[Any, str]],
-    tell: Callable[[KeyPath, str], None],
+    on_former_key: Callable[[KeyPath, str], None],
     path: KeyPath,
 ) -> Any:
     if isinstance(data, list):
-        return [_with_keys(model, one, names, tell, (*path, i)) for i, one in enumerate(data)]
+        return [_with_keys(model, one, names, on_former_key, (*path, i)) for i, one in enumerate(data)]
     if not isinstance(data, Mapping):
         return data
     found: dict[Any, Any] = {}
@@ -127,15 +129,17 @@ def _with_keys(
         new = key if new in data else new  # both given: the former one is an unknown key
         here = (*path, "on" if key is True else key)  # YAML 1.1 reads a bare `on` as true
         if new != key:
-            tell(here, new)
+            on_former_key(here, new)
         field = model.model_fields.get(new) or model.model_fields.get(key)
         inner = _section_in(field.annotation) if field else None
         if inner is None or field is None:
             found[new] = value
         elif get_origin(field.annotation) is dict and isinstance(value, Mapping):
-            found[new] = {name: _with_keys(inner, one, names, tell, (*here, name)) for name, one in value.items()}
+            found[new] = {
+                name: _with_keys(inner, one, names, on_former_key, (*here, name)) for name, one in value.items()
+            }
         else:
-            found[new] = _with_keys(inner, value, names, tell, here)
+            found[new] = _with_keys(inner, value, names, on_former_key, here)
     return found
 
 

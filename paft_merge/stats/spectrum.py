@@ -21,7 +21,7 @@ from paft_merge.stats.metrics import UNDEFINED
 Matrix = NDArray[np.float64]
 
 IDLE = 1e-6
-"""A row or component whose norm is at most this share of the largest counts as zero, because float32 cannot tell."""
+"""A row or component whose norm is at most this share of the largest counts as zero, because float32 cannot resolve it."""
 
 _EPSILON = 1.2e-7
 """Machine epsilon of float32, the most precise type of stored factors."""

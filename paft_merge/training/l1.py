@@ -49,7 +49,7 @@ class ProductL1(torch.autograd.Function):
 def product_l1(factors: Iterable[Factors], chunk_bytes: int | None = None) -> Tensor:
     """Return the L1 norm of the whole delta: sum over all matrices of |scale * B @ A|. Scalar, differentiable.
 
-    The penalty of PAFT (arXiv:2406.17923, eq. 1), whose delta is the product. There is no gradient while B = 0.
+    The penalty of PAFT (arXiv:2406.17923, eq. 1), whose delta is the product. It has zero gradient while B = 0.
     """
     parts = [_one_product(f, chunk_bytes) for f in factors]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()

@@ -178,7 +178,7 @@ def _tidy(rounds: Path) -> None:
 
 
 def _inner(job: Job, number: int, folder: Path, done: Sequence[dict[str, Any]]) -> Job:
-    """The job of one round: its own folder, seed and epochs; a controlled strength goes on where it was."""
+    """The job of one round: its own folder, seed and epochs; a controlled strength continues from the round before."""
     spec = job.spec
     if spec.l1 and spec.l1.target and done:
         spec = spec.model_copy(update={"l1": spec.l1.model_copy(update={"strength": done[-1]["l1_strength"]})})

@@ -14,7 +14,7 @@ from paft_merge.recipe.yaml_source import Located
 
 Objective = Literal["sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo"]
 SAMPLING: tuple[Objective, ...] = ("on_policy", "best_of_n", "rwr")
-"""Objectives that generate, score and then train on what was generated, round by round."""
+"""Objectives that generate, score and train on generated text, round by round."""
 
 OURS = {
     "output_dir": "the adapter is written to OUT/NAME",
