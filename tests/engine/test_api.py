@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -166,6 +167,7 @@ def test_a_result_says_what_was_merged_and_is_a_path(asked: Path, tmp_path: Path
     assert 0 < result.seconds < 60
     assert not result.results
     assert repr(result).startswith(f"MergeResult({str(out)!r}, {len(result.plan.tensors)} tensors, ")
+    assert copy.deepcopy(result) is result
     assert "<b>" not in result._repr_html_()
     assert "&lt;b&gt;out" in result._repr_html_()
     with pytest.raises(dataclasses.FrozenInstanceError):
