@@ -149,7 +149,7 @@ def test_what_fsdp_would_break_is_refused_before_anything_is_loaded(tmp_path, mo
         train(path, tmp_path / "out", schedule="sequential")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    with pytest.raises(TrainError, match="PEFT finds no adapter to put into checkpoints; set fsdp_activation"):
+    with pytest.raises(TrainError, match="PEFT writes checkpoints without the adapter; set fsdp_activation"):
         train(path, tmp_path / "out", schedule="sequential")
 
 
