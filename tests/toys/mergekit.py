@@ -80,4 +80,6 @@ def raw_merge(recipe: Mapping[str, Any], out: Path, *options: str) -> State:
 
 def load_state(folder: Path) -> State:
     """Every tensor of a checkpoint folder."""
-    return {name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
