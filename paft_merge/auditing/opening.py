@@ -18,6 +18,7 @@ from paft_merge.inputs.adapters import Adapter, AdapterDelta
 from paft_merge.inputs.adapters.config import CONFIG
 from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
+from paft_merge.inputs.equivalent_names import Names
 from paft_merge.inputs.tensor_inputs import Inputs, Read
 from paft_merge.methods.rules.rule import Rule
 from paft_merge.plan import COPY, MergePlan, Model
@@ -175,12 +176,13 @@ def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: Exi
 def _on_base(found: Sequence[tuple[ModelRef, Path, bool]], named: ModelRef, bases: _Bases, stack: ExitStack) -> Opened:
     """Sources (reference, folder, whether it is an adapter) on their base."""
     checkpoint, models, skipped, problems = bases.open(named), list[Model](), list[Skipped](), Problems()
+    names = Names(checkpoint, str(named))
     for ref, folder, is_adapter in found:
         with problems.catching():
             if not is_adapter:
-                models.append(Model(str(ref), stack.enter_context(Checkpoint.open(folder))))
+                models.append(Model(str(ref), names.of(stack.enter_context(Checkpoint.open(folder)), str(ref))))
                 continue
-            own = bases.open(ref) if ref.lora else checkpoint
+            own = names.of(bases.open(ref), str(ref.base)) if ref.lora else checkpoint
             adapter = stack.enter_context(Adapter.open(folder, own))
             if isinstance(own, ShapesOnly):
                 skipped += _drop_what_needs_weights(str(ref), adapter)
@@ -292,7 +294,7 @@ def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped:
     changed = (_difference(name, unties.get(name), models, base) for name in [*stored, *unties])
     subjects, left_out = _gathered([*skipped, *changed, *extra])
     headers = tuple(_header(m, label) for m, label in zip(models, labels_of([m.ref for m in models]), strict=True))
-    warnings = [w for m in models if m.adapter for w in m.adapter.warnings]
+    warnings = [w for m in models for w in (*m.checkpoint.warnings, *(m.adapter.warnings if m.adapter else ()))]
     if named is None:
         warnings = [w for w in warnings if w.code != "ADAPTER_BASE"]
     weights = not isinstance(base.checkpoint, ShapesOnly)

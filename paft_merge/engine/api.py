@@ -129,13 +129,21 @@ def _planned(
     with ExitStack() as inputs:
         with _with_warnings(recipe.warnings):
             refs = tuple(dict.fromkeys(ref for part in parts for ref in part.references))
-            sources = Sources.find(refs, unpickle=options.lazy_unpickle, computed=documents.named.keys())
+            template = _template(recipe, documents)
+            sources = Sources.find(refs, unpickle=options.lazy_unpickle, computed=documents.named, template=template)
             if sources.missing_bytes and not options.stream_from_hub:
                 with sources.opened(compute) as models:
                     before_download(plan(models), sources)
                 sources.pull()
             planned = plan(inputs.enter_context(sources.opened(compute)))
         yield planned
+
+
+def _template(recipe: Recipe, documents: Documents) -> ModelRef:
+    """Return the model whose tensor names the output has: the base, or the first source; through other documents."""
+    first = recipe.modules[0].slices[0]
+    found = recipe.base_model or first.base or first.sources[0].ref
+    return _template(documents.named[found.path], documents) if found.path in documents.named else found
 
 
 def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResult:

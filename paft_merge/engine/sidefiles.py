@@ -22,6 +22,7 @@ from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem
 from paft_merge.hub import SIDE_FILES, is_repository, snapshot_of
 from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.equivalent_names import NamedLike
 from paft_merge.output.card import about, licence, model_card
 from paft_merge.output.folder import Finished
 from paft_merge.output.manifest import FORMAT, MANIFEST
@@ -218,7 +219,8 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping
     `max`, `l1`, `l2`, `hoyer`, and the shares of `l2` squared that were kept and elected; null if not finite.
     `totals` has the same for every source over all tensors, and `weighted_l2`, the norm of weight * delta; `warnings`
     are about the totals. `sources` are the origins of all models, `options` the options beside the recipe, `documents`
-    the other recipes of its file, `files` the XXH3-128 of the other output files. docs/audit.md lists the statistics
+    the other recipes of its file, `files` the XXH3-128 of the other output files, `names` the names of tensors in the
+    files of a model that spells them otherwise. docs/audit.md lists the statistics
     that only an audit has.
     """
     measured, entries = totals(plan, finished), {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors}
@@ -231,6 +233,7 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping
         **({"documents": used} if (used := documents(plan)) else {}),
         "options": dict(options),
         "sources": origins(plan),
+        **({"names": names} if (names := _names(plan)) else {}),
         "seed": plan.recipe.seed,
         "arithmetic": plan.recipe.arithmetic,
         "rounding": plan.recipe.rounding,
@@ -244,6 +247,11 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping
         "warnings": [str(problem) for problem in imbalance.measured(measured)],
         "tensors": entries,
     }
+
+
+def _names(plan: MergePlan) -> dict[str, Any]:
+    """Return by model how its files name the tensors, where that differs from the output's names."""
+    return {m.ref: m.checkpoint.described() for m in plan.models if isinstance(m.checkpoint, NamedLike)}
 
 
 def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from paft_merge.errors import PaftMergeError, Problems
 from paft_merge.hub import Kind, Remote, ResolvedRepo, check_room, download, resolve
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.equivalent_names import Names
 from paft_merge.plan import Model
 from paft_merge.recipe import ModelRef
 
@@ -20,22 +21,32 @@ _Place = tuple[str, str | None, Kind]
 class Sources:
     """The located models and adapters of a recipe."""
 
-    def __init__(self, refs: Sequence[ModelRef], unpickle: bool, computed: Collection[str] = ()) -> None:
-        self.refs, self.unpickle, self.computed = tuple(refs), unpickle, computed
+    def __init__(
+        self, refs: Sequence[ModelRef], unpickle: bool, computed: Collection[str] = (), template: ModelRef | None = None
+    ) -> None:
+        self.refs, self.unpickle, self.computed, self.template = tuple(refs), unpickle, computed, template
         self.repos: dict[_Place, ResolvedRepo] = {}
         self.errors: dict[_Place, PaftMergeError] = {}
         """Errors of places that were not found; `opened` raises them together with all other problems."""
 
     @classmethod
-    def find(cls, refs: Sequence[ModelRef], *, unpickle: bool = False, computed: Collection[str] = ()) -> Sources:
+    def find(
+        cls,
+        refs: Sequence[ModelRef],
+        *,
+        unpickle: bool = False,
+        computed: Collection[str] = (),
+        template: ModelRef | None = None,
+    ) -> Sources:
         """Locate every reference. Of Hub repositories only small files are downloaded, and pickles, which have no header.
 
         Args:
             refs: models; a computed model comes after its inputs.
             unpickle: read `.bin` checkpoints through mergekit's restricted unpickler.
             computed: names of documents of the recipe file; `opened` computes their checkpoints.
+            template: the model whose tensor names the others get where theirs differ; one of `refs`, not computed.
         """
-        found = cls(refs, unpickle, computed)
+        found = cls(refs, unpickle, computed, template)
         for place in dict.fromkeys(place for ref in refs for place in found.places(ref)):
             path, revision, kind = place
             try:
@@ -94,8 +105,21 @@ class Sources:
                     checkpoints[key] = compute(ref.path, models)
             return checkpoints[key]
 
+        views: dict[int, Checkpoint] = {}
+        """By id of a checkpoint: the same under the template's names."""
+
+        def under_common_names(ref: ModelRef, checkpoint: Checkpoint) -> Checkpoint:
+            if names is not None and id(checkpoint) not in views:
+                views[id(checkpoint)] = names.of(checkpoint, str(ref.base))
+            return views.get(id(checkpoint), checkpoint)
+
         with Remote.open(list(self.repos.values())) as remote:
             try:
+                names: Names | None = None
+                if self.template and (repo := self.repos.get(self.places(self.template)[0])):
+                    with problems.catching():
+                        template = checkpoint_of(self.template, repo, remote)
+                        names = Names(template, str(self.template.base)) if template else None
                 for ref in self.refs:
                     places = self.places(ref)
                     problems.found += [p for at in places if at in errors for p in errors.pop(at).problems]
@@ -105,6 +129,7 @@ class Sources:
                     with problems.catching():
                         checkpoint, adapter = checkpoint_of(ref, repos.get("model"), remote), repos.get("adapter")
                         if checkpoint is not None:
+                            checkpoint = under_common_names(ref, checkpoint)
                             files = remote.files(adapter) if adapter else None
                             bound = Adapter.open(adapter.folder, checkpoint, files) if adapter else None
                             models[ref] = Model(str(ref), checkpoint, bound)

@@ -89,9 +89,13 @@ class Checkpoint:
         config: `config.json` parsed; empty if there is none.
         file: the name of the file, if a file was opened and not a folder.
         tokenizer_files: tokenizer files by name, for an intermediate merge, which has no folder; else None.
+        named_like: the checkpoint whose tensor names this one has (see `equivalent_names`); None: the names of its files.
+        warnings: of what is unusual and was read nevertheless.
     """
 
     tokenizer_files: Mapping[str, bytes | Path] | None = None
+    named_like: Checkpoint | None = None
+    warnings: tuple[Problem, ...] = ()
 
     def __init__(
         self, folder: Path, opened: Sequence[_Opened], config: Mapping[str, Any], strided: Mapping[str, Stored]
@@ -210,7 +214,7 @@ class Checkpoint:
         self.read_into(name, 0, raw.numpy())
         return raw.view(dtype).reshape(info.shape)
 
-    # --- overridden by computed checkpoints (see `engine.intermediate`) ---------------------------------------------------
+    # --- overridden by computed checkpoints (`engine.intermediate`) and by those under other names (`equivalent_names`) ---
 
     computed = False
     """Whether reading a tensor computes it."""
@@ -224,6 +228,18 @@ class Checkpoint:
     def folders(self) -> list[Path]:
         """Every folder, or separate file, that is read."""
         return [self.folder / self.file if self.file else self.folder]
+
+    def stored_at(self, name: str) -> Hashable:
+        """Identify the stored tensor that `name` is; equal for the same tensor of the same checkpoint."""
+        return self.identity, name
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The names in its files of the tensors that `name` is made of."""
+        return (name,)
+
+    def is_derived(self, name: str) -> bool:
+        """Whether the model computes the values of tensor `name` itself, so that this checkpoint does not store it."""
+        return False
 
     def written_dtype(self, name: str) -> str:
         """Storage type of tensor `name`; a computed checkpoint may deliver a wider one."""

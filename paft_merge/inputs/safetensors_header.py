@@ -56,6 +56,11 @@ class TensorInfo:
         return prod(self.shape)
 
 
+def row_size_of(shape: tuple[int, ...]) -> int:
+    """Elements per row of a tensor: the product of all dimensions but the first."""
+    return max(1, prod(shape[1:]))
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """Header of one file: tensors ordered by offset, the `__metadata__`, and xxh3_128 of length and JSON in hex."""

@@ -62,7 +62,7 @@ class Read:
     @property
     def stored_at(self) -> object:
         """Identity of the stored tensor; equal for the same tensor of the same checkpoint."""
-        return self.checkpoint.identity, self.name
+        return self.checkpoint.stored_at(self.name)
 
     def same_weight(self, other: Read) -> bool:
         """Whether both have the same stored tensor."""

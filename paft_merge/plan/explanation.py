@@ -10,6 +10,7 @@ from typing import Any
 
 from paft_merge.errors import RecipeError
 from paft_merge.inputs.checkpoint import DTYPES
+from paft_merge.inputs.safetensors_header import join_first
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.plan import COPY, MergePlan, PlannedTensor, resolved
 from paft_merge.recipe import Resolved, did_you_mean
@@ -78,13 +79,12 @@ def _explained(plan: MergePlan, tensor: PlannedTensor) -> Explained:
     shared, per_source = (
         ({}, [{} for _ in slice_.sources]) if tensor.method == COPY else resolved(output, plan.recipe.method)
     )
-    base = None
+    base, of_base = None, None
     if slice_.base:
-        base = ExplainedSource(
-            slice_.base.ref, output.template_name, _delta(slice_.base.read(output.template_name), None), {}
-        )
+        of_base = slice_.base.read(output.template_name)
+        base = ExplainedSource(slice_.base.ref, _stored_name(of_base), _delta(of_base, None), {})
     sources = tuple(
-        ExplainedSource(model.ref, output.name_in(i), _delta(model.read(output.name_in(i)), base), per_source[i])
+        _explained_source(model.ref, model.read(output.name_in(i)), of_base, per_source[i])
         for i, (_, model) in enumerate(slice_.sources)
         if model.has(output.name_in(i))
     )
@@ -92,13 +92,21 @@ def _explained(plan: MergePlan, tensor: PlannedTensor) -> Explained:
     return Explained(tensor.name, tensor.method, tensor.why, dtype, tensor.shape, output.t, base, sources, shared)
 
 
-def _delta(read: Read, base: ExplainedSource | None) -> str:
+def _explained_source(ref: str, read: Read, base: Read | None, parameters: dict[str, Resolved]) -> ExplainedSource:
+    return ExplainedSource(ref, _stored_name(read), _delta(read, base), parameters)
+
+
+def _stored_name(read: Read) -> str:
+    """The model's name of a tensor; of several that it is made of, the first ones."""
+    return join_first(read.checkpoint.stored_names(read.name))
+
+
+def _delta(read: Read, base: Read | None) -> str:
     if read.delta:
         return read.delta.kind
     if read.checkpoint.computed:
         return "document"
-    same = base is not None and read.source.split("+")[0] == base.model and read.name == base.tensor
-    return "none" if same else "checkpoint"
+    return "none" if base is not None and read.same_weight(base) else "checkpoint"
 
 
 def to_json(tensor: Explained) -> dict[str, Any]:

@@ -216,7 +216,7 @@ class MergePlan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors and adapter files that one pass over all inputs reads."""
-        reads = {(r.checkpoint.identity, r.name): r for t in self.tensors for r in t.inputs.reads}
+        reads = {r.stored_at: r for t in self.tensors for r in t.inputs.reads}
         stored = [r.checkpoint.bytes_read(r.name) for r in reads.values()]
         adapters = {m.adapter.folder: m.adapter.fingerprint() for m in self.models if m.adapter}
         return sum(stored) + sum(int(file["size"]) for files in adapters.values() for file in files.values())

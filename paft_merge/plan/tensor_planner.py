@@ -53,7 +53,8 @@ class Planner:
         self.recipe, self.models = recipe, models
         self.method, self.parameters = recipe.method, ParameterCache(recipe.method)
         self.problems = Problems()
-        self.warnings: list[Problem] = [w for m in models.values() if m.adapter for w in m.adapter.warnings]
+        self.warnings: list[Problem] = [w for m in models.values() for w in m.checkpoint.warnings]
+        self.warnings += [w for m in models.values() if m.adapter for w in m.adapter.warnings]
         self.outputs = OutputTensors(recipe, models, self.problems, set(), [], self.warnings, tensor_names)
         self.config_source = self.outputs.config_source
         self.vocabulary = read_vocabulary(recipe, models, self.config_source)
@@ -113,6 +114,8 @@ class Planner:
     def _tensor(self, output: OutputTensor) -> PlannedTensor:
         reads = self._reads(output)
         stored, sources = reads.stored, reads.sources
+        if any(read.checkpoint.is_derived(read.name) for read in sources):
+            return self._derived(output, stored)
         if not all(DTYPES[read.dtype].mergeable for read in (stored, *sources)):
             return self._verbatim(output, stored, sources)
         self._check_quantised(output.template_name, stored, sources)
@@ -198,6 +201,12 @@ class Planner:
                 )  # fmt: skip
         inputs, rule = Inputs.one(stored), WeightedSum((), "deltas")
         why = f"{stored.dtype} is not merged, and it is the same in all sources"
+        return PlannedTensor(output.name, stored.shape, stored.dtype, COPY, inputs, rule, place=output, why=why)
+
+    def _derived(self, output: OutputTensor, stored: Read) -> PlannedTensor:
+        """A buffer that the model computes itself, and that some source does not store: copied."""
+        inputs, rule = Inputs.one(stored), WeightedSum((), "deltas")
+        why = "the model derives it, and not every source stores it"
         return PlannedTensor(output.name, stored.shape, stored.dtype, COPY, inputs, rule, place=output, why=why)
 
     def _base_alone(self, output: OutputTensor, stored: Read) -> PlannedTensor:

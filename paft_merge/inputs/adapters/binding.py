@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from paft_merge.errors import AdapterError, Problems
-from paft_merge.inputs.adapters.architecture import Architecture, Piece, StoredParameter
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import (
     AdapterDelta,
@@ -27,10 +26,11 @@ from paft_merge.inputs.adapters.deltas import (
     column_norms,
 )
 from paft_merge.inputs.adapters.keys import Keys, Module, Saved, TensorNames
-from paft_merge.inputs.adapters.rows import Array, Rows, row_size_of
+from paft_merge.inputs.adapters.rows import Array, Rows
+from paft_merge.inputs.architecture import Architecture, Piece, StoredParameter
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.dtypes import DTYPES
-from paft_merge.inputs.safetensors_header import join_first, quote
+from paft_merge.inputs.safetensors_header import join_first, quote, row_size_of
 
 _OTHER_BASE = "was this adapter trained on another base?"
 

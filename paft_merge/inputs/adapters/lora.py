@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from paft_merge.inputs.adapters.architecture import StoredParameter
 from paft_merge.inputs.adapters.binding import Binding, DeltaBuilder, PeftType
 from paft_merge.inputs.adapters.deltas import Lazy, Pair
 from paft_merge.inputs.adapters.keys import Module, TensorNames
@@ -24,6 +23,7 @@ from paft_merge.inputs.adapters.lora_factors import (
     unequal,
 )
 from paft_merge.inputs.adapters.rows import Rows
+from paft_merge.inputs.architecture import StoredParameter
 
 
 def _bind(binding: Binding, module: Module) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paft_merge.inputs.adapters.architecture import StoredParameter
 from paft_merge.inputs.adapters.binding import Binding
 from paft_merge.inputs.adapters.deltas import AdapterDelta, ExpertRows, Experts, Lazy
 from paft_merge.inputs.adapters.keys import Module
 from paft_merge.inputs.adapters.lora_factors import Factors, check_rank, unequal
+from paft_merge.inputs.architecture import StoredParameter
 
 
 def bind_parameter(binding: Binding, module: Module, factors: Factors) -> bool:

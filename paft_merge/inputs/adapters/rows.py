@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +11,11 @@ from numpy.typing import NDArray
 from paft_merge.errors import AdapterError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.dtypes import DTYPES, widen
-from paft_merge.inputs.safetensors_header import quote
+from paft_merge.inputs.safetensors_header import quote, row_size_of
 
 Array = NDArray[np.float32]
 
 _BLOCK_BYTES = 1 << 20
-
-
-def row_size_of(shape: tuple[int, ...]) -> int:
-    """Elements per row of a tensor: the product of all dimensions but the first."""
-    return max(1, prod(shape[1:]))
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from paft_merge.errors import AdapterError
-from paft_merge.inputs.adapters.architecture import Architecture, StoredParameter
 from paft_merge.inputs.adapters.binding import DeltaBuilder, vocabulary_of
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import Lazy, Pair
+from paft_merge.inputs.architecture import Architecture, StoredParameter
 from paft_merge.inputs.safetensors_header import join_first
 
 

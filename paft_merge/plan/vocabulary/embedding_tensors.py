@@ -79,7 +79,7 @@ def _stored_rows(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def _embeddings_of_class(model: Model) -> list[str]:
     """The embeddings of the model's transformers class, by their names in the checkpoint."""
-    from paft_merge.inputs.adapters.architecture import Architecture
+    from paft_merge.inputs.architecture import Architecture
 
     architecture = Architecture.of(model.checkpoint)
     stored = [architecture.find(name) for name in architecture.vocabulary()] if architecture else []

@@ -1,9 +1,10 @@
 """What only the model's class defines, from transformers on the meta device; used only if tensor names do not suffice.
 
-Four things are not in a checkpoint's headers: which layers are `Conv1D` (stored transposed, which the shape of a square
+Five things are not in a checkpoint's headers: which layers are `Conv1D` (stored transposed, which the shape of a square
 weight does not show), how transformers 5 stores the tensors of a module (renamed, or one per expert), in which order a
-module declares its parameters (PEFT nests its wrappers in that order), and which parameters are tied. The model is
-built from `config.json` without memory for weights, by classes that ship with transformers; remote code is never run.
+module declares its parameters (PEFT nests its wrappers in that order), which parameters are tied, and which stored
+tensors the class does not load. The model is built from `config.json` without memory for weights, by classes that ship
+with transformers; remote code is never run.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 from paft_merge.errors import AdapterError
-from paft_merge.inputs.adapters.rows import row_size_of
 from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.safetensors_header import row_size_of
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,32 @@ class StoredParameter:
         return self.stored_as or self.name
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Elements `[first, first + count)` of a parameter, stored in tensor `name` from its element `start` on."""
+
+    name: str
+    start: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The stored tensors that one parameter is made of.
+
+    Attributes:
+        origin: the tensors by the loader's pattern for them, in order; equal shapes of `origin` in two checkpoints mean
+            that the same conversion makes the parameter of both.
+        stretches: where each element of the parameter is stored; None if transformers computes it in another way.
+        how: the operations of that computation, for messages.
+    """
+
+    origin: Mapping[str, tuple[str, ...]]
+    stretches: tuple[Stretch, ...] | None
+    how: str = ""
+
+
 class Architecture:
     """A model of the base's class, without weights, matched with the base's tensors."""
 
@@ -72,7 +102,10 @@ class Architecture:
         self._model, self._base = model, base
         self._prefix = f"{model.base_model_prefix}."
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._buffers = {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in self._parameters}
+        self._state = {**self._parameters, **self._buffers}
         self._renamings, self._converters = _conversions(model)
+        self._unmatched: dict[str, str] = {}
         self._origins = self._locate()
         self._ties = model.get_expanded_tied_weights_keys(all_submodels=True)
         for module in model.modules():
@@ -83,12 +116,20 @@ class Architecture:
     @classmethod
     def of(cls, base: Checkpoint) -> Architecture | None:
         """Build the model of which `base` is a checkpoint; None if transformers itself has no class for it."""
-        try:
-            model = _meta_model(base)
-        except Exception as error:  # transformers raises errors of any type on an unknown config
-            log.info("transformers has no architecture for %s: %s", base.folder, error)
-            return None
-        return cls(model, base)
+        like = base.named_like
+        if like is not None and (of_names := _built(like)) is not None:
+            return cls._of_class(type(of_names), base) or cls._of_class(None, base)
+        return cls._of_class(None, base)
+
+    @classmethod
+    def _of_class(cls, kind: Any, base: Checkpoint) -> Architecture | None:
+        model = _built(base, kind)
+        return cls(model, base) if model is not None else None
+
+    def like(self, other: Checkpoint) -> Architecture | None:
+        """The same class, for another checkpoint with its own config; None if that is not a config of this class."""
+        found = self._of_class(type(self._model), other)
+        return found if found and found._model.config.model_type == self._model.config.model_type else None
 
     def name_of(self, name: str) -> str | None:
         """The model's parameter for the name in an adapter; None if there is none.
@@ -144,6 +185,49 @@ class Architecture:
         """The parameter that transformers treats as the owner of the memory of `name`; `name` if it is not tied."""
         return str(self._ties.get(name, name))
 
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """How the base stores each parameter and persistent buffer of the model that it stores."""
+        found: dict[str, Layout] = {}
+        for known, origin in self._origins.items():
+            found |= self._layouts_of(known, {pattern: tuple(names) for pattern, names in origin.items()})
+        return found
+
+    @property
+    def unmatched(self) -> Mapping[str, str]:
+        """The base's tensors that no parameter is made of, each with its name after the loader's renaming."""
+        return self._unmatched
+
+    @property
+    def prefix(self) -> str:
+        """The prefix, with its dot, of the names of the base model in a model with a head."""
+        return self._prefix
+
+    def twins(self, name: str) -> list[str]:
+        """The other parameters of the model with the same value as `name`: tied, or one tensor of two modules."""
+        parameter = self._parameters.get(name)
+        same = {n for n, p in self._parameters.items() if p is parameter} if parameter is not None else set()
+        return sorted((same | self.tied_to(name)) - {name})
+
+    def not_loaded(self, names: Iterable[str]) -> set[str]:
+        """Those tensor names, after renaming, that the class ignores in a checkpoint, because it derives their values.
+
+        transformers decides: the model's buffers that are not persistent, and what its loader does not report.
+        """
+        names = set(names)
+        derived = {name for name, _ in self._model.named_buffers()} - self._buffers.keys()
+        derived |= {name.removeprefix(self._prefix) for name in derived}
+        info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
+        self._model._adjust_missing_and_unexpected_keys(info)
+        return {n for n in names if n not in info.unexpected_keys or n.removeprefix(self._prefix) in derived}
+
+    def not_needed(self, names: Iterable[str]) -> set[str]:
+        """Those persistent buffers that a checkpoint may lack, because the class derives their values."""
+        buffers = {name for name in names if name in self._buffers}
+        info = SimpleNamespace(missing_keys=set(buffers), unexpected_keys=set())
+        self._model._adjust_missing_and_unexpected_keys(info)
+        return {name for name in buffers if name not in info.missing_keys}
+
     def vocabulary(self) -> list[str]:
         """The parameters of the model that have one row per token: its input and output embeddings."""
         ends = [self._model.get_input_embeddings(), self._model.get_output_embeddings()]
@@ -161,11 +245,11 @@ class Architecture:
         """The parameter that transformers' loader makes from tensor `name`, and the converter pattern that matched."""
         from transformers.core_model_loading import rename_source_key
 
-        prefix = self._model.base_model_prefix
+        prefix, state = self._model.base_model_prefix, self._state
         found: tuple[str, str | None]
-        found = rename_source_key(name, self._renamings, self._converters, prefix, self._parameters)
-        if found[0] not in self._parameters and name in self._parameters:
-            found = rename_source_key(name, [], [], prefix, self._parameters)
+        found = rename_source_key(name, self._renamings, self._converters, prefix, state)
+        if found[0] not in state and name in state:
+            found = rename_source_key(name, [], [], prefix, state)
         return found
 
     def _locate(self) -> dict[str, dict[str, list[str]]]:
@@ -175,9 +259,47 @@ class Architecture:
         origins: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in sorted(self._base.tensors, key=dot_natural_key):
             known, pattern = self._rename(name)
-            if known in self._parameters:
+            if known in self._state:
                 origins[known][pattern or ""].append(name)
+            else:
+                self._unmatched[name] = known
         return dict(origins)
+
+    def _layouts_of(self, known: str, origin: Mapping[str, tuple[str, ...]]) -> dict[str, Layout]:
+        """The layouts of a parameter that is made of the tensors in `origin`, and of others that are made of the same."""
+        names = [name for of_pattern in origin.values() for name in of_pattern]
+        if origin.keys() == {""}:
+            return {known: Layout(origin, _end_to_end(names, self._base) if len(names) == 1 else None, "a choice")}
+        converter = next((c for c in self._converters if origin.keys() <= set(c.source_patterns)), None)
+        if converter is None:
+            return {known: Layout(origin, None, "several conversions")}
+        steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+        how = " and ".join(step for step, _ in steps)
+        lists = [origin[pattern] for pattern in converter.source_patterns if pattern in origin]
+        targets = [known.replace(converter.target_patterns[0], one) for one in converter.target_patterns]
+        if steps in ([("Chunk", 0)], [("Split", 0)]) and len(names) == 1 and len(targets) > 1:
+            return self._split(targets, origin, how)
+        shapes = [[self._base.tensors[name].shape for name in names] for names in lists]
+        even = all(len(s) == len(shapes[0]) and len(set(s)) == 1 for s in shapes)
+        stretches: tuple[Stretch, ...] | None = None
+        if steps == [("MergeModulelist", 0)] and len(lists) == 1 and even:
+            stretches = _end_to_end(lists[0], self._base)
+        elif steps == [("MergeModulelist", 0), ("Concatenate", 1)] and even and len(converter.target_patterns) == 1:
+            stretches = _end_to_end([name for names in zip(*lists, strict=True) for name in names], self._base)
+        elif steps == [("Concatenate", 0)] and len(converter.target_patterns) == 1:
+            stretches = _end_to_end([name for names in lists for name in names], self._base)
+        return {known: Layout(origin, stretches, how)}
+
+    def _split(self, targets: list[str], origin: Mapping[str, tuple[str, ...]], how: str) -> dict[str, Layout]:
+        """The layouts of parameters that are consecutive rows of one tensor."""
+        ((name,),) = origin.values()
+        counts = [self._state[target].numel() if target in self._state else -1 for target in targets]
+        exact = sum(counts) == self._base.tensors[name].numel and min(counts) > 0
+        found, start = {}, 0
+        for target, count in zip(targets, counts, strict=True):
+            found[target] = Layout(origin, (Stretch(name, start, 0, count),) if exact else None, how)
+            start += count
+        return found
 
     def _assemble(self, known: str) -> StoredParameter:
         """A parameter that is stored: as one tensor, or stacked from one or several tensors per expert."""
@@ -208,8 +330,30 @@ class Architecture:
         return StoredParameter((len(parts[0]), first // len(parts[0]), row_size), row_size, tuple(pieces))
 
 
-def _meta_model(base: Checkpoint) -> Any:
-    """The model of `config.json`: the class that it names, else the one that transformers derives from its type."""
+def _end_to_end(names: Iterable[str], base: Checkpoint) -> tuple[Stretch, ...]:
+    """A parameter whose elements are those of whole tensors, one after the other."""
+    found, first = [], 0
+    for name in names:
+        count = base.tensors[name].numel
+        found.append(Stretch(name, 0, first, count))
+        first += count
+    return tuple(found)
+
+
+def _built(base: Checkpoint, kind: Any = None) -> Any | None:
+    """The model of `base`; None if transformers itself has no class for it, or if `kind` does not take its config."""
+    try:
+        return _meta_model(base, kind)
+    except Exception as error:  # transformers raises errors of any type on an unknown config
+        log.info("transformers has no architecture for %s: %s", base.folder, error)
+        return None
+
+
+_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
+
+
+def _meta_model(base: Checkpoint, kind: Any = None) -> Any:
+    """The model of `config.json`: of class `kind`, the one that the config names, or one that its type stands for."""
     import torch
     import transformers
 
@@ -224,9 +368,11 @@ def _meta_model(base: Checkpoint) -> Any:
             models = [
                 kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
             ]
-            if models:
-                return models[0](config)
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            if kind is not None or models:
+                return (kind or models[0])(config)
+            autos = [getattr(transformers, name) for name in _AUTO]
+            auto = next((one for one in autos if type(config) in one._model_mapping), autos[0])
+            return auto.from_config(config, trust_remote_code=False)
     finally:
         transformers.utils.logging.set_verbosity(loud)
 
