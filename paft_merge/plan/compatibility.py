@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from paft_merge.errors import Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.safetensors_header import join_first
-from paft_merge.plan.layer_stacks import with_nested
+from paft_merge.plan import layer_kinds
+from paft_merge.plan.effective_config import SIZES, Difference, differences, is_limit
 
 Named = tuple[str, Checkpoint]
 """A model reference as messages show it, and its checkpoint."""
-
-MUST_MATCH = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "sliding_window",
-    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "tie_word_embeddings",
-    "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps",
-)  # fmt: skip
-"""Config fields that must match, because they change what the same weights compute."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _OTHER_MODEL = "merge models of one architecture"
@@ -77,16 +70,33 @@ def compare_names(
         problems.add("KEYS_EXTRA", where, f"has {join_first(extra)}, which {owner} lacks", fix)
 
 
-def compare_configs(template: Named, others: Sequence[Named], problems: Problems) -> None:
-    """Check that configs agree in every field of `MUST_MATCH` that both have."""
-    ours = _must_match(template[1].config)
+def compare_configs(
+    template: Named, others: Sequence[Named], problems: Problems, *, sizes: bool = True
+) -> list[Problem]:
+    """Check that configs mean the same; see `effective_config` for the fields that are passed over.
+
+    Args:
+        template: the model to compare with.
+        others: the models to check.
+        problems: receives one CONFIG_MISMATCH for each model that differs.
+        sizes: compare numbers of layers and tokens and values by layer, which recipes with slices or a tokenizer change.
+
+    Returns:
+        A warning for each model that differs only in its longest sequence.
+    """
+    warnings = []
     for ref, checkpoint in others:
-        theirs = _must_match(checkpoint.config)
-        different = [key for key in ours if key in theirs and ours[key] != theirs[key]]
-        if different:
-            listed = ", ".join(f"{key} ({theirs[key]} against {ours[key]})" for key in different)
+        found = [one for one in differences(template[1].config, checkpoint.config) if sizes or not _is_size(one)]
+        limits = [one for one in found if is_limit(one, template[1].config)]
+        if different := [one for one in found if one not in limits]:
             fix = f"{_OTHER_MODEL}, or pass allow_crimes=True"
-            problems.add("CONFIG_MISMATCH", ref, f"differs from {template[0]} in {listed}", fix)
+            more = f" and {len(different) - 12} more" if len(different) > 12 else ""
+            what = f"differs from {template[0]} in {', '.join(map(str, different[:12]))}{more}"
+            problems.add("CONFIG_MISMATCH", ref, what, fix)
+        elif limits:
+            what = f"differs from {template[0]} in {', '.join(map(str, limits))}"
+            warnings.append(Problem("CONFIG_LIMIT", ref, what, f"the output gets that of {template[0]}"))
+    return warnings
 
 
 def compare_tokenizers(template: Named, others: Sequence[Named]) -> list[Problem]:
@@ -104,6 +114,14 @@ def compare_tokenizers(template: Named, others: Sequence[Named]) -> list[Problem
     return warnings
 
 
+def _is_size(found: Difference) -> bool:
+    """Whether a field counts layers or tokens, or has one entry for each layer."""
+    if found.leaf in SIZES | layer_kinds.INDEX_LISTS:
+        return True
+    listed = [value for value in (found.ours, found.theirs) if isinstance(value, list | str)]
+    return any(layer_kinds.is_by_layer(found.leaf, value, len(value)) for value in listed)
+
+
 def _shapes(checkpoint: Checkpoint, names: Collection[str] | None) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in checkpoint.tensors.items() if names is None or name in names}
 
@@ -111,17 +129,6 @@ def _shapes(checkpoint: Checkpoint, names: Collection[str] | None) -> dict[str, 
 def _of_a_token(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A shape without the dimension that counts tokens, which is the first that is longer than one."""
     return (1,) if len(shape) == 2 and shape[0] == 1 else shape[1:]
-
-
-def _must_match(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config, and of the configs nested in it, that have to match."""
-    found: dict[str, Any] = {}
-    for within, section in with_nested(config):
-        found |= {f"{within}{key}": section[key] for key in MUST_MATCH if key in section}
-        rope = section.get("rope_parameters")
-        if isinstance(rope, Mapping) and "rope_theta" in rope:  # where transformers 5 keeps it
-            found.setdefault(f"{within}rope_theta", rope["rope_theta"])
-    return found
 
 
 def _token_differences(ours: bytes, theirs: bytes) -> str:

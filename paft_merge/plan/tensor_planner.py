@@ -63,11 +63,12 @@ class Planner:
         if tensor_names and not (self.outputs.whole and all(m.checkpoint.file for m in models.values())):
             what = f"the {tensor_names} of tensors is for single files; models must hold the same tensors"
             self.problems.add("TENSOR_NAMES", source[0], what, "leave it out, or name files")
-        if not allow_crimes:
-            compare_configs(source, others, self.problems)
         for _, (slice_, *_) in self.outputs.modules:
             if slice_.output.sources[0].layers is None:
                 self._compare(slice_)
+        if not allow_crimes:
+            sizes = self.outputs.whole and recipe.tokenizer is None and not self.problems.found
+            self.warnings += compare_configs(source, others, self.problems, sizes=sizes)
         if recipe.tokenizer is None:
             self.warnings += compare_tokenizers(source, others)
         if self.config_source.checkpoint.file and self.config_source.checkpoint.config:
