@@ -55,7 +55,7 @@ class Header:
     label: str
     """Short and unique among the sources of an audit."""
     kind: str
-    """`lora`, `rslora`, `dora`, `pissa`, `olora`, `shira`, or `checkpoint`."""
+    """`lora`, `rslora`, `dora`, `pissa`, `olora`, another PEFT type in lower case, or `checkpoint`."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """For an adapter: rank, alpha, scale, target modules, PEFT version, the base it names, digest of its header, training record."""
 
@@ -248,6 +248,9 @@ def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack
 
 def _known(ref: str, folder: Path) -> Known:
     settings = read_settings(folder)
+    if settings.peft_type not in ("LORA", "SHIRA"):
+        what = f"is of type {settings.peft_type}, whose deltas need the base's architecture or weights"
+        raise AuditError.of("NO_BASE", ref, what, "pass base=...")
     if settings.names("target_parameters"):
         what = "targets fused parameters, which need the base's architecture"
         raise AuditError.of("NO_BASE", ref, what, "pass base=...")
@@ -431,6 +434,8 @@ def _header(model: Model, label: str) -> Header:
         return Header(model.ref, label, "checkpoint", {"dtype": "/".join(sorted(kinds))})
     config = model.adapter.config
     rank, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("peft_type") not in ("LORA", "SHIRA"):
+        rank = alpha = None
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank and alpha else None
     details = {
         "rank": rank, "alpha": alpha, "scale": scale, "target_modules": config.get("target_modules"),
@@ -446,8 +451,8 @@ def _kind(config: Mapping[str, Any]) -> str:
     start = str(config.get("init_lora_weights", True)).lower()
     if start in ("pissa", "olora"):
         return start
-    if config.get("peft_type") == "SHIRA":
-        return "shira"
+    if (kind := str(config.get("peft_type", "LORA"))) != "LORA":
+        return kind.lower()
     return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
 
 

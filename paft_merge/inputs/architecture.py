@@ -159,12 +159,12 @@ class Architecture:
 
     def is_conv1d(self, path: str) -> bool | None:
         """Whether the module that an adapter calls `path` stores its weight `[in, out]`; None if it is not found."""
-        module = self._module(path)
+        module = self.module(path)
         return None if module is None else type(module).__name__ == "Conv1D"
 
     def parameters_of(self, path: str) -> tuple[list[str], bool] | None:
         """A module's direct parameters, as declared, and whether its experts are stored `[experts, in, out]`."""
-        module = self._module(path)
+        module = self.module(path)
         if module is None:
             return None
         names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -234,7 +234,12 @@ class Architecture:
         weights = [end.weight for end in ends if getattr(end, "weight", None) is not None]
         return [name for name, p in self._parameters.items() if any(p is weight for weight in weights)]
 
-    def _module(self, path: str) -> Any | None:
+    def modules(self) -> list[tuple[str, Any]]:
+        """All modules with their names, in the order of the model."""
+        return list(self._model.named_modules())
+
+    def module(self, path: str) -> Any | None:
+        """The module that an adapter calls `path`, without weights; None if it is not found."""
         known = (self.name_of(f"{path}.weight") or "").rpartition(".")[0]
         for name in (path, self._prefix + path, path.removeprefix(self._prefix), known):
             with suppress(AttributeError):

@@ -51,12 +51,13 @@ def refused(plain: Path) -> Callable[..., list[Problem]]:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "AdaLoRA": ({"peft_type": "ADALORA"}, "ADAPTER_UNSUPPORTED: peft_type: ADALORA"),
-    "LoHa": ({"peft_type": "LOHA"}, "ADAPTER_UNSUPPORTED: peft_type: LOHA"),
-    "LoKr": ({"peft_type": "LOKR"}, "ADAPTER_UNSUPPORTED: peft_type: LOKR"),
-    "IA3": ({"peft_type": "IA3"}, "ADAPTER_UNSUPPORTED: peft_type: IA3"),
-    "OFT": ({"peft_type": "OFT"}, "ADAPTER_UNSUPPORTED: peft_type: OFT"),
-    "VeRA": ({"peft_type": "VERA"}, "ADAPTER_UNSUPPORTED: peft_type: VERA"),
+    "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "ADAPTER_UNSUPPORTED: peft_type: PROMPT_TUNING prepends trained"),
+    "X-LoRA": ({"peft_type": "XLORA"}, "ADAPTER_UNSUPPORTED: peft_type: XLORA mixes several adapters by a router"),
+    "an unknown type": ({"peft_type": "NEWLORA"}, "ADAPTER_UNSUPPORTED: peft_type: NEWLORA is not a type that"),
+    "no number of ranks": (
+        {"peft_type": "ADALORA"},
+        "ADAPTER_CONFIG: init_r: must be a whole number above 0, got None",
+    ),
     "no type": ({"peft_type": None}, "ADAPTER_CONFIG: peft_type"),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "ADAPTER_UNSUPPORTED: alora_invocation_tokens"),
     "Arrow": ({"arrow_config": {"top_k": 2}}, "ADAPTER_UNSUPPORTED: arrow_config"),
@@ -155,7 +156,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: t | {f"{PATH}.lora_A.weight": torch.zeros(4, 16, dtype=torch.int8)},
         f"DTYPE_UNSUPPORTED: tensor '{PATH}.lora_A.weight' is I8",
     ),
-    "another part of LoRA": (with_(lora_E=torch.zeros(4, 1)), f"ADAPTER_UNUSED: tensor '{PATH}.lora_E' has a name that no supported"),
+    "another part of LoRA": (with_(lora_E=torch.zeros(4, 1)), f"ADAPTER_CONFIG: tensor '{PATH}.lora_E' is of type ADALORA"),
     "KaSA's diagonal": (with_(lora_diag=torch.zeros(4)), f"ADAPTER_UNUSED: tensor '{PATH}.lora_diag'"),
     "a magnitude without DoRA": (
         with_(lora_magnitude_vector=torch.ones(16)),
@@ -176,7 +177,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "tokens without indices": (
         lambda t: t | {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": torch.zeros(2, 16)},
-        "ADAPTER_CONFIG: 'lm_head' has token rows whose indices trainable_token_indices does not give",
+        "ADAPTER_CONFIG: 'lm_head' has token rows whose indices adapter_config.json does not give",
     ),
     "a head of another size": (
         lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(41, 16)},

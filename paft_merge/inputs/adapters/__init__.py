@@ -110,7 +110,7 @@ class Adapter:
 
     def _bind(self, settings: Settings, base: Checkpoint) -> None:
         problems = Problems()
-        keys = sort_keys(self.file.tensors, self.folder, problems)
+        keys = sort_keys(self.file.tensors, self.folder, problems, settings.peft_type)
         binding = Binding(settings, keys, self.file, base, problems)
         binding.bind(TYPES[settings.peft_type].bind_module)
         if not self.file.tensors:

@@ -105,6 +105,7 @@ class Binding:
         builders: by checkpoint tensor, filled by `bind`.
         architecture: the base's class, built on first use; None if transformers does not know it.
         absent: modules and parameters that the base does not have.
+        made: what a type makes once for all modules of the adapter.
     """
 
     def __init__(self, settings: Settings, keys: Keys, file: Checkpoint, base: Checkpoint, problems: Problems) -> None:
@@ -113,6 +114,7 @@ class Binding:
         self.settings, self.keys, self.file, self.base = settings, keys, file, base
         self._problems = problems
         self.absent: list[str] = []
+        self.made: dict[str, Any] = {}
 
     def bind(self, bind_module: BindModule) -> None:
         """Fill `builders`: first full tensors, then adapted modules on top of them, then single rows."""
@@ -127,7 +129,7 @@ class Binding:
                 bind_module(self, module)
         for path, key in self.keys.tokens.items():
             with self._problems.catching():
-                self._bind_tokens(path, key)
+                self.bind_tokens(path, key)
         if self.absent:
             what = f"{len(self.absent)} of its modules are not in the base: {join_first(self.absent)}"
             self._problems.add("ADAPTER_TARGET", self.file.folder, what, _OTHER_BASE)
@@ -216,16 +218,14 @@ class Binding:
             raise AdapterError.of("ADAPTER_SHAPE", self.file.folder, what, _OTHER_BASE)
         return self.rows(saved.key, parameter.row_size)
 
-    def _bind_tokens(self, path: str, key: str) -> None:
+    def bind_tokens(self, path: str, key: str) -> None:
         """Bind rows of an embedding. PEFT calls them a delta, but copies them over the old rows."""
         parameter, values = self.require(path, f"{path}.weight"), self.values(key)
         if parameter is None:
             return
         builder, indices = self.builder(parameter), self.settings.tokens_of(path)
         if indices is None:
-            raise self.wrong(
-                path, "has token rows whose indices trainable_token_indices does not give", "ADAPTER_CONFIG"
-            )
+            raise self.wrong(path, "has token rows whose indices adapter_config.json does not give", "ADAPTER_CONFIG")
         if values.shape != (len(indices), builder.row_size):
             what = f"has {tuple(values.shape)} values for {len(indices)} tokens of {builder.row_size}"
             raise self.wrong(path, what)
@@ -239,6 +239,24 @@ class Binding:
 BindModule: TypeAlias = "Callable[[Binding, Module], None]"
 
 
+class About(NamedTuple):
+    """What the documentation says about a type.
+
+    Attributes:
+        method: the method and its paper.
+        layers: the layers that it adapts.
+        computed: `here` or `PEFT`.
+        memory: `rows` if blocks of rows are computed alone, else what is in memory at once.
+        formula: the new weight W' of a linear layer.
+    """
+
+    method: str
+    layers: str
+    computed: str
+    memory: str
+    formula: str = ""
+
+
 class PeftType(NamedTuple):
     """How adapters of one `peft_type` are read.
 
@@ -247,11 +265,13 @@ class PeftType(NamedTuple):
         check_config: notes the faults of an `adapter_config.json`, given its path and content. Fields that have no
             exact delta, and unknown fields, are ADAPTER_UNSUPPORTED.
         bind_module: puts the delta of one module into `Binding.builders`.
+        about: for the documentation.
     """
 
     names: TensorNames
     check_config: Callable[[Path, Mapping[str, Any], Problems], None]
     bind_module: BindModule
+    about: About = About("", "", "here", "rows")
 
 
 def vocabulary_of(config: Mapping[str, Any]) -> int | None:

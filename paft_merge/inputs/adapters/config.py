@@ -15,6 +15,15 @@ from paft_merge.inputs.safetensors_header import read_text
 
 CONFIG = "adapter_config.json"
 
+INERT = frozenset(
+    (
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("runtime_config", "model_name", "library_name"),  # other trainers write the last two
+    )
+)
+"""Fields of every type that do not change the delta: the tensors say which modules are adapted."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -34,12 +43,15 @@ class Settings:
 
     def rank_of(self, path: str) -> int:
         """The rank of the module (or parameter) at `path`."""
-        return int(_by_pattern(self.raw.get("rank_pattern"), path, self.rank))
+        return int(self.number("r", "rank_pattern", path))
+
+    def number(self, field: str, pattern: str, path: str) -> float:
+        """`field` for the module at `path`: that of the first key of `pattern` that matches it, else the default."""
+        return float(_by_pattern(self.raw.get(pattern), path, self.raw[field]))
 
     def scale(self, path: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-        alpha: float = _by_pattern(self.raw.get("alpha_pattern"), path, self.raw["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.flag("use_rslora") else rank)
+        return self.number("lora_alpha", "alpha_pattern", path) / (math.sqrt(rank) if self.flag("use_rslora") else rank)
 
     def flag(self, name: str) -> bool:
         """A boolean field; false if absent."""
@@ -74,8 +86,8 @@ class Settings:
         return "unknown" if is_unsloth or "unsloth" in str(self.raw.get("auto_mapping")) else "rank_major"
 
     def tokens_of(self, path: str) -> list[int] | None:
-        """The rows that `trainable_token_indices` lists for the module at `path`, in the order of their values."""
-        indices = self.raw.get("trainable_token_indices")
+        """The rows that the trained values of the module at `path` are for, in the order of the values."""
+        indices = self.raw.get("trainable_token_indices") or self.raw.get("token_indices")
         if isinstance(indices, dict):
             indices = next((rows for key, rows in indices.items() if f".{path}".endswith(f".{key}")), None)
         return indices if isinstance(indices, list) and all(type(i) is int for i in indices) else None
@@ -121,6 +133,33 @@ def check_kinds(path: Path, raw: Mapping[str, Any], wanted: Mapping[str, tuple[t
         if not isinstance(raw.get(field), (*kinds, type(None))):
             names = " or ".join(kind.__name__ for kind in kinds)
             problems.add("ADAPTER_CONFIG", path, f"{field}: must be a {names}, got {raw[field]!r}")
+
+
+def check_numbers(
+    path: Path, raw: Mapping[str, Any], whole: Iterable[str], real: Iterable[str], problems: Problems
+) -> None:
+    """Note fields that must be set to a number and are not: `whole` above 0, `real` finite and not 0; and patterns."""
+    for field in whole:
+        check_positive(path, field, raw.get(field), problems)
+    for field in real:
+        check_real(path, field, raw.get(field), problems)
+    for field, check in (("rank_pattern", check_positive), ("alpha_pattern", check_real)):
+        entries = raw.get(field)
+        if entries is not None and not isinstance(entries, dict):
+            problems.add("ADAPTER_CONFIG", path, f"{field}: must be a dict, got {entries!r}")
+            continue
+        for key, value in (entries or {}).items():
+            check(path, f"{field}[{key!r}]", value, problems)
+            try:
+                re.compile(key)
+            except re.error as error:
+                problems.add("ADAPTER_CONFIG", path, f"{field}[{key!r}]: is not a regular expression: {error}")
+
+
+def check_real(path: Path, field: str, value: object, problems: Problems) -> None:
+    """Note a `value` that is not a finite number other than 0."""
+    if not (type(value) in (int, float) and math.isfinite(float(str(value))) and value):
+        problems.add("ADAPTER_CONFIG", path, f"{field}: must be a finite number other than 0, got {value!r}")
 
 
 def check_positive(path: Path, field: str, value: object, problems: Problems) -> None:

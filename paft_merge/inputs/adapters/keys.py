@@ -17,15 +17,23 @@ _TOKENS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta(\.[^.
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<rest>.+)")
 _WRAPPED = ".base_layer"
 
+SHARED = "base_model"
+"""Path of tensors that all modules share, such as the random projections of VeRA."""
+
 
 class TensorNames(NamedTuple):
-    """How one PEFT type names the tensors of a module: `{module}.{prefix}{part}`, perhaps with the adapter's name."""
+    """How one PEFT type names the tensors of a module: `{module}.{prefix}{part}`, perhaps with the adapter's name.
+
+    Without `parts`, everything after the prefix is the part.
+    """
 
     prefix: str
-    parts: tuple[str, ...]
+    parts: tuple[str, ...] = ()
 
     def match(self, name: str) -> re.Match[str] | None:
         """Match a tensor name; the groups are `path`, `part` and `leaf`."""
+        if not self.parts:
+            return re.fullmatch(rf"(?P<path>.+?)\.{self.prefix}(?P<part>.+)(?P<leaf>)", name)
         parts = "|".join(self.parts)
         adapter, leaf = r"(\.(?!weight$|bias$)[^.]+)?", r"(?P<leaf>\.weight|\.bias)?"
         return re.fullmatch(rf"(?P<path>.+)\.{self.prefix}(?P<part>{parts}){adapter}{leaf}", name)
@@ -85,7 +93,7 @@ def sort_by_name(keys: Iterable[str], types: Mapping[str, TensorNames], where: o
 
     Args:
         keys: the tensor names.
-        types: the tensor names of every known PEFT type.
+        types: the tensor names of every known PEFT type; the first that matches counts.
         where: the file, for messages.
         problems: receives ADAPTER_UNUSED for names that no known type writes, and ADAPTER_CONFIG if two tensors are
             the same part of one module.
@@ -96,10 +104,10 @@ def sort_by_name(keys: Iterable[str], types: Mapping[str, TensorNames], where: o
         if _INERT.fullmatch(name):
             continue
         matches = {kind: match for kind, names in types.items() if (match := names.match(name))}
-        if matches:
-            _add_part(found, key, *next(iter(matches.items())), where, problems)
-        elif match := _TOKENS.fullmatch(name):
+        if match := _TOKENS.fullmatch(name):
             found.tokens[_unwrapped(match["path"])] = key
+        elif matches:
+            _add_part(found, key, *next(iter(matches.items())), where, problems)
         elif any(f".{names.prefix}" in name for names in types.values()):
             what = f"tensor {key!r} has a name that no supported adapter type uses, so it would be left out"
             problems.add("ADAPTER_UNUSED", where, what, "merge the adapter with PEFT instead")

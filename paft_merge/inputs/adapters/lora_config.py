@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import Problems
-from paft_merge.inputs.adapters.config import check_kinds, check_positive, refuse_unknown
+from paft_merge.inputs.adapters.config import INERT, check_kinds, check_numbers, check_positive, refuse_unknown
 
-INERT = frozenset(
-    (
-        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
-        *("layers_pattern", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config"),
-        *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "model_name", "library_name"),  # other trainers write these
-    )
-)
+_UNUSED = INERT | {
+    *("lora_dropout", "megatron_config", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config"),
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # other trainers write these
+}
 """Fields that do not change the delta."""
 
 _NO_DELTA = {
@@ -51,7 +45,7 @@ _USED = frozenset(
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_FLAGS, (bool,)),
     **{"modules_to_save": (list,), "target_parameters": (list,), "trainable_token_indices": (list, dict)},
-    **{"rank_pattern": (dict,), "alpha_pattern": (dict,), "use_bdlora": (dict,)},
+    "use_bdlora": (dict,),
 }
 
 
@@ -60,7 +54,7 @@ def check_config(path: Path, raw: Mapping[str, Any], problems: Problems) -> None
     for field, reason in _NO_DELTA.items():
         if raw.get(field) not in (None, False):
             problems.add("ADAPTER_UNSUPPORTED", path, f"{field}: {reason}, so there is no delta to merge")
-    refuse_unknown(path, raw, INERT | _USED | _NO_DELTA.keys(), "LoRA", problems)
+    refuse_unknown(path, raw, _UNUSED | _USED | _NO_DELTA.keys(), "LoRA", problems)
     _check_start(path, raw.get("init_lora_weights", True), problems)
     check_kinds(path, raw, _KINDS, problems)
     _check_values(path, raw, problems)
@@ -89,23 +83,9 @@ def _check_values(path: Path, raw: Mapping[str, Any], problems: Problems) -> Non
 
 
 def _check_numbers(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
-    def check(field: str, value: object, whole: bool) -> None:
-        if whole:
-            check_positive(path, field, value, problems)
-        elif not (type(value) in (int, float) and math.isfinite(float(str(value))) and value):
-            problems.add("ADAPTER_CONFIG", path, f"{field}: must be a finite number other than 0, got {value!r}")
-
     if isinstance(raw.get("use_bdlora"), dict):
-        check("use_bdlora.nblocks", raw["use_bdlora"].get("nblocks", 1), True)
-    for field, pattern, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
+        check_positive(path, "use_bdlora.nblocks", raw["use_bdlora"].get("nblocks", 1), problems)
+    for field in ("r", "lora_alpha"):
         if field not in raw:
             problems.add("ADAPTER_CONFIG", path, f"{field}: is missing; set it, as PEFT's default of 8 may be wrong")
-        else:
-            check(field, raw[field], whole)
-        entries = raw.get(pattern)
-        for key, value in entries.items() if isinstance(entries, dict) else ():
-            check(f"{pattern}[{key!r}]", value, whole)
-            try:
-                re.compile(key)
-            except re.error as error:
-                problems.add("ADAPTER_CONFIG", path, f"{pattern}[{key!r}]: is not a regular expression: {error}")
+    check_numbers(path, raw, {"r"} & raw.keys(), {"lora_alpha"} & raw.keys(), problems)

@@ -1,22 +1,94 @@
 """The table of supported PEFT types.
 
-A new type is one module, which defines a `PeftType`, and one row of `TYPES`.
+A new type is one module, which defines a `PeftType`, and one row of `TYPES`; or one row alone if PEFT computes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from paft_merge.errors import AdapterError, Problems
+from paft_merge.inputs.adapters.adalora import ADALORA
 from paft_merge.inputs.adapters.binding import PeftType
 from paft_merge.inputs.adapters.config import CONFIG, Settings, read_config
 from paft_merge.inputs.adapters.keys import Keys, sort_by_name
 from paft_merge.inputs.adapters.lora import LORA
+from paft_merge.inputs.adapters.lycoris import LOHA, LOKR
+from paft_merge.inputs.adapters.merged_by_peft import by_peft
+from paft_merge.inputs.adapters.miss import BONE, MISS
+from paft_merge.inputs.adapters.multiplied import HIRA, IA3
+from paft_merge.inputs.adapters.oft import OFT
+from paft_merge.inputs.adapters.replaced import LN_TUNING, TRAINABLE_TOKENS
 from paft_merge.inputs.adapters.shira import SHIRA
 
-TYPES: dict[str, PeftType] = {"LORA": LORA, "SHIRA": SHIRA}
+
+def _frod(raw: Mapping[str, Any]) -> str:
+    what = "save_projection: false leaves out projections that depend on the weights of all layers together"
+    return "" if raw.get("save_projection", True) else what
+
+
+def _pvera(raw: Mapping[str, Any]) -> str:
+    what = "sample_at_inference: the model draws its weights at random on every use"
+    return what if raw.get("sample_at_inference") else ""
+
+
+TYPES: dict[str, PeftType] = {
+    "LORA": LORA,
+    "SHIRA": SHIRA,
+    "ADALORA": ADALORA,
+    "HIRA": HIRA,
+    "IA3": IA3,
+    "LN_TUNING": LN_TUNING,
+    "LOHA": LOHA,
+    "LOKR": LOKR,
+    "BONE": BONE,
+    "MISS": MISS,
+    "OFT": OFT,
+    "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
+    "ADAMSS": by_peft("ADAMSS", "adamss_", "AdaMSS", bias=True),
+    "BEFT": by_peft("BEFT", "beft_", "BEFT", only_bias=True),
+    "BOFT": by_peft("BOFT", "boft_", "BOFT"),
+    "C3A": by_peft("C3A", "c3a_", "C3A"),
+    "DEFT": by_peft("DEFT", "deft_", "DEFT"),
+    "DELORA": by_peft("DELORA", "delora_", "DeLoRA"),
+    "FOURIERFT": by_peft("FOURIERFT", "fourierft_", "FourierFT"),
+    "FROD": by_peft("FROD", "frod_", "FRoD", refuse=_frod),
+    "GLORA": by_peft("GLORA", "glora_", "GLoRA", bias=True),
+    "GRALORA": by_peft("GRALORA", "gralora_", "GraLoRA"),
+    "HRA": by_peft("HRA", "hra_", "HRA"),
+    "OSF": by_peft("OSF", "osf_", "OSF"),
+    "PEANUT": by_peft("PEANUT", "peanut_", "PEANuT"),
+    "PSOFT": by_peft("PSOFT", "psoft_", "PSOFT"),
+    "PVERA": by_peft("PVERA", "pvera_", "PVeRA", scope="shapes", refuse=_pvera),
+    "RANDLORA": by_peft("RANDLORA", "randlora_", "RandLoRA", scope="shapes"),
+    "ROAD": by_peft("ROAD", "road_", "RoAd", bias=True),
+    "SUPERTUNING": by_peft("SUPERTUNING", "supertuning_", "Supertuning"),
+    "TINYLORA": by_peft("TINYLORA", "tinylora_", "TinyLoRA", scope="numbers"),
+    "UNILORA": by_peft("UNILORA", "unilora_", "UniLoRA", scope="shapes"),
+    "VBLORA": by_peft("VBLORA", "vblora_", "VB-LoRA"),
+    "VERA": by_peft("VERA", "vera_", "VeRA", scope="shapes"),
+    "WAVEFT": by_peft("WAVEFT", "waveft_", "WaveFT", scope="shapes"),
+}
 """By `peft_type` of adapter_config.json."""
+
+_PROMPT = "prepends trained vectors to the input"
+_ROUTED = "mixes several adapters by a router, differently for each token"
+NO_DELTA = {
+    "PROMPT_TUNING": _PROMPT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "CPT": _PROMPT,
+    "PREFIX_TUNING": "prepends trained keys and values to the attention",
+    "CARTRIDGE": "prepends a trained cache of keys and values to the attention",
+    "ADAPTION_PROMPT": "adds an attention over trained prompts",
+    "XLORA": _ROUTED,
+    "LILY": _ROUTED,
+    "POLY": "mixes several adapters by the id of the task",
+    "SHADOW": "runs a second network beside the model, which depends on the input",
+}
+"""Types of PEFT that do not change the weights, each with what it does instead."""
 
 _CONVERT = "merge it with PEFT into a checkpoint, or convert it with peft.convert_to_lora, and merge that"
 
@@ -33,8 +105,11 @@ def read_settings(folder: Path) -> Settings:
     kind = raw.get("peft_type")
     if not isinstance(kind, str):
         problems.add("ADAPTER_CONFIG", path, f"peft_type: must be a string, got {kind!r}")
+    elif kind in NO_DELTA:
+        what = f"peft_type: {kind} {NO_DELTA[kind]}, so it has no delta that could be merged"
+        problems.add("ADAPTER_UNSUPPORTED", path, what, "use it with PEFT, on the model that it was trained on")
     elif kind not in TYPES:
-        what = f"peft_type: {kind} is not {' or '.join(TYPES)}, and no exact delta is known"
+        what = f"peft_type: {kind} is not a type that this version knows ({', '.join(sorted(TYPES))})"
         problems.add("ADAPTER_UNSUPPORTED", path, what, _CONVERT)
     else:
         TYPES[kind].check_config(path, raw, problems)
@@ -42,6 +117,14 @@ def read_settings(folder: Path) -> Settings:
     return Settings(raw)
 
 
-def sort_keys(keys: Iterable[str], where: object, problems: Problems) -> Keys:
-    """Sort tensor names, of any supported type; see `sort_by_name`."""
-    return sort_by_name(keys, {kind: entry.names for kind, entry in TYPES.items()}, where, problems)
+def sort_keys(keys: Iterable[str], where: object, problems: Problems, peft_type: str = "") -> Keys:
+    """Sort tensor names, of any supported type; see `sort_by_name`.
+
+    Args:
+        keys: the tensor names.
+        where: the file, for messages.
+        problems: receives the faults.
+        peft_type: the type of the adapter; a name that several types use is of this one.
+    """
+    kinds = sorted(TYPES, key=lambda kind: kind != peft_type)
+    return sort_by_name(keys, {kind: TYPES[kind].names for kind in kinds}, where, problems)

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from paft_merge.errors import AdapterError, Problems
 from paft_merge.inputs.adapters.binding import Binding, PeftType
-from paft_merge.inputs.adapters.config import check_kinds, check_positive, refuse_unknown
+from paft_merge.inputs.adapters.config import INERT, check_kinds, check_positive, refuse_unknown
 from paft_merge.inputs.adapters.deltas import AdapterDelta, Lazy
 from paft_merge.inputs.adapters.keys import Module, TensorNames
-from paft_merge.inputs.adapters.lora_config import INERT
 from paft_merge.inputs.adapters.rows import Array, Rows
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.dtypes import DTYPES
