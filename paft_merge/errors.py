@@ -123,10 +123,50 @@ class Problems:
             raise kind(self.found)
 
 
-def escape(text: str) -> str:
-    """Return `text` with control characters escaped, so that a tensor name cannot control a terminal; at most 2,000 characters."""
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= 2000 else shown[:1990] + "..."
+@contextmanager
+def reading(path: object, code: str, kind: type[PaftMergeError], fix: str = "") -> Iterator[None]:
+    """Turn every error of a block that reads and parses a file into one `kind`, because parsers raise anything.
+
+    Args:
+        path: the file, for the message.
+        code: the code of the problem.
+        kind: class of the error that is raised.
+        fix: what the user can do.
+    """
+    try:
+        yield
+    except PaftMergeError:
+        raise
+    except Exception as error:
+        raise kind.of(code, path, cause_of(error), fix) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """Why a file cannot be read, from the error of a parser, of the system or of memory."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text at byte {error.start}"
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    said = str(error).strip().partition("\n")[0][:200]
+    return f"cannot be read: {type(error).__name__}{f': {said}' if said else ''}"
+
+
+def escape(text: str, *, lines: bool = False) -> str:
+    """Return `text` with control characters escaped, so that a name cannot control a terminal.
+
+    Escaped are also line breaks (unless `lines`), characters that reorder or hide text (bidi, zero width), and surrogates. One line
+    is cut to 2,000 characters.
+    """
+    if text.isprintable():
+        shown = text
+    else:
+        kept = "\n" if lines else ""
+        shown = "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    return shown if lines or len(shown) <= 2000 else shown[:1990] + "..."
 
 
 def deprecated(name: str, use: str, *, since: str, stacklevel: int = 3) -> None:

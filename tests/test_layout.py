@@ -44,7 +44,7 @@ ONLY_IN = {
     "jinja2": {"auditing", "plan"},
     "rich": {"cli"},
     "yaml": {"recipe", "output"},
-    "pydantic": {"recipe", "training", "mergekit_plugin", "evaluating", "pipeline"},
+    "pydantic": {"output", "recipe", "training", "mergekit_plugin", "evaluating", "pipeline"},
 }
 """The rooms that import a foreign package; no other room does."""
 

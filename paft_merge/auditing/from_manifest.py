@@ -13,6 +13,8 @@ from paft_merge.auditing.preview import Preview, PreviewTensor, Survived
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
 from paft_merge.compute.magnitudes import EPSILON
+from paft_merge.errors import AuditError, reading
+from paft_merge.output.manifest import MANIFEST
 from paft_merge.stats.pairs import PairMeasure
 from paft_merge.stats.record import DENSITY, RecordedTensor
 
@@ -21,7 +23,15 @@ def recorded(manifest: Mapping[str, Any]) -> Audit | None:
     """The audit in a `merge_manifest.json`; None when no tensor had deltas.
 
     Its `sampled` is the share of the entries in the sample from which some numbers are estimated.
+
+    Raises:
+        AuditError: MANIFEST, its statistics are damaged.
     """
+    with reading(MANIFEST, "MANIFEST", AuditError, "merge again"):
+        return _recorded(manifest)
+
+
+def _recorded(manifest: Mapping[str, Any]) -> Audit | None:
     held = {
         name: (entry, tensor)
         for name, entry in sorted(manifest["tensors"].items(), key=lambda item: natural(item[0]))

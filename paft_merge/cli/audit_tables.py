@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from paft_merge.auditing.opening import label_of
@@ -15,7 +13,7 @@ from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.figures import abridged, exponent
 from paft_merge.auditing.report.html import percent, sampled_line, short
 from paft_merge.auditing.results import Group, PairAudit, SourceAudit
-from paft_merge.errors import escape as printable
+from paft_merge.cli.terminal import console, plain
 from paft_merge.output.manifest import ManifestCheck
 
 _SIGNS = {"warn": "[bold yellow]![/]", "note": "[bold blue]·[/]", "good": "[bold green]✓[/]"}
@@ -23,20 +21,20 @@ _SIGNS = {"warn": "[bold yellow]![/]", "note": "[bold blue]·[/]", "good": "[bol
 
 def audit_table(audit: Audit) -> None:
     """Print the numbers of an audit and the advice."""
-    console = Console()
+    out = console()
     base = f"on {label_of(audit.base)}" if audit.base else "without a base: metrics that need its weights are left out"
-    lines = [f"sparse means |delta| < {exponent(audit.epsilon)}; {_safe(base)}"]
-    lines += [] if audit.sampled is None else [_safe(sampled_line(audit.sampled))]
-    for part in (*lines, *_tables(audit, console.width)):
-        console.print(part, highlight=False)
+    lines = [f"sparse means |delta| < {exponent(audit.epsilon)}; {plain(base)}"]
+    lines += [] if audit.sampled is None else [plain(sampled_line(audit.sampled))]
+    for part in (*lines, *_tables(audit, out.width)):
+        out.print(part, highlight=False)
     for advice in audit.advice:
-        number = f"[dim]({_safe(advice.metric)} = {short(advice.value)})[/]"
-        console.print(f"{_SIGNS[advice.level]} {_safe(in_options(advice.text))} {number}", highlight=False)
+        number = f"[dim]({plain(advice.metric)} = {short(advice.value)})[/]"
+        out.print(f"{_SIGNS[advice.level]} {plain(in_options(advice.text))} {number}", highlight=False)
     for skipped in audit.skipped:
         names = ", ".join(skipped.names[:3]) + (f" and {len(skipped.names) - 3} more" if len(skipped.names) > 3 else "")
-        text = _safe(labelled(f"{skipped.source}: {names}: {skipped.why}", audit))
-        console.print(f"[dim]left out: {text}[/]", highlight=False)
-    console.print("[dim]--html FILE writes figures, all numbers and a glossary[/]", highlight=False)
+        text = plain(labelled(f"{skipped.source}: {names}: {skipped.why}", audit))
+        out.print(f"[dim]left out: {text}[/]", highlight=False)
+    out.print("[dim]--html FILE writes figures, all numbers and a glossary[/]", highlight=False)
 
 
 def _tables(audit: Audit, width: int) -> Iterator[Table]:
@@ -53,15 +51,15 @@ def _tables(audit: Audit, width: int) -> Iterator[Table]:
 
 def manifest_table(check: ManifestCheck, audit: Audit | None) -> None:
     """Print the audit that a finished merge recorded, and whether its bytes are those that the merge wrote."""
-    console = Console()
+    out = console()
     if audit:
         audit_table(audit)
     for warning in check.manifest.get("warnings", []):
         text = labelled(str(warning), audit) if audit else str(warning)
-        console.print(f"{_SIGNS['warn']} {_safe(text)}", highlight=False)
+        out.print(f"{_SIGNS['warn']} {plain(text)}", highlight=False)
     if check.ok:
         text = f"{check.folder}: {check.tensors:,} tensors, {check.nbytes:,} bytes: all as the merge wrote them"
-        console.print(f"[bold green]✓[/] {_safe(text)}", highlight=False)
+        out.print(f"[bold green]✓[/] {plain(text)}", highlight=False)
 
 
 _OPTIONS = (("fetch_base=True", "--fetch-base"), ("base=...", "--base"))
@@ -82,19 +80,14 @@ def labelled(text: str, audit: Audit) -> str:
     return in_options(text)
 
 
-def _safe(text: str) -> str:
-    """`text` without markup or control characters."""
-    return escape(printable(text))
-
-
 def _table(title: str, headings: Sequence[str]) -> Table:
     """A table for 80 columns, with headings in two rows; the first column is words, the others are numbers."""
     padding = (0, 1, 0, 0)
-    table = Table(title=_safe(title), box=box.SIMPLE, title_justify="left", title_style="bold", padding=padding)
+    table = Table(title=plain(title), box=box.SIMPLE, title_justify="left", title_style="bold", padding=padding)
     for at, heading in enumerate(headings):
         widest = max(map(len, heading.split("\n"))) if at else 4
         table.add_column(
-            _safe(heading), justify="right" if at else "left", overflow="fold", min_width=widest, vertical="bottom" if at else "top"
+            plain(heading), justify="right" if at else "left", overflow="fold", min_width=widest, vertical="bottom" if at else "top"
         )  # fmt: skip
     return table
 
@@ -146,7 +139,7 @@ def _groups(title: str, groups: Sequence[Group], epsilon: float) -> Table:
         m = group.measure
         shares = percent(m.sparsity(epsilon)), percent(m.bf16_sparsity)
         rest = short(m.hoyer), percent(m.top_energy(0.2)), short(m.rms), short(group.stable_rank)
-        table.add_row(_safe(group.key), *shares, *rest)
+        table.add_row(plain(group.key), *shares, *rest)
     return table
 
 
@@ -159,7 +152,7 @@ def _pairs(pairs: Sequence[PairAudit]) -> Table:
         total = pair.total
         shares = total.conflict, total.conflict_weighted, total.overlap, total.overlap_chance
         table.add_row(
-            _safe(f"{abridged(pair.left, 15)}\n{abridged(pair.right, 15)}"), f"x {short(total.size_ratio)}", short(total.cosine, 2),
+            plain(f"{abridged(pair.left, 15)}\n{abridged(pair.right, 15)}"), f"x {short(total.size_ratio)}", short(total.cosine, 2),
             *map(percent, shares), ", ".join(percent(share, 0) for share in pair.subspace),
         )  # fmt: skip
     return table
@@ -175,5 +168,5 @@ def _preview(audit: Audit, preview: Preview) -> Table:
             left = preview.of(source.label)
             elected = left.elected / left.entries if left.entries else None
             shares = left.kept_share, elected, left.kept_energy, left.elected_energy
-            table.add_row(_safe(abridged(source.label)), *map(percent, shares))
+            table.add_row(plain(abridged(source.label)), *map(percent, shares))
     return table

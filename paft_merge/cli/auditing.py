@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.terminal import line, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import console, line, sigterm_as_interrupt, warn
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError
 
@@ -93,7 +93,6 @@ def _audit_progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -103,7 +102,7 @@ def _audit_progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, tensors="")
 
         def advance(done: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.running import set_option, silence_libraries
-from paft_merge.cli.terminal import sigterm_as_interrupt
+from paft_merge.cli.terminal import console, plain, say, sigterm_as_interrupt, trust_option
 
 if TYPE_CHECKING:
     from paft_merge.evaluating import EvaluateProgress
@@ -67,12 +67,13 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--alpaca-eval", type=click.Path(dir_okay=False, path_type=Path),
     help="Write greedy answers to --instructions in AlpacaEval's format, for judging elsewhere.",
 )  # fmt: skip
+@trust_option
 @click.option("--instructions", type=_FILE, help="AlpacaEval's alpaca_eval.json, or any list of {instruction: ...}.")
 def evaluate(
     model: str, recipe: Path | None, overrides: tuple[str, ...], suite: str | None, tasks: tuple[str, ...], num_fewshot: int | None,
     limit: float | None, exact_match: tuple[Path, ...], preference: tuple[Path, ...], perplexity: tuple[Path, ...],
     reward: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
-    out: Path | None, alpaca_eval: Path | None, instructions: Path | None,
+    out: Path | None, alpaca_eval: Path | None, instructions: Path | None, trust_code: bool,
 ) -> None:  # fmt: skip
     """Evaluate MODEL: a folder, a Hub name, or BASE+ADAPTER, without writing a merged model."""
     if alpaca_eval is not None and instructions is None:
@@ -110,17 +111,17 @@ def evaluate(
         scores: dict[str, Any] = {}
         with _progress() as progress:
             if recipe is not None:
-                scores |= _by_recipe(model, recipe, overrides, progress)
+                scores |= _by_recipe(model, recipe, overrides, progress, trust_code)
             if asked:
-                scores |= evaluate_model(model, given, progress=progress)
+                scores |= evaluate_model(model, given, progress=progress, trust_code=trust_code)
             if alpaca_eval is not None and instructions is not None:
                 count = write_alpaca(
                     model, instructions, alpaca_eval, EvaluateSpec(batch_size=batch_size, device=device),
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=max_new_tokens, trust_code=trust_code,
                     advance=lambda done, rows: progress(EvaluateProgress("alpaca-eval", done, rows)),
                 )  # fmt: skip
         if alpaca_eval is not None:
-            click.echo(f"{count} answers in {alpaca_eval}", err=True)
+            say(f"{count} answers in {alpaca_eval}")
     _show(scores, as_json, out)
 
 
@@ -132,12 +133,11 @@ def _progress() -> Iterator[Callable[[EvaluateProgress], None]]:
     if not sys.stderr.isatty():
         yield _line
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 
         def show(now: EvaluateProgress) -> None:
@@ -147,7 +147,7 @@ def _progress() -> Iterator[Callable[[EvaluateProgress], None]]:
                     bar.start()
                 return
             if now.name not in tasks:
-                tasks[now.name] = bar.add_task(now.name, total=None)
+                tasks[now.name] = bar.add_task(plain(now.name), total=None)
             if now.rows is not None:
                 bar.update(tasks[now.name], completed=now.done, total=now.rows)
 
@@ -157,11 +157,15 @@ def _progress() -> Iterator[Callable[[EvaluateProgress], None]]:
 def _line(now: EvaluateProgress) -> None:
     for name, score in (now.scores or {}).items():
         spread = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-        click.echo(f"{name}: {score.value:.4f}{spread} ({now.seconds:.1f} s)", err=True)
+        say(f"{name}: {score.value:.4f}{spread} ({now.seconds:.1f} s)")
 
 
 def _by_recipe(
-    model: str, recipe: Path, overrides: tuple[str, ...], progress: Callable[[EvaluateProgress], None]
+    model: str,
+    recipe: Path,
+    overrides: tuple[str, ...],
+    progress: Callable[[EvaluateProgress], None],
+    trust_code: bool,
 ) -> dict[str, Any]:
     from paft_merge.errors import EvaluateError
     from paft_merge.evaluating import evaluate
@@ -170,7 +174,7 @@ def _by_recipe(
     loaded = load_run(recipe, overrides)
     if loaded.evaluate is None:
         raise EvaluateError.of("SECTION", recipe, "has no section evaluate", "add evaluate: {metrics: ...}")
-    return {**evaluate(model, loaded.evaluate, folder=loaded.folder, progress=progress)}
+    return {**evaluate(model, loaded.evaluate, folder=loaded.folder, progress=progress, trust_code=trust_code)}
 
 
 def _show(scores: dict[str, Any], as_json: bool, out: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.merging import planning_options
-from paft_merge.cli.terminal import recipe_place, warn
+from paft_merge.cli.terminal import plain, recipe_place, warn
 from paft_merge.engine.options import MergeOptions
 
 if TYPE_CHECKING:
@@ -43,42 +43,39 @@ def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
 
 def _show(group: Sequence[Explained]) -> None:
     """Print one tensor, or several alike: each input with its parameters, and where they were set."""
-    from rich.markup import escape
     from rich.padding import Padding
 
     from paft_merge.cli.plan_tables import terminal
 
-    first, console = group[0], terminal()
+    first, shown = group[0], terminal()
     shape = " x ".join(map(str, first.shape)) if len({one.shape for one in group}) == 1 else "several shapes"
     places = sorted({one.t for one in group})
     at = f"  t {places[0]:.3g}" + (f" to {places[-1]:.3g}" if len(places) > 1 else "")
     alike = f" [dim]and {len(group) - 1:,} alike[/]" if group[1:] else ""
-    console.print(f"[bold]{escape(first.name)}[/]{alike}", highlight=False)
-    method = f"[cyan]{first.method}[/]" + (f": {first.why}" if first.why else "")
-    console.print(f"  {method}  [dim]{first.dtype}  {shape or 'scalar'}{'' if first.why else at}[/]", highlight=False)
+    shown.print(f"[bold]{plain(first.name)}[/]{alike}", highlight=False)
+    method = f"[cyan]{first.method}[/]" + (f": {plain(first.why)}" if first.why else "")
+    shown.print(f"  {method}  [dim]{first.dtype}  {shape or 'scalar'}{'' if first.why else at}[/]", highlight=False)
     if first.base and not first.why:
-        console.print(f"  base    {_input(first, first.base)}", highlight=False)
+        shown.print(f"  base    {_input(first, first.base)}", highlight=False)
     for i, source in enumerate(first.sources if not first.why else ()):
-        console.print(f"  source  {_input(first, source)}", highlight=False)
-        console.print(Padding(_table([one.sources[i].parameters for one in group]), (0, 0, 0, 4)))
+        shown.print(f"  source  {_input(first, source)}", highlight=False)
+        shown.print(Padding(_table([one.sources[i].parameters for one in group]), (0, 0, 0, 4)))
     if not first.why:
-        console.print(Padding(_table([one.shared for one in group]), (0, 0, 0, 2)))
-    console.print()
+        shown.print(Padding(_table([one.shared for one in group]), (0, 0, 0, 2)))
+    shown.print()
 
 
 def _input(tensor: Explained, source: ExplainedSource) -> str:
-    from rich.markup import escape
 
     kind = {"checkpoint": "", "none": "  [dim]no delta[/]", "document": "  [dim]merged on the fly[/]"}.get(
         source.delta, f"  [dim]{source.delta}[/]"
     )
-    renamed = "" if source.tensor == tensor.name else f"  [yellow]{escape(source.tensor)}[/]"
-    return f"{escape(source.model)}{renamed}{kind}"
+    renamed = "" if source.tensor == tensor.name else f"  [yellow]{plain(source.tensor)}[/]"
+    return f"{plain(source.model)}{renamed}{kind}"
 
 
 def _table(found: Sequence[dict[str, Resolved]]) -> Table:
     """Return a table of parameters: a row for each that was set, one for all defaults; gradients as first to last value."""
-    from rich.markup import escape
     from rich.table import Table
 
     from paft_merge.plan.formatting import show_value
@@ -94,7 +91,7 @@ def _table(found: Sequence[dict[str, Resolved]]) -> Table:
         if one.origin.level == "default":
             defaults.append(f"{name} {value}")
         else:
-            table.add_row(name, value, f"[green]{escape(str(one.origin.spot))}[/]")
+            table.add_row(name, plain(value), f"[green]{plain(str(one.origin.spot))}[/]")
     if defaults:
-        table.add_row("[dim]default[/]", "", f"[dim]{escape(', '.join(defaults))}[/]")
+        table.add_row("[dim]default[/]", "", f"[dim]{plain(', '.join(defaults))}[/]")
     return table

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from paft_merge.cli.merging import progress_bar
-from paft_merge.cli.terminal import import_option, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import import_option, say, sigterm_as_interrupt, warn
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -75,11 +75,13 @@ def card(folder: Path, overwrite: bool) -> None:
 @click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Changes no bit.")
 @click.option("--stream-from-hub", is_flag=True, help="Read inputs over the network without storing them.")
 @import_option
+@click.option("--lazy-unpickle", is_flag=True, help="Read .bin sources, if the merge did.")
+@click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files, if the merge did.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context
 def reproduce(
     ctx: click.Context, place: str, out: Path | None, as_json: bool, threads: int | None, stream_from_hub: bool,
-    imports: tuple[str, ...], quiet: bool,
+    imports: tuple[str, ...], lazy_unpickle: bool, trust_remote_code: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Repeat the merge that a manifest describes, with sources at the same commits, and compare every byte.
 
@@ -89,15 +91,23 @@ def reproduce(
 
     with sigterm_as_interrupt(), progress_bar(quiet) as progress:
         done = again(
-            place, out, imports=imports, threads=threads, stream_from_hub=stream_from_hub, progress=progress, warn=warn
+            place,
+            out,
+            imports=imports,
+            threads=threads,
+            stream_from_hub=stream_from_hub,
+            progress=progress,
+            warn=warn,
+            lazy_unpickle=lazy_unpickle,
+            trust_remote_code=trust_remote_code,
         )
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=2))
     else:
         for name, (was, now) in sorted(done.versions.items()):
-            click.echo(f"{name}: {was} then, {now} now")
+            say(f"{name}: {was} then, {now} now", err=False)
         for name in [*done.differing[:20], *done.files]:
-            click.echo(f"differs: {name}")
+            say(f"differs: {name}", err=False)
         if len(done.differing) > 20:
             click.echo(f"and {len(done.differing) - 20} more")
         verdict = "identical" if done.identical else "NOT identical"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.mergekit_options import accepts_mergekit_options
-from paft_merge.cli.terminal import Size, import_option, recipe_place, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import Size, console, import_option, plain, recipe_place, say, sigterm_as_interrupt, warn
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem, Problems
 
@@ -111,7 +111,7 @@ def merge(
     with sigterm_as_interrupt(), progress_bar(quiet) as progress:
         api.merge(place, out, asked, progress=progress)
     if not quiet:
-        click.echo(f"{out} is done: see its README.md and merge_manifest.json", err=True)
+        say(f"{out} is done: see its README.md and merge_manifest.json")
 
 
 @contextmanager
@@ -122,7 +122,6 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
@@ -134,14 +133,16 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[name]}", style="dim"),
     )
-    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    bar = Bar(*columns, console=console(stderr=True), transient=True)
     task = bar.add_task("", total=None, tensors="", name="")
     try:
 
         def advance(done: Progress) -> None:
             bar.start()
             counts = f"{done.tensors}/{done.tensors_total} tensors"
-            bar.update(task, total=done.bytes_total, completed=done.bytes_done, tensors=counts, name=done.name[-40:])
+            bar.update(
+                task, total=done.bytes_total, completed=done.bytes_done, tensors=counts, name=plain(done.name[-40:])
+            )
 
         yield advance
     finally:

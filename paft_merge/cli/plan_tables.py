@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from paft_merge.cli.terminal import console, plain
 from paft_merge.errors import RecipeError
 from paft_merge.methods import REQUIRED, Method, Parameter
 from paft_merge.plan import MergePlan
@@ -21,25 +21,25 @@ from paft_merge.recipe import did_you_mean
 
 def plan_table(planned: MergePlan, out: Path | None) -> None:
     """Print a plan: models, arithmetic, tensors by kind, and sizes."""
-    console, recipe = terminal(), planned.recipe
-    console.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
+    shown, recipe = terminal(), planned.recipe
+    shown.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
     for model in planned.models:
         role = "  (gives names, order, files, config and tokenizer)" if model is planned.config_source else ""
         role += "  (merged on the fly)" if model.checkpoint.computed else ""
-        console.print(f"  {escape(model.ref)}{role}", soft_wrap=True)
+        shown.print(f"  {plain(model.ref)}{role}", soft_wrap=True)
     where = "float32, rounded once" if recipe.arithmetic == "float32" else "as in mergekit, in the storage type"
-    console.print(f"arithmetic {where} ({recipe.rounding}), seed {recipe.seed}")
+    shown.print(f"arithmetic {where} ({recipe.rounding}), seed {recipe.seed}")
     if planned.vocabulary and (facts := planned.vocabulary.facts):
-        console.print(f"vocabulary of {facts['tokens']:,} tokens in {facts['rows']:,} rows")
+        shown.print(f"vocabulary of {facts['tokens']:,} tokens in {facts['rows']:,} rows")
     table = _table("tensors", "method", "inputs", "output", "parameters")
     for kind, count in planned.summary():
-        table.add_row(f"{count:,}", *map(escape, kind))
-    console.print(table)
+        table.add_row(f"{count:,}", *map(plain, kind))
+    shown.print(table)
     files = f"{len(planned.shards)} file{'s' * (len(planned.shards) != 1)}"
     read, written, free = map(show_bytes, (planned.bytes_read, planned.bytes_written, bytes_free(out)))
     far = planned.bytes_on_hub
     where = f" ({show_bytes(far)} of files are on the Hub only)" if far else ""
-    console.print(f"reads {read}{where}, writes {written} in {files}; {free} are free on that disk")
+    shown.print(f"reads {read}{where}, writes {written} in {files}; {free} are free on that disk")
 
 
 def method_table(methods: Mapping[str, Method]) -> None:
@@ -53,7 +53,7 @@ def method_table(methods: Mapping[str, Method]) -> None:
 
 def terminal() -> Console:
     """Return a console as wide as the terminal, or 160 columns wide where the output is not a terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    return console() if sys.stdout.isatty() else console(width=160)
 
 
 def _table(*headings: str) -> Table:
@@ -77,13 +77,13 @@ def method_details(name: str, methods: Mapping[str, Method]) -> None:
     if name not in methods:
         fix = did_you_mean(name, methods) or f"one of {', '.join(methods)}"
         raise RecipeError.of("RECIPE", name, "is not a method", fix)
-    method, console = methods[name], terminal()
-    console.print(f"[bold]{name}[/]: {method.title}, {method.paper}; base {method.base}; computed {_computed(method)}")
+    method, shown = methods[name], terminal()
+    shown.print(f"[bold]{name}[/]: {method.title}, {method.paper}; base {method.base}; computed {_computed(method)}")
     table = _table("parameter", "value", "default", "given", "meaning")
     for p in method.parameters:
         default = "required" if p.default is REQUIRED else "-" if p.default is None else show_value(p.default)
         table.add_row(f"[bold]{p.name}[/]", _values(p), default, "per source" if p.scope == "source" else "once", p.doc)
-    console.print(table)
+    shown.print(table)
 
 
 def _values(parameter: Parameter) -> str:

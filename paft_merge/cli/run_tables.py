@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from paft_merge.cli.terminal import console, plain
 
 if TYPE_CHECKING:
     from paft_merge.evaluating.light import Score
@@ -22,19 +23,19 @@ _ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 
 def _console() -> Console:
     width = None if sys.stdout.isatty() else max(shutil.get_terminal_size().columns, 160)
-    return Console(width=width, highlight=False)
+    return console(width=width, highlight=False)
 
 
 def table(results: Results) -> None:
     """Print the table of a run, the best of each column in bold, and its sentences. Only names are broken into lines."""
-    console = _console()
+    out = _console()
     widest = max((len(str(cell)) for row in results.rows for cell in row.cells.values()), default=0)
     names = max((len(row.name) for row in results.rows), default=0)
-    tight = names + (widest + 3) * len(results.columns) + 6 > console.width
+    tight = names + (widest + 3) * len(results.columns) + 6 > out.width
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1) if tight else (0, 1))
     shown.add_column("arm")
     for column in results.columns:
-        shown.add_column(escape(column) + _ARROWS[results.better[column]], justify="right", no_wrap=True)
+        shown.add_column(plain(column) + _ARROWS[results.better[column]], justify="right", no_wrap=True)
     group = results.rows[0].group if results.rows else ""
     for row in results.rows:
         if row.group != group:
@@ -46,12 +47,12 @@ def table(results: Results) -> None:
             best = cell is not None and cell.mean == results.best(column)
             text = str(cell).replace(" ± ", "±") if tight else str(cell)
             cells.append("" if cell is None else f"[bold]{text}[/]" if best else text)
-        shown.add_row(escape(row.name), *cells)
-    console.print(shown)
+        shown.add_row(plain(row.name), *cells)
+    out.print(shown)
     if len(results.seeds) > 1:
-        console.print(f"mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}", style="dim")
+        out.print(f"mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}", style="dim")
     for verdict in results.verdicts():
-        console.print(f"- {escape(verdict)}", soft_wrap=True)
+        out.print(f"- {plain(verdict)}", soft_wrap=True)
 
 
 def steps_table(planned: Planned) -> None:
@@ -69,10 +70,10 @@ def steps_table(planned: Planned) -> None:
         rows[row] = rows.get(row, 0) + 1
     for (name, why, place), count in rows.items():
         times = f" ({count} evaluations)" if count > 1 else ""
-        shown.add_row(escape(name) + times, escape(why) if why else "[dim]finished[/]", escape(place))
-    console = _console()
-    console.print(shown)
-    console.print(f"{len(planned.todo)} of {len(planned.steps)} steps to do")
+        shown.add_row(plain(name) + times, plain(why) if why else "[dim]finished[/]", plain(place))
+    screen = _console()
+    screen.print(shown)
+    screen.print(f"{len(planned.todo)} of {len(planned.steps)} steps to do")
 
 
 def scores(found: Mapping[str, Score]) -> None:
@@ -82,5 +83,5 @@ def scores(found: Mapping[str, Score]) -> None:
     shown.add_column("value", justify="right")
     shown.add_column("standard error", justify="right")
     for name, score in found.items():
-        shown.add_row(escape(name), f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}")
+        shown.add_row(plain(name), f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}")
     _console().print(shown)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.terminal import COMMAND, sigterm_as_interrupt
+from paft_merge.cli.terminal import COMMAND, console, plain, say, sigterm_as_interrupt, trust_option
 
 if TYPE_CHECKING:
     from paft_merge.pipeline import Event, Planned
@@ -33,9 +33,17 @@ set_option = click.option(
 @click.option("--only", type=click.Choice(STAGES), help="Run only this stage.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the steps; write nothing.")
 @set_option
+@trust_option
 @click.option("--quiet", is_flag=True, help="No lines about the steps.")
 def run(
-    recipe: Path, folder: Path, start: Any, only: Any, dry_run: bool, overrides: tuple[str, ...], quiet: bool
+    recipe: Path,
+    folder: Path,
+    start: Any,
+    only: Any,
+    dry_run: bool,
+    overrides: tuple[str, ...],
+    trust_code: bool,
+    quiet: bool,
 ) -> None:
     """Train, audit, merge, evaluate and push as RECIPE says, in RUN_DIR; finished steps that have not changed are skipped.
 
@@ -46,18 +54,25 @@ def run(
     from paft_merge.cli.run_tables import steps_table, table
 
     if dry_run:
-        steps_table(pipeline.plan(recipe, folder, overrides=overrides, start=start, only=only))
+        steps_table(pipeline.plan(recipe, folder, overrides=overrides, start=start, only=only, trust_code=trust_code))
         return
     with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as on_event:
         done = pipeline.run(
-            recipe, folder, overrides=overrides, start=start, only=only, on_event=on_event, planned=_planned(quiet)
+            recipe,
+            folder,
+            overrides=overrides,
+            start=start,
+            only=only,
+            on_event=on_event,
+            planned=_planned(quiet),
+            trust_code=trust_code,
         )
     if done.table.rows:
         table(done.table)
     else:
         click.echo(folder)
     if not quiet:
-        click.echo(f"{_steps(len(done.done))} done; results and logs are in {folder}", err=True)
+        say(f"{_steps(len(done.done))} done; results and logs are in {folder}")
 
 
 def _steps(count: int) -> str:
@@ -89,7 +104,7 @@ def resume_hint() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         context = click.get_current_context()
-        click.echo(f"interrupted; finished steps are kept. To continue: {context.meta[COMMAND]}", err=True)
+        say(f"interrupted; finished steps are kept. To continue: {context.meta[COMMAND]}")
         context.exit(130)
 
 
@@ -97,7 +112,7 @@ def _planned(quiet: bool) -> Callable[[Planned], None]:
     def show(planned: Planned) -> None:
         if not quiet:
             done = len(planned.steps) - len(planned.todo)
-            click.echo(f"{_steps(len(planned.todo))} to do, {done} done already", err=True)
+            say(f"{_steps(len(planned.todo))} to do, {done} done already")
 
     return show
 
@@ -109,23 +124,16 @@ def _lines(quiet: bool) -> Iterator[Callable[[Event], None]]:
         yield lambda _: None
         return
     if not sys.stderr.isatty():
-        yield (
-            lambda event: (
-                click.echo(f"{event.step}: {event.text}", err=True) if event.what in ("done", "failed") else None
-            )
-        )
+        yield (lambda event: say(f"{event.step}: {event.text}") if event.what in ("done", "failed") else None)
         return
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=True)
-    with console.status("") as status:
+    shown = console(stderr=True)
+    with shown.status("") as status:
 
         def show(event: Event) -> None:
             if event.what in ("done", "failed"):
                 mark = "[green]done[/]" if event.what == "done" else "[red]failed[/]"
-                console.print(f"{mark} {escape(event.step)} [dim]{escape(event.text)}[/]")
+                shown.print(f"{mark} {plain(event.step)} [dim]{plain(event.text)}[/]")
             else:
-                status.update(f"{escape(event.step)} {escape(event.text)}")
+                status.update(f"{plain(event.step)} {plain(event.text)}")
 
         yield show

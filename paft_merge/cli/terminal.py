@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from paft_merge.engine.options import MergeOptions, parse_size
 from paft_merge.errors import Problem, escape
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COMMAND = "paft_merge.command"
 """Key of `click.Context.meta` for the command line as it was given, quoted for a shell."""
@@ -44,7 +48,7 @@ def line(kind: str, problem: Problem) -> str:
 
 
 _OPTION = re.compile(
-    rf"\b({'|'.join(field.name for field in fields(MergeOptions))})=(?:(True)\b|\[?'([^']*)'\]?|(\d+))"
+    rf"\b({'|'.join(['trust_code', *(field.name for field in fields(MergeOptions))])})=(?:(True)\b|\[?'([^']*)'\]?|(\d+))"
 )
 
 
@@ -59,6 +63,43 @@ def _flag(found: re.Match[str]) -> str:
 import_option = click.option(
     "--import", "imports", multiple=True, metavar="MODULE", help="Import a module that registers methods with mergekit."
 )  # fmt: skip
+
+
+trust_option = click.option(
+    "--trust-code", is_flag=True,
+    help="Run code that the recipe or the model's folder names, wherever it lies. Read it first; see docs/trust.md.",
+)  # fmt: skip
+
+
+def say(text: object, *, err: bool = True) -> None:
+    """Print one line, on stderr by default, with control characters escaped."""
+    click.echo(escape(str(text)), err=err)
+
+
+def plain(text: object) -> str:
+    """Text from a file or a recipe for a table or a progress bar of rich: no control characters, no markup."""
+    from rich.markup import escape as without_markup
+
+    return without_markup(escape(str(text)))
+
+
+def console(*, stderr: bool = False, **options: Any) -> Console:
+    """A console of rich that escapes control characters in everything that it prints; `options` are rich's."""
+    return _console_class()(stderr=stderr, **options)
+
+
+@cache
+def _console_class() -> type[Console]:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Escaping(Console):
+        def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+            return super()._render_buffer(
+                s if s.control else Segment(escape(s.text, lines=True), s.style) for s in buffer
+            )
+
+    return Escaping
 
 
 def warn(problems: Sequence[Problem]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.running import silence_libraries
-from paft_merge.cli.terminal import sigterm_as_interrupt
+from paft_merge.cli.terminal import console, plain, say, sigterm_as_interrupt, trust_option
 
 if TYPE_CHECKING:
     from paft_merge.training.train_options import TrainProgress
@@ -30,9 +30,17 @@ if TYPE_CHECKING:
     "--devices", metavar="LIST",
     help="Devices for processes: GPUs (0,1) or CPU processes (cpu:2). Default: every visible GPU.",
 )  # fmt: skip
+@trust_option
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def train(
-    recipe: Path, out: Path, adapters: tuple[str, ...], resume: bool, schedule: Any, devices: str | None, quiet: bool
+    recipe: Path,
+    out: Path,
+    adapters: tuple[str, ...],
+    resume: bool,
+    schedule: Any,
+    devices: str | None,
+    trust_code: bool,
+    quiet: bool,
 ) -> None:
     """Train the adapters of RECIPE, each into OUT/NAME with a log in OUT/NAME.log (extra: paft-merge[train])."""
     if devices and schedule == "sequential":
@@ -43,12 +51,12 @@ def train(
     with sigterm_as_interrupt(), _progress(quiet) as progress:
         done = train(
             recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, devices=devices,
-            progress=progress, logs=True,
+            progress=progress, logs=True, trust_code=trust_code,
         )  # fmt: skip
     for name, folder in done.items():
         click.echo(folder)
         if not quiet and (log := out / f"{name}.log").exists():
-            click.echo(f"{name}: log in {log}", err=True)
+            say(f"{name}: log in {log}")
 
 
 @contextmanager
@@ -57,19 +65,18 @@ def _progress(quiet: bool) -> Iterator[Callable[[TrainProgress], None] | None]:
     if quiet or not sys.stderr.isatty():
         yield None if quiet else _line
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     name, logged = TextColumn("{task.description}"), TextColumn("{task.fields[logged]}")
     with Bar(
-        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), logged, console=Console(stderr=True)
+        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), logged, console=console(stderr=True)
     ) as bar:
         tasks: dict[str, Any] = {}
 
         def advance(now: TrainProgress) -> None:
             if now.name not in tasks:
-                tasks[now.name] = bar.add_task(now.name, total=now.steps, logged="")
+                tasks[now.name] = bar.add_task(plain(now.name), total=now.steps, logged="")
             bar.update(tasks[now.name], completed=now.step, total=now.steps)
             if shown := _shown(now, _ON_BAR):
                 bar.update(tasks[now.name], logged=shown)
@@ -88,4 +95,4 @@ def _shown(now: TrainProgress, names: Mapping[str, str]) -> str:
 
 def _line(now: TrainProgress) -> None:
     if shown := _shown(now, _ON_LINE):
-        click.echo(f"{now.name}: step {now.step}/{now.steps}, {shown}", err=True)
+        say(f"{now.name}: step {now.step}/{now.steps}, {shown}")

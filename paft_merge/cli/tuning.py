@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from paft_merge.cli.running import resume_hint, set_option, silence_libraries
-from paft_merge.cli.terminal import sigterm_as_interrupt
+from paft_merge.cli.terminal import say, sigterm_as_interrupt, trust_option
 
 if TYPE_CHECKING:
     from paft_merge.pipeline.tuning import Trial
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     help="Number of trials in all, with the recipe as it is and earlier ones in RUN_DIR. Default: the recipe's.",
 )
 @set_option
+@trust_option
 @click.option("--quiet", is_flag=True, help="No lines about the trials.")
-def tune(recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, ...], quiet: bool) -> None:
+def tune(
+    recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, ...], trust_code: bool, quiet: bool
+) -> None:
     """Search weights, densities and other parameters of RECIPE's merge for the highest metric of its `tune:` section.
 
     The first trial is the recipe as it is. Adapters are trained once, in RUN_DIR. Writes best.yaml, tune.png and
@@ -37,13 +40,13 @@ def tune(recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, .
     from paft_merge.pipeline.tuning import tune as search
 
     with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as progress:
-        found = search(recipe, folder, overrides=overrides, trials=trials, progress=progress)
+        found = search(recipe, folder, overrides=overrides, trials=trials, progress=progress, trust_code=trust_code)
     if not quiet:
         best, count = found.best, len(found.trials)
         said = "the recipe as it is; no other trial is better" if best.is_recipe else _parameters(best)
         own = next(trial.value for trial in found.trials if trial.is_recipe)
         against = "" if best.is_recipe else f" (the recipe as it is: {own:.4f})"
-        click.echo(f"best of {count}: trial {best.number}, {best.value:.4f}{against}  {said}", err=True)
+        say(f"best of {count}: trial {best.number}, {best.value:.4f}{against}  {said}")
     click.echo(found.recipe)
 
 
@@ -52,7 +55,7 @@ def _lines(quiet: bool) -> Iterator[Callable[[Trial, int, int], None]]:
     def show(trial: Trial, done: int, total: int) -> None:
         if not quiet:
             said = "the recipe as it is" if trial.is_recipe else _parameters(trial)
-            click.echo(f"trial {trial.number}/{total}: {trial.value:.4f}  {said}", err=True)
+            say(f"trial {trial.number}/{total}: {trial.value:.4f}  {said}")
             sys.stderr.flush()
 
     yield show

@@ -61,13 +61,13 @@ def reproduce(
     Args:
         place: a folder that `merge` wrote, or a repository (`user/name@revision`), of which only the manifest is read.
         out: folder to write; by default a temporary one.
-        options: see `MergeOptions`; options that the manifest records come from there, except `imports`: a manifest
-            names the modules that it needs, and only `imports` makes them be imported.
+        options: see `MergeOptions`; options that the manifest records come from there, except those that trust the
+            sources (`imports`, `trust_remote_code`, `lazy_unpickle`): those that it needs must be given again.
         overrides: single options, which replace those of `options`.
 
     Raises:
         MergeError: REPRODUCE_INPUT, a source changed since; REPRODUCE_IMPORT, a module is missing in `imports`;
-            REPRODUCE_OPTION, the manifest has an option that this version does not know.
+            REPRODUCE_TRUST, an option that trusts the sources is missing; REPRODUCE_OPTION, the manifest has an option that this version does not know.
         PaftMergeError: the manifest cannot be read; and as for `merge`.
     """
     place, given = os.fspath(place), MergeOptions.of(options, overrides)
@@ -96,6 +96,13 @@ def _options(manifest: Mapping[str, Any], place: str, options: MergeOptions) -> 
     if missing := [name for name in recorded.pop("imports", ()) if name not in options.imports]:
         fix = f"read them, and pass imports=[{', '.join(map(repr, missing))}]"
         raise MergeError.of("REPRODUCE_IMPORT", place, f"its methods came from {', '.join(missing)}", fix)
+    untold = [
+        name for name in ("trust_remote_code", "lazy_unpickle") if recorded.get(name) and not getattr(options, name)
+    ]
+    if untold:
+        what = f"was merged with {' and '.join(f'{name}=True' for name in untold)}, which a manifest cannot switch on"
+        fix = f"look at its sources, then pass {', '.join(f'{name}=True' for name in untold)}"
+        raise MergeError.of("REPRODUCE_TRUST", place, what, fix)
     # A manifest may come from anyone: it must not be able to set any other option, such as `overwrite`.
     if unknown := sorted(recorded.keys() - {*RECORDED, "tensor_names"}):
         what = f"its manifest has the option {unknown[0]!r}, which this version does not know"

@@ -31,8 +31,8 @@ HARNESS = "lm-eval"
 """The name of all lm-eval tasks together, in `only` and `progress`."""
 
 
-def check_evaluate(spec: EvaluateSpec, folder: Path = Path()) -> None:
-    """Check files, columns, functions, packages and tasks of an evaluation without loading a model.
+def check_evaluate(spec: EvaluateSpec, folder: Path = Path(), *, trust_code: bool = False) -> None:
+    """Check files, columns, functions, packages and tasks of an evaluation without loading a model or running code.
 
     Raises:
         EvaluateError: with every problem.
@@ -42,12 +42,12 @@ def check_evaluate(spec: EvaluateSpec, folder: Path = Path()) -> None:
     problems = Problems()
     for name, measurement in spec.metrics.items():
         with problems.catching():
-            check_measurement(name, measurement, folder)
+            check_measurement(name, measurement, folder, trust_code=trust_code)
     if spec.needs_lm_eval:
         from paft_merge.evaluating.harness import check_tasks
 
         with problems.catching():
-            check_tasks(spec, folder)
+            check_tasks(spec, folder, trust_code=trust_code)
     problems.raise_as(EvaluateError)
 
 
@@ -73,6 +73,7 @@ def evaluate(
     folder: Path = Path(),
     only: Sequence[str] | None = None,
     progress: Callable[[EvaluateProgress], None] = lambda progress: None,
+    trust_code: bool = False,
 ) -> dict[str, Score]:
     """Evaluate a model, or `base+adapter` without writing the merged model anywhere.
 
@@ -82,6 +83,7 @@ def evaluate(
         folder: Folder where relative paths of the section start.
         only: Names of the light metrics to measure, and `HARNESS` for lm-eval's tasks; None for everything.
         progress: Called when an evaluation starts, after every batch, and when it is finished.
+        trust_code: Run code that the section or the model names, also where it does not lie in `folder`: see docs/trust.md.
 
     Returns:
         A score by name, in the order of the section.
@@ -93,8 +95,8 @@ def evaluate(
     from paft_merge.evaluating.loading import load_subject
 
     spec = spec if isinstance(spec, EvaluateSpec) else read_evaluate(Located.of(spec))
-    check_evaluate(spec, folder)
-    subject, scores = load_subject(model, spec), dict[str, Any]()
+    check_evaluate(spec, folder, trust_code=trust_code)
+    subject, scores = load_subject(model, spec, trust_code=trust_code), dict[str, Any]()
     names = [*spec.metrics, *([HARNESS] if spec.needs_lm_eval else [])]
     for name in names if only is None else [name for name in names if name in only]:
         started = time.monotonic()

@@ -43,6 +43,7 @@ def write_alpaca(
     name: str | None = None,
     max_new_tokens: int = 512,
     advance: Advance = lambda done, rows: None,
+    trust_code: bool = False,
 ) -> int:
     """Answer instructions and write `out` for `alpaca_eval --model_outputs out`; returns the number of answers.
 
@@ -54,9 +55,10 @@ def write_alpaca(
         name: The model's name in AlpacaEval's table; the last part of its path by default.
         max_new_tokens: Longest answer, in tokens.
         advance: Called after every batch.
+        trust_code: As for `evaluate`.
     """
     rows = read_instructions(instructions)
-    subject = load_subject(model, spec)
+    subject = load_subject(model, spec, trust_code=trust_code)
     chat = bool(subject.tokenizer.chat_template)
     texts = [str(row["instruction"]) for row in rows]
     prompts: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if chat else texts

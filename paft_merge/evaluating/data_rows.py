@@ -12,7 +12,7 @@ from paft_merge.errors import EvaluateError, Problems
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.yaml_source import did_you_mean, show
-from paft_merge.training.rewards import load_function
+from paft_merge.training.rewards import check_function
 
 Row = dict[str, Any]
 
@@ -69,8 +69,8 @@ def answer_column(of: Measurement, row: Row) -> str:
     return of.answer or ("answer" if "answer" in row else "completion")
 
 
-def check_measurement(name: str, of: Measurement, folder: Path) -> None:
-    """Check the data, the function and the expression of a light evaluation.
+def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: bool = False) -> None:
+    """Check the data, the function (without running its code) and the expression of a light evaluation.
 
     Raises:
         EvaluateError: EVAL_DATA, REWARD, EXTRACT; every problem at once.
@@ -86,7 +86,7 @@ def check_measurement(name: str, of: Measurement, folder: Path) -> None:
                 problems.add("EXTRACT", name, "extract has no group", "put the answer in parentheses")
     if of.function is not None:
         with problems.catching():
-            load_function(of.function, folder)
+            check_function(of.function, folder, trust_code=trust_code)
     with problems.catching():
         if of.kind == "perplexity":
             read_lines(path, of.max_rows)

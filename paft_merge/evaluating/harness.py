@@ -12,13 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import EvaluateError, Problems
+from paft_merge.errors import EvaluateError, Problems, reading
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.light import Score
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import EvaluateSpec
+from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.recipe.sections import beside_recipe
-from paft_merge.recipe.yaml_source import did_you_mean, load_yaml
+from paft_merge.recipe.trust import announce, needs_trust
+from paft_merge.recipe.yaml_source import MAX_BYTES, did_you_mean, text_at
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +57,15 @@ def tasks_of(spec: EvaluateSpec, folder: Path) -> list[Task]:
     """List the tasks of a section. A file is named by its `task` key; a suite's task of the same name keeps its settings."""
     found = {task.name: task for task in (SUITES[spec.suite] if spec.suite else ())}
     for task in spec.tasks:
-        name = str(load_yaml(beside_recipe(task, folder)).data["task"]) if is_file(task) else task
+        name = _name_of(beside_recipe(task, folder)) if is_file(task) else task
         found.setdefault(name, Task(name, spec.num_fewshot))
     return list(found.values())
 
 
-def check_tasks(spec: EvaluateSpec, folder: Path) -> None:
-    """Check that lm-eval is installed, task files are valid, and names are known.
+def check_tasks(spec: EvaluateSpec, folder: Path, *, trust_code: bool = False) -> None:
+    """Check that lm-eval is installed, task files are valid and may run code, and names are known.
+
+    A task file is code: its templates are not sandboxed, and `!function` imports a module. Checks run none of it.
 
     Raises:
         EvaluateError: MISSING, TASK; every problem at once.
@@ -75,9 +79,10 @@ def check_tasks(spec: EvaluateSpec, folder: Path) -> None:
     problems = Problems()
     for task in filter(is_file, spec.tasks):
         with problems.catching():
-            located = load_yaml(beside_recipe(task, folder))
-            if not isinstance(located.data, Mapping) or not located.data.get("task"):
-                problems.add("TASK", located.spot(), "not a task of lm-eval", "name it with task:")
+            path = beside_recipe(task, folder)
+            if not trust_code and (problem := needs_trust(task, path, folder)):
+                problems.found.append(problem)
+            _name_of(path)
     problems.raise_as(EvaluateError)
     known = _manager(spec, folder).all_tasks
     for name in dict.fromkeys(task.name for task in tasks_of(spec, folder)):
@@ -87,16 +92,29 @@ def check_tasks(spec: EvaluateSpec, folder: Path) -> None:
     problems.raise_as(EvaluateError)
 
 
-def check_data(spec: EvaluateSpec, folder: Path) -> None:
+def check_data(spec: EvaluateSpec, folder: Path, *, run_files: bool = False) -> None:
     """Load the data of every task, so that missing data is reported before training.
+
+    `run_files`: of task files too, which runs their code.
 
     Raises:
         EvaluateError: LM_EVAL, as in `run_tasks`.
     """
+    if not run_files:
+        spec = spec.model_copy(update={"tasks": [task for task in spec.tasks if not is_file(task)]})
     if spec.needs_lm_eval:
         names = [task.name for task in tasks_of(spec, folder)]
         with _errors_of("evaluate", names):
             _manager(spec, folder).load(names)
+
+
+def _name_of(file: Path) -> str:
+    """The name of the task in a file; EvaluateError TASK if it cannot be read or has none."""
+    with reading(file, "TASK", EvaluateError, "give a task of lm-eval as YAML"):
+        name = text_at(read_text(file, "TASK", MAX_BYTES), "task")
+    if not name:
+        raise EvaluateError.of("TASK", file, "not a task of lm-eval", "name it with task:")
+    return name
 
 
 def _manager(spec: EvaluateSpec, folder: Path) -> Any:
@@ -121,6 +139,8 @@ def run_tasks(subject: EvaluatedModel, spec: EvaluateSpec, folder: Path) -> dict
     from lm_eval.models.huggingface import HFLM
 
     tasks = tasks_of(spec, folder)
+    for task in filter(is_file, spec.tasks):
+        announce(task, beside_recipe(task, folder))
     with _quiet_log(subject, tasks):
         asked = HFLM(
             pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=spec.batch_size,

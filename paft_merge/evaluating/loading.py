@@ -40,8 +40,8 @@ def parts_of(model: Path | str | Sequence[str]) -> tuple[str, ...]:
     return (str(model),) if Path(model).exists() else tuple(str(model).split("+"))
 
 
-def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec) -> EvaluatedModel:
-    """Load a model, or a base with adapters.
+def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec, *, trust_code: bool = False) -> EvaluatedModel:
+    """Load a model, or a base with adapters; `trust_code` lets the Python code of a model's folder run.
 
     Raises:
         EvaluateError: MODEL, when a part cannot be loaded. HubError: when a part cannot be fetched.
@@ -57,13 +57,16 @@ def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec) -> Evalu
         raise EvaluateError.of("MODEL", name, what, f"write BASE+{name}")
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_code)
         for adapter in adapters:
             loaded = _adapted(loaded, fetch(adapter))
     except PaftMergeError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            what = "needs the Python code of its folder, which is not run unless you allow it"
+            raise EvaluateError.of("TRUST", name, what, "read it, then pass trust_code=True") from error
         what = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
         raise EvaluateError.of("MODEL", name, what, "give a causal language model, or BASE+ADAPTER") from error
     loaded = loaded.eval().to(device)

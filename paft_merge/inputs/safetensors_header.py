@@ -114,8 +114,8 @@ def as_bytes(buffer: ByteBuffer) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(bytearray())
 
 
-def read_text(path: Path, code: str) -> str:
-    """Read a small UTF-8 file (an index, a config).
+def read_text(path: Path, code: str, limit: int = MAX_JSON_BYTES) -> str:
+    """Read a small UTF-8 file (an index, a config), which must be a regular file of at most `limit` bytes.
 
     Raises:
         CheckpointError: with `code`; LFS_POINTER, SHARD_MISSING, SHARD_UNREADABLE.
@@ -123,8 +123,8 @@ def read_text(path: Path, code: str) -> str:
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError.of(code, path, f"is {size:,} bytes long; at most {MAX_JSON_BYTES:,} are read")
+        if size > limit:
+            raise CheckpointError.of(code, path, f"is {size:,} bytes long; at most {limit:,} are read")
         with reading(path):
             raw = _read(_reader(fd), size)
     finally:

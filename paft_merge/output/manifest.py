@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import AuditError, Problem, Problems
+from paft_merge.errors import AuditError, CheckpointError, Problem, Problems, reading
 from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.output.folder import digest_of
+from paft_merge.output.manifest_schema import fault_of
 from paft_merge.output.shards import Slot
 
 MANIFEST = "merge_manifest.json"
@@ -104,19 +106,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         AuditError: MANIFEST, it cannot be read, or has another format.
     """
+    fix = "give a folder that paft merge wrote, as it was written"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AuditError.of(
-            "MANIFEST", path, f"cannot be read: {error.strerror}", "give a folder that paft merge wrote"
-        ) from error
-    except ValueError as error:
-        raise AuditError.of("MANIFEST", path, f"is not JSON: {error}", "merge again") from error
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != FORMAT
-        or not isinstance(manifest.get("tensors"), dict)
-    ):
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+        with reading(path, "MANIFEST", AuditError, fix):
+            manifest = json.loads(read_text(path, "MANIFEST"))
+    except CheckpointError as error:
+        raise AuditError.of("MANIFEST", path, error.problems[0].what, fix) from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict) or found != FORMAT:
         raise AuditError.of("MANIFEST", path, f"has the format {found!r}, but this version reads {FORMAT!r}")
+    if fault := fault_of(manifest):
+        raise AuditError.of("MANIFEST", path, f"is damaged: {fault}", fix)
     return manifest

@@ -23,13 +23,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paft_merge.errors import RecipeError, RunError
+from paft_merge.evaluating import HARNESS
+from paft_merge.evaluating.data_rows import is_file
 from paft_merge.hub import download
 from paft_merge.pipeline.execution import Event, Executor, OnEvent
 from paft_merge.pipeline.preflight import check_adapters, check_run, check_task_data, check_training
 from paft_merge.pipeline.results_table import Table
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage, load_run, read_run
 from paft_merge.pipeline.state import State, locked
-from paft_merge.pipeline.steps import Planner, Step
+from paft_merge.pipeline.steps import Evaluate, Planner, Step, Train
+from paft_merge.recipe.sections import beside_recipe
+from paft_merge.recipe.trust import announce, file_of
 from paft_merge.recipe.yaml_source import dump_yaml
 
 __all__ = ["STAGES", "Event", "Planned", "Run", "Stage", "load_run", "plan", "run"]
@@ -72,6 +76,7 @@ def plan(
     overrides: Sequence[str] = (),
     start: Stage | None = None,
     only: Stage | None = None,
+    trust_code: bool = False,
 ) -> Planned:
     """Check a whole recipe and plan its steps in `folder`, without writing anything.
 
@@ -81,6 +86,7 @@ def plan(
         overrides: `key=value`, as for `load_run`.
         start: repeat this stage and those after it, changed or not.
         only: run this stage alone.
+        trust_code: accept code that the recipe names and that does not lie beside it. A plan runs none of it.
 
     Raises:
         RecipeError: every problem of the recipe and of the files that it names.
@@ -89,7 +95,7 @@ def plan(
     loaded, problems = read_run(recipe, overrides)
     if loaded is not None:
         with problems.catching():
-            check_run(loaded)
+            check_run(loaded, trust_code=trust_code)
         if problems.found:
             with problems.catching():
                 check_adapters(loaded, loaded.adapters, base=not any(p.code == "BASE" for p in problems.found))
@@ -137,6 +143,7 @@ def run(
     only: Stage | None = None,
     on_event: OnEvent = lambda event: None,
     planned: Callable[[Planned], None] = lambda planned: None,
+    trust_code: bool = False,
 ) -> Run:
     """Train, audit, merge, evaluate and push as a recipe says; finished steps that have not changed are skipped.
 
@@ -146,6 +153,7 @@ def run(
         recipe, folder, overrides, start, only: as for `plan`.
         on_event: called when a step starts, makes progress, and ends.
         planned: called once, before the first step.
+        trust_code: run code that the recipe names, also where it does not lie beside it: see docs/trust.md.
 
     Returns:
         The folder, its table, and the names of the executed steps.
@@ -157,17 +165,19 @@ def run(
     out = Path(folder)
     if out.exists() and not out.is_dir():
         raise RunError.of("OUTPUT", out, "is a file", "name a folder")
-    ready = plan(recipe, folder, overrides=overrides, start=start, only=only)
+    ready = plan(recipe, folder, overrides=overrides, start=start, only=only, trust_code=trust_code)
     with locked(out):
         state = State.read(out)  # again: another run may have finished between the plan and the lock
         ready = replace(ready, state=state, todo=_todo(ready.planner, state, start, only))
         planned(ready)
+        _announce_code(ready)
+        check_task_data(ready.recipe, ready.todo, run_files=True)
         download(list(ready.planner.existing.values()))
         (out / "recipe.yaml").write_text(
             ready.recipe.located.text or dump_yaml(ready.recipe.located.data), encoding="utf-8"
         )
         _forget(ready)
-        executor = Executor(ready.recipe, out.resolve(), ready.state, on_event)
+        executor = Executor(ready.recipe, out.resolve(), ready.state, on_event, trust_code)
         for stage in STAGES:
             steps = [step for step in ready.todo if step.stage == stage]
             if steps:
@@ -175,6 +185,27 @@ def run(
         made = Table.of(ready.planner.arms, ready.steps, ready.state, ready.recipe.evaluate)
         made.write(out)
     return Run(out, made, tuple(step.name for step in ready.todo))
+
+
+def _announce_code(ready: Planned) -> None:
+    """Log the names of the functions that the steps to do will run."""
+    recipe = ready.recipe
+    metrics = recipe.evaluate.metrics if recipe.evaluate else {}
+    if recipe.evaluate and any(isinstance(step.job, Evaluate) and step.job.metric == HARNESS for step in ready.todo):
+        for task in filter(is_file, recipe.evaluate.tasks):
+            announce(task, beside_recipe(task, recipe.folder))
+    for step in ready.todo:
+        if isinstance(step.job, Train):
+            spec = recipe.adapters[step.job.adapter.removesuffix("-dense")]
+            names = [reward.function for reward in spec.reward]
+        else:
+            names = (
+                [metrics[step.job.metric].function]
+                if isinstance(step.job, Evaluate) and step.job.metric in metrics
+                else []
+            )
+        for name in filter(None, names):
+            announce(name, file_of(name, recipe.folder))
 
 
 def _forget(ready: Planned) -> None:

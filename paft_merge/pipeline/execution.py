@@ -46,6 +46,7 @@ class Executor:
     folder: Path
     state: State
     on_event: OnEvent
+    trust_code: bool = False
 
     def stage(self, stage: Stage, steps: Sequence[Step]) -> None:
         """Execute steps of a stage.
@@ -141,7 +142,13 @@ class Executor:
                 self.on_event(Event(step.name, "progress", f"step {now.step}/{now.steps}"))
 
         try:
-            train({"base_model": first.base, "adapters": sections}, first.folder, resume=True, progress=progress)
+            train(
+                {"base_model": first.base, "adapters": sections},
+                first.folder,
+                resume=True,
+                progress=progress,
+                trust_code=True,
+            )
         except Exception as error:
             step = next((step for step in steps if not self._trained(step)), steps[-1])
             self.state.failed(step, error)
@@ -235,7 +242,7 @@ class Executor:
                 if job.metric == SPARSITY:
                     scores = {SPARSITY: {"value": self._sparsity(job), "stderr": None}}
                 else:
-                    subject = subject or load_subject(job.arm.parts, spec)
+                    subject = subject or load_subject(job.arm.parts, spec, trust_code=self.trust_code)
                     if job.metric == HARNESS:
                         from paft_merge.evaluating.harness import run_tasks
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError
+from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError, TrainError
 from paft_merge.evaluating import HARNESS, check_evaluate
 from paft_merge.hub import is_repository, resolve
 from paft_merge.pipeline.arms import check_compare, merges_of, variants_of
@@ -18,9 +18,10 @@ from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
 from paft_merge.recipe import load_recipe
 from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean
+from paft_merge.training.consent import check_code
 
 
-def check_run(recipe: RunRecipe) -> None:
+def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
     """Check a recipe without its training data: comparisons, merges, the audit's gate, evaluations, the push.
 
     Raises:
@@ -33,9 +34,12 @@ def check_run(recipe: RunRecipe) -> None:
     if not problems.found:
         _check_merges(recipe, problems)
     _check_audit(recipe, problems)
+    for name, adapter in recipe.adapters.items():
+        with _at(recipe, ("adapters", name), problems):
+            check_code(adapter, recipe.folder, trust_code=trust_code)
     if recipe.evaluate is not None:
         with _at(recipe, ("evaluate",), problems):
-            check_evaluate(recipe.evaluate, recipe.folder)
+            check_evaluate(recipe.evaluate, recipe.folder, trust_code=trust_code)
     _check_push(recipe, problems)
     problems.raise_as(RecipeError)
 
@@ -199,8 +203,10 @@ def check_adapters(recipe: RunRecipe, names: Iterable[str], *, base: bool = True
     problems.raise_as(RecipeError)
 
 
-def check_task_data(recipe: RunRecipe, steps: Sequence[Step]) -> None:
+def check_task_data(recipe: RunRecipe, steps: Sequence[Step], *, run_files: bool = False) -> None:
     """Load the data of lm-eval's tasks if something is trained before they are evaluated.
+
+    `run_files`: of task files too, which runs their code.
 
     Raises:
         RecipeError: it cannot be loaded.
@@ -212,7 +218,7 @@ def check_task_data(recipe: RunRecipe, steps: Sequence[Step]) -> None:
 
     problems = Problems()
     with _at(recipe, ("evaluate",), problems):
-        check_data(recipe.evaluate, recipe.folder)
+        check_data(recipe.evaluate, recipe.folder, run_files=run_files)
     problems.raise_as(RecipeError)
 
 
@@ -226,7 +232,6 @@ def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
     from paft_merge.training import data
     from paft_merge.training.arguments import lora_config, training_arguments
     from paft_merge.training.base_model import load_tokenizer
-    from paft_merge.training.rewards import load_function
 
     spec, problems = recipe.adapters[name], Problems()
     with problems.catching():
@@ -235,10 +240,6 @@ def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
         lora_config(spec)
         if base:
             _check_targets(recipe, name)
-    for reward in spec.reward:
-        if reward.function:
-            with problems.catching():
-                load_function(reward.function, recipe.folder)
     rows: dict[str, Any] = {}
     for key, sources in (("data", spec.data), ("eval_data", spec.eval_data)):
         if sources:
@@ -246,7 +247,12 @@ def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
                 rows[key] = data.load_rows(sources, recipe.folder)
     if base:
         with problems.catching():
-            tokenizer = load_tokenizer(recipe.base, spec, recipe.folder)
+            try:
+                tokenizer = load_tokenizer(recipe.base, spec, recipe.folder, trust_code=False)
+            except TrainError:
+                if spec.base.trust_remote_code:
+                    return  # training checks rows with the tokenizer of the base's code
+                raise
             for key, loaded in rows.items():
                 with problems.catching():
                     data.check_rows(loaded, spec, tokenizer, key)
@@ -265,8 +271,12 @@ def _check_targets(recipe: RunRecipe, name: str) -> None:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.base))
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(recipe.base, trust_remote_code=False), trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
+        if spec.base.trust_remote_code:
+            return  # training checks the modules of the base's code
         what = f"cannot be read: {str(error).strip().splitlines()[0]}"
         raise RunError.of("BASE", recipe.base, what, "name a causal language model") from error
     check_targets(spec, model)

@@ -11,15 +11,34 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from paft_merge.errors import RunError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from paft_merge.errors import RunError, reading
 from paft_merge.pipeline.fingerprints import sizes_below, still_there
 from paft_merge.pipeline.steps import Step
 from paft_merge.training.adapter_record import versions
 from paft_merge.training.run_folder import write_json
 
 FILE, LOCK, FORMAT = "run.json", "run.lock", 1
+
+
+class _Record(BaseModel):
+    """The record of a step in `run.json`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    stage: str
+    key: str
+    state: Literal["started", "done", "failed", "stale"]
+    began: float = 0.0
+    seconds: float = 0.0
+    result: dict[str, Any] = {}
+    outputs: dict[str, int] = {}
+    error: str = ""
+
+
+_STEPS = TypeAdapter(dict[str, _Record])
 
 
 @dataclass
@@ -39,14 +58,19 @@ class State:
         path = folder / FILE
         if not path.exists():
             return cls(folder)
-        try:
+        fix = "remove it; adapters and merges are then repeated"
+        with reading(path, "STATE", RunError, fix):
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise RunError.of("STATE", path, f"has format {data['format']}", "use the version that wrote it")
-            return cls(folder, dict(data["steps"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            fix = "remove it; adapters and merges are then repeated"
-            raise RunError.of("STATE", path, f"cannot be read: {error}", fix) from error
+        found = data.get("format") if isinstance(data, dict) else None
+        if found != FORMAT:
+            raise RunError.of("STATE", path, f"has format {found!r}", "use the version that wrote it")
+        try:
+            steps = _STEPS.validate_python(data.get("steps"))
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, ("steps", *fault["loc"])))
+            raise RunError.of("STATE", path, f"is damaged: {where}: {fault['msg']}", fix) from error
+        return cls(folder, {name: record.model_dump(exclude_unset=True) for name, record in steps.items()})
 
     def write(self) -> None:
         """Write `run.json` atomically."""

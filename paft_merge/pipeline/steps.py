@@ -36,7 +36,7 @@ from paft_merge.pipeline.fingerprints import Prints, key_of
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.recipe import CHAT_TEMPLATES, ModelRef
 from paft_merge.recipe.sections import as_list, beside_recipe, current_keys, former_keys
-from paft_merge.training.rewards import source_of
+from paft_merge.recipe.trust import file_of
 from paft_merge.training.schema import AdapterSpec
 
 SPARSITY = "sparsity"
@@ -297,7 +297,7 @@ class Planner:
         general = spec.model_dump(exclude={"metrics", "suite", "tasks"})
         for name, measurement in spec.metrics.items():
             files: dict[str, Path] = {"data": beside_recipe(measurement.data, self.recipe.folder)}
-            code = source_of(measurement.function, self.recipe.folder) if measurement.function else None
+            code = file_of(measurement.function, self.recipe.folder) if measurement.function else None
             self._add(
                 "evaluate", arm.seed, f"{arm.slug}/{name}", Evaluate(arm, name), place / f"{name}.json", arm.needs,
                 section=former_keys(Measurement, measurement.model_dump()), general=general, model=self._print_of(arm),
@@ -382,7 +382,7 @@ def files_of(spec: AdapterSpec, folder: Path) -> dict[str, Path]:
     if spec.chat_template:
         found["chat_template"] = beside_recipe(spec.chat_template, folder)
     for reward in spec.reward:
-        code = source_of(reward.function, folder) if reward.function else None
+        code = file_of(reward.function, folder) if reward.function else None
         if code:
             found[str(reward.function)] = code
     return found

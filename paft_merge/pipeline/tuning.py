@@ -69,6 +69,7 @@ def tune(
     overrides: tuple[str, ...] = (),
     trials: int | None = None,
     progress: Callable[[Trial, int, int], None] = lambda trial, done, total: None,
+    trust_code: bool = False,
 ) -> TuneResult:
     """Search the space of a recipe's `tune:` for the merge with the highest metric.
 
@@ -79,6 +80,7 @@ def tune(
         trials: Trials in all, including the recipe as it is and those of earlier searches in this folder;
             `tune: {trials: ...}` by default.
         progress: Called after each trial with the trial, the number of trials so far, and the number in all.
+        trust_code: As for `run`.
 
     Returns:
         The best trial, all trials, and the file of the best recipe, beside which are `tune.png` and `trials.csv`.
@@ -92,8 +94,8 @@ def tune(
     loaded, out = load_run(recipe, alone), Path(folder)
     spec = _checked(loaded)
     if loaded.adapters:  # existing ones need no training
-        run(recipe, folder, overrides=alone, only="train")
-    planner = plan(recipe, folder, overrides=alone).planner
+        run(recipe, folder, overrides=alone, only="train", trust_code=trust_code)
+    planner = plan(recipe, folder, overrides=alone, trust_code=trust_code).planner
     seed = loaded.seeds[0]
     paths = {name: planner.lora(seed, Variant(name)) for name in loaded.names}
     # The name of the study is a digest of everything besides its parameters that a trial's value depends on.
@@ -106,12 +108,12 @@ def tune(
         while len(found := _finished(study)) < total or not found:
             if not any(trial.is_recipe for trial in found):
                 assert loaded.merge is not None
-                value, scores = _try(loaded, spec, loaded.merge.data, paths, out / "scratch")
+                value, scores = _try(loaded, spec, loaded.merge.data, paths, out / "scratch", trust_code)
                 _add_recipe(study, spec, _as_it_is(loaded, spec), value, scores)
             else:
                 trial = study.ask(_distributions(spec))
                 chosen = trial.params
-                value, scores = _try(loaded, spec, merge_with(loaded, chosen), paths, out / "scratch")
+                value, scores = _try(loaded, spec, merge_with(loaded, chosen), paths, out / "scratch", trust_code)
                 trial.set_user_attr("scores", scores)
                 trial.set_user_attr("parameters", chosen)
                 study.tell(trial, value)
@@ -247,6 +249,7 @@ def _try(
     data: Mapping[str, Any],
     paths: Mapping[str, Mapping[str, str]],
     scratch: Path,
+    trust_code: bool,
 ) -> tuple[float, dict[str, float]]:
     """Merge a recipe and evaluate the result: the value of the metric, and every score."""
     from paft_merge.engine.api import merge
@@ -261,7 +264,7 @@ def _try(
             write_model_card=False,
             warn=_log,
         )
-        found = evaluate(scratch, recipe.evaluate, folder=recipe.folder)
+        found = evaluate(scratch, recipe.evaluate, folder=recipe.folder, trust_code=trust_code)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     scores = {name: score.value for name, score in found.items()}

@@ -119,6 +119,18 @@ def load_documents(source: Path | str) -> tuple[Located, ...]:
     return documents or (Located(None, file, text, lines={(): 1}),)
 
 
+def text_at(text: str, key: str) -> str:
+    """The text of a key at the top of a YAML mapping, whose other tags are not resolved; empty if there is none.
+
+    Raises:
+        yaml.YAMLError, RecursionError: it is not YAML.
+    """
+    node = yaml.compose(text, Loader=_Loader)
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    values = (value.value for name, value in pairs if name.value == key and isinstance(value, yaml.ScalarNode))
+    return str(next(values, ""))
+
+
 def dump_yaml(data: Any) -> str:
     """Plain data as YAML that `load_yaml` and mergekit read back as equal data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)

@@ -62,8 +62,10 @@ def _this_device() -> dict[str, Any] | None:
     return {"": PartialState().device} if torch.cuda.is_available() else None
 
 
-def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path()) -> Any:
+def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust_code: bool = True) -> Any:
     """Load the base's tokenizer with the adapter's `chat_template`.
+
+    `trust_code`: run the base's Python code where the section has `trust_remote_code`; a check does not.
 
     Raises:
         TrainError: TEMPLATE, when one of them cannot be loaded.
@@ -73,7 +75,7 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path()) -> Any:
     base = spec.base
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=base.revision, trust_remote_code=base.trust_remote_code
+            name, revision=base.revision, trust_remote_code=base.trust_remote_code and trust_code
         )
         if spec.chat_template:
             tokenizer.chat_template = _template(spec.chat_template, folder)
@@ -93,7 +95,7 @@ def _template(source: str, folder: Path) -> str:
         raise ValueError(f"there is no file {source}")
     from transformers import AutoTokenizer
 
-    template = AutoTokenizer.from_pretrained(source).chat_template
+    template = AutoTokenizer.from_pretrained(source, trust_remote_code=False).chat_template
     if not isinstance(template, str):
         raise ValueError(f"{source} has no chat template")
     return template

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from paft_merge.errors import Problems, RecipeError, TrainError
 from paft_merge.recipe.sections import suggestion
+from paft_merge.recipe.trust import announce, file_of
 from paft_merge.recipe.yaml_source import Located, load_yaml
+from paft_merge.training.consent import check_code
 from paft_merge.training.processes import Launch, OnStep, command_for, devices_of, free_ports, run_all, step_printer
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import AdapterSpec, read_adapters
@@ -34,6 +36,7 @@ def train(
     base: Any = None,
     progress: Callable[[TrainProgress], None] | None = None,
     logs: bool = False,
+    trust_code: bool = False,
 ) -> dict[str, Path]:
     """Train adapters of a recipe, each into `out/<name>`; returns the folders by name.
 
@@ -50,6 +53,7 @@ def train(
         base: The model in memory instead of the recipe's `base_model` (sequential only).
         progress: Called after every optimizer step and with every log; by processes about once a second.
         logs: Write `out/<name>.log` also when adapters are trained in this process; processes always write theirs.
+        trust_code: Run code that the recipe names, also where it does not lie beside the recipe: see docs/trust.md.
 
     Raises:
         RecipeError: every fault of the recipe. TrainError: a failure of an adapter, with its name.
@@ -60,15 +64,35 @@ def train(
     if not name and base is None:
         where = located.spot(("base_model",))
         raise RecipeError.of("BASE", where, "no base_model", "name the model that the adapters are for")
+    _check_code(specs, folder, trust_code, located)
     out = Path(out)
     if base is None and _wants_processes(specs, schedule, devices):
         source = Path(recipe) if isinstance(recipe, str | Path) else _spill(located.data, out)
         return _in_processes(specs, source, out, resume, devices, progress)
     path = str(folder / name) if name and (folder / name).is_dir() else name
     options = TrainOptions(
-        resume=resume, folder=folder, base_name=name or None, base_path=path or None, progress=progress
+        resume=resume,
+        folder=folder,
+        base_name=name or None,
+        base_path=path or None,
+        progress=progress,
+        trust_code=True,
     )
     return _one_after_another(specs, base, out, options, logs)
+
+
+def _check_code(specs: Mapping[str, AdapterSpec], folder: Path, trust_code: bool, located: Located) -> None:
+    """Check the code that the adapters name, and log the names of the functions that will run."""
+    problems = Problems()
+    for name, spec in specs.items():
+        where = located.spot(("adapters", name))
+        try:
+            check_code(spec, folder, trust_code=trust_code)
+        except TrainError as error:
+            problems.found += [replace(problem, where=f"{where}: {problem.where}") for problem in error.problems]
+    problems.raise_as(TrainError)
+    for function in filter(None, (reward.function for spec in specs.values() for reward in spec.reward)):
+        announce(function, file_of(function, folder))
 
 
 def read_recipe(recipe: Mapping[str, Any] | Path | str) -> tuple[Located, Path]:
@@ -196,7 +220,7 @@ def _spill(mapping: Mapping[str, Any], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of a child: RECIPE OUT NAME [--resume]. A `TrainError` is one line on stderr and exit code 1."""
+    """Entry point of a child: RECIPE OUT NAME [--resume]. Its parent has checked the code that runs. A `TrainError` is one line on stderr and exit code 1."""
     recipe, out, name, *rest = arguments
     first = is_first()
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s: %(message)s")
@@ -204,7 +228,15 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs missing kernels at import
     progress = step_printer(sys.stdout.write) if first else None
     try:
-        train(recipe, out, adapters=[name], resume="--resume" in rest, schedule="sequential", progress=progress)
+        train(
+            recipe,
+            out,
+            adapters=[name],
+            resume="--resume" in rest,
+            schedule="sequential",
+            progress=progress,
+            trust_code=True,
+        )
     except (TrainError, RecipeError) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import Problems, TrainError
 from paft_merge.recipe.sections import beside_recipe
+from paft_merge.recipe.trust import announce, file_of, functions_in, needs_trust
 from paft_merge.recipe.yaml_source import did_you_mean
 from paft_merge.training.schema import RewardSpec
 
@@ -42,8 +43,34 @@ def _contains(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> li
 RULES: dict[str, Reward] = {"length": _length, "short": _short, "match": _match, "contains": _contains}
 
 
+_FORM = "write rewards.py:function (a file beside the recipe) or package.module:function"
+
+
+def check_function(name: str, folder: Path = Path(), *, trust_code: bool = False) -> None:
+    """Check the function that a recipe names without running its code: the file exists, parses and defines it.
+
+    Raises:
+        TrainError: REWARD; TRUST, the file does not lie beside the recipe and `trust_code` is false.
+    """
+    problems, file, function = Problems(), file_of(name, folder), name.rpartition(":")[2]
+    if not trust_code and (problem := needs_trust(name, file, folder)):
+        problems.found.append(problem)
+    try:
+        if file is None:
+            raise ModuleNotFoundError(f"No module named {name.rpartition(':')[0]!r}")
+        known = functions_in(file) if file.suffix == ".py" else None
+    except (OSError, ImportError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise TrainError.of("REWARD", name, f"cannot be imported: {type(error).__name__}: {error}", _FORM) from error
+    if known is not None and function not in known:
+        what = f"{file} has no function {function!r}"
+        problems.add("REWARD", name, what, did_you_mean(function, known) or "name a function")
+    problems.raise_as(TrainError)
+
+
 def load_function(name: str, folder: Path = Path()) -> Reward:
     """Load the function that a recipe calls `rewards.py:f` (a file beside the recipe) or `package.module:f`.
+
+    This runs the code, and logs its name first; `check_function` is the check that the user allows it.
 
     Modules are found on `sys.path` and in the working directory.
 
@@ -52,12 +79,12 @@ def load_function(name: str, folder: Path = Path()) -> Reward:
     """
     source, _, function = name.rpartition(":")
     file = beside_recipe(source, folder) if source.endswith(".py") else None
+    announce(name, file_of(name, folder))
     try:
         module = _run_file(file) if file else _import(source)
     except Exception as error:  # the module's own code may raise anything
         what = f"cannot be imported: {type(error).__name__}: {error}"
-        fix = "write rewards.py:function (a file beside the recipe) or package.module:function"
-        raise TrainError.of("REWARD", name, what, fix) from error
+        raise TrainError.of("REWARD", name, what, _FORM) from error
     found = getattr(module, function, None)
     if not callable(found):
         functions = [key for key, value in vars(module).items() if callable(value)]
@@ -81,18 +108,6 @@ def _run_file(path: Path) -> Any:
     return module
 
 
-def source_of(name: str, folder: Path = Path()) -> Path | None:
-    """The file that defines a function which `load_function` loads; None when its module has no file."""
-    source = name.rpartition(":")[0]
-    if source.endswith(".py"):
-        return beside_recipe(source, folder)
-    try:
-        found = importlib.util.find_spec(source)
-    except (ImportError, ValueError):
-        return None  # `load_function` reports the reason
-    return Path(found.origin) if found and found.origin and found.has_location else None
-
-
 def model_reward(name: str) -> Reward:
     """A reward that is the first logit of a sequence-classification model for prompt and completion.
 
@@ -103,11 +118,12 @@ def model_reward(name: str) -> Reward:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, trust_remote_code=False)
     except (OSError, ValueError) as error:
         what = f"the reward model cannot be loaded: {str(error).splitlines()[0]}"
         raise TrainError.of("REWARD", name, what, "give a sequence-classification model") from error
+    model = model.eval()
     if torch.cuda.is_available():
         model = model.to("cuda")
 

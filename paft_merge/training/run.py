@@ -15,6 +15,7 @@ from paft_merge.errors import TrainError
 from paft_merge.training import data as sets
 from paft_merge.training.arguments import check_targets, training_arguments
 from paft_merge.training.base_model import digest_of, load_base, load_tokenizer, restoring_base
+from paft_merge.training.consent import check_code
 from paft_merge.training.job import (
     Job,
     finish,
@@ -76,6 +77,7 @@ def _prepared(base: Any, spec: AdapterSpec, place: RunFolder, options: TrainOpti
     """Load and check everything that a training needs."""
     name, folder, loaded = options.name, options.folder, not isinstance(base, str | Path)
     base_name = options.base_name or str(base.config._name_or_path if loaded else base)
+    check_code(spec, folder, trust_code=options.trust_code)
     arguments = training_arguments(spec, place.checkpoints, name)
     _check_processes(spec, name)
     source = (options.base_path or base_name) if loaded else str(base)

@@ -44,5 +44,7 @@ class TrainOptions:
     """`digest_of` the base, if known."""
     progress: Callable[[TrainProgress], None] | None = None
     """Called after every optimizer step and with every log."""
+    trust_code: bool = False
+    """Run code that the section names, also where it does not lie in `folder`: see docs/trust.md."""
     callbacks: Sequence[Any] = ()
     """Further `transformers.TrainerCallback`s."""

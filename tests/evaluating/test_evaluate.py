@@ -276,8 +276,8 @@ def test_lm_eval_runs_a_local_task_file_offline(place: Path, tmp_path: Path) -> 
         {"prompt": row["prompt"].strip(), "choices": [row["rejected"], row["chosen"]], "gold": 1} for row in rows
     ])  # fmt: skip
     (tmp_path / "mine.yaml").write_text(TASK.format(name="mine", rows=tmp_path / "rows.jsonl"))
-    section = {"tasks": [str(tmp_path / "mine.yaml")], "batch_size": 2}
-    found = evaluate(place / "base", section)
+    section = {"tasks": ["mine.yaml"], "batch_size": 2}
+    found = evaluate(place / "base", section, folder=tmp_path)
     assert list(found) == ["mine"]
     assert 0.5 < found["mine"].value <= 1
     with pytest.raises(EvaluateError, match="lm-eval has no task 'hellaswg'; did you mean 'hellaswag'"):
@@ -393,7 +393,7 @@ def test_the_suite_is_the_leaderboards_and_runs_offline(
 def test_a_task_whose_data_is_not_here_is_told_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(TASK.format(name="mine", rows=tmp_path / "none.jsonl"))
     with pytest.raises(EvaluateError, match=r"mine: .*none.jsonl.*; its data must be loadable here"):
-        check_data(EvaluateSpec(tasks=["mine.yaml"]), tmp_path)
+        check_data(EvaluateSpec(tasks=["mine.yaml"]), tmp_path, run_files=True)
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (extra [eval])")
@@ -401,8 +401,9 @@ def test_a_task_whose_data_is_not_here_is_told_before_anything_runs(tmp_path: Pa
 def test_prompts_that_do_not_fit_are_told_once(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "w1 " * 200, "choices": ["w2", "w3"], "gold": 1}] * 4)
     (tmp_path / "mine.yaml").write_text(TASK.format(name="mine", rows=tmp_path / "rows.jsonl"))
-    evaluate(place / "base", {"tasks": [str(tmp_path / "mine.yaml")]})
-    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "lm_eval" not in r.name]
+    evaluate(place / "base", {"tasks": ["mine.yaml"]}, folder=tmp_path)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "lm_eval" not in r.name]
+    (warning,) = [text for text in told if not text.startswith("runs mine.yaml")]
     assert warning.startswith("mine: there are prompts longer than the 128 tokens")
 
 

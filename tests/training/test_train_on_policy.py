@@ -9,10 +9,11 @@ import torch
 from toys.train import FAST, THEIR_WARNINGS, dataset, preferences, pretrained, sentences, tokenizer
 
 from paft_merge.errors import TrainError
+from paft_merge.recipe.trust import file_of
 from paft_merge.training import train_adapter
 from paft_merge.training.base_model import digest_of
 from paft_merge.training.on_policy import Sampled, best_of, mixed, pairs_of, sample, weighted
-from paft_merge.training.rewards import load_function, reward_functions, source_of, total
+from paft_merge.training.rewards import load_function, reward_functions, total
 from paft_merge.training.schema import RewardSpec, SamplingSpec
 
 pytestmark = THEIR_WARNINGS
@@ -112,8 +113,8 @@ def test_a_reward_is_a_function_of_a_file_beside_the_recipe_or_of_a_module(tmp_p
         assert total(reward_functions([RewardSpec(function=name)], tmp_path / "beside"), **given) == [1.0]
     with pytest.raises(TrainError, match=r"mine\.py:likes_w1: cannot be imported: FileNotFoundError"):
         load_function("mine.py:likes_w1", tmp_path)
-    assert source_of("mine.py:likes_w1", tmp_path / "beside") == tmp_path / "beside" / "mine.py"
-    assert source_of("toy_rewards:likes_w1") == tmp_path / "toy_rewards.py"
+    assert file_of("mine.py:likes_w1", tmp_path / "beside") == tmp_path / "beside" / "mine.py"
+    assert file_of("toy_rewards:likes_w1", tmp_path) == tmp_path / "toy_rewards.py"
 
 
 def test_a_reward_model_scores_with_its_first_logit(tmp_path):

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import AdapterError, CheckpointError, Problem, Problems
+from paft_merge.errors import AdapterError, CheckpointError, Problem, Problems, reading
 from paft_merge.inputs.adapters.binding import Binding, DeltaBuilder
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import AdapterDelta
@@ -188,18 +188,22 @@ def _read_record(folder: Path) -> tuple[Mapping[str, Any], list[Problem]]:
     if not path.is_file():
         return {}, []
     try:
-        record = json.loads(read_text(path, "TRAIN_RECORD"))
-    except (CheckpointError, ValueError) as error:
-        return {}, [Problem("TRAIN_RECORD", str(path), f"is ignored, because it cannot be read: {error}")]
-    if not isinstance(record, dict) or record.get("format") != 1 or not _has_sizes(record.get("delta")):
+        with reading(path, "TRAIN_RECORD", CheckpointError):
+            record = json.loads(read_text(path, "TRAIN_RECORD"))
+    except CheckpointError as error:
+        return {}, [Problem("TRAIN_RECORD", str(path), f"is ignored: it {error.problems[0].what}")]
+    if not isinstance(record, dict) or record.get("format") != 1 or not _is_readable(record):
         return {}, [Problem("TRAIN_RECORD", str(path), "is ignored, because this version does not know its format")]
     return record, []
 
 
-def _has_sizes(delta: Any) -> bool:
-    """Whether a record's part about the delta has its norm and the number of entries of every matrix."""
+def _is_readable(record: dict[str, Any]) -> bool:
+    """Whether a record has sections, the norm of the delta, and the number of entries of every matrix."""
+    spec, run, delta = record.get("spec", {}), record.get("run", {}), record.get("delta")
+    if not (isinstance(spec, dict) and isinstance(run, dict) and isinstance(spec.get("l1"), dict | None)):
+        return False
     matrices = delta.get("matrices") if isinstance(delta, dict) else None
-    if not isinstance(matrices, list) or not isinstance(delta.get("norm"), int | float):
+    if not isinstance(delta, dict) or not isinstance(matrices, list) or not isinstance(delta.get("norm"), int | float):
         return False
     return all(isinstance(one, dict) and isinstance(one.get("entries"), int) for one in matrices)
 
