@@ -26,7 +26,7 @@ from paft_merge.output.card import about, licence, model_card
 from paft_merge.output.folder import Finished
 from paft_merge.output.manifest import FORMAT, MANIFEST
 from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
-from paft_merge.plan.vocabulary import TOKENIZER_FILES
+from paft_merge.plan.vocabulary import is_tokenizer_file
 from paft_merge.stats.record import pair_row_of, row_of, totals_of
 
 _NOT_COPIED = (
@@ -59,7 +59,10 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: Merge
         files |= {f"{templates.name}/{f.name}": f for f in sorted(templates.glob("*.jinja"))}
     tokenizer = plan.vocabulary.files if plan.vocabulary else plan.config_source.checkpoint.tokenizer_files
     if tokenizer is not None:
-        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | {**tokenizer}
+        files = {name: file for name, file in files.items() if not is_tokenizer_file(name)} | {**tokenizer}
+    generation = files.get("generation_config.json")
+    if plan.vocabulary and isinstance(generation, Path):
+        files["generation_config.json"] = plan.vocabulary.in_generation_config(generation.read_bytes())
     if plan.config_source.checkpoint.config and not plan.config_source.checkpoint.file:
         files["config.json"] = _json({**plan.config_source.checkpoint.config, **plan.config})
     document = manifest(plan, finished, options.recorded())

@@ -56,8 +56,8 @@ class Planner:
         self.warnings: list[Problem] = [w for m in models.values() if m.adapter for w in m.adapter.warnings]
         self.outputs = OutputTensors(recipe, models, self.problems, set(), [], self.warnings, tensor_names)
         self.config_source = self.outputs.config_source
-        self.vocabulary = read_vocabulary(recipe, models, self.config_source)
-        self.warnings += self.vocabulary.warnings if self.vocabulary else ()
+        self.vocabulary, warnings = read_vocabulary(recipe, models, self.config_source)
+        self.warnings += warnings
         source, others = (self.config_source.ref, self.config_source.checkpoint), self._others()
         if tensor_names and not (self.outputs.whole and all(m.checkpoint.file for m in models.values())):
             what = f"the {tensor_names} of tensors is for single files; models must hold the same tensors"
