@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import CheckpointError
+from paft_merge.inputs.other_files import is_inside
 from paft_merge.inputs.safetensors_header import quote
 
 if TYPE_CHECKING:
@@ -144,9 +145,11 @@ def checkpoint_tokenizer(model: Model) -> dict[str, bytes | Path]:
 
 def files_in(folder: Path) -> dict[str, bytes | Path]:
     """The tokenizer and chat-template files in a folder."""
-    found: dict[str, bytes | Path] = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    found: dict[str, bytes | Path] = {
+        name: folder / name for name in TOKENIZER_FILES if is_inside(folder / name, folder)
+    }
     more = sorted((folder / MORE_TEMPLATES).glob("*.jinja")) if (folder / MORE_TEMPLATES).is_dir() else []
-    return found | {f"{MORE_TEMPLATES}{file.name}": file for file in more}
+    return found | {f"{MORE_TEMPLATES}{file.name}": file for file in more if is_inside(file, folder)}
 
 
 def is_tokenizer_file(name: str) -> bool:
