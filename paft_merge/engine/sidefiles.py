@@ -6,7 +6,6 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,21 +19,15 @@ from paft_merge.engine import imbalance
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem
-from paft_merge.hub import SIDE_FILES, is_repository, snapshot_of
+from paft_merge.hub import is_repository, snapshot_of
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.equivalent_names import NamedLike
 from paft_merge.output.card import about, licence, model_card
 from paft_merge.output.folder import Finished
 from paft_merge.output.manifest import FORMAT, MANIFEST
 from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
-from paft_merge.plan.vocabulary import TOKENIZER_FILES
+from paft_merge.plan.vocabulary import is_tokenizer_file
 from paft_merge.stats.record import pair_row_of, row_of, totals_of
-
-_NOT_COPIED = (
-    "*.index.json", "adapter_config.json", "trainer_state.json", "training_args*", "all_results.json", "*_results.json",
-    "config.json", MANIFEST, "requirements*.txt", "paft_train.json",
-)  # fmt: skip
-_CODE = "*.py"
 
 
 def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: MergeOptions) -> dict[str, bytes | Path]:
@@ -46,24 +39,20 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: Merge
         options: `trust_remote_code` copies the Python files of the config source, `write_model_card` adds README.md;
             the manifest records some (see `MergeOptions.recorded`).
     """
-    folder = plan.config_source.checkpoint.folder
-    copied = (*SIDE_FILES, _CODE) if options.trust_remote_code else SIDE_FILES
-    files: dict[str, bytes | Path] = {
-        f.name: f
-        for f in sorted(folder.iterdir())
-        if f.is_file() and any(fnmatch(f.name, p) for p in copied) and not any(fnmatch(f.name, p) for p in _NOT_COPIED)
-    }
-    if plan.config_source.checkpoint.file:  # a tensor file; other files of its folder need not belong to it
-        files = {}
-    templates = folder / "additional_chat_templates"
-    if templates.is_dir() and not plan.config_source.checkpoint.file:
-        files |= {f"{templates.name}/{f.name}": f for f in sorted(templates.glob("*.jinja"))}
+    files: dict[str, bytes | Path] = {**plan.side_files.copied}
+    if options.trust_remote_code:
+        files |= plan.side_files.code
     tokenizer = plan.vocabulary.files if plan.vocabulary else plan.config_source.checkpoint.tokenizer_files
     if tokenizer is not None:
-        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | {**tokenizer}
+        files = {name: file for name, file in files.items() if not is_tokenizer_file(name)} | {**tokenizer}
+    generation = files.get("generation_config.json")
+    if plan.vocabulary and isinstance(generation, Path):
+        files["generation_config.json"] = plan.vocabulary.in_generation_config(generation.read_bytes())
     if plan.config_source.checkpoint.config and not plan.config_source.checkpoint.file:
         files["config.json"] = _json({**plan.config_source.checkpoint.config, **plan.config})
     document = manifest(plan, finished, options.recorded())
+    if plan.side_files.left_out:
+        document["left_out"] = list(plan.side_files.left_out)
     document["files"] = {name: _digest_of(content) for name, content in sorted(files.items())}
     files[MANIFEST] = _json(document)
     if options.write_model_card:
@@ -72,7 +61,13 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: Merge
 
 
 def _digest_of(content: bytes | Path) -> str:
-    return xxhash.xxh3_128_hexdigest(content if isinstance(content, bytes) else content.read_bytes())
+    if isinstance(content, bytes):
+        return xxhash.xxh3_128_hexdigest(content)
+    digest = xxhash.xxh3_128()
+    with content.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def origins(plan: MergePlan) -> list[dict[str, Any]]:
@@ -115,7 +110,7 @@ def documents(plan: MergePlan) -> list[dict[str, Any]]:
 def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
     """Return a warning if Python code was copied, or if the output's config names code that was not copied."""
     checkpoint = plan.config_source.checkpoint
-    files = sorted(f.name for f in checkpoint.folder.glob(_CODE))
+    files = sorted(plan.side_files.code)
     if not files or not (trust_remote_code or "auto_map" in checkpoint.config):
         return []
     if trust_remote_code:

@@ -88,6 +88,7 @@ class Checkpoint:
         files: the files that hold tensors, sorted by name.
         config: `config.json` parsed; empty if there is none.
         file: the name of the file, if a file was opened and not a folder.
+        listing: sizes of the files of the Hub repository by name; empty for any other folder.
         tokenizer_files: tokenizer files by name, for an intermediate merge, which has no folder; else None.
         named_like: the checkpoint whose tensor names this one has (see `equivalent_names`); None: the names of its files.
         warnings: of what is unusual and was read nevertheless.
@@ -107,6 +108,7 @@ class Checkpoint:
         self._fds = {one.file.name: one.fd for one in opened if one.fd is not None}
         self._far = {one.file.name: one.far for one in opened if one.far is not None}
         self.file: str | None = None
+        self.listing: Mapping[str, int] = {}
         self._strided = strided
         self._packed: dict[str, memoryview] = {}
         self._packing = Lock()

@@ -184,7 +184,7 @@ class Output:
             for name, content in files.items():
                 target = self.part / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _write_durably(target, content if isinstance(content, bytes) else content.read_bytes())
+                _write_durably(target, content)
             if index is not None:
                 _write_durably(self.part / f"{_stem(self.shards)}.safetensors.index.json", index_text(index).encode())
             sync_folder(self.part)
@@ -378,9 +378,13 @@ def _exchange(one: Path, other: Path) -> bool:
     return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _write_durably(target: Path, content: bytes) -> None:
+def _write_durably(target: Path, content: bytes | Path) -> None:
     with target.open("wb") as file:
-        file.write(content)
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            with content.open("rb") as source:
+                shutil.copyfileobj(source, file)
         file.flush()
         os.fsync(file.fileno())
 

@@ -8,6 +8,7 @@
 | compatibility | checks that models can be merged |
 | layer_kinds | the kind of each layer by its number |
 | output_config | changes of `config.json` |
+| side_files | files beside the weights |
 | vocabulary | tokenizer, embeddings and chat template of the output |
 | planned | the plan |
 | explanation | the plan of single tensors, for readers |
@@ -72,7 +73,7 @@ def plan_merge(
     tensors.sort(key=lambda t: order[t.name])
     return MergePlan(
         recipe, tuple(models.values()), planner.config_source, tuple(tensors), shards, config,
-        (*recipe.warnings, *planner.warnings), allow_nonfinite, planner.vocabulary,
+        (*recipe.warnings, *planner.warnings), allow_nonfinite, planner.vocabulary, planner.side_files,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from paft_merge.methods.rules.rule import Rule, WholeRule
 from paft_merge.output.shards import Shard
 from paft_merge.plan.formatting import html_table, show_bytes, show_value
 from paft_merge.plan.output_tensors import OutputTensor
+from paft_merge.plan.side_files import SideFiles
 from paft_merge.plan.vocabulary import Vocabulary
 from paft_merge.recipe import Recipe
 
@@ -172,6 +173,8 @@ class MergePlan:
     allow_nonfinite: bool = False
     vocabulary: Vocabulary | None = None
     """The output's tokenizer and chat template; None: those of the config source."""
+    side_files: SideFiles = field(default_factory=SideFiles)
+    """The other files of the config source."""
 
     def __repr__(self) -> str:
         method, models, tensors = self.recipe.merge_method, len(self.models), len(self.tensors)

@@ -19,6 +19,7 @@ from paft_merge.plan.compatibility import compare_configs, compare_tensors, comp
 from paft_merge.plan.layer_stacks import split
 from paft_merge.plan.output_tensors import OutputTensor, OutputTensors, ResolvedSlice
 from paft_merge.plan.planned import COPY, COPY_BYTES, PlannedTensor
+from paft_merge.plan.side_files import read_side_files
 from paft_merge.plan.vocabulary import read_vocabulary
 from paft_merge.recipe import ModelRef, ParameterCache, Recipe, Resolved, resolve_all
 
@@ -57,8 +58,12 @@ class Planner:
         self.warnings += [w for m in models.values() if m.adapter for w in m.adapter.warnings]
         self.outputs = OutputTensors(recipe, models, self.problems, set(), [], self.warnings, tensor_names)
         self.config_source = self.outputs.config_source
-        self.vocabulary = read_vocabulary(recipe, models, self.config_source)
-        self.warnings += self.vocabulary.warnings if self.vocabulary else ()
+        self.vocabulary, warnings = read_vocabulary(recipe, models, self.config_source)
+        self.warnings += warnings
+        self.side_files = read_side_files(
+            list(models.values()), self.config_source, allow_unread=allow_crimes, problems=self.problems,
+            warnings=self.warnings,
+        )  # fmt: skip
         source, others = (self.config_source.ref, self.config_source.checkpoint), self._others()
         if tensor_names and not (self.outputs.whole and all(m.checkpoint.file for m in models.values())):
             what = f"the {tensor_names} of tensors is for single files; models must hold the same tensors"

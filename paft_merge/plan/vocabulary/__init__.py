@@ -6,6 +6,7 @@
 | alignment | the model and row that each row of an embedding comes from |
 | embedding_tensors | the tensors with one row per token |
 | chat_templates | the chat template |
+| trained_tokenizers | tokenizers and templates of adapters, compared with the output's |
 
 `inputs.remapped_embeddings` reads the rows, in blocks.
 """
@@ -28,20 +29,29 @@ from paft_merge.plan.layer_stacks import with_nested
 from paft_merge.plan.vocabulary.alignment import Alignment, Word
 from paft_merge.plan.vocabulary.embedding_tensors import vocabulary_rows, vocabulary_tensors
 from paft_merge.plan.vocabulary.tokenizers import (
-    TOKENIZER_FILES,
     Tokenizer,
     TokenizerFiles,
+    checkpoint_tokenizer,
     files_in,
     is_tokenizer,
+    is_tokenizer_file,
     join,
     tokenizer_files,
+)
+from paft_merge.plan.vocabulary.trained_tokenizers import (
+    TrainedTokenizer,
+    grown_by,
+    lost_in_output,
+    only_tokenizer_of,
+    own_tokenizer,
+    with_end_of,
 )
 from paft_merge.recipe import ModelRef, Recipe, TokenizerEntry, TokenRow, ZeroRow, did_you_mean
 
 if TYPE_CHECKING:
     from paft_merge.inputs.models import Model
 
-__all__ = ["TOKENIZER_FILES", "Vocabulary", "read_vocabulary"]
+__all__ = ["Vocabulary", "is_tokenizer_file", "read_vocabulary"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +63,14 @@ class Vocabulary:
         alignment: the rows of the embeddings; None where they do not change.
         tensors: names of tensors with one row per token.
         facts: the entry of the manifest.
-        warnings: for the user.
+        end: the id of the end of sequence, where an adapter was trained with another one than the config source has.
     """
 
     files: TokenizerFiles
     alignment: Alignment | None = None
     tensors: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
-    warnings: tuple[Problem, ...] = ()
+    end: int | None = None
 
     def align(self, reads: Sequence[Read], name: str, everywhere: Mapping[str, Read]) -> list[Read]:
         """Read tensors in the output's vocabulary.
@@ -90,10 +100,11 @@ class Vocabulary:
         return made
 
     def in_config(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        """`changes` of a config, with the output's `vocab_size` where the config lacks it or has another."""
+        """`changes` of a config, with the output's `vocab_size` and `eos_token_id` where the config has others."""
+        made = dict(changes) | ({} if self.end is None else {"eos_token_id": self.end})
         if self.alignment is None:
-            return dict(changes)
-        rows, made = self.alignment.rows, dict(changes)
+            return made
+        rows = self.alignment.rows
         inner = next((key for key in ("text_config", "llm_config") if isinstance(config.get(key), Mapping)), None)
         if inner and "vocab_size" not in config:
             section = {**config[inner], **made.get(inner, {})}
@@ -102,6 +113,16 @@ class Vocabulary:
         elif {**config, **made}.get("vocab_size") != rows:
             made["vocab_size"] = rows
         return made
+
+    def in_generation_config(self, content: bytes) -> bytes:
+        """A generation_config.json that stops at the end of sequence of the training too."""
+        if self.end is None:
+            return content
+        try:
+            changed = with_end_of(json.loads(content), [self.end])
+        except (ValueError, AttributeError, TypeError):
+            return content
+        return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
 
     def digest(self) -> str:
         """A digest of tokenizer files and row maps; a merge is resumed only with an equal one."""
@@ -113,20 +134,28 @@ class Vocabulary:
         return digest.hexdigest()
 
 
-def read_vocabulary(recipe: Recipe, models: Mapping[ModelRef, Model], config_source: Model) -> Vocabulary | None:
-    """Read a recipe's `tokenizer`, `tokenizer_source` and `chat_template`; None when it has none of them.
+def read_vocabulary(
+    recipe: Recipe, models: Mapping[ModelRef, Model], config_source: Model
+) -> tuple[Vocabulary | None, list[Problem]]:
+    """Read a recipe's `tokenizer`, `tokenizer_source` and `chat_template`.
+
+    Without them the output has the tokenizer of the config source; or an adapter's, if adapters make the embeddings longer
+    and exactly one tokenizer has the new tokens.
 
     Args:
         recipe: the recipe.
         models: every model that the recipe refers to, opened.
         config_source: the base, or the first model.
 
+    Returns:
+        None where the tokenizer files of the config source are copied; and warnings.
+
     Raises:
         RecipeError: all errors together.
     """
-    if recipe.tokenizer is None and not recipe.chat_template:
-        return None
-    return _Reader(recipe, models, config_source).read()
+    reader = _Reader(recipe, models, config_source)
+    found = reader.read()
+    return found, reader.warnings
 
 
 _MOST_HOLES = 1 << 17
@@ -139,13 +168,26 @@ class _Reader:
         self.problems, self.warnings = Problems(), list[Problem]()
         self.loaded: dict[tuple[object, ...], Tokenizer | None] = {}
 
-    def read(self) -> Vocabulary:
-        entry = self.recipe.tokenizer
-        made = self._with_tokenizer(entry) if entry is not None else self._copied()
+    def read(self) -> Vocabulary | None:
+        entry, own = self.recipe.tokenizer, TrainedTokenizer(checkpoint_tokenizer(self.config_source))
+        made = self._with_tokenizer(entry) if entry is not None else self._copied(own)
         files = self._with_template(made.files) if made is not None else {}
         self.problems.raise_as(RecipeError)
         assert made is not None, "a missing vocabulary has a problem"
-        return Vocabulary(files, made.alignment, made.tensors, made.facts, tuple(self.warnings))
+        self._warn_of_lost(entry, files, own)
+        if files == own.files and entry is None and not self.recipe.chat_template:
+            return None
+        return Vocabulary(files, made.alignment, made.tensors, made.facts, end=_end_of(files, own))
+
+    def _warn_of_lost(self, entry: TokenizerEntry | None, files: TokenizerFiles, own: TrainedTokenizer) -> None:
+        """Warn of adapters that were trained with another tokenizer or chat template than the recipe gives the output."""
+        if self.config_source.checkpoint.file:  # the output has no tokenizer at all
+            return
+        free = entry is None
+        self.warnings += lost_in_output(
+            self.models.values(), files, own, tokens=free, special=free or (entry is not None and entry.source == "union"),
+            template=not self.recipe.chat_template,
+        )  # fmt: skip
 
     # Rows
 
@@ -359,9 +401,29 @@ class _Reader:
 
     # The chat template
 
-    def _copied(self) -> Vocabulary:
-        """The config source's tokenizer, which only gets a chat template."""
-        return Vocabulary(tokenizer_files(self.config_source) or {})
+    def _copied(self, own: TrainedTokenizer) -> Vocabulary:
+        """The config source's tokenizer, or the only one that fits embeddings which adapters made longer."""
+        grown = grown_by(self.models.values())
+        found = only_tokenizer_of(grown, own) if grown else None
+        if found:
+            ref, taken = found
+            more = [token for token in taken.ids if token not in own.ids]
+            what = f"makes the embeddings longer, so the output has its tokenizer, with {len(more):,} more tokens"
+            what, fix = (
+                f"{what} ({join_first(more)})",
+                "write `tokenizer_source: base` for the base's tokenizer and rows",
+            )
+            self.warnings.append(Problem("TOKENIZER", ref, what, fix))
+            return Vocabulary(taken.files)
+        for ref, (rows, theirs) in grown.items():
+            known = max(own.ids.values(), default=-1) + 1
+            if own.ids and known < rows:
+                what = f"makes the embeddings {rows:,} rows long, and the output's tokenizer has {known:,} tokens"
+                fix = (
+                    f"write `tokenizer_source: {ref}`" if theirs and theirs.ids else "put its tokenizer into its folder"
+                )
+                self.warnings.append(Problem("TOKENIZER", ref, what, fix))
+        return Vocabulary(own.files)
 
     def _with_template(self, files: TokenizerFiles) -> TokenizerFiles:
         written, spot = self.recipe.chat_template, self.recipe.located.spot(("chat_template",))
@@ -370,7 +432,8 @@ class _Reader:
         from paft_merge.plan.vocabulary.chat_templates import ChatTemplateError, choose_template, with_template
 
         try:
-            text = choose_template(written, [tokenizer_files(model) for model in self.models.values()])
+            offered = self._templates()
+            text = choose_template(written, offered)
         except ChatTemplateError as fault:
             self.problems.add("CHAT_TEMPLATE", spot, fault.what, fault.fix)
             return files
@@ -381,7 +444,24 @@ class _Reader:
         if text is None:
             self.warnings.append(Problem("CHAT_TEMPLATE", str(spot), "no model has a chat template", "name one"))
             return files
-        return with_template(files, text)
+        files = with_template(files, text)
+        end = next((one.special.get("eos_token") for one in offered if (one.template or "").strip() == text), None)
+        made = TrainedTokenizer(files)
+        if written == "auto" and self.recipe.tokenizer is None and end and end in made.ids:
+            return made.with_end(end) if made.special.get("eos_token") != end else files
+        return files
+
+    def _templates(self) -> list[TrainedTokenizer]:
+        """The tokenizers whose templates `auto` chooses from: those of adapters, if any of these has a template."""
+        own = [one for model in self.models.values() if (one := own_tokenizer(model)) and one.template]
+        return own or [TrainedTokenizer(tokenizer_files(model) or {}) for model in self.models.values()]
+
+
+def _end_of(files: TokenizerFiles, base: TrainedTokenizer) -> int | None:
+    """The id of the output's end of sequence, if the base's tokenizer has another end."""
+    output = TrainedTokenizer(files)
+    end = output.special.get("eos_token")
+    return None if files == base.files or end is None or end == base.special.get("eos_token") else output.ids.get(end)
 
 
 def _multiple(rows: int, old: int) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -15,10 +14,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.plan.vocabulary.tokenizers import TokenizerFiles
+from paft_merge.plan.vocabulary.trained_tokenizers import TEMPLATE, TrainedTokenizer, content_of
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.diagnostics import UnlocatedError
 
-TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
 _CONFIG = "tokenizer_config.json"
 
@@ -27,38 +26,23 @@ class ChatTemplateError(UnlocatedError):
     """An invalid template."""
 
 
-def choose_template(written: str, tokenizers: Sequence[TokenizerFiles | None]) -> str | None:
+def choose_template(written: str, tokenizers: Sequence[TrainedTokenizer | None]) -> str | None:
     """The text of a recipe's template; None when `auto` finds none.
 
     Args:
         written: `auto`, one of `CHAT_TEMPLATES`, or a template.
-        tokenizers: those of all models, in the recipe's order. `auto` takes the most common template, of ties the first.
+        tokenizers: in the recipe's order. `auto` takes the most common template, of ties the first.
 
     Raises:
         ChatTemplateError: `written` is not a Jinja template.
     """
     if written == "auto":
-        found = [text.strip() for files in tokenizers if files and (text := template_of(files)) and text.strip()]
+        found = [one.template.strip() for one in tokenizers if one and one.template]
         return Counter(found).most_common(1)[0][0] if found else None
     if written in CHAT_TEMPLATES:
         return chat_template(written)
     check_template(written)
     return written
-
-
-def template_of(files: TokenizerFiles) -> str | None:
-    """The chat template of a tokenizer, as transformers finds it; of several, the one named `default`."""
-    if TEMPLATE in files:
-        return _bytes(files[TEMPLATE]).decode("utf-8")
-    for name in (_CONFIG, _OLD_TEMPLATE):
-        found = _json(files[name]).get("chat_template") if name in files else None
-        if isinstance(found, list):
-            found = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
-        if isinstance(found, Mapping):
-            found = found.get("default")
-        if isinstance(found, str) and found:
-            return found
-    return None
 
 
 def check_template(text: str) -> None:
@@ -80,7 +64,7 @@ def with_template(files: TokenizerFiles, text: str) -> dict[str, bytes | Path]:
     """A tokenizer's files with `text` as the only default template, in the file that transformers reads first."""
     made = {name: content for name, content in files.items() if name != _OLD_TEMPLATE} | {TEMPLATE: text.encode()}
     if _CONFIG in made:
-        config = json.loads(_bytes(made[_CONFIG]))
+        config = json.loads(content_of(made[_CONFIG]))
         if config.pop("chat_template", None) is not None:
             made[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return made
@@ -99,16 +83,3 @@ class _Generation(Extension):
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
 )
-
-
-def _bytes(content: bytes | Path) -> bytes:
-    return content if isinstance(content, bytes) else content.read_bytes()
-
-
-def _json(content: bytes | Path) -> dict[str, Any]:
-    """A JSON object; empty if invalid (an error that loading the tokenizer reports)."""
-    try:
-        found = json.loads(_bytes(content))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

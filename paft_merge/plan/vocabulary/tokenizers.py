@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import CheckpointError
+from paft_merge.inputs.other_files import is_inside
 from paft_merge.inputs.safetensors_header import quote
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )  # fmt: skip
 """The files of a tokenizer."""
+MORE_TEMPLATES = "additional_chat_templates/"
+"""The folder of chat templates with names."""
 
 TokenizerFiles = Mapping[str, bytes | Path]
 """A tokenizer's files by name: the content, or the path of the file."""
@@ -122,16 +125,36 @@ _FAST = "load it where it works and save it again: AutoTokenizer.from_pretrained
 
 
 def tokenizer_files(model: Model) -> TokenizerFiles | None:
-    """The files of a model's tokenizer: its adapter's, else its checkpoint's; None without one."""
-    places = [files_in(model.adapter.folder)] if model.adapter else []
+    """The files of a model's tokenizer: its adapter's, else its checkpoint's; None without one.
+
+    An adapter's folder with a chat template and no tokenizer changes the template of the checkpoint's tokenizer.
+    """
+    own, below = files_in(model.adapter.folder) if model.adapter else {}, checkpoint_tokenizer(model)
+    if is_tokenizer(own):
+        return own
+    template = {name: content for name, content in own.items() if name.startswith("chat_template.")}
+    kept = {name: content for name, content in below.items() if not (template and name.startswith("chat_template."))}
+    return {**kept, **template} if is_tokenizer(below) else None
+
+
+def checkpoint_tokenizer(model: Model) -> dict[str, bytes | Path]:
+    """The tokenizer and chat-template files of a model's checkpoint."""
     given = model.checkpoint.tokenizer_files
-    places.append(files_in(model.checkpoint.folder) if given is None else dict(given))
-    return next((files for files in places if is_tokenizer(files)), None)
+    return files_in(model.checkpoint.folder) if given is None else dict(given)
 
 
 def files_in(folder: Path) -> dict[str, bytes | Path]:
     """The tokenizer and chat-template files in a folder."""
-    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    found: dict[str, bytes | Path] = {
+        name: folder / name for name in TOKENIZER_FILES if is_inside(folder / name, folder)
+    }
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja")) if (folder / MORE_TEMPLATES).is_dir() else []
+    return found | {f"{MORE_TEMPLATES}{file.name}": file for file in more if is_inside(file, folder)}
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer."""
+    return name in TOKENIZER_FILES or name.startswith(MORE_TEMPLATES)
 
 
 def is_tokenizer(files: TokenizerFiles) -> bool:
