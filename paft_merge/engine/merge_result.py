@@ -37,10 +37,6 @@ class MergeResult(os.PathLike[str]):
     results: Mapping[str, MergeResult] = field(default_factory=dict)
     """The results by name, where the recipe file has several; else empty."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MergeResult:
-        """Return itself: it is frozen, and `from_pretrained` copies a path that it is given."""
-        return self
-
     @classmethod
     def of_several(cls, path: Path, results: Mapping[str, MergeResult]) -> MergeResult:
         """Return one result that holds several."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paft_merge.errors import AdapterError, Problems
-from paft_merge.inputs.adapters.architecture import StoredParameter
 from paft_merge.inputs.adapters.binding import About, Binding, PeftType
 from paft_merge.inputs.adapters.config import INERT, refuse_unknown
 from paft_merge.inputs.adapters.deltas import AdapterDelta, Lazy
 from paft_merge.inputs.adapters.keys import SHARED, Module, TensorNames
 from paft_merge.inputs.adapters.rows import Array
+from paft_merge.inputs.architecture import StoredParameter
 
 Scope = Literal["layer", "shapes", "numbers"]
 """What the merge of one layer depends on.
