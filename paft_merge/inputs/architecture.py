@@ -222,11 +222,17 @@ class Architecture:
         return {n for n in names if n not in info.unexpected_keys or n.removeprefix(self._prefix) in derived}
 
     def not_needed(self, names: Iterable[str]) -> set[str]:
-        """Those persistent buffers that a checkpoint may lack, because the class derives their values."""
-        buffers = {name for name in names if name in self._buffers}
-        info = SimpleNamespace(missing_keys=set(buffers), unexpected_keys=set())
+        """Those parameters and persistent buffers that a checkpoint may lack, because the class sets their values."""
+        info = SimpleNamespace(missing_keys=set(names), unexpected_keys=set())
+        names = set(info.missing_keys)
         self._model._adjust_missing_and_unexpected_keys(info)
-        return {name for name in buffers if name not in info.missing_keys}
+        return {name for name in names - info.missing_keys if name in self._buffers or self.is_constant(name)}
+
+    def is_constant(self, name: str) -> bool:
+        """Whether the class computes a parameter and never trains or saves it (sinusoidal positions)."""
+        parameter = self._parameters.get(name)
+        constant = name in (self._model._keys_to_ignore_on_save or ()) or not getattr(parameter, "requires_grad", True)
+        return parameter is not None and constant
 
     def vocabulary(self) -> list[str]:
         """The parameters of the model that have one row per token: its input and output embeddings."""

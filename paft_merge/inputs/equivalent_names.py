@@ -303,7 +303,8 @@ class _Match:
                 copied += [name] if weight else []
         for known in ours.not_needed(known for known in ours.layouts if known not in theirs.layouts):
             for name in (name for names in ours.layouts[known].origin.values() for name in names):
-                self._found.setdefault(name, (Part.whole(self._template, name),))
+                if ours.is_constant(known) or _is_default(self._template, name):
+                    self._found.setdefault(name, (Part.whole(self._template, name),))
         if copied:
             what = f"lacks {join_first(copied)}, which transformers does not load and {self._owner} has"
             self.warnings.append(Problem("NOT_LOADED", self._where, what, f"the output gets those of {self._owner}"))
@@ -322,10 +323,8 @@ class _Match:
         }
         unequal = dict[str, str]()
         for name in left:
-            if theirs.unmatched.get(name) in ignored or (name in theirs.unmatched and _is_mask(self._other, name)):
-                continue
             known = known_as.get(name)
-            if known is not None and known in ours.not_needed([known]):
+            if theirs.unmatched.get(name) in ignored or self._is_derived(name, known):
                 continue
             twins = [twin for twin in self._stored_twins(name, known) if twin in used]
             if not twins:
@@ -341,6 +340,13 @@ class _Match:
                 f"{self._owner} stores only one of them: write tie_word_embeddings: false in both and store both there"
             )
             self.problems.add("TIED_DIFFERS", self._where, what, fix)
+
+    def _is_derived(self, name: str, known: str | None) -> bool:
+        """Whether the model derives the value of a tensor that the template does not store."""
+        if known is None:
+            return _is_mask(self._other, name)
+        ours = self._ours
+        return known in ours.not_needed([known]) and (ours.is_constant(known) or _is_default(self._other, name))
 
     def _stored_twins(self, name: str, known: str | None) -> Iterator[str]:
         """The other checkpoint's tensors that have the value of its tensor `name`, as its own class ties them."""
@@ -406,6 +412,12 @@ def _is_mask(checkpoint: Checkpoint, name: str) -> bool:
         return False
     rows = [(row, _values(checkpoint, name, row * size, size)) for row in (0, size // 2, size - 1)]
     return all(bool((values == (np.arange(size) <= row)).all()) for row, values in rows)
+
+
+def _is_default(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a buffer that a checkpoint may lack has the value that it then gets: zeros, or any count of steps."""
+    info = checkpoint.tensors[name]
+    return not DTYPES[info.dtype].mergeable or not _values(checkpoint, name, 0, info.numel).any()
 
 
 def _values(checkpoint: Checkpoint, name: str, first: int, count: int) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 from paft_merge.errors import RecipeError
 from paft_merge.inputs.checkpoint import DTYPES
-from paft_merge.inputs.safetensors_header import join_first
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.plan import COPY, MergePlan, PlannedTensor, resolved
 from paft_merge.recipe import Resolved, did_you_mean
@@ -97,8 +96,9 @@ def _explained_source(ref: str, read: Read, base: Read | None, parameters: dict[
 
 
 def _stored_name(read: Read) -> str:
-    """The model's name of a tensor; of several that it is made of, the first ones."""
-    return join_first(read.checkpoint.stored_names(read.name))
+    """The model's name of a tensor; of several that it is made of, the first one and how many more there are."""
+    first, *others = read.checkpoint.stored_names(read.name)
+    return f"{first} and {len(others):,} more" if others else first
 
 
 def _delta(read: Read, base: Read | None) -> str:
