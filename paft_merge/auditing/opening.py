@@ -302,7 +302,7 @@ def _of_models(models: Sequence[Model], base: Model, named: str | None, skipped:
         warnings = [w for w in warnings if w.code != "ADAPTER_BASE"]
     weights = not isinstance(base.checkpoint, ShapesOnly)
     warnings += [_only_headers(named)] if named is not None and not weights else []
-    return Opened(headers, named, weights, subjects, left_out, tuple(warnings))
+    return Opened(headers, named, weights, subjects, left_out, tuple(dict.fromkeys(warnings)))
 
 
 def _difference(name: str, tied: str | None, models: Sequence[Model], base: Model) -> AuditedTensor | Skipped | None:

@@ -154,7 +154,9 @@ def versions(plan: MergePlan) -> dict[str, str]:
     """Return the versions of the packages that compute the bits of a merge."""
     found = {"python": platform.python_version()}
     borrowed = any(tensor.rule.wants == "whole" for tensor in plan.tensors)
-    for name in ("paft-merge", "torch", "numpy", "numba", "safetensors", *(["mergekit"] if borrowed else [])):
+    renamed = any(isinstance(model.checkpoint, NamedLike) for model in plan.models)
+    others = [*(["mergekit"] if borrowed else []), *(["transformers"] if renamed else [])]
+    for name in ("paft-merge", "torch", "numpy", "numba", "safetensors", *others):
         found[name] = _version(name)
     return found
 

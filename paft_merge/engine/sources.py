@@ -105,14 +105,6 @@ class Sources:
                     checkpoints[key] = compute(ref.path, models)
             return checkpoints[key]
 
-        views: dict[int, Checkpoint] = {}
-        """By id of a checkpoint: the same under the template's names."""
-
-        def under_common_names(ref: ModelRef, checkpoint: Checkpoint) -> Checkpoint:
-            if names is not None and id(checkpoint) not in views:
-                views[id(checkpoint)] = names.of(checkpoint, str(ref.base))
-            return views.get(id(checkpoint), checkpoint)
-
         with Remote.open(list(self.repos.values())) as remote:
             try:
                 names: Names | None = None
@@ -129,7 +121,7 @@ class Sources:
                     with problems.catching():
                         checkpoint, adapter = checkpoint_of(ref, repos.get("model"), remote), repos.get("adapter")
                         if checkpoint is not None:
-                            checkpoint = under_common_names(ref, checkpoint)
+                            checkpoint = names.of(checkpoint, str(ref.base)) if names else checkpoint
                             files = remote.files(adapter) if adapter else None
                             bound = Adapter.open(adapter.folder, checkpoint, files) if adapter else None
                             models[ref] = Model(str(ref), checkpoint, bound)

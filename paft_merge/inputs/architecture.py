@@ -381,7 +381,9 @@ def _meta_model(base: Checkpoint, kind: Any = None) -> Any:
             ]
             if kind is not None or models:
                 return (kind or models[0])(config)
-            autos = [getattr(transformers, name) for name in _AUTO]
+            both_sides = getattr(config, "is_encoder_decoder", False)
+            order = ["AutoModelForSeq2SeqLM", *_AUTO] if both_sides else _AUTO
+            autos = [getattr(transformers, name) for name in order]
             auto = next((one for one in autos if type(config) in one._model_mapping), autos[0])
             return auto.from_config(config, trust_remote_code=False)
     finally:

@@ -172,6 +172,7 @@ class Names:
 
     def __init__(self, template: Checkpoint, ref: str) -> None:
         self.template, self.ref = template, ref
+        self._known: dict[int, tuple[Checkpoint, Checkpoint]] = {}
 
     @cached_property
     def _patterns(self) -> set[str]:
@@ -195,6 +196,11 @@ class Names:
             CheckpointError: KEYS_CONVERTED, a tensor is stored in a form from which it cannot be read in pieces;
                 TIED_DIFFERS, a tied tensor that only `other` stores has a value of its own.
         """
+        if id(other) not in self._known:
+            self._known[id(other)] = other, self._under_our_names(other, ref)
+        return self._known[id(other)][1]
+
+    def _under_our_names(self, other: Checkpoint, ref: str) -> Checkpoint:
         if other is self.template or other.computed or _without_numbers(other.tensors) == self._patterns:
             return other
         if not other.config or not self.template.config or self._architecture is None:
@@ -311,7 +317,7 @@ class _Match:
 
     def _others(self) -> None:
         """Leave out what the template need not have, and keep everything else."""
-        ours, theirs = self._ours, self._theirs
+        theirs = self._theirs
         used = {part.name for parts in self._found.values() for part in parts if part.checkpoint is self._other}
         left = [name for name in self._other.tensors if name not in used and name not in self._failed]
         ignored = theirs.not_loaded(theirs.unmatched.values())

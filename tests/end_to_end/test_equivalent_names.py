@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from toys import adapters as toys
 from toys.merge import on, recipe
 
-from paft_merge import audit, merge
+from paft_merge import audit, merge, reproduce
 from paft_merge.cli import cli
 from paft_merge.errors import PaftMergeError
 
@@ -571,6 +571,26 @@ def test_the_manifest_and_explain_say_the_names_that_were_read(made: Callable[[s
     assert "model.layers.0.mlp.experts.0.gate_proj.weight and 23 more" in told.output.replace("\n", " "), told.output
     dry = CliRunner().invoke(cli, ["merge", str(tmp_path / "r.yaml"), str(tmp_path / "dry"), "--dry-run"])
     assert dry.exit_code == 0, dry.output
+
+
+def test_documents_of_several_spellings(qwen: Path, tmp_path: Path) -> None:
+    """Every document reads its models under the names of the result's base."""
+
+    def text(a: str, b: str) -> str:
+        one = {"name": "one", **task(qwen / f"{a} base", qwen / f"{b} tuned")}
+        return json.dumps(one) + "\n---\n" + json.dumps(task(qwen / "saved base", "one", 0.25)) + "\n"
+
+    merge(text("saved", "saved"), tmp_path / "wanted")
+    for i, (a, b) in enumerate((("bare", "with head"), ("old", "saved"), ("only head", "bare"))):
+        merge(text(a, b), tmp_path / str(i))
+        wanted, got = state_of(tmp_path / "wanted"), state_of(tmp_path / str(i))
+        assert wanted.keys() == got.keys()
+        assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_a_merge_of_two_spellings_is_reproduced(qwen: Path, tmp_path: Path) -> None:
+    merge(task(qwen / "saved base", qwen / "bare tuned"), tmp_path / "out")
+    assert reproduce(tmp_path / "out").identical
 
 
 def test_a_buffer_that_the_model_derives_is_the_bases_bit_for_bit(qwen: Path, tmp_path: Path) -> None:
