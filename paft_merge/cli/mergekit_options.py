@@ -101,7 +101,7 @@ def _notes(given: dict[str, Any]) -> list[Problem]:
     for name, what in {**_ALWAYS, **_NOT_HERE, **_VALUES}.items():
         value = given.get(_key(name).removeprefix("mergekit_"))
         if value and what:
-            found.append(Problem("OPTION", name, "has no effect here", what.format(value=value)))
+            found.append(Problem("OPTION", name, "has no effect here", what.replace("{value}", str(value))))
     return found
 
 

@@ -51,6 +51,7 @@ _FORMATS = (
     _Format(".codebooks", r"\.(codebooks|codes|scales)", ".weight", "AQLM"),
     _Format(".q_weight", r"\.q_\w+", ".weight", "ExLlamaV2"),
     _Format(".trellis", r"\.(trellis|suh|svh|su|sv|mcg|mul1)", ".weight", "ExLlamaV3"),
+    _Format(".scales", r"\.(weight|scales|biases)", ".weight", "MLX"),
     _Format("_blocks", r"_(blocks|scales)", "", "MXFP4"),
     _Format("_scale_inv", r"(_scale_inv)?", "", "FP8 with scales"),
     _Format("_scale", r"(_scale)?", "", "codes with scales"),
@@ -110,14 +111,18 @@ def quantised(checkpoint: Checkpoint) -> Quantised:
                     break
     coded = {weight for name, weight in parts.items() if names[name].dtype in _CODES}
     parts = {name: weight for name, weight in parts.items() if weight in coded}
-    stated = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    config = checkpoint.config
+    stated = next(
+        (config[k] for k in ("quantization_config", "compression_config", "quantization") if config.get(k)), None
+    )
     claims = _stated(stated) if isinstance(stated, Mapping) else ""
     if not parts:
         return Quantised(claims=claims)
     found = list(dict.fromkeys(formats[weight] for weight in parts.values()))
     if kind := next((match[1] for name in parts if (match := re.search(r"bitsandbytes__(nf4|fp4)$", name))), None):
         found = [f"bitsandbytes, {kind}"]
-    return Quantised(claims or " and ".join(found), parts, claims)
+    how = claims if claims and not claims[0].isdigit() else ", ".join(filter(None, (" and ".join(found), claims)))
+    return Quantised(how, parts, claims)
 
 
 def _cuts(name: str) -> list[int]:

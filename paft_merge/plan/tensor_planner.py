@@ -16,7 +16,12 @@ from paft_merge.methods import Method
 from paft_merge.methods.mergekit_methods import as_mergekit
 from paft_merge.methods.rules.rule import Rule, WeightedSum, WholeRule
 from paft_merge.methods.rules.thresholds import stream_key
-from paft_merge.plan.compatibility import compare_configs, compare_tensors, compare_tokenizers
+from paft_merge.plan.compatibility import (
+    compare_configs,
+    compare_tensors,
+    compare_tokenizers,
+    refuse_adapters_inside,
+)
 from paft_merge.plan.layer_stacks import split
 from paft_merge.plan.output_tensors import OutputTensor, OutputTensors, ResolvedSlice
 from paft_merge.plan.planned import COPY, COPY_BYTES, PlannedTensor
@@ -69,6 +74,7 @@ class Planner:
         if tensor_names and not (self.outputs.whole and all(m.checkpoint.file for m in models.values())):
             what = f"the {tensor_names} of tensors is for single files; models must hold the same tensors"
             self.problems.add("TENSOR_NAMES", source[0], what, "leave it out, or name files")
+        self._inside = set() if allow_crimes else refuse_adapters_inside([source, *others], self.problems)
         for _, (slice_, *_) in self.outputs.modules:
             if slice_.output.sources[0].layers is None:
                 self._compare(slice_)
@@ -102,6 +108,9 @@ class Planner:
             names = {name for one in checkpoints for name in self.outputs.names_in(one, slice_.module)}
         if self.outputs.tensor_names:
             names = {name for name in checkpoints[0].tensors if all(name in one.tensors for one in checkpoints)}
+        if self._inside.intersection(map(id, checkpoints)):
+            self.outputs.faulty |= slice_.template.checkpoint.tensors.keys()  # reported in one line
+            return
         others = [other for other in others if not self._differs_in_codes(slice_.template, *other)]
         resized = self.vocabulary.tensors if self.vocabulary else ()
         template = (slice_.template.ref, slice_.template.checkpoint)
