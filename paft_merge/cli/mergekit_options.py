@@ -38,7 +38,6 @@ _ALWAYS = {
 
 _NOT_HERE = {
     "--multi-gpu": "one device is used; name it with --device",
-    "--unsafe-truncate-embeddings": "it cuts rows by position; write tokenizer: {source: ...} in the recipe instead",
     "--no-copy-tokenizer": "the tokenizer's files are always copied; delete them from OUT",
     "--no-safe-serialization": "only safetensors is written",
 }

@@ -26,7 +26,7 @@ from paft_merge.plan.layer_stacks import split
 from paft_merge.plan.output_tensors import OutputTensor, OutputTensors, ResolvedSlice
 from paft_merge.plan.planned import COPY, COPY_BYTES, PlannedTensor
 from paft_merge.plan.side_files import read_side_files
-from paft_merge.plan.vocabulary import read_vocabulary
+from paft_merge.plan.vocabulary import read_vocabulary, truncation
 from paft_merge.recipe import ModelRef, ParameterCache, Recipe, Resolved, resolve_all
 
 
@@ -52,16 +52,28 @@ class Planner:
         models: every model that the recipe refers to, opened.
         allow_crimes: skip the comparison of configs.
         tensor_names: `intersection` or `union`, for files that hold different tensors; None: that is an error.
+        truncate_embeddings: cut embeddings to the smallest vocabulary, unless the recipe has a tokenizer.
     """
 
     def __init__(
-        self, recipe: Recipe, models: Mapping[ModelRef, Model], allow_crimes: bool, tensor_names: str | None = None
+        self,
+        recipe: Recipe,
+        models: Mapping[ModelRef, Model],
+        allow_crimes: bool,
+        tensor_names: str | None = None,
+        *,
+        truncate_embeddings: bool = False,
     ) -> None:
         self.recipe, self.models = recipe, models
         self.method, self.parameters = recipe.method, ParameterCache(recipe.method)
         self.problems = Problems()
         self.warnings: list[Problem] = [w for m in models.values() for w in m.checkpoint.warnings]
         self.warnings += [w for m in models.values() if m.adapter for w in m.adapter.warnings]
+        self.truncated: Mapping[int, int] = {}
+        if truncate_embeddings and recipe.tokenizer is None:
+            with self.problems.catching():
+                self.truncated, cut = truncation.truncate_embeddings(list(models.values()))
+                self.warnings += cut
         self.outputs = OutputTensors(recipe, models, self.problems, set(), [], self.warnings, tensor_names)
         self.config_source = self.outputs.config_source
         self.vocabulary, warnings = read_vocabulary(recipe, models, self.config_source)
@@ -79,7 +91,7 @@ class Planner:
             if slice_.output.sources[0].layers is None:
                 self._compare(slice_)
         if not allow_crimes:
-            sizes = self.outputs.whole and recipe.tokenizer is None and not self.problems.found
+            sizes = self.outputs.whole and recipe.tokenizer is None and not self.problems.found and not self.truncated
             self.warnings += compare_configs(source, others, self.problems, sizes=sizes)
         if recipe.tokenizer is None:
             self.warnings += compare_tokenizers(source, others)
