@@ -38,7 +38,6 @@ _ALWAYS = {
 
 _NOT_HERE = {
     "--multi-gpu": "one device is used; name it with --device",
-    "--unsafe-truncate-embeddings": "it cuts rows by position; write tokenizer: {source: ...} in the recipe instead",
     "--no-copy-tokenizer": "the tokenizer's files are always copied; delete them from OUT",
     "--no-safe-serialization": "only safetensors is written",
 }
@@ -101,7 +100,7 @@ def _notes(given: dict[str, Any]) -> list[Problem]:
     for name, what in {**_ALWAYS, **_NOT_HERE, **_VALUES}.items():
         value = given.get(_key(name).removeprefix("mergekit_"))
         if value and what:
-            found.append(Problem("OPTION", name, "has no effect here", what.format(value=value)))
+            found.append(Problem("OPTION", name, "has no effect here", what.replace("{value}", str(value))))
     return found
 
 

@@ -54,6 +54,11 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             flag_value="union",
             help="For tensor files: merge the tensors that any file holds (as mergekit-pytorch).",
         ),
+        click.option(
+            "--unsafe-truncate-embeddings",
+            is_flag=True,
+            help="Cut embeddings to the smallest vocabulary, by position. A tokenizer: in the recipe is safer.",
+        ),
         click.option("--output-name", metavar="NAME", help="Document to write, for a recipe file with several."),
     ]
     for option in reversed(options):

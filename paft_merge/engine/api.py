@@ -117,6 +117,7 @@ def _planned(
             allow_crimes=options.allow_crimes,
             allow_nonfinite=options.allow_nonfinite,
             tensor_names=options.tensor_names,
+            truncate_embeddings=options.unsafe_truncate_embeddings,
         )
         warnings = dict.fromkeys((*notices, *made.warnings, *imbalance.recorded(made)))
         return replace(made, warnings=tuple(warnings)) if of is recipe else made

@@ -42,6 +42,8 @@ class MergeOptions:
     """Merge NaN and infinity instead of raising an error."""
     tensor_names: Literal["intersection", "union"] | None = None
     """For tensor files with different tensors: merge the tensors that all files hold, or that any file holds."""
+    unsafe_truncate_embeddings: bool = False
+    """Cut embeddings to the smallest vocabulary, by position. For models whose token ids agree up to there."""
     write_model_card: bool = True
     """Write README.md."""
     stream_from_hub: bool = False
@@ -89,13 +91,16 @@ class MergeOptions:
         """Return the options that a manifest records, as JSON: those that `reproduce` needs."""
         found = {name: getattr(self, name) for name in RECORDED}
         names = {"tensor_names": self.tensor_names} if self.tensor_names else {}
-        return {**found, "imports": list(self.imports), "out_shard_bytes": self.shard_bytes, **names}
+        cut = {"unsafe_truncate_embeddings": True} if self.unsafe_truncate_embeddings else {}
+        return {**found, "imports": list(self.imports), "out_shard_bytes": self.shard_bytes, **names, **cut}
 
 
 RECORDED = (
     "device", "imports", "out_shard_bytes", "lazy_unpickle", "allow_crimes", "allow_nonfinite", "trust_remote_code",
 )  # fmt: skip
-"""Options that every manifest records, in its order; `tensor_names` follows where it is set."""
+"""Options that every manifest records, in its order; those of `RECORDED_IF_SET` follow where they are set."""
+
+RECORDED_IF_SET = ("tensor_names", "unsafe_truncate_embeddings")
 
 _RENAMED = {"remote": ("stream_from_hub", "0.1")}
 """Old name of an option to its new name and the version that renamed it."""
@@ -117,6 +122,7 @@ class MergeKeywords(TypedDict, total=False):
     allow_crimes: bool
     allow_nonfinite: bool
     tensor_names: Literal["intersection", "union"] | None
+    unsafe_truncate_embeddings: bool
     write_model_card: bool
     stream_from_hub: bool
     output_name: str | None

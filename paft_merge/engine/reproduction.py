@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.engine.api import merge, open_plan
-from paft_merge.engine.options import RECORDED, MergeKeywords, MergeOptions
+from paft_merge.engine.options import RECORDED, RECORDED_IF_SET, MergeKeywords, MergeOptions
 from paft_merge.engine.sidefiles import identity
 from paft_merge.errors import MergeError, Problems
 from paft_merge.hub import pinned, resolve
@@ -104,7 +104,7 @@ def _options(manifest: Mapping[str, Any], place: str, options: MergeOptions) -> 
         fix = f"look at its sources, then pass {', '.join(f'{name}=True' for name in untold)}"
         raise MergeError.of("REPRODUCE_TRUST", place, what, fix)
     # A manifest may come from anyone: it must not be able to set any other option, such as `overwrite`.
-    if unknown := sorted(recorded.keys() - {*RECORDED, "tensor_names"}):
+    if unknown := sorted(recorded.keys() - {*RECORDED, *RECORDED_IF_SET}):
         what = f"its manifest has the option {unknown[0]!r}, which this version does not know"
         raise MergeError.of("REPRODUCE_OPTION", place, what, "use the version of paft-merge that wrote it")
     return replace(options, **recorded)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 
 from paft_merge.errors import CheckpointError, Problem, Problems
+from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE, PEFT_FILES, base_of, hint
 from paft_merge.inputs.dtypes import DTYPES, Dtype
 from paft_merge.inputs.safetensors_header import (
     ByteBuffer,
@@ -422,6 +423,8 @@ def _choose(folder: Path, present: Sequence[str], unpickle: bool) -> str:
         if both:
             return both[-1]
     ours = [name for name in present if not name.startswith(("consolidated", "adapter_model", "."))]
+    if CONFIG in present:  # also not those of mlx-lm
+        ours = [name for name in ours if not name.endswith(MLX_FILE)]
     indices = [name for name in ours if name.endswith(f".safetensors{_INDEX}")]
     files = indices or [name for name in ours if name.endswith(".safetensors")]
     if len(files) == 1 and not _is_part_of_many(files[0]):
@@ -440,15 +443,21 @@ def _is_part_of_many(name: str) -> bool:
 def _choose_pickle(folder: Path, present: Sequence[str], unpickle: bool) -> str:
     pickles = [name for name in present if name.endswith((*_PICKLES, f".bin{_INDEX}"))]
     known = [name for name in (f"pytorch_model.bin{_INDEX}", "pytorch_model.bin") if name in pickles]
+    if not known and {CONFIG, *PEFT_FILES}.intersection(present):
+        held = any(name in present for name in (*PEFT_FILES, MLX_FILE))
+        fix = f"write {base_of(folder)}+{folder}" if held else hint(folder, base_of(folder))
+        what = "holds an adapter and no checkpoint" if held else "holds the settings of an adapter and no checkpoint"
+        raise CheckpointError.of("CHECKPOINT_MISSING", folder, what, fix or "name the folder of the whole model")
     if known and unpickle:
         return known[0]
+    if not known and (below := hint(folder, base_of(folder))):
+        what = "holds no checkpoint, only adapters in folders below it"
+        raise CheckpointError.of("CHECKPOINT_MISSING", folder, what, below)
     if pickles:
         fix = f"convert it to safetensors, or read it through mergekit's restricted unpickler with {_LAZY}"
         what = f"holds only pickles ({join_first(pickles)}), which can run code when they are loaded"
         raise CheckpointError.of("PICKLE_REFUSED", folder, what, fix if known else "convert it to safetensors")
-    if "adapter_model.safetensors" in present:
-        what, fix = "holds an adapter and no checkpoint", "name it after its base: base+adapter"
-    elif consolidated := [name for name in present if name.startswith("consolidated")]:
+    if consolidated := [name for name in present if name.startswith("consolidated")]:
         what, fix = f"holds only {consolidated[0]}, not in Hugging Face's format", "convert it to model.safetensors"
     else:
         what, fix = "holds no safetensors file", "check the path"

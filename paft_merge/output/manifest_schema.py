@@ -49,6 +49,7 @@ class _Options(_Checked):
     allow_nonfinite: bool = False
     trust_remote_code: bool = False
     tensor_names: Literal["intersection", "union"] | None = None
+    unsafe_truncate_embeddings: bool = False
 
 
 class _Delta(_Checked):

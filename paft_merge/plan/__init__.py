@@ -43,6 +43,7 @@ def plan_merge(
     allow_crimes: bool = False,
     allow_nonfinite: bool = False,
     tensor_names: Literal["intersection", "union"] | None = None,
+    truncate_embeddings: bool = False,
 ) -> MergePlan:
     """Plan a merge from file headers.
 
@@ -53,6 +54,7 @@ def plan_merge(
         allow_crimes: merge models whose configs differ in fields that tensors do not show (heads, rope, activation).
         allow_nonfinite: merge NaN and infinity instead of rejecting them.
         tensor_names: `intersection` or `union`, for files that hold different tensors; None: that is an error.
+        truncate_embeddings: cut embeddings to the smallest vocabulary, by position.
 
     Raises:
         RecipeError, CheckpointError: all errors that are visible in the recipe and in file headers, reported together.
@@ -60,10 +62,10 @@ def plan_merge(
     if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
         what = "mergekit's arithmetic has no stochastic rounding"
         raise RecipeError.of("RECIPE", recipe.located.spot(("rounding",)), what, "remove one of the two")
-    planner = Planner(recipe, models, allow_crimes, tensor_names)
+    planner = Planner(recipe, models, allow_crimes, tensor_names, truncate_embeddings=truncate_embeddings)
     tensors = list(planner.tensors())
     planner.check_global_trim(tensors)
-    config = config_changes(recipe, planner.outputs, tensors, planner.problems, allow_crimes)
+    config = config_changes(recipe, planner.outputs, tensors, planner.problems, allow_crimes, planner.truncated)
     if planner.vocabulary:
         config = planner.vocabulary.in_config(planner.config_source.checkpoint.config, config)
     if planner.problems.found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 
 from paft_merge.errors import Problem, Problems
@@ -49,6 +50,28 @@ def compare_tensors(
                 what = f"is {list(theirs[name])}, and {template[0]} has {list(shape)}"
                 problems.add("SHAPE_MISMATCH", f"{ref}: {name}", what, _shape_fix(theirs[name], shape))
     return faulty
+
+
+_FACTOR = re.compile(
+    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector|E)(\.|$)|base_layer\.|modules_to_save\.|lora_[ab]$|hada_w\d|lokr_w\d)"
+)
+
+
+def refuse_adapters_inside(models: Sequence[Named], problems: Problems) -> set[int]:
+    """Note models that still hold the tensors of an adapter: PEFT's state saved as a model. Loaders ignore the factors.
+
+    Returns:
+        The ids of their checkpoints.
+    """
+    found = set[int]()
+    for ref, checkpoint in models:
+        inside = [name for name in checkpoint.tensors if _FACTOR.search(name)]
+        if inside and id(checkpoint) not in found:
+            found.add(id(checkpoint))
+            what = f"holds {len(inside)} tensors of an adapter that was never merged into it ({join_first(inside, 2)}), which loaders ignore"
+            fix = "save the adapter with PEFT and merge it as BASE+ADAPTER, or pass allow_crimes=True if the model's own code reads them"
+            problems.add("ADAPTER_INSIDE", ref, what, fix)
+    return found
 
 
 def compare_names(

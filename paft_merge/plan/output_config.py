@@ -16,7 +16,12 @@ from paft_merge.recipe import Recipe
 
 
 def config_changes(
-    recipe: Recipe, outputs: OutputTensors, tensors: Sequence[PlannedTensor], problems: Problems, allow_crimes: bool
+    recipe: Recipe,
+    outputs: OutputTensors,
+    tensors: Sequence[PlannedTensor],
+    problems: Problems,
+    allow_crimes: bool,
+    truncated: Mapping[int, int],
 ) -> dict[str, Any]:
     """The keys of the config source's config that change, with their new values.
 
@@ -26,6 +31,7 @@ def config_changes(
         tensors: every planned tensor.
         problems: receives what the output's config cannot express.
         allow_crimes: turn those problems into warnings.
+        truncated: the new number of embedding rows, by each old one, where embeddings are cut.
     """
     config, old = outputs.config_source.checkpoint.config, outputs.config_source.checkpoint.tensors
     dtype = recipe.out_dtype or recipe.dtype
@@ -33,7 +39,7 @@ def config_changes(
     rows = {old[t.name].shape[:1]: t.shape[0] for t in grown if t.shape != old[t.name].shape}
     slices = [slice_ for _, slices in outputs.modules for slice_ in slices]
     untied = any(slice_.untied for slice_ in slices)
-    changes = _changes(config, dtype, {count: new for (count,), new in rows.items()}, untied)
+    changes = _changes(config, dtype, {**truncated, **{count: new for (count,), new in rows.items()}}, untied)
     if dtype and not {"dtype", "torch_dtype"} & config.keys():
         changes["dtype"] = dtype
     if any(model.adapter.unties for slice_ in slices for model in slice_.all_models if model.adapter):

@@ -10,17 +10,23 @@ from typing import Any, NamedTuple
 from paft_merge.errors import CheckpointError, Problem, Problems, RecipeError
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.models import Model
+from paft_merge.inputs.quantised import Quantised, quantised
 from paft_merge.inputs.tensor_inputs import Inputs, Read, inputs_for
 from paft_merge.methods import Method
 from paft_merge.methods.mergekit_methods import as_mergekit
 from paft_merge.methods.rules.rule import Rule, WeightedSum, WholeRule
 from paft_merge.methods.rules.thresholds import stream_key
-from paft_merge.plan.compatibility import compare_configs, compare_tensors, compare_tokenizers
+from paft_merge.plan.compatibility import (
+    compare_configs,
+    compare_tensors,
+    compare_tokenizers,
+    refuse_adapters_inside,
+)
 from paft_merge.plan.layer_stacks import split
 from paft_merge.plan.output_tensors import OutputTensor, OutputTensors, ResolvedSlice
 from paft_merge.plan.planned import COPY, COPY_BYTES, PlannedTensor
 from paft_merge.plan.side_files import read_side_files
-from paft_merge.plan.vocabulary import read_vocabulary
+from paft_merge.plan.vocabulary import read_vocabulary, truncation
 from paft_merge.recipe import ModelRef, ParameterCache, Recipe, Resolved, resolve_all
 
 
@@ -46,16 +52,28 @@ class Planner:
         models: every model that the recipe refers to, opened.
         allow_crimes: skip the comparison of configs.
         tensor_names: `intersection` or `union`, for files that hold different tensors; None: that is an error.
+        truncate_embeddings: cut embeddings to the smallest vocabulary, unless the recipe has a tokenizer.
     """
 
     def __init__(
-        self, recipe: Recipe, models: Mapping[ModelRef, Model], allow_crimes: bool, tensor_names: str | None = None
+        self,
+        recipe: Recipe,
+        models: Mapping[ModelRef, Model],
+        allow_crimes: bool,
+        tensor_names: str | None = None,
+        *,
+        truncate_embeddings: bool = False,
     ) -> None:
         self.recipe, self.models = recipe, models
         self.method, self.parameters = recipe.method, ParameterCache(recipe.method)
         self.problems = Problems()
         self.warnings: list[Problem] = [w for m in models.values() for w in m.checkpoint.warnings]
         self.warnings += [w for m in models.values() if m.adapter for w in m.adapter.warnings]
+        self.truncated: Mapping[int, int] = {}
+        if truncate_embeddings and recipe.tokenizer is None:
+            with self.problems.catching():
+                self.truncated, cut = truncation.truncate_embeddings(list(models.values()))
+                self.warnings += cut
         self.outputs = OutputTensors(recipe, models, self.problems, set(), [], self.warnings, tensor_names)
         self.config_source = self.outputs.config_source
         self.vocabulary, warnings = read_vocabulary(recipe, models, self.config_source)
@@ -68,14 +86,19 @@ class Planner:
         if tensor_names and not (self.outputs.whole and all(m.checkpoint.file for m in models.values())):
             what = f"the {tensor_names} of tensors is for single files; models must hold the same tensors"
             self.problems.add("TENSOR_NAMES", source[0], what, "leave it out, or name files")
+        self._inside = set() if allow_crimes else refuse_adapters_inside([source, *others], self.problems)
         for _, (slice_, *_) in self.outputs.modules:
             if slice_.output.sources[0].layers is None:
                 self._compare(slice_)
         if not allow_crimes:
-            sizes = self.outputs.whole and recipe.tokenizer is None and not self.problems.found
+            sizes = self.outputs.whole and recipe.tokenizer is None and not self.problems.found and not self.truncated
             self.warnings += compare_configs(source, others, self.problems, sizes=sizes)
         if recipe.tokenizer is None:
             self.warnings += compare_tokenizers(source, others)
+        found = self._quantised(self.config_source.checkpoint)
+        if found.claims and not found:
+            what = f"says in config.json that it is quantised ({found.claims}), and none of its tensors is"
+            self.warnings.append(Problem("QUANTISED", source[0], what, "remove quantization_config if that is wrong"))
         if self.config_source.checkpoint.file and self.config_source.checkpoint.config:
             what = "is a single file, so the output has no config and no tokenizer"
             self.warnings.append(Problem("RAW", source[0], what, "name its folder to have them"))
@@ -97,9 +120,29 @@ class Planner:
             names = {name for one in checkpoints for name in self.outputs.names_in(one, slice_.module)}
         if self.outputs.tensor_names:
             names = {name for name in checkpoints[0].tensors if all(name in one.tensors for one in checkpoints)}
+        if self._inside.intersection(map(id, checkpoints)):
+            self.outputs.faulty |= slice_.template.checkpoint.tensors.keys()  # reported in one line
+            return
+        others = [other for other in others if not self._differs_in_codes(slice_.template, *other)]
         resized = self.vocabulary.tensors if self.vocabulary else ()
         template = (slice_.template.ref, slice_.template.checkpoint)
         self.outputs.faulty |= compare_tensors(template, others, self.problems, names, resized)
+
+    def _differs_in_codes(self, template: Model, ref: str, checkpoint: Checkpoint) -> bool:
+        """Whether one of two models is quantised and the other is not, or not in the same way; notes it in one line."""
+        ours, theirs = self._quantised(template.checkpoint), self._quantised(checkpoint)
+        if ours.parts.keys() == theirs.parts.keys():
+            return False
+        if ours:
+            uses = f"{ref} {f'is quantised otherwise ({theirs.how})' if theirs else 'is not'}"
+            self.problems.found.append(ours.problem(template.ref, uses))
+        else:
+            self.problems.found.append(theirs.problem(ref, f"{template.ref} is not"))
+        held, coded = checkpoint.tensors, ours.parts.keys() | theirs.parts.keys()
+        for name, info in template.checkpoint.tensors.items():
+            if name in coded or name not in held or held[name].shape != info.shape:
+                self.outputs.faulty.add(name)
+        return True
 
     def tensors(self) -> Iterator[PlannedTensor]:
         """Plan every output tensor; the errors of a tensor are noted in `problems`, and it is left out."""
@@ -122,9 +165,11 @@ class Planner:
         stored, sources = reads.stored, reads.sources
         if any(read.checkpoint.is_derived(read.name) for read in sources):
             return self._derived(output, stored)
+        if any(read.name in self._quantised(read.checkpoint).parts for read in (stored, *sources)):
+            self._check_unchanged(stored, sources)
+            return self._copied(output, stored, "it is a part of a quantised weight, which no source changes")
         if not all(DTYPES[read.dtype].mergeable for read in (stored, *sources)):
             return self._verbatim(output, stored, sources)
-        self._check_quantised(output.template_name, stored, sources)
         if not self.outputs.whole or self.outputs.tensor_names:
             self._check_shapes(stored, sources)
         return self._merged(output, reads) if sources else self._base_alone(output, stored)
@@ -205,15 +250,39 @@ class Planner:
                     f"is {read.dtype} and differs from that of {stored.source}, which is {stored.dtype}",
                     "only floating-point tensors can be merged; dequantise the models first",
                 )  # fmt: skip
+        return self._copied(output, stored, f"{stored.dtype} is not merged, and it is the same in all sources")
+
+    def _copied(self, output: OutputTensor, stored: Read, why: str) -> PlannedTensor:
+        """A tensor whose bytes are copied, whatever dtype the recipe asks for."""
         inputs, rule = Inputs.one(stored), WeightedSum((), "deltas")
-        why = f"{stored.dtype} is not merged, and it is the same in all sources"
         return PlannedTensor(output.name, stored.shape, stored.dtype, COPY, inputs, rule, place=output, why=why)
 
     def _derived(self, output: OutputTensor, stored: Read) -> PlannedTensor:
         """A buffer that the model computes itself, and that some source does not store: copied."""
-        inputs, rule = Inputs.one(stored), WeightedSum((), "deltas")
-        why = "the model derives it, and not every source stores it"
-        return PlannedTensor(output.name, stored.shape, stored.dtype, COPY, inputs, rule, place=output, why=why)
+        return self._copied(output, stored, "the model derives it, and not every source stores it")
+
+    def _quantised(self, checkpoint: Checkpoint) -> Quantised:
+        if id(checkpoint) not in self._known_quantised:
+            self._known_quantised[id(checkpoint)] = quantised(checkpoint)
+        return self._known_quantised[id(checkpoint)]
+
+    @cached_property
+    def _known_quantised(self) -> dict[int, Quantised]:
+        return {}
+
+    def _check_unchanged(self, stored: Read, sources: Sequence[Read]) -> None:
+        """Check that no source changes a part of a quantised weight. The error is the same for all parts of a model."""
+        for read in sources:
+            if read.source in self._requantised or read.delta or not (read.same_weight(stored) or _equal(read, stored)):
+                self._requantised.add(read.source)
+                owner = read if self._quantised(read.checkpoint) else stored
+                uses = f"its values differ from those of {stored.source}, or the merge changes them"
+                raise CheckpointError([self._quantised(owner.checkpoint).problem(owner.source, uses)])
+
+    @cached_property
+    def _requantised(self) -> set[str]:
+        """Sources that would change a quantised weight."""
+        return set()
 
     def _base_alone(self, output: OutputTensor, stored: Read) -> PlannedTensor:
         """A tensor that only the base has: copied, or converted to the output's dtype."""
@@ -223,16 +292,6 @@ class Planner:
         return PlannedTensor(
             output.name, stored.shape, dtype, method, Inputs.one(stored), rule, place=output, why="only the base has it"
         )
-
-    def _check_quantised(self, name: str, stored: Read, sources: Sequence[Read]) -> None:
-        scales = [f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('weight')}weight_scale"]
-        scale = next((s for s in scales if s in stored.checkpoint.tensors), None)
-        if scale and any(read.delta or not read.same_weight(stored) for read in sources):
-            raise CheckpointError.of(
-                "DTYPE_UNSUPPORTED", f"{stored.source}: {name}",
-                f"is quantised: its values are meaningful only together with {scale}",
-                "dequantise the model first, and merge that",
-            )  # fmt: skip
 
     def _parameters(self, output: OutputTensor) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The values of all parameters for one tensor: the shared ones, and one mapping for each source."""

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import AdapterError, CheckpointError, Problem, Problems, reading
+from paft_merge.inputs.adapter_places import MLX_FILE, PEFT_FILES, hint
 from paft_merge.inputs.adapters.binding import Binding, DeltaBuilder
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import AdapterDelta
 from paft_merge.inputs.adapters.keys import Keys
-from paft_merge.inputs.adapters.peft_types import TYPES, read_settings, sort_keys
+from paft_merge.inputs.adapters.peft_types import read_settings, sort_keys, type_of
 from paft_merge.inputs.adapters.tied_weights import may_be_tied, untie
 from paft_merge.inputs.checkpoint import Checkpoint, FarFile
 from paft_merge.inputs.safetensors_header import join_first, read_text, truncate
@@ -73,6 +74,10 @@ class Adapter:
                 checks the factors), DTYPE_UNSUPPORTED, PICKLE_REFUSED, and the faults of a safetensors file.
         """
         folder, problems = Path(folder), Problems()
+        held = any((folder / name).is_file() or name in (far or ()) for name in (*PEFT_FILES, MLX_FILE))
+        if below := "" if held else hint(folder):
+            what = "holds no adapter at its top; there is one in a folder below it"
+            raise AdapterError.of("ADAPTER_CONFIG", folder, what, below)
         settings: list[Settings] = []
         with problems.catching():
             settings.append(read_settings(folder))
@@ -112,7 +117,7 @@ class Adapter:
         problems = Problems()
         keys = sort_keys(self.file.tensors, self.folder, problems, settings.peft_type)
         binding = Binding(settings, keys, self.file, base, problems)
-        binding.bind(TYPES[settings.peft_type].bind_module)
+        binding.bind(type_of(settings).bind_module)
         if not self.file.tensors:
             problems.add("ADAPTER_SHAPE", self.folder / _WEIGHTS, "holds no tensors")
         if not problems.found:
@@ -141,6 +146,8 @@ class Adapter:
 
 
 def _open_weights(folder: Path, far: Mapping[str, FarFile] | None) -> Checkpoint:
+    if not (folder / _WEIGHTS).exists() and ((folder / MLX_FILE).exists() or MLX_FILE in (far or ())):
+        return Checkpoint.open(folder / MLX_FILE, far=far)
     path, pickled = folder / _WEIGHTS, folder / "adapter_model.bin"
     if not path.exists() and not path.is_symlink() and _WEIGHTS not in (far or ()):
         if pickled.exists():

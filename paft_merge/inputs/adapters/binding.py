@@ -30,6 +30,7 @@ from paft_merge.inputs.adapters.rows import Array, Rows
 from paft_merge.inputs.architecture import Architecture, Piece, StoredParameter
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.dtypes import DTYPES
+from paft_merge.inputs.quantised import quantised
 from paft_merge.inputs.safetensors_header import join_first, quote, row_size_of
 
 _OTHER_BASE = "was this adapter trained on another base?"
@@ -106,6 +107,8 @@ class Binding:
         architecture: the base's class, built on first use; None if transformers does not know it.
         absent: modules and parameters that the base does not have.
         made: what a type makes once for all modules of the adapter.
+        quantised: the base's quantised weights.
+        coded: modules and parameters that the base has as codes only.
     """
 
     def __init__(self, settings: Settings, keys: Keys, file: Checkpoint, base: Checkpoint, problems: Problems) -> None:
@@ -115,6 +118,9 @@ class Binding:
         self._problems = problems
         self.absent: list[str] = []
         self.made: dict[str, Any] = {}
+        self.quantised = Lazy(lambda: quantised(base))
+        self.coded: list[str] = []
+        self._coded_weights = Lazy(lambda: frozenset(self.quantised.get().parts.values()))
 
     def bind(self, bind_module: BindModule) -> None:
         """Fill `builders`: first full tensors, then adapted modules on top of them, then single rows."""
@@ -130,6 +136,12 @@ class Binding:
         for path, key in self.keys.tokens.items():
             with self._problems.catching():
                 self.bind_tokens(path, key)
+        if self.coded:
+            names = list(dict.fromkeys(self.coded))
+            uses = (
+                f"{len(names)} modules of the adapter {self.file.folder} change quantised weights: {join_first(names)}"
+            )
+            self._problems.found.append(self.quantised.get().problem(self.base.folder, uses))
         if self.absent:
             what = f"{len(self.absent)} of its modules are not in the base: {join_first(self.absent)}"
             self._problems.add("ADAPTER_TARGET", self.file.folder, what, _OTHER_BASE)
@@ -147,9 +159,22 @@ class Binding:
     def require(self, path: str, *names: str) -> StoredParameter | None:
         """Find a parameter; if the base does not have it, report `path` as missing and return None."""
         found = self.find(*names)
+        weights = self._coded_weights.get()
+        coded = bool(weights) and any(self._is_coded(name) for name in names)
+        if coded or (found is not None and found.value_in in weights):
+            self.coded.append(path)
+            return None
         if found is None:
             self.absent.append(path)
         return found
+
+    def _is_coded(self, name: str) -> bool:
+        """Whether the base stores a parameter of the trained model as codes, under its name or without a prefix."""
+        architecture = self.architecture.get() if name not in self.base.tensors else None
+        names = {name, architecture.name_of(name) or name} if architecture else {name}
+        names |= {one.partition(".")[2] for one in names}
+        weights = self._coded_weights.get()
+        return any(one in weights for one in names) or any(w.partition(".")[2] in names for w in weights)
 
     def builder(self, parameter: StoredParameter, piece: Piece | None = None) -> DeltaBuilder:
         """Return the builder for one piece of a parameter (default: the first), a new one if there is none yet.

@@ -36,12 +36,12 @@ def _bind(binding: Binding, module: Module) -> None:
     a, b = (binding.rows(module.parts[name]) for name in names)
     factors = Factors(a, b, *_block_counts(binding, module.path))
     if is_embedding:
-        _bind_embedding(binding, module, factors)
+        bind_embedding(binding, module, factors)
     elif not bind_parameter(binding, module, factors):
-        _bind_layer(binding, module, factors)
+        bind_layer(binding, module, factors)
 
 
-def _bind_embedding(binding: Binding, module: Module, factors: Factors) -> None:
+def bind_embedding(binding: Binding, module: Module, factors: Factors) -> None:
     """Bind `[vocab, dim]`: the transpose of s B A. (A model that scales its embeddings scales their output.)"""
     path, parameter = module.path, binding.require(module.path, f"{module.path}.weight")
     if parameter is None:
@@ -55,7 +55,7 @@ def _bind_embedding(binding: Binding, module: Module, factors: Factors) -> None:
     _add(binding, builder, module, lambda: factors.oriented(scale, transposed=True), columns=True)
 
 
-def _bind_layer(binding: Binding, module: Module, factors: Factors) -> None:
+def bind_layer(binding: Binding, module: Module, factors: Factors) -> None:
     """Bind a linear layer, a `Conv1D`, a convolution, or the projections of an `nn.MultiheadAttention`."""
     path = module.path
     parameter = binding.require(path, f"{path}.weight", f"{path}.in_proj_weight")

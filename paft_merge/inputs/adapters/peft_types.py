@@ -18,6 +18,8 @@ from paft_merge.inputs.adapters.lora import LORA
 from paft_merge.inputs.adapters.lycoris import LOHA, LOKR
 from paft_merge.inputs.adapters.merged_by_peft import by_peft
 from paft_merge.inputs.adapters.miss import BONE, MISS
+from paft_merge.inputs.adapters.mlx import MLX, is_mlx, settings_of, sort_mlx
+from paft_merge.inputs.adapters.mlx import NAME as MLX_NAME
 from paft_merge.inputs.adapters.multiplied import HIRA, IA3
 from paft_merge.inputs.adapters.oft import OFT
 from paft_merge.inputs.adapters.replaced import LN_TUNING, TRAINABLE_TOKENS
@@ -102,6 +104,10 @@ def read_settings(folder: Path) -> Settings:
     """
     path = folder / CONFIG
     raw, problems = read_config(path), Problems()
+    if is_mlx(raw, folder):
+        settings = settings_of(path, raw, problems)
+        problems.raise_as(AdapterError)
+        return settings
     kind = raw.get("peft_type")
     if not isinstance(kind, str):
         problems.add("ADAPTER_CONFIG", path, f"peft_type: must be a string, got {kind!r}")
@@ -117,6 +123,11 @@ def read_settings(folder: Path) -> Settings:
     return Settings(raw)
 
 
+def type_of(settings: Settings) -> PeftType:
+    """How an adapter of these settings is read."""
+    return MLX if settings.peft_type == MLX_NAME else TYPES[settings.peft_type]
+
+
 def sort_keys(keys: Iterable[str], where: object, problems: Problems, peft_type: str = "") -> Keys:
     """Sort tensor names, of any supported type; see `sort_by_name`.
 
@@ -126,5 +137,7 @@ def sort_keys(keys: Iterable[str], where: object, problems: Problems, peft_type:
         problems: receives the faults.
         peft_type: the type of the adapter; a name that several types use is of this one.
     """
+    if peft_type == MLX_NAME:
+        return sort_mlx(keys)
     kinds = sorted(TYPES, key=lambda kind: kind != peft_type)
     return sort_by_name(keys, {kind: TYPES[kind].names for kind in kinds}, where, problems)
