@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -47,6 +47,7 @@ their full size from the start and would look complete."""
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".index.json"
+_MODULES = "modules.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LAZY = "lazy_unpickle=True"
 _SAMPLE_BYTES = 4096
@@ -119,7 +120,8 @@ class Checkpoint:
     def open(cls, folder: Path, *, unpickle: bool = False, far: Mapping[str, FarFile] | None = None) -> Checkpoint:
         """Open a folder of `model.safetensors`, of shards with their index, or one `.safetensors` file by its path.
 
-        File names of diffusers, and a single file of any other name, are found too.
+        File names of diffusers, and a single file of any other name, are found too. The tensors of a module of
+        sentence-transformers that has weights of its own are called `2_Dense/linear.weight`.
 
         Args:
             folder: the checkpoint, on this machine.
@@ -140,6 +142,9 @@ class Checkpoint:
                         opened.append(_Opened.of(folder / name, pickled, elsewhere))
                 if weight_map is not None:
                     problems.found.extend(_compare(weight_map, opened, folder))
+                for name in module_files(folder, far or ()) if asked.is_dir() else ():
+                    with problems.catching():
+                        opened.append(_open_module(folder, name, unpickle, far or {}))
             config: dict[str, Any] = {}
             with problems.catching():
                 config = _read_config(folder)
@@ -371,6 +376,18 @@ class _Opened:
         return cls(fd, file, header.tensors, strided)
 
 
+def _open_module(folder: Path, name: str, unpickle: bool, far: Mapping[str, FarFile]) -> _Opened:
+    """Open the file `name`, with `/`, of a module; its folder is put before the names of its tensors."""
+    path, pickled = folder / name, not name.endswith(".safetensors")
+    if pickled and not unpickle:
+        fix = f"convert it to safetensors, or read it through mergekit's restricted unpickler with {_LAZY}"
+        raise CheckpointError.of("PICKLE_REFUSED", path, "is a pickle, which can run code when it is loaded", fix)
+    one, prefix = _Opened.of(path, pickled, None if path.exists() else far.get(name)), f"{name.rpartition('/')[0]}/"
+    tensors = {prefix + key: replace(info, name=prefix + key, file=name) for key, info in one.tensors.items()}
+    strided = tuple(replace(stored, name=prefix + stored.name) for stored in one.strided)
+    return replace(one, file=replace(one.file, name=name), tensors=tensors, strided=strided)
+
+
 def _scan_bin(fd: int, path: Path) -> tuple[Header, tuple[Stored, ...]]:
     from paft_merge.inputs.torch_pickle import read_bin
 
@@ -433,6 +450,27 @@ def _choose(folder: Path, present: Sequence[str], unpickle: bool) -> str:
         what = f"holds {join_first(files)}, and no index of them"
         raise CheckpointError.of("INDEX_MISSING", folder, what, f"download model.safetensors{_INDEX} too")
     return _choose_pickle(folder, present, unpickle)
+
+
+def module_files(folder: Path, far: Iterable[str] = ()) -> list[str]:
+    """The weights of the modules that sentence-transformers adds to a model (`modules.json`), as names with `/`.
+
+    Args:
+        folder: the model.
+        far: names of files that are not in the folder.
+    """
+    try:
+        entries = json.loads(read_text(folder / _MODULES, "CONFIG_INVALID")) if (folder / _MODULES).is_file() else []
+        places = [entry["path"] for entry in entries]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError.of("CONFIG_INVALID", folder / _MODULES, "is not a list of modules") from None
+    found: list[str] = []
+    for place in dict.fromkeys(p for p in places if isinstance(p, str) and p and all(map(_is_plain, p.split("/")))):
+        below = (file.relative_to(folder).as_posix() for file in (folder / place).rglob("*") if file.is_file())
+        names = sorted({*below, *(name for name in far if name.startswith(f"{place}/"))})
+        held = [name for name in names if name.endswith(".safetensors")]
+        found += held or [name for name in names if name.endswith("pytorch_model.bin")]
+    return found
 
 
 def _is_part_of_many(name: str) -> bool:

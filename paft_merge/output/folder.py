@@ -147,7 +147,9 @@ class Output:
             if journal is not None:
                 _check_identity(part, journal[0], identity)
             with _writing(part):
-                _clear(part, keep={LOCK, JOURNAL, *(shard.file for shard in shards)} if journal else {LOCK})
+                _clear(
+                    part, keep={LOCK, JOURNAL, *(shard.file.split("/")[0] for shard in shards)} if journal else {LOCK}
+                )
             writer = _open_shards(part, shards, resume=journal is not None)
             try:
                 output = cls(out, shards, writer, _verified(part, shards, tiles, journal[1] if journal else {}))
@@ -224,7 +226,7 @@ def digest_of(folder: Path, slot: Slot, tile_bytes: int) -> str:
 def _stem(shards: Sequence[Shard]) -> str:
     """Start of the name of the index, by which readers find it; shards can have any name."""
     diffusers = "diffusion_pytorch_model"
-    return diffusers if all(shard.file.startswith(diffusers) for shard in shards) else "model"
+    return diffusers if all(s.file.startswith(diffusers) for s in shards if "/" not in s.file) else "model"
 
 
 # --- the unfinished folder -----------------------------------------------------------------------------------------------

@@ -107,7 +107,8 @@ def plan_shards(
     of dtype, then by name), except that metadata is sorted; `save_file` writes it in random order.
 
     Args:
-        files: by file name the tensors, in the order in which they are stored.
+        files: by file name the tensors, in the order in which they are stored. A file in a folder stores names without
+            that folder: `2_Dense/model.safetensors` stores `2_Dense/linear.weight` as `linear.weight`.
         metadata: by file name the `__metadata__`; default `{"format": "pt"}`; an empty map writes none.
 
     Raises:
@@ -122,11 +123,15 @@ def plan_shards(
 
 def _shard(file: str, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> Shard:
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    reached, begins = 0, []
+    reached, begins, prefix = 0, [], file[: file.rfind("/") + 1]
     for name, dtype, shape in tensors:
         begins.append(reached)
         reached += _nbytes(name, dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begins[-1], reached]}
+        header[name.removeprefix(prefix)] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [begins[-1], reached],
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_JSON_BYTES:
@@ -153,7 +158,8 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:
     `total_parameters` counts the elements of all tensors. transformers does not count buffers, and writes a smaller
     number for checkpoints that have them.
     """
-    if len(shards) == 1 and not re.search(r"-\d+-of-\d+\.safetensors$", shards[0].file):
+    shards = [shard for shard in shards if "/" not in shard.file]  # an index is about the files beside it
+    if not shards or (len(shards) == 1 and not re.search(r"-\d+-of-\d+\.safetensors$", shards[0].file)):
         return None
     slots = [slot for shard in shards for slot in shard.slots]
     totals = {
@@ -263,7 +269,8 @@ class ShardWriter:
         for file, fd in self._fds.items():
             with self._naming_file(file):
                 os.fsync(fd)
-        sync_folder(self.folder)
+        for folder in {(self.folder / file).parent for file in self._fds} | {self.folder}:
+            sync_folder(folder)
 
     def close(self) -> None:
         """Close every file; a second call does nothing."""
@@ -298,6 +305,7 @@ class ShardWriter:
         """Create the file under a temporary name, and rename it when it has its size and header."""
         path, made = self.folder / shard.file, self.folder / f"{shard.file}.new"
         with self._naming_file(shard.file):
+            path.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, "exists already", str(path))
             fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

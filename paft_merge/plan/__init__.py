@@ -87,12 +87,21 @@ def _layout(
 ) -> tuple[Shard, ...]:
     """The output's files: those of `source` if `keep_files` and they are safetensors, unless a size is given."""
     rows = [(t.name, t.dtype, t.shape) for t in tensors]
-    if out_shard_bytes is not None or not keep_files or not all(f.name.endswith(".safetensors") for f in source.files):
-        return plan_shards(split(rows, out_shard_bytes or _SHARD_BYTES))
-    last = source.files[-1].name
-    files: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {f.name: [] for f in source.files}
+    held = {row[0]: info.file for row in rows if (info := source.tensors.get(row[0])) and "/" in info.file}
+    modules: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
+    for row in rows:
+        if row[0] in held:
+            file = held[row[0]]
+            name = file if file.endswith(".safetensors") else f"{file.rpartition('/')[0]}/model.safetensors"
+            modules.setdefault(name, []).append(row)
+    rows = [row for row in rows if row[0] not in held]
+    own = [f for f in source.files if "/" not in f.name]
+    if out_shard_bytes is not None or not keep_files or not all(f.name.endswith(".safetensors") for f in own):
+        return plan_shards({**split(rows, out_shard_bytes or _SHARD_BYTES), **modules})
+    last = own[-1].name
+    files: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {f.name: [] for f in own}
     for row in rows:
         info = source.tensors.get(row[0])
         files[info.file if info else last].append(row)
-    held = {file: rows for file, rows in files.items() if rows}
-    return plan_shards(held, {f.name: f.metadata for f in source.files if f.metadata and f.name in held})
+    files = {file: rows for file, rows in files.items() if rows} | modules
+    return plan_shards(files, {f.name: f.metadata for f in source.files if f.metadata and f.name in files})

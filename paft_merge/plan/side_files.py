@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from paft_merge.errors import Problem, Problems
+from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.other_files import MOST_BYTES, OtherFile, other_files, same_content
-from paft_merge.inputs.safetensors_header import join_first
+from paft_merge.inputs.safetensors_header import join_first, read_text
 
 _SHOWN = ("side", "weights", "data", "same weights")
 """Kinds whose files are named in a warning if they are left out."""
@@ -61,6 +64,8 @@ def read_side_files(
             seen.add(folder)
             unread = [] if checkpoint is donor else _unread(theirs, ours, is_adapter)
             _note(model.ref, unread, _FIX, problems, warnings, allow_unread)
+            if not is_adapter and checkpoint is not donor:
+                warnings += _differing(model.ref, config_source.ref, theirs, ours)
             if not is_adapter and folder not in used:
                 names = [name for name, one in theirs.items() if one.kind == "adapter" and "/" not in name]
                 fix = f"write {model.ref}+{model.ref} to merge it too, or {_FIX}"
@@ -70,7 +75,12 @@ def read_side_files(
 
 def _beside(checkpoint: Checkpoint) -> dict[str, OtherFile]:
     read = {file.name for file in checkpoint.files}
-    return {n: one for n, one in other_files(checkpoint.folder, checkpoint.listing).items() if n not in read}
+    folders = {name.rpartition("/")[0] for name in read if "/" in name}
+    found = {n: one for n, one in other_files(checkpoint.folder, checkpoint.listing).items() if n not in read}
+    for name, one in found.items():
+        if one.folder in folders and one.kind == "weights":  # another form of the weights of a module
+            found[name] = replace(one, kind="same weights")
+    return found
 
 
 def _copied(files: Mapping[str, OtherFile]) -> SideFiles:
@@ -129,6 +139,32 @@ def _unread(theirs: Mapping[str, OtherFile], ours: Mapping[str, OtherFile], is_a
         and not (name in ours and same_content(one, ours[name]))
         and (name in ours or one.folder not in models)
     ]
+
+
+_COMPARED = (
+    "modules.json", "*/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "*processor_config.json",
+)  # fmt: skip
+_VERSIONS = ("__version__", "transformers_version")
+
+
+def _differing(ref: str, owner: str, theirs: Mapping[str, OtherFile], ours: Mapping[str, OtherFile]) -> list[Problem]:
+    """A warning if a source pools or prepares its inputs otherwise than the config source does."""
+    names = [name for name in theirs if name in ours and any(fnmatch(name, pattern) for pattern in _COMPARED)]
+    different = [n for n in names if not same_content(theirs[n], ours[n]) and _json(theirs[n]) != _json(ours[n])]
+    if not different:
+        return []
+    what = f"differs from {owner} in {join_first(different)}"
+    return [Problem("SIDE_FILES", ref, what, f"the output gets that of {owner}; check that both mean the same")]
+
+
+def _json(one: OtherFile) -> Any:
+    """A JSON file without its versions; None if it cannot be read."""
+    try:
+        found = json.loads(read_text(one.path, "CONFIG_INVALID")) if one.path else None
+    except (CheckpointError, ValueError, RecursionError):
+        return None
+    return {k: v for k, v in found.items() if k not in _VERSIONS} if isinstance(found, dict) else found
 
 
 def _note(
