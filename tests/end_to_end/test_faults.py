@@ -190,9 +190,9 @@ FAULTS: dict[str, tuple[Callable[[Models], object], str, str]] = {
         "adapter_config.json",
     ),
     "34 an adapter of a kind without a delta": (
-        lambda m: adapter_config(m, peft_type="ADALORA"),
+        lambda m: adapter_config(m, peft_type="XLORA"),
         "ADAPTER_UNSUPPORTED",
-        "ADALORA",
+        "XLORA",
     ),
     "34 an adapter field without a delta": (
         lambda m: adapter_config(m, layer_replication=[[0, 1]]),
@@ -343,7 +343,7 @@ def test_all_faults_of_all_inputs_are_told_at_once(models: Models, tmp_path: Pat
 
 def test_faults_of_many_files_are_told_at_once(models: Models, tmp_path: Path) -> None:
     (models["x"] / "model.safetensors").write_bytes(b"")
-    adapter_config(models, peft_type="LOHA")
+    adapter_config(models, peft_type="XLORA")
     asked = sound(models)
     asked["models"].append({"model": "./nowhere", "parameters": WEIGHT})
     result = paft("merge", write_recipe(tmp_path / "r.yaml", asked), tmp_path / "out")
