@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import logging
 import platform
@@ -22,11 +23,11 @@ from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
 from paft_merge.cli.starting import init
-from paft_merge.cli.terminal import COMMAND, LineFormatter, line, warn
+from paft_merge.cli.terminal import COMMAND, LineFormatter, line, say, warn
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
-from paft_merge.errors import PaftMergeError
+from paft_merge.errors import PaftMergeError, Problem, cause_of
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,12 @@ class _Group(click.Group):
             for problem in error.problems:
                 click.echo(line("error", problem), err=True)
             ctx.exit(GATE_FAILED if any(problem.code == "REQUIRED" for problem in error.problems) else REFUSED)
+        except (OSError, MemoryError, RecursionError, UnicodeError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # click ends quietly
+            log.info("where it came from", exc_info=error)
+            say(line("error", _problem_of(error)))
+            ctx.exit(REFUSED)
         except KeyboardInterrupt:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             resumes = command is not None and any(option.name == "resume" for option in command.params)
@@ -58,6 +65,30 @@ class _Group(click.Group):
             ctx.exit(INTERRUPTED)
         finally:
             log.info("%s: %.1f s", ctx.invoked_subcommand, time.monotonic() - began)
+
+
+def _problem_of(error: OSError | MemoryError | RecursionError | UnicodeError) -> Problem:
+    """The problem of an error of the system, of memory or of an encoding that no command expected."""
+    if isinstance(error, MemoryError):
+        return Problem("MEMORY", "", "there is not enough memory", "lower --memory, --threads or the batch size")
+    if not isinstance(error, OSError):
+        return Problem("INPUT", "", f"an input {cause_of(error)}", "run again with `paft -v` to see where")
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    code = "DISK_FULL" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "SYSTEM"
+    return Problem(
+        code, where, error.strerror or str(error) or type(error).__name__, _SYSTEM_FIXES.get(error.errno or 0, "")
+    )
+
+
+_SYSTEM_FIXES = {
+    errno.ENOSPC: "free space on that disk, then give the same command again",
+    errno.EDQUOT: "free space within the quota, then give the same command again",
+    errno.ENOMEM: "free memory, or lower --memory or --threads",
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "the links form a circle",
+}
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -7,11 +7,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import AdapterError, CheckpointError, Problems
-from paft_merge.inputs.safetensors_header import read_text
+from paft_merge.inputs.adapters.patterns import Budget, PatternError, check_pattern
+from paft_merge.inputs.safetensors_header import quote, read_text
 
 CONFIG = "adapter_config.json"
 
@@ -31,6 +33,11 @@ class Settings:
 
     raw: Mapping[str, Any]
 
+    @cached_property
+    def budget(self) -> Budget:
+        """The time that the patterns may take."""
+        return Budget()
+
     @property
     def peft_type(self) -> str:
         """The type of the adapter, as PEFT writes it, e.g. `LORA`."""
@@ -47,7 +54,7 @@ class Settings:
 
     def number(self, field: str, pattern: str, path: str) -> float:
         """`field` for the module at `path`: that of the first key of `pattern` that matches it, else the default."""
-        return float(_by_pattern(self.raw.get(pattern), path, self.raw[field]))
+        return float(_by_pattern(self.raw.get(pattern), path, self.raw[field], self.budget))
 
     def scale(self, path: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
@@ -151,9 +158,9 @@ def check_numbers(
         for key, value in (entries or {}).items():
             check(path, f"{field}[{key!r}]", value, problems)
             try:
-                re.compile(key)
-            except re.error as error:
-                problems.add("ADAPTER_CONFIG", path, f"{field}[{key!r}]: is not a regular expression: {error}")
+                check_pattern(key)
+            except PatternError as error:
+                problems.add("ADAPTER_CONFIG", path, f"{field}[{quote(key)}]: {error}")
 
 
 def check_real(path: Path, field: str, value: object, problems: Problems) -> None:
@@ -168,8 +175,14 @@ def check_positive(path: Path, field: str, value: object, problems: Problems) ->
         problems.add("ADAPTER_CONFIG", path, f"{field}: must be a whole number above 0, got {value!r}")
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any, budget: Budget) -> Any:
     """The value of the first pattern that matches the end of `path`, else of `path` itself, as PEFT does it."""
     patterns = patterns or {}
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), path)
-    return patterns.get(key, default)
+    for key in patterns:
+        try:
+            if budget.matches(key, path):
+                return patterns[key]
+        except PatternError as error:
+            fix = "write the names of the modules, or a simpler pattern"
+            raise AdapterError.of("ADAPTER_CONFIG", CONFIG, f"the pattern {quote(key)} {error}", fix) from error
+    return patterns.get(path, default)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
+from paft_merge.errors import escape
 from paft_merge.output.card.metadata import Score, card_metadata, licence
 from paft_merge.output.manifest import MANIFEST
 
@@ -22,17 +26,38 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
     recipe = manifest["recipe"]
     name = recipe.get("name") or "Merged model"
     data = yaml.safe_dump(card_metadata(manifest, name, scores), sort_keys=False, allow_unicode=True).strip()
-    made = f"Made by [paft_merge](https://pypi.org/project/paft-merge/) with the method `{recipe['merge_method']}`."
+    made = (
+        f"Made by [paft_merge](https://pypi.org/project/paft-merge/) with the method {_code(recipe['merge_method'])}."
+    )
     parts = [
-        ["---", data, "---", "", f"# {name}", "", made, ""],
+        ["---", data, "---", "", f"# {_cell(name)}", "", made, ""],
         _sources(manifest),
         _measured(manifest),
         [f"![Sparsity of each source, layer by layer]({picture})", ""] if picture else [],
         _scores(scores),
-        ["## Recipe", "", "```yaml", (manifest.get("recipe_text") or _yaml(manifest)).strip(), "```", ""],
+        ["## Recipe", "", *_fenced((manifest.get("recipe_text") or _yaml(manifest)).strip()), ""],
         _reproduce(manifest),
     ]
     return "\n".join(line for part in parts for line in part)
+
+
+def _cell(text: object) -> str:
+    """Text of a stranger for a card: one line, without control characters, and with the marks of Markdown and HTML escaped."""
+    return _MARKS.sub(r"\\\g<0>", html.escape(escape(" ".join(str(text).split())), quote=False))
+
+
+_MARKS = re.compile(r"[\\`*_{}\[\]|#!~]")
+
+
+def _code(text: object) -> str:
+    """Text of a stranger as code in a cell of a card."""
+    return f"`{escape(' '.join(str(text).split())).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def _fenced(text: str) -> list[str]:
+    """Text as a block of YAML whose fence is longer than any in the text."""
+    longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
+    return [f"{'`' * (longest + 1)}yaml", text, "`" * (longest + 1)]
 
 
 def _yaml(manifest: Mapping[str, Any]) -> str:
@@ -46,14 +71,14 @@ def _sources(manifest: Mapping[str, Any]) -> list[str]:
         licensed = source.get("card", {}).get("license_name") or source.get("card", {}).get("license") or "not stated"
         if source.get("repo_id"):
             repo, commit = source["repo_id"], source["commit"]
-            asked = f" (`{source['revision']}`)" if source.get("revision") not in (None, commit) else ""
-            place, revision = f"[{repo}](https://huggingface.co/{repo})", f"`{commit}`{asked}"
+            asked = f" ({_code(source['revision'])})" if source.get("revision") not in (None, commit) else ""
+            place, revision = f"[{_cell(repo)}](https://huggingface.co/{quote(repo)})", f"{_code(commit)}{asked}"
         else:
-            place, revision = f"`{source['path']}`", "a local folder"
-        rows.append(f"| {place} | {role} | {revision} | {licensed} |")
+            place, revision = _code(source["path"]), "a local folder"
+        rows.append(f"| {place} | {role} | {revision} | {_cell(licensed)} |")
     if not rows:
         return []
-    problems = [line for problem in licence(manifest)[1] for line in (f"Note: {problem.what}.", "")]
+    problems = [line for problem in licence(manifest)[1] for line in (f"Note: {_cell(problem.what)}.", "")]
     head = ["| source | as | revision | licence |", "|---|---|---|---|"]
     return ["## Sources", "", *head, *rows, "", *problems]
 
@@ -61,12 +86,12 @@ def _sources(manifest: Mapping[str, Any]) -> list[str]:
 def _measured(manifest: Mapping[str, Any]) -> list[str]:
     """Statistics of each source's delta, and how much of it was merged."""
     rows = [row for row in manifest.get("totals", ()) if row.get("l2")]
-    notes = [line for text in manifest.get("warnings", ()) for line in (f"Note: {text}", "")]
+    notes = [line for text in manifest.get("warnings", ()) for line in (f"Note: {_cell(text)}", "")]
     if not rows:
         return notes
     head = ["| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
     body = [
-        f"| `{r['source']}` | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} "
+        f"| {_code(r['source'])} | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} "
         f"| {r['l2']:.4g} |"
         for r in rows
     ]
@@ -86,7 +111,7 @@ def _scores(scores: Sequence[Score]) -> list[str]:
         return []
     head = ["| task | metric | shots | value | standard error |", "|---|---|---|---|---|"]
     body = [
-        f"| {s.task} | {s.metric} | {'-' if s.shots is None else s.shots} | {s.value:.4g} "
+        f"| {_cell(s.task)} | {_cell(s.metric)} | {'-' if s.shots is None else s.shots} | {s.value:.4g} "
         f"| {'-' if s.stderr is None else f'{s.stderr:.2g}'} |"
         for s in scores
     ]
@@ -96,7 +121,7 @@ def _scores(scores: Sequence[Score]) -> list[str]:
 def _reproduce(manifest: Mapping[str, Any]) -> list[str]:
     version = manifest.get("versions", {}).get("paft-merge", "")
     local = [s["path"] for s in manifest.get("sources", ()) if not s.get("repo_id")]
-    needs = f" Reproduction needs {', '.join(f'`{path}`' for path in local)} unchanged." if local else ""
+    needs = f" Reproduction needs {', '.join(_code(path) for path in local)} unchanged." if local else ""
     record = f"`{MANIFEST}` records the parameters, counts and digest of every tensor, and the commit of every source."
     return [
         "## Reproduce", "", "```sh", f"pip install paft-merge=={version}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from paft_merge.errors import Problem
+from paft_merge.errors import CheckpointError, Problem, reading
+from paft_merge.inputs.safetensors_header import open_regular
 
 _KEPT = ("license", "license_name", "license_link", "datasets", "language")
 _RESULTS = ("evaluation.json", "results*.json")
@@ -29,19 +31,30 @@ class Score:
 
 def about(folder: Path) -> dict[str, Any]:
     """Licence, data sets and languages in the card of a source; empty if it has no card or the card does not state them."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return {}
-    head, _, rest = text.partition("---\n")
-    if head.strip() or "---" not in rest:
+    path = folder / "README.md"
+    if not path.is_file():
         return {}
     try:
-        data = yaml.safe_load(rest.partition("\n---")[0])
-    except (yaml.YAMLError, RecursionError):
+        with reading(path, "CARD", CheckpointError):
+            fd = open_regular(path)
+            with os.fdopen(fd, "rb") as file:
+                head, _, rest = file.read(_HEAD_BYTES).decode("utf-8", "ignore").partition("---\n")
+            if head.strip() or "---" not in rest:
+                return {}
+            data = yaml.safe_load(rest.partition("\n---")[0])
+    except CheckpointError:  # a card without metadata that can be read states nothing
         return {}
     found = {k: data[k] for k in _KEPT if isinstance(data, Mapping) and isinstance(data.get(k), str | list)}
-    return {k: v for k, v in found.items() if isinstance(v, str) or all(isinstance(one, str) for one in v)}
+    return {k: v for k, v in found.items() if all(map(_is_text, [v] if isinstance(v, str) else v))}
+
+
+_HEAD_BYTES = 1 << 16
+"""A card's metadata is looked for in this many bytes."""
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that can be written as UTF-8."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def licence(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

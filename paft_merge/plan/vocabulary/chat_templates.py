@@ -12,6 +12,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from paft_merge.errors import cause_of
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.plan.vocabulary.tokenizers import TokenizerFiles
 from paft_merge.plan.vocabulary.trained_tokenizers import TEMPLATE, TrainedTokenizer, content_of
@@ -46,18 +47,21 @@ def choose_template(written: str, tokenizers: Sequence[TrainedTokenizer | None])
 
 
 def check_template(text: str) -> None:
-    """Parse and compile a template as transformers would, without running it.
+    """Parse a template as transformers would. It is not compiled, because compiling computes its constants.
 
     Raises:
-        ChatTemplateError: a syntax error, with its line in the template.
+        ChatTemplateError: a syntax error, with its line in the template; a filter or test that jinja2 does not have.
     """
     try:
-        _ENVIRONMENT.compile(text)
+        for node in _ENVIRONMENT.parse(text).find_all((nodes.Filter, nodes.Test)):
+            known = _ENVIRONMENT.filters if isinstance(node, nodes.Filter) else _ENVIRONMENT.tests
+            if node.name not in known:
+                raise TemplateSyntaxError(f"no {type(node).__name__.lower()} named {node.name!r}", node.lineno)
     except TemplateSyntaxError as error:
         what = f"line {error.lineno} of the template is not valid Jinja: {error.message}"
         raise ChatTemplateError(what, f"fix it, or use auto, {', '.join(CHAT_TEMPLATES)}") from error
-    except TemplateError as error:
-        raise ChatTemplateError(f"the template is not valid Jinja: {error}", "fix it") from error
+    except (TemplateError, ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+        raise ChatTemplateError(f"the template is not valid Jinja: {cause_of(error)}", "fix it") from error
 
 
 def with_template(files: TokenizerFiles, text: str) -> dict[str, bytes | Path]:

@@ -1,0 +1,135 @@
+"""Names from strangers' files: no control character reaches a terminal, no mark-up a card."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import near, random_state, save_checkpoint
+
+from paft_merge.cli import cli
+from paft_merge.cli.terminal import console, plain
+from paft_merge.engine.api import merge
+from paft_merge.errors import Problem, escape
+
+HOSTILE = "model.\x1b]0;owned\x07\x1b[2J[red]\u202egnp\u200b.weight"
+TITLE = b"\x1b]0;"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A recipe whose models hold a tensor of a hostile name and a card with hostile licences."""
+    state = {**random_state(0), HOSTILE: random_state(0)["model.norm.weight"]}
+    for name, one in (("base", state), ("x", near(state, 1))):
+        save_checkpoint(tmp_path / name, one)
+        card = {"license": "other", "license_name": "mine\n\n# INJECTED\n<script>alert(1)</script>|`\x1b[2J"}
+        (tmp_path / name / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    recipe = {
+        "merge_method": "ties", "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "x"), "parameters": {"weight": 1.0, "density": 0.5}}],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path / "recipe.yaml"
+
+
+def on_a_terminal(*arguments: object) -> bytes:
+    """The bytes that a command writes to a terminal of 100 columns."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "paft_merge.cli", *map(str, arguments)]
+    running = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(leader, 65536)
+        except OSError:  # EIO: the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(leader)
+    running.wait()
+    return shown
+
+
+@pytest.mark.parametrize("command", ["merge", "explain", "dry-run", "audit"])
+def test_no_name_reaches_a_terminal_as_a_command(hostile: Path, tmp_path: Path, command: str) -> None:
+    arguments = {
+        "merge": ("merge", hostile, tmp_path / "out"),
+        "explain": ("explain", hostile),
+        "dry-run": ("merge", "--dry-run", hostile),
+        "audit": ("audit", tmp_path / "x", "--base", tmp_path / "base"),
+    }[command]
+    shown = on_a_terminal(*arguments)
+    assert b"Traceback" not in shown, shown.decode()
+    for piece in (TITLE, b"\x07", "\u202e".encode(), "\u200b".encode(), b"\x1b[2J["):
+        assert piece not in shown, shown
+    if command == "explain":
+        assert rb"\x1b]0;owned\x07\x1b[2J[red]\u202egnp\u200b.weight" in shown.replace(b"\r\n", b"")
+
+
+def test_escaped_are_controls_line_breaks_and_what_hides_or_reorders_text() -> None:
+    assert (
+        escape("a\x1b[0m\x9b\n\u202e\u2066\u200d\ud800\u2028é漢") == r"a\x1b[0m\x9b\n\u202e\u2066\u200d\ud800\u2028é漢"
+    )
+    assert escape("a\nb\tc", lines=True) == "a\nb\\tc"
+    assert str(Problem("X", "a\nb", "c")) == r"a\nb: c"
+
+
+def test_a_console_prints_names_without_control_or_markup() -> None:
+    screen = console(force_terminal=True, width=200, color_system=None)
+    with screen.capture() as held:
+        screen.print(f"[bold]{plain(HOSTILE)}[/]")
+        screen.print(HOSTILE, markup=False)
+    assert "\x1b]" not in held.get()
+    assert held.get().count(r"\x1b]0;owned") == held.get().count(r"\x1b[2J[red]\u202egnp") == 2
+
+
+def test_a_card_of_a_source_cannot_write_into_the_merged_card(hostile: Path, tmp_path: Path) -> None:
+    merge(hostile, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\x1b" not in card
+    assert "<script>" not in card.partition("\n---\n")[2]
+    assert not [line for line in card.splitlines() if line.startswith("# INJECTED")]
+    head = yaml.safe_load(card.partition("---\n")[2].partition("\n---\n")[0])
+    assert head["license_name"].startswith("mine\n")  # quoted in YAML, as it was
+    table = [line for line in card.splitlines() if "INJECTED" in line and line.startswith("| ")]
+    assert table
+    assert all(line.replace("\\|", "").count("|") == 5 for line in table)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            "error[DISK_FULL]: /x/y: No space left on device; free space",
+        ),
+        (MemoryError(), "error[MEMORY]: there is not enough memory"),
+        (RecursionError(), "error[INPUT]: an input is nested too deeply"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), "error[INPUT]: an input is not UTF-8 text at byte 0"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300), "use a shorter name"),
+        (OSError(errno.ELOOP, "Too many levels", "a\x1b"), r"error[SYSTEM]: a\x1b: Too many levels"),
+    ],
+)
+def test_errors_of_the_system_and_of_memory_are_lines(
+    error: Exception, shown: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("paft_merge.output.card.write_card", fail)
+    done = CliRunner().invoke(cli, ["card", str(tmp_path)])
+    assert done.exit_code == 1
+    assert shown in done.output
+    assert "Traceback" not in done.output
+    assert json.dumps(done.output)
