@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import docs_adapters
 import docs_tables
 import pytest
 import yaml
@@ -23,6 +24,10 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("page", docs_tables.TABLES)
 def test_generated_tables_are_up_to_date(page: str) -> None:
     assert docs_tables.with_table(page) == (ROOT / "docs" / page).read_text(), "run python tools/docs_tables.py"
+
+
+def test_the_table_of_adapters_is_up_to_date() -> None:
+    assert docs_adapters.page() == docs_adapters.PAGE.read_text(), "run python tools/docs_adapters.py"
 
 
 def test_every_key_of_the_language_is_described() -> None:

@@ -145,11 +145,15 @@ def check_kinds(path: Path, raw: Mapping[str, Any], wanted: Mapping[str, tuple[t
 def check_numbers(
     path: Path, raw: Mapping[str, Any], whole: Iterable[str], real: Iterable[str], problems: Problems
 ) -> None:
-    """Note fields that must be set to a number and are not: `whole` above 0, `real` finite and not 0; and patterns."""
+    """Note fields that must be set to a number and are not: `whole` above 0, `real` finite and not 0."""
     for field in whole:
         check_positive(path, field, raw.get(field), problems)
     for field in real:
         check_real(path, field, raw.get(field), problems)
+
+
+def check_patterns(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
+    """Note entries of `rank_pattern` and `alpha_pattern` that are not a regular expression and a number."""
     for field, check in (("rank_pattern", check_positive), ("alpha_pattern", check_real)):
         entries = raw.get(field)
         if entries is not None and not isinstance(entries, dict):

@@ -12,9 +12,10 @@ from typing import Any
 
 from paft_merge.errors import Problems
 from paft_merge.inputs.adapters.binding import About, Binding, DeltaBuilder, PeftType
-from paft_merge.inputs.adapters.config import INERT, check_kinds, check_numbers, refuse_unknown
+from paft_merge.inputs.adapters.config import INERT, check_kinds, check_numbers, check_patterns, refuse_unknown
 from paft_merge.inputs.adapters.deltas import AdapterDelta
 from paft_merge.inputs.adapters.keys import Module, TensorNames
+from paft_merge.inputs.adapters.layouts import is_transposed
 from paft_merge.inputs.adapters.merged_by_peft import by_peft
 from paft_merge.inputs.adapters.rows import Rows
 
@@ -78,36 +79,6 @@ class Layer:
         return self.binding.unlike_base(self.path, f"has {shapes}, which do not fit the base's {self.shape}")
 
 
-def is_transposed(
-    binding: Binding, path: str, builder: DeltaBuilder, fits: Callable[[int, int], bool], unfit: str
-) -> bool:
-    """Whether a matrix is stored `[in, out]`, as HF's `Conv1D` does: by shape, else by bias, else by the class.
-
-    PEFT decides by the class of the layer and overrules `fan_in_fan_out` of the file, so that field is not used here
-    either.
-
-    Args:
-        binding: the adapter and its base.
-        path: the layer.
-        builder: of the layer's weight.
-        fits: whether the adapter fits this number of output and input features.
-        unfit: the message if it fits neither way.
-    """
-    shape = builder.shape
-    has_bias = builder.name.removesuffix("weight") + "bias" in binding.base.tensors  # Conv1D always has one
-    plain, flipped = fits(*shape), has_bias and fits(*shape[::-1])
-    if not plain and not flipped:
-        raise binding.unlike_base(path, f"{unfit} the base's {shape}")
-    if not (plain and flipped):
-        return flipped
-    architecture = binding.architecture.get()
-    found = architecture.is_conv1d(path) if architecture else None
-    if found is None and binding.settings.flag("fan_in_fan_out"):
-        what = "may be stored transposed: transformers does not know the model's class, which decides it"
-        raise binding.wrong(path, what, "ADAPTER_UNSUPPORTED")
-    return bool(found)
-
-
 def native(
     peft_type: str,
     prefix: str,
@@ -139,6 +110,8 @@ def native(
         refuse_unknown(path, raw, INERT | fields.keys(), peft_type, problems)
         check_kinds(path, raw, {name: kinds for name, kinds in fields.items() if kinds}, problems)
         check_numbers(path, raw, whole, real, problems)
+        if fields.get("rank_pattern"):
+            check_patterns(path, raw, problems)
 
     def bind_module(binding: Binding, module: Module) -> None:
         parameter = binding.require(module.path, f"{module.path}.weight")

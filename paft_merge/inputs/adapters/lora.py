@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from paft_merge.inputs.adapters.binding import Binding, DeltaBuilder, PeftType
+from paft_merge.inputs.adapters.binding import About, Binding, DeltaBuilder, PeftType
 from paft_merge.inputs.adapters.deltas import Lazy, Pair
 from paft_merge.inputs.adapters.keys import Module, TensorNames
+from paft_merge.inputs.adapters.layouts import is_transposed
 from paft_merge.inputs.adapters.lora_config import check_config
 from paft_merge.inputs.adapters.lora_experts import bind_parameter, targeted_name
 from paft_merge.inputs.adapters.lora_factors import (
@@ -152,23 +153,14 @@ def _check_convolution(binding: Binding, path: str, factors: Factors, shape: tup
 
 
 def _is_transposed(binding: Binding, path: str, factors: Factors, builder: DeltaBuilder) -> bool:
-    """Whether the weight is stored `[in, out]`, as HF's `Conv1D` does: by shape, else by bias, else by the class.
-
-    PEFT decides by the class of the layer and overrules `fan_in_fan_out` of the file, so that field is not used here
-    either. (PEFT never transposes a weight that was targeted as a parameter.)
-    """
-    shape, product = builder.shape, factors.product_shape
-    can_be = targeted_name(binding, path) == path and _bias_of(binding, builder.name) is not None  # Conv1D has a bias
-    if product is None or (product != shape and (product[::-1] != shape or not can_be)):
-        raise unequal(binding, path, factors, shape)
-    if shape[0] != shape[1] or not can_be:
-        return product != shape
-    architecture = binding.architecture.get()
-    found = architecture.is_conv1d(path) if architecture else None
-    if found is None and binding.settings.flag("fan_in_fan_out"):
-        what = "is square, and may be stored transposed: transformers does not know the model's class, which decides it"
-        raise binding.wrong(path, what, "ADAPTER_UNSUPPORTED")
-    return bool(found)
+    """Whether the weight is stored `[in, out]`; PEFT never transposes a weight that was targeted as a parameter."""
+    product, targeted = factors.product_shape, targeted_name(binding, path) != path
+    if product is None or (targeted and product != builder.shape):
+        raise unequal(binding, path, factors, builder.shape)
+    if targeted:
+        return False
+    unfit = f"has lora_A {factors.a_shape} and lora_B {factors.b_shape}, which do not make"
+    return is_transposed(binding, path, builder, lambda *shape: product == shape, unfit)
 
 
 def _refuse_decomposition(binding: Binding, path: str) -> None:
@@ -179,4 +171,8 @@ def _refuse_decomposition(binding: Binding, path: str) -> None:
 
 _PARTS = ("A", "B", "embedding_A", "embedding_B", "magnitude_vector")
 
-LORA = PeftType(TensorNames("lora_", _PARTS), check_config, _bind)
+_ABOUT = About(
+    "LoRA (arXiv:2106.09685), rsLoRA, DoRA, PiSSA, OLoRA", "all, and fused experts", "here", "rows", "W + s · B A"
+)
+
+LORA = PeftType(TensorNames("lora_", _PARTS), check_config, _bind, _ABOUT)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import Problems
-from paft_merge.inputs.adapters.config import INERT, check_kinds, check_numbers, check_positive, refuse_unknown
+from paft_merge.inputs.adapters.config import (
+    INERT,
+    check_kinds,
+    check_numbers,
+    check_patterns,
+    check_positive,
+    refuse_unknown,
+)
 
 _UNUSED = INERT | {
     *("lora_dropout", "megatron_config", "megatron_core", "qalora_group_size"),
@@ -89,3 +96,4 @@ def _check_numbers(path: Path, raw: Mapping[str, Any], problems: Problems) -> No
         if field not in raw:
             problems.add("ADAPTER_CONFIG", path, f"{field}: is missing; set it, as PEFT's default of 8 may be wrong")
     check_numbers(path, raw, {"r"} & raw.keys(), {"lora_alpha"} & raw.keys(), problems)
+    check_patterns(path, raw, problems)

@@ -64,8 +64,8 @@ def _make_loha(layer: Layer) -> Callable[[], AdapterDelta] | None:
 
 def _make_lokr(layer: Layer) -> Callable[[], AdapterDelta] | None:
     """`lokr_w1` or its factors `[a, r]`, `[r, b]`, and the same for `lokr_w2`; with `lokr_t2` it is a convolution's core."""
-    if "t2" in layer.parts:
-        return None
+    if "t2" in layer.parts or ("w2" in layer.parts and len(layer.parts["w2"].shape) == 3):
+        return None  # the product of a Conv1d's `[b, d, kernel]` with w1 mixes its dimensions, in training too
     needed = [name for w in ("w1", "w2") for name in ((w,) if w in layer.parts else (f"{w}_a", f"{w}_b"))]
     layer.require(*needed)
     ones = [_matrix_shape(layer, w) for w in ("w1", "w2")]

@@ -110,6 +110,6 @@ HIRA = native(
     "HIRA", "hira_",
     About("HiRA (ICLR 2025)", "linear, Conv1D, embedding, convolutions", "here", "rows", "W + W ⊙ (B A)"),
     ("A", "B", "embedding_A", "embedding_B"),
-    {**dict.fromkeys(("r", "hira_dropout", "init_weights", "rank_pattern"), ()), "fan_in_fan_out": (bool,), "modules_to_save": (list,)},
+    {**dict.fromkeys(("r", "hira_dropout", "init_weights"), ()), "rank_pattern": (dict,), "fan_in_fan_out": (bool,), "modules_to_save": (list,)},
     _make_hira,
 )  # fmt: skip

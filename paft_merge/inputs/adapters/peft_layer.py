@@ -129,15 +129,13 @@ class LayerMerger:
         missing = [key for key in result.missing_keys if key.startswith(starts) and id(held[key]) not in given]
         if missing:
             raise ValueError(f"needs tensors that the adapter does not have: {', '.join(map(repr, missing))}")
-        return model
+        return model.eval()  # VB-LoRA refuses to be trained further
 
     def _tensors(self, path: str) -> dict[str, torch.Tensor]:
         """The adapter's tensors of one module, as PEFT names them; floats as float32."""
         module = self._binding.keys.modules.get((path, 0))
-        start = path if path == SHARED else f"base_model.model.{path}"
-        return {
-            f"{start}.{self._prefix}{part}": self._tensor(key) for part, key in (module.parts if module else {}).items()
-        }
+        keys = module.parts.values() if module else ()
+        return {key if key.startswith(f"{SHARED}.") else f"{SHARED}.model.{key}": self._tensor(key) for key in keys}
 
     def _tensor(self, key: str) -> torch.Tensor:
         file = self._binding.file
@@ -158,10 +156,15 @@ class LayerMerger:
         known: nn.Module | None = architecture.module(path) if architecture else None
         if known is not None:
             return copy.deepcopy(known)
-        found = self._binding.find(f"{path}.weight")
-        if found is None or len(found.shape) != 2 or self._binding.find(f"{path}.bias"):
-            raise ValueError("is not a layer that transformers knows, nor a linear layer without a bias")
-        return nn.Linear(found.shape[1], found.shape[0], bias=False, device="meta")
+        found, bias = self._binding.find(f"{path}.weight"), self._binding.find(f"{path}.bias") is not None
+        shape = found.shape if found else ()
+        if len(shape) == 2 and not bias:  # one with a bias may be a Conv1D, whose weight is transposed
+            return nn.Linear(shape[1], shape[0], bias=False, device="meta")
+        kinds: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+        if len(shape) in kinds:
+            convolution: nn.Module = kinds[len(shape)](shape[1], shape[0], shape[2:], bias=bias, device="meta")
+            return convolution
+        raise ValueError("its class is unknown, as transformers does not know the base's architecture")
 
     def _find_targets(self) -> list[str]:
         """All adapted layers: those that have tensors; else, or if their order counts, from the model's class."""
@@ -191,8 +194,8 @@ class LayerMerger:
         except AdapterError:
             raise
         except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
-            what = f"cannot be merged by PEFT: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            raise self._binding.wrong(path, what) from error
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise self._binding.wrong(path, f"cannot be merged by PEFT: {text[:300]}") from error
 
 
 def _tree(modules: Mapping[str, nn.Module]) -> nn.Module:

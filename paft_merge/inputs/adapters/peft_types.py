@@ -50,28 +50,34 @@ TYPES: dict[str, PeftType] = {
     "OFT": OFT,
     "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
     "ADAMSS": by_peft("ADAMSS", "adamss_", "AdaMSS", bias=True),
-    "BEFT": by_peft("BEFT", "beft_", "BEFT", only_bias=True),
-    "BOFT": by_peft("BOFT", "boft_", "BOFT"),
-    "C3A": by_peft("C3A", "c3a_", "C3A"),
-    "DEFT": by_peft("DEFT", "deft_", "DEFT"),
-    "DELORA": by_peft("DELORA", "delora_", "DeLoRA"),
-    "FOURIERFT": by_peft("FOURIERFT", "fourierft_", "FourierFT"),
-    "FROD": by_peft("FROD", "frod_", "FRoD", refuse=_frod),
+    "BEFT": by_peft("BEFT", "beft_", "BEFT (arXiv:2509.15974)", layers="linear with a bias", only_bias=True),
+    "BOFT": by_peft("BOFT", "boft_", "BOFT (arXiv:2311.06243)", layers="linear, Conv2d"),
+    "C3A": by_peft("C3A", "c3a_", "C3A (arXiv:2407.19342)"),
+    "DEFT": by_peft("DEFT", "deft_", "DEFT", layers="linear, Conv1D"),
+    "DELORA": by_peft("DELORA", "delora_", "DeLoRA (arXiv:2503.18225)"),
+    "FOURIERFT": by_peft("FOURIERFT", "fourierft_", "FourierFT (arXiv:2405.03003)", layers="linear, Conv1D"),
+    "FROD": by_peft("FROD", "frod_", "FRoD", layers="linear, Conv1D", refuse=_frod),
     "GLORA": by_peft("GLORA", "glora_", "GLoRA", bias=True),
-    "GRALORA": by_peft("GRALORA", "gralora_", "GraLoRA"),
-    "HRA": by_peft("HRA", "hra_", "HRA"),
+    "GRALORA": by_peft("GRALORA", "gralora_", "GraLoRA", layers="linear, Conv1D"),
+    "HRA": by_peft("HRA", "hra_", "HRA (arXiv:2405.17484)", layers="linear, Conv2d"),
     "OSF": by_peft("OSF", "osf_", "OSF"),
-    "PEANUT": by_peft("PEANUT", "peanut_", "PEANuT"),
+    "PEANUT": by_peft("PEANUT", "peanut_", "PEANuT (arXiv:2410.01870)"),
     "PSOFT": by_peft("PSOFT", "psoft_", "PSOFT"),
-    "PVERA": by_peft("PVERA", "pvera_", "PVeRA", scope="shapes", refuse=_pvera),
-    "RANDLORA": by_peft("RANDLORA", "randlora_", "RandLoRA", scope="shapes"),
-    "ROAD": by_peft("ROAD", "road_", "RoAd", bias=True),
-    "SUPERTUNING": by_peft("SUPERTUNING", "supertuning_", "Supertuning"),
-    "TINYLORA": by_peft("TINYLORA", "tinylora_", "TinyLoRA", scope="numbers"),
-    "UNILORA": by_peft("UNILORA", "unilora_", "UniLoRA", scope="shapes"),
-    "VBLORA": by_peft("VBLORA", "vblora_", "VB-LoRA"),
-    "VERA": by_peft("VERA", "vera_", "VeRA", scope="shapes"),
-    "WAVEFT": by_peft("WAVEFT", "waveft_", "WaveFT", scope="shapes"),
+    "PVERA": by_peft(
+        "PVERA", "pvera_", "PVeRA (arXiv:2512.07703)", layers="linear, Conv1D", scope="shapes", refuse=_pvera
+    ),
+    "RANDLORA": by_peft(
+        "RANDLORA", "randlora_", "RandLoRA (arXiv:2502.00987)", layers="linear, Conv1D", scope="shapes"
+    ),
+    "ROAD": by_peft("ROAD", "road_", "RoAd (arXiv:2409.00119)", bias=True),
+    "SUPERTUNING": by_peft("SUPERTUNING", "supertuning_", "SuperTuning (arXiv:2607.09287)"),
+    "TINYLORA": by_peft(
+        "TINYLORA", "tinylora_", "TinyLoRA (arXiv:2602.04118)", layers="linear, Conv1D, embedding", scope="numbers"
+    ),
+    "UNILORA": by_peft("UNILORA", "unilora_", "Uni-LoRA (arXiv:2506.00799)", layers="linear, Conv1D", scope="shapes"),
+    "VBLORA": by_peft("VBLORA", "vblora_", "VB-LoRA (arXiv:2405.15179)", layers="linear, Conv1D"),
+    "VERA": by_peft("VERA", "vera_", "VeRA (arXiv:2310.11454)", layers="linear, Conv1D", scope="shapes"),
+    "WAVEFT": by_peft("WAVEFT", "waveft_", "WaveFT", layers="linear, Conv1D", scope="shapes"),
 }
 """By `peft_type` of adapter_config.json."""
 

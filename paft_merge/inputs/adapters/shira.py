@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.errors import AdapterError, Problems
-from paft_merge.inputs.adapters.binding import Binding, PeftType
+from paft_merge.inputs.adapters.binding import About, Binding, PeftType
 from paft_merge.inputs.adapters.config import INERT, check_kinds, check_positive, refuse_unknown
 from paft_merge.inputs.adapters.deltas import AdapterDelta, Lazy
 from paft_merge.inputs.adapters.keys import Module, TensorNames
@@ -136,4 +136,6 @@ def _bind(binding: Binding, module: Module) -> None:
     builder.make = lambda: Sparse(shape, entries, builder.stored_as)
 
 
-SHIRA = PeftType(TensorNames("shira_", ("weight", "indices")), _check_config, _bind)
+_ABOUT = About("SHiRA (arXiv:2406.13175)", "linear", "here", "rows", "W, with values added to some entries")
+
+SHIRA = PeftType(TensorNames("shira_", ("weight", "indices")), _check_config, _bind, _ABOUT)
