@@ -87,7 +87,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     for at, heading in enumerate(headings):
         widest = max(map(len, heading.split("\n"))) if at else 4
         table.add_column(
-            plain(heading), justify="right" if at else "left", overflow="fold", min_width=widest, vertical="bottom" if at else "top"
+            heading, justify="right" if at else "left", overflow="fold", min_width=widest, vertical="bottom" if at else "top"
         )  # fmt: skip
     return table
 
@@ -105,7 +105,7 @@ def _sources(audit: Audit, width: int) -> Iterator[Table]:
             room -= max(len(label), *map(len, numbers.values())) + 2
             fit += room >= 0
         shown, columns = columns[: max(fit, 1)], columns[max(fit, 1) :]
-        table = _table("", ("", *(label for label, _ in shown)))
+        table = _table("", ("", *(plain(label) for label, _ in shown)))
         for name in dict.fromkeys(name for _, numbers in shown for name in numbers):
             table.add_row(name, *(numbers.get(name, "") for _, numbers in shown))
         yield table
@@ -152,7 +152,7 @@ def _pairs(pairs: Sequence[PairAudit]) -> Table:
         total = pair.total
         shares = total.conflict, total.conflict_weighted, total.overlap, total.overlap_chance
         table.add_row(
-            plain(f"{abridged(pair.left, 15)}\n{abridged(pair.right, 15)}"), f"x {short(total.size_ratio)}", short(total.cosine, 2),
+            f"{plain(abridged(pair.left, 15))}\n{plain(abridged(pair.right, 15))}", f"x {short(total.size_ratio)}", short(total.cosine, 2),
             *map(percent, shares), ", ".join(percent(share, 0) for share in pair.subspace),
         )  # fmt: skip
     return table

@@ -75,7 +75,7 @@ class Audit(AuditData):
             numbers = f"norms x {short(total.size_ratio)}, cosine {short(total.cosine)}, signs differ {percent(total.conflict)}"
             lines.append(f"  {pair.left} and {pair.right}: {numbers}")
         lines += [f"  {SIGNS[advice.level][0]} {advice.text}" for advice in self.advice if advice.level == "warn"]
-        return escape("\n".join(lines))
+        return escape("\n".join(lines), lines=True)
 
     def __repr__(self) -> str:
         names = ", ".join(s.label for s in self.sources)
