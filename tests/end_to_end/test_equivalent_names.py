@@ -143,6 +143,16 @@ WAV2VEC2 = {**SMALL, "conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (
 WAV2VEC2 |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer"}
 
 
+def nomic_bert() -> Any:
+    """A model that is saved with one tensor for queries, keys and values."""
+    return of("NomicBertModel", "NomicBertConfig", **SMALL, max_position_embeddings=16)()
+
+
+def marian() -> Any:
+    """A model that computes the embeddings of positions, and does not save them."""
+    return of("MarianMTModel", "MarianConfig", **{**BART, "decoder_vocab_size": 60})()
+
+
 def qwen2_5_vl() -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -314,6 +324,8 @@ CASES = {
             "old": renamed((r"\.parametrizations\.weight\.original0$", ".weight_g"), (r"\.parametrizations\.weight\.original1$", ".weight_v")),
         },
     ),
+    "nomic-bert": Case(nomic_bert, {"saved": as_it_is, "split": of_model(nomic_bert)}),
+    "marian": Case(marian, {"saved": as_it_is, "positions": of_model(marian)}),
     "mixtral": Case(toys.mixtral, {"saved": as_it_is, "fused": of_model(toys.mixtral)}),
     "qwen3-moe": Case(toys.qwen3_moe, {"saved": as_it_is, "fused": of_model(toys.qwen3_moe)}),
 }  # fmt: skip
@@ -444,6 +456,15 @@ def test_a_tied_head_with_values_of_its_own_is_refused(qwen: Path, tmp_path: Pat
     codes, text = code_of(lambda: merge(task(qwen / "saved base", source), tmp_path / "out"))
     assert codes == {"TIED_DIFFERS"}
     assert "'lm_head.weight', which differs from 'model.embed_tokens.weight'" in text
+
+
+def test_a_buffer_that_was_trained_is_a_weight(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """BART may lack `final_logits_bias`, which is then zero; other values of it cannot be left out."""
+    folder = made("bart")
+    state = {**state_of(folder / "saved tuned"), "final_logits_bias": torch.ones(1, 60)}
+    source = put(folder / "saved", tmp_path / "m", state)
+    codes, text = code_of(lambda: merge(task(folder / "2020 base", source), tmp_path / "out"))
+    assert (codes, "final_logits_bias" in text) == ({"KEYS_EXTRA"}, True)
 
 
 def test_an_untied_head_is_a_weight(tmp_path: Path) -> None:
