@@ -67,7 +67,7 @@ import_option = click.option(
 
 trust_option = click.option(
     "--trust-code", is_flag=True,
-    help="Run code that the recipe or the model's folder names, wherever it lies. Read it first; see docs/trust.md.",
+    help="Run code that the recipe or the model's folder names, wherever it is. Read it first; see docs/trust.md.",
 )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
-from paft_merge.inputs.other_files import MOST_BYTES, OtherFile, other_files, same_content
 from paft_merge.inputs.safetensors_header import join_first, read_text
+from paft_merge.inputs.side_file_kinds import MOST_BYTES, OtherFile, other_files, same_content
 
 _SHOWN = ("side", "weights", "data", "same weights")
 """Kinds whose files are named in a warning if they are left out."""

@@ -1,4 +1,4 @@
-"""Consent to run code that a recipe names: `trust_code=True`, or a file that lies beside the recipe and is named first.
+"""Consent to run code that a recipe names: `trust_code=True`, or a file beside the recipe and is named first.
 
 A recipe is data. Checks and plans run none of its code; docs/trust.md lists what a command may run.
 """
@@ -66,7 +66,7 @@ def file_of(name: str, folder: Path) -> Path | None:
 
 
 def functions_in(file: Path) -> set[str] | None:
-    """The names that a Python file defines at its top level, found without running it; None if only running it can tell.
+    """The names that a Python file defines at its top level, found without running it; None if only running it shows them.
 
     Raises:
         OSError, SyntaxError, ValueError, RecursionError: the file cannot be read or parsed.

@@ -20,7 +20,7 @@ import paft_merge
 from paft_merge.engine.api import open_plan
 from paft_merge.errors import PaftMergeError, Problem
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.other_files import MOST_BYTES, kind_of
+from paft_merge.inputs.side_file_kinds import MOST_BYTES, kind_of
 
 
 @pytest.fixture

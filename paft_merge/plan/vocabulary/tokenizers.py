@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import CheckpointError
-from paft_merge.inputs.other_files import is_inside
 from paft_merge.inputs.safetensors_header import quote
+from paft_merge.inputs.side_file_kinds import is_inside
 
 if TYPE_CHECKING:
     from paft_merge.inputs.models import Model

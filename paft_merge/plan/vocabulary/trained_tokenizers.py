@@ -67,7 +67,7 @@ class TrainedTokenizer:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Every token and its id; empty where only transformers can tell, as for tokenizer.model."""
+        """Every token and its id; empty where only transformers knows them, as for tokenizer.model."""
         try:
             if "tokenizer.json" in self.files:
                 return ids_in(content_of(self.files["tokenizer.json"]))
