@@ -6,15 +6,16 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paft_merge.errors import HubError, Problem
+from paft_merge.errors import HubError, Problem, Problems
 from paft_merge.hub.faults import asking
 from paft_merge.inputs.checkpoint import UNFINISHED, Checkpoint
+from paft_merge.inputs.other_files import is_inside
 from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def prepare_upload(folder: Path) -> UploadPlan:
 
     Raises:
         HubError: PUSH_FOLDER, it is none, holds nothing, or is a merge under way; PUSH_INCOMPLETE, its manifest says
-            so; PUSH_CHANGED, its bytes are not those that the merge wrote; PUSH_SECRET, a file holds a token.
+            so; PUSH_CHANGED, its bytes are not those that the merge wrote; PUSH_SECRET, a file holds a token;
+            PUSH_LINK, a link leads out of the folder.
         CheckpointError: it is not a complete checkpoint or adapter.
     """
     folder = Path(folder)
@@ -115,6 +117,7 @@ def prepare_upload(folder: Path) -> UploadPlan:
     files = dict(sorted(_files(folder), key=lambda item: _sending_order(item[0])))
     if not files:
         raise HubError.of("PUSH_FOLDER", folder, "holds nothing to send", "give the folder that was written")
+    _refuse_links(folder, files)
     _refuse_secrets(files)
     kind, warnings = _check(folder, files)
     return UploadPlan(folder, files, kind, (*warnings, *_local_paths(files)))
@@ -131,6 +134,16 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             path = Path(here) / name
             if not name.startswith(".") and not _any(name, _NOT_SENT) and path.is_file():
                 yield path.relative_to(folder).as_posix(), path
+
+
+def _refuse_links(folder: Path, files: Mapping[str, Path]) -> None:
+    """Raise HubError PUSH_LINK for links to files outside the folder and the Hub's cache: they may be private."""
+    problems = Problems()
+    for name, path in files.items():
+        if not is_inside(path, folder):
+            what = f"is a link to {path.resolve()}, outside the folder"
+            problems.add("PUSH_LINK", folder / name, what, "copy the file into the folder, or remove the link")
+    problems.raise_as(HubError)
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:

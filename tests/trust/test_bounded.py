@@ -104,7 +104,7 @@ def test_a_template_is_parsed_and_not_computed(text: str) -> None:
 
 
 def test_a_template_with_an_unknown_filter_is_refused_with_its_line() -> None:
-    with pytest.raises(ChatTemplateError, match="line 2 of the template is not valid Jinja: no filter named 'nope'"):
+    with pytest.raises(ChatTemplateError, match="line 2 of the template is not valid Jinja: No filter named 'nope'"):
         check_template("{{ a }}\n{{ a|nope }}")
     check_template("{% for m in messages %}{% generation %}{{ m|tojson }}{% endgeneration %}{% break %}{% endfor %}")
 

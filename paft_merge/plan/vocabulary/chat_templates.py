@@ -56,7 +56,7 @@ def check_template(text: str) -> None:
         for node in _ENVIRONMENT.parse(text).find_all((nodes.Filter, nodes.Test)):
             known = _ENVIRONMENT.filters if isinstance(node, nodes.Filter) else _ENVIRONMENT.tests
             if node.name not in known:
-                raise TemplateSyntaxError(f"no {type(node).__name__.lower()} named {node.name!r}", node.lineno)
+                raise TemplateSyntaxError(f"No {type(node).__name__.lower()} named {node.name!r}", node.lineno)
     except TemplateSyntaxError as error:
         what = f"line {error.lineno} of the template is not valid Jinja: {error.message}"
         raise ChatTemplateError(what, f"fix it, or use auto, {', '.join(CHAT_TEMPLATES)}") from error
