@@ -199,3 +199,10 @@ def test_numbered_layers_need_a_known_architecture(tmp_path: Path) -> None:
     base, adapter = trained(CASES["TINYLORA plain"], tmp_path)
     (base / "config.json").write_text('{"model_type": "nobody_knows"}')
     assert any("numbers the layers of the model" in text for text in faults(base, adapter))
+
+
+@pytest.mark.parametrize("name", ["UNILORA plain", "VERA plain", "TRAINABLE_TOKENS plain", "LN_TUNING plain"])
+def test_nothing_is_said_to_be_missing(name: str, tmp_path: Path) -> None:
+    base, adapter = trained(CASES[name], tmp_path)
+    with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
+        assert opened.warnings == []

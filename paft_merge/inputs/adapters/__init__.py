@@ -19,7 +19,7 @@ from paft_merge.inputs.adapter_places import MLX_FILE, PEFT_FILES, hint
 from paft_merge.inputs.adapters.binding import Binding, DeltaBuilder
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import AdapterDelta
-from paft_merge.inputs.adapters.keys import Keys
+from paft_merge.inputs.adapters.keys import SHARED, Keys
 from paft_merge.inputs.adapters.peft_types import read_settings, sort_keys, type_of
 from paft_merge.inputs.adapters.tied_weights import may_be_tied, untie
 from paft_merge.inputs.checkpoint import Checkpoint, FarFile
@@ -230,7 +230,7 @@ def _untrained(settings: Settings, keys: Keys, where: Path) -> list[Problem]:
     paths = [f".{path}" for path, _ in keys.modules]
     given = [str(target) for target in targets if target not in settings.names("modules_to_save")]
     unmet = [target for target in given if not any(path.endswith(f".{target}") for path in paths)]
-    if not unmet or settings.names("target_parameters"):
+    if not unmet or settings.names("target_parameters") or keys.modules.keys() == {(SHARED, 0)}:
         return []
     what = f"target_modules names {join_first(sorted(unmet))}, for which there are no factors"
     return [Problem("ADAPTER_TARGET", str(where), what, "nothing is added there; is the saved adapter complete?")]
