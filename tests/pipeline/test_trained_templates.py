@@ -30,7 +30,7 @@ def chats(folder: Path, template: str | None = "chat.jinja", **merge: Any) -> Pa
     write_rows(folder / "pairs.jsonl", [{"prompt": turns[:1], "chosen": turns[1:], "rejected": turns[:1]}])
     name, adapter = next(iter(made["adapters"].items()))
     adapter = {**adapter, "objective": "sft", "data": "chat.jsonl", **({"chat_template": template} if template else {})}
-    adapter.pop("eval_data", None)
+    adapter.pop("l1", None)
     models = [{"model": name, "parameters": {"weight": 1.0}}]
     data = {
         "base_model": made["base_model"],
