@@ -23,6 +23,7 @@ def chats(folder: Path, template: str | None = "chat.jinja", **merge: Any) -> Pa
     """A recipe whose data and metrics are chat turns; the base has no template."""
     made = sections()
     file = make_world(folder)
+    (folder / "base/chat_template.jinja").unlink(missing_ok=True)
     (folder / "chat.jinja").write_text(CHAT)
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
     write_rows(folder / "chat.jsonl", [{"messages": turns}] * 4)
