@@ -99,7 +99,8 @@ class Sources:
             if key not in checkpoints:
                 checkpoints[key] = None
                 if repo:
-                    checkpoints[key] = Checkpoint.open(repo.folder, unpickle=self.unpickle, far=remote.files(repo))
+                    opened = Checkpoint.open(repo.folder, unpickle=self.unpickle, far=remote.files(repo))
+                    checkpoints[key], opened.listing = opened, repo.listing
                 else:
                     assert compute is not None
                     checkpoints[key] = compute(ref.path, models)
@@ -124,6 +125,8 @@ class Sources:
                             checkpoint = names.of(checkpoint, str(ref.base)) if names else checkpoint
                             files = remote.files(adapter) if adapter else None
                             bound = Adapter.open(adapter.folder, checkpoint, files) if adapter else None
+                            if bound and adapter:
+                                bound.file.listing = adapter.listing
                             models[ref] = Model(str(ref), checkpoint, bound)
                 problems.raise_as(PaftMergeError)
                 yield models

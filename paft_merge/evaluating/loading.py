@@ -40,8 +40,16 @@ def parts_of(model: Path | str | Sequence[str]) -> tuple[str, ...]:
     return (str(model),) if Path(model).exists() else tuple(str(model).split("+"))
 
 
-def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec, *, trust_code: bool = False) -> EvaluatedModel:
-    """Load a model, or a base with adapters; `trust_code` lets the Python code of a model's folder run.
+def load_subject(
+    model: Path | str | Sequence[str], spec: EvaluateSpec, *, trust_code: bool = False, template: str | None = None
+) -> EvaluatedModel:
+    """Load a model, or a base with adapters. The tokenizer is that of the last adapter that has one, else the base's.
+
+    Args:
+        model: a model, or a base and its adapters.
+        spec: device, dtype and length.
+        trust_code: let the Python code of a model's folder run.
+        template: the chat template of a tokenizer that has none.
 
     Raises:
         EvaluateError: MODEL, when a part cannot be loaded. HubError: when a part cannot be fetched.
@@ -59,8 +67,9 @@ def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec, *, trust
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_code)
-        for adapter in adapters:
-            loaded = _adapted(loaded, fetch(adapter))
+        for place in adapters:
+            adapter = fetch(place)
+            loaded, tokenizer = _adapted(loaded, adapter), _trained_tokenizer(adapter, tokenizer)
     except PaftMergeError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -70,10 +79,24 @@ def load_subject(model: Path | str | Sequence[str], spec: EvaluateSpec, *, trust
         what = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
         raise EvaluateError.of("MODEL", name, what, "give a causal language model, or BASE+ADAPTER") from error
     loaded = loaded.eval().to(device)
+    tokenizer.chat_template = tokenizer.chat_template or template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     return EvaluatedModel(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
+
+
+def _trained_tokenizer(adapter: Path, before: Any) -> Any:
+    """The tokenizer or the chat template in an adapter's folder; `before` if it has neither, or more tokens."""
+    from transformers import AutoTokenizer
+
+    template = adapter / "chat_template.jinja"
+    if (adapter / "tokenizer_config.json").is_file() and (adapter / "tokenizer.json").is_file():
+        own = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+        return own if len(own) <= len(before) else before
+    if template.is_file():
+        before.chat_template = template.read_text(encoding="utf-8")
+    return before
 
 
 def _adapted(model: Any, adapter: Path) -> Any:

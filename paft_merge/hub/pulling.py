@@ -20,14 +20,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import filter as filter_names
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from paft_merge.errors import HubError
+from paft_merge.errors import CheckpointError, HubError
 from paft_merge.hub.faults import asking, problem_of, root_of, transport_error
+from paft_merge.inputs.checkpoint import module_files
+from paft_merge.inputs.other_files import DEPTH, kind_of
 from paft_merge.recipe import ModelRef
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ _PINS: ContextVar[Mapping[tuple[str, str | None], str]] = ContextVar("_PINS", de
 
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.spm", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
 """Files beside the weights of a model: config, tokenizer, processor, chat template, licence."""
-_TEMPLATES = "additional_chat_templates/"
+_SMALL_BYTES = 16 * 2**20
 _SMALL = (*SIDE_FILES, "README.md", "*.py")
 _NOT_NEEDED = ("training_args*", "optimizer*", "trainer_state.json", "*_results.json", "*.bin.index.json")
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -80,6 +82,8 @@ class ResolvedRepo:
     commit: str | None = None
     revision: str | None = None
     missing: tuple[RepoFile, ...] = ()
+    listing: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """Sizes of all files of the repository by name; empty for a local folder."""
 
     @property
     def missing_bytes(self) -> int:
@@ -270,7 +274,7 @@ def _ask(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool
         for s in info.siblings or ()
     }
     _refuse_names(files, where)
-    commit, small = str(info.sha), [glob.escape(name) for name in _small(files)] or ["config.json"]
+    commit, small = str(info.sha), [glob.escape(name) for name in _small(files, kind)] or ["config.json"]
     # A repository may have been renamed; the Hub's client chooses the folder.
     folder = Path(_retried(where, lambda: snapshot_download(path, revision=commit, allow_patterns=small)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,7 +306,8 @@ def _look(
         fix = "convert it to safetensors, or read it through mergekit's restricted unpickler with lazy_unpickle=True"
         raise HubError.of("PICKLE_REFUSED", where, what, fix)
     missing = tuple(files[name] for name in wanted if not (folder / name).exists())
-    return ResolvedRepo(folder, where, repo_id, commit, revision, missing)
+    sizes = {name: max(file.size, 0) for name, file in files.items()}
+    return ResolvedRepo(folder, where, repo_id, commit, revision, missing, sizes)
 
 
 def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> ResolvedRepo | None:
@@ -332,8 +337,8 @@ def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: b
             folder, where, path, folder.name, revision, (*found.missing, *(RepoFile(n, 0, "") for n in weights))
         )
     found = _look(folder, where, path, folder.name, revision, files, kind, unpickle)
-    lost = tuple(files[name] for name in _small(files) if not (folder / name).exists())
-    return ResolvedRepo(folder, where, path, folder.name, revision, (*lost, *found.missing))
+    lost = tuple(files[name] for name in _small(files, kind) if not (folder / name).exists())
+    return replace(found, missing=(*lost, *found.missing))
 
 
 def _listing(repo_id: str, folder: Path) -> dict[str, RepoFile] | None:
@@ -350,10 +355,18 @@ def _listing(repo_id: str, folder: Path) -> dict[str, RepoFile] | None:
     return {f.path: RepoFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in entries}
 
 
-def _small(files: Iterable[str]) -> list[str]:
+def _small(files: Mapping[str, RepoFile], kind: Kind) -> list[str]:
+    """The files beside the weights that are downloaded: those of `_SMALL`, and of a model what else is small enough."""
     top = [n for n in files if "/" not in n and any(fnmatch(n, p) for p in _SMALL)]
-    templates = [n for n in files if n.startswith(_TEMPLATES) and n.endswith(".jinja") and n.count("/") == 1]
-    return [n for n in (*top, *templates) if not any(fnmatch(n, p) for p in _NOT_NEEDED)]
+    rest = [n for n, file in files.items() if kind != "adapter" and file.size <= _SMALL_BYTES and _is_side_file(n)]
+    return [n for n in dict.fromkeys((*top, *rest)) if not any(fnmatch(n, p) for p in _NOT_NEEDED)]
+
+
+def _is_side_file(name: str) -> bool:
+    """Whether a merge copies a file of this name; any safetensors file may be the model's weights."""
+    return name.count("/") <= DEPTH and (
+        kind_of(name) == "side" or (kind_of(name) == "weights" and not name.endswith(".safetensors"))
+    )
 
 
 def _weights(folder: Path, files: Collection[str], kind: Kind, unpickle: bool, *, absent: bool = False) -> list[str]:
@@ -364,10 +377,17 @@ def _weights(folder: Path, files: Collection[str], kind: Kind, unpickle: bool, *
         return []
     if kind == "adapter" or (kind == "any" and adapter and "config.json" not in top):
         return adapter
-    found = _model_files(folder, top, unpickle)
+    found = [*_model_files(folder, top, unpickle), *_of_modules(folder, files, unpickle)]
     found = [name for name in found if absent or name in files]
     # An adapter in place of the wanted model is fetched too, so that the message can name it.
     return found if found and kind == "model" else [*adapter, *found]
+
+
+def _of_modules(folder: Path, files: Collection[str], unpickle: bool) -> list[str]:
+    """The weights of modules; `Checkpoint.open` reports a broken list of modules."""
+    with suppress(CheckpointError):
+        return [name for name in module_files(folder, files) if unpickle or name.endswith(".safetensors")]
+    return []
 
 
 def _model_files(folder: Path, top: Sequence[str], unpickle: bool) -> list[str]:

@@ -67,6 +67,7 @@ class NamedLike(Checkpoint):
     ) -> None:
         super().__init__(inner.folder, (), inner.config, {})
         self.files, self.file, self.tokenizer_files = inner.files, inner.file, inner.tokenizer_files
+        self.listing = inner.listing
         self.named_like, self.warnings = template, (*inner.warnings, *warnings)
         self._inner, self._parts = inner, parts
         self.tensors = {name: self._info(name) for name in parts}

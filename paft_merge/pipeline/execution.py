@@ -18,6 +18,7 @@ from paft_merge.errors import AuditError, PaftMergeError, Problem
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
 from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train, labels
+from paft_merge.pipeline.trained_templates import as_trained, template_of_run
 from paft_merge.training.run_folder import DONE_FILE, write_json
 
 if TYPE_CHECKING:
@@ -211,7 +212,13 @@ class Executor:
             assert out is not None
             with self._recorded(step) as result:
                 kept = result.setdefault("warnings", [])
-                merge(job.recipe, out, resume=True, overwrite=True, warn=partial(keep, step, labels(job.recipe), kept))
+                merge(
+                    as_trained(job.recipe),
+                    out,
+                    resume=True,
+                    overwrite=True,
+                    warn=partial(keep, step, labels(job.recipe), kept),
+                )
 
     # --- evaluate ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +249,10 @@ class Executor:
                 if job.metric == SPARSITY:
                     scores = {SPARSITY: {"value": self._sparsity(job), "stderr": None}}
                 else:
-                    subject = subject or load_subject(job.arm.parts, spec, trust_code=self.trust_code)
+                    template = template_of_run(self.recipe, self.folder)
+                    subject = subject or load_subject(
+                        job.arm.parts, spec, trust_code=self.trust_code, template=template
+                    )
                     if job.metric == HARNESS:
                         from paft_merge.evaluating.harness import run_tasks
 

@@ -16,6 +16,7 @@ from paft_merge.hub import is_repository, resolve
 from paft_merge.pipeline.arms import check_compare, merges_of, variants_of
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
+from paft_merge.pipeline.trained_templates import check_turns
 from paft_merge.recipe import load_recipe
 from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean
 from paft_merge.training.consent import check_code
@@ -40,6 +41,7 @@ def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
     if recipe.evaluate is not None:
         with _at(recipe, ("evaluate",), problems):
             check_evaluate(recipe.evaluate, recipe.folder, trust_code=trust_code)
+        check_turns(recipe, problems)
     _check_push(recipe, problems)
     problems.raise_as(RecipeError)
 

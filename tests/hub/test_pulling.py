@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import near, random_state, save_adapter, save_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toys.hub import files_of, hub, online
 from toys.hub_server import READER, HubServer, Lie, Status, Truncate
 
 import paft_merge
-from paft_merge.errors import HubError, PaftMergeError
+from paft_merge.errors import HubError, PaftMergeError, Problem
 from paft_merge.hub import download, fetch, resolve
 
 __all__ = ["hub"]
@@ -471,3 +471,41 @@ def test_a_pickle_is_fetched_only_where_it_is_asked_for(models: HubServer, tmp_p
 def test_load_file_reads_what_was_pulled(models: HubServer) -> None:
     read = load_file(fetch("me/tuned") / "model.safetensors")
     assert torch.equal(read["lm_head.weight"], near(random_state(0), 1)["lm_head.weight"])
+
+
+# --- beside the weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream_from_hub", [False, True])
+def test_folders_and_modules_of_a_repository_are_pulled_and_merged(
+    hub: HubServer, tmp_path: Path, stream_from_hub: bool
+) -> None:
+    made = tmp_path / "made"
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    for seed, name in enumerate(("base", "tuned")):
+        hub.add(f"me/{name}", files_of(save_checkpoint(made / name, random_state(seed))))
+        save_file({"linear.weight": torch.full((2, 3), float(seed))}, tmp_path / "dense.safetensors")
+        hub.add(f"me/{name}", {
+            "modules.json": json.dumps(modules).encode(), "1_Pooling/config.json": b"{}", "2_Dense/config.json": b"{}",
+            "2_Dense/model.safetensors": (tmp_path / "dense.safetensors").read_bytes(), "spk_dict.pt": b"voice",
+            "checkpoint-5/tokenizer.json": b"{}", "onnx/model.onnx": b"o" * 500, "voices/a.wav": b"v" * 500,
+        })  # fmt: skip
+    told: list[Problem] = []
+    models = [{"model": "me/tuned", "parameters": {"weight": 0.5}}]
+    recipe = {"merge_method": "task_arithmetic", "base_model": "me/base", "models": models}
+    out = tmp_path / "out"
+    paft_merge.merge(recipe, out, stream_from_hub=stream_from_hub, warn=told.extend)
+    assert load_file(out / "2_Dense/model.safetensors")["linear.weight"].tolist() == [[0.5] * 3] * 2
+    kept = {"1_Pooling/config.json": b"{}", "spk_dict.pt": b"voice", "voices/a.wav": b"v" * 500}
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    assert not {"checkpoint-5/tokenizer.json", "onnx/model.onnx"} & fetched(hub)
+    assert [p.what for p in told if p.code == "SIDE_FILES"] == [
+        "the merge neither merges nor copies 'onnx/', other forms of its weights"
+    ]
+
+
+def test_trained_weights_beside_an_adapter_on_the_hub_stop_a_merge_unread(models: HubServer) -> None:
+    models.add("me/sft", {"value_head.safetensors": b"h" * 500})
+    with pytest.raises(PaftMergeError, match="value_head"), paft_merge.open_plan(RECIPE, stream_from_hub=True):
+        pass
+    assert "value_head.safetensors" not in fetched(models)
