@@ -28,6 +28,7 @@ from typing import Literal, TypeVar
 
 from paft_merge.errors import HubError
 from paft_merge.hub.faults import asking, problem_of, root_of, transport_error
+from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE
 from paft_merge.recipe import ModelRef
 
 log = logging.getLogger(__name__)
@@ -359,7 +360,7 @@ def _small(files: Iterable[str]) -> list[str]:
 def _weights(folder: Path, files: Collection[str], kind: Kind, unpickle: bool, *, absent: bool = False) -> list[str]:
     """The files that hold the tensors, as `Checkpoint.open` chooses them; `absent` adds those that only the index names."""
     top = [name for name in files if "/" not in name]
-    adapter = [_ADAPTER] if _ADAPTER in top else []
+    adapter = [_ADAPTER] if _ADAPTER in top else [MLX_FILE] if {MLX_FILE, CONFIG} <= set(top) else []
     if kind == "side":
         return []
     if kind == "adapter" or (kind == "any" and adapter and "config.json" not in top):
