@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from paft_merge.errors import CheckpointError, Problem, Problems, RecipeError
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.models import Model
-from paft_merge.inputs.quantised import Quantised, quantised
+from paft_merge.inputs.quantisation import Quantised, quantised
 from paft_merge.inputs.tensor_inputs import Inputs, Read, inputs_for
 from paft_merge.methods import Method
 from paft_merge.methods.mergekit_methods import as_mergekit

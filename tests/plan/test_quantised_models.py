@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from paft_merge import merge, open_plan
 from paft_merge.errors import PaftMergeError
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.quantised import quantised
+from paft_merge.inputs.quantisation import quantised
 
 State = dict[str, torch.Tensor]
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"

@@ -1,4 +1,4 @@
-"""Cuts embeddings to the smallest vocabulary of the models, by position, as mergekit's --unsafe-truncate-embeddings."""
+"""Cuts embeddings to the smallest vocabulary of the models, by position, as an unsafe option of mergekit does."""
 
 from __future__ import annotations
 
