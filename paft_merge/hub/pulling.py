@@ -30,6 +30,7 @@ from paft_merge.errors import CheckpointError, HubError
 from paft_merge.hub.faults import asking, problem_of, root_of, transport_error
 from paft_merge.inputs.checkpoint import module_files
 from paft_merge.inputs.other_files import DEPTH, kind_of
+from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE
 from paft_merge.recipe import ModelRef
 
 log = logging.getLogger(__name__)
@@ -372,7 +373,7 @@ def _is_side_file(name: str) -> bool:
 def _weights(folder: Path, files: Collection[str], kind: Kind, unpickle: bool, *, absent: bool = False) -> list[str]:
     """The files that hold the tensors, as `Checkpoint.open` chooses them; `absent` adds those that only the index names."""
     top = [name for name in files if "/" not in name]
-    adapter = [_ADAPTER] if _ADAPTER in top else []
+    adapter = [_ADAPTER] if _ADAPTER in top else [MLX_FILE] if {MLX_FILE, CONFIG} <= set(top) else []
     if kind == "side":
         return []
     if kind == "adapter" or (kind == "any" and adapter and "config.json" not in top):

@@ -177,5 +177,5 @@ def _vocabulary(text: bytes) -> dict[str, int]:
 
 def _shape_fix(one: tuple[int, ...], other: tuple[int, ...]) -> str:
     if len(one) == len(other) == 2 and one[1:] == other[1:]:
-        return "the vocabularies differ: give all models the same one first"
+        return "the vocabularies differ: write tokenizer_source: union or base in the recipe, or unsafe_truncate_embeddings=True"
     return "merge models of one architecture and size"

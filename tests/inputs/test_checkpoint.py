@@ -352,7 +352,7 @@ def test_the_only_part_of_one_is_a_checkpoint(tmp_path):
     [
         ([], "holds no safetensors file; check the path"),
         (["README.md"], "holds no safetensors file"),
-        (["adapter_model.safetensors"], "holds an adapter and no checkpoint; name it after its base: base+adapter"),
+        (["adapter_model.safetensors"], "holds an adapter and no checkpoint; write BASE+"),
         (["consolidated.safetensors"], "holds only consolidated.safetensors, not in Hugging Face's format"),
     ],
 )

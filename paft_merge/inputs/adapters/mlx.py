@@ -98,7 +98,7 @@ def _bind(binding: Binding, module: Module) -> None:
     stored = [binding.rows(parts[part]) for part in ("A", "B")]
     if any(len(rows.shape) != 2 for rows in stored):
         what = "has factors of experts, which mlx-lm stacks; no exact delta is known"
-        fix = "fuse it with mlx_lm.fuse --dequantize, and merge the result"
+        fix = "fuse it with mlx-lm, dequantised, and merge the result"
         raise binding.wrong(module.path, what, "ADAPTER_UNSUPPORTED", fix)
     a, b = (_Transposed(r.file, r.name, r.row_size, r.first, r.count) for r in stored)
     factors = Factors(a, b)
