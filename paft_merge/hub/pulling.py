@@ -28,9 +28,9 @@ from typing import Literal, TypeVar
 
 from paft_merge.errors import CheckpointError, HubError
 from paft_merge.hub.faults import asking, problem_of, root_of, transport_error
-from paft_merge.inputs.checkpoint import module_files
-from paft_merge.inputs.other_files import DEPTH, kind_of
 from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE
+from paft_merge.inputs.checkpoint import module_files
+from paft_merge.inputs.side_file_kinds import DEPTH, kind_of
 from paft_merge.recipe import ModelRef
 
 log = logging.getLogger(__name__)

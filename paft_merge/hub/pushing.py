@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from paft_merge.errors import HubError, Problem, Problems
 from paft_merge.hub.faults import asking
 from paft_merge.inputs.checkpoint import UNFINISHED, Checkpoint
-from paft_merge.inputs.other_files import is_inside
+from paft_merge.inputs.side_file_kinds import is_inside
 from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
 
 if TYPE_CHECKING:
