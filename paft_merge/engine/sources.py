@@ -42,7 +42,7 @@ class Sources:
 
         Args:
             refs: models; a computed model comes after its inputs.
-            unpickle: read `.bin` checkpoints through mergekit's restricted unpickler.
+            unpickle: read `.bin` checkpoints through a reader that runs no code of them.
             computed: names of documents of the recipe file; `opened` computes their checkpoints.
             template: the model whose tensor names the others get where theirs differ; one of `refs`, not computed.
         """
@@ -123,7 +123,11 @@ class Sources:
                         if checkpoint is not None:
                             checkpoint = names.of(checkpoint, str(ref.base)) if names else checkpoint
                             files = remote.files(adapter) if adapter else None
-                            bound = Adapter.open(adapter.folder, checkpoint, files) if adapter else None
+                            bound = (
+                                Adapter.open(adapter.folder, checkpoint, files, unpickle=self.unpickle)
+                                if adapter
+                                else None
+                            )
                             models[ref] = Model(str(ref), checkpoint, bound)
                 problems.raise_as(PaftMergeError)
                 yield models

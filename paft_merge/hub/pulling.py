@@ -299,7 +299,7 @@ def _look(
     pickles = [name for name in files if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if kind == "model" and not wanted and pickles:
         what = f"holds only pickles ({', '.join(pickles[:3])}), which can run code when they are loaded"
-        fix = "convert it to safetensors, or read it through mergekit's restricted unpickler with lazy_unpickle=True"
+        fix = "convert it to safetensors, or read it, without running its code, with lazy_unpickle=True"
         raise HubError.of("PICKLE_REFUSED", where, what, fix)
     missing = tuple(files[name] for name in wanted if not (folder / name).exists())
     return ResolvedRepo(folder, where, repo_id, commit, revision, missing)
