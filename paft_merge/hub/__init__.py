@@ -26,6 +26,7 @@ from paft_merge.hub.pulling import (
     pull,
     resolve,
     snapshot_of,
+    split_repository,
 )
 from paft_merge.hub.pushing import UploadPlan, pack, prepare_upload, push
 from paft_merge.hub.ranges import Remote
@@ -50,4 +51,5 @@ __all__ = [
     "push",
     "resolve",
     "snapshot_of",
+    "split_repository",
 ]
