@@ -91,8 +91,10 @@ def origins(plan: MergePlan) -> list[dict[str, Any]]:
                 walk(model.checkpoint.plan, top=False)
             else:
                 add(ref.path, ref.revision, "model", model.checkpoint.folder, donor=top and model is plan.config_source)
-            if ref.lora and model.adapter:
-                add(ref.lora, ref.lora_revision, "adapter", model.adapter.folder)
+            for (path, revision), adapter in zip(
+                ref.adapters, model.adapter.parts if model.adapter else (), strict=True
+            ):
+                add(path, revision, "adapter", adapter.folder)
 
     walk(plan, top=True)
     return list(found.values())
@@ -190,8 +192,9 @@ def identity(plan: MergePlan, device: str) -> dict[str, Any]:
 def _fingerprint(model: Model) -> dict[str, Any]:
     """Return sizes, times, digests of headers and configs, and a digest of sampled data."""
     found = {"checkpoint": _fingerprint_of(model.checkpoint, model.checkpoint.config)}
-    if model.adapter:
-        found["adapter"] = _fingerprint_of(model.adapter.file, model.adapter.config)
+    parts = [_fingerprint_of(part.file, part.config) for part in model.adapter.parts] if model.adapter else []
+    if parts:
+        found["adapter"] = parts[0] if len(parts) == 1 else {str(at): part for at, part in enumerate(parts)}
     return found
 
 

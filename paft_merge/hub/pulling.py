@@ -113,11 +113,11 @@ def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
     """Download what a merge needs of a reference into the Hub's cache, at the newest commit of a branch.
 
     Args:
-        reference: `user/name`, `user/name@revision`, `BASE+ADAPTER`, or a file, `hf://user/name/recipe.yaml`.
+        reference: `user/name`, `user/name/folder`, `user/name@revision`, `BASE+ADAPTER`, or a file, `hf://user/name/recipe.yaml`.
         unpickle: as for `fetch`.
 
     Returns:
-        The folder of the model, then that of the adapter; or the file.
+        The folder of the model, then those of the adapters; or the file.
 
     Raises:
         HubError: as for `fetch`.
@@ -128,8 +128,8 @@ def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
     ref = ModelRef.parse(reference)
     kind: Kind = "model" if ref.lora else "any"
     found = [resolve(ref.path, ref.revision, kind=kind, unpickle=unpickle, refresh=True)]
-    if ref.lora:
-        found.append(resolve(ref.lora, ref.lora_revision, kind="adapter", refresh=True))
+    for path, revision in ref.adapters:
+        found.append(resolve(path, revision, kind="adapter", unpickle=unpickle, refresh=True))
     return download(found)
 
 
@@ -169,6 +169,14 @@ def pinned(commits: Mapping[tuple[str, str | None], str]) -> Iterator[None]:
 def is_repository(path: str) -> bool:
     """Whether `path` has the form of a repository's name or of a folder in one, and not of a local path."""
     return split_repository(path) is not None
+
+
+def _meant(path: str) -> str:
+    """What `base:adapter` or a path with blanks was probably meant to be; empty for other paths."""
+    head, colon, tail = path.partition(":")
+    if colon and tail and len(head) > 1 and not tail.startswith(("/", "\\")):
+        return f"an adapter follows its base after a '+': did you mean {head}+{tail}?"
+    return f"did you mean {path.strip()!r}, without blanks?" if path != path.strip() else ""
 
 
 def split_repository(path: str) -> tuple[str, str] | None:
@@ -213,9 +221,8 @@ def resolve(
         return ResolvedRepo(local, path)
     named = split_repository(path)
     if named is None:
-        raise HubError.of(
-            "NOT_FOUND", path, "not a local folder, and not a valid Hub repository name", "check the path"
-        )
+        what = "not a local folder, and not a valid Hub repository name"
+        raise HubError.of("NOT_FOUND", path, what, _meant(path) or "check the path")
     revision = _PINS.get().get((path, revision), revision)
     where = f"{path}@{revision}" if revision else path
     place = _Place(*named, where, kind, unpickle)

@@ -99,6 +99,11 @@ class Adapter:
         problems.raise_as(AdapterError)
         raise AssertionError("unreachable: an adapter that does not open has a fault")
 
+    @property
+    def parts(self) -> tuple[Adapter, ...]:
+        """The adapters that it consists of (see `stack`): itself."""
+        return (self,)
+
     def __enter__(self) -> Adapter:
         return self
 
