@@ -14,6 +14,7 @@ from paft_merge.errors import AdapterError, Problems
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.adapters.deltas import AdapterDelta, Lazy, LowRank, Pair, Replacement
 from paft_merge.inputs.adapters.lora_factors import concatenated
+from paft_merge.inputs.adapters.merged_by_peft import ByPeft
 from paft_merge.inputs.adapters.rows import Array
 from paft_merge.inputs.safetensors_header import quote
 
@@ -74,8 +75,8 @@ class AdapterStack(Adapter):
         """Return the sum of adapters that were opened on one base; the adapter itself if it is the only one.
 
         Raises:
-            AdapterError: ADAPTER_UNSUPPORTED, an adapter starts from a decomposition (PiSSA, OLoRA) or norms (DoRA on
-                columns) of a weight that one before it changes; ADAPTER_SHAPE, two give a tensor different shapes.
+            AdapterError: ADAPTER_UNSUPPORTED, an adapter depends on a whole weight (PiSSA, OLoRA, DoRA on columns, types
+                that PEFT computes) that one before it changes; ADAPTER_SHAPE, two give a tensor different shapes.
         """
         if len(parts) == 1:
             return parts[0]
@@ -127,7 +128,7 @@ def _conflict(name: str, before: AdapterDelta, delta: AdapterDelta) -> str:
     if before.shape != delta.shape:
         return f"tensor {quote(name)} is {delta.shape} with it, and {before.shape} with the adapter before it"
     columns = isinstance(delta, Replacement) and delta.magnitude is not None and delta.magnitude.norms is not None
-    if delta.kind in _DECOMPOSED or columns:
+    if delta.kind in _DECOMPOSED or columns or isinstance(delta, ByPeft):
         return f"its delta of tensor {quote(name)} starts from the whole weight, which an adapter before it changes"
     return ""
 

@@ -133,7 +133,9 @@ def tokenizer_files(model: Model) -> TokenizerFiles | None:
     for part in model.adapter.parts if model.adapter else ():
         own = files_in(part.folder)
         template = {name: content for name, content in own.items() if name.startswith("chat_template.")}
-        kept = {name: content for name, content in files.items() if not (template and name.startswith("chat_template."))}
+        kept = {
+            name: content for name, content in files.items() if not (template and name.startswith("chat_template."))
+        }
         files = own if is_tokenizer(own) else {**kept, **template}
     return files if is_tokenizer(files) else None
 
