@@ -30,7 +30,7 @@ ROWS: list[set[str]] = [
 """The rooms at the top of the package, from the bottom to the top. A room imports rooms of lower rows only."""
 
 ONLY_IN = {
-    "mergekit": {"methods", "inputs", "mergekit_plugin"},
+    "mergekit": {"methods", "mergekit_plugin"},
     "trl": {"training"},
     "datasets": {"training"},
     "huggingface_hub": {"hub"},

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
 from paft_merge.inputs.adapters import Adapter, AdapterDelta
 from paft_merge.inputs.adapters.config import CONFIG
 from paft_merge.inputs.adapters.peft_types import read_settings
+from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.equivalent_names import Names
 from paft_merge.inputs.tensor_inputs import Inputs, Read
@@ -153,37 +155,39 @@ def _gathered(found: Iterable[AuditedTensor | Skipped | None]) -> tuple[tuple[Au
 
 
 def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: ExitStack, fetch_base: bool) -> Opened:
-    folders, problems = list[Path](), Problems()
+    folders, problems = list[list[Path]](), Problems()
     for ref in {r for r in refs if refs.count(r) > 1}:
         problems.add("TWICE", ref, "is given twice", "give each source once")
     for ref in refs:
         with problems.catching():
-            folders.append(fetch(ref.lora, ref.lora_revision) if ref.lora else fetch(ref.path, ref.revision))
+            folders.append([fetch(*place) for place in ref.adapters or ((ref.path, ref.revision),)])
     problems.raise_as(AuditError)
-    adapters = [bool(r.lora) or (f / CONFIG).is_file() for r, f in zip(refs, folders, strict=True)]
+    adapters = [bool(r.lora) or (f[0] / CONFIG).is_file() for r, f in zip(refs, folders, strict=True)]
     named = base if base is not None else next((ref.base for ref in refs if ref.lora), None)
     if named is not None:
-        bases = _Bases(stack, folders if all(adapters) and not fetch_base else None)
+        bases = _Bases(stack, list(chain(*folders)) if all(adapters) and not fetch_base else None)
         return _on_base(list(zip(refs, folders, adapters, strict=True)), _reference(str(named)), bases, stack)
     for ref, is_adapter in zip(refs, adapters, strict=True):
         if not is_adapter:
             what = "is a whole model, and its delta is the difference from the model that it was fine-tuned from"
             problems.add("NO_BASE", ref, what, "pass that model as base=...")
     problems.raise_as(AuditError)
-    return _without_base([str(r) for r in refs], folders, stack)
+    return _without_base([str(r) for r in refs], [folder for (folder,) in folders], stack)
 
 
-def _on_base(found: Sequence[tuple[ModelRef, Path, bool]], named: ModelRef, bases: _Bases, stack: ExitStack) -> Opened:
-    """Sources (reference, folder, whether it is an adapter) on their base."""
+def _on_base(
+    found: Sequence[tuple[ModelRef, Sequence[Path], bool]], named: ModelRef, bases: _Bases, stack: ExitStack
+) -> Opened:
+    """Sources (reference, folders, whether they are adapters) on their base."""
     checkpoint, models, skipped, problems = bases.open(named), list[Model](), list[Skipped](), Problems()
     names = Names(checkpoint, str(named))
-    for ref, folder, is_adapter in found:
+    for ref, folders, is_adapter in found:
         with problems.catching():
             if not is_adapter:
-                models.append(Model(str(ref), names.of(stack.enter_context(Checkpoint.open(folder)), str(ref))))
+                models.append(Model(str(ref), names.of(stack.enter_context(Checkpoint.open(folders[0])), str(ref))))
                 continue
             own = names.of(bases.open(ref), str(ref.base)) if ref.lora else checkpoint
-            adapter = stack.enter_context(Adapter.open(folder, own))
+            adapter = AdapterStack.of([stack.enter_context(Adapter.open(folder, own)) for folder in folders])
             if isinstance(own, ShapesOnly):
                 skipped += _drop_what_needs_weights(str(ref), adapter)
             models.append(Model(str(ref), own, adapter))
@@ -416,10 +420,17 @@ def _unread(read: Read, unread: dict[Checkpoint, Checkpoint]) -> Read:
 
 
 def label_of(ref: str) -> str:
-    """A short name of a reference: the last part of its path; the repository's name for a snapshot in the Hub's cache."""
-    path = ref.split("+")[-1].split("@")[0].rstrip("/")
+    """A short name of a reference: the last part of its path, or those of its adapters, joined by `+`.
+
+    A snapshot in the Hub's cache has the repository's name.
+    """
+    return "+".join(_last_part(place) for place in ref.split("+")[1:] or [ref])
+
+
+def _last_part(place: str) -> str:
+    path = place.split("@")[0].rstrip("/")
     cached = re.search(r"models--(?:.+?--)?([^/]+)/snapshots/[^/]+$", path)
-    return cached[1] if cached else path.split("/")[-1] or ref
+    return cached[1] if cached else path.split("/")[-1] or place
 
 
 def labels_of(refs: Sequence[str]) -> list[str]:

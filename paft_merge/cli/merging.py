@@ -34,7 +34,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Largest output file, e.g. 5GB. Default: the base's own files.",
         ),
         click.option(
-            "--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through mergekit's restricted unpickler."
+            "--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through a reader that runs no code of them."
         ),
         click.option(
             "--allow-crimes", is_flag=True, help="Merge models whose configs differ in fields that shapes do not show."

@@ -238,5 +238,5 @@ def _log(problems: Sequence[Problem]) -> None:
 
 
 def _folders(plan: MergePlan) -> list[Path]:
-    adapters = [model.adapter.folder for model in plan.models if model.adapter]
+    adapters = [part.folder for model in plan.models if model.adapter for part in model.adapter.parts]
     return [*(folder for model in plan.models for folder in model.checkpoint.folders), *adapters]

@@ -125,7 +125,7 @@ class Intermediate(Checkpoint):
     @property
     def folders(self) -> list[Path]:
         own = [folder for model in self.plan.models for folder in model.checkpoint.folders]
-        return own + [model.adapter.folder for model in self.plan.models if model.adapter]
+        return own + [part.folder for model in self.plan.models if model.adapter for part in model.adapter.parts]
 
     def written_dtype(self, name: str) -> str:
         return self._planned[name].dtype

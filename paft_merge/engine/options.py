@@ -33,7 +33,7 @@ class MergeOptions:
     overwrite: bool = False
     """Replace an existing `out`, which stays complete until the merge has finished."""
     lazy_unpickle: bool = False
-    """Read `.bin` checkpoints through mergekit's restricted unpickler."""
+    """Read `.bin` checkpoints through a reader that runs no code of them."""
     trust_remote_code: bool = False
     """Copy the base's Python files into the output. They are never run."""
     allow_crimes: bool = False

@@ -19,7 +19,7 @@ from paft_merge.engine import imbalance
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem
-from paft_merge.hub import is_repository, snapshot_of
+from paft_merge.hub import snapshot_of, split_repository
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.equivalent_names import NamedLike
 from paft_merge.output.card import about, licence, model_card
@@ -76,8 +76,10 @@ def origins(plan: MergePlan) -> list[dict[str, Any]]:
     found: dict[tuple[str, str | None, str], dict[str, Any]] = {}
 
     def add(path: str, revision: str | None, kind: str, folder: Path, *, donor: bool = False) -> None:
-        place = snapshot_of(folder) if is_repository(path) and not Path(path).expanduser().exists() else None
-        hub = {"repo_id": path, "commit": place[1]} if place else {}
+        named = None if Path(path).expanduser().exists() else split_repository(path)
+        place = snapshot_of(folder) if named else None
+        hub = {"repo_id": named[0], "commit": place[1]} if named and place else {}
+        hub |= {"folder": named[1]} if named and named[1] else {}
         entry = {"path": path, "revision": revision, "kind": kind, **hub, **({"donor": True} if donor else {})}
         found.setdefault((path, revision, kind), entry | ({"card": said} if (said := about(folder)) else {}))
 
@@ -89,8 +91,10 @@ def origins(plan: MergePlan) -> list[dict[str, Any]]:
                 walk(model.checkpoint.plan, top=False)
             else:
                 add(ref.path, ref.revision, "model", model.checkpoint.folder, donor=top and model is plan.config_source)
-            if ref.lora and model.adapter:
-                add(ref.lora, ref.lora_revision, "adapter", model.adapter.folder)
+            for (path, revision), adapter in zip(
+                ref.adapters, model.adapter.parts if model.adapter else (), strict=True
+            ):
+                add(path, revision, "adapter", adapter.folder)
 
     walk(plan, top=True)
     return list(found.values())
@@ -188,8 +192,9 @@ def identity(plan: MergePlan, device: str) -> dict[str, Any]:
 def _fingerprint(model: Model) -> dict[str, Any]:
     """Return sizes, times, digests of headers and configs, and a digest of sampled data."""
     found = {"checkpoint": _fingerprint_of(model.checkpoint, model.checkpoint.config)}
-    if model.adapter:
-        found["adapter"] = _fingerprint_of(model.adapter.file, model.adapter.config)
+    parts = [_fingerprint_of(part.file, part.config) for part in model.adapter.parts] if model.adapter else []
+    if parts:
+        found["adapter"] = parts[0] if len(parts) == 1 else {str(at): part for at, part in enumerate(parts)}
     return found
 
 

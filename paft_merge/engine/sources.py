@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from paft_merge.errors import PaftMergeError, Problems
 from paft_merge.hub import Kind, Remote, ResolvedRepo, check_room, download, resolve
 from paft_merge.inputs.adapters import Adapter
+from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.equivalent_names import Names
 from paft_merge.plan import Model
@@ -42,7 +43,7 @@ class Sources:
 
         Args:
             refs: models; a computed model comes after its inputs.
-            unpickle: read `.bin` checkpoints through mergekit's restricted unpickler.
+            unpickle: read `.bin` checkpoints through a reader that runs no code of them.
             computed: names of documents of the recipe file; `opened` computes their checkpoints.
             template: the model whose tensor names the others get where theirs differ; one of `refs`, not computed.
         """
@@ -116,18 +117,17 @@ class Sources:
                 for ref in self.refs:
                     places = self.places(ref)
                     problems.found += [p for at in places if at in errors for p in errors.pop(at).problems]
-                    repos = {kind: self.repos.get((path, revision, kind)) for path, revision, kind in places}
-                    if None in repos.values() or ("model" not in repos and problems.found):
+                    found = [self.repos.get(at) for at in places]
+                    computed = ref.path in self.computed
+                    if None in found or (computed and problems.found):
                         continue
+                    repos = [repo for repo in found if repo is not None]
                     with problems.catching():
-                        checkpoint, adapter = checkpoint_of(ref, repos.get("model"), remote), repos.get("adapter")
+                        checkpoint = checkpoint_of(ref, None if computed else repos[0], remote)
+                        adapters = repos if computed else repos[1:]
                         if checkpoint is not None:
                             checkpoint = names.of(checkpoint, str(ref.base)) if names else checkpoint
-                            files = remote.files(adapter) if adapter else None
-                            bound = Adapter.open(adapter.folder, checkpoint, files) if adapter else None
-                            if bound and adapter:
-                                bound.file.listing = adapter.listing
-                            models[ref] = Model(str(ref), checkpoint, bound)
+                            models[ref] = Model(str(ref), checkpoint, self._adapter(checkpoint, adapters, remote))
                 problems.raise_as(PaftMergeError)
                 yield models
             finally:
@@ -136,7 +136,19 @@ class Sources:
                 for model in models.values():
                     model.close()
 
+    def _adapter(self, base: Checkpoint, repos: Sequence[ResolvedRepo], remote: Remote) -> Adapter | None:
+        """Open the adapters of a reference as one; None if it has none."""
+        with ExitStack() as on_failure:
+            parts = []
+            for repo in repos:
+                opened = Adapter.open(repo.folder, base, remote.files(repo), unpickle=self.unpickle)
+                opened.file.listing = repo.listing
+                parts.append(on_failure.enter_context(opened))
+            found = AdapterStack.of(parts) if parts else None
+            on_failure.pop_all()
+        return found
+
     def places(self, ref: ModelRef) -> list[_Place]:
-        """Return the places of a reference: its model, unless that is computed, and its adapter."""
+        """Return the places of a reference: its model, unless that is computed, and its adapters."""
         model: list[_Place] = [] if ref.path in self.computed else [(ref.path, ref.revision, "model")]
-        return [*model, (ref.lora, ref.lora_revision, "adapter")] if ref.lora else model
+        return [*model, *((path, revision, "adapter") for path, revision in ref.adapters)]

@@ -3,6 +3,7 @@
 pulling    a reference as a folder: local, in huggingface_hub's cache, or downloaded into it
 ranges     a file on the Hub, read by ranges and never stored
 pushing    a local folder as one commit
+secret_files  access tokens and private keys in the files of a push
 faults     errors of huggingface_hub as `HubError`
 
 huggingface_hub is imported when a function needs it, and nowhere else in the package.
@@ -25,8 +26,9 @@ from paft_merge.hub.pulling import (
     pull,
     resolve,
     snapshot_of,
+    split_repository,
 )
-from paft_merge.hub.pushing import UploadPlan, prepare_upload, push
+from paft_merge.hub.pushing import UploadPlan, pack, prepare_upload, push
 from paft_merge.hub.ranges import Remote
 
 __all__ = [
@@ -42,10 +44,12 @@ __all__ = [
     "fetch",
     "fetch_file",
     "is_repository",
+    "pack",
     "pinned",
     "prepare_upload",
     "pull",
     "push",
     "resolve",
     "snapshot_of",
+    "split_repository",
 ]

@@ -49,8 +49,8 @@ _SMALL = (*SIDE_FILES, "README.md", "*.py")
 _NOT_NEEDED = ("training_args*", "optimizer*", "trainer_state.json", "*_results.json", "*.bin.index.json")
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".index.json"
-_ADAPTER = "adapter_model.safetensors"
-_REPOSITORY = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_ADAPTER, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+_REPOSITORY = re.compile(r"^(?P<repo>[\w.-]+(/[\w.-]+)?)(/(?P<folder>[\w.=,-]+(/[\w.=,-]+)*))?$")
 _SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<early>[^@/]+))?/(?P<name>[^@]+?)(?:@(?P<late>[^@]+))?$")
@@ -85,6 +85,13 @@ class ResolvedRepo:
     missing: tuple[RepoFile, ...] = ()
     listing: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     """Sizes of all files of the repository by name; empty for a local folder."""
+    subfolder: str = ""
+    """The folder inside the repository, of a reference such as `me/run/checkpoint-500`."""
+
+    @property
+    def snapshot(self) -> Path:
+        """The folder of the whole repository."""
+        return self.folder.parents[self.subfolder.count("/")] if self.subfolder else self.folder
 
     @property
     def missing_bytes(self) -> int:
@@ -111,11 +118,11 @@ def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
     """Download what a merge needs of a reference into the Hub's cache, at the newest commit of a branch.
 
     Args:
-        reference: `user/name`, `user/name@revision`, `BASE+ADAPTER`, or a file, `hf://user/name/recipe.yaml`.
+        reference: `user/name`, `user/name/folder`, `user/name@revision`, `BASE+ADAPTER`, or a file, `hf://user/name/recipe.yaml`.
         unpickle: as for `fetch`.
 
     Returns:
-        The folder of the model, then that of the adapter; or the file.
+        The folder of the model, then those of the adapters; or the file.
 
     Raises:
         HubError: as for `fetch`.
@@ -126,8 +133,8 @@ def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
     ref = ModelRef.parse(reference)
     kind: Kind = "model" if ref.lora else "any"
     found = [resolve(ref.path, ref.revision, kind=kind, unpickle=unpickle, refresh=True)]
-    if ref.lora:
-        found.append(resolve(ref.lora, ref.lora_revision, kind="adapter", refresh=True))
+    for path, revision in ref.adapters:
+        found.append(resolve(path, revision, kind="adapter", unpickle=unpickle, refresh=True))
     return download(found)
 
 
@@ -165,8 +172,28 @@ def pinned(commits: Mapping[tuple[str, str | None], str]) -> Iterator[None]:
 
 
 def is_repository(path: str) -> bool:
-    """Whether `path` has the form of a Hub repository's name, `name` or `user/name`, and not of a local path."""
-    return bool(_REPOSITORY.match(path)) and not path.startswith(".")
+    """Whether `path` has the form of a repository's name or of a folder in one, and not of a local path."""
+    return split_repository(path) is not None
+
+
+def _meant(path: str) -> str:
+    """What `base:adapter` or a path with blanks was probably meant to be; empty for other paths."""
+    head, colon, tail = path.partition(":")
+    if colon and tail and len(head) > 1 and not tail.startswith(("/", "\\")):
+        return f"an adapter follows its base after a '+': did you mean {head}+{tail}?"
+    return f"did you mean {path.strip()!r}, without blanks?" if path != path.strip() else ""
+
+
+def split_repository(path: str) -> tuple[str, str] | None:
+    """The repository and the folder inside it (or "") of `name`, `user/name` or `user/name/folder`; None for a local path.
+
+    A path of three parts or more is local if its first folder exists here.
+    """
+    found = _REPOSITORY.match(path)
+    if not found or {".", ".."} & set(path.split("/")) or path.startswith("."):
+        return None
+    folder = found["folder"] or ""
+    return None if folder and Path(path.partition("/")[0]).is_dir() else (found["repo"], folder)
 
 
 def snapshot_of(folder: Path) -> tuple[str, str] | None:
@@ -197,13 +224,14 @@ def resolve(
     local = Path(path).expanduser()
     if local.exists():
         return ResolvedRepo(local, path)
-    if not is_repository(path):
-        raise HubError.of(
-            "NOT_FOUND", path, "not a local folder, and not a valid Hub repository name", "check the path"
-        )
+    named = split_repository(path)
+    if named is None:
+        what = "not a local folder, and not a valid Hub repository name"
+        raise HubError.of("NOT_FOUND", path, what, _meant(path) or "check the path")
     revision = _PINS.get().get((path, revision), revision)
     where = f"{path}@{revision}" if revision else path
-    cached = _cached(path, revision, where, kind, unpickle)
+    place = _Place(*named, where, kind, unpickle)
+    cached = _cached(place, revision)
     if cached and not cached.missing and not (refresh and not _is_commit(revision)):
         return cached
     if _is_offline():
@@ -213,7 +241,7 @@ def resolve(
         names = ", ".join(file.name for file in cached.missing[:3]) + (", ..." if len(cached.missing) > 3 else "")
         what = f"the cache does not have all of it: {names} of commit {cached.commit} are missing, and HF_HUB_OFFLINE is set"
         raise HubError.of("HUB_OFFLINE", where, what, f"run `paft pull {where}` where there is a network")
-    return _ask(path, revision, where, kind, unpickle)
+    return _ask(place, revision)
 
 
 def download(repos: Sequence[ResolvedRepo]) -> list[Path]:
@@ -263,24 +291,53 @@ def check_room(repos: Iterable[ResolvedRepo], also: int = 0, beside: Path | None
 # --- what a repository holds ------------------------------------------------------------------------------------------
 
 
-def _ask(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> ResolvedRepo:
+@dataclass(frozen=True)
+class _Place:
+    """The part of a repository that a reference names, and what of it is wanted."""
+
+    repo_id: str
+    subfolder: str
+    where: str
+    kind: Kind
+    unpickle: bool
+
+    def inside(self, files: Mapping[str, RepoFile]) -> dict[str, RepoFile]:
+        """The files of the folder, by their names in it; their own names stay those in the repository."""
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        return {name.removeprefix(prefix): file for name, file in files.items() if name.startswith(prefix)}
+
+
+def _ask(place: _Place, revision: str | None) -> ResolvedRepo:
     """Get the commit and the file list of a revision from the Hub, and download the small files."""
     from huggingface_hub import HfApi, snapshot_download
 
+    path, where = place.repo_id, place.where
     info = _retried(where, lambda: HfApi().model_info(path, revision=revision, files_metadata=True))
-    files = {
+    every = {
         s.rfilename: RepoFile(
             s.rfilename, _UNKNOWN if s.size is None else s.size, s.lfs.sha256 if s.lfs else s.blob_id or ""
         )
         for s in info.siblings or ()
     }
-    _refuse_names(files, where)
-    commit, small = str(info.sha), [glob.escape(name) for name in _small(files, kind)] or ["config.json"]
+    _refuse_names(every, where)
+    files = place.inside(every)
+    if not files:
+        raise _no_folder(place, every)
+    commit = str(info.sha)
+    small = [glob.escape(files[name].name) for name in _small(files, place.kind)] or ["config.json"]
     # A repository may have been renamed; the Hub's client chooses the folder.
-    folder = Path(_retried(where, lambda: snapshot_download(path, revision=commit, allow_patterns=small)))
-    folder.mkdir(parents=True, exist_ok=True)
-    found = _look(folder, where, path, commit, revision, files, kind, unpickle)
+    root = Path(_retried(where, lambda: snapshot_download(path, revision=commit, allow_patterns=small)))
+    (root / place.subfolder).mkdir(parents=True, exist_ok=True)
+    found = _look(place, root, commit, revision, files)
     return replace(found, missing=tuple(_with_size(file, path, commit, where) for file in found.missing))
+
+
+def _no_folder(place: _Place, files: Iterable[str]) -> HubError:
+    """The error of a folder that a repository does not have, with those that it has; or of an empty repository."""
+    above = {name.rpartition("/")[0] for name in files} - {""}
+    shown = ", ".join(sorted(above, key=lambda name: (len(name), name))[:8]) or "no folders"
+    what = f"{place.repo_id} has no folder {place.subfolder!r}" if place.subfolder else "the repository has no files"
+    return HubError.of("HUB_FILE", place.where, what, f"it has {shown}" if place.subfolder else "check the name")
 
 
 def _with_size(file: RepoFile, repo_id: str, commit: str, where: str) -> RepoFile:
@@ -296,22 +353,23 @@ def _with_size(file: RepoFile, repo_id: str, commit: str, where: str) -> RepoFil
     return replace(file, size=size)
 
 
-def _look(
-    folder: Path, where: str, repo_id: str, commit: str, revision: str | None, files: Mapping[str, RepoFile],
-    kind: Kind, unpickle: bool,
-) -> ResolvedRepo:  # fmt: skip
-    wanted = _weights(folder, files, kind, unpickle)
+def _look(place: _Place, root: Path, commit: str, revision: str | None, files: Mapping[str, RepoFile]) -> ResolvedRepo:
+    """What of the files in the folder is wanted and not in the snapshot at `root`."""
+    folder, unpickle = root / place.subfolder, place.unpickle
+    wanted = _weights(folder, files, place.kind, unpickle)
     pickles = [name for name in files if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if kind == "model" and not wanted and pickles:
+    if place.kind == "adapter":
+        pickles = [name for name in pickles if name == _PICKLED]
+    if place.kind in ("model", "adapter") and not wanted and pickles:
         what = f"holds only pickles ({', '.join(pickles[:3])}), which can run code when they are loaded"
-        fix = "convert it to safetensors, or read it through mergekit's restricted unpickler with lazy_unpickle=True"
-        raise HubError.of("PICKLE_REFUSED", where, what, fix)
+        fix = "convert it to safetensors, or read it, without running its code, with lazy_unpickle=True"
+        raise HubError.of("PICKLE_REFUSED", place.where, what, fix)
     missing = tuple(files[name] for name in wanted if not (folder / name).exists())
     sizes = {name: max(file.size, 0) for name, file in files.items()}
-    return ResolvedRepo(folder, where, repo_id, commit, revision, missing, sizes)
+    return ResolvedRepo(folder, place.where, place.repo_id, commit, revision, missing, sizes, place.subfolder)
 
 
-def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: bool) -> ResolvedRepo | None:
+def _cached(place: _Place, revision: str | None) -> ResolvedRepo | None:
     """Resolve a reference from the cache alone; None if it has no snapshot, or its file list is unknown while online.
 
     Newer versions of huggingface_hub cache the file list of a repository. Without it, weights are compared with their
@@ -320,25 +378,33 @@ def _cached(path: str, revision: str | None, where: str, kind: Kind, unpickle: b
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    path, where = place.repo_id, place.where
     with asking(where):
         try:
-            folder = Path(
+            root = Path(
                 snapshot_download(path, revision=revision, local_files_only=True, allow_patterns=["config.json"])
             )
         except LocalEntryNotFoundError:
             return None
-    files = _listing(path, folder)
-    if files is None:
-        if not _is_offline():
+    listed, folder = _listing(path, root), root / place.subfolder
+    if listed is None:
+        if not _is_offline() or not folder.is_dir():
             return None
-        files = {f.name: RepoFile(f.name, f.stat().st_size, "") for f in folder.iterdir() if f.is_file()}
-        weights = [n for n in _weights(folder, files, kind, unpickle, absent=True) if n not in files]
-        found = _look(folder, where, path, folder.name, revision, files, kind, unpickle)
-        return ResolvedRepo(
-            folder, where, path, folder.name, revision, (*found.missing, *(RepoFile(n, 0, "") for n in weights))
-        )
-    found = _look(folder, where, path, folder.name, revision, files, kind, unpickle)
-    lost = tuple(files[name] for name in _small(files, kind) if not (folder / name).exists())
+        files = {
+            f.name: RepoFile(f.relative_to(root).as_posix(), f.stat().st_size, "")
+            for f in folder.iterdir()
+            if f.is_file()
+        }
+        names = _weights(folder, files, place.kind, place.unpickle, absent=True)
+        found = _look(place, root, root.name, revision, files)
+        prefix = f"{place.subfolder}/" if place.subfolder else ""
+        absent = (RepoFile(f"{prefix}{name}", 0, "") for name in names if name not in files)
+        return replace(found, missing=(*found.missing, *absent))
+    files = place.inside(listed)
+    if not files:
+        raise _no_folder(place, listed)
+    found = _look(place, root, root.name, revision, files)
+    lost = tuple(files[name] for name in _small(files, place.kind) if not (folder / name).exists())
     return replace(found, missing=(*lost, *found.missing))
 
 
@@ -373,7 +439,8 @@ def _is_side_file(name: str) -> bool:
 def _weights(folder: Path, files: Collection[str], kind: Kind, unpickle: bool, *, absent: bool = False) -> list[str]:
     """The files that hold the tensors, as `Checkpoint.open` chooses them; `absent` adds those that only the index names."""
     top = [name for name in files if "/" not in name]
-    adapter = [_ADAPTER] if _ADAPTER in top else [MLX_FILE] if {MLX_FILE, CONFIG} <= set(top) else []
+    adapter = [_ADAPTER] if _ADAPTER in top else [_PICKLED] if _PICKLED in top and unpickle else []
+    adapter = adapter or ([MLX_FILE] if {MLX_FILE, CONFIG} <= set(top) else [])
     if kind == "side":
         return []
     if kind == "adapter" or (kind == "any" and adapter and "config.json" not in top):
@@ -495,7 +562,7 @@ def _remember(repo: ResolvedRepo) -> None:
     """Record the commit of a branch or tag in the cache, as the Hub's client does, once the snapshot is complete."""
     if repo.commit is None or _is_commit(repo.revision):
         return
-    ref = repo.folder.parent.parent / "refs" / (repo.revision or "main")
+    ref = repo.snapshot.parent.parent / "refs" / (repo.revision or "main")
     try:
         if ref.is_file() and ref.read_text() == repo.commit:
             return

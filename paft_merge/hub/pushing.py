@@ -12,8 +12,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paft_merge.errors import HubError, Problem, Problems
+from paft_merge.errors import HubError, Problem, Problems, deprecated
 from paft_merge.hub.faults import asking
+from paft_merge.hub.secret_files import refuse_secrets
 from paft_merge.inputs.checkpoint import UNFINISHED, Checkpoint
 from paft_merge.inputs.side_file_kinds import is_inside
 from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
@@ -25,9 +26,6 @@ log = logging.getLogger(__name__)
 
 _NOT_SENT = ("*.part", "*.tmp", "*.lock", "lock", "optimizer.pt", "scheduler.pt", "rng_state*", "__pycache__")
 _NOT_ENTERED = ("checkpoint-*", "__pycache__", "*.part")
-_TEXT = (".md", ".json", ".yaml", ".yml", ".txt", ".jinja", ".html", ".csv", ".py")
-_TEXT_BYTES = 20_000_000
-_SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -104,10 +102,12 @@ def prepare_upload(folder: Path) -> UploadPlan:
 
     Raises:
         HubError: PUSH_FOLDER, it is none, holds nothing, or is a merge under way; PUSH_INCOMPLETE, its manifest says
-            so; PUSH_CHANGED, its bytes are not those that the merge wrote; PUSH_SECRET, a file holds a token;
-            PUSH_LINK, a link leads out of the folder.
+            so; PUSH_CHANGED, its bytes are not those that the merge wrote; PUSH_SECRET, a file holds a token or a private
+            key; PUSH_LINK, a link leads out of the folder.
         CheckpointError: it is not a complete checkpoint or adapter.
     """
+    from huggingface_hub import get_token
+
     folder = Path(folder)
     if not folder.is_dir():
         raise HubError.of("PUSH_FOLDER", folder, "is not a folder", "give the folder that was written")
@@ -118,9 +118,16 @@ def prepare_upload(folder: Path) -> UploadPlan:
     if not files:
         raise HubError.of("PUSH_FOLDER", folder, "holds nothing to send", "give the folder that was written")
     _refuse_links(folder, files)
-    _refuse_secrets(files)
+    if secrets := refuse_secrets(files, get_token() or ""):
+        raise HubError(secrets)
     kind, warnings = _check(folder, files)
     return UploadPlan(folder, files, kind, (*warnings, *_local_paths(files)))
+
+
+def pack(folder: Path) -> UploadPlan:
+    """The old name of `prepare_upload`."""
+    deprecated("the function 'hub.pack'", "use 'hub.prepare_upload'", since="0.2.0")
+    return prepare_upload(folder)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -183,19 +190,6 @@ def _nonfinite(folder: Path, manifest: Any) -> list[Problem]:
         return []
     what = f"{sum(bad.values()):,} elements of {len(bad)} tensors are NaN or infinite, the first in {next(iter(bad))!r}"
     return [Problem("NONFINITE", str(folder), what, "say so in its card")]
-
-
-def _refuse_secrets(files: dict[str, Path]) -> None:
-    """No token may be sent: neither this account's, nor anything that looks like one."""
-    from huggingface_hub import get_token
-
-    own = (get_token() or "").encode()
-    for path in files.values():
-        if path.suffix in _TEXT and path.stat().st_size <= _TEXT_BYTES:
-            text = path.read_bytes()
-            if (own and own in text) or _SECRET.search(text):
-                what = "holds what looks like an access token of the Hub"
-                raise HubError.of("PUSH_SECRET", path, what, "take it out, and revoke it if it was ever shown")
 
 
 def _local_paths(files: dict[str, Path]) -> list[Problem]:

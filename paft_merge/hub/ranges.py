@@ -229,8 +229,9 @@ class Remote:
             remote.windows.close()
 
     def files(self, repo: ResolvedRepo) -> dict[str, RemoteFile]:
-        """The missing files of a repository, by name."""
-        return {file.name: self._files[str(repo.commit)][file.name] for file in repo.missing}
+        """The missing files of a repository, by their names in its folder."""
+        inside = f"{repo.subfolder}/" if repo.subfolder else ""
+        return {file.name.removeprefix(inside): self._files[str(repo.commit)][file.name] for file in repo.missing}
 
     def _add(self, repos: Sequence[ResolvedRepo]) -> None:
         from huggingface_hub import hf_hub_url

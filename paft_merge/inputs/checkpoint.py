@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import xxhash
 
 from paft_merge.errors import CheckpointError, Problem, Problems
@@ -125,7 +126,7 @@ class Checkpoint:
 
         Args:
             folder: the checkpoint, on this machine.
-            unpickle: read `pytorch_model*.bin` if there is nothing else, through mergekit's restricted unpickler.
+            unpickle: read `pytorch_model*.bin` if there is nothing else, through a reader that runs no code of them.
             far: remote files of the folder by name; a file that is also in the folder is read from the folder.
 
         Raises:
@@ -336,15 +337,15 @@ class Checkpoint:
 
     def _pack(self, name: str) -> memoryview:
         """The bytes in C order of a tensor that a .bin stores transposed or sliced; the last one is cached."""
-        import torch
-
         with self._packing:
             if name not in self._packed:
                 stored = self._strided[name]
-                raw = torch.empty(stored.extent, dtype=torch.uint8)
-                self._read(self.tensors[name].file, stored.offset, as_bytes(raw.numpy()))
-                packed = raw.view(stored.dtype).as_strided(stored.shape, stored.stride).contiguous()
-                self._packed = {name: as_bytes(packed.view(-1).view(torch.uint8).numpy())}
+                raw = np.empty(stored.extent, np.uint8)
+                self._read(self.tensors[name].file, stored.offset, as_bytes(raw))
+                width = stored.dtype.bits // 8
+                strides = [step * width for step in stored.stride]
+                view = np.lib.stride_tricks.as_strided(raw.view(f"u{width}"), stored.shape, strides)
+                self._packed = {name: as_bytes(np.ascontiguousarray(view).reshape(-1))}
             return self._packed[name]
 
 
@@ -393,12 +394,10 @@ def _scan_bin(fd: int, path: Path) -> tuple[Header, tuple[Stored, ...]]:
 
     with os.fdopen(os.dup(fd), "rb") as archive:
         stored, pickled = read_bin(path, archive)
-    names = {f"torch.{dtype.torch}": dtype for dtype in DTYPES.values()}
     tensors = {}
     for one in sorted(stored, key=lambda one: one.offset):
-        dtype = names[str(one.dtype)]
-        nbytes = prod(one.shape) * dtype.bits // 8
-        tensors[one.name] = TensorInfo(one.name, dtype.name, one.shape, path.name, one.offset, nbytes)
+        nbytes = prod(one.shape) * one.dtype.bits // 8
+        tensors[one.name] = TensorInfo(one.name, one.dtype.name, one.shape, path.name, one.offset, nbytes)
     digest = xxhash.xxh3_128_hexdigest(pickled)
     return Header(tensors, {}, digest), tuple(one for one in stored if not one.contiguous)
 
@@ -412,7 +411,7 @@ def _locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, 
         return path.parent, [path.name], None, False
     if path.suffix in _PICKLES and path.is_file():
         if not unpickle:
-            fix = f"convert it to safetensors, or read it through mergekit's restricted unpickler with {_LAZY}"
+            fix = f"convert it to safetensors, or read it, without running its code, with {_LAZY}"
             raise CheckpointError.of("PICKLE_REFUSED", path, "is a pickle, which can run code when it is loaded", fix)
         return path.parent, [path.name], None, True
     try:
@@ -492,7 +491,7 @@ def _choose_pickle(folder: Path, present: Sequence[str], unpickle: bool) -> str:
         what = "holds no checkpoint, only adapters in folders below it"
         raise CheckpointError.of("CHECKPOINT_MISSING", folder, what, below)
     if pickles:
-        fix = f"convert it to safetensors, or read it through mergekit's restricted unpickler with {_LAZY}"
+        fix = f"convert it to safetensors, or read it, without running its code, with {_LAZY}"
         what = f"holds only pickles ({join_first(pickles)}), which can run code when they are loaded"
         raise CheckpointError.of("PICKLE_REFUSED", folder, what, fix if known else "convert it to safetensors")
     if consolidated := [name for name in present if name.startswith("consolidated")]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from paft_merge.errors import Problems, RecipeError
-from paft_merge.recipe.yaml_source import Located, did_you_mean, dotted, load_yaml, show
+from paft_merge.recipe.yaml_source import Located, did_you_mean, dotted, load_yaml, refuse_secrets, show
 
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
@@ -30,7 +30,7 @@ def overridden(located: Located, overrides: Sequence[str]) -> Located:
     """The recipe with every `key=value` applied; values are YAML.
 
     Raises:
-        RecipeError: SET, every override that cannot be applied.
+        RecipeError: SET, every override that cannot be applied; SECRET, those that hold an access token.
     """
     if not overrides:
         return located
@@ -38,6 +38,7 @@ def overridden(located: Located, overrides: Sequence[str]) -> Located:
     for override in overrides:
         key, equals, value = override.partition("=")
         with problems.catching():
+            refuse_secrets({key.rpartition(".")[2].strip(): value.strip()})
             if not equals:
                 raise RecipeError.of("SET", override, "has no '='", "write KEY=VALUE")
             steps = parse_key_path(key.strip())

@@ -433,8 +433,11 @@ def _beside(value: str | Mapping[str, Any], folder: Path) -> Any:
         ref = ModelRef.parse(value)
     except RecipeError:
         return value  # reading the merge reports it with its line
-    placed = replace(ref, path=absolute(ref.path) or ref.path, lora=absolute(ref.lora), label=ref.stream)
-    return value if (placed.path, placed.lora) == (ref.path, ref.lora) else placed.written()
+    stacked = tuple((absolute(path) or path, revision) for path, revision in ref.stacked)
+    placed = replace(
+        ref, path=absolute(ref.path) or ref.path, lora=absolute(ref.lora), stacked=stacked, label=ref.stream
+    )
+    return value if replace(placed, label=ref.label) == ref else placed.written()
 
 
 def is_reference(steps: tuple[str | int, ...]) -> bool:

@@ -221,7 +221,7 @@ class MergePlan:
         """Bytes of tensors and adapter files that one pass over all inputs reads."""
         reads = {r.stored_at: r for t in self.tensors for r in t.inputs.reads}
         stored = [r.checkpoint.bytes_read(r.name) for r in reads.values()]
-        adapters = {m.adapter.folder: m.adapter.fingerprint() for m in self.models if m.adapter}
+        adapters = {a.folder: a.fingerprint() for m in self.models if m.adapter for a in m.adapter.parts}
         return sum(stored) + sum(int(file["size"]) for files in adapters.values() for file in files.values())
 
     @property
@@ -255,7 +255,8 @@ def bytes_free(out: Path | None) -> int:
 def _files_on_hub(plan: MergePlan) -> dict[tuple[Path, str], int]:
     found: dict[tuple[Path, str], int] = {}
     for model in plan.models:
-        for checkpoint in (model.checkpoint, *([model.adapter.file] if model.adapter else [])):
+        adapters = [part.file for part in model.adapter.parts] if model.adapter else []
+        for checkpoint in (model.checkpoint, *adapters):
             found |= {(checkpoint.folder, name): size for name, size in checkpoint.far.items()}
         if isinstance(inner := getattr(model.checkpoint, "plan", None), MergePlan):
             found |= _files_on_hub(inner)

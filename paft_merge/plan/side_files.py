@@ -53,10 +53,11 @@ def read_side_files(
         ours = _beside(donor)
         found = _copied(ours)
         warnings += _left_out(config_source.ref, [ours[name] for name in found.left_out])
-    used = {model.adapter.folder.resolve() for model in models if model.adapter}
+    used = {part.folder.resolve() for model in models if model.adapter for part in model.adapter.parts}
     seen = {donor.folder.resolve()}
     for model in models:
-        for checkpoint in (model.checkpoint, *([model.adapter.file] if model.adapter else [])):
+        adapters = [part.file for part in model.adapter.parts] if model.adapter else []
+        for checkpoint in (model.checkpoint, *adapters):
             folder, is_adapter = checkpoint.folder.resolve(), checkpoint is not model.checkpoint
             if checkpoint.computed or (checkpoint.file is not None and not is_adapter):
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -28,10 +28,14 @@ class ModelRef:
     override_architecture: str | None = None
     label: str | None = field(default=None, compare=False)
     """A name that seeds random drops in place of the path; it does not distinguish models."""
+    stacked: tuple[tuple[str, str | None], ...] = ()
+    """Adapters after `lora`, each a path and a revision."""
 
     @classmethod
     def parse(cls, value: ModelRef | str | Mapping[str, Any]) -> ModelRef:
         """Read `path@revision+lora@revision` or `{model: ..., lora: ..., override_architecture: ..., label: ...}`.
+
+        Several adapters, `path+lora+lora` or `lora: [..., ...]`, are added in their order.
 
         A `model:` before the path (old model cards) is dropped.
 
@@ -45,12 +49,16 @@ class ModelRef:
             raise RecipeError([replace(first, code="RECIPE")]) from None
 
     def __str__(self) -> str:
-        text = _part(self.path, self.revision)
-        return f"{text}+{_part(self.lora, self.lora_revision)}" if self.lora else text
+        return "+".join(_part(*place) for place in ((self.path, self.revision), *self.adapters))
+
+    @property
+    def adapters(self) -> tuple[tuple[str, str | None], ...]:
+        """The path and revision of every adapter, in the order in which they are added."""
+        return ((self.lora, self.lora_revision), *self.stacked) if self.lora else ()
 
     @property
     def base(self) -> ModelRef:
-        """The same model without its adapter."""
+        """The same model without its adapters."""
         return ModelRef(self.path, self.revision, override_architecture=self.override_architecture)
 
     @property
@@ -60,13 +68,14 @@ class ModelRef:
 
     def written(self) -> str | dict[str, Any]:
         """The string form, or the object form where the string would not parse as an equal reference."""
-        places = [self.path, self.revision, self.lora, self.lora_revision]
+        places = [self.path, self.revision, *(part for adapter in self.adapters for part in adapter)]
         marked = any(mark in place for place in places if place for mark in "+@") or self.path.startswith("model:")
         if not marked and self.override_architecture is None and self.label is None:
             return str(self)
         form: dict[str, Any] = {"model": {"path": self.path, "revision": self.revision}}
-        if self.lora:
-            form["lora"] = {"path": self.lora, "revision": self.lora_revision}
+        adapters = [{"path": path, "revision": revision} for path, revision in self.adapters]
+        if adapters:
+            form["lora"] = adapters if self.stacked else adapters[0]
         return form | {
             "override_architecture": self.override_architecture,
             **({"label": self.label} if self.label else {}),
@@ -109,6 +118,7 @@ class _Form(Section):
 
     model: _Place
     lora: _Place | None = None
+    stacked: tuple[_Place, ...] = ()
     override_architecture: str | None = None
     label: Annotated[str, Field(min_length=1)] | None = None
 
@@ -118,15 +128,18 @@ class _Form(Section):
         if isinstance(value, ModelRef):
             lora = {"path": value.lora, "revision": value.lora_revision} if value.lora else None
             model = {"path": value.path, "revision": value.revision}
-            more = {"override_architecture": value.override_architecture, "label": value.label}
+            stacked = [{"path": path, "revision": revision} for path, revision in value.stacked]
+            more = {"stacked": stacked, "override_architecture": value.override_architecture, "label": value.label}
             return {"model": model, "lora": lora, **more}
         if isinstance(value, str):
-            parts = value.removeprefix("model:").split("+")
-            if len(parts) > 2:
-                raise refused(f"more than one '+' in {show(value)}", "write {model: {path: ...}, lora: {path: ...}}")
-            return dict(zip(("model", "lora"), parts, strict=False))
+            path, *adapters = value.removeprefix("model:").split("+")
+            if adapters and any(part != part.strip() for part in (path, *adapters)):
+                raise refused(f"blanks around '+' in {show(value)}", "write BASE+ADAPTER")
+            return {"model": path, **_split_adapters(adapters)}
         if isinstance(value, Mapping) and "path" in value and "model" not in value:
             raise refused("a model reference needs the key model", "write {model: {path: ..., revision: ...}}")
+        if isinstance(value, Mapping) and isinstance(value.get("lora"), list | tuple):
+            return {**value, **_split_adapters(value["lora"])}
         if not isinstance(value, Mapping):
             context = {"what": f"must name a model, got {show(value)}", "fix": "write PATH or PATH@REVISION"}
             raise PydanticCustomError("reference", "{what}", context)
@@ -136,8 +149,14 @@ class _Form(Section):
         """The flat form."""
         lora, lora_revision = (self.lora.path, self.lora.revision) if self.lora else (None, None)
         return ModelRef(
-            self.model.path, self.model.revision, lora, lora_revision, self.override_architecture, self.label
-        )
+            self.model.path, self.model.revision, lora, lora_revision, self.override_architecture, self.label,
+            tuple((one.path, one.revision) for one in self.stacked),
+        )  # fmt: skip
+
+
+def _split_adapters(adapters: Sequence[Any]) -> dict[str, Any]:
+    """The keys of the object form for a list of adapters."""
+    return {"lora": adapters[0], "stacked": list(adapters[1:])} if adapters else {}
 
 
 _ADAPTER: TypeAdapter[ModelRef] = TypeAdapter(ModelRef)

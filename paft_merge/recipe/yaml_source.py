@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeAlias
 import yaml
 
 from paft_merge.errors import Problem, RecipeError
+from paft_merge.recipe.secrets import find_secrets, refusal, secrets_in_data
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 """The keys and indices of a value in nested data: `("models", 0, "parameters")`."""
@@ -66,9 +67,11 @@ class Located:
         """Copy data from Python.
 
         Raises:
-            RecipeError: a key is not text, or the data is nested too deeply.
+            RecipeError: a key is not text, the data is nested too deeply, or it holds a secret.
         """
-        return cls(_plain(data, (), 0))
+        plain = _plain(data, (), 0)
+        refuse_secrets(plain)
+        return cls(plain)
 
     def line(self, steps: KeyPath = ()) -> int | None:
         """The line (from 1) of the key or item at `steps`, or of the innermost one around it; None without a file."""
@@ -110,9 +113,14 @@ def load_yaml(source: Path | str) -> Located:
 
 
 def load_documents(source: Path | str) -> tuple[Located, ...]:
-    """Read every non-empty document of a file; an empty file is one empty document."""
+    """Read every non-empty document of a file; an empty file is one empty document.
+
+    Raises:
+        RecipeError: as for `load_yaml`; SECRET, a value or a comment is an access token.
+    """
     text, file = _text_of(source)
     documents = tuple(_documents(text, file))
+    _refuse_secrets_in(text, file, documents)
     if len(documents) > 1:
         # No document gets its own text, because a comment between two of them may belong to either.
         return tuple(replace(document, text="") for document in documents)
@@ -129,6 +137,24 @@ def text_at(text: str, key: str) -> str:
     pairs = node.value if isinstance(node, yaml.MappingNode) else ()
     values = (value.value for name, value in pairs if name.value == key and isinstance(value, yaml.ScalarNode))
     return str(next(values, ""))
+
+
+def refuse_secrets(data: Any) -> None:
+    """Raise RecipeError SECRET if plain data holds an access token, which records would publish."""
+    if found := [refusal(dotted(path), kind) for path, kind in secrets_in_data(data)]:
+        raise RecipeError(found)
+
+
+def _refuse_secrets_in(text: str, file: str, documents: Sequence[Located]) -> None:
+    """Refuse secrets in the values and the comments of a file: its text is copied into records."""
+    found = {str(d.spot(path)): kind for d in documents for path, kind in secrets_in_data(d.data)}
+    lines = {d.line(path) for d in documents for path, _ in secrets_in_data(d.data)}
+    for secret in find_secrets(text):
+        line = text.count("\n", 0, secret.start) + 1
+        if line not in lines:
+            found.setdefault(f"{file}:{line}", secret.kind)
+    if found:
+        raise RecipeError([refusal(where, kind) for where, kind in found.items()])
 
 
 def dump_yaml(data: Any) -> str:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.recipe.sections import Section, as_list, read_section
-from paft_merge.recipe.yaml_source import Located
+from paft_merge.recipe.yaml_source import Located, refuse_secrets
 
 Objective = Literal["sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo"]
 SAMPLING: tuple[Objective, ...] = ("on_policy", "best_of_n", "rwr")
@@ -272,6 +272,7 @@ class AdapterSpec(Section):
 def read_adapter(section: Any, name: str = "adapter") -> AdapterSpec:
     """Read one adapter's section; raises `RecipeError` with every fault."""
     located = section if isinstance(section, Located) else Located(section, prefix=("adapters", name))
+    refuse_secrets(located.data)
     return read_section(AdapterSpec, located)
 
 
@@ -283,6 +284,7 @@ def is_existing(section: Any) -> bool:
 def read_adapters(recipe: Located | Mapping[str, Any]) -> dict[str, AdapterSpec]:
     """Read the entries of a recipe's `adapters:` that are trained; raises `RecipeError` with the faults of all of them."""
     located = recipe if isinstance(recipe, Located) else Located(recipe)
+    refuse_secrets(located.data)
     sections = located.data.get("adapters")
     if not isinstance(sections, Mapping) or not sections:
         where = located.spot(("adapters",))

@@ -136,7 +136,7 @@ def test_somebody_elses_commit_in_between_is_a_conflict(
         (lambda f: (f / "merge_state.json").write_text("{}"), "PUSH_INCOMPLETE"),
         (lambda f: _edit(f, complete=False), "PUSH_INCOMPLETE"),
         (lambda f: _flip(f / "model.safetensors"), "PUSH_CHANGED"),
-        (lambda f: (f / "notes.md").write_text("use hf_" + "a" * 34), "PUSH_SECRET"),
+        (lambda f: (f / "notes.md").write_text("use hf_" + "aB3" * 12), "PUSH_SECRET"),
         (lambda f: (f / "notes.md").write_text("the token is hf_writer"), "PUSH_SECRET"),
     ],
 )

@@ -58,7 +58,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"peft_type": "ADALORA"},
         "ADAPTER_CONFIG: init_r: must be a whole number above 0, got None",
     ),
-    "no type": ({"peft_type": None}, "ADAPTER_CONFIG: peft_type"),
+    "no type": ({"peft_type": None, "lora_alpha": None}, "ADAPTER_CONFIG: peft_type"),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "ADAPTER_UNSUPPORTED: alora_invocation_tokens"),
     "Arrow": ({"arrow_config": {"top_k": 2}}, "ADAPTER_UNSUPPORTED: arrow_config"),
     "QALoRA": ({"use_qalora": True}, "ADAPTER_UNSUPPORTED: use_qalora"),
@@ -274,7 +274,8 @@ def test_a_pickled_adapter_is_refused_and_not_opened(
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(_Evil()))
     (problem,) = refused(adapter)
     assert problem.code == "PICKLE_REFUSED"
-    assert "save_pretrained" in problem.fix
+    assert "lazy_unpickle=True, or convert it" in problem.fix
+    assert "torch.load('adapter_model.bin', weights_only=True)" in problem.fix
     assert not (tmp_path / "sentinel").exists()
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import json
 import os
 import pickle
 import threading
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from toys.merge import python
 
 from paft_merge.errors import CheckpointError
-from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs import torch_pickle
+from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.torch_pickle import Stored
 
 BIN = "pytorch_model.bin"
@@ -174,7 +178,7 @@ def test_reading_a_pickle_leaves_pythons_own_pickle_as_it_was(tmp_path):
     ],
 )
 def test_only_gaps_and_other_orders_need_packing(shape, stride, contiguous):
-    assert Stored("w", torch.float32, shape, stride, 0, 0).contiguous == contiguous
+    assert Stored("w", DTYPES["F32"], shape, stride, 0, 0).contiguous == contiguous
 
 
 def test_the_state_is_the_pickle_at_the_root_of_the_archive(tmp_path):
@@ -239,3 +243,163 @@ def test_a_damaged_pickle_is_one_fault(tmp_path):
     torch.save({"w": torch.zeros(1)}, tmp_path / BIN)
     rewritten(tmp_path / BIN, {"data.pkl": b"\x80\x02}q\0(X\x01\0\0\0w"})
     assert refused(tmp_path, unpickle=True)[0] == "PICKLE_REFUSED"
+
+
+# --- what torch.load(weights_only=True) reads, and what it does not --------------------------------------------------------
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.tag = {"layer": 1, "names": ["a", ("b", None)], "kind": torch.float16, "more": torch.zeros(2)}
+    return tensor
+
+
+def parameter_with_attribute(tensor: torch.Tensor) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(tensor.clone(), requires_grad=False)
+    parameter.output_dim = 0
+    return parameter
+
+
+def module_state() -> collections.OrderedDict[str, torch.Tensor]:
+    """A state dict with `_metadata`, views of one storage, and tied weights."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4))
+    module[2].weight = torch.nn.Parameter(torch.randn(4, 8)[:, ::2])
+    return module.state_dict(keep_vars=True)
+
+
+READ = {
+    "attributes": lambda: {name: with_attribute(t) for name, t in state().items()},
+    "parameters": lambda: {name: torch.nn.Parameter(t, requires_grad=False) for name, t in state().items()},
+    "trained parameters": lambda: {"w": torch.nn.Parameter(torch.randn(3, 2))},
+    "parameters with attributes": lambda: {name: parameter_with_attribute(t) for name, t in state().items()},
+    "buffers": lambda: {"w": torch.nn.Buffer(torch.randn(3, 2)), "v": torch.nn.Buffer(torch.randn(3, 2), persistent=False)},
+    "a module": module_state,
+    "hooks": lambda: {"w": torch.randn(3, requires_grad=True)},
+    "float8 and unsigned": lambda: {
+        **{str(t): torch.arange(12).reshape(3, 4).to(torch.float32).to(t).t() for t in (torch.float8_e4m3fn, torch.float8_e5m2)},
+        **{str(t): torch.arange(12).to(t) for t in (torch.uint16, torch.uint32, torch.uint64, torch.complex64)},
+    },
+    "parts of one storage": lambda: dict(zip("abcd", torch.randn(8, 5).chunk(4), strict=True)),
+    "nothing": dict,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before 1.6"])
+@pytest.mark.parametrize("kind", READ)
+def test_what_torch_reads_safely_is_read(tmp_path, kind, legacy):
+    if legacy and kind == "float8 and unsigned":
+        pytest.skip("torch cannot read what it saved")
+    torch.save(READ[kind](), tmp_path / BIN, _use_new_zipfile_serialization=not legacy)
+    expected = torch.load(tmp_path / BIN, weights_only=True)
+    with Checkpoint.open(tmp_path, unpickle=True) as checkpoint:
+        assert checkpoint.tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            got = checkpoint.tensor(name)
+            assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape)
+            same = got.contiguous().view(-1).view(torch.uint8), tensor.detach().contiguous().view(-1).view(torch.uint8)
+            assert same[0].equal(same[1])
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_newer_protocols_are_read(tmp_path, protocol):
+    torch.save(state(), tmp_path / BIN, pickle_protocol=protocol)
+    with Checkpoint.open(tmp_path, unpickle=True) as checkpoint:
+        assert all(checkpoint.tensor(name).equal(tensor) for name, tensor in state().items())
+
+
+UNUSABLE = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
+    "on the meta device": lambda: torch.zeros(3, device="meta"),
+    "negated": lambda: torch._neg_view(torch.randn(3)),
+    "conjugated": lambda: torch.randn(3, dtype=torch.complex64).conj(),
+    "complex128": lambda: torch.randn(3, dtype=torch.complex128),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_plain_values_are_refused_by_name(tmp_path, kind):
+    torch.save({"fine": torch.zeros(1), "odd": UNUSABLE[kind]()}, tmp_path / BIN)
+    code, text = refused(tmp_path, unpickle=True)
+    assert code == "PICKLE_REFUSED"
+    assert "tensor 'odd' is" in text
+    assert "which no merge reads; save it as a plain tensor" in text
+
+
+@pytest.mark.parametrize("content", [{"w": 1}, {"w": None}, {"state_dict": {"w": 1}}, [1], {3: torch.zeros(1)}])
+def test_what_is_not_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / BIN)
+    assert refused(tmp_path, unpickle=True)[0] == "PICKLE_UNREADABLE"
+
+
+# --- hostile files --------------------------------------------------------------------------------------------------------
+
+NAME = b"ctorch._utils\n_rebuild_tensor_v2\n"
+HOSTILE = {
+    "a function": b"cos\nsystem\n(X\x01\0\0\0xtR.",
+    "eval": b"cbuiltins\neval\n(X\x01\0\0\0xtR.",
+    "getattr": b"cbuiltins\ngetattr\n(ctorch\nTensor\nX\x04\0\0\0savetR.",
+    "a dotted name": b"\x80\x04\x8c\x05torch\x8c\x0bstorage.sys\x93.",
+    "torch.load": b"ctorch\nload\n(X\x01\0\0\0xtR.",
+    "bytes of a storage": b"ctorch.storage\n_load_from_bytes\n(X\x01\0\0\0xtR.",
+    "attributes of a function": NAME + b"}X\x0c\0\0\0__defaults__)sb.",
+    "state of a function": NAME + b"(}}X\x0c\0\0\0__defaults__)stb.",
+    "attributes of a class": b"ctorch\nSize\n}X\x01\0\0\0xK\x01sb.",
+    "an instance": b"\x80\x02ccollections\nOrderedDict\n)\x81.",
+    "an extension": b"\x80\x02\x82\x01.",
+    "a huge bytearray": b"\x80\x05\x96\xff\xff\xff\xff\xff\x0f\0\0.",
+    "huge bytes": b"\x80\x04\x8e\xff\xff\xff\xff\xff\x0f\0\0.",
+    "a huge memo": b"\x80\x02]r\xff\xff\xff\x7f.",
+    "a key with an endless hash": b"\x80\x02})" + b"q\x00h\x00h\x00\x86" * 60 + b"K\x01s.",
+    "a persistent name": b"Pfile\n.",
+    "a deep rebuild": b"ctorch._tensor\n_rebuild_from_type_v2\n" * 5000 + b".",
+    "a storage that is not one": b"X\x04\0\0\0evilQ.",
+    "a tensor of no storage": NAME + b"(K\x01K\x01)tR.",
+    "a class called": b"ctorch\nFloatStorage\n(K\x01tR.",
+    "a number of a million digits": b"I" + b"9" * 1_000_000 + b"\n.",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_pickles_are_refused_at_once(tmp_path, kind):
+    torch.save({"w": torch.zeros(1)}, tmp_path / BIN)
+    rewritten(tmp_path / BIN, {"data.pkl": HOSTILE[kind]})
+    start = time.perf_counter()
+    code, text = refused(tmp_path, unpickle=True)
+    assert code in ("PICKLE_REFUSED", "PICKLE_UNREADABLE")
+    assert len(text) < 600
+    assert time.perf_counter() - start < 2
+    assert torch_pickle._tensor.__defaults__ is None
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_files_give_one_problem_or_the_same_tensors(tmp_path, legacy):
+    torch.save(state(), tmp_path / "whole", _use_new_zipfile_serialization=not legacy)
+    whole = (tmp_path / "whole").read_bytes()
+    first = whole.index(b"ctorch")
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(random.integers(1, 4)):
+            damaged[random.integers(first, first + 1500)] = random.integers(256)
+        if random.integers(4) == 0:
+            del damaged[random.integers(len(damaged)) :]
+        (tmp_path / BIN).write_bytes(damaged)
+        with contextlib.suppress(CheckpointError), Checkpoint.open(tmp_path, unpickle=True) as checkpoint:
+            assert all(info.nbytes < 1 << 20 or info.numel for info in checkpoint.tensors.values())
+
+
+def test_reading_a_pickle_imports_neither_torch_nor_mergekit(tmp_path):
+    torch.save(state(), tmp_path / BIN)
+    code = f"""
+import sys
+from pathlib import Path
+from paft_merge.inputs.checkpoint import Checkpoint
+with Checkpoint.open(Path({str(tmp_path)!r}), unpickle=True) as checkpoint:
+    for name, info in checkpoint.tensors.items():
+        checkpoint.read_into(name, 0, bytearray(info.nbytes))
+print(sorted({{"torch", "mergekit"}} & sys.modules.keys()))
+"""
+    assert python(code).stdout.strip() == "[]"

@@ -272,7 +272,7 @@ class TestReferences:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            ("a+b+c", "more than one '+' in 'a+b+c'; write {model: {path: ...}, lora: {path: ...}}"),
+            ("a + b", "blanks around '+' in 'a + b'; write BASE+ADAPTER"),
             ("a@b@c", "more than one '@' in 'a@b@c'; write {path: ..., revision: ...}"),
             ("", "a model reference with an empty path or revision; write PATH or PATH@REVISION"),
             ("a@", "a model reference with an empty path or revision; write PATH or PATH@REVISION"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -104,8 +104,9 @@ def test_a_setting_has_the_same_value(kind: type, raw: Any, name: str, t: float)
 
 @given(st.text("ab/@+.: -", max_size=12))
 @example("org/x@main+org/l@v2")
-@example("a+b+c")
 def test_a_model_reference_is_read_alike(text: str) -> None:
+    parts = text.split("+")  # several adapters are ours alone, and so is the refusal of blanks around '+'
+    assume(len(parts) < 3 and (len(parts) == 1 or all(part == part.strip() for part in parts)))
     try:
         theirs = ModelReference.parse(text)
     except RuntimeError:

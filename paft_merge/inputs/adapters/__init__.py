@@ -27,7 +27,12 @@ from paft_merge.inputs.safetensors_header import join_first, read_text, truncate
 
 __all__ = ["Adapter", "AdapterDelta"]
 
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+_CONVERT = (
+    "read it, without running its code, with lazy_unpickle=True, or convert it where you trust it: import torch, safetensors.torch; "
+    "state = torch.load('adapter_model.bin', weights_only=True); "
+    "safetensors.torch.save_file({k: v.clone().contiguous() for k, v in state.items()}, 'adapter_model.safetensors')"
+)
 _RECORD = "paft_train.json"
 
 
@@ -59,7 +64,9 @@ class Adapter:
         self.warnings: list[Problem] = []
 
     @classmethod
-    def open(cls, folder: Path, base: Checkpoint, far: Mapping[str, FarFile] | None = None) -> Adapter:
+    def open(
+        cls, folder: Path, base: Checkpoint, far: Mapping[str, FarFile] | None = None, *, unpickle: bool = False
+    ) -> Adapter:
         """Open an adapter that PEFT saved, and bind every tensor of it to `base`.
 
         Args:
@@ -67,6 +74,7 @@ class Adapter:
             base: the checkpoint that the adapter is added to. It must stay open while the deltas are used, since
                 PiSSA, OLoRA and DoRA on columns read whole tensors of it on first use.
             far: as for `Checkpoint.open`.
+            unpickle: read `adapter_model.bin` if there is no safetensors file; no code of it runs.
 
         Raises:
             AdapterError: with all faults. ADAPTER_CONFIG, ADAPTER_UNSUPPORTED, ADAPTER_SHAPE, ADAPTER_TARGET (not in
@@ -82,7 +90,7 @@ class Adapter:
         with problems.catching():
             settings.append(read_settings(folder))
         with problems.catching(), ExitStack() as on_failure:
-            file = on_failure.enter_context(_open_weights(folder, far))
+            file = on_failure.enter_context(_open_weights(folder, far, unpickle))
             if settings:
                 adapter = cls(folder, settings[0].raw, file)
                 adapter._bind(settings[0], base)
@@ -90,6 +98,11 @@ class Adapter:
                 return adapter
         problems.raise_as(AdapterError)
         raise AssertionError("unreachable: an adapter that does not open has a fault")
+
+    @property
+    def parts(self) -> tuple[Adapter, ...]:
+        """The adapters that it consists of (see `stack`): itself."""
+        return (self,)
 
     def __enter__(self) -> Adapter:
         return self
@@ -119,7 +132,7 @@ class Adapter:
         binding = Binding(settings, keys, self.file, base, problems)
         binding.bind(type_of(settings).bind_module)
         if not self.file.tensors:
-            problems.add("ADAPTER_SHAPE", self.folder / _WEIGHTS, "holds no tensors")
+            problems.add("ADAPTER_SHAPE", self.folder / self.file.files[0].name, "holds no tensors")
         if not problems.found:
             with problems.catching():
                 self._untie(settings, base, binding)
@@ -145,14 +158,16 @@ class Adapter:
             raise AdapterError.of("ADAPTER_UNSUPPORTED", self.folder, what, fix)
 
 
-def _open_weights(folder: Path, far: Mapping[str, FarFile] | None) -> Checkpoint:
+def _open_weights(folder: Path, far: Mapping[str, FarFile] | None, unpickle: bool) -> Checkpoint:
     if not (folder / _WEIGHTS).exists() and ((folder / MLX_FILE).exists() or MLX_FILE in (far or ())):
         return Checkpoint.open(folder / MLX_FILE, far=far)
-    path, pickled = folder / _WEIGHTS, folder / "adapter_model.bin"
+    path, pickled = folder / _WEIGHTS, folder / _PICKLED
     if not path.exists() and not path.is_symlink() and _WEIGHTS not in (far or ()):
+        if pickled.exists() and unpickle:
+            return Checkpoint.open(pickled, unpickle=True)
         if pickled.exists():
-            fix = "load it where you trust it, and save it again with PEFT's save_pretrained"
-            raise AdapterError.of("PICKLE_REFUSED", pickled, "is a pickle, which can run code", fix)
+            what = "is a pickle, which can run code when it is loaded"
+            raise AdapterError.of("PICKLE_REFUSED", pickled, what, _CONVERT)
         fix = "give the folder that PEFT's save_pretrained wrote"
         raise AdapterError.of("ADAPTER_CONFIG", path, "no such file", fix)
     return Checkpoint.open(path, far=far)

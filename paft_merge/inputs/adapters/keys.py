@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from paft_merge.errors import Problems
 
-_PREFIX = "base_model.model."
+_PREFIX = re.compile(r"(base_model\.model\.)*")
+"""Twice where a wrapped model was wrapped again."""
 _INERT = re.compile(r".+\.(lora_(monteclora|velora)_.+|original_module\..+|trainable_tokens_original(\..+)?)")
 """Training state and copies of the base, which no merge uses: MonteCLoRA and VeLoRA merge as plain LoRA."""
 
@@ -100,7 +101,7 @@ def sort_by_name(keys: Iterable[str], types: Mapping[str, TensorNames], where: o
     """
     found = Keys()
     for key in keys:
-        name = key.removeprefix(_PREFIX)
+        name = key[len(_PREFIX.match(key)[0]) :]  # type: ignore[index]
         if _INERT.fullmatch(name):
             continue
         matches = {kind: match for kind, names in types.items() if (match := names.match(name))}

@@ -19,7 +19,7 @@ from paft_merge.inputs.adapters.config import (
 _UNUSED = INERT | {
     *("lora_dropout", "megatron_config", "megatron_core", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config"),
-    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # other trainers write these
+    *("merge_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # other trainers write these
 }
 """Fields that do not change the delta."""
 
@@ -28,6 +28,7 @@ _NO_DELTA = {
     "arrow_config": "Arrow routes each token to its own experts",
     "use_qalora": "QALoRA pools the inputs of quantised layers",
     "kasa_config": "KaSA trains on a truncated base",
+    "enable_lora": "it adapts parts of a fused layer through a grouped convolution, as PEFT before 0.3 did",
     "layer_replication": "its layers are numbered in a stack of replicated layers",
 }
 """Fields of LoRA variants that have no delta on the given base."""

@@ -114,6 +114,8 @@ def read_settings(folder: Path) -> Settings:
         settings = settings_of(path, raw, problems)
         problems.raise_as(AdapterError)
         return settings
+    if raw.get("peft_type") is None and {"r", "lora_alpha"} <= raw.keys():  # trainers of 2023 left it out
+        raw["peft_type"] = "LORA"
     kind = raw.get("peft_type")
     if not isinstance(kind, str):
         problems.add("ADAPTER_CONFIG", path, f"peft_type: must be a string, got {kind!r}")

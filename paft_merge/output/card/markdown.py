@@ -72,7 +72,9 @@ def _sources(manifest: Mapping[str, Any]) -> list[str]:
         if source.get("repo_id"):
             repo, commit = source["repo_id"], source["commit"]
             asked = f" ({_code(source['revision'])})" if source.get("revision") not in (None, commit) else ""
-            place, revision = f"[{_cell(repo)}](https://huggingface.co/{quote(repo)})", f"{_code(commit)}{asked}"
+            inside = quote(f"/tree/{commit}/{source['folder']}") if source.get("folder") else ""
+            place = f"[{_cell(source['path'])}](https://huggingface.co/{quote(repo)}{inside})"
+            revision = f"{_code(commit)}{asked}"
         else:
             place, revision = _code(source["path"]), "a local folder"
         rows.append(f"| {place} | {role} | {revision} | {_cell(licensed)} |")

@@ -287,8 +287,8 @@ class _Reader:
             return owned[ref], sizes[ref]
         try:
             folders = [fetch(source.path, source.revision, kind="side")]
-            if source.lora:
-                folders.insert(0, fetch(source.lora, source.lora_revision, kind="side"))
+            for path, revision in source.adapters:
+                folders.insert(0, fetch(path, revision, kind="side"))
         except PaftMergeError as error:
             for problem in error.problems:
                 self.problems.add(problem.code, self._spot("source"), f"{problem.where} {problem.what}", problem.fix)

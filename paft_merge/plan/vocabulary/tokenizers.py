@@ -125,16 +125,19 @@ _FAST = "load it where it works and save it again: AutoTokenizer.from_pretrained
 
 
 def tokenizer_files(model: Model) -> TokenizerFiles | None:
-    """The files of a model's tokenizer: its adapter's, else its checkpoint's; None without one.
+    """The files of a model's tokenizer: its last adapter's that has one, else its checkpoint's; None without one.
 
     An adapter's folder with a chat template and no tokenizer changes the template of the checkpoint's tokenizer.
     """
-    own, below = files_in(model.adapter.folder) if model.adapter else {}, checkpoint_tokenizer(model)
-    if is_tokenizer(own):
-        return own
-    template = {name: content for name, content in own.items() if name.startswith("chat_template.")}
-    kept = {name: content for name, content in below.items() if not (template and name.startswith("chat_template."))}
-    return {**kept, **template} if is_tokenizer(below) else None
+    files = checkpoint_tokenizer(model)
+    for part in model.adapter.parts if model.adapter else ():
+        own = files_in(part.folder)
+        template = {name: content for name, content in own.items() if name.startswith("chat_template.")}
+        kept = {
+            name: content for name, content in files.items() if not (template and name.startswith("chat_template."))
+        }
+        files = own if is_tokenizer(own) else {**kept, **template}
+    return files if is_tokenizer(files) else None
 
 
 def checkpoint_tokenizer(model: Model) -> dict[str, bytes | Path]:
