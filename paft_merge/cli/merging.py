@@ -78,8 +78,11 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no bit."
 )
 @click.option("--memory", type=Size(), help="Upper bound of the working memory, e.g. 800M.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted merge into OUT.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, which stays complete until the merge has finished.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted merge into OUT; a finished one stays.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the model in OUT, which stays complete until the merge has finished."
+)
+@click.option("--force", is_flag=True, help="With --overwrite: replace OUT even if it holds no model.")
 @click.option(
     "--stream-from-hub", is_flag=True, help="Read weights from the Hub by byte ranges; nothing but OUT is stored."
 )
@@ -98,14 +101,15 @@ def merge(
     # Read when NumPy is imported. A merge calls BLAS from every thread; further threads of BLAS would only spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from paft_merge.engine import api
+    from paft_merge.output.manifest import is_merged
 
     warn(notes)
     asked, place = MergeOptions(**options, warn=warn), recipe_place(recipe)
     if dry_run:
         with api.open_plan(place, asked, stream_from_hub=True) as plan:
             problems = Problems()
-            if out is not None:
-                api.check_output(plan, out, overwrite=asked.overwrite, problems=problems)
+            if out is not None and not (asked.resume and is_merged(out)):
+                api.check_output(plan, out, asked, problems)
             warn([*plan.warnings, *problems.found])
             _show_plan(plan, out, as_json)
         return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from paft_merge.engine.api import merge, open_plan
 from paft_merge.engine.options import RECORDED, RECORDED_IF_SET, MergeKeywords, MergeOptions
-from paft_merge.engine.sidefiles import identity
+from paft_merge.engine.sidefiles import TIMES, identity
 from paft_merge.errors import MergeError, Problems
 from paft_merge.hub import pinned, resolve
 from paft_merge.output.manifest import MANIFEST, read_manifest, verify
@@ -136,7 +136,7 @@ def _refuse_other_inputs(manifest: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for key in was.keys() & now.keys() - {"mtime_ns"}:
+        for key in was.keys() & now.keys() - {*TIMES}:
             yield from _differences(was[key], now[key], key)
         if name == "files" and was.keys() != now.keys():
             yield "list of files"
