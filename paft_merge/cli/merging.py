@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.mergekit_options import accepts_mergekit_options
-from paft_merge.cli.terminal import Size, console, import_option, plain, recipe_place, say, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import (
+    COMPILER,
+    Size,
+    clock,
+    console,
+    import_option,
+    plain,
+    recipe_place,
+    say,
+    sigterm_as_interrupt,
+    warn,
+)  # fmt: skip
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem, Problems
 
@@ -123,26 +135,34 @@ def merge(
         say(f"{out} is done: see its README.md and merge_manifest.json")
 
 
+_NAMES_FROM, _NAME, _NUMBERS = 100, 40, 48
+"""Columns of a terminal that shows names of tensors, of a name, and of the numbers of the bar."""
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """Draw a bar on stderr with tensors, GB/s and the time left. It starts with the first tensor, after downloads."""
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
+        logging.getLogger(COMPILER).setLevel(logging.WARNING)
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
+    screen = console(stderr=True)
+    names = screen.width >= _NAMES_FROM
     columns = (
         TextColumn("{task.fields[tensors]}"),
-        BarColumn(),
+        BarColumn(max(8, min(40, screen.width - _NUMBERS - names * (_NAME + 1)))),
         TextColumn("{task.percentage:>3.0f}%"),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}", style="dim"),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        *([TextColumn("{task.fields[name]}", style="dim", markup=False)] if names else []),
     )
-    bar = Bar(*columns, console=console(stderr=True), transient=True)
+    bar = Bar(*columns, console=screen, transient=True, get_time=clock)
     task = bar.add_task("", total=None, tensors="", name="")
     try:
 
@@ -150,7 +170,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             bar.start()
             counts = f"{done.tensors}/{done.tensors_total} tensors"
             bar.update(
-                task, total=done.bytes_total, completed=done.bytes_done, tensors=counts, name=plain(done.name[-40:])
+                task, total=done.bytes_total, completed=done.bytes_done, tensors=counts, name=plain(done.name[-_NAME:])
             )
 
         yield advance

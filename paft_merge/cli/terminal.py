@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import signal
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -106,6 +108,30 @@ def warn(problems: Sequence[Problem]) -> None:
     """Print warnings on stderr."""
     for problem in problems:
         click.echo(line("warning", problem), err=True)
+
+
+COMPILER = "paft_merge.compute.kernels.object_cache"
+"""Name of the logger that announces the compiler, which the commands show."""
+
+
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what `sys.stderr` is now: while a progress bar is drawn, rich prints above it."""
+
+    @property
+    def stream(self) -> Any:
+        """The stream."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        """Ignore the stream of the base class."""
+
+
+def clock() -> float:
+    """Seconds for rates and times left: the clock stands still while kernels are compiled."""
+    from paft_merge.compute.kernels.object_cache import compile_seconds
+
+    return time.monotonic() - compile_seconds()
 
 
 class LineFormatter(logging.Formatter):

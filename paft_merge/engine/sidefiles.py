@@ -29,7 +29,6 @@ from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
 from paft_merge.plan.vocabulary import is_tokenizer_file
 from paft_merge.stats.record import pair_row_of, row_of, totals_of
 
-
 TIMES = ("mtime_ns", "ctime_ns")
 """Fields of fingerprints that a copy of a file changes."""
 
