@@ -8,7 +8,6 @@ import gc
 import logging
 import platform
 import shlex
-import sys
 import time
 from importlib.metadata import version
 from typing import Any

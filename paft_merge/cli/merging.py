@@ -160,7 +160,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         TextColumn("{task.percentage:>3.0f}%"),
         TransferSpeedColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        *([TextColumn("{task.fields[name]}", style="dim", markup=False)] if names else []),
+        *([TextColumn("{task.fields[name]}", style="dim")] if names else []),
     )
     bar = Bar(*columns, console=screen, transient=True, get_time=clock)
     task = bar.add_task("", total=None, tensors="", name="")

@@ -86,8 +86,12 @@ def plain(text: object) -> str:
 
 
 def console(*, stderr: bool = False, **options: Any) -> Console:
-    """A console of rich that escapes control characters in everything that it prints; `options` are rich's."""
+    """A console of rich that escapes control characters in everything that it prints, and pads no line of a file; `options` are rich's."""
     return _console_class()(stderr=stderr, **options)
+
+
+_PADDING = re.compile(r" +(?=\n)")
+"""The blanks at the ends of lines, which a table in a file does not need."""
 
 
 @cache
@@ -97,9 +101,9 @@ def _console_class() -> type[Console]:
 
     class Escaping(Console):
         def _render_buffer(self, buffer: Iterable[Segment]) -> str:
-            return super()._render_buffer(
-                s if s.control else Segment(escape(s.text, lines=True), s.style) for s in buffer
-            )
+            escaped = (s if s.control else Segment(escape(s.text, lines=True), s.style) for s in buffer)
+            text = super()._render_buffer(escaped)
+            return text if self.is_terminal else _PADDING.sub("", text)
 
     return Escaping
 

@@ -51,7 +51,7 @@ _LOCK = Lock()
 
 
 _KERNELS: list[Compiled] = []
-_SECONDS_EACH = 0.5
+_SECONDS_EACH = 0.6
 """About how long numba takes to compile a kernel."""
 
 
