@@ -23,7 +23,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         mergekit_plugin.run("paft-mergekit-yaml", arguments, _EPILOG)
-    except click.ClickException as error:
+    except click.ClickException as error:  # of usage: click prints it
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
