@@ -64,11 +64,11 @@ class _Compiler:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Announce the first compilation, and measure each."""
+        self.since = time.monotonic()
         if not self.announced:
             self.announced, missing = True, sum(kernel.is_missing for kernel in _KERNELS)
             text = "compiling up to %d kernels for this processor (once; about %.0f s)"
             log.info(text, missing, max(1.0, missing * _SECONDS_EACH))
-        self.since = time.monotonic()
         try:
             yield
         finally:
