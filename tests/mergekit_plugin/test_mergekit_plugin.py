@@ -221,7 +221,7 @@ def test_the_console_script_is_mergekit_yaml_with_both(
     ("change", "text"),
     [
         ({"merge_method": "tis"}, "error[MERGEKIT]: "),
-        ({"merge_method": "l1_ties", "parameters": {"densitty": 1}}, "error["),
+        ({"models": 5}, "error[MERGEKIT]: models: Input should be a valid list"),
         (None, "none.yaml: No such file or directory; `paft merge` takes the same file"),
     ],
 )

@@ -183,13 +183,14 @@ def _is_resized(base: Checkpoint, builder: DeltaBuilder) -> bool:
 def _grouped(problems: Sequence[Problem], settings: Settings) -> list[Problem]:
     """The problems, with one in place of several tensors whose shapes are not the base's: they have one cause."""
     named = settings.raw.get("base_model_name_or_path")
-    fix = f"its adapter_config.json names the base {str(named)!r}" if named else OTHER_BASE
+    fix = f"{OTHER_BASE} its adapter_config.json names {str(named)!r}" if named else OTHER_BASE
     found = [problem if problem.fix != OTHER_BASE else replace(problem, fix=fix) for problem in problems]
     unlike = [problem for problem in found if problem.fix == fix and problem.code == "ADAPTER_SHAPE"]
     if len(unlike) < 2:
         return found
-    what = f"{len(unlike)} of its tensors do not fit the base, the first: {unlike[0].what}"
-    return [*(problem for problem in found if problem not in unlike), replace(unlike[0], what=what)]
+    sample = next((problem for problem in unlike if not problem.what.startswith("tensor ")), unlike[0])
+    what = f"{len(unlike)} of its tensors do not fit the base, such as {sample.what}"
+    return [*(problem for problem in found if problem not in unlike), replace(sample, what=what)]
 
 
 def _other_base(settings: Settings, base: Checkpoint, where: Path) -> list[Problem]:
