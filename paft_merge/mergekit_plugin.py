@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from mergekit.merge_methods.base import MISSING, ParameterSpec
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from paft_merge.hub import fetch
 from paft_merge.inputs.adapters import Adapter
@@ -173,9 +173,28 @@ def _local_path(model: ModelReference, cache_dir: str | None = None, ignore_lora
 
 
 def main() -> None:
-    """`paft-mergekit-yaml CONFIG OUT`: mergekit-yaml, with our methods and adapters on the fly."""
+    """mergekit-yaml, with our methods and adapters on the fly; `paft-mergekit-yaml` is `cli.mergekit_yaml`."""
     from mergekit.scripts import run_yaml
 
     register()
     with adapters_on_the_fly():
         run_yaml.main()
+
+
+def run(program: str, arguments: Sequence[str], epilog: str) -> None:
+    """Run mergekit-yaml as `main` does, raise its errors instead of printing them, and add `epilog` to its help."""
+    from mergekit.scripts import run_yaml
+
+    run_yaml.main.epilog = epilog
+    register()
+    with adapters_on_the_fly():
+        run_yaml.main.main(list(arguments), prog_name=program, standalone_mode=False)
+
+
+def in_one_line(error: Exception) -> str:
+    """An error of mergekit, pydantic or Python as one line."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

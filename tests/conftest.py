@@ -15,7 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from paft_merge.compute.kernels import object_cache
+
 State = dict[str, torch.Tensor]
+
+object_cache._COMPILER.announced = True  # tests compare what commands print, whether or not the cache is cold
 
 
 def random_state(seed: int, dtype: torch.dtype = torch.float32, layers: int = 3, width: int = 24) -> State:

@@ -24,7 +24,9 @@ def commands() -> str:
         context = click.Context(command, info_name=f"paft {name}")
         parts += [f"## `paft {name}`", f"```sh\n{command.get_usage(context).removeprefix('Usage: ')}\n```"]
         parts += [inspect.cleandoc(command.help or "")]
-        rows = [_row(option, context) for option in command.params if isinstance(option, click.Option)]
+        rows = [
+            _row(option, context) for option in command.params if isinstance(option, click.Option) and not option.hidden
+        ]
         parts += ["\n".join(["| option | meaning |", "|---|---|", *rows])] if rows else []
     return "\n\n".join(parts)
 

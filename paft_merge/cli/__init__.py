@@ -8,7 +8,6 @@ import gc
 import logging
 import platform
 import shlex
-import sys
 import time
 from importlib.metadata import version
 from typing import Any
@@ -23,7 +22,7 @@ from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
 from paft_merge.cli.starting import init
-from paft_merge.cli.terminal import COMMAND, LineFormatter, line, say, warn
+from paft_merge.cli.terminal import COMMAND, COMPILER, LineFormatter, StderrHandler, line, say, warn
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
@@ -97,9 +96,10 @@ _SYSTEM_FIXES = {
 @click.pass_context
 def cli(ctx: click.Context, verbose: bool) -> None:
     """Merge LoRA adapters and checkpoints by streaming tensors, and train the sparse adapters to merge."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger(COMPILER).setLevel(logging.INFO)
     if verbose:
         log.info("paft-merge %s, Python %s: %s", version("paft-merge"), platform.python_version(), ctx.meta[COMMAND])
 

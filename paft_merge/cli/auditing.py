@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.terminal import console, line, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import COMPILER, clock, console, line, sigterm_as_interrupt, warn
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError
 
@@ -90,6 +91,8 @@ def _exit_codes() -> Iterator[None]:
 @contextmanager
 def _audit_progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
     """A progress bar on stderr with the number of tensors and the time left."""
+    if quiet:
+        logging.getLogger(COMPILER).setLevel(logging.WARNING)
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -102,7 +105,7 @@ def _audit_progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=console(stderr=True), transient=True, get_time=clock) as bar:
         task = bar.add_task("", total=None, tensors="")
 
         def advance(done: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.mergekit_options import accepts_mergekit_options
-from paft_merge.cli.terminal import Size, console, import_option, plain, recipe_place, say, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import (
+    COMPILER,
+    Size,
+    clock,
+    console,
+    import_option,
+    plain,
+    recipe_place,
+    say,
+    sigterm_as_interrupt,
+    warn,
+)  # fmt: skip
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem, Problems
 
@@ -78,8 +90,11 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores. Changes no bit."
 )
 @click.option("--memory", type=Size(), help="Upper bound of the working memory, e.g. 800M.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted merge into OUT.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, which stays complete until the merge has finished.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted merge into OUT; a finished one stays.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the model in OUT, which stays complete until the merge has finished."
+)
+@click.option("--force", is_flag=True, help="With --overwrite: replace OUT even if it holds no model.")
 @click.option(
     "--stream-from-hub", is_flag=True, help="Read weights from the Hub by byte ranges; nothing but OUT is stored."
 )
@@ -98,14 +113,15 @@ def merge(
     # Read when NumPy is imported. A merge calls BLAS from every thread; further threads of BLAS would only spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from paft_merge.engine import api
+    from paft_merge.output.manifest import is_merged
 
     warn(notes)
     asked, place = MergeOptions(**options, warn=warn), recipe_place(recipe)
     if dry_run:
         with api.open_plan(place, asked, stream_from_hub=True) as plan:
             problems = Problems()
-            if out is not None:
-                api.check_output(plan, out, overwrite=asked.overwrite, problems=problems)
+            if out is not None and not (asked.resume and is_merged(out)):
+                api.check_output(plan, out, asked, problems)
             warn([*plan.warnings, *problems.found])
             _show_plan(plan, out, as_json)
         return
@@ -119,26 +135,34 @@ def merge(
         say(f"{out} is done: see its README.md and merge_manifest.json")
 
 
+_NAMES_FROM, _NAME, _NUMBERS = 100, 40, 48
+"""Columns of a terminal that shows names of tensors, of a name, and of the numbers of the bar."""
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """Draw a bar on stderr with tensors, GB/s and the time left. It starts with the first tensor, after downloads."""
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
+        logging.getLogger(COMPILER).setLevel(logging.WARNING)
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
+    screen = console(stderr=True)
+    names = screen.width >= _NAMES_FROM
     columns = (
         TextColumn("{task.fields[tensors]}"),
-        BarColumn(),
+        BarColumn(max(8, min(40, screen.width - _NUMBERS - names * (_NAME + 1)))),
         TextColumn("{task.percentage:>3.0f}%"),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}", style="dim"),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        *([TextColumn("{task.fields[name]}", style="dim")] if names else []),
     )
-    bar = Bar(*columns, console=console(stderr=True), transient=True)
+    bar = Bar(*columns, console=screen, transient=True, get_time=clock)
     task = bar.add_task("", total=None, tensors="", name="")
     try:
 
@@ -146,7 +170,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             bar.start()
             counts = f"{done.tensors}/{done.tensors_total} tensors"
             bar.update(
-                task, total=done.bytes_total, completed=done.bytes_done, tensors=counts, name=plain(done.name[-40:])
+                task, total=done.bytes_total, completed=done.bytes_done, tensors=counts, name=plain(done.name[-_NAME:])
             )
 
         yield advance

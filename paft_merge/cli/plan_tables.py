@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,9 +52,10 @@ def method_table(methods: Mapping[str, Method]) -> None:
     terminal().print(table)
 
 
-def terminal() -> Console:
-    """Return a console as wide as the terminal, or 160 columns wide where the output is not a terminal."""
-    return console() if sys.stdout.isatty() else console(width=160)
+def terminal(*, highlight: bool = True) -> Console:
+    """Return a console as wide as the terminal; where the output is not a terminal, as `COLUMNS` says, or 160 columns wide."""
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return console(width=None if known else 160, highlight=highlight)
 
 
 def _table(*headings: str) -> Table:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from paft_merge.cli.terminal import console, plain
+from paft_merge.cli.plan_tables import terminal
+from paft_merge.cli.terminal import plain
 
 if TYPE_CHECKING:
     from paft_merge.evaluating.light import Score
@@ -21,14 +19,9 @@ if TYPE_CHECKING:
 _ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 
 
-def _console() -> Console:
-    width = None if sys.stdout.isatty() else max(shutil.get_terminal_size().columns, 160)
-    return console(width=width, highlight=False)
-
-
 def table(results: Results) -> None:
     """Print the table of a run, the best of each column in bold, and its sentences. Only names are broken into lines."""
-    out = _console()
+    out = terminal(highlight=False)
     widest = max((len(str(cell)) for row in results.rows for cell in row.cells.values()), default=0)
     names = max((len(row.name) for row in results.rows), default=0)
     tight = names + (widest + 3) * len(results.columns) + 6 > out.width
@@ -71,7 +64,7 @@ def steps_table(planned: Planned) -> None:
     for (name, why, place), count in rows.items():
         times = f" ({count} evaluations)" if count > 1 else ""
         shown.add_row(plain(name) + times, plain(why) if why else "[dim]finished[/]", plain(place))
-    screen = _console()
+    screen = terminal(highlight=False)
     screen.print(shown)
     screen.print(f"{len(planned.todo)} of {len(planned.steps)} steps to do")
 
@@ -84,4 +77,4 @@ def scores(found: Mapping[str, Score]) -> None:
     shown.add_column("standard error", justify="right")
     for name, score in found.items():
         shown.add_row(plain(name), f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}")
-    _console().print(shown)
+    terminal(highlight=False).print(shown)

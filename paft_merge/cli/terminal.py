@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import signal
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -84,8 +86,12 @@ def plain(text: object) -> str:
 
 
 def console(*, stderr: bool = False, **options: Any) -> Console:
-    """A console of rich that escapes control characters in everything that it prints; `options` are rich's."""
+    """A console of rich that escapes control characters in everything that it prints, and pads no line of a file; `options` are rich's."""
     return _console_class()(stderr=stderr, **options)
+
+
+_PADDING = re.compile(r" +(?=\n)")
+"""The blanks at the ends of lines, which a table in a file does not need."""
 
 
 @cache
@@ -95,9 +101,9 @@ def _console_class() -> type[Console]:
 
     class Escaping(Console):
         def _render_buffer(self, buffer: Iterable[Segment]) -> str:
-            return super()._render_buffer(
-                s if s.control else Segment(escape(s.text, lines=True), s.style) for s in buffer
-            )
+            escaped = (s if s.control else Segment(escape(s.text, lines=True), s.style) for s in buffer)
+            text = super()._render_buffer(escaped)
+            return text if self.is_terminal else _PADDING.sub("", text)
 
     return Escaping
 
@@ -106,6 +112,30 @@ def warn(problems: Sequence[Problem]) -> None:
     """Print warnings on stderr."""
     for problem in problems:
         click.echo(line("warning", problem), err=True)
+
+
+COMPILER = "paft_merge.compute.kernels.object_cache"
+"""Name of the logger that announces the compiler, which the commands show."""
+
+
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what `sys.stderr` is now: while a progress bar is drawn, rich prints above it."""
+
+    @property
+    def stream(self) -> Any:
+        """The stream."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        """Ignore the stream of the base class."""
+
+
+def clock() -> float:
+    """Seconds for rates and times left: the clock stands still while kernels are compiled."""
+    from paft_merge.compute.kernels.object_cache import compile_seconds
+
+    return time.monotonic() - compile_seconds()
 
 
 class LineFormatter(logging.Formatter):

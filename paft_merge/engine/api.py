@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.engine import imbalance
+from paft_merge.engine.finished import is_finished
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.merge_result import MergeResult
 from paft_merge.engine.options import MergeKeywords, MergeOptions
@@ -21,7 +22,9 @@ from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.hub import HF, fetch_file
 from paft_merge.methods import METHODS
 from paft_merge.methods.mergekit_methods import import_methods
-from paft_merge.output.folder import Output, check_place
+from paft_merge.output.folder import Output
+from paft_merge.output.manifest import is_merged
+from paft_merge.output.placing import check_place, tidy_finished
 from paft_merge.plan import MergePlan, Model, plan_merge
 from paft_merge.recipe import ModelRef, Recipe
 from paft_merge.recipe.documents import Documents, load_recipes
@@ -61,7 +64,8 @@ def merge(
 
     Args:
         recipe: as for `open_plan`. Of a file with several results each is written to a folder of its name in `out`.
-        out: folder to write; must not exist or be empty, unless `overwrite`. It grows as `out.part`.
+        out: folder to write; must not exist or be empty, unless `overwrite`. It grows as `out.part`, and in a mount
+            point as `out/.paft.part`.
         options: see `MergeOptions`.
         overrides: single options, which replace those of `options`: `merge(recipe, out, threads=2)`.
 
@@ -132,6 +136,7 @@ def _planned(
             refs = tuple(dict.fromkeys(ref for part in parts for ref in part.references))
             template = _template(recipe, documents)
             sources = Sources.find(refs, unpickle=options.lazy_unpickle, computed=documents.named, template=template)
+            _name_lines(sources, parts)
             if sources.missing_bytes and not options.stream_from_hub:
                 with sources.opened(compute) as models:
                     before_download(plan(models), sources)
@@ -147,6 +152,22 @@ def _template(recipe: Recipe, documents: Documents) -> ModelRef:
     return _template(documents.named[found.path], documents) if found.path in documents.named else found
 
 
+def _name_lines(sources: Sources, parts: Sequence[Recipe]) -> None:
+    """Put the file and the line of the recipe before the errors of models that were not found."""
+    spots = {
+        place: one.spot
+        for part in parts
+        for output in part.slices
+        for one in output.sources
+        for place in sources.places(one.ref)
+        if one.spot.file and one.spot.line
+    }
+    for place in sources.errors.keys() & spots.keys():
+        error, at = sources.errors[place], f"{spots[place].file}:{spots[place].line}"
+        located = [replace(problem, where=f"{at}: {problem.where}") for problem in error.problems]
+        sources.errors[place] = type(error)(located, error.warnings)
+
+
 def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResult:
     """Merge one result of the documents."""
     from paft_merge.compute.devices import ops_for
@@ -160,14 +181,20 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
         (options.warn or _log)(found)
 
     def before_download(plan: MergePlan, sources: Sources) -> None:
-        check_output(plan, out, overwrite=options.overwrite, problems=problems)
+        if not (options.resume and is_merged(out)):
+            check_output(plan, out, options, problems)
         problems.raise_as(OutputError)
         sources.check_room(plan.bytes_written, out)
 
     with ExitStack() as inputs:
         with _with_place(out, options, problems):
             plan = inputs.enter_context(_planned(documents, options, before_download))
-        check_output(plan, out, overwrite=options.overwrite, problems=problems)
+        if is_finished(plan, out, options, problems):
+            tidy_finished(out)
+            warn(plan.warnings)
+            return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, 0)
+        if not problems.found:
+            check_output(plan, out, options, problems)
         threads = threads_within(plan, options.threads or available_cores(), options.memory_bytes, problems)
         problems.raise_as(OutputError)
         notices = [*code_notice(plan, trust_remote_code=options.trust_remote_code), *licence_notice(plan)]
@@ -182,9 +209,10 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
     return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, plan.bytes_written)
 
 
-def check_output(plan: MergePlan, out: Path, *, overwrite: bool, problems: Problems) -> None:
+def check_output(plan: MergePlan, out: Path, options: MergeOptions, problems: Problems) -> None:
     """Add to `problems` every reason why the merge cannot be written to `out`."""
-    check_place(out, _folders(plan), plan.bytes_written, overwrite=overwrite, problems=problems)
+    replaces = {"overwrite": options.overwrite, "force": options.force}
+    check_place(out, _folders(plan), plan.bytes_written, problems=problems, **replaces)
 
 
 def threads_within(plan: MergePlan, threads: int, memory: int | None, problems: Problems) -> int:
@@ -213,7 +241,8 @@ def _with_place(out: Path, options: MergeOptions, problems: Problems) -> Iterato
     try:
         yield
     except PaftMergeError as error:
-        check_place(out, (), 0, overwrite=options.overwrite, problems=problems)
+        if not (options.resume and is_merged(out)):
+            check_place(out, (), 0, overwrite=options.overwrite, problems=problems, force=options.force)
         raise type(error)(tuple(dict.fromkeys([*error.problems, *problems.found])), error.warnings) from error
 
 

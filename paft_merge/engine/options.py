@@ -29,9 +29,11 @@ class MergeOptions:
     out_shard_bytes: int | str | None = None
     """Largest size of an output file, in bytes or as text (`"5GB"`). None: the files of the base."""
     resume: bool = False
-    """Continue an interrupted merge from `out.part`."""
+    """Continue an interrupted merge from `out.part`. A finished merge of the same recipe and inputs is left as it is."""
     overwrite: bool = False
-    """Replace an existing `out`, which stays complete until the merge has finished."""
+    """Replace an existing model in `out`, which stays complete until the merge has finished."""
+    force: bool = False
+    """With `overwrite`: replace `out` even if it holds no model, and delete whatever it holds."""
     lazy_unpickle: bool = False
     """Read `.bin` checkpoints through a reader that runs no code of them."""
     trust_remote_code: bool = False
@@ -117,6 +119,7 @@ class MergeKeywords(TypedDict, total=False):
     out_shard_bytes: int | str | None
     resume: bool
     overwrite: bool
+    force: bool
     lazy_unpickle: bool
     trust_remote_code: bool
     allow_crimes: bool

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from paft_merge.engine.api import merge, open_plan
 from paft_merge.engine.options import RECORDED, RECORDED_IF_SET, MergeKeywords, MergeOptions
-from paft_merge.engine.sidefiles import identity
-from paft_merge.errors import MergeError, Problems
+from paft_merge.engine.sidefiles import TIMES, identity
+from paft_merge.errors import MergeError, PaftMergeError, Problems
 from paft_merge.hub import pinned, resolve
 from paft_merge.output.manifest import MANIFEST, read_manifest, verify
 from paft_merge.recipe import dump_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+_NOT_FOUND = ("NOT_FOUND", "HUB_OFFLINE", "HUB_NOT_FOUND")
+"""Codes of a source that is not where its reference says."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def reproduce(
     asked = _options(manifest, place, given)
     with pinned(_pins(manifest)), _place_for(out) as target:
         recipe = _recipe(manifest)
-        with open_plan(recipe, replace(asked, stream_from_hub=True)) as plan:
+        with _explaining_paths(manifest), open_plan(recipe, replace(asked, stream_from_hub=True)) as plan:
             _refuse_other_inputs(manifest, identity(plan, asked.device)["inputs"])
         merge(recipe, target, asked)
         checked = verify(target, manifest=manifest)
@@ -88,6 +92,22 @@ def reproduce(
     was, has = manifest.get("versions", {}), made["versions"]
     versions = {n: (was.get(n, "none"), has.get(n, "none")) for n in {**was, **has} if was.get(n) != has.get(n)}
     return Reproduction(place, checked.tensors, checked.nbytes, tuple(differing), tuple(files), versions)
+
+
+@contextmanager
+def _explaining_paths(manifest: Mapping[str, Any]) -> Iterator[None]:
+    """Add to the error of a local source that is not found where its relative path starts."""
+    local = {str(s.get("path")) for s in manifest.get("sources", ()) if not s.get("commit")}
+    relative = {path for path in local if not Path(path).expanduser().is_absolute()}
+    try:
+        yield
+    except PaftMergeError as error:
+        fix = "a relative path starts in the folder where the merge ran: give this command there"
+        found = [
+            replace(problem, fix=fix) if problem.code in _NOT_FOUND and problem.where in relative else problem
+            for problem in error.problems
+        ]
+        raise type(error)(found, error.warnings) from error
 
 
 def _options(manifest: Mapping[str, Any], place: str, options: MergeOptions) -> MergeOptions:
@@ -136,7 +156,7 @@ def _refuse_other_inputs(manifest: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for key in was.keys() & now.keys() - {"mtime_ns"}:
+        for key in was.keys() & now.keys() - {*TIMES}:
             yield from _differences(was[key], now[key], key)
         if name == "files" and was.keys() != now.keys():
             yield "list of files"

@@ -29,6 +29,9 @@ from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
 from paft_merge.plan.vocabulary import is_tokenizer_file
 from paft_merge.stats.record import pair_row_of, row_of, totals_of
 
+TIMES = ("mtime_ns", "ctime_ns")
+"""Fields of fingerprints that a copy of a file changes."""
+
 
 def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: MergeOptions) -> dict[str, bytes | Path]:
     """Return every output file but the shards and their index: name to content, or to the file to copy.
@@ -201,15 +204,16 @@ def _fingerprint(model: Model) -> dict[str, Any]:
 def _fingerprint_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
     digest = xxhash.xxh3_128_hexdigest(json.dumps(config, sort_keys=True).encode())
     found: dict[str, Any] = {"files": checkpoint.fingerprint(), "config": digest}
+    found["ctime_ns"] = {file.name: file.ctime_ns for file in checkpoint.files}
     if not checkpoint.far:  # an etag identifies all bytes, and a sample would take a request for each tensor
         found["sample"] = checkpoint.sample()
     return found
 
 
-def _without_times(found: Any) -> Any:
+def without_times(found: Any) -> Any:
     """Return fingerprints without file times, so that a copy of a file has the same."""
     if isinstance(found, Mapping):
-        return {key: _without_times(value) for key, value in found.items() if key != "mtime_ns"}
+        return {key: without_times(value) for key, value in found.items() if key not in TIMES}
     return found
 
 
@@ -241,7 +245,7 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping
         "rounding": plan.recipe.rounding,
         "allow_nonfinite": plan.allow_nonfinite,
         "donor": plan.config_source.ref,
-        "inputs": _without_times({m.ref: _fingerprint(m) for m in plan.models}),
+        "inputs": without_times({m.ref: _fingerprint(m) for m in plan.models}),
         "versions": versions(plan),
         **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),
         "totals": [{**row, **noted.get(row["source"], {})} for row in measured],

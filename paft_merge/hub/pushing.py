@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from paft_merge.errors import HubError, Problem, Problems, deprecated
 from paft_merge.hub.faults import asking
 from paft_merge.hub.secret_files import refuse_secrets
-from paft_merge.inputs.checkpoint import UNFINISHED, Checkpoint
+from paft_merge.inputs.checkpoint import Checkpoint, is_unfinished
 from paft_merge.inputs.side_file_kinds import is_inside
 from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
 
@@ -111,7 +111,7 @@ def prepare_upload(folder: Path) -> UploadPlan:
     folder = Path(folder)
     if not folder.is_dir():
         raise HubError.of("PUSH_FOLDER", folder, "is not a folder", "give the folder that was written")
-    if folder.name.endswith(".part") or (folder / UNFINISHED).exists():
+    if is_unfinished(folder):
         what = "is the output of a merge that did not finish"
         raise HubError.of("PUSH_INCOMPLETE", folder, what, "finish it with `paft merge --resume`")
     files = dict(sorted(_files(folder), key=lambda item: _sending_order(item[0])))

@@ -40,11 +40,15 @@ if TYPE_CHECKING:
 
     from paft_merge.inputs.torch_pickle import Stored
 
-__all__ = ["DTYPES", "UNFINISHED", "Checkpoint", "CheckpointFile", "Dtype", "TensorInfo"]
+__all__ = ["DTYPES", "INSIDE", "PLACING", "UNFINISHED", "Checkpoint", "CheckpointFile", "Dtype", "TensorInfo"]
 
 UNFINISHED = "merge_state.json"
 """The journal of an unfinished merge. A folder that holds one, or is called `*.part`, is not opened: its files have
 their full size from the start and would look complete."""
+
+INSIDE, PLACING = ".paft.part", "placing.json"
+"""The work folder of a merge into a mount point, and its list of files while they are moved up: until then the folder is
+not opened either."""
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".index.json"
@@ -63,6 +67,9 @@ class CheckpointFile:
     mtime_ns: int
     metadata: Mapping[str, str]
     digest: str
+    ctime_ns: int = 0
+    """Time of the last change of content or attributes; no program can set it back."""
+    inode: int = 0
 
 
 class FarFile(Protocol):
@@ -288,7 +295,12 @@ class Checkpoint:
         """
         etags = {name: {"etag": file.etag} for name, file in self._far.items()}
         return {
-            f.name: {"size": f.size, "mtime_ns": f.mtime_ns, "header": f.digest, **etags.get(f.name, {})}
+            f.name: {
+                "size": f.size,
+                "mtime_ns": f.mtime_ns,
+                "header": f.digest,
+                **etags.get(f.name, {}),
+            }
             for f in self.files
         }
 
@@ -298,7 +310,9 @@ class Checkpoint:
         return {name: file.size for name, file in self._far.items()}
 
     def check_unchanged(self) -> None:
-        """Compare each file's size and modification time with those at opening.
+        """Compare each file's size, times and inode with those at opening.
+
+        Modification times can be set back (`touch -r`, `rsync -t`), but not the other time.
 
         Raises:
             CheckpointError: INPUT_CHANGED, naming every file that differs or is missing.
@@ -315,7 +329,8 @@ class Checkpoint:
             except OSError as error:
                 problems.add("INPUT_CHANGED", self.folder / file.name, f"is missing: {error.strerror}")
                 continue
-            if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+            seen = file.size, file.mtime_ns, file.ctime_ns, file.inode
+            if (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino) != seen:
                 what = f"was {file.size:,} bytes when opened and is {now.st_size:,} now, or was written to since"
                 problems.add(
                     "INPUT_CHANGED", self.folder / file.name, what, "run again when no other process writes to it"
@@ -373,7 +388,9 @@ class _Opened:
         except BaseException:
             os.close(fd)
             raise
-        file = CheckpointFile(path.name, seen.st_size, seen.st_mtime_ns, header.metadata, header.digest)
+        file = CheckpointFile(
+            path.name, seen.st_size, seen.st_mtime_ns, header.metadata, header.digest, seen.st_ctime_ns, seen.st_ino
+        )
         return cls(fd, file, header.tensors, strided)
 
 
@@ -418,7 +435,7 @@ def _locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, 
         present = sorted({*os.listdir(path), *far})
     except OSError as error:
         raise CheckpointError.of("CHECKPOINT_MISSING", path, f"cannot be opened: {error.strerror}") from None
-    if path.name.endswith(".part") or UNFINISHED in present:
+    if UNFINISHED in present or is_unfinished(path):
         what = "is the output of a merge that did not finish"
         raise CheckpointError.of("CHECKPOINT_UNFINISHED", path, what, "finish it with resume=True")
     chosen = _choose(path, present, unpickle)
@@ -427,6 +444,13 @@ def _locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, 
         return path, [chosen], None, pickled
     weight_map = _read_index(path / chosen)
     return path, sorted(set(weight_map.values())), weight_map, pickled
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is the output of a merge that did not finish."""
+    return folder.name.endswith(".part") or any(
+        (folder / name).exists() for name in (UNFINISHED, f"{INSIDE}/{PLACING}")
+    )
 
 
 def _choose(folder: Path, present: Sequence[str], unpickle: bool) -> str:

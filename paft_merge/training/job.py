@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from paft_merge.errors import TrainError
-from paft_merge.recipe.sections import former_keys
 from paft_merge.training.adapter_record import check_trim, write_card, write_record, write_trimmed
 from paft_merge.training.arguments import lora_config
 from paft_merge.training.callbacks import L1, ProxCallback, Watch
 from paft_merge.training.delta_stats import Stats, measure
 from paft_merge.training.factors import Factors, adapted, whole
 from paft_merge.training.run_folder import RunFolder, is_first, write_json
-from paft_merge.training.schema import AdapterSpec
+from paft_merge.training.schema import AdapterSpec, settings_of
 from paft_merge.training.train_options import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -81,8 +80,7 @@ def wait_for_everyone() -> None:
 
 def training_plan(job: Job) -> dict[str, Any]:
     """The settings that a resumed run must share with the interrupted one."""
-    spec = job.spec.model_dump(mode="json", by_alias=True, exclude={"processes", "accelerate_config"})
-    return {"base": job.base_name, "spec": former_keys(AdapterSpec, spec), "data": job.facts["fingerprint"]}
+    return {**settings_of(job.spec, job.base_name), "data": job.facts["fingerprint"]}
 
 
 def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, policy: Any = None) -> Any:
@@ -183,12 +181,31 @@ def run_trainer(job: Job, trainer: Any) -> None:
     if len(trainer.train_dataset) == 0:
         fix = "raise training.max_length, or check for empty completions"
         raise TrainError.of("DATA", job.name, "no row is left: every row is masked or cut completely", fix)
-    checkpoint = job.place.last_checkpoint() if job.options.resume else None
-    if checkpoint:
-        log.info("%s: resuming from %s", job.name, checkpoint.name)
+    checkpoint = _whole_checkpoint(job) if job.options.resume else None
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     job.facts.setdefault("rows_trained_on", len(trainer.train_dataset))
     job.facts["train_loss"] = result.training_loss
+
+
+def _whole_checkpoint(job: Job) -> Path | None:
+    """The newest whole checkpoint; warn about newer ones, because their steps are repeated."""
+    passed: list[str] = []
+    for path, fault in job.place.faults(_processes()):
+        if not fault:
+            if passed:
+                job.warn(f"{'; '.join(passed)}; going back to {path.name}")
+            log.info("%s: resuming from %s", job.name, path.name)
+            return path
+        passed.append(f"{path.name} is not whole: {fault}")
+    if passed:
+        job.warn(f"{'; '.join(passed)}; starting over")
+    return None
+
+
+def _processes() -> int:
+    from accelerate import PartialState
+
+    return int(PartialState().num_processes)
 
 
 def finish(job: Job, trainer: Any, **run: Any) -> Stats:
@@ -203,6 +220,7 @@ def finish(job: Job, trainer: Any, **run: Any) -> Stats:
     factors = adapted(trainer.accelerator.unwrap_model(trainer.model))
     if spec.trim:  # every process takes part in gathering, and one writes
         factors = tuple(replace(f, a_RI=whole(f.a_RI).detach(), b_OR=whole(f.b_OR).detach()) for f in factors)
+    _check_weights(job, trainer)
     stats = measure(factors, density=spec.trim.density if spec.trim else None)
     save_adapter(trainer, place.part)
     if is_main_process():
@@ -220,6 +238,14 @@ def finish(job: Job, trainer: Any, **run: Any) -> Stats:
         place.finish()
     wait_for_everyone()
     return stats
+
+
+def _check_weights(job: Job, trainer: Any) -> None:
+    """Raise TrainError NONFINITE with the first trained parameter that holds NaN or infinity."""
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(whole(parameter.detach())).all()):
+            what = f"{name} is NaN or infinite after training"
+            raise TrainError.of("NONFINITE", job.name, what, "lower training.learning_rate, or check the data")
 
 
 def save_adapter(trainer: Any, folder: Path) -> None:

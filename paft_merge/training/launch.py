@@ -19,7 +19,7 @@ from paft_merge.recipe.yaml_source import Located, load_yaml
 from paft_merge.training.consent import check_code
 from paft_merge.training.processes import Launch, OnStep, command_for, devices_of, free_ports, run_all, step_printer
 from paft_merge.training.run_folder import RunFolder, is_first
-from paft_merge.training.schema import AdapterSpec, read_adapters
+from paft_merge.training.schema import AdapterSpec, read_adapters, settings_of
 from paft_merge.training.train_options import TrainOptions, TrainProgress
 
 Schedule = Literal["auto", "sequential", "processes"]
@@ -68,6 +68,9 @@ def train(
     out = Path(out)
     if base is None and _wants_processes(specs, schedule, devices):
         source = Path(recipe) if isinstance(recipe, str | Path) else _spill(located.data, out)
+        finished = {name for name in specs if resume and RunFolder(out / name).finished}
+        for adapter in finished:
+            RunFolder(out / adapter).check_finished(settings_of(specs[adapter], name))
         return _in_processes(specs, source, out, resume, devices, progress)
     path = str(folder / name) if name and (folder / name).is_dir() else name
     options = TrainOptions(
@@ -138,6 +141,7 @@ def _one_after_another(
     model, loaded, digest = base, None, None
     for adapter, spec in specs.items():
         if options.resume and RunFolder(out / adapter).finished:
+            RunFolder(out / adapter).check_finished(settings_of(spec, _base_name(base, options)))
             done[adapter] = out / adapter
             continue
         if base is None and loaded != spec.base:
@@ -155,6 +159,10 @@ def _one_after_another(
         if sharded:
             loaded = None  # each process now has only a part: the next adapter needs a whole base
     return done
+
+
+def _base_name(base: Any, options: TrainOptions) -> str:
+    return options.base_name or str(base.config._name_or_path)
 
 
 @contextmanager

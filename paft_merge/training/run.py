@@ -27,7 +27,7 @@ from paft_merge.training.job import (
     wait_for_everyone,
 )
 from paft_merge.training.run_folder import RunFolder, is_first
-from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter
+from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter, settings_of
 from paft_merge.training.train_options import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ def train_adapter(
     _need_extras()
     place = RunFolder(Path(out))
     if options.resume and place.finished:
+        base_name = options.base_name or str(getattr(getattr(base, "config", None), "_name_or_path", base))
+        place.check_finished(settings_of(spec, base_name))
         return place.final
     job = _prepared(base, spec, place, options)
     begun = place.part.exists()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import TrainError
+from paft_merge.recipe.sections import former_keys
+from paft_merge.training.checkpoint_parts import file_fault, missing_part
+from paft_merge.training.schema import AdapterSpec
 
 RUN_FILE = "paft_run.json"
 DONE_FILE = "paft_train.json"
@@ -57,10 +61,39 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(self.part / RUN_FILE, plan)
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint; the trainer writes its state file last."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if _complete(p)]
-        return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    def check_finished(self, settings: Mapping[str, Any]) -> None:
+        """Check that the finished adapter is whole, and was trained with these settings.
+
+        Args:
+            settings: `base`, the name of the base, and `spec`, the adapter's section as JSON.
+
+        Raises:
+            TrainError: RESUME, naming every field that differs; ADAPTER, a file is damaged.
+        """
+        path = self.final / DONE_FILE
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            spec = {k: v for k, v in record["spec"].items() if k not in ("processes", "accelerate_config")}
+            before = {"base": record["base"]["name"], "spec": former_keys(AdapterSpec, spec)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"cannot be read ({type(error).__name__})"
+            raise TrainError.of("ADAPTER", path, what, "remove the folder and train again") from error
+        _check_same(before, settings, self.final, "train into another folder, or remove this one")
+        if fault := file_fault(self.final / "adapter_model.safetensors"):
+            raise TrainError.of("ADAPTER", self.final, fault, "remove the folder and train again")
+
+    def last_checkpoint(self, processes: int = 1) -> Path | None:
+        """The newest whole checkpoint, for a run of so many processes."""
+        return next((path for path, fault in self.faults(processes) if not fault), None)
+
+    def faults(self, processes: int = 1) -> Iterator[tuple[Path, str]]:
+        """Every checkpoint, from the newest on, and what is wrong with it (empty if it is whole)."""
+        found = {
+            int(p.name.rsplit("-", 1)[1]): p for p in self.checkpoints.glob("checkpoint-*") if p.name[11:].isdigit()
+        }
+        every = [path for _, path in sorted(found.items(), reverse=True)]
+        for path in every:
+            yield path, missing_part(path, [one for one in every if one != path], processes)
 
     def tidy(self) -> None:
         """Remove the checkpoints, but keep TensorBoard's files as `runs/`."""
@@ -84,21 +117,36 @@ class RunFolder:
         os.replace(self.part, self.final)
 
 
-def _complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))  # parts of processes instead of an adapter file
-    return sharded or (checkpoint / "adapter_model.safetensors").exists()
+def _check_same(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    folder: Path,
+    fix: str = "resume with the same recipe and data, or remove the folder",
+) -> None:
+    """Raise TrainError RESUME with every setting that differs."""
+    details = []
+    for name, was, is_now in _differences(before, now):
+        name = name.removeprefix("spec.")
+        same = name == "data" and isinstance(was, str)
+        details.append(
+            "the rows of the data set are others"
+            if same
+            else f"{name}: {_short(was)} there, {_short(is_now)} in the recipe"
+        )
+    if details:
+        raise TrainError.of("RESUME", folder, f"was trained with other settings: {'; '.join(details)}", fix)
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], part: Path) -> None:
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    detail = [f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed]
-    if changed:
-        fix = "resume with the same recipe and data, or remove the folder"
-        raise TrainError.of("RESUME", part, "; ".join(detail), fix)
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of every field that differs, nested ones with dots."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(one, other, f"{name}[{i}]" if len(now) > 1 else name)
+    elif before != now:
+        yield name, before, now
 
 
 def _short(value: Any) -> str:

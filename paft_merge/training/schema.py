@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from paft_merge.errors import Problems, RecipeError
-from paft_merge.recipe.sections import Section, as_list, read_section
+from paft_merge.recipe.sections import Section, as_list, former_keys, read_section
 from paft_merge.recipe.yaml_source import Located, refuse_secrets
 
 Objective = Literal["sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo"]
@@ -267,6 +267,12 @@ class AdapterSpec(Section):
         for key in sorted(OURS.keys() & self.training.keys()):
             raise ValueError(f"training.{key} cannot be set here; {OURS[key]}")
         return self
+
+
+def settings_of(spec: AdapterSpec, base: str) -> dict[str, Any]:
+    """The settings that two runs of an adapter must share: the name of its base, and its section with the former keys."""
+    section = spec.model_dump(mode="json", by_alias=True, exclude={"processes", "accelerate_config"})
+    return {"base": base, "spec": former_keys(AdapterSpec, section)}
 
 
 def read_adapter(section: Any, name: str = "adapter") -> AdapterSpec:

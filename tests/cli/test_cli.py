@@ -30,7 +30,7 @@ from paft_merge.methods import METHODS
 README = Path(HERE) / "README.md"
 
 MERGE_FLAGS = {
-    "--dry-run", "--json", "--device", "--threads", "--memory", "--resume", "--overwrite", "--trust-remote-code",
+    "--dry-run", "--json", "--device", "--threads", "--memory", "--resume", "--overwrite", "--force", "--trust-remote-code",
     "--write-model-card", "--quiet", "--stream-from-hub", "--strict", "--out-shard-size", "--lazy-unpickle", "--allow-crimes", "--allow-nonfinite",
     "--tensor-intersection", "--tensor-union", "--import", "--output-name", "--unsafe-truncate-embeddings",
 }  # fmt: skip

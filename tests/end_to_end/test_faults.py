@@ -713,3 +713,36 @@ def test_every_method_refuses_missing_tensors(tmp_path: Path) -> None:
         result = paft("merge", file, tmp_path / "out")
         assert result.exit_code == 1, name
         assert re.search(r"error\[KEYS_(MISSING|EXTRA)\]", result.stderr), name
+
+
+def test_models_that_are_not_found_have_the_line_of_the_recipe(models: Models, tmp_path: Path) -> None:
+    asked = recipe("ties", models["base"], ("./nowhere", WEIGHT), ("some/model", WEIGHT))
+    file = write_recipe(tmp_path / "r.yaml", asked)
+    lines = {
+        text: at
+        for at, line in enumerate(file.read_text().splitlines(), 1)
+        for text in ("nowhere", "some/")
+        if text in line
+    }
+    result = paft("merge", file, tmp_path / "out", "--quiet")
+    shown = sorted(result.stderr.splitlines())
+    assert len(shown) == 2
+    for text, line in zip(("some/", "nowhere"), shown, strict=True):
+        found = re.match(rf"error\[[A-Z_]+\]: {re.escape(str(file))}:(\d+): \S*{text}", line)
+        assert found, line
+        assert lines[text] - int(found[1]) in (0, 1), "the line of the entry, or of its model"
+
+
+def test_an_adapter_of_another_base_is_one_line_that_names_its_base(tmp_path: Path) -> None:
+    state = random_state(0)
+    base = save_checkpoint(tmp_path / "base", state)
+    wide = {name: tensor.repeat(*([2] * tensor.dim())) for name, tensor in state.items()}
+    adapter = save_adapter(tmp_path / "sft", wide, 3)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "me/wide-model"}))
+    file = write_recipe(tmp_path / "r.yaml", recipe("ties", base, (f"{base}+{adapter}", WEIGHT)))
+    result = paft("merge", file, tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error[ADAPTER_SHAPE]: ")
+    assert re.search(r"\d+ of its tensors do not fit the base, such as .*'me/wide-model'", line)

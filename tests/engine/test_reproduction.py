@@ -311,3 +311,25 @@ def test_from_push_to_reproduce_in_processes_of_their_own(models: HubServer, tmp
     assert re.fullmatch(rf"{models.url}/me/done/commit/\w{{40}}\n", run("push", "out", "me/done", "--private"))
     assert models.repositories["me/done"].private
     assert run("reproduce", "me/done", "--quiet").startswith("identical: 12 of 12 tensors")
+
+
+def test_relative_sources_are_explained_where_they_are_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = random_state(0)
+    save_checkpoint(tmp_path / "base", state)
+    save_checkpoint(tmp_path / "x", near(state, 1))
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": name, "parameters": {"weight": 1}} for name in ("base", "x")],
+    }
+    paft_merge.merge(recipe, "out")
+    assert reproduce(tmp_path / "out").identical
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PaftMergeError) as caught:
+        reproduce(tmp_path / "out")
+    fixes = {problem.fix for problem in caught.value.problems}
+    assert fixes == {"a relative path starts in the folder where the merge ran: give this command there"}

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from conftest import State, save_adapter, save_checkpoint
 from toys.mergekit import CONFIG, llama_family, llama_state, load_state, mergekit_merge
 
+from paft_merge.cli import mergekit_yaml
 from paft_merge.engine import api
 
 with __import__("warnings").catch_warnings():
@@ -214,3 +215,26 @@ def test_the_console_script_is_mergekit_yaml_with_both(
     assert load_state(tmp_path / "out").keys() == load_state(adapted["base"]).keys()
     helped = CliRunner().invoke(run_yaml.main, ["--help"])
     assert "lora-merge-cache" in helped.output
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"merge_method": "tis"}, "error[MERGEKIT]: "),
+        ({"models": 5}, "error[MERGEKIT]: models: Input should be a valid list"),
+        (None, "none.yaml: No such file or directory; `paft merge` takes the same file"),
+    ],
+)
+def test_a_fault_of_the_console_script_is_one_line(
+    change: dict[str, Any] | None, text: str, adapted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "none.yaml"
+    if change:
+        config.write_text(yaml.safe_dump(adapter_recipe(adapted) | change))
+    monkeypatch.setattr("sys.argv", ["paft-mergekit-yaml", str(config), str(tmp_path / "out"), "--quiet"])
+    LoaderCache.loaders.clear()
+    with pytest.raises(SystemExit) as stopped:
+        mergekit_yaml.main()
+    message = str(stopped.value.code)
+    assert text in message
+    assert len(message.splitlines()) == 1

@@ -23,7 +23,7 @@ from paft_merge import merge
 from paft_merge.engine.streaming import Progress
 from paft_merge.errors import CheckpointError, OutputError, PaftMergeError
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.output import folder
+from paft_merge.output import placing
 from paft_merge.output.folder import JOURNAL, LOCK, Output, part_of
 
 
@@ -131,6 +131,7 @@ def test_a_place_relative_to_here_is_taken(
 
 def test_what_a_link_leads_to_is_replaced_and_the_link_stays(asked: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "model.safetensors").write_text("old")
     (tmp_path / "real" / "old.txt").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
     merge(asked, tmp_path / "link", overwrite=True)
@@ -164,7 +165,7 @@ def test_a_folder_that_nobody_may_write_is_refused() -> None:
 def test_too_little_disk_is_known_beforehand(
     asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+    monkeypatch.setattr(placing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
     with pytest.raises(OutputError, match=r"bytes are needed and 100 are free") as caught:
         merge(asked, tmp_path / "out")
     assert codes(caught) == ["DISK"]
@@ -201,7 +202,7 @@ def test_what_is_replaced_stays_whole_until_the_merge_is(
     in_one_step: bool, asked: dict[str, Any], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_one_step:
-        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(placing, "_exchange", lambda one, other: False)
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.safetensors").write_text("the old one")
@@ -218,13 +219,13 @@ def test_what_is_replaced_stays_when_the_merge_fails(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "model.safetensors").write_text("old")
     broken = {n: t.clone() for n, t in tensors_of(models["x"]).items()}
     broken["model.norm.weight"][3] = float("nan")
     save_checkpoint(models["x"], broken)
     with pytest.raises(PaftMergeError, match="NaN"):
         merge(asked, out, overwrite=True)
-    assert files_of(out) == {"old": b"old"}
+    assert files_of(out) == {"model.safetensors": b"old"}
 
 
 def test_a_replacement_in_two_steps_that_was_cut_in_half_is_mended(
@@ -232,7 +233,7 @@ def test_a_replacement_in_two_steps_that_was_cut_in_half_is_mended(
 ) -> None:
     out, rename = tmp_path / "out", os.rename
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "model.safetensors").write_text("old")
 
     def fails(one: Path, other: Path) -> None:
         if one == part_of(out):
@@ -240,14 +241,14 @@ def test_a_replacement_in_two_steps_that_was_cut_in_half_is_mended(
         rename(one, other)
 
     with monkeypatch.context() as patched:
-        patched.setattr(folder, "_exchange", lambda one, other: False)
+        patched.setattr(placing, "_exchange", lambda one, other: False)
         patched.setattr(os, "rename", fails)
         with pytest.raises(StopError):
             merge(asked, out, overwrite=True)
     assert not out.exists()
     with pytest.raises(StopError):
         merge(asked, out, overwrite=True, progress=stop_after(1))
-    assert files_of(out) == {"old": b"old"}
+    assert files_of(out) == {"model.safetensors": b"old"}
     assert files_of(merge(asked, out, overwrite=True)) == whole
 
 
@@ -525,12 +526,12 @@ def test_a_limit_that_only_a_side_file_meets_leaves_the_old_model(
 ) -> None:
     (models["base"] / "tokenizer.json").write_text(" " * 400_000 + "{}")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "model.safetensors").write_text("old")
     run = limited(plain, tmp_path / "out", 300_000)
     assert run.returncode == 1
     assert "error[DISK]" in run.stderr
     assert "--resume" in run.stderr
-    assert files_of(tmp_path / "out") == {"old": b"old"}
+    assert files_of(tmp_path / "out") == {"model.safetensors": b"old"}
 
 
 def test_a_disk_that_fills_in_the_middle_of_a_shard_is_told_and_resumed(
@@ -623,10 +624,10 @@ def test_a_second_merge_to_one_place_is_told_who_is_there(
 def test_a_lock_that_was_renamed_away_is_not_mistaken_for_ones_own(tmp_path: Path) -> None:
     part = tmp_path / "out.part"
     part.mkdir()
-    with (part / LOCK).open("a+") as lock:
+    with placing._open_lock(part) as lock:
         os.rename(part, tmp_path / "out")
         with pytest.raises(OutputError) as caught:
-            folder._take(lock, part)
+            placing._take(lock, part)
     assert codes(caught) == ["BUSY"]
 
 

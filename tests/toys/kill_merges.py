@@ -20,6 +20,7 @@ from toys.merge import files_of
 
 from paft_merge import merge
 from paft_merge.engine import streaming as streaming  # imported before the forks, so that they need not
+from paft_merge.output import placing
 from paft_merge.output.folder import Output
 
 STEPS = ("write", "pwrite", "rename", "replace", "unlink", "fsync", "mkdir", "rmdir")
@@ -76,6 +77,8 @@ def fault_at(n: int, recipe: Path, folder: Path, whole: dict[str, bytes], old: d
     keywords = {"overwrite": old is not None, "threads": 1}
     if old is not None:
         shutil.copytree(folder / "old", out)
+    elif placing.is_mount is yes:
+        out.mkdir()
 
     def killed() -> None:
         Steps(n)
@@ -84,6 +87,10 @@ def fault_at(n: int, recipe: Path, folder: Path, whole: dict[str, bytes], old: d
     if in_child(killed) != -signal.SIGKILL:
         return "was not killed"
     left = files_of(out) if out.exists() else None
+    if placing.is_mount is yes:
+        moving = (out / placing.INSIDE / placing.PLACING).exists()
+        found = {name: data for name, data in (left or {}).items() if not name.startswith(placing.INSIDE)}
+        left = old if moving or not found else found
     if left not in (old, whole, whole | {"lock": (left or {}).get("lock")}):
         return "left something that is neither what was there nor what was asked for"
     if in_child(lambda: merge(recipe, out, resume=True, **{**keywords, "overwrite": True}) and None) != 0:
@@ -95,13 +102,24 @@ def fault_at(n: int, recipe: Path, folder: Path, whole: dict[str, bytes], old: d
     return f"left {beside}" if beside else None
 
 
+def yes(_: Path) -> bool:
+    """Stands for `placing.is_mount`."""
+    return True
+
+
 def main(recipe: str, where: str, what: str, every: str) -> None:
-    """Kill a merge of `recipe` before each step (or every third), where there is nothing yet or `replacing` something."""
-    folder, replacing = Path(where), what == "replacing"
+    """Kill a merge of `recipe` before each step (or every third), where there is nothing yet or `replacing` something.
+
+    `mounted` and `replacing-mounted` do so in folders that cannot be renamed.
+    """
+    folder, replacing = Path(where), what.startswith("replacing")
     old = files_of(folder / "old") if replacing else None
     whole = files_of(merge(recipe, folder / "whole", threads=1))  # here, so that every fork has the kernels
     if replacing:
         shutil.copytree(folder / "old", folder / "counted")
+    if what.endswith("mounted"):
+        placing.is_mount = yes
+        (folder / "counted").mkdir(exist_ok=True)
     steps = count_steps(Path(recipe), folder / "counted", overwrite=replacing)
     faults = {n: fault_at(n, Path(recipe), folder, whole, old) for n in range(0, steps, int(every))}
     print(json.dumps({"steps": steps, "faults": {n: fault for n, fault in faults.items() if fault}}))

@@ -38,7 +38,7 @@ def killer(step):
 def run(out, objective="sft", callbacks=(), resume=False, **more):
     training = {**FAST, "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "cosine"}
     lora = {"r": 4, "lora_dropout": 0.1}
-    section = {"objective": objective, "data": "m", "lora": lora, "training": training, **more}
+    section = {"objective": objective, "data": "m", "lora": lora, "training": training} | more
     rows = preferences() if objective == "dpo" else texts()
     options = {"rows": rows, "tokenizer": tokenizer(), "base_name": "toy", "resume": resume, "callbacks": callbacks}
     return train_adapter(pretrained(), section, out, **options)
@@ -84,7 +84,7 @@ def test_an_interrupted_folder_is_not_overwritten_and_another_run_is_not_continu
         run(tmp_path / "x", callbacks=[killer(4)])
     with pytest.raises(TrainError, match="an interrupted run left this folder"):
         run(tmp_path / "x")
-    with pytest.raises(TrainError, match=r"spec was .* resume with the same recipe"):
+    with pytest.raises(TrainError, match=r"other settings: l1: null there, .*strength.* in the recipe; resume with"):
         run(tmp_path / "x", resume=True, l1={"strength": 1.0})
     shutil.rmtree(tmp_path / "x.part")
     out = run(tmp_path / "x")
@@ -102,3 +102,80 @@ def test_resuming_before_the_first_checkpoint_starts_over(tmp_path):
     resumed = run(tmp_path / "killed", resume=True)
     file = "adapter_model.safetensors"
     assert (straight / file).read_bytes() == (resumed / file).read_bytes()
+
+
+PARTS = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "torn"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_checkpoint_with_a_damaged_part_is_not_whole(tmp_path, finished_checkpoints, part, how):
+    place = RunFolder(tmp_path / "killed")
+    shutil.copytree(finished_checkpoints, place.part)
+    assert place.last_checkpoint().name == "checkpoint-6"
+    assert place.last_checkpoint(processes=2) is None
+    damage(place.checkpoints / "checkpoint-6" / part, how)
+    assert place.last_checkpoint().name == "checkpoint-3"
+    fault = next(place.faults())[1]
+    assert part in fault
+    assert {"gone": "missing", "empty": "empty", "torn": ""}[how] in fault
+
+
+def damage(file, how):
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if how == "empty" else file.read_bytes()[:-20])
+
+
+@pytest.fixture(scope="module")
+def finished_checkpoints(tmp_path_factory):
+    """The work folder of a run that was killed after checkpoint-6."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, callbacks=[killer(7)])
+    return RunFolder(out).part
+
+
+def test_a_flipped_byte_and_a_file_that_another_checkpoint_has_are_noticed(tmp_path, finished_checkpoints):
+    place = RunFolder(tmp_path / "killed")
+    shutil.copytree(finished_checkpoints, place.part)
+    (place.checkpoints / "checkpoint-3" / "scaler.pt").write_bytes(b"of fp16")
+    assert "scaler.pt is missing" in dict(place.faults())[place.checkpoints / "checkpoint-6"]
+    (place.checkpoints / "checkpoint-3" / "scaler.pt").unlink()
+    file = place.checkpoints / "checkpoint-6" / "optimizer.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert place.last_checkpoint().name == "checkpoint-3"
+
+
+def test_a_run_that_goes_back_says_so_and_ends_in_the_same_bits(tmp_path, finished_checkpoints, caplog):
+    straight = run(tmp_path / "straight")
+    shutil.copytree(finished_checkpoints, tmp_path / "killed.part")
+    (tmp_path / "killed.part" / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
+    resumed = run(tmp_path / "killed", resume=True)
+    file = "adapter_model.safetensors"
+    assert (straight / file).read_bytes() == (resumed / file).read_bytes()
+    text = "checkpoint-6 is not whole: optimizer.pt is missing; going back to checkpoint-3"
+    assert text in caplog.text
+    assert text in json.loads((resumed / "paft_train.json").read_text())["run"]["warnings"]
+
+
+def test_a_finished_adapter_is_not_taken_for_that_of_a_changed_recipe(tmp_path):
+    out = run(tmp_path / "x")
+    with pytest.raises(
+        TrainError, match=r"x: was trained with other settings: lora.r: 4 there, 2 in the recipe; train into"
+    ):
+        run(out, resume=True, lora={"r": 2, "lora_dropout": 0.1})
+    damage(out / "adapter_model.safetensors", "torn")
+    with pytest.raises(TrainError, match=r"adapter_model.safetensors is cut short; remove the folder"):
+        run(out, resume=True)
+
+
+def test_a_rate_that_overflows_is_one_line(tmp_path):
+    training = {**FAST, "max_steps": 2, "learning_rate": 1e38, "logging_steps": 100, "max_grad_norm": 0.0}
+    with pytest.raises(TrainError) as caught:
+        run(tmp_path / "x", training=training)
+    assert [problem.code for problem in caught.value.problems] == ["NONFINITE"]
+    assert len(str(caught.value).splitlines()) == 1

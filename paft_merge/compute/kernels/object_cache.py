@@ -15,7 +15,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -49,6 +50,40 @@ _STALE_SECONDS = 7 * 86400
 _LOCK = Lock()
 
 
+_KERNELS: list[Compiled] = []
+_SECONDS_EACH = 0.6
+"""About how long numba takes to compile a kernel."""
+
+
+class _Compiler:
+    """The time that this process spends compiling, and its announcement."""
+
+    def __init__(self) -> None:
+        self.spent, self.since, self.announced = 0.0, 0.0, False
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Announce the first compilation, and measure each."""
+        self.since = time.monotonic()
+        if not self.announced:
+            self.announced, missing = True, sum(kernel.is_missing for kernel in _KERNELS)
+            text = "compiling up to %d kernels for this processor (once; about %.0f s)"
+            log.info(text, missing, max(1.0, missing * _SECONDS_EACH))
+        try:
+            yield
+        finally:
+            self.spent, self.since = self.spent + time.monotonic() - self.since, 0.0
+
+
+_COMPILER = _Compiler()
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent compiling kernels, until now."""
+    since = _COMPILER.since
+    return _COMPILER.spent + (time.monotonic() - since if since else 0.0)
+
+
 class Compiled:
     """A kernel that is called with contiguous arrays and numbers, and compiled at its first call.
 
@@ -64,6 +99,7 @@ class Compiled:
         self.takes = [_Argument.of(word) for word in takes.split()]
         self._function: Callable[..., int] | None = None
         self._entry = 0
+        _KERNELS.append(self)
         self.__doc__ = f"`{place}`, compiled."
 
     def __call__(self, *arguments: Any) -> int:
@@ -107,17 +143,28 @@ class Compiled:
                     text = "object files of kernels cannot be used with llvmlite %s (%s: %s); numba's cache is used instead"
                     log.warning(text, version("llvmlite"), type(error).__name__, error)
                     _FALLEN_BACK.append(self)
-                entry = _compile_cached(self)
+                with _COMPILER.at_work():
+                    entry = _compile_cached(self)
             types = [kind for taken in self.takes for kind in taken.types]
             self._function, self._entry = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(entry), entry
 
-    def _from_object_file(self) -> int:
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is no object file of the kernel."""
+        return not self._entry and not any((folder / self._file).is_file() for folder in _folders())
+
+    @property
+    def _file(self) -> str:
         takes = " ".join(taken.word for taken in self.takes)
         signature = xxhash.xxh3_64_hexdigest(f"{self.module} {takes}".encode())
-        name = f"{self.name}-{signature}-{xxhash.xxh3_64_hexdigest(_environment().encode())}.o"
+        return f"{self.name}-{signature}-{xxhash.xxh3_64_hexdigest(_environment().encode())}.o"
+
+    def _from_object_file(self) -> int:
+        name = self._file
         code = _read(name)
         if code is None:
-            code = _compile(self)
+            with _COMPILER.at_work():
+                code = _compile(self)
             _write(name, code)
         symbol, _, machine = code.partition(b"\0")
         return _load(symbol.decode(), machine)

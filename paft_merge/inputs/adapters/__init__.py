@@ -9,14 +9,15 @@ supported types.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import AdapterError, CheckpointError, Problem, Problems, reading
 from paft_merge.inputs.adapter_places import MLX_FILE, PEFT_FILES, hint
-from paft_merge.inputs.adapters.binding import Binding, DeltaBuilder
+from paft_merge.inputs.adapters.binding import OTHER_BASE, Binding, DeltaBuilder
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import AdapterDelta
 from paft_merge.inputs.adapters.keys import SHARED, Keys
@@ -139,7 +140,7 @@ class Adapter:
             with problems.catching():
                 self.vocab_size = _new_vocabulary(base, binding, self.folder)
         if problems.found:
-            raise AdapterError(truncate(problems.found, self.folder))
+            raise AdapterError(truncate(_grouped(problems.found, settings), self.folder))
         order = {name: at for at, name in enumerate(base.tensors)}
         builders = sorted(binding.builders.items(), key=lambda item: order.get(item[0], len(order)))
         self.deltas = {name: builder.build(base) for name, builder in builders}
@@ -192,6 +193,19 @@ def _new_vocabulary(base: Checkpoint, binding: Binding, where: Path) -> int | No
 
 def _is_resized(base: Checkpoint, builder: DeltaBuilder) -> bool:
     return builder.shape != base.tensors[builder.stored_as or builder.name].shape
+
+
+def _grouped(problems: Sequence[Problem], settings: Settings) -> list[Problem]:
+    """The problems, with one in place of several tensors whose shapes are not the base's: they have one cause."""
+    named = settings.raw.get("base_model_name_or_path")
+    fix = f"{OTHER_BASE} its adapter_config.json names {str(named)!r}" if named else OTHER_BASE
+    found = [problem if problem.fix != OTHER_BASE else replace(problem, fix=fix) for problem in problems]
+    unlike = [problem for problem in found if problem.fix == fix and problem.code == "ADAPTER_SHAPE"]
+    if len(unlike) < 2:
+        return found
+    sample = next((problem for problem in unlike if not problem.what.startswith("tensor ")), unlike[0])
+    what = f"{len(unlike)} of its tensors do not fit the base, such as {sample.what}"
+    return [*(problem for problem in found if problem not in unlike), replace(sample, what=what)]
 
 
 def _other_base(settings: Settings, base: Checkpoint, where: Path) -> list[Problem]:

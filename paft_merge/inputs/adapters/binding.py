@@ -33,7 +33,8 @@ from paft_merge.inputs.dtypes import DTYPES
 from paft_merge.inputs.quantisation import quantised
 from paft_merge.inputs.safetensors_header import join_first, quote, row_size_of
 
-_OTHER_BASE = "was this adapter trained on another base?"
+OTHER_BASE = "was this adapter trained on another base?"
+"""The fix for shapes and names that the base does not have."""
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Binding:
             self._problems.found.append(self.quantised.get().problem(self.base.folder, uses))
         if self.absent:
             what = f"{len(self.absent)} of its modules are not in the base: {join_first(self.absent)}"
-            self._problems.add("ADAPTER_TARGET", self.file.folder, what, _OTHER_BASE)
+            self._problems.add("ADAPTER_TARGET", self.file.folder, what, OTHER_BASE)
 
     def find(self, *names: str) -> StoredParameter | None:
         """Find the first of these parameters of the trained model that the base has."""
@@ -213,7 +214,7 @@ class Binding:
 
     def unlike_base(self, path: str, what: str) -> AdapterError:
         """An ADAPTER_SHAPE error for a shape that does not fit the base, ready to raise."""
-        return self.wrong(path, what, fix=_OTHER_BASE)
+        return self.wrong(path, what, fix=OTHER_BASE)
 
     def _bind_saved(self, saved: Saved) -> None:
         """Bind a full tensor: of `modules_to_save`, a trained bias, or the embeddings of a resized vocabulary."""
@@ -240,7 +241,7 @@ class Binding:
         resized = shape[1:] == wanted[1:] and wanted[:1] == (vocabulary_of(self.base.config),)
         if shape != wanted and not (resized and len(parameter.pieces) == 1):
             what = f"tensor {saved.key!r} is {shape}, the base has {wanted}"
-            raise AdapterError.of("ADAPTER_SHAPE", self.file.folder, what, _OTHER_BASE)
+            raise AdapterError.of("ADAPTER_SHAPE", self.file.folder, what, OTHER_BASE)
         return self.rows(saved.key, parameter.row_size)
 
     def bind_tokens(self, path: str, key: str) -> None:

@@ -1,0 +1,79 @@
+"""The progress bar of a merge on a narrow terminal, and the announcement of the compiler."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from toys.merge import HERE
+
+from paft_merge.cli.terminal import clock
+from paft_merge.compute.kernels import object_cache
+
+SCRIPT = """
+import time
+from paft_merge.cli.merging import progress_bar
+from paft_merge.engine.streaming import Progress
+with progress_bar(False) as show:
+    for i in range(1, 9):
+        name = f"model.layers.{i}.post_attention_layernorm.weight"
+        show(Progress(i * 1000, 10_291, i * 2_594_000_000, 9 * 2_594_000_000, name))
+        time.sleep(0.15)
+"""
+
+
+def drawn(width: int, **environment: str) -> list[str]:
+    """The states of the bar on a terminal of `width` columns, without control sequences."""
+    here, there = pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+    env |= {"PYTHONPATH": HERE, "TERM": "xterm", **environment}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=there, stdout=there, env=env) as running:
+        os.close(there)
+        text = b""
+        try:
+            while part := os.read(here, 4096):
+                text += part
+        except OSError:  # the other end is closed
+            pass
+    os.close(here)
+    assert running.returncode == 0, text
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
+    return [line for line in re.split(r"[\r\n]+", plain) if "tensors" in line]
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
+def test_the_bar_fits_80_columns_with_its_numbers(environment: dict[str, str]) -> None:
+    lines = drawn(80, **environment)
+    assert len(lines) > 3
+    assert all(len(line) <= 80 for line in lines)
+    last = lines[-1]
+    assert re.search(r"\d+/10291 tensors .* \d+% +[\d.]+ [GM]B/s \d:\d\d:\d\d\s*$", last), last
+    assert "layernorm" not in last
+    assert "post_attention_layernorm.weight" in drawn(120, **environment)[-1]
+
+
+def test_the_compiler_announces_itself_once_and_stops_the_clock(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = object_cache._Compiler()
+    monkeypatch.setattr(object_cache, "_COMPILER", compiler)
+    caplog.set_level(logging.INFO, object_cache.__name__)
+    for _ in range(2):
+        before, real = clock(), time.monotonic()
+        with compiler.at_work():
+            time.sleep(0.05)
+            assert clock() - before < 0.04
+        assert clock() - before < time.monotonic() - real - 0.04
+    assert object_cache.compile_seconds() >= 0.1
+    (told,) = caplog.messages
+    assert re.fullmatch(r"compiling up to \d+ kernels for this processor \(once; about \d+ s\)", told)
