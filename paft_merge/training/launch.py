@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.errors import Problems, RecipeError, TrainError
 from paft_merge.recipe.sections import suggestion
@@ -21,6 +21,9 @@ from paft_merge.training.processes import Launch, OnStep, command_for, devices_o
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import AdapterSpec, read_adapters
 from paft_merge.training.train_options import TrainOptions, TrainProgress
+
+if TYPE_CHECKING:
+    from paft_merge.training.prepared_rows import Prepared
 
 Schedule = Literal["auto", "sequential", "processes"]
 
@@ -136,6 +139,9 @@ def _one_after_another(
 
     done: dict[str, Path] = {}
     model, loaded, digest = base, None, None
+    source = str(options.base_path or getattr(getattr(base, "config", None), "_name_or_path", ""))
+    wanted = {name: spec for name, spec in specs.items() if not (options.resume and RunFolder(out / name).finished)}
+    prepared = prepare_all(wanted, source, out, options)
     for adapter, spec in specs.items():
         if options.resume and RunFolder(out / adapter).finished:
             done[adapter] = out / adapter
@@ -146,7 +152,7 @@ def _one_after_another(
         digest = digest or (digest_of(model) if is_first() else "computed by the first process")
         log_file = _logged(out / f"{adapter}.log", options.progress) if logs else nullcontext(options.progress)
         with log_file as progress:
-            mine = replace(options, name=adapter, base_digest=digest, progress=progress)
+            mine = replace(options, name=adapter, base_digest=digest, progress=progress, prepared=prepared.pop(adapter))
             done[adapter] = train_adapter(model, spec, out / adapter, mine)
         after, sharded = digest_of(model), is_sharded(model)
         if is_first() and after != digest:
@@ -154,6 +160,28 @@ def _one_after_another(
             raise TrainError.of("BASE_CHANGED", adapter, what, "this is a bug of paft_merge; please report it")
         if sharded:
             loaded = None  # each process now has only a part: the next adapter needs a whole base
+    return done
+
+
+def prepare_all(specs: Mapping[str, AdapterSpec], source: str, out: Path, options: TrainOptions) -> dict[str, Prepared]:
+    """Load and check the data of every adapter, before the base is loaded and the first adapter is trained.
+
+    Raises:
+        TrainError: every problem of every adapter; its name is in front when there are several.
+    """
+    from paft_merge.training.prepared_rows import prepare
+    from paft_merge.training.run import need_extras
+
+    need_extras()
+    problems, done = Problems(), {}
+    for name, spec in specs.items():
+        mine = Problems()
+        with mine.catching():
+            done[name] = prepare(source, spec, RunFolder(out / name).checkpoints, replace(options, name=name))
+        for found in mine.found:
+            named = len(specs) == 1 or found.where.startswith(name)
+            problems.found.append(found if named else replace(found, where=f"{name}: {found.where}"))
+    problems.raise_as(TrainError)
     return done
 
 
