@@ -85,3 +85,6 @@ def scores(found: Mapping[str, Score]) -> None:
     for name, score in found.items():
         shown.add_row(plain(name), f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}")
     _console().print(shown)
+    for name, score in found.items():
+        if score.warning:
+            _console().print(f"- {escape(name)}: {escape(score.warning)}", soft_wrap=True)

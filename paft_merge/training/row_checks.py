@@ -229,18 +229,29 @@ def _tokenise(
 ) -> None:
     """Tokenise the sequences of some rows and count them."""
     ids: dict[tuple[str, bool], list[int]] = {}
+    starts: dict[tuple[str, str | None], int] = {}
     for chat in (False, True):
-        texts = list(
-            dict.fromkeys(t for _, each in rows for s in each if s.chat is chat for t in (s.prompt, s.whole) if t)
-        )
-        if texts:
-            encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-            ids |= {(text, chat): one for text, one in zip(texts, encoded, strict=True)}
+        mine = [s for _, each in rows for s in each if s.chat is chat]
+        texts = list(dict.fromkeys(s.whole for s in mine if s.whole))
+        encoded = _encoded(tokenizer, texts, chat, ids)
+        if encoded is not None and chat and tokenizer.is_fast:
+            index = {text: i for i, text in enumerate(texts)}
+            for one in mine:
+                if one.prompt and len(one.whole) > len(one.prompt) and one.whole.startswith(one.prompt):
+                    at = encoded.char_to_token(index[one.whole], len(one.prompt))
+                    if at is not None and encoded.token_to_chars(index[one.whole], at).start == len(one.prompt):
+                        starts[one.whole, one.prompt] = at
+        prompts = dict.fromkeys(s.prompt for s in mine if s.prompt and (s.whole, s.prompt) not in starts)
+        _encoded(tokenizer, list(prompts), chat, ids)
     for place, sequences in rows:
         counted = []
         spaces = other = False
         for one in sequences:
-            whole, asked = ids.get((one.whole, one.chat), []), ids.get((one.prompt or "", one.chat), [])
+            whole = ids.get((one.whole, one.chat), [])
+            if (at := starts.get((one.whole, one.prompt))) is not None:
+                counted.append((at, whole))
+                continue
+            asked = ids.get((one.prompt or "", one.chat), [])
             start = next(
                 (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole))
             )
@@ -258,3 +269,12 @@ def _tokenise(
         found.spaces += spaces
         found.other_prompt += other
         found.add(counted)
+
+
+def _encoded(tokenizer: Any, texts: list[str], chat: bool, ids: dict[tuple[str, bool], list[int]]) -> Any:
+    """Tokenise texts into `ids`; None without texts."""
+    if not texts:
+        return None
+    encoded = tokenizer(texts, add_special_tokens=not chat, return_attention_mask=False, return_token_type_ids=False)
+    ids.update({(text, chat): one for text, one in zip(texts, encoded["input_ids"], strict=True)})
+    return encoded

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from paft_merge.errors import Problems
@@ -133,6 +134,7 @@ def normalise(
     selected: bool,
     problems: Problems,
     where: str = "data",
+    keep_equal: bool = False,
 ) -> Normalised:
     """Bring the rows of one data set into the form that TRL trains on.
 
@@ -144,6 +146,7 @@ def normalise(
         selected: the user listed the columns, so that others are left out on purpose.
         problems: receives everything that is wrong: DATA, one problem per cause, with the first row and the number of rows.
         where: the data set, for messages.
+        keep_equal: pairs of equal answers stay.
 
     Returns:
         The rows without columns that are not used, and notes. Incomplete when `problems` has errors.
@@ -151,7 +154,7 @@ def normalise(
     done = Normalised()
     form = choose_form(columns, kind, done.notes, chat=chat, selected=selected, problems=problems, where=where)
     if form is not None:
-        done.rows = [row for _, row in converted(rows, form, kind, done.notes, problems, where)]
+        done.rows = [row for _, row in converted(rows, form, kind, done.notes, problems, where, keep_equal)]
     return done
 
 
@@ -191,11 +194,17 @@ def choose_form(
 
 
 def converted(
-    rows: Iterable[tuple[str, Row]], form: Form, kind: Kind, notes: Notes, problems: Problems, where: str
+    rows: Iterable[tuple[str, Row]],
+    form: Form,
+    kind: Kind,
+    notes: Notes,
+    problems: Problems,
+    where: str,
+    keep_equal: bool = False,
 ) -> Iterator[tuple[str, Row]]:
     """Convert rows one at a time, each with its place; problems are added after the last row.
 
-    Pairs of equal answers, rows that are wrong, and rows of another form than the first are left out.
+    Pairs of equal answers (unless `keep_equal`), rows that are wrong, and rows of another form than the first are left out.
     """
     faults: dict[tuple[str, str], list[str]] = {}
     shape: tuple[tuple[str, bool], ...] | None = None
@@ -207,7 +216,7 @@ def converted(
         except RowError as error:
             faults.setdefault((error.what, error.fix), []).append(place)
             continue
-        if kind == "preference" and not _keep_pair(made, notes):
+        if kind == "preference" and not keep_equal and not _keep_pair(made, notes):
             continue
         mine = shape_of(made)
         if shape is None:
@@ -311,8 +320,15 @@ def _texts(columns: Mapping[str, str], chat: bool, text_column: str) -> Form:
     if "text" in columns:
         return Form(lambda row: {"text": _text(row, "text")}, frozenset({"text"}))
     have = ", ".join(columns) or "none"
-    fix = "name them with rename: {old: new}, for example rename: {question: prompt, reply: completion}"
+    fix = f"{_near(columns)}name them with rename: {{old: new}}, for example rename: {{question: prompt, reply: completion}}"
     raise RowError(f"needs messages, or a question and an answer, or text; the columns are {have}", fix)
+
+
+def _near(columns: Iterable[str]) -> str:
+    """A question about columns whose names are nearly known ones."""
+    known = [*TURNS, *QUESTIONS, *ANSWERS, "chosen", "rejected", "text"]
+    near = [(one, name) for name in columns if name not in known for one in get_close_matches(name, known, 1, 0.8)]
+    return "did you mean " + " and ".join(f"{one} by {name}" for one, name in near) + "? Or " if near else ""
 
 
 def _asked(columns: Mapping[str, str], question: str, answer: str, system: str | None, chat: bool) -> Form:
@@ -340,7 +356,7 @@ def _asked(columns: Mapping[str, str], question: str, answer: str, system: str |
 def _pairs(columns: Mapping[str, str], chat: bool) -> Form:
     pair = next((names for names in PAIRS if all(name in columns for name in names)), None)
     if pair is None:
-        fix = "name them with rename: {old: new}, for example rename: {better: chosen, worse: rejected}"
+        fix = f"{_near(columns)}name them with rename: {{old: new}}, for example rename: {{better: chosen, worse: rejected}}"
         kto = "; these are KTO rows, which hold one answer each" if {"completion", "label"} <= columns.keys() else ""
         raise RowError(f"needs chosen and rejected; the columns are {', '.join(columns)}{kto}", fix)
     chosen, rejected = pair

@@ -29,6 +29,7 @@ from paft_merge.training.prepared_rows import PreparedRows, prepare
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter
 from paft_merge.training.train_options import TrainOptions
+from paft_merge.training.untrained_tokens import unlearnable
 
 log = logging.getLogger(__name__)
 
@@ -134,3 +135,12 @@ def warn_of_settings(job: Job, rows: PreparedRows) -> None:
         job.warn(f"the tokenizer has no pad token; its eos token {tokenizer.eos_token!r} is used")
     if spec.l1 and str(getattr(job.arguments.lr_scheduler_type, "value", "")).startswith("constant"):
         job.warn("L1 with a constant learning rate leaves noise instead of zeros; use cosine or linear")
+    if rows.labels is None or spec.objective in ("rloo", "grpo"):
+        return
+    if tokens := unlearnable(rows.labels, job.base, tokenizer, spec):
+        shown = ", ".join(tokens[:5]) + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
+        job.warn(
+            f"tokens with a label were never trained in the base, so this adapter cannot learn to write them: {shown}; "
+            "use lora: {modules_to_save: [embed_tokens, lm_head]} or extra: {trainable_token_indices: [...]}, or end "
+            "answers with another token (chat_template, or the tokenizer's eos_token)"
+        )
