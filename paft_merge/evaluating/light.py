@@ -26,7 +26,7 @@ from paft_merge.recipe.sections import beside_recipe
 from paft_merge.training.generation import complete, padded, token_ids
 from paft_merge.training.rewards import load_function, text_of, total
 from paft_merge.training.row_files import Row
-from paft_merge.training.row_forms import roles_of
+from paft_merge.training.row_parts import roles_of
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from paft_merge.errors import OutputError, Problems, RecipeError
 from paft_merge.hub import is_repository
 from paft_merge.training.row_files import SUFFIXES as ROW_SUFFIXES
 from paft_merge.training.row_files import read_rows, suffix_of
-from paft_merge.training.row_forms import Kind, RowError, columns_of, form_of
+from paft_merge.training.row_forms import Kind, columns_of, form_of
+from paft_merge.training.row_parts import RowError
 
 LARGE_BYTES = 6 << 30
 """Weights above this are loaded in 4 bits on a single GPU."""

@@ -68,16 +68,17 @@ def train(
         where = located.spot(("base_model",))
         raise RecipeError.of("BASE", where, "no base_model", "name the model that the adapters are for")
     _check_code(specs, folder, trust_code, located)
+    for function in filter(None, (reward.function for spec in specs.values() for reward in spec.reward)):
+        announce(function, file_of(function, folder))
     out = Path(out)
     if base is None and _wants_processes(specs, schedule, devices):
         source = Path(recipe) if isinstance(recipe, str | Path) else _spill(located.data, out)
         return _in_processes(specs, source, out, resume, devices, progress)
-    path = str(folder / name) if name and (folder / name).is_dir() else name
     options = TrainOptions(
         resume=resume,
         folder=folder,
         base_name=name or None,
-        base_path=path or None,
+        base_path=_path_of(name, folder) or None,
         progress=progress,
         trust_code=True,
     )
@@ -85,7 +86,7 @@ def train(
 
 
 def _check_code(specs: Mapping[str, AdapterSpec], folder: Path, trust_code: bool, located: Located) -> None:
-    """Check the code that the adapters name, and log the names of the functions that will run."""
+    """Check the code that the adapters name."""
     problems = Problems()
     for name, spec in specs.items():
         where = located.spot(("adapters", name))
@@ -94,8 +95,23 @@ def _check_code(specs: Mapping[str, AdapterSpec], folder: Path, trust_code: bool
         except TrainError as error:
             problems.found += [replace(problem, where=f"{where}: {problem.where}") for problem in error.problems]
     problems.raise_as(TrainError)
-    for function in filter(None, (reward.function for spec in specs.values() for reward in spec.reward)):
-        announce(function, file_of(function, folder))
+
+
+def _path_of(base: str, folder: Path) -> str:
+    """A base's folder beside the recipe, else its name."""
+    return str(folder / base) if base and (folder / base).is_dir() else base
+
+
+def chosen_adapters(recipe: Path, adapters: Sequence[str] | None, trust_code: bool = False) -> tuple[dict[str, AdapterSpec], str, TrainOptions]:
+    """The sections of a recipe's adapters, the base's folder or name, and the options that all share.
+
+    Raises:
+        RecipeError: every fault of the recipe. TrainError: TRUST, code of the base without `trust_code`.
+    """
+    located, folder = read_recipe(recipe)
+    specs, name = _chosen(read_adapters(located), adapters, located), str(located.data.get("base_model") or "")
+    _check_code(specs, folder, trust_code, located)
+    return specs, _path_of(name, folder), TrainOptions(folder=folder, base_name=name, trust_code=True)
 
 
 def read_recipe(recipe: Mapping[str, Any] | Path | str) -> tuple[Located, Path]:

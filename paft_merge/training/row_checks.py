@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from paft_merge.errors import Problems
 from paft_merge.training.data import PLACE, Loaded, kind_of
 from paft_merge.training.row_files import Row
-from paft_merge.training.row_forms import roles_of
+from paft_merge.training.row_parts import roles_of
 from paft_merge.training.schema import AdapterSpec
 
 _BATCH = 500
@@ -152,7 +152,7 @@ class _Found:
             }
         if self.limit is not None and self.cut:
             done.notes.append(
-                f"{of}{self.cut} of {self.rows} rows are longer than max_length {self.limit} and will be cut "
+                f"{of}{self.cut} of {self.rows} rows looked at are longer than max_length {self.limit} and will be cut "
                 f"(the longest has {self.longest} tokens)"
             )
         if self.empty:

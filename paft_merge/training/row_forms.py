@@ -23,18 +23,22 @@ from typing import Any, Literal
 
 from paft_merge.errors import Problems
 from paft_merge.training.row_files import Row, native
+from paft_merge.training.row_parts import (
+    RowError,
+    Turn,
+    content_of,
+    conversation_in,
+    history_in,
+    plain_prompt,
+    text_in,
+    token_ids_in,
+    turn_of,
+    turns_in,
+    with_context,
+    with_system,
+)
 
-Turn = dict[str, Any]
 Kind = Literal["text", "preference", "prompts"]
-
-ROLES = {
-    "system": "system", "developer": "developer",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "ai": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool", "ipython": "tool",
-    "function_call": "assistant", "tool_call": "assistant",
-}  # fmt: skip
-"""Roles of turns, in lower case, and the role of a chat template that each means."""
 
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
 QUESTIONS = ("prompt", "instruction", "question", "query", "problem")
@@ -65,21 +69,7 @@ MEANINGFUL = {
 }
 """Names of columns that are never left out without a word from the user."""
 
-ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n{}### Response:\n"
-)
-"""The prompt of the Alpaca data set, for instructions on a base without a chat template."""
-
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
-
-
-class RowError(ValueError):
-    """What is wrong with one row, and how to fix it."""
-
-    def __init__(self, what: str, fix: str = "correct or remove such rows") -> None:
-        super().__init__(what)
-        self.what, self.fix = what, fix
 
 
 @dataclass
@@ -300,9 +290,9 @@ def _one_of(columns: Mapping[str, str], names: Iterable[str], what: str) -> str 
 def _texts(columns: Mapping[str, str], chat: bool, text_column: str) -> Form:
     if "input_ids" in columns:
         used = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks"}
-        return Form(_token_ids, frozenset(used))
+        return Form(token_ids_in, frozenset(used))
     if text_column != "text" and text_column in columns:
-        return Form(lambda row: {text_column: _text(row, text_column)}, frozenset({text_column}))
+        return Form(lambda row: {text_column: text_in(row, text_column)}, frozenset({text_column}))
     label = columns.get("label")
     if label is not None and "completion" in columns:
         fix = "keep rows with label true, then columns: [prompt, completion]; or make pairs of chosen and rejected"
@@ -312,13 +302,13 @@ def _texts(columns: Mapping[str, str], chat: bool, text_column: str) -> Form:
     if turns and columns[turns] != "scalar":
         used = {turns, *([system] if system else []), *({"tools", "prompt"} & columns.keys())}
         return Form(
-            lambda row: _conversation(row, turns, system), frozenset(used)
+            lambda row: conversation_in(row, turns, system), frozenset(used)
         )  # ultrachat's prompt is its first turn
     question, answer = _one_of(columns, QUESTIONS, "question"), _one_of(columns, ANSWERS, "answer")
     if question and answer:
         return _asked(columns, question, answer, system, chat)
     if "text" in columns:
-        return Form(lambda row: {"text": _text(row, "text")}, frozenset({"text"}))
+        return Form(lambda row: {"text": text_in(row, "text")}, frozenset({"text"}))
     have = ", ".join(columns) or "none"
     fix = f"{_near(columns)}name them with rename: {{old: new}}, for example rename: {{question: prompt, reply: completion}}"
     raise RowError(f"needs messages, or a question and an answer, or text; the columns are {have}", fix)
@@ -340,15 +330,15 @@ def _asked(columns: Mapping[str, str], question: str, answer: str, system: str |
 
     def make(row: Row) -> Row:
         if isinstance(row.get(question), list) or isinstance(row.get(answer), list):
-            prompt, completion = _turns(row, question), _turns(row, answer)
-            return {"prompt": _with_system(prompt, row, system), "completion": completion}
-        asked, said = _text(row, question), _text(row, answer)
+            prompt, completion = turns_in(row, question), turns_in(row, answer)
+            return {"prompt": with_system(prompt, row, system), "completion": completion}
+        asked, said = text_in(row, question), text_in(row, answer)
         if plain:
             return {"prompt": asked, "completion": said}
         if not chat:
-            return {"prompt": _plain_prompt(row, asked, question, context, system, history), "completion": said}
-        prompt = [*_history(row, history), _turn("user", _with_context(row, asked, context))]
-        return {"prompt": _with_system(prompt, row, system), "completion": [_turn("assistant", said)]}
+            return {"prompt": plain_prompt(row, asked, question, context, system, history), "completion": said}
+        prompt = [*history_in(row, history), turn_of("user", with_context(row, asked, context))]
+        return {"prompt": with_system(prompt, row, system), "completion": [turn_of("assistant", said)]}
 
     return Form(make, used)
 
@@ -378,25 +368,25 @@ def _pairs(columns: Mapping[str, str], chat: bool) -> Form:
         answers = [row.get(chosen), row.get(rejected)]
         if any(isinstance(answer, list | dict) for answer in answers):
             return _pair_of_turns(row, pair, question or turns, system, context)
-        first, second = _text(row, chosen), _text(row, rejected)
+        first, second = text_in(row, chosen), text_in(row, rejected)
         if turns:
-            prompt = _with_system(_turns(row, turns), row, system)
-            return _pair(prompt, [_turn("assistant", first)], [_turn("assistant", second)])
+            prompt = with_system(turns_in(row, turns), row, system)
+            return _pair(prompt, [turn_of("assistant", first)], [turn_of("assistant", second)])
         if question is None:
-            before = _content(row[system], system) if system and str(row.get(system) or "").strip() else ""
+            before = content_of(row[system], system) if system and str(row.get(system) or "").strip() else ""
             return _pair_of_transcripts(first, second, before)
         if isinstance(row.get(question), list):
-            prompt = _with_system(_turns(row, question), row, system)
-            return _pair(prompt, [_turn("assistant", first)], [_turn("assistant", second)])
-        asked = _text(row, question)
+            prompt = with_system(turns_in(row, question), row, system)
+            return _pair(prompt, [turn_of("assistant", first)], [turn_of("assistant", second)])
+        asked = text_in(row, question)
         if first.startswith(asked) and second.startswith(asked):
             first, second = first[len(asked) :], second[len(asked) :]
         if (question == "prompt" and not (system or context)) or not chat:
             plain = question == "prompt" and not (system or context)
-            text = asked if plain else _plain_prompt(row, asked, question, context, system, None)
+            text = asked if plain else plain_prompt(row, asked, question, context, system, None)
             return {"prompt": text, "chosen": first, "rejected": second}
-        prompt = _with_system([_turn("user", _with_context(row, asked, context))], row, system)
-        return _pair(prompt, [_turn("assistant", first)], [_turn("assistant", second)])
+        prompt = with_system([turn_of("user", with_context(row, asked, context))], row, system)
+        return _pair(prompt, [turn_of("assistant", first)], [turn_of("assistant", second)])
 
     return Form(make, frozenset(used))
 
@@ -418,20 +408,20 @@ def _prompts(columns: Mapping[str, str], chat: bool) -> Form:
 
     def make(row: Row) -> Row:
         if isinstance(row.get(name), list):
-            asked = _turns(row, name)
+            asked = turns_in(row, name)
             while asked and asked[-1]["role"] == "assistant":
                 asked.pop()
             if not asked:
                 raise RowError(f"{name} has no question")
-            return {"prompt": _with_system(asked, row, system)}
-        text = _text(row, name)
+            return {"prompt": with_system(asked, row, system)}
+        text = text_in(row, name)
         if not chat or (name == "prompt" and system is None):
             return {
                 "prompt": text
                 if name == "prompt" and system is None
-                else _plain_prompt(row, text, name, context, system, None)
+                else plain_prompt(row, text, name, context, system, None)
             }
-        return {"prompt": _with_system([_turn("user", _with_context(row, text, context))], row, system)}
+        return {"prompt": with_system([turn_of("user", with_context(row, text, context))], row, system)}
 
     return Form(make, frozenset(used for used in (name, system, context) if used), keeps_others=True)
 
@@ -461,180 +451,6 @@ def held_text(columns: Mapping[str, str], name: str) -> bool:
     return columns[name] == "text" and plain is None
 
 
-# --- the parts of a row --------------------------------------------------------------------------------------------------
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
-    """The text in a column; raises RowError when it is missing, blank or not a text."""
-    value = row.get(name)
-    if value is None:
-        raise RowError(f"{name} is {'null' if name in row else 'missing'}")
-    text = _content(value, name)
-    if not text.strip():
-        raise RowError(f"{name} is blank")
-    return text
-
-
-def _content(value: Any, what: str) -> str:
-    """The text of a value: itself, a number as written, or the text parts of a list of parts."""
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, bool):
-        raise RowError(f"{what} is the boolean {str(value).lower()}", 'write the text that is meant, for example "yes"')
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
-        other = next((part["type"] for part in value if part["type"] != "text"), None)
-        if other is not None:
-            raise RowError(f"{what} has a part of type {other!r}; only text can be trained on")
-        return "".join(str(part.get("text") or "") for part in value)
-    raise RowError(f"{what} is {_named(value)}, not a text")
-
-
-def _named(value: Any) -> str:
-    return {"NoneType": "null", "dict": "an object", "list": "a list"}.get(type(value).__name__, type(value).__name__)
-
-
-def _turn(role: str, content: str) -> Turn:
-    return {"role": role, "content": content}
-
-
-def _turns(row: Mapping[str, Any], name: str) -> list[Turn]:
-    """The turns in a column: roles and contents under the names of chat templates."""
-    value = row.get(name)
-    if value is None or value == []:
-        raise RowError(f"{name} is {'empty' if value == [] else 'null' if name in row else 'missing'}")
-    if isinstance(value, str):
-        value = _parsed(value, name)
-    return [_one_turn(turn, f"{name}[{i}]") for i, turn in enumerate([value] if isinstance(value, dict) else value)]
-
-
-def _parsed(text: str, name: str) -> Any:
-    """Turns that are written as JSON in a text, as .csv files hold them."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{name} is a text, not turns with role and content", "write all rows in one form")
-    return value
-
-
-_CARRIED = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
-
-
-def _one_turn(turn: Any, where: str) -> Turn:
-    if not isinstance(turn, Mapping):
-        raise RowError(f"{where} is {_named(turn)}, not a turn with role and content")
-    given = str(turn.get("role") or turn.get("from") or "").strip()
-    role = ROLES.get(given.lower())
-    if role is None:
-        raise RowError(f"{where} has the role {given!r}", f"use one of {', '.join(dict.fromkeys(ROLES.values()))}")
-    if any(key in turn and turn[key] in (0, False, "0") for key in ("weight", "train", "loss")):
-        raise RowError(
-            f"{where} is marked not to be trained on", "use prompt and completion, or training.assistant_only_loss"
-        )
-    made = {"role": role, **{key: native(turn[key]) for key in _CARRIED if turn.get(key)}}
-    content = turn.get("content", turn.get("value"))
-    if given.lower() in ("function_call", "tool_call"):
-        made["tool_calls"], content = _tool_calls(content, where), None
-    if content is None and not made.get("tool_calls"):
-        raise RowError(f"the content of {where} is null")
-    text = "" if content is None else _content(content, f"the content of {where}")
-    if not text.strip() and role == "assistant" and not made.get("tool_calls"):
-        raise RowError(f"the answer in {where} is blank")
-    return {"role": made.pop("role"), "content": text, **made}
-
-
-def _tool_calls(content: Any, where: str) -> list[dict[str, Any]]:
-    """The calls in a turn of ShareGPT's role `function_call`: JSON with `name` and `arguments`, or a list of such."""
-    try:
-        calls = json.loads(content) if isinstance(content, str) else content
-    except ValueError:
-        calls = None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise RowError(f"{where} is a function call that is not JSON with name and arguments")
-    return [
-        {"type": "function", "function": {"name": c["name"], "arguments": native(c.get("arguments", {}))}}
-        for c in calls
-    ]
-
-
-def _with_system(turns: list[Turn], row: Mapping[str, Any], system: str | None) -> list[Turn]:
-    """`turns` behind the text of the column `system`, where the row has one and the turns do not begin with one."""
-    text = row.get(system) if system else None
-    if text is None or not str(text).strip() or turns[0]["role"] in ("system", "developer"):
-        return turns
-    return [_turn("system", _content(text, str(system))), *turns]
-
-
-def _with_context(row: Mapping[str, Any], asked: str, context: str | None) -> str:
-    text = row.get(context) if context else None
-    if text is None or not str(text).strip():
-        return asked
-    return (
-        f"{asked}\n\n{_content(text, str(context))}"
-        if context == "input"
-        else f"{_content(text, str(context))}\n\n{asked}"
-    )
-
-
-def _history(row: Mapping[str, Any], history: str | None) -> list[Turn]:
-    """Earlier questions and answers, as LLaMA-Factory writes them: a list of pairs."""
-    turns: list[Turn] = []
-    for i, pair in enumerate(row.get(history) or [] if history else []):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError(f"history[{i}] is not a pair of a question and an answer")
-        turns += [
-            _turn("user", _content(pair[0], f"history[{i}]")),
-            _turn("assistant", _content(pair[1], f"history[{i}]")),
-        ]
-    return turns
-
-
-def _plain_prompt(
-    row: Mapping[str, Any], asked: str, question: str, context: str | None, system: str | None, history: str | None
-) -> str:
-    """A prompt as text, for a tokenizer without a chat template: Alpaca's for an instruction, else the parts in order."""
-    if history and row.get(history):
-        raise RowError(
-            "history needs a chat template", "set chat_template: chatml, or to a template that fits the base"
-        )
-    before = f"{_content(row[system], system)}\n\n" if system and str(row.get(system) or "").strip() else ""
-    given = str(row.get(context) or "").strip() if context else ""
-    if question == "instruction":
-        middle = f"### Input:\n{given}\n\n" if given else ""
-        kind = ", paired with an input that provides further context" if given else ""
-        return before + ALPACA.format(kind, asked, middle)
-    return f"{before}{_with_context(row, asked, context)}\n"
-
-
-def _token_ids(row: Row) -> Row:
-    ids = row.get("input_ids")
-    labels = ids if row.get("labels") is None else row["labels"]
-    if not isinstance(ids, list) or not isinstance(labels, list) or len(ids) != len(labels) or not ids:
-        raise RowError("input_ids and labels are not lists of one length")
-    masks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
-    if any(not isinstance(mask, list) or len(mask) != len(ids) for mask in masks):
-        raise RowError("input_ids and their masks are not lists of one length")
-    try:
-        kept = [all(int(mask[i]) for mask in masks) for i in range(len(ids))]
-        return {
-            "input_ids": [int(i) for i in ids],
-            "labels": [int(label) if keep else -100 for label, keep in zip(labels, kept, strict=True)],
-        }
-    except (TypeError, ValueError):
-        raise RowError("input_ids or labels hold something that is not a number") from None
-
-
-def _conversation(row: Row, name: str, system: str | None) -> Row:
-    turns = _with_system(_turns(row, name), row, system)
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise RowError(f"{name} has no answer of an assistant")
-    return {"messages": turns}
-
-
 # --- pairs ---------------------------------------------------------------------------------------------------------------
 
 
@@ -644,7 +460,7 @@ def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> Row:
 
 def _pair_of_turns(row: Row, pair: tuple[str, str], asked: str | None, system: str | None, context: str | None) -> Row:
     """Answers as turns, behind their conversation or alone."""
-    chosen, rejected = (_turns(row, name) for name in pair)
+    chosen, rejected = (turns_in(row, name) for name in pair)
     for name, turns in zip(pair, (chosen, rejected), strict=True):
         if turns[-1]["role"] != "assistant":
             raise RowError(f"{name} ends with a turn of the {turns[-1]['role']}, not with an answer")
@@ -657,13 +473,13 @@ def _pair_of_turns(row: Row, pair: tuple[str, str], asked: str | None, system: s
     if asked is not None and not prompt:
         value = row.get(asked)
         if isinstance(value, list | dict):
-            prompt = _turns(row, asked)
+            prompt = turns_in(row, asked)
             if prompt[-1]["role"] == "assistant":
                 raise RowError(f"{asked} ends with an answer; it should end with the question")
         else:
-            prompt = [_turn("user", _with_context(row, _text(row, asked), context))]
+            prompt = [turn_of("user", with_context(row, text_in(row, asked), context))]
     elif asked is not None and isinstance(row.get(asked), list):
-        given = _turns(row, asked)
+        given = turns_in(row, asked)
         if (
             given != prompt[: len(given)]
             and given != [t for t in prompt if t["role"] != "system"]
@@ -672,7 +488,7 @@ def _pair_of_turns(row: Row, pair: tuple[str, str], asked: str | None, system: s
             raise RowError(f"{asked} is not the conversation that chosen and rejected begin with")
     if not any(turn["role"] == "user" for turn in prompt):
         raise RowError("there is no question before the answers")
-    return _pair(_with_system(prompt, row, system), chosen[-1:], rejected[-1:])
+    return _pair(with_system(prompt, row, system), chosen[-1:], rejected[-1:])
 
 
 def _pair_of_transcripts(chosen: str, rejected: str, system: str) -> Row:
@@ -704,7 +520,7 @@ def _transcript(text: str) -> list[Turn]:
         return []
     parts = _TRANSCRIPT.split(text if text.startswith("\n\n") else f"\n\n{text}")[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [_turn(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = [turn_of(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     if not turns[-1]["content"]:
         raise RowError("a transcript ends with a blank answer")
     return turns
@@ -726,8 +542,3 @@ def _keep_pair(row: Row, notes: Notes) -> bool:
 
 def _said(answer: Any) -> str:
     return answer if isinstance(answer, str) else json.dumps([dict(turn) for turn in answer])[:-3]
-
-
-def roles_of(turns: Iterable[Turn]) -> str:
-    """The roles of turns in order, for messages: `user, assistant, user`."""
-    return ", ".join(turn["role"] for turn in turns)

@@ -193,7 +193,7 @@ def test_cut_rows_and_a_missing_pad_token_are_warnings_in_the_record(tmp_path):
     )
     record = json.loads((out / "paft_train.json").read_text())
     assert record["data"]["rows_cut"] == 64
-    assert any("64 of 64 rows are longer than max_length 8" in w for w in record["run"]["warnings"])
+    assert any("64 of 64 rows looked at are longer than max_length 8" in w for w in record["run"]["warnings"])
     assert any("no pad token" in w for w in record["run"]["warnings"])
 
 
