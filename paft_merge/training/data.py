@@ -178,18 +178,26 @@ def _written(rows: Iterator[tuple[str, Row]], others: Mapping[str, Any], way: _W
     first = _stored(first, way)
     features = datasets.Features({**_features(first, way), **others, PLACE: datasets.Value("string")})
     path = Path(get_temporary_cache_files_directory()) / f"rows-{uuid4().hex}.arrow"
-    with ArrowWriter(path=str(path), features=features) as writer:
-        batch: dict[str, list[Any]] = {name: [] for name in features}
-        for at, (where, row) in enumerate(chain([(place, first)], rows), 1):
-            row = _stored(row, way)
-            for name, values in batch.items():
-                values.append(where if name == PLACE else native(row.get(name)) if name in others else row.get(name))
-            if at % _BATCH == 0:
+    try:
+        with ArrowWriter(path=str(path), features=features) as writer:
+            batch: dict[str, list[Any]] = {name: [] for name in features}
+            for at, (where, row) in enumerate(chain([(place, first)], rows), 1):
+                row = _stored(row, way)
+                for name, values in batch.items():
+                    values.append(
+                        where if name == PLACE else native(row.get(name)) if name in others else row.get(name)
+                    )
+                if at % _BATCH == 0:
+                    writer.write_batch(batch)
+                    batch = {name: [] for name in features}
+            if batch[PLACE]:
                 writer.write_batch(batch)
-                batch = {name: [] for name in features}
-        if batch[PLACE]:
-            writer.write_batch(batch)
-        writer.finalize()
+            writer.finalize()
+    except (ValueError, TypeError, OverflowError) as error:
+        what = f"a column cannot be stored: {str(error).strip().splitlines()[0]}"
+        raise TrainError.of(
+            "DATA", place, what, "give it values of one type, or leave it out with columns: [...]"
+        ) from error
     return datasets.Dataset.from_file(str(path)), shape_of(first)
 
 

@@ -102,7 +102,9 @@ def _path_of(base: str, folder: Path) -> str:
     return str(folder / base) if base and (folder / base).is_dir() else base
 
 
-def chosen_adapters(recipe: Path, adapters: Sequence[str] | None, trust_code: bool = False) -> tuple[dict[str, AdapterSpec], str, TrainOptions]:
+def chosen_adapters(
+    recipe: Path, adapters: Sequence[str] | None, trust_code: bool = False
+) -> tuple[dict[str, AdapterSpec], str, TrainOptions]:
     """The sections of a recipe's adapters, the base's folder or name, and the options that all share.
 
     Raises:

@@ -118,15 +118,20 @@ def _members(value: Any, path: Path) -> Iterator[tuple[str, Row]]:
 
 def _parse(text: str, path: Path, line: int | None) -> Any:
     try:
-        return json.loads(text, parse_int=Number, parse_float=Number)
+        return json.loads(text, parse_int=Number, parse_float=Number, parse_constant=_nothing)
     except (ValueError, RecursionError) as error:
         where = f"{path}:{line if line is not None else getattr(error, 'lineno', 1)}"
         raise TrainError.of("DATA", where, f"is not JSON: {error}", "write one JSON object per line") from error
 
 
+def _nothing(name: str) -> None:
+    """NaN and infinities, which pandas and `json.dumps` write for missing values."""
+
+
 def _object(value: Any, path: Path, where: str) -> Row:
     if not isinstance(value, dict):
-        what = f"{where} is {type(value).__name__}, not an object"
+        kind = {"Number": "a number", "str": "a text", "list": "a list", "bool": "a boolean", "NoneType": "null"}
+        what = f"{where} is {kind.get(type(value).__name__, type(value).__name__)}, not an object"
         raise TrainError.of("DATA", path, what, 'write rows as {"column": value, ...}')
     return value
 

@@ -309,6 +309,10 @@ def _texts(columns: Mapping[str, str], chat: bool, text_column: str) -> Form:
         return _asked(columns, question, answer, system, chat)
     if "text" in columns:
         return Form(lambda row: {"text": text_in(row, "text")}, frozenset({"text"}))
+    held = [name for name in (*TURNS, *QUESTIONS, *ANSWERS, "text") if columns.get(name) == "other"]
+    if held:
+        what = f"{' and '.join(held)} {'hold' if len(held) > 1 else 'holds'} no text and no turns in any row"
+        raise RowError(what, "write one row per example, with texts")
     have = ", ".join(columns) or "none"
     fix = f"{_near(columns)}name them with rename: {{old: new}}, for example rename: {{question: prompt, reply: completion}}"
     raise RowError(f"needs messages, or a question and an answer, or text; the columns are {have}", fix)
@@ -330,17 +334,27 @@ def _asked(columns: Mapping[str, str], question: str, answer: str, system: str |
 
     def make(row: Row) -> Row:
         if isinstance(row.get(question), list) or isinstance(row.get(answer), list):
-            prompt, completion = turns_in(row, question), turns_in(row, answer)
+            prompt = (
+                turns_in(row, question) if _holds_turns(row, question) else [turn_of("user", text_in(row, question))]
+            )
+            said = [] if _holds_turns(row, answer) else [turn_of("assistant", text_in(row, answer))]
+            completion = said or turns_in(row, answer)
+            if completion[-1]["role"] != "assistant":
+                raise RowError(f"{answer} ends with a turn of the {completion[-1]['role']}, not with an answer")
             return {"prompt": with_system(prompt, row, system), "completion": completion}
-        asked, said = text_in(row, question), text_in(row, answer)
+        asked, answered = text_in(row, question), text_in(row, answer)
         if plain:
-            return {"prompt": asked, "completion": said}
+            return {"prompt": asked, "completion": answered}
         if not chat:
-            return {"prompt": plain_prompt(row, asked, question, context, system, history), "completion": said}
+            return {"prompt": plain_prompt(row, asked, question, context, system, history), "completion": answered}
         prompt = [*history_in(row, history), turn_of("user", with_context(row, asked, context))]
-        return {"prompt": with_system(prompt, row, system), "completion": [turn_of("assistant", said)]}
+        return {"prompt": with_system(prompt, row, system), "completion": [turn_of("assistant", answered)]}
 
     return Form(make, used)
+
+
+def _holds_turns(row: Row, name: str) -> bool:
+    return isinstance(row.get(name), list | dict)
 
 
 def _pairs(columns: Mapping[str, str], chat: bool) -> Form:
@@ -470,25 +484,24 @@ def _pair_of_turns(row: Row, pair: tuple[str, str], asked: str | None, system: s
     prompt = chosen[:shared]
     if len(chosen) - shared != 1 or len(rejected) - shared != 1:
         raise RowError("chosen and rejected differ before the last answer", "give both the same conversation before it")
-    if asked is not None and not prompt:
+    if asked is not None:
         value = row.get(asked)
-        if isinstance(value, list | dict):
-            prompt = turns_in(row, asked)
-            if prompt[-1]["role"] == "assistant":
-                raise RowError(f"{asked} ends with an answer; it should end with the question")
-        else:
-            prompt = [turn_of("user", with_context(row, text_in(row, asked), context))]
-    elif asked is not None and isinstance(row.get(asked), list):
-        given = turns_in(row, asked)
-        if (
-            given != prompt[: len(given)]
-            and given != [t for t in prompt if t["role"] != "system"]
-            and given[:-1] != prompt
-        ):
+        given = turns_in(row, asked) if isinstance(value, list | dict) else []
+        if given and given[-1]["role"] == "assistant" and not prompt:
+            raise RowError(f"{asked} ends with an answer; it should end with the question")
+        if not prompt or prompt[0]["role"] == "assistant":  # the answers alone, or what follows the prompt
+            prompt = [*(given or [turn_of("user", with_context(row, text_in(row, asked), context))]), *prompt]
+        elif given and not _begins(prompt, given):
             raise RowError(f"{asked} is not the conversation that chosen and rejected begin with")
     if not any(turn["role"] == "user" for turn in prompt):
         raise RowError("there is no question before the answers")
     return _pair(with_system(prompt, row, system), chosen[-1:], rejected[-1:])
+
+
+def _begins(prompt: list[Turn], given: list[Turn]) -> bool:
+    """Whether a conversation begins with the given turns, which may lack its system prompt or end with an answer."""
+    spoken = [turn for turn in prompt if turn["role"] != "system"]
+    return given in (prompt[: len(given)], spoken[: len(given)]) or given[:-1] == prompt
 
 
 def _pair_of_transcripts(chosen: str, rejected: str, system: str) -> Row:
@@ -511,6 +524,9 @@ def _pair_of_transcripts(chosen: str, rejected: str, system: str) -> Row:
         end -= 1  # a word that only begins alike is a part of both answers
     while end > 0 and chosen[end - 1].isspace():
         end -= 1  # and so is the space before it, as tokenizers put it
+    if not end:
+        fix = "name the column of the prompt with rename: {old: prompt}"
+        raise RowError("chosen and rejected have no common beginning, so there is no prompt", fix)
     return {"prompt": system + chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
 
 

@@ -48,6 +48,8 @@ def text_in(row: Mapping[str, Any], name: str) -> str:
 def content_of(value: Any, what: str) -> str:
     """The text of a value: itself, a number as written, or the text parts of a list of parts."""
     if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise RowError(f"{what} has half of a surrogate pair, which is not a character", "write it as UTF-8 text")
         return str(value)
     if isinstance(value, bool):
         raise RowError(f"{what} is the boolean {str(value).lower()}", 'write the text that is meant, for example "yes"')

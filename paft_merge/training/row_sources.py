@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -161,7 +162,10 @@ def _of_folder(local: Path, spec: DataSpec) -> list[Path]:
     if split not in splits:
         fix = f"it has {', '.join(splits)}"
         raise TrainError.of("DATA", spec.path, f"cannot be loaded: ValueError: Unknown split {split!r}", fix)
-    found = {Path(name) for pattern in splits[split] for name in resolve_pattern(pattern, str(local))}
+    found = set[Path]()
+    for pattern in splits[split]:
+        with suppress(FileNotFoundError):  # one of several spellings of the split's name
+            found |= {Path(name) for name in resolve_pattern(pattern, str(local))}
     return sorted(path for path in found if suffix_of(path) in SUFFIXES)
 
 
