@@ -87,4 +87,4 @@ def scores(found: Mapping[str, Score]) -> None:
     _console().print(shown)
     for name, score in found.items():
         if score.warning:
-            _console().print(f"- {escape(name)}: {escape(score.warning)}", soft_wrap=True)
+            _console().print(plain(f"- {name}: {score.warning}"), soft_wrap=True)

@@ -113,7 +113,7 @@ def chosen_adapters(
     located, folder = read_recipe(recipe)
     specs, name = _chosen(read_adapters(located), adapters, located), str(located.data.get("base_model") or "")
     _check_code(specs, folder, trust_code, located)
-    return specs, _path_of(name, folder), TrainOptions(folder=folder, base_name=name, trust_code=True)
+    return specs, _path_of(name, folder), TrainOptions(folder=folder, base_name=name, trust_code=trust_code)
 
 
 def read_recipe(recipe: Mapping[str, Any] | Path | str) -> tuple[Located, Path]:

@@ -62,7 +62,7 @@ def prepare(source: str | None, spec: AdapterSpec, checkpoints: Path, options: T
         lora_config(spec)
     with problems.catching():
         if tokenizer is None and source is not None:
-            tokenizer = load_tokenizer(source, spec, options.folder)
+            tokenizer = load_tokenizer(source, spec, options.folder, trust_code=options.trust_code)
     with problems.catching():
         rows = prepare_rows(spec, tokenizer, arguments, options)
     problems.raise_as(TrainError)
