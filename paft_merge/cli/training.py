@@ -67,26 +67,26 @@ def _without_training(
     recipe: Path, adapters: tuple[str, ...], show: int | None, dry_run: bool, trust_code: bool
 ) -> None:
     """Print rows as they will be trained, and check all of them."""
-    from rich.console import Console
     from rich.text import Text
 
+    from paft_merge.cli.terminal import console
     from paft_merge.training.shown_rows import check, shown
 
-    console = Console(highlight=False, soft_wrap=True)
+    screen = console(highlight=False, soft_wrap=True)
     if show:
         for row in shown(recipe, show, adapters or None, trust_code=trust_code):
-            console.print(
+            screen.print(
                 f"--- {row.adapter}: {row.place}, {row.name}, {row.tokens} tokens ---", style="dim", markup=False
             )
             text = Text()
             for part, labelled in row.parts:
-                if console.is_terminal:
+                if screen.is_terminal:
                     text.append(part, "bold green" if labelled else "dim")
                 else:
                     text.append(f"[[{part}]]" if labelled else part)
-            console.print(text)
-        learned = "green" if console.is_terminal else "[[...]]"
-        console.print(f"({learned}: tokens that are learned)", style="dim", markup=False)
+            screen.print(text)
+        learned = "green" if screen.is_terminal else "[[...]]"
+        screen.print(f"({learned}: tokens that are learned)", style="dim", markup=False)
     if dry_run:
         for name, facts, notes in check(recipe, adapters or None, trust_code=trust_code):
             click.echo(f"{name}: {facts['rows']} rows are right")
