@@ -39,18 +39,22 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--limit", type=float, help="Number of rows per lm-eval task, or a share of them if below 1.")
 @click.option(
-    "--exact-match", type=_FILE, multiple=True, help="Share of right greedy answers to a .jsonl of prompt and answer."
+    "--exact-match", type=_FILE, multiple=True, help="Share of right greedy answers to a file of questions and answers."
 )
 @click.option(
     "--preference",
     type=_FILE,
     multiple=True,
-    help="Share of pairs in a .jsonl of prompt, chosen, rejected whose chosen answer is more likely.",
+    help="Share of pairs in a file of prompt, chosen, rejected whose chosen answer is more likely.",
 )
 @click.option("--perplexity", type=_FILE, multiple=True, help="Perplexity of a text file.")
 @click.option(
+    "--unit", type=click.Choice(["text", "line"]), default="text", show_default=True,
+    help="--perplexity: windows of the whole text, or every line by itself.",
+)  # fmt: skip
+@click.option(
     "--reward", nargs=2, multiple=True, metavar="FILE FUNCTION",
-    help="Mean reward of greedy answers to a .jsonl of prompts; FUNCTION is rewards.py:f or package.module:f.",
+    help="Mean reward of greedy answers to a file of prompts; FUNCTION is rewards.py:f or package.module:f.",
 )  # fmt: skip
 @click.option(
     "--max-new-tokens",
@@ -72,7 +76,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def evaluate(
     model: str, recipe: Path | None, overrides: tuple[str, ...], suite: str | None, tasks: tuple[str, ...], num_fewshot: int | None,
     limit: float | None, exact_match: tuple[Path, ...], preference: tuple[Path, ...], perplexity: tuple[Path, ...],
-    reward: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
+    unit: str, reward: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
     out: Path | None, alpaca_eval: Path | None, instructions: Path | None, trust_code: bool,
 ) -> None:  # fmt: skip
     """Evaluate MODEL: a folder, a Hub name, or BASE+ADAPTER, without writing a merged model."""
@@ -83,7 +87,7 @@ def evaluate(
         for kind, files, more in (
             ("exact_match", exact_match, {"max_new_tokens": max_new_tokens}),
             ("preference", preference, {}),
-            ("perplexity", perplexity, {}),
+            ("perplexity", perplexity, {"unit": unit}),
         )
         for path in files
     }

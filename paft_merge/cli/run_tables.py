@@ -77,4 +77,8 @@ def scores(found: Mapping[str, Score]) -> None:
     shown.add_column("standard error", justify="right")
     for name, score in found.items():
         shown.add_row(plain(name), f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}")
-    terminal(highlight=False).print(shown)
+    screen = terminal(highlight=False)
+    screen.print(shown)
+    for name, score in found.items():
+        if score.warning:
+            screen.print(plain(f"- {name}: {score.warning}"), soft_wrap=True)

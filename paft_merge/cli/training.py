@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train the sparse adapters of a recipe.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out", required=False, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Train this adapter only; may be repeated.")
+@click.option(
+    "--show", type=click.IntRange(1), metavar="N", help="Print the first N rows as they will be trained, and stop."
+)
+@click.option("--dry-run", is_flag=True, help="Check the recipe, the templates and every row, and stop.")
 @click.option("--resume", is_flag=True, help="Skip finished adapters and continue interrupted ones.")
 @click.option(
     "--schedule", type=click.Choice(["auto", "sequential", "processes"]), default="auto", show_default=True,
@@ -33,16 +37,16 @@ if TYPE_CHECKING:
 @trust_option
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def train(
-    recipe: Path,
-    out: Path,
-    adapters: tuple[str, ...],
-    resume: bool,
-    schedule: Any,
-    devices: str | None,
-    trust_code: bool,
-    quiet: bool,
-) -> None:
+    recipe: Path, out: Path | None, adapters: tuple[str, ...], show: int | None, dry_run: bool, resume: bool, schedule: Any,
+    devices: str | None, trust_code: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Train the adapters of RECIPE, each into OUT/NAME with a log in OUT/NAME.log (extra: paft-merge[train])."""
+    if show or dry_run:
+        silence_libraries()
+        _without_training(recipe, adapters, show, dry_run, trust_code)
+        return
+    if out is None:
+        raise click.UsageError("Missing argument 'OUT', the folder of the adapters.")
     if devices and schedule == "sequential":
         raise click.UsageError("--devices needs processes; use CUDA_VISIBLE_DEVICES with --schedule sequential")
     from paft_merge.training import train
@@ -57,6 +61,37 @@ def train(
         click.echo(folder)
         if not quiet and (log := out / f"{name}.log").exists():
             say(f"{name}: log in {log}")
+
+
+def _without_training(
+    recipe: Path, adapters: tuple[str, ...], show: int | None, dry_run: bool, trust_code: bool
+) -> None:
+    """Print rows as they will be trained, and check all of them."""
+    from rich.text import Text
+
+    from paft_merge.cli.terminal import console
+    from paft_merge.training.shown_rows import check, shown
+
+    screen = console(highlight=False, soft_wrap=True)
+    if show:
+        for row in shown(recipe, show, adapters or None, trust_code=trust_code):
+            screen.print(
+                f"--- {row.adapter}: {row.place}, {row.name}, {row.tokens} tokens ---", style="dim", markup=False
+            )
+            text = Text()
+            for part, labelled in row.parts:
+                if screen.is_terminal:
+                    text.append(part, "bold green" if labelled else "dim")
+                else:
+                    text.append(f"[[{part}]]" if labelled else part)
+            screen.print(text)
+        learned = "green" if screen.is_terminal else "[[...]]"
+        screen.print(f"({learned}: tokens that are learned)", style="dim", markup=False)
+    if dry_run:
+        for name, facts, notes in check(recipe, adapters or None, trust_code=trust_code):
+            click.echo(f"{name}: {facts['rows']} rows are right")
+            for note in notes:
+                click.echo(f"  {note}")
 
 
 @contextmanager

@@ -1,20 +1,21 @@
-"""Data files of evaluations: rows of a .jsonl file, or text. They are checked before a model is loaded."""
+"""Data files of evaluations: rows, or text. They are checked before a model is loaded."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from paft_merge.errors import EvaluateError, Problems
+from paft_merge.errors import EvaluateError, Problems, TrainError
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.recipe.sections import beside_recipe
-from paft_merge.recipe.yaml_source import did_you_mean, show
 from paft_merge.training.rewards import check_function
-
-Row = dict[str, Any]
+from paft_merge.training.row_files import Row, native, suffix_of
+from paft_merge.training.row_files import read_rows as rows_of_file
+from paft_merge.training.row_forms import ANSWERS, QUESTIONS, TURNS, Kind, columns_of, normalise
+from paft_merge.training.row_sources import LOADERS, source_of
+from paft_merge.training.schema import DataSpec
 
 
 def is_file(task: str) -> bool:
@@ -23,28 +24,74 @@ def is_file(task: str) -> bool:
 
 
 def read_rows(path: Path, max_rows: int | None = None) -> list[Row]:
-    """Read rows of a .jsonl file.
+    """Read the rows of a .json, .jsonl, .csv or .tsv file, with numbers as Python numbers.
 
     Raises:
-        EvaluateError: EVAL_DATA, with every line that is not a JSON object, or when the file is unreadable or empty.
+        EvaluateError: EVAL_DATA, when the file is unreadable or empty, or a row is not an object.
     """
-    rows, problems = list[Row](), Problems()
-    for number, line in _lines(path):
-        if max_rows is not None and len(rows) == max_rows:
-            break
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            problems.add("EVAL_DATA", f"{path}:{number}", f"not JSON: {error}", "write one JSON object per line")
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            problems.add("EVAL_DATA", f"{path}:{number}", f"is {show(row)}", "write one JSON object per line")
-    if not rows and not problems.found:
-        problems.add("EVAL_DATA", path, "has no rows", "give a file with at least one JSON object")
+    return [native(row) for _, row in _placed(path, max_rows)]
+
+
+def _placed(path: Path, max_rows: int | None) -> list[tuple[str, Row]]:
+    """The rows of a file with their places."""
+    try:
+        if suffix_of(path) in LOADERS:
+            return list(islice(source_of(DataSpec(path=str(path.absolute())), Path()).read(), max_rows))
+        return list(islice(rows_of_file(path), max_rows))
+    except TrainError as error:
+        raise EvaluateError([replace(problem, code="EVAL_DATA") for problem in error.problems]) from error
+
+
+def rows_for(of: Measurement, path: Path, *, chat: bool) -> list[Row]:
+    """The rows of a light evaluation, in the form that training gives them (see `row_forms`).
+
+    Args:
+        of: What to measure.
+        path: The file.
+        chat: The tokenizer has a chat template.
+
+    Returns:
+        `exact_match`: `prompt` and `completion`, a text; `preference`: `prompt`, `chosen`, `rejected`; `reward`: `prompt` and
+        the other columns.
+
+    Raises:
+        EvaluateError: EVAL_DATA, with everything that is wrong.
+    """
+    kinds: dict[str, Kind] = {"preference": "preference", "exact_match": "text", "reward": "prompts"}
+    placed = [(place, _renamed(row, of)) for place, row in _placed(path, of.max_rows)]
+    problems = Problems()
+    made = normalise(
+        placed, columns_of(row for _, row in placed), kinds[of.kind], chat=chat, selected=True, problems=problems,
+        where=str(path), keep_equal=True,
+    ).rows  # fmt: skip
+    problems.found = [replace(problem, code="EVAL_DATA") for problem in problems.found]
     problems.raise_as(EvaluateError)
-    return rows
+    if of.kind == "reward":
+        return [{key: value if key == "prompt" else native(value) for key, value in row.items()} for row in made]
+    return [_question_and_answer(row, path, i) for i, row in enumerate(made, 1)] if of.kind == "exact_match" else made
+
+
+def _renamed(row: Row, of: Measurement) -> Row:
+    """A row with the columns `prompt` and `answer` of the section under the names that training uses."""
+    if of.prompt != "prompt" and of.prompt in row:
+        row = {"prompt": row[of.prompt], **{k: v for k, v in row.items() if k not in (of.prompt, "prompt")}}
+    answer = of.answer or ("answer" if "answer" in row and not {*TURNS, *QUESTIONS[1:]} & row.keys() else None)
+    if of.kind == "exact_match" and answer in row:
+        row = {**{k: v for k, v in row.items() if k != answer and k not in ANSWERS}, "completion": row[answer]}
+    return row
+
+
+def _question_and_answer(row: Row, path: Path, number: int) -> Row:
+    """The prompt, and the text of the last answer."""
+    if "messages" in row:
+        last = max(i for i, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
+        if last:
+            return {"prompt": row["messages"][:last], "completion": row["messages"][last]["content"]}
+    if "completion" not in row or not row.get("prompt"):
+        what = "has no question with an answer"
+        raise EvaluateError.of("EVAL_DATA", f"{path} row {number}", what, "give prompt and answer, or messages")
+    answer = row["completion"]
+    return {"prompt": row["prompt"], "completion": answer if isinstance(answer, str) else answer[-1]["content"]}
 
 
 def read_lines(path: Path, max_rows: int | None = None) -> list[str]:
@@ -62,11 +109,6 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         what = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise EvaluateError.of("EVAL_DATA", path, f"cannot be read: {what}", "name an existing text file") from error
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def answer_column(of: Measurement, row: Row) -> str:
-    """Name of the column with the right answer."""
-    return of.answer or ("answer" if "answer" in row else "completion")
 
 
 def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: bool = False) -> None:
@@ -91,19 +133,5 @@ def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: b
         if of.kind == "perplexity":
             read_lines(path, of.max_rows)
         else:
-            _check_columns(name, of, path, read_rows(path, of.max_rows), problems)
+            rows_for(of, path, chat=True)
     problems.raise_as(EvaluateError)
-
-
-def _check_columns(name: str, of: Measurement, path: Path, rows: Sequence[Row], problems: Problems) -> None:
-    wanted = [of.prompt]
-    if of.kind == "exact_match":
-        wanted.append(answer_column(of, rows[0]))
-    if of.kind == "preference":
-        wanted += ["chosen", "rejected"]
-    for column in wanted:
-        lacking = next((number for number, row in enumerate(rows, 1) if not row.get(column)), None)
-        if lacking is not None:
-            hint = did_you_mean(column, rows[0])
-            fix = hint or f"the first row has {', '.join(sorted(rows[0]))}"
-            problems.add("EVAL_DATA", f"{path} row {lacking}", f"{name} needs the column {column!r}", fix)

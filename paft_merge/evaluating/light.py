@@ -6,11 +6,12 @@ by row. The score is their mean (`perplexity`: exp of the mean over tokens).
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ import torch
 from torch.nn.functional import log_softmax
 
 from paft_merge.errors import EvaluateError
-from paft_merge.evaluating.data_rows import Row, answer_column, read_lines, read_rows
+from paft_merge.evaluating.data_rows import read_lines, rows_for
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.training.generation import complete, padded, token_ids
 from paft_merge.training.rewards import load_function, text_of, total
+from paft_merge.training.row_files import Row
+from paft_merge.training.row_parts import roles_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,13 @@ class Score:
     """Values by row, in the order of the file; empty for lm-eval."""
     outputs: tuple[str, ...] = ()
     """The generated texts by row, if any."""
+    warning: str = ""
+    """What makes the value doubtful."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the score as JSON values."""
-        return {"value": self.value, "stderr": self.stderr, "rows": list(self.rows), "outputs": list(self.outputs)}
+        """Return the score as JSON values; `warning` only if there is one."""
+        found = {"value": self.value, "stderr": self.stderr, "rows": list(self.rows), "outputs": list(self.outputs)}
+        return {**found, "warning": self.warning} if self.warning else found
 
 
 Advance = Callable[[int, int], None]
@@ -70,19 +78,55 @@ def measure(
     path = beside_recipe(of.data, folder)
     if of.kind == "perplexity":
         return _perplexity(subject, read_lines(path, of.max_rows), of.unit, batch_size, advance)
-    rows = read_rows(path, of.max_rows)
+    rows = rows_for(of, path, chat=bool(subject.tokenizer.chat_template))
     if of.kind == "preference":
         return _preference(subject, rows, of, batch_size, advance)
-    prompts = [row[of.prompt] for row in rows]
-    outputs = generate(subject, prompts, of.max_new_tokens, batch_size, of.temperature, seed, advance)
+    prompts, ended = [row["prompt"] for row in rows], list[bool]()
+    outputs = generate(subject, prompts, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended)
+    warning = _unended(of, ended)
     if of.kind == "exact_match":
-        right = [str(row[answer_column(of, row)]).strip() for row in rows]
-        return _mean([float(_answer(o, of.extract) == r) for o, r in zip(outputs, right, strict=True)], outputs)
+        right = [row["completion"].strip() for row in rows]
+        matches = [float(_answer(o, of.extract) == r) for o, r in zip(outputs, right, strict=True)]
+        return replace(_mean(matches, outputs), warning=warning)
     assert of.function is not None
     columns = {
-        key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompts", "completions", of.prompt)
+        key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompts", "completions", "prompt")
     }
-    return _mean(total([load_function(of.function, folder)], prompts=prompts, completions=outputs, **columns), outputs)
+    values = total([load_function(of.function, folder)], prompts=prompts, completions=outputs, **columns)
+    return replace(_mean(values, outputs), warning=warning)
+
+
+def _unended(of: Measurement, ended: Sequence[bool]) -> str:
+    """A warning when no answer ended before `max_new_tokens`, or an empty text."""
+    if any(ended) or not ended:
+        return ""
+    return _warned(
+        f"{of.data}: none of the {len(ended)} answers ended within {of.max_new_tokens} tokens, so each is cut: the model "
+        "may never have learned its end token (see docs/training.md), or max_new_tokens is too low"
+    )
+
+
+def _warned(text: str) -> str:
+    log.warning("%s", text)
+    return text
+
+
+def _ids(subject: EvaluatedModel, prompt: Any) -> list[int]:
+    """Token ids of a prompt; EvaluateError TEMPLATE when the chat template is missing or refuses it."""
+    return _encoded(subject, prompt, lambda: token_ids(subject.tokenizer, prompt))
+
+
+def _encoded(subject: EvaluatedModel, turns: Any, encode: Callable[[], list[int]]) -> list[int]:
+    if isinstance(turns, str):
+        return encode()
+    if not subject.tokenizer.chat_template:
+        what = "the rows are conversations, but the tokenizer has no chat template"
+        raise EvaluateError.of("TEMPLATE", subject.name, what, "give text, or a model with a chat template")
+    try:
+        return encode()
+    except Exception as error:  # templates raise errors of any type
+        what = f"the chat template refuses a row with the roles {roles_of(turns)}: {str(error).strip().splitlines()[0]}"
+        raise EvaluateError.of("TEMPLATE", subject.name, what, "correct or remove such rows") from error
 
 
 def _answer(output: str, extract: str | None) -> str:
@@ -115,6 +159,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     advance: Advance = lambda done, rows: None,
+    ended: list[bool] | None = None,
 ) -> list[str]:
     """Generate an answer to every prompt, without the prompt and special tokens.
 
@@ -128,12 +173,14 @@ def generate(
         temperature: Sampling temperature; 0 is greedy decoding.
         seed: Seed of sampled answers.
         advance: Called after every batch.
+        ended: Receives for each answer, in the order of generation, whether it ended with an end token.
 
     Raises:
-        EvaluateError: LENGTH, when a prompt and its answer are longer than the model's context.
+        EvaluateError: LENGTH, when a prompt and its answer are longer than the model's context; TEMPLATE, when the chat
+            template refuses a prompt.
     """
     tokenizer = subject.tokenizer
-    ids = [token_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [_ids(subject, prompt) for prompt in prompts]
     longest = max(map(len, ids)) + max_new_tokens
     if longest > subject.max_length:
         what = f"the longest prompt and its answer take {longest} tokens, the model's limit is {subject.max_length}"
@@ -147,6 +194,7 @@ def generate(
                 [ids[i] for i in batch],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                ended=ended,
             )
             for i, (text,) in zip(batch, found, strict=True):
                 answers[i] = text
@@ -181,22 +229,38 @@ def _preference(
     subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, batch_size: int, advance: Advance
 ) -> Score:
     """Share of pairs whose chosen answer is more likely than the rejected one; a tie counts half."""
-    ids, starts, end = list[list[int]](), list[int](), subject.tokenizer.eos_token or ""
+    ids, starts = list[list[int]](), list[int]()
     for row in rows:
-        start = len(token_ids(subject.tokenizer, row[of.prompt]))
+        asked = _ids(subject, row["prompt"])
         for key in ("chosen", "rejected"):
-            full = token_ids(subject.tokenizer, row[of.prompt], text_of(row[key]) + end)
+            full = _with_answer(subject, row["prompt"], row[key])
             if len(full) > subject.max_length:
                 what = f"a pair takes {len(full)} tokens, the model's limit is {subject.max_length}"
                 raise EvaluateError.of("LENGTH", of.data, what, "remove such rows, or raise max_length")
             ids.append(full)
-            starts.append(start)
+            starts.append(next((i for i, (a, b) in enumerate(zip(asked, full, strict=False)) if a != b), len(asked)))
     sums = _logps(subject, ids, starts, batch_size, advance)
     scores = [logp / max(tokens, 1) if of.normalize else logp for logp, tokens in sums]
     wins = [
         1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in zip(scores[::2], scores[1::2], strict=True)
     ]
     return _mean(wins)
+
+
+def _with_answer(subject: EvaluatedModel, prompt: Any, answer: Any) -> list[int]:
+    """Token ids of a prompt and an answer with its end, as training has them."""
+    tokenizer = subject.tokenizer
+    if isinstance(prompt, str):
+        end = tokenizer.eos_token or ""
+        text = text_of(answer)
+        return token_ids(tokenizer, prompt, text if end and text.endswith(end) else text + end)
+    turns = [*prompt, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+
+    def encode() -> list[int]:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return _encoded(subject, turns, encode)
 
 
 def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_size: int, advance: Advance) -> Score:
@@ -208,6 +272,12 @@ def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_
     for text in lines if unit == "line" else ["\n".join(lines)]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         windows += [[*first, *ids[at : at + room]] for at in range(0, len(ids), room)]
+    warning = ""
+    if unit == "text" and len(lines) > 1 and len(windows) > 1:
+        warning = _warned(
+            f"perplexity: the text is longer than the model's window and was cut into {len(windows)} windows of {most} "
+            "tokens; unit: line (--unit line) measures every line by itself"
+        )
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise EvaluateError.of("EVAL_DATA", subject.name, "the text has no token to predict", "give a longer text")
@@ -216,4 +286,5 @@ def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_
     loss = -math.fsum(logp for logp, _ in sums) / tokens
     per_row = _mean([-logp / count for logp, count in sums])
     value = math.exp(min(loss, 700.0))
-    return Score(value, value * per_row.stderr if per_row.stderr is not None else None, per_row.rows)
+    spread = value * per_row.stderr if per_row.stderr is not None else None
+    return Score(value, spread, per_row.rows, warning=warning)

@@ -231,33 +231,23 @@ def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
     if missing:
         fix = "pip install 'paft-merge[train]'"
         raise RunError.of("MISSING", "train", f"{' and '.join(missing)} not installed", fix)
-    from paft_merge.training import data
-    from paft_merge.training.arguments import lora_config, training_arguments
     from paft_merge.training.base_model import load_tokenizer
+    from paft_merge.training.prepared_rows import prepare
+    from paft_merge.training.train_options import TrainOptions
 
     spec, problems = recipe.adapters[name], Problems()
-    with problems.catching():
-        training_arguments(spec, Path("checkpoints"), name)
-    with problems.catching():
-        lora_config(spec)
-        if base:
-            _check_targets(recipe, name)
-    rows: dict[str, Any] = {}
-    for key, sources in (("data", spec.data), ("eval_data", spec.eval_data)):
-        if sources:
-            with problems.catching():
-                rows[key] = data.load_rows(sources, recipe.folder)
     if base:
         with problems.catching():
-            try:
-                tokenizer = load_tokenizer(recipe.base, spec, recipe.folder, trust_code=False)
-            except TrainError:
-                if spec.base.trust_remote_code:
-                    return  # training checks rows with the tokenizer of the base's code
-                raise
-            for key, loaded in rows.items():
-                with problems.catching():
-                    data.check_rows(loaded, spec, tokenizer, key)
+            _check_targets(recipe, name)
+    tokenizer, source = None, recipe.base if base else None
+    if source and spec.base.trust_remote_code:
+        try:
+            tokenizer = load_tokenizer(source, spec, recipe.folder, trust_code=False)
+        except TrainError:
+            source = None  # training checks rows with the tokenizer of the base's code
+    with problems.catching():
+        options = TrainOptions(name=name, folder=recipe.folder, tokenizer=tokenizer)
+        prepare(source, spec, Path("checkpoints"), options)
     problems.raise_as(RunError)
 
 

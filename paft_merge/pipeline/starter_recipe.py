@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -12,20 +11,22 @@ from typing import Any
 
 from paft_merge.errors import OutputError, Problems, RecipeError
 from paft_merge.hub import is_repository
-from paft_merge.training.data import LOADERS, WANTED
+from paft_merge.training.row_files import SUFFIXES as ROW_SUFFIXES
+from paft_merge.training.row_files import read_rows, suffix_of
+from paft_merge.training.row_forms import Kind, columns_of, form_of
+from paft_merge.training.row_parts import RowError
 
 LARGE_BYTES = 6 << 30
 """Weights above this are loaded in 4 bits on a single GPU."""
 
-SUFFIXES = (*LOADERS, ".txt")
+SUFFIXES = (*ROW_SUFFIXES, ".parquet", ".txt")
 """Data with such a name is a file, not a Hub data set."""
 
 _DATA = {
     "sft": "my-sft.jsonl # rows with messages, or prompt and completion; or a Hub data set",
     "dpo": "my-pairs.jsonl # rows with prompt, chosen, rejected; or a Hub data set",
 }
-_COLUMNS = {"sft": WANTED["text"], "dpo": WANTED["preference"]}
-_READ_CHARS = 1 << 20
+_KINDS: dict[str, Kind] = {"sft": "text", "dpo": "preference"}
 _YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
@@ -43,11 +44,11 @@ def check_given(base: str, sft: str | None = None, dpo: str | None = None, adapt
         problems.add("BASE", base, "not a local folder and not a valid Hub repository name", "check the path")
     for objective, data in (("sft", sft), ("dpo", dpo)):
         row = first_row(data, problems) if data else None
-        if row is not None and not _fits(row, objective):
-            swapped = sft and dpo and _fits(row, "dpo" if objective == "sft" else "sft")
-            wanted = " or ".join("+".join(sorted(columns)) for columns in _COLUMNS[objective])
-            fix = "give the SFT data first, then the preference data" if swapped else "rename columns with data.rename"
-            problems.add("DATA", data, f"{objective} needs {wanted}, the columns are {', '.join(sorted(row))}", fix)
+        wrong = _misfit(row, objective) if row is not None else None
+        if row is not None and wrong is not None:
+            swapped = sft and dpo and _misfit(row, "dpo" if objective == "sft" else "sft") is None
+            fix = "give the SFT data first, then the preference data" if swapped else wrong.fix
+            problems.add("DATA", data, f"{objective}: {wrong.what}", fix)
     for adapter in adapters:
         if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
             problems.add("ADAPTER", adapter, "has no adapter_config.json", "name the folder of a PEFT adapter")
@@ -56,29 +57,28 @@ def check_given(base: str, sft: str | None = None, dpo: str | None = None, adapt
     problems.raise_as(RecipeError)
 
 
-def _fits(row: Mapping[str, Any], objective: str) -> bool:
-    return any(columns <= row.keys() for columns in _COLUMNS[objective])
+def _misfit(row: Mapping[str, Any], objective: str) -> RowError | None:
+    """Why rows with these columns cannot be used; None when they can."""
+    try:
+        form_of(columns_of([dict(row)]), _KINDS[objective], chat=True)
+    except RowError as error:
+        return error
+    return None
 
 
 def first_row(data: str, problems: Problems) -> dict[str, Any] | None:
     """The first row of a local JSON or CSV file; None where it cannot be read here, as of a Hub data set."""
     path = Path(data)
     if not path.exists():
-        if path.suffix in SUFFIXES:
+        if suffix_of(path) in SUFFIXES:
             problems.add("DATA", data, "there is no such file", "check the path")
         return None
-    if not path.is_file() or path.suffix in (".parquet", ".txt"):
+    if not path.is_file() or suffix_of(path) not in ROW_SUFFIXES:
         return None
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix == ".csv":
-                return dict.fromkeys(csv.DictReader(file).fieldnames or ())
-            text = file.read(_READ_CHARS)
-        row = json.JSONDecoder().raw_decode(text[max(text.find("{"), 0) :])[0]
-    except (OSError, ValueError) as error:
-        problems.add("DATA", data, f"cannot be read: {error}", "write one JSON object per line")
-        return None
-    return row if isinstance(row, dict) else {}
+    rows: list[dict[str, Any]] = []
+    with problems.catching():
+        rows.append(next(row for _, row in read_rows(path)))
+    return rows[0] if rows else None
 
 
 def needs_template(base: str, sft: str | None, dpo: str | None) -> bool:

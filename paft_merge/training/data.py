@@ -1,40 +1,27 @@
-"""Training data: load and mix data sets, check them against the objective, count cut rows, fingerprint them."""
+"""Training data: load data sets in TRL's form, mix them, shorten their prompts, fingerprint them."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import xxhash
 
 from paft_merge.errors import Problems, TrainError
-from paft_merge.recipe.sections import suggestion
+from paft_merge.training.row_files import Number, Row, native
+from paft_merge.training.row_forms import Kind, Notes, choose_form, converted, shape_of
+from paft_merge.training.row_sources import Source, Survey, source_of
 from paft_merge.training.schema import SAMPLING, AdapterSpec, DataSpec, Objective
 
-log = logging.getLogger(__name__)
-
-LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-
-COUNTED_ROWS = 20_000
-"""Rows that are tokenised to count those longer than the limit; of larger data sets an even sample."""
-
-WANTED: dict[str, tuple[frozenset[str], ...]] = {
-    "text": (
-        frozenset({"messages"}),
-        frozenset({"conversations"}),
-        frozenset({"prompt", "completion"}),
-        frozenset({"text"}),
-        frozenset({"input_ids", "labels"}),
-    ),
-    "preference": (frozenset({"chosen", "rejected"}),),
-    "prompts": (frozenset({"prompt"}),),
-}
-"""Columns of each kind of data set; one of the alternatives is enough."""
+_BATCH = 1000
+"""Rows that are converted and written at once."""
 
 
-def kind_of(spec: AdapterSpec) -> str:
+def kind_of(spec: AdapterSpec) -> Kind:
     """The kind of rows that an adapter trains on: `text`, `preference` or `prompts`."""
     if spec.objective in ("dpo", "orpo") or (spec.objective == "on_policy" and spec.sampling.mixing_ratio > 0):
         return "preference"
@@ -42,86 +29,227 @@ def kind_of(spec: AdapterSpec) -> str:
     return "prompts" if spec.objective in online else "text"
 
 
-def load_rows(sources: Sequence[DataSpec], folder: Path = Path()) -> Any:
-    """Load and mix data sets: a `datasets.Dataset`. Relative files are looked for under `folder` first.
+@dataclass
+class Loaded:
+    """A data set in TRL's form."""
+
+    rows: Any
+    """A `datasets.Dataset`; the column `PLACE` names the place of each row for messages."""
+    where: str = "data"
+    """The data set, for messages."""
+    notes: list[str] = field(default_factory=list)
+    """What is unusual about the rows, one sentence each."""
+
+    @property
+    def plain(self) -> Any:
+        """The rows without their places."""
+        return self.rows.remove_columns(PLACE)
+
+
+PLACE = "_place"
+
+
+def load_rows(
+    sources: Sequence[DataSpec] | Sequence[Source],
+    spec: AdapterSpec,
+    *,
+    chat: bool,
+    folder: Path = Path(),
+    what: str = "data",
+) -> Loaded:
+    """Load data sets, bring their rows into TRL's form (see `row_forms`) and mix them.
+
+    Args:
+        sources: Data sets of a recipe, or sources that are open.
+        spec: The adapter's section.
+        chat: The tokenizer has a chat template.
+        folder: Folder where relative paths start.
+        what: `data` or `eval_data`, for messages.
 
     Raises:
-        TrainError: DATA, with every source that could not be read.
+        TrainError: DATA, with everything that is wrong with any of the sources.
     """
     import datasets
 
-    problems, parts = Problems(), []
+    problems, parts = Problems(), list[Source]()
     for source in sources:
         with problems.catching():
-            parts.append(_load(source, folder))
+            parts.append(source if isinstance(source, Source) else source_of(source, folder))
     problems.raise_as(TrainError)
-    fractions = [source.fraction for source in sources]
+    way = _Way()
+    while True:
+        try:
+            made, notes = _converted(parts, spec, chat, way)
+            break
+        except _OtherWayError as other:
+            way = other.way
+    fractions = [source.fraction for source in sources if isinstance(source, DataSpec)]
     if any(fractions):
-        parts = _by_fraction(parts, fractions)
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        made = _by_fraction(made, fractions)
+    joined = made[0] if len(made) == 1 else datasets.concatenate_datasets(made)
+    return Loaded(joined, parts[0].name if len(parts) == 1 else what, notes)
 
 
-def _load(source: DataSpec, folder: Path) -> Any:
-    import datasets
+@dataclass(frozen=True)
+class _Way:
+    """How rows are stored, which is known when all of them were seen."""
 
-    local = next((p for p in (folder / source.path, Path(source.path)) if p.exists()), None)
-    if local is None and Path(source.path).suffix in LOADERS:
-        what = (
-            f"no such file, neither beside the recipe ({folder.resolve()}) nor in the working directory ({Path.cwd()})"
+    json: bool = False
+    """Turns as JSON: some carry more than role and content."""
+    messages: bool = False
+    """Prompts and completions as messages: a mixture has both."""
+
+
+class _OtherWayError(Exception):
+    """Rows that need another way of storing them."""
+
+    def __init__(self, way: _Way) -> None:
+        super().__init__()
+        self.way = way
+
+
+def _converted(parts: Sequence[Source], spec: AdapterSpec, chat: bool, way: _Way) -> tuple[list[Any], list[str]]:
+    """Every source as a Dataset of one form, and notes."""
+    problems, made, notes, shapes = Problems(), [], list[str](), dict[Any, str]()
+    kind = kind_of(spec)
+    for part in parts:
+        mine = Notes()
+        with problems.catching():
+            survey = part.survey()
+            if not survey.rows:
+                problems.add("DATA", part.name, "the data set is empty", "check split and max_rows")
+                continue
+            form = choose_form(
+                survey.columns, kind, mine, chat=chat, selected=part.selected, problems=problems, where=part.name,
+                keeps_others=spec.objective in SAMPLING, text_column=spec.training.get("dataset_text_field", "text"),
+            )  # fmt: skip
+            if form is None:
+                continue
+            rows = converted(part.read(), form, kind, mine, problems, part.name)
+            others = _other_features(part, survey, form.used) if form.keeps_others else {}
+            named = ((f"{part.name} {place}", row) for place, row in rows) if len(parts) > 1 else rows
+            dataset, shape = _written(named, others, way)
+            shapes.setdefault(shape, part.name)
+            made.append(dataset)
+        notes += [f"{part.name}: {line}" if len(parts) > 1 else line for line in mine.lines()]
+    if not problems.found and len(shapes) > 1:
+        _refuse_mixture(shapes, way, problems)
+    problems.raise_as(TrainError)
+    if way.messages and not spec.training.get("assistant_only_loss"):
+        notes.append(
+            "the sets of the mixture are trained as conversations, and every turn has a loss; "
+            "set training.assistant_only_loss: true to train on answers only"
         )
-        raise TrainError.of("DATA", source.path, what, "check the path")
+    return made, notes
+
+
+_CONVERSATIONS = ((("messages", False),), (("completion", False), ("prompt", False)))
+"""Shapes that can be mixed, as messages."""
+
+
+def _refuse_mixture(shapes: Mapping[Any, str], way: _Way, problems: Problems) -> None:
+    """Report sets of different forms, or raise `_OtherWayError` where they have a common one."""
+    if set(shapes) <= set(_CONVERSATIONS) and not way.messages:
+        raise _OtherWayError(replace(way, messages=True))
+    (first, one), (second, other) = list(shapes.items())[:2]
+    what = f"{one} has {_in_words(first)}, {other} has {_in_words(second)}; they cannot be mixed"
+    fix = "bring them into one form; texts become turns with rename: {prompt: question, completion: answer}"
+    problems.add("DATA", "data", what, fix)
+
+
+def _in_words(shape: Sequence[tuple[str, bool]]) -> str:
+    kinds = {text for _, text in shape}
+    form = "" if len(kinds) > 1 else " as texts" if True in kinds else " as turns"
+    return ", ".join(name for name, _ in shape) + form
+
+
+def _written(rows: Iterator[tuple[str, Row]], others: Mapping[str, Any], way: _Way) -> tuple[Any, Any]:
+    """Write rows to a temporary Arrow file in batches; returns it as a Dataset, and the shape of its rows.
+
+    The file is deleted when the process ends.
+    """
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+    from datasets.fingerprint import get_temporary_cache_files_directory
+
+    place, first = next(rows, (None, None))
+    if first is None or place is None:
+        return datasets.Dataset.from_dict({}), None
+    first = _stored(first, way)
+    features = datasets.Features({**_features(first, way), **others, PLACE: datasets.Value("string")})
+    path = Path(get_temporary_cache_files_directory()) / f"rows-{uuid4().hex}.arrow"
     try:
-        if local is not None and (local / "dataset_info.json").exists():
-            rows = datasets.load_from_disk(str(local))
-        elif local is not None and local.is_file():
-            rows = _load_file(local, source)
-        else:
-            rows = datasets.load_dataset(
-                str(local or source.path),
-                source.name,
-                data_dir=source.data_dir,
-                data_files=source.data_files,
-                split=source.split,
-                revision=source.revision,
-            )
-    except TrainError:
-        raise
-    except Exception as error:  # loaders raise errors of many types; all mean that the source cannot be read
-        what = f"cannot be loaded: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        fix = "check data.path, name and split; a local file must exist and end in .json, .jsonl, .parquet or .csv"
-        raise TrainError.of("DATA", source.path, what, fix) from error
-    return _shaped(rows, source)
+        with ArrowWriter(path=str(path), features=features) as writer:
+            batch: dict[str, list[Any]] = {name: [] for name in features}
+            for at, (where, row) in enumerate(chain([(place, first)], rows), 1):
+                row = _stored(row, way)
+                for name, values in batch.items():
+                    values.append(
+                        where if name == PLACE else native(row.get(name)) if name in others else row.get(name)
+                    )
+                if at % _BATCH == 0:
+                    writer.write_batch(batch)
+                    batch = {name: [] for name in features}
+            if batch[PLACE]:
+                writer.write_batch(batch)
+            writer.finalize()
+    except (ValueError, TypeError, OverflowError) as error:
+        what = f"a column cannot be stored: {str(error).strip().splitlines()[0]}"
+        raise TrainError.of(
+            "DATA", place, what, "give it values of one type, or leave it out with columns: [...]"
+        ) from error
+    return datasets.Dataset.from_file(str(path)), shape_of(first)
 
 
-def _load_file(path: Path, source: DataSpec) -> Any:
+def _stored(row: Row, way: _Way) -> Row:
+    """A row as it is stored; raises `_OtherWayError` when its turns need JSON."""
+    if way.messages and "completion" in row:
+        row = {
+            **{k: v for k, v in row.items() if k not in ("prompt", "completion")},
+            "messages": [*row["prompt"], *row["completion"]],
+        }
+    if not way.json:
+        for value in row.values():
+            if isinstance(value, list) and any(isinstance(turn, dict) and len(turn) > 2 for turn in value):
+                raise _OtherWayError(replace(way, json=True))
+    return row
+
+
+def _features(row: Row, way: _Way) -> dict[str, Any]:
+    """The types of the columns that are trained on."""
     import datasets
 
-    loader = LOADERS.get(path.suffix)
-    if loader is None:
-        raise TrainError.of(
-            "DATA", path, f"{path.suffix or 'no suffix'} is not a known format", f"use {', '.join(LOADERS)}"
-        )
-    if not path.stat().st_size:
-        raise TrainError.of("DATA", path, "the file is empty", "write one row per line, or use another file")
-    split = source.split if source.split.startswith("train") else "train"
-    return datasets.load_dataset(loader, data_files=str(path), split=split)
+    turn = datasets.Json() if way.json else {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    found: dict[str, Any] = {}
+    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
+        if name in row:
+            found[name] = datasets.Value("string") if isinstance(row[name], str) else datasets.List(turn)
+    for name in ("input_ids", "labels"):
+        if name in row:
+            found[name] = datasets.List(datasets.Value("int64"))
+    return found or {name: datasets.Value("string") for name in row}
 
 
-def _shaped(rows: Any, source: DataSpec) -> Any:
-    missing = [name for name in (*source.rename, *(source.columns or ())) if name not in _after(rows, source)]
-    if missing:
-        fix = "; ".join(suggestion(name, list(rows.column_names)) for name in missing)
-        raise TrainError.of("DATA", source.path, f"no column {', '.join(map(repr, missing))}", fix)
-    if source.rename:
-        clash = [new for old, new in source.rename.items() if new in rows.column_names and new not in source.rename]
-        rows = rows.remove_columns(clash).rename_columns(source.rename)
-    if source.columns:
-        rows = rows.select_columns(source.columns)
-    return rows.select(range(min(source.max_rows, len(rows)))) if source.max_rows else rows
+def _other_features(part: Source, survey: Survey, used: Collection[str]) -> dict[str, Any]:
+    """The types of columns that are kept for reward functions: as `datasets` knows them, else from all values."""
+    import datasets
 
-
-def _after(rows: Any, source: DataSpec) -> set[str]:
-    return {*rows.column_names, *source.rename.values()}
+    plain = {str: "string", bool: "bool", int: "int64", float: "float64"}
+    found: dict[str, Any] = {}
+    for name, types in survey.types.items():
+        if name in used:
+            continue
+        if part.features is not None:
+            found[name] = part.features[name]
+        elif types == {Number}:
+            found[name] = datasets.Value("float64" if name in survey.fractions else "int64")
+        elif len(types) <= 1:
+            found[name] = (
+                datasets.Value(plain[next(iter(types))]) if types <= plain.keys() and types else datasets.Json()
+            )
+        else:
+            found[name] = datasets.Value("string") if types == {str, Number} else datasets.Json()
+    return found
 
 
 def _by_fraction(parts: list[Any], fractions: Sequence[float | None]) -> list[Any]:
@@ -134,113 +262,12 @@ def _by_fraction(parts: list[Any], fractions: Sequence[float | None]) -> list[An
     return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
 
 
-def check_rows(rows: Any, spec: AdapterSpec, tokenizer: Any, what: str = "data") -> None:
-    """Check a data set against the objective and the tokenizer.
-
-    Args:
-        rows: A `datasets.Dataset`.
-        spec: The adapter's section.
-        tokenizer: The base's, with the adapter's chat template.
-        what: Name of the data set in messages.
-
-    Raises:
-        TrainError: DATA, TEMPLATE; every problem at once.
-    """
-    problems = Problems()
-    kind = kind_of(spec)
-    if len(rows) == 0:
-        problems.add("DATA", what, "the data set is empty", "check split and max_rows")
-        problems.raise_as(TrainError)
-    columns = set(rows.column_names)
-    if not any(wanted <= columns for wanted in WANTED[kind]):
-        needed = " or ".join("+".join(sorted(wanted)) for wanted in WANTED[kind])
-        problems.add(
-            "DATA", what, f"objective {spec.objective} needs {needed}, the columns are {', '.join(sorted(columns))}",
-            "rename columns with data.rename: {old: new}",
-        )  # fmt: skip
-    else:
-        _check_values(rows, spec, kind, tokenizer, problems, what)
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        problems.add("TEMPLATE", "tokenizer", "has neither a pad nor an eos token", "use a tokenizer that has one")
-    problems.raise_as(TrainError)
-
-
-def _check_values(rows: Any, spec: AdapterSpec, kind: str, tokenizer: Any, problems: Problems, what: str) -> None:
-    first = rows[0]
-    used = [
-        name
-        for name in ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text")
-        if name in first
-    ]
-    for name in used:
-        empty = [index for index in _probe(len(rows)) if not rows[index][name]]
-        if empty:
-            fix = "remove such rows"
-            problems.add("DATA", f"{what}[{empty[0]}].{name}", f"is empty (in {len(empty)} of the rows looked at)", fix)
-    conversational = any(isinstance(first[name], list) and first[name] for name in used)
-    if conversational and not tokenizer.chat_template:
-        problems.add(
-            "TEMPLATE", what, "the rows are conversations, but the tokenizer has no chat template",
-            "set chat_template: to a name such as chatml, a Jinja file, or a model whose template fits",
-        )  # fmt: skip
-    if spec.training.get("assistant_only_loss") and not conversational:
-        problems.add("DATA", what, "training.assistant_only_loss needs conversations", "drop it, or use messages")
-    if kind == "text" and spec.objective == "ift" and spec.training.get("packing"):
-        problems.add(
-            "DATA", what, "ift weights tokens per sequence and does not support packing", "drop training.packing"
-        )
-
-
-def _probe(rows: int, most: int = 1000) -> range:
-    return range(0, rows, max(1, rows // most))
-
-
-def text_of(row: Mapping[str, Any], tokenizer: Any, field: str = "text") -> list[tuple[str, int]]:
-    """Token counts of the sequences made from a row, by name: `[("text", 812)]`, or `chosen` and `rejected`."""
-
-    def count(value: Any, prompt: Any = None) -> int:
-        if isinstance(value, list):
-            turns = [*(prompt or []), *value]
-            return len(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])
-        return len(tokenizer((prompt or "") + value)["input_ids"])
-
-    if "chosen" in row:
-        return [(name, count(row[name], row.get("prompt"))) for name in ("chosen", "rejected")]
-    if "completion" in row:
-        return [("text", count(row["completion"], row["prompt"]))]
-    if "input_ids" in row:
-        return [("text", len(row["input_ids"]))]
-    value = row.get("messages", row.get(field, row.get("prompt")))
-    return [("text", count(value))] if value else []
-
-
-def count_cut(rows: Any, tokenizer: Any, max_length: int | None, field: str = "text") -> dict[str, int]:
-    """Count the rows that are longer than `max_length` tokens, of at most `COUNTED_ROWS` evenly spaced rows.
-
-    Returns:
-        `rows_looked_at`, `rows_cut`, `longest_tokens` and `max_length`; empty without a limit.
-    """
-    if max_length is None or "conversations" in rows.column_names:
-        return {}
-    looked = cut = longest = 0
-    for index in range(0, len(rows), -(-len(rows) // COUNTED_ROWS)):
-        lengths = [length for _, length in text_of(rows[index], tokenizer, field)]
-        looked, cut = looked + 1, cut + any(length > max_length for length in lengths)
-        longest = max([longest, *lengths])
-    return {"rows_looked_at": looked, "rows_cut": cut, "longest_tokens": longest, "max_length": max_length}
-
-
 def shorten_prompts(rows: Any, tokenizer: Any, most: int) -> tuple[Any, int]:
     """Cut prompts of preference rows from the left to `most` tokens: first whole old turns, then text of the last turn.
 
     Returns:
         The rows, and the number of cut rows.
     """
-    from trl import extract_prompt
-
-    if "prompt" not in rows.column_names:
-        rows = rows.map(extract_prompt)
-    before = len(rows)
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
         shorter = _left_cut(row["prompt"], tokenizer, most)
@@ -248,7 +275,6 @@ def shorten_prompts(rows: Any, tokenizer: Any, most: int) -> tuple[Any, int]:
 
     rows = rows.map(cut)
     changed = sum(rows["_cut"])
-    assert len(rows) == before
     return rows.remove_columns("_cut"), int(changed)
 
 

@@ -35,6 +35,7 @@ def complete(
     max_new_tokens: int,
     temperature: float = 0.0,
     completions: int = 1,
+    ended: list[bool] | None = None,
     **options: Any,
 ) -> list[tuple[str, ...]]:
     """Generate completions of one batch, without prompts and special tokens.
@@ -46,6 +47,7 @@ def complete(
         max_new_tokens: Longest completion, in tokens.
         temperature: Sampling temperature; 0 is greedy decoding.
         completions: Number of completions per prompt.
+        ended: Receives for every completion whether an end token stopped it.
         options: Further arguments of `model.generate`.
 
     Returns:
@@ -63,5 +65,9 @@ def complete(
         "pad_token_id": tokenizer.pad_token_id,
     }
     made = model.generate(input_ids=input_ids, attention_mask=mask, **{**how, **options})
+    if ended is not None:
+        stops = {**how, **options}.get("eos_token_id", model.generation_config.eos_token_id)
+        ids = torch.tensor([stops] if isinstance(stops, int) else stops or [], device=made.device, dtype=made.dtype)
+        ended += torch.isin(made[:, input_ids.shape[1] :], ids).any(1).tolist()
     texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [tuple(texts[i : i + completions]) for i in range(0, len(texts), completions)]

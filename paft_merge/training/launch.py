@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.errors import Problems, RecipeError, TrainError
 from paft_merge.recipe.sections import suggestion
@@ -21,6 +21,9 @@ from paft_merge.training.processes import Launch, OnStep, command_for, devices_o
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import AdapterSpec, read_adapters, settings_of
 from paft_merge.training.train_options import TrainOptions, TrainProgress
+
+if TYPE_CHECKING:
+    from paft_merge.training.prepared_rows import Prepared
 
 Schedule = Literal["auto", "sequential", "processes"]
 
@@ -65,6 +68,8 @@ def train(
         where = located.spot(("base_model",))
         raise RecipeError.of("BASE", where, "no base_model", "name the model that the adapters are for")
     _check_code(specs, folder, trust_code, located)
+    for function in filter(None, (reward.function for spec in specs.values() for reward in spec.reward)):
+        announce(function, file_of(function, folder))
     out = Path(out)
     if base is None and _wants_processes(specs, schedule, devices):
         source = Path(recipe) if isinstance(recipe, str | Path) else _spill(located.data, out)
@@ -72,12 +77,11 @@ def train(
         for adapter in finished:
             RunFolder(out / adapter).check_finished(settings_of(specs[adapter], name))
         return _in_processes(specs, source, out, resume, devices, progress)
-    path = str(folder / name) if name and (folder / name).is_dir() else name
     options = TrainOptions(
         resume=resume,
         folder=folder,
         base_name=name or None,
-        base_path=path or None,
+        base_path=_path_of(name, folder) or None,
         progress=progress,
         trust_code=True,
     )
@@ -85,7 +89,7 @@ def train(
 
 
 def _check_code(specs: Mapping[str, AdapterSpec], folder: Path, trust_code: bool, located: Located) -> None:
-    """Check the code that the adapters name, and log the names of the functions that will run."""
+    """Check the code that the adapters name."""
     problems = Problems()
     for name, spec in specs.items():
         where = located.spot(("adapters", name))
@@ -94,8 +98,25 @@ def _check_code(specs: Mapping[str, AdapterSpec], folder: Path, trust_code: bool
         except TrainError as error:
             problems.found += [replace(problem, where=f"{where}: {problem.where}") for problem in error.problems]
     problems.raise_as(TrainError)
-    for function in filter(None, (reward.function for spec in specs.values() for reward in spec.reward)):
-        announce(function, file_of(function, folder))
+
+
+def _path_of(base: str, folder: Path) -> str:
+    """A base's folder beside the recipe, else its name."""
+    return str(folder / base) if base and (folder / base).is_dir() else base
+
+
+def chosen_adapters(
+    recipe: Path, adapters: Sequence[str] | None, trust_code: bool = False
+) -> tuple[dict[str, AdapterSpec], str, TrainOptions]:
+    """The sections of a recipe's adapters, the base's folder or name, and the options that all share.
+
+    Raises:
+        RecipeError: every fault of the recipe. TrainError: TRUST, code of the base without `trust_code`.
+    """
+    located, folder = read_recipe(recipe)
+    specs, name = _chosen(read_adapters(located), adapters, located), str(located.data.get("base_model") or "")
+    _check_code(specs, folder, trust_code, located)
+    return specs, _path_of(name, folder), TrainOptions(folder=folder, base_name=name, trust_code=trust_code)
 
 
 def read_recipe(recipe: Mapping[str, Any] | Path | str) -> tuple[Located, Path]:
@@ -139,6 +160,9 @@ def _one_after_another(
 
     done: dict[str, Path] = {}
     model, loaded, digest = base, None, None
+    source = str(options.base_path or getattr(getattr(base, "config", None), "_name_or_path", ""))
+    wanted = {name: spec for name, spec in specs.items() if not (options.resume and RunFolder(out / name).finished)}
+    prepared = prepare_all(wanted, source, out, options)
     for adapter, spec in specs.items():
         if options.resume and RunFolder(out / adapter).finished:
             RunFolder(out / adapter).check_finished(settings_of(spec, _base_name(base, options)))
@@ -150,7 +174,7 @@ def _one_after_another(
         digest = digest or (digest_of(model) if is_first() else "computed by the first process")
         log_file = _logged(out / f"{adapter}.log", options.progress) if logs else nullcontext(options.progress)
         with log_file as progress:
-            mine = replace(options, name=adapter, base_digest=digest, progress=progress)
+            mine = replace(options, name=adapter, base_digest=digest, progress=progress, prepared=prepared.pop(adapter))
             done[adapter] = train_adapter(model, spec, out / adapter, mine)
         after, sharded = digest_of(model), is_sharded(model)
         if is_first() and after != digest:
@@ -163,6 +187,28 @@ def _one_after_another(
 
 def _base_name(base: Any, options: TrainOptions) -> str:
     return options.base_name or str(base.config._name_or_path)
+
+
+def prepare_all(specs: Mapping[str, AdapterSpec], source: str, out: Path, options: TrainOptions) -> dict[str, Prepared]:
+    """Load and check the data of every adapter, before the base is loaded and the first adapter is trained.
+
+    Raises:
+        TrainError: every problem of every adapter; its name is in front when there are several.
+    """
+    from paft_merge.training.prepared_rows import prepare
+    from paft_merge.training.run import need_extras
+
+    need_extras()
+    problems, done = Problems(), {}
+    for name, spec in specs.items():
+        mine = Problems()
+        with mine.catching():
+            done[name] = prepare(source, spec, RunFolder(out / name).checkpoints, replace(options, name=name))
+        for found in mine.found:
+            named = len(specs) == 1 or found.where.startswith(name)
+            problems.found.append(found if named else replace(found, where=f"{name}: {found.where}"))
+    problems.raise_as(TrainError)
+    return done
 
 
 @contextmanager

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import TrainError
-from paft_merge.training import data as sets
-from paft_merge.training.arguments import check_targets, training_arguments
-from paft_merge.training.base_model import digest_of, load_base, load_tokenizer, restoring_base
+from paft_merge.training.arguments import check_targets
+from paft_merge.training.base_model import digest_of, load_base, restoring_base
 from paft_merge.training.consent import check_code
 from paft_merge.training.job import (
     Job,
@@ -26,9 +25,11 @@ from paft_merge.training.job import (
     uses_old_fsdp,
     wait_for_everyone,
 )
+from paft_merge.training.prepared_rows import PreparedRows, prepare
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter, settings_of
 from paft_merge.training.train_options import TrainOptions
+from paft_merge.training.untrained_tokens import unlearnable
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def train_adapter(
     """
     options = replace(options or TrainOptions(), **fields)
     spec = spec if isinstance(spec, AdapterSpec) else read_adapter(spec, options.name)
-    _need_extras()
+    need_extras()
     place = RunFolder(Path(out))
     if options.resume and place.finished:
         base_name = options.base_name or str(getattr(getattr(base, "config", None), "_name_or_path", base))
@@ -77,26 +78,21 @@ def train_adapter(
 
 def _prepared(base: Any, spec: AdapterSpec, place: RunFolder, options: TrainOptions) -> Job:
     """Load and check everything that a training needs."""
-    name, folder, loaded = options.name, options.folder, not isinstance(base, str | Path)
+    name, loaded = options.name, not isinstance(base, str | Path)
     base_name = options.base_name or str(base.config._name_or_path if loaded else base)
-    check_code(spec, folder, trust_code=options.trust_code)
-    arguments = training_arguments(spec, place.checkpoints, name)
+    check_code(spec, options.folder, trust_code=options.trust_code)
     _check_processes(spec, name)
     source = (options.base_path or base_name) if loaded else str(base)
-    tokenizer = options.tokenizer or load_tokenizer(source, spec, folder)
-    rows, eval_rows = options.rows, options.eval_rows
-    if rows is None:
-        rows = sets.load_rows(spec.data, folder)
-    if eval_rows is None and spec.eval_data:
-        eval_rows = sets.load_rows(spec.eval_data, folder)
-    sets.check_rows(rows, spec, tokenizer)
-    if eval_rows is not None:
-        sets.check_rows(eval_rows, spec, tokenizer, "eval_data")
+    made = options.prepared or prepare(source, spec, place.checkpoints, options)
     model = base if loaded else load_base(source, spec.base)
     check_targets(spec, model)
     digest = options.base_digest or (digest_of(model) if is_first() else "")
-    job = Job(spec, place, options, model, base_name, tokenizer, arguments, rows, eval_rows, digest)
-    inspect_data(job)
+    rows = made.rows
+    job = Job(spec, place, options, model, base_name, made.tokenizer, made.arguments, rows.train, rows.eval, digest)
+    job.facts |= rows.facts
+    for note in rows.notes:
+        job.warn(note)
+    warn_of_settings(job, rows)
     return job
 
 
@@ -111,7 +107,8 @@ def _train(job: Job) -> None:
         finish(job, trainer)
 
 
-def _need_extras() -> None:
+def need_extras() -> None:
+    """Raise TrainError MISSING unless the packages of the extra `train` are installed."""
     missing = [package for package in ("trl", "datasets") if find_spec(package) is None]
     if missing:
         fix = "pip install 'paft-merge[train]'"
@@ -133,25 +130,19 @@ def _check_processes(spec: AdapterSpec, name: str) -> None:
         raise TrainError.of("PROCESSES", name, f"{spec.objective} generates on one device", fix)
 
 
-def inspect_data(job: Job) -> None:
-    """Shorten prompts if asked, count rows that the length limit cuts, and warn of unusual settings."""
-    job.facts = {"fingerprint": sets.fingerprint(job.rows), "rows": len(job.rows)}
+def warn_of_settings(job: Job, rows: PreparedRows) -> None:
+    """Warn of unusual settings, and of tokens that this adapter cannot learn."""
     spec, tokenizer = job.spec, job.tokenizer
     if tokenizer.pad_token is None:
         job.warn(f"the tokenizer has no pad token; its eos token {tokenizer.eos_token!r} is used")
-    if spec.max_prompt_tokens and sets.kind_of(spec) == "preference":
-        job.rows, cut = sets.shorten_prompts(job.rows, tokenizer, spec.max_prompt_tokens)
-        job.facts["prompts_cut"] = cut
-        if cut:
-            job.warn(f"{cut} of {len(job.rows)} prompts were cut from the left to {spec.max_prompt_tokens} tokens")
-    uncut = getattr(job.arguments, "packing", False) and job.arguments.packing_strategy != "bfd"  # bfd cuts
-    limit = None if uncut else getattr(job.arguments, "max_length", None)
-    counts = sets.count_cut(job.rows, tokenizer, limit, getattr(job.arguments, "dataset_text_field", "text"))
-    job.facts.update(counts)
-    if counts.get("rows_cut"):
-        job.warn(
-            f"{counts['rows_cut']} of {counts['rows_looked_at']} rows looked at are longer than max_length "
-            f"{counts['max_length']} and will be cut (the longest has {counts['longest_tokens']} tokens)"
-        )
     if spec.l1 and str(getattr(job.arguments.lr_scheduler_type, "value", "")).startswith("constant"):
         job.warn("L1 with a constant learning rate leaves noise instead of zeros; use cosine or linear")
+    if rows.labels is None or spec.objective in ("rloo", "grpo"):
+        return
+    if tokens := unlearnable(rows.labels, job.base, tokenizer, spec):
+        shown = ", ".join(tokens[:5]) + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
+        job.warn(
+            f"tokens with a label were never trained in the base, so this adapter cannot learn to write them: {shown}; "
+            "use lora: {modules_to_save: [embed_tokens, lm_head]} or extra: {trainable_token_indices: [...]}, or end "
+            "answers with another token (chat_template, or the tokenizer's eos_token)"
+        )

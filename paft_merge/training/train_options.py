@@ -27,11 +27,13 @@ class TrainOptions:
     name: str = "adapter"
     """Name of the adapter in messages."""
     rows: Any = None
-    """A `datasets.Dataset` instead of the section's `data`."""
+    """A `datasets.Dataset`, or a list of dicts, instead of the section's `data`."""
     eval_rows: Any = None
     """The same for `eval_data`."""
     tokenizer: Any = None
     """Replaces the base's tokenizer."""
+    prepared: Any = None
+    """What `prepared_rows.prepare` made of this section and these options; it is not made again."""
     resume: bool = False
     """Continue from the last checkpoint of an interrupted run; a finished adapter is left unchanged."""
     folder: Path = Path()

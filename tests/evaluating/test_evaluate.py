@@ -26,10 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from paft_merge.cli import cli
 from paft_merge.errors import EvaluateError, PaftMergeError, RecipeError
 from paft_merge.evaluating import EvaluateProgress, check_evaluate, evaluate, harness
+from paft_merge.evaluating.data_rows import rows_for
 from paft_merge.evaluating.harness import check_data
-from paft_merge.evaluating.light import generate
+from paft_merge.evaluating.light import _with_answer, generate, measure
 from paft_merge.evaluating.loading import load_subject
-from paft_merge.evaluating.schema import EvaluateSpec
+from paft_merge.evaluating.schema import EvaluateSpec, Measurement
 
 pytestmark = THEIR_WARNINGS
 
@@ -203,9 +204,9 @@ def test_everything_that_would_stop_an_evaluation_is_told_at_once(tmp_path: Path
         check_evaluate(section, tmp_path)
     text = str(caught.value)
     for part in (
-        "broken.jsonl:2: not JSON", "two needs the column 'prompt'; did you mean 'promt'?",
+        "broken.jsonl:2: is not JSON", "the columns are promt, completion; did you mean prompt by promt? Or name them with rename",
         "has no function 'goood'; did you mean 'good'?", "none.txt: cannot be read: No such file",
-        "five needs the column 'chosen'", "five needs the column 'rejected'", "extract has no group",
+        "rows.jsonl: needs chosen and rejected; the columns are prompt", "extract has no group",
     ):  # fmt: skip
         assert part in text, part
 
@@ -479,3 +480,67 @@ def test_answers_are_written_in_alpacaevals_format(place: Path, tmp_path: Path) 
     assert [row["dataset"] for row in rows] == ["toy", "set"]
     assert all(len(row["output"].split()) <= 4 for row in rows)
     assert CliRunner().invoke(cli, args[:4]).exit_code == 2
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def test_rows_in_other_forms_give_the_scores_of_the_same_rows_in_turns(place: Path) -> None:
+    good, bad = "w3 w4", "w5 w6 w7"
+    forms = {
+        "turns": {"prompt": [user("w1")], "chosen": [said(good)], "rejected": [said(bad)]},
+        "implicit": {"chosen": [user("w1"), said(good)], "rejected": [user("w1"), said(bad)]},
+        "feedback": {"prompt": "w1", "chosen": [user("w1"), said(good)], "rejected": [user("w1"), said(bad)]},
+        "alpaca": {"instruction": "w1", "chosen": good, "rejected": bad},
+        "sharegpt": {
+            "conversations": [{"from": "human", "value": "w1"}],
+            "chosen": {"from": "gpt", "value": good}, "rejected": {"from": "gpt", "value": bad},
+        },
+    }  # fmt: skip
+    subject = load_subject(place / "base", EvaluateSpec())
+    seen = {}
+    for name, row in forms.items():
+        write_rows(place / f"{name}.jsonl", [row])
+        of = Measurement.model_validate({"kind": "preference", "data": f"{name}.jsonl"})
+        (made,) = rows_for(of, place / f"{name}.jsonl", chat=True)
+        assert made == forms["turns"], name
+        seen[name] = measure(subject, of, place, 2).rows
+    assert len(set(seen.values())) == 1
+    ids = subject.tokenizer.apply_chat_template([user("w1"), said(good)], tokenize=True, return_dict=True)["input_ids"]
+    assert _with_answer(subject, [user("w1")], [said(good)]) == ids, "the tokens that training has"
+    asked = [
+        {"instruction": "w1", "output": 0},
+        {"messages": [user("w1"), said("0")]},
+        {"question": "w1", "answer": "0"},
+    ]
+    for row in asked:
+        write_rows(place / "asked.jsonl", [row])
+        of = Measurement.model_validate({"kind": "exact_match", "data": "asked.jsonl"})
+        assert rows_for(of, place / "asked.jsonl", chat=True) == [{"prompt": [user("w1")], "completion": "0"}]
+    (place / "table.csv").write_text("prompt,answer\nw1,007\n")
+    of = Measurement.model_validate({"kind": "exact_match", "data": "table.csv"})
+    assert rows_for(of, place / "table.csv", chat=True) == [{"prompt": "w1", "completion": "007"}]
+
+
+def test_answers_that_never_end_and_cut_texts_are_reported_beside_the_score(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(place / "short.jsonl", [{"prompt": "w1 w2", "answer": "w3"}])
+    found = evaluate(
+        place / "base", spec_of(m={"kind": "exact_match", "data": "short.jsonl", "max_new_tokens": 1}), folder=place
+    )
+    assert "none of the 1 answers ended within 1 tokens" in found["m"].warning
+    assert found["m"].to_json()["warning"] in caplog.text
+    one = {"kind": "perplexity", "data": "text.txt"}
+    spec = EvaluateSpec.model_validate({"metrics": {"text": one, "line": {**one, "unit": "line"}}, "max_length": 16})
+    found = evaluate(place / "base", spec, folder=place)
+    assert "cut into 8 windows of 16 tokens" in found["text"].warning
+    assert found["line"].warning == ""
+    args = ["evaluate", str(place / "base"), "--perplexity", str(place / "text.txt"), "--unit", "line", "--json"]
+    shown = CliRunner().invoke(cli, args)
+    assert json.loads(shown.stdout)["perplexity"]["value"] == pytest.approx(found["line"].value, rel=1e-6)

@@ -404,5 +404,5 @@ def test_rows_that_are_no_pairs_are_found_before_training(world: Path, tmp_path:
     with pytest.raises(RecipeError) as caught:
         run(changed / "recipe.yaml", tmp_path / "run", overrides=["evaluate=false", "audit=false"])
     assert "adapters.dpo" in str(caught.value)
-    assert "objective dpo needs chosen+rejected, the columns are bad, good, prompt" in str(caught.value)
+    assert "needs chosen and rejected; the columns are prompt, good, bad" in str(caught.value)
     assert not (tmp_path / "run").exists()

@@ -131,7 +131,7 @@ def test_fields_targets_and_columns_of_training_are_looked_at_too(world: Path, t
     text = told(world, tmp_path, adapters=adapters)
     assert "SFTConfig does not have this field; did you mean 'learning_rate'?" in text
     assert "lora.target_modules: q_prj: the base does not have this module; did you mean 'q_proj'?" in text
-    assert "objective dpo needs chosen+rejected, the columns are text" in text
+    assert "needs chosen and rejected; the columns are text" in text
 
 
 def test_missing_data_is_reported_together_with_a_missing_base(world: Path, tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def test_paths_are_relative_to_the_recipe_so_that_it_runs_from_any_directory(
         (["--base", "base", "--data", "nofile.jsonl"], "error[DATA]: nofile.jsonl: there is no such file"),
         (["--base", "../base/x", "--data", "no.csv"], "error[BASE]: ../base/x: not a local folder and not a valid Hub repository name"),
         (["--base", "base", "--data", "pairs.jsonl", "--data", "sft.jsonl"], "give the SFT data first, then the preference data"),
-        (["--base", "base", "--data", "alpaca.json"], "sft needs messages or conversations or completion+prompt or text or input_ids+labels, the columns are instruction, output; rename columns with data.rename"),
-        (["--base", "base", "--data", "broken.jsonl"], "error[DATA]: broken.jsonl: cannot be read"),
+        (["--base", "base", "--data", "other.json"], "sft: needs messages, or a question and an answer, or text; the columns are task, reply; name them with rename"),
+        (["--base", "base", "--data", "broken.jsonl"], "error[DATA]: broken.jsonl:1: is not JSON"),
         (["--base", "base", "--adapter", "base", "--adapter", "me/dpo"], "error[ADAPTER]: base: has no adapter_config.json"),
     ],
 )  # fmt: skip
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_reported_and_nothing_is_written(
     args: list[str], expected: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world.parent)
-    Path("alpaca.json").write_text(json.dumps([{"instruction": "a", "output": "b"}], indent=1))
+    Path("other.json").write_text(json.dumps([{"task": "a", "reply": "b"}], indent=1))
     Path("broken.jsonl").write_text('{"text": ')
     done = CliRunner().invoke(cli, ["init", *args, str(tmp_path / "r.yaml")])
     assert done.exit_code == 1

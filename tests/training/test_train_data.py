@@ -12,8 +12,11 @@ from paft_merge.plan.vocabulary.chat_templates import choose_template
 from paft_merge.recipe import Located
 from paft_merge.training import train_adapter
 from paft_merge.training.base_model import load_tokenizer
-from paft_merge.training.data import check_rows, count_cut, fingerprint, load_rows, shorten_prompts
+from paft_merge.training.data import fingerprint, shorten_prompts
+from paft_merge.training.data import load_rows as load
+from paft_merge.training.prepared_rows import prepare_rows
 from paft_merge.training.schema import DataSpec, read_adapter, read_adapters
+from paft_merge.training.train_options import TrainOptions
 
 pytestmark = THEIR_WARNINGS
 
@@ -29,6 +32,19 @@ def own_cache(tmp_path, monkeypatch):
 
 def spec(objective="sft", **more):
     return read_adapter({"objective": objective, "data": "x", **more})
+
+
+def load_rows(sources, folder=None, objective="sft", **more):
+    more = more | ({"reward": {"rule": "length"}} if objective == "grpo" else {})
+    return load(sources, spec(objective, **more), chat=True, **({} if folder is None else {"folder": folder})).plain
+
+
+def prepared(rows, section, words, **arguments):
+    """What a training begins with, of rows in memory."""
+    from trl import SFTConfig
+
+    arguments = SFTConfig(output_dir="none", bf16=False, report_to="none", **arguments)
+    return prepare_rows(section, words, arguments, TrainOptions(rows=rows))
 
 
 def write_lines(path, rows):
@@ -98,42 +114,49 @@ def test_a_mixture_by_fraction_never_repeats_a_row(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "rows", "message"),
     [
-        ("sft", [{"body": "x"}], "needs messages or conversations or completion.prompt or text"),
-        ("dpo", [{"prompt": "x", "chosen": "y"}], "needs chosen.rejected, the columns are chosen, prompt"),
-        ("grpo", [{"text": "x"}], "needs prompt"),
-        ("sft", [{"text": ""}], "is empty"),
-        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": ""}], r"\[0\].rejected: is empty"),
+        ("sft", [{"body": "x"}], "needs messages, or a question and an answer, or text; the columns are body"),
+        ("dpo", [{"prompt": "x", "chosen": "y"}], "needs chosen and rejected; the columns are prompt, chosen"),
+        ("grpo", [{"text": "x"}], "needs a prompt; the columns are text"),
+        ("sft", [{"text": ""}], "row 1: text is blank"),
+        (
+            "dpo",
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": ""}],
+            "row 2: rejected is blank",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_the_objective_are_refused(objective, rows, message):
     reward = {"reward": {"rule": "length"}} if objective == "grpo" else {}
     with pytest.raises(TrainError, match=message) as caught:
-        check_rows(dataset(rows), spec(objective, **reward), tokenizer())
+        prepared(dataset(rows), spec(objective, **reward), tokenizer())
     assert codes(caught) == ["DATA"]
 
 
 def test_an_empty_split_and_a_missing_template_are_refused():
     with pytest.raises(TrainError, match="the data set is empty"):
-        check_rows(texts().select([]), spec(), tokenizer())
+        prepared(texts().select([]), spec(), tokenizer())
     chat = dataset([{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}])
     with pytest.raises(TrainError, match="no chat template") as caught:
-        check_rows(chat, spec(), tokenizer(chat=False))
+        prepared(chat, spec(), tokenizer(chat=False))
     assert codes(caught) == ["TEMPLATE"]
     marks = tokenizer(pad=False)
     marks.eos_token = None
     with pytest.raises(TrainError, match="neither a pad nor an eos token"):
-        check_rows(texts(), spec(), marks)
+        prepared(texts(), spec(), marks)
     with pytest.raises(TrainError, match="assistant_only_loss needs conversations"):
-        check_rows(texts(), spec(training={"assistant_only_loss": True}), tokenizer())
+        prepared(texts(), spec(training={"assistant_only_loss": True}), tokenizer())
 
 
-def test_rows_longer_than_the_limit_are_counted():
-    rows = dataset([{"text": "w1 " * n} for n in (3, 8, 9, 20)])
-    counts = count_cut(rows, tokenizer(), 8)
-    assert counts == {"rows_looked_at": 4, "rows_cut": 2, "longest_tokens": 20, "max_length": 8}
-    pairs = dataset([{"prompt": "w1 w2 ", "chosen": "w3 " * 9, "rejected": "w4"}])
-    assert count_cut(pairs, tokenizer(), 10)["rows_cut"] == 1
-    assert count_cut(rows, tokenizer(), None) == {}
+def test_rows_longer_than_the_limit_are_counted_with_their_end_token():
+    rows = dataset([{"text": "w1 " * n} for n in (3, 7, 8, 20)])
+    facts = prepared(rows, spec(), tokenizer(), max_length=8).facts
+    del facts["fingerprint"]
+    assert facts == {
+        "rows": 4, "rows_looked_at": 4, "rows_cut": 2, "longest_tokens": 21, "max_length": 8, "rows_without_answer": 0,
+    }  # fmt: skip
+    pairs = dataset([{"prompt": "w1 w2 ", "chosen": "w3 " * 8, "rejected": "w4"}])
+    assert prepared(pairs, spec("dpo"), tokenizer(), max_length=10).facts["rows_cut"] == 1
+    assert "rows_cut" not in prepared(rows, spec(), tokenizer(), max_length=None).facts
 
 
 def test_prompts_are_shortened_from_the_left_turns_first():
@@ -187,7 +210,7 @@ def test_an_unknown_target_a_training_typo_and_a_bad_loss_are_refused_before_tra
             start(objective="dpo", data="m", lora={"target_modules": pattern}, training=FAST)
         assert codes(caught) == ["TARGET"]
     eval_rows = dataset([{"prompt": "w1", "chosen": "w2"}])
-    with pytest.raises(TrainError, match=r"eval_data: objective dpo needs chosen.rejected"):
+    with pytest.raises(TrainError, match=r"eval_data: needs chosen and rejected"):
         start(objective="dpo", data="m", eval_rows=eval_rows, training=FAST)
     with pytest.raises(TrainError, match="did you mean 'learning_rate'") as caught:
         start(objective="dpo", data="m", training={"lerning_rate": 1, "loss_type": ["sigmod"], "betta": 1})

@@ -1,0 +1,113 @@
+"""The rows of one adapter, loaded, checked and counted: what a training, a dry run and `--show` begin with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paft_merge.errors import Problems, TrainError
+from paft_merge.training import data as sets
+from paft_merge.training.arguments import lora_config, training_arguments
+from paft_merge.training.base_model import load_tokenizer
+from paft_merge.training.row_checks import check_tokens
+from paft_merge.training.row_sources import in_memory
+from paft_merge.training.schema import AdapterSpec
+from paft_merge.training.train_options import TrainOptions
+
+
+@dataclass
+class PreparedRows:
+    """Rows that are ready for TRL."""
+
+    train: Any
+    """A `datasets.Dataset`."""
+    eval: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Facts for the record."""
+    notes: list[str] = field(default_factory=list)
+    """What is unusual, one sentence each."""
+    labels: NDArray[np.bool_] | None = None
+    """The token ids that have a label."""
+
+
+@dataclass
+class Prepared:
+    """An adapter's tokenizer, TRL config and rows."""
+
+    tokenizer: Any
+    arguments: Any
+    rows: PreparedRows
+
+
+def prepare(source: str | None, spec: AdapterSpec, checkpoints: Path, options: TrainOptions) -> Prepared:
+    """Build and check everything that a training needs besides the base's weights.
+
+    Args:
+        source: Folder or Hub name of the tokenizer; None checks everything that needs none.
+        spec: The adapter's section.
+        checkpoints: Folder of the checkpoints.
+        options: Options of the training.
+
+    Raises:
+        TrainError: TRAINING, LORA, TEMPLATE, DATA; every problem at once.
+    """
+    problems, arguments, tokenizer, rows = Problems(), None, options.tokenizer, PreparedRows(None)
+    with problems.catching():
+        arguments = training_arguments(spec, checkpoints, options.name)
+    with problems.catching():
+        lora_config(spec)
+    with problems.catching():
+        if tokenizer is None and source is not None:
+            tokenizer = load_tokenizer(source, spec, options.folder, trust_code=options.trust_code)
+    with problems.catching():
+        rows = prepare_rows(spec, tokenizer, arguments, options)
+    problems.raise_as(TrainError)
+    return Prepared(tokenizer, arguments, rows)
+
+
+def prepare_rows(spec: AdapterSpec, tokenizer: Any, arguments: Any, options: TrainOptions) -> PreparedRows:
+    """Load, convert, shorten and check the rows of an adapter.
+
+    Args:
+        spec: The adapter's section.
+        tokenizer: The base's, with the adapter's chat template. None if it cannot be loaded: the rows are then read and
+            converted, and not tokenised.
+        arguments: The TRL config; None if it is wrong.
+        options: `rows`, `eval_rows` and `folder` of the training.
+
+    Raises:
+        TrainError: DATA, TEMPLATE; everything that is wrong with the training and the evaluation rows.
+    """
+    problems, done = Problems(), PreparedRows(None)
+    for what, given, specs in (
+        ("data", options.rows, spec.data), ("eval_data", options.eval_rows, spec.eval_data),
+    ):  # fmt: skip
+        if given is None and not specs:
+            continue
+        with problems.catching():
+            sources = specs or [] if given is None else [in_memory(given, what)]
+            chat = tokenizer is None or bool(tokenizer.chat_template)
+            loaded = sets.load_rows(sources, spec, chat=chat, folder=options.folder, what=what)
+            if tokenizer is None:
+                continue
+            facts: dict[str, Any] = {"fingerprint": sets.fingerprint(loaded.plain), "rows": len(loaded.rows)}
+            notes = [note if what == "data" else f"{what}: {note}" for note in loaded.notes]
+            if spec.max_prompt_tokens and sets.kind_of(spec) == "preference":
+                loaded.rows, cut = sets.shorten_prompts(loaded.rows, tokenizer, spec.max_prompt_tokens)
+                facts["prompts_cut"] = cut
+                if cut:
+                    of = f"{cut} of {len(loaded.rows)}"
+                    notes.append(f"{of} prompts were cut from the left to {spec.max_prompt_tokens} tokens")
+            counts = check_tokens(loaded, spec, tokenizer, arguments, problems, what)
+            done.notes += notes + counts.notes
+            if what == "data":
+                done.train, done.labels = loaded.plain, counts.labels
+                done.facts = facts | counts.facts
+            else:
+                done.eval = loaded.plain
+    problems.raise_as(TrainError)
+    return done

@@ -1,0 +1,154 @@
+"""Rows of local .json, .jsonl, .csv and .tsv files (also gzipped), with every value as the file writes it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from paft_merge.errors import TrainError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+"""Suffixes that `read_rows` understands, each also with `.gz` behind it."""
+
+_WRAPPERS = ("data", "rows", "examples", "train", "instances")
+"""Keys under which a .json file may hold its list of rows."""
+
+Row = dict[str, Any]
+
+
+class Number(str):
+    """A number of a JSON file as the file writes it: `1.50` stays `1.50`, and an answer `0` is the text `0`."""
+
+
+def native(value: Any) -> Any:
+    """A JSON value with its numbers as int and float, as `json.loads` gives it."""
+    if isinstance(value, Number):
+        return float(value) if set(value) & set(".eE") else int(value)
+    if isinstance(value, list):
+        return [native(one) for one in value]
+    return {key: native(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that says how `path` is written, without `.gz`."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Read the rows of a file, each with its place: `line 12`, or `row 12` of a JSON list.
+
+    A .json file may be a list of objects, one object per line, or an object that holds the list under `data`, `rows`,
+    `examples`, `train` or `instances`. Numbers are `Number`; every cell of a .csv or .tsv file is text. A byte order
+    mark is skipped.
+
+    Raises:
+        TrainError: DATA, the file cannot be read, or a row is not an object; names the line.
+    """
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        fix = f"use {', '.join(SUFFIXES)} (each also .gz) or .parquet"
+        raise TrainError.of("DATA", path, f"{suffix or 'no suffix'} is not a known format", fix)
+    try:
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            rows = _table(file, path, suffix) if suffix in (".csv", ".tsv") else _objects(file, path)
+            first = True
+            for place, row in rows:
+                first = False
+                yield place, row
+    except (OSError, EOFError) as error:
+        raise TrainError.of("DATA", path, f"cannot be read: {error}", "name a whole, readable file") from error
+    except UnicodeDecodeError as error:
+        raise TrainError.of("DATA", path, "is not UTF-8 text", "save it as UTF-8") from error
+    if first:
+        raise TrainError.of("DATA", path, "the file has no rows", "write one JSON object per line, or use another file")
+
+
+def _objects(file: TextIO, path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a .json or .jsonl file."""
+    start = file.read(1)
+    while start and start.isspace():
+        start = file.read(1)
+    file.seek(0)
+    line = next((line for line in file if line.strip()), "")
+    is_list = start == "[" or (suffix_of(path) == ".json" and not _is_whole(line))
+    more = not is_list and any(other.strip() for other in file)
+    file.seek(0)
+    if is_list or not more:
+        text = file.read()
+        yield from _members(_unwrapped(_parse(text, path, None)) if text.strip() else [], path)
+        return
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield f"line {number}", _object(_parse(line, path, number), path, f"line {number}")
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line is a JSON value."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _unwrapped(document: Any) -> Any:
+    """The list of rows in a JSON document; one object is one row."""
+    if not isinstance(document, dict):
+        return document
+    for key in _WRAPPERS:
+        rows = document.get(key)
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            return [row["row"] if isinstance(row.get("row"), dict) else row for row in rows]
+    return [document]
+
+
+def _members(value: Any, path: Path) -> Iterator[tuple[str, Row]]:
+    if not isinstance(value, list):
+        what = "is not a list of objects"
+        raise TrainError.of("DATA", path, what, "write a JSON list of objects, or one object per line")
+    for number, row in enumerate(value, 1):
+        yield f"row {number}", _object(row, path, f"row {number}")
+
+
+def _parse(text: str, path: Path, line: int | None) -> Any:
+    try:
+        return json.loads(text, parse_int=Number, parse_float=Number, parse_constant=_nothing)
+    except (ValueError, RecursionError) as error:
+        where = f"{path}:{line if line is not None else getattr(error, 'lineno', 1)}"
+        raise TrainError.of("DATA", where, f"is not JSON: {error}", "write one JSON object per line") from error
+
+
+def _nothing(name: str) -> None:
+    """NaN and infinities, which pandas and `json.dumps` write for missing values."""
+
+
+def _object(value: Any, path: Path, where: str) -> Row:
+    if not isinstance(value, dict):
+        kind = {"Number": "a number", "str": "a text", "list": "a list", "bool": "a boolean", "NoneType": "null"}
+        what = f"{where} is {kind.get(type(value).__name__, type(value).__name__)}, not an object"
+        raise TrainError.of("DATA", path, what, 'write rows as {"column": value, ...}')
+    return value
+
+
+def _table(file: TextIO, path: Path, suffix: str) -> Iterator[tuple[str, Row]]:
+    """Rows of a .csv or .tsv file. The delimiter of a .csv file is the most frequent of `,`, `;` and tab in its header."""
+    header = file.readline()
+    file.seek(0)
+    delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=header.count)
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                what = f"has {'more' if None in row else 'fewer'} fields than the header"
+                fix = "quote fields that hold the delimiter or line breaks"
+                raise TrainError.of("DATA", f"{path}:{reader.line_num}", what, fix)
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise TrainError.of("DATA", f"{path}:{reader.line_num}", f"is not CSV: {error}", "quote its fields") from error
