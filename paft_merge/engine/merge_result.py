@@ -71,6 +71,9 @@ class MergeResult(os.PathLike[str]):
     def __fspath__(self) -> str:
         return os.fspath(self.path)
 
+    def __deepcopy__(self, memo: object) -> MergeResult:
+        return self  # frozen; transformers copies the path that it is given, and the locks of a plan have no copy
+
     def __truediv__(self, name: str | os.PathLike[str]) -> Path:
         return self.path / name
 

@@ -57,7 +57,7 @@ def test_a_merge_of_deltas_of_very_different_size_tells_it_with_numbers(pair: di
     assert f"{sizes[0]:.2g}" in problem.what
     assert f"up to {fold:.0f} times" in problem.fix
     assert manifest["warnings"] == [str(problem)]
-    assert str(problem) in card
+    assert str(problem) in card.replace("\\", "")  # Markdown escapes the asterisk
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])

@@ -84,7 +84,7 @@ def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"r": 3}, None, "has 64 values, and rank 3 on the base's"),
+        ({"r": 3}, None, "values, and rank 3 on the base's"),
         ({"r": 0}, None, "r: must be a whole number above 0, got 0"),
         ({"r": None}, None, "r: must be a whole number above 0, got None"),
         ({"mask_strategy": "top"}, None, "mask_strategy: not a field of SHiRA"),

@@ -66,7 +66,7 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize("name", [BIN, f"{BIN}.index.json", "adapter_model.bin", "optimizer.pt", "model.ckpt"])
+@pytest.mark.parametrize("name", [BIN, f"{BIN}.index.json", "optimizer.pt", "model.ckpt"])
 def test_pickles_are_refused_and_not_loaded(tmp_path, name):
     torch.save({"w": Evil(tmp_path / "ran")}, tmp_path / name)
     code, text = refused(tmp_path)
@@ -77,10 +77,18 @@ def test_pickles_are_refused_and_not_loaded(tmp_path, name):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "optimizer.pt"])
-def test_other_pickles_are_refused_even_where_pickles_are_allowed(tmp_path, name):
-    torch.save({"w": torch.zeros(1)}, tmp_path / name)
+def test_other_pickles_are_refused_even_where_pickles_are_allowed(tmp_path):
+    torch.save({"w": torch.zeros(1)}, tmp_path / "optimizer.pt")
     assert refused(tmp_path, unpickle=True)[0] == "PICKLE_REFUSED"
+
+
+@pytest.mark.parametrize("unpickle", [False, True])
+def test_a_pickled_adapter_in_place_of_a_model_is_named_as_one(tmp_path, unpickle):
+    torch.save({"w": Evil(tmp_path / "ran")}, tmp_path / "adapter_model.bin")
+    code, text = refused(tmp_path, unpickle=unpickle)
+    assert code == "CHECKPOINT_MISSING"
+    assert "holds an adapter and no checkpoint" in text
+    assert not (tmp_path / "ran").exists()
 
 
 def test_safetensors_are_preferred_to_pickles(tmp_path):

@@ -28,7 +28,10 @@ def chats(folder: Path, template: str | None = "chat.jinja", **merge: Any) -> Pa
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
     write_rows(folder / "chat.jsonl", [{"messages": turns}] * 4)
     write_rows(folder / "test.jsonl", [{"prompt": turns[:1], "answer": "w3"}])
-    write_rows(folder / "pairs.jsonl", [{"prompt": turns[:1], "chosen": turns[1:], "rejected": turns[:1]}])
+    write_rows(
+        folder / "pairs.jsonl",
+        [{"prompt": turns[:1], "chosen": turns[1:], "rejected": [{"role": "assistant", "content": "w4"}]}],
+    )
     name, adapter = next(iter(made["adapters"].items()))
     adapter = {**adapter, "objective": "sft", "data": "chat.jsonl", **({"chat_template": template} if template else {})}
     adapter.pop("l1", None)
