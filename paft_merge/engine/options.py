@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Every option of a merge beside the recipe and the output folder. No option changes a merged number."""
+    """Every option of a merge beside the recipe and the output folder.
+
+    Merged numbers depend on the recipe only, except with `unsafe_truncate_embeddings`, which cuts embeddings, and `tensor_names`,
+    which chooses the tensors of files.
+    """
 
     strict: bool = False
     """Raise an error for a recipe key that has no effect, instead of a warning."""

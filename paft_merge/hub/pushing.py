@@ -126,7 +126,7 @@ def prepare_upload(folder: Path) -> UploadPlan:
 
 def pack(folder: Path) -> UploadPlan:
     """The old name of `prepare_upload`."""
-    deprecated("the function 'hub.pack'", "use 'hub.prepare_upload'", since="0.2.0")
+    deprecated("the function 'hub.pack'", "use 'hub.prepare_upload'", since="0.1")
     return prepare_upload(folder)
 
 

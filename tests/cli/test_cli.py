@@ -34,7 +34,7 @@ MERGE_FLAGS = {
     "--write-model-card", "--quiet", "--stream-from-hub", "--strict", "--out-shard-size", "--lazy-unpickle", "--allow-crimes", "--allow-nonfinite",
     "--tensor-intersection", "--tensor-union", "--import", "--output-name", "--unsafe-truncate-embeddings",
 }  # fmt: skip
-"""Frozen: flags say where, how loud, or what is let pass. None of them changes a merged number."""
+"""Frozen: flags say where, how loud, or what is let pass. Only --unsafe-truncate-embeddings changes merged numbers."""
 
 
 def commands(group: click.Command = cli, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
