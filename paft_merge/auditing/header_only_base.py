@@ -97,7 +97,7 @@ def weights_of(folder: Path) -> Path:
     """The file with an adapter's tensors.
 
     Raises:
-        AuditError: ADAPTER_CONFIG, there is no such file.
+        AuditError: ADAPTER_CONFIG, the folder has no such config file.
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():

@@ -158,7 +158,12 @@ class Preview:
     tensors: tuple[PreviewTensor, ...]
 
     def of(self, source: str, tensors: Sequence[PreviewTensor] | None = None) -> Survived:
-        """What is kept of one source (by its label) in `tensors`, by default all."""
+        """Entries and energy that the method keeps of one source.
+
+        Args:
+            source: its label.
+            tensors: to add up; all by default.
+        """
         parts = [t.sources[source] for t in (self.tensors if tensors is None else tensors) if source in t.sources]
         return Survived.total(parts)
 

@@ -15,7 +15,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.command(short_help="Download the files that a merge reads from the Hub.")
 @click.argument("reference", metavar="REF")
-@click.option("--lazy-unpickle", is_flag=True, help="Use .bin files if there are no safetensors.")
+@click.option("--lazy-unpickle", is_flag=True, help="Download .bin files too, if a repository has no safetensors.")
 def pull(reference: str, lazy_unpickle: bool) -> None:
     """Download the files of REF that a merge reads into the Hub's cache, and print the folder.
 

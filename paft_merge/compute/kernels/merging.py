@@ -310,7 +310,7 @@ def consensus(
         open_low, open_width: `[n]` uint32, an interval of magnitudes per source, as in `thresholds.collect`. An entry is undecided
             where any source is inside its interval, because the final threshold may keep or drop it. Its deltas are counted, moved
             to `held`, and merged as zero.
-        place: `[E]` int32, receives the positions of the undecided entries in the block, ascending; `[0]` where there are no intervals.
+        place: `[E]` int32, receives the positions of undecided entries in the block in ascending order; `[0]` without intervals.
         held: `[n + 1, E]` float32, receives the deltas of the undecided entries and, last, the base; `[n + 1, 0]` likewise.
         found: `[n, E]` uint32, receives the magnitudes inside each source's interval.
         tally: `[n + 1, 2]` int64, added to: entries inside each interval and above it. Its last row receives the number undecided.

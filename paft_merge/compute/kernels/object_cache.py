@@ -150,7 +150,7 @@ class Compiled:
 
     @property
     def is_missing(self) -> bool:
-        """Whether there is no object file of the kernel."""
+        """Whether the kernel must be compiled, because no folder has its object file."""
         return not self._entry and not any((folder / self._file).is_file() for folder in _folders())
 
     @property

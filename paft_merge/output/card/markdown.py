@@ -26,9 +26,7 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
     recipe = manifest["recipe"]
     name = recipe.get("name") or "Merged model"
     data = yaml.safe_dump(card_metadata(manifest, name, scores), sort_keys=False, allow_unicode=True).strip()
-    made = (
-        f"Made by [paft_merge](https://pypi.org/project/paft-merge/) with the method {_code(recipe['merge_method'])}."
-    )
+    made = f"Made by paft_merge with the method {_code(recipe['merge_method'])}."
     parts = [
         ["---", data, "---", "", f"# {_cell(name)}", "", made, ""],
         _sources(manifest),
