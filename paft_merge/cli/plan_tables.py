@@ -74,7 +74,7 @@ def method_details(name: str, methods: Mapping[str, Method]) -> None:
     """Print the parameters of one method: type, default, scope and meaning.
 
     Raises:
-        RecipeError: METHOD, the method is unknown.
+        RecipeError: RECIPE, the method is unknown.
     """
     if name not in methods:
         fix = did_you_mean(name, methods) or f"one of {', '.join(methods)}"
