@@ -6,8 +6,10 @@ import atexit
 import errno
 import gc
 import logging
+import os
 import platform
 import shlex
+import sys
 import time
 from importlib.metadata import version
 from typing import Any
@@ -37,6 +39,10 @@ REFUSED, GATE_FAILED, INTERRUPTED = 1, 3, 130
 class _Group(click.Group):
     """Prints the problems of a `PaftMergeError`, one per line, and sets the exit code."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _open_standard_streams()
+        return super().main(*args, **kwargs)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[COMMAND] = shlex.join(["paft", *args])
         return super().parse_args(ctx, args)
@@ -64,6 +70,17 @@ class _Group(click.Group):
             ctx.exit(INTERRUPTED)
         finally:
             log.info("%s: %.1f s", ctx.invoked_subcommand, time.monotonic() - began)
+
+
+def _open_standard_streams() -> None:
+    """Open stdin, stdout and stderr on the null device where they are closed: else the next file to be opened becomes one of them."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is `fd`
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (open as long as the process)
 
 
 def _problem_of(error: OSError | MemoryError | RecursionError | UnicodeError) -> Problem:

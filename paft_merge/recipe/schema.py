@@ -170,9 +170,7 @@ class ModuleEntry(Section):
     @model_validator(mode="after")
     def one_form(self) -> ModuleEntry:
         if bool(self.models) == bool(self.slices):
-            raise refused(
-                "Must specify either output slices or models to merge", "give exactly one of models and slices"
-            )
+            raise refused("a module has one of models and slices", "give one of them")
         return self
 
 
@@ -252,13 +250,11 @@ class Language(Section):
         if len(forms) != 1:
             empty = next((name for name in ("models", "slices", "modules") if getattr(self, name) is not None), None)
             found = f"{empty} is empty: " if empty and not forms else ""
-            raise refused(
-                f"{found}Exactly one of 'models', 'slices', or 'modules' must be present", "list what is merged"
-            )
+            raise refused(f"{found}a recipe has one of models, slices and modules", "list the models to merge")
         return self
 
     @model_validator(mode="after")
     def one_tokenizer(self) -> Language:
         if self.tokenizer_source and self.tokenizer:
-            raise refused("Cannot specify both tokenizer_source and tokenizer", "keep tokenizer, with its source")
+            raise refused("tokenizer_source and tokenizer exclude each other", "keep tokenizer, with its source")
         return self

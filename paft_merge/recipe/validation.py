@@ -19,7 +19,7 @@ def find_method(name: str, methods: Mapping[str, Method], report: Report) -> Met
     """The method that `merge_method` names; None, with an error in `report`, if it is unknown."""
     if name not in methods:
         fix = did_you_mean(name, methods) or f"known: {', '.join(sorted(methods))}"
-        report.error(report.located.spot(("merge_method",)), f"Unimplemented merge method {show(name)}", fix)
+        report.error(report.located.spot(("merge_method",)), f"unknown merge method {show(name)}", fix)
     return methods.get(name)
 
 
@@ -111,7 +111,7 @@ def _check_ends(module: OutputModule, report: Report) -> None:
 def _check_lengths(output: OutputSlice, report: Report) -> None:
     counts = [end - first for first, end in (source.layers for source in output.sources if source.layers)]
     if len(set(counts)) > 1:
-        what = f"All inputs to a slice must contain the same number of layers, got {', '.join(map(str, counts))}"
+        what = f"the layer_range of each source has another length: {', '.join(map(str, counts))}"
         report.error(output.spot, what, "make every layer_range of this slice equally long")
 
 

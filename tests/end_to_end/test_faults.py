@@ -279,7 +279,7 @@ FAULTS: dict[str, tuple[Callable[[Models], object], str, str]] = {
     "50 a method that nobody knows": (
         lambda m: sound(m) | {"merge_method": "tees"},
         "RECIPE",
-        "r.yaml:2: merge_method: Unimplemented merge method 'tees'; did you mean 'ties'",
+        "r.yaml:2: merge_method: unknown merge method 'tees'; did you mean 'ties'",
     ),
     "50 a parameter that is missing": (lambda m: ties_of(m), "RECIPE", "Missing required parameter weight"),
     "50 a density beyond one": (lambda m: ties_of(m, weight=1, density=2), "RECIPE", "density.*got 2"),
