@@ -32,7 +32,8 @@ def hint(folder: Path, base: str = "") -> str:
     if not found:
         return ""
     names = ", ".join(path.name for path in found[:-1][-4:])
-    others = f" (or an earlier one: {names})" if names else ""
+    numbered = all(path.name[-1:].isdigit() for path in found)
+    others = f" (or {'an earlier' if numbered else 'another'} one: {names})" if names else ""
     return f"write {f'{base}+' if base else ''}{found[-1]}{others}"
 
 

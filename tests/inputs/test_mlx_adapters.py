@@ -193,6 +193,13 @@ def test_an_adapter_in_a_checkpoint_folder_is_found_and_named(run: dict[str, Pat
     assert f"write {run['run']}/checkpoint-1000 (or an earlier one: checkpoint-500)" in line
 
 
+def test_adapters_in_named_folders_are_not_called_earlier_ones(run: dict[str, Path]) -> None:
+    for old, new in (("checkpoint-1000", "sft"), ("checkpoint-500", "dpo")):
+        (run["run"] / old).rename(run["run"] / new)
+    (line,) = refusal(run["base"], f"{run['base']}+{run['run']}", run["out"])
+    assert f"write {run['run']}/sft (or another one: dpo)" in line
+
+
 def test_a_folder_of_a_trainer_without_its_base_prints_what_to_write(run: dict[str, Path]) -> None:
     (line,) = refusal(run["base"], str(run["run"]), run["out"])
     assert f"write some/base+{run['run']}/checkpoint-1000" in line
