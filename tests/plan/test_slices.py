@@ -301,7 +301,7 @@ def test_a_layer_beyond_the_model_is_told_with_both_numbers(llamas: dict[str, Pa
 
 def test_sources_that_do_not_fit_together_are_refused(llamas: dict[str, Path]) -> None:
     base, x, y = (str(llamas[n]) for n in ("base", "x", "y"))
-    assert "same number of layers, got 2, 3" in refusals(
+    assert "the layer_range of each source has another length: 2, 3" in refusals(
         sliced("linear", [source(x, 0, 2), source(y, 0, 3)], parameters={"weight": 1})
     )
     assert "is not among the sources of this slice, and ties needs it there" in refusals(
