@@ -24,7 +24,7 @@ PLACES = {
 }
 """The mappings of a recipe, by path, and the model that defines the keys of each."""
 
-OURS = {"rounding", "seed", "arithmetic"}
+OURS = {"rounding", "seed", "arithmetic", "models[].last", "slices[].sources[].last"}
 """Keys that mergekit does not have."""
 
 KEYS = {
@@ -44,11 +44,13 @@ KEYS = {
     "seed": "seed of random drops and of stochastic rounding (default 0)",
     "arithmetic": "`float32` (default), or `mergekit` for mergekit's results bit for bit",
     "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`; a mapping `{model, lora, override_architecture, label}`; the name of a document; or one `.safetensors` file (`.pt` with `--lazy-unpickle`). Random drops depend on `label`, or without it on the reference as written",
+    "models[].last": "with `RUN/checkpoint-*` in `model`: only the last so many. See [The checkpoints of a run](#the-checkpoints-of-a-run)",
     "models[].parameters": "parameters of this source: a value, a gradient (a list, interpolated over the layers), or a list of conditions `{filter, value}`. A filter is a part of a tensor's name",
     "slices[].sources": "one entry per model, all with the same number of layers. If the method has a base, list the base too",
     "slices[].base_model": "base of this slice, instead of the recipe's",
     "slices[].parameters": "parameters of this slice. A gradient starts again in each slice",
     "slices[].sources[].model": "as `models[].model`. An adapter applies to the layers that `layer_range` selects",
+    "slices[].sources[].last": "as `models[].last`",
     "slices[].sources[].layer_range": "`[first, end]`, counted from 0; `end` is not included",
     "slices[].sources[].parameters": "parameters of this source. Filters match the source's tensor names",
     "modules.NAME.models": "whole modules to merge",

@@ -15,6 +15,7 @@ from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, na
 from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
+from paft_merge.hub.run_checkpoints import checkpoints
 from paft_merge.inputs.adapters import Adapter, AdapterDelta
 from paft_merge.inputs.adapters.config import CONFIG
 from paft_merge.inputs.adapters.peft_types import read_settings
@@ -107,7 +108,8 @@ def open_sources(sources: Sequence[Source], base: Path | str | None, *, fetch_ba
         if recipe is not None:
             opened = _of_plan(_plan_of(recipe, stack, fetch_base))
         else:
-            opened = _of_references([_reference(s) for s in sources], base, stack, fetch_base)
+            refs = [ref for source in sources for ref in checkpoints(_reference(source))]
+            opened = _of_references(refs, base, stack, fetch_base)
         if not opened.subjects:
             why = "; ".join(dict.fromkeys(s.why for s in opened.skipped)) or "no tensor differs from the base"
             where = ", ".join(h.source for h in opened.headers)

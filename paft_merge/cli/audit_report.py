@@ -41,7 +41,7 @@ def report(audit: Audit, outlets: Outlets, require: Sequence[str]) -> None:
     if outlets.as_json:
         sys.stdout.write(in_options(audit.dumps()) + "\n")
     else:
-        audit_table(audit)
+        audit_table(audit, offer_html=outlets.html is None)
     _write_and_check(audit, outlets, require)
 
 
@@ -75,7 +75,7 @@ def report_manifest(check: ManifestCheck, outlets: Outlets, require: Sequence[st
         document = {**check.to_json(), "audit": audit.to_json() if audit else None}
         sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     else:
-        manifest_table(check, audit)
+        manifest_table(check, audit, offer_html=outlets.html is None)
     if check.problems:
         raise AuditError(check.problems)
     if audit:

@@ -19,8 +19,8 @@ from paft_merge.output.manifest import ManifestCheck
 _SIGNS = {"warn": "[bold yellow]![/]", "note": "[bold blue]·[/]", "good": "[bold green]✓[/]"}
 
 
-def audit_table(audit: Audit) -> None:
-    """Print the numbers of an audit and the advice."""
+def audit_table(audit: Audit, *, offer_html: bool) -> None:
+    """Print the numbers of an audit, the advice and, with `offer_html`, the option that writes the page."""
     out = console()
     base = f"on {label_of(audit.base)}" if audit.base else "without a base: metrics that need its weights are left out"
     lines = [f"sparse means |delta| < {exponent(audit.epsilon)}; {plain(base)}"]
@@ -34,7 +34,8 @@ def audit_table(audit: Audit) -> None:
         names = ", ".join(skipped.names[:3]) + (f" and {len(skipped.names) - 3} more" if len(skipped.names) > 3 else "")
         text = plain(labelled(f"{skipped.source}: {names}: {skipped.why}", audit))
         out.print(f"[dim]left out: {text}[/]", highlight=False)
-    out.print("[dim]--html FILE writes figures, all numbers and a glossary[/]", highlight=False)
+    if offer_html:
+        out.print("[dim]--html FILE writes figures, all numbers and a glossary[/]", highlight=False)
 
 
 def _tables(audit: Audit, width: int) -> Iterator[Table]:
@@ -49,11 +50,11 @@ def _tables(audit: Audit, width: int) -> Iterator[Table]:
         yield _preview(audit, audit.preview)
 
 
-def manifest_table(check: ManifestCheck, audit: Audit | None) -> None:
+def manifest_table(check: ManifestCheck, audit: Audit | None, *, offer_html: bool) -> None:
     """Print the audit that a finished merge recorded, and whether its bytes are those that the merge wrote."""
     out = console()
     if audit:
-        audit_table(audit)
+        audit_table(audit, offer_html=offer_html)
     for warning in check.manifest.get("warnings", []):
         text = labelled(str(warning), audit) if audit else str(warning)
         out.print(f"{_SIGNS['warn']} {plain(text)}", highlight=False)

@@ -20,6 +20,7 @@ from paft_merge.engine.sidefiles import code_notice, identity, licence_notice, s
 from paft_merge.engine.sources import Sources
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.hub import HF, fetch_file
+from paft_merge.hub.run_checkpoints import expand
 from paft_merge.methods import METHODS
 from paft_merge.methods.mergekit_methods import import_methods
 from paft_merge.output.folder import Output
@@ -87,7 +88,8 @@ def merge(
 def _documents(recipe: Source, options: MergeOptions) -> Documents:
     """Read and check the recipe, from the Hub if it is there."""
     here = fetch_file(recipe) if isinstance(recipe, str) and recipe.startswith(HF) else recipe
-    return load_recipes(here, strict=options.strict, methods=import_methods(options.imports, METHODS))
+    methods = import_methods(options.imports, METHODS)
+    return load_recipes(here, strict=options.strict, methods=methods, expand=expand)
 
 
 @contextmanager

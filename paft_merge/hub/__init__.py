@@ -1,6 +1,8 @@
 """The Hub: repositories as folders, tensors read over the network, and a folder pushed as one commit.
 
 pulling    a reference as a folder: local, in huggingface_hub's cache, or downloaded into it
+run_checkpoints  `run/checkpoint-*` as the checkpoints of a run
+prefetching      what a merge reads of a reference, downloaded before it
 ranges     a file on the Hub, read by ranges and never stored
 pushing    a local folder as one commit
 secret_files  access tokens and private keys in the files of a push
@@ -11,6 +13,7 @@ huggingface_hub is imported when a function needs it, and nowhere else in the pa
 
 from __future__ import annotations
 
+from paft_merge.hub.prefetching import pull
 from paft_merge.hub.pulling import (
     HF,
     SIDE_FILES,
@@ -23,7 +26,6 @@ from paft_merge.hub.pulling import (
     fetch_file,
     is_repository,
     pinned,
-    pull,
     resolve,
     snapshot_of,
     split_repository,

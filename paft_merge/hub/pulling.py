@@ -31,7 +31,6 @@ from paft_merge.hub.faults import asking, problem_of, root_of, transport_error
 from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE
 from paft_merge.inputs.checkpoint import module_files
 from paft_merge.inputs.side_file_kinds import DEPTH, kind_of
-from paft_merge.recipe import ModelRef
 
 log = logging.getLogger(__name__)
 
@@ -114,30 +113,6 @@ def fetch(path: str, revision: str | None = None, *, kind: Kind = "any", unpickl
     return download([resolve(path, revision, kind=kind, unpickle=unpickle)])[0]
 
 
-def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
-    """Download what a merge needs of a reference into the Hub's cache, at the newest commit of a branch.
-
-    Args:
-        reference: `user/name`, `user/name/folder`, `user/name@revision`, `BASE+ADAPTER`, or a file, `hf://user/name/recipe.yaml`.
-        unpickle: as for `fetch`.
-
-    Returns:
-        The folder of the model, then those of the adapters; or the file.
-
-    Raises:
-        HubError: as for `fetch`.
-        RecipeError: the reference is invalid.
-    """
-    if reference.startswith(HF):
-        return [fetch_file(reference, refresh=True)]
-    ref = ModelRef.parse(reference)
-    kind: Kind = "model" if ref.lora else "any"
-    found = [resolve(ref.path, ref.revision, kind=kind, unpickle=unpickle, refresh=True)]
-    for path, revision in ref.adapters:
-        found.append(resolve(path, revision, kind="adapter", unpickle=unpickle, refresh=True))
-    return download(found)
-
-
 def fetch_file(place: str, *, refresh: bool = False) -> Path:
     """A file of a repository: `hf://user/name/path@revision`, or `hf://user/name@revision/path`, as the Hub writes it, as a cached file.
 
@@ -177,7 +152,9 @@ def is_repository(path: str) -> bool:
 
 
 def _meant(path: str) -> str:
-    """What `base:adapter` or a path with blanks was probably meant to be; empty for other paths."""
+    """What `base:adapter`, a path with blanks or one with a `*` was probably meant to be; empty for other paths."""
+    if "*" in path:
+        return "a * stands for the checkpoints of a run only in the models: and sources: of a recipe; name one folder"
     head, colon, tail = path.partition(":")
     if colon and tail and len(head) > 1 and not tail.startswith(("/", "\\")):
         return f"an adapter follows its base after a '+': did you mean {head}+{tail}?"
@@ -309,10 +286,26 @@ class _Place:
 
 def _ask(place: _Place, revision: str | None) -> ResolvedRepo:
     """Get the commit and the file list of a revision from the Hub, and download the small files."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     path, where = place.repo_id, place.where
-    info = _retried(where, lambda: HfApi().model_info(path, revision=revision, files_metadata=True))
+    commit, every = _ask_listing(path, revision, where)
+    files = place.inside(every)
+    if not files:
+        raise _no_folder(place, every)
+    small = [glob.escape(files[name].name) for name in _small(files, place.kind)] or ["config.json"]
+    # A repository may have been renamed; the Hub's client chooses the folder.
+    root = Path(_retried(where, lambda: snapshot_download(path, revision=commit, allow_patterns=small)))
+    (root / place.subfolder).mkdir(parents=True, exist_ok=True)
+    found = _look(place, root, commit, revision, files)
+    return replace(found, missing=tuple(_with_size(file, path, commit, where) for file in found.missing))
+
+
+def _ask_listing(repo_id: str, revision: str | None, where: str) -> tuple[str, dict[str, RepoFile]]:
+    """The commit of a revision and its files by name, from the Hub."""
+    from huggingface_hub import HfApi
+
+    info = _retried(where, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
     every = {
         s.rfilename: RepoFile(
             s.rfilename, _UNKNOWN if s.size is None else s.size, s.lfs.sha256 if s.lfs else s.blob_id or ""
@@ -320,16 +313,31 @@ def _ask(place: _Place, revision: str | None) -> ResolvedRepo:
         for s in info.siblings or ()
     }
     _refuse_names(every, where)
-    files = place.inside(every)
-    if not files:
-        raise _no_folder(place, every)
-    commit = str(info.sha)
-    small = [glob.escape(files[name].name) for name in _small(files, place.kind)] or ["config.json"]
-    # A repository may have been renamed; the Hub's client chooses the folder.
-    root = Path(_retried(where, lambda: snapshot_download(path, revision=commit, allow_patterns=small)))
-    (root / place.subfolder).mkdir(parents=True, exist_ok=True)
-    found = _look(place, root, commit, revision, files)
-    return replace(found, missing=tuple(_with_size(file, path, commit, where) for file in found.missing))
+    return str(info.sha), every
+
+
+def file_names(repo_id: str, revision: str | None = None, *, refresh: bool = False) -> list[str]:
+    """The names of all files of a repository, by the list in the cache if there is one; offline, those in the cache.
+
+    Args:
+        repo_id: `user/name`.
+        revision: a branch, tag or commit; the default branch when None.
+        refresh: ask the Hub also if the cache has a list.
+
+    Raises:
+        HubError: as for `fetch`.
+    """
+    where = f"{repo_id}@{revision}" if revision else repo_id
+    root = _cached_root(repo_id, revision, where)
+    listed = _listing(repo_id, root) if root and not refresh else None
+    if listed is not None:
+        return list(listed)
+    if not _is_offline():
+        return list(_ask_listing(repo_id, revision, where)[1])
+    if root is None:
+        what = "is not in the cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        raise HubError.of("HUB_OFFLINE", where, what, "pull it first where there is a network")
+    return [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
 
 
 def _no_folder(place: _Place, files: Iterable[str]) -> HubError:
@@ -375,18 +383,10 @@ def _cached(place: _Place, revision: str | None) -> ResolvedRepo | None:
     Newer versions of huggingface_hub cache the file list of a repository. Without it, weights are compared with their
     index, and the small files are assumed to be complete; this is done only offline.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    path, where = place.repo_id, place.where
-    with asking(where):
-        try:
-            root = Path(
-                snapshot_download(path, revision=revision, local_files_only=True, allow_patterns=["config.json"])
-            )
-        except LocalEntryNotFoundError:
-            return None
-    listed, folder = _listing(path, root), root / place.subfolder
+    root = _cached_root(place.repo_id, revision, place.where)
+    if root is None:
+        return None
+    listed, folder = _listing(place.repo_id, root), root / place.subfolder
     if listed is None:
         if not _is_offline() or not folder.is_dir():
             return None
@@ -402,10 +402,25 @@ def _cached(place: _Place, revision: str | None) -> ResolvedRepo | None:
         return replace(found, missing=(*found.missing, *absent))
     files = place.inside(listed)
     if not files:
+        if not (_is_offline() or _is_commit(revision)):
+            return None  # a newer commit may have the folder
         raise _no_folder(place, listed)
     found = _look(place, root, root.name, revision, files)
     lost = tuple(files[name] for name in _small(files, place.kind) if not (folder / name).exists())
     return replace(found, missing=(*lost, *found.missing))
+
+
+def _cached_root(repo_id: str, revision: str | None, where: str) -> Path | None:
+    """The folder of a revision in the cache, which may lack files; None if there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with asking(where):
+        try:
+            held = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=["config.json"])
+        except LocalEntryNotFoundError:
+            return None
+    return Path(held)
 
 
 def _listing(repo_id: str, folder: Path) -> dict[str, RepoFile] | None:

@@ -13,6 +13,7 @@ from typing import Any
 from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError, TrainError
 from paft_merge.evaluating import HARNESS, check_evaluate
 from paft_merge.hub import is_repository, resolve
+from paft_merge.hub.run_checkpoints import expand
 from paft_merge.pipeline.arms import check_compare, merges_of, variants_of
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
@@ -114,8 +115,9 @@ def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | i
     lines: Mapping[KeyPath, int] = recipe.located.lines if whole else {(): recipe.located.line(steps) or 1}
     located = Located(resolved, recipe.located.file, prefix=steps, lines=lines)
     with problems.catching():
+        located, _ = expand(located)
         load_recipe(located, strict=True)
-    for place in references(resolved):
+    for place in references(located.data):
         if Path(place).exists() or place == recipe.base or place.removeprefix("adapters/") in paths:
             continue
         if "/" in place and is_repository(place):

@@ -21,6 +21,7 @@ from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.hub import ResolvedRepo, resolve
+from paft_merge.hub.run_checkpoints import expand
 from paft_merge.methods import METHODS
 from paft_merge.pipeline.arms import (
     Arm,
@@ -34,7 +35,7 @@ from paft_merge.pipeline.arms import (
 )
 from paft_merge.pipeline.fingerprints import Prints, key_of
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
-from paft_merge.recipe import CHAT_TEMPLATES, ModelRef
+from paft_merge.recipe import CHAT_TEMPLATES, Located, ModelRef
 from paft_merge.recipe.sections import as_list, beside_recipe, current_keys, former_keys
 from paft_merge.recipe.trust import file_of
 from paft_merge.training.schema import AdapterSpec
@@ -273,7 +274,7 @@ class Planner:
             The name of the step.
         """
         paths = {v.adapter: self.lora(seed, v) for v in variants}
-        resolved = resolved_merge(written, paths, self.recipe, seed)
+        resolved = expand(Located(resolved_merge(written, paths, self.recipe, seed)))[0].data
         others = self._outside(dict.fromkeys(references(resolved)))
         named = [variant for variant in variants if _names(written, variant.adapter)]
         needs = tuple(need for variant in named for need in self.trained(seed, variant))
@@ -427,6 +428,9 @@ def _beside(value: str | Mapping[str, Any], folder: Path) -> Any:
     """A model reference with absolute paths for folders beside the recipe."""
 
     def absolute(path: str | None) -> str | None:
+        if path and "*" in path:  # the checkpoints of a run
+            above, _, name = path.rpartition("/")
+            return f"{absolute(above or '.')}/{name}"
         return str((folder / path).resolve()) if path and (folder / path).is_dir() else path
 
     try:

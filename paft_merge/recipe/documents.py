@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -87,25 +87,35 @@ class Documents:
 def load_recipes(
     source: Path | str | Mapping[str, Any] | Located | Recipe, *, strict: bool = False,
     methods: Mapping[str, Method] = METHODS,
+    expand: Callable[[Located], tuple[Located, tuple[Problem, ...]]] = lambda located: (located, ()),
 ) -> Documents:  # fmt: skip
     """Read every document of a file.
 
     Args:
         source, strict, methods: as for `load_recipe`.
+        expand: replaces items that stand for several models, and returns warnings about them.
 
     Raises:
         RecipeError: problems of all documents; two have the same name or none; documents use each other.
     """
+
+    def load(document: Located) -> Recipe:
+        expanded, notes = expand(document)
+        if isinstance(source, Recipe) and expanded is document:
+            return source
+        recipe = load_recipe(expanded, strict=strict, methods=methods)
+        return replace(recipe, warnings=(*notes, *recipe.warnings))
+
     if isinstance(source, Recipe):
-        return Documents((source,))
+        return Documents((load(source.located),))
     if not isinstance(source, Path | str):
-        return Documents((load_recipe(source, strict=strict, methods=methods),))
+        return Documents((load(source if isinstance(source, Located) else Located.of(source)),))
     located, problems, recipes = load_documents(source), Problems(), list[Recipe]()
     if len(located) == 1:
-        return Documents((load_recipe(located[0], strict=strict, methods=methods),))
+        return Documents((load(located[0]),))
     for document in located:
         with problems.catching():
-            recipes.append(load_recipe(document, strict=strict, methods=methods))
+            recipes.append(load(document))
     _check_names(located, problems)
     documents = Documents(tuple(recipes))
     if not problems.found:

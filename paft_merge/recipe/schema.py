@@ -139,6 +139,8 @@ class ModelEntry(Section):
     """An item of `models:`."""
 
     model: ModelRef
+    last: Annotated[int, Field(gt=0, strict=True)] | None = None
+    """The number of checkpoints that a `*` in `model` stands for, counted from the last; None: all."""
     parameters: Parameters | None = None
 
 
@@ -146,6 +148,8 @@ class SourceEntry(Section):
     """An item of a slice's `sources:`."""
 
     model: ModelRef
+    last: Annotated[int, Field(gt=0, strict=True)] | None = None
+    """The number of checkpoints that a `*` in `model` stands for, counted from the last; None: all."""
     layer_range: Layers
     """The first layer, and the layer after the last."""
     parameters: Parameters | None = None

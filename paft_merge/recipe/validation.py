@@ -68,6 +68,7 @@ def _check_base_given(slices: Sequence[OutputSlice], method: Method, report: Rep
 def _check_sources(output: OutputSlice, method: Method, report: Report) -> None:
     """Check that the models of a slice are distinct, include a required base, and are of a supported number."""
     refs = [source.ref for source in output.sources]
+    several = any("*" in path for ref in refs for path in (ref.path, *(path for path, _ in ref.adapters)))
     has_base = output.base in refs and method.base != "ignored"
     for i, source in enumerate(output.sources):
         if source.ref in refs[:i]:
@@ -80,7 +81,7 @@ def _check_sources(output: OutputSlice, method: Method, report: Report) -> None:
     if method.base != "ignored" and output.base and not has_base:
         what = f"base_model {output.base} is not among the sources of this slice, and {method.name} needs it there"
         report.error(output.spot, what, "add it to sources, with its layer_range")
-    elif method.base != "required" or has_base:
+    elif (method.base != "required" or has_base) and not several:
         _check_count(len(refs) - has_base, output, method, report)
 
 

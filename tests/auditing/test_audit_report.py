@@ -407,6 +407,8 @@ def test_the_command_speaks_of_its_options_and_labels(folders: dict[str, Path], 
     assert "pass --base to measure it." in shown.stdout
     assert str(folders["sft"].parent) not in shown.stdout
     assert "base=" not in shown.stdout + (tmp_path / "r.html").read_text()
+    assert "--html" not in shown.stdout
+    assert "--html FILE writes" in paft(folders["sft"]).stdout
     mistyped = paft(folders["sft"], folders["dpo"], "-p", "densty=0.2")
     assert (mistyped.exit_code, "did you mean 'density'" in mistyped.stderr) == (2, True)
     method = paft(folders["sft"], folders["dpo"], "--method", "tie")

@@ -99,7 +99,7 @@ def test_one_pass_merges_as_two_do(kind: str, density: float, out: type) -> None
     assert found == 12 or kind == "sorted"
 
 
-def test_a_source_that_keeps_everytrimsg_has_no_bracket() -> None:
+def test_a_source_that_keeps_everything_has_no_bracket() -> None:
     made = deltas("smooth", SIZE)
     rule = Consensus((Trim("density", 1.0), Trim("density", 0.3)), Election((0.6, 0.4)))
     walk = TensorPass(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
