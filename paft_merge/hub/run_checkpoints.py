@@ -61,7 +61,7 @@ def checkpoints(ref: ModelRef, *, refresh: bool = False) -> list[ModelRef]:
     """The references that a reference with a `*` stands for, by step number; the reference itself without a `*`.
 
     Args:
-        ref: at most one of its paths has a `*`, which stands for a number.
+        ref: at most one of its paths has a `*`, the place of a number.
         refresh: as for `hub.resolve`.
 
     Raises:

@@ -93,7 +93,7 @@ def load_recipes(
 
     Args:
         source, strict, methods: as for `load_recipe`.
-        expand: replaces items that stand for several models, and returns warnings about them.
+        expand: replaces each item that names several models, and returns warnings about them.
 
     Raises:
         RecipeError: problems of all documents; two have the same name or none; documents use each other.
