@@ -242,8 +242,8 @@ class Undecided:
 
     place: NDArray[np.int32]
     """`[K]`: positions in the block, ascending."""
-    held: list[NDArray[np.float32]]
-    """`[K]` each: the deltas of the sources there and, last, the base."""
+    held: NDArray[np.float32]
+    """`[n + 1, K]`: the deltas of the sources there and, last, the base."""
     inside: list[NDArray[np.uint32]]
     """The magnitudes of each source inside its bracket."""
     above: Counts
@@ -252,8 +252,8 @@ class Undecided:
     @property
     def block(self) -> Block:
         """These entries side by side, as a block at flat index 0."""
-        *sources, base = [row.view(np.uint32) for row in self.held]
-        return Block(0, base, np.stack(sources), subtract=False)
+        bits = self.held.view(np.uint32)
+        return Block(0, bits[-1], bits[:-1], subtract=False)
 
 
 class Ops(Protocol):

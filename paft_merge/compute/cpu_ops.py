@@ -46,7 +46,7 @@ class CpuOps:
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
         """Per source: how many magnitudes are inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
         n, size = block.count, block.size
-        found, counts = SCRATCH.array("found", (n, size), np.uint32), np.empty((n, 2), np.int64)
+        found, counts = SCRATCH.array("found", (n, size), np.uint32, sparse=True), np.empty((n, 2), np.int64)
         bounds = np.array(low, np.uint32), np.array(width, np.uint32)
         block.filled(kernels.collect(*block.unfilled(), *bounds, found, counts, lines(2)))
         return counts, [row[:inside].copy() for row, inside in zip(found, counts[:, 0], strict=True)]
@@ -198,8 +198,8 @@ def _consensus(
     n, size = block.count, block.size
     outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n + 1, 2), np.int64)
     place = SCRATCH.array("open_place", most, np.int32)
-    held = SCRATCH.array("open_held", (n + 1, most), np.float32)
-    found = SCRATCH.array("found", (n, most), np.uint32)
+    held = SCRATCH.array("open_held", (n + 1, most), np.float32, sparse=True)
+    found = SCRATCH.array("open_found", (n, most), np.uint32, sparse=True)
 
     def column(name: str, dtype: Any) -> Any:
         return np.array([getattr(s, name) for s in survivals], dtype)
@@ -219,8 +219,8 @@ def _consensus(
         return outcome, None
     many = int(tally[n, 0])
     inside = [row[:count] for row, count in zip(found, tally[:n, 0], strict=True)]
-    kept = _moved([place[:many], *(row[:many] for row in held), *inside], memory)
-    return outcome, Undecided(kept[0], kept[1 : n + 2], kept[n + 2 :], tally[:n, 1])
+    kept, deltas, *inside = _moved([place[:many], held[:, :many], *inside], memory)
+    return outcome, Undecided(kept, deltas, inside, tally[:n, 1])
 
 
 def _moved(arrays: Sequence[Any], memory: Any) -> list[Any]:
@@ -228,7 +228,8 @@ def _moved(arrays: Sequence[Any], memory: Any) -> list[Any]:
     copies, at = [], 0
     for array in arrays:
         fits = at + array.nbytes <= memory.size
-        copy = memory[at : at + array.nbytes].view(array.dtype) if fits else np.empty_like(array)
+        copy = memory[at : at + array.nbytes].view(array.dtype) if fits else np.empty(array.size, array.dtype)
+        copy = copy.reshape(array.shape)
         copy[:] = array
         copies.append(copy)
         at += array.nbytes if fits else 0

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -38,13 +39,16 @@ class Scratch(threading.local):
             self.depth -= 1
             self.held = self.levels[self.depth]
 
-    def array(self, name: str, shape: int | tuple[int, ...], dtype: Any) -> Any:
-        """An uninitialised array, 64-byte aligned so that BLAS products give the same bits every time."""
+    def array(self, name: str, shape: int | tuple[int, ...], dtype: Any, *, sparse: bool = False) -> Any:
+        """An uninitialised array, 64-byte aligned so that BLAS products give the same bits every time.
+
+        `sparse`: only parts of it will be written, so it takes small pages: NumPy's take memory in steps of 2 MiB.
+        """
         size = math.prod(shape) if isinstance(shape, tuple) else shape
         nbytes = size * np.dtype(dtype).itemsize
         held = self.held.get(name)
         if held is None or held.nbytes < nbytes:
-            raw = np.empty(nbytes + _ALIGN, np.uint8)
+            raw = np.frombuffer(mmap(-1, nbytes + _ALIGN), np.uint8) if sparse else np.empty(nbytes + _ALIGN, np.uint8)
             held = raw[-raw.ctypes.data % _ALIGN :][: max(nbytes, raw.nbytes - _ALIGN)]
             self.held[name] = held
         return held[:nbytes].view(dtype).reshape(shape)

@@ -165,7 +165,7 @@ class _Worker:
         if pending is None:
             return None
         bounds, kind = tensor.bounds, np.dtype(RAW[tensor.dtype])
-        with self.held.tiles(len(bounds), tensor.nbytes) as held:
+        with self.held.tiles(len(bounds), tensor.nbytes + pending.held_bytes) as held:
 
             def merge(block: Block) -> tuple[Any, Outcome, Undecided, PageAlignedBuffer]:
                 buffer, aside = held[block.index // bounds[0][1]] if held else (_BUFFERS.next(), np.empty(0, np.uint8))

@@ -35,6 +35,9 @@ Factors: TypeAlias = Sequence[tuple[Any, Any] | None]
 _MOST_UNDECIDED = 0.1
 """Share of a sample that may be inside its bracket. Tiles that differ more are measured first, which is cheaper."""
 
+_MOST_HELD = 128 << 20
+"""Bytes of the undecided entries of one tensor. With many sources nearly every entry is undecided for one of them."""
+
 
 @dataclass(frozen=True)
 class OnePass:
@@ -46,6 +49,8 @@ class OnePass:
     """One a source; `threshold_bounds.NONE` if it keeps everything."""
     election: Election
     ops: DeferringOps
+    held_bytes: int = 0
+    """Most bytes that the undecided entries are expected to take; 0 if all of them may be undecided."""
 
     def merge(self, block: Block, out: Any, memory: Any) -> tuple[Outcome, Undecided]:
         """Write the merged block, with the base at undecided entries.
@@ -133,12 +138,17 @@ def plan_one_pass(
         return None
     brackets = [NONE] * len(trims)
     sample = None if small(numel, each) else draw_rows(factors()) or draw_sample(each, ops)
+    undecided = 0.0
     for i, rank in enumerate(known):
         if rank:
             brackets[i] = EVERY if sample is None else guess_bracket(sample, i, rank / numel)
-            if sample is not None and sample.inside(i, brackets[i]) > _MOST_UNDECIDED:
-                return None
-    return OnePass(tuple(known), tuple(brackets), election, deferring)
+            if sample is not None:
+                inside = sample.inside(i, brackets[i])
+                undecided += inside
+                if inside > _MOST_UNDECIDED:
+                    return None
+    held = int(min(undecided, 1.0) * numel) * 4 * (len(trims) + 2)  # a place, the deltas and the base
+    return None if held > _MOST_HELD else OnePass(tuple(known), tuple(brackets), election, deferring, held)
 
 
 def _last_kept(trim: Trim, numel: int) -> int | None:
