@@ -20,11 +20,12 @@ from paft_merge.plan.compatibility import (
     compare_configs,
     compare_tensors,
     compare_tokenizers,
+    find_untied_copies,
     refuse_adapters_inside,
 )
 from paft_merge.plan.layer_stacks import split
 from paft_merge.plan.output_tensors import OutputTensor, OutputTensors, ResolvedSlice
-from paft_merge.plan.planned import COPY, COPY_BYTES, PlannedTensor
+from paft_merge.plan.planned import COPY, PlannedTensor
 from paft_merge.plan.side_files import read_side_files
 from paft_merge.plan.vocabulary import read_vocabulary, truncation
 from paft_merge.recipe import ModelRef, ParameterCache, Recipe, Resolved, resolve_all
@@ -95,6 +96,7 @@ class Planner:
             self.warnings += compare_configs(source, others, self.problems, sizes=sizes)
         if recipe.tokenizer is None:
             self.warnings += compare_tokenizers(source, others)
+        self.warnings += find_untied_copies([source, *others])
         found = self._quantised(self.config_source.checkpoint)
         if found.claims and not found:
             what = f"says in config.json that it is quantised ({found.claims}), and none of its tensors is"
@@ -349,13 +351,4 @@ def _why(slice_: ResolvedSlice) -> str:
 
 def _equal(one: Read, other: Read) -> bool:
     """Whether two stored tensors have the same dtype, shape and bytes."""
-    infos = [read.checkpoint.tensors[read.name] for read in (one, other)]
-    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
-        return False
-    for start in range(0, infos[0].nbytes, COPY_BYTES):
-        held = [bytearray(min(COPY_BYTES, infos[0].nbytes - start)) for _ in infos]
-        for read, buffer in zip((one, other), held, strict=True):
-            read.checkpoint.read_into(read.name, start, buffer)
-        if held[0] != held[1]:
-            return False
-    return True
+    return one.checkpoint.same_bytes(one.name, other.checkpoint, other.name)
