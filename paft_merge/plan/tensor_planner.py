@@ -203,6 +203,7 @@ class Planner:
         """A tensor with at least one source, merged by the recipe's method, or copied where nothing changes it."""
         name, slice_, (base, stored, sources) = output.name, output.slice, reads
         shape = max((read.shape for read in reads.merged), key=math.prod)
+        self._check_added_rows(sources)
         shared, per_source = self._parameters(output)
         keys = [stream_key(self.recipe.seed, source.ref.stream, name, "drop") for source, _ in slice_.sources]
         rule = self._rule(slice_, per_source, shared, keys)
@@ -232,6 +233,15 @@ class Planner:
                 what = f"is {list(read.shape)}, and {stored.source}: {stored.name} is {list(stored.shape)}"
                 fix = "merge models of one architecture and size"
                 raise CheckpointError.of("SHAPE_MISMATCH", f"{read.source}: {read.name}", what, fix)
+
+    def _check_added_rows(self, sources: Sequence[Read]) -> None:
+        """Check that all adapters that add rows to an embedding add the same number: the rows mean tokens."""
+        added = {read.shape: read for read in sources if read.delta and read.shape[:1] > read.stored_shape[:1]}
+        if len(added) > 1:
+            one, other, *_ = added.values()
+            what = f"has {one.shape[0]:,} rows with {one.source} and {other.shape[0]:,} with {other.source}"
+            fix = "their added tokens differ: write tokenizer_source: union in the recipe"
+            raise CheckpointError.of("SHAPE_MISMATCH", one.name, what, fix)
 
     @cached_property
     def _known_shapes(self) -> dict[str, list[tuple[int, ...]]]:
