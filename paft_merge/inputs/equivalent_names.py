@@ -22,12 +22,10 @@ from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.architecture import Architecture, Layout
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
 from paft_merge.inputs.dtypes import widen
-from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes, join_first, quote
+from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes, join_first, quote, without_wrappers
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 _LAYER = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*?)(\d+)\.(.*)$")
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-"""What `torch.compile`, FSDP, activation checkpointing and Fabric put into the names of what they wrap."""
 _MASKED = -1e4
 """A mask is filled with this value, or with a lower one."""
 
@@ -179,7 +177,7 @@ class _Unwrapped(NamedLike):
 
         DataParallel, DeepSpeed, PEFT, Lightning and attributes of any training program put such segments there.
         """
-        stored = {_WRAPPERS.sub("", name): name for name in checkpoint.tensors}
+        stored = {without_wrappers(name): name for name in checkpoint.tensors}
         if len(stored) < len(checkpoint.tensors):
             return [checkpoint]
         found, prefix = list[Checkpoint](), ""

@@ -158,7 +158,11 @@ def find_untied_copies(models: Sequence[Named]) -> list[Problem]:
     warnings = []
     for ref, checkpoint in models:
         rows = vocabulary_of(checkpoint.config)
-        outside = {name: info.shape for name, info in checkpoint.tensors.items() if not re.search(r"(^|\.)\d+\.", name)}
+        outside = {
+            name: info.shape
+            for name, info in checkpoint.tensors.items()
+            if not re.search(r"(^|\.)\d+\.|(?<!\.weight)$", name)
+        }
         matrices = (name for name, shape in outside.items() if len(shape) == 2 and shape[0] == rows)
         first = next((name for name in matrices if re.search(r"embed|shared|wte", name)), None)
         if first is None or checkpoint.computed:
