@@ -126,6 +126,11 @@ class Architecture:
         model = _built(base, kind)
         return cls(model, base) if model is not None else None
 
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint that was matched."""
+        return self._base
+
     def like(self, other: Checkpoint) -> Architecture | None:
         """The same class, for another checkpoint with its own config; None if that is not a config of this class."""
         found = self._of_class(type(self._model), other)
@@ -197,6 +202,11 @@ class Architecture:
     def unmatched(self) -> Mapping[str, str]:
         """The base's tensors that no parameter is made of, each with its name after the loader's renaming."""
         return self._unmatched
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the base's config names this class."""
+        return type(self._model).__name__ in (self._base.config.get("architectures") or ())
 
     @property
     def prefix(self) -> str:

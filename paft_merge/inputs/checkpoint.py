@@ -56,6 +56,8 @@ _MODULES = "modules.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LAZY = "lazy_unpickle=True"
 _SAMPLE_BYTES = 4096
+_SAMPLES = 16
+_COMPARED_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,29 @@ class Checkpoint:
         return self._sampled
 
     # ----------------------------------------------------------------------------------------------------------------------
+
+    def same_bytes(self, name: str, other: Checkpoint, other_name: str, *, sampled: bool = False) -> bool:
+        """Whether its tensor `name` has the dtype, shape and bytes of a tensor of `other`.
+
+        Args:
+            name: a key of `tensors`.
+            other: a checkpoint; may be this one.
+            other_name: a key of `other.tensors`.
+            sampled: of a large tensor, compare only 16 samples of 4 KiB.
+        """
+        info, theirs = self.tensors[name], other.tensors[other_name]
+        if (info.dtype, info.shape) != (theirs.dtype, theirs.shape):
+            return False
+        step = size = _COMPARED_BYTES
+        if sampled and info.nbytes > _SAMPLES * _SAMPLE_BYTES:
+            step, size = info.nbytes // _SAMPLES, _SAMPLE_BYTES
+        for start in range(0, info.nbytes, step):
+            held = [bytearray(min(size, info.nbytes - start)) for _ in range(2)]
+            self.read_into(name, start, held[0])
+            other.read_into(other_name, start, held[1])
+            if held[0] != held[1]:
+                return False
+        return True
 
     def fingerprint(self) -> dict[str, dict[str, int | str]]:
         """Identify the files without reading their data: by file name size, mtime_ns and header digest.

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,10 @@ from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.architecture import Architecture, Layout
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
 from paft_merge.inputs.dtypes import widen
-from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes, join_first, quote
+from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes, join_first, quote, without_wrappers
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 _LAYER = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*?)(\d+)\.(.*)$")
-_COMPARED_BYTES = 1 << 24
-_SAMPLED_BYTES = 1 << 12
-_SAMPLES = 16
 _MASKED = -1e4
 """A mask is filled with this value, or with a lower one."""
 
@@ -78,6 +75,11 @@ class NamedLike(Checkpoint):
         stored = first.checkpoint.tensors[first.name]
         shape = stored.shape if self._is_whole(name) else self._template.tensors[name].shape
         return TensorInfo(name, stored.dtype, shape, stored.file, stored.offset + first.start, held)
+
+    @property
+    def inner(self) -> Checkpoint:
+        """The checkpoint that is read."""
+        return self._inner
 
     @property
     def _template(self) -> Checkpoint:
@@ -163,6 +165,36 @@ class NamedLike(Checkpoint):
         return {"tensors": renamed, **({"derived": copied} if copied else {})}
 
 
+class _Unwrapped(NamedLike):
+    """A checkpoint under names without the prefixes of wrappers, which are not a part of the model."""
+
+    _prefix = ""
+    """The segments that were removed from the start of all names."""
+
+    @classmethod
+    def forms(cls, checkpoint: Checkpoint) -> list[Checkpoint]:
+        """`checkpoint` without wrappers inside its names, then without one segment more that begins all names, and so on.
+
+        DataParallel, DeepSpeed, PEFT, Lightning and attributes of any training program put such segments there.
+        """
+        stored = {without_wrappers(name): name for name in checkpoint.tensors}
+        if len(stored) < len(checkpoint.tensors):
+            return [checkpoint]
+        found, prefix = list[Checkpoint](), ""
+        while True:
+            unwrapped = cls(checkpoint, checkpoint, {n: (Part.whole(checkpoint, held),) for n, held in stored.items()})
+            unwrapped._prefix = prefix
+            found.append(checkpoint if stored.keys() == checkpoint.tensors.keys() else unwrapped)
+            first, dot, _ = next(iter(stored), "").partition(".")
+            if not dot or first.isdigit() or not all(name.startswith(first + dot) for name in stored):
+                return found
+            prefix += first + dot
+            stored = {name.removeprefix(first + dot): held for name, held in stored.items()}
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        return super().stored_names(name) if name in self.tensors else (self._prefix + name,)
+
+
 class Names:
     """The tensor names of a template, which other checkpoints of the same model get.
 
@@ -180,8 +212,12 @@ class Names:
         return _without_numbers(self.template.tensors)
 
     @cached_property
+    def _forms(self) -> list[Checkpoint]:
+        return _Unwrapped.forms(self.template)
+
+    @cached_property
     def _architecture(self) -> Architecture | None:
-        return Architecture.of(self.template)
+        return _first_known(self._forms, Architecture.of) if self.template.config else None
 
     def of(self, other: Checkpoint, ref: str) -> Checkpoint:
         """Return `other` under the template's names; itself if they agree, or if transformers cannot map them.
@@ -204,14 +240,44 @@ class Names:
     def _under_our_names(self, other: Checkpoint, ref: str) -> Checkpoint:
         if other is self.template or other.computed or _without_numbers(other.tensors) == self._patterns:
             return other
-        if not other.config or not self.template.config or self._architecture is None:
-            return other
-        theirs = self._architecture.like(other)
-        if theirs is None:
-            return other
-        found = _Match(self._architecture, theirs, self.template, other, self.ref, ref)
-        found.problems.raise_as(CheckpointError)
-        return NamedLike(other, self.template, found.parts, found.warnings)
+        forms = _Unwrapped.forms(other)
+        parts: Mapping[str, tuple[Part, ...]]
+        warnings: Sequence[Problem] = ()
+        pairs = [(self._forms[0], theirs) for theirs in forms] + [(ours, forms[0]) for ours in self._forms[1:]]
+        equal = ((a, b) for a, b in pairs if _without_numbers(a.tensors) == _without_numbers(b.tensors))
+        if alike := next(equal, None):
+            ours, theirs = alike
+            parts = {name: (Part.whole(theirs, name),) for name in theirs.tensors}
+        else:
+            if (
+                not other.config
+                or (known := self._architecture) is None
+                or (like := _first_known(forms, known.like)) is None
+            ):
+                return other
+            ours = known.base
+            found = _Match(known, like, ours, like.base, self.ref, ref)
+            found.problems.raise_as(CheckpointError)
+            parts, warnings = found.parts, found.warnings
+        named = {ours.stored_names(name)[0]: tuple(map(_as_stored, some)) for name, some in parts.items()}
+        return NamedLike(other, self.template, named, warnings)
+
+
+def _first_known(
+    forms: Sequence[Checkpoint], build: Callable[[Checkpoint], Architecture | None]
+) -> Architecture | None:
+    """The architecture of the first form of a checkpoint of which it knows a tensor; None if there is none."""
+    for form in forms:
+        if (found := build(form)) is None or found.layouts:
+            return found
+    return None
+
+
+def _as_stored(part: Part) -> Part:
+    """A part by the name in its file."""
+    if not isinstance(part.checkpoint, _Unwrapped):
+        return part
+    return replace(part, checkpoint=part.checkpoint.inner, name=part.checkpoint.stored_names(part.name)[0])
 
 
 class _Match:
@@ -305,7 +371,7 @@ class _Match:
             weight = _is_weight(self._template.tensors[name])
             if stored is not None and (weight or not derived):
                 self._found[name] = (Part.whole(self._other, stored),)
-            elif derived:
+            elif derived or (weight and self._is_complete):
                 self._found[name] = (Part.whole(self._template, name),)
                 copied += [name] if weight else []
         for known in ours.not_needed(known for known in ours.layouts if known not in theirs.layouts):
@@ -315,6 +381,13 @@ class _Match:
         if copied:
             what = f"lacks {join_first(copied)}, which transformers does not load and {self._owner} has"
             self.warnings.append(Problem("NOT_LOADED", self._where, what, f"the output gets those of {self._owner}"))
+
+    @cached_property
+    def _is_complete(self) -> bool:
+        """Whether the other checkpoint has all that the class that the template's config names loads from the template."""
+        ours = self._ours
+        missing = [known for known in ours.layouts if self._holding(known) is None]
+        return ours.is_named and bool(ours.layouts) and not {*missing} - ours.not_needed(missing)
 
     def _others(self) -> None:
         """Leave out what the template need not have, and keep everything else."""
@@ -336,7 +409,7 @@ class _Match:
             twins = [twin for twin in self._stored_twins(name, known) if twin in used]
             if not twins:
                 self._found[self._in_our_spelling(name, known) or name] = (Part.whole(self._other, name),)
-            elif not _equal(self._other, name, twins[0]):
+            elif not self._other.same_bytes(name, self._other, twins[0], sampled=bool(self._other.far)):
                 unequal[name] = twins[0]
         if lost:
             what = f"has {join_first(lost)}, which transformers does not load and {self._owner} lacks"
@@ -438,21 +511,3 @@ def _values(checkpoint: Checkpoint, name: str, first: int, count: int) -> Any:
     out = np.empty(count, np.float32)
     widen(held, info.dtype, out)
     return out
-
-
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors have the same bytes; of a remote checkpoint, whether samples of them do."""
-    infos = [checkpoint.tensors[name] for name in (one, other)]
-    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
-        return False
-    nbytes = infos[0].nbytes
-    step, size = _COMPARED_BYTES, _COMPARED_BYTES
-    if checkpoint.far and nbytes > _SAMPLES * _SAMPLED_BYTES:
-        step, size = nbytes // _SAMPLES, _SAMPLED_BYTES
-    for start in range(0, nbytes, step):
-        held = [bytearray(min(size, nbytes - start)) for _ in infos]
-        for name, buffer in zip((one, other), held, strict=True):
-            checkpoint.read_into(name, start, buffer)
-        if held[0] != held[1]:
-            return False
-    return True

@@ -61,6 +61,8 @@ _CODES = (
     *("U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4", "F6_E2M3", "F6_E3M2"),
     *("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"),
 )
+_COUNTS = re.compile(r"(position_ids|token_type_ids|_index|num_batches_tracked)$")
+"""Integers that are not codes."""
 _METHODS = {
     **{"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4", "mxfp8": "MXFP8", "nvfp4": "NVFP4", "hqq": "HQQ"},
     **{"aqlm": "AQLM", "eetq": "EETQ", "fbgemm_fp8": "FP8 (FBGEMM)", "higgs": "HIGGS", "vptq": "VPTQ", "spqr": "SpQR"},
@@ -116,13 +118,27 @@ def quantised(checkpoint: Checkpoint) -> Quantised:
         (config[k] for k in ("quantization_config", "compression_config", "quantization") if config.get(k)), None
     )
     claims = _stated(stated) if isinstance(stated, Mapping) else ""
+    if claims:
+        parts |= _beside_codes(checkpoint, parts)
     if not parts:
         return Quantised(claims=claims)
-    found = list(dict.fromkeys(formats[weight] for weight in parts.values()))
+    found = list(dict.fromkeys(formats.get(weight, "") for weight in parts.values()))
     if kind := next((match[1] for name in parts if (match := re.search(r"bitsandbytes__(nf4|fp4)$", name))), None):
         found = [f"bitsandbytes, {kind}"]
     how = claims if claims and not claims[0].isdigit() else ", ".join(filter(None, (" and ".join(found), claims)))
     return Quantised(how, parts, claims)
+
+
+def _beside_codes(checkpoint: Checkpoint, known: Mapping[str, str]) -> dict[str, str]:
+    """Parts in formats that `_FORMATS` lacks: all tensors of each module that stores codes which are not in `known`."""
+    coded = (name for name, info in checkpoint.tensors.items() if info.dtype in _CODES and name not in known)
+    stems = {name.rpartition(".")[0] for name in coded if not _COUNTS.search(name)}
+    found = {}
+    for name in checkpoint.tensors:
+        around = (name[:at] for at in range(len(name)) if name[at] == ".")
+        if name not in known and (stem := next((one for one in around if one in stems), None)):
+            found[name] = f"{stem}.weight"
+    return found
 
 
 def _cuts(name: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ ReadAt: TypeAlias = "Callable[[memoryview, int], int]"
 MAX_JSON_BYTES = 100_000_000
 """Limit of the size of a header, index or config: that of safetensors for a header."""
 
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _MAX_INT = 2**63 - 1
 _MAX_RANK = 64
 _MAX_FAULTS = 20
@@ -175,6 +177,11 @@ def truncate(faults: Sequence[Problem], where: object) -> list[Problem]:
     if rest <= 0:
         return list(faults)
     return [*faults[:_MAX_FAULTS], Problem(faults[0].code, str(where), f"and {rest:,} more faults")]
+
+
+def without_wrappers(name: str) -> str:
+    """A tensor name without the segments that `torch.compile`, FSDP, activation checkpointing and Fabric put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 def quote(name: str) -> str:

@@ -47,7 +47,12 @@ class Read:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the sum."""
-        return self.delta.shape if self.delta else self.checkpoint.tensors[self.name].shape
+        return self.delta.shape if self.delta else self.stored_shape
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the checkpoint's tensor."""
+        return self.checkpoint.tensors[self.name].shape
 
     @property
     def row_size(self) -> int:
@@ -133,7 +138,7 @@ class Read:
         return made.reshape(self.shape)
 
     def compute_delta(self, start: int, stop: int, out: Any, weight: Any = None) -> None:
-        """Compute the adapter's delta of elements `[start, stop)` into `out`.
+        """Compute the adapter's delta of elements `[start, stop)` into `out`; zero past the rows that the adapter has.
 
         Args:
             start: first element; a multiple of `row_size`.
@@ -142,12 +147,16 @@ class Read:
             weight: the stored elements, float32; read if needed and None.
         """
         assert self.delta is not None
-        row_size = self.delta.row_size
+        row_size, end = self.delta.row_size, min(stop, math.prod(self.delta.shape))
+        held = max(end - start, 0)
+        out[held:] = 0
+        if not held:
+            return
         if weight is None and self.delta.needs_weight:
-            weight = SCRATCH.array("delta_weight", stop - start, np.float32)
-            self.weight(start, stop, weight)
-        rows = weight.reshape(-1, row_size) if self.delta.needs_weight else None
-        self.delta.compute(start // row_size, stop // row_size, rows, out.reshape(-1, row_size))
+            weight = SCRATCH.array("delta_weight", held, np.float32)
+            self.weight(start, end, weight)
+        rows = weight[:held].reshape(-1, row_size) if self.delta.needs_weight else None
+        self.delta.compute(start // row_size, end // row_size, rows, out[:held].reshape(-1, row_size))
 
 
 @dataclass(frozen=True)
@@ -285,6 +294,8 @@ class Inputs:
         """Add a source's delta, if it is one low-rank product, to `feed`; False if it is not."""
         base, delta, width = self.base, source.delta, feed.width
         if self.form != "deltas" or base is None or base.delta or delta is None or delta.row_size != width:
+            return False
+        if start + feed.size > math.prod(delta.shape):
             return False
         product = delta.product(start // width, (start + feed.size) // width) if source.same_weight(base) else None
         if product:

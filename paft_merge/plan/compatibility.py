@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 from paft_merge.errors import Problem, Problems
+from paft_merge.inputs.adapters.binding import vocabulary_of
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.safetensors_header import join_first
+from paft_merge.inputs.safetensors_header import join_first, quote
 from paft_merge.plan import layer_kinds
-from paft_merge.plan.effective_config import SIZES, Difference, differences, is_limit
+from paft_merge.plan.effective_config import SIZES, Difference, differences, is_limit, ties_embeddings
 
 Named = tuple[str, Checkpoint]
 """A model reference as messages show it, and its checkpoint."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _OTHER_MODEL = "merge models of one architecture"
+_OF_MLX = "one of them was written by MLX, in its own layout: merge the checkpoint that it was made from, or models that MLX wrote"
 
 
 def compare_tensors(
@@ -41,15 +44,25 @@ def compare_tensors(
     faulty, ours = set[str](), _shapes(template[1], names)
     for ref, checkpoint in others:
         theirs = _shapes(checkpoint, names)
-        compare_names(ours, theirs, ref, template[0], problems, _OTHER_MODEL)
+        fix = _OF_MLX if _is_of_mlx(checkpoint) != _is_of_mlx(template[1]) else _OTHER_MODEL
+        compare_names(ours, theirs, ref, template[0], problems, fix)
+        unlike = defaultdict[tuple[tuple[int, ...], tuple[int, ...]], list[str]](list)
         for name, shape in ours.items():
             if name not in theirs:
                 faulty.add(name)
             elif not (theirs[name] == shape or (name in resized and _of_a_token(theirs[name]) == _of_a_token(shape))):
                 faulty.add(name)
-                what = f"is {list(theirs[name])}, and {template[0]} has {list(shape)}"
-                problems.add("SHAPE_MISMATCH", f"{ref}: {name}", what, _shape_fix(theirs[name], shape))
+                unlike[theirs[name], shape].append(name)
+        for (one, other), held in unlike.items():
+            more = f" and {len(held) - 2} more" if len(held) > 2 else ""
+            what = f"{'are' if held[1:] else 'is'} {list(one)}, and {template[0]} has {list(other)}"
+            problems.add("SHAPE_MISMATCH", f"{ref}: {', '.join(held[:2])}{more}", what, _shape_fix(one, other, fix))
     return faulty
+
+
+def _is_of_mlx(checkpoint: Checkpoint) -> bool:
+    """Whether MLX wrote a checkpoint; it stacks experts and stores convolutions in another order."""
+    return any(file.metadata.get("format") == "mlx" for file in checkpoint.files)
 
 
 _FACTOR = re.compile(
@@ -137,6 +150,31 @@ def compare_tokenizers(template: Named, others: Sequence[Named]) -> list[Problem
     return warnings
 
 
+def find_untied_copies(models: Sequence[Named]) -> list[Problem]:
+    """Warn of models that store tied embeddings several times with different values, of which older loaders read one.
+
+    Samples of the copies are compared.
+    """
+    warnings = []
+    for ref, checkpoint in models:
+        rows = vocabulary_of(checkpoint.config)
+        outside = {
+            name: info.shape
+            for name, info in checkpoint.tensors.items()
+            if not re.search(r"(^|\.)\d+\.|(?<!\.weight)$", name)
+        }
+        matrices = (name for name, shape in outside.items() if len(shape) == 2 and shape[0] == rows)
+        first = next((name for name in matrices if re.search(r"embed|shared|wte", name)), None)
+        if first is None or checkpoint.computed:
+            continue
+        for name in (name for name, shape in outside.items() if shape == outside[first]):
+            if not checkpoint.same_bytes(name, checkpoint, first, sampled=True) and ties_embeddings(checkpoint.config):
+                what = f"stores {quote(name)}, which differs from {quote(first)} although its config ties the two"
+                fix = "transformers 5 loads both, and older versions only one: write tie_word_embeddings: false if both are meant"
+                warnings.append(Problem("TIED_DIFFERS", ref, what, fix))
+    return warnings
+
+
 def _is_size(found: Difference) -> bool:
     """Whether a field counts layers or tokens, or has one entry for each layer."""
     if found.leaf in SIZES | layer_kinds.INDEX_LISTS:
@@ -175,7 +213,7 @@ def _vocabulary(text: bytes) -> dict[str, int]:
     return known | {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
 
 
-def _shape_fix(one: tuple[int, ...], other: tuple[int, ...]) -> str:
+def _shape_fix(one: tuple[int, ...], other: tuple[int, ...], fix: str) -> str:
     if len(one) == len(other) == 2 and one[1:] == other[1:]:
         return "the vocabularies differ: write tokenizer_source: union or base in the recipe, or unsafe_truncate_embeddings=True"
-    return "merge models of one architecture and size"
+    return f"{_OTHER_MODEL} and size" if fix == _OTHER_MODEL else fix

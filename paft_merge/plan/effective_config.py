@@ -144,6 +144,16 @@ def is_limit(found: Difference, config: Mapping[str, Any]) -> bool:
     return found.leaf in LIMITS and not _scaled_by_length(config)
 
 
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether the output embeddings are the input embeddings: as a config states it, else as its class does."""
+    text = config.get("text_config")
+    stated = [
+        one["tie_word_embeddings"] for one in (config, text) if isinstance(one, dict) and "tie_word_embeddings" in one
+    ]
+    made = None if stated else _effective(config, config.get("model_type"), strict=True)
+    return bool(stated[0] if stated else (made or {}).get("tie_word_embeddings"))
+
+
 def _scaled_by_length(config: Any) -> bool:
     """Whether a config, or one nested in it, has RoPE that depends on the longest sequence."""
     if not isinstance(config, Mapping):
@@ -166,7 +176,7 @@ def _effective(config: Mapping[str, Any], kind: object, strict: bool) -> dict[st
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
 
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None
     loud = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -227,6 +237,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rope, dict):
         rope = {"rope_type": "default", **({} if theta is None else {"rope_theta": theta}), **rope}
         held["rope_parameters"] = rope if rope != {"rope_type": "default"} else None
+    else:  # not a mapping, which every config class rejects
+        held["rope_parameters"] = rope
     result = {key: value for key, value in held.items() if key not in GENERATION}
     for key, value in result.items():
         if key.endswith("_config") and isinstance(value, dict):

@@ -20,11 +20,12 @@ from paft_merge.plan.compatibility import (
     compare_configs,
     compare_tensors,
     compare_tokenizers,
+    find_untied_copies,
     refuse_adapters_inside,
 )
 from paft_merge.plan.layer_stacks import split
 from paft_merge.plan.output_tensors import OutputTensor, OutputTensors, ResolvedSlice
-from paft_merge.plan.planned import COPY, COPY_BYTES, PlannedTensor
+from paft_merge.plan.planned import COPY, PlannedTensor
 from paft_merge.plan.side_files import read_side_files
 from paft_merge.plan.vocabulary import read_vocabulary, truncation
 from paft_merge.recipe import ModelRef, ParameterCache, Recipe, Resolved, resolve_all
@@ -95,6 +96,7 @@ class Planner:
             self.warnings += compare_configs(source, others, self.problems, sizes=sizes)
         if recipe.tokenizer is None:
             self.warnings += compare_tokenizers(source, others)
+        self.warnings += find_untied_copies([source, *others])
         found = self._quantised(self.config_source.checkpoint)
         if found.claims and not found:
             what = f"says in config.json that it is quantised ({found.claims}), and none of its tensors is"
@@ -201,6 +203,7 @@ class Planner:
         """A tensor with at least one source, merged by the recipe's method, or copied where nothing changes it."""
         name, slice_, (base, stored, sources) = output.name, output.slice, reads
         shape = max((read.shape for read in reads.merged), key=math.prod)
+        self._check_added_rows(sources)
         shared, per_source = self._parameters(output)
         keys = [stream_key(self.recipe.seed, source.ref.stream, name, "drop") for source, _ in slice_.sources]
         rule = self._rule(slice_, per_source, shared, keys)
@@ -230,6 +233,15 @@ class Planner:
                 what = f"is {list(read.shape)}, and {stored.source}: {stored.name} is {list(stored.shape)}"
                 fix = "merge models of one architecture and size"
                 raise CheckpointError.of("SHAPE_MISMATCH", f"{read.source}: {read.name}", what, fix)
+
+    def _check_added_rows(self, sources: Sequence[Read]) -> None:
+        """Check that all adapters that add rows to an embedding add the same number: the rows mean tokens."""
+        added = {read.shape: read for read in sources if read.delta and read.shape[:1] > read.stored_shape[:1]}
+        if len(added) > 1:
+            one, other, *_ = added.values()
+            what = f"has {one.shape[0]:,} rows with {one.source} and {other.shape[0]:,} with {other.source}"
+            fix = "their added tokens differ: write tokenizer_source: union in the recipe"
+            raise CheckpointError.of("SHAPE_MISMATCH", one.name, what, fix)
 
     @cached_property
     def _known_shapes(self) -> dict[str, list[tuple[int, ...]]]:
@@ -349,13 +361,4 @@ def _why(slice_: ResolvedSlice) -> str:
 
 def _equal(one: Read, other: Read) -> bool:
     """Whether two stored tensors have the same dtype, shape and bytes."""
-    infos = [read.checkpoint.tensors[read.name] for read in (one, other)]
-    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
-        return False
-    for start in range(0, infos[0].nbytes, COPY_BYTES):
-        held = [bytearray(min(COPY_BYTES, infos[0].nbytes - start)) for _ in infos]
-        for read, buffer in zip((one, other), held, strict=True):
-            read.checkpoint.read_into(read.name, start, buffer)
-        if held[0] != held[1]:
-            return False
-    return True
+    return one.checkpoint.same_bytes(one.name, other.checkpoint, other.name)

@@ -18,9 +18,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import adapters as toys
-from toys.merge import on, recipe
+from toys.merge import on, recipe, same
 
-from paft_merge import audit, merge, reproduce
+from paft_merge import audit, merge, open_plan, reproduce
 from paft_merge.cli import cli
 from paft_merge.errors import PaftMergeError
 
@@ -502,6 +502,26 @@ def test_an_encoder_lacks_the_head_of_a_masked_language_model(made: Callable[[st
     assert "encoder.layer" not in missing + extra
 
 
+def test_weights_that_the_class_does_not_load_are_those_of_the_base(
+    made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """bert-base-uncased: its config names BertForMaskedLM, and it stores the pooler and the head of BertForPreTraining."""
+    folder = made("bert")
+    more = {"bert.pooler.dense.weight": torch.randn(16, 16), "cls.seq_relationship.weight": torch.randn(2, 16)}
+    base = put(folder / "saved", tmp_path / "base", {**state_of(folder / "2018 base"), **more})
+    merge(task(base, folder / "saved tuned"), tmp_path / "out")
+    got = state_of(tmp_path / "out")
+    check(base, folder / "saved tuned", tmp_path / "out")
+    assert all(torch.equal(got[name], tensor) for name, tensor in more.items())
+    with open_plan(task(base, folder / "saved tuned")) as plan:
+        assert ["'bert.pooler.dense.weight'" in one.what for one in plan.warnings if one.code == "NOT_LOADED"] == [True]
+    state = {
+        n: t for n, t in state_of(folder / "saved tuned").items() if n != "bert.encoder.layer.1.output.dense.weight"
+    }
+    with pytest.raises(PaftMergeError, match=r"lacks .*'bert\.pooler\.dense\.weight'"):
+        merge(task(base, put(folder / "saved", tmp_path / "part", state)), tmp_path / "refused")
+
+
 def test_a_form_that_must_be_computed_is_refused_by_name(made: Callable[[str], Path], tmp_path: Path) -> None:
     """Experts of which each has another dtype cannot be read as one tensor."""
     folder = made("mixtral")
@@ -644,8 +664,58 @@ def test_names_that_agree_import_no_torch(qwen: Path, tmp_path: Path) -> None:
 def test_a_model_that_transformers_does_not_know_is_compared_by_names(qwen: Path, tmp_path: Path) -> None:
     folders = [
         put(qwen / "saved", tmp_path / name, state_of(qwen / f"{name} base"), model_type="unheard_of")
-        for name in ("saved", "bare")
+        for name in ("with head", "only head", "saved", "bare")
     ]
     with pytest.raises(PaftMergeError) as caught:
-        merge(task(*folders), tmp_path / "out")
+        merge(task(*folders[:2]), tmp_path / "out")
+    assert {problem.code for problem in caught.value.problems} == {"KEYS_MISSING"}
+    merge(task(*folders[2:]), tmp_path / "out")  # all names but for one prefix
+    assert state_of(tmp_path / "out").keys() == state_of(folders[2]).keys()
+
+
+def inside_layers(wrapper: str) -> Spelling:
+    return renamed((r"\.(\d+)\.", rf".\1.{wrapper}."))
+
+
+WRAPPERS = {
+    "DDP": renamed(("^", "module.")),
+    "compiled": renamed(("^", "_orig_mod.")),
+    "DeepSpeed, compiled": renamed(("^", "module._orig_mod.")),
+    "Lightning": renamed(("^", "model.")),
+    "Lightning, compiled": renamed(("^", "model._orig_mod.")),
+    "PEFT": renamed(("^", "base_model.model.")),
+    "an attribute": renamed(("^", "student.")),
+    "FSDP": inside_layers("_fsdp_wrapped_module"),
+    "checkpointing": inside_layers("_checkpoint_wrapped_module"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    ("name", "spelling"), [("qwen3", "with head"), ("gpt2", "old"), ("flan-t5", "saved"), ("mixtral", "fused")]
+)
+def test_names_that_a_wrapper_changed(
+    name: str, spelling: str, wrapper: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, wrap = made(name), WRAPPERS[wrapper]
+    base, source = folder / f"{spelling} base", folder / "saved tuned"
+    merge(task(base, source), tmp_path / "wanted")
+    wanted = state_of(tmp_path / "wanted")
+    merge(task(base, put(source, tmp_path / "source", wrap(state_of(source)))), tmp_path / "out")
+    assert same(state_of(tmp_path / "out"), wanted)
+    merge(task(put(base, tmp_path / "base", wrap(state_of(base))), source), tmp_path / "wrapped")
+    assert same(state_of(tmp_path / "wrapped"), wrap(wanted))
+
+
+def test_names_with_another_first_segment_are_not_those_of_a_wrapper(
+    made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = made("bert encoder")
+    state = {
+        name.replace("bert.", "roberta."): tensor for name, tensor in state_of(folder / "with prefix tuned").items()
+    }
+    source = put(folder / "saved", tmp_path / "m", state, model_type="unheard_of")
+    base = put(folder / "saved", tmp_path / "base", state_of(folder / "with prefix base"), model_type="unheard_of")
+    with pytest.raises(PaftMergeError) as caught:
+        merge(task(base, source), tmp_path / "out")
     assert {problem.code for problem in caught.value.problems} == {"KEYS_MISSING", "KEYS_EXTRA"}

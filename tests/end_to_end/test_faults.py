@@ -337,7 +337,7 @@ def test_all_faults_of_all_inputs_are_told_at_once(models: Models, tmp_path: Pat
     result = paft("merge", write_recipe(tmp_path / "r.yaml", asked), tmp_path / "out")
     found = re.findall(r"^error\[(\w+)\]", result.stderr, re.MULTILINE)
     assert {"CONFIG_MISMATCH", "KEYS_MISSING", "KEYS_EXTRA", "SHAPE_MISMATCH", "OUTPUT"} == set(found)
-    assert found.count("SHAPE_MISMATCH") > 5
+    assert found.count("SHAPE_MISMATCH") > 2
     assert len(found) == len(set(result.stderr.splitlines()))
 
 
@@ -354,9 +354,11 @@ def test_faults_of_many_files_are_told_at_once(models: Models, tmp_path: Path) -
     ]
 
 
-def test_hundreds_of_equal_faults_do_not_flood_the_screen(tmp_path: Path) -> None:
-    base = save_checkpoint(tmp_path / "base", random_state(0, layers=40))
-    other = save_checkpoint(tmp_path / "other", random_state(0, layers=40, width=25))
+def test_hundreds_of_faults_do_not_flood_the_screen(tmp_path: Path) -> None:
+    state = random_state(0, layers=40)
+    base = save_checkpoint(tmp_path / "base", state)
+    odd = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(i + 1, 24) for i in range(40)}
+    other = save_checkpoint(tmp_path / "other", state | odd)
     result = paft("merge", write_recipe(tmp_path / "r.yaml", recipe("ties", base, (other, WEIGHT))), tmp_path / "out")
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 21

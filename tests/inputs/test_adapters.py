@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -250,6 +250,11 @@ FORMS: dict[str, Callable[[str], str]] = {
     ),
     "no .weight": lambda key: key.removesuffix(".weight") if ".lora_" in key else key,
     "an older modules_to_save": lambda key: key.replace("lm_head.", "lm_head.modules_to_save.default."),
+    "DDP": lambda key: f"module.{key}",
+    "DDP without PEFT's prefix": lambda key: f"module.{key.removeprefix('base_model.model.')}",
+    "Lightning, compiled": lambda key: f"model._orig_mod.{key}",
+    "compiled inside": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+    "FSDP": lambda key: re.sub(r"(layers\.\d+)\.", r"\1._fsdp_wrapped_module._checkpoint_wrapped_module.", key),
     "a newer magnitude": lambda key: f"{key}.weight" if key.endswith("magnitude_vector") else key,
 }
 

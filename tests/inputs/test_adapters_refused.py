@@ -50,6 +50,21 @@ def refused(plain: Path) -> Callable[..., list[Problem]]:
     return refused
 
 
+def test_names_of_other_programs_are_one_line(adapter: Path, refused: Callable[..., list[Problem]]) -> None:
+    edit_tensors(
+        adapter, lambda t: {key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for key, v in t.items()}
+    )
+    assert [
+        "convert it to PEFT's names" in str(problem) for problem in refused(adapter) if problem.code == "ADAPTER_UNUSED"
+    ] == [True]
+
+
+def test_a_version_of_a_program_changes_nothing(adapter: Path, plain: Path) -> None:
+    edit_config(adapter, unsloth_version="2025.1.5")
+    with Checkpoint.open(plain / "base") as base, Adapter.open(adapter, base) as opened:
+        assert opened.deltas
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "ADAPTER_UNSUPPORTED: peft_type: PROMPT_TUNING prepends trained"),
     "X-LoRA": ({"peft_type": "XLORA"}, "ADAPTER_UNSUPPORTED: peft_type: XLORA mixes several adapters by a router"),
@@ -157,7 +172,12 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         f"DTYPE_UNSUPPORTED: tensor '{PATH}.lora_A.weight' is I8",
     ),
     "another part of LoRA": (with_(lora_E=torch.zeros(4, 1)), f"ADAPTER_CONFIG: tensor '{PATH}.lora_E' is of type ADALORA"),
-    "KaSA's diagonal": (with_(lora_diag=torch.zeros(4)), f"ADAPTER_UNUSED: tensor '{PATH}.lora_diag'"),
+    "KaSA's diagonal": (with_(lora_diag=torch.zeros(4)), f"ADAPTER_UNUSED: has names that no supported adapter type uses, so that they would be left out: '{PATH}.lora_diag'"),
+    "kohya's names": (with_(**{"lora_up.weight": torch.ones(16, 4)}), f"ADAPTER_UNUSED: has names that no supported adapter type uses, so that they would be left out: '{PATH}.lora_up.weight'"),
+    "a value head": (
+        lambda t: t | {"v_head.summary.weight": torch.ones(1, 16)},
+        "ADAPTER_TARGET: holds trained weights that the base lacks: 'v_head.summary.weight'",
+    ),
     "a magnitude without DoRA": (
         with_(lora_magnitude_vector=torch.ones(16)),
         f"ADAPTER_UNUSED: {MODULE} has a lora_magnitude_vector, but use_dora is false",

@@ -238,6 +238,8 @@ DIFFERENT = {
     "a model that transformers does not know": (
         {"model_type": "odd", "heads": 4}, {"model_type": "odd", "heads": 8, "gate": 1}, ["heads (8 against 4)", "gate (1 against not set)"],
     ),
+    "a model type that is not a name": ({"model_type": ["llama"], "heads": 4}, {"model_type": ["llama"], "heads": 8}, ["heads (8 against 4)"]),
+    "RoPE that is not a mapping": (LLAMA | {"rope_parameters": 1.5}, LLAMA | {"rope_parameters": 2.5}, ["rope_parameters (2.5 against 1.5)"]),
     "a config that transformers rejects": (LLAMA, LLAMA | {"hidden_size": "wide"}, ["hidden_size (wide against 64)"]),
 }  # fmt: skip
 

@@ -209,6 +209,33 @@ def test_a_config_that_claims_what_no_tensor_shows_is_a_warning(tmp_path: Path) 
         assert ["GPTQ, 4 bits" in one.what for one in plan.warnings if one.code == "QUANTISED"] == [True]
 
 
+def test_codes_in_a_form_that_no_table_knows(tmp_path: Path) -> None:
+    """Where the config says that the model is quantised, every module with integers is: its tensors go together."""
+    state = random_state(0)
+    weight = f"{UP}.weight"
+    coded = {f"{UP}.lut": codes(24, 4, dtype=torch.uint8), f"{UP}.levels": scales(24), f"{UP}.inner.zero": scales(3)}
+    config = {"quantization_config": {"quant_method": "newquant", "bits": 3}}
+    more = {"model.position_ids": torch.arange(4)}
+    base = save_checkpoint(tmp_path / "base", {**state, **coded, **more}, config=config)
+    with Checkpoint.open(base) as checkpoint:
+        found = quantised(checkpoint)
+    assert (found.how, found.parts) == ("newquant, 3 bits", dict.fromkeys([*coded, weight], weight))
+    known = save_checkpoint(tmp_path / "known", {**state, **coded, **FORMATS["gptq"][0](Q)}, config=config)
+    with Checkpoint.open(known) as checkpoint:
+        assert set(quantised(checkpoint).parts) == {*coded, weight, *FORMATS["gptq"][0](Q)}
+    tuned = near(state, 1) | {weight: state[weight]}
+    same = save_checkpoint(tmp_path / "x", {**tuned, **coded, **more}, config=config)
+    merge({**asked(base, same), "dtype": "float16"}, tmp_path / "out")
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert all(raw(got[name]) == raw(tensor) for name, tensor in {**coded, weight: state[weight]}.items())
+    other = save_checkpoint(
+        tmp_path / "y", {**tuned, **coded, **more, f"{UP}.lut": codes(24, 4, dtype=torch.uint8) + 1}, config=config
+    )
+    with pytest.raises(PaftMergeError) as caught:
+        merge(asked(base, other), tmp_path / "refused")
+    assert ["newquant, 3 bits" in str(one) for one in caught.value.problems] == [True]
+
+
 def test_names_that_only_look_like_scales_are_not_quantised(tmp_path: Path) -> None:
     state = random_state(0) | {
         "logit_scale": torch.ones(()), "model.layers.0.layer_scale": torch.ones(24), "model.blocks.0.scales": torch.ones(3),

@@ -143,7 +143,12 @@ class Binding:
                 f"{len(names)} modules of the adapter {self.file.folder} change quantised weights: {join_first(names)}"
             )
             self._problems.found.append(self.quantised.get().problem(self.base.folder, uses))
-        if self.absent:
+        whole = {name for saved in self.keys.saved for name in saved.names}
+        if self.builders and self.absent and whole.issuperset(self.absent):
+            what = f"holds trained weights that the base lacks: {join_first(self.absent)}"
+            fix = "they are of a head, a projector or an encoder: merge it onto the model that has them, or remove them from its file"
+            self._problems.add("ADAPTER_TARGET", self.file.folder, what, fix)
+        elif self.absent:
             what = f"{len(self.absent)} of its modules are not in the base: {join_first(self.absent)}"
             self._problems.add("ADAPTER_TARGET", self.file.folder, what, OTHER_BASE)
 

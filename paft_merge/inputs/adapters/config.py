@@ -129,7 +129,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def refuse_unknown(path: Path, raw: Mapping[str, Any], known: Iterable[str], kind: str, problems: Problems) -> None:
     """Note every field that is set and not in `known`: it may change the weights."""
     for field in sorted(raw.keys() - set(known)):
-        if raw[field]:
+        if raw[field] and not field.endswith("_version"):
             what = f"{field}: not a field of {kind} that this version knows, so its effect on the weights is unknown"
             problems.add("ADAPTER_UNSUPPORTED", path, what, "remove it from the file if it has none")
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from paft_merge.errors import Problems
+from paft_merge.inputs.safetensors_header import join_first, without_wrappers
 
-_PREFIX = re.compile(r"(base_model\.model\.)*")
-"""Twice where a wrapped model was wrapped again."""
+_PREFIX = re.compile(r"((?:[^.]+\.)*?(?:base_model\.model\.)+|(?:module\.)*)")
+"""Twice where a wrapped model was wrapped again; after the segments of what wraps PEFT's model (DDP, Lightning)."""
+_FOREIGN = re.compile(r"(^|[._])lora[._](up|down|mid|a|b)(\.|$)|^lora_(unet|te\d?)_")
+"""Names in adapters of kohya's scripts, LyCORIS, older diffusers and torchtune."""
 _INERT = re.compile(r".+\.(lora_(monteclora|velora)_.+|original_module\..+|trainable_tokens_original(\..+)?)")
 """Training state and copies of the base, which no merge uses: MonteCLoRA and VeLoRA merge as plain LoRA."""
 
@@ -99,9 +102,9 @@ def sort_by_name(keys: Iterable[str], types: Mapping[str, TensorNames], where: o
         problems: receives ADAPTER_UNUSED for names that no known type writes, and ADAPTER_CONFIG if two tensors are
             the same part of one module.
     """
-    found = Keys()
+    found, unknown = Keys(), list[str]()
     for key in keys:
-        name = key[len(_PREFIX.match(key)[0]) :]  # type: ignore[index]
+        name = _PREFIX.sub("", without_wrappers(key), count=1)
         if _INERT.fullmatch(name):
             continue
         matches = {kind: match for kind, names in types.items() if (match := names.match(name))}
@@ -109,11 +112,19 @@ def sort_by_name(keys: Iterable[str], types: Mapping[str, TensorNames], where: o
             found.tokens[_unwrapped(match["path"])] = key
         elif matches:
             _add_part(found, key, *next(iter(matches.items())), where, problems)
-        elif any(f".{names.prefix}" in name for names in types.values()):
-            what = f"tensor {key!r} has a name that no supported adapter type uses, so it would be left out"
-            problems.add("ADAPTER_UNUSED", where, what, "merge the adapter with PEFT instead")
+        elif _FOREIGN.search(name) or any(f".{names.prefix}" in name for names in types.values()):
+            unknown.append(key)
         else:
             found.saved.append(_saved(key, name))
+    if unknown:
+        what = f"has names that no supported adapter type uses, so that they would be left out: {join_first(unknown)}"
+        foreign = any(map(_FOREIGN.search, unknown))
+        fix = (
+            "they are not PEFT's: convert it to PEFT's names, with its scales"
+            if foreign
+            else "merge it with PEFT instead"
+        )
+        problems.add("ADAPTER_UNUSED", where, what, fix)
     plain = {name for one in found.saved if not one.wrapped for name in one.names}
     found.saved = [one for one in found.saved if not (one.wrapped and plain.intersection(one.names))]
     return found
