@@ -201,6 +201,8 @@ def resolve(
     local = Path(path).expanduser()
     if local.exists():
         return ResolvedRepo(local, path)
+    if local.is_symlink():
+        raise HubError.of("NOT_FOUND", path, f"is a link to {local.readlink()}, which does not exist", "check the path")
     named = split_repository(path)
     if named is None:
         what = "not a local folder, and not a valid Hub repository name"

@@ -124,7 +124,8 @@ def _folders(path: str, revision: str | None, *, refresh: bool) -> list[str]:
     above, star, below = re.fullmatch(r"(.*/|)([^/]*\*[^/]*)(/.*|)", path, re.DOTALL).groups()  # type: ignore[union-attr]
     root, tail = Path(above or ".").expanduser(), below.strip("/")
     if root.is_dir():
-        return sorted(f"{above}{one.name}{below}" for one in root.iterdir() if (one / tail).is_dir())
+        folders = (one for one in root.iterdir() if (one / tail).is_dir() or (one.is_symlink() and not one.exists()))
+        return sorted(f"{above}{one.name}{below}" for one in folders)
     named = split_repository(path.replace("*", "0"))
     if named is None or above.count("/") <= named[0].count("/"):
         what = f"there is no folder {above!r} here, and {star!r} is not in a repository of the Hub"

@@ -158,6 +158,8 @@ class Checkpoint:
             config: dict[str, Any] = {}
             with problems.catching():
                 config = _read_config(folder)
+            if not problems.found and not any(one.tensors for one in opened):
+                problems.add("CHECKPOINT_MISSING", asked, "holds no tensors", "download it again, or check the path")
             problems.raise_as(CheckpointError)
         except BaseException:
             for one in opened:

@@ -116,11 +116,12 @@ def _not_ours(part: Path) -> Problem:
 
 
 def _content(part: Path, out: Path) -> list[str]:
-    """The entries of `out` that are not from an unfinished merge."""
+    """The entries of `out` that are not from an unfinished merge, also those that it had moved away."""
     if not out.is_dir():
         return []
     passed = _NO_FILES if part.parent == out else ()
-    return sorted({*os.listdir(out)} - {*passed, *_placed(part)})
+    moved = os.listdir(part / _OLD) if (part / _OLD).is_dir() else []
+    return sorted({*os.listdir(out)} - {*passed, *_placed(part)} | {*moved})
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -219,7 +220,8 @@ def put_in_place(part: Path, out: Path, *, overwrite: bool) -> None:
     except OSError as error:  # a mount point, or a folder in a lower layer of a container's file system
         if error.errno not in (errno.EBUSY, errno.EXDEV) or not out.is_dir():
             raise
-        _move_up(part, out, overwrite=overwrite)
+        os.rename(part, out / INSIDE)
+        _move_up(out / INSIDE, out, overwrite=overwrite)
         return
     if replaced:
         _remove_replaced(replaced)
@@ -408,6 +410,6 @@ def writing(place: Path) -> Iterator[None]:
         full = error.errno in DISK_FULL
         fix = "free some space and run again with resume=True" if full else "choose a writable folder"
         if error.errno in (errno.EBUSY, errno.EXDEV):
-            fix = f"the finished files stay in {place}: make the folder free, and run again with resume=True"
+            fix = "the finished files are kept: make the folder free, and run again with resume=True"
         where, what = error.filename or place, error.strerror or str(error)
         raise OutputError.of("DISK" if full else "OUTPUT", where, what, fix) from error

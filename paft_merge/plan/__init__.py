@@ -70,6 +70,9 @@ def plan_merge(
         config = planner.vocabulary.in_config(planner.config_source.checkpoint.config, config)
     if planner.problems.found:
         raise CheckpointError(truncate(list(dict.fromkeys(planner.problems.found)), "the recipe"))
+    if not tensors:
+        what = "the output has no tensors, because its sources have none in common"
+        raise RecipeError.of("KEYS_MISSING", recipe.located.spot(()), what, "merge models of one architecture")
     shards = _layout(planner.config_source.checkpoint, tensors, out_shard_bytes, keep_files=planner.outputs.whole)
     order = {slot.name: i for i, slot in enumerate(slot for shard in shards for slot in shard.slots)}
     tensors.sort(key=lambda t: order[t.name])

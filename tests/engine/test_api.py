@@ -42,6 +42,35 @@ def asked(family: Family, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "r.yaml", recipe("task_arithmetic", paths["base"], (paths["x"], {"weight": 0.5})))
 
 
+# --- nothing to merge ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("method", ["passthrough", "ties"])
+def test_a_source_without_tensors_is_refused(file: str, method: str, asked: Path, tmp_path: Path) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    save_file({}, empty / file)
+    base = json.loads(asked.read_text())["base_model"]
+    merged = (None, (empty, {})) if method == "passthrough" else (base, (empty, {"weight": 1.0}))
+    made = recipe(method, *merged)
+    refused = paft("merge", write_recipe(asked, made), tmp_path / "out", "--quiet")
+    fault = f"error[CHECKPOINT_MISSING]: {empty}: holds no tensors; download it again, or check the path\n"
+    assert (refused.exit_code, refused.stderr) == (1, fault)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_result_without_tensors_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({name: torch.ones(4)}, tmp_path / f"{name}.safetensors")
+    models = [{"model": str(tmp_path / f"{name}.safetensors"), "parameters": {"weight": 1}} for name in ("a", "b")]
+    file = write_recipe(tmp_path / "r.yaml", {"merge_method": "linear", "models": models})
+    refused = paft("merge", file, tmp_path / "out", "--quiet", "--tensor-intersection")
+    assert (refused.exit_code, refused.stderr.split(";")[0]) == (
+        1, f"error[KEYS_MISSING]: {file}:1: the output has no tensors, because its sources have none in common",
+    )  # fmt: skip
+    assert not list(tmp_path.glob("out*"))
+
+
 # --- options --------------------------------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,16 @@ def test_what_a_star_cannot_mean_is_refused(place: Path, entry: Any, message: st
     assert not (place / "out").exists()
 
 
+def test_a_checkpoint_that_is_a_broken_link_is_not_left_out(place: Path) -> None:
+    os.rename("run/checkpoint-1000", "moved")
+    os.symlink("../moved", "run/checkpoint-1000")
+    entry = {"model": "base+run/checkpoint-*", "last": 2}
+    assert named(recipe(entry)) == ["base+run/checkpoint-100", "base+run/checkpoint-1000"]
+    os.rename("moved", "moved again")
+    with pytest.raises(PaftMergeError, match=r"run/checkpoint-1000: is a link to \.\./moved, which does not exist"):
+        paft_merge.merge(recipe(entry), place / "out")
+
+
 def test_a_star_outside_the_lists_is_refused_with_its_place(place: Path) -> None:
     with pytest.raises(PaftMergeError, match="only in the models: and sources:"):
         paft_merge.merge(recipe("full/checkpoint-50", base_model="full/checkpoint-*"), place / "out")

@@ -162,6 +162,42 @@ def test_a_folder_that_cannot_be_renamed_over_gets_its_files_one_by_one(
     assert not part_of(out).exists()
 
 
+@pytest.mark.parametrize("mounted", [True, False])
+@pytest.mark.parametrize("replacing", [False, True])
+@pytest.mark.parametrize("moves", [1, 2, 3])
+def test_a_merge_that_is_killed_while_its_files_are_moved_one_by_one_is_resumed(
+    mounted: bool, replacing: bool, moves: int, asked: dict[str, Any], whole: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out, again, left = tmp_path / "volume", Merged(), [moves]
+    out.mkdir()
+    if replacing:
+        (out / "model.safetensors").write_text("old")
+        (out / "tokenizer.json").write_text("old")
+    listed, rename = os.listdir, os.rename
+    monkeypatch.setattr(os, "listdir", lambda place: sorted(listed(place)))
+    monkeypatch.setattr(placing, "is_mount", lambda folder: mounted and folder == out)
+    monkeypatch.setattr(placing, "_exchange", lambda one, other: False)
+
+    def killed(one: Any, other: Any) -> None:
+        if os.fspath(out) in map(os.fspath, (one, other)):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fspath(one))
+        left[0] -= out in (Path(one).parent, Path(other).parent) and Path(other).name != INSIDE
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        rename(one, other)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(asked, out, overwrite=replacing)
+    with pytest.raises(CheckpointError, match="did not finish"):
+        Checkpoint.open(out)
+    merge(asked, out, overwrite=replacing, resume=True, progress=again)
+    assert (again.count, files_of(out)) == (0, whole)
+    assert not list(tmp_path.glob("volume.*"))
+
+
 @pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV, errno.EIO])
 @pytest.mark.parametrize("replacing", [False, True])
 def test_after_a_failed_rename_nothing_is_merged_again(

@@ -204,6 +204,7 @@ _BATCH = re.compile(r"^/([^/]+/[^/]+)\.git/info/lfs/objects/batch$")
 class _Handler(BaseHTTPRequestHandler):
     server_hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the bytes before a reset may wait for an acknowledgement, and are lost
 
     def log_message(self, *_: object) -> None:
         pass
