@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from paft_merge.auditing.opening import AuditedTensor
+from paft_merge.auditing.opening import AuditedTensor, Placed
 from paft_merge.compute.blocks import KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import AuditError, Problems
@@ -17,7 +17,7 @@ from paft_merge.methods.rules.rule import Rule, rank_over_model
 from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.recipe.resolution import SettingError, coerce
 from paft_merge.recipe.yaml_source import did_you_mean
-from paft_merge.stats.metrics import UNDEFINED
+from paft_merge.stats.metrics import UNDEFINED, ratio
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,17 @@ class Survived:
     @property
     def kept_share(self) -> float:
         """Share of the entries that survive trimming."""
-        return _ratio(self.kept, self.entries)
+        return ratio(self.kept, self.entries)
 
     @property
     def kept_energy(self) -> float:
         """Share of sum d^2 that survives trimming."""
-        return _ratio(self.kept_square, self.square)
+        return ratio(self.kept_square, self.square)
 
     @property
     def elected_energy(self) -> float:
         """Share of sum d^2 that survives trimming and election."""
-        return _ratio(self.elected_square, self.square)
+        return ratio(self.elected_square, self.square)
 
     def to_json(self) -> dict[str, Any]:
         """The fields of the report's JSON."""
@@ -135,12 +135,9 @@ class Survived:
 
 
 @dataclass(frozen=True)
-class PreviewTensor:
+class PreviewTensor(Placed):
     """What a merge would keep of one tensor."""
 
-    name: str
-    layer: int | None
-    module: str
     sources: Mapping[str, Survived]
     merged_square: float
     """Sum of squares of the merged delta."""
@@ -171,7 +168,7 @@ class Preview:
     def norm_ratio(self) -> float:
         """Norm of the merged delta over the norm of the plain weighted sum."""
         merged, plain = (math.fsum(getattr(t, n) for t in self.tensors) for n in ("merged_square", "sum_square"))
-        return math.sqrt(_ratio(merged, plain)) if plain else UNDEFINED
+        return math.sqrt(ratio(merged, plain)) if plain else UNDEFINED
 
 
 def rules_for(
@@ -199,7 +196,3 @@ def _rule_for(subject: AuditedTensor, proposal: Proposal | None) -> Rule | None:
     if rule is None and proposal is not None:
         rule = proposal.rule([r.source for r in subject.inputs.sources], subject.name)
     return rule if rule is not None and rule.selection_weights is not None else None
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else UNDEFINED
