@@ -95,7 +95,7 @@ def _proposal(preview: Proposal | str | Mapping[str, Any] | None) -> Proposal | 
     if preview is None or isinstance(preview, Proposal):
         return preview
     if isinstance(preview, str):
-        return Proposal() if preview == "ties" else Proposal.parse(preview, [])
+        return Proposal(preview)
     given = dict(preview)
     return Proposal(given.pop("method", "ties"), given)
 

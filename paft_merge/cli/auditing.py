@@ -63,8 +63,7 @@ def audit(
         if len(sources) == 1 and base is None and is_merged(sources[0]):
             report_manifest(auditing.verify(sources[0]), outlets, require)
             return
-        default = auditing.Proposal() if method == "ties" and not parameters else None
-        preview = None if no_preview else default or auditing.Proposal.parse(method, parameters)
+        preview = None if no_preview else auditing.Proposal.parse(method, parameters)
         with _audit_progress(quiet) as progress:
             done = auditing.audit(
                 *sources, base=base, preview=preview, epsilon=epsilon, require=require, fetch_base=fetch_base, threads=threads,
