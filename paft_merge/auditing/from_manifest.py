@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from paft_merge.auditing.header_only_base import natural
-from paft_merge.auditing.opening import Header, labels_of, layer_of, module_of
+from paft_merge.auditing.opening import Header, labels_of
 from paft_merge.auditing.preview import Preview, PreviewTensor, Survived
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
@@ -60,7 +60,7 @@ def _source(ref: str, label: str, held: Held) -> SourceAudit:
     for name, (entry, tensor) in held.items():
         if found := tensor.sources.get(ref):
             spectrum = found.spectra[0] if found.spectra else None
-            place = name, layer_of(name), module_of(name), tensor.kinds[ref], tuple(entry["shape"])
+            place = name, tensor.kinds[ref], tuple(entry["shape"])
             tensors.append(TensorAudit(*place, found.measure, spectrum, found.factors))
     return SourceAudit(Header(ref, label, _most(t.kind for t in tensors)), tuple(tensors))
 
@@ -68,13 +68,12 @@ def _source(ref: str, label: str, held: Held) -> SourceAudit:
 def _pair(left: str, right: str, labels: Mapping[str, str], held: Held) -> PairAudit:
     tensors = []
     for name, (_, tensor) in held.items():
-        place = name, layer_of(name), module_of(name)
         if found := tensor.pair(left, right):
-            tensors.append(PairTensor(*place, *found))
+            tensors.append(PairTensor(name, *found))
         elif alone := tensor.sources.get(left):
-            tensors.append(PairTensor(*place, PairMeasure(left_square=alone.measure.square), None))
+            tensors.append(PairTensor(name, PairMeasure(left_square=alone.measure.square), None))
         elif alone := tensor.sources.get(right):
-            tensors.append(PairTensor(*place, PairMeasure(right_square=alone.measure.square), None))
+            tensors.append(PairTensor(name, PairMeasure(right_square=alone.measure.square), None))
     return PairAudit(labels[left], labels[right], tuple(tensors))
 
 
@@ -86,7 +85,7 @@ def _kept(name: str, entry: Mapping[str, Any], tensor: RecordedTensor, labels: M
             square = row["l2"] ** 2
             energies = square, row["kept_energy"] * square, row["elected_energy"] * square
             kept[labels[row["source"]]] = Survived(entries, row["kept"], row["elected"], *energies)
-    return PreviewTensor(name, layer_of(name), module_of(name), kept, 0.0, 0.0)
+    return PreviewTensor(name, kept, 0.0, 0.0)
 
 
 def _most(kinds: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,25 @@ class AuditedTensor(StreamedTensor):
         """The deltas of `sources` from `base`; the shape is the largest of theirs."""
         inputs = Inputs(base, tuple(sources), "deltas", subtract=False)
         return cls(name, max((r.shape for r in inputs.reads), key=math.prod), inputs, rule)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor by its name, which says where in the model it is."""
+
+    name: str
+
+    @cached_property
+    def layer(self) -> int | None:
+        """The first number in the name; None outside layers."""
+        found = _LAYER.match(self.name)
+        return int(found[1]) if found else None
+
+    @cached_property
+    def module(self) -> str:
+        """The kind of module: the last word of the name, without `weight`; the same in every layer and expert."""
+        parts = [p for p in self.name.removesuffix(".weight").split(".") if not p.isdigit()]
+        return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
 
 
 @dataclass(frozen=True)
@@ -116,18 +136,6 @@ def open_sources(sources: Sequence[Source], base: Path | str | None, *, fetch_ba
             fix = "pass base=..." if opened.base is None else "" if opened.weights else "pass fetch_base=True"
             raise AuditError.of("EMPTY", where, f"there is nothing to audit: {why}", fix)
         yield opened
-
-
-def layer_of(name: str) -> int | None:
-    """The layer of a tensor: the first number in its name; None outside layers."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else None
-
-
-def module_of(name: str) -> str:
-    """The kind of module of a tensor: the last word of its name, without `weight`; the same in every layer and expert."""
-    parts = [p for p in name.removesuffix(".weight").split(".") if not p.isdigit()]
-    return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
 
 
 def _is_recipe(source: Source) -> bool:

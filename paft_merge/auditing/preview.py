@@ -8,79 +8,83 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from paft_merge.auditing.opening import AuditedTensor
+from paft_merge.auditing.opening import AuditedTensor, Placed
 from paft_merge.compute.blocks import KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import AuditError, Problems
 from paft_merge.methods import METHODS, REQUIRED
 from paft_merge.methods.rules.rule import Rule, rank_over_model
 from paft_merge.methods.rules.thresholds import stream_key
-from paft_merge.recipe.resolution import SettingError, coerce
+from paft_merge.recipe.resolution import SettingError, coerce, rivals
 from paft_merge.recipe.yaml_source import did_you_mean
-from paft_merge.stats.metrics import UNDEFINED
+from paft_merge.stats.metrics import UNDEFINED, ratio
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A method with its parameters; a parameter of a source has one value for all sources, or one a source."""
+    """A method with its parameters; a parameter of a source has one value for all sources, or one a source.
+
+    Raises:
+        AuditError: PREVIEW, with everything that is wrong with the method, the names and the values.
+    """
 
     method: str = "ties"
-    parameters: Mapping[str, Any] = field(default_factory=lambda: {"density": 0.2, "weight": 1.0})
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Values, or their texts. TIES without parameters is TIES at density 0.2."""
     seed: int = 0
     """Of random drops, as in a recipe."""
 
-    @classmethod
-    def parse(cls, method: str, settings: Sequence[str]) -> Proposal:
-        """Parse `NAME=VALUE` texts; `NAME=V1,V2` gives each source its own value.
-
-        Raises:
-            AuditError: PREVIEW, with all errors.
-        """
-        problems, parameters = Problems(), dict[str, Any]()
-        known = METHODS[method].parameters if method in METHODS else ()
-        names = [p.name for p in known]
-        if method not in METHODS:
-            near = did_you_mean(method, METHODS)
-            problems.add("PREVIEW", method, "is not a method", near or f"methods are {', '.join(METHODS)}")
-        for text in settings:
-            name, _, value = text.partition("=")
-            spec = next((p for p in known if p.name == name), None)
+    def __post_init__(self) -> None:
+        method, problems, made = METHODS.get(self.method), Problems(), dict[str, Any]()
+        if method is None:
+            fix = did_you_mean(self.method, METHODS) or f"methods are {', '.join(METHODS)}"
+            raise AuditError.of("PREVIEW", self.method, "is not a method", fix)
+        names = [p.name for p in method.parameters]
+        given = self.parameters or ({"density": 0.2, "weight": 1.0} if self.method == "ties" else {})
+        for name, value in given.items():
+            spec = method.parameter(name)
             if spec is None:
-                if method in METHODS:
-                    fix = did_you_mean(name, names) or f"its parameters are {', '.join(names)}"
-                    problems.add("PREVIEW", text, f"{method} has no parameter {name!r}", fix)
+                fix = did_you_mean(name, names) or f"its parameters are {', '.join(names)}"
+                problems.add("PREVIEW", name, f"{self.method} has no parameter {name!r}", fix)
                 continue
+            listed = isinstance(value, tuple | list) and spec.scope == "source"
             try:
-                values = [coerce(spec, part) for part in value.split(",")]
+                made[name] = tuple(coerce(spec, one) for one in value) if listed else coerce(spec, value)
             except SettingError as error:
                 problems.add("PREVIEW", name, error.what, error.fix)
-            else:
-                parameters[name] = values[0] if len(values) == 1 else tuple(values)
+        if len(rival := [name for name in rivals(method) if name in given]) > 1:
+            problems.add("PREVIEW", self.method, f"{' and '.join(rival)} are both given", "keep one of them")
+        for name in (p.name for p in method.parameters if p.default is REQUIRED and p.name not in given):
+            if name != "weight":
+                problems.add("PREVIEW", self.method, f"{name} must be given", f"-p {name}=...")
         problems.raise_as(AuditError)
-        return cls(method, parameters)
+        object.__setattr__(self, "parameters", made)
+
+    @classmethod
+    def parse(cls, method: str, settings: Sequence[str]) -> Proposal:
+        """Parse `NAME=VALUE` texts; `NAME=V1,V2` gives each source its own value."""
+        pairs = (text.partition("=")[::2] for text in settings)
+        return cls(method, {name: value.split(",") if "," in value else value for name, value in pairs})
 
     def rule(self, sources: Sequence[str], name: str) -> Rule:
         """The rule for the tensor `name`.
 
         Raises:
-            AuditError: PREVIEW, a parameter is missing, out of bounds, or does not have one value a source.
+            AuditError: PREVIEW, a parameter does not have one value a source, or values do not go together.
         """
         method, problems = METHODS[self.method], Problems()
         per_source: list[dict[str, Any]] = [{} for _ in sources]
         shared: dict[str, Any] = {}
         for spec in method.parameters:
-            given = self.parameters.get(
-                spec.name, 1.0 if spec.name == "weight" and spec.default is REQUIRED else spec.default
-            )
-            if given is REQUIRED:
-                problems.add("PREVIEW", self.method, f"{spec.name} must be given", f"-p {spec.name}=...")
-            elif spec.scope == "shared":
-                shared[spec.name] = given
-            elif isinstance(given, (tuple, list)) and len(given) != len(sources):
-                problems.add("PREVIEW", self.method, f"{spec.name} has {len(given)} values for {len(sources)} sources")
-            else:
-                for i, one in enumerate(per_source):
-                    one[spec.name] = given[i] if isinstance(given, (tuple, list)) else given
+            value = self.parameters.get(spec.name, 1.0 if spec.default is REQUIRED else spec.default)
+            if spec.scope == "shared":
+                shared[spec.name] = value
+                continue
+            values = value if isinstance(value, tuple) else (value,) * len(sources)
+            if len(values) != len(sources):
+                problems.add("PREVIEW", self.method, f"{spec.name} has {len(values)} values for {len(sources)} sources")
+            for own, one in zip(per_source, values, strict=False):
+                own[spec.name] = one
         problems.raise_as(AuditError)
         keys = [stream_key(self.seed, source, name, "drop") for source in sources]
         try:
@@ -116,17 +120,17 @@ class Survived:
     @property
     def kept_share(self) -> float:
         """Share of the entries that survive trimming."""
-        return _ratio(self.kept, self.entries)
+        return ratio(self.kept, self.entries)
 
     @property
     def kept_energy(self) -> float:
         """Share of sum d^2 that survives trimming."""
-        return _ratio(self.kept_square, self.square)
+        return ratio(self.kept_square, self.square)
 
     @property
     def elected_energy(self) -> float:
         """Share of sum d^2 that survives trimming and election."""
-        return _ratio(self.elected_square, self.square)
+        return ratio(self.elected_square, self.square)
 
     def to_json(self) -> dict[str, Any]:
         """The fields of the report's JSON."""
@@ -135,12 +139,9 @@ class Survived:
 
 
 @dataclass(frozen=True)
-class PreviewTensor:
+class PreviewTensor(Placed):
     """What a merge would keep of one tensor."""
 
-    name: str
-    layer: int | None
-    module: str
     sources: Mapping[str, Survived]
     merged_square: float
     """Sum of squares of the merged delta."""
@@ -171,7 +172,7 @@ class Preview:
     def norm_ratio(self) -> float:
         """Norm of the merged delta over the norm of the plain weighted sum."""
         merged, plain = (math.fsum(getattr(t, n) for t in self.tensors) for n in ("merged_square", "sum_square"))
-        return math.sqrt(_ratio(merged, plain)) if plain else UNDEFINED
+        return math.sqrt(ratio(merged, plain)) if plain else UNDEFINED
 
 
 def rules_for(
@@ -199,7 +200,3 @@ def _rule_for(subject: AuditedTensor, proposal: Proposal | None) -> Rule | None:
     if rule is None and proposal is not None:
         rule = proposal.rule([r.source for r in subject.inputs.sources], subject.name)
     return rule if rule is not None and rule.selection_weights is not None else None
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else UNDEFINED

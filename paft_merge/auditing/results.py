@@ -6,26 +6,25 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-from paft_merge.auditing.opening import Header, Skipped
+from paft_merge.auditing.opening import Header, Placed, Skipped
 from paft_merge.auditing.preview import Preview
 from paft_merge.errors import Problem
 from paft_merge.stats.metrics import UNDEFINED, Measure
 from paft_merge.stats.pairs import PairMeasure
 from paft_merge.stats.spectrum import FactorCounts, Spectrum
 
+T = TypeVar("T", bound=Placed)
+
 SCHEMA = "paft_merge.audit/1"
 """The version of the JSON; fields may be added under the same version, but none changes its meaning (docs/audit.md)."""
 
 
 @dataclass(frozen=True)
-class TensorAudit:
+class TensorAudit(Placed):
     """One source's delta in one tensor."""
 
-    name: str
-    layer: int | None
-    module: str
     kind: str
     """`lora`, `dora`, `replace`, ... as `AdapterDelta.kind`, or `checkpoint`."""
     shape: tuple[int, ...]
@@ -89,14 +88,12 @@ class SourceAudit:
     @cached_property
     def layers(self) -> Mapping[int, Group]:
         """By number; tensors outside layers are in none."""
-        keys = sorted({t.layer for t in self.tensors if t.layer is not None})
-        return {k: Group(str(k), tuple(t for t in self.tensors if t.layer == k)) for k in keys}
+        return {k: Group(str(k), tuple(own)) for k, own in by_layer(self.tensors).items()}
 
     @cached_property
     def modules(self) -> Mapping[str, Group]:
         """By kind of module, in the order in which a layer computes them."""
-        keys = in_order(t.module for t in self.tensors)
-        return {k: Group(k, tuple(t for t in self.tensors if t.module == k)) for k in keys}
+        return {k: Group(k, tuple(own)) for k, own in by_module(self.tensors).items()}
 
     def paft_sparsity(self, epsilon: float) -> float:
         """Mean over layers of the share of |delta| < `epsilon` (PAFT, Figure 2); without layers, the share of all entries."""
@@ -110,9 +107,7 @@ class SourceAudit:
             "label": self.label,
             "kind": self.header.kind,
             "header": dict(self.header.details),
-            "paft_sparsity": {f"{e:g}": self.paft_sparsity(e) for e in self.tensors[0].measure.below}
-            if self.tensors
-            else {},
+            "paft_sparsity": {f"{e:g}": self.paft_sparsity(e) for t in self.tensors[:1] for e in t.measure.below},
             "all": self.total.to_json() if self.tensors else None,
             "layers": {str(k): g.to_json() for k, g in self.layers.items()},
             "modules": {k: g.to_json() for k, g in self.modules.items()},
@@ -121,12 +116,9 @@ class SourceAudit:
 
 
 @dataclass(frozen=True)
-class PairTensor:
+class PairTensor(Placed):
     """Two sources' deltas in one tensor."""
 
-    name: str
-    layer: int | None
-    module: str
     measure: PairMeasure
     subspace: tuple[float, float] | None
     """Overlap of the left and of the right singular subspaces, where both have factors."""
@@ -148,14 +140,12 @@ class PairAudit:
     @cached_property
     def layers(self) -> Mapping[int, PairMeasure]:
         """By number of the layer."""
-        keys = sorted({t.layer for t in self.tensors if t.layer is not None})
-        return {k: self.of([t for t in self.tensors if t.layer == k]) for k in keys}
+        return {k: self.of(own) for k, own in by_layer(self.tensors).items()}
 
     @cached_property
     def modules(self) -> Mapping[str, PairMeasure]:
         """By kind of module."""
-        keys = in_order(t.module for t in self.tensors)
-        return {k: self.of([t for t in self.tensors if t.module == k]) for k in keys}
+        return {k: self.of(own) for k, own in by_module(self.tensors).items()}
 
     def of(self, tensors: Sequence[PairTensor]) -> PairMeasure:
         """The measure of `tensors` taken together."""
@@ -253,6 +243,23 @@ def in_order(modules: Iterable[str]) -> list[str]:
     """Each kind of module once; known kinds first, in the order in which a transformer's layer computes them."""
     once = list(dict.fromkeys(modules))
     return sorted(once, key=lambda m: _ORDER.index(m) if m in _ORDER else len(_ORDER))
+
+
+def by_layer(tensors: Iterable[T]) -> dict[int, list[T]]:
+    """The tensors of each layer by its number, ascending; tensors outside layers are in none."""
+    layers = dict[int, list[T]]()
+    for tensor in tensors:
+        if tensor.layer is not None:
+            layers.setdefault(tensor.layer, []).append(tensor)
+    return dict(sorted(layers.items()))
+
+
+def by_module(tensors: Iterable[T]) -> dict[str, list[T]]:
+    """The tensors of each kind of module, in the order of `in_order`."""
+    modules = dict[str, list[T]]()
+    for tensor in tensors:
+        modules.setdefault(tensor.module, []).append(tensor)
+    return {module: modules[module] for module in in_order(modules)}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from paft_merge.auditing.opening import AuditedTensor, Opened, Skipped, Source, layer_of, module_of, open_sources
+from paft_merge.auditing.opening import AuditedTensor, Opened, Skipped, Source, open_sources
 from paft_merge.auditing.preview import Preview, PreviewTensor, Proposal, rules_for
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.gate import epsilons_of
@@ -95,7 +95,7 @@ def _proposal(preview: Proposal | str | Mapping[str, Any] | None) -> Proposal | 
     if preview is None or isinstance(preview, Proposal):
         return preview
     if isinstance(preview, str):
-        return Proposal() if preview == "ties" else Proposal.parse(preview, [])
+        return Proposal(preview)
     given = dict(preview)
     return Proposal(given.pop("method", "ties"), given)
 
@@ -149,19 +149,9 @@ def _tensors(source: str, held: Held) -> list[TensorAudit]:
         row = _row(subject, source)
         if row is None:
             continue
-        delta, (spectrum, factors) = subject.inputs.sources[row].delta, seen.spectra.get(row, (None, None))
-        audits.append(
-            TensorAudit(
-                subject.name,
-                layer_of(subject.name),
-                module_of(subject.name),
-                delta.kind if delta else "checkpoint",
-                subject.shape,
-                seen.measures[row],
-                spectrum,
-                factors,
-            )
-        )
+        delta, decomposed = subject.inputs.sources[row].delta, seen.spectra.get(row, (None, None))
+        kind = delta.kind if delta else "checkpoint"
+        audits.append(TensorAudit(subject.name, kind, subject.shape, seen.measures[row], *decomposed))
     return audits
 
 
@@ -171,32 +161,24 @@ def _pair(left: str, right: str, labels: Mapping[str, str], held: Held) -> PairA
         a, b = _row(subject, left), _row(subject, right)
         if a is None and b is None:
             continue
-        place = subject.name, layer_of(subject.name), module_of(subject.name)
         if a is None or b is None:
             square = seen.measures[b if a is None else a].square  # type: ignore[index]
             alone = PairMeasure(left_square=square) if b is None else PairMeasure(right_square=square)
-            tensors.append(PairTensor(*place, alone, None))
+            tensors.append(PairTensor(subject.name, alone, None))
             continue
-        tensors.append(PairTensor(*place, seen.pairs[a, b], seen.subspaces.get((a, b))))
+        tensors.append(PairTensor(subject.name, seen.pairs[a, b], seen.subspaces.get((a, b))))
     return PairAudit(labels[left], labels[right], tuple(tensors))
 
 
 def _preview(opened: Opened, held: Held, labels: Mapping[str, str], proposal: Proposal | None) -> Preview | None:
-    tensors = tuple(
-        PreviewTensor(
-            subject.name,
-            layer_of(subject.name),
-            module_of(subject.name),
-            {labels[subject.inputs.sources[i].source]: s for i, s in seen.survived.items()},
-            seen.merged_square,
-            seen.sum_square,
-        )
-        for subject, seen in held
-        if seen.survived
-    )
+    tensors = []
+    for subject, seen in held:
+        if seen.survived:
+            kept = {labels[subject.inputs.sources[i].source]: s for i, s in seen.survived.items()}
+            tensors.append(PreviewTensor(subject.name, kept, seen.merged_square, seen.sum_square))
     if not tensors:
         return None
     if opened.recipe is not None:
-        return Preview(opened.recipe.merge_method, {}, tensors)
+        return Preview(opened.recipe.merge_method, {}, tuple(tensors))
     assert proposal is not None
-    return Preview(proposal.method, proposal.parameters, tensors)
+    return Preview(proposal.method, proposal.parameters, tuple(tensors))

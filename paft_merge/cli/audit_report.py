@@ -12,11 +12,12 @@ import click
 
 from paft_merge.auditing.from_manifest import recorded
 from paft_merge.auditing.report.audit import Audit
-from paft_merge.auditing.report.csv_file import csv_text, write
+from paft_merge.auditing.report.csv_file import csv_text
 from paft_merge.cli.audit_tables import audit_table, in_options, labelled, manifest_table
 from paft_merge.cli.terminal import warn
 from paft_merge.errors import AuditError
 from paft_merge.output.manifest import ManifestCheck
+from paft_merge.output.report_files import write_file
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def report(audit: Audit, outlets: Outlets, require: Sequence[str]) -> None:
 def _write_and_check(audit: Audit, outlets: Outlets, require: Sequence[str]) -> None:
     """Write the files that were asked for, say so, and raise the requirements that fail."""
     if outlets.csv:
-        write(outlets.csv, csv_text(audit))
+        write_file(outlets.csv, csv_text(audit))
         click.echo(f"wrote {outlets.csv}", err=True)
     if outlets.html:
-        write(outlets.html, in_options(audit.to_html()))
+        write_file(outlets.html, in_options(audit.to_html()))
         click.echo(f"wrote {outlets.html}", err=True)
     if outlets.png_dir:
         from paft_merge.auditing.report.png import write_png

@@ -57,14 +57,16 @@ def audit(
     from paft_merge import auditing
     from paft_merge.cli.audit_report import Outlets, report, report_manifest
     from paft_merge.output.manifest import is_merged
+    from paft_merge.output.report_files import check_file
 
     outlets = Outlets(as_json, csv, html, png_dir or plots)
     with sigterm_as_interrupt(), _exit_codes():
+        for file in filter(None, (csv, html)):
+            check_file(file)
         if len(sources) == 1 and base is None and is_merged(sources[0]):
             report_manifest(auditing.verify(sources[0]), outlets, require)
             return
-        default = auditing.Proposal() if method == "ties" and not parameters else None
-        preview = None if no_preview else default or auditing.Proposal.parse(method, parameters)
+        preview = None if no_preview else auditing.Proposal.parse(method, parameters)
         with _audit_progress(quiet) as progress:
             done = auditing.audit(
                 *sources, base=base, preview=preview, epsilon=epsilon, require=require, fetch_base=fetch_base, threads=threads,

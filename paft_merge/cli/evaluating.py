@@ -13,6 +13,7 @@ import click
 
 from paft_merge.cli.running import set_option, silence_libraries
 from paft_merge.cli.terminal import console, plain, say, sigterm_as_interrupt, trust_option
+from paft_merge.output.report_files import check_file, write_file
 
 if TYPE_CHECKING:
     from paft_merge.evaluating import EvaluateProgress
@@ -102,6 +103,8 @@ def evaluate(
         )
     if overrides and recipe is None:
         raise click.UsageError("--set changes a recipe and needs --recipe.")
+    if out is not None:
+        check_file(out)
     silence_libraries()
     from paft_merge.evaluating import EvaluateProgress, EvaluateSpec
     from paft_merge.evaluating import evaluate as evaluate_model
@@ -186,7 +189,7 @@ def _show(scores: dict[str, Any], as_json: bool, out: Path | None) -> None:
         return
     text = json.dumps({name: score.to_json() for name, score in scores.items()}, indent=2) + "\n"
     if out is not None:
-        out.write_text(text, encoding="utf-8")
+        write_file(out, text)
     if as_json:
         sys.stdout.write(text)
     else:

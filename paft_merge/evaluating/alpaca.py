@@ -12,23 +12,17 @@ from paft_merge.evaluating.data_rows import read_rows
 from paft_merge.evaluating.light import Advance, generate
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec
+from paft_merge.output.report_files import check_file, write_file
 
 
 def read_instructions(path: Path) -> list[dict[str, Any]]:
-    """Read rows with an `instruction`: a JSON list like AlpacaEval's `alpaca_eval.json`, or a .jsonl file.
+    """Read rows with an `instruction`, from AlpacaEval's `alpaca_eval.json` or any file for `read_rows`.
 
     Raises:
         EvaluateError: EVAL_DATA.
     """
-    if path.suffix == ".jsonl":
-        rows = read_rows(path)
-    else:
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EvaluateError.of("EVAL_DATA", path, f"cannot be read: {error}", "give a JSON list") from error
-    good = isinstance(rows, list) and bool(rows) and all(isinstance(r, dict) and r.get("instruction") for r in rows)
-    if not good:
+    rows = read_rows(path)
+    if not all(row.get("instruction") for row in rows):
         what = "has rows without an instruction"
         raise EvaluateError.of("EVAL_DATA", path, what, 'write a list of {"instruction": ...}')
     return rows
@@ -57,6 +51,7 @@ def write_alpaca(
         advance: Called after every batch.
         trust_code: As for `evaluate`.
     """
+    check_file(out)
     rows = read_instructions(instructions)
     subject = load_subject(model, spec, trust_code=trust_code)
     chat = bool(subject.tokenizer.chat_template)
@@ -73,5 +68,5 @@ def write_alpaca(
         }
         for row, output in zip(rows, outputs, strict=True)
     ]
-    out.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(out, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     return len(written)

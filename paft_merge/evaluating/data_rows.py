@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from paft_merge.errors import EvaluateError, Problems, TrainError
+from paft_merge.errors import EvaluateError, Problems, TrainError, reading
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.training.rewards import check_function
@@ -96,19 +96,12 @@ def _question_and_answer(row: Row, path: Path, number: int) -> Row:
 
 def read_lines(path: Path, max_rows: int | None = None) -> list[str]:
     """Read the lines of a text file that are not blank."""
-    lines = [line for _, line in _lines(path)][:max_rows]
+    with reading(path, "EVAL_DATA", EvaluateError, "name an existing text file"):
+        text = path.read_text(encoding="utf-8")
+    lines = [line for line in text.split("\n") if line.strip()][:max_rows]
     if not lines:
         raise EvaluateError.of("EVAL_DATA", path, "is empty", "give a text file")
     return lines
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        what = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise EvaluateError.of("EVAL_DATA", path, f"cannot be read: {what}", "name an existing text file") from error
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -34,23 +35,37 @@ class Parameter:
     """The values of a str."""
     flags: tuple[str, str] | None = None
     """The choices that `false` and `true` mean."""
-    low: float = -float("inf")
-    high: float = float("inf")
+    low: float = -math.inf
+    high: float = math.inf
     """Closed bounds of a number."""
     inert: bool = False
     """Accepted for compatibility with mergekit's recipes, without effect."""
 
-    def chosen(self, value: Any) -> Any:
+    def checked(self, value: Any) -> Any:
         """`value`, or the choice that a bool means.
 
         Raises:
-            ValueError: it is none of the choices.
+            ValueError: it cannot be used.
         """
         if self.flags and isinstance(value, bool):
             return self.flags[value]
-        if self.choices and value not in self.choices:
-            raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}")
+        if fault := self.fault(value):
+            raise ValueError(f"{self.name} {fault}, got {value!r}")
         return value
+
+    def fault(self, value: Any) -> str:
+        """What `value`, of this type, must be and is not; empty where it can be used."""
+        if self.choices:
+            return "" if value in self.choices else f"must be one of {', '.join(self.choices)}"
+        if self.type not in (int, float):
+            return ""
+        if not math.isfinite(value):
+            return "must be finite"
+        if self.low <= value <= self.high:
+            return ""
+        if math.isinf(self.high):
+            return f"must be at least {self.low:g}"
+        return f"must be at most {self.high:g}" if math.isinf(self.low) else f"must be in [{self.low:g}, {self.high:g}]"
 
 
 @dataclass(frozen=True)

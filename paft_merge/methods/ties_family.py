@@ -36,7 +36,9 @@ def _ties_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
     ways: tuple[Literal["epsilon", "density", "l1_mass"], ...] = "epsilon", "density", "l1_mass"
     trims = []
     for source in sources:
-        way = next(way for way in ways if source.get(way) is not None)
+        way = next((way for way in ways if source.get(way) is not None), None)
+        if way is None:
+            raise ValueError("nothing says which entries are kept; set density, l1_mass or epsilon")
         trims.append(Trim(way, source[way], soft=shared.get("shrink") == "soft"))
     rescale = shared.get("rescale") in (True, "l1")
     return Consensus(tuple(trims), election(sources, shared), rescale, shared.get("trim_scope", "tensor"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from paft_merge.errors import OutputError, Problems, RecipeError
 from paft_merge.hub import is_repository
+from paft_merge.output.report_files import write_file
 from paft_merge.training.row_files import SUFFIXES as ROW_SUFFIXES
 from paft_merge.training.row_files import read_rows, suffix_of
 from paft_merge.training.row_forms import Kind, columns_of, form_of
@@ -290,12 +291,7 @@ def write_starter(out: Path, text: str) -> None:
     """
     if out.exists():
         raise OutputError.of("EXISTS", out, "the file exists", "name another file, or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        what = error.strerror or str(error)
-        raise OutputError.of("OUTPUT", out, what, "choose a writable folder") from error
+    write_file(out, text)
 
 
 def is_small(base: str) -> bool:

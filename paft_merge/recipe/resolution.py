@@ -122,13 +122,11 @@ def coerce(parameter: Parameter, value: Any) -> Any:
         made = _adapter(parameter.type).validate_python(value)
     except ValidationError:
         raise SettingError(f"must be {_kind(parameter)}, got {show(value)}") from None
-    if parameter.choices and made not in parameter.choices:
-        raise SettingError(f"must be {_kind(parameter)}, got {show(value)}", did_you_mean(made, parameter.choices))
-    if isinstance(made, float) and not math.isfinite(made):
-        raise SettingError(f"must be finite, got {made}")
-    if isinstance(made, int | float) and not parameter.low <= made <= parameter.high:
-        fix = "it is a fraction: write 0.2 for 20 %" if made > 1 and parameter.high == 1 else ""
-        raise SettingError(f"must be {_bounds(parameter)}, got {show(made)}", fix)
+    if fault := parameter.fault(made):
+        if parameter.choices:
+            raise SettingError(f"{fault}, got {show(value)}", did_you_mean(made, parameter.choices))
+        percent = parameter.high == 1 and 1 < made < math.inf
+        raise SettingError(f"{fault}, got {made}", "it is a fraction: write 0.2 for 20 %" if percent else "")
     return made
 
 
@@ -341,12 +339,6 @@ def _kind(parameter: Parameter) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
         parameter.type, "another type"
     )
-
-
-def _bounds(parameter: Parameter) -> str:
-    if math.isinf(parameter.high):
-        return f"at least {parameter.low:g}"
-    return f"at most {parameter.high:g}" if math.isinf(parameter.low) else f"in [{parameter.low:g}, {parameter.high:g}]"
 
 
 @lru_cache

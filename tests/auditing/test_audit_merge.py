@@ -146,6 +146,38 @@ def test_a_proposal_that_cannot_be_is_refused(settings: list[str], message: str)
         Proposal.parse("ties", settings)
 
 
+@pytest.mark.parametrize(
+    ("preview", "message"),
+    [
+        ({"method": "tise"}, "tise: is not a method; did you mean 'ties'"),
+        ({"densty": 0.3}, "ties has no parameter 'densty'; did you mean 'density'"),
+        ({"density": 2, "elect": "coutn"}, r"(?s)\[0, 1\].*did you mean 'count'"),
+        ({"density": (0.2, float("nan"))}, "density: must be finite"),
+        ({"density": None}, "density: must be a number"),
+        ({"elect_tie": ["zero", "positive"]}, "got a list"),
+        ({"method": "l1_ties", "density": 0.3, "epsilon": 1e-3}, "density and epsilon are both given"),
+        ("nearswap", "t must be given"),
+    ],
+)
+def test_a_preview_from_python_is_checked_as_one_from_the_command_line(
+    family: Family, preview: Any, message: str
+) -> None:
+    made = family()
+    with pytest.raises(AuditError, match=message) as raised:
+        audit(made["sft"], made["dpo"], preview=preview)
+    assert {problem.code for problem in raised.value.problems} == {"PREVIEW"}
+
+
+def test_a_proposal_holds_values_of_the_parameters_types() -> None:
+    assert Proposal("ties", {"density": "0.3", "normalize": True}).parameters == {
+        "density": 0.3,
+        "normalize": "weights",
+    }
+    assert Proposal.parse("ties", ["density=0.3,1"]).parameters == {"density": (0.3, 1.0)}
+    assert Proposal().parameters == Proposal.parse("ties", []).parameters == {"density": 0.2, "weight": 1.0}
+    assert Proposal("dare_ties").parameters == {}
+
+
 def test_a_proposal_with_too_few_values_is_refused(family: Family) -> None:
     made = family()
     with pytest.raises(AuditError, match="3 values for 2 sources"):

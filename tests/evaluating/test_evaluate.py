@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from paft_merge.cli import cli
 from paft_merge.errors import EvaluateError, PaftMergeError, RecipeError
 from paft_merge.evaluating import EvaluateProgress, check_evaluate, evaluate, harness
+from paft_merge.evaluating.alpaca import read_instructions
 from paft_merge.evaluating.data_rows import rows_for
 from paft_merge.evaluating.harness import check_data
 from paft_merge.evaluating.light import _with_answer, generate, measure
@@ -480,6 +481,33 @@ def test_answers_are_written_in_alpacaevals_format(place: Path, tmp_path: Path) 
     assert [row["dataset"] for row in rows] == ["toy", "set"]
     assert all(len(row["output"].split()) <= 4 for row in rows)
     assert CliRunner().invoke(cli, args[:4]).exit_code == 2
+
+
+@pytest.mark.parametrize("rows", ['{"instruction": "w1"}\n{"output": "w2"}\n', '[{"instruction": ""}]'])
+def test_instructions_are_checked(rows: str, tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_text(rows)
+    with pytest.raises(EvaluateError, match="rows without an instruction"):
+        read_instructions(tmp_path / "set.json")
+
+
+@pytest.mark.parametrize("option", ["--out", "--alpaca-eval"])
+def test_a_place_that_cannot_be_written_is_reported_before_the_evaluation(
+    option: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "set.jsonl").write_text('{"instruction": "w1"}\n')
+    monkeypatch.setattr("paft_merge.evaluating.loading.load_subject", None)  # no model is loaded
+    monkeypatch.setattr("paft_merge.evaluating.alpaca.load_subject", None)
+    args = (
+        ["--perplexity", str(place / "text.txt")]
+        if option == "--out"
+        else ["--instructions", str(tmp_path / "set.jsonl")]
+    )
+    done = CliRunner().invoke(
+        cli, ["evaluate", str(place / "base"), *args, option, str(tmp_path / "file" / "out.json")]
+    )
+    assert done.exit_code == 1
+    assert done.output.startswith(f"error[OUTPUT]: {tmp_path}/file/out.json: cannot be written: ")
 
 
 def user(text: str) -> dict:

@@ -11,10 +11,12 @@ import torch
 from conftest import State, near, save_checkpoint
 from safetensors.torch import load_file
 
+import paft_merge
 from paft_merge import methods
 from paft_merge.compute import blocks
 from paft_merge.compute.torch_ops import TorchOps
 from paft_merge.engine import api
+from paft_merge.errors import MergeError
 from paft_merge.methods import METHODS, REQUIRED
 from paft_merge.methods.rules.thresholds import stream_key
 
@@ -112,3 +114,58 @@ def test_torch_s_operations_make_the_same_tensors(case: str, monkeypatch: pytest
             patch.setattr("paft_merge.methods.rules.whole_tensors.CpuOps", lambda: TorchOps(torch.device("cpu")))
             theirs = in_memory(name, given, tensors)
         torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-9)
+
+
+DELTAS = [torch.eye(4), torch.ones(4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("ties", {"weight": 1.0, "density": 2}, r"density must be in \[0, 1\], got 2"),
+        ("ties", {"weight": [1.0, float("nan")]}, "weight must be finite, got nan"),
+        ("ties", {"weight": 1.0, "lambda_": float("inf")}, "lambda must be finite"),
+        ("ties", {"weight": 1.0, "normalize": None}, "normalize must be one of"),
+        ("ties", {"weight": torch.ones(3)}, "weight has 3 values for 2 tensors"),
+        ("l1_ties", {"l1_mass": None}, "set density, l1_mass or epsilon"),
+        ("l1_ties", {"epsilon": -1.0}, "epsilon must be at least 0"),
+        ("breadcrumbs", {"weight": 1.0, "gamma": -1}, "gamma must be in"),
+        ("karcher", {"max_iter": -1}, "max_iter must be at least 0"),
+    ],
+)
+def test_a_function_refuses_what_a_recipe_refuses(name: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(methods, name)(DELTAS, **given)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["ties", "linear", "dare_ties", "multislerp", "sce", "ram", "karcher"])
+def test_a_function_refuses_tensors_that_are_not_finite(name: str, bad: float) -> None:
+    given = {"weight": 1.0} if METHODS[name].parameter("weight") else {}
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        getattr(methods, name)([torch.eye(4), torch.full((4, 4), bad)], **given)
+
+
+def test_a_function_refuses_a_sum_that_overflows() -> None:
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        methods.linear([torch.full((4,), 3e38)], 2.0, normalize=False)
+
+
+def test_weights_may_come_in_any_sequence_and_tensors_must_come() -> None:
+    expected = methods.ties(DELTAS, [0.5, 1.0])
+    assert torch.equal(methods.ties(DELTAS, torch.tensor([0.5, 1.0])), expected)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one tensor"):
+        methods.linear([], 1.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if METHODS[name].streamed])
+def test_a_merge_names_the_source_that_is_not_finite(case: str, bad: float) -> None:
+    name, given = CASES[case]
+    method, broken = METHODS[name], torch.full((4, 4), 0.5)
+    broken[1, 1] = bad
+    base = None if method.base == "ignored" else {"w": torch.eye(4)}
+    sources = [{"w": broken}, {"w": 2 * torch.eye(4)}][: method.max_sources]
+    weight = {"weight": 1.0} if method.parameter("weight") else {}
+    with pytest.raises(MergeError, match="0: w: 1 of 16 elements are NaN or infinite"):
+        paft_merge.merge_state_dicts(base, sources, name, parameters={**weight, **given})

@@ -14,7 +14,7 @@ from paft_merge.auditing.report.advice import advise
 from paft_merge.auditing.report.figures import exponent
 from paft_merge.auditing.report.gate import failures
 from paft_merge.auditing.report.html import SIGNS, fragment, page, percent, short
-from paft_merge.auditing.results import SCHEMA, Advice, AuditData
+from paft_merge.auditing.results import SCHEMA, Advice, AuditData, by_layer
 from paft_merge.errors import Problem, escape
 
 
@@ -91,13 +91,12 @@ def _preview_json(preview: Preview, labels: Sequence[str]) -> dict[str, Any]:
         held = tuple(parts)
         return {label: preview.of(label, held).to_json() for label in labels if any(label in t.sources for t in held)}
 
-    layers = sorted({t.layer for t in preview.tensors if t.layer is not None})
     return {
         "method": preview.method,
         "parameters": dict(preview.parameters),
         "norm_ratio": preview.norm_ratio,
         "all": survived(preview.tensors),
-        "layers": {str(k): survived(t for t in preview.tensors if t.layer == k) for k in layers},
+        "layers": {str(k): survived(own) for k, own in by_layer(preview.tensors).items()},
         "tensors": [{"name": t.name, "sources": survived([t])} for t in preview.tensors],
     }
 

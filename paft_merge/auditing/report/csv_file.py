@@ -1,16 +1,14 @@
-"""The numbers of an audit as CSV, and writing of text files."""
+"""The numbers of an audit as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from paft_merge.auditing.preview import Survived
 from paft_merge.auditing.results import AuditData, Group
-from paft_merge.errors import OutputError
 from paft_merge.stats.pairs import PairMeasure
 
 _PLACE = ("source", "other", "scope", "key")
@@ -29,21 +27,6 @@ def csv_text(audit: AuditData) -> str:
     writer.writeheader()
     writer.writerows({k: v for k, v in row.items() if v is not None and v == v} for row in rows)
     return text.getvalue()
-
-
-def write(place: Path, text: str) -> None:
-    """Write a text file.
-
-    Raises:
-        OutputError: OUTPUT, it cannot be written.
-    """
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError.of(
-            "OUTPUT", place, error.strerror or str(error), "choose a place that can be written"
-        ) from error
 
 
 def _rows(audit: AuditData) -> Iterator[dict[str, Any]]:

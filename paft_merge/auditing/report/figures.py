@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from paft_merge.auditing.results import AuditData, PairAudit, PairTensor, SourceAudit, TensorAudit, in_order
+from paft_merge.auditing.results import AuditData, PairAudit, PairTensor, SourceAudit, TensorAudit, by_layer, in_order
 from paft_merge.compute.magnitudes import EPSILONS
 
 
@@ -290,9 +290,8 @@ def _preview(audit: AuditData) -> Chart | None:
         return None
     lines = []
     for hue, source in enumerate(audit.sources):
-        own = [t for t in preview.tensors if source.label in t.sources and t.layer is not None]
-        layers = sorted({t.layer for t in own if t.layer is not None})
-        left = {float(k): preview.of(source.label, [t for t in own if t.layer == k]) for k in layers}
+        layers = by_layer(t for t in preview.tensors if source.label in t.sources)
+        left = {float(k): preview.of(source.label, own) for k, own in layers.items()}
         left = {k: survived for k, survived in left.items() if survived.square}
         if len(left) > 1:
             lines.append(Line("", tuple(left), tuple(s.kept_energy for s in left.values()), hue, dashed=True))

@@ -8,7 +8,8 @@ from pathlib import Path
 from paft_merge.auditing.report.figures import figures_of
 from paft_merge.auditing.report.svg import standalone
 from paft_merge.auditing.results import AuditData
-from paft_merge.errors import AuditError, OutputError
+from paft_merge.errors import AuditError
+from paft_merge.output.report_files import write_file
 
 _ZOOM = 2.0
 """Pixels for each unit of the drawing."""
@@ -38,11 +39,6 @@ def write_png(audit: AuditData, folder: Path) -> list[Path]:
         drawn = svg_to_bytes(
             standalone(figure), background="white", zoom=_ZOOM, font_files=fonts, sans_serif_family="DejaVu Sans"
         )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(drawn)
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise OutputError.of("OUTPUT", place, why, "choose a folder that can be written") from error
+        write_file(place, drawn)
         written.append(place)
     return written

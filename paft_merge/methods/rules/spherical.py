@@ -41,7 +41,7 @@ class Slerp(Rule):
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the Gram matrix."""
-        return _sum(walk, self._weights(_gram(walk, 2)), deltas)
+        return _by_tensor(walk, self._weights, deltas, 2)
 
     def _weights(self, dots: Matrix) -> Weights:
         lengths = np.sqrt(np.diagonal(dots))
@@ -78,7 +78,7 @@ class NuSlerp(Rule):
         if self.of == "columns" and len(walk.shape) >= 2:
             return _by_column(walk, self._weights, deltas, self.row(walk.shape))
         if self.of == "tensor" or self.of == "columns":
-            return _sum(walk, self._weights(_gram(walk, 2)), deltas)
+            return _by_tensor(walk, self._weights, deltas, 2)
         return _by_row(walk, self._weights, deltas, 2, self.row(walk.shape))
 
     def _weights(self, dots: Matrix) -> Weights:
@@ -107,7 +107,7 @@ class MultiSlerp(Rule):
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the Gram matrix."""
-        return _sum(walk, self._weights(_gram(walk, len(self.weights))), deltas)
+        return _by_tensor(walk, self._weights, deltas, len(self.weights))
 
     def _weights(self, dots: Matrix) -> Weights:
         weights = np.array(self.weights)
@@ -140,7 +140,7 @@ class Karcher(Rule):
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the Gram matrix."""
-        return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
+        return _by_tensor(walk, self._weights, deltas, self.sources)
 
     def _weights(self, dots: Matrix) -> Weights:
         lengths = np.sqrt(np.diagonal(dots))
@@ -198,7 +198,7 @@ class ModelStock(Rule):
         """Measure the Gram matrix; with `by_row`, blocks measure it."""
         if self.by_row:
             return _by_row(walk, self._weights, deltas, self.sources, self.row(walk.shape))
-        return _sum(walk, self._weights(_gram(walk, self.sources)), deltas)
+        return _by_tensor(walk, self._weights, deltas, self.sources)
 
     def _weights(self, dots: Matrix) -> Weights:
         n = self.sources
@@ -237,8 +237,15 @@ def _full(walk: TensorPass, sources: int, dots: Matrix) -> Matrix:
     return full
 
 
-def _sum(walk: TensorPass, weights: Weights, deltas: bool) -> Combine:
+def _weighed(weigh: Callable[[Matrix], Weights], dots: Matrix) -> Weights:
+    """The weights for `dots`; NaN without a warning where a source is not finite, because the merge reports that."""
+    with np.errstate(invalid="ignore"):
+        return weigh(dots)
+
+
+def _by_tensor(walk: TensorPass, weigh: Callable[[Matrix], Weights], deltas: bool, sources: int) -> Combine:
     """Write the weighted sum of the sources, on top of the base if they are deltas."""
+    weights = _weighed(weigh, _gram(walk, sources))
     active = [float(weights[i]) for i in walk.active]
 
     def combine(block: Block, out: Any, key: int) -> Outcome:
@@ -251,7 +258,7 @@ def _by_row(walk: TensorPass, weigh: Callable[[Matrix], Weights], deltas: bool, 
     """Write every row with its own weights, which each block computes, as it holds whole rows."""
 
     def combine(block: Block, out: Any, key: int) -> Outcome:
-        weights = weigh(_full(walk, sources, walk.ops.gram_rows(block, row)))[:, list(walk.active)]
+        weights = _weighed(weigh, _full(walk, sources, walk.ops.gram_rows(block, row)))[:, list(walk.active)]
         merged = walk.ops.mix(block, weights.T, row, across=False)
         return write_merged(walk.ops, block, merged, out, key, deltas)
 
@@ -265,7 +272,7 @@ def _by_column(walk: TensorPass, weigh: Callable[[Matrix], Weights], deltas: boo
         tiles = range(first, min(first + COLUMN_TILES, walk.each.tiles))
         for part in walk.each(lambda block: walk.ops.gram_columns(block, row), tiles=tiles):
             dots += part
-    weights = weigh(_full(walk, 2, np.moveaxis(dots, -1, 0)))[:, list(walk.active)].T
+    weights = _weighed(weigh, _full(walk, 2, np.moveaxis(dots, -1, 0)))[:, list(walk.active)].T
 
     def combine(block: Block, out: Any, key: int) -> Outcome:
         merged = walk.ops.mix(block, weights, row, across=True)

@@ -20,6 +20,7 @@ from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import NOTHING, Counts, KeepThreshold, Ops
 from paft_merge.compute.histogram import bits_of, l1_of_bins, value_of
 from paft_merge.compute.kernels import BINS
+from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.methods.rules.threshold_bounds import (
     EVERY,
     FOREVER,
@@ -275,7 +276,9 @@ class _Search:
         ranks = {}
         for i, bracket in self._gather(ranges).items():
             bits, often = bracket.merged()
-            values = bits.view(np.float32).astype(np.float64)
+            values = (
+                np.minimum(bits, INFINITY).view(np.float32).astype(np.float64)
+            )  # NaN is infinite; the merge reports it
             running = np.concatenate([[heads[i]], heads[i] + np.cumsum(values * often)])
             at = max(min(int(np.searchsorted(running, goals[i])) - 1, len(bits) - 1), 0)
             part = math.ceil((goals[i] - running[at]) / values[at]) if len(bits) else 0

@@ -26,13 +26,15 @@ def merge_tensors(rule: Rule, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         `[*shape]` float32: the merged tensor, or the merged delta.
 
     Raises:
-        ValueError: no tensors, or different shapes.
+        ValueError: different shapes, or values that are not finite.
     """
     import torch
 
-    if not tensors or any(t.shape != tensors[0].shape for t in tensors):
+    if any(t.shape != tensors[0].shape for t in tensors):
         raise ValueError(f"a merge needs tensors of one shape, got {[tuple(t.shape) for t in tensors]}")
     sources = np.stack([t.detach().cpu().to(torch.float32).reshape(-1).numpy().view(np.uint32) for t in tensors])
+    if not np.isfinite(sources.view(np.float32)).all():
+        raise ValueError("the tensors have NaN or infinite values")
     deltas = rule.wants == "deltas"
     base = np.zeros(sources.shape[1] if deltas else 0, np.uint32)
     shape = tuple(tensors[0].shape)
@@ -40,5 +42,7 @@ def merge_tensors(rule: Rule, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     combine = rule.prepare(TensorPass(each.numel, each, CpuOps(), range(len(tensors)), shape), deltas)
     out = torch.empty(sources.shape[1], dtype=torch.float32)
     bits = out.numpy().view(np.uint32)
-    each(lambda block: combine(block, bits[block.index : block.index + block.size], 0))
+    outcomes = each(lambda block: combine(block, bits[block.index : block.index + block.size], 0))
+    if any(outcome.bad for outcome in outcomes):
+        raise ValueError("the merged tensor has NaN or infinite values")
     return out.reshape(tensors[0].shape)
