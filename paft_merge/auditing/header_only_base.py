@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 
 from paft_merge.errors import AuditError, Problems
-from paft_merge.inputs.adapters.config import CONFIG
+from paft_merge.inputs.adapters import open_weights
 from paft_merge.inputs.adapters.keys import Keys
 from paft_merge.inputs.adapters.peft_types import sort_keys
 from paft_merge.inputs.adapters.shira import EntryTensors
@@ -73,36 +73,25 @@ class ShapesOnly(Checkpoint):
         return TensorInfo(name, "F32", shape, "", 0, prod(shape) * 4)
 
 
-def known_of(folder: Path, tokens: Iterable[int] = (), rank: int = 1) -> Known:
+def known_of(folder: Path, tokens: Iterable[int] = (), rank: int = 1, *, unpickle: bool = False) -> Known:
     """Name and shape of every tensor that the adapter in `folder` changes, from its header.
 
     Args:
-        folder: holds `adapter_model.safetensors`.
+        folder: holds `adapter_model.safetensors`, or `adapter_model.bin` with `unpickle`.
         tokens: rows that the adapter replaces one by one; the embedding has at least as many.
         rank: `r` of its configuration, by which SHiRA counts its entries.
+        unpickle: as for `Adapter.open`.
 
     Raises:
         AuditError, CheckpointError: the file is missing or cannot be read, or does not determine a shape (NO_BASE).
     """
-    with Checkpoint.open(weights_of(folder)) as file:
+    with open_weights(folder, unpickle=unpickle) as file:
         keys = sort_keys(file.tensors, folder, Problems())
         sparse = _of_sparse(keys, file, rank)
         held = {name: info.shape for name, info in file.tensors.items()}
     rows = _of_rows(keys, held, max(tokens, default=-1) + 1)
     copies = {s.names[0]: s.key for s in keys.saved if s.is_base_layer and s.names[0] in _of_factors(keys, held)}
     return Known({**_of_factors(keys, held), **rows, **_of_whole(keys, held), **sparse}, copies)
-
-
-def weights_of(folder: Path) -> Path:
-    """The file with an adapter's tensors.
-
-    Raises:
-        AuditError: ADAPTER_CONFIG, the folder has no such config file.
-    """
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise AuditError.of("ADAPTER_CONFIG", path, "no such file", f"give a folder that holds it beside {CONFIG}")
-    return path
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -12,12 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, natural, weights_of
+from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, natural
 from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
 from paft_merge.hub.run_checkpoints import checkpoints
-from paft_merge.inputs.adapters import Adapter, AdapterDelta
+from paft_merge.inputs.adapters import Adapter, AdapterDelta, open_weights
 from paft_merge.inputs.adapters.config import CONFIG
 from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.inputs.adapters.stack import AdapterStack
@@ -108,7 +108,9 @@ class Opened:
 
 
 @contextmanager
-def open_sources(sources: Sequence[Source], base: Path | str | None, *, fetch_base: bool = False) -> Iterator[Opened]:
+def open_sources(
+    sources: Sequence[Source], base: Path | str | None, *, fetch_base: bool = False, lazy_unpickle: bool = False
+) -> Iterator[Opened]:
     """Open the sources of an audit, and close them at the end of the block.
 
     Args:
@@ -116,6 +118,7 @@ def open_sources(sources: Sequence[Source], base: Path | str | None, *, fetch_ba
         base: the model that they change; not with a recipe, which names it.
         fetch_base: fetch the weights of a base that is on the Hub only. By default only headers are read of the base of
             adapters. The base of whole models is always fetched, since their deltas are the difference from it.
+        lazy_unpickle: read `.bin` files through a reader that runs no code of them.
 
     Raises:
         AuditError: NO_BASE, EMPTY (there is nothing to audit), RECIPE.
@@ -126,10 +129,10 @@ def open_sources(sources: Sequence[Source], base: Path | str | None, *, fetch_ba
         raise AuditError.of("RECIPE", "", "a recipe names its sources and its base itself", "give the recipe alone")
     with ExitStack() as stack:
         if recipe is not None:
-            opened = _of_plan(_plan_of(recipe, stack, fetch_base))
+            opened = _of_plan(_plan_of(recipe, stack, fetch_base, lazy_unpickle))
         else:
             refs = [ref for source in sources for ref in checkpoints(_reference(source))]
-            opened = _of_references(refs, base, stack, fetch_base)
+            opened = _of_references(refs, base, stack, fetch_base, lazy_unpickle)
         if not opened.subjects:
             why = "; ".join(dict.fromkeys(s.why for s in opened.skipped)) or "no tensor differs from the base"
             where = ", ".join(h.source for h in opened.headers)
@@ -164,25 +167,27 @@ def _gathered(found: Iterable[AuditedTensor | Skipped | None]) -> tuple[tuple[Au
 # --- from references --------------------------------------------------------------------------------------------------
 
 
-def _of_references(refs: Sequence[ModelRef], base: Path | str | None, stack: ExitStack, fetch_base: bool) -> Opened:
+def _of_references(
+    refs: Sequence[ModelRef], base: Path | str | None, stack: ExitStack, fetch_base: bool, unpickle: bool
+) -> Opened:
     folders, problems = list[list[Path]](), Problems()
     for ref in {r for r in refs if refs.count(r) > 1}:
         problems.add("TWICE", ref, "is given twice", "give each source once")
     for ref in refs:
         with problems.catching():
-            folders.append([fetch(*place) for place in ref.adapters or ((ref.path, ref.revision),)])
+            folders.append([fetch(*place, unpickle=unpickle) for place in ref.adapters or ((ref.path, ref.revision),)])
     problems.raise_as(AuditError)
     adapters = [bool(r.lora) or (f[0] / CONFIG).is_file() for r, f in zip(refs, folders, strict=True)]
     named = base if base is not None else next((ref.base for ref in refs if ref.lora), None)
     if named is not None:
-        bases = _Bases(stack, list(chain(*folders)) if all(adapters) and not fetch_base else None)
+        bases = _Bases(stack, list(chain(*folders)) if all(adapters) and not fetch_base else None, unpickle)
         return _on_base(list(zip(refs, folders, adapters, strict=True)), _reference(str(named)), bases, stack)
     for ref, is_adapter in zip(refs, adapters, strict=True):
         if not is_adapter:
             what = "is a whole model, and its delta is the difference from the model that it was fine-tuned from"
             problems.add("NO_BASE", ref, what, "pass that model as base=...")
     problems.raise_as(AuditError)
-    return _without_base([str(r) for r in refs], [folder for (folder,) in folders], stack)
+    return _without_base([str(r) for r in refs], [folder for (folder,) in folders], stack, unpickle)
 
 
 def _on_base(
@@ -194,10 +199,12 @@ def _on_base(
     for ref, folders, is_adapter in found:
         with problems.catching():
             if not is_adapter:
-                models.append(Model(str(ref), names.of(stack.enter_context(Checkpoint.open(folders[0])), str(ref))))
+                whole = stack.enter_context(Checkpoint.open(folders[0], unpickle=bases.unpickle))
+                models.append(Model(str(ref), names.of(whole, str(ref))))
                 continue
             own = names.of(bases.open(ref), str(ref.base)) if ref.lora else checkpoint
-            adapter = AdapterStack.of([stack.enter_context(Adapter.open(folder, own)) for folder in folders])
+            parts = [stack.enter_context(Adapter.open(folder, own, unpickle=bases.unpickle)) for folder in folders]
+            adapter = AdapterStack.of(parts)
             if isinstance(own, ShapesOnly):
                 skipped += _drop_what_needs_weights(str(ref), adapter)
             models.append(Model(str(ref), own, adapter))
@@ -208,12 +215,13 @@ def _on_base(
 class _Bases:
     """The base checkpoints, each opened once; only their headers where they are on the Hub and headers are enough."""
 
-    def __init__(self, stack: ExitStack, adapters: Sequence[Path] | None) -> None:
+    def __init__(self, stack: ExitStack, adapters: Sequence[Path] | None, unpickle: bool) -> None:
         """`adapters`: the folders of all sources when all are adapters; None to fetch missing weights."""
+        self.unpickle = unpickle
         self._stack, self._adapters, self._opened = stack, adapters, dict[Path, Checkpoint]()
 
     def open(self, ref: ModelRef) -> Checkpoint:
-        found = resolve(ref.path, ref.revision)
+        found = resolve(ref.path, ref.revision, unpickle=self.unpickle)
         key = found.folder.resolve()
         if key not in self._opened:
             far = self._adapters is not None and not any(file.name.endswith(".bin") for file in found.missing)
@@ -221,23 +229,27 @@ class _Bases:
         return self._opened[key]
 
     def _whole(self, found: ResolvedRepo) -> Checkpoint:
-        return self._stack.enter_context(Checkpoint.open(download([found])[0]))
+        return self._stack.enter_context(Checkpoint.open(download([found])[0], unpickle=self.unpickle))
 
     def _headers(self, found: ResolvedRepo) -> Checkpoint:
         with Remote.open([found]) as remote, Checkpoint.open(found.folder, far=remote.files(found)) as checkpoint:
             held = [
-                (known_of(f), self._stack.enter_context(Checkpoint.open(weights_of(f)))) for f in self._adapters or ()
+                (
+                    known_of(f, unpickle=self.unpickle),
+                    self._stack.enter_context(open_weights(f, unpickle=self.unpickle)),
+                )
+                for f in self._adapters or ()
             ]
             return ShapesOnly(held, checkpoint)
 
 
-def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack) -> Opened:
+def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack, unpickle: bool) -> Opened:
     """Adapters on a base whose names and shapes come from their own files."""
     known, shapes, problems = list[tuple[Known, Checkpoint]](), dict[str, tuple[int, ...]](), Problems()
     for ref, folder in zip(refs, folders, strict=True):
         with problems.catching():
-            one = _known(ref, folder)
-            known.append((one, stack.enter_context(Checkpoint.open(weights_of(folder)))))
+            one = _known(ref, folder, unpickle)
+            known.append((one, stack.enter_context(open_weights(folder, unpickle=unpickle))))
             for name, shape in one.shapes.items():
                 if shapes.setdefault(name, shape) != shape:
                     what = f"{name} is {shape}, and {shapes[name]} in another adapter"
@@ -246,7 +258,7 @@ def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack
     base, models, skipped = ShapesOnly(known), list[Model](), list[Skipped]()
     for ref, folder in zip(refs, folders, strict=True):
         with problems.catching():
-            adapter = stack.enter_context(Adapter.open(folder, base))
+            adapter = stack.enter_context(Adapter.open(folder, base, unpickle=unpickle))
             skipped += _drop_what_needs_weights(ref, adapter)
             models.append(Model(ref, base, adapter))
     problems.raise_as(AuditError)
@@ -260,7 +272,7 @@ def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack
     return replace(opened, warnings=(*opened.warnings, *copies))
 
 
-def _known(ref: str, folder: Path) -> Known:
+def _known(ref: str, folder: Path, unpickle: bool) -> Known:
     settings = read_settings(folder)
     if settings.peft_type not in ("LORA", "SHIRA"):
         what = f"is of type {settings.peft_type}, whose deltas need the base's architecture or weights"
@@ -270,7 +282,7 @@ def _known(ref: str, folder: Path) -> Known:
         raise AuditError.of("NO_BASE", ref, what, "pass base=...")
     listed = settings.raw.get("trainable_token_indices") or []
     rows = [i for one in (listed.values() if isinstance(listed, dict) else [listed]) for i in one]
-    return known_of(folder, rows, settings.rank)
+    return known_of(folder, rows, settings.rank, unpickle=unpickle)
 
 
 def _drop_what_needs_weights(ref: str, adapter: Adapter) -> list[Skipped]:
@@ -362,16 +374,18 @@ def _unfit(below: Read, reads: Sequence[Read | None], changed: Sequence[Read]) -
 # --- from a recipe ----------------------------------------------------------------------------------------------------
 
 
-def _plan_of(source: Source, stack: ExitStack, fetch_base: bool) -> MergePlan:
+def _plan_of(source: Source, stack: ExitStack, fetch_base: bool, lazy_unpickle: bool) -> MergePlan:
     """The plan of a recipe; bases on the Hub are opened by their headers where all their deltas come from adapters."""
     inline = not isinstance(source, str) or "\n" in source or source.startswith(HF)
     recipe = source if inline else Path(str(source))
     with ExitStack() as attempt:
-        planned = attempt.enter_context(api.open_plan(recipe, stream_from_hub=not fetch_base))
+        planned = attempt.enter_context(
+            api.open_plan(recipe, stream_from_hub=not fetch_base, lazy_unpickle=lazy_unpickle)
+        )
         if all(_only_adapters(tensor.inputs) for tensor in planned.tensors):
             stack.push(attempt.pop_all())
             return planned
-    return stack.enter_context(api.open_plan(recipe))
+    return stack.enter_context(api.open_plan(recipe, lazy_unpickle=lazy_unpickle))
 
 
 def _only_adapters(inputs: Inputs) -> bool:

@@ -44,6 +44,7 @@ def audit(
     density: float = 0.2,
     require: Sequence[str] = (),
     fetch_base: bool = False,
+    lazy_unpickle: bool = False,
     threads: int | None = None,
     held_bytes: int = HELD_BYTES,
     progress: Callable[[AuditProgress], None] = lambda _: None,
@@ -61,6 +62,7 @@ def audit(
         require: requirements whose thresholds are to be counted, for a later `Audit.check`.
         fetch_base: fetch the weights of a base that is on the Hub only. By default only the headers of the base of adapters
             are read, and metrics that need its weights are left out.
+        lazy_unpickle: read `.bin` files through a reader that runs no code of them.
         threads: blocks computed at a time; all cores by default. Does not change the counts.
         held_bytes: memory for the deltas of one tensor; larger ones are recomputed for each walk.
         progress: called after each tensor.
@@ -76,7 +78,10 @@ def audit(
         raise TypeError("audit() needs at least one source")
     proposal = _proposal(preview)
     counted = tuple(sorted({*EPSILONS, epsilon, *epsilons, *epsilons_of(require)}))
-    with open_sources(sources, base, fetch_base=fetch_base) as opened, working_pool(threads) as pool:
+    with (
+        open_sources(sources, base, fetch_base=fetch_base, lazy_unpickle=lazy_unpickle) as opened,
+        working_pool(threads) as pool,
+    ):
         several = len(opened.headers) > 1
         wanted = Wanted(epsilon, counted, opened.weights, several, density)
         arena, found = Arena(opened.subjects, held_bytes), list[TensorStats]()

@@ -214,7 +214,8 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
 def check_output(plan: MergePlan, out: Path, options: MergeOptions, problems: Problems) -> None:
     """Add to `problems` every reason why the merge cannot be written to `out`."""
     replaces = {"overwrite": options.overwrite, "force": options.force}
-    check_place(out, _folders(plan), plan.bytes_written, problems=problems, **replaces)
+    needed = plan.bytes_written + sum(file.stat().st_size for file in plan.side_files.copied.values())
+    check_place(out, _folders(plan), needed, problems=problems, **replaces)
 
 
 def threads_within(plan: MergePlan, threads: int, memory: int | None, problems: Problems) -> int:

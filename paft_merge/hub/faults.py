@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import HubError
@@ -28,6 +30,26 @@ def asking(where: str) -> Iterator[None]:
         raise problem_of(error, where) from error
 
 
+def meant_folder(path: str) -> str:
+    """Ask about the local folder with the most similar name; empty if none is similar."""
+    at = Path()
+    with suppress(OSError):
+        for part in Path(path).expanduser().parts:
+            if not (at / part).exists():
+                near = get_close_matches(part, [one.name for one in at.iterdir() if one.is_dir()], 1)
+                part = near[0] if near else part
+            at /= part
+        return f"did you mean {at}?" if at.is_dir() else ""
+    return ""
+
+
+def unreachable(where: str) -> HubError:
+    """The error of a name that is not a folder, where there is no network."""
+    what = "not a local folder, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    fix = meant_folder(where) or "check the path, or pull it first where there is a network"
+    return HubError.of("HUB_OFFLINE", where, what, fix)
+
+
 def problem_of(error: BaseException, where: str) -> HubError:
     """The `HubError` that says what `error` means."""
     from huggingface_hub import errors
@@ -40,12 +62,11 @@ def problem_of(error: BaseException, where: str) -> HubError:
         return HubError.of("HUB_REVISION", where, "the repository has no such revision", "check the part after '@'")
     if isinstance(error, errors.RepositoryNotFoundError):
         what = "not a local folder, and not a repository on the Hub that you can see"
-        return HubError.of("HUB_NOT_FOUND", where, what, f"check the name, or {_LOGIN}")
+        return HubError.of("HUB_NOT_FOUND", where, what, meant_folder(where) or f"check the name, or {_LOGIN}")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError.of("HUB_OFFLINE", where, "HF_HUB_OFFLINE is set, and this needs the Hub", "unset it")
     if isinstance(error, errors.LocalEntryNotFoundError):
-        what = "not a local folder, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
-        return HubError.of("HUB_OFFLINE", where, what, "check the path, or pull it first where there is a network")
+        return unreachable(where)
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return HubError.of("HUB_FILE", where, "the repository has no such file", "check the name of the file")
     if isinstance(error, errors.HfHubHTTPError):

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from paft_merge.errors import CheckpointError, HubError
-from paft_merge.hub.faults import asking, problem_of, root_of, transport_error
+from paft_merge.hub.faults import asking, meant_folder, problem_of, root_of, transport_error, unreachable
 from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE
 from paft_merge.inputs.checkpoint import module_files
 from paft_merge.inputs.side_file_kinds import DEPTH, kind_of
@@ -206,7 +206,7 @@ def resolve(
     named = split_repository(path)
     if named is None:
         what = "not a local folder, and not a valid Hub repository name"
-        raise HubError.of("NOT_FOUND", path, what, _meant(path) or "check the path")
+        raise HubError.of("NOT_FOUND", path, what, _meant(path) or meant_folder(path) or "check the path")
     revision = _PINS.get().get((path, revision), revision)
     where = f"{path}@{revision}" if revision else path
     place = _Place(*named, where, kind, unpickle)
@@ -215,8 +215,7 @@ def resolve(
         return cached
     if _is_offline():
         if cached is None or not cached.missing:
-            what = "not a local folder, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
-            raise HubError.of("HUB_OFFLINE", where, what, "check the path, or pull it first where there is a network")
+            raise unreachable(where)
         names = ", ".join(file.name for file in cached.missing[:3]) + (", ..." if len(cached.missing) > 3 else "")
         what = f"the cache does not have all of it: {names} of commit {cached.commit} are missing, and HF_HUB_OFFLINE is set"
         raise HubError.of("HUB_OFFLINE", where, what, f"run `paft pull {where}` where there is a network")

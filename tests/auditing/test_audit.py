@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from toys.adapters import llama, train
 from toys.audit import dense_by_definition, plain_metrics, plain_pair
+from toys.merge import paft
 
 import paft_merge
 from paft_merge.auditing import Audit, Group, audit
@@ -21,7 +23,7 @@ from paft_merge.compute import blocks, kernels
 from paft_merge.compute.blocks import Block, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels.block_source import FULL
-from paft_merge.errors import AuditError
+from paft_merge.errors import AuditError, PaftMergeError
 from paft_merge.methods.rules.thresholds import Trim, trim_survivals
 from paft_merge.stats.metrics import Measure
 
@@ -249,6 +251,28 @@ def test_an_adapter_alone_gives_the_numbers_it_gives_with_its_base(tmp_path: Pat
         assert one.measure.bf16_sparsity is None
         assert one.measure.relative_norm is None
     assert any("base=..." in a.text for a in alone.advice)
+
+
+def test_pickled_sources_are_read_on_request(tmp_path: Path) -> None:
+    """With their base in pickles too, alone, and a whole model; each as its safetensors."""
+    base, adapter = train(llama(), tmp_path, LoraConfig(r=4, target_modules=["q_proj"]))
+    state = load_file(base / "model.safetensors")
+    whole = save_checkpoint(tmp_path / "whole", near(state, 1))
+    pairs = {base: ("model.safetensors", "pytorch_model.bin"), whole: ("model.safetensors", "pytorch_model.bin")}
+    pairs[adapter] = ("adapter_model.safetensors", "adapter_model.bin")
+    pickled = {folder: Path(shutil.copytree(folder, tmp_path / f"{folder.name}-bin")) for folder in pairs}
+    for folder, (name, other) in pairs.items():
+        torch.save(load_file(folder / name), pickled[folder] / other)
+        (pickled[folder] / name).unlink()
+    for source, on in ((adapter, None), (adapter, base), (whole, base)):
+        wanted = audit(source, base=on)
+        with pytest.raises(PaftMergeError, match="without running its code, with lazy_unpickle=True"):
+            audit(pickled[source], base=on)
+        found = audit(pickled[source], base=on and pickled[on], lazy_unpickle=True)
+        assert found.sources[0].total.measure.norm == wanted.sources[0].total.measure.norm > 0
+    refused = paft("audit", pickled[adapter], "--quiet")
+    assert (refused.exit_code, "--lazy-unpickle" in refused.output) == (1, True)
+    assert paft("audit", pickled[adapter], "--quiet", "--lazy-unpickle").exit_code == 0
 
 
 def test_what_needs_the_weights_is_left_out_and_named_without_a_base(tmp_path: Path) -> None:

@@ -203,6 +203,19 @@ def test_a_name_that_leaves_its_folder_is_refused(models: HubServer, tmp_path: P
     assert not list(tmp_path.rglob("*evil.json*"))
 
 
+def test_a_mistyped_folder_is_named(models: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "base/x/y").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    online(monkeypatch, models.url, tmp_path / "home", READER)
+    for unplugged in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", unplugged)
+        for path in ("bse/x/y", "base/x/yy", "base/xx", f"{tmp_path}/bsae/x"):
+            with pytest.raises(HubError, match=r"not a local folder, and .*; did you mean .*base"):
+                fetch(path)
+        with pytest.raises(HubError, match=r"not a local folder, and .*; check the "):
+            fetch("mistral/7b")
+
+
 def test_what_cannot_be_had_is_said_in_one_line(
     models: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from paft_merge.engine.api import open_plan
 from paft_merge.errors import PaftMergeError, Problem
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.side_file_kinds import MOST_BYTES, kind_of
+from paft_merge.output import placing
 
 
 @pytest.fixture
@@ -48,6 +49,18 @@ def merged(out: Path, base: Path, *sources: str | Path, **options: Any) -> list[
 
 
 # --- copied, or left out ----------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_copied_need_room_on_the_disk(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(base, "assets/voice.wav", content=bytes(100_000))
+    with open_plan(recipe("linear", None, (base, {"weight": 0.5}))) as plan:
+        weights = plan.bytes_written
+    monkeypatch.setattr(placing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, weights + 50_000))
+    with pytest.raises(PaftMergeError, match="bytes are needed") as caught:
+        merged(tmp_path / "out", base, base)
+    assert [problem.code for problem in caught.value.problems] == ["DISK"]
 
 
 def test_folders_and_unknown_files_of_the_base_are_copied_as_they_are(

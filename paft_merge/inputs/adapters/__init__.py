@@ -26,7 +26,7 @@ from paft_merge.inputs.adapters.tied_weights import may_be_tied, untie
 from paft_merge.inputs.checkpoint import Checkpoint, FarFile
 from paft_merge.inputs.safetensors_header import join_first, read_text, truncate
 
-__all__ = ["Adapter", "AdapterDelta"]
+__all__ = ["Adapter", "AdapterDelta", "open_weights"]
 
 _WEIGHTS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 _CONVERT = (
@@ -91,7 +91,7 @@ class Adapter:
         with problems.catching():
             settings.append(read_settings(folder))
         with problems.catching(), ExitStack() as on_failure:
-            file = on_failure.enter_context(_open_weights(folder, far, unpickle))
+            file = on_failure.enter_context(open_weights(folder, far, unpickle=unpickle))
             if settings:
                 adapter = cls(folder, settings[0].raw, file)
                 adapter._bind(settings[0], base)
@@ -159,7 +159,8 @@ class Adapter:
             raise AdapterError.of("ADAPTER_UNSUPPORTED", self.folder, what, fix)
 
 
-def _open_weights(folder: Path, far: Mapping[str, FarFile] | None, unpickle: bool) -> Checkpoint:
+def open_weights(folder: Path, far: Mapping[str, FarFile] | None = None, *, unpickle: bool = False) -> Checkpoint:
+    """Open the file with an adapter's tensors; the arguments are those of `Adapter.open`."""
     if not (folder / _WEIGHTS).exists() and ((folder / MLX_FILE).exists() or MLX_FILE in (far or ())):
         return Checkpoint.open(folder / MLX_FILE, far=far)
     path, pickled = folder / _WEIGHTS, folder / _PICKLED
