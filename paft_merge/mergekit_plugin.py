@@ -172,17 +172,8 @@ def _local_path(model: ModelReference, cache_dir: str | None = None, ignore_lora
     return str(_plain_path(model, cache_dir=cache_dir, ignore_lora=True))
 
 
-def main() -> None:
-    """mergekit-yaml, with our methods and adapters on the fly; `paft-mergekit-yaml` is `cli.mergekit_yaml`."""
-    from mergekit.scripts import run_yaml
-
-    register()
-    with adapters_on_the_fly():
-        run_yaml.main()
-
-
 def run(program: str, arguments: Sequence[str], epilog: str) -> None:
-    """Run mergekit-yaml as `main` does, raise its errors instead of printing them, and add `epilog` to its help."""
+    """Run mergekit-yaml with our methods and adapters on the fly, raise its errors, and add `epilog` to its help."""
     from mergekit.scripts import run_yaml
 
     run_yaml.main.epilog = epilog

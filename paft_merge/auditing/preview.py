@@ -72,23 +72,11 @@ class Proposal:
         Raises:
             AuditError: PREVIEW, a parameter does not have one value a source, or values do not go together.
         """
-        method, problems = METHODS[self.method], Problems()
-        per_source: list[dict[str, Any]] = [{} for _ in sources]
-        shared: dict[str, Any] = {}
-        for spec in method.parameters:
-            value = self.parameters.get(spec.name, 1.0 if spec.default is REQUIRED else spec.default)
-            if spec.scope == "shared":
-                shared[spec.name] = value
-                continue
-            values = value if isinstance(value, tuple) else (value,) * len(sources)
-            if len(values) != len(sources):
-                problems.add("PREVIEW", self.method, f"{spec.name} has {len(values)} values for {len(sources)} sources")
-            for own, one in zip(per_source, values, strict=False):
-                own[spec.name] = one
-        problems.raise_as(AuditError)
+        method = METHODS[self.method]
+        defaults = {p.name: 1.0 if p.default is REQUIRED else p.default for p in method.parameters}
         keys = [stream_key(self.seed, source, name, "drop") for source in sources]
         try:
-            rule = method.rule(per_source, shared, keys)
+            rule = method.rule(*method.spread({**defaults, **self.parameters}, len(sources)), keys)
         except ValueError as error:
             raise AuditError.of("PREVIEW", self.method, str(error)) from error
         if rule.wants == "whole":

@@ -167,7 +167,7 @@ class Tally:
     @classmethod
     def empty(cls, sources: int) -> Tally:
         """A tally of no blocks."""
-        return cls(np.zeros((sources, len(kernels.COUNTS)), np.int64))
+        return cls(Outcome.empty(sources).counts)
 
     def add(self, counts: Counts, sums: Sums) -> None:
         """Add one block; blocks must come in tile order, because their sums are rounded."""
@@ -234,6 +234,11 @@ class Outcome:
     bad: int
     counts: Counts
     sums: Sums
+
+    @classmethod
+    def empty(cls, sources: int) -> Outcome:
+        """The outcome of a block without elements."""
+        return cls(0, np.zeros((sources, len(kernels.COUNTS)), np.int64), np.zeros((sources, len(kernels.SUMS))))
 
 
 @dataclass(slots=True)

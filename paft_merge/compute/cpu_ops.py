@@ -25,15 +25,10 @@ class CpuOps:
 
     def sample(self, block: Block, step: int) -> NDArray[np.uint32]:
         """The magnitudes of every `step`-th entry, `[n, ceil(E / step)]`."""
-        rows, base = block.sources[:, ::step], block.base[::step]
-        made = np.empty(rows.shape, np.uint32)
-        _widen(rows, made)
+        deltas = _as_float32(block.sources[:, ::step])
         if block.subtract:
-            below = SCRATCH.array("sampled_base", base.size, np.uint32)
-            _widen(base, below)
-            made.view(np.float32)[:] -= below.view(np.float32)
-        made &= np.uint32(MAGNITUDE)
-        return made
+            deltas = deltas - _as_float32(block.base[::step])
+        return deltas.view(np.uint32) & np.uint32(MAGNITUDE)
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
         """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""
@@ -79,7 +74,7 @@ class CpuOps:
         self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
     ) -> Outcome:
         """Write `base_weight * base + sum weights_i * source_i` (see `kernels.merging.blend`)."""
-        outcome = _no_outcome(block.count)
+        outcome = Outcome.empty(block.count)
         outcome.bad = block.filled(kernels.blend(
             out, *block.unfilled(), block.index, float(base_weight), np.array(weights, np.float32),
             np.uint64(key), tally, outcome.counts, outcome.sums, *block.picking, lines(4),
@@ -103,7 +98,7 @@ class CpuOps:
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
         """The block's share of a tally of deltas that are merged unchanged (see `kernels.block_transforms.tally`)."""
-        outcome = _no_outcome(len(block.sources))
+        outcome = Outcome.empty(len(block.sources))
         kernels.tally(block.base, block.sources, block.subtract, outcome.counts, outcome.sums, lines(2))
         return outcome.counts, outcome.sums
 
@@ -151,10 +146,9 @@ class CpuOps:
 
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
         """Drop entries of each delta by their rank among `length` entries that are `inner` apart; ties rank by position."""
-        rows = [_as_float32(row) for row in block.sources]
-        deltas = np.stack(rows) if rows else np.empty((0, 0), np.float32)
+        deltas = _as_float32(block.sources)
         if block.subtract:
-            deltas -= _as_float32(block.base)
+            deltas = deltas - _as_float32(block.base)
         out = np.empty_like(deltas)
         places = np.arange(length, dtype=np.uint64)
         for row, kept, drop in zip(deltas, out, drops, strict=True):
@@ -196,7 +190,7 @@ def _consensus(
     memory: Any = None,
 ) -> tuple[Outcome, Undecided | None]:
     n, size = block.count, block.size
-    outcome, most, tally = _no_outcome(n), size if brackets is not None else 0, np.zeros((n + 1, 2), np.int64)
+    outcome, most, tally = Outcome.empty(n), size if brackets is not None else 0, np.zeros((n + 1, 2), np.int64)
     place = SCRATCH.array("open_place", most, np.int32)
     held = SCRATCH.array("open_held", (n + 1, most), np.float32, sparse=True)
     found = SCRATCH.array("open_found", (n, most), np.uint32, sparse=True)
@@ -243,16 +237,6 @@ def _strips(of_float32: int, of_float64: int) -> tuple[Any, Any]:
 def _one_row(block: Block) -> Block:
     """A block with one uninitialised row, with the index and the base of `block`."""
     return Block(block.index, block.base, np.empty((1, block.size), np.uint32), subtract=False)
-
-
-def _no_outcome(sources: int) -> Outcome:
-    counts = np.zeros((sources, len(kernels.COUNTS)), np.int64)
-    return Outcome(0, counts, np.zeros((sources, len(kernels.SUMS))))
-
-
-def _widen(bits: Any, out: Any) -> None:
-    """Convert stored bits to float32 bits, into `out`."""
-    np.left_shift(bits, np.uint32(0 if bits.dtype == np.uint32 else 16), out=out, dtype=np.uint32)
 
 
 def _as_float32(bits: Any) -> NDArray[np.float32]:

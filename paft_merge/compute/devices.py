@@ -24,14 +24,9 @@ def ops_for(device: str) -> Ops:
     except RuntimeError as error:
         raise MergeError.of("DEVICE", device, "is not a device", "use cpu, cuda or cuda:1") from error
     if wanted.type != "cuda":
-        raise MergeError.of(
-            "DEVICE", device, "merges run on the CPU and on CUDA devices only", "use cpu, cuda or cuda:1"
-        )
+        what = "merges run on the CPU and on CUDA devices only"
+        raise MergeError.of("DEVICE", device, what, "use cpu, cuda or cuda:1")
     if (wanted.index or 0) >= torch.cuda.device_count():
-        raise MergeError.of(
-            "DEVICE",
-            device,
-            "CUDA device not found, or torch is built without CUDA",
-            "use device='cpu'",
-        )
+        what = "CUDA device not found, or torch is built without CUDA"
+        raise MergeError.of("DEVICE", device, what, "use device='cpu'")
     return TorchOps(wanted)

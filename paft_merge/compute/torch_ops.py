@@ -84,23 +84,22 @@ class TorchOps:
     ) -> Outcome:
         """See `Ops.blend`."""
         rows = self._deltas(block)
-        counts, sums = _tally(rows) if tally else _no_tally(len(rows))
-        if tally and len(rows):
-            counts[:, 5:7] = rows.shape[1] - counts[:, :1]
-            sums[:, 2:] = sums[:, 1:2]
+        outcome = _unchanged(rows) if tally else Outcome.empty(len(rows))
         total = torch.zeros(block.size, device=self.device)
         if block.base.size:
             total = self._float(block.base) * float(np.float32(base_weight))
         for row, weight in zip(rows, weights, strict=True):
             total = total + row * float(np.float32(weight))
-        return Outcome(self._store(total, out, key, block.index), counts, sums)
+        outcome.bad = self._store(total, out, key, block.index)
+        return outcome
 
     def consensus(
         self, block: Block, out: Any, survivals: Sequence[KeepThreshold], election: Election, key: int
     ) -> Outcome:
         """See `Ops.consensus`."""
         deltas, base = self._deltas(block), self._float(block.base)
-        counts, sums = _tally(deltas)
+        outcome = _tally(deltas)
+        counts, sums = outcome.counts, outcome.sums
         weights = [float(np.float32(w)) for w in election.weights]
         rows = [self._surviving(d, s, block.index) for d, s in zip(deltas, survivals, strict=True)]
         for i, row in enumerate(rows):
@@ -119,16 +118,13 @@ class TorchOps:
             sums[i, 3] = float((held.double() ** 2).sum()) / unit**2 if unit else 0.0
         if election.normalize != "none":
             result = result / torch.where(divisor != 0, divisor, torch.ones_like(divisor))
-        return Outcome(
-            self._store(base + result * float(np.float32(election.factor)), out, key, block.index), counts, sums
-        )
+        outcome.bad = self._store(base + result * float(np.float32(election.factor)), out, key, block.index)
+        return outcome
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
         """See `Ops.tally`."""
-        counts, sums = _tally(self._deltas(block))
-        counts[:, 5:7] = block.size - counts[:, :1]
-        sums[:, 2:] = sums[:, 1:2]
-        return counts, sums
+        outcome = _unchanged(self._deltas(block))
+        return outcome.counts, outcome.sums
 
     def variance(self, block: Block, total: int) -> Block:
         """See `Ops.variance`; computed in float64."""
@@ -145,7 +141,7 @@ class TorchOps:
     def select(self, block: Block, by: Block, survival: KeepThreshold) -> Block:
         """See `Ops.select`."""
         deltas = self._deltas(block)
-        bits, at = _bits(self._float(by.sources[0])), self._places(block)
+        bits, at = _bits(self._float(by.sources[0])), self._places(block.index, block.size)
         stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
         return _derived(block, torch.where(stays, deltas, torch.zeros_like(deltas)))
 
@@ -232,8 +228,7 @@ class TorchOps:
         return rows - self._float(block.base) if block.subtract else rows
 
     def _surviving(self, delta: Tensor, survival: KeepThreshold, index: int) -> Tensor:
-        bits = _bits(delta) & MAGNITUDE
-        at = torch.arange(index, index + len(delta), device=self.device)
+        bits, at = _bits(delta) & MAGNITUDE, self._places(index, len(delta))
         stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
         stays &= ~((bits > survival.high) | ((bits == survival.high) & (at < survival.high_cut)))
         stays &= self._kept(survival, index, len(delta))
@@ -241,9 +236,9 @@ class TorchOps:
         soft = float(np.float32(survival.shrink))
         return torch.where(kept > 0, kept - soft, torch.where(kept < 0, kept + soft, kept)) if soft else kept
 
-    def _places(self, block: Block) -> Tensor:
-        """The flat index of every entry of a block in its tensor."""
-        return torch.arange(block.index, block.index + block.size, device=self.device)
+    def _places(self, index: int, size: int) -> Tensor:
+        """The flat index of each of `size` entries from `index` on."""
+        return torch.arange(index, index + size, device=self.device)
 
     def _kept(self, survival: KeepThreshold, index: int, size: int) -> Tensor:
         if survival.keep >= 2**32:
@@ -252,7 +247,7 @@ class TorchOps:
 
     def _hash(self, key: int, index: int, size: int) -> Tensor:
         """`splitmix64.numbers` on the device; int64 wraps as uint64 does, shifts are made logical."""
-        z = torch.arange(index + 1, index + size + 1, device=self.device) * _signed(GOLDEN) + _signed(key)
+        z = self._places(index + 1, size) * _signed(GOLDEN) + _signed(key)
         z = (z ^ _shift(z, 30)) * _signed(MIX1)
         z = (z ^ _shift(z, 27)) * _signed(MIX2)
         return z ^ _shift(z, 31)
@@ -289,19 +284,25 @@ def _shift(z: Tensor, by: int) -> Tensor:
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
-def _no_tally(sources: int) -> tuple[Counts, Sums]:
-    return np.zeros((sources, len(kernels.COUNTS)), np.int64), np.zeros((sources, len(kernels.SUMS)))
-
-
-def _tally(rows: Tensor) -> tuple[Counts, Sums]:
-    counts, sums = _no_tally(len(rows))
+def _tally(rows: Tensor) -> Outcome:
+    """Counts and sums over deltas, without those of kept and elected entries."""
+    outcome = Outcome.empty(len(rows))
+    counts, sums = outcome.counts, outcome.sums
     for i, row in enumerate(rows):
         bits, wide = _bits(row) & MAGNITUDE, row.double()
         counts[i, 0] = int((bits == 0).sum())
         counts[i, 1:5] = [int((bits < e).sum()) for e in _THRESHOLDS]
         counts[i, 7] = int(bits.max()) if len(bits) else 0
         sums[i, :2] = float(wide.abs().sum()), float((wide * wide).sum())
-    return counts, sums
+    return outcome
+
+
+def _unchanged(rows: Tensor) -> Outcome:
+    """Counts and sums over deltas that are merged unchanged: every nonzero entry is kept and elected."""
+    outcome = _tally(rows)
+    outcome.counts[:, 5:7] = rows.shape[1] - outcome.counts[:, :1]
+    outcome.sums[:, 2:] = outcome.sums[:, 1:2]
+    return outcome
 
 
 def _agreement(rows: Sequence[Tensor], election: Election) -> list[Tensor]:

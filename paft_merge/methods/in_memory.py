@@ -33,19 +33,8 @@ def run(method: Method, tensors: Sequence[torch.Tensor], *, seed: int = 0, **giv
 
     if not tensors:
         raise ValueError("a merge needs at least one tensor")
-    sources: list[dict[str, Any]] = [{} for _ in tensors]
-    shared: dict[str, Any] = {}
-    for name, value in given.items():
-        parameter = method.parameter(name.rstrip("_"))
-        assert parameter is not None
-        if parameter.scope == "shared":
-            shared[parameter.name] = parameter.checked(value)
-            continue
-        values = np.asarray(value).tolist() if np.ndim(value) else [value] * len(tensors)
-        if len(values) != len(tensors):
-            raise ValueError(f"{name} has {len(values)} values for {len(tensors)} tensors")
-        for source, one in zip(sources, values, strict=True):
-            source[name] = one if one is None else parameter.checked(one)
+    values = {name.rstrip("_"): np.asarray(one).tolist() if np.ndim(one) else one for name, one in given.items()}
+    sources, shared = method.spread(values, len(tensors))
     keys = [stream_key(seed, str(i), "", "drop") for i in range(len(tensors))]
     rule = method.rule(sources, shared, keys)
     assert rule.wants != "whole"

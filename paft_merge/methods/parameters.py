@@ -93,6 +93,29 @@ class Method:
         """The parameter called `name`, or None."""
         return next((p for p in self.parameters if p.name == name), None)
 
+    def spread(self, values: Mapping[str, Any], count: int) -> tuple[Sources, Shared]:
+        """The parameters of each of `count` sources, and those of all, from values by name.
+
+        A parameter of a source has one value for all, or a list with one a source.
+
+        Raises:
+            ValueError: a value cannot be used, or a list has another length.
+        """
+        sources: list[dict[str, Any]] = [{} for _ in range(count)]
+        shared: dict[str, Any] = {}
+        for name, value in values.items():
+            parameter = self.parameter(name)
+            assert parameter is not None
+            if parameter.scope == "shared":
+                shared[name] = parameter.checked(value)
+                continue
+            each = value if isinstance(value, tuple | list) else [value] * count
+            if len(each) != count:
+                raise ValueError(f"{name} has {len(each)} values for {count} sources")
+            for source, one in zip(sources, each, strict=True):
+                source[name] = one if one is None else parameter.checked(one)
+        return sources, shared
+
 
 LAMBDA = Parameter("lambda", float, "shared", 1.0, "Multiplies the merged delta.")
 INT8_MASK = Parameter(

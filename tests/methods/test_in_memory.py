@@ -126,7 +126,7 @@ DELTAS = [torch.eye(4), torch.ones(4, 4)]
         ("ties", {"weight": [1.0, float("nan")]}, "weight must be finite, got nan"),
         ("ties", {"weight": 1.0, "lambda_": float("inf")}, "lambda must be finite"),
         ("ties", {"weight": 1.0, "normalize": None}, "normalize must be one of"),
-        ("ties", {"weight": torch.ones(3)}, "weight has 3 values for 2 tensors"),
+        ("ties", {"weight": torch.ones(3)}, "weight has 3 values for 2 sources"),
         ("l1_ties", {"l1_mass": None}, "set density, l1_mass or epsilon"),
         ("l1_ties", {"epsilon": -1.0}, "epsilon must be at least 0"),
         ("breadcrumbs", {"weight": 1.0, "gamma": -1}, "gamma must be in"),

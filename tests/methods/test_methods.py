@@ -125,7 +125,7 @@ def test_doubling_every_delta_doubles_the_result() -> None:
 def test_words_that_are_no_choice_are_refused() -> None:
     with pytest.raises(ValueError, match="elect must be one of weighted"):
         methods.ties(draw(0, 1), 1.0, elect="total")
-    with pytest.raises(ValueError, match="weight has 3 values for 2 tensors"):
+    with pytest.raises(ValueError, match="weight has 3 values for 2 sources"):
         methods.ties(draw(0, 1), [1.0, 1.0, 1.0])
 
 

@@ -10,11 +10,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from paft_merge.compute.block_walk import BlockWalk, TiledTensor
-from paft_merge.compute.blocks import Block, KeepThreshold, Ops, Outcome, Tally, Wants
+from paft_merge.compute.blocks import Block, KeepThreshold, Ops, Outcome, Wants
 from paft_merge.methods.rules.one_pass import Factors, OnePass
 from paft_merge.methods.rules.thresholds import Trim
 
@@ -152,8 +152,7 @@ def write_merged(ops: Ops, block: Block, merged: Block, out: Any, key: int, delt
     outcome = ops.blend(merged, out, 1.0 if deltas else 0.0, [1.0], key, False)
     if deltas:
         return Outcome(outcome.bad, *ops.tally(block))
-    nothing = Tally.empty(block.count)
-    return Outcome(outcome.bad, nothing.counts, nothing.total())
+    return replace(Outcome.empty(block.count), bad=outcome.bad)
 
 
 @dataclass(frozen=True)
