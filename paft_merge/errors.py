@@ -151,8 +151,13 @@ def cause_of(error: BaseException) -> str:
         return "is nested too deeply"
     if isinstance(error, MemoryError):
         return "needs more memory than there is"
-    said = str(error).strip().partition("\n")[0][:200]
-    return f"cannot be read: {type(error).__name__}{f': {said}' if said else ''}"
+    said = first_line(error)
+    return f"cannot be read: {type(error).__name__}{f': {said}' if said != type(error).__name__ else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error of another library, at most 300 characters; the error's class without a message."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 
 def escape(text: str, *, lines: bool = False) -> str:
