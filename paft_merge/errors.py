@@ -18,6 +18,8 @@ An error carries one `Problem` or more: all problems that can be found together 
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,8 +153,13 @@ def cause_of(error: BaseException) -> str:
         return "is nested too deeply"
     if isinstance(error, MemoryError):
         return "needs more memory than there is"
-    said = str(error).strip().partition("\n")[0][:200]
-    return f"cannot be read: {type(error).__name__}{f': {said}' if said else ''}"
+    said = first_line(error)
+    return f"cannot be read: {type(error).__name__}{f': {said}' if said != type(error).__name__ else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error of another library, at most 300 characters; the error's class without a message."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 
 def escape(text: str, *, lines: bool = False) -> str:
@@ -167,6 +174,23 @@ def escape(text: str, *, lines: bool = False) -> str:
         kept = "\n" if lines else ""
         shown = "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
     return shown if lines or len(shown) <= 2000 else shown[:1990] + "..."
+
+
+class _EscapedRecord(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802 (logging's name)
+        return escape(_COLOURS.sub("", super().getMessage()), lines=True)
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""Sequences that set colours: transformers puts them around words of its reports."""
+
+
+def escape_logs() -> None:
+    """Escape control characters in the log records and warnings of all libraries, as they quote names and texts from files."""
+    logging.setLogRecordFactory(_EscapedRecord)
+    plain = warnings.formatwarning
+    if plain.__module__ == warnings.__name__:  # else this was done before
+        warnings.formatwarning = lambda *given, **named: escape(plain(*given, **named), lines=True)
 
 
 def deprecated(name: str, use: str, *, since: str, stacklevel: int = 3) -> None:

@@ -28,7 +28,7 @@ from paft_merge.cli.terminal import COMMAND, COMPILER, LineFormatter, StderrHand
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
-from paft_merge.errors import PaftMergeError, Problem, cause_of
+from paft_merge.errors import PaftMergeError, Problem, cause_of, escape_logs
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ _SYSTEM_FIXES = {
 @click.pass_context
 def cli(ctx: click.Context, verbose: bool) -> None:
     """Merge LoRA adapters and checkpoints by streaming tensors, and train the sparse adapters to merge."""
+    escape_logs()
     handler = StderrHandler()
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)

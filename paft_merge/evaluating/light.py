@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import log_softmax
 
-from paft_merge.errors import EvaluateError
+from paft_merge.errors import EvaluateError, first_line
 from paft_merge.evaluating.data_rows import read_lines, rows_for
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import Measurement
@@ -125,7 +125,7 @@ def _encoded(subject: EvaluatedModel, turns: Any, encode: Callable[[], list[int]
     try:
         return encode()
     except Exception as error:  # templates raise errors of any type
-        what = f"the chat template refuses a row with the roles {roles_of(turns)}: {str(error).strip().splitlines()[0]}"
+        what = f"the chat template refuses a row with the roles {roles_of(turns)}: {first_line(error)}"
         raise EvaluateError.of("TEMPLATE", subject.name, what, "correct or remove such rows") from error
 
 

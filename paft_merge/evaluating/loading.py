@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from paft_merge.errors import EvaluateError, PaftMergeError
+from paft_merge.errors import EvaluateError, PaftMergeError, first_line
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
 
@@ -72,11 +72,11 @@ def load_subject(
             loaded, tokenizer = _adapted(loaded, adapter), _trained_tokenizer(adapter, tokenizer)
     except PaftMergeError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers and PEFT raise anything on unknown files
         if "trust_remote_code" in str(error):
             what = "needs the Python code of its folder, which is not run unless you allow it"
             raise EvaluateError.of("TRUST", name, what, "read it, then pass trust_code=True") from error
-        what = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        what = f"cannot be loaded: {first_line(error)}"
         raise EvaluateError.of("MODEL", name, what, "give a causal language model, or BASE+ADAPTER") from error
     loaded = loaded.eval().to(device)
     tokenizer.chat_template = tokenizer.chat_template or template

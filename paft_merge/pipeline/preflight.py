@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError, TrainError
+from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError, TrainError, first_line
 from paft_merge.evaluating import HARNESS, check_evaluate
 from paft_merge.hub import is_repository, resolve
 from paft_merge.hub.run_checkpoints import expand
@@ -268,9 +268,9 @@ def _check_targets(recipe: RunRecipe, name: str) -> None:
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(recipe.base, trust_remote_code=False), trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises anything on unknown files
         if spec.base.trust_remote_code:
             return  # training checks the modules of the base's code
-        what = f"cannot be read: {str(error).strip().splitlines()[0]}"
+        what = f"cannot be read: {first_line(error)}"
         raise RunError.of("BASE", recipe.base, what, "name a causal language model") from error
     check_targets(spec, model)

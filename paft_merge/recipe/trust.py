@@ -24,17 +24,19 @@ def refused(where: str, what: str) -> Problem:
     return Problem("TRUST", where, what, _TRUST)
 
 
-def needs_trust(name: str, file: Path | None, folder: Path) -> Problem | None:
+def needs_trust(name: str, file: Path | None, folder: Path, does: str = "runs Python code of") -> Problem | None:
     """Why code needs `trust_code`; None for a file in the recipe's folder or below, where no link leads out of it.
 
     Args:
         name: the code, as the recipe names it.
         file: its file; None if unknown.
         folder: the recipe's folder.
+        does: what it does, for the message, before the file.
     """
     if file is not None and file.resolve().is_relative_to(folder.resolve()):
         return None
-    return refused(name, f"runs Python code{f' of {file}' if file else ''}, which does not lie beside the recipe")
+    what = f"{does} {file}" if file else "runs Python code"
+    return refused(name, f"{what}, which does not lie beside the recipe")
 
 
 _NAMED: set[tuple[str, Path | None]] = set()

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import nn
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import TrainError, first_line
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.sections import beside_recipe
@@ -39,8 +39,8 @@ def load_base(name: str, spec: BaseSpec) -> Any:
         options["device_map"] = _this_device()
     try:
         return AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        what = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+    except Exception as error:  # transformers raises anything on unknown files
+        what = f"cannot be loaded: {first_line(error)}"
         raise TrainError.of("BASE", name, what, "give a folder or a Hub name of a causal language model") from error
 
 
@@ -79,8 +79,8 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust
         )
         if spec.chat_template:
             tokenizer.chat_template = _template(spec.chat_template, folder)
-    except (OSError, ValueError) as error:
-        what = f"the tokenizer or its template cannot be loaded: {str(error).strip().splitlines()[0]}"
+    except Exception as error:  # transformers raises anything on unknown files
+        what = f"the tokenizer or its template cannot be loaded: {first_line(error)}"
         raise TrainError.of("TEMPLATE", spec.chat_template or name, what, "check chat_template and the base") from error
     return tokenizer
 

@@ -118,6 +118,8 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.name, self.l1, self.progress = name, l1, progress
         self.latest: dict[str, float] = {}
         self.faint = 0
+        self.stepping = False
+        """Whether the first step has begun; a checkpoint is loaded before it."""
 
     def state(self) -> dict[str, Any]:
         """Return the state for `trainer_state.json`."""
@@ -133,6 +135,10 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.faint, self.latest = attributes["faint"], attributes["latest"]
         if self.l1 and attributes["controller"]:
             self.l1.controller = Controller(**attributes["controller"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that a step has begun."""
+        self.stepping = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the adapter if a measurement is due, and report the step."""

@@ -7,11 +7,30 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, NonNegativeInt, ValidationError
+
+from paft_merge.inputs.safetensors_header import read_text
 
 _STATE = "trainer_state.json"
 _WEIGHTS = "adapter_model.safetensors"
 _LAST = 8
 """Bytes of the length of a safetensors header."""
+
+
+class _TrainerState(BaseModel):
+    """The fields of `trainer_state.json` that transformers and our callbacks use, as far as a file has them."""
+
+    global_step: NonNegativeInt = 0
+    train_batch_size: int = 0
+    logging_steps: float = 0
+    save_steps: float = 0
+    eval_steps: float | None = None
+    total_flos: float = 0
+    log_history: list[dict[str, Any]] = []
+    best_model_checkpoint: str | None = None
+    stateful_callbacks: dict[str, Any] = {}
 
 
 def missing_part(checkpoint: Path, others: Iterable[Path], processes: int = 1) -> str:
@@ -45,7 +64,7 @@ def missing_part(checkpoint: Path, others: Iterable[Path], processes: int = 1) -
 def _files(checkpoint: Path) -> list[Path]:
     """The files that a resumed run reads."""
     suffixes = (".pt", ".pth", ".safetensors", ".bin")
-    return sorted(f for f in checkpoint.glob("*") if f.is_file() and (f.suffix in suffixes or f.name == _STATE))
+    return sorted(f for f in checkpoint.glob("*") if f.suffix in suffixes or f.name == _STATE)
 
 
 def file_fault(file: Path) -> str:
@@ -53,12 +72,13 @@ def file_fault(file: Path) -> str:
     try:
         if not file.stat().st_size:
             return f"{file.name} is empty"
+        if not file.is_file():
+            return f"{file.name} is not a file"
         if file.suffix == ".json":
-            return (
-                ""
-                if isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-                else f"{file.name} is not a mapping"
-            )
+            data = json.loads(read_text(file, "RESUME"))
+            if not isinstance(data, dict):
+                return f"{file.name} is not a mapping"
+            return _state_fault(data) if file.name == _STATE else ""
         if file.suffix == ".safetensors":
             return _safetensors_fault(file)
         with zipfile.ZipFile(file) as archive:  # the format of torch.save, with a checksum of every record
@@ -66,8 +86,16 @@ def file_fault(file: Path) -> str:
         return f"{file.name} is damaged" if damaged else ""
     except OSError as error:
         return f"{file.name} is missing" if isinstance(error, FileNotFoundError) else f"{file.name} cannot be read"
-    except (ValueError, zipfile.BadZipFile, RecursionError, EOFError):
+    except Exception:  # parsers raise anything
         return f"{file.name} is damaged"
+
+
+def _state_fault(state: dict[str, Any]) -> str:
+    try:
+        _TrainerState.model_validate(state)
+    except ValidationError as error:
+        return f"{_STATE} has a wrong value of {error.errors()[0]['loc'][0]}"
+    return ""
 
 
 def _safetensors_fault(file: Path) -> str:

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import xxhash
 
-from paft_merge.errors import Problems, TrainError
+from paft_merge.errors import Problems, TrainError, first_line
 from paft_merge.training.row_files import Number, Row, native
 from paft_merge.training.row_forms import Kind, Notes, choose_form, converted, shape_of
 from paft_merge.training.row_sources import Source, Survey, source_of
@@ -194,7 +194,7 @@ def _written(rows: Iterator[tuple[str, Row]], others: Mapping[str, Any], way: _W
                 writer.write_batch(batch)
             writer.finalize()
     except (ValueError, TypeError, OverflowError) as error:
-        what = f"a column cannot be stored: {str(error).strip().splitlines()[0]}"
+        what = f"a column cannot be stored: {first_line(error)}"
         raise TrainError.of(
             "DATA", place, what, "give it values of one type, or leave it out with columns: [...]"
         ) from error

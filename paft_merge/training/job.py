@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import PaftMergeError, TrainError, cause_of
 from paft_merge.training.adapter_record import check_trim, write_card, write_record, write_trimmed
 from paft_merge.training.arguments import lora_config
 from paft_merge.training.callbacks import L1, ProxCallback, Watch
@@ -182,7 +182,13 @@ def run_trainer(job: Job, trainer: Any) -> None:
         fix = "raise training.max_length, or check for empty completions"
         raise TrainError.of("DATA", job.name, "no row is left: every row is masked or cut completely", fix)
     checkpoint = _whole_checkpoint(job) if job.options.resume else None
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if checkpoint is None or trainer.watch.stepping or isinstance(error, PaftMergeError):
+            raise
+        fix = "remove this folder; the run then resumes from the checkpoint before it"
+        raise TrainError.of("RESUME", checkpoint, cause_of(error), fix) from error
     job.facts.setdefault("rows_trained_on", len(trainer.train_dataset))
     job.facts["train_loss"] = result.training_loss
 

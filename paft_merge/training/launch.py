@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from paft_merge.errors import Problems, RecipeError, TrainError
+from paft_merge.errors import PaftMergeError, Problems, RecipeError, TrainError, escape_logs
 from paft_merge.recipe.sections import suggestion
 from paft_merge.recipe.trust import announce, file_of
 from paft_merge.recipe.yaml_source import Located, load_yaml
@@ -274,9 +274,10 @@ def _spill(mapping: Mapping[str, Any], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of a child: RECIPE OUT NAME [--resume]. Its parent has checked the code that runs. A `TrainError` is one line on stderr and exit code 1."""
+    """Entry point of a child: RECIPE OUT NAME [--resume]. Its parent has checked the code that runs. An error of ours is one line on stderr and exit code 1."""
     recipe, out, name, *rest = arguments
     first = is_first()
+    escape_logs()
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(levelname)s: %(message)s")
     logging.getLogger("paft_merge").setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs missing kernels at import
@@ -291,7 +292,7 @@ def main(arguments: Sequence[str]) -> int:
             progress=progress,
             trust_code=True,
         )
-    except (TrainError, RecipeError) as error:
+    except PaftMergeError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
     return 0

@@ -48,8 +48,8 @@ class Launch:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The child's environment variables: visible devices, threads, and no progress bars in its log."""
-        mine = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+        """The child's environment variables: visible devices, threads, no progress bars, no modules of the working directory."""
+        mine = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
         mine["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")  # of TRL
         if CPU in self.devices:  # else each process would act as the only one
             mine |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(self.threads or 1)}

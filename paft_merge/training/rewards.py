@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import Problems, TrainError
+from paft_merge.errors import Problems, TrainError, first_line
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.trust import announce, file_of, functions_in, needs_trust
 from paft_merge.recipe.yaml_source import did_you_mean
@@ -120,8 +120,8 @@ def model_reward(name: str) -> Reward:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        what = f"the reward model cannot be loaded: {str(error).splitlines()[0]}"
+    except Exception as error:  # transformers raises anything on unknown files
+        what = f"the reward model cannot be loaded: {first_line(error)}"
         raise TrainError.of("REWARD", name, what, "give a sequence-classification model") from error
     model = model.eval()
     if torch.cuda.is_available():

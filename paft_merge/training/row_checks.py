@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paft_merge.errors import Problems
+from paft_merge.errors import Problems, first_line
 from paft_merge.training.data import PLACE, Loaded, kind_of
 from paft_merge.training.row_files import Row
 from paft_merge.training.row_parts import roles_of
@@ -71,7 +71,7 @@ def check_tokens(
             except Exception as error:  # templates raise errors of any type
                 turns = row.get("messages") or row.get("prompt")
                 of = f" (roles: {roles_of(turns)})" if isinstance(turns, list) else ""
-                refused.setdefault(f"{str(error).strip().splitlines()[0]}{of}", []).append(row[PLACE])
+                refused.setdefault(f"{first_line(error)}{of}", []).append(row[PLACE])
         _tokenise(sequences, tokenizer, found, joined)
     for why, places in refused.items():
         more = f" (and {len(places) - 1} more rows)" if len(places) > 1 else ""

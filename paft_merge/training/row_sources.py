@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import TrainError, first_line
 from paft_merge.recipe.sections import suggestion
 from paft_merge.training.row_files import SUFFIXES, Number, Row, read_rows, suffix_of
 from paft_merge.training.row_forms import kind_of_value
@@ -90,7 +90,7 @@ def source_of(spec: DataSpec, folder: Path) -> Source:
     except TrainError:
         raise
     except Exception as error:  # loaders raise errors of many types; all mean that the source cannot be read
-        what = f"cannot be loaded: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        what = f"cannot be loaded: {type(error).__name__}: {first_line(error)}"
         fix = f"check data.path, name and split; a local file must exist and end in {', '.join(SUFFIXES)} or .parquet"
         raise TrainError.of("DATA", spec.path, what, fix) from error
     return _of_dataset(rows, spec)
@@ -236,7 +236,7 @@ def _spans(spec: DataSpec, count: Callable[[], int]) -> list[tuple[int, int]] | 
     try:
         parts = ReadInstruction.from_spec(spec.split).to_absolute({name: count()})
     except (ValueError, AssertionError) as error:
-        what = f"split {spec.split!r}: {str(error).splitlines()[0]}"
+        what = f"split {spec.split!r}: {first_line(error)}"
         raise TrainError.of("DATA", spec.path, what, "write for example train[:1000] or train[:10%]") from error
     return [(part.from_ or 0, part.to if part.to is not None else count()) for part in parts]
 

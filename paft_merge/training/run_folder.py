@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import TrainError, reading
+from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.recipe.sections import former_keys
 from paft_merge.training.checkpoint_parts import file_fault, missing_part
 from paft_merge.training.schema import AdapterSpec
@@ -57,7 +58,8 @@ class RunFolder:
             fix = "continue it with resume=True, or remove the folder"
             raise TrainError.of("EXISTS", self.part, "an interrupted run left this folder", fix)
         if self.part.exists() and (self.part / RUN_FILE).exists():
-            _check_same(json.loads((self.part / RUN_FILE).read_text()), plan, self.part)
+            with reading(self.part / RUN_FILE, "RESUME", TrainError, "remove the folder, and train again"):
+                _check_same(json.loads(read_text(self.part / RUN_FILE, "RESUME")), plan, self.part)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(self.part / RUN_FILE, plan)
 
@@ -71,13 +73,10 @@ class RunFolder:
             TrainError: RESUME, naming every field that differs; ADAPTER, a file is damaged.
         """
         path = self.final / DONE_FILE
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path, "ADAPTER", TrainError, "remove the folder and train again"):
+            record = json.loads(read_text(path, "ADAPTER"))
             spec = {k: v for k, v in record["spec"].items() if k not in ("processes", "accelerate_config")}
             before = {"base": record["base"]["name"], "spec": former_keys(AdapterSpec, spec)}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"cannot be read ({type(error).__name__})"
-            raise TrainError.of("ADAPTER", path, what, "remove the folder and train again") from error
         _check_same(before, settings, self.final, "train into another folder, or remove this one")
         if fault := file_fault(self.final / "adapter_model.safetensors"):
             raise TrainError.of("ADAPTER", self.final, fault, "remove the folder and train again")

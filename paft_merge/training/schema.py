@@ -24,6 +24,7 @@ OURS = {
     "remove_unused_columns": "the trainers choose their columns",
     "logging_nan_inf_filter": "a non-finite loss always stops a run",
     "chat_template_path": "use chat_template: of the adapter",
+    "trust_remote_code": "use base: {trust_remote_code: true} of the adapter",
 }
 """Fields of the TRL configs that `training:` may not set, and their replacements."""
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
 from toys.train import FAST, THEIR_WARNINGS, preferences, pretrained, texts, tokenizer
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import PaftMergeError, TrainError
 from paft_merge.training import train_adapter
 from paft_merge.training.run_folder import RunFolder
 
@@ -160,6 +164,112 @@ def test_a_run_that_goes_back_says_so_and_ends_in_the_same_bits(tmp_path, finish
     text = "checkpoint-6 is not whole: optimizer.pt is missing; going back to checkpoint-3"
     assert text in caplog.text
     assert text in json.loads((resumed / "paft_train.json").read_text())["run"]["warnings"]
+
+
+class Touch:
+    """A pickle of it creates a file where it is loaded as code."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin"])
+def test_no_pickle_of_a_strangers_run_runs_code(tmp_path, finished_checkpoints, name, zipped):
+    shutil.copytree(finished_checkpoints, tmp_path / "killed.part")
+    evil = {"state": Touch(tmp_path / "ran"), "param_groups": []}
+    for folder in (tmp_path / "killed.part" / "checkpoints").glob("checkpoint-*"):
+        if zipped:
+            torch.save(evil, folder / name)
+        else:
+            (folder / name).write_bytes(pickle.dumps(evil))
+    with suppress(TrainError):
+        run(tmp_path / "killed", resume=True)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(evil))
+    assert (tmp_path / "ran").exists()
+
+
+def header_of(fields):
+    def write(folder):
+        text = json.dumps(fields).encode()
+        (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+
+    return write
+
+
+def state_with(**fields):
+    def write(folder):
+        path = folder / "trainer_state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return write
+
+
+def packed(method):
+    def write(folder):
+        with zipfile.ZipFile(folder / "optimizer.pt", "w") as archive:
+            archive.writestr("optimizer/data.pkl", b"x" * 100)
+        raw = bytearray((folder / "optimizer.pt").read_bytes())
+        for mark, offset in ((b"PK\1\2", 10), (b"PK\3\4", 8)):
+            raw[raw.find(mark) + offset] = method
+        (folder / "optimizer.pt").write_bytes(raw)
+
+    return write
+
+
+def folder_instead(folder):
+    (folder / "optimizer.pt").unlink()
+    (folder / "optimizer.pt").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (header_of({"a": 1}), "adapter_model.safetensors is damaged"),
+        (header_of({"a": {"data_offsets": "x"}}), "adapter_model.safetensors is damaged"),
+        (header_of({"a": {"data_offsets": [0, "8"]}}), "adapter_model.safetensors is cut short"),
+        (packed(99), "optimizer.pt is damaged"),
+        (folder_instead, "optimizer.pt is not a file"),
+        (state_with(global_step="x"), "trainer_state.json has a wrong value of global_step"),
+        (state_with(log_history=[1]), "trainer_state.json has a wrong value of log_history"),
+        (state_with(save_steps=None), "trainer_state.json has a wrong value of save_steps"),
+        (state_with(stateful_callbacks=[1]), "trainer_state.json has a wrong value of stateful_callbacks"),
+    ],
+)
+def test_a_checkpoint_of_wrong_content_is_passed_over(tmp_path, finished_checkpoints, damage, fault):
+    place = RunFolder(tmp_path / "killed")
+    shutil.copytree(finished_checkpoints, place.part)
+    damage(place.checkpoints / "checkpoint-6")
+    assert next(place.faults())[1] == fault
+    assert place.last_checkpoint().name == "checkpoint-3"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "content", [[1], {}, {"state": {}, "param_groups": []}, "x", {"python": 1, "numpy": 2, "cpu": 3}]
+)
+def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, finished_checkpoints, name, content):
+    shutil.copytree(finished_checkpoints, tmp_path / "killed.part")
+    torch.save(content, tmp_path / "killed.part" / "checkpoints" / "checkpoint-6" / name)
+    with pytest.raises(TrainError, match=r"checkpoint-6: .*; remove this folder; the run then resumes from"):
+        run(tmp_path / "killed", resume=True)
+
+
+@pytest.mark.parametrize("raw", [b"", b"[[[[", b"null", b"\xff\xfe", b"[" * 5000, b"[1]", None])
+def test_the_settings_of_an_interrupted_run_may_be_damaged(tmp_path, finished_checkpoints, raw):
+    shutil.copytree(finished_checkpoints, tmp_path / "killed.part")
+    file = tmp_path / "killed.part" / "paft_run.json"
+    file.unlink()
+    if raw is None:
+        os.mkfifo(file)
+    else:
+        file.write_bytes(raw)
+    with pytest.raises(PaftMergeError, match=r"paft_run\.json|killed\.part"):
+        run(tmp_path / "killed", resume=True)
 
 
 def test_a_finished_adapter_is_not_taken_for_that_of_a_changed_recipe(tmp_path):

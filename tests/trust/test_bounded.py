@@ -16,6 +16,7 @@ import pytest
 from paft_merge.engine.api import merge, open_plan
 from paft_merge.errors import PaftMergeError
 from paft_merge.inputs.adapters import patterns
+from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.plan.vocabulary.chat_templates import ChatTemplateError, check_template
 
 PATHS = (
@@ -150,3 +151,33 @@ def test_a_file_that_is_no_small_regular_file_is_refused_or_left_out_soon(
         with suppress(PaftMergeError):
             merge(recipe, tmp_path / "out")
     assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize(
+    "key", ["(([a-z_.0-9])+)+!", "(a|a)*b", ".*.*.*.*!", "(a?){30}a{30}", "a?" * 30 + "!", "(?=(a+)+!)x"]
+)
+def test_a_pattern_that_peft_may_match_for_ever_is_refused(key: str) -> None:
+    with pytest.raises(patterns.PatternError):
+        patterns.check_pattern_of_re(key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["q_proj", r".*\.q_proj", r"layers\.\d+\.mlp", "(q|k)_proj", r"^model\.(.*)\.up_proj$", r"layers\.[0-9]{2}\..*"],
+)
+def test_a_usual_pattern_is_left_to_peft(key: str) -> None:
+    patterns.check_pattern_of_re(key)
+
+
+def test_patterns_of_a_type_that_peft_merges_are_checked(tmp_path: Path) -> None:
+    for field, value, wrong in (
+        ("block_size_pattern", {"(([a-z_.0-9])+)+!": 3}, "repeats or chooses too often"),
+        ("target_modules", "(a+)+!", "repeats or chooses too often"),
+        ("block_size_pattern", 3, "must be names or patterns, got 3"),
+        ("modules_to_save", 3, "must be a list of strings, got 3"),
+        ("modules_to_save", [None], "must be a list of strings"),
+    ):
+        config = {"peft_type": "C3A", "block_size": 16, field: value}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(PaftMergeError, match=rf"{field}: .*{wrong}"):
+            read_settings(tmp_path)

@@ -225,3 +225,37 @@ def test_a_manifest_switches_no_trust_on(tmp_path: Path, name: str) -> None:
     assert "REPRODUCE_TRUST" not in given.output
     with pytest.raises(MergeError, match=f"{name}=True, which a manifest cannot switch on"):
         reproduce(out)
+
+
+@pytest.mark.parametrize("name", ["vllm_server_base_url", "vllm_server_host"])
+def test_a_server_of_the_recipe_takes_part_in_no_training_without_the_flag(tmp_path: Path, name: str) -> None:
+    section = {"objective": "rloo", "data": "none", "reward": {"rule": "length"}, "training": {name: "evil.example"}}
+    with pytest.raises(TrainError, match=rf"training\.{name}: lets a server .* trust_code=True"):
+        train({"base_model": "none", "adapters": {"x": section}}, tmp_path / "out")
+
+
+def test_the_trainer_trusts_no_code_of_models(tmp_path: Path) -> None:
+    section = {"objective": "sft", "data": "none", "training": {"trust_remote_code": True}}
+    with pytest.raises(
+        RecipeError, match=r"trust_remote_code cannot be set here; use base: \{trust_remote_code: true\}"
+    ):
+        train({"base_model": "none", "adapters": {"x": section}}, tmp_path / "out")
+
+
+def test_a_file_of_accelerate_lies_beside_the_recipe_or_needs_the_flag(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "cluster.yaml").write_text("main_process_ip: evil.example\n")
+    section = {**yaml.safe_load(world.read_text())["adapters"]["sft"], "accelerate_config": "cluster.yaml"}
+    changed(world, adapters={"sft": section})
+    with pytest.raises(
+        TrainError, match=r"starts processes, on machines .* of cluster\.yaml, which does not lie beside"
+    ):
+        train(world, tmp_path / "out")
+
+
+def test_processes_of_a_training_import_no_module_of_the_working_directory(world: Path, tmp_path: Path) -> None:
+    for name in ("accelerate", "torch", "transformers", "numpy"):
+        (tmp_path / "elsewhere" / f"{name}.py").write_text(CODE)
+    adapters = yaml.safe_load(world.read_text())["adapters"]
+    changed(world, adapters={"sft": adapters["sft"]})
+    train(world, tmp_path / "out", devices="cpu:1")
+    assert not ran(world)

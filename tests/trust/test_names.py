@@ -14,6 +14,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import near, random_state, save_checkpoint
+from toys import vocabulary as words
+from toys.mergekit import CONFIG
 
 from paft_merge.cli import cli
 from paft_merge.cli.terminal import console, plain
@@ -75,6 +77,26 @@ def test_no_name_reaches_a_terminal_as_a_command(hostile: Path, tmp_path: Path, 
         assert piece not in shown, shown
     if command == "explain":
         assert rb"\x1b]0;owned\x07\x1b[2J[red]\u202egnp\u200b.weight" in shown.replace(b"\r\n", b"")
+
+
+def test_lines_of_other_libraries_are_escaped(tmp_path: Path) -> None:
+    """transformers warns with the model's type as config.json has it, through its own handler."""
+    words.save_tokenizer(tmp_path, "base")
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "model_type": f"llama{HOSTILE}"}))
+    (tmp_path / "rows.txt").write_text("a\n")
+    shown = on_a_terminal("evaluate", tmp_path, "--perplexity", tmp_path / "rows.txt")
+    assert TITLE not in shown
+    assert "\u202e".encode() not in shown
+    assert rb"\x1b]0;owned" in shown
+
+
+def test_warnings_of_other_libraries_are_escaped() -> None:
+    code = "import warnings, logging; from paft_merge.errors import escape_logs; escape_logs(); escape_logs()"
+    code += "; warnings.warn('a\\x1b]0;b'); logging.getLogger('x').warning('c %s', '\\x1b[31m\\x1b]0;d')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stderr
+    assert r"a\x1b]0;b" in done.stderr
+    assert r"c \x1b]0;d" in done.stderr
 
 
 def test_escaped_are_controls_line_breaks_and_what_hides_or_reorders_text() -> None:

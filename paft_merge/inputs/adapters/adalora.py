@@ -40,7 +40,7 @@ _TRAINING = (
 """Fields that do not change the delta: `rank_pattern` lists the ranks that the tensors have."""
 
 _FIELDS = dict.fromkeys(_TRAINING, ()) | {
-    **{"init_r": _NUMBER, "lora_alpha": _NUMBER, "fan_in_fan_out": (bool,), "bias": (str,), "modules_to_save": (list,)},
+    **{"init_r": _NUMBER, "lora_alpha": _NUMBER, "fan_in_fan_out": (bool,), "bias": (str,), "modules_to_save": ()},
     "trainable_token_indices": (list, dict),
 }
 

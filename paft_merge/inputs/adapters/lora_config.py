@@ -52,7 +52,7 @@ _USED = frozenset(
 )
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_FLAGS, (bool,)),
-    **{"modules_to_save": (list,), "target_parameters": (list,), "trainable_token_indices": (list, dict)},
+    **{"target_parameters": (list,), "trainable_token_indices": (list, dict)},
     "use_bdlora": (dict,),
 }
 
@@ -80,9 +80,9 @@ def _check_start(path: Path, start: object, problems: Problems) -> None:
 
 
 def _check_values(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
-    for field in ("modules_to_save", "target_parameters"):
-        if isinstance(raw.get(field), list) and not all(isinstance(name, str) for name in raw[field]):
-            problems.add("ADAPTER_CONFIG", path, f"{field}: must be a list of strings, got {raw[field]!r}")
+    parameters = raw.get("target_parameters")
+    if isinstance(parameters, list) and not all(isinstance(name, str) for name in parameters):
+        problems.add("ADAPTER_CONFIG", path, f"target_parameters: must be a list of strings, got {parameters!r}")
     if raw.get("bias", "none") not in ("none", "all", "lora_only", None):
         problems.add("ADAPTER_CONFIG", path, f"bias: must be none, all or lora_only, got {raw['bias']!r}")
     if raw.get("lora_B_layout") not in (None, "rank_major", "grouped_by_expert"):

@@ -107,7 +107,7 @@ def _matrix(layer: Layer, name: str) -> Array:
 _INERT = ("rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d")
 _FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys((*_INERT, "rank_dropout_scale", "decompose_both", "decompose_factor", "r", "alpha"), ()),
-    **{"rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": (list,)},
+    **{"rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": ()},
 }
 _LAYERS = "linear, convolutions"
 

@@ -17,8 +17,10 @@ from paft_merge.inputs.adapters.binding import About, Binding, PeftType
 from paft_merge.inputs.adapters.config import INERT, refuse_unknown
 from paft_merge.inputs.adapters.deltas import AdapterDelta, Lazy
 from paft_merge.inputs.adapters.keys import SHARED, Module, TensorNames
+from paft_merge.inputs.adapters.patterns import PatternError, check_pattern_of_re
 from paft_merge.inputs.adapters.rows import Array
 from paft_merge.inputs.architecture import StoredParameter
+from paft_merge.inputs.safetensors_header import quote
 
 Scope = Literal["layer", "shapes", "numbers"]
 """What the merge of one layer depends on.
@@ -30,6 +32,9 @@ Scope = Literal["layer", "shapes", "numbers"]
 
 Changes = dict[str, Array]
 """Delta by name of a parameter of one layer (`weight`, `bias`), float32, in the shape of the parameter."""
+
+_MATCHED = ("target_modules", "exclude_modules", "layers_pattern")
+"""Fields of a regular expression or several names, apart from those that end in `_pattern`."""
 
 _UPGRADE = "upgrade peft, or merge it with PEFT where it was trained"
 
@@ -95,6 +100,7 @@ def by_peft(
             problems.add("ADAPTER_UNSUPPORTED", path, what, _UPGRADE)
             return
         refuse_unknown(path, raw, known | INERT, peft_type, problems)
+        _check_matched(path, raw, problems)
         if refuse and (reason := refuse(raw)):
             problems.add("ADAPTER_UNSUPPORTED", path, reason, "merge it with PEFT where it was trained")
 
@@ -114,6 +120,20 @@ def by_peft(
 
     text = About(about, layers, "PEFT", "one layer" if scope == "layer" else "one layer and the adapter")
     return PeftType(TensorNames(prefix), check_config, bind_module, text)
+
+
+def _check_matched(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
+    """Note patterns that PEFT may need very long to match."""
+    for field in sorted(field for field in raw if field.endswith("_pattern") or field in _MATCHED):
+        given = [raw[field]] if isinstance(raw[field], str) else raw[field] or []
+        if not isinstance(given, list | dict):
+            problems.add("ADAPTER_CONFIG", path, f"{field}: must be names or patterns, got {given!r}")
+            continue
+        for key in map(str, given):
+            try:
+                check_pattern_of_re(key)
+            except PatternError as error:
+                problems.add("ADAPTER_CONFIG", path, f"{field}: {quote(key)} {error}")
 
 
 def _bind_layer(binding: Binding, merger: Any, path: str, leaf: str, bias: bool) -> None:

@@ -45,7 +45,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
         "init_weights": (bool, str),
         "bias": (str,),
     },
-    "modules_to_save": (list,),
+    "modules_to_save": (),
 }
 
 _FORMULA = "W + Dᵀ [1 1 ... 1]"

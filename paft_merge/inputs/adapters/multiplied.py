@@ -103,13 +103,13 @@ def _make_hira(layer: Layer) -> Callable[[], AdapterDelta] | None:
 IA3 = native(
     "IA3", "ia3_",
     About("IA3 (arXiv:2205.05638)", "linear, Conv1D, Conv2d, Conv3d", "here", "rows", "diag(l) W or W diag(l)"),
-    ("l",), {"feedforward_modules": (list, str), "fan_in_fan_out": (bool,), "init_ia3_weights": (), "modules_to_save": (list,)},
+    ("l",), {"feedforward_modules": (list, str), "fan_in_fan_out": (bool,), "init_ia3_weights": (), "modules_to_save": ()},
     _make_ia3, bias=True,
 )  # fmt: skip
 HIRA = native(
     "HIRA", "hira_",
     About("HiRA (ICLR 2025)", "linear, Conv1D, embedding, convolutions", "here", "rows", "W + W ⊙ (B A)"),
     ("A", "B", "embedding_A", "embedding_B"),
-    {**dict.fromkeys(("r", "hira_dropout", "init_weights"), ()), "rank_pattern": (dict,), "fan_in_fan_out": (bool,), "modules_to_save": (list,)},
+    {**dict.fromkeys(("r", "hira_dropout", "init_weights"), ()), "rank_pattern": (dict,), "fan_in_fan_out": (bool,), "modules_to_save": ()},
     _make_hira,
 )  # fmt: skip

@@ -98,7 +98,7 @@ def _projected(skew: Array, eps: float) -> Array:
 _FIELDS: dict[str, tuple[type, ...]] = {
     **{"r": (int,), "oft_block_size": (int,), "num_cayley_neumann_terms": (int,), "eps": (int, float)},
     **dict.fromkeys(("coft", "block_share", "use_cayley_neumann", "fan_in_fan_out"), (bool,)),
-    **{"module_dropout": (), "init_weights": (), "bias": (str,), "modules_to_save": (list,)},
+    **{"module_dropout": (), "init_weights": (), "bias": (str,), "modules_to_save": ()},
 }
 
 OFT = native(

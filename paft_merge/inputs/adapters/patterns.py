@@ -6,6 +6,7 @@ names are matched by `re`. Every other pattern becomes a nondeterministic automa
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 MOST_CHARACTERS = 10_000
 MOST_STATES = 2_000
+MOST_WAYS = 100_000
 MOST_SECONDS = 5.0
 """Time that all patterns of one config may take."""
 
@@ -54,6 +56,30 @@ def check_pattern(key: str) -> None:
     """Raise PatternError for a pattern that cannot be matched."""
     if _plain(key) is None:
         _automaton(key)
+
+
+def check_pattern_of_re(key: str) -> None:
+    """Raise PatternError for a pattern that `re`, which PEFT uses, may try in too many ways."""
+    check_pattern(key)
+    if _plain(key) is None and _ways(parser.parse(key)) > MOST_WAYS:
+        raise PatternError(
+            "repeats or chooses too often, so PEFT could take for ever; write names, or a simpler pattern"
+        )
+
+
+def _ways(items: Any) -> float:
+    """About how many ways `re` can try to match a name of 100 characters."""
+    ways = 1.0
+    for op, argument in items:
+        if op in (codes.MAX_REPEAT, codes.MIN_REPEAT):
+            least, most, repeated = argument
+            inner = _ways(repeated)
+            ways *= min(most - least + 1, 100) * (math.inf if inner > 1 and most > 1 else inner)
+        elif op is codes.SUBPATTERN:
+            ways *= _ways(argument[3])
+        elif op is codes.BRANCH:
+            ways *= sum(map(_ways, argument[1]))
+    return ways
 
 
 @dataclass(eq=False)

@@ -127,6 +127,9 @@ def read_settings(folder: Path) -> Settings:
         problems.add("ADAPTER_UNSUPPORTED", path, what, _CONVERT)
     else:
         TYPES[kind].check_config(path, raw, problems)
+        saved = raw.get("modules_to_save")
+        if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+            problems.add("ADAPTER_CONFIG", path, f"modules_to_save: must be a list of strings, got {saved!r}")
     problems.raise_as(AdapterError)
     return Settings(raw)
 

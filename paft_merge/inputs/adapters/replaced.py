@@ -14,7 +14,6 @@ from paft_merge.inputs.adapters.keys import Module, TensorNames
 
 def _check_norms(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
     refuse_unknown(path, raw, INERT | {"modules_to_save"}, "LN tuning", problems)
-    check_kinds(path, raw, {"modules_to_save": (list,)}, problems)
 
 
 def _bind_norm(binding: Binding, module: Module) -> None:
