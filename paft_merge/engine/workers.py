@@ -74,7 +74,7 @@ def merge_shared(
             missing; RESUME_STALE, the other workers merge something else.
         PaftMergeError: as for `merge_checkpoint`.
     """
-    about, seconds = str(worker) if worker else "paft merge --finalize", options.lease_seconds
+    about, seconds = str(worker) if worker else "a process that completes the output", options.lease_seconds
     try:
         with SharedOutput.join(out, plan.shards, _identity(plan, options), about, seconds) as shared:
             if worker is not None:

@@ -120,8 +120,13 @@ class SharedOutput:
                 pause = self.pause(pause)
 
     def pause(self, seconds: float) -> float:
-        """Wait, and return how long to wait next."""
+        """Wait, and return how long to wait next.
+
+        Raises:
+            FileNotFoundError: the folder is gone: another worker completed the output, or somebody deleted it.
+        """
         time.sleep(seconds)
+        (self._folder / _IDENTITY).stat()
         return min(max(seconds * 1.5, _POLL[0]), _POLL[1])
 
     # --- files ----------------------------------------------------------------------------------------------------------

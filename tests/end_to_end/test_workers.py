@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import near, random_state, save_adapter, save_checkpoint
 from toys.merge import HERE, files_of, on, paft, recipe, write_recipe
 
@@ -171,35 +174,85 @@ def test_more_workers_than_files(models: Models, tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        {"RANK": "{i}", "WORLD_SIZE": "2", "LOCAL_RANK": "{i}", "LOCAL_WORLD_SIZE": "2"},
-        {"SLURM_PROCID": "{i}", "SLURM_NTASKS": "2"},
-        {"SLURM_ARRAY_TASK_ID": "{i}", "SLURM_ARRAY_TASK_COUNT": "2"},
-        {"JOB_COMPLETION_INDEX": "{i}", "JOB_COMPLETIONS": "2"},
-    ],
-    ids=lambda launcher: next(iter(launcher)),
-)
-def test_launchers(launcher: dict[str, str], models: Models, tmp_path: Path) -> None:
-    asked, out = written(models, "slerp", tmp_path), tmp_path / "out"
-    numbers = [{name: value.format(i=i) for name, value in launcher.items()} for i in range(2)]
-    said = ends(*(start(asked, out, "--distributed", slow=0.1, **each) for each in numbers))
-    assert "worker 0 of 2: writes 3 of 6" in said
-    assert "worker 1 of 2: writes 3 of 6" in said
+# --- the examples of docs/scale.md --------------------------------------------------------------------------------------
 
 
-def test_torchrun(models: Models, tmp_path: Path) -> None:
-    asked, out = written(models, "ties", tmp_path), tmp_path / "out"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "paft_merge"]
-    run = subprocess.run(
-        [*launch, "merge", str(asked), str(out), "--distributed"], capture_output=True, text=True, timeout=180,
-        env=os.environ | {"PYTHONPATH": HERE},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "worker 1 of 2: writes 3 of 6 files" in run.stderr
+def examples(language: str) -> list[str]:
+    page = (Path(HERE) / "docs" / "scale.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+def example(containing: str) -> str:
+    """The only shell example with a text."""
+    (found,) = [text for text in examples("sh") if containing in text]
+    return found
+
+
+def shell(script: str, asked: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start an example, with this recipe and output in place of its own, and two processes instead of four."""
+    torchrun, paft = f"{sys.executable} -m torch.distributed.run", f"{sys.executable} -m paft_merge"
+    script = re.sub(r"^paft ", f"{paft} ", script.replace("torchrun ", f"{torchrun} "), flags=re.MULTILINE)
+    script = script.replace("recipe.yaml", str(asked)).replace("/shared/merged", str(out)).replace("-node 4", "-node 2")
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"):
+        environment = {name: "", **environment}
+    here = os.environ | {"PYTHONPATH": HERE} | environment
+    return subprocess.Popen(
+        ["bash", "-ec", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=here
+    )
+
+
+def test_torchrun_on_one_machine(models: Models, tmp_path: Path) -> None:
+    asked, out, began = written(models, "global", tmp_path), tmp_path / "out", time.monotonic()
+    said = ends(shell(example("--standalone"), asked, out))
+    assert re.search(r"worker [01] of 2: writes 3 of 6 files", said), said
+    assert time.monotonic() - began < 50, "a worker waited for the time of a lease"
     merge(asked, tmp_path / "one")
     assert files_of(out) == files_of(tmp_path / "one")
+
+
+def test_torchrun_on_two_machines(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "slerp", tmp_path), tmp_path / "out"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = example("--nnodes").replace("node0", "127.0.0.1").replace("29500", str(port))
+    nodes = [script.replace("--node-rank 0", f"--node-rank {i}") for i in range(2)]
+    said = ends(*(shell(node, asked, out) for node in nodes))
+    assert re.search(r"worker [0-3] of 4: writes \d of 6 files", said), said
+    assert out.is_dir()
+
+
+def test_an_array_of_slurm(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "slerp", tmp_path), tmp_path / "out"
+    array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1"}
+    jobs = [
+        shell(example("--array"), asked, out, SLURM_ARRAY_TASK_ID=str(i), SLURM_CPUS_PER_TASK="1", **array)
+        for i in range(2)
+    ]
+    said = ends(*jobs)
+    assert re.search(r"worker [01] of 2: writes 3 of 6 files", said), said
+
+
+def test_an_indexed_job_of_kubernetes(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "slerp", tmp_path), tmp_path / "out"
+    (job,) = [yaml.safe_load(text) for text in examples("yaml")]
+    assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (count,) = [one["value"] for one in container["env"] if one["name"] == "JOB_COMPLETIONS"]
+    assert int(count) == job["spec"]["completions"]
+    script = " ".join(container["command"]).replace("/shared/recipe.yaml", "recipe.yaml")
+    pods = [shell(script, asked, out, JOB_COMPLETION_INDEX=str(i), JOB_COMPLETIONS="2") for i in range(2)]
+    ends(*pods)
+    merge(asked, tmp_path / "one")
+    assert files_of(out) == files_of(tmp_path / "one")
+
+
+def test_workers_by_hand(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "slerp", tmp_path), tmp_path / "out"
+    lines = [line.partition("#")[0].strip() for line in examples("sh")[0].splitlines()]
+    assert len(lines) == 2
+    ends(*(shell(line, asked, out) for line in lines))
+    assert out.is_dir()
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -299,7 +352,9 @@ def test_a_worker_that_would_merge_something_else_is_refused(change: str, models
         "version": "another versions (numba)",
     }
     assert names[change] in said
-    assert f"give all workers the same recipe, inputs, version and options; to start over, delete {part_of(out)}" in said
+    assert (
+        f"give all workers the same recipe, inputs, version and options; to start over, delete {part_of(out)}" in said
+    )
     assert len([line for line in said.splitlines() if line.startswith("error")]) == 1
 
 
@@ -328,7 +383,9 @@ def test_a_merge_by_one_process_leaves_the_folder_of_workers_alone(models: Model
     killed.kill()
     killed.communicate()
     for resume in (False, True):
-        with pytest.raises(OutputError, match=r"is the unfinished merge of several workers; start its workers again, or"):
+        with pytest.raises(
+            OutputError, match=r"is the unfinished merge of several workers; start its workers again, or"
+        ):
             merge(asked, out, resume=resume)
     assert complete_files(out)
     shutil.rmtree(part_of(out))
@@ -380,7 +437,9 @@ def test_a_fault_of_an_input_ends_every_worker_with_its_line(models: Models, tmp
         (["--worker", "0/2", "--finalize"], "worker, distributed and finalize exclude each other"),
     ],
 )
-def test_usage(flags: Sequence[str], says: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage(
+    flags: Sequence[str], says: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     run = paft("merge", written(models, "ties", tmp_path), tmp_path / "out", *flags)
