@@ -24,7 +24,7 @@ from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
 from paft_merge.cli.starting import init
-from paft_merge.cli.terminal import COMMAND, COMPILER, LineFormatter, StderrHandler, line, say, warn
+from paft_merge.cli.terminal import COMMAND, COMPILER, WORKERS, LineFormatter, StderrHandler, line, say, warn
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
@@ -117,7 +117,8 @@ def cli(ctx: click.Context, verbose: bool) -> None:
     handler = StderrHandler()
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger(COMPILER).setLevel(logging.INFO)
+    for name in (COMPILER, WORKERS):
+        logging.getLogger(name).setLevel(logging.INFO)
     if verbose:
         log.info("paft-merge %s, Python %s: %s", version("paft-merge"), platform.python_version(), ctx.meta[COMMAND])
 

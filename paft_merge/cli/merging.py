@@ -16,7 +16,9 @@ import click
 from paft_merge.cli.mergekit_options import accepts_mergekit_options
 from paft_merge.cli.terminal import (
     COMPILER,
+    WORKERS,
     Size,
+    as_flags,
     clock,
     console,
     import_option,
@@ -100,6 +102,18 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files into OUT. They are never run.")
 @click.option("--write-model-card/--no-write-model-card", default=True, show_default=True, help="Write README.md.")
+@click.option("--worker", metavar="I/N", help="Be worker I (0 to N-1) of N that write OUT together. See docs/scale.md.")
+@click.option(
+    "--distributed", is_flag=True, help="Be a worker, numbered by torchrun, Slurm or a Kubernetes indexed Job."
+)
+@click.option("--finalize", is_flag=True, help="Complete the OUT of workers, or list the files that are missing.")
+@click.option(
+    "--lease-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=60,
+    show_default=True,
+    help="Take a worker for dead after this time without a sign of life. The same for all workers.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @planning_options
 @accepts_mergekit_options
@@ -116,11 +130,14 @@ def merge(
     from paft_merge.output.manifest import is_merged
 
     warn(notes)
-    asked, place = MergeOptions(**options, warn=warn), recipe_place(recipe)
+    try:
+        asked, place = MergeOptions(**options, warn=warn), recipe_place(recipe)
+    except ValueError as error:
+        raise click.UsageError(as_flags(str(error))) from None
     if dry_run:
         with api.open_plan(place, asked, stream_from_hub=True) as plan:
             problems = Problems()
-            if out is not None and not (asked.resume and is_merged(out)):
+            if out is not None and not (asked.keeps_finished and is_merged(out)):
                 api.check_output(plan, out, asked, problems)
             warn([*plan.warnings, *problems.found])
             _show_plan(plan, out, as_json)
@@ -144,7 +161,8 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """Draw a bar on stderr with tensors, GB/s and the time left. It starts with the first tensor, after downloads."""
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
-        logging.getLogger(COMPILER).setLevel(logging.WARNING)
+        for name in (COMPILER, WORKERS):
+            logging.getLogger(name).setLevel(logging.WARNING)
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return

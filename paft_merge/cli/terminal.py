@@ -46,7 +46,12 @@ def recipe_place(text: str) -> Path | str:
 
 def line(kind: str, problem: Problem) -> str:
     """Return a problem as one line, with options as flags: `overwrite=True` becomes `--overwrite`."""
-    return f"{kind}[{problem.code}]: {_OPTION.sub(_flag, str(problem))}"
+    return f"{kind}[{problem.code}]: {as_flags(str(problem))}"
+
+
+def as_flags(text: str) -> str:
+    """Return text with the options of Python as flags: `overwrite=True` becomes `--overwrite`."""
+    return _OPTION.sub(_flag, text)
 
 
 _OPTION = re.compile(
@@ -116,6 +121,9 @@ def warn(problems: Sequence[Problem]) -> None:
 
 COMPILER = "paft_merge.compute.kernels.object_cache"
 """Name of the logger that announces the compiler, which the commands show."""
+
+WORKERS = "paft_merge.engine.workers"
+"""Name of the logger of a merge by several workers, which the commands show."""
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]

@@ -33,6 +33,7 @@ from paft_merge.recipe.documents import Documents, load_recipes
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from paft_merge.engine.streaming import Progress
     from paft_merge.inputs.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,8 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
     from paft_merge.compute.devices import ops_for
     from paft_merge.engine.streaming import merge_checkpoint
 
-    start, problems, ops = perf_counter(), Problems(), ops_for(options.device)
+    start, problems, worker = perf_counter(), Problems(), options.worker_number
+    ops = ops_for(worker.device(options.device) if worker else options.device)
     warnings: list[Problem] = []
 
     def warn(found: Sequence[Problem]) -> None:
@@ -183,7 +185,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
         (options.warn or _log)(found)
 
     def before_download(plan: MergePlan, sources: Sources) -> None:
-        if not (options.resume and is_merged(out)):
+        if not (options.keeps_finished and is_merged(out)):
             check_output(plan, out, options, problems)
         problems.raise_as(OutputError)
         sources.check_room(plan.bytes_written, out)
@@ -192,23 +194,50 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
         with _with_place(out, options, problems):
             plan = inputs.enter_context(_planned(documents, options, before_download))
         if is_finished(plan, out, options, problems):
-            tidy_finished(out)
+            if options.resume or options.finalize:  # a worker may be at it still
+                tidy_finished(out)
             warn(plan.warnings)
             return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, 0)
         if not problems.found:
             check_output(plan, out, options, problems)
-        threads = threads_within(plan, options.threads or available_cores(), options.memory_bytes, problems)
+        cores = available_cores() // (worker.local_count if worker else 1)
+        threads = threads_within(plan, options.threads or max(cores, 1), options.memory_bytes, problems)
         problems.raise_as(OutputError)
         notices = [*code_notice(plan, trust_remote_code=options.trust_remote_code), *licence_notice(plan)]
         warn([*plan.warnings, *notices])
-        tiles = {tensor.name: tensor.tile_bytes for tensor in plan.tensors}
-        with Output.open(out, plan.shards, identity(plan, options.device), tiles, resume=options.resume) as output:
-            held, progress = _held_bytes(plan, threads, options.memory_bytes), options.progress or (lambda _: None)
-            merge_checkpoint(plan, output, threads=threads, ops=ops, hold=held, progress=progress)
+        held = _held_bytes(plan, threads, options.memory_bytes)
+        written = 0
+
+        def merge_into(output: Output, part: MergePlan, progress: Callable[[Progress], None]) -> None:
+            nonlocal written
+            merge_checkpoint(part, output, threads=threads, ops=ops, hold=held, progress=progress)
+            written += part.bytes_written
+
+        def complete(output: Output) -> None:
             output.complete(side_files(plan, output.finished, options), overwrite=options.overwrite)
-        if not any(problem.code == "SCALE" for problem in plan.warnings):
-            warn(imbalance.measured(totals(plan, output.finished)))
-    return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, plan.bytes_written)
+            if not any(problem.code == "SCALE" for problem in plan.warnings):
+                warn(imbalance.measured(totals(plan, output.finished)))
+
+        if options.shared:
+            from paft_merge.engine.workers import merge_shared
+
+            merge_shared(
+                plan,
+                out,
+                worker,
+                options,
+                merge_into=merge_into,
+                threads=threads,
+                ops=ops,
+                complete=complete,
+                warn=warn,
+            )
+        else:
+            tiles = {tensor.name: tensor.tile_bytes for tensor in plan.tensors}
+            with Output.open(out, plan.shards, identity(plan, options.device), tiles, resume=options.resume) as output:
+                merge_into(output, plan, options.progress or (lambda _: None))
+                complete(output)
+    return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, written)
 
 
 def check_output(plan: MergePlan, out: Path, options: MergeOptions, problems: Problems) -> None:
@@ -244,7 +273,7 @@ def _with_place(out: Path, options: MergeOptions, problems: Problems) -> Iterato
     try:
         yield
     except PaftMergeError as error:
-        if not (options.resume and is_merged(out)):
+        if not (options.keeps_finished and is_merged(out)):
             check_place(out, (), 0, overwrite=options.overwrite, problems=problems, force=options.force)
         raise type(error)(tuple(dict.fromkeys([*error.problems, *problems.found])), error.warnings) from error
 

@@ -20,14 +20,14 @@ def is_finished(plan: MergePlan, out: Path, options: MergeOptions, problems: Pro
     Args:
         plan: the merge.
         out: its output folder.
-        options: `resume` asks for this; without it the answer is False.
+        options: `resume` asks for this, and workers do, who do not read the bytes; else the answer is False.
         problems: receives OUTPUT if `out` holds another finished merge and `overwrite` is off.
     """
-    if not options.resume or not is_merged(out) or is_unfinished(out):
+    if not options.keeps_finished or not is_merged(out) or is_unfinished(out):
         return False
     try:
         different = list(_differences(read_manifest(out / MANIFEST), plan, options))
-        changed = () if different else verify(out).problems
+        changed = verify(out).problems if options.resume and not different else ()
     except PaftMergeError:
         return False
     if not options.overwrite and (different or changed):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from paft_merge.engine.worker_number import WorkerNumber
 from paft_merge.errors import Problem, deprecated
 
 if TYPE_CHECKING:
@@ -56,13 +58,42 @@ class MergeOptions:
     """Read weights from the Hub by byte ranges and store none of them. `open_plan` then reads headers only."""
     output_name: str | None = None
     """Document to write, for a file with several. None: the unnamed one, else every one that no other document uses."""
+    worker: str | None = None
+    """`"I/N"`: be worker I of N, from 0 to N - 1, that write one output together; see docs/scale.md."""
+    distributed: bool = False
+    """Be a worker whose number is in the environment, as torchrun, Slurm and Kubernetes set it."""
+    finalize: bool = False
+    """Complete the output of workers that have written all files, and merge nothing."""
+    lease_seconds: float = 60
+    """Seconds after which a worker that shows no sign of life is taken for dead; the same for all workers."""
     progress: Callable[[Progress], None] | None = None
     """Called after each tensor, in the thread that merges."""
     warn: Callable[[Sequence[Problem]], None] | None = None
     """Receives warnings. None: they are logged."""
 
     def __post_init__(self) -> None:
-        _ = self.memory_bytes, self.shard_bytes  # raises for text that is not a size
+        _ = self.memory_bytes, self.shard_bytes, self.worker_number  # raises for text that is not a size or a worker
+        if (self.worker is not None) + self.distributed + self.finalize > 1:
+            raise ValueError("worker, distributed and finalize exclude each other")
+        if not self.lease_seconds > 0:
+            raise ValueError(f"lease_seconds must be positive, not {self.lease_seconds}")
+
+    @property
+    def worker_number(self) -> WorkerNumber | None:
+        """The number of this worker; None for a merge by one process."""
+        if self.worker is not None:
+            return WorkerNumber.parse(self.worker)
+        return WorkerNumber.from_environment(os.environ) if self.distributed else None
+
+    @property
+    def shared(self) -> bool:
+        """Whether several workers write the output."""
+        return self.worker is not None or self.distributed or self.finalize
+
+    @property
+    def keeps_finished(self) -> bool:
+        """Whether a finished merge in `out` is left as it is."""
+        return self.resume or self.shared
 
     @property
     def memory_bytes(self) -> int | None:
@@ -133,6 +164,10 @@ class MergeKeywords(TypedDict, total=False):
     write_model_card: bool
     stream_from_hub: bool
     output_name: str | None
+    worker: str | None
+    distributed: bool
+    finalize: bool
+    lease_seconds: float
     progress: Callable[[Progress], None] | None
     warn: Callable[[Sequence[Problem]], None] | None
 

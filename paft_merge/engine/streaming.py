@@ -24,6 +24,7 @@ from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
 from paft_merge.inputs.tensor_inputs import RAW
 from paft_merge.methods.rules.rule import Rule, TensorPass, WholeRule, rank_over_model
+from paft_merge.methods.rules.thresholds import AddUp, count_all
 from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.folder import Finished, Output
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
@@ -101,11 +102,27 @@ def merge_checkpoint(
     plan.check_inputs_unchanged()
 
 
+def ranked_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddUp) -> MergePlan:
+    """Resolve `trim_scope: global`: return the plan with one threshold a source for all its tensors.
+
+    Args:
+        plan: the whole merge.
+        threads, ops: as for `merge_checkpoint`, which does the same for a plan that is not resolved.
+        add_up: adds up the counts that several workers make.
+    """
+    with _single_threaded_torch(), on_one_core(), ThreadPoolExecutor(threads) as blocks:
+        return replace(plan, tensors=tuple(_with_global_thresholds(plan.tensors, plan.tensors, blocks, ops, add_up)))
+
+
 def _with_global_thresholds(
-    tensors: Sequence[PlannedTensor], todo: list[PlannedTensor], pool: ThreadPoolExecutor, ops: Ops
+    tensors: Sequence[PlannedTensor],
+    todo: Sequence[PlannedTensor],
+    pool: ThreadPoolExecutor,
+    ops: Ops,
+    add_up: AddUp = count_all,
 ) -> list[PlannedTensor]:
     """`todo` with the thresholds of `trim_scope: global`, which take walks over every tensor of the plan."""
-    found = rank_over_model([tensor.rule for tensor in tensors], tensors, pool, ops) if todo else {}
+    found = rank_over_model([tensor.rule for tensor in tensors], tensors, pool, ops, add_up) if todo else {}
     rules = {tensors[i].name: rule for i, rule in found.items()}
     return [replace(tensor, rule=rules[tensor.name]) if tensor.name in rules else tensor for tensor in todo]
 

@@ -7,7 +7,6 @@ finished tensor is kept only if its bytes have its digest.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -28,8 +27,10 @@ from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.placing import (
     JOURNAL,
     LOCK,
+    WORKERS,
     check_place,
     held,
+    lock,
     part_of,
     put_in_place,
     remove_entries,
@@ -111,17 +112,60 @@ class Output:
         with held(part_of(out), out) as part:
             journal = _read_journal(part) if resume else None
             if journal is not None:
-                _check_identity(part, journal[0], identity)
+                check_identity(part, journal[0], identity, START_OVER)
             with writing(part):
                 files = [shard.file.split("/")[0] for shard in shards] if journal else []
                 remove_entries(part, keep=[LOCK, *([JOURNAL] if journal else []), *files])
-            writer = _open_shards(part, shards, resume=journal is not None)
-            try:
-                output = cls(out, part, shards, writer, _verified(part, shards, tiles, journal[1] if journal else {}))
+            with cls._begun(out, part, shards, identity, resume=journal is not None) as output:
+                output.finished.update(_verified(part, shards, tiles, journal[1] if journal else {}))
                 with output._open_journal(identity):
                     yield output
-            finally:
-                writer.close()
+
+    @classmethod
+    @contextmanager
+    def file(cls, out: Path, folder: Path, shard: Shard, identity: Mapping[str, Any]) -> Iterator[Output]:
+        """Create one file of a merge and its journal in an empty folder, which no other process uses."""
+        with cls._begun(out, folder, [shard], identity, resume=False) as output, output._open_journal(identity):
+            yield output
+
+    @classmethod
+    @contextmanager
+    def gathered(
+        cls, out: Path, shards: Sequence[Shard], identity: Mapping[str, Any], folders: Sequence[Path]
+    ) -> Iterator[Output]:
+        """Move every file from its folder, one a shard (see `file`), into `out.part/`, to `complete` the merge.
+
+        Raises:
+            OutputError: BUSY (another process holds `out.part`), OUTPUT (a file or a journal is damaged).
+        """
+        with held(part_of(out), out, shared=True) as part:
+            finished = dict[str, Finished]()
+            for shard, folder in zip(shards, folders, strict=True):
+                journal = _read_journal(folder)
+                if journal is None or journal[1].keys() != {slot.name for slot in shard.slots}:
+                    fix = "delete this folder, and start a worker again"
+                    raise OutputError.of("OUTPUT", folder, "its journal is incomplete", fix)
+                finished |= journal[1]
+                with writing(part):
+                    (part / shard.file).parent.mkdir(parents=True, exist_ok=True)
+                    if (folder / shard.file).exists():
+                        os.rename(folder / shard.file, part / shard.file)
+            with cls._begun(out, part, shards, identity, resume=True) as output:
+                output.finished.update(finished)
+                with output._open_journal(identity):
+                    yield output
+
+    @classmethod
+    @contextmanager
+    def _begun(
+        cls, out: Path, part: Path, shards: Sequence[Shard], identity: Mapping[str, Any], *, resume: bool
+    ) -> Iterator[Output]:
+        """Open the files in `part`."""
+        writer = _open_shards(part, shards, resume=resume)
+        try:
+            yield cls(out, part, shards, writer, {})
+        finally:
+            writer.close()
 
     def memory(self, memory: PageAlignedBuffer, name: str, start: int, nbytes: int) -> Any:
         """Return `[nbytes]` uint8 of `memory`, aligned for a write at byte `start` of tensor `name`."""
@@ -137,6 +181,12 @@ class Output:
         self.finished[finished.name] = finished
         with writing(self.part):
             self.journal.write(_line(finished.to_json()))
+
+    def sync(self) -> None:
+        """Make the files and the journal durable."""
+        self.writer.finish()
+        with writing(self.part):
+            os.fsync(self.journal.fileno())
 
     def complete(self, files: Mapping[str, bytes | Path], *, overwrite: bool) -> None:
         """Write index and side files, make everything durable, and rename the folder to `out`.
@@ -155,7 +205,7 @@ class Output:
             if index is not None:
                 write_durably(self.part / f"{_stem(self.shards)}.safetensors.index.json", index_text(index).encode())
             # The journal becomes the lock, and so stays until the last rename: a merge that cannot be renamed is resumed.
-            fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.journal, shared=(self.part / WORKERS).is_dir())
             os.replace(self.part / JOURNAL, self.part / LOCK)
             sync_folder(self.part)
             put_in_place(self.part, self.out, overwrite=overwrite)
@@ -219,13 +269,14 @@ def _read_journal(part: Path) -> tuple[Mapping[str, Any], dict[str, Finished]] |
     return identity, finished
 
 
-def _check_identity(part: Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def check_identity(part: Path, begun: Mapping[str, Any], identity: Mapping[str, Any], fix: str) -> None:
+    """Raise RESUME_STALE, which names what differs, if a merge was started with another identity."""
     now = json.loads(json.dumps(identity))
     changed = sorted(key for key in {*begun, *now} if begun.get(key) != now.get(key))
     if changed:
         details = ", ".join(_what_changed(key, begun.get(key), now.get(key)) for key in changed)
         what = f"was started with another {details}"
-        raise OutputError.of("RESUME_STALE", part, what, START_OVER)
+        raise OutputError.of("RESUME_STALE", part, what, fix)
 
 
 def _what_changed(key: str, before: Any, now: Any) -> str:

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ JOURNAL = UNFINISHED
 LOCK = "lock"
 """Holds `paft_merge` and a process number; in a complete output its journal (it is sealed)."""
 
+WORKERS = ".workers"
+"""Folder of an unfinished output for what several workers share, see `shared`."""
+
 _MARK, _SEAL = b"paft_merge ", b'{"identity": '
 _REPLACED_MARK = ".paft_replaced"
 """Marks a replaced model, which the next merge may remove."""
@@ -39,6 +42,9 @@ _MODEL = (
     "merge_manifest.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.gguf", "adapter_config.json",
     "model_index.json",
 )  # fmt: skip
+_LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Error numbers of a file system without locks."""
+
 _CONFIG_LAST = ("config.json", "model_index.json")
 
 
@@ -104,7 +110,7 @@ def check_place(
         what = "cannot be written to" if above.is_dir() else "is a file"
         problems.add("OUTPUT", above, what, "choose another folder, or change its permissions")
         return
-    free = shutil.disk_usage(above).free + sum(f.stat().st_blocks * 512 for f in _files(part))
+    free = shutil.disk_usage(above).free + _allocated(part)
     if free < needed:
         fix = "free some space, or choose another folder"
         problems.add("DISK", out, f"{needed:,} bytes are needed and {free:,} are free", fix)
@@ -124,8 +130,14 @@ def _content(part: Path, out: Path) -> list[str]:
     return sorted({*os.listdir(out)} - {*passed, *_placed(part)} | {*moved})
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (f for f in folder.iterdir() if f.is_file()) if folder.is_dir() else iter(())
+def _allocated(folder: Path) -> int:
+    """Bytes of disk that the files below a folder take; other workers may remove some of them."""
+    blocks = 0
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                blocks += os.lstat(Path(at, name)).st_blocks
+    return blocks * 512
 
 
 def _is_writable(folder: Path) -> bool:
@@ -137,7 +149,10 @@ def _is_writable(folder: Path) -> bool:
 
 def is_left_by_merge(part: Path) -> bool:
     """Whether a folder is empty, or its lock or journal shows that a merge made it."""
-    entries = os.listdir(part)
+    try:
+        entries = os.listdir(part)
+    except FileNotFoundError:  # a worker has just completed it
+        return True
     if not entries or _starts(part / LOCK, _MARK, _SEAL) or _starts(part / JOURNAL, _SEAL):
         return True
     return entries == [LOCK] and not (part / LOCK).is_symlink() and not (part / LOCK).stat().st_size
@@ -156,21 +171,23 @@ def _starts(path: Path, *beginnings: bytes) -> bool:
 
 
 @contextmanager
-def held(part: Path, out: Path) -> Iterator[Path]:
+def held(part: Path, out: Path, *, shared: bool = False) -> Iterator[Path]:
     """Create the work folder and hold its lock; first undo or finish what a killed merge began.
+
+    Args:
+        part: the work folder.
+        out: the folder that it becomes.
+        shared: it is that of workers, one of whom completes it.
 
     Raises:
         OutputError: BUSY, another merge holds it; OUTPUT, a folder of that name is not from a merge.
     """
     _finish_exchange(part, out)
-    with writing(part):
-        if part.is_dir() and not is_left_by_merge(part):
-            raise OutputError([_not_ours(part)])
-        part.mkdir(parents=True, exist_ok=True)
-        lock = _open_lock(part)
-    with lock:
+    with _locked(part, shared=shared) as lock:
         with writing(part):
-            _take(lock, part)
+            if (part / WORKERS).is_dir() and not shared:
+                fix = f"start its workers again, or finish it with finalize=True; to start over, delete {part}"
+                raise OutputError.of("BUSY", part, "is the unfinished merge of several workers", fix)
             lock.seek(0)
             sealed = lock.read()
             if sealed.startswith(_SEAL) and not (part / JOURNAL).exists():
@@ -183,22 +200,64 @@ def held(part: Path, out: Path) -> Iterator[Path]:
         yield part
 
 
+def shared(part: Path) -> Path:
+    """Create the work folder of a merge by several workers, or join it; return the folder that they share in it.
+
+    No process keeps a lock of it: workers have leases.
+
+    Raises:
+        OutputError: BUSY or OUTPUT, the folder belongs to a merge by one process, or to no merge.
+    """
+    if not (part / WORKERS).is_dir():
+        with _locked(part, fcntl.LOCK_SH, shared=True) as lock, writing(part):
+            if (part / JOURNAL).exists() or is_sealed(part):
+                fix = f"continue it with resume=True and without workers; to start over, delete {part}"
+                raise OutputError.of("OUTPUT", part, "is the unfinished merge of one process", fix)
+            if not lock.read(1):
+                lock.write(_MARK + b"\n")
+            (part / WORKERS).mkdir(exist_ok=True)
+    return part / WORKERS
+
+
+@contextmanager
+def _locked(part: Path, kind: int = fcntl.LOCK_EX, *, shared: bool) -> Iterator[Any]:
+    """Create the work folder, and hold its lock."""
+    with writing(part):
+        if part.is_dir() and not is_left_by_merge(part):
+            raise OutputError([_not_ours(part)])
+        part.mkdir(parents=True, exist_ok=True)
+        file = _open_lock(part)
+    with file:
+        with writing(part):
+            _take(file, part, kind, shared=shared)
+        yield file
+
+
+def lock(file: Any, kind: int = fcntl.LOCK_EX, *, shared: bool) -> None:
+    """Lock a file; raises BlockingIOError if another process has. `shared` needs no lock if the file system has none."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if not shared or error.errno not in _LOCKLESS:
+            raise
+
+
 def _open_lock(folder: Path) -> Any:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return open(os.open(folder / LOCK, flags, 0o666), "r+b", buffering=0)
 
 
-def _take(lock: Any, folder: Path) -> None:
+def _take(file: Any, folder: Path, kind: int = fcntl.LOCK_EX, *, shared: bool = False) -> None:
     """Take the lock, or raise BUSY. A lock file that was renamed in between belongs to a merge that just ended."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, kind, shared=shared)
     except BlockingIOError:
         taken = True
     else:
         path = folder / LOCK
-        taken = not os.path.exists(path) or not os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+        taken = not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     if taken:
-        found = re.match(re.escape(_MARK) + rb"(\d+)", lock.read(64))
+        found = re.match(re.escape(_MARK) + rb"(\d+)", file.read(64))
         what = f"process {found[1].decode()} is writing here" if found else "another process is writing here"
         raise OutputError.of("BUSY", folder, what, "wait for it, or choose another folder")
 
@@ -225,6 +284,7 @@ def put_in_place(part: Path, out: Path, *, overwrite: bool) -> None:
         return
     if replaced:
         _remove_replaced(replaced)
+    shutil.rmtree(out / WORKERS, ignore_errors=True)  # a worker may still write there that it is alive
     (out / LOCK).unlink()  # last, because it keeps other merges out of out.part
     sync_folder(out.parent)
 
@@ -310,6 +370,7 @@ def tidy_finished(out: Path) -> None:
         if _starts(out / LOCK, _MARK, _SEAL):
             with _open_lock(out) as lock:
                 _take(lock, out)
+                shutil.rmtree(out / WORKERS, ignore_errors=True)
                 (out / LOCK).unlink()
 
 
@@ -331,7 +392,7 @@ def _move_up(part: Path, out: Path, *, overwrite: bool) -> None:
     old = [name for name in os.listdir(out) if name not in _NO_FILES]
     if old and not overwrite:
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(out))
-    new = sorted({*os.listdir(part)} - {LOCK, PLACING, _OLD}, key=_placing_order)
+    new = sorted({*os.listdir(part)} - {LOCK, PLACING, _OLD, WORKERS}, key=_placing_order)
     write_durably(part / f"{PLACING}.new", json.dumps(new).encode())
     os.replace(part / f"{PLACING}.new", part / PLACING)
     sync_folder(part)
@@ -348,6 +409,7 @@ def _move_up(part: Path, out: Path, *, overwrite: bool) -> None:
     (part / PLACING).unlink()
     sync_folder(part)
     shutil.rmtree(part / _OLD)
+    shutil.rmtree(part / WORKERS, ignore_errors=True)
     (part / LOCK).unlink()
     part.rmdir()
     sync_folder(out)

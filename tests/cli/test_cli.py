@@ -33,6 +33,7 @@ MERGE_FLAGS = {
     "--dry-run", "--json", "--device", "--threads", "--memory", "--resume", "--overwrite", "--force", "--trust-remote-code",
     "--write-model-card", "--quiet", "--stream-from-hub", "--strict", "--out-shard-size", "--lazy-unpickle", "--allow-crimes", "--allow-nonfinite",
     "--tensor-intersection", "--tensor-union", "--import", "--output-name", "--unsafe-truncate-embeddings",
+    "--worker", "--distributed", "--finalize", "--lease-seconds",
 }  # fmt: skip
 """Frozen: flags say where, how loud, or what is let pass. Only --unsafe-truncate-embeddings changes merged numbers."""
 
@@ -248,7 +249,7 @@ def test_flags_reach_the_merge(asked: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("paft_merge.engine.api.merge", merge)
     flags = "--device cuda:1 --threads 3 --memory 2.5GB --resume --overwrite --trust-remote-code --no-write-model-card --strict "
     flags += "--out-shard-size 800M --lazy-unpickle --allow-crimes --allow-nonfinite --stream-from-hub --tensor-union "
-    flags += "--unsafe-truncate-embeddings --output-name name --import module --quiet"
+    flags += "--unsafe-truncate-embeddings --output-name name --import module --worker 1/4 --lease-seconds 9 --quiet"
     assert paft("merge", asked, tmp_path / "out", *flags.split()).exit_code == 0
     assert (given["recipe"], given["out"]) == (asked, tmp_path / "out")
     assert callable(given["progress"])
@@ -270,6 +271,8 @@ def test_flags_reach_the_merge(asked: Path, tmp_path: Path, monkeypatch: pytest.
         tensor_names="union",
         unsafe_truncate_embeddings=True,
         output_name="name",
+        worker="1/4",
+        lease_seconds=9,
         imports=("module",),
         warn=given["options"].warn,
     )

@@ -12,6 +12,7 @@ from paft_merge.methods.rules.one_pass import Factors, OnePass, plan_one_pass
 from paft_merge.methods.rules.rule import Combine, Rule, TensorPass
 from paft_merge.methods.rules.thresholds import (
     EVERYTHING,
+    AddUp,
     Trim,
     drop_survival,
     rescale_drops,
@@ -73,12 +74,12 @@ class Consensus(Rule):
 
     @property
     def global_trims(self) -> tuple[Trim | Drop, ...] | None:
-        """The sparsifiers, with `trim_scope: global`."""
-        return self.sparsifiers if self.trim_scope == "global" else None
+        """The sparsifiers, with `trim_scope: global`, until the thresholds are known."""
+        return self.sparsifiers if self.trim_scope == "global" and self.fixed is None else None
 
-    def global_thresholds(self, walk: BlockWalk, ops: Ops) -> Sequence[KeepThreshold]:
+    def global_thresholds(self, walk: BlockWalk, ops: Ops, add_up: AddUp) -> Sequence[KeepThreshold]:
         """See `thresholds.trim_globally`."""
-        return trim_globally(self._trims(self.sparsifiers), walk.numel, walk, ops, rescale=self.rescale)
+        return trim_globally(self._trims(self.sparsifiers), walk.numel, walk, ops, rescale=self.rescale, add_up=add_up)
 
     def with_thresholds(self, thresholds: Sequence[KeepThreshold]) -> Consensus:
         """This rule with `fixed` thresholds."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from paft_merge.compute.block_walk import BlockWalk, TiledTensor
 from paft_merge.compute.blocks import Block, KeepThreshold, Ops, Outcome, Wants
 from paft_merge.methods.rules.one_pass import Factors, OnePass
-from paft_merge.methods.rules.thresholds import Trim
+from paft_merge.methods.rules.thresholds import AddUp, Trim, count_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ class Rule(ABC):
         """The trim of each source if magnitudes are ranked over the whole model (`trim_scope: global`); else None."""
         return None
 
-    def global_thresholds(self, walk: BlockWalk, ops: Ops) -> Sequence[KeepThreshold]:
+    def global_thresholds(self, walk: BlockWalk, ops: Ops, add_up: AddUp) -> Sequence[KeepThreshold]:
         """One threshold a source for all tensors of `walk` together; only for a rule with `global_trims`."""
         return ()
 
@@ -126,7 +126,11 @@ class Rule(ABC):
 
 
 def rank_over_model(
-    rules: Sequence[Rule | WholeRule | None], tensors: Sequence[TiledTensor], pool: Executor | None, ops: Ops
+    rules: Sequence[Rule | WholeRule | None],
+    tensors: Sequence[TiledTensor],
+    pool: Executor | None,
+    ops: Ops,
+    add_up: AddUp = count_all,
 ) -> dict[int, Rule]:
     """Resolve `trim_scope: global`: find one threshold a source for all tensors whose rule asks for it.
 
@@ -135,6 +139,7 @@ def rank_over_model(
         tensors: all tensors of the model.
         pool: for the walks over them; None: the calling thread.
         ops: operations on their blocks.
+        add_up: see `thresholds.trim_globally`.
 
     Returns:
         By position in `rules`, those that rank globally, with their thresholds.
@@ -143,7 +148,7 @@ def rank_over_model(
     if not ranked:
         return {}
     walk = BlockWalk([tensors[i] for i in ranked], pool, all_sources=True)
-    thresholds = next(iter(ranked.values())).global_thresholds(walk, ops)
+    thresholds = next(iter(ranked.values())).global_thresholds(walk, ops, add_up)
     return {i: rule.with_thresholds(thresholds) for i, rule in ranked.items()}
 
 

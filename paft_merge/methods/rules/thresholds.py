@@ -8,7 +8,7 @@ by a bracket, from a sample or a full histogram, the second collects the few mag
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, ClassVar, Literal
@@ -135,8 +135,20 @@ def trim_survivals(
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
 
 
+Counted = tuple[Counts, ...]
+"""Arrays of integers, which are added up over blocks."""
+
+AddUp = Callable[[BlockWalk, Callable[[BlockWalk], Counted]], Counted]
+"""`add_up(each, count)` is `count(each)`, or the sum of it over parts of the walk."""
+
+
+def count_all(each: BlockWalk, count: Callable[[BlockWalk], Counted]) -> Counted:
+    """Count over a whole walk, in this process."""
+    return count(each)
+
+
 def trim_globally(
-    trims: Sequence[Trim], numel: int, each: BlockWalk, ops: Ops, *, rescale: bool = False
+    trims: Sequence[Trim], numel: int, each: BlockWalk, ops: Ops, *, rescale: bool = False, add_up: AddUp = count_all
 ) -> list[KeepThreshold]:
     """Resolve every source's trim over a whole model, as the TIES paper does: one threshold for all its tensors.
 
@@ -144,13 +156,14 @@ def trim_globally(
         trims, ops, rescale: as in `trim_survivals`.
         numel: entries of all tensors together.
         each: walks the blocks of all of them; every block has a row for each source.
+        add_up: adds up what several processes count.
 
     Returns:
         One `KeepThreshold` a source. Every tie of the last entry is kept, as in the paper's code.
     """
     if numel == 0:
         return [KeepThreshold()] * len(trims)
-    search = _GlobalSearch(trims, numel, each, ops, norms=True)
+    search = _GlobalSearch(trims, numel, each, ops, norms=True, add_up=add_up)
     survivals = [search.survival(i) for i in range(len(trims))]
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
 
@@ -225,8 +238,9 @@ class _Search:
         *,
         norms: bool,
         full: tuple[Counts, Counts] | None = None,
+        add_up: AddUp = count_all,
     ) -> None:
-        self.trims, self.numel, self.each, self.ops = trims, numel, each, ops
+        self.trims, self.numel, self.each, self.ops, self.add_up = trims, numel, each, ops, add_up
         self.full = full or (self._histogram(norms=True) if norms else None)
         self.brackets: dict[tuple[int, int], _Found] = {}
         self.ranks = [trim.ranks(numel) for trim in trims]
@@ -323,16 +337,20 @@ class _Search:
         return count + ties, mass + ties * value_of(low)
 
     def _histogram(self, *, norms: bool = False) -> tuple[Counts, Counts]:
-        n, lock = len(self.trims), Lock()
-        counts, lows = np.zeros((n, BINS), np.int64), np.zeros((n, BINS if norms else 0), np.int64)
+        def count(each: BlockWalk) -> Counted:
+            n, lock = len(self.trims), Lock()
+            counts, lows = np.zeros((n, BINS), np.int64), np.zeros((n, BINS if norms else 0), np.int64)
 
-        def work(block: Any) -> None:
-            some, low = self.ops.histogram(block, norms)
-            with lock:  # integers: the order of blocks does not matter
-                np.add(counts, some, out=counts)
-                np.add(lows, low, out=lows)
+            def work(block: Any) -> None:
+                some, low = self.ops.histogram(block, norms)
+                with lock:  # integers: the order of blocks does not matter
+                    np.add(counts, some, out=counts)
+                    np.add(lows, low, out=lows)
 
-        self.each(work)
+            each(work)
+            return counts, lows
+
+        counts, lows = self.add_up(self.each, count)
         return counts, lows
 
     def _find(self, ranks: dict[int, int]) -> None:
@@ -390,19 +408,24 @@ class _GlobalSearch(_Search):
     def _gather(self, brackets: dict[int, Bracket]) -> dict[int, _Found]:
         if not brackets:
             return {}
-        n, lock = len(self.trims), Lock()
         bounds = self._bounds(brackets, 0, FOREVER)
-        inside, above = np.zeros((n, 1 << 16), np.int64), np.zeros(n, np.int64)
 
-        def work(block: Any) -> None:
-            counts, found = self.ops.collect(block, *bounds)
-            for i, bits in enumerate(found):
-                some = np.bincount(bits & 0xFFFF, minlength=1 << 16)
-                with lock:
-                    inside[i] += some
-                    above[i] += counts[i, 1]
+        def count(each: BlockWalk) -> Counted:
+            n, lock = len(self.trims), Lock()
+            inside, above = np.zeros((n, 1 << 16), np.int64), np.zeros(n, np.int64)
 
-        self.each(work)
+            def work(block: Any) -> None:
+                counts, found = self.ops.collect(block, *bounds)
+                for i, bits in enumerate(found):
+                    some = np.bincount(bits & 0xFFFF, minlength=1 << 16)
+                    with lock:
+                        inside[i] += some
+                        above[i] += counts[i, 1]
+
+            each(work)
+            return inside, above
+
+        inside, above = self.add_up(self.each, count)
         found = {i: np.flatnonzero(inside[i]).astype(np.uint32) for i in brackets}
         return {
             i: _Found(bracket, int(above[i]), [((bracket.low & ~0xFFFF) | found[i], inside[i][found[i]])])

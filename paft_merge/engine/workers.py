@@ -1,0 +1,245 @@
+"""Merges by several workers: each writes some files of the output, and one of them completes it.
+
+Workers choose files, and nothing else: `merge_checkpoint` writes a file as it writes a whole output. A worker begins with its
+share, which balances predicted cost, and then helps with files that no worker has begun or whose worker died. So a merge
+ends whatever number of its workers run, at the same time or one after the other.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from paft_merge.engine.finished import is_finished
+from paft_merge.engine.options import MergeOptions
+from paft_merge.engine.sidefiles import identity, without_times
+from paft_merge.engine.streaming import Progress, ranked_over_model
+from paft_merge.errors import OutputError, Problem, Problems
+from paft_merge.output.leases import Holder
+from paft_merge.output.placing import part_of
+from paft_merge.output.shared import Counted, SharedOutput
+from paft_merge.plan import MergePlan
+
+if TYPE_CHECKING:
+    from paft_merge.compute.block_walk import BlockWalk
+    from paft_merge.compute.blocks import Ops
+    from paft_merge.engine.worker_number import WorkerNumber
+    from paft_merge.output.folder import Output
+
+log = logging.getLogger(__name__)
+
+_SAY_AGAIN = 300.0
+"""Seconds after which a worker says again what it waits for."""
+
+_COMPLETE = "complete"
+"""The right to complete the output."""
+
+MergeInto = Callable[["Output", MergePlan, Callable[[Progress], None]], None]
+
+
+def merge_shared(
+    plan: MergePlan,
+    out: Path,
+    worker: WorkerNumber | None,
+    options: MergeOptions,
+    *,
+    merge_into: MergeInto,
+    threads: int,
+    ops: Ops,
+    complete: Callable[[Output], None],
+    warn: Callable[[Sequence[Problem]], None],
+) -> None:
+    """Do a worker's part of a merge, and wait until the output is complete.
+
+    Args:
+        plan: the whole merge.
+        out: its output folder.
+        worker: this worker; None completes the output and merges nothing.
+        options: see `MergeOptions`.
+        merge_into: merges a plan, of one file, into an output.
+        threads, ops: as for `merge_checkpoint`.
+        complete: completes the output, whose files are all there; only one worker calls it.
+        warn: receives warnings.
+
+    Raises:
+        OutputError: BUSY, another process has the number of this worker; INCOMPLETE, there is no worker and files are
+            missing; RESUME_STALE, the other workers merge something else.
+        PaftMergeError: as for `merge_checkpoint`.
+    """
+    about, seconds = str(worker) if worker else "a process that completes the output", options.lease_seconds
+    try:
+        with SharedOutput.join(out, plan.shards, _identity(plan, options), about, seconds) as shared:
+            if worker is not None:
+                _Member(plan, worker, shared, options, warn).merge(merge_into, threads, ops)
+            elif missing := [shard.file for i, shard in enumerate(plan.shards) if not shared.has_file(i)]:
+                named = ", ".join(missing[:5]) + (", ..." if missing[5:] else "")
+                what = f"{len(missing)} of {len(plan.shards)} files are missing: {named}"
+                raise OutputError.of("INCOMPLETE", shared.part, what, "start its workers again")
+            _complete(shared, complete)
+    except (OutputError, OSError) as error:
+        # Another worker can complete the output, and so remove the work folder, at any time.
+        if not is_finished(plan, out, replace(options, overwrite=True), Problems()):
+            if isinstance(error, FileNotFoundError):
+                fix = "start the workers again"
+                raise OutputError.of("OUTPUT", part_of(out), "was deleted while a worker used it", fix) from error
+            raise
+
+
+def _identity(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
+    """Everything that must be the same for all workers. The times of files differ between copies on several machines."""
+    found = without_times(identity(plan, options.device))
+    return {**found, "options": {**options.recorded(), "write_model_card": options.write_model_card}}
+
+
+def _complete(shared: SharedOutput, complete: Callable[[Output], None]) -> None:
+    """Complete the output, unless another worker does; then wait until it has."""
+    pause = 0.0
+    while True:
+        if shared.leases.take(_COMPLETE):
+            try:
+                with shared.gathered() as output:
+                    complete(output)
+                    return
+            except OutputError as error:
+                if error.problems[0].code != "BUSY":  # a worker that was taken for dead is still at it
+                    raise
+        pause = shared.pause(pause)
+
+
+class _Member:
+    """One worker of a merge."""
+
+    def __init__(
+        self, plan: MergePlan, worker: WorkerNumber, shared: SharedOutput, options: MergeOptions,
+        warn: Callable[[Sequence[Problem]], None],
+    ) -> None:  # fmt: skip
+        self.plan, self.worker, self.shared, self.warn = plan, worker, shared, warn
+        self.progress = options.progress or (lambda _: None)
+        self.files = [_only(plan, number) for number in range(len(plan.shards))]
+        self.share = shares([_cost(file) for file in self.files], worker.count)[worker.index]
+        self.order = [*self.share, *sorted({*range(len(self.files))} - {*self.share})]
+        self._said: tuple[str, float] = "", 0.0
+        self._checked = 0.0
+        self._sums = 0
+
+    def merge(self, merge_into: MergeInto, threads: int, ops: Ops) -> None:
+        """Write files until all are complete."""
+        self._take_number()
+        count, of = len(self.share), len(self.files)
+        log.info("%s: writes %d of %d files, and helps with others", self.worker, count, of)
+        if not count:
+            what = f"has no file to write: the output has {of} file{'s' * (of != 1)} and {self.worker.count} workers"
+            fix = "out_shard_bytes='5GB' or less makes more files"
+            self.warn([Problem("WORKERS", str(self.worker), what, fix)])
+        ranked = ranked_over_model(self.plan, threads=threads, ops=ops, add_up=self._add_up)
+        for number in self._each("file", self.order, self.shared.has_file):
+            advance = partial(self._advance, [file for i, file in enumerate(self.files) if self.shared.has_file(i)])
+            with self.shared.file(number) as output:
+                merge_into(output, _only(ranked, number), advance)
+
+    def _take_number(self) -> None:
+        def wait(holder: Holder) -> None:
+            log.info("%s: waits to see whether %s is alive", self.worker, holder.who)
+
+        if not self.shared.leases.wait_for(self._right, wait):
+            holder = self.shared.leases.holder(self._right)
+            what = f"{holder.who if holder else self.worker} is at work already"
+            raise OutputError.of("BUSY", self.shared.part, what, "give each worker another number")
+
+    @property
+    def _right(self) -> str:
+        return f"worker-{self.worker.index}"
+
+    def _each(self, kind: str, order: Sequence[int], is_done: Callable[[int], bool]) -> Iterator[int]:
+        return self.shared.each(kind, order, is_done, taken_over=self._take_over, waits=self._wait)
+
+    def _take_over(self, number: int, holder: Holder) -> None:
+        since = f"was silent for {self.shared.leases.seconds:g} s" if holder.state == "silent" else "has ended"
+        what = f"takes over {self.plan.shards[number].file}: {holder.who} {since}"
+        self.warn([Problem("WORKERS", str(self.worker), what)])
+
+    def _wait(self, others: Mapping[int, Holder]) -> None:
+        self._check_number()
+        held = [f"{self.plan.shards[number].file} ({holder.who})" for number, holder in others.items()]
+        text = ", ".join(held[:3]) + (", ..." if held[3:] else "")
+        if text != self._said[0] or monotonic() - self._said[1] > _SAY_AGAIN:
+            self._said = text, monotonic()
+            log.info("%s: waits for %s", self.worker, text)
+
+    def _advance(self, before: Sequence[MergePlan], done: Progress) -> None:
+        """Report the progress of the whole merge, from that of one file and the files that are complete."""
+        self._check_number()
+        tensors, nbytes = len(self.plan.tensors), sum(t.nbytes for t in self.plan.tensors)
+        finished = [tensor.nbytes for file in before for tensor in file.tensors]
+        self.progress(
+            Progress(len(finished) + done.tensors, tensors, sum(finished) + done.bytes_done, nbytes, done.name)
+        )
+
+    def _check_number(self) -> None:
+        """Stop if this worker was taken for dead, and a process with its number was started."""
+        if monotonic() - self._checked > self.shared.leases.seconds / 6:
+            self._checked = monotonic()
+            holder = self.shared.leases.holder(self._right)
+            if holder is not None and holder.state != "here":
+                what = (
+                    f"{self.worker} was silent for {self.shared.leases.seconds:g} s, and {holder.who} took its number"
+                )
+                raise OutputError.of("BUSY", self.shared.part, what, "nothing is lost: the others write its files")
+
+    def _add_up(self, walk: BlockWalk, count: Callable[[BlockWalk], Counted]) -> Counted:
+        """Add up counts over all tensors, which the workers count file by file."""
+        self._sums += 1
+        ranked = {id(tensor) for tensor in walk.tensors}
+        found = {number: [t for t in file.tensors if id(t) in ranked] for number, file in enumerate(self.files)}
+        tensors = {number: some for number, some in found.items() if some}
+        names = {number: f"{self._sums}-{number:05d}.npz" for number in tensors}
+        order = [number for number in self.order if number in tensors]
+        for number in self._each(f"sum-{self._sums}", order, lambda number: self.shared.has_counted(names[number])):
+            self.shared.add_counted(names[number], count(replace(walk, tensors=tensors[number])))
+            self._check_number()
+        counts = [self.shared.counted(name) for name in names.values()]
+        return tuple(np.sum(arrays, axis=0) for arrays in zip(*counts, strict=True))
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Divide files among workers: the most expensive first, each to the worker with the least cost (LPT).
+
+    Args:
+        costs: one a file.
+        count: of workers.
+
+    Returns:
+        The files of each worker, by position in `costs`, the most expensive first.
+    """
+    found: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0.0, worker) for worker in range(count)]
+    for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        load, worker = heapq.heappop(loads)
+        found[worker].append(number)
+        heapq.heappush(loads, (load + costs[number], worker))
+    return found
+
+
+def _cost(file: MergePlan) -> float:
+    """Bytes that are read and written, and those of float32 deltas that are computed from adapters."""
+    cost = 0
+    for tensor in file.tensors:
+        cost += tensor.nbytes
+        for read in tensor.inputs.reads:
+            cost += read.checkpoint.bytes_read(read.name) + (4 * tensor.numel if read.delta else 0)
+    return float(cost)
+
+
+def _only(plan: MergePlan, number: int) -> MergePlan:
+    """The plan of one file of the output."""
+    shard = plan.shards[number]
+    names = {slot.name for slot in shard.slots}
+    return replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.name in names), shards=(shard,))
