@@ -17,7 +17,7 @@ from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, Tens
 from paft_merge.auditing.tensor_survey import TensorStats, Wanted, survey
 from paft_merge.auditing.walk import Arena, HeldDeltas, working_pool
 from paft_merge.compute.magnitudes import EPSILON, EPSILONS
-from paft_merge.errors import Problem
+from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.stats.pairs import PairMeasure
 
 HELD_BYTES = 512 << 20
@@ -42,7 +42,7 @@ def audit(
     epsilon: float = EPSILON,
     epsilons: Sequence[float] = (),
     density: float = 0.2,
-    require: Sequence[str] = (),
+    require: str | Sequence[str] = (),
     fetch_base: bool = False,
     lazy_unpickle: bool = False,
     threads: int | None = None,
@@ -71,11 +71,19 @@ def audit(
         Every number, typed. `print` shows a few lines, a notebook a short report.
 
     Raises:
-        AuditError: NO_BASE, EMPTY, PREVIEW, GATE, NONFINITE; with every problem that is found at once.
+        AuditError: NO_BASE, EMPTY, OPTION, PREVIEW, GATE, NONFINITE; with every problem that is found at once.
         PaftMergeError: a source cannot be opened.
     """
     if not sources:
         raise TypeError("audit() needs at least one source")
+    require = [require] if isinstance(require, str) else require
+    problems = Problems()
+    for name, value in [("epsilon", epsilon), *(("epsilons", one) for one in epsilons)]:
+        if not 0 <= value < math.inf:
+            problems.add("OPTION", name, f"must be finite and at least 0, got {value:g}")
+    if not 0 < density <= 1:
+        problems.add("OPTION", "density", f"must be above 0 and at most 1, got {density:g}")
+    problems.raise_as(AuditError)
     proposal = _proposal(preview)
     counted = tuple(sorted({*EPSILONS, epsilon, *epsilons, *epsilons_of(require)}))
     with (

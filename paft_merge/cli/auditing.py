@@ -89,7 +89,9 @@ def _exit_codes() -> Iterator[None]:
         for problem in error.problems:
             click.echo(in_options(line("error", problem)), err=True)
         codes = {problem.code for problem in error.problems}
-        raise click.exceptions.Exit(3 if codes == {"REQUIRED"} else 2 if codes <= {"GATE", "PREVIEW"} else 1) from error
+        raise click.exceptions.Exit(
+            3 if codes == {"REQUIRED"} else 2 if codes <= {"GATE", "OPTION", "PREVIEW"} else 1
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -359,6 +360,39 @@ def test_what_is_required_and_fails_says_where_and_by_how_much(fails: str, where
 def test_a_requirement_that_cannot_be_read_is_an_error(text: str, message: str, found: Audit) -> None:
     with pytest.raises(AuditError, match=message):
         found.check(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "sparsity(-1e-5) >= 0.9",
+            "sparsity takes a threshold of at least 0, got -1e-05",
+        ),  # it would hold for any delta
+        ("top_energy(20) > 0.9", "top_energy takes a share of 0 to 1, got 20"),
+        ("relative_rms(-1) >= 0", "of at least 0"),
+        ("sparsity(nan) >= 0", "'nan' is not a number"),
+        ("norm > inf", "'inf' is not a number"),
+    ],
+)
+def test_a_requirement_outside_a_metric_s_range_is_refused(text: str, message: str) -> None:
+    with pytest.raises(AuditError, match=message):
+        Requirement.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": -1.0}, "epsilon: must be finite and at least 0, got -1"),
+        ({"epsilons": [1e-3, float("nan")]}, "epsilons: must be finite"),
+        ({"density": 2.0, "epsilon": float("inf")}, r"(?s)epsilon: .*density: must be above 0 and at most 1, got 2"),
+    ],
+)
+def test_thresholds_that_cannot_be_are_refused(options: dict[str, Any], message: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(AuditError, match=message):
+        audit(folders["sft"], **options)
+    shown = CliRunner().invoke(cli, ["audit", str(folders["sft"]), "--epsilon=nan"])
+    assert (shown.exit_code, "error[OPTION]: epsilon: must be finite" in shown.stderr) == (2, True)
 
 
 def test_a_requirement_that_matches_nothing_or_was_not_measured_is_an_error(

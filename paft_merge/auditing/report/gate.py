@@ -126,6 +126,9 @@ class Requirement:
             raise _unreadable(text, f"{name} takes {takes}", f'write for example "{example} {rest}"')
         bound = _number(text, found["value"]) / (100 if found["percent"] else 1)
         argument = _number(text, found["argument"]) if wanted else 0.0
+        if argument < 0 or (wanted == "share" and argument > 1):
+            limits = "of 0 to 1" if wanted == "share" else "of at least 0"
+            raise _unreadable(text, f"{name} takes a {wanted} {limits}, got {argument:g}")
         return cls(text, name, argument, _scope(text, found["scope"] or ""), found["operator"], bound)
 
 
@@ -237,9 +240,12 @@ def _scope(text: str, scope: str) -> dict[str, str]:
 
 def _number(text: str, number: str) -> float:
     try:
-        return float(number)
+        value = float(number)
     except ValueError:
-        raise _unreadable(text, f"{number!r} is not a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise _unreadable(text, f"{number!r} is not a number")
+    return value
 
 
 def _fits(pattern: str, name: str) -> bool:
