@@ -41,17 +41,23 @@ def used(code: str, folder: Path) -> str:
     return run.stdout.strip()
 
 
-def test_numba_is_imported_once_for_a_loop(tmp_path: Path) -> None:
-    assert used(USED, tmp_path) == "120.0 True"
-    (kept,) = tmp_path.iterdir()
-    assert used(USED, tmp_path) == "120.0 False"
-    assert [kept] == list(tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The object file that a first process made."""
+    folder = tmp_path_factory.mktemp("compiled")
+    assert used(USED, folder) == "120.0 True"
+    (kept,) = folder.iterdir()
+    return kept
+
+
+def test_numba_is_imported_once_for_a_loop(compiled: Path) -> None:
+    assert used(USED, compiled.parent) == "120.0 False"
+    assert [compiled] == list(compiled.parent.iterdir())
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
-def test_a_broken_object_file_is_made_again(tmp_path: Path, harm: str) -> None:
-    used(USED, tmp_path)
-    (kept,) = tmp_path.iterdir()
+def test_a_broken_object_file_is_made_again(compiled: Path, tmp_path: Path, harm: str) -> None:
+    kept = Path(shutil.copy(compiled, tmp_path))
     whole = kept.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
@@ -60,16 +66,14 @@ def test_a_broken_object_file_is_made_again(tmp_path: Path, harm: str) -> None:
     assert used(USED, tmp_path) == "120.0 False"
 
 
-def test_what_a_loop_was_long_ago_goes_when_it_is_made_again(tmp_path: Path) -> None:
-    used(USED, tmp_path)
-    (kept,) = tmp_path.iterdir()
+def test_what_a_loop_was_long_ago_goes_when_it_is_made_again(compiled: Path, tmp_path: Path) -> None:
+    kept = tmp_path / compiled.name
     stem = kept.name.rpartition("-")[0]
     long_ago, lately, another = (tmp_path / name for name in (f"{stem}-a.o", f"{stem}-b.o", "blend-1-a.o"))
     for old in (long_ago, lately, another):
         old.write_bytes(b"")
     for old in (long_ago, another):
         os.utime(old, (0, 0))
-    kept.unlink()
     used(USED, tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([kept, lately, another])
 
