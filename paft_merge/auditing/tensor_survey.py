@@ -252,12 +252,7 @@ def _relate(left: Factored | None, right: Factored | None) -> tuple[float, tuple
     return left.relate(right) if left and right else None
 
 
-def _sum_square(
-    rule: Rule | None,
-    active: Sequence[int],
-    measures: Sequence[Measure],
-    pairs: Pairs,
-) -> float:
+def _sum_square(rule: Rule | None, active: Sequence[int], measures: Sequence[Measure], pairs: Pairs) -> float:
     """||sum of weight * delta||^2, from the squares and the inner products."""
     given = rule.selection_weights if rule is not None else None
     if given is None:

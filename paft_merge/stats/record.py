@@ -174,12 +174,8 @@ def pair_row_of(noted: Note, rows: Sequence[Note], at: Sequence[int], entries: i
     """
     subspace = {"subspace": noted["subspace"]} if "subspace" in noted else {}
     row = {"sources": list(at), "sample": {key: value for key, value in noted.items() if key not in ("of", "subspace")}}
-    return {
-        "sources": list(at),
-        **_pair_json(_pair_of(row, rows, entries, sampled)),
-        **subspace,
-        "sample": row["sample"],
-    }
+    metrics = _pair_json(_pair_of(row, rows, entries, sampled))
+    return {"sources": row["sources"], **metrics, **subspace, "sample": row["sample"]}
 
 
 @dataclass(frozen=True)

@@ -41,16 +41,11 @@ class Spectrum:
     @property
     def effective_rank(self) -> float:
         """exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007)."""
-        total = self.nuclear
+        total = math.fsum(self.values)
         if not total:
             return UNDEFINED
         shares = [v / total for v in self.values if v > 0]
         return math.exp(-math.fsum(p * math.log(p) for p in shares))
-
-    @property
-    def nuclear(self) -> float:
-        """Sum of the singular values."""
-        return math.fsum(self.values)
 
     def to_json(self) -> dict[str, Any]:
         """The fields by their names in the report's JSON."""
@@ -74,8 +69,7 @@ class FactorCounts:
     @classmethod
     def total(cls, parts: Sequence[FactorCounts]) -> FactorCounts:
         """The sum of `parts`."""
-        names = ("rows", "zero_rows", "components", "zero_components", "elements", "zero_elements")
-        return cls(**{name: sum(getattr(p, name) for p in parts) for name in names})
+        return cls(**{name: sum(getattr(p, name) for p in parts) for name in cls.__dataclass_fields__})
 
     def to_json(self) -> dict[str, int]:
         """The fields by their names in the report's JSON."""
@@ -148,9 +142,8 @@ def _crossed(left: Any, right: Any) -> Matrix:
 
 def _counts(b: Any, a: Any, components: Matrix) -> FactorCounts:
     rows, elements = np.sqrt(np.einsum("or,or->o", b, b)), b.size + a.size
-    filled = int(np.count_nonzero(b != 0)) + int(
-        np.count_nonzero(a != 0)
-    )  # four times as fast as np.count_nonzero of floats
+    # Four times as fast as np.count_nonzero of floats.
+    filled = int(np.count_nonzero(b != 0)) + int(np.count_nonzero(a != 0))
     return FactorCounts(len(rows), _idle(rows), len(components), _idle(components), elements, elements - filled)
 
 
