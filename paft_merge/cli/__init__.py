@@ -56,11 +56,11 @@ class _Group(click.Group):
             for problem in error.problems:
                 click.echo(line("error", problem), err=True)
             ctx.exit(GATE_FAILED if any(problem.code == "REQUIRED" for problem in error.problems) else REFUSED)
-        except (OSError, MemoryError, RecursionError, UnicodeError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise  # click ends quietly
+        except (OSError, MemoryError, RuntimeError, UnicodeError) as error:
+            if isinstance(error, BrokenPipeError) or (fault := _problem_of(error)) is None:
+                raise  # of a BrokenPipeError, click ends quietly
             log.info("where it came from", exc_info=error)
-            say(line("error", _problem_of(error)))
+            say(line("error", fault))
             ctx.exit(REFUSED)
         except KeyboardInterrupt:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
@@ -83,8 +83,16 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (open as long as the process)
 
 
-def _problem_of(error: OSError | MemoryError | RecursionError | UnicodeError) -> Problem:
-    """The problem of an error of the system, of memory or of an encoding that no command expected."""
+def _problem_of(error: OSError | MemoryError | RuntimeError | UnicodeError) -> Problem | None:
+    """The problem of an error of the system, of memory or of an encoding that no command expected; None for other errors."""
+    if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+        cause = error.__context__
+        if str(error) == "can't start new thread":
+            error = OSError(errno.EAGAIN, str(error))
+        elif type(error) is RuntimeError and isinstance(cause, OSError) and cause.errno == errno.ELOOP:
+            error = cause  # pathlib raises a RuntimeError for links that form a circle
+        else:
+            return None
     if isinstance(error, MemoryError):
         return Problem("MEMORY", "", "there is not enough memory", "lower --memory, --threads or the batch size")
     if not isinstance(error, OSError):

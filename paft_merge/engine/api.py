@@ -244,7 +244,7 @@ def check_output(plan: MergePlan, out: Path, options: MergeOptions, problems: Pr
     """Add to `problems` every reason why the merge cannot be written to `out`."""
     replaces = {"overwrite": options.overwrite, "force": options.force}
     needed = plan.bytes_written + sum(file.stat().st_size for file in plan.side_files.copied.values())
-    check_place(out, _folders(plan), needed, problems=problems, **replaces)
+    check_place(out, _inputs(plan), needed, problems=problems, **replaces)
 
 
 def threads_within(plan: MergePlan, threads: int, memory: int | None, problems: Problems) -> int:
@@ -298,6 +298,7 @@ def _log(problems: Sequence[Problem]) -> None:
         log.warning("%s", problem)
 
 
-def _folders(plan: MergePlan) -> list[Path]:
+def _inputs(plan: MergePlan) -> list[Path]:
     adapters = [part.folder for model in plan.models if model.adapter for part in model.adapter.parts]
-    return [*(folder for model in plan.models for folder in model.checkpoint.folders), *adapters]
+    recipe = [Path(plan.recipe.located.file)] if plan.recipe.located.file else []
+    return [*recipe, *(folder for model in plan.models for folder in model.checkpoint.folders), *adapters]

@@ -129,11 +129,10 @@ def fetch_file(place: str, *, refresh: bool = False) -> Path:
     repo_id, name, asked = found["repo"], found["name"], found["early"] or found["late"]
     revision = _PINS.get().get((repo_id, asked), asked)
     _refuse_names([name], place)
-    with asking(place):
-        try:
-            return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=not refresh))
-        except LocalEntryNotFoundError:
-            return Path(hf_hub_download(repo_id, name, revision=revision))
+    if not refresh:
+        with asking(place), suppress(LocalEntryNotFoundError):
+            return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=True))
+    return Path(_retried(place, lambda: hf_hub_download(repo_id, name, revision=revision)))
 
 
 @contextmanager

@@ -58,15 +58,17 @@ def part_of(out: Path) -> Path:
 
 def is_mount(folder: Path) -> bool:
     """Whether a file system is mounted at `folder`; a bind mount of the same file system counts too (Linux)."""
-    if os.path.ismount(folder):
-        return True
+    return os.path.ismount(folder) or os.fspath(folder) in _mounts()
+
+
+def _mounts() -> list[str]:
+    """The folders at which file systems are mounted; none where the system does not list them."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
-        return False
+        return []
     octal = re.compile(rb"\\([0-7]{3})")
-    places = (octal.sub(lambda found: bytes([int(found[1], 8)]), line.split(b" ")[4]) for line in lines)
-    return os.fsencode(folder) in places
+    return [os.fsdecode(octal.sub(lambda found: bytes([int(found[1], 8)]), line.split(b" ")[4])) for line in lines]
 
 
 def check_place(
@@ -76,7 +78,7 @@ def check_place(
 
     Args:
         out: the folder to write; must not exist, or be empty, unless `overwrite`.
-        inputs: folders that are read; `out` may not be one of them, be inside one, or contain one.
+        inputs: folders and files that are read; `out` may not be one of them, be inside one, or contain one.
         needed: bytes of the output.
         overwrite: whether an existing model in `out` may be replaced.
         problems: receives OUTPUT and DISK faults.
@@ -100,6 +102,8 @@ def check_place(
         elif not force and not any(fnmatch(name, pattern) for name in entries for pattern in _MODEL):
             what = f"holds {', '.join(entries[:3])}{', ...' if len(entries) > 3 else ''}, and no weights of a model"
             problems.add("OUTPUT", out, what, "choose another folder, or pass force=True too to delete all of it")
+        elif mount := next((place for place in _mounts() if real in Path(place).parents), None):
+            problems.add("OUTPUT", out, f"contains the mount point {mount}", "choose another folder, or unmount it")
         elif _is_foreign_replaced(part, real):
             what = "exists, and no merge left it; a replaced model would be moved there"
             problems.add("OUTPUT", _replaced(part), what, "move it away")

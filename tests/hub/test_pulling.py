@@ -15,7 +15,7 @@ from toys.hub_server import READER, HubServer, Lie, Status, Truncate
 
 import paft_merge
 from paft_merge.errors import HubError, PaftMergeError, Problem
-from paft_merge.hub import download, fetch, resolve
+from paft_merge.hub import download, fetch, fetch_file, resolve
 
 __all__ = ["hub"]
 
@@ -171,6 +171,14 @@ def test_trouble_that_passes_is_not_seen(models: HubServer, tmp_path: Path, faul
 def test_the_listing_and_small_files_are_asked_for_again(models: HubServer, pattern: str, code: int) -> None:
     models.fail(pattern, Status(code), times=2)
     assert (fetch("me/base") / "config.json").is_file()
+    assert not [rule for rule in models.rules if rule.times]
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_recipe_on_the_hub_is_asked_for_again(models: HubServer, refresh: bool) -> None:
+    models.add("me/base", {"recipe.yaml": b"merge_method: linear"})
+    models.fail(r"GET .*/resolve/.*/recipe\.yaml", Truncate(3, reset=True), times=2)
+    assert fetch_file("hf://me/base/recipe.yaml", refresh=refresh).read_bytes() == b"merge_method: linear"
     assert not [rule for rule in models.rules if rule.times]
 
 

@@ -305,6 +305,24 @@ def test_overwriting_something_else_than_a_model_needs_force(asked: dict[str, An
     assert files_of(out) == files_of(merge(file, tmp_path / "same"))
 
 
+def test_a_recipe_in_the_replaced_folder_is_not_deleted(asked: dict[str, Any], tmp_path: Path) -> None:
+    file = write_recipe(merge(asked, tmp_path / "out").path / "recipe.yaml", asked)
+    with pytest.raises(OutputError, match=r"is, contains or is inside the input .*recipe\.yaml"):
+        merge(file, tmp_path / "out", overwrite=True, force=True)
+    assert file.is_file()
+
+
+def test_a_folder_with_a_mount_point_is_not_replaced(
+    asked: dict[str, Any], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (inner := merge(asked, tmp_path / "out").path / "data").mkdir()
+    (inner / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(placing, "_mounts", lambda: ["/", str(inner)])
+    with pytest.raises(OutputError, match=f"contains the mount point {inner}"):
+        merge(asked, tmp_path / "out", overwrite=True, force=True)
+    assert files_of(tmp_path / "out") == whole | {"data/thesis.txt": b"mine"}
+
+
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,7 @@ def test_a_card_of_a_source_cannot_write_into_the_merged_card(hostile: Path, tmp
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), "error[INPUT]: an input is not UTF-8 text at byte 0"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300), "use a shorter name"),
         (OSError(errno.ELOOP, "Too many levels", "a\x1b"), r"error[SYSTEM]: a\x1b: Too many levels"),
+        (RuntimeError("can't start new thread"), "error[SYSTEM]: can't start new thread; raise the limit of processes"),
     ],
 )
 def test_errors_of_the_system_and_of_memory_are_lines(
@@ -155,3 +157,24 @@ def test_errors_of_the_system_and_of_memory_are_lines(
     assert shown in done.output
     assert "Traceback" not in done.output
     assert json.dumps(done.output)
+
+
+def test_an_output_that_is_a_circle_of_links_is_one_line(
+    family: Callable[..., dict[str, Path]], tmp_path: Path
+) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": str(family()["base"])}]}))
+    done = CliRunner().invoke(cli, ["merge", str(recipe), str(tmp_path / "a")])
+    assert done.exit_code == 1
+    assert "error[SYSTEM]" in done.output
+    assert "the links form a circle" in done.output
+
+
+def test_a_bug_is_not_taken_for_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("paft_merge.output.card.write_card", fail)
+    assert isinstance(CliRunner().invoke(cli, ["card", str(tmp_path)]).exception, RuntimeError)
