@@ -55,6 +55,22 @@ _INDEX = ".index.json"
 _MODULES = "modules.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LAZY = "lazy_unpickle=True"
+_OTHER_FORMATS = (
+    (r"\.gguf$", "llama.cpp (GGUF)", "give the model that it was made from"),
+    (
+        r"\.distcp$",
+        "a distributed checkpoint of PyTorch",
+        "run `accelerate merge-weights` on it, then merge the result",
+    ),
+    (
+        r"^(global_step\d+|zero_to_fp32\.py)$",
+        "DeepSpeed",
+        "run its zero_to_fp32.py with --safe_serialization, then merge the result",
+    ),
+    (r"^pytorch_model_fsdp_\d+$", "FSDP", "run `accelerate merge-weights` on it, then merge the result"),
+    (r"\.(msgpack|h5|onnx|tflite|nemo|mlpackage)$", "another framework", "convert it with the program that wrote it"),
+)
+"""A pattern of files or folders, what wrote them, and what to do."""
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16
 _COMPARED_BYTES = 1 << 24
@@ -547,6 +563,9 @@ def _choose_pickle(folder: Path, present: Sequence[str], unpickle: bool) -> str:
         raise CheckpointError.of("PICKLE_REFUSED", folder, what, fix if known else "convert it to safetensors")
     if consolidated := [name for name in present if name.startswith("consolidated")]:
         what, fix = f"holds only {consolidated[0]}, not in Hugging Face's format", "convert it to model.safetensors"
+    elif other := next((one for one in _OTHER_FORMATS if any(re.search(one[0], name) for name in present)), None):
+        names = join_first([name for name in present if re.search(other[0], name)])
+        what, fix = f"holds no safetensors file, only {names} of {other[1]}", other[2]
     else:
         what, fix = "holds no safetensors file", "check the path"
     raise CheckpointError.of("CHECKPOINT_MISSING", folder, what, fix)

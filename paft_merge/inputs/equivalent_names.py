@@ -371,7 +371,9 @@ class _Match:
             weight = _is_weight(self._template.tensors[name])
             if stored is not None and (weight or not derived):
                 self._found[name] = (Part.whole(self._other, stored),)
-            elif derived or (weight and self._is_complete):
+            elif derived or (
+                weight and "/" not in name and self._is_complete
+            ):  # not of a module of sentence-transformers
                 self._found[name] = (Part.whole(self._template, name),)
                 copied += [name] if weight else []
         for known in ours.not_needed(known for known in ours.layouts if known not in theirs.layouts):

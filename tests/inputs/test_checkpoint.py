@@ -558,3 +558,21 @@ def test_code_that_a_config_names_is_not_run(tmp_path):
         assert checkpoint.config["auto_map"] == {"AutoModel": "modeling_evil.Evil"}
     assert not (tmp_path / "ran").exists()
     assert "modeling_evil" not in __import__("sys").modules
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.Q4_K_M.gguf", "only 'model.Q4_K_M.gguf' of llama.cpp (GGUF); give the model that it was made from"),
+        ("__0_0.distcp", "a distributed checkpoint of PyTorch; run `accelerate merge-weights`"),
+        ("global_step10/mp_rank_00_model_states.pt", "'global_step10' of DeepSpeed; run its zero_to_fp32.py"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "'pytorch_model_fsdp_0' of FSDP"),
+        ("flax_model.msgpack", "'flax_model.msgpack' of another framework"),
+    ],
+)
+def test_checkpoints_of_other_programs_are_named(name: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "m" / name).parent.mkdir(parents=True)
+    (tmp_path / "m" / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(tmp_path / "m")
+    assert expected in str(caught.value)

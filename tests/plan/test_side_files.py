@@ -52,14 +52,14 @@ def merged(out: Path, base: Path, *sources: str | Path, **options: Any) -> list[
 
 
 def test_files_that_are_copied_need_room_on_the_disk(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(base, "assets/voice.wav", content=bytes(100_000))
     with open_plan(recipe("linear", None, (base, {"weight": 0.5}))) as plan:
         weights = plan.bytes_written
     monkeypatch.setattr(placing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, weights + 50_000))
     with pytest.raises(PaftMergeError, match="bytes are needed") as caught:
-        merged(tmp_path / "out", base, base)
+        merged(tmp_path / "out", base, on(base, adapter))
     assert [problem.code for problem in caught.value.problems] == ["DISK"]
 
 
