@@ -80,6 +80,8 @@ class Notes:
     """Pairs whose answers are equal; they are left out."""
     prefixes: int = 0
     """Pairs of which one answer is the beginning of the other."""
+    unanswered: list[str] = field(default_factory=list)
+    """Places of conversations with turns after their last answer; these turns are left out."""
     unused: tuple[str, ...] = ()
     """Columns of text that are not trained on."""
 
@@ -90,6 +92,10 @@ class Notes:
             found.append(f"{self.equal} pairs have equal answers and are left out")
         if self.prefixes:
             found.append(f"in {self.prefixes} pairs one answer is the beginning of the other")
+        if self.unanswered:
+            first, more = self.unanswered[0], len(self.unanswered) - 1
+            rows = f"{first} and {more} more rows end" if more else f"{first} ends"
+            found.append(f"{rows} with a turn that has no answer; such turns are left out")
         if self.unused:
             found.append(f"not used: the columns {', '.join(self.unused)}")
         return found
@@ -208,6 +214,10 @@ def converted(
             continue
         if kind == "preference" and not keep_equal and not _keep_pair(made, notes):
             continue
+        if "messages" in made and made["messages"][-1]["role"] != "assistant":
+            last = max(i for i, turn in enumerate(made["messages"]) if turn["role"] == "assistant")
+            made["messages"] = made["messages"][: last + 1]
+            notes.unanswered.append(place)
         mine = shape_of(made)
         if shape is None:
             shape, first = mine, place

@@ -172,6 +172,10 @@ def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(place: Pat
     found = evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value
     assert found == pytest.approx(wanted, rel=1e-5)
     assert abs(found - base) > 1e-3
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config |= {"megatron_config": {"a": 1}, "megatron_core": "antigravity"}  # PEFT imports this module
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    assert evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value == found
     with pytest.raises(EvaluateError, match="is an adapter, and an adapter is evaluated on its base"):
         evaluate(tmp_path / "adapter", section, folder=place)
 
