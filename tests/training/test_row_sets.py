@@ -201,6 +201,21 @@ def test_a_child_that_dies_is_reported() -> None:
         list(child_process.in_child(lambda: (os._exit(3) for _ in range(1))))
 
 
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_tools_reach_the_template(objective: str) -> None:
+    words = tokenizer()
+    words.chat_template = "{% if tools %}{{ raise_exception(tools[0].name) }}{% endif %}" + words.chat_template
+    row = {"messages": [user("w1"), said("w2")]} if objective == "sft" else {"prompt": [user("w1")], "chosen": [said("w2")], "rejected": [said("w3")]}  # fmt: skip
+    with pytest.raises(TrainError, match=r"row 2: .*w9 .roles"):
+        prepared([row, {**row, "tools": [{"name": "w9"}]}], objective, words)
+
+
+def test_questions_of_weight_0_are_trained_with_the_loss_on_answers() -> None:
+    rows = [{"messages": [{**user("w1"), "weight": 0}, {**said("w2"), "weight": 1}]}]
+    made = prepared(rows, training={"assistant_only_loss": True}).train
+    assert made.to_list() == [{"messages": [user("w1"), said("w2")]}]
+
+
 def test_rows_whose_answer_is_cut_off_are_counted_and_refused_when_none_is_left() -> None:
     long, short = {"prompt": "w1 " * 9, "completion": "w2"}, {"prompt": "w1 ", "completion": "w2"}
     found = prepared([long, short], training={"max_length": 8})
