@@ -58,13 +58,23 @@ def rows_for(of: Measurement, path: Path, *, chat: bool) -> list[Row]:
         EvaluateError: EVAL_DATA, with everything that is wrong.
     """
     kinds: dict[str, Kind] = {"preference": "preference", "exact_match": "text", "reward": "prompts"}
-    placed = [(place, _renamed(row, of)) for place, row in _placed(path, of.max_rows)]
+    placed = _placed(path, of.max_rows)
     problems = Problems()
+    columns = columns_of(row for _, row in placed)
+    for key, name in (("prompt", of.prompt if of.prompt != "prompt" else None), ("answer", of.answer)):
+        if name is not None and name not in columns:
+            problems.add("EVAL_DATA", path, f"no row has the column {name!r}", f"correct {key}: in the metric")
+    problems.raise_as(EvaluateError)
+    placed = [(place, _renamed(row, of)) for place, row in placed]
     made = normalise(
         placed, columns_of(row for _, row in placed), kinds[of.kind], chat=chat, selected=True, problems=problems,
         where=str(path), keep_equal=True,
     ).rows  # fmt: skip
     problems.found = [replace(problem, code="EVAL_DATA") for problem in problems.found]
+    if any(row.get("tools") for row in made if of.kind != "reward"):
+        problems.add(
+            "EVAL_DATA", path, "rows have tools, which this evaluation cannot give to the model", "remove them"
+        )
     problems.raise_as(EvaluateError)
     if of.kind == "reward":
         return [{key: value if key == "prompt" else native(value) for key, value in row.items()} for row in made]
@@ -86,12 +96,23 @@ def _question_and_answer(row: Row, path: Path, number: int) -> Row:
     if "messages" in row:
         last = max(i for i, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
         if last:
-            return {"prompt": row["messages"][:last], "completion": row["messages"][last]["content"]}
+            return {
+                "prompt": row["messages"][:last],
+                "completion": _text(row["messages"][last : last + 1], path, number),
+            }
     if "completion" not in row or not row.get("prompt"):
         what = "has no question with an answer"
         raise EvaluateError.of("EVAL_DATA", f"{path} row {number}", what, "give prompt and answer, or messages")
     answer = row["completion"]
-    return {"prompt": row["prompt"], "completion": answer if isinstance(answer, str) else answer[-1]["content"]}
+    return {"prompt": row["prompt"], "completion": answer if isinstance(answer, str) else _text(answer, path, number)}
+
+
+def _text(answer: list[Row], path: Path, number: int) -> str:
+    text: str = answer[-1]["content"]
+    if not text.strip():
+        what = "the last answer is a tool call without text"
+        raise EvaluateError.of("EVAL_DATA", f"{path} row {number}", what, "remove such rows")
+    return text
 
 
 def read_lines(path: Path, max_rows: int | None = None) -> list[str]:

@@ -101,8 +101,10 @@ def _trained_tokenizer(adapter: Path, before: Any) -> Any:
 
 def _adapted(model: Any, adapter: Path) -> Any:
     """Put an adapter on a model; an adapter that is already on it is first added to the weights."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
-    return PeftModel.from_pretrained(model, str(adapter))
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    config.megatron_config = config.megatron_core = None  # the name of a module that PEFT would import
+    return PeftModel.from_pretrained(model, str(adapter), config=config)

@@ -227,12 +227,6 @@ def check_task_data(recipe: RunRecipe, steps: Sequence[Step], *, run_files: bool
 
 
 def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
-    from importlib.util import find_spec
-
-    missing = [package for package in ("trl", "datasets") if find_spec(package) is None]
-    if missing:
-        fix = "pip install 'paft-merge[train]'"
-        raise RunError.of("MISSING", "train", f"{' and '.join(missing)} not installed", fix)
     from paft_merge.training.base_model import load_tokenizer
     from paft_merge.training.prepared_rows import prepare
     from paft_merge.training.train_options import TrainOptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,20 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
     from paft_merge.training.trainers import CONFIGS, DPO_LOSSES
 
     config, problems = CONFIGS[spec.objective], Problems()
-    known = [field.name for field in dataclasses.fields(config) if field.init]
-    for key in spec.training:
+    fields = {field.name: field for field in dataclasses.fields(config) if field.init}
+    known, values = list(fields), dict(spec.training)
+    for key, value in spec.training.items():
         where = f"{name}: training.{key}"
         if key not in known:
             hint = suggestion(key, known)
             problems.add("TRAINING", where, f"TRL's {config.__name__} does not have this field", hint)
         elif key in NOT_FOR.get(spec.objective, {}):
             problems.add("TRAINING", where, f"has no effect for {spec.objective}", NOT_FOR[spec.objective][key])
+        else:
+            with problems.catching():
+                values[key] = _value(value, fields[key], where)
+                if (least := _LEAST.get(key)) is not None and values[key] is not None and values[key] < least:
+                    problems.add("TRAINING", where, f"must be at least {least}, got {value}")
     if spec.objective in ("dpo", "on_policy"):
         given = spec.training.get("loss_type", [])
         for kind in [given] if isinstance(given, str) else given:
@@ -79,11 +86,36 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
     if spec.objective in ("rwr",):
         ours["remove_unused_columns"] = False  # the weights are a column of the rows
     try:
-        return config(**_renamed({**ours, **spec.training, **fixed}, known))
-    except (TypeError, ValueError) as error:
-        raise TrainError.of(
-            "TRAINING", f"{name}: training", str(error), "see TRL's documentation of the field"
-        ) from error
+        return config(**_renamed({**ours, **values, **fixed}, known))
+    except (TypeError, ValueError, ImportError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise TrainError.of("TRAINING", f"{name}: training", what, "see TRL's documentation of the field") from error
+
+
+_LEAST = {
+    "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_length": 1, "seed": 0,
+    "num_train_epochs": 0, "gradient_accumulation_steps": 1,
+}  # fmt: skip
+"""Smallest values of fields that TRL does not check."""
+
+
+def _value(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
+    """A value of the type of TRL's field; YAML reads `2e-4` as text. TrainError TRAINING for another type."""
+    kind = float if field.type in (float, float | None) else type(field.default)
+    if value is None or kind not in (bool, int, float):
+        return value
+    try:
+        number = float(value) if kind is not bool and not isinstance(value, bool) else None
+    except (TypeError, ValueError):
+        number = None
+    if kind is bool and isinstance(value, bool):
+        return value
+    if number is None or not math.isfinite(number) or (kind is int and number != int(number)):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise TrainError.of("TRAINING", where, f"must be {wanted}, got {value!r}")
+    if isinstance(value, int):
+        return value
+    return int(number) if kind is int else number
 
 
 def _renamed(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
@@ -112,7 +144,11 @@ def lora_config(spec: AdapterSpec) -> Any:
             problems.add("LORA", f"lora.extra.{key}", why, "remove it")
     problems.raise_as(TrainError)
     plain = lora.model_dump(exclude={"extra"})
-    return LoraConfig(**plain, **lora.extra, task_type="CAUSAL_LM")
+    try:
+        return LoraConfig(**plain, **lora.extra, task_type="CAUSAL_LM")
+    except (TypeError, ValueError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise TrainError.of("LORA", "lora", what, "see PEFT's documentation of LoraConfig") from error
 
 
 def check_targets(spec: AdapterSpec, model: Any) -> None:

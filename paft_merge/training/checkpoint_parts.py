@@ -42,7 +42,7 @@ def missing_part(checkpoint: Path, others: Iterable[Path], processes: int = 1) -
         processes: Number of processes, each with a state of its random numbers.
     """
     try:
-        names = {entry.name for entry in os.scandir(checkpoint)}
+        names = {entry.name for entry in os.scandir(checkpoint) if entry.is_file()}
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
     sharded = any(name.startswith(("pytorch_model_fsdp", "global_step", "optimizer_")) for name in names)
@@ -55,6 +55,11 @@ def missing_part(checkpoint: Path, others: Iterable[Path], processes: int = 1) -
     for file in _files(checkpoint):
         if fault := file_fault(file):
             return fault
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    if checkpoint.name != f"checkpoint-{state.get('global_step')}" or not isinstance(
+        state.get("train_batch_size"), int
+    ):
+        return f"{_STATE} is not the state of its step"
     for file in (file for folder in checkpoint.iterdir() if folder.is_dir() for file in folder.rglob("*")):
         if file.is_file() and not file.stat().st_size:
             return f"{file.relative_to(checkpoint)} is empty"
@@ -82,8 +87,8 @@ def file_fault(file: Path) -> str:
         if file.suffix == ".safetensors":
             return _safetensors_fault(file)
         with zipfile.ZipFile(file) as archive:  # the format of torch.save, with a checksum of every record
-            damaged = archive.testzip()
-        return f"{file.name} is damaged" if damaged else ""
+            whole = not archive.testzip() and any(name.endswith("/data.pkl") for name in archive.namelist())
+        return "" if whole else f"{file.name} is damaged"
     except OSError as error:
         return f"{file.name} is missing" if isinstance(error, FileNotFoundError) else f"{file.name} cannot be read"
     except Exception:  # parsers raise anything

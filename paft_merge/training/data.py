@@ -122,6 +122,7 @@ def _converted(parts: Sequence[Source], spec: AdapterSpec, chat: bool, way: _Way
             form = choose_form(
                 survey.columns, kind, mine, chat=chat, selected=part.selected, problems=problems, where=part.name,
                 keeps_others=spec.objective in SAMPLING, text_column=spec.training.get("dataset_text_field", "text"),
+                answers_only=bool(spec.training.get("assistant_only_loss")),
             )  # fmt: skip
             if form is None:
                 continue
@@ -224,6 +225,8 @@ def _features(row: Row, way: _Way) -> dict[str, Any]:
     for name in ("messages", "prompt", "completion", "chosen", "rejected"):
         if name in row:
             found[name] = datasets.Value("string") if isinstance(row[name], str) else datasets.List(turn)
+    if "tools" in row:
+        found["tools"] = datasets.Value("string")
     for name in ("input_ids", "labels"):
         if name in row:
             found[name] = datasets.List(datasets.Value("int64"))

@@ -20,7 +20,7 @@ from paft_merge.training.consent import check_code
 from paft_merge.training.processes import Launch, OnStep, command_for, devices_of, free_ports, run_all, step_printer
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import AdapterSpec, read_adapters, settings_of
-from paft_merge.training.train_options import TrainOptions, TrainProgress
+from paft_merge.training.train_options import TrainOptions, TrainProgress, need_extras
 
 if TYPE_CHECKING:
     from paft_merge.training.prepared_rows import Prepared
@@ -196,9 +196,7 @@ def prepare_all(specs: Mapping[str, AdapterSpec], source: str, out: Path, option
         TrainError: every problem of every adapter; its name is in front when there are several.
     """
     from paft_merge.training.prepared_rows import prepare
-    from paft_merge.training.run import need_extras
 
-    need_extras()
     problems, done = Problems(), {}
     for name, spec in specs.items():
         mine = Problems()
@@ -243,6 +241,7 @@ def _in_processes(
     devices: str | None,
     progress: Callable[[TrainProgress], None] | None,
 ) -> dict[str, Path]:
+    need_extras()
     wanted = {name: spec for name, spec in specs.items() if not (resume and RunFolder(out / name).finished)}
     needs = {name: spec.processes for name, spec in wanted.items()}
     given = devices_of(devices, needs)

@@ -16,7 +16,7 @@ from paft_merge.training.base_model import load_tokenizer
 from paft_merge.training.row_checks import check_tokens
 from paft_merge.training.row_sources import in_memory
 from paft_merge.training.schema import AdapterSpec
-from paft_merge.training.train_options import TrainOptions
+from paft_merge.training.train_options import TrainOptions, need_extras
 
 
 @dataclass
@@ -53,8 +53,9 @@ def prepare(source: str | None, spec: AdapterSpec, checkpoints: Path, options: T
         options: Options of the training.
 
     Raises:
-        TrainError: TRAINING, LORA, TEMPLATE, DATA; every problem at once.
+        TrainError: MISSING, a package of the extra `train`; TRAINING, LORA, TEMPLATE, DATA; every problem at once.
     """
+    need_extras()
     problems, arguments, tokenizer, rows = Problems(), None, options.tokenizer, PreparedRows(None)
     with problems.catching():
         arguments = training_arguments(spec, checkpoints, options.name)
@@ -97,6 +98,11 @@ def prepare_rows(spec: AdapterSpec, tokenizer: Any, arguments: Any, options: Tra
             facts: dict[str, Any] = {"fingerprint": sets.fingerprint(loaded.plain), "rows": len(loaded.rows)}
             notes = [note if what == "data" else f"{what}: {note}" for note in loaded.notes]
             if spec.max_prompt_tokens and sets.kind_of(spec) == "preference":
+                whole = Problems()
+                check_tokens(loaded, spec, tokenizer, arguments, whole, what)
+                if refused := [problem for problem in whole.found if problem.code == "TEMPLATE"]:
+                    problems.found += refused
+                    continue
                 loaded.rows, cut = sets.shorten_prompts(loaded.rows, tokenizer, spec.max_prompt_tokens)
                 facts["prompts_cut"] = cut
                 if cut:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paft_merge.errors import Problems, first_line
+from paft_merge.errors import Problems, TrainError, first_line
+from paft_merge.training.child_process import LimitError, in_child
 from paft_merge.training.data import PLACE, Loaded, kind_of
 from paft_merge.training.row_files import Row
 from paft_merge.training.row_parts import roles_of
@@ -18,6 +20,9 @@ from paft_merge.training.schema import AdapterSpec
 
 _BATCH = 500
 """Rows that are tokenised at once."""
+
+_LONG = 1_000_000
+"""Characters that a template may write whatever the row holds."""
 
 
 @dataclass
@@ -32,8 +37,7 @@ class TokenCounts:
     """What is unusual, one sentence each."""
 
 
-@dataclass(frozen=True)
-class _Sequence:
+class _Sequence(NamedTuple):
     """One sequence of a row, as text."""
 
     prompt: str | None
@@ -41,6 +45,10 @@ class _Sequence:
     whole: str
     chat: bool
     """The chat template has written the special tokens."""
+
+
+_Rendered = tuple[str, list[_Sequence], str]
+"""The place of a row, its sequences, and why the chat template refuses it (empty if it does not)."""
 
 
 def check_tokens(
@@ -62,17 +70,12 @@ def check_tokens(
     if "input_ids" in loaded.rows.column_names:
         return _given_ids(loaded, tokenizer, arguments)
     found, refused, joined = _Found(arguments, len(tokenizer)), dict[str, list[str]](), list[tuple[str, str, str]]()
-    for batch in loaded.rows.iter(batch_size=_BATCH):
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        sequences: list[tuple[str, list[_Sequence]]] = []
-        for row in rows:
-            try:
-                sequences.append((row[PLACE], list(_sequences(row, spec, tokenizer))))
-            except Exception as error:  # templates raise errors of any type
-                turns = row.get("messages") or row.get("prompt")
-                of = f" (roles: {roles_of(turns)})" if isinstance(turns, list) else ""
-                refused.setdefault(f"{first_line(error)}{of}", []).append(row[PLACE])
-        _tokenise(sequences, tokenizer, found, joined)
+    with problems.catching():
+        for batch in rendered(loaded, spec, tokenizer):
+            for place, _, why in batch:
+                if why:
+                    refused.setdefault(why, []).append(place)
+            _tokenise(batch, tokenizer, found, joined)
     for why, places in refused.items():
         more = f" (and {len(places) - 1} more rows)" if len(places) > 1 else ""
         fix = "correct or remove such rows, or set chat_template: to one that takes them"
@@ -93,7 +96,7 @@ def _can_start(loaded: Loaded, spec: AdapterSpec, tokenizer: Any, problems: Prob
     """Check what holds for all rows alike."""
     before, names = len(problems.found), loaded.rows.column_names
     first = loaded.rows[0]
-    turns = any(isinstance(first.get(name), list) for name in ("messages", "prompt", "completion", "chosen"))
+    turns = has_turns(first)
     if turns and not tokenizer.chat_template:
         problems.add(
             "TEMPLATE", what, "the rows are conversations, but the tokenizer has no chat template",
@@ -182,6 +185,65 @@ def _given_ids(loaded: Loaded, tokenizer: Any, arguments: Any) -> TokenCounts:
     return found.counts("data")
 
 
+def rendered(loaded: Loaded, spec: AdapterSpec, tokenizer: Any) -> Iterator[list[_Rendered]]:
+    """The rows as text, in batches.
+
+    Conversations are rendered in a child process, because the base's chat template may run forever or fill the memory.
+
+    Raises:
+        TrainError: TEMPLATE, the template takes too long or too much memory.
+    """
+    rows = loaded.rows
+    if not has_turns(rows[0]):
+        yield from _batches(rows, spec, tokenizer)
+        return
+    done = 0
+    try:
+        for batch in in_child(lambda: _batches(rows, spec, tokenizer)):
+            done += len(batch)
+            yield batch
+    except LimitError as error:
+        place, fix = rows[done][PLACE], "set chat_template: to one that you trust"
+        raise TrainError.of(
+            "TEMPLATE", loaded.where, f"{place} or soon after: the chat template {error}", fix
+        ) from error
+
+
+def has_turns(row: Row) -> bool:
+    """Whether a row in TRL's form is a conversation."""
+    return any(isinstance(row.get(name), list) for name in ("messages", "prompt", "completion", "chosen"))
+
+
+def _batches(rows: Any, spec: AdapterSpec, tokenizer: Any) -> Iterator[list[_Rendered]]:
+    """Batches of at most `_BATCH` rows and about `_LONG` characters, or of the rows of a second."""
+    found, size, due = list[_Rendered](), 0, time.monotonic() + 1
+    for batch in rows.iter(batch_size=_BATCH):
+        for values in zip(*batch.values(), strict=True):
+            found.append(_sequences_of(dict(zip(batch, values, strict=True)), spec, tokenizer))
+            size += sum(len(one.whole) for one in found[-1][1])
+            if len(found) == _BATCH or size > _LONG or time.monotonic() > due:
+                yield found
+                found, size, due = [], 0, time.monotonic() + 1
+    if found:
+        yield found
+
+
+def _sequences_of(row: Row, spec: AdapterSpec, tokenizer: Any) -> _Rendered:
+    """A row as text, or why the template refuses it."""
+    try:
+        made = list(_sequences(row, spec, tokenizer))
+    except MemoryError:
+        raise
+    except Exception as error:  # templates raise errors of any type
+        turns = row.get("messages") or row.get("prompt")
+        of = f" (roles: {roles_of(turns)})" if isinstance(turns, list) else ""
+        return row[PLACE], [], f"{first_line(error)}{of}"
+    longest = max(len(one.whole) for one in made)
+    if longest > _LONG and longest > 10 * len(str(row)):
+        return row[PLACE], [], f"it writes more than {_LONG:,} characters, and more than ten times those of the row"
+    return row[PLACE], made, ""
+
+
 def _sequences(row: Row, spec: AdapterSpec, tokenizer: Any) -> Iterator[_Sequence]:
     """The sequences that TRL makes of a row, as text."""
     end = tokenizer.eos_token
@@ -224,37 +286,21 @@ def _sequences(row: Row, spec: AdapterSpec, tokenizer: Any) -> Iterator[_Sequenc
         yield _Sequence(prompt, render([*asked, *answer]), chat=True)
 
 
-def _tokenise(
-    rows: Sequence[tuple[str, Sequence[_Sequence]]], tokenizer: Any, found: _Found, joined: list[tuple[str, str, str]]
-) -> None:
+def _tokenise(rows: Sequence[_Rendered], tokenizer: Any, found: _Found, joined: list[tuple[str, str, str]]) -> None:
     """Tokenise the sequences of some rows and count them."""
     ids: dict[tuple[str, bool], list[int]] = {}
-    starts: dict[tuple[str, str | None], int] = {}
     for chat in (False, True):
-        mine = [s for _, each in rows for s in each if s.chat is chat]
-        texts = list(dict.fromkeys(s.whole for s in mine if s.whole))
-        encoded = _encoded(tokenizer, texts, chat, ids)
-        if encoded is not None and chat and tokenizer.is_fast:
-            index = {text: i for i, text in enumerate(texts)}
-            for one in mine:
-                if one.prompt and len(one.whole) > len(one.prompt) and one.whole.startswith(one.prompt):
-                    at = encoded.char_to_token(index[one.whole], len(one.prompt))
-                    if at is not None and encoded.token_to_chars(index[one.whole], at).start == len(one.prompt):
-                        starts[one.whole, one.prompt] = at
-        prompts = dict.fromkeys(s.prompt for s in mine if s.prompt and (s.whole, s.prompt) not in starts)
-        _encoded(tokenizer, list(prompts), chat, ids)
-    for place, sequences in rows:
+        mine = [one for _, sequences, _ in rows for one in sequences if one.chat is chat]
+        texts = list({text: None for one in mine for text in (one.prompt, one.whole) if text})
+        ids |= {(text, chat): of for text, of in zip(texts, _encoded(tokenizer, texts, not chat), strict=True)}
+    for place, sequences, why in rows:
+        if why:
+            continue
         counted = []
         spaces = other = False
         for one in sequences:
-            whole = ids.get((one.whole, one.chat), [])
-            if (at := starts.get((one.whole, one.prompt))) is not None:
-                counted.append((at, whole))
-                continue
-            asked = ids.get((one.prompt or "", one.chat), [])
-            start = next(
-                (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole))
-            )
+            asked, whole = ids.get((one.prompt or "", one.chat), []), ids.get((one.whole, one.chat), [])
+            start = _common(asked, whole)
             counted.append((start, whole))
             if start == len(asked):
                 continue
@@ -271,10 +317,21 @@ def _tokenise(
         found.add(counted)
 
 
-def _encoded(tokenizer: Any, texts: list[str], chat: bool, ids: dict[tuple[str, bool], list[int]]) -> Any:
-    """Tokenise texts into `ids`; None without texts."""
+def _common(first: list[int], second: list[int]) -> int:
+    """The number of equal ids at the beginning."""
+    if second[: len(first)] == first:
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
+
+
+def _encoded(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    """Token ids of texts."""
     if not texts:
-        return None
-    encoded = tokenizer(texts, add_special_tokens=not chat, return_attention_mask=False, return_token_type_ids=False)
-    ids.update({(text, chat): one for text, one in zip(texts, encoded["input_ids"], strict=True)})
-    return encoded
+        return []
+    if not tokenizer.is_fast:
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=special)["input_ids"]
+        return ids
+    core = tokenizer.backend_tokenizer
+    core.no_truncation()
+    core.no_padding()
+    return [one.ids for one in core.encode_batch_fast(texts, add_special_tokens=special)]

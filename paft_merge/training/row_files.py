@@ -118,10 +118,22 @@ def _members(value: Any, path: Path) -> Iterator[tuple[str, Row]]:
 
 def _parse(text: str, path: Path, line: int | None) -> Any:
     try:
-        return json.loads(text, parse_int=Number, parse_float=Number, parse_constant=_nothing)
+        return json.loads(
+            text, parse_int=Number, parse_float=Number, parse_constant=_nothing, object_pairs_hook=_unique
+        )
     except (ValueError, RecursionError) as error:
         where = f"{path}:{line if line is not None else getattr(error, 'lineno', 1)}"
         raise TrainError.of("DATA", where, f"is not JSON: {error}", "write one JSON object per line") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of JSON; of a key that is there twice, `json` would keep one value silently."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError(
+            f"the key {next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))!r} is there twice"
+        )
+    return made
 
 
 def _nothing(name: str) -> None:
@@ -144,6 +156,10 @@ def _table(file: TextIO, path: Path, suffix: str) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
+        names = [name for name in reader.fieldnames or () if name.strip()]
+        if double := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            what = f"two columns are called {double[0]}"
+            raise TrainError.of("DATA", f"{path}:1", what, "give each column a name of its own")
         for row in reader:
             if None in row or None in row.values():
                 what = f"has {'more' if None in row else 'fewer'} fields than the header"

@@ -22,10 +22,12 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from paft_merge.errors import Problems
-from paft_merge.training.row_files import Row, native
+from paft_merge.training.row_files import Number, Row
 from paft_merge.training.row_parts import (
+    ANSWERS_ONLY,
     RowError,
     Turn,
+    check_tools,
     content_of,
     conversation_in,
     history_in,
@@ -80,6 +82,8 @@ class Notes:
     """Pairs whose answers are equal; they are left out."""
     prefixes: int = 0
     """Pairs of which one answer is the beginning of the other."""
+    unanswered: list[str] = field(default_factory=list)
+    """Places of conversations with turns after their last answer; these turns are left out."""
     unused: tuple[str, ...] = ()
     """Columns of text that are not trained on."""
 
@@ -90,6 +94,10 @@ class Notes:
             found.append(f"{self.equal} pairs have equal answers and are left out")
         if self.prefixes:
             found.append(f"in {self.prefixes} pairs one answer is the beginning of the other")
+        if self.unanswered:
+            first, more = self.unanswered[0], len(self.unanswered) - 1
+            rows = f"{first} and {more} more rows end" if more else f"{first} ends"
+            found.append(f"{rows} with a turn that has no answer; such turns are left out")
         if self.unused:
             found.append(f"not used: the columns {', '.join(self.unused)}")
         return found
@@ -105,6 +113,8 @@ class Form:
     """The columns that `make` reads."""
     keeps_others: bool = False
     """Other columns stay in the rows (reward functions read them)."""
+    answers_only: bool = False
+    """Only answers have a loss."""
 
 
 @dataclass
@@ -159,6 +169,7 @@ def choose_form(
     where: str,
     keeps_others: bool = False,
     text_column: str = "text",
+    answers_only: bool = False,
 ) -> Form | None:
     """The form of a data set, or None with a problem; see `normalise`.
 
@@ -172,10 +183,11 @@ def choose_form(
         where: the data set, for messages.
         keeps_others: the rows keep the columns that are not used.
         text_column: TRL's `dataset_text_field`.
+        answers_only: only answers have a loss (TRL's `assistant_only_loss`).
     """
     try:
         form = form_of(columns, kind, chat, text_column)
-        form = replace(form, keeps_others=form.keeps_others or keeps_others)
+        form = replace(form, keeps_others=form.keeps_others or keeps_others, answers_only=answers_only)
         _check_unused(columns, form, kind, selected, notes)
     except RowError as error:
         problems.add("DATA", where, error.what, error.fix)
@@ -203,19 +215,27 @@ def converted(
     for place, row in rows:
         try:
             made = form.make(row)
+            _check_left_out(row, form)
+            if "tools" in form.used:
+                made["tools"] = check_tools(row)
+            if made.pop(ANSWERS_ONLY, False) and not form.answers_only:
+                fix = "set training: {assistant_only_loss: true}, or use prompt and completion"
+                raise RowError("turns that are not answers are marked not to be trained on", fix)
         except RowError as error:
             faults.setdefault((error.what, error.fix), []).append(place)
             continue
         if kind == "preference" and not keep_equal and not _keep_pair(made, notes):
             continue
+        if "messages" in made and made["messages"][-1]["role"] != "assistant":
+            last = max(i for i, turn in enumerate(made["messages"]) if turn["role"] == "assistant")
+            made["messages"] = made["messages"][: last + 1]
+            notes.unanswered.append(place)
         mine = shape_of(made)
         if shape is None:
             shape, first = mine, place
         if mine != shape:
             other = other or place
             continue
-        if row.get("tools") and "tools" in form.used:
-            made["tools"] = row["tools"] if isinstance(row["tools"], str) else json.dumps(native(row["tools"]))
         if form.keeps_others:
             made = {**{key: value for key, value in row.items() if key not in form.used}, **made}
         some = True
@@ -243,10 +263,10 @@ def kind_of_value(value: Any) -> str | None:
     """`text`, `turns`, `scalar` (a number or boolean) or `other`; None for null, which fits any of them."""
     if value is None:
         return None
+    if isinstance(value, int | float | Number):
+        return "scalar"
     if isinstance(value, str):
         return "text"
-    if isinstance(value, int | float):
-        return "scalar"
     first = value[0] if isinstance(value, list) and value else value
     is_turn = isinstance(first, dict) and bool({"role", "from"} & first.keys())
     return "turns" if is_turn else "other"
@@ -333,7 +353,7 @@ def _asked(columns: Mapping[str, str], question: str, answer: str, system: str |
     plain = question == "prompt" and answer in ("completion", "answer") and not (system or context or history)
 
     def make(row: Row) -> Row:
-        if isinstance(row.get(question), list) or isinstance(row.get(answer), list):
+        if _holds_turns(row, question) or _holds_turns(row, answer):
             prompt = (
                 turns_in(row, question) if _holds_turns(row, question) else [turn_of("user", text_in(row, question))]
             )
@@ -341,6 +361,11 @@ def _asked(columns: Mapping[str, str], question: str, answer: str, system: str |
             completion = said or turns_in(row, answer)
             if completion[-1]["role"] != "assistant":
                 raise RowError(f"{answer} ends with a turn of the {completion[-1]['role']}, not with an answer")
+            while completion[0]["role"] not in ("assistant", "tool"):
+                prompt.append(completion.pop(0))
+            if any(turn["role"] == "user" for turn in completion):
+                fix = "end prompt with the last question, or use messages with training: {assistant_only_loss: true}"
+                raise RowError(f"{answer} has a turn of the user", fix)
             return {"prompt": with_system(prompt, row, system), "completion": completion}
         asked, answered = text_in(row, question), text_in(row, answer)
         if plain:
@@ -453,7 +478,14 @@ def _check_unused(columns: Mapping[str, str], form: Form, kind: Kind, selected: 
             f", or rename: {{{wrong[0]}: prompt}} to use it as the question" if no_question else ""
         )
         raise RowError(f"the columns {', '.join(wrong)} would not be used", fix)
-    notes.unused = tuple(name for name in unused if held_text(columns, name))
+    notes.unused = tuple(name for name in unused if name.strip() and held_text(columns, name))
+
+
+def _check_left_out(row: Row, form: Form) -> None:
+    """Raise RowError when a row has pictures, sounds or tools that its form does not use."""
+    for name in ("image", "images", "video", "videos", "audio", "audios", "tools"):
+        if row.get(name) and name not in form.used and not form.keeps_others:
+            raise RowError(f"{name} would not be used", "remove it, or list the other columns with columns: [...]")
 
 
 def held_text(columns: Mapping[str, str], name: str) -> bool:
@@ -515,7 +547,7 @@ def _pair_of_transcripts(chosen: str, rejected: str, system: str) -> Row:
             )
         if first[-1]["role"] != "assistant" or second[-1]["role"] != "assistant":
             raise RowError("a transcript does not end with an answer")
-        ends = [text.rindex("Assistant:") + len("Assistant:") for text in (chosen, rejected)]
+        ends = [[*_TRANSCRIPT.finditer(text)][-1].end() for text in (chosen, rejected)]
         return {"prompt": system + chosen[: ends[0]], "chosen": chosen[ends[0] :], "rejected": rejected[ends[1] :]}
     end = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))

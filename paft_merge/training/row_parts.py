@@ -74,12 +74,16 @@ def turn_of(role: str, content: str) -> Turn:
 
 def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
     """The turns in a column: roles and contents under the names of chat templates."""
+    return [_one_turn(turn, f"{name}[{i}]") for i, turn in enumerate(_given_turns(row, name))]
+
+
+def _given_turns(row: Mapping[str, Any], name: str) -> list[Any]:
     value = row.get(name)
     if value is None or value == []:
         raise RowError(f"{name} is {'empty' if value == [] else 'null' if name in row else 'missing'}")
     if isinstance(value, str):
         value = _parsed(value, name)
-    return [_one_turn(turn, f"{name}[{i}]") for i, turn in enumerate([value] if isinstance(value, dict) else value)]
+    return [value] if isinstance(value, dict) else value
 
 
 def _parsed(text: str, name: str) -> Any:
@@ -93,6 +97,9 @@ def _parsed(text: str, name: str) -> Any:
     return value
 
 
+_MARKS = ("weight", "train", "loss")
+"""Keys of a turn that say whether it is trained on."""
+
 _CARRIED = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
 
@@ -103,12 +110,17 @@ def _one_turn(turn: Any, where: str) -> Turn:
     role = ROLES.get(given.lower())
     if role is None:
         raise RowError(f"{where} has the role {given!r}", f"use one of {', '.join(dict.fromkeys(ROLES.values()))}")
-    if any(key in turn and turn[key] in (0, False, "0") for key in ("weight", "train", "loss")):
-        raise RowError(
-            f"{where} is marked not to be trained on", "use prompt and completion, or training.assistant_only_loss"
-        )
+    for key in _MARKS:
+        mark = native(turn.get(key))
+        if mark is not None and mark not in (0, 1, "0", "1"):
+            raise RowError(f"{where} has {key} {mark}; only 0 and 1 are supported")
+        if mark in (0, "0") and role == "assistant":
+            fix = "use prompt, which has no loss, and completion"
+            raise RowError(f"{where} is an answer that is marked not to be trained on", fix)
     made = {"role": role, **{key: native(turn[key]) for key in _CARRIED if turn.get(key)}}
     content = turn.get("content", turn.get("value"))
+    if isinstance(turn.get("function_call"), Mapping):  # of OpenAI's first API for tools
+        made["tool_calls"] = _tool_calls(turn["function_call"], where)
     if given.lower() in ("function_call", "tool_call"):
         made["tool_calls"], content = _tool_calls(content, where), None
     if content is None and not made.get("tool_calls"):
@@ -204,11 +216,31 @@ def token_ids_in(row: Row) -> Row:
 
 
 def conversation_in(row: Row, name: str, system: str | None) -> Row:
-    """The turns in a column as `messages`; raises RowError without an answer."""
+    """The turns in a column as `messages`, with `ANSWERS_ONLY` if turns of others are marked not to be trained on.
+
+    Raises RowError without an answer.
+    """
     turns = with_system(turns_in(row, name), row, system)
     if not any(turn["role"] == "assistant" for turn in turns):
         raise RowError(f"{name} has no answer of an assistant")
-    return {"messages": turns}
+    marked = any(native(turn.get(key)) in (0, "0") for turn in _given_turns(row, name) for key in _MARKS)
+    return {"messages": turns, **({ANSWERS_ONLY: True} if marked else {})}
+
+
+ANSWERS_ONLY = "_answers_only"
+"""A key of rows that are trained on answers only."""
+
+
+def check_tools(row: Mapping[str, Any]) -> str | None:
+    """The column `tools` as JSON; raises RowError unless it is a list of objects."""
+    given = row.get("tools")
+    try:
+        tools = json.loads(given) if isinstance(given, str) and given.strip() else native(given) or None
+    except ValueError:
+        raise RowError("tools is not JSON", "write a JSON list of functions") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise RowError("tools is not a list of objects", "write a JSON list of functions")
+    return json.dumps(tools) if tools else None
 
 
 def roles_of(turns: Iterable[Turn]) -> str:

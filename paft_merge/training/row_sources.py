@@ -14,6 +14,7 @@ from paft_merge.recipe.sections import suggestion
 from paft_merge.training.row_files import SUFFIXES, Number, Row, read_rows, suffix_of
 from paft_merge.training.row_forms import kind_of_value
 from paft_merge.training.schema import DataSpec
+from paft_merge.training.train_options import need_extras
 
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
 """Suffixes of single files that `datasets` reads."""
@@ -80,11 +81,12 @@ def source_of(spec: DataSpec, folder: Path) -> Source:
     """Open a data set of a recipe. Relative files are looked for under `folder` first.
 
     Raises:
-        TrainError: DATA.
+        TrainError: DATA; MISSING, `datasets` is not installed.
     """
     files = _files(spec, folder)
     if files and all(suffix_of(path) in SUFFIXES for path in files):
         return _of_files(spec, files)
+    need_extras()
     try:
         rows = _with_datasets(spec, folder, files)
     except TrainError:

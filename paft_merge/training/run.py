@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,6 @@ def train_adapter(
     """
     options = replace(options or TrainOptions(), **fields)
     spec = spec if isinstance(spec, AdapterSpec) else read_adapter(spec, options.name)
-    need_extras()
     place = RunFolder(Path(out))
     if options.resume and place.finished:
         base_name = options.base_name or str(getattr(getattr(base, "config", None), "_name_or_path", base))
@@ -105,14 +103,6 @@ def _train(job: Job) -> None:
         trainer = make_trainer(job)
         run_trainer(job, trainer)
         finish(job, trainer)
-
-
-def need_extras() -> None:
-    """Raise TrainError MISSING unless the packages of the extra `train` are installed."""
-    missing = [package for package in ("trl", "datasets") if find_spec(package) is None]
-    if missing:
-        fix = "pip install 'paft-merge[train]'"
-        raise TrainError.of("MISSING", "train", f"{' and '.join(missing)} not installed", fix)
 
 
 def _check_processes(spec: AdapterSpec, name: str) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from paft_merge.errors import TrainError
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,11 @@ class TrainOptions:
     """Run code that the section names, also where it does not lie in `folder`: see docs/trust.md."""
     callbacks: Sequence[Any] = ()
     """Further `transformers.TrainerCallback`s."""
+
+
+def need_extras() -> None:
+    """Raise TrainError MISSING unless the packages of the extra `train` are installed."""
+    missing = [package for package in ("trl", "datasets", "psutil") if find_spec(package) is None]
+    if missing:
+        fix = "pip install 'paft-merge[train]'"
+        raise TrainError.of("MISSING", "train", f"{' and '.join(missing)} not installed", fix)

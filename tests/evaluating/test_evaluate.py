@@ -172,6 +172,10 @@ def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(place: Pat
     found = evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value
     assert found == pytest.approx(wanted, rel=1e-5)
     assert abs(found - base) > 1e-3
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config |= {"megatron_config": {"a": 1}, "megatron_core": "antigravity"}  # PEFT imports this module
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    assert evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value == found
     with pytest.raises(EvaluateError, match="is an adapter, and an adapter is evaluated on its base"):
         evaluate(tmp_path / "adapter", section, folder=place)
 
@@ -516,6 +520,35 @@ def user(text: str) -> dict:
 
 def said(text: str) -> dict:
     return {"role": "assistant", "content": text}
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "why"),
+    [
+        ({"prompt": "q", "answer": "a"}, {"answer": "gold"}, "no row has the column 'gold'; correct answer:"),
+        ({"prompt": "q", "answer": "a"}, {"prompt": "ask"}, "no row has the column 'ask'; correct prompt:"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, CALL]},
+            {},
+            "row 1: the last answer is a tool call without text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {**CALL, "content": "a"}], "tools": [{}]},
+            {},
+            "rows have tools",
+        ),
+    ],
+)
+def test_rows_that_would_be_scored_as_something_else_are_refused(
+    row: dict[str, Any], more: dict[str, str], why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    spec = EvaluateSpec.model_validate(spec_of(m={"kind": "exact_match", "data": "rows.jsonl", **more}))
+    with pytest.raises(EvaluateError, match=why):
+        check_evaluate(spec, tmp_path)
 
 
 def test_rows_in_other_forms_give_the_scores_of_the_same_rows_in_turns(place: Path) -> None:

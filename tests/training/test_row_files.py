@@ -72,6 +72,11 @@ WRONG = {
     "long.csv": (b"a,b\n1,2,3\n", r"long\.csv:2.*more fields"),
     "rows.xlsx": (b"x", r"\.xlsx is not a known format"),
     "deep.jsonl": (b"[" * 100_000, "is not JSON"),
+    "twice.jsonl": (
+        b'{"prompt": "a", "completion": "b", "completion": "c"}\n' * 2,
+        "twice.jsonl:1: .*'completion' is there twice",
+    ),
+    "twice.csv": (b"prompt,completion,completion\na,b,c\n", "twice.csv:1: two columns are called completion"),
 }
 
 

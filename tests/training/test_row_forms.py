@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from paft_merge.errors import Problems
+from paft_merge.training.row_files import Number
 from paft_merge.training.row_forms import Kind, Normalised, columns_of, normalise
 
 Row = dict[str, Any]
@@ -192,6 +193,15 @@ WRONG = {
     "a blank answer": ("text", [GOOD, {"messages": [user("Q?"), said(" ")]}], r"row 2: the answer in messages\[1\] is blank"),
     "an image": ("text", [{"messages": [{"role": "user", "content": [{"type": "image"}]}, said("A")]}], "a part of type 'image'"),
     "turns not to be trained on": ("text", [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", "weight": 0}]}], "marked not to be trained on"),
+    "an answer of weight 0.0, as a file writes it": ("text", [{"messages": [user("Q"), {**said("A"), "weight": Number("0.0")}]}], "marked not to be trained on"),
+    "a weight between": ("text", [{"messages": [user("Q"), {**said("A"), "weight": Number("0.5")}]}], "weight 0.5; only 0 and 1"),
+    "questions not to be trained on": ("text", [{"messages": [{**user("Q"), "weight": 0}, said("A")]}], "row 1: turns that are not answers.*assistant_only_loss: true"),
+    "pictures": ("text", [{**GOOD, "images": []}, {**GOOD, "images": ["a.png"]}], "row 2: images would not be used"),
+    "pictures of a pair": ("preference", [{"prompt": "Q", "chosen": "a", "rejected": "b", "images": ["a.png"]}], "row 1: images would not be used"),
+    "tools beside a question": ("text", [{"question": "Q", "answer": "A", "tools": [{"type": "function"}]}], "row 1: tools would not be used"),
+    "tools that are not JSON": ("text", [{**GOOD, "tools": "f"}], "row 1: tools is not JSON"),
+    "tools that are not objects": ("text", [{**GOOD, "tools": "[1]"}], "row 1: tools is not a list of objects"),
+    "a user inside the answer": ("text", [{"prompt": [user("Q")], "completion": [said("A"), user("Q2"), said("B")]}], "row 1: completion has a turn of the user"),
     "two forms": ("text", [{"prompt": "a", "completion": "b"}, {"prompt": [user("a")], "completion": [said("b")]}], "row 1 and row 2 differ"),
     "nothing": ("text", [{"foo": "a"}], "needs messages, or a question and an answer, or text; the columns are foo"),
     "many at once": ("text", [{"prompt": "a", "completion": ""}] * 3 + [{"prompt": "a"}], r"row 1 \(and 2 more rows\): completion is blank(.|\n)*row 4: completion is missing"),
@@ -228,3 +238,37 @@ def test_pairs_without_a_difference_are_counted_and_left_out() -> None:
     ]
     _, wrong = normalised(rows[:1], "preference")
     assert "all pairs have equal answers" in wrong[0]
+
+
+def test_turns_after_the_last_answer_are_left_out_and_counted() -> None:
+    ends = [user("Q"), said("A"), user("Q2"), {"role": "tool", "content": "t"}]
+    done, wrong = normalised([{"messages": ends[:2]}, {"messages": ends}, {"messages": ends[:3]}], "text")
+    assert not wrong
+    assert done.rows == [{"messages": ends[:2]}] * 3
+    assert done.notes.lines() == ["row 2 and 1 more rows end with a turn that has no answer; such turns are left out"]
+
+
+def test_only_a_turn_that_begins_with_assistant_begins_an_answer() -> None:
+    row = {"chosen": "\n\nHuman: Q\n\nAssistant: say Assistant: hi", "rejected": "\n\nHuman: Q\n\nAssistant: no"}
+    assert only(row, "preference") == {
+        "prompt": "\n\nHuman: Q\n\nAssistant:", "chosen": " say Assistant: hi", "rejected": " no",
+    }  # fmt: skip
+
+
+def test_numbers_beside_pairs_are_not_taken_for_questions() -> None:
+    row = {"chosen": [user("Q?"), said("good")], "rejected": [user("Q?"), said("bad")], "chosen_rating": Number("5")}
+    assert only(row, "preference") == PAIR
+
+
+def test_turns_in_one_object_and_questions_in_front_of_the_answer() -> None:
+    wanted = {"prompt": [user("Q")], "completion": [said("A")]}
+    assert only({"prompt": user("Q"), "completion": said("A")}, "text") == wanted
+    assert only({"prompt": [user("Q")], "completion": [user("Q2"), said("A")]}, "text") == {
+        **wanted, "prompt": [user("Q"), user("Q2")],
+    }  # fmt: skip
+
+
+def test_a_function_call_of_the_old_form_is_a_tool_call() -> None:
+    call = {"name": "f", "arguments": "{}"}
+    row = {"messages": [user("Q"), {"role": "assistant", "content": None, "function_call": call}]}
+    assert only(row, "text")["messages"][1]["tool_calls"] == [{"type": "function", "function": call}]

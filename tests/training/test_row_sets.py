@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from toys.train import FAST, THEIR_WARNINGS, saved, tiny_llama, tokenizer
 
 from paft_merge.cli import cli
 from paft_merge.errors import TrainError
-from paft_merge.training import train_adapter
+from paft_merge.training import child_process, train_adapter, train_options
 from paft_merge.training.data import load_rows
 from paft_merge.training.prepared_rows import PreparedRows, prepare_rows
 from paft_merge.training.schema import read_adapter
@@ -164,6 +165,57 @@ def test_a_row_that_the_template_refuses_is_named_with_its_roles() -> None:
     assert [problem.code for problem in caught.value.problems] == ["TEMPLATE"]
 
 
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "takes longer than 2 seconds",
+        ),
+        ("{{ 'a' * 10**11 }}", "needs more than 1 GiB of memory"),
+        ("{{ 'a'|center(2000000000) }}", "needs more than 1 GiB of memory"),
+        (
+            "{% if messages|length > 2 %}{{ 'a'|center(2000000000) }}{% endif %}",
+            "row 1 or soon after: the chat template needs more",
+        ),
+        ("{{ 'a' * 3000000 }}", "it writes more than 1,000,000 characters"),
+        ("{{ raise_exception('') }}", "refuses the row: TemplateError"),
+    ],
+)
+@pytest.mark.parametrize("most", [None, 8])
+def test_a_hostile_template_is_one_line_and_takes_bounded_time_and_memory(
+    template: str, why: str, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_process.in_child, "__defaults__", (2.0, 1 << 30))
+    words = tokenizer()
+    words.chat_template = template
+    rows = [{"prompt": [user("w1")], "chosen": [said("w2")], "rejected": [said("w3")]}] * 3
+    rows[2] = {**rows[2], "prompt": [user("w1"), said("w2"), user("w3")]}
+    with pytest.raises(TrainError, match=why) as caught:
+        prepared(rows, "dpo", words, **({"max_prompt_tokens": most} if most else {}))
+    assert {problem.code for problem in caught.value.problems} == {"TEMPLATE"}
+
+
+def test_a_child_that_dies_is_reported() -> None:
+    with pytest.raises(child_process.LimitError, match="ended its process"):
+        list(child_process.in_child(lambda: (os._exit(3) for _ in range(1))))
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_tools_reach_the_template(objective: str) -> None:
+    words = tokenizer()
+    words.chat_template = "{% if tools %}{{ raise_exception(tools[0].name) }}{% endif %}" + words.chat_template
+    row = {"messages": [user("w1"), said("w2")]} if objective == "sft" else {"prompt": [user("w1")], "chosen": [said("w2")], "rejected": [said("w3")]}  # fmt: skip
+    with pytest.raises(TrainError, match=r"row 2: .*w9 .roles"):
+        prepared([row, {**row, "tools": [{"name": "w9"}]}], objective, words)
+
+
+def test_questions_of_weight_0_are_trained_with_the_loss_on_answers() -> None:
+    rows = [{"messages": [{**user("w1"), "weight": 0}, {**said("w2"), "weight": 1}]}]
+    made = prepared(rows, training={"assistant_only_loss": True}).train
+    assert made.to_list() == [{"messages": [user("w1"), said("w2")]}]
+
+
 def test_rows_whose_answer_is_cut_off_are_counted_and_refused_when_none_is_left() -> None:
     long, short = {"prompt": "w1 " * 9, "completion": "w2"}, {"prompt": "w1 ", "completion": "w2"}
     found = prepared([long, short], training={"max_length": 8})
@@ -218,6 +270,22 @@ def test_tokens_whose_rows_were_never_trained_are_reported(fault: str, tmp_path:
     out = train_adapter(model, section, tmp_path / "x", rows=rows, tokenizer=words, base_name="toy")
     warnings = json.loads((out / "paft_train.json").read_text())["run"]["warnings"]
     assert any("never trained in the base" in text and "modules_to_save" in text for text in warnings)
+
+
+@pytest.mark.parametrize("package", ["trl", "datasets", "psutil"])
+@pytest.mark.parametrize("command", [["--show", "1"], ["--dry-run"], ["out"], ["out", "--devices", "cpu:2"]])
+def test_a_missing_package_is_one_line_that_names_its_extra(
+    package: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "base")
+    write(tmp_path / "chat.jsonl", [{"instruction": "w1", "output": "w2 w3"}])
+    adapters = {"sft": {"objective": "sft", "data": "chat.jsonl"}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"base_model": "base", "adapters": adapters}))
+    monkeypatch.setattr(train_options, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["train", "r.yaml", *command])
+    assert done.exit_code == 1
+    assert done.stderr == f"error[MISSING]: train: {package} not installed; pip install 'paft-merge[train]'\n"
 
 
 def test_show_prints_rows_with_their_labels_marked(tmp_path: Path) -> None:

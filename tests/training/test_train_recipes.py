@@ -9,9 +9,10 @@ from typing import get_args
 import pytest
 import yaml
 
+from paft_merge.errors import TrainError
 from paft_merge.recipe import load_yaml
 from paft_merge.training.arguments import lora_config, training_arguments
-from paft_merge.training.schema import Objective, read_adapters
+from paft_merge.training.schema import Objective, read_adapter, read_adapters
 
 FILES = [p for p in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")) if "\nadapters:" in p.read_text()]
 
@@ -43,3 +44,34 @@ def test_the_documentation_has_an_example_of_every_objective_that_reads_without_
     examples = [load_yaml(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     found = {spec.objective for example in examples for spec in read_adapters(example).values()}
     assert found == set(get_args(Objective))
+
+
+@pytest.mark.parametrize(
+    ("training", "why"),
+    [
+        ({"learning_rate": "abc"}, "training.learning_rate: must be a number, got 'abc'"),
+        ({"learning_rate": float("nan")}, "training.learning_rate: must be a number, got nan"),
+        ({"max_length": "long"}, "training.max_length: must be a whole number, got 'long'"),
+        ({"max_length": 1.5}, "training.max_length: must be a whole number"),
+        ({"max_length": 0}, "training.max_length: must be at least 1, got 0"),
+        ({"packing": "x"}, "training.packing: must be true or false, got 'x'"),
+        ({"deepspeed": "none.json"}, "training: "),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_before_anything_is_loaded(training, why, tmp_path):
+    spec = read_adapter({"objective": "sft", "data": "x", "training": training})
+    with pytest.raises(TrainError, match=why):
+        training_arguments(spec, tmp_path, "a")
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
+    spec = read_adapter({"objective": "sft", "data": "x", "training": {"learning_rate": "2e-4", "max_length": 64.0}})
+    arguments = training_arguments(spec, tmp_path, "a")
+    assert (arguments.learning_rate, arguments.max_length) == (2e-4, 64)
+    assert isinstance(arguments.max_length, int)
+
+
+def test_what_peft_refuses_is_one_line():
+    spec = read_adapter({"objective": "sft", "data": "x", "lora": {"extra": {"layers_to_transform": [0]}}})
+    with pytest.raises(TrainError, match=r"lora: .layers_to_transform. cannot be used"):
+        lora_config(spec.model_copy(update={"lora": spec.lora.model_copy(update={"target_modules": "all-linear"})}))

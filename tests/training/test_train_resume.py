@@ -154,6 +154,26 @@ def test_a_flipped_byte_and_a_file_that_another_checkpoint_has_are_noticed(tmp_p
     assert place.last_checkpoint().name == "checkpoint-3"
 
 
+def test_a_state_of_another_step_a_folder_for_a_file_and_a_foreign_archive_are_noticed(tmp_path, finished_checkpoints):
+    place = RunFolder(tmp_path / "killed")
+    shutil.copytree(finished_checkpoints, place.part)
+    six, three = (place.checkpoints / f"checkpoint-{n}" for n in (6, 3))
+    kept = (six / "trainer_state.json").read_text()
+    for text in ("{}", (three / "trainer_state.json").read_text(), kept.replace('"train_batch_size"', '"x"')):
+        (six / "trainer_state.json").write_text(text)
+        assert dict(place.faults())[six] == "trainer_state.json is not the state of its step"
+    (six / "trainer_state.json").write_text(kept)
+    with zipfile.ZipFile(six / "optimizer.pt", "w") as archive:
+        archive.writestr("a", "b")
+    assert dict(place.faults())[six] == "optimizer.pt is damaged"
+    (six / "optimizer.pt").unlink()
+    (six / "optimizer.pt").mkdir()
+    assert dict(place.faults())[six] == "optimizer.pt is missing"
+    (place.part / "paft_run.json").write_text('{"a"')
+    with pytest.raises(TrainError, match=r"paft_run\.json.*; remove the folder"):
+        place.open({}, resume=True)
+
+
 def test_a_run_that_goes_back_says_so_and_ends_in_the_same_bits(tmp_path, finished_checkpoints, caplog):
     straight = run(tmp_path / "straight")
     shutil.copytree(finished_checkpoints, tmp_path / "killed.part")

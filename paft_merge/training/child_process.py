@@ -1,0 +1,81 @@
+"""Run code that a stranger's file decides, such as a chat template, in a child process with limits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SECONDS = 30.0
+"""Longest wait for an item."""
+
+BYTES = 2 << 30
+"""Memory that the child may take in addition to the parent's."""
+
+
+class LimitError(Exception):
+    """The child ran into a limit, or ended without a result."""
+
+
+def in_child(make: Callable[[], Iterable[T]], seconds: float = SECONDS, memory: int = BYTES) -> Iterator[T]:
+    """Iterate in a forked child over what `make` returns; the items are pickled.
+
+    Args:
+        make: Called in the child. It should not use threads, CUDA or a tokenizer.
+        seconds: Longest wait for an item.
+        memory: Bytes that the child may take in addition to the parent's.
+
+    Raises:
+        LimitError: an item took longer or more memory, or the child ended. Other errors of `make` are raised as they are.
+    """
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_send_all, args=(make, send, memory), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork beside threads
+        child.start()
+    send.close()
+    try:
+        while True:
+            if not receive.poll(seconds):
+                raise LimitError(f"takes longer than {seconds:.0f} seconds")
+            try:
+                kind, value = receive.recv()
+            except EOFError:
+                raise LimitError("ended its process") from None
+            if kind == "end":
+                return
+            if kind == "memory":
+                raise LimitError(f"needs more than {memory / 2**30:.0f} GiB of memory")
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        child.kill()
+        child.join()
+        receive.close()
+
+
+def _send_all(make: Callable[[], Iterable[T]], send: Connection, memory: int) -> None:
+    """The child: send every item, then how it ended."""
+    with suppress(OSError, ValueError):  # without /proc or the limit, only the time is limited
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        most = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    try:
+        for item in make():
+            send.send(("item", item))
+        send.send(("end", None))
+    except MemoryError:
+        send.send(("memory", None))
+    except BrokenPipeError:
+        pass  # the parent stopped early
+    except Exception as error:  # the parent raises it
+        send.send(("error", error))
