@@ -17,6 +17,7 @@ import torch
 from paft_merge.errors import EvaluateError, PaftMergeError, first_line
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
+from paft_merge.inputs.model_config import read_model_config
 
 MOST_TOKENS = 4096
 """Longest context in tokens unless `max_length` is given."""
@@ -63,6 +64,7 @@ def load_subject(
     if not adapters and (folder / "adapter_config.json").is_file():
         what = "is an adapter, and an adapter is evaluated on its base"
         raise EvaluateError.of("MODEL", name, what, f"write BASE+{name}")
+    read_model_config(folder)
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)

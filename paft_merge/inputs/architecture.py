@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -373,6 +373,30 @@ def _built(base: Checkpoint, kind: Any = None) -> Any | None:
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
+_MODULES, _PER_TENSOR = 2_000, 20
+"""A model is built up to this many modules, and as many more for each tensor of its checkpoint."""
+
+
+@contextmanager
+def bounded_modules(most: int) -> Iterator[None]:
+    """Stop a block that builds a model of more than `most` modules with a ValueError: a config can ask for any number of layers."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def check(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"its config.json asks for more than {most:,} modules")
+
+    hook = register_module_module_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _meta_model(base: Checkpoint, kind: Any = None) -> Any:
     """The model of `config.json`: of class `kind`, the one that the config names, or one that its type stands for."""
     import torch
@@ -381,7 +405,11 @@ def _meta_model(base: Checkpoint, kind: Any = None) -> Any:
     loud = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
+        with (
+            warnings.catch_warnings(),
+            torch.device("meta"),
+            bounded_modules(_MODULES + _PER_TENSOR * len(base.tensors)),
+        ):
             warnings.simplefilter("ignore")
             folder = str(base.folder)
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -18,6 +18,7 @@ import xxhash
 from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE, PEFT_FILES, base_of, hint
 from paft_merge.inputs.dtypes import DTYPES, Dtype
+from paft_merge.inputs.model_config import read_model_config
 from paft_merge.inputs.safetensors_header import (
     ByteBuffer,
     Header,
@@ -173,7 +174,7 @@ class Checkpoint:
                         opened.append(_open_module(folder, name, unpickle, far or {}))
             config: dict[str, Any] = {}
             with problems.catching():
-                config = _read_config(folder)
+                config = read_model_config(folder)
             if not problems.found and not any(one.tensors for one in opened):
                 problems.add("CHECKPOINT_MISSING", asked, "holds no tensors", "download it again, or check the path")
             problems.raise_as(CheckpointError)
@@ -622,17 +623,3 @@ def _compare(weight_map: Mapping[str, str], opened: Iterable[_Opened], folder: P
                 what = f"tensor {quote(name)} is in {weight_map[name]} too"
                 faults.append(Problem("INDEX_MISMATCH", str(folder / file), what))
     return truncate(faults, folder)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Parse `config.json`; data only, no code that it names is run."""
-    path = folder / "config.json"
-    if not os.path.lexists(path):
-        return {}
-    try:
-        config = json.loads(read_text(path, "CONFIG_INVALID"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError.of("CONFIG_INVALID", path, f"is not JSON: {error}", "download it again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError.of("CONFIG_INVALID", path, "is not a JSON object")
-    return config

@@ -14,6 +14,7 @@ from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError, T
 from paft_merge.evaluating import HARNESS, check_evaluate
 from paft_merge.hub import is_repository, resolve
 from paft_merge.hub.run_checkpoints import expand
+from paft_merge.inputs.architecture import bounded_modules
 from paft_merge.pipeline.arms import check_compare, merges_of, variants_of
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
@@ -247,6 +248,10 @@ def _check_adapter(recipe: RunRecipe, name: str, base: bool) -> None:
     problems.raise_as(RunError)
 
 
+_MODULES = 100_000
+"""A base is built for its names of modules only up to this many."""
+
+
 def _check_targets(recipe: RunRecipe, name: str) -> None:
     """Check that the base has the modules that an adapter names, on a model without memory for its weights."""
     spec = recipe.adapters[name]
@@ -258,7 +263,7 @@ def _check_targets(recipe: RunRecipe, name: str) -> None:
     from paft_merge.training.arguments import check_targets
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), bounded_modules(_MODULES):
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(recipe.base, trust_remote_code=False), trust_remote_code=False
             )

@@ -12,6 +12,7 @@ import xxhash
 from torch import nn
 
 from paft_merge.errors import TrainError, first_line
+from paft_merge.inputs.model_config import read_model_config
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.sections import beside_recipe
@@ -73,6 +74,7 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust
     from transformers import AutoTokenizer
 
     base = spec.base
+    read_model_config(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=base.revision, trust_remote_code=base.trust_remote_code and trust_code

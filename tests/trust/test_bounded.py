@@ -12,12 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import random_state, save_checkpoint
 
 from paft_merge.engine.api import merge, open_plan
 from paft_merge.errors import PaftMergeError
+from paft_merge.evaluating import evaluate
 from paft_merge.inputs.adapters import patterns
 from paft_merge.inputs.adapters.peft_types import read_settings
+from paft_merge.inputs.architecture import Architecture
+from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.plan.vocabulary.chat_templates import ChatTemplateError, check_template
+from paft_merge.training.base_model import load_tokenizer
+from paft_merge.training.schema import read_adapter
 
 PATHS = (
     "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", "a.b", "", "model.layers.1.mlp.experts.3.up_proj",
@@ -110,6 +116,32 @@ def test_a_template_with_an_unknown_filter_is_refused_with_its_line() -> None:
     check_template("{% for m in messages %}{% generation %}{{ m|tojson }}{% endgeneration %}{% break %}{% endfor %}")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_labels", 10**9),
+        ("num_hidden_layers", 10**9),
+        ("text_config", {"num_experts": 10**9}),
+        ("num_hidden_layers", 200_000),
+    ],
+)
+def test_a_config_cannot_ask_for_any_number_of_parts(tmp_path: Path, field: str, value: object) -> None:
+    save_checkpoint(tmp_path, random_state(0))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    began = time.monotonic()
+    with suppress(PaftMergeError), Checkpoint.open(tmp_path) as base:
+        assert value == 200_000
+        assert Architecture.of(base) is None
+    assert time.monotonic() - began < 30
+    if value != 200_000:
+        section = {"objective": "sft", "data": [], "lora": {"r": 2}}
+        with pytest.raises(PaftMergeError, match=r"config\.json: num_\w+: 1000000000 is too large"):
+            load_tokenizer(str(tmp_path), read_adapter({**section, "data": "rows"}))
+        with pytest.raises(PaftMergeError, match="is too large"):
+            evaluate(tmp_path, {"metrics": {"a": {"kind": "perplexity", "data": str(tmp_path / "config.json")}}})
+
+
 @pytest.fixture
 def odd_files(family: Callable[..., dict[str, Path]]) -> Callable[[str, str], dict[str, Path]]:
     models = family()
@@ -174,6 +206,7 @@ def test_patterns_of_a_type_that_peft_merges_are_checked(tmp_path: Path) -> None
         ("block_size_pattern", {"(([a-z_.0-9])+)+!": 3}, "repeats or chooses too often"),
         ("target_modules", "(a+)+!", "repeats or chooses too often"),
         ("block_size_pattern", 3, "must be names or patterns, got 3"),
+        ("depth", 10**9, "must be at most 1000"),
         ("modules_to_save", 3, "must be a list of strings, got 3"),
         ("modules_to_save", [None], "must be a list of strings"),
     ):

@@ -7,11 +7,12 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import near, save_adapter
 from toys import vocabulary as words
@@ -22,11 +23,12 @@ from paft_merge.auditing import audit, verify
 from paft_merge.auditing.from_manifest import recorded
 from paft_merge.engine.api import merge, open_plan
 from paft_merge.engine.reproduction import reproduce
-from paft_merge.errors import PaftMergeError
+from paft_merge.errors import PaftMergeError, TrainError
 from paft_merge.output.card import write_card
 from paft_merge.output.manifest import read_manifest
 from paft_merge.pipeline.schema import load_run
 from paft_merge.pipeline.state import State
+from paft_merge.training.run_folder import RunFolder
 
 SECONDS = 5
 ROUNDS = 14
@@ -174,7 +176,37 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         }
     }
     (top / "run.json").write_text(json.dumps({"format": 1, "versions": {}, "steps": steps}))
+    (top / "x" / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "a.Transformer"}]))
+    checkpoint = top / "k.part" / "checkpoints" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    shutil.copy(top / "sft" / "adapter_model.safetensors", checkpoint)
+    state = {
+        "global_step": 1,
+        "log_history": [{"loss": 1.0, "step": 1}],
+        "save_steps": 1,
+        "stateful_callbacks": {"Watch": {"args": {}}},
+    }
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": {}}, checkpoint / name)
+    (top / "k.part" / "paft_run.json").write_text(
+        json.dumps({"base": "base", "spec": {"objective": "sft", "lora": {"r": 2}}})
+    )
     return {"top": top}
+
+
+def checkpoints_checked(top: Path) -> None:
+    list(RunFolder(top / "k").faults())
+
+
+def training_opened(top: Path) -> None:
+    plan = {"base": "base", "spec": {"objective": "sft", "lora": {"r": 2}}}
+    RunFolder(top / "k").open(plan, resume=True)
+
+
+def finished_checked(top: Path) -> None:
+    with suppress(TrainError):  # of other settings, or an incomplete record
+        RunFolder(top / "sft").check_finished({"base": "base", "spec": {}})
 
 
 def planned(top: Path) -> None:
@@ -237,6 +269,12 @@ TARGETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "sft/adapter_config.json": ("json", planned),
     "sft/adapter_model.safetensors": ("safetensors", planned),
     "sft/paft_train.json": ("json", audited),
+    "sft/paft_train.json again": ("json", finished_checked),
+    "k.part/paft_run.json": ("json", training_opened),
+    "k.part/checkpoints/checkpoint-1/trainer_state.json": ("json", checkpoints_checked),
+    "k.part/checkpoints/checkpoint-1/optimizer.pt": ("bytes", checkpoints_checked),
+    "k.part/checkpoints/checkpoint-1/adapter_model.safetensors": ("safetensors", checkpoints_checked),
+    "x/modules.json": ("json", planned),
     "recipe.yaml": ("yaml", planned),
     "run.yaml": ("yaml", run_read),
     "run.json": ("json", state_read),

@@ -101,6 +101,10 @@ NO_DELTA = {
 _CONVERT = "merge it with PEFT into a checkpoint, or convert it with peft.convert_to_lora, and merge that"
 
 
+_STEPS, _MOST_STEPS = ("num_cayley_neumann_terms", "depth"), 1000
+"""Fields with the number of steps that make the delta of a layer."""
+
+
 def read_settings(folder: Path) -> Settings:
     """Read and check `adapter_config.json`.
 
@@ -130,6 +134,9 @@ def read_settings(folder: Path) -> Settings:
         saved = raw.get("modules_to_save")
         if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
             problems.add("ADAPTER_CONFIG", path, f"modules_to_save: must be a list of strings, got {saved!r}")
+        for field in _STEPS:
+            if isinstance(raw.get(field), int) and raw[field] > _MOST_STEPS:
+                problems.add("ADAPTER_CONFIG", path, f"{field}: must be at most {_MOST_STEPS}, got {raw[field]}")
     problems.raise_as(AdapterError)
     return Settings(raw)
 
