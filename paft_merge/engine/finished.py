@@ -9,7 +9,7 @@ from typing import Any
 from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.sidefiles import identity, without_times
 from paft_merge.errors import PaftMergeError, Problems
-from paft_merge.inputs.checkpoint import is_unfinished
+from paft_merge.inputs.weight_files import is_unfinished
 from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
 from paft_merge.plan import MergePlan
 

@@ -29,8 +29,8 @@ from typing import Literal, TypeVar
 from paft_merge.errors import CheckpointError, HubError
 from paft_merge.hub.faults import asking, meant_folder, problem_of, root_of, transport_error, unreachable
 from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE
-from paft_merge.inputs.checkpoint import module_files
 from paft_merge.inputs.side_file_kinds import DEPTH, kind_of
+from paft_merge.inputs.weight_files import module_files
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import OutputError, Problem, Problems
-from paft_merge.inputs.checkpoint import INSIDE, PLACING, UNFINISHED
+from paft_merge.inputs.weight_files import INSIDE, PLACING, UNFINISHED
 from paft_merge.output.shards import DISK_FULL, sync_folder
 
 JOURNAL = UNFINISHED

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import paft_merge.inputs.safetensors_header
 from paft_merge.errors import CheckpointError
-from paft_merge.inputs.checkpoint import UNFINISHED, Checkpoint, TensorInfo
+from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.weight_files import UNFINISHED
 
 INDEX = "model.safetensors.index.json"
 
