@@ -102,7 +102,7 @@ def _unended(of: Measurement, ended: Sequence[bool]) -> str:
         return ""
     return _warned(
         f"{of.data}: none of the {len(ended)} answers ended within {of.max_new_tokens} tokens, so each is cut: the model "
-        "may never have learned its end token (see docs/training.md), or max_new_tokens is too low"
+        "may never have learned its end token (see {DOCS}/training.md), or max_new_tokens is too low"
     )
 
 
