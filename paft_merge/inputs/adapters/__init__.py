@@ -135,8 +135,6 @@ class Adapter:
         keys = sort_keys(self.file.tensors, self.folder, problems, settings.peft_type)
         binding = Binding(settings, keys, self.file, base, problems)
         binding.bind(type_of(settings).bind_module)
-        if not self.file.tensors:
-            problems.add("ADAPTER_SHAPE", self.folder / self.file.files[0].name, "holds no tensors")
         if not problems.found:
             with problems.catching():
                 self._untie(settings, base, binding)
