@@ -275,7 +275,7 @@ def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_
     warning = ""
     if unit == "text" and len(lines) > 1 and len(windows) > 1:
         warning = _warned(
-            f"perplexity: the text is longer than the model's window and was cut into {len(windows)} windows of {most} "
+            f"the text is longer than the model's window and was cut into {len(windows)} windows of {most} "
             "tokens; unit: line (--unit line) measures every line by itself"
         )
     windows = [window for window in windows if len(window) > 1]
