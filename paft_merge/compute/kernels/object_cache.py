@@ -68,7 +68,7 @@ def _fulfil(done: Future[T], make: Callable[[Compiled], T], kernel: Compiled) ->
     """Compile a kernel for whoever waits for `done`."""
     try:
         done.set_result(make(kernel))
-    except BaseException as error:
+    except BaseException as error:  # raised again by whoever waits
         done.set_exception(error)
 
 
