@@ -203,6 +203,7 @@ def prepare_all(specs: Mapping[str, AdapterSpec], source: str, out: Path, option
     """
     from paft_merge.training.prepared_rows import prepare
 
+    need_extras()  # one cause, not one per adapter
     problems, done = Problems(), {}
     for name, spec in specs.items():
         with problems.catching(options.spots[name]):
