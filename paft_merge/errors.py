@@ -23,8 +23,11 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+DOCS = "https://github.com/paft-merge/paft-merge/blob/main/docs"
+"""Address of the documentation, for messages: an installed package has no docs/."""
 
 E = TypeVar("E", bound="PaftMergeError")
 
@@ -112,12 +115,13 @@ class Problems:
         self.found.append(Problem(code, str(where), what, fix))
 
     @contextmanager
-    def catching(self) -> Iterator[None]:
-        """Add the problems of a `PaftMergeError` that the block raises, and suppress the error."""
+    def catching(self, spot: str = "") -> Iterator[None]:
+        """Add the problems of a `PaftMergeError` that the block raises, placed at `spot`, and suppress the error."""
         try:
             yield
         except PaftMergeError as error:
-            self.found.extend(error.problems)
+            for problem in error.problems:
+                self.found.append(replace(problem, where=": ".join(filter(None, (spot, problem.where)))))
 
     def raise_as(self, kind: type[PaftMergeError]) -> None:
         """Raise one `kind` with all problems, if there are any."""

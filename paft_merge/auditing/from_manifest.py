@@ -8,12 +8,13 @@ from itertools import combinations
 from typing import Any
 
 from paft_merge.auditing.header_only_base import natural
-from paft_merge.auditing.opening import Header, labels_of
+from paft_merge.auditing.opening import Header
 from paft_merge.auditing.preview import Preview, PreviewTensor, Survived
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError, reading
+from paft_merge.inputs.source_labels import labels_of
 from paft_merge.output.manifest import MANIFEST
 from paft_merge.stats.pairs import PairMeasure
 from paft_merge.stats.record import DENSITY, RecordedTensor

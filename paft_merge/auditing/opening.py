@@ -23,6 +23,7 @@ from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.equivalent_names import Names
+from paft_merge.inputs.source_labels import labels_of
 from paft_merge.inputs.tensor_inputs import Inputs, Read
 from paft_merge.methods.rules.rule import Rule
 from paft_merge.plan import COPY, MergePlan, Model
@@ -441,26 +442,6 @@ def _unread(read: Read, unread: dict[Checkpoint, Checkpoint]) -> Read:
 
 
 # --- headers ----------------------------------------------------------------------------------------------------------
-
-
-def label_of(ref: str) -> str:
-    """A short name of a reference: the last part of its path, or those of its adapters, joined by `+`.
-
-    A snapshot in the Hub's cache has the repository's name.
-    """
-    return "+".join(_last_part(place) for place in ref.split("+")[1:] or [ref])
-
-
-def _last_part(place: str) -> str:
-    path = place.split("@")[0].rstrip("/")
-    cached = re.search(r"models--(?:.+?--)?([^/]+)/snapshots/[^/]+$", path)
-    return cached[1] if cached else path.split("/")[-1] or place
-
-
-def labels_of(refs: Sequence[str]) -> list[str]:
-    """The short name of each reference where it is unique among them, else the whole reference."""
-    short = [label_of(ref) for ref in refs]
-    return [name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
 
 
 def _header(model: Model, label: str) -> Header:

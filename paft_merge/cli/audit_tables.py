@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.table import Table
 
-from paft_merge.auditing.opening import label_of
 from paft_merge.auditing.preview import Preview
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.figures import abridged, exponent
 from paft_merge.auditing.report.html import percent, sampled_line, short
 from paft_merge.auditing.results import Group, PairAudit, SourceAudit
 from paft_merge.cli.terminal import console, plain
+from paft_merge.inputs.source_labels import label_of
 from paft_merge.output.manifest import ManifestCheck
 
 _SIGNS = {"warn": "[bold yellow]![/]", "note": "[bold blue]·[/]", "good": "[bold green]✓[/]"}

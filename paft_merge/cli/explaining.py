@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +11,7 @@ import click
 from paft_merge.cli.merging import planning_options
 from paft_merge.cli.terminal import plain, recipe_place, warn
 from paft_merge.engine.options import MergeOptions
+from paft_merge.inputs.source_labels import labels_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,11 +38,25 @@ def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
         if as_json:
             click.echo(json.dumps([explanation.to_json(tensor) for tensor in tensors], indent=2))
             return
+        refs = [model.ref for model in plan.models]
+        labels = dict(zip(refs, labels_of(refs), strict=True))
+        if any(label != ref for ref, label in labels.items()):
+            _show_labels(labels)
         for group in explanation.alike(tensors):
-            _show(group)
+            _show(group, labels)
 
 
-def _show(group: Sequence[Explained]) -> None:
+def _show_labels(labels: Mapping[str, str]) -> None:
+    """Print which model each short name stands for."""
+    from paft_merge.cli.plan_tables import terminal
+
+    shown, width = terminal(), max(map(len, labels.values()))
+    for ref, label in labels.items():
+        shown.print(f"[bold]{plain(label):{width}}[/]  {plain(ref)}", highlight=False, soft_wrap=True)
+    shown.print()
+
+
+def _show(group: Sequence[Explained], labels: Mapping[str, str]) -> None:
     """Print one tensor, or several alike: each input with its parameters, and where they were set."""
     from rich.padding import Padding
 
@@ -50,28 +65,27 @@ def _show(group: Sequence[Explained]) -> None:
     first, shown = group[0], terminal()
     shape = " x ".join(map(str, first.shape)) if len({one.shape for one in group}) == 1 else "several shapes"
     places = sorted({one.t for one in group})
-    at = f"  t {places[0]:.3g}" + (f" to {places[-1]:.3g}" if len(places) > 1 else "")
+    at = f"  depth {places[0]:.3g}" + (f" to {places[-1]:.3g}" if len(places) > 1 else "")
     alike = f" [dim]and {len(group) - 1:,} alike[/]" if group[1:] else ""
     shown.print(f"[bold]{plain(first.name)}[/]{alike}", highlight=False)
     method = f"[cyan]{first.method}[/]" + (f": {plain(first.why)}" if first.why else "")
     shown.print(f"  {method}  [dim]{first.dtype}  {shape or 'scalar'}{'' if first.why else at}[/]", highlight=False)
     if first.base and not first.why:
-        shown.print(f"  base    {_input(first, first.base)}", highlight=False)
+        shown.print(f"  base    {_input(first, first.base, labels)}", highlight=False)
     for i, source in enumerate(first.sources if not first.why else ()):
-        shown.print(f"  source  {_input(first, source)}", highlight=False)
+        shown.print(f"  source  {_input(first, source, labels)}", highlight=False)
         shown.print(Padding(_table([one.sources[i].parameters for one in group]), (0, 0, 0, 4)))
     if not first.why:
         shown.print(Padding(_table([one.shared for one in group]), (0, 0, 0, 2)))
     shown.print()
 
 
-def _input(tensor: Explained, source: ExplainedSource) -> str:
-
+def _input(tensor: Explained, source: ExplainedSource, labels: Mapping[str, str]) -> str:
     kind = {"checkpoint": "", "none": "  [dim]no delta[/]", "document": "  [dim]merged on the fly[/]"}.get(
         source.delta, f"  [dim]{source.delta}[/]"
     )
     renamed = "" if source.tensor == tensor.name else f"  [yellow]{plain(source.tensor)}[/]"
-    return f"{plain(source.model)}{renamed}{kind}"
+    return f"{plain(labels.get(source.model, source.model))}{renamed}{kind}"
 
 
 def _table(found: Sequence[dict[str, Resolved]]) -> Table:

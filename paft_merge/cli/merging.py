@@ -149,6 +149,7 @@ def merge(
     with sigterm_as_interrupt(), progress_bar(quiet) as progress:
         api.merge(place, out, asked, progress=progress)
     if not quiet:
+        say(out, err=False)
         say(f"{out} is done: see its README.md and merge_manifest.json")
 
 

@@ -138,8 +138,8 @@ def _planned(
         with _with_warnings(recipe.warnings):
             refs = tuple(dict.fromkeys(ref for part in parts for ref in part.references))
             template = _template(recipe, documents)
-            sources = Sources.find(refs, unpickle=options.lazy_unpickle, computed=documents.named, template=template)
-            _name_lines(sources, parts)
+            unpickle, computed = options.lazy_unpickle, documents.named
+            sources = Sources.find(refs, unpickle=unpickle, computed=computed, template=template, spots=_spots(parts))
             if sources.missing_bytes and not options.stream_from_hub:
                 with sources.opened(compute) as models:
                     before_download(plan(models), sources)
@@ -155,20 +155,10 @@ def _template(recipe: Recipe, documents: Documents) -> ModelRef:
     return _template(documents.named[found.path], documents) if found.path in documents.named else found
 
 
-def _name_lines(sources: Sources, parts: Sequence[Recipe]) -> None:
-    """Put the file and the line of the recipe before the errors of models that were not found."""
-    spots = {
-        place: one.spot
-        for part in parts
-        for output in part.slices
-        for one in output.sources
-        for place in sources.places(one.ref)
-        if one.spot.file and one.spot.line
-    }
-    for place in sources.errors.keys() & spots.keys():
-        error, at = sources.errors[place], f"{spots[place].file}:{spots[place].line}"
-        located = [replace(problem, where=f"{at}: {problem.where}") for problem in error.problems]
-        sources.errors[place] = type(error)(located, error.warnings)
+def _spots(parts: Sequence[Recipe]) -> dict[ModelRef, str]:
+    """Return the file and the line of each reference of a recipe that is a file."""
+    named = [one for part in parts for output in part.slices for one in output.sources]
+    return {one.ref: f"{one.spot.file}:{one.spot.line}" for one in reversed(named) if one.spot.file and one.spot.line}
 
 
 def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResult:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from paft_merge.errors import Problem
+from paft_merge.errors import DOCS, Problem
+from paft_merge.inputs.source_labels import labels_of
 
 if TYPE_CHECKING:
     from paft_merge.plan import MergePlan, PlannedTensor
@@ -54,26 +55,16 @@ def _recorded_rms(record: Mapping[str, Any]) -> float:
     return float(record["delta"]["norm"]) / math.sqrt(entries) if entries else 0.0
 
 
-def short_names(refs: Sequence[str]) -> dict[str, str]:
-    """The last folders of each reference (of `base+adapter` the adapter's), as many as make them different."""
-    parts = {ref: ref.rpartition("+")[2].rstrip("/").split("/") for ref in refs}
-    for count in range(1, max((len(path) for path in parts.values()), default=0) + 1):
-        found = {ref: "/".join(path[-count:]) for ref, path in parts.items()}
-        if len({*found.values()}) == len(found):
-            return found
-    return {ref: ref for ref in refs}
-
-
 def _apart(sizes: Mapping[str, float]) -> list[Problem]:
     if len(sizes) < 2 or max(sizes.values()) <= FOLD * min(sizes.values()):
         return []
-    short = short_names(list(sizes))
-    ordered = [(short[name], size) for name, size in sorted(sizes.items(), key=lambda item: -item[1])]
+    short = zip(labels_of(list(sizes)), sizes.values(), strict=True)
+    ordered = sorted(short, key=lambda item: -item[1])
     (large, most), (small, least) = ordered[0], ordered[-1]
     each = ", ".join(f"{source} {size:.2g}" for source, size in ordered)
     what = (
         f"weight * delta differs {most / least:.0f}-fold between the sources (root mean square of the changed entries: {each}): "
         f"{large} decides the sums and the elections nearly alone"
     )
-    fix = f"if that is not meant, give {small} more weight, up to {most / least:.0f} times (docs/audit.md#scale)"
+    fix = f"if that is not meant, give {small} more weight, up to {most / least:.0f} times ({DOCS}/audit.md#scale)"
     return [Problem("SCALE", "", what, fix)]

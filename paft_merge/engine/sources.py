@@ -23,9 +23,15 @@ class Sources:
     """The located models and adapters of a recipe."""
 
     def __init__(
-        self, refs: Sequence[ModelRef], unpickle: bool, computed: Collection[str] = (), template: ModelRef | None = None
+        self,
+        refs: Sequence[ModelRef],
+        unpickle: bool,
+        computed: Collection[str] = (),
+        template: ModelRef | None = None,
+        spots: Mapping[ModelRef, str] | None = None,
     ) -> None:
         self.refs, self.unpickle, self.computed, self.template = tuple(refs), unpickle, computed, template
+        self.spots = spots or {}
         self.repos: dict[_Place, ResolvedRepo] = {}
         self.errors: dict[_Place, PaftMergeError] = {}
         """Errors of places that were not found; `opened` raises them together with all other problems."""
@@ -38,6 +44,7 @@ class Sources:
         unpickle: bool = False,
         computed: Collection[str] = (),
         template: ModelRef | None = None,
+        spots: Mapping[ModelRef, str] | None = None,
     ) -> Sources:
         """Locate every reference. Of Hub repositories only small files are downloaded, and pickles, which have no header.
 
@@ -46,8 +53,9 @@ class Sources:
             unpickle: read `.bin` checkpoints through a reader that runs no code of them.
             computed: names of documents of the recipe file; `opened` computes their checkpoints.
             template: the model whose tensor names the others get where theirs differ; one of `refs`, not computed.
+            spots: `file:line` of the references in the recipe, for messages.
         """
-        found = cls(refs, unpickle, computed, template)
+        found = cls(refs, unpickle, computed, template, spots)
         for place in dict.fromkeys(place for ref in refs for place in found.places(ref)):
             path, revision, kind = place
             try:
@@ -111,18 +119,17 @@ class Sources:
             try:
                 names: Names | None = None
                 if self.template and (repo := self.repos.get(self.places(self.template)[0])):
-                    with problems.catching():
+                    with problems.catching(self.spots.get(self.template, "")):
                         template = checkpoint_of(self.template, repo, remote)
                         names = Names(template, str(self.template.base)) if template else None
                 for ref in self.refs:
-                    places = self.places(ref)
-                    problems.found += [p for at in places if at in errors for p in errors.pop(at).problems]
-                    found = [self.repos.get(at) for at in places]
-                    computed = ref.path in self.computed
-                    if None in found or (computed and problems.found):
-                        continue
-                    repos = [repo for repo in found if repo is not None]
-                    with problems.catching():
+                    with problems.catching(self.spots.get(ref, "")):
+                        places, computed = self.places(ref), ref.path in self.computed
+                        if lost := [p for at in places if at in errors for p in errors.pop(at).problems]:
+                            raise PaftMergeError(lost)
+                        repos = [self.repos[at] for at in places if at in self.repos]
+                        if len(repos) < len(places) or (computed and problems.found):
+                            continue
                         checkpoint = checkpoint_of(ref, None if computed else repos[0], remote)
                         adapters = repos if computed else repos[1:]
                         if checkpoint is not None:

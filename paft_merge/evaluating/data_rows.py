@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paft_merge.errors import EvaluateError, Problems, TrainError, reading
 from paft_merge.evaluating.schema import Measurement
-from paft_merge.recipe.sections import beside_recipe
+from paft_merge.recipe.sections import beside_recipe, not_found
 from paft_merge.training.rewards import check_function
 from paft_merge.training.row_files import Row, native, suffix_of
 from paft_merge.training.row_files import read_rows as rows_of_file
@@ -144,6 +144,8 @@ def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: b
         with problems.catching():
             check_function(of.function, folder, trust_code=trust_code)
     with problems.catching():
+        if not path.exists():
+            raise EvaluateError.of("EVAL_DATA", of.data, f"no such file, {not_found(folder)}", "check the path")
         if of.kind == "perplexity":
             read_lines(path, of.max_rows)
         else:

@@ -102,7 +102,7 @@ def _unended(of: Measurement, ended: Sequence[bool]) -> str:
         return ""
     return _warned(
         f"{of.data}: none of the {len(ended)} answers ended within {of.max_new_tokens} tokens, so each is cut: the model "
-        "may never have learned its end token (see docs/training.md), or max_new_tokens is too low"
+        "may never have learned its end token (see {DOCS}/training.md), or max_new_tokens is too low"
     )
 
 
@@ -275,7 +275,7 @@ def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_
     warning = ""
     if unit == "text" and len(lines) > 1 and len(windows) > 1:
         warning = _warned(
-            f"perplexity: the text is longer than the model's window and was cut into {len(windows)} windows of {most} "
+            f"the text is longer than the model's window and was cut into {len(windows)} windows of {most} "
             "tokens; unit: line (--unit line) measures every line by itself"
         )
     windows = [window for window in windows if len(window) > 1]

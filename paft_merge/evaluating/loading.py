@@ -17,6 +17,7 @@ import torch
 from paft_merge.errors import EvaluateError, PaftMergeError, first_line
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
+from paft_merge.inputs.adapter_places import base_of
 from paft_merge.inputs.model_config import read_model_config
 
 MOST_TOKENS = 4096
@@ -63,7 +64,7 @@ def load_subject(
     folder = fetch(base)
     if not adapters and (folder / "adapter_config.json").is_file():
         what = "is an adapter, and an adapter is evaluated on its base"
-        raise EvaluateError.of("MODEL", name, what, f"write BASE+{name}")
+        raise EvaluateError.of("MODEL", name, what, f"write {base_of(folder)}+{name}")
     read_model_config(folder)
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
     try:

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from paft_merge.recipe.sections import problems_of
+from paft_merge.recipe.yaml_source import dotted
+
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Number = int | float | None
 
@@ -100,8 +103,6 @@ def fault_of(document: Any) -> str:
     try:
         _Manifest.model_validate(document)
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_input=False, include_context=False)
-        first = ".".join(map(str, faults[0]["loc"]))
-        rest = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-        return f"{first}: {faults[0]['msg']}{rest}"
+        first, *others = problems_of(error, _Manifest, document, dotted)
+        return f"{first.where}: {first.what}{f' and {len(others)} more' if others else ''}"
     return ""

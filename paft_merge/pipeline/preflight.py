@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import PaftMergeError, Problems, RecipeError, RunError, TrainError, first_line
+from paft_merge.errors import Problems, RecipeError, RunError, TrainError, first_line
 from paft_merge.evaluating import HARNESS, check_evaluate
 from paft_merge.hub import is_repository, resolve
 from paft_merge.hub.run_checkpoints import expand
@@ -20,6 +19,7 @@ from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
 from paft_merge.pipeline.trained_templates import check_turns
 from paft_merge.recipe import load_recipe
+from paft_merge.recipe.sections import beside_recipe, not_found
 from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean
 from paft_merge.training.consent import check_code
 
@@ -38,24 +38,14 @@ def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
         _check_merges(recipe, problems)
     _check_audit(recipe, problems)
     for name, adapter in recipe.adapters.items():
-        with _at(recipe, ("adapters", name), problems):
+        with problems.catching(recipe.where("adapters", name)):
             check_code(adapter, recipe.folder, trust_code=trust_code)
     if recipe.evaluate is not None:
-        with _at(recipe, ("evaluate",), problems):
+        with problems.catching(recipe.where("evaluate")):
             check_evaluate(recipe.evaluate, recipe.folder, trust_code=trust_code)
         check_turns(recipe, problems)
     _check_push(recipe, problems)
     problems.raise_as(RecipeError)
-
-
-@contextmanager
-def _at(recipe: RunRecipe, steps: tuple[str | int, ...], problems: Problems) -> Iterator[None]:
-    """Add a block's errors to `problems`, each with the line of its section."""
-    where = recipe.where(*steps)
-    try:
-        yield
-    except PaftMergeError as error:
-        problems.found += [replace(p, where=f"{where}: {p.where}" if p.where else where) for p in error.problems]
 
 
 def _check_base(recipe: RunRecipe, problems: Problems) -> None:
@@ -65,7 +55,7 @@ def _check_base(recipe: RunRecipe, problems: Problems) -> None:
         if not (base / "config.json").is_file():
             problems.add("BASE", where, f"{recipe.base} has no config.json", "name a model folder")
     elif not is_repository(recipe.base):
-        what = f"{recipe.base} is not a Hub repository, and was {_neither(recipe)}"
+        what = f"{recipe.base} is not a Hub repository, and is {not_found(recipe.folder)}"
         problems.add("BASE", where, what, "check the path")
 
 
@@ -74,23 +64,19 @@ def _check_existing(recipe: RunRecipe, problems: Problems) -> None:
     from paft_merge.engine.api import open_plan
 
     for name, spec in recipe.existing.items():
-        with _at(recipe, ("adapters", name), problems):
+        with problems.catching(recipe.where("adapters", name)):
             if not Path(spec.path).exists() and not is_repository(spec.path):
-                raise RunError.of("NOT_FOUND", spec.path, _neither(recipe), "check the path")
-            found = resolve(spec.path, spec.revision, kind="adapter")
-            if not (found.folder / "adapter_config.json").is_file():
-                raise RunError.of("ADAPTER", spec.path, "has no adapter_config.json", "name a PEFT adapter")
+                alone = re.split(r"[+:]", spec.path)[-1].strip()
+                known = beside_recipe(alone, recipe.folder).is_dir() or is_repository(alone)
+                fix = f"write the adapter alone: {alone}" if known else "check the path"
+                raise RunError.of("NOT_FOUND", spec.path, not_found(recipe.folder), fix)
+            resolve(spec.path, spec.revision, kind="adapter")
             model = {"model": {"path": recipe.base}, "lora": {"path": spec.path, "revision": spec.revision}}
             one = {"model": model, "parameters": {"weight": 1.0}}
             with open_plan(
                 {"merge_method": "task_arithmetic", "base_model": recipe.base, "models": [one]}, stream_from_hub=True
             ):
                 pass
-
-
-def _neither(recipe: RunRecipe) -> str:
-    """Where a relative path was looked for."""
-    return f"found neither beside the recipe ({recipe.folder.resolve()}) nor in the working directory ({Path.cwd()})"
 
 
 def _check_merges(recipe: RunRecipe, problems: Problems) -> None:
@@ -127,7 +113,7 @@ def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | i
             did_you_mean(place, paths)
             or f"adapters are {', '.join(paths) or 'none'}; a model is a folder or OWNER/NAME"
         )
-        what = f"{place!r} is not an adapter of the recipe, and was {_neither(recipe)}"
+        what = f"{place!r} is not an adapter of the recipe, and is {not_found(recipe.folder)}"
         problems.add("MODEL", _spot_of(recipe, data, steps, place), what, fix)
 
 
@@ -158,7 +144,7 @@ def _check_audit(recipe: RunRecipe, problems: Problems) -> None:
 
     names = [variant.name for variant in variants_of(recipe)]
     for at, text in enumerate(recipe.audit.require):
-        with _at(recipe, ("audit", "require", at), problems):
+        with problems.catching(recipe.where("audit", "require", at)):
             wanted = Requirement.parse(text)
             if METRICS[wanted.metric].of == "preview":
                 fix = "use paft audit on the finished run"
@@ -203,7 +189,7 @@ def check_adapters(recipe: RunRecipe, names: Iterable[str], *, base: bool = True
     """
     problems = Problems()
     for name in dict.fromkeys(names):
-        with _at(recipe, ("adapters", name), problems):
+        with problems.catching(recipe.where("adapters", name)):
             _check_adapter(recipe, name, base)
     problems.raise_as(RecipeError)
 
@@ -222,7 +208,7 @@ def check_task_data(recipe: RunRecipe, steps: Sequence[Step], *, run_files: bool
     from paft_merge.evaluating.harness import check_data
 
     problems = Problems()
-    with _at(recipe, ("evaluate",), problems):
+    with problems.catching(recipe.where("evaluate")):
         check_data(recipe.evaluate, recipe.folder, run_files=run_files)
     problems.raise_as(RecipeError)
 

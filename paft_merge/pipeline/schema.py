@@ -13,7 +13,7 @@ from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
 from paft_merge.pipeline.overrides import overridden
-from paft_merge.recipe.sections import Section, as_list, beside_recipe, read_section
+from paft_merge.recipe.sections import Section, as_list, beside_recipe, read_section, refuse_merge_recipe
 from paft_merge.recipe.yaml_source import Located, did_you_mean, load_yaml, show
 from paft_merge.training.schema import AdapterSpec, is_existing, read_adapters
 
@@ -173,9 +173,7 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
     if not isinstance(located.data, dict):
         what = "the recipe is empty" if located.data is None else f"a recipe is a mapping, got {show(located.data)}"
         raise RecipeError.of("RECIPE", located.spot(), what, "begin with base_model: ...")
-    if "merge_method" in located.data:
-        where = located.spot(("merge_method",))
-        raise RecipeError.of("RECIPE", where, "this is a merge recipe, not a run recipe", "use paft merge")
+    refuse_merge_recipe(located)
     located = overridden(located, overrides)
     # `compare: false`, or --set compare=false, leaves a section out.
     data: dict[str, Any] = {key: value for key, value in located.data.items() if value is not False}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import OutputError, Problems, RecipeError
+from paft_merge.errors import DOCS, OutputError, Problems, RecipeError
 from paft_merge.hub import is_repository
 from paft_merge.output.report_files import write_file
 from paft_merge.training.row_files import SUFFIXES as ROW_SUFFIXES
@@ -139,7 +139,7 @@ def starter(
 #   paft run --dry-run THIS_FILE runs/first     # checks everything and shows the steps
 #   paft run THIS_FILE runs/first               # can be stopped; the same command resumes
 #
-# Every key is explained in docs/run.md.
+# Every key is explained in {DOCS}/run.md.
 
 base_model: {_quoted(base)}
 
@@ -224,7 +224,7 @@ def starter_of_adapters(base: str, adapters: Sequence[str], data: Sequence[str] 
 #   paft run --dry-run THIS_FILE runs/first     # checks everything and shows the steps
 #   paft run THIS_FILE runs/first               # can be stopped; the same command resumes
 #
-# Every key is explained in docs/run.md.
+# Every key is explained in {DOCS}/run.md.
 
 base_model: {_quoted(beside(base, out))}
 

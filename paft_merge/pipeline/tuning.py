@@ -149,7 +149,7 @@ def _checked(recipe: RunRecipe) -> TuneSpec:
         else:
             for end in choices[:2] if _is_range(choices) else choices:
                 data = copy.deepcopy(recipe.merge.data)
-                with problems.catching():
+                with problems.catching(recipe.where("tune", "space", key)):
                     put(data, parse_key_path(key), end)
                     check_merge(recipe, data, ("merge",), problems)
     problems.found = list(dict.fromkeys(problems.found))
@@ -325,7 +325,7 @@ def _write(
         data["merge"] = merge_with(recipe, best.parameters)
     found = "the recipe as it is, which no trial improves" if best.is_recipe else "found by paft tune"
     head = (
-        f"# {spec.metric} = {best.value:.4f}: trial {best.number} of {len(trials)}, {found}.\n"
+        f"# Score of {spec.metric}: {best.value:.4f}, trial {best.number} of {len(trials)}, {found}.\n"
         f"# Copy it beside {recipe.file.name}, where its relative paths hold; its adapters are then not trained again.\n"
     )
     (folder / BEST).write_text(head + dump_yaml(data), encoding="utf-8")

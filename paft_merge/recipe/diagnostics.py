@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paft_merge.errors import Problem, RecipeError
 from paft_merge.recipe.yaml_source import Located, SourceLocation
+
+IGNORED = ", so it is ignored"
+"""End of a warning about a key; not of an error, which stops before the key has or lacks an effect."""
 
 
 class UnlocatedError(Exception):
@@ -42,7 +47,11 @@ class Report:
 
     def error_of(self, *, strict: bool = False) -> RecipeError:
         """All errors, and the warnings of unknown keys, which are often the cause; with `strict`, all warnings."""
-        added = [(line, problem) for line, problem in self.warnings if strict or problem.code == "UNKNOWN_KEY"]
+        added = [
+            (line, replace(problem, what=problem.what.replace(IGNORED, "")))
+            for line, problem in self.warnings
+            if strict or problem.code == "UNKNOWN_KEY"
+        ]
         return RecipeError(_in_order(self.errors + added))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from paft_merge.recipe.diagnostics import Report
+from paft_merge.recipe.diagnostics import IGNORED, Report
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.schema import Language
 from paft_merge.recipe.sections import explain, fields_at, steps_in
@@ -126,7 +126,7 @@ class _Reader:
         if key == "revision" and "model" in around:
             self.report.warn(spot, "unknown key, so this revision is not used", "write model: PATH@REVISION")
         elif key == "residual_weight":
-            self.report.warn(spot, "mergekit never reads this key, so it is ignored", "remove it")
+            self.report.warn(spot, f"mergekit never reads this key{IGNORED}", "remove it")
         elif key in self.parameters and "parameters" in known:
             self.report.warn(
                 spot, "ignored, because a parameter belongs under 'parameters'", f"write parameters: {{{key}: ...}}"
@@ -135,7 +135,7 @@ class _Reader:
             fix = did_you_mean(key, known)
             if not fix and "parameters" in known and (near := did_you_mean(key, self.parameters)):
                 fix = f"{near.removesuffix('?')}, under 'parameters'?"
-            self.report.warn(spot, "unknown key, so it is ignored", fix or f"known here: {', '.join(known)}")
+            self.report.warn(spot, f"unknown key{IGNORED}", fix or f"known here: {', '.join(known)}")
 
 
 def _at(data: Any, steps: KeyPath) -> Any:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from paft_merge.errors import Problem, RecipeError
 from paft_merge.methods import REQUIRED, Method, Parameter
-from paft_merge.recipe.diagnostics import Report, UnlocatedError
+from paft_merge.recipe.diagnostics import IGNORED, Report, UnlocatedError
 from paft_merge.recipe.yaml_source import KeyPath, SourceLocation, did_you_mean, show
 
 Scalar: TypeAlias = bool | int | float | str
@@ -283,7 +283,7 @@ def _condition(report: Report, steps: KeyPath, raw: Any) -> Condition:
         return Condition((), None, spot)
     for key in (key for key in raw if key not in ("value", "filter")):
         fix = did_you_mean(key, ("value", "filter")) or "a condition has value and filter"
-        report.warn(report.located.spot((*steps, key)), "unknown key, so it is ignored", fix)
+        report.warn(report.located.spot((*steps, key)), f"unknown key{IGNORED}", fix)
     if "value" not in raw:
         report.error(spot, "a condition needs a value", "write {value: ..., filter: ...}")
         return Condition((), None, spot)

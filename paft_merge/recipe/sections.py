@@ -67,6 +67,21 @@ def beside_recipe(path: str, folder: Path) -> Path:
     return beside if beside.exists() else Path(path)
 
 
+def not_found(folder: Path) -> str:
+    """Where a relative path was looked for in vain, as the end of a sentence: "it is ..."."""
+    here = Path.cwd()
+    if folder.resolve() == here:
+        return f"not in the working directory ({here})"
+    return f"neither beside the recipe ({folder.resolve()}) nor in the working directory ({here})"
+
+
+def refuse_merge_recipe(located: Located) -> None:
+    """Raise RecipeError RECIPE if a recipe that is to be run is one for `paft merge`."""
+    if "merge_method" in located.data:
+        where = located.spot(("merge_method",))
+        raise RecipeError.of("RECIPE", where, "this is a merge recipe, not a run recipe", "use paft merge")
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
     """The nearest known word, or all of them when they are few."""
     words = sorted(known)
@@ -164,8 +179,9 @@ def problems_of(
     at: dict[KeyPath, list[ErrorDetails]] = {}
     for fault in error.errors(include_url=False):
         at.setdefault(steps_in(data, fault), []).append(fault)
+    above = {steps[:end] for steps in at for end in range(len(steps))}
     for steps, faults in at.items():
-        if any(other[: len(steps)] == steps != other for other in at):
+        if steps in above:
             continue
         if faults[0]["type"] == "extra_forbidden":
             renamed = next((s.RENAMED for s in models_at(model, steps[:-1]) if issubclass(s, Section)), {})

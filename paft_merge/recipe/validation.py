@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from paft_merge.methods import REQUIRED, Method, Parameter
-from paft_merge.recipe.diagnostics import Report
+from paft_merge.recipe.diagnostics import IGNORED, Report
 from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, all_levels
 from paft_merge.recipe.resolution import TRIM_RULES, Condition, Level, Setting, SettingError, coerce, rivals
 from paft_merge.recipe.yaml_source import did_you_mean, show
@@ -124,12 +124,12 @@ def _check_names(level: Level, method: Method, methods: Mapping[str, Method], re
             continue
         owners = [other.name for other in methods.values() if other.parameter(name)]
         if owners:
-            what = f"{method.name} does not use {name}, so it is ignored"
+            what = f"{method.name} does not use {name}{IGNORED}"
             fix = f"it belongs to {', '.join(owners[:3])}; remove it"
             report.warn(setting.spot, what, fix, "IGNORED")
         else:
             fix = did_you_mean(name, [*known, "trim"]) or f"{method.name} has {', '.join(known) or 'no parameters'}"
-            report.warn(setting.spot, f"unknown parameter {name}, so it is ignored", fix)
+            report.warn(setting.spot, f"unknown parameter {name}{IGNORED}", fix)
 
 
 def _check_values(setting: Setting, parameter: Parameter, report: Report) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.errors import PaftMergeError, Problems, RecipeError, TrainError, escape_logs
-from paft_merge.recipe.sections import suggestion
+from paft_merge.recipe.sections import refuse_merge_recipe, suggestion
 from paft_merge.recipe.trust import announce, file_of
 from paft_merge.recipe.yaml_source import Located, load_yaml
 from paft_merge.training.consent import check_code
@@ -84,6 +84,7 @@ def train(
         base_path=_path_of(name, folder) or None,
         progress=progress,
         trust_code=True,
+        spots=_spots(specs, located),
     )
     return _one_after_another(specs, base, out, options, logs)
 
@@ -92,11 +93,8 @@ def _check_code(specs: Mapping[str, AdapterSpec], folder: Path, trust_code: bool
     """Check the code that the adapters name."""
     problems = Problems()
     for name, spec in specs.items():
-        where = located.spot(("adapters", name))
-        try:
+        with problems.catching(str(located.spot(("adapters", name)))):
             check_code(spec, folder, trust_code=trust_code)
-        except TrainError as error:
-            problems.found += [replace(problem, where=f"{where}: {problem.where}") for problem in error.problems]
     problems.raise_as(TrainError)
 
 
@@ -116,7 +114,14 @@ def chosen_adapters(
     located, folder = read_recipe(recipe)
     specs, name = _chosen(read_adapters(located), adapters, located), str(located.data.get("base_model") or "")
     _check_code(specs, folder, trust_code, located)
-    return specs, _path_of(name, folder), TrainOptions(folder=folder, base_name=name, trust_code=trust_code)
+    spots = _spots(specs, located)
+    options = TrainOptions(folder=folder, base_name=name, trust_code=trust_code, spots=spots)
+    return specs, _path_of(name, folder), options
+
+
+def _spots(specs: Mapping[str, AdapterSpec], located: Located) -> dict[str, str]:
+    """The file, line and key of each adapter."""
+    return {name: str(located.spot(("adapters", name))) for name in specs}
 
 
 def read_recipe(recipe: Mapping[str, Any] | Path | str) -> tuple[Located, Path]:
@@ -126,6 +131,7 @@ def read_recipe(recipe: Mapping[str, Any] | Path | str) -> tuple[Located, Path]:
     located = load_yaml(recipe)
     if not isinstance(located.data, Mapping):
         raise RecipeError.of("RECIPE", recipe, "not a mapping", "write base_model: and adapters:")
+    refuse_merge_recipe(located)
     return located, Path(recipe).parent
 
 
@@ -193,18 +199,15 @@ def prepare_all(specs: Mapping[str, AdapterSpec], source: str, out: Path, option
     """Load and check the data of every adapter, before the base is loaded and the first adapter is trained.
 
     Raises:
-        TrainError: every problem of every adapter; its name is in front when there are several.
+        TrainError: every problem of every adapter, each with the adapter's line in the recipe.
     """
     from paft_merge.training.prepared_rows import prepare
 
+    need_extras()  # one cause, not one per adapter
     problems, done = Problems(), {}
     for name, spec in specs.items():
-        mine = Problems()
-        with mine.catching():
+        with problems.catching(options.spots[name]):
             done[name] = prepare(source, spec, RunFolder(out / name).checkpoints, replace(options, name=name))
-        for found in mine.found:
-            named = len(specs) == 1 or found.where.startswith(name)
-            problems.found.append(found if named else replace(found, where=f"{name}: {found.where}"))
     problems.raise_as(TrainError)
     return done
 

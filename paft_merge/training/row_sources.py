@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import TrainError, first_line
-from paft_merge.recipe.sections import suggestion
+from paft_merge.recipe.sections import not_found, suggestion
 from paft_merge.training.row_files import SUFFIXES, Number, Row, read_rows, suffix_of
 from paft_merge.training.row_forms import kind_of_value
 from paft_merge.training.schema import DataSpec
@@ -200,7 +200,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _missing(path: str, folder: Path, owner: str = "") -> TrainError:
-    what = f"no such file, neither beside the recipe ({folder.resolve()}) nor in the working directory ({Path.cwd()})"
+    what = f"no such file, {not_found(folder)}"
     where = f"{owner}: data_files: {path}" if owner and owner != path else path
     return TrainError.of("DATA", where, what, "check the path")
 

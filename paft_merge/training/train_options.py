@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class TrainOptions:
     """Name of the base in the adapter's files; default: the folder or name that it was loaded from."""
     base_path: str | None = None
     """Folder or Hub name of the tokenizer of a base given in memory; default: `base_name`."""
+    spots: Mapping[str, str] = field(default_factory=dict)
+    """File, line and key of each adapter of the recipe, for messages."""
     base_digest: str | None = None
     """`digest_of` the base, if known."""
     progress: Callable[[TrainProgress], None] | None = None

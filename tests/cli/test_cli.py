@@ -234,9 +234,10 @@ def test_exit_codes_are_0_for_done_1_for_a_fault_and_2_for_usage(asked: Path, tm
     assert paft("mrege").exit_code == 2
 
 
-def test_a_merge_tells_its_result_on_stderr_and_with_quiet_nothing(asked: Path, tmp_path: Path) -> None:
+def test_a_merge_prints_its_folder_on_stdout_and_with_quiet_nothing(asked: Path, tmp_path: Path) -> None:
     loud, quiet = paft("merge", asked, tmp_path / "loud"), paft("merge", asked, tmp_path / "quiet", "--quiet")
-    assert (loud.stdout, loud.stderr) == ("", f"{tmp_path}/loud is done: see its README.md and merge_manifest.json\n")
+    assert loud.stdout == f"{tmp_path}/loud\n"
+    assert loud.stderr == f"{tmp_path}/loud is done: see its README.md and merge_manifest.json\n"
     assert quiet.output == ""
 
 
@@ -339,7 +340,7 @@ def test_a_bar_shows_tensors_speed_and_the_time_left_on_a_terminal(asked: Path, 
         os.close(theirs)
         shown = read_all(ours)
         assert running.stdout is not None
-        assert running.stdout.read() == b""
+        assert running.stdout.read() == f"{tmp_path}/out\n".encode()
     assert running.returncode == 0
     assert "12/12 tensors" in shown
     assert re.search(r"100%", shown)

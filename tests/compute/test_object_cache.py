@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from threading import Event
+from time import monotonic
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels import object_cache, primitives
 from paft_merge.compute.kernels.block_source import FULL, BlockSource, packed
 from paft_merge.compute.kernels.object_cache import Compiled
+from paft_merge.errors import MergeError
 
 USED = """
 import sys
@@ -290,3 +293,33 @@ def test_every_loop_is_where_its_name_says(name: str) -> None:
     found = getattr(import_module(f"paft_merge.compute.kernels.{loop.module}"), loop.name)
     assert found.py_func.__code__.co_argcount == len(loop.takes)
     assert found.py_func.__doc__
+
+
+def test_a_compilation_has_a_time_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    release, calls = Event(), list[str]()
+
+    def stuck(kernel: Compiled) -> bytes:
+        calls.append(kernel.name)
+        release.wait(60)
+        raise AssertionError("nobody waits for this")
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(object_cache, "_COMPILER", object_cache._Compiler())
+    monkeypatch.setattr(object_cache, "LIMIT_SECONDS", 0.3)
+    monkeypatch.setattr(object_cache, "_compile", stuck)
+    monkeypatch.setattr(object_cache, "_compile_cached", stuck)
+    start = monotonic()
+    try:
+        for name in ("statistics.measure", "statistics.compare"):
+            with pytest.raises(
+                MergeError, match=r"kernel \w+: was not compiled within 0 minutes; run again when"
+            ) as caught:
+                Compiled(name, "u4.1").prepare()
+            assert caught.value.problems[0].code == "COMPILE"
+    finally:
+        release.set()
+        object_cache._KERNELS[:] = [
+            kernel for kernel in object_cache._KERNELS if kernel.takes[0].word != "u4.1" or len(kernel.takes) > 1
+        ]
+    assert monotonic() - start < 30
+    assert calls[0] == "measure"

@@ -11,7 +11,6 @@ import torch
 from conftest import random_state, save_adapter, save_checkpoint
 
 import paft_merge
-from paft_merge.engine import imbalance
 from paft_merge.engine.api import open_plan
 from paft_merge.errors import Problem
 
@@ -92,10 +91,3 @@ def test_a_record_that_cannot_be_read_is_told_and_left_aside(text: str, pair: di
     (pair["sft"] / "paft_train.json").write_text(text)
     with open_plan(recipe(pair)) as plan:
         assert [p.code for p in plan.warnings if p.code in ("SCALE", "TRAIN_RECORD")] == ["TRAIN_RECORD"]
-
-
-def test_sources_have_the_shortest_names_that_differ() -> None:
-    refs = ["models/base+runs/seed-1/sft", "models/base+runs/seed-2/sft", "me/dpo"]
-    assert list(imbalance.short_names(refs).values()) == ["seed-1/sft", "seed-2/sft", "me/dpo"]
-    assert list(imbalance.short_names(["a/base+x/sft", "a/base+x/dpo"]).values()) == ["sft", "dpo"]
-    assert imbalance.short_names(["same", "same"]) == {"same": "same"}

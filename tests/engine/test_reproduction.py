@@ -84,7 +84,7 @@ def test_a_card_says_what_it_is_made_of(models: HubServer, merged: Path) -> None
     for name in ("base", "tuned", "sft"):
         assert f"`{models.repositories[f'me/{name}'].branches['main']}`" in text
     assert RECIPE.strip() in text
-    assert "| `me/base+me/sft` |" in text
+    assert "| `sft` |" in text
     assert "paft reproduce" in text
 
 

@@ -210,7 +210,7 @@ def test_everything_that_would_stop_an_evaluation_is_told_at_once(tmp_path: Path
     text = str(caught.value)
     for part in (
         "broken.jsonl:2: is not JSON", "the columns are promt, completion; did you mean prompt by promt? Or name them with rename",
-        "has no function 'goood'; did you mean 'good'?", "none.txt: cannot be read: No such file",
+        "has no function 'goood'; did you mean 'good'?", "none.txt: no such file, neither beside the recipe (",
         "rows.jsonl: needs chosen and rejected; the columns are prompt", "extract has no group",
     ):  # fmt: skip
         assert part in text, part

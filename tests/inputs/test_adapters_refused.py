@@ -155,7 +155,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "no lora_B": (without("0.self_attn.q_proj.lora_B"), f"ADAPTER_SHAPE: {MODULE} has lora_A without lora_B"),
     "no lora_A": (without("0.self_attn.q_proj.lora_A"), f"ADAPTER_SHAPE: {MODULE} has lora_B without lora_A"),
     "half an embedding": (without("embedding_B"), "ADAPTER_SHAPE: 'model.embed_tokens' has lora_embedding_A without"),
-    "no tensors": (lambda tensors: {}, "ADAPTER_SHAPE: holds no tensors"),
+    "no tensors": (lambda tensors: {}, "CHECKPOINT_MISSING: holds no tensors"),
     "other inputs": (
         lambda t: t | {f"{PATH}.lora_A.weight": torch.zeros(4, 25)},
         f"ADAPTER_SHAPE: {MODULE} has lora_A (4, 25) and lora_B (16, 4), which do not make the base's (16, 16)",
@@ -275,8 +275,11 @@ def test_folders_without_their_files(adapter: Path, refused: Callable[..., list[
     (adapter / "adapter_config.json").unlink()
     assert [problem.where for problem in refused(adapter)] == [str(adapter / "adapter_config.json")]
     (adapter / "adapter_model.safetensors").unlink()
-    assert [problem.code for problem in refused(adapter)] == ["ADAPTER_CONFIG", "ADAPTER_CONFIG"]
-    assert len(refused(tmp_path / "nowhere")) == 2
+    assert [str(problem) for problem in refused(adapter)] == [
+        f"{adapter}: is not an adapter: it has neither adapter_config.json nor adapter_model.safetensors; "
+        "give the folder that PEFT's save_pretrained wrote"
+    ]
+    assert len(refused(tmp_path / "nowhere")) == 1
 
 
 class _Evil:

@@ -125,8 +125,12 @@ def test_an_existing_skill_may_be_trained_upon(world: Path, tmp_path: Path) -> N
         ({"compare": {"arms": ["sequential"]}}, "sequential trains the preference adapter on the merged skill model, and each adapter of this recipe exists already; leave sequential out of arms"),
         ({"compare": {"arms": ["sequential"], "skill": "sft", "preference": "dpo"}}, "and dpo exists already; leave sequential out of arms"),
         ({"compare": {}, "adapters": {"sft": "mine/sft"}, "merge": None}, "parallel merges adapters, and there is only one"),
-        ({"adapters": {"sft": "mine/stf", "dpo": "./none"}, "merge": None}, "adapters.dpo: ./none: found neither beside the recipe ("),
-        ({"adapters": {"sft": "base"}, "merge": None}, "adapters.sft: "),
+        ({"adapters": {"sft": "mine/stf", "dpo": "./none"}, "merge": None}, "adapters.dpo: ./none: neither beside the recipe ("),
+        ({"adapters": {"sft": "base"}, "merge": None}, "base: is not an adapter: it has neither adapter_config.json nor adapter_model.safetensors"),
+        ({"adapters": {"sft": "base+mine/sft"}, "merge": None}, "; write the adapter alone: mine/sft"),
+        ({"adapters": {"sft": "base:mine/sft"}, "merge": None}, "; write the adapter alone: mine/sft"),
+        ({"adapters": {"sft": " mine/sft"}, "merge": None}, "; write the adapter alone: mine/sft"),
+        ({"adapters": {"sft": "run"}, "merge": None}, "run/checkpoint-20 (or an earlier one: checkpoint-10)"),
         ({"adapters": {"sft": {"path": "mine/sft", "revison": "v1"}}, "merge": None}, "adapters.sft.revison: unknown key; did you mean 'revision'?"),
         ({"audit": {"require": "sparsity(1e-5) [source=stf] > 0"}}, "no adapter is called 'stf'; did you mean 'sft'?"),
     ],
@@ -134,6 +138,8 @@ def test_an_existing_skill_may_be_trained_upon(world: Path, tmp_path: Path) -> N
 def test_what_cannot_be_done_with_them_is_one_line(
     changes: dict[str, Any], expected: str, world: Path, tmp_path: Path
 ) -> None:
+    for step in (10, 20):
+        shutil.copytree(world / "mine/sft", world / f"run/checkpoint-{step}", dirs_exist_ok=True)
     with pytest.raises(PaftMergeError) as caught:
         plan(written(world, "wrong", **changes), tmp_path / "run")
     lines = [line for line in str(caught.value).splitlines() if expected in line]

@@ -25,6 +25,7 @@ from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.results_table import Cell, Row, Table
 from paft_merge.pipeline.steps import Merge, Planner, Train, labels, placed
 from paft_merge.recipe import ModelRef
+from paft_merge.training import train
 
 pytestmark = THEIR_WARNINGS
 
@@ -98,14 +99,14 @@ seeds: [0, 0]
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"base_model": "./bse/x/y"}, "base_model: ./bse/x/y is not a Hub repository, and was found neither beside the recipe ("),
+        ({"base_model": "./bse/x/y"}, "base_model: ./bse/x/y is not a Hub repository, and is neither beside the recipe ("),
         ({"merge": {"merge_method": "tis", "models": [{"model": "sft"}]}}, "did you mean 'ties'?"),
         ({"merge": {"merge_method": "linear", "models": [{"model": "sfft", "parameters": {"weight": 1}}]}}, "did you mean 'sft'?"),
         ({"merge": {"merge_method": "ties", "models": [{"model": "sft", "parameters": {"weight": 1, "densty": 1}}]}}, "did you mean 'density'?"),
         ({"audit": {"require": ["sparsty(1e-5) > 1"]}}, "audit.require[0]: sparsty(1e-5) > 1: there is no metric 'sparsty'"),
         ({"audit": {"require": ["sparsity(1e-5) [source=stf] > 1"]}}, "no adapter is called 'stf'; did you mean 'sft'?"),
         ({"audit": {"require": ["kept > 1"]}}, "kept needs a preview of a merge"),
-        ({"evaluate": {"metrics": {"a": {"kind": "perplexity", "data": "nix.txt"}}}}, "evaluate: nix.txt: cannot be read"),
+        ({"evaluate": {"metrics": {"a": {"kind": "perplexity", "data": "nix.txt"}}}}, "evaluate: nix.txt: no such file, neither beside the recipe ("),
         ({"evaluate": None, "compare": {}}, "compare needs evaluate"),
         ({"compare": {"skill": "sftt"}}, "compare.skill: no adapter 'sftt'; did you mean 'sft'?"),
         ({"compare": {"methods": ["ties", "tiess"]}}, "compare.methods[1]"),
@@ -152,6 +153,17 @@ def test_a_recipe_for_paft_merge_is_refused_in_one_line(world: Path, tmp_path: P
         load_run(tmp_path / "ties.yaml")
     what = "ties.yaml:2: merge_method: this is a merge recipe, not a run recipe; use paft merge"
     assert str(caught.value) == f"{tmp_path}/{what}"
+    with pytest.raises(RecipeError) as caught:
+        train(tmp_path / "ties.yaml", tmp_path / "out")
+    assert str(caught.value) == f"{tmp_path}/{what}"
+
+
+def test_paths_are_sought_in_one_place_where_the_recipe_is_in_the_working_directory(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.parent)
+    text = told(world, tmp_path, evaluate={"metrics": {"a": {"kind": "preference", "data": "nix.jsonl"}}})
+    assert f"evaluate: nix.jsonl: no such file, not in the working directory ({world.parent}); check the path" in text
 
 
 def test_an_evaluation_whose_package_is_missing_is_found_before_training(

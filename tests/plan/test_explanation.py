@@ -97,6 +97,27 @@ def test_the_table_shows_values_lines_and_defaults(recipe: Path) -> None:
     assert max(map(len, shown.stdout.splitlines())) <= 160
 
 
+def test_models_have_short_names_with_a_legend(recipe: Path, tmp_path: Path) -> None:
+    shown = paft("explain", recipe, "--tensor", "*up_proj*").stdout
+    assert shown.count(f"{tmp_path}/base+{tmp_path}/lora") == 1
+    lines = shown.splitlines()
+    assert lines[:4] == [
+        f"base   {tmp_path}/base", f"tuned  {tmp_path}/tuned", f"lora   {tmp_path}/base+{tmp_path}/lora", "",
+    ]  # fmt: skip
+    assert "  source  lora  model.layers.1.mlp.up_proj.weight  lora" in lines
+    assert "  ties  float32  48 x 24  depth 0 to 1" in lines
+
+
+def test_a_fault_of_a_model_has_the_line_that_names_it(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora/adapter_config.json").write_text("{")
+    (tmp_path / "tuned/model.safetensors").write_bytes(b"short")
+    shown = paft("explain", recipe)
+    assert shown.exit_code == 1
+    first, second = shown.stderr.splitlines()
+    assert first.startswith(f"error[SHARD_TRUNCATED]: {recipe}:6: {tmp_path}/tuned/model.safetensors: ")
+    assert second.startswith(f"error[ADAPTER_CONFIG]: {recipe}:15: {tmp_path}/lora/adapter_config.json: ")
+
+
 def test_what_is_explained_is_what_is_planned(recipe: Path) -> None:
     with open_plan(recipe) as plan:
         for tensor, one in zip(plan.tensors, explain(plan), strict=True):

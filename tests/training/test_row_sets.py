@@ -315,7 +315,9 @@ def test_show_prints_rows_with_their_labels_marked(tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", [{"prompt": "w1", "chosen": " w2", "rejected": ""}])
     done = CliRunner().invoke(cli, ["train", str(tmp_path / "r.yaml"), "--dry-run"])
     assert done.exit_code == 1
-    assert "dpo: pairs.jsonl: row 1: rejected is blank" in done.stderr
+    line = next(n for n, text in enumerate((tmp_path / "r.yaml").read_text().splitlines(), 1) if "dpo:" in text)
+    place = f"{tmp_path / 'r.yaml'}:{line}: adapters.dpo"
+    assert f"error[DATA]: {place}: pairs.jsonl: row 1: rejected is blank" in done.stderr
 
 
 QUESTION, GOOD = "w1 " * 9, [user("w1 " * 9), said("w2 w3")]

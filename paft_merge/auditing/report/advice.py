@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from paft_merge.auditing.report.figures import abridged, exponent
 from paft_merge.auditing.results import Advice, AuditData, PairAudit, SourceAudit
 from paft_merge.engine.imbalance import FOLD
+from paft_merge.errors import DOCS
 
-PAGE = "docs/audit.md"
+PAGE = f"{DOCS}/audit.md"
 
 DENSE, SPARSE = 0.5, 0.9
 """A delta is dense below the first sparsity and sparse from the second on (PAFT's sparse adapters have over 0.9)."""

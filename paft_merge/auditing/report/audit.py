@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from paft_merge.auditing.opening import label_of
 from paft_merge.auditing.preview import Preview
 from paft_merge.auditing.report.advice import advise
 from paft_merge.auditing.report.figures import exponent
@@ -16,6 +15,7 @@ from paft_merge.auditing.report.gate import failures
 from paft_merge.auditing.report.html import SIGNS, fragment, page, percent, short
 from paft_merge.auditing.results import SCHEMA, Advice, AuditData, by_layer
 from paft_merge.errors import Problem, escape
+from paft_merge.inputs.source_labels import label_of
 
 
 class Audit(AuditData):

@@ -8,12 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from paft_merge.auditing.opening import label_of
 from paft_merge.auditing.report.advice import advise
 from paft_merge.auditing.report.figures import abridged, exponent, figures_of
 from paft_merge.auditing.report.svg import DARK, LIGHT, draw, stylesheet, swatch
 from paft_merge.auditing.results import AuditData, Group, SourceAudit
 from paft_merge.errors import escape as printable
+from paft_merge.inputs.source_labels import label_of
 
 SIGNS = {"warn": ("▲", "look here"), "note": ("●", "to know"), "good": ("✔", "good")}
 

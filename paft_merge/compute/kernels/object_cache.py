@@ -15,19 +15,22 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from threading import Lock, Thread
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 
 from paft_merge.compute import magnitudes, splitmix64
+from paft_merge.errors import MergeError, PaftMergeError
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +58,45 @@ _SECONDS_EACH = 0.6
 """About how long numba takes to compile a kernel."""
 
 
+LIMIT_SECONDS = 300.0
+"""Longest time for one kernel."""
+
+_FIX = "run again when the processor is less busy, or compile before with `python -m paft_merge.compute.kernels`"
+
+
+def _fulfil(done: Future[T], make: Callable[[Compiled], T], kernel: Compiled) -> None:
+    """Compile a kernel for whoever waits for `done`."""
+    try:
+        done.set_result(make(kernel))
+    except BaseException as error:  # raised again by whoever waits
+        done.set_exception(error)
+
+
 class _Compiler:
     """The time that this process spends compiling, and its announcement."""
 
     def __init__(self) -> None:
-        self.spent, self.since, self.announced = 0.0, 0.0, False
+        self.spent, self.since, self.announced, self.is_stuck = 0.0, 0.0, False, False
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Announce the first compilation, and measure each."""
+    def run(self, kernel: Compiled, make: Callable[[Compiled], T]) -> T:
+        """Compile a kernel in a thread of its own, for a limited time; announce the first compilation, and measure each.
+
+        Raises:
+            MergeError: COMPILE, the limit is over. The thread ends with the process, as nothing can stop LLVM.
+        """
         self.since = time.monotonic()
         if not self.announced:
             self.announced, missing = True, sum(kernel.is_missing for kernel in _KERNELS)
             text = "compiling up to %d kernels for this processor (once; about %.0f s)"
             log.info(text, missing, max(1.0, missing * _SECONDS_EACH))
+        done: Future[T] = Future()
+        Thread(target=_fulfil, args=(done, make, kernel), daemon=True).start()
         try:
-            yield
+            return done.result(0 if self.is_stuck else LIMIT_SECONDS)
+        except TimeoutError:
+            self.is_stuck = True
+            what = f"was not compiled within {LIMIT_SECONDS / 60:.0f} minutes"
+            raise MergeError.of("COMPILE", f"kernel {kernel.name}", what, _FIX) from None
         finally:
             self.spent, self.since = self.spent + time.monotonic() - self.since, 0.0
 
@@ -132,19 +158,21 @@ class Compiled:
 
         Raises:
             numba.core.errors.NumbaError: numba cannot compile the kernel.
+            MergeError: COMPILE, it takes longer than the limit.
         """
         with _LOCK:
             if self._entry:
                 return
             try:
                 entry = self._from_object_file()
+            except PaftMergeError:
+                raise
             except Exception as error:  # llvmlite has no stable interface, and numba can still compile
                 if not _FALLEN_BACK:
                     text = "object files of kernels cannot be used with llvmlite %s (%s: %s); numba's cache is used instead"
                     log.warning(text, version("llvmlite"), type(error).__name__, error)
                     _FALLEN_BACK.append(self)
-                with _COMPILER.at_work():
-                    entry = _compile_cached(self)
+                entry = _COMPILER.run(self, _compile_cached)
             types = [kind for taken in self.takes for kind in taken.types]
             self._function, self._entry = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(entry), entry
 
@@ -163,8 +191,7 @@ class Compiled:
         name = self._file
         code = _read(name)
         if code is None:
-            with _COMPILER.at_work():
-                code = _compile(self)
+            code = _COMPILER.run(self, _compile)
             _write(name, code)
         symbol, _, machine = code.partition(b"\0")
         return _load(symbol.decode(), machine)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import AdapterError, CheckpointError, Problem, Problems, reading
-from paft_merge.inputs.adapter_places import MLX_FILE, PEFT_FILES, hint
+from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE, PEFT_FILES, hint
 from paft_merge.inputs.adapters.binding import OTHER_BASE, Binding, DeltaBuilder
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import AdapterDelta
@@ -87,6 +87,9 @@ class Adapter:
         if below := "" if held else hint(folder):
             what = "holds no adapter at its top; there is one in a folder below it"
             raise AdapterError.of("ADAPTER_CONFIG", folder, what, below)
+        if not held and not (folder / CONFIG).exists():
+            what = f"is not an adapter: it has neither {CONFIG} nor {_WEIGHTS}"
+            raise AdapterError.of("ADAPTER_CONFIG", folder, what, "give the folder that PEFT's save_pretrained wrote")
         settings: list[Settings] = []
         with problems.catching():
             settings.append(read_settings(folder))
@@ -132,8 +135,6 @@ class Adapter:
         keys = sort_keys(self.file.tensors, self.folder, problems, settings.peft_type)
         binding = Binding(settings, keys, self.file, base, problems)
         binding.bind(type_of(settings).bind_module)
-        if not self.file.tensors:
-            problems.add("ADAPTER_SHAPE", self.folder / self.file.files[0].name, "holds no tensors")
         if not problems.found:
             with problems.catching():
                 self._untie(settings, base, binding)

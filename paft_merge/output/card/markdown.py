@@ -11,6 +11,7 @@ from urllib.parse import quote
 import yaml
 
 from paft_merge.errors import escape
+from paft_merge.inputs.source_labels import labels_of
 from paft_merge.output.card.metadata import Score, card_metadata, licence
 from paft_merge.output.manifest import MANIFEST
 
@@ -91,9 +92,9 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
         return notes
     head = ["| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
     body = [
-        f"| {_code(r['source'])} | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} "
+        f"| {_code(label)} | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} "
         f"| {r['l2']:.4g} |"
-        for r in rows
+        for label, r in zip(labels_of([row["source"] for row in rows]), rows, strict=True)
     ]
     legend = (
         "Entries of each source's delta (its difference from the base); the shares of them that are almost zero, that "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import escape
+from paft_merge.inputs.source_labels import labels_of
 
 PICTURE = "sparsity.png"
 
@@ -49,12 +50,12 @@ def draw(manifest: Mapping[str, Any], folder: Path) -> Path | None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     keys = [Line2D([], [], linestyle=style, color="#555555", label=text) for _, text, style in _LINES]
-    for i, (source, rows) in enumerate(shares.items()):
+    for i, (source, rows) in enumerate(zip(labels_of(list(shares)), shares.values(), strict=True)):
         dot = "." if len(rows) <= 48 else ""
         for key, _, style in _LINES:
             axes.plot(list(rows), [row[key] for row in rows.values()], style, color=f"C{i}", marker=dot, markersize=4)
         # A leading underscore hides an entry of a legend, and dollars make it mathematics.
-        label = escape(source.rsplit("/", 1)[-1]).lstrip("_").replace("$", r"\$")[:60] or "source"
+        label = escape(source).lstrip("_").replace("$", r"\$")[:60] or "source"
         keys.append(Line2D([], [], color=f"C{i}", label=label))
     figure.legend(handles=keys, loc="outside lower left", ncols=2, fontsize="small", frameon=False)
     figure.savefig(folder / PICTURE, dpi=150, metadata={"Software": None})
