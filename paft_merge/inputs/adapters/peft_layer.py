@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from paft_merge.errors import AdapterError
+from paft_merge.errors import AdapterError, reading
 from paft_merge.inputs.adapters.binding import Binding
 from paft_merge.inputs.adapters.deltas import Lazy
 from paft_merge.inputs.adapters.keys import SHARED
@@ -178,7 +178,8 @@ class LayerMerger:
         if architecture is None:
             what = "numbers the layers of the model, and transformers does not know the base's architecture"
             raise AdapterError.of("ADAPTER_UNSUPPORTED", self._binding.file.folder, what)
-        config = PeftConfig.from_peft_type(**copy.deepcopy(dict(self._binding.settings.raw)))
+        with reading(self._binding.file.folder, "ADAPTER_CONFIG", AdapterError):
+            config = PeftConfig.from_peft_type(**copy.deepcopy(dict(self._binding.settings.raw)))
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         return [
             name

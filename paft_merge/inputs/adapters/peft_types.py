@@ -101,8 +101,8 @@ NO_DELTA = {
 _CONVERT = "merge it with PEFT into a checkpoint, or convert it with peft.convert_to_lora, and merge that"
 
 
-_STEPS, _MOST_STEPS = ("num_cayley_neumann_terms", "depth"), 1000
-"""Fields with the number of steps that make the delta of a layer."""
+_MOST_STEPS = {"num_cayley_neumann_terms": 1000, "depth": 1000, "u": 100_000}
+"""The largest values of fields with the number of steps that make the delta of a layer."""
 
 
 def read_settings(folder: Path) -> Settings:
@@ -134,9 +134,9 @@ def read_settings(folder: Path) -> Settings:
         saved = raw.get("modules_to_save")
         if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
             problems.add("ADAPTER_CONFIG", path, f"modules_to_save: must be a list of strings, got {saved!r}")
-        for field in _STEPS:
-            if isinstance(raw.get(field), int) and raw[field] > _MOST_STEPS:
-                problems.add("ADAPTER_CONFIG", path, f"{field}: must be at most {_MOST_STEPS}, got {raw[field]}")
+        for field, most in _MOST_STEPS.items():
+            if isinstance(raw.get(field), int) and raw[field] > most:
+                problems.add("ADAPTER_CONFIG", path, f"{field}: must be at most {most}, got {raw[field]}")
     problems.raise_as(AdapterError)
     return Settings(raw)
 
