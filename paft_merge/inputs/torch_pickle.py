@@ -50,7 +50,8 @@ def read_bin(path: Path, file: io.BufferedReader) -> tuple[list[Stored], bytes]:
     """Find the tensors of a file that `torch.save` wrote.
 
     Returns:
-        The tensors in the order of the state dict, and the bytes of its pickle, for a digest.
+        The tensors in the order of the state dict (that of the model, in what a trainer saved), and the bytes of the
+        pickle, for a digest.
 
     Raises:
         CheckpointError: PICKLE_REFUSED if the pickle needs anything but tensors, or a tensor has no plain values;
@@ -60,6 +61,7 @@ def read_bin(path: Path, file: io.BufferedReader) -> tuple[list[Stored], bytes]:
         head = file.read(4)
         file.seek(0)
         entries, storages, pickled = _read_zip(path, file) if head[:2] == b"PK" else _read_legacy(path, file)
+        entries = _of_model(entries)
         if not all(isinstance(name, str) for name in entries):
             raise ValueError("not a map of names to tensors")
         return [_stored(path, name, entry, storages) for name, entry in entries.items()], pickled
@@ -67,6 +69,17 @@ def read_bin(path: Path, file: io.BufferedReader) -> tuple[list[Stored], bytes]:
         raise _unreadable(path, "no data.pkl inside") from None
     except (zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError, OSError, struct.error) as error:
         raise _unreadable(path, str(error) or type(error).__name__) from error
+
+
+_OF_MODEL = ("state_dict", "model_state_dict", "model", "module")
+"""Keys under which trainers (Lightning, fairseq, DeepSpeed) save a model's state dict beside their own values."""
+
+
+def _of_model(entries: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of the model in what a trainer saved; `entries` if it is one already, or has several."""
+    found = [entries[key] for key in _OF_MODEL if isinstance(entries.get(key), dict)]
+    alone = len(found) == 1 and not any(isinstance(value, _View) for value in entries.values())
+    return found[0] if alone else entries
 
 
 def _unreadable(path: Path, why: str) -> CheckpointError:

@@ -288,7 +288,6 @@ READ = {
         **{str(t): torch.arange(12).to(t) for t in (torch.uint16, torch.uint32, torch.uint64, torch.complex64)},
     },
     "parts of one storage": lambda: dict(zip("abcd", torch.randn(8, 5).chunk(4), strict=True)),
-    "nothing": dict,
 }  # fmt: skip
 
 
@@ -340,6 +339,27 @@ def test_tensors_without_plain_values_are_refused_by_name(tmp_path, kind):
 def test_what_is_not_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / BIN)
     assert refused(tmp_path, unpickle=True)[0] == "PICKLE_UNREADABLE"
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
+def test_the_model_in_what_a_trainer_saved_is_read(tmp_path, key):
+    weights, state = {"w": torch.randn(2, 3)}, {"exp_avg": torch.zeros(6)}
+    saved = {
+        "epoch": 3,
+        "lr": 1e-4,
+        "version": "2.5",
+        key: weights,
+        "optimizer": {"state": {0: state}, "groups": [{"lr": 1}]},
+    }
+    torch.save(saved, tmp_path / "last.ckpt")
+    with Checkpoint.open(tmp_path / "last.ckpt", unpickle=True) as opened:
+        assert list(opened.tensors) == ["w"]
+        assert torch.equal(opened.tensor("w"), weights["w"])
+
+
+def test_one_of_several_models_in_a_file_is_not_chosen(tmp_path):
+    torch.save({"model": {"w": torch.zeros(1)}, "module": {"w": torch.ones(1)}}, tmp_path / BIN)
+    assert "'model' is a dict, not a tensor" in refused(tmp_path, unpickle=True)[1]
 
 
 # --- hostile files --------------------------------------------------------------------------------------------------------
