@@ -11,6 +11,7 @@ from paft_merge.errors import CheckpointError, Problem, Problems, RecipeError
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.quantisation import Quantised, quantised
+from paft_merge.inputs.safetensors_header import quote, without_wrappers
 from paft_merge.inputs.tensor_inputs import Inputs, Read, inputs_for
 from paft_merge.methods import Method
 from paft_merge.methods.mergekit_methods import as_mergekit
@@ -101,6 +102,12 @@ class Planner:
         if found.claims and not found:
             what = f"says in config.json that it is quantised ({found.claims}), and none of its tensors is"
             self.warnings.append(Problem("QUANTISED", source[0], what, "remove quantization_config if that is wrong"))
+        names = self.config_source.checkpoint.tensors if self.config_source.checkpoint.config else ()
+        if wrapped := next(
+            (n for n in names if without_wrappers(n) != n or n.startswith(("module.", "base_model.model."))), None
+        ):
+            what = f"has names of a wrapper, such as {quote(wrapped)}, which the output keeps and transformers does not load"
+            self.warnings.append(Problem("NAMES", source[0], what, "give a base that save_pretrained wrote"))
         if self.config_source.checkpoint.file and self.config_source.checkpoint.config:
             what = "is a single file, so the output has no config and no tokenizer"
             self.warnings.append(Problem("RAW", source[0], what, "name its folder to have them"))
