@@ -97,7 +97,7 @@ class Leases:
         while not self.take(right):
             holder = self.holder(right)
             if holder is not None:
-                now = self._seen[holder.id][0]
+                now = self._seen.get(holder.id, ("", 0.0))[0]
                 if seen is None:
                     seen = now
                     waits(holder)
