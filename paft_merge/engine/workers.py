@@ -25,7 +25,7 @@ from paft_merge.engine.sidefiles import identity, without_times
 from paft_merge.engine.streaming import Progress, ranked_over_model
 from paft_merge.errors import OutputError, Problem, Problems
 from paft_merge.output.leases import Holder
-from paft_merge.output.placing import part_of
+from paft_merge.output.placing import is_shared, part_of
 from paft_merge.output.shared import Counted, SharedOutput, counts
 from paft_merge.plan import MergePlan
 
@@ -79,6 +79,8 @@ def merge_shared(
     def is_done() -> bool:
         return is_finished(plan, out, replace(options, overwrite=True), Problems())
 
+    if worker is None and not is_shared(out):
+        raise OutputError.of("INCOMPLETE", out, "no worker has begun to write it", "start its workers")
     about, seconds = str(worker) if worker else "a process that completes the output", options.lease_seconds
     try:
         with SharedOutput.join(out, plan.shards, _identity(plan, options), about, seconds) as shared:
@@ -104,7 +106,8 @@ def merge_shared(
 def _identity(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
     """Everything that must be the same for all workers. The times of files differ between copies on several machines."""
     found = without_times(identity(plan, options.device))
-    return {**found, "options": {**options.recorded(), "write_model_card": options.write_model_card}}
+    given = {**options.recorded(), "device": found["device"], "write_model_card": options.write_model_card}
+    return {**found, "options": given}
 
 
 def _complete(shared: SharedOutput, complete: Callable[[Output], None]) -> None:

@@ -204,6 +204,11 @@ def held(part: Path, out: Path, *, shared: bool = False) -> Iterator[Path]:
         yield part
 
 
+def is_shared(out: Path) -> bool:
+    """Whether workers have begun to write `out`, and have not completed it."""
+    return (part_of(out.resolve()) / WORKERS).is_dir()
+
+
 def shared(part: Path) -> Path:
     """Create the work folder of a merge by several workers, or join it; return the folder that they share in it.
 
