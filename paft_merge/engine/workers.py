@@ -79,10 +79,10 @@ def merge_shared(
     def is_done() -> bool:
         return is_finished(plan, out, replace(options, overwrite=True), Problems())
 
-    if worker is None and not is_shared(out):
-        raise OutputError.of("INCOMPLETE", out, "no worker has begun to write it", "start its workers")
     about, seconds = str(worker) if worker else "a process that completes the output", options.lease_seconds
     try:
+        if worker is None and not is_shared(out):
+            raise OutputError.of("INCOMPLETE", out, "no worker has begun to write it", "start its workers")
         with SharedOutput.join(out, plan.shards, _identity(plan, options), about, seconds) as shared:
             if is_done():  # since this process looked: then it has made a new work folder
                 shutil.rmtree(shared.part, ignore_errors=True)
@@ -93,11 +93,11 @@ def merge_shared(
                 named = ", ".join(missing[:5]) + (", ..." if missing[5:] else "")
                 what = f"{len(missing)} of {len(plan.shards)} files are missing: {named}"
                 raise OutputError.of("INCOMPLETE", shared.part, what, "start its workers again")
-            _complete(shared, complete)
+            _complete(shared, complete, about)
     except (OutputError, OSError) as error:
         # Another worker can complete the output, and so remove the work folder, at any time.
         if not is_done():
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, FileNotFoundError) and not is_shared(out):
                 fix = "start the workers again"
                 raise OutputError.of("OUTPUT", part_of(out), "was deleted while a worker used it", fix) from error
             raise
@@ -110,9 +110,9 @@ def _identity(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
     return {**found, "options": given}
 
 
-def _complete(shared: SharedOutput, complete: Callable[[Output], None]) -> None:
+def _complete(shared: SharedOutput, complete: Callable[[Output], None], about: str) -> None:
     """Complete the output, unless another worker does; then wait until it has."""
-    pause = 0.0
+    pause, waits_for = 0.0, ""
     while True:
         if shared.leases.take(_COMPLETE):
             try:
@@ -122,6 +122,10 @@ def _complete(shared: SharedOutput, complete: Callable[[Output], None]) -> None:
             except OutputError as error:
                 if error.problems[0].code != "BUSY":  # a worker that was taken for dead is still at it
                     raise
+        holder = shared.leases.holder(_COMPLETE)
+        if holder and holder.who != waits_for:
+            waits_for = holder.who
+            log.info("%s: waits for %s, which completes the output", about, waits_for)
         pause = shared.pause(pause)
 
 

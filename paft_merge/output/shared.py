@@ -76,10 +76,8 @@ class SharedOutput:
             begun = _read(place)
         fix = f"give all workers the same recipe, inputs, version and options; to start over, delete {part}"
         check_identity(part, begun, identity, fix)
-        with writing(part):
-            leases = Leases.open(folder / _LEASES, seconds, who)
-        with leases as mine:
-            yield cls(out, part, shards, identity, mine)
+        with Leases.open(folder / _LEASES, seconds, who) as leases:
+            yield cls(out, part, shards, identity, leases)
 
     # --- shares of the work ---------------------------------------------------------------------------------------------
 
