@@ -25,7 +25,7 @@ from paft_merge.engine.sidefiles import identity, without_times
 from paft_merge.engine.streaming import Progress, ranked_over_model
 from paft_merge.errors import OutputError, Problem, Problems
 from paft_merge.output.leases import Holder
-from paft_merge.output.placing import is_shared, part_of
+from paft_merge.output.placing import is_shared, part_of, writing
 from paft_merge.output.shared import Counted, SharedOutput, counts
 from paft_merge.plan import MergePlan
 
@@ -100,7 +100,8 @@ def merge_shared(
             if isinstance(error, FileNotFoundError) and not is_shared(out):
                 fix = "start the workers again"
                 raise OutputError.of("OUTPUT", part_of(out), "was deleted while a worker used it", fix) from error
-            raise
+            with writing(part_of(out)):
+                raise
 
 
 def _identity(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
