@@ -112,7 +112,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.FloatRange(0, min_open=True),
     default=60,
     show_default=True,
-    help="Take a worker for dead after this time without a sign of life. The same for all workers.",
+    help="Take a worker for dead after this time without a sign of life.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @planning_options

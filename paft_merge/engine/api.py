@@ -184,8 +184,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
         with _with_place(out, options, problems):
             plan = inputs.enter_context(_planned(documents, options, before_download))
         if is_finished(plan, out, options, problems):
-            if options.resume or options.finalize:  # a worker may be at it still
-                tidy_finished(out)
+            _tidy(out, options)
             warn(plan.warnings)
             return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, 0)
         if not problems.found:
@@ -228,6 +227,15 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
                 merge_into(output, plan, options.progress or (lambda _: None))
                 complete(output)
     return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, written)
+
+
+def _tidy(out: Path, options: MergeOptions) -> None:
+    """Remove what a merge that was killed after its last rename left."""
+    try:
+        tidy_finished(out)
+    except OutputError:
+        if not options.shared:  # else another worker is still doing that
+            raise
 
 
 def check_output(plan: MergePlan, out: Path, options: MergeOptions, problems: Problems) -> None:

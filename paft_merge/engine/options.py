@@ -65,7 +65,7 @@ class MergeOptions:
     finalize: bool = False
     """Complete the output of workers that have written all files, and merge nothing."""
     lease_seconds: float = 60
-    """Seconds after which a worker that shows no sign of life is taken for dead; the same for all workers."""
+    """Seconds after which a worker that shows no sign of life is taken for dead."""
     progress: Callable[[Progress], None] | None = None
     """Called after each tensor, in the thread that merges."""
     warn: Callable[[Sequence[Problem]], None] | None = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from paft_merge.engine.sidefiles import identity, without_times
 from paft_merge.engine.streaming import Progress, ranked_over_model
 from paft_merge.errors import OutputError, Problem, Problems
 from paft_merge.output.leases import Holder
-from paft_merge.output.placing import part_of
-from paft_merge.output.shared import Counted, SharedOutput
+from paft_merge.output.placing import is_shared, part_of, writing
+from paft_merge.output.shared import Counted, SharedOutput, counts
 from paft_merge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -74,34 +75,45 @@ def merge_shared(
             missing; RESUME_STALE, the other workers merge something else.
         PaftMergeError: as for `merge_checkpoint`.
     """
+
+    def is_done() -> bool:
+        return is_finished(plan, out, replace(options, overwrite=True), Problems())
+
     about, seconds = str(worker) if worker else "a process that completes the output", options.lease_seconds
     try:
+        if worker is None and not is_shared(out):
+            raise OutputError.of("INCOMPLETE", out, "no worker has begun to write it", "start its workers")
         with SharedOutput.join(out, plan.shards, _identity(plan, options), about, seconds) as shared:
+            if is_done():  # since this process looked: then it has made a new work folder
+                shutil.rmtree(shared.part, ignore_errors=True)
+                return
             if worker is not None:
                 _Member(plan, worker, shared, options, warn).merge(merge_into, threads, ops)
-            elif missing := [shard.file for i, shard in enumerate(plan.shards) if not shared.has_file(i)]:
+            elif missing := [plan.shards[i].file for i in sorted({*range(len(plan.shards))} - shared.files())]:
                 named = ", ".join(missing[:5]) + (", ..." if missing[5:] else "")
                 what = f"{len(missing)} of {len(plan.shards)} files are missing: {named}"
                 raise OutputError.of("INCOMPLETE", shared.part, what, "start its workers again")
-            _complete(shared, complete)
+            _complete(shared, complete, about)
     except (OutputError, OSError) as error:
         # Another worker can complete the output, and so remove the work folder, at any time.
-        if not is_finished(plan, out, replace(options, overwrite=True), Problems()):
-            if isinstance(error, FileNotFoundError):
+        if not is_done():
+            if isinstance(error, FileNotFoundError) and not is_shared(out):
                 fix = "start the workers again"
                 raise OutputError.of("OUTPUT", part_of(out), "was deleted while a worker used it", fix) from error
-            raise
+            with writing(part_of(out)):
+                raise
 
 
 def _identity(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
     """Everything that must be the same for all workers. The times of files differ between copies on several machines."""
     found = without_times(identity(plan, options.device))
-    return {**found, "options": {**options.recorded(), "write_model_card": options.write_model_card}}
+    given = {**options.recorded(), "device": found["device"], "write_model_card": options.write_model_card}
+    return {**found, "options": given}
 
 
-def _complete(shared: SharedOutput, complete: Callable[[Output], None]) -> None:
+def _complete(shared: SharedOutput, complete: Callable[[Output], None], about: str) -> None:
     """Complete the output, unless another worker does; then wait until it has."""
-    pause = 0.0
+    pause, waits_for = 0.0, ""
     while True:
         if shared.leases.take(_COMPLETE):
             try:
@@ -111,6 +123,10 @@ def _complete(shared: SharedOutput, complete: Callable[[Output], None]) -> None:
             except OutputError as error:
                 if error.problems[0].code != "BUSY":  # a worker that was taken for dead is still at it
                     raise
+        holder = shared.leases.holder(_COMPLETE)
+        if holder and holder.who != waits_for:
+            waits_for = holder.who
+            log.info("%s: waits for %s, which completes the output", about, waits_for)
         pause = shared.pause(pause)
 
 
@@ -123,7 +139,8 @@ class _Member:
     ) -> None:  # fmt: skip
         self.plan, self.worker, self.shared, self.warn = plan, worker, shared, warn
         self.progress = options.progress or (lambda _: None)
-        self.files = [_only(plan, number) for number in range(len(plan.shards))]
+        self.files = by_file(plan)
+        self.sizes = [sum(tensor.nbytes for tensor in file.tensors) for file in self.files]
         self.share = shares([_cost(file) for file in self.files], worker.count)[worker.index]
         self.order = [*self.share, *sorted({*range(len(self.files))} - {*self.share})]
         self._said: tuple[str, float] = "", 0.0
@@ -139,11 +156,17 @@ class _Member:
             what = f"has no file to write: the output has {of} file{'s' * (of != 1)} and {self.worker.count} workers"
             fix = "out_shard_bytes='5GB' or less makes more files"
             self.warn([Problem("WORKERS", str(self.worker), what, fix)])
-        ranked = ranked_over_model(self.plan, threads=threads, ops=ops, add_up=self._add_up)
-        for number in self._each("file", self.order, self.shared.has_file):
-            advance = partial(self._advance, [file for i, file in enumerate(self.files) if self.shared.has_file(i)])
-            with self.shared.file(number) as output:
-                merge_into(output, _only(ranked, number), advance)
+        ranked = by_file(ranked_over_model(self.plan, threads=threads, ops=ops, add_up=self._add_up))
+        for number in self._each("file", self.order, self.shared.files):
+            try:
+                with self.shared.file(number) as output:
+                    merge_into(output, ranked[number], partial(self._advance, self.shared.files()))
+            except (OutputError, OSError):
+                if self.shared.holds("file", number):
+                    raise
+                log.info(
+                    "%s: was taken for dead, and another one writes %s", self.worker, self.plan.shards[number].file
+                )
 
     def _take_number(self) -> None:
         def wait(holder: Holder) -> None:
@@ -158,10 +181,11 @@ class _Member:
     def _right(self) -> str:
         return f"worker-{self.worker.index}"
 
-    def _each(self, kind: str, order: Sequence[int], is_done: Callable[[int], bool]) -> Iterator[int]:
-        return self.shared.each(kind, order, is_done, taken_over=self._take_over, waits=self._wait)
+    def _each(self, kind: str, order: Sequence[int], done: Callable[[], Container[int]]) -> Iterator[int]:
+        return self.shared.each(kind, order, done, takes_over=self._take_over, waits=self._wait)
 
     def _take_over(self, number: int, holder: Holder) -> None:
+        self.shared.discard(number, holder)
         since = f"was silent for {self.shared.leases.seconds:g} s" if holder.state == "silent" else "has ended"
         what = f"takes over {self.plan.shards[number].file}: {holder.who} {since}"
         self.warn([Problem("WORKERS", str(self.worker), what)])
@@ -174,14 +198,12 @@ class _Member:
             self._said = text, monotonic()
             log.info("%s: waits for %s", self.worker, text)
 
-    def _advance(self, before: Sequence[MergePlan], done: Progress) -> None:
+    def _advance(self, complete: Collection[int], done: Progress) -> None:
         """Report the progress of the whole merge, from that of one file and the files that are complete."""
         self._check_number()
-        tensors, nbytes = len(self.plan.tensors), sum(t.nbytes for t in self.plan.tensors)
-        finished = [tensor.nbytes for file in before for tensor in file.tensors]
-        self.progress(
-            Progress(len(finished) + done.tensors, tensors, sum(finished) + done.bytes_done, nbytes, done.name)
-        )
+        tensors = done.tensors + sum(len(self.files[number].tensors) for number in complete)
+        nbytes = done.bytes_done + sum(self.sizes[number] for number in complete)
+        self.progress(Progress(tensors, len(self.plan.tensors), nbytes, sum(self.sizes), done.name))
 
     def _check_number(self) -> None:
         """Stop if this worker was taken for dead, and a process with its number was started."""
@@ -200,13 +222,12 @@ class _Member:
         ranked = {id(tensor) for tensor in walk.tensors}
         found = {number: [t for t in file.tensors if id(t) in ranked] for number, file in enumerate(self.files)}
         tensors = {number: some for number, some in found.items() if some}
-        names = {number: f"{self._sums}-{number:05d}.npz" for number in tensors}
         order = [number for number in self.order if number in tensors]
-        for number in self._each(f"sum-{self._sums}", order, lambda number: self.shared.has_counted(names[number])):
-            self.shared.add_counted(names[number], count(replace(walk, tensors=tensors[number])))
+        for number in self._each(f"sum{self._sums}", order, lambda: self.shared.counted(self._sums)):
+            self.shared.add_counts(self._sums, number, count(replace(walk, tensors=tensors[number])))
             self._check_number()
-        counts = [self.shared.counted(name) for name in names.values()]
-        return tuple(np.sum(arrays, axis=0) for arrays in zip(*counts, strict=True))
+        every = [counts(file) for file in self.shared.counted(self._sums).values()]
+        return tuple(np.sum(arrays, axis=0) for arrays in zip(*every, strict=True))
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:
@@ -238,8 +259,10 @@ def _cost(file: MergePlan) -> float:
     return float(cost)
 
 
-def _only(plan: MergePlan, number: int) -> MergePlan:
-    """The plan of one file of the output."""
-    shard = plan.shards[number]
-    names = {slot.name for slot in shard.slots}
-    return replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.name in names), shards=(shard,))
+def by_file(plan: MergePlan) -> list[MergePlan]:
+    """Return a plan for each file of the output."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    return [
+        replace(plan, tensors=tuple(tensors[slot.name] for slot in shard.slots), shards=(shard,))
+        for shard in plan.shards
+    ]

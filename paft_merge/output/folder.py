@@ -139,6 +139,8 @@ class Output:
             OutputError: BUSY (another process holds `out.part`), OUTPUT (a file or a journal is damaged).
         """
         with held(part_of(out), out, shared=True) as part:
+            with writing(part):  # an earlier attempt to complete it
+                remove_entries(part, keep=[LOCK, JOURNAL, WORKERS, *(shard.file.split("/")[0] for shard in shards)])
             finished = dict[str, Finished]()
             for shard, folder in zip(shards, folders, strict=True):
                 journal = _read_journal(folder)

@@ -46,7 +46,7 @@ class Leases:
 
     Attributes:
         folder: holds the files of all processes.
-        seconds: after which a process whose count does not change is taken for dead.
+        seconds: after which a process whose count does not change is taken for dead, if it does not ask for more itself.
         id: of this process, unique.
         who: describes this process, in the messages of others.
     """
@@ -97,7 +97,7 @@ class Leases:
         while not self.take(right):
             holder = self.holder(right)
             if holder is not None:
-                now = self._seen[holder.id][0]
+                now = self._seen.get(holder.id, ("", 0.0))[0]
                 if seen is None:
                     seen = now
                     waits(holder)
@@ -126,13 +126,13 @@ class Leases:
         if name == self.id:
             return "here"
         text = _text(self.folder / f"{name}.beat") or ""  # NFS may not show a new file for a while
-        count, *process = text.split() or [""]
+        count, seconds, *process = text.split() or ["", "0"]
         if count == "-1" or _is_gone(process):
             return "ended"
         now = time.monotonic()
         if name not in self._seen or self._seen[name][0] != text:
             self._seen[name] = text, now
-        return "silent" if now - self._seen[name][1] >= self.seconds else "alive"
+        return "silent" if now - self._seen[name][1] >= max(self.seconds, float(seconds)) else "alive"
 
     def _keep_beating(self, ends: threading.Event) -> None:
         count = 0
@@ -146,7 +146,7 @@ class Leases:
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if count == 0 else 0)
         fd = os.open(self.folder / f"{self.id}.beat", flags, 0o666)
         try:
-            os.pwrite(fd, f"{count:>12} {os.getpid()} {_machine()}\n".encode(), 0)
+            os.pwrite(fd, f"{count:>12} {self.seconds:g} {os.getpid()} {_machine()}\n".encode(), 0)
         finally:
             os.close(fd)
 

@@ -204,6 +204,11 @@ def held(part: Path, out: Path, *, shared: bool = False) -> Iterator[Path]:
         yield part
 
 
+def is_shared(out: Path) -> bool:
+    """Whether workers have begun to write `out`, and have not completed it."""
+    return (part_of(out.resolve()) / WORKERS).is_dir()
+
+
 def shared(part: Path) -> Path:
     """Create the work folder of a merge by several workers, or join it; return the folder that they share in it.
 
@@ -288,9 +293,14 @@ def put_in_place(part: Path, out: Path, *, overwrite: bool) -> None:
         return
     if replaced:
         _remove_replaced(replaced)
-    shutil.rmtree(out / WORKERS, ignore_errors=True)  # a worker may still write there that it is alive
-    (out / LOCK).unlink()  # last, because it keeps other merges out of out.part
+    _unlock(out)
     sync_folder(out.parent)
+
+
+def _unlock(folder: Path) -> None:
+    """Remove what only an unfinished output has; the lock last, because it keeps other merges out."""
+    shutil.rmtree(folder / WORKERS, ignore_errors=True)  # a worker may still write there that it is alive
+    (folder / LOCK).unlink()
 
 
 def _rename(part: Path, out: Path, *, overwrite: bool) -> Path | None:
@@ -352,7 +362,7 @@ def _finish_exchange(part: Path, out: Path) -> None:
         (part / _REPLACED_MARK).touch()
         os.rename(part, _replaced(part))
         _remove_replaced(_replaced(part))
-        (out / LOCK).unlink()
+        _unlock(out)
 
 
 def tidy_finished(out: Path) -> None:
@@ -365,7 +375,6 @@ def tidy_finished(out: Path) -> None:
     part = part_of(out)
     _finish_exchange(part, out)
     with writing(out):
-        _tidy_replaced(part, out)
         if part.parent == out and part.is_dir() and is_left_by_merge(part):
             with _open_lock(part) as lock:
                 _take(lock, part)
@@ -374,8 +383,10 @@ def tidy_finished(out: Path) -> None:
         if _starts(out / LOCK, _MARK, _SEAL):
             with _open_lock(out) as lock:
                 _take(lock, out)
-                shutil.rmtree(out / WORKERS, ignore_errors=True)
-                (out / LOCK).unlink()
+                _tidy_replaced(part, out)
+                _unlock(out)
+        else:
+            _tidy_replaced(part, out)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -413,8 +424,7 @@ def _move_up(part: Path, out: Path, *, overwrite: bool) -> None:
     (part / PLACING).unlink()
     sync_folder(part)
     shutil.rmtree(part / _OLD)
-    shutil.rmtree(part / WORKERS, ignore_errors=True)
-    (part / LOCK).unlink()
+    _unlock(part)
     part.rmdir()
     sync_folder(out)
 

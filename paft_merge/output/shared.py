@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from paft_merge.errors import OutputError
 from paft_merge.output.folder import Output, check_identity
 from paft_merge.output.leases import Holder, Leases, create_once
 from paft_merge.output.placing import part_of, shared, writing
@@ -72,13 +73,11 @@ class SharedOutput:
                 (folder / name).mkdir(exist_ok=True)
             place = folder / _IDENTITY
             create_once(place, json.dumps(identity), f"{os.getpid()}.{time.monotonic_ns()}")
-            begun = json.loads(place.read_text())
+            begun = _read(place)
         fix = f"give all workers the same recipe, inputs, version and options; to start over, delete {part}"
         check_identity(part, begun, identity, fix)
-        with writing(part):
-            leases = Leases.open(folder / _LEASES, seconds, who)
-        with leases as mine:
-            yield cls(out, part, shards, identity, mine)
+        with Leases.open(folder / _LEASES, seconds, who) as leases:
+            yield cls(out, part, shards, identity, leases)
 
     # --- shares of the work ---------------------------------------------------------------------------------------------
 
@@ -86,9 +85,9 @@ class SharedOutput:
         self,
         kind: str,
         order: Sequence[int],
-        is_done: Callable[[int], bool],
+        done: Callable[[], Container[int]],
         *,
-        taken_over: Callable[[int, Holder], None],
+        takes_over: Callable[[int, Holder], None],
         waits: Callable[[Mapping[int, Holder]], None],
     ) -> Iterator[int]:
         """Yield the parts of the work that this worker must do, until every part is done by some worker.
@@ -96,28 +95,30 @@ class SharedOutput:
         Args:
             kind: of the work, for its leases.
             order: all parts, in the order in which this worker tries them.
-            is_done: whether a part is complete.
-            taken_over: called with a part that a dead worker began, and that worker.
+            done: returns the parts that are complete.
+            takes_over: called with a part that a dead worker began, and that worker.
             waits: called again and again with the parts that other workers have begun, while there are no others.
         """
         pause = _POLL[0]
-        left = [number for number in order if not is_done(number)]
-        while left:
+        while left := _without(order, done()):
             others = dict[int, Holder]()
             for number in left:
-                right = f"{kind}-{number:05d}"
-                before = self.leases.holder(right)
-                if not self.leases.take(right):
-                    others |= {number: holder} if (holder := self.leases.holder(right)) else {}
-                elif not is_done(number):
+                before = self.leases.holder(_right(kind, number))
+                if not self.leases.take(_right(kind, number)):
+                    others |= {number: holder} if (holder := self.leases.holder(_right(kind, number))) else {}
+                elif number not in done():
                     if before and before.state != "here":
-                        taken_over(number, before)
+                        takes_over(number, before)
                     pause = _POLL[0]
                     yield number
-            left = [number for number in left if not is_done(number)]
-            if left and len(others) >= len(left):
-                waits({number: holder for number, holder in others.items() if number in left})
+            if len(others) == len(left):
+                waits(others)
                 pause = self.pause(pause)
+
+    def holds(self, kind: str, number: int) -> bool:
+        """Whether no other worker took over a part that `each` yielded."""
+        holder = self.leases.holder(_right(kind, number))
+        return holder is not None and holder.state == "here"
 
     def pause(self, seconds: float) -> float:
         """Wait, and return how long to wait next.
@@ -131,17 +132,14 @@ class SharedOutput:
 
     # --- files ----------------------------------------------------------------------------------------------------------
 
-    def has_file(self, number: int) -> bool:
-        """Whether a file of the output is complete."""
-        return self._file(number).is_dir()
+    def files(self) -> set[int]:
+        """The files of the output that are complete."""
+        return {int(name) for name in os.listdir(self._folder / _FILES) if name.isdigit()}
 
     @contextmanager
     def file(self, number: int) -> Iterator[Output]:
         """Write one file of the output, in a folder that no other worker uses; it counts as complete at the end."""
-        place = self._file(number)
-        for left in place.parent.glob(f"{place.name}.*"):  # by a worker that is dead
-            shutil.rmtree(left, ignore_errors=True)
-        own = place.with_name(f"{place.name}.{self.leases.id}")
+        own, place = self._unfinished(number, self.leases.id), self._file(number)
         with writing(self.part):
             own.mkdir()
         try:
@@ -152,11 +150,15 @@ class SharedOutput:
                 try:
                     os.rename(own, place)
                 except OSError:
-                    if not self.has_file(number):  # else a worker that was taken for dead was faster
+                    if not place.is_dir():  # else a worker that was taken for dead was faster
                         raise
                 sync_folder(place.parent)
         finally:
             shutil.rmtree(own, ignore_errors=True)
+
+    def discard(self, number: int, holder: Holder) -> None:
+        """Remove what a dead worker wrote of a file."""
+        shutil.rmtree(self._unfinished(number, holder.id), ignore_errors=True)
 
     def gathered(self) -> AbstractContextManager[Output]:
         """Open the complete output, see `Output.gathered`."""
@@ -166,21 +168,46 @@ class SharedOutput:
     def _file(self, number: int) -> Path:
         return self._folder / _FILES / f"{number:05d}"
 
+    def _unfinished(self, number: int, id: str) -> Path:
+        return self._folder / _FILES / f"{number:05d}.{id}"
+
     # --- sums -----------------------------------------------------------------------------------------------------------
 
-    def has_counted(self, name: str) -> bool:
-        """Whether `counted` has the counts of a share."""
-        return (self._folder / _SUMS / name).is_file()
+    def counted(self, sum: int) -> dict[int, Path]:
+        """The shares of a sum that were counted, for `counts`."""
+        found = (path for path in (self._folder / _SUMS).iterdir() if path.name.startswith(f"{sum}-"))
+        return {int(path.stem.partition("-")[2]): path for path in found}
 
-    def counted(self, name: str) -> Counted:
-        """Read the counts of a share."""
-        with np.load(self._folder / _SUMS / name, allow_pickle=False) as held:
-            return tuple(held[key] for key in held.files)
-
-    def add_counted(self, name: str, counts: Counted) -> None:
-        """Write the counts of a share for all workers."""
+    def add_counts(self, sum: int, number: int, counts: Counted) -> None:
+        """Write the counts of a share of a sum for all workers."""
+        name = f"{sum}-{number:05d}.npz"
         made = self._folder / _SUMS / f".{name}.{self.leases.id}"
         with writing(self.part):
             with made.open("wb") as file:
                 np.savez_compressed(file, *counts)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(made, self._folder / _SUMS / name)
+
+
+def counts(file: Path) -> Counted:
+    """Read the counts of a share."""
+    with np.load(file, allow_pickle=False) as held:
+        return tuple(held[key] for key in held.files)
+
+
+def _right(kind: str, number: int) -> str:
+    return f"{kind}-{number:05d}"
+
+
+def _without(order: Sequence[int], done: Container[int]) -> list[int]:
+    return [number for number in order if number not in done]
+
+
+def _read(place: Path) -> Any:
+    """Read the identity of a merge. Without hard links, its creator may not have written all of it."""
+    for _ in range(20):
+        with suppress(ValueError):
+            return json.loads(place.read_text())
+        time.sleep(0.1)
+    raise OutputError.of("OUTPUT", place, "is damaged", f"delete {place.parents[1]} to start over")

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from conftest import near, random_state, save_adapter, save_checkpoint
-from toys.merge import HERE, files_of, on, paft, recipe, write_recipe
+from toys.merge import HERE, files_of, on, paft, python, recipe, write_recipe
 
 from paft_merge import merge
 from paft_merge.errors import OutputError
@@ -39,6 +39,11 @@ _SLOW = """if True:
         finish(self, finished)
     Output.finish_tensor = slowly
 """
+_NEVER_COMPLETE = """if True:
+    import time
+    from paft_merge.output.folder import Output
+    Output.complete = lambda *_, **__: time.sleep(60)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +59,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     }
 
 
-def start(*arguments: Any, slow: float = 0.0, **environment: str) -> subprocess.Popen[str]:
-    """Start `paft merge` in a process; `slow` is a number of seconds for each tensor."""
-    code = (_SLOW.format(seconds=slow) if slow else "") + _COMMAND
+def start(*arguments: Any, slow: float = 0.0, before: str = "", **environment: str) -> subprocess.Popen[str]:
+    """Start `paft merge` in a process, after the Python text `before`; `slow` is a number of seconds for each tensor."""
+    code = (_SLOW.format(seconds=slow) if slow else before) + _COMMAND
     here = os.environ | {"PYTHONPATH": HERE} | environment
     command = [sys.executable, "-c", code, *map(str, arguments), "--lease-seconds", str(LEASE), "--threads", "1"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=here)
@@ -267,7 +272,8 @@ def test_workers_that_are_killed_and_started_again_end_in_the_same_bytes(models:
         victim = chance.randrange(3)
         running[victim].kill()
         running[victim].communicate()
-        running[victim] = start(asked, out, "--worker", f"{victim}/3", slow=0.05)
+        count = 3 + (victim < 2)  # the number of workers may change
+        running[victim] = start(asked, out, "--worker", f"{victim}/{count}", slow=0.05)
     ends(*running.values())
     assert files_of(out) == files_of(tmp_path / "one")
     assert not part_of(out).exists()
@@ -308,6 +314,70 @@ def test_a_worker_that_was_taken_for_dead_does_no_harm(models: Models, tmp_path:
     merge(asked, tmp_path / "one")
     assert files_of(out) == before == files_of(tmp_path / "one")
     assert not part_of(out).exists()
+
+
+def test_a_worker_that_lost_its_file_goes_on(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "ties", tmp_path), tmp_path / "out"
+    hangs = start(asked, out, "--worker", "0/2", slow=0.05)
+    until(lambda: _claimed(out))
+    os.kill(hangs.pid, signal.SIGSTOP)
+    other = start(asked, out, "--worker", "1/2", slow=0.4)
+    leases = part_of(out) / WORKERS / "leases"
+    until(lambda: any(path.name.startswith("file-") and path.name.endswith(".1") for path in leases.iterdir()))
+    os.kill(hangs.pid, signal.SIGCONT)
+    said = ends(hangs, other)
+    assert "worker 0 of 2: was taken for dead, and another one writes model-0000" in said
+    merge(asked, tmp_path / "one")
+    assert files_of(out) == files_of(tmp_path / "one")
+
+
+def test_a_worker_whose_number_was_given_away_stops(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "ties", tmp_path), tmp_path / "out"
+    hangs = start(asked, out, "--worker", "0/2", slow=0.5)
+    until(lambda: _claimed(out))
+    os.kill(hangs.pid, signal.SIGSTOP)
+    again = start(asked, out, "--worker", "0/2", slow=0.1)
+    until((part_of(out) / WORKERS / "leases" / "worker-0.1").exists)
+    os.kill(hangs.pid, signal.SIGCONT)
+    said = ends(hangs, code=1)
+    assert f"worker 0 of 2 was silent for {LEASE:g} s, and worker 0 of 2, process {again.pid} on" in said
+    assert "took its number; nothing is lost: the others write its files" in said
+    ends(again)
+    merge(asked, tmp_path / "one")
+    assert files_of(out) == files_of(tmp_path / "one")
+
+
+def test_a_folder_that_is_deleted_under_a_worker(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "ties", tmp_path), tmp_path / "out"
+    worker = start(asked, out, "--worker", "0/2", slow=0.3)
+    until(lambda: _claimed(out))
+    shutil.rmtree(part_of(out), ignore_errors=True)
+    said = ends(worker, code=1)
+    assert "error[OUTPUT]" in said
+    assert "was deleted while a worker used it; start the workers again" in said
+    assert not out.exists()
+
+
+def test_damaged_files_of_a_merge_are_named(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "ties", tmp_path), tmp_path / "out"
+    worker = start(asked, out, "--worker", "0/2", slow=0.3)
+    until(lambda: len(complete_files(out)) == 2)
+    worker.kill()
+    worker.communicate()
+    folder = part_of(out) / WORKERS
+    journal = folder / "files" / complete_files(out)[0] / "merge_state.json"
+    journal.write_bytes(journal.read_bytes()[:-9])
+    said = ends(start(asked, out, "--worker", "0/2"), code=1)
+    assert f"{journal.parent}: its journal is incomplete; delete this folder, and start a worker again" in said
+    shutil.rmtree(journal.parent)
+    before = (folder / "merge.json").read_bytes()
+    (folder / "merge.json").write_bytes(before[:50])
+    said = ends(start(asked, out, "--worker", "0/2"), code=1)
+    assert f"merge.json: is damaged; delete {part_of(out)} to start over" in said
+    (folder / "merge.json").write_bytes(before)
+    ends(start(asked, out, "--worker", "0/2"))
+    merge(asked, tmp_path / "one")
+    assert files_of(out) == files_of(tmp_path / "one")
 
 
 def test_two_live_workers_cannot_have_the_same_number(models: Models, tmp_path: Path) -> None:
@@ -360,6 +430,8 @@ def test_a_worker_that_would_merge_something_else_is_refused(change: str, models
 
 def test_finalize_lists_what_is_missing_and_completes_what_is_there(models: Models, tmp_path: Path) -> None:
     asked, out = written(models, "ties", tmp_path), tmp_path / "out"
+    assert "no worker has begun to write it" in ends(start(asked, out, "--finalize"), code=1)
+    assert not part_of(out).exists()
     killed = start(asked, out, "--worker", "0/2", slow=0.3)
     until(lambda: len(complete_files(out)) == 2)
     killed.kill()
@@ -369,11 +441,39 @@ def test_finalize_lists_what_is_missing_and_completes_what_is_there(models: Mode
     assert "4 of 6 files are missing: model-0000" in said
     assert "start its workers again" in said
     assert not out.exists()
-    done = start(asked, out, "--worker", "0/1")
-    ends(done)
-    ends(start(asked, out, "--finalize"))
+    os.utime(models["x"] / "model-00001-of-00002.safetensors")  # a copy on another machine has another time
+    ends(start(asked, out, "--worker", "0/1", "--quiet"))
+    assert "is done" in ends(start(asked, out, "--finalize"))
     merge(asked, tmp_path / "one")
     assert files_of(out) == files_of(tmp_path / "one")
+
+
+def test_all_files_are_there_and_their_workers_are_dead(models: Models, tmp_path: Path) -> None:
+    asked, out = written(models, "ties", tmp_path), tmp_path / "out"
+    worker = start(asked, out, "--worker", "0/2", before=_NEVER_COMPLETE)
+    until(lambda: len(complete_files(out)) == 6)
+    worker.kill()
+    worker.communicate()
+    assert not out.exists()
+    ends(*(start(asked, out, "--finalize") for _ in range(3)))
+    merge(asked, tmp_path / "one")
+    assert files_of(out) == files_of(tmp_path / "one")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "out", "recipe.yaml"}
+
+
+@pytest.mark.parametrize("what", ["replacing-workers", "workers-mounted"])
+def test_a_worker_is_killed_at_any_step(what: str, models: Models, tmp_path: Path) -> None:
+    asked = write_recipe(tmp_path / "recipe.yaml", recipe("slerp", models["x"], models["y"], parameters={"t": 0.5}))
+    folder = tmp_path / "killed"
+    (folder / "old").mkdir(parents=True)
+    (folder / "old" / "model.safetensors").write_text("the old one")
+    (folder / "old" / "config.json").write_text("{}")
+    code = "import sys; from toys import kill_merges; kill_merges.main(*sys.argv[1:])"
+    run = python(code, asked, folder, what, "9")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["steps"] > 70
+    assert not found["faults"]
 
 
 def test_a_merge_by_one_process_leaves_the_folder_of_workers_alone(models: Models, tmp_path: Path) -> None:
@@ -434,6 +534,7 @@ def test_a_fault_of_an_input_ends_every_worker_with_its_line(models: Models, tmp
         (["--worker", "2/2"], "'2/2' is not a worker; they are counted from 0: write 0/2 to 1/2"),
         (["--worker", "x"], "'x' is not a worker; write I/N"),
         (["--distributed"], "the environment has no number of a worker"),
+        (["--worker", "0/2", "--lease-seconds", "0"], "0.0 is not in the range x>0"),
         (["--worker", "0/2", "--finalize"], "worker, distributed and finalize exclude each other"),
     ],
 )

@@ -28,7 +28,7 @@ def mine(tmp_path: Path) -> Iterator[Leases]:
 
 def of_a_dead_process(folder: Path, right: str, generation: int = 0, process: str = "") -> None:
     """What a process leaves that was killed."""
-    (folder / f"dead{generation}.beat").write_text(f"           7 {process}\n")
+    (folder / f"dead{generation}.beat").write_text(f"           7 {FAST} {process}\n")
     (folder / f"{right}.{generation}").write_text(json.dumps({"id": f"dead{generation}", "who": "the dead one"}))
 
 
@@ -83,6 +83,14 @@ def test_of_many_that_see_it_dead_one_takes_over(tmp_path: Path) -> None:
     assert sorted(won) == [False] * 7 + [True]
 
 
+def test_a_process_that_counts_more_slowly_is_given_its_own_time(mine: Leases, tmp_path: Path) -> None:
+    with Leases.open(tmp_path, 20 * FAST, "slow") as slow:
+        assert slow.take("a")
+        assert not mine.take("a")
+        time.sleep(2 * FAST)
+        assert not mine.take("a")
+
+
 def test_who_lost_a_right_sees_it(mine: Leases, tmp_path: Path) -> None:
     assert mine.take("a")
     with Leases.open(tmp_path, FAST, "theirs") as theirs:
@@ -99,7 +107,7 @@ def test_a_process_of_this_machine_that_is_gone_is_dead_at_once(mine: Leases, tm
     child.wait()
     of_a_dead_process(tmp_path, "a", process=f"{child.pid} {module._machine()}")
     assert mine.take("a")
-    (tmp_path / "far.beat").write_text(f"7 {child.pid} another-machine\n")
+    (tmp_path / "far.beat").write_text(f"7 {FAST} {child.pid} another-machine\n")
     (tmp_path / "b.0").write_text(json.dumps({"id": "far", "who": "far"}))
     assert not mine.take("b")
 

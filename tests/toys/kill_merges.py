@@ -23,7 +23,7 @@ from paft_merge.engine import streaming as streaming  # imported before the fork
 from paft_merge.output import placing
 from paft_merge.output.folder import Output
 
-STEPS = ("write", "pwrite", "rename", "replace", "unlink", "fsync", "mkdir", "rmdir")
+STEPS = ("write", "pwrite", "link", "rename", "replace", "unlink", "fsync", "mkdir", "rmdir")
 
 
 class Steps:
@@ -71,10 +71,12 @@ def count_steps(recipe: Path, out: Path, **keywords: Any) -> int:
     return int(out.with_name("steps").read_text())
 
 
-def fault_at(n: int, recipe: Path, folder: Path, whole: dict[str, bytes], old: dict[str, bytes] | None) -> str | None:
+def fault_at(
+    n: int, recipe: Path, folder: Path, whole: dict[str, bytes], old: dict[str, bytes] | None, workers: bool
+) -> str | None:
     """What is wrong after a merge that was killed before step `n` and resumed; None when all is well."""
     out = folder / str(n)
-    keywords = {"overwrite": old is not None, "threads": 1}
+    keywords: dict[str, Any] = {"overwrite": old is not None, "threads": 1, **({"worker": "0/2"} if workers else {})}
     if old is not None:
         shutil.copytree(folder / "old", out)
     elif placing.is_mount is yes:
@@ -87,13 +89,16 @@ def fault_at(n: int, recipe: Path, folder: Path, whole: dict[str, bytes], old: d
     if in_child(killed) != -signal.SIGKILL:
         return "was not killed"
     left = files_of(out) if out.exists() else None
+    if left and workers:
+        left = {name: data for name, data in left.items() if not name.startswith(placing.WORKERS)}
     if placing.is_mount is yes:
         moving = (out / placing.INSIDE / placing.PLACING).exists()
         found = {name: data for name, data in (left or {}).items() if not name.startswith(placing.INSIDE)}
         left = old if moving or not found else found
     if left not in (old, whole, whole | {"lock": (left or {}).get("lock")}):
         return "left something that is neither what was there nor what was asked for"
-    if in_child(lambda: merge(recipe, out, resume=True, **{**keywords, "overwrite": True}) and None) != 0:
+    again = {**keywords, "overwrite": True, **({"worker": "1/2"} if workers else {"resume": True})}
+    if in_child(lambda: merge(recipe, out, **again) and None) != 0:
         return "could not be resumed"
     if files_of(out) != whole:
         return "was resumed to other bytes"
@@ -110,9 +115,10 @@ def yes(_: Path) -> bool:
 def main(recipe: str, where: str, what: str, every: str) -> None:
     """Kill a merge of `recipe` before each step (or every third), where there is nothing yet or `replacing` something.
 
-    `mounted` and `replacing-mounted` do so in folders that cannot be renamed.
+    `mounted` and `replacing-mounted` do so in folders that cannot be renamed. With `workers` in it, a worker is killed, and
+    another one ends the merge.
     """
-    folder, replacing = Path(where), what.startswith("replacing")
+    folder, replacing, workers = Path(where), what.startswith("replacing"), "workers" in what
     old = files_of(folder / "old") if replacing else None
     whole = files_of(merge(recipe, folder / "whole", threads=1))  # here, so that every fork has the kernels
     if replacing:
@@ -120,6 +126,7 @@ def main(recipe: str, where: str, what: str, every: str) -> None:
     if what.endswith("mounted"):
         placing.is_mount = yes
         (folder / "counted").mkdir(exist_ok=True)
-    steps = count_steps(Path(recipe), folder / "counted", overwrite=replacing)
-    faults = {n: fault_at(n, Path(recipe), folder, whole, old) for n in range(0, steps, int(every))}
+    keywords = {"worker": "0/2"} if workers else {}
+    steps = count_steps(Path(recipe), folder / "counted", overwrite=replacing, **keywords)
+    faults = {n: fault_at(n, Path(recipe), folder, whole, old, workers) for n in range(0, steps, int(every))}
     print(json.dumps({"steps": steps, "faults": {n: fault for n, fault in faults.items() if fault}}))

@@ -1,0 +1,87 @@
+"""How files are divided among workers."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toys.merge import on, recipe
+
+from paft_merge import MergeOptions, merge, open_plan
+from paft_merge.engine.workers import _identity, by_file, shares
+from paft_merge.errors import OutputError
+
+
+def test_the_most_expensive_files_come_first_and_go_to_the_worker_with_the_least() -> None:
+    assert shares([1, 5, 3, 3, 4], 2) == [[1, 3], [4, 2, 0]]
+    assert shares([1, 1], 3) == [[0], [1], []]
+    assert shares([], 2) == [[], []]
+
+
+def test_shares_are_balanced() -> None:
+    costs = np.random.default_rng(0).uniform(1, 10, 200).tolist()
+    loads = [sum(costs[i] for i in share) for share in shares(costs, 7)]
+    assert max(loads) < 1.05 * min(loads)
+    assert sorted(i for share in shares(costs, 7) for i in share) == list(range(200))
+
+
+def test_the_plans_of_files_are_the_plan(family: Callable[..., dict[str, Path]]) -> None:
+    paths = family(torch.bfloat16, shards=3)
+    with open_plan(recipe("ties", paths["base"], (on(paths["base"], paths["sft"]), {"weight": 1.0}))) as plan:
+        files = by_file(plan)
+        assert [file.shards for file in files] == [(shard,) for shard in plan.shards]
+        assert [tensor for file in files for tensor in file.tensors] == list(plan.tensors)
+
+
+def test_workers_in_python(family: Callable[..., dict[str, Path]], tmp_path: Path) -> None:
+    paths = family(shards=3)
+    asked = recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})
+    seen: list[tuple[int, int]] = []
+    first = merge(asked, tmp_path / "out", worker="1/2", progress=lambda p: seen.append((p.tensors, p.bytes_done)))
+    again = merge(asked, tmp_path / "out", worker="0/2")
+    assert (first.bytes_written > 0, again.bytes_written) == (True, 0)
+    assert seen[-1][0] == len(first.plan.tensors) == len(seen)
+    assert seen == sorted(seen)
+    assert again.manifest["tensors"].keys() == {tensor.name for tensor in first.plan.tensors}
+
+
+def test_a_worker_that_comes_while_the_output_is_completed_leaves_nothing(
+    family: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, out = family(shards=3), tmp_path / "out"
+    asked = recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})
+    merge(asked, out, worker="0/2")
+    before = os.stat(out).st_ino
+    monkeypatch.setattr("paft_merge.engine.api.is_finished", lambda *_: False)  # as before the output was there
+    assert merge(asked, out, worker="1/2", overwrite=True).bytes_written == 0
+    assert os.stat(out).st_ino == before
+    assert not out.with_name("out.part").exists()
+
+
+def test_a_file_system_without_locks(
+    family: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_lock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    paths = family(shards=3)
+    asked = recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})
+    merge(asked, tmp_path / "out", worker="0/2")
+    merge(asked, tmp_path / "out", worker="1/2")
+    with pytest.raises(OutputError, match="No locks available"):
+        merge(asked, tmp_path / "other")
+
+
+def test_devices_of_workers_may_have_other_numbers(family: Callable[..., dict[str, Path]]) -> None:
+    paths = family()
+    with open_plan(recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})) as plan:
+        one, two = (_identity(plan, MergeOptions(device=device)) for device in ("cuda:0", "cuda:1"))
+        assert one == two != _identity(plan, MergeOptions())
