@@ -95,6 +95,8 @@ def audit(
         arena, found = Arena(opened.subjects, held_bytes), list[TensorStats]()
         total, done = sum(s.numel for s in opened.subjects), 0
         rules = rules_for(opened.subjects, proposal if several else None, pool)
+        if several and proposal and opened.recipe is None and rules and not any(rules):
+            opened = replace(opened, warnings=(*opened.warnings, _no_preview(proposal.method)))
         for at, (subject, rule) in enumerate(zip(opened.subjects, rules, strict=True), 1):
             subject = replace(subject, rule=rule or subject.rule)  # its blocks are whole rows of the rule
             found.append(survey(subject, HeldDeltas(subject, pool, arena), wanted, rule))
@@ -120,8 +122,15 @@ def _results(opened: Opened, found: Sequence[TensorStats], wanted: Wanted, propo
     pairs = tuple(_pair(a.source, b.source, labels, held) for a, b in combinations(opened.headers, 2))
     return Audit(
         sources, pairs, _preview(opened, held, labels, proposal), opened.base, wanted.epsilon, wanted.density,
-        (*opened.skipped, *_no_spectrum(sources)), (*opened.warnings, *_other_records(sources)),
+        (*opened.skipped, *_no_spectrum(sources)),
+        (*opened.warnings, *_other_records(sources)),
     )  # fmt: skip
+
+
+def _no_preview(method: str) -> Problem:
+    """The warning for a method that uses every entry."""
+    what, fix = "neither trims nor elects, so there is nothing to preview", "preview a method that does, such as ties"
+    return Problem("PREVIEW", method, what, fix)
 
 
 def _no_spectrum(sources: Sequence[SourceAudit]) -> list[Skipped]:

@@ -12,18 +12,21 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import log_softmax
 
-from paft_merge.errors import EvaluateError, first_line
+from paft_merge.errors import DOCS, EvaluateError
 from paft_merge.evaluating.data_rows import read_lines, rows_for
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.recipe.sections import beside_recipe
-from paft_merge.training.generation import complete, padded, token_ids
+from paft_merge.training.child_process import in_child
+from paft_merge.training.generation import complete, padded
+from paft_merge.training.rendering import attempted, within_limits
 from paft_merge.training.rewards import load_function, text_of, total
 from paft_merge.training.row_files import Row
 from paft_merge.training.row_parts import roles_of
@@ -102,7 +105,7 @@ def _unended(of: Measurement, ended: Sequence[bool]) -> str:
         return ""
     return _warned(
         f"{of.data}: none of the {len(ended)} answers ended within {of.max_new_tokens} tokens, so each is cut: the model "
-        "may never have learned its end token (see {DOCS}/training.md), or max_new_tokens is too low"
+        f"may never have learned its end token (see {DOCS}/training.md), or max_new_tokens is too low"
     )
 
 
@@ -111,22 +114,46 @@ def _warned(text: str) -> str:
     return text
 
 
-def _ids(subject: EvaluatedModel, prompt: Any) -> list[int]:
-    """Token ids of a prompt; EvaluateError TEMPLATE when the chat template is missing or refuses it."""
-    return _encoded(subject, prompt, lambda: token_ids(subject.tokenizer, prompt))
+def _ids(subject: EvaluatedModel, asked: Sequence[tuple[Any, bool]]) -> list[list[int]]:
+    """Token ids of texts and of conversations.
 
+    Conversations are rendered in a child process, because the model's chat template may run forever or fill the memory.
 
-def _encoded(subject: EvaluatedModel, turns: Any, encode: Callable[[], list[int]]) -> list[int]:
-    if isinstance(turns, str):
-        return encode()
-    if not subject.tokenizer.chat_template:
+    Args:
+        subject: The model.
+        asked: A text or turns, and whether the model answers next.
+
+    Raises:
+        EvaluateError: TEMPLATE, when the chat template is missing or refuses a conversation, or takes too long or too much
+            memory.
+    """
+    tokenizer, chats = subject.tokenizer, [(turns, next_) for turns, next_ in asked if not isinstance(turns, str)]
+    if chats and not tokenizer.chat_template:
         what = "the rows are conversations, but the tokenizer has no chat template"
         raise EvaluateError.of("TEMPLATE", subject.name, what, "give text, or a model with a chat template")
-    try:
-        return encode()
-    except Exception as error:  # templates raise errors of any type
-        what = f"the chat template refuses a row with the roles {roles_of(turns)}: {first_line(error)}"
-        raise EvaluateError.of("TEMPLATE", subject.name, what, "correct or remove such rows") from error
+    texts = list[str]()
+
+    def render() -> Iterator[tuple[str | None, str]]:
+        for turns, answer_next in chats:
+            apply: Callable[[], str] = partial(
+                tokenizer.apply_chat_template, turns, tokenize=False, add_generation_prompt=answer_next
+            )
+            yield attempted(apply, turns, str.__len__)
+
+    def place() -> str:
+        return f"a row with the roles {roles_of(chats[len(texts)][0])}"
+
+    with within_limits(EvaluateError, subject.name, place, "give a model whose chat template you trust"):
+        for text, why in in_child(render) if chats else ():
+            if text is None:
+                what = f"the chat template refuses a row: {why}"
+                raise EvaluateError.of("TEMPLATE", subject.name, what, "correct or remove such rows")
+            texts.append(text)
+    rendered, found = iter(texts), list[list[int]]()
+    for turns, _ in asked:
+        chat = not isinstance(turns, str)  # a template writes the special tokens itself
+        found.append(list(tokenizer(next(rendered) if chat else turns, add_special_tokens=not chat)["input_ids"]))
+    return found
 
 
 def _answer(output: str, extract: str | None) -> str:
@@ -180,7 +207,7 @@ def generate(
             template refuses a prompt.
     """
     tokenizer = subject.tokenizer
-    ids = [_ids(subject, prompt) for prompt in prompts]
+    ids = _ids(subject, [(prompt, True) for prompt in prompts])
     longest = max(map(len, ids)) + max_new_tokens
     if longest > subject.max_length:
         what = f"the longest prompt and its answer take {longest} tokens, the model's limit is {subject.max_length}"
@@ -229,16 +256,15 @@ def _preference(
     subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, batch_size: int, advance: Advance
 ) -> Score:
     """Share of pairs whose chosen answer is more likely than the rejected one; a tie counts half."""
-    ids, starts = list[list[int]](), list[int]()
-    for row in rows:
-        asked = _ids(subject, row["prompt"])
-        for key in ("chosen", "rejected"):
-            full = _with_answer(subject, row["prompt"], row[key])
-            if len(full) > subject.max_length:
-                what = f"a pair takes {len(full)} tokens, the model's limit is {subject.max_length}"
-                raise EvaluateError.of("LENGTH", of.data, what, "remove such rows, or raise max_length")
-            ids.append(full)
-            starts.append(next((i for i, (a, b) in enumerate(zip(asked, full, strict=False)) if a != b), len(asked)))
+    questions = _ids(subject, [(row["prompt"], True) for row in rows])
+    pairs = [_with_answer(subject, row["prompt"], row[key]) for row in rows for key in ("chosen", "rejected")]
+    ids, starts = _ids(subject, [(pair, False) for pair in pairs]), list[int]()
+    for at, full in enumerate(ids):
+        if len(full) > subject.max_length:
+            what = f"a pair takes {len(full)} tokens, the model's limit is {subject.max_length}"
+            raise EvaluateError.of("LENGTH", of.data, what, "remove such rows, or raise max_length")
+        asked = questions[at // 2]
+        starts.append(next((i for i, (a, b) in enumerate(zip(asked, full, strict=False)) if a != b), len(asked)))
     sums = _logps(subject, ids, starts, batch_size, advance)
     scores = [logp / max(tokens, 1) if of.normalize else logp for logp, tokens in sums]
     wins = [
@@ -247,20 +273,12 @@ def _preference(
     return _mean(wins)
 
 
-def _with_answer(subject: EvaluatedModel, prompt: Any, answer: Any) -> list[int]:
-    """Token ids of a prompt and an answer with its end, as training has them."""
-    tokenizer = subject.tokenizer
+def _with_answer(subject: EvaluatedModel, prompt: Any, answer: Any) -> Any:
+    """A prompt and an answer with its end, as training has them: a text, or turns."""
     if isinstance(prompt, str):
-        end = tokenizer.eos_token or ""
-        text = text_of(answer)
-        return token_ids(tokenizer, prompt, text if end and text.endswith(end) else text + end)
-    turns = [*prompt, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
-
-    def encode() -> list[int]:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    return _encoded(subject, turns, encode)
+        end, text = subject.tokenizer.eos_token or "", text_of(answer)
+        return prompt + (text if end and text.endswith(end) else text + end)
+    return [*prompt, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
 
 
 def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_size: int, advance: Advance) -> Score:

@@ -97,8 +97,8 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if isinstance(self.ours, list) and isinstance(self.theirs, list) and len(self.ours) == len(self.theirs):
             at = next(i for i, pair in enumerate(zip(self.ours, self.theirs, strict=True)) if pair[0] != pair[1])
-            return f"{self.name}[{at}] ({_shown(self.theirs[at])} against {_shown(self.ours[at])})"
-        return f"{self.name} ({_shown(self.theirs)} against {_shown(self.ours)})"
+            return f"{self.name}[{at}] ({_against(self.theirs[at], self.ours[at])})"
+        return f"{self.name} ({_against(self.theirs, self.ours)})"
 
 
 ABSENT = object()
@@ -304,6 +304,12 @@ def _renamed_rope(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _shown(value: Any) -> str:
-    text = "not set" if value is ABSENT else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _against(*values: Any) -> str:
+    """Two values that differ: with quotes where they read the same without them, and from their difference on where they are long."""
+    texts = ["not set" if value is ABSENT else str(value) for value in values]
+    if len(set(texts)) == 1:
+        texts = ["not set" if value is ABSENT else repr(value) for value in values]
+    equal = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    if equal > 60:
+        texts = [f"...{text[equal - 20 :]}" for text in texts]
+    return " against ".join(text if len(text) <= 80 else f"{text[:77]}..." for text in texts)

@@ -214,6 +214,8 @@ class Planner:
         shared, per_source = self._parameters(output)
         keys = [stream_key(self.recipe.seed, source.ref.stream, name, "drop") for source, _ in slice_.sources]
         rule = self._rule(slice_, per_source, shared, keys)
+        if rule.wants in ("values", "either") or (rule.wants == "offsets" and not base):
+            self._warn_of_absent_rows(reads.merged if rule.wants == "values" else sources)
         dtype = self._out_dtype(stored, rule, reads.merged)
         if base and rule.wants == "values":  # slerp: the base is the first of the values
             sources, per_source, base = [base, *sources], [{}, *per_source], None
@@ -249,6 +251,19 @@ class Planner:
             what = f"has {one.shape[0]:,} rows with {one.source} and {other.shape[0]:,} with {other.source}"
             fix = "their added tokens differ: write tokenizer_source: union in the recipe"
             raise CheckpointError.of("SHAPE_MISMATCH", one.name, what, fix)
+
+    def _warn_of_absent_rows(self, reads: Sequence[Read]) -> None:
+        """Warn once when values are averaged over models of which some lack the rows of added tokens."""
+        most, least = (end(reads, key=lambda read: read.shape[:1]) for end in (max, min))
+        if most.shape[:1] == least.shape[:1] or any(warning.code == "ABSENT_ROWS" for warning in self.warnings):
+            return
+        what = (
+            f"has {most.shape[0]:,} rows with {most.source} and {least.shape[0]:,} with {least.source}; {self.method.name} "
+            "counts the rows that a source lacks as zero, so added tokens get smaller rows"
+        )
+        self.warnings.append(
+            Problem("ABSENT_ROWS", most.name, what, "write tokenizer_source: union in the recipe, which fills them")
+        )
 
     @cached_property
     def _known_shapes(self) -> dict[str, list[tuple[int, ...]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ def in_child(make: Callable[[], Iterable[T]], seconds: float = SECONDS, memory: 
     """Iterate in a forked child over what `make` returns; the items are pickled.
 
     Args:
-        make: Called in the child. It should not use threads, CUDA or a tokenizer.
+        make: Called in the child. It should not use threads or CUDA.
         seconds: Longest wait for an item.
         memory: Bytes that the child may take in addition to the parent's.
 
@@ -65,6 +66,7 @@ def in_child(make: Callable[[], Iterable[T]], seconds: float = SECONDS, memory: 
 
 def _send_all(make: Callable[[], Iterable[T]], send: Connection, memory: int) -> None:
     """The child: send every item, then how it ended."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of a tokenizer are only in the parent
     with suppress(OSError, ValueError):  # without /proc or the limit, only the time is limited
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         most = pages * resource.getpagesize() + memory

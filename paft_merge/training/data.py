@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from uuid import uuid4
 import xxhash
 
 from paft_merge.errors import Problems, TrainError, first_line
+from paft_merge.training.child_process import in_child
+from paft_merge.training.rendering import TRUSTED, add_refusals, attempted, within_limits
 from paft_merge.training.row_files import Number, Row, native
 from paft_merge.training.row_forms import Kind, Notes, choose_form, converted, shape_of
 from paft_merge.training.row_sources import Source, Survey, source_of
@@ -265,20 +268,38 @@ def _by_fraction(parts: list[Any], fractions: Sequence[float | None]) -> list[An
     return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
 
 
-def shorten_prompts(rows: Any, tokenizer: Any, most: int) -> tuple[Any, int]:
+def has_turns(row: Row) -> bool:
+    """Whether a row in TRL's form is a conversation."""
+    return any(isinstance(row.get(name), list) for name in ("messages", "prompt", "completion", "chosen"))
+
+
+def shorten_prompts(loaded: Loaded, tokenizer: Any, most: int) -> int:
     """Cut prompts of preference rows from the left to `most` tokens: first whole old turns, then text of the last turn.
 
+    Conversations are cut in a child process, because the chat template renders them.
+
     Returns:
-        The rows, and the number of cut rows.
+        The number of cut rows.
+
+    Raises:
+        TrainError: TEMPLATE, the template refuses a shorter prompt, or takes too long or too much memory.
     """
+    rows, shorter, refused = loaded.rows, list[Any](), dict[str, list[str]]()
+    prompts, cut = rows["prompt"], partial(_left_cut, tokenizer=tokenizer, most=most)
 
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
-        shorter = _left_cut(row["prompt"], tokenizer, most)
-        return {"prompt": shorter, "_cut": shorter != row["prompt"]}
+    def cut_turns() -> Iterator[tuple[Any, str]]:
+        return (attempted(partial(cut, prompt), prompt, len) for prompt in prompts)
 
-    rows = rows.map(cut)
-    changed = sum(rows["_cut"])
-    return rows.remove_columns("_cut"), int(changed)
+    with within_limits(TrainError, loaded.where, lambda: rows[len(shorter)][PLACE], TRUSTED):
+        for prompt, why in in_child(cut_turns) if has_turns(rows[0]) else ((cut(prompt), "") for prompt in prompts):
+            if why:
+                refused.setdefault(why, []).append(rows[len(shorter)][PLACE])
+            shorter.append(prompt)
+    problems = Problems()
+    add_refusals(refused, loaded.where, problems)
+    problems.raise_as(TrainError)
+    loaded.rows = rows.map(lambda _, at: {"prompt": shorter[at]}, with_indices=True)
+    return sum(before != after for before, after in zip(prompts, shorter, strict=True))
 
 
 def _left_cut(prompt: Any, tokenizer: Any, most: int) -> Any:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-def token_ids(tokenizer: Any, prompt: Any, suffix: str = "") -> list[int]:
-    """Token ids of a prompt (text, or chat turns through the tokenizer's template) followed by `suffix`."""
+def token_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    """Token ids of a prompt: text, or chat turns through the tokenizer's template."""
     chat = not isinstance(prompt, str)  # a template writes the special tokens itself
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if chat else prompt
-    return list(tokenizer(text + suffix, add_special_tokens=not chat)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -103,8 +103,7 @@ def prepare_rows(spec: AdapterSpec, tokenizer: Any, arguments: Any, options: Tra
                 if refused := [problem for problem in whole.found if problem.code == "TEMPLATE"]:
                     problems.found += refused
                     continue
-                loaded.rows, cut = sets.shorten_prompts(loaded.rows, tokenizer, spec.max_prompt_tokens)
-                facts["prompts_cut"] = cut
+                facts["prompts_cut"] = cut = sets.shorten_prompts(loaded, tokenizer, spec.max_prompt_tokens)
                 if cut:
                     of = f"{cut} of {len(loaded.rows)}"
                     notes.append(f"{of} prompts were cut from the left to {spec.max_prompt_tokens} tokens")

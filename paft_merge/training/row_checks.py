@@ -6,23 +6,21 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paft_merge.errors import Problems, TrainError, first_line
-from paft_merge.training.child_process import LimitError, in_child
-from paft_merge.training.data import PLACE, Loaded, kind_of
+from paft_merge.errors import Problems, TrainError
+from paft_merge.training.child_process import in_child
+from paft_merge.training.data import PLACE, Loaded, has_turns, kind_of
+from paft_merge.training.rendering import LONG, TRUSTED, add_refusals, attempted, within_limits
 from paft_merge.training.row_files import Row
-from paft_merge.training.row_parts import roles_of
 from paft_merge.training.schema import AdapterSpec
 
 _BATCH = 500
 """Rows that are tokenised at once."""
-
-_LONG = 1_000_000
-"""Characters that a template may write whatever the row holds."""
 
 
 @dataclass
@@ -76,10 +74,7 @@ def check_tokens(
                 if why:
                     refused.setdefault(why, []).append(place)
             _tokenise(batch, tokenizer, found, joined)
-    for why, places in refused.items():
-        more = f" (and {len(places) - 1} more rows)" if len(places) > 1 else ""
-        fix = "correct or remove such rows, or set chat_template: to one that takes them"
-        problems.add("TEMPLATE", loaded.where, f"{places[0]}{more}: the chat template refuses the row: {why}", fix)
+    add_refusals(refused, loaded.where, problems)
     if joined:
         place, end, token = joined[0]
         more = f" (and {len(joined) - 1} more rows)" if len(joined) > 1 else ""
@@ -193,35 +188,27 @@ def rendered(loaded: Loaded, spec: AdapterSpec, tokenizer: Any) -> Iterator[list
     Raises:
         TrainError: TEMPLATE, the template takes too long or too much memory.
     """
-    rows = loaded.rows
+    rows, current = loaded.rows, mmap(-1, 8)  # a child process shares this memory
     if not has_turns(rows[0]):
-        yield from _batches(rows, spec, tokenizer)
+        yield from _batches(rows, spec, tokenizer, current)
         return
-    done = 0
-    try:
-        for batch in in_child(lambda: _batches(rows, spec, tokenizer)):
-            done += len(batch)
-            yield batch
-    except LimitError as error:
-        place, fix = rows[done][PLACE], "set chat_template: to one that you trust"
-        raise TrainError.of(
-            "TEMPLATE", loaded.where, f"{place} or soon after: the chat template {error}", fix
-        ) from error
+    with within_limits(TrainError, loaded.where, lambda: rows[int.from_bytes(current[:], "little")][PLACE], TRUSTED):
+        yield from in_child(lambda: _batches(rows, spec, tokenizer, current))
 
 
-def has_turns(row: Row) -> bool:
-    """Whether a row in TRL's form is a conversation."""
-    return any(isinstance(row.get(name), list) for name in ("messages", "prompt", "completion", "chosen"))
+def _batches(rows: Any, spec: AdapterSpec, tokenizer: Any, current: mmap) -> Iterator[list[_Rendered]]:
+    """Batches of at most `_BATCH` rows and about `LONG` characters, or of the rows of a second.
 
-
-def _batches(rows: Any, spec: AdapterSpec, tokenizer: Any) -> Iterator[list[_Rendered]]:
-    """Batches of at most `_BATCH` rows and about `_LONG` characters, or of the rows of a second."""
-    found, size, due = list[_Rendered](), 0, time.monotonic() + 1
+    `current` receives the number of the row that is rendered, from 0.
+    """
+    found, size, due, number = list[_Rendered](), 0, time.monotonic() + 1, 0
     for batch in rows.iter(batch_size=_BATCH):
         for values in zip(*batch.values(), strict=True):
+            current[:] = number.to_bytes(8, "little")
+            number += 1
             found.append(_sequences_of(dict(zip(batch, values, strict=True)), spec, tokenizer))
             size += sum(len(one.whole) for one in found[-1][1])
-            if len(found) == _BATCH or size > _LONG or time.monotonic() > due:
+            if len(found) == _BATCH or size > LONG or time.monotonic() > due:
                 yield found
                 found, size, due = [], 0, time.monotonic() + 1
     if found:
@@ -230,18 +217,12 @@ def _batches(rows: Any, spec: AdapterSpec, tokenizer: Any) -> Iterator[list[_Ren
 
 def _sequences_of(row: Row, spec: AdapterSpec, tokenizer: Any) -> _Rendered:
     """A row as text, or why the template refuses it."""
-    try:
-        made = list(_sequences(row, spec, tokenizer))
-    except MemoryError:
-        raise
-    except Exception as error:  # templates raise errors of any type
-        turns = row.get("messages") or row.get("prompt")
-        of = f" (roles: {roles_of(turns)})" if isinstance(turns, list) else ""
-        return row[PLACE], [], f"{first_line(error)}{of}"
-    longest = max(len(one.whole) for one in made)
-    if longest > _LONG and longest > 10 * len(str(row)):
-        return row[PLACE], [], f"it writes more than {_LONG:,} characters, and more than ten times those of the row"
-    return row[PLACE], made, ""
+    made, why = attempted(lambda: list(_sequences(row, spec, tokenizer)), row, _longest)
+    return row[PLACE], made or [], why
+
+
+def _longest(sequences: list[_Sequence]) -> int:
+    return max(len(one.whole) for one in sequences)
 
 
 def _sequences(row: Row, spec: AdapterSpec, tokenizer: Any) -> Iterator[_Sequence]:

@@ -168,6 +168,20 @@ def test_a_preview_from_python_is_checked_as_one_from_the_command_line(
     assert {problem.code for problem in raised.value.problems} == {"PREVIEW"}
 
 
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic"])
+def test_a_method_without_a_preview_says_so(family: Family, method: str) -> None:
+    made = family()
+    needed = {"t": 0.5} if method == "slerp" else {}
+    found = audit(made["sft"], made["dpo"], base=made["base"], preview={"method": method, **needed})
+    line = f"{method}: neither trims nor elects, so there is nothing to preview"
+    assert found.preview is None
+    assert [str(w).partition(";")[0] for w in found.warnings] == [line]
+    assert line in found.to_html()
+    assert line in found.dumps()
+    assert not audit(made["sft"], base=made["base"], preview={"method": method, **needed}).warnings
+    assert not audit(made["sft"], made["dpo"], base=made["base"]).warnings
+
+
 def test_a_proposal_holds_values_of_the_parameters_types() -> None:
     assert Proposal("ties", {"density": "0.3", "normalize": True}).parameters == {
         "density": 0.3,

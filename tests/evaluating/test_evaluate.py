@@ -24,14 +24,15 @@ from toys.train import THEIR_WARNINGS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paft_merge.cli import cli
-from paft_merge.errors import EvaluateError, PaftMergeError, RecipeError
+from paft_merge.errors import DOCS, EvaluateError, PaftMergeError, RecipeError
 from paft_merge.evaluating import EvaluateProgress, check_evaluate, evaluate, harness
 from paft_merge.evaluating.alpaca import read_instructions
 from paft_merge.evaluating.data_rows import rows_for
 from paft_merge.evaluating.harness import check_data
-from paft_merge.evaluating.light import _with_answer, generate, measure
+from paft_merge.evaluating.light import _ids, _with_answer, generate, measure
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec, Measurement
+from paft_merge.training.child_process import in_child
 
 pytestmark = THEIR_WARNINGS
 
@@ -573,7 +574,9 @@ def test_rows_in_other_forms_give_the_scores_of_the_same_rows_in_turns(place: Pa
         seen[name] = measure(subject, of, place, 2).rows
     assert len(set(seen.values())) == 1
     ids = subject.tokenizer.apply_chat_template([user("w1"), said(good)], tokenize=True, return_dict=True)["input_ids"]
-    assert _with_answer(subject, [user("w1")], [said(good)]) == ids, "the tokens that training has"
+    assert _ids(subject, [(_with_answer(subject, [user("w1")], [said(good)]), False)]) == [ids], (
+        "the tokens that training has"
+    )
     asked = [
         {"instruction": "w1", "output": 0},
         {"messages": [user("w1"), said("0")]},
@@ -588,6 +591,34 @@ def test_rows_in_other_forms_give_the_scores_of_the_same_rows_in_turns(place: Pa
     assert rows_for(of, place / "table.csv", chat=True) == [{"prompt": "w1", "completion": "007"}]
 
 
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "takes longer than 2 seconds",
+        ),
+        ("{{ 'a'|center(2000000000) }}", "needs more than 1 GiB of memory"),
+        ("{{ 'a' * 3000000 }}", "refuses a row: it writes more than 1,000,000 characters"),
+        ("{{ raise_exception('no') }}", r"refuses a row: no \(roles: user"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["exact_match", "preference"])
+def test_a_hostile_template_is_one_line_and_takes_bounded_time_and_memory(
+    place: Path, template: str, why: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_child, "__defaults__", (2.0, 1 << 30))
+    shutil.copytree(place / "base", place / "hostile", dirs_exist_ok=True)
+    for file in (place / "hostile").glob("chat_template*"):
+        file.unlink()
+    (place / "hostile/chat_template.jinja").write_text(template)
+    turns = {"prompt": [user("w1")], "chosen": [said("w2")], "rejected": [said("w3")]}
+    write_rows(place / "turns.jsonl", [turns if kind == "preference" else {"messages": [user("w1"), said("w2")]}])
+    with pytest.raises(EvaluateError, match=why) as caught:
+        evaluate(place / "hostile", spec_of(m={"kind": kind, "data": "turns.jsonl"}), folder=place)
+    assert [problem.code for problem in caught.value.problems] == ["TEMPLATE"]
+
+
 def test_answers_that_never_end_and_cut_texts_are_reported_beside_the_score(
     place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -596,6 +627,7 @@ def test_answers_that_never_end_and_cut_texts_are_reported_beside_the_score(
         place / "base", spec_of(m={"kind": "exact_match", "data": "short.jsonl", "max_new_tokens": 1}), folder=place
     )
     assert "none of the 1 answers ended within 1 tokens" in found["m"].warning
+    assert f"see {DOCS}/training.md" in found["m"].warning
     assert found["m"].to_json()["warning"] in caplog.text
     one = {"kind": "perplexity", "data": "text.txt"}
     spec = EvaluateSpec.model_validate({"metrics": {"text": one, "line": {**one, "unit": "line"}}, "max_length": 16})

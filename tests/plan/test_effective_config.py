@@ -240,6 +240,10 @@ DIFFERENT = {
     ),
     "a model type that is not a name": ({"model_type": ["llama"], "heads": 4}, {"model_type": ["llama"], "heads": 8}, ["heads (8 against 4)"]),
     "RoPE that is not a mapping": (LLAMA | {"rope_parameters": 1.5}, LLAMA | {"rope_parameters": 2.5}, ["rope_parameters (2.5 against 1.5)"]),
+    "a number that is text": ({"model_type": "odd", "vocab_size": 40}, {"model_type": "odd", "vocab_size": "40"}, ["vocab_size ('40' against 40)"]),
+    "long texts with one beginning": (
+        {"model_type": "odd", "rule": "a" * 100 + "b"}, {"model_type": "odd", "rule": "a" * 100 + "c"}, [f"rule (...{'a' * 20}c against ...{'a' * 20}b)"],
+    ),
     "a config that transformers rejects": (LLAMA, LLAMA | {"hidden_size": "wide"}, ["hidden_size (wide against 64)"]),
 }  # fmt: skip
 

@@ -131,6 +131,35 @@ def test_longer_embeddings_without_a_tokenizer_that_fits_are_reported(base: Path
     assert sum("rows long" in problem.what for problem in told_of_two) == 2  # two tokenizers fit, so none is taken
 
 
+def test_values_averaged_over_models_that_lack_the_rows_of_added_tokens_are_reported(base: Path) -> None:
+    rows = len(AutoTokenizer.from_pretrained(base)) + 2
+    one, two = on(base, adapter(base, "one", MARKS, grow=rows)), on(base, adapter(base, "two"))
+
+    def absent(method: str, *sources: str, **keys: Any) -> list[str]:
+        with open_plan(
+            recipe(
+                method,
+                base if method == "task_arithmetic" else None,
+                *((source, {"weight": 0.5}) for source in sources),
+                **keys,
+            )
+        ) as plan:
+            return [str(warning) for warning in plan.warnings if warning.code == "ABSENT_ROWS"]
+
+    (line,) = absent("linear", two, one)
+    assert f"has {rows} rows with {one} and {rows - 2} with {two}; linear counts the rows" in line
+    assert "tokenizer_source: union" in line
+    assert not absent("linear", two, one, tokenizer_source="union")
+    assert not absent("linear", one)
+    assert not absent("task_arithmetic", two, one)
+    paft_merge.merge(
+        recipe("linear", None, *((s, {"weight": 0.5}) for s in (two, one)), tokenizer_source="union"),
+        base.with_name("out"),
+    )
+    trained = load_file(base.with_name("one") / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert torch.equal(tensors_of(base.with_name("out"))["lm_head.weight"][-2:], trained[-2:])
+
+
 def test_equal_tokenizers_and_padding_alone_are_no_reason_to_warn(base: Path, tmp_path: Path) -> None:
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<pad>"}))

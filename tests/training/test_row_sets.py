@@ -176,7 +176,7 @@ def test_a_row_that_the_template_refuses_is_named_with_its_roles() -> None:
         ("{{ 'a'|center(2000000000) }}", "needs more than 1 GiB of memory"),
         (
             "{% if messages|length > 2 %}{{ 'a'|center(2000000000) }}{% endif %}",
-            "row 1 or soon after: the chat template needs more",
+            "row 3: the chat template needs more",
         ),
         ("{{ 'a' * 3000000 }}", "it writes more than 1,000,000 characters"),
         ("{{ raise_exception('') }}", "refuses the row: TemplateError"),
@@ -194,6 +194,36 @@ def test_a_hostile_template_is_one_line_and_takes_bounded_time_and_memory(
     with pytest.raises(TrainError, match=why) as caught:
         prepared(rows, "dpo", words, **({"max_prompt_tokens": most} if most else {}))
     assert {problem.code for problem in caught.value.problems} == {"TEMPLATE"}
+
+
+@pytest.mark.parametrize(
+    ("then", "why"),
+    [
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "takes longer than 2 seconds",
+        ),
+        ("{{ raise_exception('too few turns') }}", r"refuses the row: too few turns \(roles: user, assistant, user\)"),
+    ],
+)
+def test_a_template_that_is_hostile_to_shortened_prompts_is_one_line(
+    then: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_process.in_child, "__defaults__", (2.0, 1 << 30))
+    words = tokenizer()
+    words.chat_template = f"{{% if messages|length == 1 %}}{then}{{% endif %}}{words.chat_template}"
+    long = [user("w1"), said("w2"), user("w3 w4 w5")]
+    rows = [{"prompt": long, "chosen": [said("w2")], "rejected": [said("w3")]}] * 2
+    with pytest.raises(TrainError, match=f"row 1.*: the chat template {why}") as caught:
+        prepared(rows, "dpo", words, max_prompt_tokens=6)
+    assert [problem.code for problem in caught.value.problems] == ["TEMPLATE"]
+
+
+def test_a_tokenizer_works_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    words = tokenizer()
+    expected = words(["w1 w2"] * 100)["input_ids"]
+    assert list(child_process.in_child(lambda: words(["w1 w2"] * 100)["input_ids"], seconds=5)) == expected
 
 
 def test_a_child_that_dies_is_reported() -> None:

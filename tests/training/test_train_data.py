@@ -12,7 +12,7 @@ from paft_merge.plan.vocabulary.chat_templates import choose_template
 from paft_merge.recipe import Located
 from paft_merge.training import train_adapter
 from paft_merge.training.base_model import load_tokenizer
-from paft_merge.training.data import fingerprint, shorten_prompts
+from paft_merge.training.data import Loaded, fingerprint, shorten_prompts
 from paft_merge.training.data import load_rows as load
 from paft_merge.training.prepared_rows import prepare_rows
 from paft_merge.training.schema import DataSpec, read_adapter, read_adapters
@@ -167,16 +167,23 @@ def test_prompts_are_shortened_from_the_left_turns_first():
             {"prompt": "w1", "chosen": "w5", "rejected": "w6"},
         ]
     )
-    shorter, cut = shorten_prompts(rows, words, 2)
+    shorter, cut = shortened(rows, words, 2)
     assert cut == 1
     assert shorter[0]["prompt"].split() == ["w3", "w4"]
     turns = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4 w5 w6")]
     chat = [{"role": role, "content": content} for role, content in turns]
     answer = {"chosen": [{"role": "assistant", "content": "w7"}], "rejected": [{"role": "assistant", "content": "w8"}]}
-    shorter, _ = shorten_prompts(dataset([{"prompt": chat, **answer}]), words, 5)
+    shorter, _ = shortened(dataset([{"prompt": chat, **answer}]), words, 5)
     assert [turn["content"] for turn in shorter[0]["prompt"]] == ["w4 w5 w6"]
-    shorter, _ = shorten_prompts(dataset([{"prompt": chat, **answer}]), words, 3)
+    shorter, _ = shortened(dataset([{"prompt": chat, **answer}]), words, 3)
     assert shorter[0]["prompt"][0]["content"].strip() == "w6"
+
+
+def shortened(rows, words, most):
+    """The rows with shorter prompts, and how many were cut."""
+    loaded = Loaded(rows)
+    cut = shorten_prompts(loaded, words, most)
+    return loaded.rows, cut
 
 
 def test_the_fingerprint_follows_the_content_and_nothing_else():
