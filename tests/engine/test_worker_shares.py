@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from toys.merge import on, recipe
 from paft_merge import MergeOptions, merge, open_plan
 from paft_merge.engine.workers import _identity, by_file, shares
 from paft_merge.errors import OutputError
+from paft_merge.output.placing import WORKERS
+from paft_merge.output.shards import plan_shards
+from paft_merge.output.shared import SharedOutput
 
 
 def test_the_most_expensive_files_come_first_and_go_to_the_worker_with_the_least() -> None:
@@ -85,3 +89,19 @@ def test_devices_of_workers_may_have_other_numbers(family: Callable[..., dict[st
     with open_plan(recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})) as plan:
         one, two = (_identity(plan, MergeOptions(device=device)) for device in ("cuda:0", "cuda:1"))
         assert one == two != _identity(plan, MergeOptions())
+
+
+def test_two_workers_that_write_the_same_file_end_in_one(tmp_path: Path) -> None:
+    shards = plan_shards({"model.safetensors": [("w", "F32", (2,))]})
+
+    def join() -> AbstractContextManager[SharedOutput]:
+        return SharedOutput.join(tmp_path / "out", shards, {}, "a worker", 9)
+
+    with join() as slow, join() as fast, slow.file(0) as late:
+        late.write("w", 0, b"12345678")
+        with fast.file(0) as early:
+            early.write("w", 0, b"12345678")
+        assert slow.files() == {0}
+    with join() as after:
+        assert after.files() == {0}
+        assert [path.name for path in (after.part / WORKERS / "files").iterdir()] == ["00000"]
