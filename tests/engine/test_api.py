@@ -52,9 +52,10 @@ def test_a_source_without_tensors_is_refused(file: str, method: str, asked: Path
     save_file({}, empty / file)
     base = json.loads(asked.read_text())["base_model"]
     merged = (None, (empty, {})) if method == "passthrough" else (base, (empty, {"weight": 1.0}))
-    made = recipe(method, *merged)
-    refused = paft("merge", write_recipe(asked, made), tmp_path / "out", "--quiet")
-    fault = f"error[CHECKPOINT_MISSING]: {empty}: holds no tensors; download it again, or check the path\n"
+    file = write_recipe(asked, recipe(method, *merged))
+    refused = paft("merge", file, tmp_path / "out", "--quiet")
+    at = f"{file}:{next(i for i, line in enumerate(file.read_text().splitlines(), 1) if str(empty) in line)}"
+    fault = f"error[CHECKPOINT_MISSING]: {at}: {empty}: holds no tensors; download it again, or check the path\n"
     assert (refused.exit_code, refused.stderr) == (1, fault)
     assert not list(tmp_path.glob("out*"))
 

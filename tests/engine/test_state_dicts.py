@@ -118,7 +118,7 @@ def test_what_cannot_be_merged_is_a_clear_error() -> None:
     x = near(base, 1)
     with pytest.raises(RecipeError, match="did you mean 'dare_ties'"):
         merge_state_dicts(base, [x], "dare_tiess")
-    with pytest.raises(RecipeError, match="unknown parameter wieght, so it is ignored; did you mean 'weight'"):
+    with pytest.raises(RecipeError, match="unknown parameter wieght; did you mean 'weight'"):
         merge_state_dicts(base, [x], "task_arithmetic", source_parameters=[{"weight": 1, "wieght": 1}])
     with pytest.raises(ValueError, match="source_parameters has 2 entries for 1 sources"):
         merge_state_dicts(base, [x], "task_arithmetic", source_parameters=WEIGHTED)
