@@ -42,7 +42,7 @@ def missing_part(checkpoint: Path, others: Iterable[Path], processes: int = 1) -
         processes: Number of processes, each with a state of its random numbers.
     """
     try:
-        names = {entry.name for entry in os.scandir(checkpoint) if entry.is_file()}
+        names = {*os.listdir(checkpoint)}
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
     sharded = any(name.startswith(("pytorch_model_fsdp", "global_step", "optimizer_")) for name in names)
@@ -75,10 +75,11 @@ def _files(checkpoint: Path) -> list[Path]:
 def file_fault(file: Path) -> str:
     """What is wrong with one file: missing, empty, torn or with other bytes than were written; empty if nothing is."""
     try:
-        if not file.stat().st_size:
-            return f"{file.name} is empty"
+        size = file.stat().st_size
         if not file.is_file():
             return f"{file.name} is not a file"
+        if not size:
+            return f"{file.name} is empty"
         if file.suffix == ".json":
             data = json.loads(read_text(file, "RESUME"))
             if not isinstance(data, dict):
