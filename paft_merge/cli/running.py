@@ -64,7 +64,7 @@ def run(
             start=start,
             only=only,
             on_event=on_event,
-            planned=_planned(quiet),
+            planned=_planned(folder, quiet),
             trust_code=trust_code,
         )
     if done.table.rows:
@@ -108,11 +108,11 @@ def resume_hint() -> Iterator[None]:
         context.exit(130)
 
 
-def _planned(quiet: bool) -> Callable[[Planned], None]:
+def _planned(folder: Path, quiet: bool) -> Callable[[Planned], None]:
     def show(planned: Planned) -> None:
         if not quiet:
             done = len(planned.steps) - len(planned.todo)
-            say(f"{_steps(len(planned.todo))} to do, {done} done already")
+            say(f"{_steps(len(planned.todo))} to do, {done} done already; logs: {folder / 'logs'}")
 
     return show
 

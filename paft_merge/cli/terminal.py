@@ -127,7 +127,23 @@ WORKERS = "paft_merge.engine.workers"
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what `sys.stderr` is now: while a progress bar is drawn, rich prints above it."""
+    """Writes to what `sys.stderr` is now: while a progress bar is drawn, rich prints above it.
+
+    A warning that many models or trials of a command give is written once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> Any:
+        """Whether to write a record."""
+        if record.levelno == logging.WARNING:
+            text = record.getMessage()
+            if text in self._warned:
+                return False
+            self._warned.add(text)
+        return super().filter(record)
 
     @property
     def stream(self) -> Any:

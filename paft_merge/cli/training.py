@@ -50,8 +50,10 @@ def train(
     if devices and schedule == "sequential":
         raise click.UsageError("--devices needs processes; use CUDA_VISIBLE_DEVICES with --schedule sequential")
     from paft_merge.training import train
+    from paft_merge.training.run_folder import RunFolder
 
     silence_libraries()
+    before = {folder for folder in out.glob("*") if RunFolder(folder).finished}
     with sigterm_as_interrupt(), _progress(quiet) as progress:
         done = train(
             recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, devices=devices,
@@ -60,7 +62,7 @@ def train(
     for name, folder in done.items():
         click.echo(folder)
         if not quiet and (log := out / f"{name}.log").exists():
-            say(f"{name}: log in {log}")
+            say(f"{name}: {'was finished already, ' if out / name in before else ''}log in {log}")
 
 
 def _without_training(

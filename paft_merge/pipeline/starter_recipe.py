@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import DOCS, OutputError, Problems, RecipeError
+import numpy as np
+
+from paft_merge.auditing.opening import open_sources
+from paft_merge.engine.imbalance import FOLD
+from paft_merge.errors import DOCS, OutputError, PaftMergeError, Problems, RecipeError
 from paft_merge.hub import is_repository
 from paft_merge.output.report_files import write_file
 from paft_merge.training.row_files import SUFFIXES as ROW_SUFFIXES
@@ -166,11 +171,11 @@ adapters:
     base: {how}{spread}
     lora: {{r: 16, lora_alpha: 16, lora_dropout: 0.05}}
     training: # any field of TRL's DPOConfig
-      learning_rate: 5.0e-6
+      learning_rate: 5.0e-5 # deltas grow with rate and steps: at 5.0e-6, as for a last stage of training, SFT drowns this one in a merge
       beta: 0.01
       num_train_epochs: 1
       per_device_train_batch_size: {batch}
-      gradient_accumulation_steps: {steps * 2}
+      gradient_accumulation_steps: {steps}
       max_length: 1024
       lr_scheduler_type: cosine
       warmup_steps: 0.1
@@ -184,8 +189,8 @@ merge: # mergekit's language; sft and dpo are the adapters above
   merge_method: l1_ties
   models:
     - {{model: sft, parameters: {{weight: 1.0}}}}
-    - {{model: dpo, parameters: {{weight: 1.0}}}} # its learning rate is 40 times lower and its delta may be 100 times smaller:
-    #   the merge then warns (SCALE) and names the weight that balances the two; paft tune searches for it
+    - {{model: dpo, parameters: {{weight: 4.0}}}} # balances the learning rates, 2.0e-4 / 5.0e-5. With far fewer rows than SFT the
+    #   delta may still be too small: the merge then warns (SCALE) and names the weight that balances; paft tune searches for it
   parameters: {{trim: {{l1_mass: 0.95}}}}
   out_dtype: {"float32" if gpus == 0 else "bfloat16"}{chat}
 
@@ -213,7 +218,19 @@ def starter_of_adapters(base: str, adapters: Sequence[str], data: Sequence[str] 
     """
     names = _names(adapters)
     listed = "\n".join(f"  {name}: {_quoted(beside(path, out))}" for name, path in zip(names, adapters, strict=True))
-    models = "\n".join(f"    - {{model: {name}, parameters: {{weight: 1.0}}}}" for name in names)
+    rms, note, mean = sizes_of(adapters), "", ""
+    weights = [1.0] * len(names)
+    if rms and max(rms) > FOLD * min(rms):
+        weights = [float(f"{max(rms) / size:.2g}") for size in rms]
+        measured = ", ".join(f"{name} {size:.2g}" for name, size in zip(names, rms, strict=True))
+        note = (
+            f" # the weights balance the deltas, whose root mean squares are {measured}; a smaller spread may be better"
+        )
+        mean = ", normalize: count"
+    models = "\n".join(
+        f"    - {{model: {name}, parameters: {{weight: {weight}}}}}"
+        for name, weight in zip(names, weights, strict=True)
+    )
     metrics = "\n".join(
         f"    {_named(path)}: {{kind: {_kind(path)}, data: {_quoted(beside(path, out))}}}"
         for path in data or ("my-test.jsonl", "my-pairs.jsonl", "my-text.txt")
@@ -235,9 +252,9 @@ audit: {{epsilon: 1.0e-5}}
 
 merge: # the model in RUN_DIR/merged
   merge_method: ties
-  models:
+  models:{note}
 {models}
-  parameters: {{density: 0.5}}
+  parameters: {{density: 0.5{mean}}}
 
 evaluate: # the columns of the table
   metrics: # exact_match: rows with prompt and answer; preference: rows with prompt, chosen, rejected; perplexity: text
@@ -249,11 +266,34 @@ compare: # the rows of the table: base, each adapter alone, and all of them merg
 """
 
 
+def sizes_of(adapters: Sequence[str]) -> list[float] | None:
+    """The root mean square of each adapter's delta, from the low-rank factors in local files.
+
+    None where these do not show it: adapters on the Hub, other types, and files that a dry run refuses.
+    """
+    if not all(Path(adapter).is_dir() for adapter in adapters):
+        return None
+    squares, entries = [0.0] * len(adapters), [0] * len(adapters)
+    try:
+        with open_sources(adapters, None) as opened:
+            for subject in opened.subjects:
+                for i in range(len(adapters)):
+                    if factors := subject.inputs.factors(i):
+                        b, a = (factor.astype(np.float64) for factor in factors)
+                        squares[i] += float(((b.T @ b) * (a @ a.T)).sum())
+                        entries[i] += subject.numel
+                subject.release()
+    except PaftMergeError:
+        return None
+    found = [math.sqrt(square / count) if count else 0.0 for square, count in zip(squares, entries, strict=True)]
+    return found if all(math.isfinite(size) and size > 0 for size in found) else None
+
+
 def base_of(adapter: str) -> str | None:
     """The base that a local adapter names in its config."""
     try:
         config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(config["base_model_name_or_path"])
+        return str(config["base_model_name_or_path"] or "") or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

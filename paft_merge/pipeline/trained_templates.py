@@ -12,6 +12,7 @@ from paft_merge.evaluating.data_rows import read_rows
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.hub import fetch
 from paft_merge.pipeline.schema import RunRecipe
+from paft_merge.plan.vocabulary.chat_templates import ChatTemplateError, choose_template
 from paft_merge.plan.vocabulary.tokenizers import files_in
 from paft_merge.plan.vocabulary.trained_tokenizers import TrainedTokenizer
 from paft_merge.recipe import load_recipe
@@ -37,7 +38,7 @@ def as_trained(merge: Mapping[str, Any]) -> dict[str, Any]:
 def template_of_run(recipe: RunRecipe, folder: Path) -> str | None:
     """The template of the first adapter that has one, for models of a run that have none, such as its base."""
     made = (path for name in recipe.names for path in sorted(folder.glob(f"**/adapters/{name}")))
-    return next(filter(None, (*map(_template_in, map(str, made)), *_of_existing(recipe))), None)
+    return next(filter(None, (*map(_template_in, map(str, made)), *_of_existing(recipe), _of_merge(recipe))), None)
 
 
 def check_turns(recipe: RunRecipe, problems: Problems) -> None:
@@ -49,9 +50,10 @@ def check_turns(recipe: RunRecipe, problems: Problems) -> None:
     with suppress(PaftMergeError):  # the check of the base reports a base that is not found
         if TrainedTokenizer(files_in(fetch(recipe.base, kind="side"))).template or any(_of_existing(recipe)):
             return
-        fix = (
-            "set chat_template: of the adapters (chatml, a Jinja file, ...), or put the template into the base's folder"
-        )
+        if _of_merge(recipe):
+            return
+        where = "the adapters (chatml, a Jinja file, ...)" if recipe.adapters else "merge: (chatml, llama3, ...)"
+        fix = f"set chat_template: of {where}, or put the template into the base's folder"
         for name in named:
             where, what = (
                 recipe.where("evaluate", "metrics", name),
@@ -72,6 +74,14 @@ def _has_turns(of: Measurement, folder: Path) -> bool:
 def _of_existing(recipe: RunRecipe) -> Iterator[str | None]:
     for spec in recipe.existing.values():
         yield _template_in(spec.path, spec.revision)
+
+
+def _of_merge(recipe: RunRecipe) -> str | None:
+    """The template that `merge:` names or holds; None for `auto`."""
+    written = recipe.merge.data.get("chat_template") if recipe.merge else None
+    with suppress(ChatTemplateError):  # the check of the merge reports it
+        return choose_template(written, []) if isinstance(written, str) else None
+    return None
 
 
 def _template_in(place: str, revision: str | None = None) -> str | None:

@@ -16,6 +16,7 @@ from paft_merge.inputs.model_config import read_model_config
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.sections import beside_recipe
+from paft_merge.recipe.yaml_source import did_you_mean
 from paft_merge.training.factors import whole
 from paft_merge.training.schema import AdapterSpec, BaseSpec, QuantizationSpec
 
@@ -63,18 +64,23 @@ def _this_device() -> dict[str, Any] | None:
     return {"": PartialState().device} if torch.cuda.is_available() else None
 
 
+_NOWHERE = {"LocalEntryNotFoundError", "HFValidationError"}
+"""Errors of huggingface_hub on what is neither in its cache nor can be fetched."""
+
+
 def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust_code: bool = True) -> Any:
     """Load the base's tokenizer with the adapter's `chat_template`.
 
     `trust_code`: run the base's Python code where the section has `trust_remote_code`; a check does not.
 
     Raises:
-        TrainError: TEMPLATE, when one of them cannot be loaded.
+        TrainError: BASE, there is no such folder, and the Hub cannot be reached; TEMPLATE, one of them cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     base = spec.base
     read_model_config(Path(name))
+    tokenizer = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=base.revision, trust_remote_code=base.trust_remote_code and trust_code
@@ -82,6 +88,12 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust
         if spec.chat_template:
             tokenizer.chat_template = _template(spec.chat_template, folder)
     except Exception as error:  # transformers raises anything on unknown files
+        source = spec.chat_template if tokenizer and spec.chat_template else name
+        if {type(one).__name__ for one in (error, error.__cause__)} & _NOWHERE and not Path(source).exists():
+            near = did_you_mean(Path(source).name, [one.name for one in Path(source).parent.glob("*") if one.is_dir()])
+            fix = near or "check the path, or pull it first where there is a network"
+            what = "neither a local folder nor a repository in the Hub's cache"
+            raise TrainError.of("BASE" if source == name else "TEMPLATE", source, what, fix) from error
         what = f"the tokenizer or its template cannot be loaded: {first_line(error)}"
         raise TrainError.of("TEMPLATE", spec.chat_template or name, what, "check chat_template and the base") from error
     return tokenizer

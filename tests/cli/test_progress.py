@@ -16,7 +16,7 @@ import time
 import pytest
 from toys.merge import HERE
 
-from paft_merge.cli.terminal import clock
+from paft_merge.cli.terminal import StderrHandler, clock
 from paft_merge.compute.kernels import object_cache
 
 SCRIPT = """
@@ -80,3 +80,12 @@ def test_the_compiler_announces_itself_once_and_stops_the_clock(
     assert object_cache.compile_seconds() >= 0.1
     (told,) = caplog.messages
     assert re.fullmatch(r"compiling up to \d+ kernels for this processor \(once; about \d+ s\)", told)
+
+
+def test_a_warning_of_every_trial_is_written_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.Logger("trials")
+    logger.addHandler(StderrHandler())
+    for trial in range(3):
+        logger.warning("the text was cut")
+        logger.info("trial %d", trial)
+    assert capsys.readouterr().err == "the text was cut\ntrial 0\ntrial 1\ntrial 2\n"

@@ -334,7 +334,7 @@ def test_the_command_runs_shows_the_steps_and_ends_in_the_table(world: Path, cop
     done = CliRunner().invoke(cli, ["run", str(world), str(copied)])
     assert done.exit_code == 0, done.output
     assert "merged" in done.stdout
-    assert "0 steps to do, 9 done already" in done.stderr
+    assert f"0 steps to do, 9 done already; logs: {copied / 'logs'}" in done.stderr
     changed = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "evaluate.metrics.skill.max_rows=2"])
     assert "evaluate/merged: skill" in changed.stderr
     wrong = CliRunner().invoke(cli, ["run", str(world), str(copied), "--set", "merge.densty=2"])

@@ -7,13 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import toys.adapters
 import yaml
 from click.testing import CliRunner
+from peft import LoraConfig
+from toys.merge import manifest_of
 from toys.run import make_world, write_rows
 from toys.train import THEIR_WARNINGS
 
+import paft_merge
 from paft_merge.cli import cli
-from paft_merge.pipeline import plan
+from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.starter_recipe import starter
 from paft_merge.training import train
 
@@ -127,3 +131,50 @@ def test_adapters_that_exist_give_a_recipe_that_compares_them(
     assert {step.stage for step in planned.steps} == {"audit", "merge", "evaluate"}
     assert len(planned.planner.arms) == 11
     assert CliRunner().invoke(cli, ["init", "--adapter", str(tmp_path / "mine/sft")]).exit_code == 2
+
+
+def test_the_first_merge_of_the_starter_is_not_sft_alone(world: Path, tmp_path: Path) -> None:
+    """The rates and weights of the template give deltas of one size: the run has no SCALE warning."""
+    recipe = tmp_path / "start.yaml"
+    args = ["init", str(recipe), "--base", str(world.parent / "base")]
+    args += ["--data", str(world.parent / "sft.jsonl"), "--data", str(world.parent / "pairs.jsonl")]
+    assert CliRunner().invoke(cli, args).exit_code == 0
+    steps = ["training.max_length=32", "training.max_steps=6"]
+    made = run(
+        recipe, tmp_path / "run", overrides=[f"adapters.{name}.{step}" for name in ("sft", "dpo") for step in steps]
+    )
+    totals = manifest_of(made.folder / "merged")["totals"]
+    assert all(row["weighted_l2"] for row in totals)
+    assert manifest_of(made.folder / "merged")["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("factor", "weights", "mean"), [(1.0, [1.0, 1.0], {}), (0.01, [1.0, 100.0], {"normalize": "count"})]
+)
+def test_the_weights_balance_adapters_of_very_different_sizes(
+    factor: float, weights: list[float], mean: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toys.adapters.train(toys.adapters.llama(), Path(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    shutil.move("adapter", "a")
+    shutil.copytree("a", "b")
+    toys.adapters.edit_tensors(
+        Path("b"), lambda tensors: {k: v * factor if "lora_B" in k else v for k, v in tensors.items()}
+    )
+    done = CliRunner().invoke(cli, ["init", "--base", "base", "--adapter", "a", "--adapter", "b", "r.yaml"])
+    assert done.exit_code == 0, done.output
+    merge = yaml.safe_load(Path("r.yaml").read_text())["merge"]
+    assert [model["parameters"]["weight"] for model in merge["models"]] == weights
+    assert merge["parameters"] == {"density": 0.5, **mean}
+    models = [{**model, "model": f"base+{model['model']}"} for model in merge["models"]]
+    made = paft_merge.merge({**merge, "base_model": "base", "models": models}, "out")
+    assert not [warning for warning in made.warnings if warning.code == "SCALE"]
+
+
+def test_an_adapter_that_names_no_base_needs_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    done = CliRunner().invoke(cli, ["init", "--adapter", str(tmp_path / "a"), "--adapter", str(tmp_path / "b")])
+    assert done.exit_code == 2
+    assert "Missing option '--base'" in done.stderr

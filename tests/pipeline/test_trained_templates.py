@@ -68,6 +68,7 @@ def test_turns_without_any_template_are_refused_before_training(tmp_path: Path) 
         ("TEMPLATE", "evaluate.metrics.skill"),
         ("TEMPLATE", "evaluate.metrics.pairs"),
     ]
+    plan(file, tmp_path / "run", overrides=["merge.chat_template=chatml"])
     (file.parent / "base/chat_template.jinja").write_text(CHAT)
     plan(file, tmp_path / "run")
 

@@ -304,4 +304,7 @@ def test_the_command_writes_a_log_of_every_adapter_and_names_it(tmp_path):
     again = CliRunner().invoke(cli, args)
     assert again.exit_code == 1
     assert "the folder exists; skip finished adapters with --resume" in again.stderr
+    kept = CliRunner().invoke(cli, [*args, "--resume"])
+    assert kept.exit_code == 0, kept.output
+    assert f"sft: was finished already, log in {out / 'sft'}.log" in kept.stderr
     assert "TrainError: " in (out / "sft.log").read_text()

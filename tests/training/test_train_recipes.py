@@ -9,8 +9,9 @@ from typing import get_args
 import pytest
 import yaml
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import PaftMergeError, TrainError
 from paft_merge.recipe import load_yaml
+from paft_merge.training import train
 from paft_merge.training.arguments import lora_config, training_arguments
 from paft_merge.training.schema import Objective, read_adapter, read_adapters
 
@@ -75,3 +76,21 @@ def test_what_peft_refuses_is_one_line():
     spec = read_adapter({"objective": "sft", "data": "x", "lora": {"extra": {"layers_to_transform": [0]}}})
     with pytest.raises(TrainError, match=r"lora: .layers_to_transform. cannot be used"):
         lora_config(spec.model_copy(update={"lora": spec.lora.model_copy(update={"target_modules": "all-linear"})}))
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        ("../bsae", r"recipe.yaml:2: adapters.sft: ../bsae: neither a local folder nor .*; did you mean 'base'\?"),
+        ("nobody/nothing", r"adapters.sft: nobody/nothing: neither a local folder nor a repository in the Hub's cache"),
+    ],
+)
+def test_a_base_that_is_not_there_is_named_before_training(base, why, tmp_path, monkeypatch):
+    for name in ("base", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here/sft.jsonl").write_text('{"text": "a b"}\n')
+    recipe = tmp_path / "here/recipe.yaml"
+    recipe.write_text(f"base_model: {base}\nadapters: {{sft: {{objective: sft, data: sft.jsonl}}}}\n")
+    with pytest.raises(PaftMergeError, match=why):
+        train(recipe, tmp_path / "out")
