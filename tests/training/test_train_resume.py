@@ -168,7 +168,7 @@ def test_a_state_of_another_step_a_folder_for_a_file_and_a_foreign_archive_are_n
     assert dict(place.faults())[six] == "optimizer.pt is damaged"
     (six / "optimizer.pt").unlink()
     (six / "optimizer.pt").mkdir()
-    assert dict(place.faults())[six] == "optimizer.pt is missing"
+    assert dict(place.faults())[six] == "optimizer.pt is not a file"
     (place.part / "paft_run.json").write_text('{"a"')
     with pytest.raises(TrainError, match=r"paft_run\.json.*; remove the folder"):
         place.open({}, resume=True)
