@@ -68,7 +68,9 @@ def test_turns_without_any_template_are_refused_before_training(tmp_path: Path) 
         ("TEMPLATE", "evaluate.metrics.skill"),
         ("TEMPLATE", "evaluate.metrics.pairs"),
     ]
-    plan(file, tmp_path / "run", overrides=["merge.chat_template=chatml"])
+    with pytest.raises(RecipeError) as caught:
+        plan(file, tmp_path / "run", overrides=["merge.chat_template=chatml"])
+    assert not [p for p in caught.value.problems if "no model has a template" in p.what], "only training lacks one now"
     (file.parent / "base/chat_template.jinja").write_text(CHAT)
     plan(file, tmp_path / "run")
 
