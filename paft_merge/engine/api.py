@@ -139,7 +139,11 @@ def _planned(
             refs = tuple(dict.fromkeys(ref for part in parts for ref in part.references))
             template = _template(recipe, documents)
             unpickle, computed = options.lazy_unpickle, documents.named
-            sources = Sources.find(refs, unpickle=unpickle, computed=computed, template=template, spots=_spots(parts))
+            beside = Path(recipe.located.file).parent if recipe.located.file else None
+            sources = Sources.find(
+                refs, unpickle=unpickle, computed=computed, template=template, spots=_spots(parts), beside=beside
+            )
+            notices += sources.warnings
             if sources.missing_bytes and not options.stream_from_hub:
                 with sources.opened(compute) as models:
                     before_download(plan(models), sources)

@@ -102,7 +102,7 @@ def _explaining_paths(manifest: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except PaftMergeError as error:
-        fix = "a relative path starts in the folder where the merge ran: give this command there"
+        fix = "a relative path starts beside the recipe, or where the merge ran: give this command there"
         found = [
             replace(problem, fix=fix) if problem.code in _NOT_FOUND and problem.where in relative else problem
             for problem in error.problems

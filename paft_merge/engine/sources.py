@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from paft_merge.errors import PaftMergeError, Problems
+from paft_merge.errors import PaftMergeError, Problem, Problems
 from paft_merge.hub import Kind, Remote, ResolvedRepo, check_room, download, resolve
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.adapters.stack import AdapterStack
@@ -15,6 +15,7 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.equivalent_names import Names
 from paft_merge.plan import Model
 from paft_merge.recipe import ModelRef
+from paft_merge.recipe.sections import beside_recipe
 
 _Place = tuple[str, str | None, Kind]
 
@@ -35,6 +36,7 @@ class Sources:
         self.repos: dict[_Place, ResolvedRepo] = {}
         self.errors: dict[_Place, PaftMergeError] = {}
         """Errors of places that were not found; `opened` raises them together with all other problems."""
+        self.warnings: list[Problem] = []
 
     @classmethod
     def find(
@@ -45,6 +47,7 @@ class Sources:
         computed: Collection[str] = (),
         template: ModelRef | None = None,
         spots: Mapping[ModelRef, str] | None = None,
+        beside: Path | None = None,
     ) -> Sources:
         """Locate every reference. Of Hub repositories only small files are downloaded, and pickles, which have no header.
 
@@ -54,12 +57,18 @@ class Sources:
             computed: names of documents of the recipe file; `opened` computes their checkpoints.
             template: the model whose tensor names the others get where theirs differ; one of `refs`, not computed.
             spots: `file:line` of the references in the recipe, for messages.
+            beside: the recipe's folder, where relative paths are looked for first; None for a recipe without a file.
         """
         found = cls(refs, unpickle, computed, template, spots)
         for place in dict.fromkeys(place for ref in refs for place in found.places(ref)):
             path, revision, kind = place
             try:
-                found.repos[place] = one = resolve(path, revision, kind=kind, unpickle=unpickle)
+                first = beside_recipe(path, beside) if beside else Path(path)
+                if first != Path(path) and Path(path).exists() and not first.samefile(path):
+                    what = f"is both beside the recipe ({first}) and in the working directory; the first is read"
+                    found.warnings.append(Problem("PATHS", path, what, "write an absolute path if that is not meant"))
+                here = first if first.exists() else path  # a name on the Hub stays as written
+                found.repos[place] = one = resolve(str(here), revision, kind=kind, unpickle=unpickle)
                 if any(file.name.endswith(".bin") for file in one.missing):
                     download([one])
                     found.repos[place] = replace(one, missing=())

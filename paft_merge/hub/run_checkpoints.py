@@ -12,6 +12,7 @@ from paft_merge.errors import PaftMergeError, Problem, Problems, RecipeError
 from paft_merge.hub.pulling import file_names, split_repository
 from paft_merge.inputs.safetensors_header import join_first
 from paft_merge.recipe import Located, ModelRef
+from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.yaml_source import KeyPath
 
 
@@ -70,8 +71,11 @@ def checkpoints(ref: ModelRef, *, refresh: bool = False) -> list[ModelRef]:
     return _found(ref, refresh=refresh)[0]
 
 
-def _found(ref: ModelRef, *, refresh: bool = False) -> tuple[list[ModelRef], list[str]]:
-    """What a reference stands for, and the folders that would match if `*` stood for any text."""
+def _found(ref: ModelRef, beside: Path = Path(), *, refresh: bool = False) -> tuple[list[ModelRef], list[str]]:
+    """What a reference stands for, and the folders that would match if `*` stood for any text.
+
+    `beside`: the recipe's folder, where relative paths are looked for first.
+    """
     starred = [place for place in ((ref.path, ref.revision), *ref.adapters) if "*" in place[0]]
     if not starred:
         return [ref], []
@@ -79,7 +83,7 @@ def _found(ref: ModelRef, *, refresh: bool = False) -> tuple[list[ModelRef], lis
     if len(starred) > 1 or path.count("*") > 1:
         raise RecipeError.of("RECIPE", ref, "has more than one '*'", "write one *, for the step numbers of one run")
     number, text = (re.compile(re.escape(path).replace(r"\*", part)) for part in (r"(\d+)", "[^/]*"))
-    held = _folders(path, revision, refresh=refresh)
+    held = _folders(path, revision, beside, refresh=refresh)
     steps = sorted((found[1] for name in held if (found := number.fullmatch(name))), key=lambda step: (int(step), step))
     if not steps:
         fix = f"a * stands for a step number; beside it are {join_first(held)}" if held else "check the path"
@@ -105,7 +109,7 @@ def _expanded(entry: Any, located: Located, steps: KeyPath, notes: list[Problem]
     if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
         return [entry]
     try:
-        found, others = _found(ref)
+        found, others = _found(ref, Path(located.file).parent)
     except PaftMergeError as error:
         raise type(error)([replace(one, where=f"{spot}: {one.where}") for one in error.problems]) from None
     if last is not None and len(found) < last:
@@ -119,10 +123,10 @@ def _expanded(entry: Any, located: Located, steps: KeyPath, notes: list[Problem]
     return [{**rest, "model": one.written()} for one in found[-last if last else 0 :]]
 
 
-def _folders(path: str, revision: str | None, *, refresh: bool) -> list[str]:
+def _folders(path: str, revision: str | None, beside: Path, *, refresh: bool) -> list[str]:
     """The folders in place of `path`: on this machine if the folder before the `*` is here, else on the Hub; sorted."""
     above, star, below = re.fullmatch(r"(.*/|)([^/]*\*[^/]*)(/.*|)", path, re.DOTALL).groups()  # type: ignore[union-attr]
-    root, tail = Path(above or ".").expanduser(), below.strip("/")
+    root, tail = beside_recipe(above or ".", beside).expanduser(), below.strip("/")
     if root.is_dir():
         folders = (one for one in root.iterdir() if (one / tail).is_dir() or (one.is_symlink() and not one.exists()))
         return sorted(f"{above}{one.name}{below}" for one in folders)

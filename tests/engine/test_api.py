@@ -73,6 +73,35 @@ def test_a_result_without_tensors_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
+# --- relative paths -------------------------------------------------------------------------------------------------------
+
+
+def test_relative_paths_are_looked_for_beside_the_recipe_then_in_the_working_directory(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, here, there = family(), tmp_path / "here", tmp_path / "recipes"
+    for folder in (here, there / "run"):
+        folder.mkdir(parents=True)
+    shutil.copytree(paths["base"], here / "base")
+    shutil.copytree(paths["x"], there / "run" / "checkpoint-5")
+    made = recipe("task_arithmetic", Path("base"), (Path("run/checkpoint-*"), {"weight": 0.5}))
+    file = write_recipe(there / "r.yaml", made)
+    wanted = merge(recipe("task_arithmetic", paths["base"], (paths["x"], {"weight": 0.5})), tmp_path / "wanted")
+    monkeypatch.chdir(here)
+    found = merge(file, tmp_path / "out")
+    assert (found / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
+    assert [w.code for w in found.warnings] == ["CHECKPOINTS"]  # the only one
+    shutil.copytree(paths["y"], there / "base")
+    both = merge(file, tmp_path / "both")
+    assert [str(w) for w in both.warnings if w.code == "PATHS"] == [
+        f"base: is both beside the recipe ({there / 'base'}) and in the working directory; the first is read; "
+        "write an absolute path if that is not meant"
+    ]
+    assert (both / "model.safetensors").read_bytes() != (wanted / "model.safetensors").read_bytes()
+    with pytest.raises(PaftMergeError, match="there is no folder .run.*here"):
+        merge(made, tmp_path / "none")  # a recipe without a file
+
+
 # --- options --------------------------------------------------------------------------------------------------------------
 
 

@@ -332,4 +332,4 @@ def test_relative_sources_are_explained_where_they_are_not_found(
     with pytest.raises(PaftMergeError) as caught:
         reproduce(tmp_path / "out")
     fixes = {problem.fix for problem in caught.value.problems}
-    assert fixes == {"a relative path starts in the folder where the merge ran: give this command there"}
+    assert fixes == {"a relative path starts beside the recipe, or where the merge ran: give this command there"}
