@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
-from paft_merge.errors import EvaluateError, PaftMergeError, first_line
+from paft_merge.errors import EvaluateError, PaftMergeError, Problems, first_line
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
-from paft_merge.inputs.adapter_places import base_of
+from paft_merge.inputs.adapter_places import CONFIG, base_of
+from paft_merge.inputs.adapters.config import read_config
+from paft_merge.inputs.adapters.patterns import PatternError, match_in_time
+from paft_merge.inputs.adapters.peft_types import check_sizes
 from paft_merge.inputs.model_config import read_model_config
 
 MOST_TOKENS = 4096
@@ -108,6 +111,29 @@ def _adapted(model: Any, adapter: Path) -> Any:
 
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
+    problems = Problems()
+    check_sizes(adapter / CONFIG, read_config(adapter / CONFIG), problems)
+    problems.raise_as(EvaluateError)
     config: Any = PeftConfig.from_pretrained(str(adapter))
     config.megatron_config = config.megatron_core = None  # the name of a module that PEFT would import
+    try:
+        _check_patterns(config, [name for name, _ in model.named_modules()])
+    except PatternError as error:
+        raise EvaluateError.of("ADAPTER_CONFIG", adapter / CONFIG, f"a pattern {error}") from error
     return PeftModel.from_pretrained(model, str(adapter), config=config)
+
+
+def _check_patterns(config: Any, modules: list[str]) -> None:
+    """Match the patterns of an adapter's config as PEFT will, so that one that takes too long is refused.
+
+    Raises:
+        PatternError: a pattern is malformed, or all take too long.
+    """
+    patterns = []
+    for field, given in vars(config).items():
+        if field in ("target_modules", "exclude_modules"):
+            patterns += [given] if isinstance(given, str) else []
+        elif field == "modules_to_save" or field.endswith("_pattern"):
+            form = r"(?:^|.*?\.){}\.(\d+)\..*" if field == "layers_pattern" else r"(.*\.)?({})(\..*)?"
+            patterns += [form.format(key) for key in ([given] if isinstance(given, str) else given or ())]
+    match_in_time(patterns, modules, "fullmatch")
