@@ -88,6 +88,9 @@ def load_subject(
     tokenizer.chat_template = tokenizer.chat_template or template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        what = "its tokenizer has neither a pad nor an eos token"
+        raise EvaluateError.of("MODEL", name, what, "use a tokenizer that has one")
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     return EvaluatedModel(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
 
@@ -112,6 +115,9 @@ def _adapted(model: Any, adapter: Path) -> Any:
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
     problems = Problems()
+    for path in adapter.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            problems.add("MODEL", path, "is not a regular file")
     check_sizes(adapter / CONFIG, read_config(adapter / CONFIG), problems)
     problems.raise_as(EvaluateError)
     config: Any = PeftConfig.from_pretrained(str(adapter))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -198,6 +199,11 @@ def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(
         (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(changed))
         with pytest.raises(EvaluateError, match=message):
             evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    os.mkfifo(tmp_path / "adapter/adapter_model.bin")  # PEFT would wait for its writer, if there were no other file
+    with pytest.raises(EvaluateError, match=r"adapter_model.bin: is not a regular file"):
+        evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)
+    (tmp_path / "adapter/adapter_model.bin").unlink()
     usual = {**config, "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.x\b)"}
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(usual))
     assert evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value == found
@@ -208,6 +214,13 @@ def test_an_expression_that_takes_too_long_for_the_answers_is_refused(monkeypatc
     with pytest.raises(EvaluateError, match="takes longer than 1 s"):
         light._extracted(["a" * 60], "(a+)+!")
     assert light._extracted(["a b", "", "\ud800 c"], r"(\w)?$") == ["b", "", "c"]
+
+
+def test_a_tokenizer_without_a_pad_and_an_end_token_is_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    (tmp_path / "base/tokenizer_config.json").unlink()
+    with pytest.raises(EvaluateError, match="has neither a pad nor an eos token"):
+        load_subject(tmp_path / "base", EvaluateSpec())
 
 
 def test_sampled_answers_vary_with_the_seed_and_repeat_with_it(place: Path) -> None:
