@@ -22,9 +22,9 @@ from paft_merge.errors import DOCS, EvaluateError
 from paft_merge.evaluating.data_rows import read_lines, rows_for
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import Measurement
-from paft_merge.inputs.adapters.patterns import PatternError, match_in_time
+from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import beside_recipe
-from paft_merge.training.child_process import in_child
+from paft_merge.training.child_process import in_child, match_in_time
 from paft_merge.training.generation import complete, padded
 from paft_merge.training.rendering import attempted, within_limits
 from paft_merge.training.rewards import load_function, text_of, total

@@ -19,9 +19,10 @@ from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
 from paft_merge.inputs.adapter_places import CONFIG, base_of
 from paft_merge.inputs.adapters.config import read_config
-from paft_merge.inputs.adapters.patterns import PatternError, match_in_time
+from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.inputs.adapters.peft_types import check_sizes
 from paft_merge.inputs.model_config import read_model_config
+from paft_merge.training.child_process import match_in_time
 
 MOST_TOKENS = 4096
 """Longest context in tokens unless `max_length` is given."""

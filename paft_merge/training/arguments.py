@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from paft_merge.errors import Problems, TrainError
-from paft_merge.inputs.adapters.patterns import PatternError, match_in_time
+from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import suggestion
+from paft_merge.training.child_process import match_in_time
 from paft_merge.training.schema import AdapterSpec
 
 _ROUNDS = {

@@ -34,8 +34,7 @@ from paft_merge.evaluating.harness import check_data
 from paft_merge.evaluating.light import _ids, _with_answer, generate, measure
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec, Measurement
-from paft_merge.inputs.adapters.patterns import match_in_time
-from paft_merge.training.child_process import in_child
+from paft_merge.training.child_process import in_child, match_in_time
 
 pytestmark = THEIR_WARNINGS
 

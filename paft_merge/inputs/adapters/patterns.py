@@ -1,24 +1,20 @@
 """Regular expressions of strangers, matched in limited time: Python's `re` may need exponential time for a short one.
 
 `rank_pattern` and `alpha_pattern` of an adapter: plain names are matched by `re`. Every other pattern becomes a
-nondeterministic automaton of limited size (Thompson 1968), whose time grows linearly with the text. Patterns that PEFT
-will match, and those whose groups count, are matched by `re` in a process with a time limit.
+nondeterministic automaton of limited size (Thompson 1968), whose time grows linearly with the text.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from re import _constants as codes  # type: ignore[attr-defined]  # the parser of `re` has no public name
 from re import _parser as parser  # type: ignore[attr-defined]
-from typing import Any, Literal
+from typing import Any
 
 MOST_CHARACTERS = 10_000
 MOST_STATES = 2_000
@@ -69,42 +65,6 @@ def check_pattern_of_re(key: str) -> None:
         raise PatternError(
             "repeats or chooses too often, so PEFT could take for ever; write names, or a simpler pattern"
         )
-
-
-_CHILD = """
-import json, re, sys
-way, keys, texts = json.load(sys.stdin)
-found = [[m and [m[0], *m.groups()] for m in map(getattr(re.compile(key), way), texts)] for key in keys]
-json.dump(found, sys.stdout)
-"""
-
-
-def match_in_time(
-    keys: Sequence[str], texts: Sequence[str], way: Literal["fullmatch", "search"], seconds: float = MOST_SECONDS
-) -> list[list[list[str | None] | None]]:
-    """Match texts with `re`, in a process that is ended after `seconds`.
-
-    Returns:
-        For each key and text the match and its groups, or None.
-
-    Raises:
-        PatternError: a key is malformed or too long, or all of them take longer.
-    """
-    for key in keys:
-        compile_pattern(key)
-    if not keys or not texts:
-        return [[None] * len(texts) for _ in keys]
-    command = [sys.executable, "-I", "-W", "ignore", "-c", _CHILD]
-    try:
-        done = subprocess.run(
-            command, input=json.dumps([way, list(keys), list(texts)]), capture_output=True, text=True, timeout=seconds
-        )
-        found: list[list[list[str | None] | None]] = json.loads(done.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise PatternError(f"takes longer than {seconds:g} s to match; write names, or a simpler pattern") from error
-    except ValueError as error:
-        raise PatternError("cannot be matched") from error
-    return found
 
 
 def compile_pattern(key: str) -> re.Pattern[str]:
