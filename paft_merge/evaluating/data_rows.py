@@ -144,6 +144,8 @@ def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: b
         with problems.catching():
             check_function(of.function, folder, trust_code=trust_code)
     with problems.catching():
+        if path.exists() and not path.is_file():
+            raise EvaluateError.of("EVAL_DATA", of.data, "is not a file", "name a file of rows or text")
         if not path.exists():
             raise EvaluateError.of("EVAL_DATA", of.data, f"no such file, {not_found(folder)}", "check the path")
         if of.kind == "perplexity":

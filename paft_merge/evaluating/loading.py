@@ -21,7 +21,7 @@ from paft_merge.inputs.adapter_places import CONFIG, base_of
 from paft_merge.inputs.adapters.config import read_config
 from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.inputs.adapters.peft_types import check_sizes
-from paft_merge.inputs.model_config import read_model_config
+from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
 from paft_merge.training.child_process import match_in_time
 
 MOST_TOKENS = 4096
@@ -69,6 +69,7 @@ def load_subject(
     if not adapters and (folder / "adapter_config.json").is_file():
         what = "is an adapter, and an adapter is evaluated on its base"
         raise EvaluateError.of("MODEL", name, what, f"write {base_of(folder)}+{name}")
+    refuse_odd_files(folder)
     read_model_config(folder)
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
     try:
@@ -115,10 +116,8 @@ def _adapted(model: Any, adapter: Path) -> Any:
 
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
+    refuse_odd_files(adapter)
     problems = Problems()
-    for path in adapter.iterdir():
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            problems.add("MODEL", path, "is not a regular file")
     check_sizes(adapter / CONFIG, read_config(adapter / CONFIG), problems)
     problems.raise_as(EvaluateError)
     config: Any = PeftConfig.from_pretrained(str(adapter))

@@ -200,7 +200,7 @@ def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(
             evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
     os.mkfifo(tmp_path / "adapter/adapter_model.bin")  # PEFT would wait for its writer, if there were no other file
-    with pytest.raises(EvaluateError, match=r"adapter_model.bin: is not a regular file"):
+    with pytest.raises(PaftMergeError, match=r"adapter_model.bin: is not a regular file"):
         evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)
     (tmp_path / "adapter/adapter_model.bin").unlink()
     usual = {**config, "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.x\b)"}
@@ -213,6 +213,23 @@ def test_an_expression_that_takes_too_long_for_the_answers_is_refused(monkeypatc
     with pytest.raises(EvaluateError, match="takes longer than 1 s"):
         light._extracted(["a" * 60], "(a+)+!")
     assert light._extracted(["a b", "", "\ud800 c"], r"(\w)?$") == ["b", "", "c"]
+
+
+def test_files_without_an_end_are_refused_soon(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    with (tmp_path / "base/chat_template.jinja").open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(PaftMergeError, match=r"chat_template.jinja: is larger than"):
+        load_subject(tmp_path / "base", EvaluateSpec())
+    (tmp_path / "rows.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "reward.py").symlink_to("/dev/zero")
+    metrics = {"m": {"kind": "exact_match", "data": "rows.jsonl"}, "p": {"kind": "perplexity", "data": "rows.jsonl"}}
+    reward = {"kind": "reward", "data": str(place / "text.txt"), "function": "reward.py:f"}
+    spec = EvaluateSpec.model_validate({"metrics": {**metrics, "r": reward}})
+    with pytest.raises(EvaluateError) as caught:
+        check_evaluate(spec, tmp_path)
+    assert str(caught.value).count("rows.jsonl: is not a file") == 2
+    assert "is not a regular file" in str(caught.value)
 
 
 def test_a_tokenizer_without_a_pad_and_an_end_token_is_refused(place: Path, tmp_path: Path) -> None:

@@ -134,8 +134,7 @@ def test_a_sibling_is_stopped_when_an_adapter_fails_and_the_fault_is_told(tmp_pa
     path = recipe(tmp_path, good=(1, dict(LONG)), bad=(2, {"data": "pairs.jsonl"}))
     out = tmp_path / "out"
     with pytest.raises(
-        TrainError,
-        match=r"bad: .* code 1: TrainError: .*:\d+: adapters.bad: pairs.jsonl: needs messages"
+        TrainError, match=r"bad: .* code 1: TrainError: .*:\d+: adapters.bad: pairs.jsonl: needs messages"
     ):
         train(path, out, devices="cpu:3")
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
