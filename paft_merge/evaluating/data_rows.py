@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from paft_merge.errors import EvaluateError, Problems, TrainError, reading
 from paft_merge.evaluating.schema import Measurement
+from paft_merge.inputs.adapters.patterns import PatternError, compile_pattern
 from paft_merge.recipe.sections import beside_recipe, not_found
 from paft_merge.training.rewards import check_function
 from paft_merge.training.row_files import Row, native, suffix_of
@@ -134,9 +134,9 @@ def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: b
     problems, path = Problems(), beside_recipe(of.data, folder)
     if of.extract is not None:
         try:
-            groups = re.compile(of.extract).groups
-        except re.error as error:
-            problems.add("EXTRACT", name, f"extract is not a regular expression: {error}", "fix it")
+            groups = compile_pattern(of.extract).groups
+        except PatternError as error:
+            problems.add("EXTRACT", name, f"extract {error}", "correct it")
         else:
             if groups < 1:
                 problems.add("EXTRACT", name, "extract has no group", "put the answer in parentheses")
@@ -144,6 +144,8 @@ def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: b
         with problems.catching():
             check_function(of.function, folder, trust_code=trust_code)
     with problems.catching():
+        if path.exists() and not path.is_file():
+            raise EvaluateError.of("EVAL_DATA", of.data, "is not a file", "name a file of rows or text")
         if not path.exists():
             raise EvaluateError.of("EVAL_DATA", of.data, f"no such file, {not_found(folder)}", "check the path")
         if of.kind == "perplexity":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,8 +22,9 @@ from paft_merge.errors import DOCS, EvaluateError
 from paft_merge.evaluating.data_rows import read_lines, rows_for
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import Measurement
+from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import beside_recipe
-from paft_merge.training.child_process import in_child
+from paft_merge.training.child_process import in_child, match_in_time
 from paft_merge.training.generation import complete, padded
 from paft_merge.training.rendering import attempted, within_limits
 from paft_merge.training.rewards import load_function, text_of, total
@@ -32,6 +32,9 @@ from paft_merge.training.row_files import Row
 from paft_merge.training.row_parts import roles_of
 
 log = logging.getLogger(__name__)
+
+_MOST_SECONDS = 60.0
+"""Time that `extract` may take for the answers of one evaluation."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def measure(
     warning = _unended(of, ended)
     if of.kind == "exact_match":
         right = [row["completion"].strip() for row in rows]
-        matches = [float(_answer(o, of.extract) == r) for o, r in zip(outputs, right, strict=True)]
+        answers = outputs if of.extract is None else _extracted(outputs, of.extract)
+        matches = [float(answer.strip() == r) for answer, r in zip(answers, right, strict=True)]
         return replace(_mean(matches, outputs), warning=warning)
     assert of.function is not None
     columns = {
@@ -156,11 +160,13 @@ def _ids(subject: EvaluatedModel, asked: Sequence[tuple[Any, bool]]) -> list[lis
     return found
 
 
-def _answer(output: str, extract: str | None) -> str:
-    if extract is None:
-        return output.strip()
-    found = re.search(extract, output)
-    return (found[1] or "").strip() if found else ""
+def _extracted(outputs: Sequence[str], extract: str) -> list[str]:
+    """The first group of `extract` in each output; empty where it does not match."""
+    try:
+        [found] = match_in_time([extract], outputs, "search", _MOST_SECONDS)
+    except PatternError as error:
+        raise EvaluateError.of("EXTRACT", extract, str(error)) from error
+    return [(groups[1] if groups else None) or "" for groups in found]
 
 
 def _mean(values: Sequence[float], outputs: Sequence[str] = ()) -> Score:

@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 
-from paft_merge.errors import EvaluateError, PaftMergeError, first_line
+from paft_merge.errors import EvaluateError, PaftMergeError, Problems, first_line
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
-from paft_merge.inputs.adapter_places import base_of
-from paft_merge.inputs.model_config import read_model_config
+from paft_merge.inputs.adapter_places import CONFIG, base_of
+from paft_merge.inputs.adapters.config import read_config
+from paft_merge.inputs.adapters.patterns import PatternError
+from paft_merge.inputs.adapters.peft_types import check_sizes
+from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
+from paft_merge.training.child_process import match_in_time
 
 MOST_TOKENS = 4096
 """Longest context in tokens unless `max_length` is given."""
@@ -65,6 +69,7 @@ def load_subject(
     if not adapters and (folder / "adapter_config.json").is_file():
         what = "is an adapter, and an adapter is evaluated on its base"
         raise EvaluateError.of("MODEL", name, what, f"write {base_of(folder)}+{name}")
+    refuse_odd_files(folder)
     read_model_config(folder)
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
     try:
@@ -85,6 +90,9 @@ def load_subject(
     tokenizer.chat_template = tokenizer.chat_template or template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        what = "its tokenizer has neither a pad nor an eos token"
+        raise EvaluateError.of("MODEL", name, what, "use a tokenizer that has one")
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     return EvaluatedModel(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
 
@@ -108,6 +116,30 @@ def _adapted(model: Any, adapter: Path) -> Any:
 
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
+    refuse_odd_files(adapter)
+    problems = Problems()
+    check_sizes(adapter / CONFIG, read_config(adapter / CONFIG), problems)
+    problems.raise_as(EvaluateError)
     config: Any = PeftConfig.from_pretrained(str(adapter))
     config.megatron_config = config.megatron_core = None  # the name of a module that PEFT would import
+    try:
+        _check_patterns(config, [name for name, _ in model.named_modules()])
+    except PatternError as error:
+        raise EvaluateError.of("ADAPTER_CONFIG", adapter / CONFIG, f"a pattern {error}") from error
     return PeftModel.from_pretrained(model, str(adapter), config=config)
+
+
+def _check_patterns(config: Any, modules: list[str]) -> None:
+    """Match the patterns of an adapter's config as PEFT will, so that one that takes too long is refused.
+
+    Raises:
+        PatternError: a pattern is malformed, or all take too long.
+    """
+    patterns = []
+    for field, given in vars(config).items():
+        if field in ("target_modules", "exclude_modules"):
+            patterns += [given] if isinstance(given, str) else []
+        elif field == "modules_to_save" or field.endswith("_pattern"):
+            form = r"(?:^|.*?\.){}\.(\d+)\..*" if field == "layers_pattern" else r"(.*\.)?({})(\..*)?"
+            patterns += [form.format(key) for key in ([given] if isinstance(given, str) else given or ())]
+    match_in_time(patterns, modules, "fullmatch")

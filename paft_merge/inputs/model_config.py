@@ -9,12 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import CheckpointError
-from paft_merge.inputs.safetensors_header import read_text
+from paft_merge.inputs.safetensors_header import MAX_JSON_BYTES, read_text
 
 _MOST_COUNT = 2_000_000
 """More layers, labels, heads or the like than any model has; classes of transformers make lists and modules of that length."""
 
 _COUNTS = re.compile("layer|label|block|depth|head|expert")
+
+
+_TEXT = (".json", ".jinja", ".txt", ".model")
+
+
+def refuse_odd_files(folder: Path) -> None:
+    """Refuse what transformers or PEFT would read from a folder without an end: pipes, devices, and large small files.
+
+    Raises:
+        CheckpointError: CONFIG_INVALID.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.exists() and not path.is_dir():
+            if not path.is_file():
+                raise CheckpointError.of("CONFIG_INVALID", path, "is not a regular file", "remove it")
+            if path.suffix in _TEXT and path.stat().st_size > MAX_JSON_BYTES:
+                what = f"is larger than {MAX_JSON_BYTES >> 20} MiB"
+                raise CheckpointError.of("CONFIG_INVALID", path, what, "download it again, or remove it")
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class TokenizerEntry(Section):
 
     source: TokenizerSource = "union"
     tokens: Frozen[TokenEntry] | None = None
-    pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
+    pad_to_multiple_of: Annotated[int, Field(gt=0, le=100_000)] | None = None
 
 
 class Language(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 from paft_merge.errors import Problem
@@ -38,6 +39,10 @@ _KINDS: Final = {
         "a bearer token",
         rf"(?i:authorization){_IS}(?i:bearer)\s+(?P<bearer>(?=\S{{0,60}}\d|\S{{24}})[A-Za-z0-9._~+/=-]{{12,400}})",
     ),
+    "url": (
+        "a password in a URL",
+        r"://[^\s/:@\"'<>]{1,100}:(?P<url>(?!hf_|gh[opsur]_|github_|glpat-)[^\s/:@\"'<>${}()*%]{8,200})@\w",
+    ),
     "pem": (
         "a private key",
         r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY(?: BLOCK)?-----(?:\\[nr]|[\s\"',+\\]){0,80}"
@@ -46,13 +51,14 @@ _KINDS: Final = {
 }
 """By group: the name for messages, and the pattern; the group is the part that is random in a real secret."""
 
-_PATTERN = re.compile("|".join(pattern for _, pattern in _KINDS.values()))
+_PATTERN = re.compile("|".join(pattern for kind, (_, pattern) in _KINDS.items() if kind != "url"))
+_URL = re.compile(_KINDS["url"][1])
 _HINTS = (
     *("hf_", "api_org_", "ghp_", "gho_", "ghs_", "ghu_", "ghr_", "github_pat_", "glpat-", "sk-", "AKIA", "ASIA", "xox"),
     *("AIza", "PRIVATE KEY", "earer", "EARER", "ecret", "ECRET", "andb_api", "ANDB_API"),
 )
 """Texts of which every secret has one; most files have none."""
-_WORDS = re.compile(r"example|placeholder|redacted|dummy|changeme|your[_-]?(?:api|token|key|secret|access|own|hf)|(?:token|key)[_-]?here", re.I)  # fmt: skip
+_WORDS = re.compile(r"example|placeholder|redacted|passw|dummy|changeme|your[_-]?(?:api|token|key|secret|access|own|hf)|(?:token|key)[_-]?here", re.I)  # fmt: skip
 _KEYS = ("hub_token", "hf_token", "push_to_hub_token", "use_auth_token", "api_key", "wandb_api_key", "openai_api_key")
 """Keys of recipes and of trainers whose values are secrets, whatever they look like."""
 
@@ -77,9 +83,8 @@ def find_secrets(text: str, start: int = 0, own: str = "") -> Iterator[Secret]:
     while at >= 0:
         yield Secret("this login's Hugging Face token", at, at + len(own))
         at = text.find(own, at + len(own))
-    if not any(hint in text for hint in _HINTS):
-        return
-    for match in _PATTERN.finditer(text, start):
+    likely = any(hint in text for hint in _HINTS)
+    for match in chain(_URL.finditer(text, start), _PATTERN.finditer(text, start) if likely else ()):
         group = str(match.lastgroup)
         if not is_placeholder(match[group]) and not (own and own in match[0]):
             yield Secret(_KINDS[group][0], match.start(), match.end())
@@ -95,7 +100,8 @@ def secrets_in_data(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tup
     """Find secrets in plain data: the key path of each, and its kind."""
     if isinstance(data, Mapping):
         for key, value in data.items():
-            if key in _KEYS and isinstance(value, str) and value:
+            named = str(key).lower().replace("-", "_") in _KEYS
+            if named and isinstance(value, str | int) and value and value is not True:
                 yield (*path, str(key)), "a secret"
             else:
                 yield from secrets_in_data(value, (*path, str(key)))

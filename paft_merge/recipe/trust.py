@@ -73,6 +73,8 @@ def functions_in(file: Path) -> set[str] | None:
     Raises:
         OSError, SyntaxError, ValueError, RecursionError: the file cannot be read or parsed.
     """
+    if file.exists() and not file.is_file():
+        raise OSError("is not a regular file")
     names: set[str] = set()
     for node in _statements(ast.parse(file.read_bytes()).body):
         if isinstance(node, ast.ImportFrom | ast.Import):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from paft_merge.errors import Problems, TrainError
+from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import suggestion
+from paft_merge.training.child_process import match_in_time
 from paft_merge.training.schema import AdapterSpec
 
 _ROUNDS = {
@@ -177,9 +178,9 @@ def _check_pattern(pattern: str, model: Any) -> None:
         return
     where = f"lora.target_modules: {pattern}"
     try:
-        found = any(re.fullmatch(pattern, name) for name, _ in model.named_modules())
-    except re.error as error:
-        raise TrainError.of("TARGET", where, f"not a regular expression: {error}") from error
-    if not found:
+        [found] = match_in_time([pattern], [name for name, _ in model.named_modules()], "fullmatch")
+    except PatternError as error:
+        raise TrainError.of("TARGET", where, str(error)) from error
+    if not any(found):
         fix = "match whole names (.*q_proj), or give a list of names, or all-linear"
         raise TrainError.of("TARGET", where, "no module of the base matches", fix)

@@ -12,7 +12,7 @@ import xxhash
 from torch import nn
 
 from paft_merge.errors import TrainError, first_line
-from paft_merge.inputs.model_config import read_model_config
+from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.sections import beside_recipe
@@ -79,6 +79,7 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust
     from transformers import AutoTokenizer
 
     base = spec.base
+    refuse_odd_files(Path(name))
     read_model_config(Path(name))
     tokenizer = None
     try:

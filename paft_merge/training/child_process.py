@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import resource
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+from paft_merge.inputs.adapters.patterns import MOST_SECONDS, PatternError, compile_pattern
 
 T = TypeVar("T")
 
@@ -62,6 +64,25 @@ def in_child(make: Callable[[], Iterable[T]], seconds: float = SECONDS, memory: 
         child.kill()
         child.join()
         receive.close()
+
+
+def match_in_time(
+    keys: Sequence[str], texts: Sequence[str], way: Literal["fullmatch", "search"], seconds: float = MOST_SECONDS
+) -> list[list[list[str | None] | None]]:
+    """Match texts with `re`, in a child process: for each key and text the match and its groups, or None.
+
+    Raises:
+        PatternError: a key is malformed or too long, or all of them take longer than `seconds`.
+    """
+    patterns = [compile_pattern(key) for key in keys]
+
+    def found() -> list[list[list[str | None] | None]]:
+        return [[m and [m[0], *m.groups()] for m in map(getattr(p, way), texts)] for p in patterns]
+
+    try:
+        return next(in_child(lambda: [found()], seconds)) if patterns else []
+    except LimitError as error:
+        raise PatternError(f"{error}; write names, or a simpler pattern") from error
 
 
 def _send_all(make: Callable[[], Iterable[T]], send: Connection, memory: int) -> None:

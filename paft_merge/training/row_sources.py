@@ -148,8 +148,10 @@ def _of_folder(local: Path, spec: DataSpec) -> list[Path]:
     ):
         return []
     card = local / "README.md"
-    if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace")[:20_000]:
-        return []
+    if card.is_file():
+        with card.open(encoding="utf-8", errors="replace") as file:
+            if "configs:" in file.read(20_000):
+                return []
     held = [path for path in local.rglob("*") if path.is_file() and not path.name.startswith(".")]
     rows = [path for path in held if suffix_of(path) in SUFFIXES and path.name != "dataset_infos.json"]
     if not rows or any(suffix_of(path) in LOADERS for path in held):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paft_merge.cli import cli
 from paft_merge.errors import DOCS, EvaluateError, PaftMergeError, RecipeError
-from paft_merge.evaluating import EvaluateProgress, check_evaluate, evaluate, harness
+from paft_merge.evaluating import EvaluateProgress, check_evaluate, evaluate, harness, light, loading
 from paft_merge.evaluating.alpaca import read_instructions
 from paft_merge.evaluating.data_rows import rows_for
 from paft_merge.evaluating.harness import check_data
 from paft_merge.evaluating.light import _ids, _with_answer, generate, measure
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec, Measurement
-from paft_merge.training.child_process import in_child
+from paft_merge.training.child_process import in_child, match_in_time
 
 pytestmark = THEIR_WARNINGS
 
@@ -155,7 +157,9 @@ def test_perplexity_is_that_of_transformers_own_loss(place: Path) -> None:
     assert whole["p"].value != found["p"].value
 
 
-def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(place: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -179,6 +183,60 @@ def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(place: Pat
     assert evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value == found
     with pytest.raises(EvaluateError, match="is an adapter, and an adapter is evaluated on its base"):
         evaluate(tmp_path / "adapter", section, folder=place)
+    monkeypatch.setattr(loading, "match_in_time", partial(match_in_time, seconds=1.0))
+    for field, value, message in (
+        ("target_modules", r"(([a-z_.0-9])+)+!", "takes longer than"),
+        ("exclude_modules", r"(([a-z_.0-9])+)+!", "takes longer than"),
+        ("rank_pattern", {r"(([a-z_.0-9])+)+!": 2}, "takes longer than"),
+        ("layers_pattern", [r"(([a-z_.0-9])+)+!"], "takes longer than"),
+        ("modules_to_save", [r"(([a-z_.0-9])+)+!"], "takes longer than"),
+        ("target_modules", "(q", "is not a regular expression"),
+        ("r", 10**9, "r: must be at most"),
+    ):
+        layers = {"layers_to_transform": [0]} if field == "layers_pattern" else {}
+        changed = {**config, **layers, field: value}
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(changed))
+        with pytest.raises(EvaluateError, match=message):
+            evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    os.mkfifo(tmp_path / "adapter/adapter_model.bin")  # PEFT would wait for its writer, if there were no other file
+    with pytest.raises(PaftMergeError, match=r"adapter_model.bin: is not a regular file"):
+        evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)
+    (tmp_path / "adapter/adapter_model.bin").unlink()
+    usual = {**config, "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.x\b)"}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(usual))
+    assert evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value == found
+
+
+def test_an_expression_that_takes_too_long_for_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(light, "_MOST_SECONDS", 1.0)
+    with pytest.raises(EvaluateError, match="takes longer than 1 s"):
+        light._extracted(["a" * 60], "(a+)+!")
+    assert light._extracted(["a b", "", "\ud800 c"], r"(\w)?$") == ["b", "", "c"]
+
+
+def test_files_without_an_end_are_refused_soon(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    with (tmp_path / "base/chat_template.jinja").open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(PaftMergeError, match=r"chat_template.jinja: is larger than"):
+        load_subject(tmp_path / "base", EvaluateSpec())
+    (tmp_path / "rows.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "reward.py").symlink_to("/dev/zero")
+    metrics = {"m": {"kind": "exact_match", "data": "rows.jsonl"}, "p": {"kind": "perplexity", "data": "rows.jsonl"}}
+    reward = {"kind": "reward", "data": str(place / "text.txt"), "function": "reward.py:f"}
+    spec = EvaluateSpec.model_validate({"metrics": {**metrics, "r": reward}})
+    with pytest.raises(EvaluateError) as caught:
+        check_evaluate(spec, tmp_path)
+    assert str(caught.value).count("rows.jsonl: is not a file") == 2
+    assert "is not a regular file" in str(caught.value)
+
+
+def test_a_tokenizer_without_a_pad_and_an_end_token_is_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    (tmp_path / "base/tokenizer_config.json").unlink()
+    with pytest.raises(EvaluateError, match="has neither a pad nor an eos token"):
+        load_subject(tmp_path / "base", EvaluateSpec())
 
 
 def test_sampled_answers_vary_with_the_seed_and_repeat_with_it(place: Path) -> None:

@@ -42,6 +42,7 @@ SECRETS = {
         "Authorization: Bearer " + letters(20) + "1", '{"Authorization": "Bearer ' + letters(30) + '"}',
         "headers['authorization'] = 'bearer " + letters(30) + "'", 'curl -H "Authorization: Bearer eyJhbGciOi.' + letters(40) + '"',
     ],
+    "a password in a URL": ["https://me:" + letters(12) + "@host.org/x", "postgres://u:" + letters(20) + "@db:5432/x"],
     "a private key": [PEM.format(kind) for kind in ("", "RSA ", "EC ", "OPENSSH ", "ENCRYPTED ")]
     + ["-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES\n\n" + letters(64), PEM.format("").replace("\n", "\r\n")],
 }  # fmt: skip
@@ -55,6 +56,8 @@ PLACEHOLDERS = (
     *("Authorization: Bearer $HF_TOKEN", "Authorization: Bearer <token>", "Authorization: Bearer YOUR_API_TOKEN_123456789"),
     *("Authorization: Bearer {token}", "the Authorization: Bearer authentication of the Hub", "WANDB_API_KEY=$KEY"),
     *("-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----", "-----BEGIN RSA PRIVATE KEY-----\n<key>"),
+    *("https://user:password@host", "https://me:${TOKEN_OF_ME}@host", "https://me:<password>@host", "https://x.org:443/@name"),
+    *("https://user:xxxxxxxxxx@host", "https://a.org/x:y@z", "http://a:b@c, mailto://me@host.org"),
     *("-----BEGIN PUBLIC KEY-----\n" + letters(64), "a sk-risk of task-" + letters(40), "https://huggingface.co/me/hf_" + letters(20)),
 )  # fmt: skip
 

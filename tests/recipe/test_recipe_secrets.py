@@ -32,7 +32,14 @@ def refused(caught: pytest.ExceptionInfo[RecipeError]) -> str:
 
 @pytest.mark.parametrize(
     "line",
-    [f"hub_token: {TOKEN}", "hub_token: my-own", f"run_name: the {TOKEN}", f"max_steps: 5  # HF_TOKEN={TOKEN}"],
+    [
+        f"hub_token: {TOKEN}",
+        "hub_token: my-own",
+        f"run_name: the {TOKEN}",
+        f"max_steps: 5  # HF_TOKEN={TOKEN}",
+        "hub_token: 1234567890",
+        "Hub-Token: my-own",
+    ],
 )
 def test_a_token_in_a_field_or_a_comment_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "r.yaml"

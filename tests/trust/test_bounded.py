@@ -207,6 +207,8 @@ def test_patterns_of_a_type_that_peft_merges_are_checked(tmp_path: Path) -> None
         ("target_modules", "(a+)+!", "repeats or chooses too often"),
         ("block_size_pattern", 3, "must be names or patterns, got 3"),
         ("depth", 10**9, "must be at most 1000"),
+        ("theta_d_length", 10**9, "must be at most 10000000"),
+        ("rank_pattern", {"q_proj": 10**9}, "must be at most 100000"),
         ("modules_to_save", 3, "must be a list of strings, got 3"),
         ("modules_to_save", [None], "must be a list of strings"),
     ):

@@ -259,3 +259,18 @@ def test_processes_of_a_training_import_no_module_of_the_working_directory(world
     changed(world, adapters={"sft": adapters["sft"]})
     train(world, tmp_path / "out", devices="cpu:1")
     assert not ran(world)
+
+
+def test_python_files_beside_data_and_in_the_folders_of_a_run_are_never_imported(world: Path, tmp_path: Path) -> None:
+    data = world.parent / "rows"
+    data.mkdir()
+    (world.parent / "sft.jsonl").rename(data / "train.jsonl")
+    for folder in (data, world.parent, world.parent / "base"):
+        for name in ("rows.py", "dataset.py", "sitecustomize.py", "usercustomize.py", "tokenization_x.py"):
+            (folder / name).write_text(CODE)
+        (folder / "x-1.0.dist-info").mkdir()
+        (folder / "x-1.0.dist-info" / "entry_points.txt").write_text("[mergekit]\nx = dataset:words\n")
+    sft = {**yaml.safe_load(world.read_text())["adapters"]["sft"], "data": "rows"}
+    world.write_text(yaml.safe_dump({"base_model": "base", "adapters": {"sft": sft}}))
+    train(world, tmp_path / "out", devices="cpu:1")
+    assert not ran(world)

@@ -1,7 +1,7 @@
-"""Regular expressions of an adapter's config, matched in time that grows linearly with the text.
+"""Regular expressions of strangers, matched in limited time: Python's `re` may need exponential time for a short one.
 
-`rank_pattern` and `alpha_pattern` come from strangers, and Python's `re` may need exponential time for a short one. Plain
-names are matched by `re`. Every other pattern becomes a nondeterministic automaton of limited size (Thompson 1968).
+`rank_pattern` and `alpha_pattern` of an adapter: plain names are matched by `re`. Every other pattern becomes a
+nondeterministic automaton of limited size (Thompson 1968), whose time grows linearly with the text.
 """
 
 from __future__ import annotations
@@ -65,6 +65,17 @@ def check_pattern_of_re(key: str) -> None:
         raise PatternError(
             "repeats or chooses too often, so PEFT could take for ever; write names, or a simpler pattern"
         )
+
+
+def compile_pattern(key: str) -> re.Pattern[str]:
+    """Compile a pattern; PatternError if it is malformed or too long."""
+    if len(key) > MOST_CHARACTERS:
+        raise PatternError(f"is longer than {MOST_CHARACTERS:,} characters")
+    try:
+        return re.compile(key)
+    except (re.error, OverflowError, RecursionError) as error:
+        what = str(error) if isinstance(error, re.error) else "is nested too deeply or counts too far"
+        raise PatternError(f"is not a regular expression: {what}") from error
 
 
 def _ways(items: Any) -> float:
@@ -145,8 +156,8 @@ def _plain(key: str) -> re.Pattern[str] | None:
 @lru_cache(512)
 def _automaton(key: str) -> _Automaton:
     """The automaton of `(.*\\.)?(key)`; PatternError if there is none."""
+    compile_pattern(key)  # an error names the key, without what is added to it
     try:
-        re.compile(key)  # an error names the key, without what is added to it
         tree = parser.parse(rf"(.*\.)?({key})")
         if tree.state.flags & ~re.UNICODE:
             raise PatternError("sets flags, which are not supported here")
@@ -154,8 +165,7 @@ def _automaton(key: str) -> _Automaton:
         end = builder.add()
         return _Automaton(builder.sequence(tree, end), end)
     except (re.error, OverflowError, RecursionError) as error:
-        what = str(error) if isinstance(error, re.error) else "is nested too deeply or counts too far"
-        raise PatternError(f"is not a regular expression: {what}") from error
+        raise PatternError("is not a regular expression after a prefix, or is nested too deeply") from error
 
 
 _AT = {

@@ -101,8 +101,11 @@ NO_DELTA = {
 _CONVERT = "merge it with PEFT into a checkpoint, or convert it with peft.convert_to_lora, and merge that"
 
 
-_MOST_STEPS = {"num_cayley_neumann_terms": 1000, "depth": 1000, "u": 100_000}
-"""The largest values of fields with the number of steps that make the delta of a layer."""
+_MOST = {
+    **{"num_cayley_neumann_terms": 1000, "depth": 1000, "u": 100_000, "theta_d_length": 10_000_000},
+    **dict.fromkeys(("r", "rank_pattern", "init_r", "target_r"), 100_000),
+}
+"""The largest values of fields that decide how long PEFT computes, or how much memory it takes before it reads a tensor."""
 
 
 def read_settings(folder: Path) -> Settings:
@@ -134,11 +137,18 @@ def read_settings(folder: Path) -> Settings:
         saved = raw.get("modules_to_save")
         if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
             problems.add("ADAPTER_CONFIG", path, f"modules_to_save: must be a list of strings, got {saved!r}")
-        for field, most in _MOST_STEPS.items():
-            if isinstance(raw.get(field), int) and raw[field] > most:
-                problems.add("ADAPTER_CONFIG", path, f"{field}: must be at most {most}, got {raw[field]}")
+        check_sizes(path, raw, problems)
     problems.raise_as(AdapterError)
     return Settings(raw)
+
+
+def check_sizes(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
+    """Note fields that make PEFT compute very long or take very much memory."""
+    for field, most in _MOST.items():
+        given = raw.get(field)
+        for value in given.values() if isinstance(given, dict) else [given]:
+            if isinstance(value, int) and value > most:
+                problems.add("ADAPTER_CONFIG", path, f"{field}: must be at most {most}, got {value}")
 
 
 def type_of(settings: Settings) -> PeftType:
