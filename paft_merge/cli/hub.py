@@ -51,7 +51,7 @@ def push(
 
     with sigterm_as_interrupt():
         url = hub.push(folder, repo_id, private=private, branch=branch, create_pr=create_pr, message=message, tags=tags)
-    click.echo(url)
+    say(url, err=False)
 
 
 @click.command(short_help="Write the model card of a merge again.")

@@ -91,9 +91,9 @@ def _without_training(
         screen.print(f"({learned}: tokens that are learned)", style="dim", markup=False)
     if dry_run:
         for name, facts, notes in check(recipe, adapters or None, trust_code=trust_code):
-            click.echo(f"{name}: {facts['rows']} rows are right")
+            say(f"{name}: {facts['rows']} rows are right", err=False)
             for note in notes:
-                click.echo(f"  {note}")
+                say(f"  {note}", err=False)
 
 
 @contextmanager

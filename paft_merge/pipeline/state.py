@@ -16,8 +16,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from paft_merge.errors import RunError, reading
+from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.pipeline.fingerprints import sizes_below, still_there
 from paft_merge.pipeline.steps import Step
+from paft_merge.recipe.sections import explain
 from paft_merge.training.adapter_record import versions
 from paft_merge.training.run_folder import write_json
 
@@ -60,16 +62,17 @@ class State:
             return cls(folder)
         fix = "remove it; adapters and merges are then repeated"
         with reading(path, "STATE", RunError, fix):
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(read_text(path, "STATE"))
         found = data.get("format") if isinstance(data, dict) else None
         if found != FORMAT:
             raise RunError.of("STATE", path, f"has format {found!r}", "use the version that wrote it")
         try:
             steps = _STEPS.validate_python(data.get("steps"))
         except ValidationError as error:
-            fault = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, ("steps", *fault["loc"])))
-            raise RunError.of("STATE", path, f"is damaged: {where}: {fault['msg']}", fix) from error
+            fault = error.errors(include_url=False)[0]
+            where = ("steps", *fault["loc"])
+            what = f"is damaged: {'.'.join(map(str, where))}: {explain(fault, where)[0]}"
+            raise RunError.of("STATE", path, what, fix) from error
         return cls(folder, {name: record.model_dump(exclude_unset=True) for name, record in steps.items()})
 
     def write(self) -> None:

@@ -98,7 +98,7 @@ def test_relative_paths_are_looked_for_beside_the_recipe_then_in_the_working_dir
         "write an absolute path if that is not meant"
     ]
     assert (both / "model.safetensors").read_bytes() != (wanted / "model.safetensors").read_bytes()
-    with pytest.raises(PaftMergeError, match="there is no folder .run.*here"):
+    with pytest.raises(PaftMergeError, match=r"there is no folder .run.*here"):
         merge(made, tmp_path / "none")  # a recipe without a file
 
 
