@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -83,7 +83,7 @@ class Notes:
     prefixes: int = 0
     """Pairs of which one answer is the beginning of the other."""
     unanswered: list[str] = field(default_factory=list)
-    """Places of conversations with turns after their last answer; these turns are left out."""
+    """Places of conversations with one turn after their last answer; that turn is left out."""
     unused: tuple[str, ...] = ()
     """Columns of text that are not trained on."""
 
@@ -221,15 +221,14 @@ def converted(
             if made.pop(ANSWERS_ONLY, False) and not form.answers_only:
                 fix = "set training: {assistant_only_loss: true}, or use prompt and completion"
                 raise RowError("turns that are not answers are marked not to be trained on", fix)
+            if _ends_unanswered(made.get("messages", [])):
+                made["messages"] = made["messages"][:-1]
+                notes.unanswered.append(place)
         except RowError as error:
             faults.setdefault((error.what, error.fix), []).append(place)
             continue
         if kind == "preference" and not keep_equal and not _keep_pair(made, notes):
             continue
-        if "messages" in made and made["messages"][-1]["role"] != "assistant":
-            last = max(i for i, turn in enumerate(made["messages"]) if turn["role"] == "assistant")
-            made["messages"] = made["messages"][: last + 1]
-            notes.unanswered.append(place)
         mine = shape_of(made)
         if shape is None:
             shape, first = mine, place
@@ -572,6 +571,18 @@ def _transcript(text: str) -> list[Turn]:
     if not turns[-1]["content"]:
         raise RowError("a transcript ends with a blank answer")
     return turns
+
+
+def _ends_unanswered(turns: Sequence[Row]) -> bool:
+    """Whether a turn follows the last answer.
+
+    Raises:
+        RowError: more than one does, which is a mistake in the data.
+    """
+    after = next((i for i, turn in enumerate(reversed(turns)) if turn["role"] == "assistant"), 0)
+    if after > 1:
+        raise RowError(f"{after} turns follow the last answer", "correct or remove such rows")
+    return after == 1
 
 
 def _keep_pair(row: Row, notes: Notes) -> bool:

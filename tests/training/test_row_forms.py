@@ -240,12 +240,14 @@ def test_pairs_without_a_difference_are_counted_and_left_out() -> None:
     assert "all pairs have equal answers" in wrong[0]
 
 
-def test_turns_after_the_last_answer_are_left_out_and_counted() -> None:
-    ends = [user("Q"), said("A"), user("Q2"), {"role": "tool", "content": "t"}]
-    done, wrong = normalised([{"messages": ends[:2]}, {"messages": ends}, {"messages": ends[:3]}], "text")
+def test_a_turn_after_the_last_answer_is_left_out_and_counted() -> None:
+    ends = [user("Q"), said("A"), user("Q2")]
+    done, wrong = normalised([{"messages": ends[:2]}, {"messages": ends}, {"messages": ends}], "text")
     assert not wrong
     assert done.rows == [{"messages": ends[:2]}] * 3
     assert done.notes.lines() == ["row 2 and 1 more rows end with a turn that has no answer; such turns are left out"]
+    _, wrong = normalised([{"messages": ends[:2]}, {"messages": [*ends, user("Q3")]}], "text")
+    assert wrong == ["data: row 2: 2 turns follow the last answer; correct or remove such rows"]
 
 
 def test_only_a_turn_that_begins_with_assistant_begins_an_answer() -> None:
