@@ -21,6 +21,7 @@ from paft_merge.errors import Problems, RecipeError, RunError
 from paft_merge.evaluating.schema import LOWER_IS_BETTER
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.arms import Variant
+from paft_merge.pipeline.execution import logged
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
@@ -83,7 +84,7 @@ def tune(
         trust_code: As for `run`.
 
     Returns:
-        The best trial, all trials, and the file of the best recipe, beside which are `tune.png` and `trials.csv`.
+        The best trial, all trials, and the file of the best recipe, beside which are `tune.png`, `trials.csv` and `logs/tune.log`.
 
     Raises:
         RecipeError: TUNE, every problem of the section. RunError: MISSING, optuna is not installed.
@@ -102,7 +103,7 @@ def tune(
     trained = sorted(step.key for step in planner.steps.values() if step.stage == "train")
     judged = sorted(s.key for s in planner.steps.values() if s.stage == "evaluate" and "/merged/" in s.name)
     name = key_of(metric=spec.metric, space=spec.space, trained=trained, judged=judged, seed=spec.seed)
-    with locked(out):
+    with locked(out), logged(out / "logs" / "tune.log"):
         study = _study(out, name, spec)
         total = trials or spec.trials
         while len(found := _finished(study)) < total or not found:
@@ -118,6 +119,7 @@ def tune(
                 trial.set_user_attr("parameters", chosen)
                 study.tell(trial, value)
             found = _finished(study)
+            log.info("trial %d of %d: %.4f, %s", len(found), total, found[-1].value, found[-1].parameters)
             progress(found[-1], len(found), total)
         best = max(found, key=lambda trial: (trial.value, -trial.number))
         _write(loaded, load_run(recipe, overrides).located.data, best, found, spec, out)

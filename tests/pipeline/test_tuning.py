@@ -107,6 +107,12 @@ def test_the_search_leaves_a_plot_and_no_scratch(searched: Path) -> None:
     assert not (searched / "scratch").exists()
 
 
+def test_the_search_writes_a_log_of_its_trials(world: Path, searched: Path) -> None:
+    trials = tune(world, searched).trials
+    text = (searched / "logs" / "tune.log").read_text()
+    assert [f"trial {i} of " in text for i, _ in enumerate(trials, 1)] == [True] * len(trials)
+
+
 def test_another_space_is_another_search_in_the_same_storage(world: Path, searched: Path) -> None:
     narrower = ("tune.space={parameters.trim.l1_mass: [0.9, 1.0]}", "tune.trials=1")
     found = tune(world, searched, overrides=narrower)
