@@ -71,8 +71,8 @@ def merge_shared(
         warn: receives warnings.
 
     Raises:
-        OutputError: BUSY, another process has the number of this worker; INCOMPLETE, there is no worker and files are
-            missing; RESUME_STALE, the other workers merge something else.
+        OutputError: BUSY, a live process uses the number of this worker; INCOMPLETE, files are missing without workers to write
+            them; RESUME_STALE, the other workers have another recipe, input, version or option.
         PaftMergeError: as for `merge_checkpoint`.
     """
 

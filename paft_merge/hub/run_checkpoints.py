@@ -151,7 +151,7 @@ def _at_step(ref: ModelRef, step: str) -> ModelRef:
 
 
 def _moved(known: Mapping[KeyPath, Any], moved: Mapping[KeyPath, list[int]]) -> dict[KeyPath, Any]:
-    """What is known of key paths, under the key paths after items were inserted into the lists `moved`."""
+    """The values of `known`, by the key paths that its keys have after items were inserted into the lists `moved`."""
 
     def places(path: KeyPath) -> Iterator[KeyPath]:
         for listed, order in moved.items():

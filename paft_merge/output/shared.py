@@ -97,7 +97,7 @@ class SharedOutput:
             order: all parts, in the order in which this worker tries them.
             done: returns the parts that are complete.
             takes_over: called with a part that a dead worker began, and that worker.
-            waits: called again and again with the parts that other workers have begun, while there are no others.
+            waits: called repeatedly with the unfinished parts and their workers, once other workers have begun all of them.
         """
         pause = _POLL[0]
         while left := _without(order, done()):

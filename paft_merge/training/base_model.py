@@ -74,7 +74,8 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust
     `trust_code`: run the base's Python code where the section has `trust_remote_code`; a check does not.
 
     Raises:
-        TrainError: BASE, there is no such folder, and the Hub cannot be reached; TEMPLATE, one of them cannot be loaded.
+        TrainError: BASE, the folder does not exist and the Hub cannot be reached; TEMPLATE, the tokenizer or its template
+            cannot be loaded.
     """
     from transformers import AutoTokenizer
 

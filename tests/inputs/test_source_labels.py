@@ -6,7 +6,7 @@ import pytest
 
 from paft_merge.inputs.source_labels import label_of, labels_of
 
-CACHE = "/root/.cache/huggingface/hub/models--me--sft/snapshots/0123456789abcdef0123456789abcdef01234567"
+CACHE = "/home/me/.cache/huggingface/hub/models--me--sft/snapshots/0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class Adapter:
             base: the checkpoint that the adapter is added to. It must stay open while the deltas are used, since
                 PiSSA, OLoRA and DoRA on columns read whole tensors of it on first use.
             far: as for `Checkpoint.open`.
-            unpickle: read `adapter_model.bin` if there is no safetensors file; no code of it runs.
+            unpickle: read `adapter_model.bin` where the safetensors file is missing, without running its code.
 
         Raises:
             AdapterError: with all faults. ADAPTER_CONFIG, ADAPTER_UNSUPPORTED, ADAPTER_SHAPE, ADAPTER_TARGET (not in

@@ -13,7 +13,7 @@ from paft_merge.plan.vocabulary.embedding_tensors import vocabulary_rows, vocabu
 
 
 class Truncated(NamedTuple):
-    """What was cut.
+    """The new number of rows and the warnings.
 
     Attributes:
         rows: the new number of rows, by each old one.
