@@ -232,6 +232,13 @@ def test_layers_below_a_heat_map_do_not_run_into_each_other(layers: int) -> None
         assert after - x > 6 * (len(text) + len(other)) / 2
 
 
+def test_a_legend_has_room_for_escaped_characters() -> None:
+    lines = tuple(Line(name, (0.0, 1.0), (0.0, 1.0), i) for i, name in enumerate(("\x1b\x07" * 3, "dpo")))
+    root = ElementTree.fromstring(draw(Chart("c", "", "", "x", "y", lines)))
+    first, second = (e for e in root.iter("text") if e.get("class") == "legend")
+    assert float(second.get("x", "")) - float(first.get("x", "")) > 7 * len(first.text or "") == 7 * 24
+
+
 def test_a_legend_of_long_names_lies_above_the_plot_and_inside_the_picture() -> None:
     names = ["a-very-long-name-of-a-run-" * 4 + str(i) for i in range(5)]
     chart = Chart("c", "", "", "x", "y", tuple(Line(n, (0.0, 1.0), (0.0, 1.0), i) for i, n in enumerate(names)))

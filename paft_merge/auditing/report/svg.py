@@ -218,7 +218,7 @@ def _legend(entries: Sequence[tuple[str, int]]) -> tuple[list[str], float]:
     """The marks and names of the sources in as many rows as they need, and where the plot begins below them."""
     parts, x, y = [], float(_LEFT), 14.0
     for label, number in entries:
-        text = abridged(label, 44)
+        text = abridged(printable(label), 44)
         width = 46 + 7.2 * len(text)
         if x > _LEFT and x + width > _WIDTH:
             x, y = float(_LEFT), y + 19
