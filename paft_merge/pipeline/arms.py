@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paft_merge.errors import Problems
+from paft_merge.methods import METHODS
 from paft_merge.pipeline.schema import CompareSpec, RunRecipe
 from paft_merge.recipe.yaml_source import did_you_mean
 
@@ -148,12 +149,7 @@ def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple
         seen[name] = seen.get(name, 0) + 1
         known = MERGES.get(method, {}) if isinstance(given, str) else {}
         if "models" not in written and "slices" not in written:
-            weight = MERGES.get(method, {}).get("weight")
-            weight = 1 / len(names) if weight == 0.5 else weight
-            written["models"] = [
-                {"model": model, **({"parameters": {"weight": weight}} if weight is not None else {})}
-                for model in names
-            ]
+            written["models"] = _models(recipe, names, method, written.get("parameters"))
         if known.get("parameters"):
             written["parameters"] = dict(known["parameters"])
         if method == "slerp" and "base_model" not in written:
@@ -162,3 +158,35 @@ def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple
             if recipe.merge is not None and key in recipe.merge.data and key not in written:
                 written[key] = recipe.merge.data[key]
         yield (f"{name} {seen[name]}" if seen[name] > 1 else name), written, ("compare", "methods", at)
+
+
+def _models(recipe: RunRecipe, names: list[str], method: str, parameters: Any) -> list[dict[str, Any]]:
+    """The models of a merge under `compare: {methods: ...}` that lists none.
+
+    Their weights are those of `merge:`, which may balance deltas of different sizes. If it has none for these adapters,
+    they are those of `MERGES`. A weight in the `parameters` of the method holds instead of both.
+    """
+    weights: dict[str, Any] = {}
+    known = METHODS.get(method)
+    if "weight" not in (parameters if isinstance(parameters, dict) else {}):
+        default = MERGES.get(method, {}).get("weight")
+        weights = {} if default is None else dict.fromkeys(names, 1 / len(names) if default == 0.5 else default)
+        if known and known.parameter("weight") and (balance := _weights_of_merge(recipe, names)):
+            weights = balance
+    return [{"model": n, **({"parameters": {"weight": weights[n]}} if n in weights else {})} for n in names]
+
+
+def _weights_of_merge(recipe: RunRecipe, names: list[str]) -> dict[str, Any]:
+    """The weight that `merge:` gives each adapter, 1 where it gives none; empty if it gives none to any."""
+    data: Any = recipe.merge.data if recipe.merge is not None else {}
+    models = data.get("models")
+    mappings = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+    entries = {m["model"]: m for m in mappings if isinstance(m.get("model"), str)}
+    found: dict[str, Any] = {}
+    for name in names:
+        for holder in (entries.get(name), data if name in entries else None):
+            given = holder.get("parameters") if isinstance(holder, dict) else None
+            weight = given.get("weight") if isinstance(given, dict) else None
+            if isinstance(weight, int | float | list) and not isinstance(weight, bool):
+                found.setdefault(name, weight)
+    return {name: found.get(name, 1.0) for name in names} if found else {}

@@ -232,11 +232,36 @@ def test_a_methods_name_stands_for_a_recipe_on_both_adapters(world: Path, tmp_pa
     ]  # fmt: skip
     ties = recipes["merge/parallel-mine"]
     assert [m["model"]["lora"]["path"].rsplit("/", 1)[1] for m in ties["models"]] == ["sft-dense", "dpo"]
-    assert [m["parameters"]["weight"] for m in ties["models"]] == [1.0, 1.0]
+    assert [m["parameters"]["weight"] for m in ties["models"]] == [1.0, 0.5], "as the recipe's own merge says"
     assert ties["out_dtype"] == "float32", "as the recipe's own merge says"
     assert recipes["merge/parallel-slerp"]["base_model"]["lora"]["path"].endswith("sft-dense")
     assert "base_model" not in recipes["merge/parallel-linear"], "linear would merge it as one more model"
     assert recipes["merge/merged"]["models"][0]["model"]["lora"]["path"].endswith("adapters/sft")
+
+
+BALANCE = [{"model": "sft"}, {"model": "dpo", "parameters": {"weight": 4.0}}]
+
+
+@pytest.mark.parametrize(
+    ("merge", "method", "weights"),
+    [
+        ({"models": BALANCE}, "linear", [1.0, 4.0]),
+        ({"models": BALANCE}, {"merge_method": "della"}, [1.0, 4.0]),
+        ({"models": BALANCE[::-1], "parameters": {"weight": 0.5}}, "ties", [0.5, 4.0]),
+        ({"models": [{"model": "sft"}, {"model": "dpo"}]}, "linear", [0.5, 0.5]),
+        ({"models": BALANCE}, {"merge_method": "ties", "parameters": {"weight": 3}}, [None, None]),
+        ({"models": BALANCE}, {"merge_method": "model_stock"}, [None, None]),
+        ({"models": BALANCE}, "slerp", [None, None]),
+        ({"models": [{"model": "sft", "parameters": {"weight": [0.0, 1.0]}}]}, "ties", [[0.0, 1.0], 1.0]),
+    ],
+)
+def test_the_arms_have_the_weights_of_the_recipes_merge_or_their_own(
+    world: Path, tmp_path: Path, merge: dict[str, Any], method: object, weights: list[object]
+) -> None:
+    compare = {"sft": ["l1"], "methods": [method], "arms": ["parallel"]}
+    made = planned(world, tmp_path, compare=compare, merge={"merge_method": "l1_ties", **merge})
+    arm = next(s.job.recipe for s in made.steps if isinstance(s.job, Merge) and s.name.startswith("merge/parallel"))
+    assert [model.get("parameters", {}).get("weight") for model in arm["models"]] == weights
 
 
 def test_the_methods_of_a_comparison_are_the_papers_and_ours_by_default(world: Path, tmp_path: Path) -> None:
