@@ -180,7 +180,7 @@ def test_names_from_files_cannot_write_into_the_page(tmp_path: Path) -> None:
         assert "\x1b" not in text
         assert "{{" in text or "<svg xmlns" in text
     assert "&lt;video&gt;sft&amp;" in found.to_html()
-    assert "\x1b" not in str(found)
+    assert "\x1b" not in str(found) + repr(found)
     for figure in figures_of(found):
         ElementTree.fromstring(standalone(figure))
 
@@ -248,6 +248,28 @@ def test_a_legend_of_long_names_lies_above_the_plot_and_inside_the_picture() -> 
     assert len(entries) == 5
     assert all(float(e.get("y", "")) < top for e in entries)
     assert all(float(e.get("x", "")) + 7 * len(e.text or "") <= 560 for e in entries)
+
+
+def test_the_title_of_a_picture_lies_inside_it() -> None:
+    heat = Heat("h", "of " + "\u202e" * 20 + " and W" * 9, "", ("q",), ("0",), ((0.5,),), "share", 0.0, 1.0)
+    root = ElementTree.fromstring(standalone(heat))
+    titles = [e.text or "" for e in root.iter("{http://www.w3.org/2000/svg}text") if e.get("class") == "title"]
+    assert len("".join(titles)) > 6 * 20, "escaped"
+    assert max(map(len, titles)) <= 54 < 560 / 10  # the width of a bold letter
+
+
+def test_headings_of_the_numbers_abridge_long_names(tmp_path: Path) -> None:
+    found = audit(save_adapter(tmp_path / ("long" * 50), random_state(0), 3))
+    summaries = re.findall(r"</svg>([^<]*) by (?:layer|kind of module)</summary>", found.to_html())
+    assert {len(text) for text in summaries} == {44}
+
+
+def test_signs_of_several_pairs_that_differ_by_chance_are_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    third = save_adapter(tmp_path / "third", random_state(0, torch.bfloat16), 5)
+    found = audit(folders["sft"], folders["dpo"], third, base=folders["base"])
+    (line,) = (a for a in found.advice if "which is chance" in a.text)
+    assert line.text.startswith("The signs of 3 of the 3 pairs differ on ")
+    assert audit_values(found, f"conflict_weighted == {line.value!r}")
 
 
 def test_thresholds_have_one_form_everywhere(found: Audit) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from paft_merge.auditing.report.figures import abridged, exponent
 from paft_merge.auditing.results import Advice, AuditData, PairAudit, SourceAudit
@@ -16,6 +16,8 @@ DENSE, SPARSE = 0.5, 0.9
 """A delta is dense below the first sparsity and sparse from the second on (PAFT's sparse adapters have over 0.9)."""
 HARSH = 0.25
 """Share of the energy lost to trimming or election from which advice warns."""
+LOW, HIGH = 0.45, 0.55
+"""Signs that differ on this share of the magnitude differ by chance."""
 STEEP = 1.3
 """Slope of logit(sparsity) against log(L1 strength), measured on toys (1.2 to 1.4)."""
 ERASED = 0.5
@@ -25,7 +27,11 @@ ERASED = 0.5
 def advise(audit: AuditData) -> tuple[Advice, ...]:
     """All advice for an audit, source by source, then pairs, then the preview."""
     lines = [a for source in audit.sources if source.tensors for a in _of_source(audit, source)]
-    lines += [a for pair in audit.pairs for a in _of_pair(audit, pair)]
+    chance = [pair for pair in audit.pairs if pair.total.both and LOW <= pair.total.conflict_weighted <= HIGH]
+    if several := len(chance) > 1:
+        lines.append(_by_chance(f"{len(chance)} of the {len(audit.pairs)} pairs", chance))
+    for pair in audit.pairs:
+        lines += _of_pair(audit, pair, leave_out_chance=several)
     return (*lines, *_of_preview(audit))
 
 
@@ -98,7 +104,19 @@ def _train_sparser(source: SourceAudit, sparsity: float) -> str:
     return f"it was trained with l1.strength {l1['strength']:.2g}; train with about {more:.2g}, or {wanted}, which finds it"
 
 
-def _of_pair(audit: AuditData, pair: PairAudit) -> Iterator[Advice]:
+def _by_chance(names: str, pairs: Sequence[PairAudit]) -> Advice:
+    """That signs differ as often as chance has it, for one pair or for several."""
+    shares = sorted(pair.total.conflict for pair in pairs)
+    weighted = sorted(pair.total.conflict_weighted for pair in pairs)
+    entries, magnitude = (" to ".join(dict.fromkeys((f"{s[0]:.0%}", f"{s[-1]:.0%}"))) for s in (shares, weighted))
+    text = (
+        f"The signs of {names} differ on {entries} of the entries ({magnitude} by magnitude), which is chance: an election drops "
+        "entries that do not oppose each other on purpose; try elect: none, or task_arithmetic beside it."
+    )
+    return _advice("note", text, "conflict_weighted", weighted[-1], "conflict")
+
+
+def _of_pair(audit: AuditData, pair: PairAudit, *, leave_out_chance: bool) -> Iterator[Advice]:
     total, names = pair.total, f"{_name(pair.left)} and {_name(pair.right)}"
     if total.size_ratio > FOLD:
         norms = sorted(((math.sqrt(total.left_square), pair.left), (math.sqrt(total.right_square), pair.right)))
@@ -114,15 +132,11 @@ def _of_pair(audit: AuditData, pair: PairAudit) -> Iterator[Advice]:
         return
     weighted = total.conflict_weighted
     differ = f"The signs of {names} differ on {total.conflict:.0%} of the entries ({weighted:.0%} by magnitude)"
-    if weighted > 0.55:
+    if weighted > HIGH:
         text = f"{differ}, more than chance: they oppose each other, and an election drops much of both."
         yield _advice("warn", text, "conflict_weighted", weighted, "conflict")
-    elif weighted >= 0.45:
-        text = (
-            f"{differ}, which is chance: an election drops entries that do not oppose each other on purpose; try elect: none, "
-            "or task_arithmetic beside it."
-        )
-        yield _advice("note", text, "conflict_weighted", weighted, "conflict")
+    elif weighted >= LOW:
+        yield from () if leave_out_chance else (_by_chance(names, [pair]),)
     else:
         text = f"{differ}, less than chance: they pull the same way, cosine {total.cosine:.2f}."
         yield _advice("good" if weighted < 0.25 else "note", text, "conflict_weighted", weighted, "conflict")

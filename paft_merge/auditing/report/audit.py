@@ -78,7 +78,7 @@ class Audit(AuditData):
         return escape("\n".join(lines), lines=True)
 
     def __repr__(self) -> str:
-        names = ", ".join(s.label for s in self.sources)
+        names = ", ".join(escape(s.label) for s in self.sources)
         return f"<Audit of {names}: {sum(len(s.tensors) for s in self.sources)} tensors>"
 
 

@@ -116,9 +116,13 @@ def _numbers(audit: AuditData) -> list[tuple[int, str, Table]]:
         if source.tensors:
             layers = [Group(f"layer {k}", g.tensors) for k, g in source.layers.items()]
             tables.append(
-                (number, f"{source.label} by kind of module", _groups([source.total, *source.modules.values()]))
+                (
+                    number,
+                    f"{abridged(source.label, 44)} by kind of module",
+                    _groups([source.total, *source.modules.values()]),
+                )
             )
-            tables.append((number, f"{source.label} by layer", _groups(layers)))
+            tables.append((number, f"{abridged(source.label, 44)} by layer", _groups(layers)))
     return tables
 
 

@@ -103,7 +103,7 @@ def draw(figure: Figure) -> str:
 def standalone(figure: Figure) -> str:
     """A figure as an SVG document in light colours, with its title and caption."""
     width, height, parts = _parts(figure)
-    texts = [("title", 19, line) for line in textwrap.wrap(figure.title, 64)]
+    texts = [("title", 19, line) for line in textwrap.wrap(printable(figure.title), 54)]
     texts += [("caption", 16, line) for line in textwrap.wrap(figure.caption, 84)]
     head, y = [], 8.0
     for kind, step, line in texts:
