@@ -26,7 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-DOCS = "https://github.com/paft-merge/paft-merge/blob/main/docs"
+HOME = "https://github.com/paft-merge/paft-merge"
+DOCS = f"{HOME}/blob/main/docs"
 """Address of the documentation, for messages: an installed package has no docs/."""
 
 E = TypeVar("E", bound="PaftMergeError")

@@ -80,7 +80,7 @@ class Header:
     """Short and unique among the sources of an audit."""
     kind: str
     """`lora`, `rslora`, `dora`, `pissa`, `olora`, another PEFT type in lower case, or `checkpoint`."""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """For an adapter: rank, alpha, scale, target modules, PEFT version, the base it names, digest of its header, training record."""
 
 

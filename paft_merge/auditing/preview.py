@@ -144,7 +144,7 @@ class Preview:
     method: str
     parameters: Mapping[str, Any]
     """Empty when a recipe gives each tensor its own."""
-    tensors: tuple[PreviewTensor, ...]
+    tensors: tuple[PreviewTensor, ...] = field(repr=False)
 
     def of(self, source: str, tensors: Sequence[PreviewTensor] | None = None) -> Survived:
         """Entries and energy that the method keeps of one source.

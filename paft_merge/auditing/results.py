@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -28,8 +28,8 @@ class TensorAudit(Placed):
     kind: str
     """`lora`, `dora`, `replace`, ... as `AdapterDelta.kind`, or `checkpoint`."""
     shape: tuple[int, ...]
-    measure: Measure
-    spectrum: Spectrum | None
+    measure: Measure = field(repr=False)
+    spectrum: Spectrum | None = field(repr=False)
     factors: FactorCounts | None
 
 
@@ -38,7 +38,7 @@ class Group:
     """Tensors of one source taken together: a layer, a kind of module, or all."""
 
     key: str
-    tensors: tuple[TensorAudit, ...]
+    tensors: tuple[TensorAudit, ...] = field(repr=False)
 
     @cached_property
     def measure(self) -> Measure:
@@ -73,7 +73,7 @@ class SourceAudit:
     """One source: an adapter or a checkpoint, as a delta from the base."""
 
     header: Header
-    tensors: tuple[TensorAudit, ...]
+    tensors: tuple[TensorAudit, ...] = field(repr=False)
 
     @property
     def label(self) -> str:
@@ -130,7 +130,7 @@ class PairAudit:
 
     left: str
     right: str
-    tensors: tuple[PairTensor, ...]
+    tensors: tuple[PairTensor, ...] = field(repr=False)
 
     @property
     def total(self) -> PairMeasure:

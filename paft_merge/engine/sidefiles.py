@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,13 @@ def versions(plan: MergePlan) -> dict[str, str]:
 
 @cache
 def _version(package: str) -> str:
-    """Return the installed version; cached, because it is read from a file."""
+    """Return the installed version, with the commit of an installation from a repository (PEP 610); cached."""
     try:
-        return version(package)
+        found = distribution(package)
     except PackageNotFoundError:
         return "unknown"
+    commit = json.loads(found.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id", "")
+    return f"{found.version}+{commit[:12]}" if commit else found.version
 
 
 def identity(plan: MergePlan, device: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ class Score:
 
     value: float
     stderr: float | None
-    rows: tuple[float, ...]
+    rows: tuple[float, ...] = field(repr=False)
     """Values by row, in the order of the file; empty for lm-eval."""
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = field(default=(), repr=False)
     """The generated texts by row, if any."""
     warning: str = ""
     """What makes the value doubtful."""

@@ -26,6 +26,7 @@ from paft_merge.errors import RecipeError, RunError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.hub import download
+from paft_merge.output.card.markdown import escape_markdown
 from paft_merge.pipeline.execution import Event, Executor, OnEvent
 from paft_merge.pipeline.preflight import check_adapters, check_run, check_task_data, check_training
 from paft_merge.pipeline.results_table import Table
@@ -39,7 +40,7 @@ from paft_merge.recipe.yaml_source import dump_yaml
 __all__ = ["STAGES", "Event", "Planned", "Run", "Stage", "load_run", "plan", "run"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Planned:
     """A checked recipe, its steps, and which of them are to do."""
 
@@ -48,6 +49,9 @@ class Planned:
     state: State
     todo: tuple[Step, ...]
     """Steps to do, in order."""
+
+    def __repr__(self) -> str:
+        return f"Planned({str(self.recipe.file)!r}, {len(self.todo)} of {len(self.steps)} steps to do)"
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -61,12 +65,16 @@ class Planned:
 
 @dataclass(frozen=True)
 class Run:
-    """The result of a run."""
+    """The result of a run. A notebook shows its table."""
 
     folder: Path
     table: Table
     done: tuple[str, ...]
     """Names of the steps that this call executed."""
+
+    def _repr_markdown_(self) -> str:
+        made = f"{escape_markdown(self.folder)}: {len(self.done)} step{'s' * (len(self.done) != 1)} done"
+        return f"{made}\n\n{self.table.to_markdown()}" if self.table.rows else made
 
 
 def plan(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.evaluating.schema import LOWER_IS_BETTER, EvaluateSpec
+from paft_merge.output.card.markdown import escape_markdown
 from paft_merge.pipeline.arms import Arm
 from paft_merge.pipeline.state import State
 from paft_merge.pipeline.steps import SPARSITY, Evaluate, Step
@@ -66,9 +67,9 @@ class Row:
     cells: dict[str, Cell]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
-    """All arms."""
+    """All arms. `print` and a notebook show it as Markdown."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -96,6 +97,15 @@ class Table:
         columns = tuple(c for c in dict.fromkeys(named) if any(c in row.cells for row in rows))
         seeds = tuple(dict.fromkeys(arm.seed for arm in arms if arm.seed is not None))
         return cls(columns, rows, seeds, {column: _direction(column, spec) for column in columns})
+
+    def __repr__(self) -> str:
+        return f"Table({len(self.rows)} arms, {len(self.columns)} columns)"
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
 
     def best(self, column: str) -> float | None:
         """The best mean of a column; None where there is nothing to compare."""
@@ -198,14 +208,14 @@ class Table:
     def to_markdown(self) -> str:
         """The table as Markdown, the best of each column in bold, with the sentences below."""
         arrows = {1: " ↑", -1: " ↓", 0: ""}
-        head = ["arm", *(f"{c}{arrows[self.better[c]]}" for c in self.columns)]
+        head = ["arm", *(f"{escape_markdown(c)}{arrows[self.better[c]]}" for c in self.columns)]
         lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for row in self.rows:
             cells = [self._marked(row, c) for c in self.columns]
-            lines.append(f"| {row.name} | {' | '.join(cells)} |")
+            lines.append(f"| {escape_markdown(row.name)} | {' | '.join(cells)} |")
         if len(self.seeds) > 1:
             lines += ["", f"Mean ± standard deviation over seeds {', '.join(map(str, self.seeds))}."]
-        lines += ["", *(f"- {verdict}" for verdict in self.verdicts())]
+        lines += ["", *(f"- {escape_markdown(verdict)}" for verdict in self.verdicts())]
         return "\n".join(lines).rstrip() + "\n"
 
     def _marked(self, row: Row, column: str) -> str:

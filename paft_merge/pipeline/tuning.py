@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ class TuneResult:
 
     best: Trial
     """The trial with the highest value; the earlier one of two equal ones."""
-    trials: tuple[Trial, ...]
+    trials: tuple[Trial, ...] = field(repr=False)
     recipe: Path
     """The file of the best recipe."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import Any
+
+from paft_merge.errors import escape
 
 
 def show_bytes(count: int) -> str:
@@ -30,7 +32,7 @@ def html_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     """Return an HTML table; the text of every cell is escaped."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+        return f"<tr>{''.join(f'<{tag}>{html.escape(escape(cell))}</{tag}>' for cell in cells)}</tr>"
 
     first = f"<thead>{row(head, 'th')}</thead>" if head else ""
     return f"<table>{first}<tbody>{''.join(row(cells, 'td') for cells in rows)}</tbody></table>"

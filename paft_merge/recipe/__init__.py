@@ -20,13 +20,13 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from paft_merge.errors import Problem, RecipeError
+from paft_merge.errors import Problem, RecipeError, escape
 from paft_merge.methods import METHODS, Method
 from paft_merge.recipe.diagnostics import Report
 from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, normalize
@@ -98,7 +98,7 @@ class Recipe:
     def _repr_html_(self) -> str:
         lines = self.text.splitlines()
         rest = f"\n... and {len(lines) - _HTML_LINES:,} lines more" if len(lines) > _HTML_LINES else ""
-        return f"<pre>{escape(chr(10).join(lines[:_HTML_LINES]) + rest)}</pre>"
+        return f"<pre>{html.escape(escape(chr(10).join(lines[:_HTML_LINES]) + rest, lines=True))}</pre>"
 
     @property
     def slices(self) -> tuple[OutputSlice, ...]:

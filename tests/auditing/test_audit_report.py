@@ -305,6 +305,8 @@ def test_print_shows_a_few_lines_with_numbers_and_repr_one(found: Audit) -> None
     assert lines[1].startswith(f"  sft: lora, 6 tensors, {sparsity} below 1e-5, norm ")
     assert f"cosine {found.pairs[0].total.cosine:.3g}" in lines[3]
     assert len(lines) < 12
+    for part in (found.sources[0], found.sources[0].total, found.pairs[0], found.preview, found.sources[0].tensors[0]):
+        assert len(repr(part)) < 250, "without the numbers of every tensor"
 
 
 def test_pictures_are_written_as_png(found: Audit, tmp_path: Path) -> None:

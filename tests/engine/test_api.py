@@ -230,6 +230,7 @@ def test_a_result_says_what_was_merged_and_is_a_path(asked: Path, tmp_path: Path
     assert copy.deepcopy(result) is result
     assert "<b>" not in result._repr_html_()
     assert "&lt;b&gt;out" in result._repr_html_()
+    assert "\u202e" not in dataclasses.replace(result, path=Path("\u202e"))._repr_html_()
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.path = tmp_path  # type: ignore[misc]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from toys.hub_server import HubServer, Status
 
 import paft_merge
 from paft_merge.cli import cli
+from paft_merge.engine import sidefiles
 from paft_merge.engine.reproduction import reproduce
 from paft_merge.errors import HubError, PaftMergeError
 from paft_merge.hub import fetch_file
@@ -86,6 +88,16 @@ def test_a_card_says_what_it_is_made_of(models: HubServer, merged: Path) -> None
     assert RECIPE.strip() in text
     assert "| `sft` |" in text
     assert "paft reproduce" in text
+    assert f"Written by paft-merge `{paft_merge.__version__}` ([how to install it](" in text
+    assert "pip install" not in text, "nobody knows whether this version is on the package index"
+
+
+def test_a_version_installed_from_a_repository_has_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = SimpleNamespace(
+        version="0.1.0", read_text={"direct_url.json": json.dumps({"vcs_info": {"commit_id": "f" * 40}})}.get
+    )
+    monkeypatch.setattr(sidefiles, "distribution", lambda name: installed)
+    assert sidefiles._version.__wrapped__("paft-merge") == f"0.1.0+{'f' * 12}"
 
 
 def test_the_hubs_own_reader_understands_the_card(merged: Path) -> None:

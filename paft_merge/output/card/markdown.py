@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import yaml
 
-from paft_merge.errors import escape
+from paft_merge.errors import HOME, escape
 from paft_merge.inputs.source_labels import labels_of
 from paft_merge.output.card.metadata import Score, card_metadata, licence
 from paft_merge.output.manifest import MANIFEST
@@ -29,7 +29,7 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
     data = yaml.safe_dump(card_metadata(manifest, name, scores), sort_keys=False, allow_unicode=True).strip()
     made = f"Made by paft_merge with the method {_code(recipe['merge_method'])}."
     parts = [
-        ["---", data, "---", "", f"# {_cell(name)}", "", made, ""],
+        ["---", data, "---", "", f"# {escape_markdown(name)}", "", made, ""],
         _sources(manifest),
         _measured(manifest),
         [f"![Sparsity of each source, layer by layer]({picture})", ""] if picture else [],
@@ -40,12 +40,12 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
     return "\n".join(line for part in parts for line in part)
 
 
-def _cell(text: object) -> str:
-    """Text of a stranger for a card: one line, without control characters, and with the marks of Markdown and HTML escaped."""
+def escape_markdown(text: object) -> str:
+    """Text of a stranger for a cell or a line of Markdown: one line, without control characters, and with the marks of Markdown and HTML escaped."""
     return _MARKS.sub(r"\\\g<0>", html.escape(escape(" ".join(str(text).split())), quote=False))
 
 
-_MARKS = re.compile(r"[\\`*_{}\[\]|#!~]")
+_MARKS = re.compile(r"[\\`*{}\[\]|#!~$]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is text
 
 
 def _code(text: object) -> str:
@@ -72,14 +72,14 @@ def _sources(manifest: Mapping[str, Any]) -> list[str]:
             repo, commit = source["repo_id"], source["commit"]
             asked = f" ({_code(source['revision'])})" if source.get("revision") not in (None, commit) else ""
             inside = quote(f"/tree/{commit}/{source['folder']}") if source.get("folder") else ""
-            place = f"[{_cell(source['path'])}](https://huggingface.co/{quote(repo)}{inside})"
+            place = f"[{escape_markdown(source['path'])}](https://huggingface.co/{quote(repo)}{inside})"
             revision = f"{_code(commit)}{asked}"
         else:
             place, revision = _code(source["path"]), "a local folder"
-        rows.append(f"| {place} | {role} | {revision} | {_cell(licensed)} |")
+        rows.append(f"| {place} | {role} | {revision} | {escape_markdown(licensed)} |")
     if not rows:
         return []
-    problems = [line for problem in licence(manifest)[1] for line in (f"Note: {_cell(problem.what)}.", "")]
+    problems = [line for problem in licence(manifest)[1] for line in (f"Note: {escape_markdown(problem.what)}.", "")]
     head = ["| source | as | revision | licence |", "|---|---|---|---|"]
     return ["## Sources", "", *head, *rows, "", *problems]
 
@@ -87,7 +87,7 @@ def _sources(manifest: Mapping[str, Any]) -> list[str]:
 def _measured(manifest: Mapping[str, Any]) -> list[str]:
     """Statistics of each source's delta, and how much of it was merged."""
     rows = [row for row in manifest.get("totals", ()) if row.get("l2")]
-    notes = [line for text in manifest.get("warnings", ()) for line in (f"Note: {_cell(text)}", "")]
+    notes = [line for text in manifest.get("warnings", ()) for line in (f"Note: {escape_markdown(text)}", "")]
     if not rows:
         return notes
     head = ["| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
@@ -112,7 +112,7 @@ def _scores(scores: Sequence[Score]) -> list[str]:
         return []
     head = ["| task | metric | shots | value | standard error |", "|---|---|---|---|---|"]
     body = [
-        f"| {_cell(s.task)} | {_cell(s.metric)} | {'-' if s.shots is None else s.shots} | {s.value:.4g} "
+        f"| {escape_markdown(s.task)} | {escape_markdown(s.metric)} | {'-' if s.shots is None else s.shots} | {s.value:.4g} "
         f"| {'-' if s.stderr is None else f'{s.stderr:.2g}'} |"
         for s in scores
     ]
@@ -120,12 +120,12 @@ def _scores(scores: Sequence[Score]) -> list[str]:
 
 
 def _reproduce(manifest: Mapping[str, Any]) -> list[str]:
-    version = manifest.get("versions", {}).get("paft-merge", "")
+    version = manifest.get("versions", {}).get("paft-merge", "unknown")
     local = [s["path"] for s in manifest.get("sources", ()) if not s.get("repo_id")]
     needs = f" Reproduction needs {', '.join(_code(path) for path in local)} unchanged." if local else ""
     record = f"`{MANIFEST}` records the parameters, counts and digest of every tensor, and the commit of every source."
     return [
-        "## Reproduce", "", "```sh", f"pip install paft-merge=={version}",
+        "## Reproduce", "", f"Written by paft-merge {_code(version)} ([how to install it]({HOME}#install)).", "", "```sh",
         "paft reproduce REPOSITORY_OR_FOLDER   # merges again and compares every byte", "```", "",
         f"{record}{needs}", "",
     ]  # fmt: skip
