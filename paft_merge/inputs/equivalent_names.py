@@ -165,11 +165,11 @@ class NamedLike(Checkpoint):
         return {"tensors": renamed, **({"derived": copied} if copied else {})}
 
 
-class _Unwrapped(NamedLike):
+class Unwrapped(NamedLike):
     """A checkpoint under names without the prefixes of wrappers, which are not a part of the model."""
 
     _prefix = ""
-    """The segments that were removed from the start of all names."""
+    """What the stored names begin with, and these names do not."""
 
     @classmethod
     def forms(cls, checkpoint: Checkpoint) -> list[Checkpoint]:
@@ -180,15 +180,14 @@ class _Unwrapped(NamedLike):
         stored = {without_wrappers(name): name for name in checkpoint.tensors}
         if len(stored) < len(checkpoint.tensors):
             return [checkpoint]
-        found, prefix = list[Checkpoint](), ""
+        found = list[Checkpoint]()
         while True:
             unwrapped = cls(checkpoint, checkpoint, {n: (Part.whole(checkpoint, held),) for n, held in stored.items()})
-            unwrapped._prefix = prefix
+            unwrapped._prefix = next((held.removesuffix(n) for n, held in stored.items() if held.endswith(n)), "")
             found.append(checkpoint if stored.keys() == checkpoint.tensors.keys() else unwrapped)
             first, dot, _ = next(iter(stored), "").partition(".")
             if not dot or first.isdigit() or not all(name.startswith(first + dot) for name in stored):
                 return found
-            prefix += first + dot
             stored = {name.removeprefix(first + dot): held for name, held in stored.items()}
 
     def stored_names(self, name: str) -> tuple[str, ...]:
@@ -213,7 +212,7 @@ class Names:
 
     @cached_property
     def _forms(self) -> list[Checkpoint]:
-        return _Unwrapped.forms(self.template)
+        return Unwrapped.forms(self.template)
 
     @cached_property
     def _architecture(self) -> Architecture | None:
@@ -240,7 +239,7 @@ class Names:
     def _under_our_names(self, other: Checkpoint, ref: str) -> Checkpoint:
         if other is self.template or other.computed or _without_numbers(other.tensors) == self._patterns:
             return other
-        forms = _Unwrapped.forms(other)
+        forms = Unwrapped.forms(other)
         parts: Mapping[str, tuple[Part, ...]]
         warnings: Sequence[Problem] = ()
         pairs = [(self._forms[0], theirs) for theirs in forms] + [(ours, forms[0]) for ours in self._forms[1:]]
@@ -275,7 +274,7 @@ def _first_known(
 
 def _as_stored(part: Part) -> Part:
     """A part by the name in its file."""
-    if not isinstance(part.checkpoint, _Unwrapped):
+    if not isinstance(part.checkpoint, Unwrapped):
         return part
     return replace(part, checkpoint=part.checkpoint.inner, name=part.checkpoint.stored_names(part.name)[0])
 

@@ -24,6 +24,7 @@ from paft_merge.inputs.adapters.keys import SHARED, Keys
 from paft_merge.inputs.adapters.peft_types import read_settings, sort_keys, type_of
 from paft_merge.inputs.adapters.tied_weights import may_be_tied, untie
 from paft_merge.inputs.checkpoint import Checkpoint, FarFile
+from paft_merge.inputs.equivalent_names import Unwrapped
 from paft_merge.inputs.safetensors_header import join_first, read_text, truncate
 
 __all__ = ["Adapter", "AdapterDelta", "open_weights"]
@@ -131,24 +132,57 @@ class Adapter:
         self.file.check_unchanged()
 
     def _bind(self, settings: Settings, base: Checkpoint) -> None:
+        keys, binding, problems = self._bound_to(base, settings)
+        if binding.absent:
+            keys, binding, problems = self._without_wrappers(base, settings) or (keys, binding, problems)
+        if not problems.found:
+            with problems.catching():
+                self._untie(settings, binding)
+            with problems.catching():
+                self.vocab_size = _new_vocabulary(binding, self.folder)
+        if problems.found:
+            raise AdapterError(truncate(_grouped(problems.found, settings), self.folder))
+        order = {name: at for at, name in enumerate(binding.base.tensors)}
+        builders = sorted(binding.builders.items(), key=lambda item: order.get(item[0], len(order)))
+        self.deltas = {name: builder.build(binding.base) for name, builder in builders}
+        if binding.base is not base:
+            self._rename(binding.base)
+        self.record, faults = _read_record(self.folder)
+        self.warnings = [*_other_base(settings, base, self.folder), *_untrained(settings, keys, self.folder), *faults]
+
+    def _bound_to(self, base: Checkpoint, settings: Settings) -> tuple[Keys, Binding, Problems]:
+        """The adapter's tensors, bound to those of a checkpoint, and the faults."""
         problems = Problems()
         keys = sort_keys(self.file.tensors, self.folder, problems, settings.peft_type)
         binding = Binding(settings, keys, self.file, base, problems)
         binding.bind(type_of(settings).bind_module)
-        if not problems.found:
-            with problems.catching():
-                self._untie(settings, base, binding)
-            with problems.catching():
-                self.vocab_size = _new_vocabulary(base, binding, self.folder)
-        if problems.found:
-            raise AdapterError(truncate(_grouped(problems.found, settings), self.folder))
-        order = {name: at for at, name in enumerate(base.tensors)}
-        builders = sorted(binding.builders.items(), key=lambda item: order.get(item[0], len(order)))
-        self.deltas = {name: builder.build(base) for name, builder in builders}
-        self.record, faults = _read_record(self.folder)
-        self.warnings = [*_other_base(settings, base, self.folder), *_untrained(settings, keys, self.folder), *faults]
+        return keys, binding, problems
 
-    def _untie(self, settings: Settings, base: Checkpoint, binding: Binding) -> None:
+    def _without_wrappers(self, base: Checkpoint, settings: Settings) -> tuple[Keys, Binding, Problems] | None:
+        """As `_bound_to`, for the names of the base without those of wrappers; None if it lacks what the adapter changes."""
+        tried = [self._bound_to(form, settings) for form in Unwrapped.forms(base) if form is not base]
+        fitting = [bound for bound in tried if not bound[1].absent]
+
+        def as_named(bound: tuple[Keys, Binding, Problems]) -> int:
+            """Modules that the adapter calls as this form does; transformers also finds some under other prefixes."""
+            keys, binding, _ = bound
+            return sum(f"{path}.weight" in binding.base.tensors for path, _ in keys.modules)
+
+        return max(fitting, key=as_named, default=None)
+
+    def _rename(self, form: Checkpoint) -> None:
+        """Give the deltas the names in the base's files, where they were bound to its names without wrappers."""
+
+        def stored(name: str) -> str:
+            return form.stored_names(name)[0]
+
+        for delta in self.deltas.values():
+            delta.stored_as = stored(delta.stored_as) if delta.stored_as else None
+        self.deltas = {stored(name): delta for name, delta in self.deltas.items()}
+        self.unties = {stored(name): stored(held) for name, held in self.unties.items()}
+
+    def _untie(self, settings: Settings, binding: Binding) -> None:
+        base = binding.base
         if not may_be_tied(base.config, binding.builders.values()):
             return
         architecture = binding.architecture.get()
@@ -176,8 +210,9 @@ def open_weights(folder: Path, far: Mapping[str, FarFile] | None = None, *, unpi
     return Checkpoint.open(path, far=far)
 
 
-def _new_vocabulary(base: Checkpoint, binding: Binding, where: Path) -> int | None:
+def _new_vocabulary(binding: Binding, where: Path) -> int | None:
     """The number of rows that the adapter gives all embeddings; None if it resizes none."""
+    base = binding.base
     rows = {name: one.shape[0] for name, one in binding.builders.items() if _is_resized(base, one)}
     if not rows:
         return None
