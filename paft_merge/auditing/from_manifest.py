@@ -44,7 +44,7 @@ def _recorded(manifest: Mapping[str, Any]) -> Audit | None:
         return None
     labels = dict(zip(refs, labels_of(refs), strict=True))
     sources = tuple(_source(ref, labels[ref], held) for ref in refs)
-    pairs = tuple(_pair(a, b, labels, held) for a, b in combinations(refs, 2))
+    pairs = tuple(_pair(a, b, labels, held) for a, b in combinations(refs, 2) if _were_compared(a, b, held))
     previewed = tuple(_kept(name, entry, tensor, labels) for name, (entry, tensor) in held.items())
     entries = sum(math.prod(entry["shape"]) for entry, _ in held.values())
     return Audit(
@@ -64,6 +64,11 @@ def _source(ref: str, label: str, held: Held) -> SourceAudit:
             place = name, tensor.kinds[ref], tuple(entry["shape"])
             tensors.append(TensorAudit(*place, found.measure, spectrum, found.factors))
     return SourceAudit(Header(ref, label, _most(t.kind for t in tensors)), tuple(tensors))
+
+
+def _were_compared(left: str, right: str, held: Held) -> bool:
+    """Whether the pair was measured wherever both change a tensor; a merge of many sources measures no pairs."""
+    return all(t.pair(left, right) for _, t in held.values() if left in t.sources and right in t.sources)
 
 
 def _pair(left: str, right: str, labels: Mapping[str, str], held: Held) -> PairAudit:

@@ -10,7 +10,7 @@ Shapes: E elements of a block, n sources.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -115,6 +115,17 @@ class Block:
         if not self._made:
             self._feed = None
         return result
+
+    def pieces(self) -> Iterator[Block]:
+        """The block in parts, each of which is valid until the next one. Their memory does not grow with the block where a feed
+        computes it; otherwise there is one part, the block itself.
+        """
+        if self._feed is None or not self._made:
+            self._fill()
+            yield self
+            return
+        for start, base, sources in self._feed.pieces(*self._arrays(self._feed.piece)):
+            yield Block(self.index + start, base, sources, self.subtract)
 
     def _fill(self) -> None:
         if self._feed is not None:

@@ -25,10 +25,14 @@ class CpuOps:
 
     def sample(self, block: Block, step: int) -> NDArray[np.uint32]:
         """The magnitudes of every `step`-th entry, `[n, ceil(E / step)]`."""
-        deltas = _as_float32(block.sources[:, ::step])
-        if block.subtract:
-            deltas = deltas - _as_float32(block.base[::step])
-        return deltas.view(np.uint32) & np.uint32(MAGNITUDE)
+        found = []
+        for piece in block.pieces():  # the whole block of many sources takes much memory
+            chosen = slice(-(piece.index - block.index) % step, None, step)
+            deltas = _as_float32(piece.sources[:, chosen])
+            if block.subtract:
+                deltas = deltas - _as_float32(piece.base[chosen])
+            found.append(deltas.view(np.uint32) & np.uint32(MAGNITUDE))
+        return np.concatenate(found, axis=1)
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
         """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""

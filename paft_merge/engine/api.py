@@ -16,7 +16,7 @@ from paft_merge.engine.finished import is_finished
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.merge_result import MergeResult
 from paft_merge.engine.options import MergeKeywords, MergeOptions
-from paft_merge.engine.sidefiles import code_notice, identity, licence_notice, side_files, totals
+from paft_merge.engine.sidefiles import code_notice, identity, licence_notice, side_files, totals, wide_notice
 from paft_merge.engine.sources import Sources
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.hub import HF, fetch_file
@@ -196,7 +196,11 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
         cores = available_cores() // (worker.local_count if worker else 1)
         threads = threads_within(plan, options.threads or max(cores, 1), options.memory_bytes, problems)
         problems.raise_as(OutputError)
-        notices = [*code_notice(plan, trust_remote_code=options.trust_remote_code), *licence_notice(plan)]
+        notices = [
+            *code_notice(plan, trust_remote_code=options.trust_remote_code),
+            *licence_notice(plan),
+            *wide_notice(plan),
+        ]
         warn([*plan.warnings, *notices])
         held = _held_bytes(plan, threads, options.memory_bytes)
         written = 0

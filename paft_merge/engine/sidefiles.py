@@ -27,7 +27,7 @@ from paft_merge.output.folder import Finished
 from paft_merge.output.manifest import FORMAT, MANIFEST
 from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
 from paft_merge.plan.vocabulary import is_tokenizer_file
-from paft_merge.stats.record import pair_row_of, row_of, totals_of
+from paft_merge.stats.record import MOST_PAIRED, Totals, pair_row_of, row_of
 
 TIMES = ("mtime_ns", "ctime_ns")
 """Fields of fingerprints that a copy of a file changes."""
@@ -53,11 +53,11 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: Merge
         files["generation_config.json"] = plan.vocabulary.in_generation_config(generation.read_bytes())
     if plan.config_source.checkpoint.config and not plan.config_source.checkpoint.file:
         files["config.json"] = _json({**plan.config_source.checkpoint.config, **plan.config})
-    document = manifest(plan, finished, options.recorded())
+    document, entries = manifest(plan, finished, options.recorded())
     if plan.side_files.left_out:
         document["left_out"] = list(plan.side_files.left_out)
     document["files"] = {name: _digest_of(content) for name, content in sorted(files.items())}
-    files[MANIFEST] = _json(document)
+    files[MANIFEST] = _json(document, {"tensors": entries})
     if options.write_model_card:
         files["README.md"] = model_card(document).encode()
     return files
@@ -132,13 +132,30 @@ def code_notice(plan: MergePlan, *, trust_remote_code: bool) -> list[Problem]:
     ]
 
 
+def wide_notice(plan: MergePlan) -> list[Problem]:
+    """Return a warning if tensors have too many sources for the statistics of pairs."""
+    wide = max((len(tensor.inputs.sources) for tensor in plan.tensors), default=0)
+    if wide <= MOST_PAIRED:
+        return []
+    what = f"a tensor has {wide} sources; the manifest has statistics of pairs for up to {MOST_PAIRED}"
+    return [Problem("PAIRS", "", what, "paft audit measures every pair of the sources that it is given")]
+
+
 def licence_notice(plan: MergePlan) -> list[Problem]:
     """Return a warning if the sources state different licences."""
     return licence({"sources": origins(plan)})[1]
 
 
-def _json(data: Any) -> bytes:
-    return (_lines(data) + "\n").encode()
+def _json(data: Mapping[str, Any], written: Mapping[str, Mapping[str, bytes]] | None = None) -> bytes:
+    """Return a JSON file; `written`: mappings in place of fields of `data`, whose values are JSON already."""
+    texts = list[bytes]()
+    for key, value in data.items():
+        texts += [b",\n  " if texts else b"{\n  ", _ENCODED(key).encode(), b": "]
+        rows = written.get(key) if written else None
+        for at, (name, row) in enumerate(rows.items() if rows else ()):
+            texts += [b",\n    " if at else b"{\n    ", _ENCODED(name).encode(), b": ", row]
+        texts.append(b"\n  }" if rows else _lines(value, "  ").encode())
+    return b"".join([*texts, b"\n}\n" if texts else b"{}\n"])
 
 
 _ENCODED = json.JSONEncoder(ensure_ascii=False).encode
@@ -219,8 +236,10 @@ def without_times(found: Any) -> Any:
     return found
 
 
-def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `merge_manifest.json`: how the output was made, and statistics of the deltas.
+def manifest(
+    plan: MergePlan, finished: Mapping[str, Finished], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return `merge_manifest.json` without its `tensors`, and the JSON of each of these: how the output was made, and statistics.
 
     Per tensor: `method`, `digest` (XXH3-128 over the XXH3-128 of each `block_bytes`), the parameters, and per source the
     counts and norms of its delta: `zeros`, entries `below_` four thresholds, `kept` by trimming or dropping, `elected`;
@@ -229,11 +248,16 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping
     are about the totals. `sources` are the origins of all models, `options` the options beside the recipe, `documents`
     the other recipes of its file, `files` the XXH3-128 of the other output files, `names` the names of tensors in the
     files of a model that spells them otherwise. docs/audit.md lists the statistics
-    that only an audit has.
+    that only an audit has. Pairs of sources are measured in tensors of at most `MOST_PAIRED` sources.
     """
-    measured, entries = totals(plan, finished), {t.name: _tensor_entry(t, finished[t.name]) for t in plan.tensors}
-    noted, pairs = totals_of(entries.values(), [row["source"] for row in measured])
-    return {
+    measured, entries = totals(plan, finished), dict[str, bytes]()
+    summed = Totals(row["source"] for row in measured)
+    for tensor in plan.tensors:
+        entry = _tensor_entry(tensor, finished[tensor.name])
+        summed.add(entry)
+        entries[tensor.name] = _lines(entry, "    ").encode()
+    noted, pairs = summed.result()
+    document = {
         "format": FORMAT,
         "complete": True,
         "recipe": plan.recipe.resolved(),
@@ -253,8 +277,9 @@ def manifest(plan: MergePlan, finished: Mapping[str, Finished], options: Mapping
         "totals": [{**row, **noted.get(row["source"], {})} for row in measured],
         "pairs": pairs,
         "warnings": [str(problem) for problem in imbalance.measured(measured)],
-        "tensors": entries,
+        "tensors": {},
     }
+    return document, entries
 
 
 def _names(plan: MergePlan) -> dict[str, Any]:
@@ -271,7 +296,7 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
         entry["nonfinite"] = finished.nonfinite
     if tensor.method == COPY:
         return entry | {"from": tensor.inputs.reads[0].source}
-    sources, noted = [], finished.noted
+    sources, noted = [], json.loads(finished.noted)
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None
         measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.numel)
@@ -305,23 +330,23 @@ def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:
 
 def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, Any]]:
     """Return the statistics of every source, added up over all tensors that it changes."""
-    names = dict.fromkeys(r.source for t in plan.tensors for r in t.inputs.sources)
+    nothing = np.zeros(len(kernels.COUNTS), np.int64), np.zeros(len(kernels.SUMS)), 0, 0.0
+    held = {read.source: nothing for tensor in plan.tensors for read in tensor.inputs.sources}
+    square = kernels.SUMS.index("square")
+    for tensor in plan.tensors:
+        done = finished[tensor.name]
+        for i, counted, summed in zip(done.active, done.counts, done.sums, strict=True):
+            name = tensor.inputs.sources[i].source
+            counts, sums, entries, weighted = held[name]
+            largest = max(counts[-1], counted[-1])
+            counts = counts + counted
+            counts[-1] = largest
+            weighted += imbalance.weight_of(tensor, i) ** 2 * float(summed[square])
+            held[name] = counts, sums + summed, entries + tensor.numel, weighted
     found = []
-    for name in names:
-        counts, sums, entries = np.zeros(len(kernels.COUNTS), np.int64), np.zeros(len(kernels.SUMS)), 0
-        weighted = 0.0
-        for tensor in plan.tensors:
-            done = finished[tensor.name]
-            for row, i in enumerate(done.active):
-                if tensor.inputs.sources[i].source == name:
-                    largest = max(counts[-1], done.counts[row][-1])
-                    counts, sums, entries = counts + done.counts[row], sums + done.sums[row], entries + tensor.numel
-                    counts[-1] = largest
-                    weighted += imbalance.weight_of(tensor, i) ** 2 * float(
-                        done.sums[row][kernels.SUMS.index("square")]
-                    )
-        row_of_all = measured_row(counts, sums, entries)
-        if row_of_all:
-            row_of_all["weighted_l2"] = weighted**0.5 if math.isfinite(weighted) else None
-        found.append({"source": name, "entries": entries, **row_of_all})
+    for name, (counts, sums, entries, weighted) in held.items():
+        row = measured_row(counts, sums, entries)
+        if row:
+            row["weighted_l2"] = weighted**0.5 if math.isfinite(weighted) else None
+        found.append({"source": name, "entries": entries, **row})
     return found

@@ -26,9 +26,9 @@ from paft_merge.inputs.tensor_inputs import RAW
 from paft_merge.methods.rules.rule import Rule, TensorPass, WholeRule, rank_over_model
 from paft_merge.methods.rules.thresholds import AddUp, count_all
 from paft_merge.output.direct_io import PageAlignedBuffer
-from paft_merge.output.folder import Finished, Output
+from paft_merge.output.folder import Finished, Output, compact
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
-from paft_merge.stats.record import note
+from paft_merge.stats.record import MOST_PAIRED, note
 from paft_merge.stats.sample import Sample
 from paft_merge.stats.spectrum import on_one_core
 
@@ -274,11 +274,12 @@ def _finished(
     tensor: PlannedTensor, digest: str, active: Sequence[int], tally: Tally, sample: Sample, nonfinite: int
 ) -> Finished:
     """Release a tensor's inputs, and return it with the statistics of its deltas."""
-    sums, noted = tally.total(), {}
+    sums, noted = tally.total(), b"{}"
     if tally.counts.any():
         exact = tensor.rule.wants != "whole"  # else an adapter may have been rounded into its checkpoint
         factors = [tensor.inputs.factors(i) if exact else None for i in active]
-        noted = note(sample, [float(square) for square in sums[:, 1]], factors)
+        pairs = len(tensor.inputs.sources) <= MOST_PAIRED
+        noted = compact(note(sample, [float(square) for square in sums[:, 1]], factors, pairs=pairs))
     tensor.release()
     return Finished(tensor.name, digest, active, tally.counts, sums, nonfinite, noted)
 

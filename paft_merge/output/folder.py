@@ -12,8 +12,8 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +57,24 @@ class Finished:
     sums: Sums
     nonfinite: int = 0
     """Elements that are NaN or infinite, which `allow_nonfinite` permits."""
-    noted: Mapping[str, Any] = field(default_factory=dict)
-    """Further statistics of its deltas, see `stats.record`."""
+    noted: bytes = b"{}"
+    """Further statistics of its deltas, the JSON of `stats.record.note`: parsed, those of many sources take ten times as much."""
 
-    def to_json(self) -> dict[str, Any]:
+    def line(self) -> bytes:
         """Return one line of the journal; floats are exact."""
         rows = {"active": list(self.active), "counts": self.counts.tolist(), "sums": self.sums.tolist()}
-        return {"name": self.name, "digest": self.digest, **rows, "nonfinite": self.nonfinite, "noted": self.noted}
+        own = {"name": self.name, "digest": self.digest, **rows, "nonfinite": self.nonfinite}
+        return json.dumps(own)[:-1].encode() + b', "noted": ' + self.noted + b"}\n"
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Finished:
-        """Read the output of `to_json`; raises ValueError, KeyError or TypeError for anything else."""
+        """Read a parsed `line`; raises ValueError, KeyError or TypeError for anything else."""
         rows = len(line["active"])
         counts = np.array(line["counts"], np.int64).reshape(rows, len(kernels.COUNTS))
         sums = np.array(line["sums"], np.float64).reshape(rows, len(kernels.SUMS))
-        return cls(line["name"], line["digest"], line["active"], counts, sums, line["nonfinite"], line["noted"])
+        return cls(
+            line["name"], line["digest"], line["active"], counts, sums, line["nonfinite"], compact(line["noted"])
+        )
 
 
 class Output:
@@ -182,7 +185,7 @@ class Output:
         self.writer.settle(finished.name)
         self.finished[finished.name] = finished
         with writing(self.part):
-            self.journal.write(_line(finished.to_json()))
+            self.journal.write(finished.line())
 
     def sync(self) -> None:
         """Make the files and the journal durable."""
@@ -215,18 +218,20 @@ class Output:
     @contextmanager
     def _open_journal(self, identity: Mapping[str, Any]) -> Iterator[None]:
         """Write a journal with the identity and the verified tensors, and keep it open."""
-        lines = [{"identity": identity}, *(f.to_json() for f in self.finished.values())]
         path, made = self.part / JOURNAL, self.part / f"{JOURNAL}.new"
         with writing(self.part):
-            made.write_bytes(b"".join(map(_line, lines)))
+            with made.open("wb") as file:
+                file.write(json.dumps({"identity": identity}).encode() + b"\n")
+                file.writelines(finished.line() for finished in self.finished.values())
             os.replace(made, path)  # atomic: there is always a complete journal
             self.journal = path.open("ab", buffering=0)  # unbuffered, so that closing it cannot fail on a full disk
         with self.journal:
             yield
 
 
-def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+def compact(data: Any) -> bytes:
+    """Return JSON without spaces."""
+    return json.dumps(data, separators=(",", ":")).encode()
 
 
 def digest_of(folder: Path, slot: Slot, tile_bytes: int) -> str:
@@ -254,20 +259,17 @@ def _read_journal(part: Path) -> tuple[Mapping[str, Any], dict[str, Finished]] |
     A line that cannot be read, e.g. because it is incomplete, is skipped: its tensor is merged again.
     """
     try:
-        first, *rest = (part / JOURNAL).read_text(encoding="utf-8", errors="replace").split("\n")
-        identity = json.loads(first)["identity"]
+        with (part / JOURNAL).open(encoding="utf-8", errors="replace", newline="\n") as file:
+            identity, finished = json.loads(file.readline())["identity"], dict[str, Finished]()
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError):
+                    one = Finished.from_json(json.loads(line))
+                    finished[one.name] = one
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         log.warning("%s cannot be read, so the merge starts over", part / JOURNAL)
         return None
-    finished = {}
-    for line in rest:
-        try:
-            one = Finished.from_json(json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            continue
-        finished[one.name] = one
     return identity, finished
 
 

@@ -17,6 +17,8 @@ from paft_merge.output.shards import Slot
 
 MANIFEST = "merge_manifest.json"
 FORMAT = "paft_merge.manifest/1"
+MOST_BYTES = 4_000_000_000
+"""Largest manifest that is read: one row a tensor and source, 2.5 kB each, and one a pair."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     fix = "give a folder that paft merge wrote, as it was written"
     try:
         with reading(path, "MANIFEST", AuditError, fix):
-            manifest = json.loads(read_text(path, "MANIFEST"))
+            manifest = json.loads(read_text(path, "MANIFEST", MOST_BYTES))
     except CheckpointError as error:
         raise AuditError.of("MANIFEST", path, error.problems[0].what, fix) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None

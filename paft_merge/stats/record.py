@@ -9,6 +9,7 @@ Sampled counts are scaled to the whole tensor: shares and ratios are those of th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -29,18 +30,24 @@ DENSITY = 0.2
 DROPPED = 19
 """Lower bits of a float32 that bins of the histogram ignore: 16 bins per doubling."""
 
+MOST_PAIRED = 32
+"""Most sources of a tensor whose pairs are measured. The work and the manifest grow with the square of their number."""
+
 Note = Mapping[str, Any]
 Pair = tuple[Any, Any]
 """Factors B `[O, R]` and A `[R, I]`."""
 
 
-def note(sample: Sample, squares: Sequence[float], factors: Sequence[Pair | None]) -> dict[str, Any]:
+def note(
+    sample: Sample, squares: Sequence[float], factors: Sequence[Pair | None], *, pairs: bool = True
+) -> dict[str, Any]:
     """The statistics of one tensor's deltas beside the tally, as JSON.
 
     Args:
         sample: sampled entries of the deltas and the base.
         squares: `[n]`, the sum of squares of each delta.
         factors: `[n]`, the factors of each delta that is one low-rank product, else None.
+        pairs: measure every pair of deltas too.
 
     Returns:
         `{}` where a sum of squares is not finite, or nothing was sampled.
@@ -56,11 +63,11 @@ def note(sample: Sample, squares: Sequence[float], factors: Sequence[Pair | None
             one["singular_values"] = [_short(v) for v in known.spectrum.values]
             one["factors"] = known.counts.to_json()
     tops = [_threshold(one["histogram"], rows.shape[1]) for one in measured]
-    pairs = [
+    paired = [
         {"of": [a, b], **_pair(deltas[a], deltas[b], (tops[a], tops[b])), **_related(decomposed[a], decomposed[b])}
-        for a, b in combinations(range(len(deltas)), 2)
+        for a, b in combinations(range(len(deltas) if pairs else 0), 2)
     ]
-    return {"sampled": rows.shape[1], "sources": measured, "pairs": pairs}
+    return {"sampled": rows.shape[1], "sources": measured, "pairs": paired}
 
 
 def _sampled(delta: Any, base: Any) -> dict[str, Any]:
@@ -213,31 +220,53 @@ class RecordedTensor:
         return (turned[0].turned, turned[1]) if turned else self.pairs.get((left, right))
 
 
-def totals_of(entries: Iterable[Note], order: Iterable[str]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """The statistics of each source over all tensors, by its name, and a row for each pair.
+class Totals:
+    """The statistics of sources and pairs over all merged tensors, added up tensor by tensor."""
 
-    Args:
-        entries: the tensors of a manifest.
-        order: the names of its sources.
-    """
-    tensors = [held for entry in entries if (held := RecordedTensor.of(entry))]
-    names = [name for name in order if any(name in t.sources for t in tensors)]
-    totals, squares = {}, {}
-    for name in names:
-        parts = [(t, t.sources[name]) for t in tensors if name in t.sources]
-        total = Recorded.total([part for _, part in parts])
-        squares[name] = total.measure.square
-        lows, shares = total.measure.magnitudes()
-        totals[name] = {
-            "sampled": sum(t.sampled for t, _ in parts), **total.to_json(),
-            "magnitudes": _rounded({"from": lows, "share": shares}),
-        }  # fmt: skip
-    pairs = []
-    for a, b in combinations(names, 2):
-        both = PairMeasure.total([pair[0] for t in tensors if (pair := t.pair(a, b))])
-        whole = replace(both, left_square=squares[a], right_square=squares[b])
-        pairs.append({"sources": [a, b], **_pair_json(whole)})
-    return totals, pairs
+    _AT_ONCE = 64
+    """Tensors that are kept until they are added up."""
+
+    def __init__(self, order: Iterable[str]) -> None:
+        """`order`: the names of the sources."""
+        self._place = {name: at for at, name in enumerate(order)}
+        self._parts, self._sampled = dict[str, list[Recorded]](), Counter[str]()
+        self._pairs = dict[tuple[str, str], PairMeasure]()
+
+    def add(self, entry: Note) -> None:
+        """Add a tensor's entry of the manifest."""
+        tensor = RecordedTensor.of(entry)
+        if tensor is None:
+            return
+        for name, part in tensor.sources.items():
+            self._sampled[name] += tensor.sampled
+            parts = self._parts.setdefault(name, [])
+            parts.append(part)
+            if len(parts) == self._AT_ONCE:
+                parts[:] = [Recorded.total(parts)]
+        for (left, right), (measure, _) in tensor.pairs.items():
+            turned = self._place[left] > self._place[right]
+            key, one = ((right, left), measure.turned) if turned else ((left, right), measure)
+            so_far = self._pairs.get(key)
+            self._pairs[key] = one if so_far is None else PairMeasure.total([so_far, one])
+
+    def result(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+        """The statistics of each source, by its name, and a row for each pair."""
+        totals, squares = {}, {}
+        for name in (name for name in self._place if name in self._parts):
+            total = Recorded.total(self._parts[name])
+            squares[name] = total.measure.square
+            lows, shares = total.measure.magnitudes()
+            totals[name] = {
+                "sampled": self._sampled[name], **total.to_json(),
+                "magnitudes": _rounded({"from": lows, "share": shares}),
+            }  # fmt: skip
+        few, pairs = len(self._place) <= MOST_PAIRED, []
+        for a, b in combinations(totals, 2):
+            if few or (a, b) in self._pairs:
+                both = self._pairs.get((a, b), PairMeasure())
+                whole = replace(both, left_square=squares[a], right_square=squares[b])
+                pairs.append({"sources": [a, b], **_pair_json(whole)})
+        return totals, pairs
 
 
 def _pair_of(row: Note, rows: Sequence[Note], entries: int, sampled: int) -> PairMeasure:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,20 @@ class BlockSource:
         """
         if fill(self.descriptor(base, sources), self.size) < 0:
             self.explain()
+
+    def pieces(self, base: Any, sources: Any) -> Iterator[tuple[int, Any, Any]]:
+        """Fill `base` `[piece]` and `sources` `[n, piece]` again and again: yields the first entry, and what is filled of both.
+
+        Raises:
+            PaftMergeError: a read failed.
+        """
+        desc, start = self.descriptor(base, sources), 0
+        while start < self.size:
+            stop = fill(desc, start + 1)
+            if stop < 0:
+                self.explain()
+            yield start, base[: stop - start], sources[:, : stop - start]
+            start = stop
 
     def explain(self) -> None:
         """Raise the error behind a failed read."""
