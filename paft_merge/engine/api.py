@@ -171,7 +171,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
     from paft_merge.engine.streaming import merge_checkpoint
 
     start, problems, worker = perf_counter(), Problems(), options.worker_number
-    ops = ops_for(worker.device(options.device) if worker else options.device)
+    ops = ops_for(options.device, worker.local_index if worker else None)
     warnings: list[Problem] = []
 
     def warn(found: Sequence[Problem]) -> None:
