@@ -11,6 +11,7 @@ import heapq
 import logging
 import shutil
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,16 @@ def merge_shared(
                 raise OutputError.of("OUTPUT", part_of(out), "was deleted while a worker used it", fix) from error
             with writing(part_of(out)):
                 raise
+
+
+def remove_late_folder(plan: MergePlan, out: Path, options: MergeOptions) -> None:
+    """Remove the work folder of a worker of this merge that began when the output was just complete, and was killed."""
+    if is_shared(out):
+        with (
+            suppress(OutputError, OSError),  # it is that of another merge, or another worker has just removed it
+            SharedOutput.join(out, plan.shards, _identity(plan, options), "a worker", options.lease_seconds) as shared,
+        ):
+            shutil.rmtree(shared.part, ignore_errors=True)
 
 
 def _identity(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
