@@ -177,3 +177,38 @@ def test_the_benchmark_prints_one_json_line(tmp_path: Path) -> None:
     assert case["mergekit"] == {"runs": 0, "check": None}
     assert str(tmp_path) not in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_the_benchmark_of_a_gpu_runs_without_one(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        TOOLS / "bench_gpu.py",
+        "--out",
+        tmp_path / "gpu",
+        "--device",
+        "cpu",
+        "--only",
+        "ties/adapters",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
+    assert "failed" not in json.dumps(found)
+    assert [name for name, one in found["equality"].items() if one["different"] == 0 < one["elements"]] == [
+        "ties/adapters",
+        "ties/adapters, stochastic rounding",
+        "ties/adapters, global trim",
+        "ties/adapters, float32",
+    ]
+    assert found["bus"]["pinned_to_device_gb_s"] > 0
+    assert found["large"]["ties/checkpoints, paft --device cpu"]["seconds"] > 0
+    assert not (tmp_path / "gpu" / "data").exists()
+
+
+def test_the_trial_of_workers_kills_some(tmp_path: Path) -> None:
+    command = [sys.executable, TOOLS / "trial_workers.py", tmp_path, "--kills", "2", "--case", "slerp/checkpoints"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = map(json.loads, done.stdout.splitlines())
+    assert row["kill"] >= 2
+    assert row["faults"] == []

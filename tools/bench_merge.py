@@ -135,8 +135,8 @@ class CommandError(Exception):
     """A program ended with an error; the message is the end of its output."""
 
 
-def run(command: Sequence[str | Path], folder: Path) -> Run:
-    """Run a command whose scratch goes to `folder`, and measure it."""
+def run(command: Sequence[str | Path], folder: Path, limit_s: float | None = None) -> Run:
+    """Run a command whose scratch goes to `folder`, and measure it; kill it after `limit_s`."""
     (folder / "tmp").mkdir(exist_ok=True)
     env = os.environ | {"TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # a checkout has its modules compiled, as an installed package has
@@ -145,9 +145,12 @@ def run(command: Sequence[str | Path], folder: Path) -> Run:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env)
         watch = Watch(process.pid, folder)
         watch.start()
-        status = process.wait()
+        try:
+            status = process.wait(limit_s)
+        finally:
+            process.kill()
+            watch.stop.set()
         seconds = time.perf_counter() - start
-    watch.stop.set()
     watch.join()
     if status:
         raise CommandError((folder / "log").read_text(errors="replace")[-2000:])

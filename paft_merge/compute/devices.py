@@ -7,8 +7,12 @@ from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import MergeError
 
 
-def ops_for(device: str) -> Ops:
-    """The operations for a device, `cpu` or `cuda[:index]`.
+def ops_for(device: str, process: int | None = None) -> Ops:
+    """The operations for a device.
+
+    Args:
+        device: `cpu` or `cuda[:index]`.
+        process: number of this process on its machine. Without an index, the visible GPUs are given to processes in turn.
 
     Raises:
         MergeError: DEVICE, the device is unknown or not available.
@@ -26,7 +30,10 @@ def ops_for(device: str) -> Ops:
     if wanted.type != "cuda":
         what = "merges run on the CPU and on CUDA devices only"
         raise MergeError.of("DEVICE", device, what, "use cpu, cuda or cuda:1")
-    if (wanted.index or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if wanted == torch.device("cuda") and process is not None and count:
+        wanted = torch.device("cuda", process % count)
+    if (wanted.index or 0) >= count:
         what = "CUDA device not found, or torch is built without CUDA"
         raise MergeError.of("DEVICE", device, what, "use device='cpu'")
     return TorchOps(wanted)

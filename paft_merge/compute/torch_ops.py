@@ -18,6 +18,7 @@ from paft_merge.compute.blocks import NO_BITS, Block, Counts, Election, KeepThre
 from paft_merge.compute.histogram import bits_of
 from paft_merge.compute.magnitudes import EPSILONS, MAGNITUDE
 from paft_merge.compute.splitmix64 import GOLDEN, MIX1, MIX2
+from paft_merge.compute.staging import Staging
 
 _THRESHOLDS = tuple(bits_of(e) for e in EPSILONS)
 """Bits of the magnitudes below which a tally counts."""
@@ -30,12 +31,11 @@ class TorchOps:
     """Tensors are always measured first."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self._staging = device, Staging(device)
 
     def sample(self, block: Block, step: int) -> Any:
         """See `Ops.sample`."""
-        bits = _bits(self._deltas(block)[:, ::step].contiguous()) & MAGNITUDE
-        return bits.cpu().numpy().astype(np.uint32)
+        return self._magnitudes(self._deltas(block)[:, ::step])
 
     def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
         """See `Ops.histogram`."""
@@ -46,18 +46,21 @@ class TorchOps:
             counts.append(torch.bincount(bins, minlength=kernels.BINS))
             if lows:  # sums below 2**53 are exact in float64
                 low.append(torch.bincount(bins, (row & 0xFFFF).double(), minlength=kernels.BINS).long())
-        empty = np.zeros((len(counts), 0), np.int64)
-        return torch.stack(counts).cpu().numpy(), torch.stack(low).cpu().numpy() if lows else empty
+        if not lows:
+            return self._host(torch.stack(counts)), np.zeros((len(counts), 0), np.int64)
+        both = self._host(torch.stack([*counts, *low]))
+        return both[: len(counts)], both[len(counts) :]
 
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
         """See `Ops.collect`."""
-        bits = _bits(self._deltas(block)) & MAGNITUDE
-        counts, found = np.zeros((len(bits), 2), np.int64), []
-        for i, (row, first, span) in enumerate(zip(bits, low, width, strict=True)):
-            inside = row[(row >= first) & (row < first + span)]
-            found.append(inside.cpu().numpy().astype(np.uint32))
-            if first != NO_BITS:
-                counts[i] = len(found[-1]), int((row >= first + span).sum())
+        rows = self._deltas(block)
+        found, above = [], []
+        for row, first, span in zip(rows, low, width, strict=True):
+            bits = _bits(row) & MAGNITUDE
+            found.append(self._magnitudes(row[(bits >= first) & (bits < first + span)]))
+            above.append((bits >= first + span).sum())
+        counts = np.stack([[len(inside) for inside in found], self._host(torch.stack(above))], 1)
+        counts[[first == NO_BITS for first in low]] = 0
         return counts, found
 
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
@@ -72,59 +75,54 @@ class TorchOps:
         for row, survival in zip(deltas, survivals, strict=True):
             size = row.double().abs()
             sums.append(torch.stack([size.sum(), (size * self._kept(survival, block.index, len(row))).sum()]))
-        return torch.stack(sums).cpu().numpy()
+        return self._host(torch.stack(sums))
 
     def gram(self, block: Block) -> Sums:
         """See `Ops.gram`."""
         rows = self._deltas(block).double()
-        return (rows @ rows.T).cpu().numpy()
+        return self._host(rows @ rows.T)
 
     def blend(
         self, block: Block, out: Any, base_weight: float, weights: Sequence[float], key: int, tally: bool
     ) -> Outcome:
         """See `Ops.blend`."""
-        rows = self._deltas(block)
-        outcome = _unchanged(rows) if tally else Outcome.empty(len(rows))
-        total = torch.zeros(block.size, device=self.device)
-        if block.base.size:
-            total = self._float(block.base) * float(np.float32(base_weight))
+        base, rows = self._inputs(block)
+        total = base * float(np.float32(base_weight)) if len(base) else rows.new_zeros(block.size)
         for row, weight in zip(rows, weights, strict=True):
             total = total + row * float(np.float32(weight))
-        outcome.bad = self._store(total, out, key, block.index)
-        return outcome
+        return self._store(total, out, key, block.index, *(_unchanged(rows) if tally else _nothing(rows)))
 
     def consensus(
         self, block: Block, out: Any, survivals: Sequence[KeepThreshold], election: Election, key: int
     ) -> Outcome:
         """See `Ops.consensus`."""
-        deltas, base = self._deltas(block), self._float(block.base)
-        outcome = _tally(deltas)
-        counts, sums = outcome.counts, outcome.sums
+        base, deltas = self._inputs(block)
         weights = [float(np.float32(w)) for w in election.weights]
-        rows = [self._surviving(d, s, block.index) for d, s in zip(deltas, survivals, strict=True)]
-        for i, row in enumerate(rows):
-            counts[i, 5], sums[i, 2] = int((row != 0).sum()), float((row.double() ** 2).sum())
-        rows = [row * float(np.float32(s.scale)) for row, s in zip(rows, survivals, strict=True)]
+        kept = [self._surviving(d, s, block.index) for d, s in zip(deltas, survivals, strict=True)]
+        rows = [row * float(np.float32(s.scale)) for row, s in zip(kept, survivals, strict=True)]
         if election.elect == "weighted":
             rows = [row * w for row, w in zip(rows, weights, strict=True)]
+        result, divisor, held = torch.zeros_like(base), torch.zeros_like(base), []
         agree = _agreement(rows, election)
-        result, divisor = torch.zeros_like(base), torch.zeros_like(base)
-        for i, (row, agrees, weight) in enumerate(zip(rows, agree, weights, strict=True)):
-            held = torch.where(agrees, row, torch.zeros_like(row))
-            result = result + (held if election.elect == "weighted" else held * weight)
-            divisor = divisor + agrees * (weight if election.normalize == "weights" else 1.0)
-            unit = float(np.float32(survivals[i].scale)) * (weight if election.elect == "weighted" else 1.0)
-            counts[i, 6] = int(agrees.sum())
-            sums[i, 3] = float((held.double() ** 2).sum()) / unit**2 if unit else 0.0
+        for row, agrees, weight in zip(rows, agree, weights, strict=True):
+            held.append(torch.where(agrees, row, torch.zeros_like(row)))
+            result = result + (held[-1] if election.elect == "weighted" else held[-1] * weight)
+            divisor = divisor + agrees.float() * (weight if election.normalize == "weights" else 1.0)
         if election.normalize != "none":
             result = result / torch.where(divisor != 0, divisor, torch.ones_like(divisor))
-        outcome.bad = self._store(base + result * float(np.float32(election.factor)), out, key, block.index)
+        counts, sums = _tally(deltas, kept, agree, held)
+        total = base + result * float(np.float32(election.factor))
+        outcome = self._store(total, out, key, block.index, counts, sums)
+        units = [float(np.float32(s.scale)) for s in survivals]
+        if election.elect == "weighted":
+            units = [unit * weight for unit, weight in zip(units, weights, strict=True)]
+        for i, unit in enumerate(units):
+            outcome.sums[i, 3] = outcome.sums[i, 3] / unit**2 if unit else 0.0
         return outcome
 
     def tally(self, block: Block) -> tuple[Counts, Sums]:
         """See `Ops.tally`."""
-        outcome = _unchanged(self._deltas(block))
-        return outcome.counts, outcome.sums
+        return self._hosts(*_unchanged(self._deltas(block)))
 
     def variance(self, block: Block, total: int) -> Block:
         """See `Ops.variance`; computed in float64."""
@@ -157,7 +155,7 @@ class TorchOps:
         large = deltas.abs() > float(np.float32(epsilon))
         many = large.sum(0)
         counts = torch.stack([(large & (many > 1)).sum(1), (large & (many == 1)).sum(1)], 1)
-        return counts.cpu().numpy(), (torch.where(large, deltas, 0.0).double() ** 2).sum(1).cpu().numpy()
+        return self._hosts(counts, (torch.where(large, deltas, torch.zeros_like(deltas)).double() ** 2).sum(1))
 
     def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
         """See `Ops.share`."""
@@ -173,16 +171,16 @@ class TorchOps:
         """See `Ops.fuse`."""
         rows = self._deltas(block)
         agree = _agreement(list(rows), Election((), "unweighted", True, "weights", 1.0))
-        total = torch.zeros(block.size, device=self.device)
+        total = torch.zeros_like(rows[0])
         divisor, elected, energy = total, [], []
         for row, agrees, weight in zip(rows, agree, weights, strict=True):
             held = torch.where(agrees, row, torch.zeros_like(row))
             total = total + held * float(np.float32(weight))
-            divisor = divisor + agrees * float(np.float32(weight))
-            elected.append(int(agrees.sum()))
-            energy.append(float((held.double() ** 2).sum()))
+            divisor = divisor + agrees.float() * float(np.float32(weight))
+            elected.append(agrees.sum())
+            energy.append((held.double() ** 2).sum())
         merged = total / divisor.clamp(min=float(np.float32(1e-6)))
-        return _derived(block, merged[None]), np.array(elected, np.int64), np.array(energy)
+        return _derived(block, merged[None]), *self._hosts(torch.stack(elected), torch.stack(energy))
 
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
         """See `Ops.drop_ranked`."""
@@ -191,7 +189,7 @@ class TorchOps:
         for i, (row, drop) in enumerate(zip(deltas, drops, strict=True)):
             magnitudes = (_bits(row) & MAGNITUDE).view(-1, length, inner)
             ranks = magnitudes.argsort(dim=1, stable=True).argsort(dim=1).view(-1)
-            bound = torch.from_numpy(drop.keep.astype(np.int64)).to(self.device)[ranks]
+            bound = self._staging.to_device(drop.keep.astype(np.int64))[ranks]
             stays = _shift(self._hash(drop.key, block.index, len(row)), 32) < bound
             kept[i] = torch.where(stays, row, torch.zeros_like(row))
         return _derived(block, kept)
@@ -199,18 +197,18 @@ class TorchOps:
     def gram_rows(self, block: Block, row: int) -> Sums:
         """See `Ops.gram_rows`."""
         deltas = self._deltas(block).double().view(block.count, -1, row).transpose(0, 1)
-        return (deltas @ deltas.mT).cpu().numpy()
+        return self._host(deltas @ deltas.mT)
 
     def gram_columns(self, block: Block, row: int) -> Sums:
         """See `Ops.gram_columns`."""
         deltas = self._deltas(block).double().view(block.count, -1, row)
-        return torch.stack([(deltas * one).sum(1) for one in deltas]).cpu().numpy()
+        return self._host(torch.stack([(deltas * one).sum(1) for one in deltas]))
 
     def mix(self, block: Block, weights: Any, row: int, *, across: bool) -> Block:
         """See `Ops.mix`."""
         deltas = self._deltas(block).view(block.count, -1, row)
-        own = torch.from_numpy(np.ascontiguousarray(weights, np.float32)).to(self.device)
-        total = torch.zeros(deltas.shape[1:], device=self.device)
+        own = self._staging.to_device(np.ascontiguousarray(weights, np.float32))
+        total = torch.zeros_like(deltas[0])
         for one, weight in zip(deltas, own, strict=True):
             total = total + one * (weight if across else weight[:, None])
         return _derived(block, total.view(1, -1))
@@ -220,12 +218,28 @@ class TorchOps:
         if isinstance(bits, Tensor):
             return bits
         if bits.dtype == np.uint16:
-            return torch.from_numpy(bits.view(np.int16)).to(self.device).view(torch.bfloat16).float()
-        return torch.from_numpy(bits.view(np.float32)).to(self.device, copy=True)
+            return self._staging.to_device(bits.view(np.int16)).view(torch.bfloat16).float()
+        return self._staging.to_device(bits.view(np.float32))
+
+    def _inputs(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The base `[E]` or `[0]`, and the deltas `[n, E]`."""
+        base, rows = self._float(block.base), self._float(block.sources)
+        return base, rows - base if block.subtract else rows
 
     def _deltas(self, block: Block) -> Tensor:
-        rows = self._float(block.sources.reshape(-1)).view(block.sources.shape)
-        return rows - self._float(block.base) if block.subtract else rows
+        return self._inputs(block)[1] if block.subtract else self._float(block.sources)
+
+    def _host(self, values: Tensor) -> np.ndarray[Any, Any]:
+        """Values as an array of the host."""
+        return np.array(self._staging.to_host(values)[0])
+
+    def _hosts(self, first: Tensor, second: Tensor) -> tuple[Any, Any]:
+        one, two = self._staging.to_host(first, second)
+        return one.copy(), two.copy()
+
+    def _magnitudes(self, values: Tensor) -> Any:
+        """The magnitudes of float32 values on the device, as an array uint32."""
+        return self._host(values.contiguous().view(torch.int32)).view(np.uint32) & np.uint32(MAGNITUDE)
 
     def _surviving(self, delta: Tensor, survival: KeepThreshold, index: int) -> Tensor:
         bits, at = _bits(delta) & MAGNITUDE, self._places(index, len(delta))
@@ -252,18 +266,20 @@ class TorchOps:
         z = (z ^ _shift(z, 27)) * _signed(MIX2)
         return z ^ _shift(z, 31)
 
-    def _store(self, total: Tensor, out: Any, key: int, index: int) -> int:
-        """Round into `out`; returns how many elements are not finite."""
-        bad = int((~torch.isfinite(total)).sum())
+    def _store(self, total: Tensor, out: Any, key: int, index: int, counts: Tensor, sums: Tensor) -> Outcome:
+        """Round into `out`; return how many elements are not finite, with the counts and the sums."""
         if out.dtype == np.uint32:
-            out[:] = total.cpu().numpy().view(np.uint32)
+            stored = total.view(torch.int32)
         elif key:
             noise = _shift(self._hash(key, index, len(total)), 48)
-            rounded = ((_bits(total) & 0xFFFFFFFF) + noise) >> 16
-            out[:] = rounded.cpu().numpy().astype(np.uint16)
+            rounded = ((_bits(total) & 0xFFFFFFFF) + noise) >> 16 & 0xFFFF
+            stored = (rounded - (rounded >> 15 << 16)).to(torch.int16)
         else:
-            out[:] = total.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16)
-        return bad
+            stored = total.bfloat16().view(torch.int16)
+        bad = (~torch.isfinite(total)).sum()
+        made, *found = self._staging.to_host(stored, bad, counts, sums)
+        np.copyto(out, made.view(out.dtype))
+        return Outcome(int(found[0]), found[1].copy(), found[2].copy())
 
 
 def _derived(block: Block, rows: Tensor) -> Block:
@@ -284,25 +300,39 @@ def _shift(z: Tensor, by: int) -> Tensor:
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
-def _tally(rows: Tensor) -> Outcome:
-    """Counts and sums over deltas, without those of kept and elected entries."""
-    outcome = Outcome.empty(len(rows))
-    counts, sums = outcome.counts, outcome.sums
-    for i, row in enumerate(rows):
-        bits, wide = _bits(row) & MAGNITUDE, row.double()
-        counts[i, 0] = int((bits == 0).sum())
-        counts[i, 1:5] = [int((bits < e).sum()) for e in _THRESHOLDS]
-        counts[i, 7] = int(bits.max()) if len(bits) else 0
-        sums[i, :2] = float(wide.abs().sum()), float((wide * wide).sum())
-    return outcome
+def _nothing(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and sums as of `_tally`, all zero."""
+    empty = Outcome.empty(len(rows))
+    return torch.from_numpy(empty.counts).to(rows.device), torch.from_numpy(empty.sums).to(rows.device)
 
 
-def _unchanged(rows: Tensor) -> Outcome:
+def _tally(
+    deltas: Tensor, kept: Sequence[Tensor], agree: Sequence[Tensor], held: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The columns of a tally (`kernels.COUNTS`, `SUMS`) of each delta, on the device.
+
+    Args:
+        deltas: `[n, E]`.
+        kept: the entries of each delta that survive; zero elsewhere.
+        agree: which entries are elected.
+        held: those entries; zero elsewhere.
+    """
+    if not len(deltas):
+        return _nothing(deltas)
+    counts, sums = [], []
+    for delta, some, elected, values in zip(deltas, kept, agree, held, strict=True):
+        bits, wide = _bits(delta) & MAGNITUDE, delta.double()
+        below = [(bits < e).sum() for e in (1, *_THRESHOLDS)]
+        largest = bits.max() if len(bits) else below[0]
+        counts.append(torch.stack([*below, (some != 0).sum(), elected.sum(), largest]))
+        squares = [(x.double() ** 2).sum() for x in (some, values)]
+        sums.append(torch.stack([wide.abs().sum(), (wide * wide).sum(), *squares]))
+    return torch.stack(counts), torch.stack(sums)
+
+
+def _unchanged(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and sums over deltas that are merged unchanged: every nonzero entry is kept and elected."""
-    outcome = _tally(rows)
-    outcome.counts[:, 5:7] = rows.shape[1] - outcome.counts[:, :1]
-    outcome.sums[:, 2:] = outcome.sums[:, 1:2]
-    return outcome
+    return _tally(rows, list(rows), [row != 0 for row in rows], list(rows))
 
 
 def _agreement(rows: Sequence[Tensor], election: Election) -> list[Tensor]:

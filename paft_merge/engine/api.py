@@ -171,7 +171,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
     from paft_merge.engine.streaming import merge_checkpoint
 
     start, problems, worker = perf_counter(), Problems(), options.worker_number
-    ops = ops_for(worker.device(options.device) if worker else options.device)
+    ops = ops_for(options.device, worker.local_index if worker else None)
     warnings: list[Problem] = []
 
     def warn(found: Sequence[Problem]) -> None:
@@ -179,20 +179,25 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
         (options.warn or _log)(found)
 
     def before_download(plan: MergePlan, sources: Sources) -> None:
-        if not (options.keeps_finished and is_merged(out)):
-            check_output(plan, out, options, problems)
-        problems.raise_as(OutputError)
+        place = Problems()
+        check_output(plan, out, options, place)
+        if not (
+            options.keeps_finished and is_merged(out)
+        ):  # after the check: another worker may just have completed it
+            place.raise_as(OutputError)
         sources.check_room(plan.bytes_written, out)
 
     with ExitStack() as inputs:
         with _with_place(out, options, problems):
             plan = inputs.enter_context(_planned(documents, options, before_download))
-        if is_finished(plan, out, options, problems):
-            _tidy(out, options)
+        place = Problems()
+        check_output(plan, out, options, place)
+        if is_finished(plan, out, options, problems):  # likewise
+            _tidy(plan, out, options)
             warn(plan.warnings)
             return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, 0)
         if not problems.found:
-            check_output(plan, out, options, problems)
+            problems.found += place.found
         cores = available_cores() // (worker.local_count if worker else 1)
         threads = threads_within(plan, options.threads or max(cores, 1), options.memory_bytes, problems)
         problems.raise_as(OutputError)
@@ -237,13 +242,17 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
     return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, written)
 
 
-def _tidy(out: Path, options: MergeOptions) -> None:
+def _tidy(plan: MergePlan, out: Path, options: MergeOptions) -> None:
     """Remove what a merge that was killed after its last rename left."""
     try:
         tidy_finished(out)
     except OutputError:
         if not options.shared:  # else another worker is still doing that
             raise
+    if options.shared:
+        from paft_merge.engine.workers import remove_late_folder
+
+        remove_late_folder(plan, out, options)
 
 
 def check_output(plan: MergePlan, out: Path, options: MergeOptions, problems: Problems) -> None:

@@ -21,10 +21,6 @@ class WorkerNumber:
     def __str__(self) -> str:
         return f"worker {self.index} of {self.count}"
 
-    def device(self, device: str) -> str:
-        """Return the device of this worker: `cuda` is a separate one for each worker on a machine."""
-        return f"cuda:{self.local_index}" if device == "cuda" and self.local_index is not None else device
-
     @classmethod
     def parse(cls, text: str) -> WorkerNumber:
         """Read `I/N`.
@@ -59,7 +55,9 @@ class WorkerNumber:
             # Without srun, a script of sbatch runs once, and has no number of tasks where none was asked for.
             tasks = (0, 1) if in_array and not read.has("SLURM_NTASKS") else read.pair("SLURM_PROCID", "SLURM_NTASKS")
             job, jobs = read.array() if in_array else (0, 1)
-            return cls(job * tasks[1] + tasks[0], jobs * tasks[1])
+            # Slurm gives each task cores and perhaps GPUs of its own, so a machine's cores are not divided again.
+            local = read.number("SLURM_LOCALID", "SLURM_LOCALID") if read.has("SLURM_LOCALID") else None
+            return cls(job * tasks[1] + tasks[0], jobs * tasks[1], local)
         if read.has("JOB_COMPLETION_INDEX"):
             return cls(*read.pair("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"))
         raise ValueError(

@@ -11,6 +11,7 @@ import heapq
 import logging
 import shutil
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from paft_merge.engine.finished import is_finished
 from paft_merge.engine.options import MergeOptions
+from paft_merge.engine.process_group import ProcessGroup
 from paft_merge.engine.sidefiles import identity, without_times
 from paft_merge.engine.streaming import Progress, ranked_over_model
 from paft_merge.errors import OutputError, Problem, Problems
@@ -104,6 +106,16 @@ def merge_shared(
                 raise
 
 
+def remove_late_folder(plan: MergePlan, out: Path, options: MergeOptions) -> None:
+    """Remove the work folder of a worker of this merge that began when the output was just complete, and was killed."""
+    if is_shared(out):
+        with (
+            suppress(OutputError, OSError),  # it is that of another merge, or another worker has just removed it
+            SharedOutput.join(out, plan.shards, _identity(plan, options), "a worker", options.lease_seconds) as shared,
+        ):
+            shutil.rmtree(shared.part, ignore_errors=True)
+
+
 def _identity(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
     """Everything that must be the same for all workers. The times of files differ between copies on several machines."""
     found = without_times(identity(plan, options.device))
@@ -146,6 +158,7 @@ class _Member:
         self._said: tuple[str, float] = "", 0.0
         self._checked = 0.0
         self._sums = 0
+        self.group = ProcessGroup(worker, shared) if ProcessGroup.fits(worker) else None
 
     def merge(self, merge_into: MergeInto, threads: int, ops: Ops) -> None:
         """Write files until all are complete."""
@@ -217,11 +230,14 @@ class _Member:
                 raise OutputError.of("BUSY", self.shared.part, what, "nothing is lost: the others write its files")
 
     def _add_up(self, walk: BlockWalk, count: Callable[[BlockWalk], Counted]) -> Counted:
-        """Add up counts over all tensors, which the workers count file by file."""
+        """Add up counts over all tensors, which the workers count file by file: in the folder, or in their process group."""
         self._sums += 1
         ranked = {id(tensor) for tensor in walk.tensors}
         found = {number: [t for t in file.tensors if id(t) in ranked] for number, file in enumerate(self.files)}
         tensors = {number: some for number, some in found.items() if some}
+        if self.group:
+            own = [tensor for number in self.share for tensor in tensors.get(number, [])]
+            return self.group.add_up(count(replace(walk, tensors=own)))
         order = [number for number in self.order if number in tensors]
         for number in self._each(f"sum{self._sums}", order, lambda: self.shared.counted(self._sums)):
             self.shared.add_counts(self._sums, number, count(replace(walk, tensors=tensors[number])))

@@ -33,10 +33,6 @@ def test_torchrun() -> None:
         {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
     )  # fmt: skip
     assert found == WorkerNumber(5, 8, 1, 4)
-    assert found.device("cuda") == "cuda:1"
-    assert found.device("cuda:0") == "cuda:0"
-    assert found.device("cpu") == "cpu"
-    assert WorkerNumber(0, 2).device("cuda") == "cuda"
 
 
 def test_slurm() -> None:
@@ -46,6 +42,8 @@ def test_slurm() -> None:
     assert numbers(SLURM_ARRAY_TASK_ID="4", SLURM_PROCID="0", SLURM_NTASKS="1", **array) == (3, 4)
     assert numbers(SLURM_ARRAY_TASK_ID="4", SLURM_PROCID="1", SLURM_NTASKS="2", **array) == (7, 8)
     assert numbers(SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_COUNT="3") == (2, 3)
+    tasks = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+    assert WorkerNumber.from_environment(tasks) == WorkerNumber(3, 4, 1)
 
 
 def test_an_array_of_slurm_with_steps_or_gaps() -> None:

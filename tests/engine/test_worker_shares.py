@@ -16,9 +16,10 @@ import torch
 from toys.merge import on, recipe
 
 from paft_merge import MergeOptions, merge, open_plan
+from paft_merge.engine.api import check_output
 from paft_merge.engine.workers import _identity, by_file, shares
 from paft_merge.errors import OutputError
-from paft_merge.output.placing import WORKERS
+from paft_merge.output.placing import WORKERS, part_of
 from paft_merge.output.shards import plan_shards
 from paft_merge.output.shared import SharedOutput
 
@@ -67,6 +68,35 @@ def test_a_worker_that_comes_while_the_output_is_completed_leaves_nothing(
     assert merge(asked, out, worker="1/2", overwrite=True).bytes_written == 0
     assert os.stat(out).st_ino == before
     assert not out.with_name("out.part").exists()
+
+
+def test_the_folder_of_a_worker_that_came_late_and_was_killed_is_removed(
+    family: Callable[..., dict[str, Path]], tmp_path: Path
+) -> None:
+    paths, out = family(shards=3), tmp_path / "out"
+    asked = recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})
+    merge(asked, out, worker="0/2")
+    for factor, stays in ((0.5, False), (0.1, True)):
+        other = recipe("slerp", paths["base"], paths["x"], parameters={"t": factor})
+        with open_plan(other) as plan, SharedOutput.join(out, plan.shards, _identity(plan, MergeOptions()), "late", 9):
+            pass
+        merge(asked, out, worker="1/2")
+        assert part_of(out).exists() == stays
+
+
+def test_an_output_that_is_completed_while_a_worker_looks_at_it(
+    family: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, out = family(shards=3), tmp_path / "out"
+    asked = recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})
+    merge(asked, tmp_path / "other")
+
+    def check(*given: Any) -> None:
+        os.rename(tmp_path / "other", out)  # what the last of the other workers does
+        check_output(*given)
+
+    monkeypatch.setattr("paft_merge.engine.api.check_output", check)
+    assert merge(asked, out, worker="1/2").bytes_written == 0
 
 
 def test_a_file_system_without_locks(
