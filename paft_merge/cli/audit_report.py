@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import click
-
 from paft_merge.auditing.from_manifest import recorded
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.csv_file import csv_text
 from paft_merge.cli.audit_tables import audit_table, in_options, labelled, manifest_table
-from paft_merge.cli.terminal import warn
+from paft_merge.cli.terminal import say, warn
 from paft_merge.errors import AuditError
 from paft_merge.output.manifest import ManifestCheck
 from paft_merge.output.report_files import write_file
@@ -50,14 +48,14 @@ def _write_and_check(audit: Audit, outlets: Outlets, require: Sequence[str]) -> 
     """Write the files that were asked for, say so, and raise the requirements that fail."""
     if outlets.csv:
         write_file(outlets.csv, csv_text(audit))
-        click.echo(f"wrote {outlets.csv}", err=True)
+        say(f"wrote {outlets.csv}")
     if outlets.html:
         write_file(outlets.html, in_options(audit.to_html()))
-        click.echo(f"wrote {outlets.html}", err=True)
+        say(f"wrote {outlets.html}")
     if outlets.png_dir:
         from paft_merge.auditing.report.png import write_png
 
-        click.echo(f"wrote {len(write_png(audit, outlets.png_dir))} pictures into {outlets.png_dir}", err=True)
+        say(f"wrote {len(write_png(audit, outlets.png_dir))} pictures into {outlets.png_dir}")
     failed = audit.check(*require)
     if failed:
         raise AuditError(failed)

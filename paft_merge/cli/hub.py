@@ -26,7 +26,7 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
 
     with sigterm_as_interrupt():
         for folder in hub.pull(reference, unpickle=lazy_unpickle):
-            click.echo(str(folder))
+            say(folder, err=False)
 
 
 @click.command(short_help="Push a model, an adapter or a report to the Hub.")
@@ -65,7 +65,7 @@ def card(folder: Path, overwrite: bool) -> None:
     from paft_merge.output.card import write_card
 
     warn(write_card(folder, overwrite=overwrite))
-    click.echo(f"{folder / 'README.md'}")
+    say(folder / "README.md", err=False)
 
 
 @click.command(short_help="Merge again from a manifest and compare the bytes.")

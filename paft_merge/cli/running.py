@@ -70,7 +70,7 @@ def run(
     if done.table.rows:
         table(done.table)
     else:
-        click.echo(folder)
+        say(folder, err=False)
     if not quiet:
         say(f"{_steps(len(done.done))} done; results and logs are in {folder}")
 

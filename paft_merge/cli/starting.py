@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from paft_merge.cli.terminal import warn
+from paft_merge.cli.terminal import say, warn
 from paft_merge.errors import Problem
 
 
@@ -55,5 +55,5 @@ def init(out: Path | None, base: str | None, data: tuple[str, ...], adapters: tu
         click.echo(text, nl=False)
     else:
         recipes.write_starter(out, text)
-        click.echo(f"next: paft run --dry-run {out} runs/first", err=True)
-        click.echo(out)
+        say(f"next: paft run --dry-run {out} runs/first")
+        say(out, err=False)

@@ -60,7 +60,7 @@ def train(
             progress=progress, logs=True, trust_code=trust_code,
         )  # fmt: skip
     for name, folder in done.items():
-        click.echo(folder)
+        say(folder, err=False)
         if not quiet and (log := out / f"{name}.log").exists():
             say(f"{name}: {'was finished already, ' if out / name in before else ''}log in {log}")
 

@@ -47,7 +47,7 @@ def tune(
         own = next(trial.value for trial in found.trials if trial.is_recipe)
         against = "" if best.is_recipe else f" (the recipe as it is: {own:.4f})"
         say(f"best of {count}: trial {best.number}, {best.value:.4f}{against}  {said}")
-    click.echo(found.recipe)
+    say(found.recipe, err=False)
 
 
 @contextmanager

@@ -66,6 +66,8 @@ def load_subject(
     name = "+".join((base, *adapters))
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = fetch(base)
+    if not folder.is_dir():
+        raise EvaluateError.of("MODEL", name, "is a file", "name the folder of the model")
     if not adapters and (folder / "adapter_config.json").is_file():
         what = "is an adapter, and an adapter is evaluated on its base"
         raise EvaluateError.of("MODEL", name, what, f"write {base_of(folder)}+{name}")

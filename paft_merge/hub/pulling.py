@@ -199,6 +199,8 @@ def resolve(
     """
     local = Path(path).expanduser()
     if local.exists():
+        if not (local.is_dir() or local.is_file()):
+            raise HubError.of("NOT_FOUND", path, "is neither a folder nor a regular file", "check the path")
         return ResolvedRepo(local, path)
     if local.is_symlink():
         raise HubError.of("NOT_FOUND", path, f"is a link to {local.readlink()}, which does not exist", "check the path")

@@ -117,7 +117,19 @@ def as_bytes(buffer: ByteBuffer) -> memoryview:
 
 
 def read_text(path: Path, code: str, limit: int = MAX_JSON_BYTES) -> str:
-    """Read a small UTF-8 file (an index, a config), which must be a regular file of at most `limit` bytes.
+    """Read a small UTF-8 file (an index, a config), as `read_bytes` does.
+
+    Raises:
+        CheckpointError: with `code`; LFS_POINTER, SHARD_MISSING, SHARD_UNREADABLE.
+    """
+    try:
+        return read_bytes(path, code, limit).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError.of(code, path, f"is not UTF-8 at byte {error.start}") from error
+
+
+def read_bytes(path: Path, code: str, limit: int = MAX_JSON_BYTES) -> bytearray:
+    """Read a small file, which must be a regular file of at most `limit` bytes, and neither a web page nor of another known format.
 
     Raises:
         CheckpointError: with `code`; LFS_POINTER, SHARD_MISSING, SHARD_UNREADABLE.
@@ -134,10 +146,7 @@ def read_text(path: Path, code: str, limit: int = MAX_JSON_BYTES) -> str:
     if other := _other_kind(raw[:_PEEK_BYTES]):
         kind, what, fix = other
         raise CheckpointError.of("LFS_POINTER" if kind == "LFS_POINTER" else code, path, what, fix)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise CheckpointError.of(code, path, f"is not UTF-8 at byte {error.start}") from error
+    return raw
 
 
 def scan(fd: int, path: Path) -> Header:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +16,24 @@ def write_file(place: Path, content: str | bytes) -> None:
     Raises:
         OutputError: OUTPUT, it cannot be written.
     """
-    with _writing(place):
-        place.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with _writing(place), open(place, "wb", opener=_at_once) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
 
 
 def check_file(place: Path) -> None:
     """Raise the error of `write_file` before the work that makes the content; a file that exists stays as it is."""
     with _writing(place):
         new = not place.exists()
-        place.open("ab").close()
+        open(place, "ab", opener=_at_once).close()
         if new:
             place.unlink()
+
+
+def _at_once(place: str, flags: int) -> int:
+    """Open a file for writing; a FIFO that nobody reads is an OSError instead of waiting."""
+    fd = os.open(place, flags | os.O_NONBLOCK, 0o666)
+    os.set_blocking(fd, True)
+    return fd
 
 
 @contextmanager

@@ -78,7 +78,11 @@ def first_row(data: str, problems: Problems) -> dict[str, Any] | None:
     if not path.exists():
         if suffix_of(path) in SUFFIXES:
             problems.add("DATA", data, "there is no such file", "check the path")
+        elif not is_repository(data):
+            problems.add("DATA", data, "not a local file and not a valid name on the Hub", "check the path")
         return None
+    if not (path.is_file() or path.is_dir()):
+        problems.add("DATA", data, "is not a regular file", "check the path")
     if not path.is_file() or suffix_of(path) not in ROW_SUFFIXES:
         return None
     rows: list[dict[str, Any]] = []
@@ -343,4 +347,7 @@ def is_small(base: str) -> bool:
 def _quoted(text: str) -> str:
     """Text as a YAML scalar that is read back as the same text."""
     plain = re.fullmatch(r"[A-Za-z][\w/.-]*", text, re.ASCII) and text.lower() not in _YAML_WORDS
-    return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if plain:
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

@@ -18,7 +18,8 @@ from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
-from paft_merge.errors import Problem, RecipeError
+from paft_merge.errors import CheckpointError, Problem, RecipeError
+from paft_merge.inputs.safetensors_header import read_bytes
 from paft_merge.recipe.secrets import find_secrets, refusal, secrets_in_data
 
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -199,14 +200,11 @@ def _text_of(source: Path | str) -> tuple[str, str]:
         return source, _NO_FILE
     path = Path(source)
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError.of(
-            "RECIPE", path, f"cannot be read: {error.strerror}", "name an existing YAML file"
-        ) from error
-    if len(raw) > MAX_BYTES:
-        raise RecipeError.of("RECIPE", path, f"larger than {MAX_BYTES >> 20} MiB", "is this a recipe?")
+        raw = read_bytes(path, "RECIPE", MAX_BYTES)
+    except CheckpointError as error:
+        (found,) = error.problems
+        fix = found.fix if found.code == "LFS_POINTER" else "name an existing YAML file"
+        raise RecipeError.of("RECIPE", path, found.what, fix) from error
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return raw.decode("utf-16" if utf16 else "utf-8-sig"), str(path)

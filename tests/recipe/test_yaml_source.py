@@ -205,13 +205,11 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"a: 1\n\xff\xfe\x00")
     assert refusal(weights) == f"{weights}:2: not UTF-8 text; is this a recipe?"
-    assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory; name an existing YAML file"
-    assert refusal(str(tmp_path / "no.yaml")) == (
-        f"{tmp_path / 'no.yaml'}: cannot be read: No such file or directory; name an existing YAML file"
-    )
+    assert refusal(tmp_path) == f"{tmp_path}: is not a regular file; name an existing YAML file"
+    assert refusal(str(tmp_path / "no.yaml")) == (f"{tmp_path / 'no.yaml'}: no such file; name an existing YAML file")
     large = tmp_path / "large.yaml"
     large.write_bytes(b"#" * ((4 << 20) + 1))
-    assert refusal(large) == f"{large}: larger than 4 MiB; is this a recipe?"
+    assert refusal(large) == f"{large}: is 4,194,305 bytes long; at most 4,194,304 are read; name an existing YAML file"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:

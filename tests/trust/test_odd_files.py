@@ -1,0 +1,252 @@
+"""Odd files and folders in the place of every file that a command takes: one line, soon, and little memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import near, save_adapter
+from toys import vocabulary as words
+from toys.merge import recipe as merge_recipe
+from toys.mergekit import CONFIG, llama_state
+
+from paft_merge.cli import cli
+from paft_merge.engine.api import merge
+
+SECONDS = 10
+"""Processor time that a command may use."""
+WAIT = 20
+"""Seconds after which a command that waits for the other end of a FIFO gets one."""
+MEGABYTES = 300
+"""Memory that a command may use for a file that it refuses."""
+
+INPUTS = {
+    "run recipe": "run ? out", "run recipe --dry-run": "run --dry-run ? out", "tune recipe": "tune ? out",
+    "train recipe": "train ? out", "train recipe --dry-run": "train --dry-run ?", "merge recipe": "merge ? out",
+    "merge recipe --dry-run": "merge --dry-run ?", "explain recipe": "explain ?", "evaluate recipe": "evaluate base --recipe ?",
+    "evaluate exact_match": "evaluate base --exact-match ?", "evaluate preference": "evaluate base --preference ?",
+    "evaluate perplexity": "evaluate base --perplexity ?", "evaluate reward": "evaluate base --reward ? words.py:words",
+    "evaluate reward function": "evaluate base --reward test.jsonl ?:words", "evaluate tasks": "evaluate base --task ?",
+    "evaluate instructions": "evaluate base --alpaca-eval made.json --instructions ?",
+    "evaluate model": "evaluate ? --perplexity text.txt", "evaluate model adapter": "evaluate base+? --perplexity text.txt",
+    "audit sources": "audit ? --base base", "audit sources recipe": "audit ?", "audit base": "audit sft --base ?",
+    "init base": "init --base ?", "init data": "init --base base --data ?", "init adapters": "init --adapter ? --adapter sft",
+    "push folder": "push ? me/model", "card folder": "card ?", "reproduce place": "reproduce ?", "pull reference": "pull ?",
+}  # fmt: skip
+"""A command for every parameter that names a file or folder to read, which is `?`."""
+
+OUTPUTS = {
+    "run folder": "run run.yaml ?", "tune folder": "tune run.yaml ?", "train out": "train run.yaml ?",
+    "init out": "init --base base ?", "evaluate out": "evaluate base --perplexity text.txt --out ?",
+    "evaluate alpaca_eval": "evaluate base --instructions rows.json --alpaca-eval ?", "merge out": "merge recipe.yaml ?",
+    "merge mergekit_out_path": "merge recipe.yaml --out-path ?", "audit csv": "audit sft --base base --csv ?",
+    "audit html": "audit sft --base base --html ?", "audit png_dir": "audit sft --base base --png-dir ?",
+    "audit plots": "audit sft --base base --plots ?", "reproduce out": "reproduce merged ?",
+}  # fmt: skip
+"""The same for files and folders to write."""
+
+NO_FILES = {
+    "run overrides", "tune overrides", "evaluate overrides", "evaluate device", "merge device", "merge worker", "merge imports",
+    "merge output_name", "explain pattern", "explain imports", "explain output_name", "audit method", "audit parameters",
+    "audit require", "train adapters", "train devices", "push repo_id", "push branch", "push message", "push tags",
+    "reproduce imports", "methods name", "methods imports", "merge mergekit_transformers_cache",
+    "merge mergekit_lora_merge_cache", "merge mergekit_lora_merge_dtype", "merge mergekit_write_threads",
+    "merge mergekit_intermediate_dir", "merge mergekit_random_seed",
+}  # fmt: skip
+"""Parameters of text that name no file."""
+
+
+def test_every_parameter_that_may_name_a_file_is_tried() -> None:
+    texts = (click.types.StringParamType, click.Path, click.File, click.Tuple)
+    found = {
+        f"{name} {parameter.name}"
+        for name, command in cli.commands.items()
+        for parameter in command.params
+        if isinstance(parameter.type, texts) or type(parameter.type).__module__ != "click.types"
+        if not getattr(parameter, "is_flag", False)
+    }
+    tried = {" ".join(key.split()[:2]) for key in (*INPUTS, *OUTPUTS)}
+    sizes = {"merge out_shard_bytes", "merge memory", "explain out_shard_bytes"}
+    assert found - sizes == tried | NO_FILES
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def _bytes(content: bytes) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        place.write_bytes(content)
+        return place
+
+    return make
+
+
+def _fifo(place: Path) -> Path:
+    os.mkfifo(place)
+    return place
+
+
+def _link(target: str) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        place.symlink_to(target)
+        return place
+
+    return make
+
+
+def _socket(place: Path) -> Path:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(place))  # the length of an address is limited
+    return place
+
+
+def _folder(place: Path) -> Path:
+    place.mkdir()
+    return place
+
+
+def _large(place: Path) -> Path:
+    with place.open("wb") as file:
+        file.truncate(2 << 30)
+    return place
+
+
+def _unreadable(place: Path) -> Path:
+    place.write_text("{}")
+    place.chmod(0)
+    return place
+
+
+def _named(name: str) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        place.with_name(name).write_text("- 1\n")
+        return place.with_name(name)
+
+    return make
+
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "FIFO": _fifo, "device": _link("/dev/zero"), "socket": _socket, "folder": _folder, "unreadable": _unreadable, "large": _large,
+    "aliases": _bytes(BOMB.encode()), "deep YAML": _bytes(b"- " * 3000 + b"\n"), "deep JSON": _bytes(b"[" * 100_000),
+    "deep objects": _bytes(b'{"a":' * 50_000), "NUL": _bytes(b"a: \0\n" * 9), "UTF-16": _bytes("a: \u00e9\n".encode("utf-16")),
+    "Latin-1": _bytes("a: \u00e9\n".encode("latin-1")), "empty": _bytes(b""), "circle": lambda place: _link(place.name)(place),
+    "dangling": _link("nowhere"), "link out": _link("/etc/hostname"), "control": _named("a\nb\x1b]0;t\x07\u202ec"), "below a file": lambda place: _bytes(b"")(place) / "x",
+    "long": lambda place: place.with_name("x" * 300), "long path": lambda place: place / "/".join("y" * 100 for _ in range(50)), "missing": lambda place: place, "-": lambda _: Path("-"),
+}  # fmt: skip
+
+
+class TooLong(BaseException):
+    """Raised in a command that does not end; nothing catches it."""
+
+
+@contextmanager
+def bounded(fifo: Path, kind: str) -> Iterator[None]:
+    """Limit the processor time of a block, and end its waiting for the other end of a FIFO."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TooLong(f"busy after {SECONDS} s")
+
+    waits = f"sleep {WAIT}; while :; do : <> {fifo}; sleep 1; done"
+    other_end = subprocess.Popen(["sh", "-c", waits], start_new_session=True) if kind == "FIFO" else None
+    began = time.monotonic()
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        if other_end is not None:
+            os.killpg(other_end.pid, signal.SIGKILL)
+            other_end.wait()
+            assert time.monotonic() - began < WAIT, "the command waits for a FIFO"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, an adapter, a merge, a recipe of each kind, and data; the working directory of every command."""
+    top = tmp_path_factory.mktemp("odd")
+    base = llama_state(300)
+    for name, state in (("base", base), ("x", near(base, 1))):
+        words.save_checkpoint(top / name, state, config={**CONFIG, "vocab_size": 300})
+        words.save_tokenizer(top / name, "base", template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    save_adapter(top / "sft", base, 3)
+    asked = merge_recipe("linear", None, (top / "base", {"weight": 0.5}), (top / "x", {"weight": 0.5}))
+    (top / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    merge(asked, top / "merged", warn=lambda _: None)
+    adapter = {"objective": "sft", "data": "rows.json", "lora": {"r": 2}}
+    (top / "run.yaml").write_text(yaml.safe_dump({"base_model": "base", "adapters": {"sft": adapter}}))
+    (top / "text.txt").write_text("the quick brown fox\n")
+    (top / "rows.json").write_text('[{"text": "a", "instruction": "a"}]')
+    (top / "test.jsonl").write_text('{"prompt": "a"}\n')
+    (top / "words.py").write_text("def words(completions, **columns): return [1.0]\n")
+    return top
+
+
+SUFFIXES = {
+    "reward function": ".py", "tasks": ".yaml", "exact_match": ".jsonl", "preference": ".jsonl", "reward": ".jsonl", "instructions": ".json", "data": ".jsonl",
+}  # fmt: skip
+
+DATA = {
+    "evaluate exact_match", "evaluate preference", "evaluate perplexity", "evaluate reward", "evaluate reward function",
+    "evaluate instructions", "init data",
+}  # fmt: skip
+
+FINE = {
+    ("init data", "folder"),
+    ("init data", "control"),
+    ("init data", "-"),
+    ("init base", "-"),
+    *(("pull reference", kind) for kind in KINDS),
+}
+
+
+def outcome(command: str, place: Path, kind: str, allowed: tuple[int, ...]) -> str:
+    """What is wrong with how a command answers to an odd file; empty if nothing is."""
+    arguments = [word.replace("?", str(place)) for word in command.split()]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with bounded(place, kind):
+        done = CliRunner().invoke(cli, arguments)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        error = done.exception
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    lines = [line for line in done.output.split("\n") if line]
+    wrong = [line for line in lines if not line.isprintable()]
+    if done.exit_code not in allowed:
+        return f"exit code {done.exit_code}: {done.output[-300:]}"
+    if done.exit_code and not 1 <= sum(line.startswith(("error[", "Error: ")) for line in lines) <= 3:
+        return f"{len(lines)} lines: {done.output[-600:]!r}"
+    if wrong:
+        return f"control characters: {wrong[0]!r}"
+    return f"{grown} MB" if grown > MEGABYTES else ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use", [*INPUTS, *OUTPUTS])
+def test_an_odd_file_is_one_line(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, kind: str
+) -> None:
+    if kind == "unreadable" and os.geteuid() == 0:
+        pytest.skip("root reads every file")
+    if (use in DATA and kind == "large") or (use == "evaluate instructions" and kind in ("device", "FIFO")):
+        pytest.skip("data files have no limit")
+    monkeypatch.chdir(tmp_path)
+    command = {**INPUTS, **OUTPUTS}[use]
+    suffix = next((suffix for part, suffix in SUFFIXES.items() if part in use), "")
+    place = KINDS[kind](tmp_path / f"odd{suffix}")
+    monkeypatch.chdir(world)
+    assert not outcome(command, place, kind, (0, 1, 2) if use in OUTPUTS or (use, kind) in FINE else (1, 2))
