@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import CheckpointError
-from paft_merge.inputs.safetensors_header import MAX_JSON_BYTES, read_text
+from paft_merge.inputs.safetensors_header import MAX_JSON_BYTES, quote, read_text
 
 _MOST_COUNT = 2_000_000
 """More layers, labels, heads or the like than any model has; classes of transformers make lists and modules of that length."""
@@ -20,8 +21,61 @@ _COUNTS = re.compile("layer|label|block|depth|head|expert")
 _TEXT = (".json", ".jinja", ".txt", ".model")
 
 
+OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json")
+"""The files whose values transformers passes to the class of a tokenizer, which opens some of them as paths."""
+_NO_PATH = re.compile("chat_template|name_or_path|auto_map|special_tokens_map_file|.*_tokens?|added_tokens_.*")
+"""Keys of these files whose values are never opened."""
+
+
+def refuse_outside_files(folder: Path) -> None:
+    """Refuse a tokenizer whose settings name files outside its folder (`vocab: /home/...`), which transformers would read.
+
+    Raises:
+        CheckpointError: CONFIG_INVALID.
+    """
+    for path in (folder / name for name in OF_TOKENIZERS):
+        try:
+            settings = json.loads(read_text(path, "CONFIG_INVALID")) if path.exists() else {}
+        except (ValueError, RecursionError):
+            continue  # transformers does not read it either
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            for text in () if _NO_PATH.fullmatch(key) else _texts(value):
+                if _is_outside(text, folder):
+                    what, fix = f"{key} names a file outside the folder, {quote(text)}", f"remove {key}"
+                    raise CheckpointError.of("CONFIG_INVALID", path, what, fix)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
+
+
+def _is_outside(text: str, folder: Path) -> bool:
+    """Whether a text is the path of a file that is not in the folder: absolute, from the folder, or from the working directory."""
+    if not ("/" in text or os.sep in text or Path(text).suffix):
+        return False
+    named = (folder / text, Path(text))
+    return any(_is_file(path) and not _is_below(path, folder) for path in named)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether something that can be opened is there."""
+    try:
+        return path.exists() and not path.is_dir()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    """Whether a path leads into a folder. Links are not followed: the Hub's cache has its files behind links."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
 def refuse_odd_files(folder: Path) -> None:
-    """Refuse what transformers or PEFT would read from a folder without an end: pipes, devices, and large small files.
+    """Refuse what transformers or PEFT would read without an end (pipes, devices, large small files), or outside the folder.
 
     Raises:
         CheckpointError: CONFIG_INVALID.
@@ -33,6 +87,7 @@ def refuse_odd_files(folder: Path) -> None:
             if path.suffix in _TEXT and path.stat().st_size > MAX_JSON_BYTES:
                 what = f"is larger than {MAX_JSON_BYTES >> 20} MiB"
                 raise CheckpointError.of("CONFIG_INVALID", path, what, "download it again, or remove it")
+    refuse_outside_files(folder)
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 import xxhash
 from torch import nn
 
-from paft_merge.errors import TrainError, first_line
-from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
+from paft_merge.errors import PaftMergeError, TrainError, first_line
+from paft_merge.inputs.model_config import OF_TOKENIZERS, read_model_config, refuse_odd_files, refuse_outside_files
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.sections import beside_recipe
@@ -84,11 +84,14 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust
     read_model_config(Path(name))
     tokenizer = None
     try:
+        check_tokenizer(name, base.revision)
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=base.revision, trust_remote_code=base.trust_remote_code and trust_code
         )
         if spec.chat_template:
             tokenizer.chat_template = _template(spec.chat_template, folder)
+    except PaftMergeError:
+        raise
     except Exception as error:  # transformers raises anything on unknown files
         source = spec.chat_template if tokenizer and spec.chat_template else name
         if {type(one).__name__ for one in (error, error.__cause__)} & _NOWHERE and not Path(source).exists():
@@ -101,6 +104,20 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust
     return tokenizer
 
 
+def check_tokenizer(name: str, revision: str | None = None) -> None:
+    """Refuse a tokenizer, in a folder or on the Hub, whose settings name files outside its folder.
+
+    Raises:
+        CheckpointError: CONFIG_INVALID. Errors of huggingface_hub.
+    """
+    from transformers.utils import cached_file
+
+    for file in OF_TOKENIZERS:
+        found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            refuse_outside_files(Path(found).parent)
+
+
 def _template(source: str, folder: Path) -> str:
     """The text of a named template (as in `merge:`), of a Jinja file, or of a model's tokenizer."""
     if source in CHAT_TEMPLATES:
@@ -111,6 +128,7 @@ def _template(source: str, folder: Path) -> str:
         raise ValueError(f"there is no file {source}")
     from transformers import AutoTokenizer
 
+    check_tokenizer(source)
     template = AutoTokenizer.from_pretrained(source, trust_remote_code=False).chat_template
     if not isinstance(template, str):
         raise ValueError(f"{source} has no chat template")

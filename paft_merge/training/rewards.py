@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import Problems, TrainError, first_line
+from paft_merge.errors import PaftMergeError, Problems, TrainError, first_line
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.trust import announce, file_of, functions_in, needs_trust
 from paft_merge.recipe.yaml_source import did_you_mean
+from paft_merge.training.base_model import check_tokenizer
 from paft_merge.training.schema import RewardSpec
 
 Reward = Callable[..., list[float]]
@@ -118,8 +119,11 @@ def model_reward(name: str) -> Reward:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
+        check_tokenizer(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, trust_remote_code=False)
+    except PaftMergeError:
+        raise
     except Exception as error:  # transformers raises anything on unknown files
         what = f"the reward model cannot be loaded: {first_line(error)}"
         raise TrainError.of("REWARD", name, what, "give a sequence-classification model") from error

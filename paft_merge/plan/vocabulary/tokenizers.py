@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import CheckpointError
+from paft_merge.inputs.model_config import refuse_outside_files
 from paft_merge.inputs.safetensors_header import quote
 from paft_merge.inputs.side_file_kinds import is_inside
 
@@ -193,6 +194,7 @@ def join(base: Tokenizer, others: Sequence[tuple[Tokenizer, int]]) -> tuple[Toke
 def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    refuse_outside_files(folder)
     try:
         with quiet():
             loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
