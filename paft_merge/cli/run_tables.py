@@ -26,7 +26,7 @@ def table(results: Results) -> None:
     names = max((len(row.name) for row in results.rows), default=0)
     tight = names + (widest + 3) * len(results.columns) + 6 > out.width
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1) if tight else (0, 1))
-    shown.add_column("arm")
+    shown.add_column("arm", overflow="fold")
     for column in results.columns:
         shown.add_column(plain(column) + _ARROWS[results.better[column]], justify="right", no_wrap=True)
     group = results.rows[0].group if results.rows else ""

@@ -45,7 +45,7 @@ def meant_folder(path: str) -> str:
 
 def unreachable(where: str) -> HubError:
     """The error for a name that is not a local folder, when the Hub cannot be reached."""
-    what = "not a local folder, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    what = "not a local folder, not in the Hub's cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
     fix = meant_folder(where) or "check the path, or pull it first where there is a network"
     return HubError.of("HUB_OFFLINE", where, what, fix)
 

@@ -26,6 +26,10 @@ MERGES: Mapping[str, Mapping[str, Any]] = {
 """The merge recipe for the plain name of a method under `compare: {methods: ...}`; other methods use their defaults."""
 
 
+_LONGEST = 150
+"""Characters of the folder of an arm, to which seeds and kinds are added."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """An adapter as in the recipe, or without its `l1` and `trim` (`dense`)."""
@@ -116,6 +120,16 @@ def check_compare(recipe: RunRecipe, problems: Problems) -> None:
         if named is not None and named not in names:
             fix = did_you_mean(named, names) or f"adapters are {', '.join(names)}"
             problems.add("COMPARE", recipe.where("compare", key), f"no adapter {named!r}", fix)
+    folders = dict[str, str]()
+    for name, _, steps in merges_of(recipe):
+        slug = Arm(f"parallel {name}", "", None, ()).slug
+        if len(slug) > _LONGEST:
+            what, fix = f"the name of the arm has {len(name)} characters", f"at most {_LONGEST - 9} are possible"
+            problems.add("COMPARE", recipe.where(*steps), what, fix)
+        elif slug in folders:
+            what = f"the arms {folders[slug]!r} and {name!r} would have one folder, {slug}"
+            problems.add("COMPARE", recipe.where(*steps), what, "let their names differ in letters or digits")
+        folders.setdefault(slug, name)
     skill, preference = roles(recipe)
     arms, where = arms_wanted(recipe), recipe.where("compare")
     if "sequential" in arms and recipe.existing and preference not in recipe.adapters:
@@ -136,9 +150,10 @@ def check_compare(recipe: RunRecipe, problems: Problems) -> None:
 
 def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple[str | int, ...]]]:
     """Yield every merge recipe under `compare: {methods: ...}`: its name, the recipe, and its key path."""
-    if recipe.compare is None or "parallel" not in arms_wanted(recipe):
+    together = list(merged_together(recipe).values())
+    if recipe.compare is None or "parallel" not in arms_wanted(recipe) or not together:
         return
-    names = [variant.adapter for variant in next(iter(merged_together(recipe).values()))]
+    names = [variant.adapter for variant in together[0]]
     seen = dict[str, int]()
     for at, given in enumerate(recipe.compare.methods):
         if given == "slerp" and len(names) != 2 and "methods" not in recipe.compare.model_fields_set:

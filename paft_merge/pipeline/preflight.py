@@ -63,6 +63,12 @@ def _check_existing(recipe: RunRecipe, problems: Problems) -> None:
     """Find the adapters that exist, and check from headers that each fits the base."""
     from paft_merge.engine.api import open_plan
 
+    found = len(problems.found)
+    with problems.catching(recipe.where("base_model")):
+        if recipe.existing:
+            resolve(recipe.base, kind="model")
+    if len(problems.found) > found:
+        return  # each adapter would report it again
     for name, spec in recipe.existing.items():
         with problems.catching(recipe.where("adapters", name)):
             if not Path(spec.path).exists() and not is_repository(spec.path):

@@ -299,7 +299,7 @@ FAULTS: dict[str, tuple[Callable[[Models], object], str, str]] = {
     "62 a model of the Hub, offline": (
         lambda m: recipe("ties", m["base"], ("some/model", WEIGHT)),
         "HUB_OFFLINE",
-        "some/model: not a local folder, and the Hub cannot be reached",
+        "some/model: not a local folder, not in the Hub's cache, and the Hub cannot be reached",
     ),
 }
 

@@ -187,3 +187,10 @@ def test_an_adapter_on_the_hub_is_pinned_to_its_commit(world: Path, hub: HubServ
     adapters["dpo"] = {"path": "me/dpo", "revision": hub.repositories["me/dpo"].resolve("main")}
     again = plan(written(world, "hub", adapters=adapters, compare={"methods": ["ties"]}), tmp_path / "run")
     assert "merge/merged" in {step.name for step in again.todo}
+
+
+def test_a_base_that_is_missing_is_reported_once(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(PaftMergeError) as caught:
+        plan(written(world, "nobase", base_model="nowhere/base", merge=None, audit=None, compare={}), tmp_path / "run")
+    (line,) = str(caught.value).splitlines()
+    assert "base_model: nowhere/base: not a local folder" in line

@@ -111,6 +111,8 @@ seeds: [0, 0]
         ({"compare": {"skill": "sftt"}}, "compare.skill: no adapter 'sftt'; did you mean 'sft'?"),
         ({"compare": {"methods": ["ties", "tiess"]}}, "compare.methods[1]"),
         ({"compare": {"methods": [{"weight": 1}]}}, "a merge recipe needs merge_method"),
+        ({"compare": {"methods": [{"merge_method": "ties", "name": "x!"}, {"merge_method": "linear", "name": "x?"}]}}, "'x!' and 'x?' would have one folder, parallel-x"),
+        ({"compare": {"methods": [{"merge_method": "ties", "name": "x" * 300}]}}, "the name of the arm has 300 characters; at most 141"),
         ({"merge": None, "push": {"repo_id": "a/b"}}, "push needs merge"),
         ({"seeds": "all"}, "seeds: must be different whole numbers"),
         ({"evaluate": {}}, "evaluate: names no evaluation"),
