@@ -25,7 +25,7 @@ ENTRIES: dict[str, Callable[[str], Any]] = {
     "gguf_file": lambda path: path,
     "sp_model_kwargs": lambda path: {"model_file": path},
 }
-"""How settings pass a path to the class of a tokenizer; transformers 5.23 opens all but `vocab_file`."""
+"""How settings may name a path; transformers 5.23 was seen to open all of these for some class, except `sp_model_kwargs`."""
 
 
 @pytest.fixture
