@@ -674,7 +674,7 @@ def test_no_host_is_asked_for_local_models(tmp_path: Path) -> None:
     run = paft_process("merge", file, tmp_path / "out", "--quiet", before=guard)
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
-    opened = paft_process("--version", before=guard + "    socket.socket()\n")
+    opened = paft_process("--version", before=guard + "    socket.create_connection(('127.0.0.1', 9))\n")
     assert opened.returncode == 3
 
 
