@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.running import set_option, silence_libraries
-from paft_merge.cli.terminal import console, plain, say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, trust_option
 from paft_merge.output.report_files import check_file, write_file
 
 if TYPE_CHECKING:
@@ -73,12 +73,14 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Write greedy answers to --instructions in AlpacaEval's format, for judging elsewhere.",
 )  # fmt: skip
 @trust_option
+@links_option
 @click.option("--instructions", type=_FILE, help="AlpacaEval's alpaca_eval.json, or any list of {instruction: ...}.")
 def evaluate(
     model: str, recipe: Path | None, overrides: tuple[str, ...], suite: str | None, tasks: tuple[str, ...], num_fewshot: int | None,
     limit: float | None, exact_match: tuple[Path, ...], preference: tuple[Path, ...], perplexity: tuple[Path, ...],
     unit: str, reward: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
     out: Path | None, alpaca_eval: Path | None, instructions: Path | None, trust_code: bool,
+    follow_links: bool,
 ) -> None:  # fmt: skip
     """Evaluate MODEL: a folder, a Hub name, or BASE+ADAPTER, without writing a merged model."""
     if alpaca_eval is not None and instructions is None:
@@ -109,12 +111,13 @@ def evaluate(
     from paft_merge.evaluating import EvaluateProgress, EvaluateSpec
     from paft_merge.evaluating import evaluate as evaluate_model
     from paft_merge.evaluating.alpaca import write_alpaca
+    from paft_merge.inputs.links import following_links
 
     given = {
         "metrics": metrics, "suite": suite, "tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit,
         "batch_size": batch_size, "device": device,
     }  # fmt: skip
-    with sigterm_as_interrupt():
+    with sigterm_as_interrupt(), following_links(follow_links):
         scores: dict[str, Any] = {}
         with _progress() as progress:
             if recipe is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from paft_merge.cli.merging import progress_bar
-from paft_merge.cli.terminal import import_option, say, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import import_option, links_option, say, sigterm_as_interrupt, warn
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -76,12 +76,13 @@ def card(folder: Path, overwrite: bool) -> None:
 @click.option("--stream-from-hub", is_flag=True, help="Read inputs over the network without storing them.")
 @import_option
 @click.option("--lazy-unpickle", is_flag=True, help="Read .bin sources, if the merge did.")
+@links_option
 @click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files, if the merge did.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context
 def reproduce(
     ctx: click.Context, place: str, out: Path | None, as_json: bool, threads: int | None, stream_from_hub: bool,
-    imports: tuple[str, ...], lazy_unpickle: bool, trust_remote_code: bool, quiet: bool,
+    imports: tuple[str, ...], lazy_unpickle: bool, follow_links: bool, trust_remote_code: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Repeat the merge that a manifest describes, with sources at the same commits, and compare every byte.
 
@@ -99,6 +100,7 @@ def reproduce(
             progress=progress,
             warn=warn,
             lazy_unpickle=lazy_unpickle,
+            follow_links=follow_links,
             trust_remote_code=trust_remote_code,
         )
     if as_json:

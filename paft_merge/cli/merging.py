@@ -22,6 +22,7 @@ from paft_merge.cli.terminal import (
     clock,
     console,
     import_option,
+    links_option,
     plain,
     recipe_place,
     say,
@@ -50,6 +51,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through a reader that runs no code of them."
         ),
+        links_option,
         click.option(
             "--allow-crimes", is_flag=True, help="Merge models whose configs differ in fields that shapes do not show."
         ),

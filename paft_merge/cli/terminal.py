@@ -78,6 +78,12 @@ trust_option = click.option(
 )  # fmt: skip
 
 
+links_option = click.option(
+    "--follow-links", is_flag=True,
+    help="Follow links of a model's folder to files outside of it (links into the Hub's cache always are).",
+)  # fmt: skip
+
+
 def say(text: object, *, err: bool = True) -> None:
     """Print one line, on stderr by default, with control characters escaped."""
     click.echo(escape(str(text)), err=err)

@@ -21,6 +21,7 @@ from paft_merge.engine.sources import Sources
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.hub import HF, fetch_file
 from paft_merge.hub.run_checkpoints import expand
+from paft_merge.inputs.links import following_links
 from paft_merge.methods import METHODS
 from paft_merge.methods.mergekit_methods import import_methods
 from paft_merge.output.folder import Output
@@ -135,7 +136,7 @@ def _planned(
         return Intermediate(name, made, rounded=recipe.arithmetic == "mergekit")
 
     with ExitStack() as inputs:
-        with _with_warnings(recipe.warnings):
+        with _with_warnings(recipe.warnings), following_links(options.follow_links):
             refs = tuple(dict.fromkeys(ref for part in parts for ref in part.references))
             template = _template(recipe, documents)
             unpickle, computed = options.lazy_unpickle, documents.named
