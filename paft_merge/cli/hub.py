@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import click
 
-from paft_merge.cli.merging import progress_bar
+from paft_merge.cli.merging import log_of, noted, progress_bar, warned_and_noted
 from paft_merge.cli.terminal import import_option, links_option, say, sigterm_as_interrupt, warn
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -90,19 +91,20 @@ def reproduce(
     """
     from paft_merge.engine.reproduction import reproduce as again
 
-    with sigterm_as_interrupt(), progress_bar(quiet) as progress:
+    with sigterm_as_interrupt(), progress_bar(quiet) as progress, log_of(out) as note:
         done = again(
             place,
             out,
             imports=imports,
             threads=threads,
             stream_from_hub=stream_from_hub,
-            progress=progress,
-            warn=warn,
+            progress=noted(progress, note),
+            warn=warned_and_noted(note),
             lazy_unpickle=lazy_unpickle,
             follow_links=follow_links,
             trust_remote_code=trust_remote_code,
         )
+        note(logging.INFO, f"{done.tensors} tensors, {'identical' if done.identical else 'not identical'}")
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=2))
     else:

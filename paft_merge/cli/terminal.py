@@ -44,6 +44,11 @@ def recipe_place(text: str) -> Path | str:
     return text if text.startswith("hf://") else Path(text)
 
 
+def command_line() -> str:
+    """The command line as it was given, quoted for a shell."""
+    return str(click.get_current_context().meta[COMMAND])
+
+
 def line(kind: str, problem: Problem) -> str:
     """Return a problem as one line, with options as flags: `overwrite=True` becomes `--overwrite`."""
     return f"{kind}[{problem.code}]: {as_flags(str(problem))}"

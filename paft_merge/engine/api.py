@@ -207,6 +207,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
             *licence_notice(plan),
             *wide_notice(plan),
         ]
+        log.info("merging %d tensors, %d bytes, into %s", len(plan.tensors), plan.bytes_written, out)
         warn([*plan.warnings, *notices])
         held = _held_bytes(plan, threads, options.memory_bytes)
         written = 0
@@ -240,6 +241,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
             with Output.open(out, plan.shards, identity(plan, options.device), tiles, resume=options.resume) as output:
                 merge_into(output, plan, options.progress or (lambda _: None))
                 complete(output)
+    log.info("%s: merged in %.1f s", out, perf_counter() - start)
     return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, written)
 
 

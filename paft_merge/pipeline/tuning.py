@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from paft_merge.errors import Problems, RecipeError, RunError
 from paft_merge.evaluating.schema import LOWER_IS_BETTER
 from paft_merge.inputs.links import following_links
+from paft_merge.output.log_file import logged
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.arms import Variant
-from paft_merge.pipeline.execution import logged
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
