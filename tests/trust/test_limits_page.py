@@ -10,7 +10,7 @@ import pytest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trust.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| .* \| ([\d,]+)(?: (\w+))? \| `([\w.]+)\.(\w+)(?:\[\"(\w+)\"\])?` \|$", PAGE, re.MULTILINE)
-UNITS = {"GiB": 2**30, "MiB": 2**20}
+UNITS = {"KiB": 2**10, "GiB": 2**30, "MiB": 2**20}
 
 
 @pytest.mark.parametrize(("number", "unit", "module", "name", "key"), ROWS, ids=lambda text: str(text) or "-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -179,6 +180,11 @@ def test_training_and_its_processes_take_the_option(world: Path, tmp_path: Path)
     refused = paft("train", file, tmp_path / "out", "--quiet", "--schedule", "processes")
     assert (refused.exit_code, "error[LINK_OUTSIDE]" in refused.stderr) == (1, True)
     assert not (tmp_path / "out").exists()
-    assert launch.main([str(file), str(tmp_path / "child"), "sft"]) == 0  # its parent has checked the links
+    ours = logging.getLogger("paft_merge")
+    level = ours.level
+    try:
+        assert launch.main([str(file), str(tmp_path / "child"), "sft"]) == 0  # its parent has checked the links
+    finally:
+        ours.setLevel(level)
     done = paft("train", file, tmp_path / "out", "--quiet", "--schedule", "sequential", "--follow-links")
     assert done.exit_code == 0, done.output
