@@ -109,7 +109,7 @@ def test_the_output_of_a_shell_in_the_same_file_stays_whole(file: Path, tmp_path
         command = [sys.executable, "-m", "paft_merge", "merge", file, tmp_path / "out"]
         assert subprocess.run(command, stdout=both, stderr=both, check=False).returncode == 0
     text = (tmp_path / "out.log").read_text()
-    assert "paft-merge 0" not in text
+    assert "INFO paft_merge" not in text
     assert "is done: see its README.md" in text
 
 
