@@ -59,6 +59,9 @@ class PaftMergeError(Exception):
         super().__init__("\n".join(map(str, problems)))
         self.problems, self.warnings = tuple(problems), tuple(warnings)
 
+    def __reduce__(self) -> tuple[type[PaftMergeError], tuple[Sequence[Problem], Sequence[Problem]]]:
+        return type(self), (self.problems, self.warnings)  # an error of a child process arrives whole
+
     @classmethod
     def of(cls: type[E], code: str, where: object, what: str, fix: str = "") -> E:
         """Return an error with one problem."""

@@ -30,6 +30,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from paft_merge.hub import fetch
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.links import following_links
 from paft_merge.methods import METHODS, REQUIRED, Method, Parameter
 from paft_merge.methods.rules.whole_tensors import merge_tensors
 from paft_merge.plan import Model
@@ -159,7 +160,8 @@ _plain_get, _plain_path = LoaderCache.get, ModelReference.local_path
 def _get(cache: LoaderCache, model: ModelReference) -> LazyTensorLoader:
     if model.lora and model not in cache.loaders:
         folder = Path(_plain_path(model, cache_dir=cache.hf_cache_dir, ignore_lora=True))
-        adapter = fetch(model.lora.path, model.lora.revision)
+        with following_links(True):  # mergekit follows the links of the other models too
+            adapter = fetch(model.lora.path, model.lora.revision)
         cache.loaders[model] = AdaptedLoader(folder, adapter, dtype_from_name(cache.lora_merge_dtype))
     return _plain_get(cache, model)
 

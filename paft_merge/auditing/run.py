@@ -18,6 +18,7 @@ from paft_merge.auditing.tensor_survey import TensorStats, Wanted, survey
 from paft_merge.auditing.walk import Arena, HeldDeltas, working_pool
 from paft_merge.compute.magnitudes import EPSILON, EPSILONS
 from paft_merge.errors import AuditError, Problem, Problems
+from paft_merge.inputs.links import following_links
 from paft_merge.stats.pairs import PairMeasure
 
 HELD_BYTES = 512 << 20
@@ -45,6 +46,7 @@ def audit(
     require: str | Sequence[str] = (),
     fetch_base: bool = False,
     lazy_unpickle: bool = False,
+    follow_links: bool = False,
     threads: int | None = None,
     held_bytes: int = HELD_BYTES,
     progress: Callable[[AuditProgress], None] = lambda _: None,
@@ -63,6 +65,7 @@ def audit(
         fetch_base: fetch the weights of a base that is on the Hub only. By default only the headers of the base of adapters
             are read, and metrics that need its weights are left out.
         lazy_unpickle: read `.bin` files through a reader that runs no code of them.
+        follow_links: follow links of the folders to files outside of them.
         threads: blocks computed at a time; all cores by default. Does not change the counts.
         held_bytes: memory for the deltas of one tensor; larger ones are recomputed for each walk.
         progress: called after each tensor.
@@ -87,6 +90,7 @@ def audit(
     proposal = _proposal(preview)
     counted = tuple(sorted({*EPSILONS, epsilon, *epsilons, *epsilons_of(require)}))
     with (
+        following_links(follow_links),
         open_sources(sources, base, fetch_base=fetch_base, lazy_unpickle=lazy_unpickle) as opened,
         working_pool(threads) as pool,
     ):

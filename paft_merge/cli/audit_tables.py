@@ -63,7 +63,10 @@ def manifest_table(check: ManifestCheck, audit: Audit | None, *, offer_html: boo
         out.print(f"[bold green]✓[/] {plain(text)}", highlight=False)
 
 
-_OPTIONS = (("fetch_base=True", "--fetch-base"), ("lazy_unpickle=True", "--lazy-unpickle"), ("base=...", "--base"))
+_OPTIONS = (
+    ("fetch_base=True", "--fetch-base"), ("lazy_unpickle=True", "--lazy-unpickle"),
+    ("follow_links=True", "--follow-links"), ("base=...", "--base"),
+)  # fmt: skip
 """Arguments of `paft_merge.audit` as its texts name them, and the options that set them."""
 
 

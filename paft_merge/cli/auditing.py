@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.terminal import COMPILER, clock, console, line, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import COMPILER, clock, console, line, links_option, sigterm_as_interrupt, warn
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError
 
@@ -24,6 +24,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--base", help="The model that the sources change: a folder or Hub name. Optional for adapters.")
 @click.option("--fetch-base", is_flag=True, help="Fetch the weights of the base from the Hub, not only its headers.")
 @click.option("--lazy-unpickle", is_flag=True, help="Read .bin files through a reader that runs no code of them.")
+@links_option
 @click.option("--method", default="ties", show_default=True, help="Method to preview when there are several sources.")
 @click.option(
     "-p",
@@ -44,7 +45,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores.")
 @click.option("--quiet", is_flag=True, help="Hide the progress bar.")
 def audit(
-    sources: tuple[str, ...], base: str | None, fetch_base: bool, lazy_unpickle: bool, method: str, parameters: tuple[str, ...], no_preview: bool, epsilon: float,
+    sources: tuple[str, ...], base: str | None, fetch_base: bool, lazy_unpickle: bool, follow_links: bool, method: str, parameters: tuple[str, ...], no_preview: bool, epsilon: float,
     as_json: bool, csv: Path | None, html: Path | None, png_dir: Path | None, plots: Path | None, require: tuple[str, ...],
     threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
@@ -71,8 +72,7 @@ def audit(
         with _audit_progress(quiet) as progress:
             done = auditing.audit(
                 *sources, base=base, preview=preview, epsilon=epsilon, require=require, fetch_base=fetch_base, lazy_unpickle=lazy_unpickle,
-                threads=threads,
-                progress=progress,
+                follow_links=follow_links, threads=threads, progress=progress,
             )  # fmt: skip
         report(done, outlets, require)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paft_merge.cli.merging import log_of
 from paft_merge.cli.running import set_option, silence_libraries
-from paft_merge.cli.terminal import console, plain, say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, trust_option
 from paft_merge.output.report_files import check_file, write_file
 
 if TYPE_CHECKING:
@@ -67,18 +69,24 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows per batch.")
 @click.option("--device", help="cuda or cpu. Default: a GPU if there is one.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON with the value of every row instead of a table.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON to a file.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the JSON to a file, and a log beside it (FILE.log).",
+)
 @click.option(
     "--alpaca-eval", type=click.Path(dir_okay=False, path_type=Path),
     help="Write greedy answers to --instructions in AlpacaEval's format, for judging elsewhere.",
 )  # fmt: skip
 @trust_option
+@links_option
 @click.option("--instructions", type=_FILE, help="AlpacaEval's alpaca_eval.json, or any list of {instruction: ...}.")
 def evaluate(
     model: str, recipe: Path | None, overrides: tuple[str, ...], suite: str | None, tasks: tuple[str, ...], num_fewshot: int | None,
     limit: float | None, exact_match: tuple[Path, ...], preference: tuple[Path, ...], perplexity: tuple[Path, ...],
     unit: str, reward: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
     out: Path | None, alpaca_eval: Path | None, instructions: Path | None, trust_code: bool,
+    follow_links: bool,
 ) -> None:  # fmt: skip
     """Evaluate MODEL: a folder, a Hub name, or BASE+ADAPTER, without writing a merged model."""
     if alpaca_eval is not None and instructions is None:
@@ -109,14 +117,21 @@ def evaluate(
     from paft_merge.evaluating import EvaluateProgress, EvaluateSpec
     from paft_merge.evaluating import evaluate as evaluate_model
     from paft_merge.evaluating.alpaca import write_alpaca
+    from paft_merge.inputs.links import following_links
 
     given = {
         "metrics": metrics, "suite": suite, "tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit,
         "batch_size": batch_size, "device": device,
     }  # fmt: skip
-    with sigterm_as_interrupt():
+    with sigterm_as_interrupt(), following_links(follow_links), log_of(out or alpaca_eval) as note:
         scores: dict[str, Any] = {}
-        with _progress() as progress:
+        with _progress() as shown:
+
+            def progress(now: EvaluateProgress) -> None:
+                shown(now)
+                for text in [f"{now.name} starts"] if now.rows is None and now.scores is None else _lines(now):
+                    note(logging.INFO, text)
+
             if recipe is not None:
                 scores |= _by_recipe(model, recipe, overrides, progress, trust_code)
             if asked:
@@ -162,9 +177,15 @@ def _progress() -> Iterator[Callable[[EvaluateProgress], None]]:
 
 
 def _line(now: EvaluateProgress) -> None:
+    for text in _lines(now):
+        say(text)
+
+
+def _lines(now: EvaluateProgress) -> Iterator[str]:
+    """A line for each result of an evaluation that is finished."""
     for name, score in (now.scores or {}).items():
         spread = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-        say(f"{name}: {score.value:.4f}{spread} ({now.seconds:.1f} s)")
+        yield f"{name}: {score.value:.4f}{spread} ({now.seconds:.1f} s)"
 
 
 def _by_recipe(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import click
 
-from paft_merge.cli.merging import progress_bar
-from paft_merge.cli.terminal import import_option, say, sigterm_as_interrupt, warn
+from paft_merge.cli.merging import log_of, noted, progress_bar, warned_and_noted
+from paft_merge.cli.terminal import import_option, links_option, say, sigterm_as_interrupt, warn
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -76,12 +77,13 @@ def card(folder: Path, overwrite: bool) -> None:
 @click.option("--stream-from-hub", is_flag=True, help="Read inputs over the network without storing them.")
 @import_option
 @click.option("--lazy-unpickle", is_flag=True, help="Read .bin sources, if the merge did.")
+@links_option
 @click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files, if the merge did.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context
 def reproduce(
     ctx: click.Context, place: str, out: Path | None, as_json: bool, threads: int | None, stream_from_hub: bool,
-    imports: tuple[str, ...], lazy_unpickle: bool, trust_remote_code: bool, quiet: bool,
+    imports: tuple[str, ...], lazy_unpickle: bool, follow_links: bool, trust_remote_code: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Repeat the merge that a manifest describes, with sources at the same commits, and compare every byte.
 
@@ -89,18 +91,20 @@ def reproduce(
     """
     from paft_merge.engine.reproduction import reproduce as again
 
-    with sigterm_as_interrupt(), progress_bar(quiet) as progress:
+    with sigterm_as_interrupt(), progress_bar(quiet) as progress, log_of(out) as note:
         done = again(
             place,
             out,
             imports=imports,
             threads=threads,
             stream_from_hub=stream_from_hub,
-            progress=progress,
-            warn=warn,
+            progress=noted(progress, note),
+            warn=warned_and_noted(note),
             lazy_unpickle=lazy_unpickle,
+            follow_links=follow_links,
             trust_remote_code=trust_remote_code,
         )
+        note(logging.INFO, f"{done.tensors} tensors, {'identical' if done.identical else 'not identical'}")
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=2))
     else:

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ from paft_merge.cli.terminal import (
     Size,
     as_flags,
     clock,
+    command_line,
     console,
     import_option,
+    links_option,
     plain,
     recipe_place,
     say,
@@ -33,6 +36,7 @@ from paft_merge.errors import Problem, Problems
 
 if TYPE_CHECKING:
     from paft_merge.engine.streaming import Progress
+    from paft_merge.output.log_file import Note
     from paft_merge.plan import MergePlan
 
 
@@ -50,6 +54,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--lazy-unpickle", is_flag=True, help="Read .bin checkpoints through a reader that runs no code of them."
         ),
+        links_option,
         click.option(
             "--allow-crimes", is_flag=True, help="Merge models whose configs differ in fields that shapes do not show."
         ),
@@ -120,7 +125,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def merge(
     recipe: str, out: Path | None, dry_run: bool, as_json: bool, quiet: bool, notes: list[Problem], **options: Any
 ) -> None:
-    """Merge the models of RECIPE (mergekit's YAML) into the folder OUT.
+    """Merge the models of RECIPE (mergekit's YAML) into the folder OUT, with a log in OUT.log beside it.
 
     The options of mergekit-yaml are accepted too; a warning names those that have no effect here.
     """
@@ -146,8 +151,11 @@ def merge(
         raise click.UsageError("--json shows a plan, and needs --dry-run.")
     if out is None:
         raise click.UsageError("Missing argument 'OUT' (it may be left out only with --dry-run).")
-    with sigterm_as_interrupt(), progress_bar(quiet) as progress:
-        api.merge(place, out, asked, progress=progress)
+    worker = asked.worker_number
+    log = log_of(out, worker.index if worker else None)
+    with sigterm_as_interrupt(), progress_bar(quiet) as progress, log as note:
+        api.merge(place, out, asked, progress=noted(progress, note), warn=warned_and_noted(note))
+        note(logging.INFO, f"{out} is done")
     if not quiet:
         say(out, err=False)
         say(f"{out} is done: see its README.md and merge_manifest.json")
@@ -155,6 +163,48 @@ def merge(
 
 _NAMES_FROM, _NAME, _NUMBERS = 100, 40, 48
 """Columns of a terminal that shows names of tensors, of a name, and of the numbers of the bar."""
+
+
+_NOTED = 30.0
+"""Seconds between the lines of a log about progress."""
+
+
+@contextmanager
+def log_of(out: Path | None, worker: int | None = None) -> Iterator[Note]:
+    """Write the log of a command beside what it writes (see `log_beside`); nothing if it writes nothing."""
+    from paft_merge.output.log_file import log_beside, logged
+
+    if out is None:
+        yield lambda level, text: None
+        return
+    with logged(log_beside(out, worker), command_line()) as note:
+        yield note
+
+
+def noted(progress: Callable[[Progress], None], note: Note) -> Callable[[Progress], None]:
+    """`progress` that also writes a line to the log at times."""
+    last = time.monotonic()
+
+    def advance(done: Progress) -> None:
+        nonlocal last
+        progress(done)
+        if time.monotonic() - last >= _NOTED:
+            last = time.monotonic()
+            tensors = f"{done.tensors}/{done.tensors_total} tensors"
+            note(logging.INFO, f"{tensors}, {done.bytes_done:,} of {done.bytes_total:,} bytes")
+
+    return advance
+
+
+def warned_and_noted(note: Note) -> Callable[[Sequence[Problem]], None]:
+    """Print warnings, and write them to the log."""
+
+    def told(problems: Sequence[Problem]) -> None:
+        warn(problems)
+        for problem in problems:
+            note(logging.WARNING, f"{problem.code}: {problem}")
+
+    return told
 
 
 @contextmanager

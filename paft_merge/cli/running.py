@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.terminal import COMMAND, console, plain, say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import COMMAND, console, links_option, plain, say, sigterm_as_interrupt, trust_option
 
 if TYPE_CHECKING:
     from paft_merge.pipeline import Event, Planned
@@ -34,6 +34,7 @@ set_option = click.option(
 @click.option("--dry-run", is_flag=True, help="Check everything and show the steps; write nothing.")
 @set_option
 @trust_option
+@links_option
 @click.option("--quiet", is_flag=True, help="No lines about the steps.")
 def run(
     recipe: Path,
@@ -43,6 +44,7 @@ def run(
     dry_run: bool,
     overrides: tuple[str, ...],
     trust_code: bool,
+    follow_links: bool,
     quiet: bool,
 ) -> None:
     """Train, audit, merge, evaluate and push as RECIPE says, in RUN_DIR; finished steps that have not changed are skipped.
@@ -54,7 +56,16 @@ def run(
     from paft_merge.cli.run_tables import steps_table, table
 
     if dry_run:
-        steps_table(pipeline.plan(recipe, folder, overrides=overrides, start=start, only=only, trust_code=trust_code))
+        planned = pipeline.plan(
+            recipe,
+            folder,
+            overrides=overrides,
+            start=start,
+            only=only,
+            trust_code=trust_code,
+            follow_links=follow_links,
+        )
+        steps_table(planned)
         return
     with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as on_event:
         done = pipeline.run(
@@ -66,6 +77,7 @@ def run(
             on_event=on_event,
             planned=_planned(folder, quiet),
             trust_code=trust_code,
+            follow_links=follow_links,
         )
     if done.table.rows:
         table(done.table)

@@ -44,6 +44,11 @@ def recipe_place(text: str) -> Path | str:
     return text if text.startswith("hf://") else Path(text)
 
 
+def command_line() -> str:
+    """The command line as it was given, quoted for a shell."""
+    return str(click.get_current_context().meta[COMMAND])
+
+
 def line(kind: str, problem: Problem) -> str:
     """Return a problem as one line, with options as flags: `overwrite=True` becomes `--overwrite`."""
     return f"{kind}[{problem.code}]: {as_flags(str(problem))}"
@@ -75,6 +80,12 @@ import_option = click.option(
 trust_option = click.option(
     "--trust-code", is_flag=True,
     help="Run code that the recipe or the model's folder names, wherever it is. Read it first; see docs/trust.md.",
+)  # fmt: skip
+
+
+links_option = click.option(
+    "--follow-links", is_flag=True,
+    help="Follow links of a model's folder to files outside of it (links into the Hub's cache always are).",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.running import silence_libraries
-from paft_merge.cli.terminal import console, plain, say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, trust_option
 
 if TYPE_CHECKING:
     from paft_merge.training.train_options import TrainProgress
@@ -35,15 +35,19 @@ if TYPE_CHECKING:
     help="Devices for processes: GPUs (0,1) or CPU processes (cpu:2). Default: every visible GPU.",
 )  # fmt: skip
 @trust_option
+@links_option
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def train(
     recipe: Path, out: Path | None, adapters: tuple[str, ...], show: int | None, dry_run: bool, resume: bool, schedule: Any,
-    devices: str | None, trust_code: bool, quiet: bool,
+    devices: str | None, trust_code: bool, follow_links: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Train the adapters of RECIPE, each into OUT/NAME with a log in OUT/NAME.log (extra: paft-merge[train])."""
     if show or dry_run:
+        from paft_merge.inputs.links import following_links
+
         silence_libraries()
-        _without_training(recipe, adapters, show, dry_run, trust_code)
+        with following_links(follow_links):
+            _without_training(recipe, adapters, show, dry_run, trust_code)
         return
     if out is None:
         raise click.UsageError("Missing argument 'OUT', the folder of the adapters.")
@@ -57,7 +61,7 @@ def train(
     with sigterm_as_interrupt(), _progress(quiet) as progress:
         done = train(
             recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, devices=devices,
-            progress=progress, logs=True, trust_code=trust_code,
+            progress=progress, logs=True, trust_code=trust_code, follow_links=follow_links,
         )  # fmt: skip
     for name, folder in done.items():
         say(folder, err=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from paft_merge.cli.running import resume_hint, set_option, silence_libraries
-from paft_merge.cli.terminal import say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import links_option, say, sigterm_as_interrupt, trust_option
 
 if TYPE_CHECKING:
     from paft_merge.pipeline.tuning import Trial
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 )
 @set_option
 @trust_option
+@links_option
 @click.option("--quiet", is_flag=True, help="No lines about the trials.")
 def tune(
-    recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, ...], trust_code: bool, quiet: bool
-) -> None:
+    recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, ...], trust_code: bool, follow_links: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
     """Search weights, densities and other parameters of RECIPE's merge for the highest metric of its `tune:` section.
 
     The first trial is the recipe as it is. Adapters are trained once, in RUN_DIR. Writes best.yaml, tune.png and
@@ -40,7 +42,10 @@ def tune(
     from paft_merge.pipeline.tuning import tune as search
 
     with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as progress:
-        found = search(recipe, folder, overrides=overrides, trials=trials, progress=progress, trust_code=trust_code)
+        found = search(
+            recipe, folder, overrides=overrides, trials=trials, progress=progress, trust_code=trust_code,
+            follow_links=follow_links,
+        )  # fmt: skip
     if not quiet:
         best, count = found.best, len(found.trials)
         said = "the recipe as it is; no other trial is better" if best.is_recipe else _parameters(best)

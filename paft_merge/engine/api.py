@@ -21,6 +21,7 @@ from paft_merge.engine.sources import Sources
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.hub import HF, fetch_file
 from paft_merge.hub.run_checkpoints import expand
+from paft_merge.inputs.links import following_links
 from paft_merge.methods import METHODS
 from paft_merge.methods.mergekit_methods import import_methods
 from paft_merge.output.folder import Output
@@ -135,7 +136,7 @@ def _planned(
         return Intermediate(name, made, rounded=recipe.arithmetic == "mergekit")
 
     with ExitStack() as inputs:
-        with _with_warnings(recipe.warnings):
+        with _with_warnings(recipe.warnings), following_links(options.follow_links):
             refs = tuple(dict.fromkeys(ref for part in parts for ref in part.references))
             template = _template(recipe, documents)
             unpickle, computed = options.lazy_unpickle, documents.named
@@ -206,6 +207,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
             *licence_notice(plan),
             *wide_notice(plan),
         ]
+        log.info("merging %d tensors, %d bytes, into %s", len(plan.tensors), plan.bytes_written, out)
         warn([*plan.warnings, *notices])
         held = _held_bytes(plan, threads, options.memory_bytes)
         written = 0
@@ -239,6 +241,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
             with Output.open(out, plan.shards, identity(plan, options.device), tiles, resume=options.resume) as output:
                 merge_into(output, plan, options.progress or (lambda _: None))
                 complete(output)
+    log.info("%s: merged in %.1f s", out, perf_counter() - start)
     return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, written)
 
 

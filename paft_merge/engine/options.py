@@ -42,6 +42,8 @@ class MergeOptions:
     """With `overwrite`: replace `out` even if it holds no model, and delete whatever it holds."""
     lazy_unpickle: bool = False
     """Read `.bin` checkpoints through a reader that runs no code of them."""
+    follow_links: bool = False
+    """Follow links of a model's or an adapter's folder to files outside of it. Links into the Hub's cache always are."""
     trust_remote_code: bool = False
     """Copy the base's Python files into the output. They are never run."""
     allow_crimes: bool = False
@@ -156,6 +158,7 @@ class MergeKeywords(TypedDict, total=False):
     overwrite: bool
     force: bool
     lazy_unpickle: bool
+    follow_links: bool
     trust_remote_code: bool
     allow_crimes: bool
     allow_nonfinite: bool

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import EvaluateError, Problems
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
+from paft_merge.inputs.links import following_links
 from paft_merge.recipe.yaml_source import Located
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def evaluate(
     only: Sequence[str] | None = None,
     progress: Callable[[EvaluateProgress], None] = lambda progress: None,
     trust_code: bool = False,
+    follow_links: bool = False,
 ) -> dict[str, Score]:
     """Evaluate a model, or `base+adapter` without writing the merged model anywhere.
 
@@ -84,6 +86,7 @@ def evaluate(
         only: Names of the light metrics to measure, and `HARNESS` for lm-eval's tasks; None for everything.
         progress: Called when an evaluation starts, after every batch, and when it is finished.
         trust_code: Run code that the section or the model names, also where it does not lie in `folder`: see docs/trust.md.
+        follow_links: Follow links of a model's folder to files outside of it.
 
     Returns:
         A score by name, in the order of the section.
@@ -96,7 +99,9 @@ def evaluate(
 
     spec = spec if isinstance(spec, EvaluateSpec) else read_evaluate(Located.of(spec))
     check_evaluate(spec, folder, trust_code=trust_code)
-    subject, scores = load_subject(model, spec, trust_code=trust_code), dict[str, Any]()
+    scores = dict[str, Any]()
+    with following_links(follow_links):
+        subject = load_subject(model, spec, trust_code=trust_code)
     names = [*spec.metrics, *([HARNESS] if spec.needs_lm_eval else [])]
     for name in names if only is None else [name for name in names if name in only]:
         started = time.monotonic()

@@ -9,9 +9,10 @@ from pathlib import Path
 from paft_merge.errors import EvaluateError, Problems, TrainError, reading
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.inputs.adapters.patterns import PatternError, compile_pattern
+from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.recipe.sections import beside_recipe, not_found
 from paft_merge.training.rewards import check_function
-from paft_merge.training.row_files import Row, native, suffix_of
+from paft_merge.training.row_files import MOST_WHOLE, Row, native, suffix_of
 from paft_merge.training.row_files import read_rows as rows_of_file
 from paft_merge.training.row_forms import ANSWERS, QUESTIONS, TURNS, Kind, columns_of, normalise
 from paft_merge.training.row_sources import LOADERS, source_of
@@ -118,7 +119,7 @@ def _text(answer: list[Row], path: Path, number: int) -> str:
 def read_lines(path: Path, max_rows: int | None = None) -> list[str]:
     """Read the lines of a text file that are not blank."""
     with reading(path, "EVAL_DATA", EvaluateError, "name an existing text file"):
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "EVAL_DATA", MOST_WHOLE)
     lines = [line for line in text.split("\n") if line.strip()][:max_rows]
     if not lines:
         raise EvaluateError.of("EVAL_DATA", path, "is empty", "give a text file")

@@ -29,6 +29,7 @@ from typing import Literal, TypeVar
 from paft_merge.errors import CheckpointError, HubError
 from paft_merge.hub.faults import asking, meant_folder, problem_of, root_of, transport_error, unreachable
 from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE
+from paft_merge.inputs.links import refuse_links_out
 from paft_merge.inputs.side_file_kinds import DEPTH, kind_of
 from paft_merge.inputs.weight_files import module_files
 
@@ -196,11 +197,13 @@ def resolve(
 
     Raises:
         HubError: as `fetch`; HUB_PATH, a file has a name that would leave its folder.
+        CheckpointError: LINK_OUTSIDE, a link leaves the local folder.
     """
     local = Path(path).expanduser()
     if local.exists():
         if not (local.is_dir() or local.is_file()):
             raise HubError.of("NOT_FOUND", path, "is neither a folder nor a regular file", "check the path")
+        refuse_links_out(local)
         return ResolvedRepo(local, path)
     if local.is_symlink():
         raise HubError.of("NOT_FOUND", path, f"is a link to {local.readlink()}, which does not exist", "check the path")

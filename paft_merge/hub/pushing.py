@@ -16,7 +16,7 @@ from paft_merge.errors import HubError, Problem, Problems, deprecated
 from paft_merge.hub.faults import asking
 from paft_merge.hub.secret_files import refuse_secrets
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.side_file_kinds import is_inside
+from paft_merge.inputs.links import is_inside
 from paft_merge.inputs.weight_files import is_unfinished
 from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
 

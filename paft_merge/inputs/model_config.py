@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import CheckpointError
+from paft_merge.inputs.links import refuse_links_out
 from paft_merge.inputs.safetensors_header import MAX_JSON_BYTES, quote, read_text
 
 _MOST_COUNT = 2_000_000
@@ -78,8 +79,9 @@ def refuse_odd_files(folder: Path) -> None:
     """Refuse what transformers or PEFT would read without an end (pipes, devices, large small files), or outside the folder.
 
     Raises:
-        CheckpointError: CONFIG_INVALID.
+        CheckpointError: CONFIG_INVALID, LINK_OUTSIDE.
     """
+    refuse_links_out(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.exists() and not path.is_dir():
             if not path.is_file():

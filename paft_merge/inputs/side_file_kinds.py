@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
+
+from paft_merge.inputs.links import may_be_read
 
 Kind = Literal["side", "weights", "same weights", "adapter", "training", "code", "picture", "data", "written", "hidden"]
 """What a file is:
@@ -55,7 +55,6 @@ _MODEL = ("model*", "diffusion_pytorch_model*", "pytorch_model*", "consolidated*
 _SAME_FOLDERS = ("onnx", "openvino", "original", "coreml", "gguf", "ggml", "mlx", "tensorrt", "*.mlpackage")
 _ADAPTER = ("adapter_model*", "*adapters.safetensors")
 _WRITTEN = ("config.json", "adapter_config.json", "README.md", "merge_manifest.json", "model.safetensors.index.json")
-_OF_THE_CACHE = re.compile(r"/models--[^/]+/blobs/[^/]+$")
 
 
 @dataclass(frozen=True)
@@ -122,21 +121,11 @@ def other_files(folder: Path, listing: Mapping[str, int] | None = None) -> dict[
         folders[:] = sorted(one for one in folders if not one.startswith(".") and one not in links and depth < DEPTH)
         for one in (*sorted(files), *links):
             name, path = f"{prefix}{one}", Path(at, one)
-            held = path if is_inside(path, folder) else None
+            held = path if may_be_read(path, folder) else None
             found[name] = OtherFile(name, kind_of(name), held.stat().st_size if held else 0, held)
         if len(found) > _MOST_FILES:
             break
     return {name: one for name, one in found.items() if one.kind != "hidden" and name.count("/") <= DEPTH}
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path is a regular file that no link leads out of a folder, except into the Hub's cache."""
-    try:
-        real = path.resolve(strict=True)
-        regular = stat.S_ISREG(real.stat().st_mode)
-    except (OSError, RuntimeError):  # a link without a target, or to itself
-        return False
-    return regular and (real.is_relative_to(folder.resolve()) or bool(_OF_THE_CACHE.search(real.as_posix())))
 
 
 def same_content(one: OtherFile, other: OtherFile) -> bool:

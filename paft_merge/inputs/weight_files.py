@@ -23,7 +23,8 @@ not opened either."""
 _STEMS = ("model", "diffusion_pytorch_model")
 _INDEX = ".index.json"
 _MODULES = "modules.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Suffixes of pickles."""
 LAZY = "lazy_unpickle=True"
 """The option that reads pickles."""
 _OTHER_FORMATS = (
@@ -48,7 +49,7 @@ def locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, l
     """The folder, its files sorted by name, the index's weight_map if there is an index, and whether they are pickles."""
     if path.suffix == ".safetensors" and not path.is_dir():
         return path.parent, [path.name], None, False
-    if path.suffix in _PICKLES and path.is_file():
+    if path.suffix in PICKLES and path.is_file():
         if not unpickle:
             fix = f"convert it to safetensors, or read it, without running its code, with {LAZY}"
             raise CheckpointError.of("PICKLE_REFUSED", path, "is a pickle, which can run code when it is loaded", fix)
@@ -124,7 +125,7 @@ def _is_part_of_many(name: str) -> bool:
 
 
 def _choose_pickle(folder: Path, present: Sequence[str], unpickle: bool) -> str:
-    pickles = [name for name in present if name.endswith((*_PICKLES, f".bin{_INDEX}"))]
+    pickles = [name for name in present if name.endswith((*PICKLES, f".bin{_INDEX}"))]
     known = [name for name in (f"pytorch_model.bin{_INDEX}", "pytorch_model.bin") if name in pickles]
     if not known and {CONFIG, *PEFT_FILES}.intersection(present):
         held = any(name in present for name in (*PEFT_FILES, MLX_FILE))
@@ -171,10 +172,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a file name cannot lead out of its folder on any system.
-
-    Only the name is checked. Files of weights may be links to anywhere: the Hub's cache consists of links, and people link models.
-    """
+    """Whether a file name cannot lead out of its folder on any system; `links` checks where links lead."""
     return (
         name.isprintable() and name.strip(" .") != "" and not re.search(r"[/\\:]", name) and len(name.encode()) <= 255
     )

@@ -26,6 +26,7 @@ from paft_merge.errors import RecipeError, RunError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.hub import download
+from paft_merge.inputs.links import following_links
 from paft_merge.output.card.markdown import escape_markdown
 from paft_merge.pipeline.execution import Event, Executor, OnEvent
 from paft_merge.pipeline.preflight import check_adapters, check_run, check_task_data, check_training
@@ -85,6 +86,7 @@ def plan(
     start: Stage | None = None,
     only: Stage | None = None,
     trust_code: bool = False,
+    follow_links: bool = False,
 ) -> Planned:
     """Check a whole recipe and plan its steps in `folder`, without writing anything.
 
@@ -95,11 +97,24 @@ def plan(
         start: repeat this stage and those after it, changed or not.
         only: run this stage alone.
         trust_code: accept code that the recipe names and that does not lie beside it. A plan runs none of it.
+        follow_links: follow links of the folders of models to files outside of them.
 
     Raises:
         RecipeError: every problem of the recipe and of the files that it names.
         RunError: STAGE, `start` or `only` is not in the recipe, or `only` needs a step that is not finished.
     """
+    with following_links(follow_links):
+        return _plan(recipe, folder, overrides, start, only, trust_code)
+
+
+def _plan(
+    recipe: Path | str,
+    folder: Path | str,
+    overrides: Sequence[str],
+    start: Stage | None,
+    only: Stage | None,
+    trust_code: bool,
+) -> Planned:
     loaded, problems = read_run(recipe, overrides)
     if loaded is not None:
         with problems.catching():
@@ -152,6 +167,7 @@ def run(
     on_event: OnEvent = lambda event: None,
     planned: Callable[[Planned], None] = lambda planned: None,
     trust_code: bool = False,
+    follow_links: bool = False,
 ) -> Run:
     """Train, audit, merge, evaluate and push as a recipe says; finished steps that have not changed are skipped.
 
@@ -162,6 +178,7 @@ def run(
         on_event: called when a step starts, makes progress, and ends.
         planned: called once, before the first step.
         trust_code: run code that the recipe names, also where it does not lie beside it: see docs/trust.md.
+        follow_links: as for `plan`.
 
     Returns:
         The folder, its table, and the names of the executed steps.
@@ -173,8 +190,10 @@ def run(
     out = Path(folder)
     if out.exists() and not out.is_dir():
         raise RunError.of("OUTPUT", out, "is a file", "name a folder")
-    ready = plan(recipe, folder, overrides=overrides, start=start, only=only, trust_code=trust_code)
-    with locked(out):
+    ready = plan(
+        recipe, folder, overrides=overrides, start=start, only=only, trust_code=trust_code, follow_links=follow_links
+    )
+    with following_links(follow_links), locked(out):
         state = State.read(out)  # again: another run may have finished between the plan and the lock
         ready = replace(ready, state=state, todo=_todo(ready.planner, state, start, only))
         planned(ready)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError, PaftMergeError, Problem
+from paft_merge.output.log_file import logged
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
 from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train, labels
@@ -326,32 +327,3 @@ def _facts(step: Step) -> dict[str, Any]:
         "steps": run["steps"], "train_loss": run["train_loss"], "norm": delta["norm"],
         "below_epsilon": delta["below_epsilon"],
     }  # fmt: skip
-
-
-@contextmanager
-def logged(path: Path) -> Iterator[None]:
-    """Write the log records of this package and of the training libraries to a file too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ours = logging.getLogger("paft_merge")
-    level = ours.level
-    handlers = [ours, *(logging.getLogger(name) for name in ("transformers", "trl", "peft", "datasets"))]
-    shown = logging.getLogger().getEffectiveLevel()
-    for one in handlers:
-        one.addHandler(handler)
-    if not ours.isEnabledFor(logging.INFO):
-        ours.setLevel(logging.INFO)
-    # The file gets INFO records; the terminal keeps its level.
-    held = [(h, h.level) for h in logging.getLogger().handlers]
-    for root_handler, _ in held:
-        root_handler.setLevel(max(root_handler.level, shown))
-    try:
-        yield
-    finally:
-        for root_handler, before in held:
-            root_handler.setLevel(before)
-        ours.setLevel(level)
-        for one in handlers:
-            one.removeHandler(handler)
-        handler.close()

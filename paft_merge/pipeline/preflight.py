@@ -14,6 +14,7 @@ from paft_merge.evaluating import HARNESS, check_evaluate
 from paft_merge.hub import is_repository, resolve
 from paft_merge.hub.run_checkpoints import expand
 from paft_merge.inputs.architecture import bounded_modules
+from paft_merge.inputs.model_config import refuse_odd_files
 from paft_merge.pipeline.arms import check_compare, merges_of, variants_of
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
@@ -54,6 +55,8 @@ def _check_base(recipe: RunRecipe, problems: Problems) -> None:
     if base.is_dir():
         if not (base / "config.json").is_file():
             problems.add("BASE", where, f"{recipe.base} has no config.json", "name a model folder")
+        with problems.catching(where):
+            refuse_odd_files(base)
     elif not is_repository(recipe.base):
         what = f"{recipe.base} is not a Hub repository, and is {not_found(recipe.folder)}"
         problems.add("BASE", where, what, "check the path")

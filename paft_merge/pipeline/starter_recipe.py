@@ -16,6 +16,7 @@ from paft_merge.auditing.opening import open_sources
 from paft_merge.engine.imbalance import FOLD
 from paft_merge.errors import DOCS, OutputError, PaftMergeError, Problems, RecipeError
 from paft_merge.hub import is_repository
+from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.output.report_files import write_file
 from paft_merge.training.row_files import SUFFIXES as ROW_SUFFIXES
 from paft_merge.training.row_files import read_rows, suffix_of
@@ -296,9 +297,9 @@ def sizes_of(adapters: Sequence[str]) -> list[float] | None:
 def base_of(adapter: str) -> str | None:
     """The base that a local adapter names in its config."""
     try:
-        config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(Path(adapter) / "adapter_config.json", "ADAPTER_CONFIG"))
         return str(config["base_model_name_or_path"] or "") or None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (PaftMergeError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import Problems, RecipeError, RunError
 from paft_merge.evaluating.schema import LOWER_IS_BETTER
+from paft_merge.inputs.links import following_links
+from paft_merge.output.log_file import logged
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.arms import Variant
-from paft_merge.pipeline.execution import logged
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
@@ -71,6 +72,7 @@ def tune(
     trials: int | None = None,
     progress: Callable[[Trial, int, int], None] = lambda trial, done, total: None,
     trust_code: bool = False,
+    follow_links: bool = False,
 ) -> TuneResult:
     """Search the space of a recipe's `tune:` for the merge with the highest metric.
 
@@ -81,7 +83,7 @@ def tune(
         trials: Trials in all, including the recipe as it is and those of earlier searches in this folder;
             `tune: {trials: ...}` by default.
         progress: Called after each trial with the trial, the number of trials so far, and the number in all.
-        trust_code: As for `run`.
+        trust_code, follow_links: As for `run`.
 
     Returns:
         The best trial, all trials, and the file of the best recipe, beside which are `tune.png`, `trials.csv` and `logs/tune.log`.
@@ -95,15 +97,15 @@ def tune(
     loaded, out = load_run(recipe, alone), Path(folder)
     spec = _checked(loaded)
     if loaded.adapters:  # existing ones need no training
-        run(recipe, folder, overrides=alone, only="train", trust_code=trust_code)
-    planner = plan(recipe, folder, overrides=alone, trust_code=trust_code).planner
+        run(recipe, folder, overrides=alone, only="train", trust_code=trust_code, follow_links=follow_links)
+    planner = plan(recipe, folder, overrides=alone, trust_code=trust_code, follow_links=follow_links).planner
     seed = loaded.seeds[0]
     paths = {name: planner.lora(seed, Variant(name)) for name in loaded.names}
     # The name of the study is a digest of everything besides its parameters that a trial's value depends on.
     trained = sorted(step.key for step in planner.steps.values() if step.stage == "train")
     judged = sorted(s.key for s in planner.steps.values() if s.stage == "evaluate" and "/merged/" in s.name)
     name = key_of(metric=spec.metric, space=spec.space, trained=trained, judged=judged, seed=spec.seed)
-    with locked(out), logged(out / "logs" / "tune.log"):
+    with following_links(follow_links), locked(out), logged(out / "logs" / "tune.log"):
         study = _study(out, name, spec)
         total = trials or spec.trials
         while len(found := _finished(study)) < total or not found:

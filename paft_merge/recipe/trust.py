@@ -13,6 +13,7 @@ from pathlib import Path
 
 from paft_merge.errors import Problem
 from paft_merge.recipe.sections import beside_recipe
+from paft_merge.recipe.yaml_source import MAX_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def functions_in(file: Path) -> set[str] | None:
     """
     if file.exists() and not file.is_file():
         raise OSError("is not a regular file")
+    if file.stat().st_size > MAX_BYTES:
+        raise OSError(f"is larger than {MAX_BYTES >> 20} MiB")
     names: set[str] = set()
     for node in _statements(ast.parse(file.read_bytes()).body):
         if isinstance(node, ast.ImportFrom | ast.Import):

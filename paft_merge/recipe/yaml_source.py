@@ -200,7 +200,7 @@ def _text_of(source: Path | str) -> tuple[str, str]:
         return source, _NO_FILE
     path = Path(source)
     try:
-        raw = read_bytes(path, "RECIPE", MAX_BYTES)
+        raw = _piped(path) or read_bytes(path, "RECIPE", MAX_BYTES)
     except CheckpointError as error:
         (found,) = error.problems
         fix = found.fix if found.code == "LFS_POINTER" else "name an existing YAML file"
@@ -211,6 +211,17 @@ def _text_of(source: Path | str) -> tuple[str, str]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise RecipeError.of("RECIPE", f"{path}:{line}", "not UTF-8 text", "is this a recipe?") from error
+
+
+def _piped(path: Path) -> bytes:
+    """The recipe in a pipe of the shell: standard input, or `/dev/fd/63` of `<(...)`; empty for any other file."""
+    if not path.is_relative_to("/dev") or not path.is_fifo():
+        return b""
+    with path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise RecipeError.of("RECIPE", path, f"is longer than {MAX_BYTES:,} bytes", "is this a recipe?")
+    return raw
 
 
 def _documents(text: str, file: str) -> Iterator[Located]:

@@ -13,10 +13,11 @@ from torch import nn
 
 from paft_merge.errors import PaftMergeError, TrainError, first_line
 from paft_merge.inputs.model_config import OF_TOKENIZERS, read_model_config, refuse_odd_files, refuse_outside_files
+from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.sections import beside_recipe
-from paft_merge.recipe.yaml_source import did_you_mean
+from paft_merge.recipe.yaml_source import MAX_BYTES, did_you_mean
 from paft_merge.training.factors import whole
 from paft_merge.training.schema import AdapterSpec, BaseSpec, QuantizationSpec
 
@@ -123,11 +124,14 @@ def _template(source: str, folder: Path) -> str:
     if source in CHAT_TEMPLATES:
         return chat_template(source)
     if (path := beside_recipe(source, folder)).is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path, "TEMPLATE", MAX_BYTES)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{source} is not a regular file")
     if source.endswith((".jinja", ".j2")):
         raise ValueError(f"there is no file {source}")
     from transformers import AutoTokenizer
 
+    refuse_odd_files(path)
     check_tokenizer(source)
     template = AutoTokenizer.from_pretrained(source, trust_remote_code=False).chat_template
     if not isinstance(template, str):

@@ -7,10 +7,10 @@ import os
 import resource
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from paft_merge.inputs.adapters.patterns import MOST_SECONDS, PatternError, compile_pattern
 
@@ -64,6 +64,53 @@ def in_child(make: Callable[[], Iterable[T]], seconds: float = SECONDS, memory: 
         child.kill()
         child.join()
         receive.close()
+
+
+@contextmanager
+def calls_in_child(function: Callable[..., T]) -> Iterator[Callable[..., T]]:
+    """Within the block, call a function in a child process, with the limits of `in_child` for each call.
+
+    All calls have one child, which is forked at the first call, after a call that failed, and in a process that was
+    forked since. In a child of `in_child`, which has the limits already, the function is called directly.
+    """
+    children: dict[int, tuple[Connection, Iterator[Any]]] = {}
+    context = multiprocessing.get_context("fork")
+
+    def started() -> tuple[Connection, Iterator[Any]]:
+        receive, send = context.Pipe(duplex=False)
+
+        def answers() -> Iterator[Any]:
+            send.close()  # so that the child ends when its parent does
+            yield None
+            while True:
+                given, named = receive.recv()
+                yield function(*given, **named)
+
+        made = in_child(answers)
+        next(made)
+        receive.close()
+        return send, made
+
+    def call(*given: Any, **named: Any) -> T:
+        if multiprocessing.current_process().daemon:
+            return function(*given, **named)
+        send, made = children.get(os.getpid()) or children.setdefault(os.getpid(), started())
+        try:
+            send.send((given, named))
+            answer: T = next(made)
+        except BaseException as error:
+            children.pop(os.getpid())[0].close()
+            if isinstance(error, BrokenPipeError):
+                raise LimitError("ended its process") from None
+            raise
+        return answer
+
+    try:
+        yield call
+    finally:
+        if mine := children.pop(os.getpid(), None):
+            mine[0].close()
+            mine[1].close()  # type: ignore[attr-defined]  # a generator
 
 
 def match_in_time(

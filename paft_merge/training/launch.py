@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.errors import PaftMergeError, Problems, RecipeError, TrainError, escape_logs
+from paft_merge.inputs.links import following_links
+from paft_merge.inputs.model_config import refuse_odd_files
 from paft_merge.recipe.sections import refuse_merge_recipe, suggestion
 from paft_merge.recipe.trust import announce, file_of
 from paft_merge.recipe.yaml_source import Located, load_yaml
@@ -40,6 +42,7 @@ def train(
     progress: Callable[[TrainProgress], None] | None = None,
     logs: bool = False,
     trust_code: bool = False,
+    follow_links: bool = False,
 ) -> dict[str, Path]:
     """Train adapters of a recipe, each into `out/<name>`; returns the folders by name.
 
@@ -57,6 +60,7 @@ def train(
         progress: Called after every optimizer step and with every log; by processes about once a second.
         logs: Write `out/<name>.log` also when adapters are trained in this process; processes always write theirs.
         trust_code: Run code that the recipe names, also where it does not lie beside the recipe: see docs/trust.md.
+        follow_links: Follow links of the base's folder to files outside of it.
 
     Raises:
         RecipeError: every fault of the recipe. TrainError: a failure of an adapter, with its name.
@@ -71,6 +75,9 @@ def train(
     for function in filter(None, (reward.function for spec in specs.values() for reward in spec.reward)):
         announce(function, file_of(function, folder))
     out = Path(out)
+    if base is None:
+        with following_links(follow_links):
+            refuse_odd_files(Path(_path_of(name, folder)))
     if base is None and _wants_processes(specs, schedule, devices):
         source = Path(recipe) if isinstance(recipe, str | Path) else _spill(located.data, out)
         finished = {name for name in specs if resume and RunFolder(out / name).finished}
@@ -86,7 +93,8 @@ def train(
         trust_code=True,
         spots=_spots(specs, located),
     )
-    return _one_after_another(specs, base, out, options, logs)
+    with following_links(follow_links):
+        return _one_after_another(specs, base, out, options, logs)
 
 
 def _check_code(specs: Mapping[str, AdapterSpec], folder: Path, trust_code: bool, located: Located) -> None:
@@ -276,7 +284,7 @@ def _spill(mapping: Mapping[str, Any], out: Path) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of a child: RECIPE OUT NAME [--resume]. Its parent has checked the code that runs. An error of ours is one line on stderr and exit code 1."""
+    """Entry point of a child: RECIPE OUT NAME [--resume]. Its parent has checked the code that runs, and links. An error of ours is one line on stderr and exit code 1."""
     recipe, out, name, *rest = arguments
     first = is_first()
     escape_logs()
@@ -293,6 +301,7 @@ def main(arguments: Sequence[str]) -> int:
             schedule="sequential",
             progress=progress,
             trust_code=True,
+            follow_links=True,
         )
     except PaftMergeError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from paft_merge.errors import PaftMergeError, Problems, first_line
-from paft_merge.training.child_process import LimitError
+from paft_merge.errors import PaftMergeError, Problems, TrainError, first_line
+from paft_merge.training.child_process import LimitError, calls_in_child
 from paft_merge.training.row_parts import roles_of
 
 T = TypeVar("T")
@@ -32,10 +32,16 @@ def attempted(render: Callable[[], T], row: Any, characters: Callable[[Any], int
         turns = row if isinstance(row, list) else row.get("messages") or row.get("prompt")
         of = f" (roles: {roles_of(turns)})" if isinstance(turns, list) else ""
         return None, f"{first_line(error)}{of}"
-    length = characters(made)
-    if length > LONG and length > 10 * len(str(row)):
-        return None, f"it writes more than {LONG:,} characters, and more than ten times those of the row"
+    if _is_long(characters(made), row):
+        return None, f"it {_TOO_LONG}"
     return made, ""
+
+
+_TOO_LONG = f"writes more than {LONG:,} characters, and more than ten times those of the row"
+
+
+def _is_long(length: int, row: Any) -> bool:
+    return length > LONG and length > 10 * len(str(row))
 
 
 TRUSTED = "set chat_template: to one that you trust"
@@ -57,3 +63,34 @@ def within_limits(kind: type[PaftMergeError], where: str, place: Callable[[], st
         yield
     except LimitError as error:
         raise kind.of("TEMPLATE", where, f"{place()}: the chat template {error}", fix) from error
+
+
+@contextmanager
+def bounded_templates(where: str) -> Iterator[None]:
+    """Within the block, transformers renders every chat template in a child process, whoever asks for it (TRL, a reward model).
+
+    Raises:
+        TrainError: TEMPLATE, a template takes too long or too much memory, or writes too much.
+    """
+    from transformers import tokenization_utils_base as base
+
+    plain = base.render_jinja_template
+
+    def short(conversations: Any, *given: Any, **named: Any) -> Any:
+        texts, indices = plain(conversations, *given, **named)
+        if any(_is_long(len(text), turns) for text, turns in zip(texts, conversations, strict=True)):
+            raise LimitError(_TOO_LONG)
+        return texts, indices
+
+    with calls_in_child(short) as call:
+
+        def render(conversations: Any, *given: Any, **named: Any) -> Any:
+            rows = f"a row with the roles {roles_of(conversations[0])}" if len(conversations) == 1 else "rows"
+            with within_limits(TrainError, where, lambda: rows, TRUSTED):
+                return call(conversations, *given, **named)
+
+        base.render_jinja_template = render
+        try:
+            yield
+        finally:
+            base.render_jinja_template = plain

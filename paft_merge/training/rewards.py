@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import PaftMergeError, Problems, TrainError, first_line
+from paft_merge.inputs.model_config import refuse_odd_files
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.trust import announce, file_of, functions_in, needs_trust
 from paft_merge.recipe.yaml_source import did_you_mean
@@ -118,6 +119,7 @@ def model_reward(name: str) -> Reward:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    refuse_odd_files(Path(name))
     try:
         check_tokenizer(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
-import sys
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from paft_merge.errors import TrainError
+from paft_merge.errors import CheckpointError, TrainError
+from paft_merge.inputs.safetensors_header import open_regular
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 """Suffixes that `read_rows` understands, each also with `.gz` behind it."""
+
+MOST_BYTES = 64 * 2**30
+"""Size of a file of rows that is read row by row; what it unpacks to, too."""
+
+MOST_WHOLE = 2 * 2**30
+"""Characters of a JSON document or a text that is read at once."""
+
+MOST_ROW = 64 * 2**20
+"""Characters of a line, and of a field of a table."""
+
+MOST_UNPACKED = 200
+"""Times its size that a compressed file may unpack to; rows of text unpack to 3 to 20 times."""
+
+_SMALL = 256 * 2**20
+"""Characters that any compressed file may unpack to."""
 
 _WRAPPERS = ("data", "rows", "examples", "train", "instances")
 """Keys under which a .json file may hold its list of rows."""
@@ -54,8 +73,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         fix = f"use {', '.join(SUFFIXES)} (each also .gz) or .parquet"
         raise TrainError.of("DATA", path, f"{suffix or 'no suffix'} is not a known format", fix)
     try:
-        opened = gzip.open if path.suffix.lower() == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with _opened(path) as file:
             rows = _table(file, path, suffix) if suffix in (".csv", ".tsv") else _objects(file, path)
             first = True
             for place, row in rows:
@@ -69,21 +87,61 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         raise TrainError.of("DATA", path, "the file has no rows", "write one JSON object per line, or use another file")
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A regular file of a limited size as text, unpacked."""
+    try:
+        fd = open_regular(path)
+    except CheckpointError as error:
+        raise TrainError.of("DATA", path, error.problems[0].what, "name a whole, readable file") from error
+    with os.fdopen(fd, "rb") as raw:
+        if (size := os.fstat(fd).st_size) > MOST_BYTES:
+            raise TrainError.of("DATA", path, f"is {size:,} bytes long; at most {MOST_BYTES:,} are read", _SPLIT)
+        unpacked = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+        yield io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
+
+
+_SPLIT = "split it into several files, or name a part with data_files"
+
+
+def _lines(file: TextIO, path: Path, *, cut: bool = False) -> Iterator[str]:
+    """The lines from the start; TrainError for a line that is too long (unless it is `cut`), or a file that unpacks to too much."""
+    file.seek(0)
+    packed = path.suffix.lower() == ".gz"
+    left = max(_SMALL, min(MOST_BYTES, MOST_UNPACKED * path.stat().st_size)) if packed else MOST_BYTES
+    number = 0
+    while line := file.readline(MOST_ROW):
+        number, left = number + 1, left - len(line)
+        if len(line) == MOST_ROW and not cut:
+            fix = "write one row per line, or check that this is a file of rows"
+            raise TrainError.of("DATA", f"{path}:{number}", f"the line is longer than {MOST_ROW >> 20} MiB", fix)
+        if left < 0:
+            fix = "unpack it, if that is right, or check where it comes from"
+            what = f"unpacks to more than {MOST_UNPACKED} times its size, or to more than {MOST_BYTES >> 30} GiB"
+            raise TrainError.of("DATA", path, what, fix)
+        yield line
+
+
+def _whole(file: TextIO, path: Path) -> str:
+    """The text of a file that is read at once."""
+    file.seek(0)
+    text = file.read(MOST_WHOLE + 1)
+    if len(text) > MOST_WHOLE:
+        fix = "write one object per line (.jsonl), which is read line by line"
+        raise TrainError.of("DATA", path, f"is one JSON value of more than {MOST_WHOLE >> 30} GiB", fix)
+    return text
+
+
 def _objects(file: TextIO, path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a .json or .jsonl file."""
-    start = file.read(1)
-    while start and start.isspace():
-        start = file.read(1)
-    file.seek(0)
-    line = next((line for line in file if line.strip()), "")
-    is_list = start == "[" or (suffix_of(path) == ".json" and not _is_whole(line))
-    more = not is_list and any(other.strip() for other in file)
-    file.seek(0)
+    line = next((one for one in _lines(file, path, cut=True) if one.strip()), "")
+    is_list = line.lstrip()[:1] == "[" or (suffix_of(path) == ".json" and not _is_whole(line))
+    more = not is_list and sum(1 for _ in islice((one for one in _lines(file, path) if one.strip()), 2)) == 2
     if is_list or not more:
-        text = file.read()
+        text = _whole(file, path)
         yield from _members(_unwrapped(_parse(text, path, None)) if text.strip() else [], path)
         return
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(_lines(file, path), 1):
         if line.strip():
             yield f"line {number}", _object(_parse(line, path, number), path, f"line {number}")
 
@@ -150,11 +208,10 @@ def _object(value: Any, path: Path, where: str) -> Row:
 
 def _table(file: TextIO, path: Path, suffix: str) -> Iterator[tuple[str, Row]]:
     """Rows of a .csv or .tsv file. The delimiter of a .csv file is the most frequent of `,`, `;` and tab in its header."""
-    header = file.readline()
-    file.seek(0)
+    header = file.readline(MOST_ROW)
     delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=header.count)
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    csv.field_size_limit(MOST_ROW)
+    reader = csv.DictReader(_lines(file, path), delimiter=delimiter, strict=True)
     try:
         names = [name for name in reader.fieldnames or () if name.strip()]
         if double := [name for name in dict.fromkeys(names) if names.count(name) > 1]:

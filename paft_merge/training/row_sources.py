@@ -11,7 +11,7 @@ from typing import Any
 
 from paft_merge.errors import TrainError, first_line
 from paft_merge.recipe.sections import not_found, suggestion
-from paft_merge.training.row_files import SUFFIXES, Number, Row, read_rows, suffix_of
+from paft_merge.training.row_files import MOST_BYTES, SUFFIXES, Number, Row, read_rows, suffix_of
 from paft_merge.training.row_forms import kind_of_value
 from paft_merge.training.schema import DataSpec
 from paft_merge.training.train_options import need_extras
@@ -127,6 +127,8 @@ def _files(spec: DataSpec, folder: Path) -> list[Path]:
         if _looks_local(spec.path):
             raise _missing(spec.path, folder)
         return []
+    if not local.is_dir() and not local.is_file():
+        raise TrainError.of("DATA", spec.path, "is not a regular file", "name a file or a folder of rows")
     if local.is_file():
         if suffix_of(local) not in (*SUFFIXES, *LOADERS):
             fix = f"use {', '.join(SUFFIXES)} (each also .gz) or .parquet"
@@ -179,6 +181,8 @@ def _matching(pattern: str, roots: Sequence[Path], spec: DataSpec) -> list[Path]
 
     for root in roots:
         if found := sorted(Path(name) for name in glob.glob(str(root / pattern), recursive=True)):
+            if odd := next((path for path in found if not path.is_file() and not path.is_dir()), None):
+                raise TrainError.of("DATA", odd, "is not a regular file", "name a file or a folder of rows")
             files = [path for path in found if path.is_file()]
             wrong = [path for path in files if suffix_of(path) not in (*SUFFIXES, *LOADERS)]
             if wrong:
@@ -275,6 +279,8 @@ def _with_datasets(spec: DataSpec, folder: Path, files: Sequence[Path]) -> Any:
     import datasets
 
     if files:
+        for path in files:
+            _check_unpacked(path)
         split = spec.split if spec.split.startswith("train") else "train"
         loader = LOADERS.get(suffix_of(files[0]), "json")
         return datasets.load_dataset(loader, data_files=[str(path) for path in files], split=split)
@@ -299,6 +305,18 @@ def _with_datasets(spec: DataSpec, folder: Path, files: Sequence[Path]) -> Any:
         split=spec.split,
         revision=spec.revision,
     )
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise TrainError DATA for a file that is larger than `MOST_BYTES`, packed or by its own account unpacked."""
+    size = path.stat().st_size
+    if suffix_of(path) == ".parquet" and size <= MOST_BYTES:
+        from pyarrow.parquet import read_metadata  # type: ignore[import-untyped]
+
+        held = read_metadata(path)
+        size = max(size, sum(held.row_group(i).total_byte_size for i in range(held.num_row_groups)))
+    if size > MOST_BYTES:
+        raise TrainError.of("DATA", path, f"has {size:,} bytes; at most {MOST_BYTES:,} are read", "split it")
 
 
 def _of_dataset(rows: Any, spec: DataSpec) -> Source:

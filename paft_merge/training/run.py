@@ -25,6 +25,7 @@ from paft_merge.training.job import (
     wait_for_everyone,
 )
 from paft_merge.training.prepared_rows import PreparedRows, prepare
+from paft_merge.training.rendering import bounded_templates
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter, settings_of
 from paft_merge.training.train_options import TrainOptions
@@ -64,7 +65,7 @@ def train_adapter(
     if is_main_process():
         place.open(training_plan(job), options.resume)
     wait_for_everyone()
-    with restoring_base(job.base):
+    with restoring_base(job.base), bounded_templates(job.name):
         try:
             _train(job)
         except TrainError:

@@ -13,6 +13,7 @@ from paft_merge.training.arguments import training_arguments
 from paft_merge.training.data import kind_of
 from paft_merge.training.launch import chosen_adapters, prepare_all
 from paft_merge.training.prepared_rows import prepare
+from paft_merge.training.rendering import bounded_templates
 from paft_merge.training.schema import AdapterSpec
 
 _LOOKED_AT = 100
@@ -70,7 +71,7 @@ def shown(
             update={"data": [one.model_copy(update={"max_rows": min(one.max_rows or looked, looked)}) for one in spec.data],
                     "eval_data": None}
         )  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, bounded_templates(name):
             made = prepare(source, few, Path(folder), replace(options, name=name))
             rows = made.rows.train.select(range(min(count, len(made.rows.train))))
             yield from _shown(name, few, rows, made.tokenizer, Path(folder))

@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import CheckpointError
+from paft_merge.inputs.links import may_be_read
 from paft_merge.inputs.model_config import refuse_outside_files
 from paft_merge.inputs.safetensors_header import quote
-from paft_merge.inputs.side_file_kinds import is_inside
 
 if TYPE_CHECKING:
     from paft_merge.inputs.models import Model
@@ -150,10 +150,10 @@ def checkpoint_tokenizer(model: Model) -> dict[str, bytes | Path]:
 def files_in(folder: Path) -> dict[str, bytes | Path]:
     """The tokenizer and chat-template files in a folder."""
     found: dict[str, bytes | Path] = {
-        name: folder / name for name in TOKENIZER_FILES if is_inside(folder / name, folder)
+        name: folder / name for name in TOKENIZER_FILES if may_be_read(folder / name, folder)
     }
     more = sorted((folder / MORE_TEMPLATES).glob("*.jinja")) if (folder / MORE_TEMPLATES).is_dir() else []
-    return found | {f"{MORE_TEMPLATES}{file.name}": file for file in more if is_inside(file, folder)}
+    return found | {f"{MORE_TEMPLATES}{file.name}": file for file in more if may_be_read(file, folder)}
 
 
 def is_tokenizer_file(name: str) -> bool:
