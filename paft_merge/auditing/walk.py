@@ -39,8 +39,10 @@ class HeldDeltas:
         self.subject, self.pool, self._held = subject, pool, arena.hold(subject)
         self.bounds, self.row, self.release = subject.bounds, subject.row, subject.release
         self._zeros = np.zeros(max((stop - start for start, stop in subject.bounds), default=0), np.uint32)
+        self.fresh = BlockWalk([subject], pool)
+        """A walk whose blocks have the base's values."""
         self.first = BlockWalk([subject], pool, self._store)
-        """The first walk: its blocks have the base's values, and their deltas are stored."""
+        """The same, and their deltas are stored."""
         self.walk = BlockWalk([self], pool)
         """A walk over the stored deltas."""
 
@@ -50,6 +52,10 @@ class HeldDeltas:
         if held is None:
             return Block(start, zeros, self.subject.inputs.block(start, stop).sources, subtract=False)
         return Block(start, zeros, np.ascontiguousarray(held[:, : stop - start]), subtract=False)
+
+    def deltas(self, block: Block) -> Block:
+        """The deltas of a block that is filled, on a base of zeros."""
+        return Block(block.index, self._zeros[: block.size], block.sources, subtract=False)
 
     def _store(self, block: Block) -> Block:
         held = self._tile(block.index)

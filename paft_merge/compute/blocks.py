@@ -104,6 +104,11 @@ class Block:
         arrays = self._arrays(self._feed.piece) if self._made else (self._base, self._sources)
         return *arrays, self.subtract, self._feed.descriptor(*arrays, only)
 
+    def keep(self) -> None:
+        """Hold the whole block in memory when a kernel fills it, because it is read again."""
+        if self._made:
+            self._base, self._sources = self._arrays(self.size)
+
     def filled(self, result: int) -> int:
         """Return the `result` of a kernel that got `unfilled`, unless it is negative.
 
@@ -270,6 +275,11 @@ class Undecided:
         """These entries side by side, as a block at flat index 0."""
         bits = self.held.view(np.uint32)
         return Block(0, bits[-1], bits[:-1], subtract=False)
+
+    def within(self, start: int, thresholds: Sequence[KeepThreshold]) -> list[KeepThreshold]:
+        """The thresholds of a tensor for `block`; `start` is the flat index of the block that these entries are from."""
+        cuts = [int(np.searchsorted(self.place, t.low_cut - start)) for t in thresholds]
+        return [KeepThreshold(t.low, cut) for t, cut in zip(thresholds, cuts, strict=True)]
 
 
 class Ops(Protocol):
