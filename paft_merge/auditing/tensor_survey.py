@@ -124,9 +124,8 @@ def _in_one_walk(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rul
     passes = [largest] if previewed in (None, largest) else [largest, previewed]
 
     def work(block: Block) -> tuple[_Part, list[_Aside]]:
-        block.keep()
+        deltas, out = block.deltas(walker.zeros), SCRATCH.array("audit_out", block.size, np.uint32)
         part = first.work(block, _above(largest.bounds(block.index, block.index + block.size)))
-        deltas, out = walker.deltas(block), SCRATCH.array("audit_out", block.size, np.uint32)
         return part, [_Aside(*one.merge(deltas, out, _NO_MEMORY), _square(out)) for one in passes]
 
     blocks, starts = each(work), [start for start, _ in subject.bounds]

@@ -44,14 +44,18 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
         strip, floats = delta[start : start + m], values[start : start + m]
-        for t in range(edges.size):
-            edge, count = edges[t], np.int32(0)
-            for j in range(m):
-                count += np.int32((strip[j] & MAGNITUDE) < edge)
-            below[t] += count
-        top, first, second, fourth = np.uint32(0), 0.0, 0.0, 0.0
+        top, bottom, first, second, fourth = np.uint32(0), MAGNITUDE, 0.0, 0.0, 0.0
         for j in range(m):
             top = max(top, strip[j] & MAGNITUDE)
+            bottom = min(bottom, strip[j] & MAGNITUDE)
+        for t in range(edges.size):
+            edge, count = edges[t], np.int32(0)
+            if top < edge:
+                count = np.int32(m)
+            elif bottom < edge:
+                for j in range(m):
+                    count += np.int32((strip[j] & MAGNITUDE) < edge)
+            below[t] += count
         for j in range(m):
             size = abs(np.float64(floats[j]))
             square = size * size
