@@ -7,8 +7,9 @@ taken block by block and added in tile order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations
 from threading import Lock
 from typing import Any
@@ -19,12 +20,14 @@ from paft_merge.auditing.opening import AuditedTensor
 from paft_merge.auditing.preview import Survived, with_survivals
 from paft_merge.auditing.walk import HeldDeltas
 from paft_merge.compute import kernels
-from paft_merge.compute.blocks import Block, KeepThreshold, Tally
+from paft_merge.compute.blocks import Block, Election, KeepThreshold, Outcome, Tally, Undecided
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.histogram import bits_of, value_of
+from paft_merge.compute.kernels.block_source import FULL
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import AuditError
+from paft_merge.methods.rules.one_pass import plan_one_pass
 from paft_merge.methods.rules.rule import Rule, TensorPass
 from paft_merge.methods.rules.thresholds import Trim, trim_survivals
 from paft_merge.stats.metrics import Histogram, Measure
@@ -32,6 +35,8 @@ from paft_merge.stats.pairs import PairMeasure
 from paft_merge.stats.spectrum import FactorCounts, Factored, Spectrum
 
 Pairs = Mapping[tuple[int, int], PairMeasure]
+
+_NOTHING_ABOVE = np.empty(0, np.uint32)
 
 
 @dataclass(frozen=True)
@@ -62,136 +67,254 @@ class TensorStats:
 
 
 def survey(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None) -> TensorStats:
-    """Measure one tensor in one walk, and in two more (from memory where it fits) where sources are compared.
+    """Measure one tensor in one walk, or in three (from memory where it fits) where its thresholds cannot be guessed.
 
     Raises:
         AuditError: NONFINITE, naming the tensor and the source.
     """
     active = subject.inputs.active
-    first = _First(subject, wanted, len(active))
     decomposed = [walker.pool.submit(_factored, subject, i) for i in active]
-    blocks = walker.first(first.work)
-    measures = first.measures(blocks, subject)
+    seen = _in_one_walk(subject, walker, wanted, rule) or _in_turn(subject, walker, wanted, rule)
     factored = [later.result() for later in decomposed]
-    pairs = first.pairs(blocks, measures)
-    related = {(a, b): walker.pool.submit(_relate, factored[a], factored[b]) for a, b in pairs}
-    survivals: list[KeepThreshold] = []
-    if pairs:
-        trims = [Trim("density", wanted.density)] * len(active)
-        survivals = trim_survivals(trims, subject.numel, walker.walk, CpuOps(), full=first.full)
-    survived, merged, support = _second(subject, walker, rule, survivals, wanted)
-    subspaces = {}
+    related = {(a, b): walker.pool.submit(_relate, factored[a], factored[b]) for a, b in seen.pairs}
+    pairs, subspaces = dict(seen.pairs), {}
     for (a, b), later in related.items():
-        pairs[a, b] = _with_support(pairs[a, b], support[a, b], subject.numel)
         relation = later.result()
         if relation is not None:
             pairs[a, b] = replace(pairs[a, b], dot=relation[0])
             subspaces[active[a], active[b]] = relation[1]
     return TensorStats(
-        dict(zip(active, measures, strict=True)),
+        dict(zip(active, seen.measures, strict=True)),
         {i: (f.spectrum, f.counts) for i, f in zip(active, factored, strict=True) if f},
         {(active[a], active[b]): pair for (a, b), pair in pairs.items()},
         subspaces,
-        {active[i]: s for i, s in survived.items()},
-        merged,
-        _sum_square(rule, active, measures, pairs),
+        {active[i]: s for i, s in seen.survived.items()},
+        seen.merged_square,
+        _sum_square(rule, active, seen.measures, pairs),
     )
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The sums of one block, with a row for each source or pair."""
+class _Seen:
+    """Counts and sums over the entries of one tensor; sources are rows of its blocks."""
 
-    sums: Any
+    measures: Sequence[Measure]
+    pairs: Pairs
+    survived: Mapping[int, Survived]
+    merged_square: float
+
+
+def _in_one_walk(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None) -> _Seen | None:
+    """Measure a tensor while it is read: entries near a threshold are set aside until it is known (see `one_pass`).
+
+    Returns None if that is impossible, or a guess missed a threshold.
+    """
+    active, first, each = subject.inputs.active, _First(subject, wanted), walker.fresh
+    if not first.combinations and rule is None:
+        return _Seen(first.measures(each(first.work)), {}, {}, 0.0)
+    factors = cache(lambda: [subject.inputs.factors(i) for i in active])
+    walk, trim = TensorPass(subject.numel, each, CpuOps(), active, subject.shape), Trim("density", wanted.density)
+    previewed = rule.one_pass(walk, factors) if rule is not None else None
+    largest = previewed
+    if first.combinations and (rule is None or not rule.trims_by(trim)):
+        every = Election((1.0,) * len(active))
+        largest = plan_one_pass([trim] * len(active), every, subject.numel, each, CpuOps(), factors)
+    if largest is None or (rule is not None and previewed is None):
+        return None
+    passes = [largest] if previewed in (None, largest) else [largest, previewed]
+
+    def work(block: Block) -> tuple[_Part, list[_Aside]]:
+        deltas, out = block.deltas(walker.zeros), SCRATCH.array("audit_out", block.size, np.uint32)
+        part = first.work(block, _above(largest.bounds(block.index, block.index + block.size)))
+        return part, [_Aside(*one.merge(deltas, out, _NO_MEMORY), _square(out)) for one in passes]
+
+    blocks, starts = each(work), [start for start, _ in subject.bounds]
+    thresholds = [one.thresholds(starts, [aside[at].undecided for _, aside in blocks]) for at, one in enumerate(passes)]
+    tally, squares, parts = Tally.empty(len(active)), list[float](), [part for part, _ in blocks]
+    for (start, stop), (part, asides) in zip(subject.bounds, blocks, strict=True):
+        if thresholds[0] is None or thresholds[-1] is None:
+            return None
+        undecided, above = asides[0].undecided, _above(largest.bounds(start, stop))
+        known = undecided.within(start, thresholds[0])
+        first.count_support(undecided.held.view(np.uint32)[:-1], 0, known, part.support)
+        first.count_support(
+            undecided.held.view(np.uint32)[:-1], 0, [KeepThreshold(int(a)) for a in above], part.support, -1
+        )
+        last = asides[-1]
+        squares.append(
+            last.square + _square(passes[-1].resolved(start, last.undecided, thresholds[-1], last.outcome, np.uint32))
+        )
+        tally.add(last.outcome.counts, last.outcome.sums)
+    measures = first.measures(parts)
+    pairs = first.pairs(parts, measures, sum(part.support for part in parts))
+    if rule is None:
+        return _Seen(measures, pairs, {}, 0.0)
+    return _Seen(measures, pairs, _survived(tally, subject.numel), math.fsum(squares))
+
+
+_NO_MEMORY = np.empty(0, np.uint8)
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """A merged block whose undecided entries are zero, and these entries."""
+
+    outcome: Outcome
+    undecided: Undecided
+    square: float
+    """Sum of squares of the merged block."""
+
+
+def _above(bounds: Sequence[tuple[int, int]]) -> Any:
+    """`[n]` uint32: entries with a larger magnitude are above the brackets."""
+    return np.array([low + width - 1 for low, width in bounds], np.uint32)
+
+
+def _square(bits: Any) -> float:
+    squares = np.zeros(1)
+    kernels.add_squares(bits, squares)
+    return float(squares[0])
+
+
+def _in_turn(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None) -> _Seen:
+    """Measure a tensor, then find its thresholds, then count what passes them."""
+    first = _First(subject, wanted)
+    parts = walker.first(first.work)
+    measures = first.measures(parts)
+    trims = [Trim("density", wanted.density)] * first.n
+    survivals = (
+        trim_survivals(trims, subject.numel, walker.walk, CpuOps(), full=first.full) if first.combinations else []
+    )
+    survived, merged, support = _second(subject, walker, rule, survivals, wanted, first)
+    return _Seen(measures, first.pairs(parts, measures, support), survived, merged)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The counts and sums of one block, with a row for each source or pair (see `kernels.statistics.survey`)."""
+
     below: Any
-    largest: list[int]
-    erased: list[int]
-    weight_square: float
+    largest: Any
+    sums: Any
+    erased: Any
+    weight_square: Any
     pair_counts: Any
     pair_sums: Any
+    support: Any
+
+    @classmethod
+    def empty(cls, n: int, edges: int, pairs: int, *, weights: bool) -> _Part:
+        known = n if weights else 0
+        return cls(
+            np.zeros((n, edges), np.int64), np.zeros(n, np.uint32), np.zeros((n, 3)), np.zeros(known, np.int64), np.zeros(known),
+            np.zeros((pairs, 4), np.int64), np.zeros((pairs, 5)), np.zeros((pairs, 4), np.int64),
+        )  # fmt: skip
 
 
 class _First:
     """The first pass: each delta alone and, where wanted, against every other one."""
 
-    def __init__(self, subject: AuditedTensor, wanted: Wanted, n: int) -> None:
-        self.subject, self.wanted, self.n = subject, wanted, n
+    def __init__(self, subject: AuditedTensor, wanted: Wanted) -> None:
+        self.subject, self.wanted, self.n = subject, wanted, len(subject.inputs.active)
         self.edges = np.array([bits_of(1e-45), *map(bits_of, wanted.epsilons)], np.uint32)
-        self.combinations = list(combinations(range(n), 2)) if wanted.pairs else []
-        self._counts = np.zeros((n, kernels.BINS), np.int64)
-        self._lows = np.zeros((n, kernels.BINS), np.int64)
+        self.combinations = list(combinations(range(self.n), 2)) if wanted.pairs else []
+        self._counts = np.zeros((self.n, kernels.BINS), np.int64)
+        self._lows = np.zeros((self.n, kernels.BINS), np.int64)
         self._lock = Lock()
 
-    def work(self, block: Block) -> _Part:
-        sums, below = np.zeros((self.n, 3)), np.zeros((self.n, len(self.edges)), np.int64)
-        largest = [self._measure(i, row, below[i], sums[i]) for i, row in enumerate(block.sources)]
-        weight, erased = np.zeros(1), list[int]()
-        for row in block.sources if self.wanted.weights else ():
-            weight[0] = 0.0
-            erased.append(kernels.erased(row, block.base, weight, kernels.lines(2)))
+    def work(self, block: Block, above: Any = _NOTHING_ABOVE) -> _Part:
+        """Measure one block; `above` `[n]`: count pairs of larger magnitudes as supports."""
+        part = _Part.empty(self.n, len(self.edges), len(self.combinations), weights=self.wanted.weights)
         edge = np.uint32(max(bits_of(self.wanted.epsilon), 1))
-        pair_counts, pair_sums = np.zeros((len(self.combinations), 4), np.int64), np.zeros((len(self.combinations), 5))
-        for k, (a, b) in enumerate(self.combinations):
-            kernels.compare(block.sources[a], block.sources[b], edge, pair_counts[k], pair_sums[k], kernels.lines(2))
-        return _Part(sums, below, largest, erased, float(weight[0]), pair_counts, pair_sums)
-
-    def _measure(self, i: int, row: Any, below: Any, sums: Any) -> int:
-        """Measure one delta; its histogram has integers, so that blocks may be added in any order."""
-        largest = 0
-        for start in range(0, row.size, kernels.MOST):
-            packed = np.zeros(kernels.BINS, np.int64)
-            chunk = row[start : start + kernels.MOST]
-            largest = max(largest, kernels.measure(chunk, self.edges, below, packed, sums))
-            filled = np.flatnonzero(packed)
-            with self._lock:
-                self._counts[i, filled] += packed[filled] >> kernels.COUNT_SHIFT
-                self._lows[i, filled] += packed[filled] & ((1 << kernels.COUNT_SHIFT) - 1)
-        if largest >= INFINITY:
-            raise _not_finite(self.subject, i)
-        return largest
+        packed = SCRATCH.array("packed bins", (self.n, kernels.BINS), np.int64)
+        for base, deltas, source_desc in _within_a_histogram(block):
+            packed[:] = 0
+            block.filled(kernels.survey(
+                base, deltas, source_desc, self.edges, part.below, packed, part.largest, part.sums, part.erased,
+                part.weight_square, edge, part.pair_counts, part.pair_sums, above, part.support,
+                np.empty(2, np.uint32), np.empty(2, np.int64), kernels.lines(2),
+            ))  # fmt: skip
+            for i, row in enumerate(packed):
+                filled = np.flatnonzero(row)
+                with self._lock:  # integers: the order of blocks does not matter
+                    self._counts[i, filled] += row[filled] >> kernels.COUNT_SHIFT
+                    self._lows[i, filled] += row[filled] & ((1 << kernels.COUNT_SHIFT) - 1)
+        if part.largest.max() >= INFINITY:
+            raise _not_finite(self.subject, int(np.argmax(part.largest >= INFINITY)))
+        return part
 
     @property
     def full(self) -> tuple[Any, Any]:
         """The histograms of all blocks, as `thresholds.trim_survivals` takes them."""
         return self._counts, self._lows
 
-    def measures(self, parts: Sequence[_Part], subject: AuditedTensor) -> list[Measure]:
+    def count_support(
+        self, deltas: Any, index: int, survivals: Sequence[KeepThreshold], support: Any, times: int = 1
+    ) -> None:
+        """Add to `support` `[pairs, 4]`, `times` times, the entries of `deltas` `[n, E]` that survive in both, either and each."""
+        lows = np.array([s.low for s in survivals], np.uint32)
+        cuts = np.array([s.low_cut for s in survivals], np.int64)
+        for k, (a, b) in enumerate(self.combinations):
+            counts = np.zeros(4, np.int64)
+            kernels.shared_support(deltas[a], deltas[b], index, lows[[a, b]], cuts[[a, b]], counts)
+            support[k] += times * counts
+
+    def measures(self, parts: Sequence[_Part]) -> list[Measure]:
         """The measure of every source, from all blocks."""
         found = []
         for i in range(self.n):
             sums = [math.fsum(p.sums[i, k] for p in parts) for k in range(3)]
             below = np.sum([p.below[i] for p in parts], axis=0) if parts else np.zeros(len(self.edges), np.int64)
             found.append(Measure(
-                entries=subject.numel, zeros=int(below[0]),
+                entries=self.subject.numel, zeros=int(below[0]),
                 below={e: int(c) for e, c in zip(self.wanted.epsilons, below[1:], strict=True)},
                 l1=sums[0], square=sums[1], fourth=sums[2],
-                largest=value_of(max((p.largest[i] for p in parts), default=0)),
+                largest=value_of(max((int(p.largest[i]) for p in parts), default=0)),
                 histogram=Histogram.of(self._counts[i], self._lows[i]),
-                erased=sum(p.erased[i] for p in parts) if self.wanted.weights else None,
-                weight_square=math.fsum(p.weight_square for p in parts) if self.wanted.weights else None,
+                erased=sum(int(p.erased[i]) for p in parts) if self.wanted.weights else None,
+                weight_square=math.fsum(p.weight_square[i] for p in parts) if self.wanted.weights else None,
             ))  # fmt: skip
         return found
 
-    def pairs(self, parts: Sequence[_Part], measures: Sequence[Measure]) -> dict[tuple[int, int], PairMeasure]:
-        """The measure of every pair, without the overlap of the largest entries."""
-        found = {}
+    def pairs(
+        self, parts: Sequence[_Part], measures: Sequence[Measure], support: Any
+    ) -> dict[tuple[int, int], PairMeasure]:
+        """The measure of every pair; `support` `[pairs, 4]`: see `count_support`."""
+        found, numel = {}, self.subject.numel
         for k, (a, b) in enumerate(self.combinations):
-            both, conflicts, above, above_conflicts = (int(sum(p.pair_counts[k, c] for p in parts)) for c in range(4))
+            seen, opposed, above, above_opposed = (int(sum(p.pair_counts[k, c] for p in parts)) for c in range(4))
             dot, least, least_conflict, left, right = (math.fsum(p.pair_sums[k, c] for p in parts) for c in range(5))
+            both, either, of_left, of_right = map(int, support[k])
             found[a, b] = PairMeasure(
-                self.subject.numel, both, conflicts, above, above_conflicts, dot, measures[a].square, measures[b].square,
-                least, least_conflict, left, right,
+                numel, seen, opposed, above, above_opposed, dot, measures[a].square, measures[b].square, least, least_conflict, left, right,
+                both, either, of_left * of_right / numel if numel else 0.0, of_left + of_right,
             )  # fmt: skip
         return found
 
 
+def _within_a_histogram(block: Block) -> Iterator[tuple[Any, Any, Any]]:
+    """Base, deltas and what fills them: of the block or, where it is too large for one packed histogram, of its parts."""
+    if block.size <= kernels.MOST:
+        base, deltas, _, source_desc = block.unfilled()
+        yield base, deltas, source_desc
+        return
+    for start in range(0, block.size, kernels.MOST):
+        part = slice(start, start + kernels.MOST)
+        yield block.base[part], np.ascontiguousarray(block.sources[:, part]), FULL
+
+
 def _second(
-    subject: AuditedTensor, walker: HeldDeltas, rule: Rule | None, survivals: list[KeepThreshold], wanted: Wanted
-) -> tuple[dict[int, Survived], float, dict[tuple[int, int], Any]]:
+    subject: AuditedTensor,
+    walker: HeldDeltas,
+    rule: Rule | None,
+    survivals: list[KeepThreshold],
+    wanted: Wanted,
+    first: _First,
+) -> tuple[dict[int, Survived], float, Any]:
     """The last walk: merge the deltas as `rule` does, and compare the supports of every pair."""
-    n = len(subject.inputs.active)
+    total = np.zeros((len(first.combinations), 4), np.int64)
     if rule is None and not survivals:
-        return {}, 0.0, {}
+        return {}, 0.0, total
     combine = None
     if rule is not None:
         if survivals and rule.trims_by(Trim("density", wanted.density)):
@@ -199,33 +322,27 @@ def _second(
         combine = rule.prepare(
             TensorPass(subject.numel, walker.walk, CpuOps(), subject.inputs.active, subject.shape), deltas=True
         )
-    every = list(combinations(range(n), 2)) if survivals else []
-    lows = np.array([s.low for s in survivals], np.uint32)
-    cuts = np.array([s.low_cut for s in survivals], np.int64)
 
     def work(block: Block) -> tuple[Any, float, Any]:
         outcome, square = None, 0.0
         if combine is not None:
             out = SCRATCH.array("audit_out", block.sources.shape[1], np.uint32)
             outcome = combine(block, out, 0)
-            squares = np.zeros(1)
-            kernels.add_squares(out, squares)
-            square = float(squares[0])
-        counts = np.zeros((len(every), 4), np.int64)
-        for k, (a, b) in enumerate(every):
-            kernels.shared_support(
-                block.sources[a], block.sources[b], block.index, lows[[a, b]], cuts[[a, b]], counts[k]
-            )
+            square = _square(out)
+        counts = np.zeros_like(total)
+        if survivals:
+            first.count_support(block.sources, block.index, survivals, counts)
         return outcome, square, counts
 
     parts = walker.walk(work)
-    support = {pair: np.sum([p[2][k] for p in parts], axis=0) for k, pair in enumerate(every)}
+    for _, _, counts in parts:
+        total += counts
     if combine is None:
-        return {}, 0.0, support
-    tally = Tally.empty(n)
+        return {}, 0.0, total
+    tally = Tally.empty(first.n)
     for outcome, _, _ in parts:
         tally.add(outcome.counts, outcome.sums)
-    return _survived(tally, subject.numel), math.fsum(square for _, square, _ in parts), support
+    return _survived(tally, subject.numel), math.fsum(square for _, square, _ in parts), total
 
 
 def _survived(tally: Tally, numel: int) -> dict[int, Survived]:
@@ -236,12 +353,6 @@ def _survived(tally: Tally, numel: int) -> dict[int, Survived]:
         i: Survived(numel, int(c[kept]), int(c[elected]), *(float(sums[i][k]) for k in square))
         for i, c in enumerate(counts)
     }
-
-
-def _with_support(pair: PairMeasure, counts: Any, numel: int) -> PairMeasure:
-    both, either, left, right = (int(c) for c in counts)
-    chance = left * right / numel if numel else 0.0
-    return replace(pair, kept_both=both, kept_either=either, chance_both=chance, kept_sum=left + right)
 
 
 def _relate(left: Factored | None, right: Factored | None) -> tuple[float, tuple[float, float]] | None:

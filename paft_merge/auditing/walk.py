@@ -21,7 +21,14 @@ class Arena:
 
     def __init__(self, subjects: Sequence[AuditedTensor], limit_bytes: int) -> None:
         sizes = [len(s.inputs.active) * s.numel * 4 for s in subjects]
+        self._zeros = np.empty(0, np.uint32)
         self._held = np.empty(max((s for s in sizes if s <= limit_bytes), default=0) // 4, np.uint32)
+
+    def zeros(self, size: int) -> Any:
+        """At least `[size]` uint32 zeros, which nobody changes."""
+        if self._zeros.size < size:
+            self._zeros = np.zeros(size, np.uint32)
+        return self._zeros
 
     def hold(self, subject: AuditedTensor) -> Any:
         """`[n * numel]` uint32 for the deltas of `subject`, or None if they do not fit."""
@@ -38,15 +45,18 @@ class HeldDeltas:
     def __init__(self, subject: AuditedTensor, pool: Executor, arena: Arena) -> None:
         self.subject, self.pool, self._held = subject, pool, arena.hold(subject)
         self.bounds, self.row, self.release = subject.bounds, subject.row, subject.release
-        self._zeros = np.zeros(max((stop - start for start, stop in subject.bounds), default=0), np.uint32)
+        self.zeros = arena.zeros(max((stop - start for start, stop in subject.bounds), default=0))
+        """As many as the largest block has entries."""
+        self.fresh = BlockWalk([subject], pool)
+        """A walk whose blocks have the base's values."""
         self.first = BlockWalk([subject], pool, self._store)
-        """The first walk: its blocks have the base's values, and their deltas are stored."""
+        """The same, and their deltas are stored."""
         self.walk = BlockWalk([self], pool)
         """A walk over the stored deltas."""
 
     def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
         """Deltas of the elements `[start, stop)`, which begin a tile."""
-        held, zeros = self._tile(start), self._zeros[: stop - start]
+        held, zeros = self._tile(start), self.zeros[: stop - start]
         if held is None:
             return Block(start, zeros, self.subject.inputs.block(start, stop).sources, subtract=False)
         return Block(start, zeros, np.ascontiguousarray(held[:, : stop - start]), subtract=False)

@@ -104,6 +104,17 @@ class Block:
         arrays = self._arrays(self._feed.piece) if self._made else (self._base, self._sources)
         return *arrays, self.subtract, self._feed.descriptor(*arrays, only)
 
+    def deltas(self, zeros: Any) -> Block:
+        """The deltas of this block on a base of zeros, for a kernel that runs over the block after another one; call it before that.
+
+        Args:
+            zeros: `[E]`, any bits.
+        """
+        again = self._feed.products if self._feed is not None and self._made else None
+        if again is None and self._made:
+            self._base, self._sources = self._arrays(self.size)
+        return Block(self.index, zeros[: self.size], self._sources, subtract=False, feed=again)
+
     def filled(self, result: int) -> int:
         """Return the `result` of a kernel that got `unfilled`, unless it is negative.
 
@@ -142,6 +153,8 @@ class Block:
     def _arrays(self, size: int) -> tuple[Any, Any]:
         """Memory of this thread for `size` entries."""
         assert self._feed is not None
+        if self._base.size:
+            return self._base[:size], SCRATCH.array("sources", (self.count, size), self._sources.dtype)
         base = SCRATCH.array("base", size if self._feed.has_base else 0, self._base.dtype)
         return base, SCRATCH.array("sources", (self.count, size), self._sources.dtype)
 
@@ -270,6 +283,11 @@ class Undecided:
         """These entries side by side, as a block at flat index 0."""
         bits = self.held.view(np.uint32)
         return Block(0, bits[-1], bits[:-1], subtract=False)
+
+    def within(self, start: int, thresholds: Sequence[KeepThreshold]) -> list[KeepThreshold]:
+        """The thresholds of a tensor for `block`; `start` is the flat index of the block that these entries are from."""
+        cuts = [int(np.searchsorted(self.place, t.low_cut - start)) for t in thresholds]
+        return [KeepThreshold(t.low, cut) for t, cut in zip(thresholds, cuts, strict=True)]
 
 
 class Ops(Protocol):

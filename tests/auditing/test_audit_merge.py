@@ -84,8 +84,8 @@ def test_a_preview_of_a_recipe_counts_what_its_merge_then_counts(
                 continue
             survived = tensor.sources[labels[str(i)]]
             assert (survived.kept, survived.elected) == (row["kept"], row["elected"])
-            assert survived.kept_energy == pytest.approx(row["kept_energy"], rel=1e-9)
-            assert survived.elected_energy == pytest.approx(row["elected_energy"], rel=1e-9)
+            assert survived.kept_energy == pytest.approx(row["kept_energy"], rel=2e-6)
+            assert survived.elected_energy == pytest.approx(row["elected_energy"], rel=2e-6)
 
 
 def test_an_audit_counts_what_a_merge_writes_into_its_manifest(family: Family, tmp_path: Path) -> None:

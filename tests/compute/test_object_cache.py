@@ -219,9 +219,21 @@ def results() -> list[np.ndarray]:
     kernels.compare(sources[0], sources[1], np.uint32(low), pair, pair_sums, kernels.lines(2))
     kernels.shared_support(sources[0], sources[1], 0, np.full(2, low, np.uint32), np.zeros(2, np.int64), shared)
     kernels.add_squares(sources[1], square)
+    found += surveyed(base, sources, low)
     product = np.empty((rows, width), np.float32)
     kernels.product(left, right, product)
     return [np.array(one) for one in (*found, pair, pair_sums, shared, square, product)]
+
+
+def surveyed(base: np.ndarray, sources: np.ndarray, low: int) -> list[np.ndarray]:
+    """What `kernels.survey` counts and sums in one block of three sources."""
+    edges, lows, integers = np.array([low], np.uint32), np.full(3, low, np.uint32), np.int64
+    one = [np.zeros((3, 1), integers), np.zeros((3, kernels.BINS), integers), np.zeros(3, np.uint32), np.zeros((3, 3))]
+    one += [np.zeros(3, integers), np.zeros(3)]
+    two = [np.zeros((3, 4), integers), np.zeros((3, 5))], np.zeros((3, 4), integers)
+    memory = np.empty(2, np.uint32), np.empty(2, integers), kernels.lines(2)
+    assert kernels.survey(base, sources, FULL, edges, *one, np.uint32(low), *two[0], lows, two[1], *memory) == 0
+    return [*one, *two[0], two[1]]
 
 
 def test_every_kernel_gives_the_same_bits_by_numba_s_cache(

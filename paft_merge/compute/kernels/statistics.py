@@ -12,11 +12,14 @@ import numpy as np
 from numba import njit
 
 from paft_merge.compute.kernels import COUNT_SHIFT, STRIP
-from paft_merge.compute.kernels.primitives import MAGNITUDE, strip, widen
+from paft_merge.compute.kernels.block_source import SIZE
+from paft_merge.compute.kernels.primitives import MAGNITUDE, advance_block, jit, strip, widen
 
 _ROUND = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _HALF = np.uint32(16)
+_CACHED = 1 << 15
+"""Entries that are measured at a time: those of several deltas fit the L2 cache."""
 
 # Sums may be reordered into vector lanes: the last bits of an audit's float64 sums are not reproducible across processors.
 _sums = njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
@@ -41,14 +44,18 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
         strip, floats = delta[start : start + m], values[start : start + m]
-        for t in range(edges.size):
-            edge, count = edges[t], np.int32(0)
-            for j in range(m):
-                count += np.int32((strip[j] & MAGNITUDE) < edge)
-            below[t] += count
-        top, first, second, fourth = np.uint32(0), 0.0, 0.0, 0.0
+        top, bottom, first, second, fourth = np.uint32(0), MAGNITUDE, 0.0, 0.0, 0.0
         for j in range(m):
             top = max(top, strip[j] & MAGNITUDE)
+            bottom = min(bottom, strip[j] & MAGNITUDE)
+        for t in range(edges.size):
+            edge, count = edges[t], np.int32(0)
+            if top < edge:
+                count = np.int32(m)
+            elif bottom < edge:
+                for j in range(m):
+                    count += np.int32((strip[j] & MAGNITUDE) < edge)
+            below[t] += count
         for j in range(m):
             size = abs(np.float64(floats[j]))
             square = size * size
@@ -191,6 +198,60 @@ def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts
         counts[1] += in_a + in_b - both
         counts[2] += in_a
         counts[3] += in_b
+
+
+@jit
+def survey(
+    base: Any, deltas: Any, source_desc: Any, edges: Any, below: Any, packed: Any, largest: Any, sums: Any,
+    gone: Any, weight: Any, edge: np.uint32, pair_counts: Any, pair_sums: Any, low: Any, support: Any,
+    least: Any, cut: Any, lines: Any,
+) -> int:  # fmt: skip
+    """Measure the deltas of a block, each alone and against every other one, piece by piece while the block is filled.
+
+    Args:
+        base, source_desc: as in `thresholds.histogram`; the base is read for `gone` only.
+        deltas: `[n, E]` uint32, at most MOST entries each.
+        edges: as in `measure`.
+        below, packed, sums: as in `measure`, one row a source.
+        largest: `[n]` uint32, receives the largest magnitudes.
+        gone, weight: `[n]` int64 and float64, receive the results of `erased`; `[0]` where the base's values are not known.
+        edge: as in `compare`.
+        pair_counts, pair_sums: as in `compare`, one row a pair (0, 1), (0, 2), ...; `[0, 4]` and `[0, 5]` to compare nothing.
+        low: `[n]` uint32; magnitudes above it are counted in `support`; `[0]` to count nothing.
+        support: `[pairs, 4]` int64, as `counts` in `shared_support`.
+        least, cut: `[2]` uint32 and int64, memory.
+        lines: `[2, LINE]` float32, memory.
+
+    Returns:
+        0; -1 where the block could not be filled.
+    """
+    n, held = deltas.shape
+    size, ready, origin = (source_desc[SIZE], 0, 0) if source_desc.size else (held, held, 0)
+    cut[:] = 0
+    start = 0
+    while start < size:
+        if start >= ready:
+            origin, ready = advance_block(source_desc, ready)
+            if ready < 0:
+                return -1
+        stop = min(ready, start + _CACHED)
+        begin, m = start - origin, stop - start
+        for i in range(n):
+            one = deltas[i, begin : begin + m]
+            largest[i] = max(largest[i], measure(one, edges, below[i], packed[i], sums[i]))
+            if gone.size:
+                gone[i] += erased(one, strip(base, begin, m), weight[i : i + 1], lines)
+        pair = 0
+        for i in range(n if pair_counts.size else 0):
+            for k in range(i + 1, n):
+                left, right = deltas[i, begin : begin + m], deltas[k, begin : begin + m]
+                compare(left, right, edge, pair_counts[pair], pair_sums[pair], lines)
+                if low.size:
+                    least[0], least[1] = low[i], low[k]
+                    shared_support(left, right, start, least, cut, support[pair])
+                pair += 1
+        start = stop
+    return 0
 
 
 @_sums

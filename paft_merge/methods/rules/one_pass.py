@@ -60,8 +60,12 @@ class OnePass:
             out: `[E]`, receives the merged elements.
             memory: `[bytes]` uint8 to hold the undecided entries; what does not fit is allocated.
         """
-        bounds = [bracket.within(block.index, block.index + block.size) for bracket in self.brackets]
+        bounds = self.bounds(block.index, block.index + block.size)
         return self.ops.consensus_outside(block, out, bounds, self.election, memory)
+
+    def bounds(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Lowest bits and number of bits of each source's bracket in the block `[start, stop)`."""
+        return [bracket.within(start, stop) for bracket in self.brackets]
 
     def thresholds(self, starts: Sequence[int], undecided: Sequence[Undecided]) -> list[KeepThreshold] | None:
         """The threshold of each source; None if one of them is outside its bracket.
@@ -106,16 +110,20 @@ class OnePass:
             thresholds: one a source, from `thresholds`.
             out, outcome: what `merge` wrote and returned; both are updated.
         """
-        cuts = [int(np.searchsorted(undecided.place, t.low_cut - start)) for t in thresholds]
-        within = [KeepThreshold(t.low, cut) for t, cut in zip(thresholds, cuts, strict=True)]
-        merged = np.empty(undecided.place.size, out.dtype)
-        second = self.ops.consensus(undecided.block, merged, within, self.election, 0)
-        out[undecided.place] = merged
+        out[undecided.place] = self.resolved(start, undecided, thresholds, outcome, out.dtype)
+
+    def resolved(
+        self, start: int, undecided: Undecided, thresholds: Sequence[KeepThreshold], outcome: Outcome, dtype: Any
+    ) -> Any:
+        """The merged elements at the undecided entries, as bits of `dtype`; see `resolve`."""
+        merged = np.empty(undecided.place.size, dtype)
+        second = self.ops.consensus(undecided.block, merged, undecided.within(start, thresholds), self.election, 0)
         # `merge` counted the deltas of these entries, but not how many are kept and elected.
         outcome.counts[:, 5:7] += second.counts[:, 5:7]
         outcome.sums[:, 2:] += second.sums[:, 2:]
         # And it counted the elements of the base that are not finite, as it wrote the base there.
         outcome.bad += second.bad - int(np.count_nonzero(~np.isfinite(undecided.held[-1])))
+        return merged
 
 
 def plan_one_pass(
