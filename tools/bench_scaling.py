@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("options", nargs="*")
-    given = parser.parse_args()
+    own, _, passed = "\0".join(sys.argv[1:]).partition("\0--\0")
+    given, options = parser.parse_args(own.split("\0")), passed.split("\0") if passed else []
     recipe, folder = given.recipe.resolve(), given.folder.resolve()
     with open_plan(recipe) as plan:
         folders = {at for model in plan.models for at in model.checkpoint.folders}
@@ -57,11 +57,11 @@ def main() -> None:
     files = sorted(path for at in folders for path in Path(at).glob("*.safetensors"))
     forms = {"one": (1, given.workers), "several": (given.workers, 1)}
     runs: dict[str, list[tuple[float, float, str]]] = {name: [] for name in forms}
-    merged(recipe, folder / "run", *forms["one"], given.options)  # not timed: it may compile
+    merged(recipe, folder / "run", *forms["one"], options)  # not timed: it may compile
     for _ in range(given.runs):
         for name, (workers, threads) in forms.items():
             settle(files, None, cold=False)
-            runs[name].append(merged(recipe, folder / "run", workers, threads, given.options))
+            runs[name].append(merged(recipe, folder / "run", workers, threads, options))
     median = {name: statistics.median(seconds for seconds, _, _ in some) for name, some in runs.items()}
     found = {
         "benchmark": "scaling",
