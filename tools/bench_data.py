@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,14 +168,14 @@ def normals(*key: int | str, count: int, std: float) -> torch.Tensor:
     return torch.from_numpy(values).mul_(std)
 
 
-def write_piece(piece: Piece, folder: Path) -> None:
-    """Write one piece of the base and of both fine-tunes."""
+def write_piece(piece: Piece, folder: Path, tuned: Mapping[str, float]) -> None:
+    """Write one piece of the base and of the fine-tunes."""
     base = normals("base", piece.name, piece.start, count=piece.count, std=WEIGHT_STD)
     if piece.is_norm:
         base += 1
     base = base.bfloat16()
     write_at(folder / "base" / piece.file, piece.offset, base)
-    for source, rms in TUNED_RMS.items():
+    for source, rms in tuned.items():
         update = normals(source, piece.name, piece.start, count=piece.count, std=rms)
         write_at(folder / source / piece.file, piece.offset, (base + update).bfloat16())
 
@@ -189,17 +189,17 @@ def write_at(path: Path, offset: int, values: torch.Tensor) -> None:
         os.close(fd)
 
 
-def write_checkpoints(shape: Llama, folder: Path) -> None:
-    """Write base, sft and dpo under `folder`: weights, index, configs and tokenizer."""
+def write_checkpoints(shape: Llama, folder: Path, tuned: Mapping[str, float]) -> None:
+    """Write the base and the fine-tunes under `folder`: weights, index, configs and tokenizer."""
     files = headers(shape.tensors())
-    for name in ("base", *TUNED_RMS):
+    for name in ("base", *tuned):
         (folder / name).mkdir()
         for file, head in files.items():
             (folder / name / file).write_bytes(head)
         write_side_files(shape, files, folder / name)
     torch.set_num_threads(1)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for _ in pool.map(lambda piece: write_piece(piece, folder), pieces(files)):
+        for _ in pool.map(lambda piece: write_piece(piece, folder, tuned), pieces(files)):
             pass
 
 
@@ -244,20 +244,25 @@ def write_adapter(shape: Llama, folder: Path, rms: float) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def make(shape: Llama, folder: Path) -> bool:
+def make(shape: Llama, folder: Path, tuned: Mapping[str, float] = TUNED_RMS) -> bool:
     """Make the data set in `folder` unless it is there already; say whether it had to be made.
+
+    Args:
+        shape: of all models.
+        folder: to write.
+        tuned: the fine-tunes, each with the root mean square of its update.
 
     `made.json` is written last, so a folder without it is an unfinished one and is made again.
     """
     made = folder / "made.json"
-    spec = asdict(shape) | {"seed": SEED, "tuned": TUNED_RMS, "adapters": ADAPTER_RMS, "rank": RANK}
+    spec = asdict(shape) | {"seed": SEED, "tuned": dict(tuned), "adapters": ADAPTER_RMS, "rank": RANK}
     if made.is_file() and json.loads(made.read_text()) == spec:
         return False
     for name in ("base", *TUNED_RMS, *ADAPTER_RMS):
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     made.unlink(missing_ok=True)
-    write_checkpoints(shape, folder)
+    write_checkpoints(shape, folder, tuned)
     for name, rms in ADAPTER_RMS.items():
         write_adapter(shape, folder / name, rms)
     made.write_text(json.dumps(spec))

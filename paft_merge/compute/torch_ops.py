@@ -99,13 +99,15 @@ class TorchOps:
         base, deltas = self._inputs(block)
         weights = [float(np.float32(w)) for w in election.weights]
         kept = [self._surviving(d, s, block.index) for d, s in zip(deltas, survivals, strict=True)]
-        rows = [row * float(np.float32(s.scale)) for row, s in zip(kept, survivals, strict=True)]
+        rows = [
+            row * float(np.float32(s.scale)) if s.scale != 1 else row for row, s in zip(kept, survivals, strict=True)
+        ]
         if election.elect == "weighted":
             rows = [row * w for row, w in zip(rows, weights, strict=True)]
         result, divisor, held = torch.zeros_like(base), torch.zeros_like(base), []
         agree = _agreement(rows, election)
         for row, agrees, weight in zip(rows, agree, weights, strict=True):
-            held.append(torch.where(agrees, row, torch.zeros_like(row)))
+            held.append(torch.where(agrees, row, 0.0))
             result = result + (held[-1] if election.elect == "weighted" else held[-1] * weight)
             divisor = divisor + agrees.float() * (weight if election.normalize == "weights" else 1.0)
         if election.normalize != "none":
@@ -139,9 +141,8 @@ class TorchOps:
     def select(self, block: Block, by: Block, survival: KeepThreshold) -> Block:
         """See `Ops.select`."""
         deltas = self._deltas(block)
-        bits, at = _bits(self._float(by.sources[0])), self._places(block.index, block.size)
-        stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
-        return _derived(block, torch.where(stays, deltas, torch.zeros_like(deltas)))
+        stays = self._above(_bits(self._float(by.sources[0])), survival.low, survival.low_cut, block.index)
+        return _derived(block, torch.where(stays, deltas, 0.0))
 
     def swap(self, block: Block, t: float) -> Block:
         """See `Ops.swap`."""
@@ -155,13 +156,13 @@ class TorchOps:
         large = deltas.abs() > float(np.float32(epsilon))
         many = large.sum(0)
         counts = torch.stack([(large & (many > 1)).sum(1), (large & (many == 1)).sum(1)], 1)
-        return self._hosts(counts, (torch.where(large, deltas, torch.zeros_like(deltas)).double() ** 2).sum(1))
+        return self._hosts(counts, (torch.where(large, deltas, 0.0).double() ** 2).sum(1))
 
     def share(self, block: Block, epsilon: float, scales: Sequence[float]) -> Block:
         """See `Ops.share`."""
         deltas = self._deltas(block)
         large = deltas.abs() > float(np.float32(epsilon))
-        kept, many = torch.where(large, deltas, torch.zeros_like(deltas)), large.sum(0).float()
+        kept, many = torch.where(large, deltas, 0.0), large.sum(0).float()
         total = torch.zeros_like(many)
         for row, scale in zip(kept, scales, strict=True):
             total = total + torch.where(many > 1, row / many, row * float(np.float32(scale)))
@@ -174,7 +175,7 @@ class TorchOps:
         total = torch.zeros_like(rows[0])
         divisor, elected, energy = total, [], []
         for row, agrees, weight in zip(rows, agree, weights, strict=True):
-            held = torch.where(agrees, row, torch.zeros_like(row))
+            held = torch.where(agrees, row, 0.0)
             total = total + held * float(np.float32(weight))
             divisor = divisor + agrees.float() * float(np.float32(weight))
             elected.append(agrees.sum())
@@ -191,7 +192,7 @@ class TorchOps:
             ranks = magnitudes.argsort(dim=1, stable=True).argsort(dim=1).view(-1)
             bound = self._staging.to_device(drop.keep.astype(np.int64))[ranks]
             stays = _shift(self._hash(drop.key, block.index, len(row)), 32) < bound
-            kept[i] = torch.where(stays, row, torch.zeros_like(row))
+            kept[i] = torch.where(stays, row, 0.0)
         return _derived(block, kept)
 
     def gram_rows(self, block: Block, row: int) -> Sums:
@@ -242,13 +243,23 @@ class TorchOps:
         return self._host(values.contiguous().view(torch.int32)).view(np.uint32) & np.uint32(MAGNITUDE)
 
     def _surviving(self, delta: Tensor, survival: KeepThreshold, index: int) -> Tensor:
-        bits, at = _bits(delta) & MAGNITUDE, self._places(index, len(delta))
-        stays = (bits > survival.low) | ((bits == survival.low) & (at < survival.low_cut))
-        stays &= ~((bits > survival.high) | ((bits == survival.high) & (at < survival.high_cut)))
-        stays &= self._kept(survival, index, len(delta))
-        kept = torch.where(stays, delta, torch.zeros_like(delta))
+        bits = _bits(delta) & MAGNITUDE
+        stays = self._above(bits, survival.low, survival.low_cut, index)
+        if survival.high < NO_BITS:
+            stays &= ~self._above(bits, survival.high, survival.high_cut, index)
+        if survival.keep < 2**32:
+            stays &= self._kept(survival, index, len(delta))
+        kept = torch.where(stays, delta, 0.0)
         soft = float(np.float32(survival.shrink))
         return torch.where(kept > 0, kept - soft, torch.where(kept < 0, kept + soft, kept)) if soft else kept
+
+    def _above(self, bits: Tensor, threshold: int, cut: int, index: int) -> Tensor:
+        """Which bits are above a threshold, or equal to it at a flat index below `cut`; each launch takes time."""
+        if cut <= index:
+            return bits > threshold
+        if cut >= index + len(bits):
+            return bits >= threshold
+        return (bits > threshold) | ((bits == threshold) & (self._places(index, len(bits)) < cut))
 
     def _places(self, index: int, size: int) -> Tensor:
         """The flat index of each of `size` entries from `index` on."""
@@ -319,15 +330,14 @@ def _tally(
     """
     if not len(deltas):
         return _nothing(deltas)
-    counts, sums = [], []
+    bits, counts, sums = deltas.view(torch.int32) & MAGNITUDE, [], []
+    below = torch.stack([(bits < e).sum(1) for e in (1, *_THRESHOLDS)], 1)
     for delta, some, elected, values in zip(deltas, kept, agree, held, strict=True):
-        bits, wide = _bits(delta) & MAGNITUDE, delta.double()
-        below = [(bits < e).sum() for e in (1, *_THRESHOLDS)]
-        largest = bits.max() if len(bits) else below[0]
-        counts.append(torch.stack([*below, (some != 0).sum(), elected.sum(), largest]))
-        squares = [(x.double() ** 2).sum() for x in (some, values)]
+        counts.append(torch.stack([(some != 0).sum(), elected.sum()]))
+        wide, squares = delta.double(), [(x.double() ** 2).sum() for x in (some, values)]
         sums.append(torch.stack([wide.abs().sum(), (wide * wide).sum(), *squares]))
-    return torch.stack(counts), torch.stack(sums)
+    largest = bits.amax(1, keepdim=True).long() if bits.shape[1] else below[:, :1]
+    return torch.cat([below, torch.stack(counts), largest], 1), torch.stack(sums)
 
 
 def _unchanged(rows: Tensor) -> tuple[Tensor, Tensor]:
