@@ -6,6 +6,9 @@ import json
 import re
 from pathlib import Path
 
+from paft_merge.errors import CheckpointError
+from paft_merge.inputs.safetensors_header import read_text
+
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 MLX_FILE = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -37,14 +40,14 @@ def hint(folder: Path, base: str = "") -> str:
     return f"write {f'{base}+' if base else ''}{found[-1]}{others}"
 
 
-def base_of(folder: Path) -> str:
-    """The base that an adapter in `folder`, or in the last folder below it, names; `BASE` if none does."""
+def base_of(folder: Path, otherwise: str = "BASE") -> str:
+    """The base that an adapter in `folder`, or in the last folder below it, names; `otherwise` if none does."""
     for place in (folder, *reversed(adapters_below(folder))):
         try:
-            raw = json.loads((place / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            raw = json.loads(read_text(place / CONFIG, "ADAPTER_CONFIG"))
+        except (CheckpointError, ValueError, RecursionError):
             continue
         name = raw.get("base_model_name_or_path") or raw.get("model") if isinstance(raw, dict) else None
         if isinstance(name, str) and name:
             return name
-    return "BASE"
+    return otherwise
