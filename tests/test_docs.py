@@ -21,6 +21,24 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
 
 
+def test_the_readme_says_how_to_install_and_what_comes_after_the_quickstart() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    install = README.partition("## Install")[2].partition("\n## ")[0]
+    assert README.index("## Install") < README.index("\npaft ")
+    assert "pip install ." in install
+    assert f"pip install {project['name']}" in install
+    extras = {extra for names in re.findall(r"\.\[([\w,]+)\]", install) for extra in names.split(",")}
+    assert extras
+    assert extras <= project["optional-dependencies"].keys()
+    for tool in re.findall(r"`(tools/\w+)`", install):
+        assert (ROOT / tool).stat().st_mode & 0o111
+        assert "next: . $bin/activate && paft --help" in (ROOT / tool).read_text()
+    assert "`. .venv/bin/activate` and `paft --help`" in install
+    assert re.search(r"Python (3\.\d+)", install)[1] == re.search(r"3\.\d+", project["requires-python"])[0]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("page", docs_tables.TABLES)
 def test_generated_tables_are_up_to_date(page: str) -> None:
     assert docs_tables.with_table(page) == (ROOT / "docs" / page).read_text(), "run python tools/docs_tables.py"

@@ -27,9 +27,10 @@ def init(out: Path | None, base: str | None, data: tuple[str, ...], adapters: tu
 
     Checks that local files exist and have the columns of their objective. Local paths are written relative to OUT.
     """
+    from paft_merge.inputs.adapter_places import base_of
     from paft_merge.pipeline import starter_recipe as recipes
 
-    base = base or next(filter(None, map(recipes.base_of, adapters)), None)
+    base = base or next(filter(None, (base_of(Path(adapter), "") for adapter in adapters)), None)
     if base is None:
         raise click.UsageError("Missing option '--base'.")
     if len(adapters) == 1:

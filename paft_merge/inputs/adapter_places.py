@@ -40,8 +40,8 @@ def hint(folder: Path, base: str = "") -> str:
     return f"write {f'{base}+' if base else ''}{found[-1]}{others}"
 
 
-def base_of(folder: Path) -> str:
-    """The base that an adapter in `folder`, or in the last folder below it, names; `BASE` if none does."""
+def base_of(folder: Path, otherwise: str = "BASE") -> str:
+    """The base that an adapter in `folder`, or in the last folder below it, names; `otherwise` if none does."""
     for place in (folder, *reversed(adapters_below(folder))):
         try:
             raw = json.loads(read_text(place / CONFIG, "ADAPTER_CONFIG"))
@@ -50,4 +50,4 @@ def base_of(folder: Path) -> str:
         name = raw.get("base_model_name_or_path") or raw.get("model") if isinstance(raw, dict) else None
         if isinstance(name, str) and name:
             return name
-    return "BASE"
+    return otherwise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -100,7 +99,7 @@ def needs_template(base: str, sft: str | None, dpo: str | None) -> bool:
     if not chats or not folder.is_dir() or list(folder.glob("chat_template.*")):
         return False
     config = folder / "tokenizer_config.json"
-    return not config.is_file() or '"chat_template"' not in config.read_text(encoding="utf-8")
+    return not config.is_file() or '"chat_template"' not in read_text(config, "CONFIG_INVALID")
 
 
 def beside(path: str, out: Path | None) -> str:
@@ -292,15 +291,6 @@ def sizes_of(adapters: Sequence[str]) -> list[float] | None:
         return None
     found = [math.sqrt(square / count) if count else 0.0 for square, count in zip(squares, entries, strict=True)]
     return found if all(math.isfinite(size) and size > 0 for size in found) else None
-
-
-def base_of(adapter: str) -> str | None:
-    """The base that a local adapter names in its config."""
-    try:
-        config = json.loads(read_text(Path(adapter) / "adapter_config.json", "ADAPTER_CONFIG"))
-        return str(config["base_model_name_or_path"] or "") or None
-    except (PaftMergeError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _names(adapters: Sequence[str]) -> list[str]:

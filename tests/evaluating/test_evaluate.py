@@ -493,6 +493,10 @@ def test_the_command_prints_a_table_or_json(place: Path, tmp_path: Path) -> None
     scores = json.loads(written.stdout)
     assert scores == json.loads((tmp_path / "scores.json").read_text())
     assert len(scores["preference"]["rows"]) == 6
+    by_line = CliRunner().invoke(cli, [*args[:4], "--unit", "line", "--json"])
+    metric = {"kind": "perplexity", "data": str(place / "text.txt"), "unit": "line"}
+    same = evaluate(place / "base", {"metrics": {"perplexity": metric}})["perplexity"]
+    assert json.loads(by_line.stdout)["perplexity"]["value"] == same.value != scores["perplexity"]["value"]
     nothing = CliRunner().invoke(cli, ["evaluate", str(place / "base")])
     assert nothing.exit_code == 2
     assert "Nothing to evaluate" in nothing.stderr

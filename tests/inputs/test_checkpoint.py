@@ -365,6 +365,22 @@ def test_a_folder_without_a_checkpoint_says_what_it_has(tmp_path, files, text):
     assert text in message
 
 
+def test_an_adapter_of_a_trainer_is_named_after_its_base_though_a_pickle_is_beside_it(tmp_path):
+    for folder in (tmp_path, tmp_path / "checkpoint-250", tmp_path / "checkpoint-500"):
+        folder.mkdir(exist_ok=True)
+        save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+        (folder / "training_args.bin").write_bytes(b"PK")
+    what = "holds an adapter and no checkpoint"
+    assert only_fault_of(tmp_path) == ("CHECKPOINT_MISSING", f"{tmp_path}: {what}; write me/base+{tmp_path}")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).unlink()
+    last = tmp_path / "checkpoint-500"
+    fix = f"write me/base+{last} (or an earlier one: checkpoint-250)"
+    what = "holds no checkpoint, only adapters in folders below it"
+    assert only_fault_of(tmp_path) == ("CHECKPOINT_MISSING", f"{tmp_path}: {what}; {fix}")
+
+
 def test_a_folder_that_is_none_is_named(tmp_path):
     assert only_fault_of(tmp_path / "none") == (
         "CHECKPOINT_MISSING",

@@ -86,14 +86,14 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
 def test_an_interrupted_folder_is_not_overwritten_and_another_run_is_not_continued(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "x", callbacks=[killer(4)])
-    with pytest.raises(TrainError, match="an interrupted run left this folder"):
+    with pytest.raises(TrainError, match="an interrupted run left this folder; continue it with resume=True"):
         run(tmp_path / "x")
     with pytest.raises(TrainError, match=r"other settings: l1: null there, .*strength.* in the recipe; resume with"):
         run(tmp_path / "x", resume=True, l1={"strength": 1.0})
     shutil.rmtree(tmp_path / "x.part")
     out = run(tmp_path / "x")
     before = (out / "paft_train.json").stat().st_mtime_ns
-    with pytest.raises(TrainError, match="the folder exists"):
+    with pytest.raises(TrainError, match="the folder exists; skip finished adapters with resume=True"):
         run(out)
     assert run(out, resume=True) == out
     assert (out / "paft_train.json").stat().st_mtime_ns == before

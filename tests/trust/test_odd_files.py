@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import yaml
 from click.testing import CliRunner
 from conftest import near, save_adapter
 from toys import vocabulary as words
+from toys.merge import on
 from toys.merge import recipe as merge_recipe
 from toys.mergekit import CONFIG, llama_state
 
@@ -184,9 +186,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words.save_checkpoint(top / name, state, config={**CONFIG, "vocab_size": 300})
         words.save_tokenizer(top / name, "base", template="{% for m in messages %}{{ m.content }}{% endfor %}")
     save_adapter(top / "sft", base, 3)
-    asked = merge_recipe("linear", None, (top / "base", {"weight": 0.5}), (top / "x", {"weight": 0.5}))
+    asked = merge_recipe("linear", None, ("base", {"weight": 0.5}), ("x", {"weight": 0.5}))
     (top / "recipe.yaml").write_text(yaml.safe_dump(asked))
-    merge(asked, top / "merged", warn=lambda _: None)
+    union = merge_recipe("linear", "base", ("x", {"weight": 0.5}), (on("base", "sft"), {"weight": 0.5}))
+    (top / "union.yaml").write_text(yaml.safe_dump({**union, "tokenizer_source": "union", "chat_template": "auto"}))
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(top)
+        merge(asked, top / "merged", warn=lambda _: None)
     adapter = {"objective": "sft", "data": "rows.json", "lora": {"r": 2}}
     (top / "run.yaml").write_text(yaml.safe_dump({"base_model": "base", "adapters": {"sft": adapter}}))
     (top / "text.txt").write_text("the quick brown fox\n")
@@ -250,3 +256,56 @@ def test_an_odd_file_is_one_line(
     place = KINDS[kind](tmp_path / f"odd{suffix}")
     monkeypatch.chdir(world)
     assert not outcome(command, place, kind, (0, 1, 2) if use in OUTPUTS or (use, kind) in FINE else (1, 2))
+
+
+PARTS = {
+    "base": (
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+        "model.safetensors", "model.safetensors.index.json", "modules.json", "README.md", "NOTICE.txt",
+    ),
+    "sft": ("adapter_config.json", "adapter_model.safetensors", "paft_train.json", "tokenizer_config.json", "chat_template.jinja", "README.md"),
+    "merged": ("merge_manifest.json", "README.md", "evaluation.json", "results_1.json", "config.json", "model.safetensors"),
+    "started": ("run.json", "lock"),
+}  # fmt: skip
+"""Files of a base, an adapter, a finished merge and the folder of a run."""
+
+READERS = {
+    "base": (
+        "merge union.yaml out", "evaluate base --perplexity text.txt", "push base me/model", "init --base base --data rows.json",
+        "audit x --base base", "train run.yaml --dry-run",
+    ),
+    "sft": ("merge union.yaml out", "evaluate base+sft --perplexity text.txt", "push sft me/model", "init --adapter sft --adapter sft", "audit sft"),
+    "merged": ("card merged", "push merged me/model", "audit merged", "reproduce merged", "merge recipe.yaml merged --resume"),
+    "started": ("run run.yaml started --dry-run",),
+}  # fmt: skip
+"""Commands that read such a folder."""
+
+CONTENT_KINDS = ("FIFO", "device", "circle", "folder", "large", "deep JSON", "NUL", "Latin-1", "empty")
+
+
+@pytest.mark.parametrize("kind", CONTENT_KINDS)
+@pytest.mark.parametrize(("folder", "command"), [(f, c) for f, commands in READERS.items() for c in commands])
+def test_an_odd_file_in_a_folder_is_one_line_or_left_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, command: str, kind: str
+) -> None:
+    if kind == "large" and command.startswith("push"):
+        pytest.skip("a push reads all of a large file")
+    monkeypatch.chdir(tmp_path)
+    for one in world.iterdir():
+        copy = shutil.copytree if one.is_dir() else shutil.copy
+        copy(one, tmp_path / one.name)
+    (tmp_path / "started").mkdir()
+    wrong = {}
+    for name in PARTS[folder]:
+        place, kept = tmp_path / folder / name, tmp_path / "kept"
+        if there := place.exists():
+            place.rename(kept)
+        KINDS[kind](place)
+        if found := outcome(command, place, kind, (0, 1, 2) if command.startswith("init") else (0, 1)):
+            wrong[name] = found
+        shutil.rmtree(place) if kind == "folder" else place.unlink(missing_ok=True)
+        if there:
+            kept.rename(place)
+        for made in ("out", "out.part"):
+            shutil.rmtree(tmp_path / made, ignore_errors=True)
+    assert wrong == {}

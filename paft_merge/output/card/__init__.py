@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from paft_merge.errors import OutputError, Problem
+from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.output.card.markdown import page
 from paft_merge.output.card.metadata import about, licence, scores_in
 from paft_merge.output.card.plot import PICTURE, draw
@@ -56,9 +57,10 @@ def write_card(folder: Path, *, overwrite: bool = False) -> list[Problem]:
     Raises:
         OutputError: CARD_EDITED, the card was edited.
         AuditError: MANIFEST, the manifest is missing or cannot be read.
+        CheckpointError: CARD, the card that is there is too large, or is not UTF-8 text.
     """
     manifest, card = read_manifest(folder / MANIFEST), folder / CARD
-    if card.is_file() and not overwrite and is_edited(card.read_text(encoding="utf-8")):
+    if card.is_file() and not overwrite and is_edited(read_text(card, "CARD")):
         what = "was edited since it was written"
         raise OutputError.of("CARD_EDITED", card, what, "pass overwrite=True to replace it")
     made = card.with_name(f"{CARD}.tmp")

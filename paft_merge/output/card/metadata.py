@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from paft_merge.errors import CheckpointError, Problem, reading
-from paft_merge.inputs.safetensors_header import open_regular
+from paft_merge.inputs.safetensors_header import open_regular, read_text
 
 _KEPT = ("license", "license_name", "license_link", "datasets", "language")
 _RESULTS = ("evaluation.json", "results*.json")
@@ -118,8 +118,8 @@ def scores_in(folder: Path) -> list[Score]:
 
 def _scores_of(path: Path) -> Iterator[Score]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = json.loads(read_text(path, "CARD"))
+    except (CheckpointError, ValueError, RecursionError):
         return
     results = data.get("results", data) if isinstance(data, dict) else {}
     shots = data.get("n-shot", {}) if isinstance(data, dict) else {}

@@ -23,7 +23,7 @@ import xxhash
 
 from paft_merge.errors import CheckpointError, PaftMergeError, Problem, Problems, RecipeError
 from paft_merge.inputs.remapped_embeddings import Gathered
-from paft_merge.inputs.safetensors_header import join_first, quote
+from paft_merge.inputs.safetensors_header import join_first, quote, read_text
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.plan.layer_stacks import with_nested
 from paft_merge.plan.vocabulary.alignment import Alignment, Word
@@ -472,8 +472,8 @@ def _multiple(rows: int, old: int) -> int:
 def _config(path: Path) -> Any:
     """A JSON file; empty if it is missing or broken (an error that opening the checkpoint reports)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(read_text(path, "CONFIG_INVALID"))
+    except (CheckpointError, ValueError):
         return {}
 
 
