@@ -24,7 +24,7 @@ from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.equivalent_names import Names
 from paft_merge.inputs.source_labels import labels_of
-from paft_merge.inputs.tensor_inputs import Inputs, Read
+from paft_merge.inputs.tensor_inputs import Inputs, Read, inputs_for
 from paft_merge.methods.rules.rule import Rule
 from paft_merge.plan import COPY, MergePlan, Model
 from paft_merge.plan.planned import PlannedTensor, StreamedTensor
@@ -50,6 +50,12 @@ class AuditedTensor(StreamedTensor):
         """The deltas of `sources` from `base`; the shape is the largest of theirs."""
         inputs = Inputs(base, tuple(sources), "deltas", subtract=False)
         return cls(name, max((r.shape for r in inputs.reads), key=math.prod), inputs, rule)
+
+    @property
+    def stored(self) -> AuditedTensor:
+        """The same tensor in blocks of stored bits, where all sources are plain tensors of one type; else in blocks of deltas."""
+        assert self.inputs.base is not None
+        return replace(self, inputs=inputs_for(self.inputs.base, self.inputs.sources, "deltas"))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from paft_merge.auditing.opening import AuditedTensor
 from paft_merge.auditing.preview import Survived, with_survivals
 from paft_merge.auditing.walk import HeldDeltas
 from paft_merge.compute import kernels
+from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, Outcome, Tally, Undecided
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.histogram import bits_of, value_of
@@ -109,7 +110,7 @@ def _in_one_walk(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rul
 
     Returns None if that is impossible, or a guess missed a threshold.
     """
-    active, first, each = subject.inputs.active, _First(subject, wanted), walker.fresh
+    active, first, each = subject.inputs.active, _First(subject, wanted), BlockWalk([subject.stored], walker.pool)
     if not first.combinations and rule is None:
         return _Seen(first.measures(each(first.work)), {}, {}, 0.0)
     factors = cache(lambda: [subject.inputs.factors(i) for i in active])
@@ -124,8 +125,13 @@ def _in_one_walk(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rul
     passes = [largest] if previewed in (None, largest) else [largest, previewed]
 
     def work(block: Block) -> tuple[_Part, list[_Aside]]:
-        deltas, out = block.deltas(walker.zeros), SCRATCH.array("audit_out", block.size, np.uint32)
-        part = first.work(block, _above(largest.bounds(block.index, block.index + block.size)))
+        above, made = _above(largest.bounds(block.index, block.index + block.size)), None
+        if block.subtract:
+            made = SCRATCH.array("audit_deltas", (block.count, block.size), np.float32)
+            deltas = Block(block.index, walker.zeros[: block.size], made.view(np.uint32), subtract=False)
+        else:
+            deltas = block.deltas(walker.zeros)
+        part, out = first.work(block, above, made), SCRATCH.array("audit_out", block.size, np.uint32)
         return part, [_Aside(*one.merge(deltas, out, _NO_MEMORY), _square(out)) for one in passes]
 
     blocks, starts = each(work), [start for start, _ in subject.bounds]
@@ -222,15 +228,22 @@ class _First:
         self._lows = np.zeros((self.n, kernels.BINS), np.int64)
         self._lock = Lock()
 
-    def work(self, block: Block, above: Any = _NOTHING_ABOVE) -> _Part:
-        """Measure one block; `above` `[n]`: count pairs of larger magnitudes as supports."""
+    def work(self, block: Block, above: Any = _NOTHING_ABOVE, made: Any = None) -> _Part:
+        """Measure one block.
+
+        Args:
+            block: deltas, or values to subtract the base from.
+            above: `[n]` uint32; pairs of larger magnitudes are counted as supports.
+            made: `[n, E]` float32, receives the deltas of a block of values.
+        """
         part = _Part.empty(self.n, len(self.edges), len(self.combinations), weights=self.wanted.weights)
         edge = np.uint32(max(bits_of(self.wanted.epsilon), 1))
         packed = SCRATCH.array("packed bins", (self.n, kernels.BINS), np.int64)
-        for base, deltas, source_desc in _within_a_histogram(block):
+        made = np.empty((self.n, block.size if block.subtract else 0), np.float32) if made is None else made
+        for base, sources, source_desc, part_made in _within_a_histogram(block, made):
             packed[:] = 0
             block.filled(kernels.survey(
-                base, deltas, source_desc, self.edges, part.below, packed, part.largest, part.sums, part.erased,
+                base, sources, block.subtract, source_desc, part_made, self.edges, part.below, packed, part.largest, part.sums, part.erased,
                 part.weight_square, edge, part.pair_counts, part.pair_sums, above, part.support,
                 np.empty(2, np.uint32), np.empty(2, np.int64), kernels.lines(2),
             ))  # fmt: skip
@@ -292,15 +305,17 @@ class _First:
         return found
 
 
-def _within_a_histogram(block: Block) -> Iterator[tuple[Any, Any, Any]]:
-    """Base, deltas and what fills them: of the block or, where it is too large for one packed histogram, of its parts."""
+def _within_a_histogram(block: Block, made: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Base, sources, what fills them, and memory for deltas: of a block, or of the parts that one packed histogram can count."""
     if block.size <= kernels.MOST:
-        base, deltas, _, source_desc = block.unfilled()
-        yield base, deltas, source_desc
+        base, sources, _, source_desc = block.unfilled()
+        yield base, sources, source_desc, made
         return
     for start in range(0, block.size, kernels.MOST):
         part = slice(start, start + kernels.MOST)
-        yield block.base[part], np.ascontiguousarray(block.sources[:, part]), FULL
+        held = np.ascontiguousarray(made[:, part])
+        yield block.base[part], np.ascontiguousarray(block.sources[:, part]), FULL, held
+        made[:, part] = held
 
 
 def _second(

@@ -47,10 +47,8 @@ class HeldDeltas:
         self.bounds, self.row, self.release = subject.bounds, subject.row, subject.release
         self.zeros = arena.zeros(max((stop - start for start, stop in subject.bounds), default=0))
         """As many as the largest block has entries."""
-        self.fresh = BlockWalk([subject], pool)
-        """A walk whose blocks have the base's values."""
         self.first = BlockWalk([subject], pool, self._store)
-        """The same, and their deltas are stored."""
+        """The first walk: its blocks have the base's values, and their deltas are stored."""
         self.walk = BlockWalk([self], pool)
         """A walk over the stored deltas."""
 

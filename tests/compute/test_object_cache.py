@@ -232,7 +232,11 @@ def surveyed(base: np.ndarray, sources: np.ndarray, low: int) -> list[np.ndarray
     one += [np.zeros(3, integers), np.zeros(3)]
     two = [np.zeros((3, 4), integers), np.zeros((3, 5))], np.zeros((3, 4), integers)
     memory = np.empty(2, np.uint32), np.empty(2, integers), kernels.lines(2)
-    assert kernels.survey(base, sources, FULL, edges, *one, np.uint32(low), *two[0], lows, two[1], *memory) == 0
+    nothing = np.empty((3, 0), np.float32)
+    assert (
+        kernels.survey(base, sources, False, FULL, nothing, edges, *one, np.uint32(low), *two[0], lows, two[1], *memory)
+        == 0
+    )
     return [*one, *two[0], two[1]]
 
 

@@ -97,7 +97,8 @@ erased = Compiled("statistics.erased", "u4.1 bits.1 f8.1 f4.2")
 compare = Compiled("statistics.compare", "u4.1 u4.1 uint32 i8.1 f8.1 f4.2")
 shared_support = Compiled("statistics.shared_support", "u4.1 u4.1 int u4.1 i8.1 i8.1")
 survey = Compiled(
-    "statistics.survey", "bits.1 u4.2 i8.1 u4.1 i8.2 i8.2 u4.1 f8.2 i8.1 f8.1 uint32 i8.2 f8.2 u4.1 i8.2 u4.1 i8.1 f4.2"
+    "statistics.survey",
+    "bits.1 bits.2 bool i8.1 f4.2 u4.1 i8.2 i8.2 u4.1 f8.2 i8.1 f8.1 uint32 i8.2 f8.2 u4.1 i8.2 u4.1 i8.1 f4.2",
 )
 add_squares = Compiled("statistics.add_squares", "u4.1 f8.1")
 

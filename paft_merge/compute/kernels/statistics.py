@@ -12,8 +12,16 @@ import numpy as np
 from numba import njit
 
 from paft_merge.compute.kernels import COUNT_SHIFT, STRIP
-from paft_merge.compute.kernels.block_source import SIZE
-from paft_merge.compute.kernels.primitives import MAGNITUDE, advance_block, jit, strip, widen
+from paft_merge.compute.kernels.primitives import (
+    MAGNITUDE,
+    advance_block,
+    jit,
+    load,
+    start_block,
+    strip,
+    strip_of,
+    widen,
+)
 
 _ROUND = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
@@ -202,15 +210,16 @@ def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts
 
 @jit
 def survey(
-    base: Any, deltas: Any, source_desc: Any, edges: Any, below: Any, packed: Any, largest: Any, sums: Any,
+    base: Any, sources: Any, subtract: bool, source_desc: Any, made: Any, edges: Any, below: Any, packed: Any, largest: Any, sums: Any,
     gone: Any, weight: Any, edge: np.uint32, pair_counts: Any, pair_sums: Any, low: Any, support: Any,
     least: Any, cut: Any, lines: Any,
 ) -> int:  # fmt: skip
     """Measure the deltas of a block, each alone and against every other one, piece by piece while the block is filled.
 
     Args:
-        base, source_desc: as in `thresholds.histogram`; the base is read for `gone` only.
-        deltas: `[n, E]` uint32, at most MOST entries each.
+        base, source_desc: as in `thresholds.histogram`; the base is read for `gone`, and with `subtract`.
+        sources: `[n, E]` bits, at most MOST entries each: deltas, float32 bits, or with `subtract` values.
+        made: `[n, E]` float32, receives the deltas with `subtract`; else `[n, 0]`.
         edges: as in `measure`.
         below, packed, sums: as in `measure`, one row a source.
         largest: `[n]` uint32, receives the largest magnitudes.
@@ -225,8 +234,8 @@ def survey(
     Returns:
         0; -1 where the block could not be filled.
     """
-    n, held = deltas.shape
-    size, ready, origin = (source_desc[SIZE], 0, 0) if source_desc.size else (held, held, 0)
+    n, size, ready, origin = start_block(sources, source_desc)
+    converted, minus = made.view(np.uint32), lines[0]
     cut[:] = 0
     start = 0
     while start < size:
@@ -236,15 +245,22 @@ def survey(
                 return -1
         stop = min(ready, start + _CACHED)
         begin, m = start - origin, stop - start
+        for at in range(start, stop if subtract else start, STRIP):
+            count = min(STRIP, stop - at)
+            widen(strip(base, at - origin, count), minus)
+            for i in range(n):
+                load(strip_of(sources, i, at - origin, count), minus, made[i, at : at + count])
+        deltas = converted if subtract else sources[1]
+        first = start if subtract else begin
         for i in range(n):
-            one = deltas[i, begin : begin + m]
+            one = deltas[i, first : first + m]
             largest[i] = max(largest[i], measure(one, edges, below[i], packed[i], sums[i]))
             if gone.size:
                 gone[i] += erased(one, strip(base, begin, m), weight[i : i + 1], lines)
         pair = 0
         for i in range(n if pair_counts.size else 0):
             for k in range(i + 1, n):
-                left, right = deltas[i, begin : begin + m], deltas[k, begin : begin + m]
+                left, right = deltas[i, first : first + m], deltas[k, first : first + m]
                 compare(left, right, edge, pair_counts[pair], pair_sums[pair], lines)
                 if low.size:
                     least[0], least[1] = low[i], low[k]
