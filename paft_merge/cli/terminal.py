@@ -18,6 +18,7 @@ import click
 
 from paft_merge.engine.options import MergeOptions, parse_size
 from paft_merge.errors import Problem, escape
+from paft_merge.stores import has_scheme
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +41,8 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 
 
 def recipe_place(text: str) -> Path | str:
-    """Return the path of a recipe, or its address on the Hub (`hf://...`)."""
-    return text if text.startswith("hf://") else Path(text)
+    """Return the path of a recipe, or its address on the Hub (`hf://...`) or in an object store."""
+    return text if has_scheme(text) else Path(text)
 
 
 def command_line() -> str:

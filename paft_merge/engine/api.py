@@ -19,7 +19,7 @@ from paft_merge.engine.options import MergeKeywords, MergeOptions
 from paft_merge.engine.sidefiles import code_notice, identity, licence_notice, side_files, totals, wide_notice
 from paft_merge.engine.sources import Sources
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
-from paft_merge.hub import HF, fetch_file
+from paft_merge.hub import HF, fetch_file, fetch_text
 from paft_merge.hub.run_checkpoints import expand
 from paft_merge.inputs.links import following_links
 from paft_merge.methods import METHODS
@@ -30,6 +30,7 @@ from paft_merge.output.placing import check_place, tidy_finished
 from paft_merge.plan import MergePlan, Model, plan_merge
 from paft_merge.recipe import ModelRef, Recipe
 from paft_merge.recipe.documents import Documents, load_recipes
+from paft_merge.stores import folder_of, is_url
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,9 +90,16 @@ def merge(
 
 def _documents(recipe: Source, options: MergeOptions) -> Documents:
     """Read and check the recipe, from the Hub if it is there."""
-    here = fetch_file(recipe) if isinstance(recipe, str) and recipe.startswith(HF) else recipe
+    named = str(recipe) if is_url(recipe) else None
+    here = (
+        fetch_text(named)
+        if named
+        else fetch_file(recipe)
+        if isinstance(recipe, str) and recipe.startswith(HF)
+        else recipe
+    )
     methods = import_methods(options.imports, METHODS)
-    return load_recipes(here, strict=options.strict, methods=methods, expand=expand)
+    return load_recipes(here, strict=options.strict, methods=methods, expand=expand, named=named)
 
 
 @contextmanager
@@ -140,7 +148,7 @@ def _planned(
             refs = tuple(dict.fromkeys(ref for part in parts for ref in part.references))
             template = _template(recipe, documents)
             unpickle, computed = options.lazy_unpickle, documents.named
-            beside = Path(recipe.located.file).parent if recipe.located.file else None
+            beside = folder_of(recipe.located.file) if recipe.located.file else None
             sources = Sources.find(
                 refs, unpickle=unpickle, computed=computed, template=template, spots=_spots(parts), beside=beside
             )
@@ -318,5 +326,6 @@ def _log(problems: Sequence[Problem]) -> None:
 
 def _inputs(plan: MergePlan) -> list[Path]:
     adapters = [part.folder for model in plan.models if model.adapter for part in model.adapter.parts]
-    recipe = [Path(plan.recipe.located.file)] if plan.recipe.located.file else []
+    file = plan.recipe.located.file
+    recipe = [Path(file)] if file and not is_url(file) else []
     return [*recipe, *(folder for model in plan.models for folder in model.checkpoint.folders), *adapters]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paft_merge.hub.pulling import HF, Kind, download, fetch_file, resolve
+from paft_merge.hub.pulling import HF, download, fetch_file, resolve
 from paft_merge.hub.run_checkpoints import checkpoints
+from paft_merge.hub.wanted_files import Kind
 from paft_merge.recipe import ModelRef
 
 
