@@ -50,6 +50,17 @@ def command_line() -> str:
     return str(click.get_current_context().meta[COMMAND])
 
 
+class Folder(click.Path):
+    """A folder on this machine as a path, or the URL of a folder in an object store as text."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(file_okay=file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a `Path`, or a URL."""
+        return value if has_scheme(value) else super().convert(value, param, ctx)
+
+
 def line(kind: str, problem: Problem) -> str:
     """Return a problem as one line, with options as flags: `overwrite=True` becomes `--overwrite`."""
     return f"{kind}[{problem.code}]: {as_flags(str(problem))}"

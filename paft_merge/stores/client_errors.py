@@ -32,13 +32,11 @@ def is_passing(error: BaseException) -> bool:
     """Whether a request is worth a second attempt: the server failed, or the connection broke."""
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | ImportError):
         return False
-    status = _status(error)
-    if status:
-        return status in _AGAIN
     names = " ".join(type(one).__name__ for one in _chain(error))
-    return not _NO_CREDENTIALS.search(names) and (
-        isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError) or bool(_BROKEN.search(names))
-    )
+    broken = isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError) or _BROKEN.search(names)
+    if broken and not _response(error):
+        return not _NO_CREDENTIALS.search(names)
+    return _status(error) in _AGAIN
 
 
 def problem_of(error: BaseException, where: str, extra: str) -> StoreError:
@@ -69,7 +67,7 @@ def problem_of(error: BaseException, where: str, extra: str) -> StoreError:
         return StoreError.of("STORE_DENIED", where, f"the store refuses access: {said}", fix)
     if status == 416:
         return StoreError.of("STORE_RANGE", where, "has become shorter", "run again when no other process writes to it")
-    if status in _AGAIN:
+    if status in _AGAIN and not _BROKEN.search(type(error).__name__):
         what = f"the store failed (status {status}): {said}"
         return StoreError.of("STORE_SERVER", where, what, "run again later; finished files are kept")
     if is_passing(error):

@@ -75,7 +75,10 @@ class Store:
     def _connect(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
-        fs, path = url_to_fs(self.url, use_listings_cache=False)
+        try:
+            fs, path = url_to_fs(self.url, use_listings_cache=False)
+        except ValueError as error:  # fsspec knows some schemes only when the package that reads them is installed
+            raise ImportError(str(error)) from error
         return fs, path.rstrip("/")
 
     def list(self) -> dict[str, Found]:
