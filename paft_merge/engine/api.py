@@ -32,7 +32,7 @@ from paft_merge.output.stored import tidy
 from paft_merge.plan import MergePlan, Model, plan_merge
 from paft_merge.recipe import ModelRef, Recipe
 from paft_merge.recipe.documents import Documents, load_recipes
-from paft_merge.stores import Store, folder_of, is_url
+from paft_merge.stores import Store, folder_of, is_url, place_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,7 +80,7 @@ def merge(
         PaftMergeError: all problems that can be found together.
         TypeError: a keyword that is not an option.
     """
-    asked, out = MergeOptions.of(options, overrides), str(out) if is_url(out) else Path(out)
+    asked, out = MergeOptions.of(options, overrides), place_of(out)
     with _with_place(out, asked, Problems()):
         documents = _documents(recipe, asked)
     if asked.output_name is not None or len(documents.finals) == 1:

@@ -18,7 +18,7 @@ from paft_merge.hub import pinned, resolve
 from paft_merge.hub.merged_folders import manifest_at, verify_at
 from paft_merge.output.manifest import MANIFEST, read_manifest
 from paft_merge.recipe import dump_yaml
-from paft_merge.stores import is_url
+from paft_merge.stores import is_url, place_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -172,7 +172,7 @@ def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
 def _place_for(out: Path | str | None) -> Iterator[Path | str]:
     """Yield `out`, or a temporary folder."""
     if out is not None:
-        yield str(out) if is_url(out) else Path(out)
+        yield place_of(out)
         return
     with tempfile.TemporaryDirectory(prefix="paft-reproduce-") as folder:
         yield Path(folder) / "merged"

@@ -11,7 +11,7 @@ fsspec is imported when a function needs it, and nowhere else in the package.
 from __future__ import annotations
 
 from paft_merge.stores.store import Found, Store, StoreFile
-from paft_merge.stores.urls import folder_of, has_scheme, inside, is_url, joined, shown, split_file
+from paft_merge.stores.urls import folder_of, has_scheme, inside, is_url, joined, place_of, shown, split_file
 from paft_merge.stores.windows import CONNECTIONS, RangedFile, Windows, pause
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "is_url",
     "joined",
     "pause",
+    "place_of",
     "shown",
     "split_file",
 ]

@@ -95,10 +95,9 @@ def _response(error: BaseException) -> dict[str, Any]:
 def _status(error: BaseException) -> int:
     """The HTTP status of an answer; 0 if there was none."""
     found = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
-    numbers = [
-        found,
-        *(getattr(one, name, None) for one in _chain(error) for name in ("status_code", "status", "code")),
-    ]
+    numbers = [found, *(getattr(one, name, None) for one in _chain(error) for name in ("status_code", "status"))]
+    # gcsfs has a `code`; aiohttp's is deprecated
+    numbers += [getattr(one, "code", None) for one in _chain(error) if type(one).__module__.startswith("gcsfs")]
     return next((int(n) for n in numbers if isinstance(n, int) or (isinstance(n, str) and n.isdigit())), 0)
 
 

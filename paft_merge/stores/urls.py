@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import posixpath
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -67,6 +67,12 @@ def checked(url: str) -> str:
     return f"{scheme}://{'/'.join(filter(None, (host, *parts)))}"
 
 
+def place_of(out: str | os.PathLike[str]) -> Path | str:
+    """A folder as a path, or a URL in one spelling; raises as `checked`."""
+    text = os.fspath(out)
+    return checked(text) if has_scheme(text) else Path(out)
+
+
 def joined(folder: str, path: str) -> str:
     """A path relative to the folder of a URL as a URL; an absolute one and a URL are returned as they are.
 
@@ -91,4 +97,4 @@ def folder_of(file: str) -> Path | str:
 
 def inside(one: str, other: str) -> bool:
     """Whether a checked URL is another one, or a folder in it."""
-    return posixpath.commonpath([one, other]) == other.rstrip("/")
+    return f"{one}/".startswith(f"{other}/")
