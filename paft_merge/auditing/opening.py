@@ -29,6 +29,7 @@ from paft_merge.methods.rules.rule import Rule
 from paft_merge.plan import COPY, MergePlan, Model
 from paft_merge.plan.planned import PlannedTensor, StreamedTensor
 from paft_merge.recipe import ModelRef, Recipe
+from paft_merge.stores import has_scheme
 
 Source = Path | str | Mapping[str, Any] | Recipe
 
@@ -377,7 +378,7 @@ def _unfit(below: Read, reads: Sequence[Read | None], changed: Sequence[Read]) -
 
 def _plan_of(source: Source, stack: ExitStack, fetch_base: bool, lazy_unpickle: bool) -> MergePlan:
     """The plan of a recipe; bases on the Hub are opened by their headers where all their deltas come from adapters."""
-    inline = not isinstance(source, str) or "\n" in source or source.startswith(HF)
+    inline = not isinstance(source, str) or "\n" in source or has_scheme(source)
     recipe = source if inline else Path(str(source))
     with ExitStack() as attempt:
         planned = attempt.enter_context(

@@ -18,7 +18,7 @@ from paft_merge.engine.merge_result import MergeResult
 from paft_merge.engine.options import MergeKeywords, MergeOptions
 from paft_merge.engine.sidefiles import code_notice, identity, licence_notice, side_files, totals, wide_notice
 from paft_merge.engine.sources import Sources
-from paft_merge.engine.stored_merge import check_output_at
+from paft_merge.engine.stored_merge import check_output_at, scratch_of
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.hub import HF, fetch_file, fetch_text
 from paft_merge.hub.run_checkpoints import expand
@@ -269,7 +269,7 @@ def _below(out: Path | str, name: str) -> Path | str:
 def _tidy(plan: MergePlan, out: Path | str, options: MergeOptions) -> None:
     """Remove what a merge that was killed after its last rename, or after the upload of its manifest, left."""
     if isinstance(out, str):
-        tidy(Store(out))
+        tidy(Store(out), scratch_of(options))
         return
     try:
         tidy_finished(out)

@@ -16,6 +16,7 @@ from paft_merge.engine.sidefiles import TIMES, identity
 from paft_merge.errors import MergeError, PaftMergeError, Problems
 from paft_merge.hub import pinned, resolve
 from paft_merge.hub.merged_folders import manifest_at, verify_at
+from paft_merge.hub.store_folders import named_by_url
 from paft_merge.output.manifest import MANIFEST, read_manifest
 from paft_merge.recipe import dump_yaml
 from paft_merge.stores import is_url, place_of
@@ -81,7 +82,8 @@ def reproduce(
     if is_url(place) or Path(place).expanduser().exists():
         path, revision = place, ""
     found = resolve(path, revision or None, kind="side")
-    manifest = read_manifest(found.folder / MANIFEST)
+    with named_by_url(found):
+        manifest = read_manifest(found.folder / MANIFEST)
     asked = _options(manifest, place, given)
     with pinned(_pins(manifest)), _place_for(out) as target:
         recipe = _recipe(manifest)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from paft_merge.errors import PaftMergeError, Problem, Problems
 from paft_merge.hub import Kind, Remote, ResolvedRepo, check_room, download, resolve
+from paft_merge.hub.store_folders import named_by_url
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import Checkpoint
@@ -129,7 +130,7 @@ class Sources:
             if key not in checkpoints:
                 checkpoints[key] = None
                 if repo:
-                    with _named(repo):
+                    with named_by_url(repo):
                         opened = Checkpoint.open(repo.folder, unpickle=self.unpickle, far=remote.files(repo))
                     checkpoints[key], opened.listing = opened, repo.listing
                 else:
@@ -170,7 +171,7 @@ class Sources:
         with ExitStack() as on_failure:
             parts = []
             for repo in repos:
-                with _named(repo):
+                with named_by_url(repo):
                     opened = Adapter.open(repo.folder, base, remote.files(repo), unpickle=self.unpickle)
                 opened.file.listing = repo.listing
                 parts.append(on_failure.enter_context(opened))
@@ -182,24 +183,3 @@ class Sources:
         """Return the places of a reference: its model, unless that is computed, and its adapters."""
         model: list[_Place] = [] if ref.path in self.computed else [(ref.path, ref.revision, "model")]
         return [*model, *((path, revision, "adapter") for path, revision in ref.adapters)]
-
-
-@contextmanager
-def _named(repo: ResolvedRepo) -> Iterator[None]:
-    """Name a folder in an object store by its URL in errors, in place of the temporary folder of its small files."""
-    try:
-        yield
-    except PaftMergeError as error:
-        if repo.store is None:
-            raise
-        here, url = str(repo.snapshot), repo.store.url
-        found = [
-            replace(
-                one,
-                where=one.where.replace(here, url),
-                what=one.what.replace(here, url),
-                fix=one.fix.replace(here, url),
-            )
-            for one in error.problems
-        ]
-        raise type(error)(found, error.warnings) from error

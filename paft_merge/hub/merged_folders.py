@@ -9,6 +9,8 @@ from typing import Any
 from paft_merge.errors import Problem
 from paft_merge.hub.pulling import resolve
 from paft_merge.hub.ranges import Remote
+from paft_merge.hub.store_folders import named_by_url
+from paft_merge.hub.wanted_files import ResolvedRepo
 from paft_merge.output.card import CARD, write_card
 from paft_merge.output.card.plot import PICTURE
 from paft_merge.output.manifest import MANIFEST, ManifestCheck, read_manifest, verify
@@ -17,7 +19,9 @@ from paft_merge.stores import Store, is_url
 
 def manifest_at(place: Path | str) -> dict[str, Any]:
     """The manifest of a finished merge; raises as `read_manifest` and `hub.resolve`."""
-    return read_manifest((resolve(str(place), kind="side").folder if is_url(place) else Path(place)) / MANIFEST)
+    found = resolve(str(place), kind="side") if is_url(place) else ResolvedRepo(Path(place), str(place))
+    with named_by_url(found):
+        return read_manifest(found.folder / MANIFEST)
 
 
 def verify_at(
@@ -33,7 +37,7 @@ def verify_at(
     if not is_url(place):
         return verify(place, progress, manifest)
     found = resolve(str(place), kind="model")
-    with Remote.open([found]) as remote:
+    with Remote.open([found]) as remote, named_by_url(found):
         return verify(found.folder, progress, manifest, far=remote.files(found), where=found.where)
 
 
@@ -45,8 +49,10 @@ def write_card_at(place: Path | str, *, overwrite: bool = False) -> list[Problem
     """
     if not is_url(place):
         return write_card(Path(place), overwrite=overwrite)
-    folder = resolve(str(place), kind="side").folder
-    notes, store = write_card(folder, overwrite=overwrite), Store(str(place))
+    found, store = resolve(str(place), kind="side"), Store(str(place))
+    folder = found.folder
+    with named_by_url(found):
+        notes = write_card(folder, overwrite=overwrite)
     for name in (PICTURE, CARD):
         if (folder / name).is_file():
             store.upload(name, folder / name)

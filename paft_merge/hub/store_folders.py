@@ -5,14 +5,16 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import xxhash
 
-from paft_merge.errors import CheckpointError, StoreError
+from paft_merge.errors import CheckpointError, PaftMergeError, StoreError
 from paft_merge.hub.wanted_files import Kind, Place, RepoFile, ResolvedRepo, look, refuse_names, small_files
 from paft_merge.inputs.weight_files import UNFINISHED
 from paft_merge.output.manifest import MANIFEST
@@ -86,6 +88,27 @@ def fetch_text(url: str) -> str:
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text at byte {error.start}"
     raise StoreError.of("STORE_FILE", shown(url), what, "give the URL of a recipe")
+
+
+@contextmanager
+def named_by_url(repo: ResolvedRepo) -> Iterator[None]:
+    """Name a folder in an object store by its URL in errors, in place of the temporary folder of its small files."""
+    try:
+        yield
+    except PaftMergeError as error:
+        if repo.store is None:
+            raise
+        here, url = str(repo.snapshot), repo.store.url
+        found = [
+            replace(
+                one,
+                where=one.where.replace(here, url),
+                what=one.what.replace(here, url),
+                fix=one.fix.replace(here, url),
+            )
+            for one in error.problems
+        ]
+        raise type(error)(found, error.warnings) from error
 
 
 def _fetch(store: Store, folder: Path, files: list[RepoFile] | tuple[RepoFile, ...]) -> None:

@@ -26,7 +26,7 @@ from paft_merge.errors import OutputError, Problem, Problems, StoreError
 from paft_merge.inputs.weight_files import INSIDE, UNFINISHED
 from paft_merge.output.folder import Finished, Output, check_identity, index_name
 from paft_merge.output.manifest import MANIFEST
-from paft_merge.output.placing import held, remove_entries, write_durably, writing
+from paft_merge.output.placing import LOCK, held, remove_entries, write_durably, writing
 from paft_merge.output.shards import START_OVER, Shard, index_of, index_text
 from paft_merge.stores import Found, Store, inside
 
@@ -101,6 +101,9 @@ def check_stored(
     if "/" not in store.url.partition("://")[2]:
         problems.add("OUTPUT", store.url, "is a whole bucket", "name a folder in it")
         return
+    if store.url.endswith(".part"):
+        problems.add("OUTPUT", store.url, "cannot be the name of a model", "choose a name that does not end in .part")
+        return
     Content.of(store).check(store.url, overwrite=overwrite, force=force, problems=problems)
     if not scratch.is_dir() or not os.access(scratch, os.W_OK | os.X_OK):
         problems.add("OUTPUT", scratch, "is not a folder that can be written to", "name another one as scratch")
@@ -162,10 +165,7 @@ class StoredOutput:
             OutputError: BUSY, another merge writes there; RESUME_STALE, names the changes; DISK, OUTPUT.
             StoreError: the store cannot be read or written.
         """
-        place = scratch.resolve() / f"paft-{xxhash.xxh3_64_hexdigest(store.url.encode())}"
-        with held(place.with_name(f"{place.name}.part"), place) as part, ThreadPoolExecutor(1) as uploads:
-            with writing(part):
-                remove_entries(part, keep=["lock"])
+        with _held(scratch, store) as part, ThreadPoolExecutor(1) as uploads:
             output = cls(store, part, shards, json.loads(json.dumps(identity)), uploads)
             try:
                 output._begin(Content.of(store), resume=resume, force=force)
@@ -176,7 +176,6 @@ class StoredOutput:
                 raise
             finally:
                 uploads.shutdown()
-                shutil.rmtree(part, ignore_errors=True)
 
     @property
     def missing(self) -> list[int]:
@@ -276,8 +275,8 @@ class StoredOutput:
         self._check_run()
         sent = self.store.upload(shard.file, folder / shard.file)
         first = {"size": sent.size, "etag": sent.etag, "version": "" if sent.etag else self._version(shard.file)}
-        lines = [first, *(one.to_json() for one in finished.values())]
-        self.store.write(f"{INSIDE}/{shard.file}.json", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        record = json.dumps(first).encode() + b"\n" + b"".join(one.line() for one in finished.values())
+        self.store.write(f"{INSIDE}/{shard.file}.json", record)
         self._sent[shard.file] = sent
         self.finished |= finished
         shutil.rmtree(folder)
@@ -315,10 +314,30 @@ class StoredOutput:
                 raise OutputError([Problem("OUTPUT", self.store.url, what, fix)])
 
 
-def tidy(store: Store) -> None:
-    """Remove from a finished merge the marks of an unfinished one."""
-    marks = [name for name in store.list() if name.startswith(f"{INSIDE}/")]
-    store.delete([*marks, UNFINISHED])
+def tidy(store: Store, scratch: Path | None = None) -> None:
+    """Remove from a finished merge the marks of an unfinished one; with `scratch` also what a killed process left there."""
+    marks = [name for name in store.list() if name.startswith(f"{INSIDE}/") or name == UNFINISHED]
+    store.delete(marks)
+    if scratch is not None and _part(scratch, store).is_dir():
+        with _held(scratch, store):
+            pass
+
+
+def _part(scratch: Path, store: Store) -> Path:
+    return scratch.resolve() / f"paft-{xxhash.xxh3_64_hexdigest(store.url.encode())}.part"
+
+
+@contextmanager
+def _held(scratch: Path, store: Store) -> Iterator[Path]:
+    """The empty folder in `scratch` for an output, locked, and removed at the end. It has a fixed name, so that killed merges leave one."""
+    part = _part(scratch, store)
+    with held(part, part.with_suffix("")):
+        with writing(part):
+            remove_entries(part, keep=[LOCK])
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _json_of(store: Store, name: str) -> dict[str, Any]:

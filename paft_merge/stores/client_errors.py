@@ -65,6 +65,8 @@ def problem_of(error: BaseException, where: str, extra: str) -> StoreError:
     if isinstance(error, PermissionError) or status in (401, 403):
         fix = "use credentials that may do this; a merge lists, reads, writes and deletes files below its folder"
         return StoreError.of("STORE_DENIED", where, f"the store refuses access: {said}", fix)
+    if code == "NotImplemented" or status == 501:
+        return StoreError.of("STORE_UNSUPPORTED", where, f"the store does not support this request: {said}")
     if status == 416:
         return StoreError.of("STORE_RANGE", where, "has become shorter", "run again when no other process writes to it")
     if status in _AGAIN and not _BROKEN.search(type(error).__name__):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -66,7 +67,7 @@ class Store:
         self.url = checked(url)
         scheme = self.url.partition(":")[0]
         self._extra = SCHEMES[scheme]
-        self._is_s3 = self._extra == "s3"
+        self._is_s3 = self._has_md5 = self._extra == "s3"
         self._fs, self._path = self._asked(self.url, self._connect)
         self._lock = threading.Lock()
         self._listed: Mapping[str, Found] = {}
@@ -132,8 +133,15 @@ class Store:
             content: all of it.
             exclusive: raise STORE_EXISTS if there is one, where the store can do so in one step.
         """
-        mode = {"mode": "create"} if exclusive else {}
-        self._asked(f"{self.url}/{name}", lambda: self._fs.pipe_file(self._at(name), content, **mode))
+        where, place = f"{self.url}/{name}", self._at(name)
+        if exclusive:
+            try:
+                self._asked(where, lambda: self._fs.pipe_file(place, content, mode="create"))
+                return
+            except StoreError as error:
+                if error.problems[0].code != "STORE_UNSUPPORTED":
+                    raise
+        self._asked(where, lambda: self._fs.pipe_file(place, content))
 
     def upload(self, name: str, file: Path) -> Found:
         """Upload a local file in parts, and check that the store has what was sent.
@@ -147,12 +155,23 @@ class Store:
         for attempt in range(_ATTEMPTS):
             self._asked(where, lambda: self._fs.put_file(str(file), self._at(name), **given))
             found = self.info(name)
-            fault = _fault(found, size, file, part if self._is_s3 else None)
+            fault = _fault(found, size)
+            if found is not None and not fault and self._has_md5 and _differs(found.etag, file, part):
+                # A tag of 32 digits is not the MD5 where a bucket encrypts with a key of its own (SSE-KMS).
+                fault = "" if self._holds(name, file) else "the store has other bytes than were sent"
+                self._has_md5 = bool(fault)
             if found is not None and not fault:
                 return found
             log.info("%s: %s", where, fault)
             time.sleep(pause(attempt))
         raise StoreError.of("STORE_CORRUPT", where, fault, "try again later, or through another network")
+
+    def _holds(self, name: str, file: Path) -> bool:
+        """Whether the store has the bytes of a local file, which are read back."""
+        with file.open("rb") as held:
+            pieces = iter(lambda: held.read(_PIECE_BYTES), b"")
+            starts = range(0, file.stat().st_size, _PIECE_BYTES)
+            return all(self.read(name, at, at + len(piece)) == piece for at, piece in zip(starts, pieces, strict=True))
 
     def info(self, name: str) -> Found | None:
         """A file as the store has it now; None if there is none."""
@@ -253,21 +272,17 @@ def _found(name: str, entry: Mapping[str, Any]) -> Found:
     return Found(name, int(entry.get("size") or 0), etag.removeprefix("W/").strip('"'), version)
 
 
-def _fault(found: Found | None, size: int, file: Path, part: int | None) -> str:
-    """How an uploaded file differs from the local one; empty if it does not, as far as the store's answer shows.
-
-    `part`: the size of the parts, for a store whose tag is the MD5 of the file, or of the MD5s of its parts.
-    """
+def _fault(found: Found | None, size: int) -> str:
+    """How an uploaded file differs from one of `size` bytes; empty if it does not."""
     if found is None:
         return "the store does not have the file that was uploaded"
-    if found.size != size:
-        return f"the store has {found.size:,} bytes, and {size:,} were sent"
-    digest, dash, _ = found.etag.partition("-")
-    if part is None or len(digest) != 32 or any(c not in "0123456789abcdef" for c in digest):
-        return ""
-    return (
-        "" if found.etag == _tag_of(file, part if dash else None) else "the store has other bytes than were sent (MD5)"
-    )
+    return "" if found.size == size else f"the store has {found.size:,} bytes, and {size:,} were sent"
+
+
+def _differs(tag: str, file: Path, part: int) -> bool:
+    """Whether the tag of an object in S3 has the form of an MD5, and is not that of the file, sent in parts of this size."""
+    digest, dash, _ = tag.partition("-")
+    return re.fullmatch(r"[0-9a-f]{32}", digest) is not None and tag != _tag_of(file, part if dash else None)
 
 
 def _tag_of(file: Path, part: int | None) -> str:

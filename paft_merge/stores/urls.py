@@ -70,6 +70,9 @@ def checked(url: str) -> str:
 def place_of(out: str | os.PathLike[str]) -> Path | str:
     """A folder as a path, or a URL in one spelling; raises as `checked`."""
     text = os.fspath(out)
+    scheme, colon, _ = text.partition(":")
+    if colon and scheme.lower() in SCHEMES and not has_scheme(text) and not Path(f"{scheme}:").exists():
+        raise StoreError.of("STORE_URL", text, "is neither a URL nor a folder", f"write {scheme}://BUCKET/FOLDER")
     return checked(text) if has_scheme(text) else Path(out)
 
 

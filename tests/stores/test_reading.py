@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys.merge import files_of, paft, recipe
+from toys.merge import files_of, on, paft, recipe
 from toys.object_store import S3, Fault, s3, server
 from toys.stores import Family, models, ties
 
@@ -168,11 +168,15 @@ def test_what_the_bucket_holds_is_named_by_its_url(models: S3, tmp_path: Path) -
 def test_other_commands_read_urls(models: S3, tmp_path: Path) -> None:
     text = json.dumps(ties("s3://bkt/m"))
     (tmp_path / "r.yaml").write_text(text)
+    with models.quiet() as client:
+        client.put_object(Bucket="bkt", Key="r.yaml", Body=text.encode())
     for command in (
         ["merge", "--dry-run", tmp_path / "r.yaml", "s3://bkt/out"],
         ["merge", "--dry-run", "--json", tmp_path / "r.yaml", "s3://bkt/out"],
         ["explain", tmp_path / "r.yaml"],
         ["audit", tmp_path / "r.yaml"],
+        ["audit", "s3://bkt/r.yaml"],
+        ["explain", "s3://bkt/r.yaml"],
         ["audit", "s3://bkt/m/base+s3://bkt/m/sft"],
         ["audit", "s3://bkt/m/x", "--base", "s3://bkt/m/base"],
         ["audit", "s3://bkt/m/sft"],
@@ -218,3 +222,17 @@ def test_the_checkpoints_of_a_run_in_a_bucket(models: S3, tmp_path: Path) -> Non
     made = {"merge_method": "linear", "models": [{"model": "s3://bkt/run/checkpoint-*", "parameters": {"weight": 1.0}}]}
     merged = paft_merge.merge(made, tmp_path / "out")
     assert len(merged.plan.models) == 2
+
+
+def test_commands_that_read_no_urls_say_so(models: S3, tmp_path: Path) -> None:
+    base, sft = "s3://bkt/m/base", "s3://bkt/m/sft"
+    run = {"base_model": base, "adapters": {"sft": {"path": sft}}, "merge": {"method": "ties"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    ran = paft("run", "--dry-run", tmp_path / "run.yaml", tmp_path / "out")
+    assert f"{base} is a URL; copy it into a folder first" in ran.output
+    assert f"{sft}: is a URL; copy it into a folder first" in ran.output
+    pulled = paft("pull", on(base, sft))
+    assert (pulled.exit_code, pulled.stdout) == (1, "")
+    assert "merge it without pulling it" in pulled.stderr
+    for command in ("card", "reproduce"):
+        assert f"error[MANIFEST]: {base}/merge_manifest.json: no such file" in paft(command, base).output
