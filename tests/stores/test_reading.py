@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +30,18 @@ def test_a_merge_of_models_in_a_bucket_is_that_of_local_ones(models: S3, tmp_pat
     assert all(etags)
 
 
-BROKEN = {
-    "a status of 500": Fault("GET", "model-0000", 500, times=3),
-    "a status of 503": Fault("GET", "x/model", 503, times=2),
-    "a cut connection": Fault("GET", "model-0000", "reset", times=2, after=3),
-    "a listing that fails": Fault("GET", "list-type", 500, times=2),
-    "a slow answer": Fault("GET", "adapter_model", "slow"),
-}
+BROKEN = [
+    Fault("GET", "base/model-0000", 500, times=3),
+    Fault("GET", "x/model", 503, times=2),
+    Fault("GET", "x/model-0000", "reset", times=2, after=1),
+    Fault("GET", "list-type", 500, times=2),
+    Fault("GET", "adapter_model", "slow"),
+]
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_passing_failures_are_tried_again(what: str, models: S3, tmp_path: Path) -> None:
+def test_passing_failures_are_tried_again(models: S3, tmp_path: Path) -> None:
     local = paft_merge.merge(ties(str(tmp_path)), tmp_path / "local")
-    models.faults.append(replace(BROKEN[what]))
+    models.faults += BROKEN
     far = paft_merge.merge(ties("s3://bkt/m"), tmp_path / "far")
     assert models.faults == []
     assert weights(far.path) == weights(local.path)
@@ -109,7 +106,7 @@ def test_no_credentials_are_one_line(models: S3, tmp_path: Path, monkeypatch: py
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.mark.parametrize("what", ["is replaced", "is cut", "is deleted", "gets a new time"])
+@pytest.mark.parametrize("what", ["is replaced", "is cut", "is deleted"])
 def test_a_file_that_changes_while_it_is_read_stops_the_merge(what: str, models: S3, tmp_path: Path) -> None:
     key = "m/x/model-00001-of-00003.safetensors"
     body = (tmp_path / "x" / "model-00001-of-00003.safetensors").read_bytes()
@@ -119,8 +116,7 @@ def test_a_file_that_changes_while_it_is_read_stops_the_merge(what: str, models:
             if what == "is deleted":
                 client.delete_object(Bucket="bkt", Key=key)
                 return
-            changed = {"is replaced": body[:-4] + b"abcd", "is cut": body[:1000]}.get(what, body)
-            time.sleep(1.0 if what == "gets a new time" else 0.0)
+            changed = body[:-4] + b"abcd" if what == "is replaced" else body[:1000]
             client.put_object(Bucket="bkt", Key=key, Body=changed)
 
     # Read its header, then change it before the first range of its tensors.

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +47,18 @@ def test_a_merge_into_a_bucket_is_that_into_a_folder(models: S3, tmp_path: Path)
     assert not list(tmp_path.glob("paft-*"))
 
 
-FAULTS = {
-    "500 for a file": Fault("PUT", "out/model-00002", 500, times=2),
-    "503 for the manifest": Fault("PUT", "out/merge_manifest", 503, times=3),
-    "a cut connection": Fault("PUT", "out/model-00003", "reset", times=2),
-    "500 for a deletion": Fault("DELETE", "out/", 500, times=2),
-    "500 for a question": Fault("HEAD", "out/", 500, times=2),
-}
+FAULTS = [
+    Fault("PUT", "out/model-00002", 500, times=2),
+    Fault("PUT", "out/merge_manifest", 503, times=3),
+    Fault("PUT", "out/model-00003", "reset", times=2),
+    Fault("DELETE", "out/", 500, times=2),
+    Fault("HEAD", "out/", 500, times=2),
+]
 
 
-@pytest.mark.parametrize("what", FAULTS)
-def test_passing_failures_of_an_output_are_tried_again(what: str, models: S3, tmp_path: Path) -> None:
+def test_passing_failures_of_an_output_are_tried_again(models: S3, tmp_path: Path) -> None:
     paft_merge.merge(ties(str(tmp_path)), tmp_path / "local", **SMALL)
-    models.faults.append(replace(FAULTS[what]))
+    models.faults += FAULTS
     paft_merge.merge(ties("s3://bkt/m"), OUT, **SMALL, scratch=tmp_path)
     assert models.faults == []
     assert same(models.files("bkt", "out"), tmp_path / "local")
@@ -118,7 +116,7 @@ def cut(models: S3, after: int, place: str = "s3://bkt/m", **options: Any) -> No
     models.faults.clear()
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 15, 16, 18, 19])
+@pytest.mark.parametrize("after", [0, 2, 16, 19])
 def test_nothing_looks_whole_until_the_manifest_and_resume_continues(after: int, models: S3, tmp_path: Path) -> None:
     paft_merge.merge(ties(str(tmp_path)), tmp_path / "local", **SMALL)
     cut(models, after)
@@ -190,7 +188,7 @@ def test_a_model_that_no_merge_left_is_replaced_with_force_alone(models: S3, tmp
     assert same(models.files("bkt", "out"), tmp_path / "local")
 
 
-@pytest.mark.parametrize("after", [1, 3, 6])
+@pytest.mark.parametrize("after", [1, 6])
 def test_an_interrupted_replacement_is_no_model_and_resumes(after: int, models: S3, tmp_path: Path) -> None:
     paft_merge.merge(ties("s3://bkt/m"), OUT)
     models.faults.append(Fault("DELETE", "/out/", 403, times=1000, after=after))
@@ -313,7 +311,7 @@ KILLED = """if True:
 """
 
 
-@pytest.mark.parametrize("puts", [3, 9, 21])
+@pytest.mark.parametrize("puts", [9, 21])
 def test_a_killed_merge_resumes_in_another_process(puts: int, models: S3, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(json.dumps(ties("s3://bkt/m")))
     command = ["merge", tmp_path / "r.yaml", OUT, "--out-shard-size", "5k", "--scratch", tmp_path]

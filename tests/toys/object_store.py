@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ class S3:
     seen: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
+    @cached_property
     def client(self) -> Any:
+        """A client of the server."""
         return boto3.client("s3", endpoint_url=self.url, **KEYS)
 
     def put(self, bucket: str, folder: Path, prefix: str = "") -> None:
@@ -138,11 +140,9 @@ class _Quiet:
 
     def __enter__(self) -> Any:
         self.held, self.s3.faults = self.s3.faults, []
-        self.made = self.s3.client
-        return self.made
+        return self.s3.client
 
     def __exit__(self, *_: object) -> None:
-        self.made.close()
         self.s3.faults = self.held
 
 
@@ -170,6 +170,7 @@ def server() -> Iterator[S3]:
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     yield s3
+    s3.client.close()
     made.shutdown()
     thread.join()
     made.server_close()
