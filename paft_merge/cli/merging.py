@@ -175,11 +175,11 @@ _NOTED = 30.0
 
 
 @contextmanager
-def log_of(out: Path | None, worker: int | None = None) -> Iterator[Note]:
-    """Write the log of a command beside what it writes (see `log_beside`); nothing if it writes nothing."""
+def log_of(out: Path | str | None, worker: int | None = None) -> Iterator[Note]:
+    """Write the log of a command beside what it writes (see `log_beside`); nothing if it writes nothing, or to a URL."""
     from paft_merge.output.log_file import log_beside, logged
 
-    if out is None:
+    if out is None or isinstance(out, str):
         yield lambda level, text: None
         return
     with logged(log_beside(out, worker), command_line()) as note:
