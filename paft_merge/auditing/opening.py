@@ -15,8 +15,9 @@ from typing import Any
 from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, natural
 from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
-from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
+from paft_merge.hub import HF, Remote, ResolvedRepo, download, resolve
 from paft_merge.hub.run_checkpoints import checkpoints
+from paft_merge.hub.store_folders import named_by_url
 from paft_merge.inputs.adapters import Adapter, AdapterDelta, open_weights
 from paft_merge.inputs.adapters.config import CONFIG
 from paft_merge.inputs.adapters.peft_types import read_settings
@@ -177,7 +178,7 @@ def _of_references(
         problems.add("TWICE", ref, "is given twice", "give each source once")
     for ref in refs:
         with problems.catching():
-            folders.append([fetch(*place, unpickle=unpickle) for place in ref.adapters or ((ref.path, ref.revision),)])
+            folders.append([_folder(*place, unpickle) for place in ref.adapters or ((ref.path, ref.revision),)])
     problems.raise_as(AuditError)
     adapters = [bool(r.lora) or (f[0] / CONFIG).is_file() for r, f in zip(refs, folders, strict=True)]
     named = base if base is not None else next((ref.base for ref in refs if ref.lora), None)
@@ -214,6 +215,12 @@ def _on_base(
     return _of_models(models, Model(str(named), checkpoint), str(named), skipped)
 
 
+def _folder(path: str, revision: str | None, unpickle: bool) -> Path:
+    """The folder of a source; of a whole model at a URL without its weights, which `_Bases` reads by ranges."""
+    found = resolve(path, revision, unpickle=unpickle)
+    return found.folder if found.store and not (found.folder / CONFIG).is_file() else download([found])[0]
+
+
 class _Bases:
     """The base checkpoints, each opened once; only their headers where they are on the Hub and headers are enough."""
 
@@ -231,6 +238,10 @@ class _Bases:
         return self._opened[key]
 
     def _whole(self, found: ResolvedRepo) -> Checkpoint:
+        if found.store is not None and not any(file.name.endswith(".bin") for file in found.missing):
+            far = self._stack.enter_context(Remote.open([found])).files(found)
+            with named_by_url(found):
+                return self._stack.enter_context(Checkpoint.open(found.folder, far=far))
         return self._stack.enter_context(Checkpoint.open(download([found])[0], unpickle=self.unpickle))
 
     def _headers(self, found: ResolvedRepo) -> Checkpoint:
@@ -353,7 +364,7 @@ def _difference(name: str, tied: str | None, models: Sequence[Model], base: Mode
 
 
 def _only_headers(base: str) -> Problem:
-    what = "is on the Hub only, and only its headers were read; metrics that need its weights are left out"
+    what = "is not on this machine, and only its headers were read; metrics that need its weights are left out"
     return Problem("HEADERS_ONLY", base, what, "pass fetch_base=True to measure the rest")
 
 

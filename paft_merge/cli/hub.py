@@ -11,8 +11,6 @@ import click
 from paft_merge.cli.merging import log_of, noted, progress_bar, warned_and_noted
 from paft_merge.cli.terminal import Folder, import_option, links_option, say, sigterm_as_interrupt, warn
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
-
 
 @click.command(short_help="Download the files that a merge reads from the Hub.")
 @click.argument("reference", metavar="REF")
@@ -31,7 +29,7 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
 
 
 @click.command(short_help="Push a model, an adapter or a report to the Hub.")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=Folder(file_okay=False))
 @click.argument("repo_id")
 @click.option(
     "--private/--public", default=None, help="Visibility of a new repository. Default: the account's setting."

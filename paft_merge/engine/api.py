@@ -32,7 +32,7 @@ from paft_merge.output.stored import tidy
 from paft_merge.plan import MergePlan, Model, plan_merge
 from paft_merge.recipe import ModelRef, Recipe
 from paft_merge.recipe.documents import Documents, load_recipes
-from paft_merge.stores import Store, folder_of, is_url, place_of
+from paft_merge.stores import Store, folder_of, has_scheme, is_url, place_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,7 +93,7 @@ def merge(
 
 def _documents(recipe: Source, options: MergeOptions) -> Documents:
     """Read and check the recipe, from the Hub if it is there."""
-    named = str(recipe) if is_url(recipe) else None
+    named = str(recipe) if has_scheme(recipe) and not str(recipe).startswith(HF) and "\n" not in str(recipe) else None
     here = (
         fetch_text(named)
         if named

@@ -13,6 +13,7 @@ from toys.stores import Family, models, ties
 
 import paft_merge
 from paft_merge.errors import PaftMergeError, Problem
+from paft_merge.stores import Store
 
 __all__ = ["models", "s3", "server"]
 
@@ -161,6 +162,15 @@ def test_what_the_bucket_holds_is_named_by_its_url(models: S3, tmp_path: Path) -
     assert (problem.code, problem.where) == ("PICKLE_REFUSED", "s3://bkt/pickles")
 
 
+_FETCH = Store.fetch
+
+
+def small_only(store: Store, name: str, target: Path, size: int) -> None:
+    """Download a file that does not hold weights."""
+    assert not name.endswith(".safetensors")
+    _FETCH(store, name, target, size)
+
+
 def test_other_commands_read_urls(models: S3, tmp_path: Path) -> None:
     text = json.dumps(ties("s3://bkt/m"))
     (tmp_path / "r.yaml").write_text(text)
@@ -180,7 +190,9 @@ def test_other_commands_read_urls(models: S3, tmp_path: Path) -> None:
         ran = paft(*command)
         assert ran.exit_code == 0, (command, ran.output)
     assert models.files("bkt", "out") == {}
-    far = json.dumps(paft_merge.audit("s3://bkt/m/x", base="s3://bkt/m/base").to_json())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("paft_merge.stores.store.Store.fetch", small_only)
+        far = json.dumps(paft_merge.audit("s3://bkt/m/x", base="s3://bkt/m/base").to_json())
     assert (
         json.loads(far.replace("s3://bkt/m", str(tmp_path)))
         == paft_merge.audit(tmp_path / "x", base=tmp_path / "base").to_json()
@@ -230,5 +242,7 @@ def test_commands_that_read_no_urls_say_so(models: S3, tmp_path: Path) -> None:
     pulled = paft("pull", on(base, sft))
     assert (pulled.exit_code, pulled.stdout) == (1, "")
     assert "merge it without pulling it" in pulled.stderr
+    assert f"{base}: is a URL; copy it into a folder first" in paft("push", base, "me/x").output
+    assert "is not an address in an object store" in paft("merge", "https://a/r.yaml", tmp_path / "out").output
     for command in ("card", "reproduce"):
         assert f"error[MANIFEST]: {base}/merge_manifest.json: no such file" in paft(command, base).output
