@@ -10,7 +10,8 @@
     |- AuditError         an audit has no answer, or a requirement failed
     |- EvaluateError      an evaluation cannot be done
     |- RunError           a pipeline run cannot start or continue
-    `- HubError           the Hub refused a request or cannot be reached
+    |- HubError           the Hub refused a request or cannot be reached
+    `- StoreError         an object store refused a request or cannot be reached
 
 An error carries one `Problem` or more: all problems that can be found together are reported together. Bugs raise
 `ValueError`, `TypeError` and the like, with a traceback.
@@ -106,6 +107,10 @@ class RunError(PaftMergeError):
 
 class HubError(PaftMergeError):
     """The Hub refused a request or cannot be reached."""
+
+
+class StoreError(PaftMergeError):
+    """An object store refused a request or cannot be reached."""
 
 
 class Problems:

@@ -17,7 +17,7 @@ PACKAGE = Path(paft_merge.__file__).parent
 
 ROWS: list[set[str]] = [
     {"errors"},
-    {"compute"},
+    {"compute", "stores"},
     {"inputs", "methods", "stats"},
     {"recipe"},
     {"output"},
@@ -35,6 +35,7 @@ ONLY_IN = {
     "trl": {"training"},
     "datasets": {"training"},
     "huggingface_hub": {"hub"},
+    "fsspec": {"stores"},
     "numba": {"compute"},
     "llvmlite": {"compute"},
     "lm_eval": {"evaluating"},

@@ -12,7 +12,8 @@ from paft_merge.auditing.preview import Proposal
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.results import Advice, Group, PairAudit, SourceAudit, TensorAudit
 from paft_merge.auditing.run import AuditProgress, audit
-from paft_merge.output.manifest import ManifestCheck, verify
+from paft_merge.hub.merged_folders import verify_at as verify
+from paft_merge.output.manifest import ManifestCheck
 
 __all__ = [
     "Advice",

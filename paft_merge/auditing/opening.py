@@ -15,8 +15,9 @@ from typing import Any
 from paft_merge.auditing.header_only_base import Known, ShapesOnly, known_of, natural
 from paft_merge.engine import api
 from paft_merge.errors import AuditError, Problem, Problems
-from paft_merge.hub import HF, Remote, ResolvedRepo, download, fetch, resolve
+from paft_merge.hub import HF, Remote, ResolvedRepo, download, resolve
 from paft_merge.hub.run_checkpoints import checkpoints
+from paft_merge.hub.store_folders import named_by_url
 from paft_merge.inputs.adapters import Adapter, AdapterDelta, open_weights
 from paft_merge.inputs.adapters.config import CONFIG
 from paft_merge.inputs.adapters.peft_types import read_settings
@@ -29,6 +30,7 @@ from paft_merge.methods.rules.rule import Rule
 from paft_merge.plan import COPY, MergePlan, Model
 from paft_merge.plan.planned import PlannedTensor, StreamedTensor
 from paft_merge.recipe import ModelRef, Recipe
+from paft_merge.stores import has_scheme
 
 Source = Path | str | Mapping[str, Any] | Recipe
 
@@ -182,7 +184,7 @@ def _of_references(
         problems.add("TWICE", ref, "is given twice", "give each source once")
     for ref in refs:
         with problems.catching():
-            folders.append([fetch(*place, unpickle=unpickle) for place in ref.adapters or ((ref.path, ref.revision),)])
+            folders.append([_folder(*place, unpickle) for place in ref.adapters or ((ref.path, ref.revision),)])
     problems.raise_as(AuditError)
     adapters = [bool(r.lora) or (f[0] / CONFIG).is_file() for r, f in zip(refs, folders, strict=True)]
     named = base if base is not None else next((ref.base for ref in refs if ref.lora), None)
@@ -219,6 +221,12 @@ def _on_base(
     return _of_models(models, Model(str(named), checkpoint), str(named), skipped)
 
 
+def _folder(path: str, revision: str | None, unpickle: bool) -> Path:
+    """The folder of a source; of a whole model at a URL without its weights, which `_Bases` reads by ranges."""
+    found = resolve(path, revision, unpickle=unpickle)
+    return found.folder if found.store and not (found.folder / CONFIG).is_file() else download([found])[0]
+
+
 class _Bases:
     """The base checkpoints, each opened once; only their headers where they are on the Hub and headers are enough."""
 
@@ -236,6 +244,10 @@ class _Bases:
         return self._opened[key]
 
     def _whole(self, found: ResolvedRepo) -> Checkpoint:
+        if found.store is not None and not any(file.name.endswith(".bin") for file in found.missing):
+            far = self._stack.enter_context(Remote.open([found])).files(found)
+            with named_by_url(found):
+                return self._stack.enter_context(Checkpoint.open(found.folder, far=far))
         return self._stack.enter_context(Checkpoint.open(download([found])[0], unpickle=self.unpickle))
 
     def _headers(self, found: ResolvedRepo) -> Checkpoint:
@@ -358,7 +370,7 @@ def _difference(name: str, tied: str | None, models: Sequence[Model], base: Mode
 
 
 def _only_headers(base: str) -> Problem:
-    what = "is on the Hub only, and only its headers were read; metrics that need its weights are left out"
+    what = "is not on this machine, and only its headers were read; metrics that need its weights are left out"
     return Problem("HEADERS_ONLY", base, what, "pass fetch_base=True to measure the rest")
 
 
@@ -383,7 +395,7 @@ def _unfit(below: Read, reads: Sequence[Read | None], changed: Sequence[Read]) -
 
 def _plan_of(source: Source, stack: ExitStack, fetch_base: bool, lazy_unpickle: bool) -> MergePlan:
     """The plan of a recipe; bases on the Hub are opened by their headers where all their deltas come from adapters."""
-    inline = not isinstance(source, str) or "\n" in source or source.startswith(HF)
+    inline = not isinstance(source, str) or "\n" in source or has_scheme(source)
     recipe = source if inline else Path(str(source))
     with ExitStack() as attempt:
         planned = attempt.enter_context(

@@ -9,9 +9,7 @@ from pathlib import Path
 import click
 
 from paft_merge.cli.merging import log_of, noted, progress_bar, warned_and_noted
-from paft_merge.cli.terminal import import_option, links_option, say, sigterm_as_interrupt, warn
-
-FOLDER = click.Path(file_okay=False, path_type=Path)
+from paft_merge.cli.terminal import Folder, import_option, links_option, say, sigterm_as_interrupt, warn
 
 
 @click.command(short_help="Download the files that a merge reads from the Hub.")
@@ -31,7 +29,7 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
 
 
 @click.command(short_help="Push a model, an adapter or a report to the Hub.")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=Folder(file_okay=False))
 @click.argument("repo_id")
 @click.option(
     "--private/--public", default=None, help="Visibility of a new repository. Default: the account's setting."
@@ -56,22 +54,22 @@ def push(
 
 
 @click.command(short_help="Write the model card of a merge again.")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=Folder(file_okay=False))
 @click.option("--overwrite", is_flag=True, help="Replace an edited card.")
-def card(folder: Path, overwrite: bool) -> None:
+def card(folder: Path | str, overwrite: bool) -> None:
     """Write the model card of the merge in FOLDER again, from its manifest.
 
     Evaluation results in FOLDER (evaluation.json, results*.json) become a table and metadata for the Hub.
     """
-    from paft_merge.output.card import write_card
+    from paft_merge.hub.merged_folders import write_card_at
 
-    warn(write_card(folder, overwrite=overwrite))
-    say(folder / "README.md", err=False)
+    warn(write_card_at(folder, overwrite=overwrite))
+    say(f"{folder}/README.md", err=False)
 
 
 @click.command(short_help="Merge again from a manifest and compare the bytes.")
 @click.argument("place", metavar="FOLDER_OR_REPO")
-@click.argument("out", type=FOLDER, required=False)
+@click.argument("out", type=Folder(file_okay=False), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Changes no bit.")
 @click.option("--stream-from-hub", is_flag=True, help="Read inputs over the network without storing them.")
@@ -82,7 +80,7 @@ def card(folder: Path, overwrite: bool) -> None:
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.pass_context
 def reproduce(
-    ctx: click.Context, place: str, out: Path | None, as_json: bool, threads: int | None, stream_from_hub: bool,
+    ctx: click.Context, place: str, out: Path | str | None, as_json: bool, threads: int | None, stream_from_hub: bool,
     imports: tuple[str, ...], lazy_unpickle: bool, follow_links: bool, trust_remote_code: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Repeat the merge that a manifest describes, with sources at the same commits, and compare every byte.

@@ -18,6 +18,7 @@ from paft_merge.cli.mergekit_options import accepts_mergekit_options
 from paft_merge.cli.terminal import (
     COMPILER,
     WORKERS,
+    Folder,
     Size,
     as_flags,
     clock,
@@ -87,7 +88,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(short_help="Merge the models of a recipe into a folder.")
 @click.argument("recipe")
-@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.argument("out", type=Folder(), required=False)
 @click.option("--dry-run", is_flag=True, help="Show the plan, from headers alone, and write nothing.")
 @click.option(
     "--json", "as_json", is_flag=True, help="With --dry-run: the whole plan as JSON, every tensor with its parameters."
@@ -101,6 +102,10 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--overwrite", is_flag=True, help="Replace the model in OUT, which stays complete until the merge has finished."
 )
+@click.option(
+    "--scratch", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    help="For OUT at a URL: folder for a file before its upload. Default: TMPDIR.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="With --overwrite: replace OUT even if it holds no model.")
 @click.option(
     "--stream-from-hub", is_flag=True, help="Read weights from the Hub by byte ranges; nothing but OUT is stored."
@@ -123,7 +128,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @planning_options
 @accepts_mergekit_options
 def merge(
-    recipe: str, out: Path | None, dry_run: bool, as_json: bool, quiet: bool, notes: list[Problem], **options: Any
+    recipe: str, out: Path | str | None, dry_run: bool, as_json: bool, quiet: bool, notes: list[Problem], **options: Any
 ) -> None:
     """Merge the models of RECIPE (mergekit's YAML) into the folder OUT, with a log in OUT.log beside it.
 
@@ -170,11 +175,11 @@ _NOTED = 30.0
 
 
 @contextmanager
-def log_of(out: Path | None, worker: int | None = None) -> Iterator[Note]:
-    """Write the log of a command beside what it writes (see `log_beside`); nothing if it writes nothing."""
+def log_of(out: Path | str | None, worker: int | None = None) -> Iterator[Note]:
+    """Write the log of a command beside what it writes (see `log_beside`); nothing if it writes nothing, or to a URL."""
     from paft_merge.output.log_file import log_beside, logged
 
-    if out is None:
+    if out is None or isinstance(out, str):
         yield lambda level, text: None
         return
     with logged(log_beside(out, worker), command_line()) as note:
@@ -247,7 +252,7 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         bar.stop()
 
 
-def _show_plan(plan: MergePlan, out: Path | None, as_json: bool) -> None:
+def _show_plan(plan: MergePlan, out: Path | str | None, as_json: bool) -> None:
     from paft_merge.cli.plan_tables import plan_table
 
     if as_json:

@@ -20,7 +20,7 @@ from paft_merge.plan.planned import bytes_free
 from paft_merge.recipe import did_you_mean
 
 
-def plan_table(planned: MergePlan, out: Path | None) -> None:
+def plan_table(planned: MergePlan, out: Path | str | None) -> None:
     """Print a plan: models, arithmetic, tensors by kind, and sizes."""
     shown, recipe = terminal(), planned.recipe
     shown.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
@@ -37,10 +37,12 @@ def plan_table(planned: MergePlan, out: Path | None) -> None:
         table.add_row(f"{count:,}", *map(plain, kind))
     shown.print(table)
     files = f"{len(planned.shards)} file{'s' * (len(planned.shards) != 1)}"
-    read, written, free = map(show_bytes, (planned.bytes_read, planned.bytes_written, bytes_free(out)))
+    read, written, free = show_bytes(planned.bytes_read), show_bytes(planned.bytes_written), bytes_free(out)
     far = planned.bytes_on_hub
-    where = f" ({show_bytes(far)} of files are on the Hub only)" if far else ""
-    shown.print(f"reads {read}{where}, writes {written} in {files}; {free} are free on that disk")
+    where = f" ({show_bytes(far)} of files are not on this machine)" if far else ""
+    shown.print(
+        f"reads {read}{where}, writes {written} in {files}{f'; {show_bytes(free)} are free on that disk' if free is not None else f' of {plain(str(out))}'}"
+    )
 
 
 def method_table(methods: Mapping[str, Method]) -> None:

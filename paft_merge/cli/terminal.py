@@ -18,6 +18,7 @@ import click
 
 from paft_merge.engine.options import MergeOptions, parse_size
 from paft_merge.errors import Problem, escape
+from paft_merge.stores import has_scheme
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,13 +41,24 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 
 
 def recipe_place(text: str) -> Path | str:
-    """Return the path of a recipe, or its address on the Hub (`hf://...`)."""
-    return text if text.startswith("hf://") else Path(text)
+    """Return the path of a recipe, or its address on the Hub (`hf://...`) or in an object store."""
+    return text if has_scheme(text) else Path(text)
 
 
 def command_line() -> str:
     """The command line as it was given, quoted for a shell."""
     return str(click.get_current_context().meta[COMMAND])
+
+
+class Folder(click.Path):
+    """A folder on this machine as a path, or the URL of a folder in an object store as text."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(file_okay=file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a `Path`, or a URL."""
+        return value if has_scheme(value) else super().convert(value, param, ctx)
 
 
 def line(kind: str, problem: Problem) -> str:

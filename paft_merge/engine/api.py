@@ -18,8 +18,9 @@ from paft_merge.engine.merge_result import MergeResult
 from paft_merge.engine.options import MergeKeywords, MergeOptions
 from paft_merge.engine.sidefiles import code_notice, identity, licence_notice, side_files, totals, wide_notice
 from paft_merge.engine.sources import Sources
+from paft_merge.engine.stored_merge import check_output_at, scratch_of
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
-from paft_merge.hub import HF, fetch_file
+from paft_merge.hub import HF, fetch_file, fetch_text
 from paft_merge.hub.run_checkpoints import expand
 from paft_merge.inputs.links import following_links
 from paft_merge.methods import METHODS
@@ -27,15 +28,18 @@ from paft_merge.methods.mergekit_methods import import_methods
 from paft_merge.output.folder import Output
 from paft_merge.output.manifest import is_merged
 from paft_merge.output.placing import check_place, tidy_finished
+from paft_merge.output.stored import tidy
 from paft_merge.plan import MergePlan, Model, plan_merge
 from paft_merge.recipe import ModelRef, Recipe
 from paft_merge.recipe.documents import Documents, load_recipes
+from paft_merge.stores import Store, folder_of, has_scheme, is_url, place_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from paft_merge.engine.streaming import Progress
     from paft_merge.inputs.checkpoint import Checkpoint
+    from paft_merge.output.stored import StoredOutput
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +72,7 @@ def merge(
     Args:
         recipe: as for `open_plan`. Of a file with several results each is written to a folder of its name in `out`.
         out: folder to write; must not exist or be empty, unless `overwrite`. It grows as `out.part`, and in a mount
-            point as `out/.paft.part`.
+            point as `out/.paft.part`. Or the URL of a folder in an object store, which is finished when it has its manifest.
         options: see `MergeOptions`.
         overrides: single options, which replace those of `options`: `merge(recipe, out, threads=2)`.
 
@@ -76,22 +80,29 @@ def merge(
         PaftMergeError: all problems that can be found together.
         TypeError: a keyword that is not an option.
     """
-    asked, out = MergeOptions.of(options, overrides), Path(out)
+    asked, out = MergeOptions.of(options, overrides), place_of(out)
     with _with_place(out, asked, Problems()):
         documents = _documents(recipe, asked)
     if asked.output_name is not None or len(documents.finals) == 1:
         return _merge(documents, out, asked)
     names = [str(result.name) for result in documents.finals]
     return MergeResult.of_several(
-        out, {name: _merge(documents, out / name, replace(asked, output_name=name)) for name in names}
+        out, {name: _merge(documents, _below(out, name), replace(asked, output_name=name)) for name in names}
     )
 
 
 def _documents(recipe: Source, options: MergeOptions) -> Documents:
     """Read and check the recipe, from the Hub if it is there."""
-    here = fetch_file(recipe) if isinstance(recipe, str) and recipe.startswith(HF) else recipe
+    named = str(recipe) if has_scheme(recipe) and not str(recipe).startswith(HF) and "\n" not in str(recipe) else None
+    here = (
+        fetch_text(named)
+        if named
+        else fetch_file(recipe)
+        if isinstance(recipe, str) and recipe.startswith(HF)
+        else recipe
+    )
     methods = import_methods(options.imports, METHODS)
-    return load_recipes(here, strict=options.strict, methods=methods, expand=expand)
+    return load_recipes(here, strict=options.strict, methods=methods, expand=expand, named=named)
 
 
 @contextmanager
@@ -140,7 +151,7 @@ def _planned(
             refs = tuple(dict.fromkeys(ref for part in parts for ref in part.references))
             template = _template(recipe, documents)
             unpickle, computed = options.lazy_unpickle, documents.named
-            beside = Path(recipe.located.file).parent if recipe.located.file else None
+            beside = folder_of(recipe.located.file) if recipe.located.file else None
             sources = Sources.find(
                 refs, unpickle=unpickle, computed=computed, template=template, spots=_spots(parts), beside=beside
             )
@@ -166,7 +177,7 @@ def _spots(parts: Sequence[Recipe]) -> dict[ModelRef, str]:
     return {one.ref: f"{one.spot.file}:{one.spot.line}" for one in reversed(named) if one.spot.file and one.spot.line}
 
 
-def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResult:
+def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> MergeResult:
     """Merge one result of the documents."""
     from paft_merge.compute.devices import ops_for
     from paft_merge.engine.streaming import merge_checkpoint
@@ -186,7 +197,7 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
             options.keeps_finished and is_merged(out)
         ):  # after the check: another worker may just have completed it
             place.raise_as(OutputError)
-        sources.check_room(plan.bytes_written, out)
+        sources.check_room(0 if is_url(out) else plan.bytes_written, Path(out))
 
     with ExitStack() as inputs:
         with _with_place(out, options, problems):
@@ -217,12 +228,18 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
             merge_checkpoint(part, output, threads=threads, ops=ops, hold=held, progress=progress)
             written += part.bytes_written
 
-        def complete(output: Output) -> None:
+        def complete(output: Output | StoredOutput) -> None:
             output.complete(side_files(plan, output.finished, options), overwrite=options.overwrite)
             if not any(problem.code == "SCALE" for problem in plan.warnings):
                 warn(imbalance.measured(totals(plan, output.finished)))
 
-        if options.shared:
+        if isinstance(out, str):
+            from paft_merge.engine.stored_merge import merge_into_store
+
+            merge_into_store(
+                plan, Store(out), options, merge_into=merge_into, threads=threads, ops=ops, complete=complete
+            )  # fmt: skip
+        elif options.shared:
             from paft_merge.engine.workers import merge_shared
 
             merge_shared(
@@ -245,8 +262,15 @@ def _merge(documents: Documents, out: Path, options: MergeOptions) -> MergeResul
     return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, written)
 
 
-def _tidy(plan: MergePlan, out: Path, options: MergeOptions) -> None:
-    """Remove what a merge that was killed after its last rename left."""
+def _below(out: Path | str, name: str) -> Path | str:
+    return f"{out.rstrip('/')}/{name}" if isinstance(out, str) else out / name
+
+
+def _tidy(plan: MergePlan, out: Path | str, options: MergeOptions) -> None:
+    """Remove what a merge that was killed after its last rename, or after the upload of its manifest, left."""
+    if isinstance(out, str):
+        tidy(Store(out), scratch_of(options))
+        return
     try:
         tidy_finished(out)
     except OutputError:
@@ -258,11 +282,15 @@ def _tidy(plan: MergePlan, out: Path, options: MergeOptions) -> None:
         remove_late_folder(plan, out, options)
 
 
-def check_output(plan: MergePlan, out: Path, options: MergeOptions, problems: Problems) -> None:
-    """Add to `problems` every reason why the merge cannot be written to `out`."""
+def check_output(plan: MergePlan | None, out: Path | str, options: MergeOptions, problems: Problems) -> None:
+    """Add to `problems` every reason why the merge cannot be written to `out`; without a plan, those that the folder shows."""
+    if is_url(out):
+        check_output_at(plan, str(out), options, problems)
+        return
+    out = Path(out)
     replaces = {"overwrite": options.overwrite, "force": options.force}
-    needed = plan.bytes_written + sum(file.stat().st_size for file in plan.side_files.copied.values())
-    check_place(out, _inputs(plan), needed, problems=problems, **replaces)
+    needed = plan.bytes_written + sum(f.stat().st_size for f in plan.side_files.copied.values()) if plan else 0
+    check_place(out, _inputs(plan) if plan else (), needed, problems=problems, **replaces)
 
 
 def threads_within(plan: MergePlan, threads: int, memory: int | None, problems: Problems) -> int:
@@ -286,13 +314,14 @@ def _held_bytes(plan: MergePlan, threads: int, memory: int | None) -> int:
 
 
 @contextmanager
-def _with_place(out: Path, options: MergeOptions, problems: Problems) -> Iterator[None]:
+def _with_place(out: Path | str, options: MergeOptions, problems: Problems) -> Iterator[None]:
     """Add the problems of the output folder to an error about the inputs."""
     try:
         yield
     except PaftMergeError as error:
-        if not (options.keeps_finished and is_merged(out)):
-            check_place(out, (), 0, overwrite=options.overwrite, problems=problems, force=options.force)
+        with problems.catching():
+            if not (options.keeps_finished and is_merged(out)):
+                check_output(None, out, options, problems)
         raise type(error)(tuple(dict.fromkeys([*error.problems, *problems.found])), error.warnings) from error
 
 
@@ -318,5 +347,6 @@ def _log(problems: Sequence[Problem]) -> None:
 
 def _inputs(plan: MergePlan) -> list[Path]:
     adapters = [part.folder for model in plan.models if model.adapter for part in model.adapter.parts]
-    recipe = [Path(plan.recipe.located.file)] if plan.recipe.located.file else []
+    file = plan.recipe.located.file
+    recipe = [Path(file)] if file and not is_url(file) else []
     return [*recipe, *(folder for model in plan.models for folder in model.checkpoint.folders), *adapters]

@@ -9,12 +9,13 @@ from typing import Any
 from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.sidefiles import identity, without_times
 from paft_merge.errors import PaftMergeError, Problems
+from paft_merge.hub.merged_folders import manifest_at, verify_at
 from paft_merge.inputs.weight_files import is_unfinished
-from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
+from paft_merge.output.manifest import is_merged
 from paft_merge.plan import MergePlan
 
 
-def is_finished(plan: MergePlan, out: Path, options: MergeOptions, problems: Problems) -> bool:
+def is_finished(plan: MergePlan, out: Path | str, options: MergeOptions, problems: Problems) -> bool:
     """Whether `out` holds the finished merge of this plan, with every byte as it was written.
 
     Args:
@@ -23,11 +24,11 @@ def is_finished(plan: MergePlan, out: Path, options: MergeOptions, problems: Pro
         options: `resume` asks for this, and workers do, who do not read the bytes; else the answer is False.
         problems: receives OUTPUT if `out` holds another finished merge and `overwrite` is off.
     """
-    if not options.keeps_finished or not is_merged(out) or is_unfinished(out):
+    if not options.keeps_finished or not is_merged(out) or (isinstance(out, Path) and is_unfinished(out)):
         return False
     try:
-        different = list(_differences(read_manifest(out / MANIFEST), plan, options))
-        changed = verify(out).problems if options.resume and not different else ()
+        different = list(_differences(manifest_at(out), plan, options))
+        changed = verify_at(out).problems if options.resume and not different else ()
     except PaftMergeError:
         return False
     if not options.overwrite and (different or changed):

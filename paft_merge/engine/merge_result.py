@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import Problem
-from paft_merge.output.manifest import MANIFEST, read_manifest
+from paft_merge.hub.merged_folders import manifest_at
 from paft_merge.plan import MergePlan
 from paft_merge.plan.formatting import html_table, show_bytes
 
@@ -24,8 +24,8 @@ class MergeResult(os.PathLike[str]):
     manifest.
     """
 
-    path: Path
-    """The folder that was written, as given."""
+    path: Path | str
+    """The folder that was written, as given; a URL is text."""
     plans: tuple[MergePlan, ...] = field(repr=False)
     """The plan, or none for several results; see `plan`."""
     warnings: tuple[Problem, ...]
@@ -38,7 +38,7 @@ class MergeResult(os.PathLike[str]):
     """The results by name, where the recipe file has several; else empty."""
 
     @classmethod
-    def of_several(cls, path: Path, results: Mapping[str, MergeResult]) -> MergeResult:
+    def of_several(cls, path: Path | str, results: Mapping[str, MergeResult]) -> MergeResult:
         """Return one result that holds several."""
         each = results.values()
         warnings = dict.fromkeys(problem for one in each for problem in one.warnings)
@@ -66,7 +66,7 @@ class MergeResult(os.PathLike[str]):
         """
         if self.results:
             raise ValueError(f"there are several manifests, one for each result: {', '.join(self.results)}")
-        return dict(read_manifest(self.path / MANIFEST))
+        return manifest_at(self.path)
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -74,8 +74,8 @@ class MergeResult(os.PathLike[str]):
     def __deepcopy__(self, memo: object) -> MergeResult:
         return self  # frozen; transformers copies the path that it is given, and the locks of a plan have no copy
 
-    def __truediv__(self, name: str | os.PathLike[str]) -> Path:
-        return self.path / name
+    def __truediv__(self, name: str | os.PathLike[str]) -> Path | str:
+        return f"{self.path}/{os.fspath(name)}" if isinstance(self.path, str) else self.path / name
 
     def __str__(self) -> str:
         return str(self.path)

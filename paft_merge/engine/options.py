@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from paft_merge.engine.worker_number import WorkerNumber
@@ -38,6 +39,8 @@ class MergeOptions:
     """Continue an interrupted merge from `out.part`. A finished merge of the same recipe and inputs is left as it is."""
     overwrite: bool = False
     """Replace an existing model in `out`, which stays complete until the merge has finished."""
+    scratch: Path | str | None = None
+    """For an output in an object store: folder in which a file grows before its upload. None: as TMPDIR says."""
     force: bool = False
     """With `overwrite`: replace `out` even if it holds no model, and delete whatever it holds."""
     lazy_unpickle: bool = False
@@ -156,6 +159,7 @@ class MergeKeywords(TypedDict, total=False):
     out_shard_bytes: int | str | None
     resume: bool
     overwrite: bool
+    scratch: Path | str | None
     force: bool
     lazy_unpickle: bool
     follow_links: bool

@@ -15,8 +15,11 @@ from paft_merge.engine.options import RECORDED, RECORDED_IF_SET, MergeKeywords, 
 from paft_merge.engine.sidefiles import TIMES, identity
 from paft_merge.errors import MergeError, PaftMergeError, Problems
 from paft_merge.hub import pinned, resolve
-from paft_merge.output.manifest import MANIFEST, read_manifest, verify
+from paft_merge.hub.merged_folders import manifest_at, verify_at
+from paft_merge.hub.store_folders import named_by_url
+from paft_merge.output.manifest import MANIFEST, read_manifest
 from paft_merge.recipe import dump_yaml
+from paft_merge.stores import is_url, place_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,7 +59,7 @@ class Reproduction:
 
 def reproduce(
     place: Path | str,
-    out: Path | None = None,
+    out: Path | str | None = None,
     options: MergeOptions | None = None,
     **overrides: Unpack[MergeKeywords],
 ) -> Reproduction:
@@ -76,16 +79,19 @@ def reproduce(
     """
     place, given = os.fspath(place), MergeOptions.of(options, overrides)
     path, _, revision = place.partition("@")
-    found = resolve(place) if Path(place).expanduser().exists() else resolve(path, revision or None, kind="side")
-    manifest = read_manifest(found.folder / MANIFEST)
+    if is_url(place) or Path(place).expanduser().exists():
+        path, revision = place, ""
+    found = resolve(path, revision or None, kind="side")
+    with named_by_url(found):
+        manifest = read_manifest(found.folder / MANIFEST)
     asked = _options(manifest, place, given)
     with pinned(_pins(manifest)), _place_for(out) as target:
         recipe = _recipe(manifest)
         with _explaining_paths(manifest), open_plan(recipe, replace(asked, stream_from_hub=True)) as plan:
             _refuse_other_inputs(manifest, identity(plan, asked.device)["inputs"])
         merge(recipe, target, asked)
-        checked = verify(target, manifest=manifest)
-        made = read_manifest(target / MANIFEST)
+        checked = verify_at(target, manifest=manifest)
+        made = manifest_at(target)
     differing = dict.fromkeys(problem.where.removeprefix(f"{target}: ") for problem in checked.problems)
     before, after = manifest.get("files", {}), made.get("files", {})
     files = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)] if before else []
@@ -165,10 +171,10 @@ def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 @contextmanager
-def _place_for(out: Path | None) -> Iterator[Path]:
+def _place_for(out: Path | str | None) -> Iterator[Path | str]:
     """Yield `out`, or a temporary folder."""
     if out is not None:
-        yield Path(out)
+        yield place_of(out)
         return
     with tempfile.TemporaryDirectory(prefix="paft-reproduce-") as folder:
         yield Path(folder) / "merged"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from paft_merge.errors import PaftMergeError, Problem, Problems
 from paft_merge.hub import Kind, Remote, ResolvedRepo, check_room, download, resolve
+from paft_merge.hub.store_folders import named_by_url
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from paft_merge.inputs.equivalent_names import Names
 from paft_merge.plan import Model
 from paft_merge.recipe import ModelRef
 from paft_merge.recipe.sections import beside_recipe
+from paft_merge.stores import Store, is_url, joined
 
 _Place = tuple[str, str | None, Kind]
 
@@ -47,7 +49,7 @@ class Sources:
         computed: Collection[str] = (),
         template: ModelRef | None = None,
         spots: Mapping[ModelRef, str] | None = None,
-        beside: Path | None = None,
+        beside: Path | str | None = None,
     ) -> Sources:
         """Locate every reference. Of Hub repositories only small files are downloaded, and pickles, which have no header.
 
@@ -57,18 +59,14 @@ class Sources:
             computed: names of documents of the recipe file; `opened` computes their checkpoints.
             template: the model whose tensor names the others get where theirs differ; one of `refs`, not computed.
             spots: `file:line` of the references in the recipe, for messages.
-            beside: the recipe's folder, where relative paths are looked for first; None for a recipe without a file.
+            beside: the recipe's folder, or its URL, where relative paths are looked for first; None for a recipe without a file.
         """
         found = cls(refs, unpickle, computed, template, spots)
         for place in dict.fromkeys(place for ref in refs for place in found.places(ref)):
             path, revision, kind = place
             try:
-                first = beside_recipe(path, beside) if beside else Path(path)
-                if first != Path(path) and Path(path).exists() and not first.samefile(path):
-                    what = f"is both beside the recipe ({first}) and in the working directory; the first is read"
-                    found.warnings.append(Problem("PATHS", path, what, "write an absolute path if that is not meant"))
-                here = first if first.exists() else path  # a name on the Hub stays as written
-                found.repos[place] = one = resolve(str(here), revision, kind=kind, unpickle=unpickle)
+                here = found._beside(path, beside)
+                found.repos[place] = one = resolve(here, revision, kind=kind, unpickle=unpickle)
                 if any(file.name.endswith(".bin") for file in one.missing):
                     download([one])
                     found.repos[place] = replace(one, missing=())
@@ -77,10 +75,24 @@ class Sources:
                 found.repos.pop(place, None)
         return found
 
+    def _beside(self, path: str, beside: Path | str | None) -> str:
+        """A path as `resolve` takes it: relative to the recipe's folder or URL if it exists there, else as written."""
+        if is_url(path) or beside is None:
+            return path
+        if is_url(beside):
+            at = joined(str(beside), path)
+            return at if is_url(at) and Store(at).list() else path
+        first = beside_recipe(path, Path(beside))
+        if first != Path(path) and Path(path).exists() and not first.samefile(path):
+            what = f"is both beside the recipe ({first}) and in the working directory; the first is read"
+            self.warnings.append(Problem("PATHS", path, what, "write an absolute path if that is not meant"))
+        return str(first if first.exists() else path)  # a name on the Hub stays as written
+
     @property
     def missing_bytes(self) -> int:
-        """Bytes of weights that are only on the Hub."""
-        files = {(one.commit, file.name): file.size for one in self.repos.values() for file in one.missing}
+        """Bytes of weights that are only on the Hub; those in object stores are never downloaded."""
+        hub = [one for one in self.repos.values() if one.store is None]
+        files = {(one.commit, file.name): file.size for one in hub for file in one.missing}
         return sum(files.values())
 
     def check_room(self, also: int, beside: Path) -> None:
@@ -88,13 +100,14 @@ class Sources:
         check_room(self.repos.values(), also, beside)
 
     def pull(self) -> None:
-        """Download all missing weights.
+        """Download all missing weights of the Hub.
 
         Raises:
             HubError: as for `hub.download`.
         """
-        download(list(self.repos.values()))
-        self.repos = {place: replace(one, missing=()) for place, one in self.repos.items()}
+        hub = {place: one for place, one in self.repos.items() if one.store is None}
+        download(list(hub.values()))
+        self.repos |= {place: replace(one, missing=()) for place, one in hub.items()}
 
     @contextmanager
     def opened(
@@ -117,7 +130,8 @@ class Sources:
             if key not in checkpoints:
                 checkpoints[key] = None
                 if repo:
-                    opened = Checkpoint.open(repo.folder, unpickle=self.unpickle, far=remote.files(repo))
+                    with named_by_url(repo):
+                        opened = Checkpoint.open(repo.folder, unpickle=self.unpickle, far=remote.files(repo))
                     checkpoints[key], opened.listing = opened, repo.listing
                 else:
                     assert compute is not None
@@ -157,7 +171,8 @@ class Sources:
         with ExitStack() as on_failure:
             parts = []
             for repo in repos:
-                opened = Adapter.open(repo.folder, base, remote.files(repo), unpickle=self.unpickle)
+                with named_by_url(repo):
+                    opened = Adapter.open(repo.folder, base, remote.files(repo), unpickle=self.unpickle)
                 opened.file.listing = repo.listing
                 parts.append(on_failure.enter_context(opened))
             found = AdapterStack.of(parts) if parts else None

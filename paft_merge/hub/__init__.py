@@ -1,5 +1,7 @@
 """The Hub: repositories as folders, tensors read over the network, and a folder pushed as one commit.
 
+wanted_files     the files of a repository or of a folder that a merge wants
+store_folders    folders of object stores as resolved references
 pulling    a reference as a folder: local, in huggingface_hub's cache, or downloaded into it
 run_checkpoints  `run/checkpoint-*` as the checkpoints of a run
 prefetching      what a merge reads of a reference, downloaded before it
@@ -16,9 +18,6 @@ from __future__ import annotations
 from paft_merge.hub.prefetching import pull
 from paft_merge.hub.pulling import (
     HF,
-    SIDE_FILES,
-    Kind,
-    ResolvedRepo,
     cache_folder,
     check_room,
     download,
@@ -32,6 +31,8 @@ from paft_merge.hub.pulling import (
 )
 from paft_merge.hub.pushing import UploadPlan, pack, prepare_upload, push
 from paft_merge.hub.ranges import Remote
+from paft_merge.hub.store_folders import fetch_text
+from paft_merge.hub.wanted_files import SIDE_FILES, Kind, ResolvedRepo
 
 __all__ = [
     "HF",
@@ -45,6 +46,7 @@ __all__ = [
     "download",
     "fetch",
     "fetch_file",
+    "fetch_text",
     "is_repository",
     "pack",
     "pinned",

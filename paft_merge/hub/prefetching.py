@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paft_merge.hub.pulling import HF, Kind, download, fetch_file, resolve
+from paft_merge.errors import StoreError
+from paft_merge.hub.pulling import HF, download, fetch_file, resolve
 from paft_merge.hub.run_checkpoints import checkpoints
+from paft_merge.hub.wanted_files import Kind
 from paft_merge.recipe import ModelRef
+from paft_merge.stores import is_url, shown
 
 
 def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
@@ -26,6 +29,9 @@ def pull(reference: str, *, unpickle: bool = False) -> list[Path]:
     """
     if reference.startswith(HF):
         return [fetch_file(reference, refresh=True)]
+    if any(is_url(part) for part in reference.split("+")):
+        what = "is in an object store, from which a merge reads what it needs"
+        raise StoreError.of("STORE_URL", shown(reference), what, "merge it without pulling it")
     places = dict[tuple[str, str | None, Kind], None]()
     for ref in checkpoints(ModelRef.parse(reference), refresh=True):
         places[ref.path, ref.revision, "model" if ref.lora else "any"] = None

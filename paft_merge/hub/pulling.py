@@ -10,46 +10,41 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from fnmatch import filter as filter_names
-from fnmatch import fnmatch
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from paft_merge.errors import CheckpointError, HubError
+from paft_merge.errors import HubError
 from paft_merge.hub.faults import asking, meant_folder, problem_of, root_of, transport_error, unreachable
-from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE
+from paft_merge.hub.store_folders import download_weights, resolve_url
+from paft_merge.hub.wanted_files import (
+    Kind,
+    Place,
+    RepoFile,
+    ResolvedRepo,
+    look,
+    refuse_names,
+    small_files,
+    wanted_weights,
+)  # fmt: skip
 from paft_merge.inputs.links import refuse_links_out
-from paft_merge.inputs.side_file_kinds import DEPTH, kind_of
-from paft_merge.inputs.weight_files import module_files
+from paft_merge.stores import CONNECTIONS, has_scheme, pause
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Kind = Literal["any", "model", "adapter", "side"]
-"""The part of a repository to get: a model, an adapter, both (`any`), or only the files beside the weights (`side`)."""
-
 _PINS: ContextVar[Mapping[tuple[str, str | None], str]] = ContextVar("_PINS", default={})  # noqa: B039  # never changed
 
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.spm", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-"""Files beside the weights of a model: config, tokenizer, processor, chat template, licence."""
-_SMALL_BYTES = 16 * 2**20
-_SMALL = (*SIDE_FILES, "README.md", "*.py")
-_NOT_NEEDED = ("training_args*", "optimizer*", "trainer_state.json", "*_results.json", "*.bin.index.json")
-_STEMS = ("model", "diffusion_pytorch_model")
-_INDEX = ".index.json"
-_ADAPTER, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 _REPOSITORY = re.compile(r"^(?P<repo>[\w.-]+(/[\w.-]+)?)(/(?P<folder>[\w.=,-]+(/[\w.=,-]+)*))?$")
 _SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -58,45 +53,9 @@ _FILE = re.compile(r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<early>[^@/]+))?/(?P<
 HF = "hf://"
 """Prefix of a file on the Hub."""
 
-CONNECTIONS = 8
 _ATTEMPTS = 5
 _CHUNK_BYTES = 4 * 2**20
 _UNKNOWN = -1
-
-
-@dataclass(frozen=True)
-class RepoFile:
-    """A file of a repository; `etag` is the sha256 of a file in Git LFS (or Xet), else git's id of the blob."""
-
-    name: str
-    size: int
-    etag: str
-
-
-@dataclass(frozen=True)
-class ResolvedRepo:
-    """A reference as a folder with every small file, and the weights that are not in it yet."""
-
-    folder: Path
-    where: str
-    repo_id: str | None = None
-    commit: str | None = None
-    revision: str | None = None
-    missing: tuple[RepoFile, ...] = ()
-    listing: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
-    """Sizes of all files of the repository by name; empty for a local folder."""
-    subfolder: str = ""
-    """The folder inside the repository, of a reference such as `me/run/checkpoint-500`."""
-
-    @property
-    def snapshot(self) -> Path:
-        """The folder of the whole repository."""
-        return self.folder.parents[self.subfolder.count("/")] if self.subfolder else self.folder
-
-    @property
-    def missing_bytes(self) -> int:
-        """Bytes to download."""
-        return sum(file.size for file in self.missing)
 
 
 def fetch(path: str, revision: str | None = None, *, kind: Kind = "any", unpickle: bool = False) -> Path:
@@ -129,7 +88,7 @@ def fetch_file(place: str, *, refresh: bool = False) -> Path:
         raise HubError.of("HUB_FILE", place, "not the address of a file on the Hub", fix)
     repo_id, name, asked = found["repo"], found["name"], found["early"] or found["late"]
     revision = _PINS.get().get((repo_id, asked), asked)
-    _refuse_names([name], place)
+    refuse_names([name], place)
     if not refresh:
         with asking(place), suppress(LocalEntryNotFoundError):
             return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=True))
@@ -199,6 +158,8 @@ def resolve(
         HubError: as `fetch`; HUB_PATH, a file has a name that would leave its folder.
         CheckpointError: LINK_OUTSIDE, a link leaves the local folder.
     """
+    if has_scheme(path) and not path.startswith(HF):
+        return resolve_url(path, revision, kind=kind, unpickle=unpickle)
     local = Path(path).expanduser()
     if local.exists():
         if not (local.is_dir() or local.is_file()):
@@ -213,7 +174,7 @@ def resolve(
         raise HubError.of("NOT_FOUND", path, what, _meant(path) or meant_folder(path) or "check the path")
     revision = _PINS.get().get((path, revision), revision)
     where = f"{path}@{revision}" if revision else path
-    place = _Place(*named, where, kind, unpickle)
+    place = Place(*named, where, kind, unpickle)
     cached = _cached(place, revision)
     if cached and not cached.missing and not (refresh and not _is_commit(revision)):
         return cached
@@ -229,13 +190,19 @@ def resolve(
 def download(repos: Sequence[ResolvedRepo]) -> list[Path]:
     """Download missing files into huggingface_hub's cache, several at a time, and check their sha256.
 
+    Those of object stores are downloaded into the folders that `resolve` made.
+
     Complete files are kept when another fails, so that a second call continues with the rest.
 
     Raises:
         HubError: DISK, too little room, before anything is downloaded; and as `fetch`.
     """
     check_room(repos)
-    files = dict.fromkeys((repo.repo_id, repo.commit, repo.where, file) for repo in repos for file in repo.missing)
+    for repo in repos:
+        if repo.store is not None:
+            download_weights(repo)
+    hub = [repo for repo in repos if repo.store is None]
+    files = dict.fromkeys((repo.repo_id, repo.commit, repo.where, file) for repo in hub for file in repo.missing)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         waiting = [
             pool.submit(_bring, str(repo_id), str(commit), where, file) for repo_id, commit, where, file in files
@@ -254,7 +221,9 @@ def download(repos: Sequence[ResolvedRepo]) -> list[Path]:
 
 def check_room(repos: Iterable[ResolvedRepo], also: int = 0, beside: Path | None = None) -> None:
     """Raise HubError DISK if the cache's disk has no room for the missing files (and `also` bytes, if `beside` is on it)."""
-    needed = sum({(one.commit, file.etag): file.size for one in repos for file in one.missing}.values())
+    needed = sum(
+        {(one.commit, file.etag): file.size for one in repos if not one.store for file in one.missing}.values()
+    )
     if not needed:
         return
     place = cache_folder()
@@ -270,26 +239,10 @@ def check_room(repos: Iterable[ResolvedRepo], also: int = 0, beside: Path | None
         raise HubError.of("DISK", place, f"{text}, and {free:,} are free", fix)
 
 
-# --- what a repository holds ------------------------------------------------------------------------------------------
+# --- the listing of a repository --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The part of a repository that a reference names, and what of it is wanted."""
-
-    repo_id: str
-    subfolder: str
-    where: str
-    kind: Kind
-    unpickle: bool
-
-    def inside(self, files: Mapping[str, RepoFile]) -> dict[str, RepoFile]:
-        """The files of the folder, by their names in it; their own names stay those in the repository."""
-        prefix = f"{self.subfolder}/" if self.subfolder else ""
-        return {name.removeprefix(prefix): file for name, file in files.items() if name.startswith(prefix)}
-
-
-def _ask(place: _Place, revision: str | None) -> ResolvedRepo:
+def _ask(place: Place, revision: str | None) -> ResolvedRepo:
     """Get the commit and the file list of a revision from the Hub, and download the small files."""
     from huggingface_hub import snapshot_download
 
@@ -298,11 +251,11 @@ def _ask(place: _Place, revision: str | None) -> ResolvedRepo:
     files = place.inside(every)
     if not files:
         raise _no_folder(place, every)
-    small = [glob.escape(files[name].name) for name in _small(files, place.kind)] or ["config.json"]
+    small = [glob.escape(files[name].name) for name in small_files(files, place.kind)] or ["config.json"]
     # A repository may have been renamed; the Hub's client chooses the folder.
     root = Path(_retried(where, lambda: snapshot_download(path, revision=commit, allow_patterns=small)))
     (root / place.subfolder).mkdir(parents=True, exist_ok=True)
-    found = _look(place, root, commit, revision, files)
+    found = look(place, root, commit, revision, files)
     return replace(found, missing=tuple(_with_size(file, path, commit, where) for file in found.missing))
 
 
@@ -317,7 +270,7 @@ def _ask_listing(repo_id: str, revision: str | None, where: str) -> tuple[str, d
         )
         for s in info.siblings or ()
     }
-    _refuse_names(every, where)
+    refuse_names(every, where)
     return str(info.sha), every
 
 
@@ -345,7 +298,7 @@ def file_names(repo_id: str, revision: str | None = None, *, refresh: bool = Fal
     return [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
 
 
-def _no_folder(place: _Place, files: Iterable[str]) -> HubError:
+def _no_folder(place: Place, files: Iterable[str]) -> HubError:
     """The error of a folder that a repository does not have, with those that it has; or of an empty repository."""
     above = {name.rpartition("/")[0] for name in files} - {""}
     shown = ", ".join(sorted(above, key=lambda name: (len(name), name))[:8]) or "no folders"
@@ -366,23 +319,7 @@ def _with_size(file: RepoFile, repo_id: str, commit: str, where: str) -> RepoFil
     return replace(file, size=size)
 
 
-def _look(place: _Place, root: Path, commit: str, revision: str | None, files: Mapping[str, RepoFile]) -> ResolvedRepo:
-    """What of the files in the folder is wanted and not in the snapshot at `root`."""
-    folder, unpickle = root / place.subfolder, place.unpickle
-    wanted = _weights(folder, files, place.kind, unpickle)
-    pickles = [name for name in files if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if place.kind == "adapter":
-        pickles = [name for name in pickles if name == _PICKLED]
-    if place.kind in ("model", "adapter") and not wanted and pickles:
-        what = f"holds only pickles ({', '.join(pickles[:3])}), which can run code when they are loaded"
-        fix = "convert it to safetensors, or read it, without running its code, with lazy_unpickle=True"
-        raise HubError.of("PICKLE_REFUSED", place.where, what, fix)
-    missing = tuple(files[name] for name in wanted if not (folder / name).exists())
-    sizes = {name: max(file.size, 0) for name, file in files.items()}
-    return ResolvedRepo(folder, place.where, place.repo_id, commit, revision, missing, sizes, place.subfolder)
-
-
-def _cached(place: _Place, revision: str | None) -> ResolvedRepo | None:
+def _cached(place: Place, revision: str | None) -> ResolvedRepo | None:
     """Resolve a reference from the cache alone; None if it has no snapshot, or its file list is unknown while online.
 
     Newer versions of huggingface_hub cache the file list of a repository. Without it, weights are compared with their
@@ -400,8 +337,8 @@ def _cached(place: _Place, revision: str | None) -> ResolvedRepo | None:
             for f in folder.iterdir()
             if f.is_file()
         }
-        names = _weights(folder, files, place.kind, place.unpickle, absent=True)
-        found = _look(place, root, root.name, revision, files)
+        names = wanted_weights(folder, files, place.kind, place.unpickle, absent=True)
+        found = look(place, root, root.name, revision, files)
         prefix = f"{place.subfolder}/" if place.subfolder else ""
         absent = (RepoFile(f"{prefix}{name}", 0, "") for name in names if name not in files)
         return replace(found, missing=(*found.missing, *absent))
@@ -410,8 +347,8 @@ def _cached(place: _Place, revision: str | None) -> ResolvedRepo | None:
         if not (_is_offline() or _is_commit(revision)):
             return None  # a newer commit may have the folder
         raise _no_folder(place, listed)
-    found = _look(place, root, root.name, revision, files)
-    lost = tuple(files[name] for name in _small(files, place.kind) if not (folder / name).exists())
+    found = look(place, root, root.name, revision, files)
+    lost = tuple(files[name] for name in small_files(files, place.kind) if not (folder / name).exists())
     return replace(found, missing=(*lost, *found.missing))
 
 
@@ -440,76 +377,6 @@ def _listing(repo_id: str, folder: Path) -> dict[str, RepoFile] | None:
     except CachedRepoTreeNotFoundError:
         return None
     return {f.path: RepoFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in entries}
-
-
-def _small(files: Mapping[str, RepoFile], kind: Kind) -> list[str]:
-    """The files beside the weights that are downloaded: those of `_SMALL`, and of a model what else is small enough."""
-    top = [n for n in files if "/" not in n and any(fnmatch(n, p) for p in _SMALL)]
-    rest = [n for n, file in files.items() if kind != "adapter" and file.size <= _SMALL_BYTES and _is_side_file(n)]
-    return [n for n in dict.fromkeys((*top, *rest)) if not any(fnmatch(n, p) for p in _NOT_NEEDED)]
-
-
-def _is_side_file(name: str) -> bool:
-    """Whether a merge copies a file of this name; any safetensors file may be the model's weights."""
-    return name.count("/") <= DEPTH and (
-        kind_of(name) == "side" or (kind_of(name) == "weights" and not name.endswith(".safetensors"))
-    )
-
-
-def _weights(folder: Path, files: Collection[str], kind: Kind, unpickle: bool, *, absent: bool = False) -> list[str]:
-    """The files that hold the tensors, as `Checkpoint.open` chooses them; `absent` adds those that only the index names."""
-    top = [name for name in files if "/" not in name]
-    adapter = [_ADAPTER] if _ADAPTER in top else [_PICKLED] if _PICKLED in top and unpickle else []
-    adapter = adapter or ([MLX_FILE] if {MLX_FILE, CONFIG} <= set(top) else [])
-    if kind == "side":
-        return []
-    if kind == "adapter" or (kind == "any" and adapter and "config.json" not in top):
-        return adapter
-    found = [*_model_files(folder, top, unpickle), *_of_modules(folder, files, unpickle)]
-    found = [name for name in found if absent or name in files]
-    # An adapter in place of the wanted model is fetched too, so that the message can name it.
-    return found if found and kind == "model" else [*adapter, *found]
-
-
-def _of_modules(folder: Path, files: Collection[str], unpickle: bool) -> list[str]:
-    """The weights of modules; `Checkpoint.open` reports a broken list of modules."""
-    with suppress(CheckpointError):
-        return [name for name in module_files(folder, files) if unpickle or name.endswith(".safetensors")]
-    return []
-
-
-def _model_files(folder: Path, top: Sequence[str], unpickle: bool) -> list[str]:
-    """The weights of a model: files with a standard name, else any other safetensors, else pickles with `unpickle`."""
-    for stem in _STEMS:
-        index, single = f"{stem}.safetensors{_INDEX}", f"{stem}.safetensors"
-        if index in top or single in top:
-            shards = _shards(folder / index) if index in top else []
-            return list(dict.fromkeys([*shards, *(name for name in top if name == single)]))
-    tensors = [n for n in top if n.endswith(".safetensors") and not n.startswith(("consolidated", "adapter_model"))]
-    if tensors or not unpickle:
-        return tensors
-    index = f"pytorch_model.bin{_INDEX}"
-    shards = filter_names(top, "pytorch_model-*.bin") if index in top else []
-    return [index, *shards] if shards else filter_names(top, "pytorch_model.bin")
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index names; `Checkpoint.open` reports a broken index."""
-    try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({name for name in named if isinstance(name, str)})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-
-
-def _refuse_names(files: Iterable[str], where: str) -> None:
-    """Raise HubError HUB_PATH for a name that leaves its folder on some operating system."""
-    for name in files:
-        parts = name.split("/")
-        plain = all(p.isprintable() and p.strip(" .") and len(p.encode()) <= 255 for p in parts)
-        if not plain or re.search(r"[\\:]", name):
-            what = f"has a file named {name[:200]!r}, which would leave its folder"
-            raise HubError.of("HUB_PATH", where, what, "do not use this repository")
 
 
 def _is_commit(revision: str | None) -> bool:
@@ -559,11 +426,6 @@ def _retried(where: str, call: Callable[[], T]) -> T:
             time.sleep(pause(attempt))
     with asking(where):
         return call()
-
-
-def pause(attempt: int) -> float:
-    """Seconds to wait before the next attempt: doubled each time, at most 30."""
-    return min(0.25 * 2.0**attempt, 30.0)
 
 
 def _is_whole(path: Path, file: RepoFile) -> bool:

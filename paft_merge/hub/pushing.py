@@ -19,6 +19,7 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.links import is_inside
 from paft_merge.inputs.weight_files import is_unfinished
 from paft_merge.output.manifest import MANIFEST, is_merged, read_manifest, verify
+from paft_merge.stores import has_scheme, shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -109,6 +110,8 @@ def prepare_upload(folder: Path) -> UploadPlan:
     """
     from huggingface_hub import get_token
 
+    if has_scheme(folder):
+        raise HubError.of("PUSH_FOLDER", shown(str(folder)), "is a URL", "copy it into a folder first")
     folder = Path(folder)
     if not folder.is_dir():
         raise HubError.of("PUSH_FOLDER", folder, "is not a folder", "give the folder that was written")

@@ -1,4 +1,6 @@
-"""Files on the Hub that are read by ranges and never stored: pinned to a commit, retried where a connection broke.
+"""Files on the Hub and in object stores that are read by ranges and never stored.
+
+Those of the Hub are pinned to a commit, and retried where a connection broke.
 
 Reads are served from windows of the file, which a few connections fetch ahead and which are dropped when others need
 the memory. `RemoteFile` has the interface of a local file of a checkpoint.
@@ -7,118 +9,35 @@ the memory. `RemoteFile` has the interface of a local file of a checkpoint.
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from paft_merge.errors import HubError
 from paft_merge.hub.faults import problem_of, retry_after, transport_error
-from paft_merge.hub.pulling import CONNECTIONS, ResolvedRepo, pause
+from paft_merge.hub.wanted_files import ResolvedRepo
+from paft_merge.stores import CONNECTIONS, RangedFile, Store, StoreFile, Windows, pause
+from paft_merge.stores.windows import ROOM_BYTES, WINDOW_BYTES
 
-WINDOW_BYTES = 8 * 2**20
-ROOM_BYTES = 256 * 2**20
-_AHEAD = 1
-_HEAD_BYTES = 128 * 1024
 _ATTEMPTS = 8
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _EXPIRED = (400, 401, 403)
 _TIMEOUT_S = 30.0
 
 
-class Windows:
-    """A cache of recently read windows and the next ones, of at most `room_bytes` for all files together.
-
-    Rules with two passes read a tensor twice; dropped windows are then requested again.
-    """
-
-    def __init__(self, room_bytes: int, window_bytes: int) -> None:
-        self.window_bytes, self.room = window_bytes, max(room_bytes // window_bytes, 2 * CONNECTIONS)
-        self._held: OrderedDict[tuple[int, int], Future[memoryview]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="hub")
-
-    def read(self, file: RemoteFile, view: memoryview, offset: int) -> None:
-        """Fill `view` from byte `offset` of `file`; the range must be within the file."""
-        size, stop = self.window_bytes, offset + len(view)
-        if len(view) > self.room * size // 4:  # a large tensor would displace every other window
-            file.fetch(view, offset)
-            return
-        numbers = range(offset // size, (stop - 1) // size + 1)
-        waiting = [self._window(file, number) for number in numbers]
-        for number in range(numbers.stop, numbers.stop + _AHEAD):
-            if number * size < file.size:
-                self._window(file, number)
-        for number, one in zip(numbers, waiting, strict=True):
-            start = number * size
-            part = one.result()[max(offset - start, 0) : stop - start]
-            at = start + max(offset - start, 0) - offset
-            view[at : at + len(part)] = part
-
-    def close(self) -> None:
-        """Stop fetching and drop all windows."""
-        self._pool.shutdown(cancel_futures=True)
-        self._held.clear()
-
-    def _window(self, file: RemoteFile, number: int) -> Future[memoryview]:
-        key = (id(file), number)
-        with self._lock:
-            found = self._held.get(key)
-            if found is None or (found.done() and (found.cancelled() or found.exception() is not None)):
-                found = self._held[key] = self._pool.submit(self._fetch, file, number)
-            self._held.move_to_end(key)
-            spare = len(self._held) - self.room
-            if spare > 0:  # a window that is being fetched has a waiting reader
-                for old in [k for k, one in self._held.items() if one.done() and k != key][:spare]:
-                    del self._held[old]
-            return found
-
-    def _fetch(self, file: RemoteFile, number: int) -> memoryview:
-        start = number * self.window_bytes
-        held = memoryview(bytearray(min(self.window_bytes, file.size - start)))
-        file.fetch(held, start)
-        return held
-
-
 @dataclass
-class RemoteFile:
-    """One file of one commit of a repository."""
+class RemoteFile(RangedFile):
+    """One file of one commit of a repository; its etag is sha256, or git's id of the blob."""
 
-    where: str
-    """Repository, revision and name, for messages."""
-    name: str
-    size: int
-    etag: str
-    """The listed id of its content: sha256, or git's id of the blob."""
     url: str
     commit: str
     headers: Mapping[str, str] = field(repr=False)
     """Headers of every request; may contain a token, so they are never shown."""
-    windows: Windows = field(repr=False)
-    _head: bytes = b""
     _direct: tuple[str, Mapping[str, str], str | None] | None = field(default=None, repr=False)
     """Target of the last redirect, the headers for it, and the file's etag there."""
-
-    def read(self, view: memoryview, offset: int) -> int:
-        """Fill `view` from byte `offset` on; return the number of bytes, which is smaller only at the end of the file."""
-        count = max(min(len(view), self.size - offset), 0)
-        if offset + count <= len(self._head):
-            view[:count] = self._head[offset : offset + count]
-        elif count and offset < len(self._head) and offset == 0:  # a header longer than the first piece
-            self.fetch(view[:count], 0)
-        elif count:
-            self.windows.read(self, view[:count], offset)
-        return count
-
-    def read_head(self) -> None:
-        """Fetch and keep the first piece, into which most headers fit."""
-        held = bytearray(min(self.size, _HEAD_BYTES))
-        self.fetch(memoryview(held), 0)
-        self._head = bytes(held)
 
     def changed(self) -> str:
         """What differs from the listing: nothing, since a commit never changes; every answer is checked in `fetch`."""
@@ -206,11 +125,11 @@ class _AgainError(Exception):
 
 
 class Remote:
-    """Weights that are only on the Hub, as files read over the network."""
+    """Weights that are only on the Hub or in an object store, as files read over the network."""
 
     def __init__(self) -> None:
         self.windows = Windows(ROOM_BYTES, WINDOW_BYTES)
-        self._files: dict[str, dict[str, RemoteFile]] = {}
+        self._files: dict[str, dict[str, RangedFile]] = {}
 
     @classmethod
     @contextmanager
@@ -228,10 +147,10 @@ class Remote:
         finally:
             remote.windows.close()
 
-    def files(self, repo: ResolvedRepo) -> dict[str, RemoteFile]:
+    def files(self, repo: ResolvedRepo) -> dict[str, RangedFile]:
         """The missing files of a repository, by their names in its folder."""
         inside = f"{repo.subfolder}/" if repo.subfolder else ""
-        return {file.name.removeprefix(inside): self._files[str(repo.commit)][file.name] for file in repo.missing}
+        return {file.name.removeprefix(inside): self._files[repo.key][file.name] for file in repo.missing}
 
     def _add(self, repos: Sequence[ResolvedRepo]) -> None:
         from huggingface_hub import hf_hub_url
@@ -239,18 +158,27 @@ class Remote:
 
         headers = build_hf_headers()
         for repo in repos:
+            if repo.store is not None:
+                self._add_stored(repo, repo.store)
+                continue
             for file in repo.missing:
-                if file.name not in self._files.setdefault(str(repo.commit), {}):
+                if file.name not in self._files.setdefault(repo.key, {}):
                     where, url = (
                         f"{repo.where}: {file.name}",
                         hf_hub_url(str(repo.repo_id), file.name, revision=repo.commit),
                     )
-                    self._files[str(repo.commit)][file.name] = RemoteFile(
-                        where, file.name, file.size, file.etag, url, str(repo.commit), headers, self.windows
+                    self._files[repo.key][file.name] = RemoteFile(
+                        where, file.name, file.size, file.etag, self.windows, url, str(repo.commit), headers
                     )
         every = [file for files in self._files.values() for file in files.values()]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            list(pool.map(RemoteFile.read_head, every))
+            list(pool.map(RangedFile.read_head, every))
+
+    def _add_stored(self, repo: ResolvedRepo, store: Store) -> None:
+        for file in repo.missing:
+            where = f"{store.url}/{file.name}"
+            one = StoreFile(where, file.name, file.size, file.etag, self.windows, store, file.version)
+            self._files.setdefault(repo.key, {})[file.name] = one
 
 
 def _sent(response: Any, key: str) -> bool:

@@ -14,6 +14,7 @@ from paft_merge.inputs.safetensors_header import join_first
 from paft_merge.recipe import Located, ModelRef
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.yaml_source import KeyPath
+from paft_merge.stores import Store, folder_of, is_url, joined
 
 
 def expand(located: Located) -> tuple[Located, tuple[Problem, ...]]:
@@ -71,7 +72,7 @@ def checkpoints(ref: ModelRef, *, refresh: bool = False) -> list[ModelRef]:
     return _found(ref, refresh=refresh)[0]
 
 
-def _found(ref: ModelRef, beside: Path = Path(), *, refresh: bool = False) -> tuple[list[ModelRef], list[str]]:
+def _found(ref: ModelRef, beside: Path | str = Path(), *, refresh: bool = False) -> tuple[list[ModelRef], list[str]]:
     """What a reference stands for, and the folders that would match if `*` stood for any text.
 
     `beside`: the recipe's folder, where relative paths are looked for first.
@@ -109,7 +110,7 @@ def _expanded(entry: Any, located: Located, steps: KeyPath, notes: list[Problem]
     if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
         return [entry]
     try:
-        found, others = _found(ref, Path(located.file).parent)
+        found, others = _found(ref, folder_of(located.file))
     except PaftMergeError as error:
         raise type(error)([replace(one, where=f"{spot}: {one.where}") for one in error.problems]) from None
     if last is not None and len(found) < last:
@@ -123,10 +124,17 @@ def _expanded(entry: Any, located: Located, steps: KeyPath, notes: list[Problem]
     return [{**rest, "model": one.written()} for one in found[-last if last else 0 :]]
 
 
-def _folders(path: str, revision: str | None, beside: Path, *, refresh: bool) -> list[str]:
+def _folders(path: str, revision: str | None, beside: Path | str, *, refresh: bool) -> list[str]:
     """The folders in place of `path`: on this machine if the folder before the `*` is here, else on the Hub; sorted."""
     above, star, below = re.fullmatch(r"(.*/|)([^/]*\*[^/]*)(/.*|)", path, re.DOTALL).groups()  # type: ignore[union-attr]
-    root, tail = beside_recipe(above or ".", beside).expanduser(), below.strip("/")
+    tail = below.strip("/")
+    at = joined(str(beside), above or ".") if is_url(beside) else above
+    if is_url(at):
+        inside = (name.partition("/") for name in Store(at).list())
+        stored = {first for first, _, rest in inside if rest.startswith(f"{tail}/" if tail else "") and rest}
+        if stored or is_url(path):
+            return sorted(f"{above}{name}{below}" for name in stored)
+    root = beside_recipe(above or ".", Path(beside)).expanduser()
     if root.is_dir():
         folders = (one for one in root.iterdir() if (one / tail).is_dir() or (one.is_symlink() and not one.exists()))
         return sorted(f"{above}{one.name}{below}" for one in folders)

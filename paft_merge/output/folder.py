@@ -208,7 +208,7 @@ class Output:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_durably(target, content)
             if index is not None:
-                write_durably(self.part / f"{_stem(self.shards)}.safetensors.index.json", index_text(index).encode())
+                write_durably(self.part / index_name(self.shards), index_text(index).encode())
             # The journal becomes the lock, and so stays until the last rename: a merge that cannot be renamed is resumed.
             lock(self.journal, shared=(self.part / WORKERS).is_dir())
             os.replace(self.part / JOURNAL, self.part / LOCK)
@@ -244,10 +244,11 @@ def digest_of(folder: Path, slot: Slot, tile_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def _stem(shards: Sequence[Shard]) -> str:
-    """Start of the name of the index, by which readers find it; shards can have any name."""
+def index_name(shards: Sequence[Shard]) -> str:
+    """The name of the index, by which readers find it; shards can have any name."""
     diffusers = "diffusion_pytorch_model"
-    return diffusers if all(s.file.startswith(diffusers) for s in shards if "/" not in s.file) else "model"
+    stem = diffusers if all(s.file.startswith(diffusers) for s in shards if "/" not in s.file) else "model"
+    return f"{stem}.safetensors.index.json"
 
 
 # --- the unfinished folder -----------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def _read_journal(part: Path) -> tuple[Mapping[str, Any], dict[str, Finished]] |
     return identity, finished
 
 
-def check_identity(part: Path, begun: Mapping[str, Any], identity: Mapping[str, Any], fix: str) -> None:
+def check_identity(part: Path | str, begun: Mapping[str, Any], identity: Mapping[str, Any], fix: str) -> None:
     """Raise RESUME_STALE, which names what differs, if a merge was started with another identity."""
     now = json.loads(json.dumps(identity))
     changed = sorted(key for key in {*begun, *now} if begun.get(key) != now.get(key))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from paft_merge.errors import AuditError, CheckpointError, Problem, Problems, reading
-from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.checkpoint import Checkpoint, FarFile
 from paft_merge.inputs.safetensors_header import read_text
-from paft_merge.output.folder import digest_of
 from paft_merge.output.manifest_schema import fault_of
-from paft_merge.output.shards import Slot
+from paft_merge.stores import Store, is_url
 
 MANIFEST = "merge_manifest.json"
 FORMAT = "paft_merge.manifest/1"
@@ -25,7 +26,7 @@ MOST_BYTES = 4_000_000_000
 class ManifestCheck:
     """The comparison of a finished merge with its manifest."""
 
-    folder: Path
+    folder: Path | str
     manifest: Mapping[str, Any]
     tensors: int
     """Number of tensors whose bytes were compared."""
@@ -52,7 +53,9 @@ class ManifestCheck:
 
 
 def is_merged(folder: Path | str) -> bool:
-    """Whether a folder holds the manifest of a finished merge."""
+    """Whether a folder, or the folder at a URL, holds the manifest of a finished merge."""
+    if is_url(folder):
+        return Store(str(folder)).info(MANIFEST) is not None
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -60,6 +63,8 @@ def verify(
     folder: Path | str,
     progress: Callable[[int, int, str], None] = lambda *_: None,
     manifest: Mapping[str, Any] | None = None,
+    far: Mapping[str, FarFile] | None = None,
+    where: str | None = None,
 ) -> ManifestCheck:
     """Compare a finished merge with its `merge_manifest.json`: names, dtypes, shapes, and the digest of every tensor.
 
@@ -67,39 +72,52 @@ def verify(
         folder: the output of `paft merge`.
         progress: called with bytes done, total bytes, and the name of the compared tensor.
         manifest: the manifest of another merge that should have the same result; default: the one in `folder`.
+        far: remote files of the folder, as for `Checkpoint.open`.
+        where: the name of the folder in messages; default: its path.
 
     Raises:
         AuditError: MANIFEST, it is missing or cannot be read.
         CheckpointError: the folder is not a complete checkpoint.
     """
     folder = Path(folder)
+    named, where = where or folder, where or str(folder)
     manifest = read_manifest(folder / MANIFEST) if manifest is None else manifest
     problems, planned = Problems(), manifest["tensors"]
-    with Checkpoint.open(folder) as checkpoint:
+    with Checkpoint.open(folder, far=far) as checkpoint:
         held, done = checkpoint.tensors, 0
-        _compare_names(planned, held, folder, problems)
+        _compare_names(planned, held, where, problems)
         both = [name for name in planned if name in held]
         total = sum(held[n].nbytes for n in both)
         for name in both:
             entry, info = planned[name], held[name]
             if (entry["dtype"], tuple(entry["shape"])) != (info.dtype, info.shape):
                 what = f"is {info.dtype} {list(info.shape)}, but was written as {entry['dtype']} {entry['shape']}"
-                problems.add("MANIFEST", f"{folder}: {name}", what, "merge again")
-            slot = Slot(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
-            if digest_of(folder, slot, entry["block_bytes"]) != entry["digest"]:
+                problems.add("MANIFEST", f"{where}: {name}", what, "merge again")
+            if _digest_of(checkpoint, name, entry["block_bytes"]) != entry["digest"]:
                 problems.add(
-                    "MANIFEST", f"{folder}: {name}", "its bytes differ from those that the merge wrote", "merge again"
+                    "MANIFEST", f"{where}: {name}", "its bytes differ from those that the merge wrote", "merge again"
                 )
             done += info.nbytes
             progress(done, total, name)
-    return ManifestCheck(folder, manifest, len(both), done, tuple(problems.found))
+    return ManifestCheck(named, manifest, len(both), done, tuple(problems.found))
 
 
-def _compare_names(planned: Mapping[str, Any], held: Mapping[str, Any], folder: Path, problems: Problems) -> None:
+def _digest_of(checkpoint: Checkpoint, name: str, tile_bytes: int) -> str:
+    """The digest of a tensor: XXH3-128 over the XXH3-128 of its blocks of `tile_bytes`."""
+    digest, nbytes = xxhash.xxh3_128(), checkpoint.tensors[name].nbytes
+    held = memoryview(bytearray(min(tile_bytes, nbytes)))
+    for start in range(0, nbytes, tile_bytes):
+        block = held[: min(tile_bytes, nbytes - start)]
+        checkpoint.read_into(name, start, block)
+        digest.update(xxhash.xxh3_128_digest(block))
+    return digest.hexdigest()
+
+
+def _compare_names(planned: Mapping[str, Any], held: Mapping[str, Any], where: str, problems: Problems) -> None:
     for name in planned.keys() - held.keys():
-        problems.add("MANIFEST", f"{folder}: {name}", "is in the manifest but not in the checkpoint", "merge again")
+        problems.add("MANIFEST", f"{where}: {name}", "is in the manifest but not in the checkpoint", "merge again")
     for name in held.keys() - planned.keys():
-        problems.add("MANIFEST", f"{folder}: {name}", "is in the checkpoint but not in the manifest", "merge again")
+        problems.add("MANIFEST", f"{where}: {name}", "is in the checkpoint but not in the manifest", "merge again")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from paft_merge.pipeline.trained_templates import check_turns
 from paft_merge.recipe import load_recipe
 from paft_merge.recipe.sections import beside_recipe, not_found
 from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean
+from paft_merge.stores import has_scheme, shown
 from paft_merge.training.consent import check_code
 
 
@@ -49,6 +50,9 @@ def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
     problems.raise_as(RecipeError)
 
 
+_COPY = "copy it into a folder first: a run reads folders and the Hub"
+
+
 def _check_base(recipe: RunRecipe, problems: Problems) -> None:
     base = Path(recipe.base)
     where = recipe.where("base_model")
@@ -57,6 +61,8 @@ def _check_base(recipe: RunRecipe, problems: Problems) -> None:
             problems.add("BASE", where, f"{recipe.base} has no config.json", "name a model folder")
         with problems.catching(where):
             refuse_odd_files(base)
+    elif has_scheme(recipe.base):
+        problems.add("BASE", where, f"{shown(recipe.base)} is a URL", _COPY)
     elif not is_repository(recipe.base):
         what = f"{recipe.base} is not a Hub repository, and is {not_found(recipe.folder)}"
         problems.add("BASE", where, what, "check the path")
@@ -74,6 +80,8 @@ def _check_existing(recipe: RunRecipe, problems: Problems) -> None:
         return  # each adapter would report it again
     for name, spec in recipe.existing.items():
         with problems.catching(recipe.where("adapters", name)):
+            if has_scheme(spec.path):
+                raise RunError.of("NOT_FOUND", shown(spec.path), "is a URL", _COPY)
             if not Path(spec.path).exists() and not is_repository(spec.path):
                 alone = re.split(r"[+:]", spec.path)[-1].strip()
                 known = beside_recipe(alone, recipe.folder).is_dir() or is_repository(alone)

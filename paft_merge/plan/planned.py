@@ -191,11 +191,11 @@ class MergePlan:
         rest = sum(count for _, count in kinds[limit:])
         return kinds[:limit] + [(TensorKind("...", "", "", "other parameters"), rest)] * bool(rest)
 
-    def to_json(self, out: Path | None = None) -> dict[str, Any]:
+    def to_json(self, out: Path | str | None = None) -> dict[str, Any]:
         """Return the whole plan as plain data: sizes, files, and every tensor with its inputs and parameters.
 
         Args:
-            out: folder to be written, whose disk `bytes_free` is about; the current folder by default.
+            out: folder to be written, whose disk `bytes_free` is about; the current folder by default, null at a URL.
         """
         return {
             "recipe": self.recipe.resolved(),
@@ -246,8 +246,10 @@ class MergePlan:
             model.close()
 
 
-def bytes_free(out: Path | None) -> int:
-    """Return the free bytes of the disk that `out` (default: the current folder) is on, whether it exists or not."""
+def bytes_free(out: Path | str | None) -> int | None:
+    """Return the free bytes of the disk that `out` (default: the current folder) is on, whether it exists or not; None at a URL."""
+    if isinstance(out, str):
+        return None
     folder = (out or Path()).resolve()
     return shutil.disk_usage(next(path for path in [folder, *folder.parents] if path.exists())).free
 

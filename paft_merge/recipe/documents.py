@@ -88,12 +88,14 @@ def load_recipes(
     source: Path | str | Mapping[str, Any] | Located | Recipe, *, strict: bool = False,
     methods: Mapping[str, Method] = METHODS,
     expand: Callable[[Located], tuple[Located, tuple[Problem, ...]]] = lambda located: (located, ()),
+    named: str | None = None,
 ) -> Documents:  # fmt: skip
     """Read every document of a file.
 
     Args:
         source, strict, methods: as for `load_recipe`.
         expand: replaces each item that names several models, and returns warnings about them.
+        named: the URL of a recipe that is given as text.
 
     Raises:
         RecipeError: problems of all documents; two have the same name or none; documents use each other.
@@ -110,7 +112,7 @@ def load_recipes(
         return Documents((load(source.located),))
     if not isinstance(source, Path | str):
         return Documents((load(source if isinstance(source, Located) else Located.of(source)),))
-    located, problems, recipes = load_documents(source), Problems(), list[Recipe]()
+    located, problems, recipes = load_documents(source, named), Problems(), list[Recipe]()
     if len(located) == 1:
         return Documents((load(located[0]),))
     for document in located:

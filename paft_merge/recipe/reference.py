@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from paft_merge.errors import RecipeError
 from paft_merge.recipe.sections import Section, problems_of, refused
 from paft_merge.recipe.yaml_source import dotted, show
+from paft_merge.stores.urls import is_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,10 @@ class _Place(Section):
     @classmethod
     def split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            path, *revision = value.split("@")
+            # abfss://container@account.dfs.core.windows.net/path: the @ of a host starts no revision
+            host = re.match(r"(?:[A-Za-z0-9]+://[^/]*)?", value)[0] if is_url(value) else ""  # type: ignore[index]
+            path, *revision = value.removeprefix(host).split("@")
+            path = host + path
             if len(revision) > 1:
                 raise refused(f"more than one '@' in {show(value)}", "write {path: ..., revision: ...}")
             value = {"path": path, "revision": revision[0]} if revision else {"path": path}

@@ -113,13 +113,15 @@ def load_yaml(source: Path | str) -> Located:
     return documents[0]
 
 
-def load_documents(source: Path | str) -> tuple[Located, ...]:
+def load_documents(source: Path | str, named: str | None = None) -> tuple[Located, ...]:
     """Read every non-empty document of a file; an empty file is one empty document.
+
+    `named`: the URL of a file that is given as text.
 
     Raises:
         RecipeError: as for `load_yaml`; SECRET, a value or a comment is an access token.
     """
-    text, file = _text_of(source)
+    text, file = (str(source), named) if named else _text_of(source)
     documents = tuple(_documents(text, file))
     _refuse_secrets_in(text, file, documents)
     if len(documents) > 1:

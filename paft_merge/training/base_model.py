@@ -18,6 +18,7 @@ from paft_merge.methods.mergekit_methods import chat_template
 from paft_merge.recipe import CHAT_TEMPLATES
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.yaml_source import MAX_BYTES, did_you_mean
+from paft_merge.stores import has_scheme
 from paft_merge.training.factors import whole
 from paft_merge.training.schema import AdapterSpec, BaseSpec, QuantizationSpec
 
@@ -98,6 +99,7 @@ def load_tokenizer(name: str, spec: AdapterSpec, folder: Path = Path(), *, trust
         if {type(one).__name__ for one in (error, error.__cause__)} & _NOWHERE and not Path(source).exists():
             near = did_you_mean(Path(source).name, [one.name for one in Path(source).parent.glob("*") if one.is_dir()])
             fix = near or "check the path, or pull it first where there is a network"
+            fix = "copy it into a folder first" if has_scheme(source) else fix
             what = "neither a local folder nor a repository in the Hub's cache"
             raise TrainError.of("BASE" if source == name else "TEMPLATE", source, what, fix) from error
         what = f"the tokenizer or its template cannot be loaded: {first_line(error)}"

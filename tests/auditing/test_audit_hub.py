@@ -42,7 +42,7 @@ def made(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     }
     for name, folder in folders.items():
         hub.add(f"me/{name}", files_of(folder))
-    monkeypatch.setattr("paft_merge.hub.ranges._HEAD_BYTES", header_bytes(folders["base"]))
+    monkeypatch.setattr("paft_merge.stores.windows._HEAD_BYTES", header_bytes(folders["base"]))
     return folders
 
 

@@ -283,7 +283,7 @@ def test_a_dry_run_reads_headers_alone(models: HubServer, tmp_path: Path) -> Non
     assert len(found["tensors"]) == 12
     sizes = [len(c) for n in ("base", "tuned", "sft") for p, c in models.files(f"me/{n}").items() if "safetensors" in p]
     assert found["bytes_on_hub"] == sum(sizes) - len(models.files("me/base")["model.safetensors.index.json"])
-    assert "of files are on the Hub only" in paft("merge", "--dry-run", tmp_path / "r.yaml").stdout
+    assert "of files are not on this machine" in paft("merge", "--dry-run", tmp_path / "r.yaml").stdout
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 

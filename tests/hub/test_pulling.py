@@ -365,7 +365,7 @@ def test_a_streamed_merge_has_the_same_bytes_and_stores_no_input(models: HubServ
 def test_a_stream_goes_on_where_it_broke(
     models: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: object
 ) -> None:
-    monkeypatch.setattr("paft_merge.hub.ranges._HEAD_BYTES", 2000)
+    monkeypatch.setattr("paft_merge.stores.windows._HEAD_BYTES", 2000)
     monkeypatch.setattr("paft_merge.hub.ranges.WINDOW_BYTES", 4096)
     with paft_merge.open_plan(RECIPE, stream_from_hub=True):
         pass
@@ -384,7 +384,8 @@ def test_any_piece_read_from_any_thread_is_what_the_file_has(models: HubServer) 
     import random
     from concurrent.futures import ThreadPoolExecutor
 
-    from paft_merge.hub.ranges import Remote, Windows
+    from paft_merge.hub.ranges import Remote
+    from paft_merge.stores import Windows
 
     whole = models.files("me/tuned")["model.safetensors"]
     seen = resolve("me/tuned", kind="model")
@@ -438,7 +439,7 @@ def test_another_file_than_was_listed_is_an_error(models: HubServer, tmp_path: P
 def test_a_file_that_changes_midway_is_an_error_and_never_a_mix(
     models: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paft_merge.hub.ranges._HEAD_BYTES", 2000)
+    monkeypatch.setattr("paft_merge.stores.windows._HEAD_BYTES", 2000)
     monkeypatch.setattr("paft_merge.hub.ranges.WINDOW_BYTES", 4096)
     models.fail("GET /cdn/", Lie(), times=8)
     models.fail("GET /cdn/", Lie(headers={"ETag": '"cdn-other"'}), times=99)
@@ -451,7 +452,7 @@ def test_a_file_that_changes_midway_is_an_error_and_never_a_mix(
 def test_a_server_without_ranges_and_one_that_stays_broken_are_told(
     models: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paft_merge.hub.ranges._HEAD_BYTES", 2000)
+    monkeypatch.setattr("paft_merge.stores.windows._HEAD_BYTES", 2000)
     models.fail("GET /cdn/", Lie(ignore_range=True), times=999)
     with pytest.raises(PaftMergeError) as caught:
         paft_merge.merge(RECIPE, tmp_path / "out", stream_from_hub=True)
