@@ -46,7 +46,7 @@ ONLY_IN = {
     "jinja2": {"auditing", "plan"},
     "rich": {"cli"},
     "yaml": {"recipe", "output"},
-    "pydantic": {"output", "recipe", "training", "mergekit_plugin", "evaluating", "pipeline"},
+    "pydantic": {"output", "recipe", "training", "mergekit_plugin", "evaluating", "pipeline", "engine"},
 }
 """The rooms that import a foreign package; no other room does."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,13 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from paft_merge import open_plan
+from paft_merge.engine.prediction import predicted_peak
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ROOT / "tools"
 SCRIPTS = [TOOLS / "venv", TOOLS / "test", TOOLS / "check", TOOLS / "quickstart", ROOT / ".ci" / "run"]
 
+import bench_prediction  # noqa: E402
+import make_layout  # noqa: E402
+import scale_table  # noqa: E402
 from bench_data import PRESETS, Llama, headers, make  # noqa: E402
 from bench_reference import CASES, check  # noqa: E402
 
@@ -212,3 +220,63 @@ def test_the_trial_of_workers_kills_some(tmp_path: Path) -> None:
     (row,) = map(json.loads, done.stdout.splitlines())
     assert row["kill"] >= 2
     assert row["faults"] == []
+
+
+# --- layouts and predictions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llama-3-70b", 70.55), ("llama-3.1-405b", 405.85), ("deepseek-v3", 671.03), ("kimi-k2", 1026.4)],
+)
+def test_layouts_have_the_published_sizes(name: str, billions: float) -> None:
+    sizes = [math.prod(shape) for _, _, shape in make_layout.rows(make_layout.LAYOUTS[name])]
+    assert sum(sizes) / 1e9 == pytest.approx(billions, rel=1e-4)
+
+
+def test_a_layout_takes_no_disk_and_can_be_planned(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "sft"
+    for folder, more in ((base, []), (adapter, ["--adapter", "16"])):
+        done = CliRunner().invoke(make_layout.main, ["kimi-k2", str(folder), "--layers", "2", *more])
+        assert done.exit_code == 0, done.output
+    files = list(base.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) > 30e9
+    assert sum(512 * file.stat().st_blocks for file in files) < 2e6
+    with open_plan(
+        {"merge_method": "linear", "models": [{"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}}]}
+    ) as plan:
+        merged = [tensor.name for tensor in plan.tensors if tensor.method == "linear"]
+        assert not [name for name in merged if ".experts." in name]
+        assert len(merged) == 2 * 5 + 3 + 3  # attention, a dense layer, a shared expert
+        assert predicted_peak(plan, 2) < 1e9
+
+
+def test_the_table_of_large_models_is_up_to_date(tmp_path: Path) -> None:
+    page = scale_table.PAGE.read_text(encoding="utf-8")
+    assert [line for line in scale_table.lines("llama-3-70b", tmp_path) if line not in page] == [], (
+        "python tools/scale_table.py"
+    )
+    for name in scale_table.NAMES.values():
+        assert page.count(f"| {name} |") == 2 * len(scale_table.WORKERS)
+
+
+def test_predictions_are_compared_with_merges(data: Path, tmp_path: Path) -> None:
+    arguments = [
+        str(tmp_path / "work"),
+        "--data",
+        str(data),
+        "--case",
+        "l1_ties/adapters",
+        "--seconds",
+        "0.01",
+        "--no-fill",
+    ]
+    done = CliRunner().invoke(bench_prediction.main, arguments)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout.splitlines()[-1])["cases"]
+    assert [(row["case"], row["cold"]) for row in rows] == [("l1_ties/adapters", False), ("l1_ties/adapters", True)]
+    for row in rows:
+        assert row["measured_s"] > 0.1
+        assert row["predicted_s"] > 0.1
+        assert row["predicted_mb"] == pytest.approx(row["measured_mb"], rel=1.0)
+    assert not list((tmp_path / "work").glob("run*"))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from make_layout import Llama
 from make_tiny import byte_tokenizer
 from safetensors.torch import save_file
 
@@ -35,77 +36,15 @@ SHARD_BYTES = 5_000_000_000
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
-class Llama:
-    """The numbers that fix every tensor's shape."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """`[out, in]` of each linear of one layer, by its name in the layer."""
-        kv = self.hidden // self.heads * self.kv_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
-            "self_attn.k_proj": (kv, self.hidden),
-            "self_attn.v_proj": (kv, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
-        }
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape by name, sorted by name as safetensors writes them."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab, self.hidden),
-            "model.norm.weight": (self.hidden,),
-            "lm_head.weight": (self.vocab, self.hidden),
-        }
-        for i in range(self.layers):
-            at = f"model.layers.{i}."
-            shapes |= {f"{at}{name}.weight": shape for name, shape in self.linears().items()}
-            shapes |= {f"{at}{name}.weight": (self.hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-        return dict(sorted(shapes.items()))
-
-    @property
-    def parameters(self) -> int:
-        """Elements of the whole checkpoint."""
-        return sum(math.prod(shape) for shape in self.tensors().values())
-
-    def config(self) -> dict[str, object]:
-        """Its config.json."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "dtype": "bfloat16",
-        }
-
-
 PRESETS = {
     "tiny": Llama(128, 352, 2, 4, 2, 512),
     "1.1b": Llama(2048, 5632, 22, 32, 4, 32000),
     "3b": Llama(3072, 8192, 28, 24, 8, 32000),
+    "7b": Llama(4096, 11008, 32, 32, 32, 32000),
     "7b-layer": Llama(4096, 11008, 1, 32, 32, 32000),
     "8b-layer": Llama(4096, 14336, 1, 32, 8, 128256),
 }
-"""TinyLlama's shapes; Llama 3.2 3B's with a small vocabulary; Llama 2 7B and Llama 3 8B with one layer left."""
+"""TinyLlama's shapes; Llama 3.2 3B's with a small vocabulary; Llama 2 7B's; Llama 2 7B and Llama 3 8B with one layer left."""
 
 
 @dataclass(frozen=True)

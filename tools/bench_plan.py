@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import make_layout
+
 from paft_merge.engine.api import open_plan
-from paft_merge.output.shards import plan_shards, split
 
 LAYERS = 60
 EXPERT = (64, 128)
@@ -44,17 +45,8 @@ def names(tensors: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 def hollow(folder: Path, tensors: int) -> Path:
     """A checkpoint of headers and holes."""
-    folder.mkdir(parents=True)
-    shards = plan_shards(split(list(names(tensors)), SHARD_BYTES))
-    for shard in shards:
-        with (folder / shard.file).open("wb") as file:
-            file.write(shard.header)
-            file.truncate(shard.size)
-    weight_map = {slot.name: shard.file for shard in shards for slot in shard.slots}
-    if len(shards) > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_hidden_layers": LAYERS}))
-    return folder
+    config: dict[str, object] = {"model_type": "mixtral", "num_hidden_layers": LAYERS}
+    return make_layout.hollow(folder, list(names(tensors)), config, SHARD_BYTES)
 
 
 def recipe(base: Path, *tuned: Path, sliced: bool = False) -> dict[str, object]:

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from paft_merge.cli.auditing import audit
+from paft_merge.cli.benching import bench
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
 from paft_merge.cli.hub import card, pull, push, reproduce
@@ -133,5 +134,5 @@ def cli(ctx: click.Context, verbose: bool) -> None:
 
 atexit.register(gc.freeze)  # saves 0.05 s at exit: without it, Python collects garbage in all imported modules
 
-for command in (run, init, tune, evaluate, merge, explain, audit, train, pull, push, card, reproduce, methods):
+for command in (run, init, tune, evaluate, merge, explain, audit, train, pull, push, card, reproduce, methods, bench):
     cli.add_command(command)

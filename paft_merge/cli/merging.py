@@ -19,6 +19,7 @@ from paft_merge.cli.terminal import (
     COMPILER,
     WORKERS,
     Folder,
+    Rate,
     Size,
     as_flags,
     clock,
@@ -124,11 +125,25 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Take a worker for dead after this time without a sign of life.",
 )
+@click.option("--workers", type=click.IntRange(1), help="With --dry-run: predict the cost for this many workers.")
+@click.option("--read-gbps", type=Rate(), help="With --dry-run: GB/s that a worker reads. Default: see `paft bench`.")
+@click.option("--write-gbps", type=Rate(), help="With --dry-run: GB/s that a worker writes.")
+@click.option("--gflops", type=Rate(), help="With --dry-run: GFLOP/s of a core in low-rank products.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @planning_options
 @accepts_mergekit_options
 def merge(
-    recipe: str, out: Path | str | None, dry_run: bool, as_json: bool, quiet: bool, notes: list[Problem], **options: Any
+    recipe: str,
+    out: Path | str | None,
+    dry_run: bool,
+    as_json: bool,
+    workers: int | None,
+    read_gbps: float | None,
+    write_gbps: float | None,
+    gflops: float | None,
+    quiet: bool,
+    notes: list[Problem],
+    **options: Any,
 ) -> None:
     """Merge the models of RECIPE (mergekit's YAML) into the folder OUT, with a log in OUT.log beside it.
 
@@ -144,13 +159,22 @@ def merge(
         asked, place = MergeOptions(**options, warn=warn), recipe_place(recipe)
     except ValueError as error:
         raise click.UsageError(as_flags(str(error))) from None
+    rates = {"read_gbps": read_gbps, "write_gbps": write_gbps, "gflops": gflops}
+    given = {name: value for name, value in rates.items() if value is not None}
+    if not dry_run and (workers or given):
+        names = [*(["workers"] if workers else []), *given]
+        raise click.UsageError(f"--{names[0].replace('_', '-')} is for a prediction, and needs --dry-run.")
+    if workers and asked.shared:
+        raise click.UsageError(
+            "--workers predicts a merge by N workers; --worker, --distributed and --finalize are for one of them."
+        )
     if dry_run:
         with api.open_plan(place, asked, stream_from_hub=True) as plan:
             problems = Problems()
             if out is not None and not (asked.keeps_finished and is_merged(out)):
                 api.check_output(plan, out, asked, problems)
             warn([*plan.warnings, *problems.found])
-            _show_plan(plan, out, as_json)
+            _show_plan(plan, out, asked, workers or 1, given, as_json)
         return
     if as_json:
         raise click.UsageError("--json shows a plan, and needs --dry-run.")
@@ -252,10 +276,39 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         bar.stop()
 
 
-def _show_plan(plan: MergePlan, out: Path | str | None, as_json: bool) -> None:
-    from paft_merge.cli.plan_tables import plan_table
+def _show_plan(
+    plan: MergePlan, out: Path | str | None, options: MergeOptions, workers: int, given: dict[str, float], as_json: bool
+) -> None:
+    from datetime import date
 
+    from paft_merge.cli.plan_tables import plan_table, prediction_table
+    from paft_merge.compute.kernels.object_cache import seconds_to_compile
+    from paft_merge.engine import api, machine
+    from paft_merge.engine.balancing import spreading_size
+    from paft_merge.engine.prediction import predict
+    from paft_merge.stores import is_url
+
+    known, faults = machine.stored()
+    warn(faults)
+    rates = (known.rates if known else machine.REFERENCE).model_copy(update=given)
+    threads = api.threads_within(plan, options.threads or api.available_cores(), options.memory_bytes, Problems())
+    in_stores = any("://" in model.ref for model in plan.models)  # these are read by ranges
+    downloaded = 0 if options.stream_from_hub or in_stores else plan.bytes_on_hub
+    # An output file is uploaded from scratch while the next one is written.
+    uploaded = sum(sorted(shard.size for shard in plan.shards)[-2:]) if is_url(out) else 0
+    found = predict(
+        plan, workers=workers, threads=threads, rates=rates, hold=api.held_bytes(plan, threads, options.memory_bytes),
+        scratch=downloaded + uploaded,
+    )  # fmt: skip
+    origin = machine.described(known, date.today(), given)
+    spread = spreading_size(plan, workers) if found.uneven else None
+    compiling = seconds_to_compile()
     if as_json:
-        click.echo(json.dumps(plan.to_json(out), indent=2))
+        more = {"rates_from": origin, "out_shard_bytes": spread, "seconds_to_compile": compiling}
+        predicted = {**found.to_json(), **more}
+        click.echo(json.dumps({**plan.to_json(out), "prediction": predicted}, indent=2))
     else:
         plan_table(plan, out)
+        prediction_table(found, origin, len(plan.shards), spread, compiling)
+        if options.device != "cpu":
+            click.echo("the prediction is for the CPU")

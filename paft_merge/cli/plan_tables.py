@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from paft_merge.cli.terminal import console, plain
+from paft_merge.engine.options import size_text
 from paft_merge.errors import RecipeError
 from paft_merge.methods import REQUIRED, Method, Parameter
 from paft_merge.plan import MergePlan
-from paft_merge.plan.formatting import show_bytes, show_value
+from paft_merge.plan.formatting import show_bytes, show_seconds, show_value
 from paft_merge.plan.planned import bytes_free
 from paft_merge.recipe import did_you_mean
+
+if TYPE_CHECKING:
+    from paft_merge.engine.prediction import Prediction
 
 
 def plan_table(planned: MergePlan, out: Path | str | None) -> None:
@@ -43,6 +48,65 @@ def plan_table(planned: MergePlan, out: Path | str | None) -> None:
     shown.print(
         f"reads {read}{where}, writes {written} in {files}{f'; {show_bytes(free)} are free on that disk' if free is not None else f' of {plain(str(out))}'}"
     )
+
+
+_WORKERS_SHOWN = 16
+
+
+def prediction_table(found: Prediction, origin: str, files: int, spread: int | None, compiling: float) -> None:
+    """Print the predicted cost of a merge.
+
+    Args:
+        found: the prediction.
+        origin: where its rates come from.
+        files: of the output.
+        spread: size of files that balances the workers' shares better, if they are uneven.
+        compiling: seconds to compile kernels first.
+    """
+    shown, slowest, count = terminal(), found.slowest, len(found.workers)
+    who = f"worker {slowest.worker} of {count}, the slowest, takes" if count > 1 else "the merge takes"
+    cached = max(one.seconds_cached for one in found.workers)
+    shown.print(
+        f"{who} about {show_seconds(slowest.seconds)} with inputs on disk, {show_seconds(cached)} in the page cache, on "
+        f"{found.threads} thread{'s' * (found.threads != 1)}; {show_bytes(max(w.peak_bytes for w in found.workers))} of memory, "
+        f"{show_bytes(max(w.scratch_bytes for w in found.workers))} of scratch"
+    )
+    if count > 1:
+        table = _table("worker", "files", "seconds", "in cache", "reads", "from disk", "writes", "memory", "scratch")
+        ordered = sorted((one for one in found.workers if one.files), key=lambda one: -one.seconds)
+        for one in ordered[:_WORKERS_SHOWN]:
+            sizes = one.bytes_read, one.bytes_from_disk, one.bytes_written, one.peak_bytes, one.scratch_bytes
+            table.add_row(
+                str(one.worker), str(one.files), f"{one.seconds:g}", f"{one.seconds_cached:g}", *map(show_bytes, sizes)
+            )
+        shown.print(table)
+        if rest := ordered[_WORKERS_SHOWN:]:
+            shown.print(f"{len(rest)} more workers take {rest[-1].seconds:g} to {rest[0].seconds:g} s")
+    if found.idle:
+        who = f"workers {_ranges(found.idle)} have" if len(found.idle) > 1 else f"worker {found.idle[0]} has"
+        shown.print(f"{who} nothing to do: the output has {files} file{'s' * (files != 1)}")
+        if not spread:
+            shown.print("its tensors do not spread over so many workers, whatever the sizes of files")
+    if spread:
+        shown.print(f"--out-shard-size {size_text(spread)} spreads the merge over {count} workers")
+    if compiling:
+        shown.print(f"and up to {show_seconds(compiling)} here, once, to compile kernels for this processor")
+    rates = found.rates
+    shown.print(
+        f"rates: reads {rates.read_gbps:.3g} GB/s, writes {rates.write_gbps:.3g} GB/s, {rates.gflops:.3g} GFLOP/s a core, "
+        f"loops x {rates.loops:.3g}: {plain(origin)}"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as ranges: `3..7, 9`."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ", ".join("..".join(map(str, ends)) for ends in found)
 
 
 def method_table(methods: Mapping[str, Method]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import signal
 import sys
@@ -38,6 +39,22 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
             return value if isinstance(value, int) else parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Rate(click.FloatRange):
+    """A number that is positive and finite."""
+
+    name = "rate"
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; click's range lets NaN and infinity pass."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a positive number.", param, ctx)
+        return number
 
 
 def recipe_place(text: str) -> Path | str:

@@ -220,7 +220,7 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
         ]
         log.info("merging %d tensors, %d bytes, into %s", len(plan.tensors), plan.bytes_written, out)
         warn([*plan.warnings, *notices])
-        held = _held_bytes(plan, threads, options.memory_bytes)
+        held = held_bytes(plan, threads, options.memory_bytes)
         written = 0
 
         def merge_into(output: Output, part: MergePlan, progress: Callable[[Progress], None]) -> None:
@@ -305,7 +305,7 @@ def threads_within(plan: MergePlan, threads: int, memory: int | None, problems: 
     return min(threads, memory // max(largest.block_bytes, 1))
 
 
-def _held_bytes(plan: MergePlan, threads: int, memory: int | None) -> int:
+def held_bytes(plan: MergePlan, threads: int, memory: int | None) -> int:
     """Return the bytes of merged tensors that may wait in memory beside the blocks being computed."""
     from paft_merge.engine.streaming import HELD_BYTES
 

@@ -78,6 +78,10 @@ class Intermediate(Checkpoint):
                     made = ready.compute(first, last, self.tensors[name].dtype)
                     view[a - start : b - start] = as_bytes(made)[a - first * width : b - first * width]
 
+    def planned(self, name: str) -> PlannedTensor:
+        """Return the plan of a tensor."""
+        return self._planned[name]
+
     def _prepared(self, name: str) -> _Ready:
         """Return the tensor with its measured statistics; the first call measures them."""
         with self._locks[name]:

@@ -197,3 +197,9 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ValueError(f"{text!r} is not a size; write for example 800M or 5GB")
     return size
+
+
+def size_text(size: int) -> str:
+    """Return a size as `parse_size` reads it: `1.4GB`."""
+    factor, unit = next(((f, u) for f, u in ((10**9, "GB"), (10**6, "MB"), (10**3, "KB")) if size >= f), (1, ""))
+    return f"{size / factor:g}{unit}"

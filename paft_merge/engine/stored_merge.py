@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paft_merge.engine.balancing import by_file
 from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.sidefiles import identity, origins
 from paft_merge.engine.streaming import Progress, ranked_over_model
-from paft_merge.engine.workers import MergeInto, by_file
+from paft_merge.engine.workers import MergeInto
 from paft_merge.errors import Problems
 from paft_merge.methods.rules.thresholds import count_all
 from paft_merge.output.stored import StoredOutput, check_stored, default_scratch

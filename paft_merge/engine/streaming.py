@@ -177,7 +177,7 @@ class _Worker:
         """
         # Decided from the plan alone, not from free memory: one pass adds the statistics in another order.
         pending = None
-        if _may_be_held(tensor):
+        if may_be_held(tensor):
             pending = rule.one_pass(walk, lambda: [tensor.inputs.factors(i) for i in walk.active])
         if pending is None:
             return None
@@ -327,7 +327,7 @@ class _Held:
                 self._turn.notify_all()
 
 
-def _may_be_held(tensor: PlannedTensor) -> bool:
+def may_be_held(tensor: PlannedTensor) -> bool:
     """Whether a tensor's kind and size suit one pass: it fits in memory, and computing its deltas twice costs more."""
     tile = tensor.bounds[0][1] if tensor.bounds else 0
     plain = tensor.inputs.form == "raw" or tensor.dtype not in RAW or tensor.rounding_key

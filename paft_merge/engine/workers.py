@@ -7,7 +7,6 @@ ends whatever number of its workers run, at the same time or one after the other
 
 from __future__ import annotations
 
-import heapq
 import logging
 import shutil
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
@@ -20,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paft_merge.engine.balancing import by_file, shares, spreading_size
 from paft_merge.engine.finished import is_finished
-from paft_merge.engine.options import MergeOptions
+from paft_merge.engine.options import MergeOptions, size_text
+from paft_merge.engine.prediction import cost
 from paft_merge.engine.process_group import ProcessGroup
 from paft_merge.engine.sidefiles import identity, without_times
 from paft_merge.engine.streaming import Progress, ranked_over_model
@@ -153,7 +154,7 @@ class _Member:
         self.progress = options.progress or (lambda _: None)
         self.files = by_file(plan)
         self.sizes = [sum(tensor.nbytes for tensor in file.tensors) for file in self.files]
-        self.share = shares([_cost(file) for file in self.files], worker.count)[worker.index]
+        self.share = shares([cost(file) for file in self.files], worker.count)[worker.index]
         self.order = [*self.share, *sorted({*range(len(self.files))} - {*self.share})]
         self._said: tuple[str, float] = "", 0.0
         self._checked = 0.0
@@ -167,7 +168,8 @@ class _Member:
         log.info("%s: writes %d of %d files, and helps with others", self.worker, count, of)
         if not count:
             what = f"has no file to write: the output has {of} file{'s' * (of != 1)} and {self.worker.count} workers"
-            fix = "out_shard_bytes='5GB' or less makes more files"
+            size = spreading_size(self.plan, self.worker.count)
+            fix = f"out_shard_bytes='{size_text(size)}' makes more files" if size else "start fewer workers"
             self.warn([Problem("WORKERS", str(self.worker), what, fix)])
         ranked = by_file(ranked_over_model(self.plan, threads=threads, ops=ops, add_up=self._add_up))
         for number in self._each("file", self.order, self.shared.files):
@@ -244,41 +246,3 @@ class _Member:
             self._check_number()
         every = [counts(file) for file in self.shared.counted(self._sums).values()]
         return tuple(np.sum(arrays, axis=0) for arrays in zip(*every, strict=True))
-
-
-def shares(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Divide files among workers: the most expensive first, each to the worker with the least cost (LPT).
-
-    Args:
-        costs: one a file.
-        count: of workers.
-
-    Returns:
-        The files of each worker, by position in `costs`, the most expensive first.
-    """
-    found: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0.0, worker) for worker in range(count)]
-    for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
-        load, worker = heapq.heappop(loads)
-        found[worker].append(number)
-        heapq.heappush(loads, (load + costs[number], worker))
-    return found
-
-
-def _cost(file: MergePlan) -> float:
-    """Bytes that are read and written, and those of float32 deltas that are computed from adapters."""
-    cost = 0
-    for tensor in file.tensors:
-        cost += tensor.nbytes
-        for read in tensor.inputs.reads:
-            cost += read.checkpoint.bytes_read(read.name) + (4 * tensor.numel if read.delta else 0)
-    return float(cost)
-
-
-def by_file(plan: MergePlan) -> list[MergePlan]:
-    """Return a plan for each file of the output."""
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    return [
-        replace(plan, tensors=tuple(tensors[slot.name] for slot in shard.slots), shards=(shard,))
-        for shard in plan.shards
-    ]

@@ -253,6 +253,7 @@ class RemappedDelta(AdapterDelta):
     ) -> None:
         super().__init__(shape, row_size, kind)
         self._deltas, self._fetch = deltas, fetch
+        self.rank = max((delta.rank for delta in deltas), default=0)
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         self._fetch(start, stop, out)

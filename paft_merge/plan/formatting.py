@@ -19,6 +19,13 @@ def show_bytes(count: int) -> str:
     return f"{size:.1f} TB"
 
 
+def show_seconds(seconds: float) -> str:
+    """Return a time: `1.2 s`, `15 min`, `3.4 h`."""
+    if seconds < 180:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 10800 else f"{seconds / 3600:.1f} h"
+
+
 def show_value(value: Any) -> str:
     """Return the value of a parameter as short text: floats with four digits, None as `-`."""
     if isinstance(value, list):

@@ -31,7 +31,7 @@ README = Path(HERE) / "README.md"
 
 MERGE_FLAGS = {
     "--dry-run", "--json", "--device", "--threads", "--memory", "--resume", "--overwrite", "--force", "--trust-remote-code",
-    "--write-model-card", "--quiet", "--stream-from-hub", "--strict", "--out-shard-size", "--lazy-unpickle", "--follow-links", "--allow-crimes", "--allow-nonfinite",
+    "--write-model-card", "--quiet", "--workers", "--read-gbps", "--write-gbps", "--gflops", "--stream-from-hub", "--strict", "--out-shard-size", "--lazy-unpickle", "--follow-links", "--allow-crimes", "--allow-nonfinite",
     "--tensor-intersection", "--tensor-union", "--import", "--output-name", "--unsafe-truncate-embeddings",
     "--worker", "--distributed", "--finalize", "--lease-seconds", "--scratch",
 }  # fmt: skip

@@ -17,7 +17,8 @@ from toys.merge import on, recipe
 
 from paft_merge import MergeOptions, merge, open_plan
 from paft_merge.engine.api import check_output
-from paft_merge.engine.workers import _identity, by_file, shares
+from paft_merge.engine.balancing import by_file, shares
+from paft_merge.engine.workers import _identity
 from paft_merge.errors import OutputError
 from paft_merge.output.placing import WORKERS, part_of
 from paft_merge.output.shards import plan_shards

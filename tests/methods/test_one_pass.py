@@ -195,7 +195,7 @@ def test_the_output_does_not_depend_on_how_it_was_found(
     if how == "missed":
         monkeypatch.setattr(one_pass, "guess_bracket", lambda sample, source, share: Bracket(0x7F000000, 16))
     if how == "measured":
-        monkeypatch.setattr(streaming, "_may_be_held", lambda tensor: False)
+        monkeypatch.setattr(streaming, "may_be_held", lambda tensor: False)
     out = files_of(paft_merge.merge(asked, tmp_path / "out"))
     assert used == {"held": used, "not held": used, "missed": [False] * len(used), "measured": []}[how]
     for name, content in reference.items():
@@ -216,7 +216,7 @@ def test_adapters_are_merged_from_what_a_few_rows_tell(tmp_path: Path, monkeypat
     assert used.count(True) > 0.8 * len(used)
     assert len(drawn) == len(used) > 1
     assert None not in drawn
-    monkeypatch.setattr(streaming, "_may_be_held", lambda tensor: False)
+    monkeypatch.setattr(streaming, "may_be_held", lambda tensor: False)
     measured_first = files_of(paft_merge.merge(asked, tmp_path / "measured"))
     assert out["model.safetensors"] == measured_first["model.safetensors"]
     assert manifest_of(tmp_path / "out")["tensors"][name]["sources"]
@@ -236,7 +236,7 @@ def test_an_infinite_base_that_is_set_aside_is_counted_once(tmp_path: Path, monk
     for held in (True, False):
         with monkeypatch.context() as patch:
             if not held:
-                patch.setattr(streaming, "_may_be_held", lambda tensor: False)
+                patch.setattr(streaming, "may_be_held", lambda tensor: False)
             out = paft_merge.merge(asked, tmp_path / f"out{held}", allow_nonfinite=True)
             outs.append((files_of(out)["model.safetensors"], manifest_of(out)["tensors"][name].get("nonfinite")))
     assert outs[0] == outs[1]

@@ -110,6 +110,11 @@ def compile_seconds() -> float:
     return _COMPILER.spent + (time.monotonic() - since if since else 0.0)
 
 
+def seconds_to_compile() -> float:
+    """About how long kernels will be compiled here, if none was compiled before; else 0."""
+    return len(_KERNELS) * _SECONDS_EACH if all(kernel.is_missing for kernel in _KERNELS) else 0.0
+
+
 class Compiled:
     """A kernel that is called with contiguous arrays and numbers, and compiled at its first call.
 

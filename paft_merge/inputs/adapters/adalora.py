@@ -28,7 +28,7 @@ def _make(layer: Layer) -> Callable[[], AdapterDelta] | None:
         return (np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)) if transposed else (left, right)
 
     lazy = Lazy(pair)
-    return lambda: LowRank(layer.shape, layer.row_size, lazy, "adalora", layer.builder.stored_as)
+    return lambda: LowRank(layer.shape, layer.row_size, lazy, "adalora", layer.builder.stored_as, a.shape[0])
 
 
 _NUMBER: tuple[type, ...] = (int, float)

@@ -48,6 +48,7 @@ class DeltaBuilder:
         stored_as: as in `AdapterDelta`.
         kind: as in `AdapterDelta`, of a low-rank delta.
         low: low-rank factors.
+        rank: their rank.
         columns: whether an output feature is a column of the stored tensor (for `magnitude`).
         magnitude: DoRA's magnitudes.
         new: a full new value.
@@ -62,6 +63,7 @@ class DeltaBuilder:
     stored_as: str | None = None
     kind: str = "lora"
     low: Lazy[Pair] | None = None
+    rank: int = 0
     columns: bool = False
     magnitude: Array | None = None
     new: Rows | None = None
@@ -80,7 +82,9 @@ class DeltaBuilder:
                 what = f"changes tensor {quote(self.name)} by a delta and also replaces values of it"
                 raise AdapterError.of("ADAPTER_UNSUPPORTED", "the adapter", what, "merge it with PEFT instead")
             return self.make()
-        low = LowRank(self.shape, self.row_size, self.low, self.kind, self.stored_as) if self.low is not None else None
+        low = None
+        if self.low is not None:
+            low = LowRank(self.shape, self.row_size, self.low, self.kind, self.stored_as, self.rank)
         if self.new is None and self.magnitude is None and self.tokens is None:
             assert low is not None
             return low

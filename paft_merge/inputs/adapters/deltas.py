@@ -67,6 +67,9 @@ class AdapterDelta(ABC):
     needs_weight: bool = False
     """Whether the delta depends on the base's weight."""
 
+    rank = 0
+    """Multiplications that one entry of the delta takes: the rank of a low-rank product, from headers alone."""
+
     def __init__(self, shape: tuple[int, ...], row_size: int, kind: str, stored_as: str | None = None) -> None:
         self.shape = shape
         self.row_size = row_size
@@ -116,10 +119,16 @@ class LowRank(AdapterDelta):
     """`left @ right`: LoRA on a linear layer, an embedding, a convolution or one expert; for a bias, with rank 1."""
 
     def __init__(
-        self, shape: tuple[int, ...], row_size: int, pair: Lazy[Pair], kind: str = "lora", stored_as: str | None = None
+        self,
+        shape: tuple[int, ...],
+        row_size: int,
+        pair: Lazy[Pair],
+        kind: str = "lora",
+        stored_as: str | None = None,
+        rank: int = 0,
     ) -> None:
         super().__init__(shape, row_size, kind, stored_as)
-        self.pair = pair
+        self.pair, self.rank = pair, rank
         self._panels = Lazy(lambda: packed(self.pair.get()[1]))
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
@@ -157,11 +166,12 @@ class Experts(AdapterDelta):
     Args:
         shape: `[experts, rows, row_size]` of fused experts, or that of one expert's tensor.
         parts: every expert of a fused tensor, each with all its rows, or the one part that is the whole tensor.
+        rank: of each product.
     """
 
-    def __init__(self, shape: tuple[int, ...], parts: Sequence[ExpertRows]) -> None:
+    def __init__(self, shape: tuple[int, ...], parts: Sequence[ExpertRows], rank: int) -> None:
         super().__init__(shape, shape[-1], "experts")
-        self._parts = parts
+        self._parts, self.rank = parts, rank
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         rows = self._parts[0].count
@@ -233,6 +243,7 @@ class Replacement(AdapterDelta):
         kind = "dora" if magnitude else "tokens" if tokens else "replace"
         super().__init__(shape, row_size, kind, stored_as)
         self.new, self.low, self.magnitude, self.tokens = new, low, magnitude, tokens
+        self.rank = low.rank if low else 0
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         if self.new is not None:

@@ -53,6 +53,7 @@ def bind_embedding(binding: Binding, module: Module, factors: Factors) -> None:
     _refuse_decomposition(binding, path)
     check_rank(binding, path, factors.rank)
     scale = binding.settings.scale(path, factors.rank)
+    builder.rank = factors.rank
     _add(binding, builder, module, lambda: factors.oriented(scale, transposed=True), columns=True)
 
 
@@ -65,6 +66,7 @@ def bind_layer(binding: Binding, module: Module, factors: Factors) -> None:
     builder, name = binding.builder(parameter), targeted_name(binding, path)
     check_rank(binding, name, factors.rank)
     scale = binding.settings.scale(name, factors.rank)
+    builder.rank = factors.rank
     if len(builder.shape) > 2:
         _check_convolution(binding, path, factors, builder.shape)
         _refuse_decomposition(binding, path)
@@ -75,6 +77,7 @@ def bind_layer(binding: Binding, module: Module, factors: Factors) -> None:
         scale *= 2  # PEFT adds the delta of this out_proj twice, in training and in merging
     decomposition = binding.settings.decomposition if builder.new is None else ""
     builder.kind = decomposition or "lora"
+    builder.rank *= 2 if decomposition else 1  # see `_without_start`
 
     def make() -> Pair:
         pair = factors.oriented(scale, transposed)
@@ -121,7 +124,7 @@ def _add_bias(binding: Binding, module: Module, weight: str) -> None:
         raise binding.wrong(path, f"has a lora_B.bias of {tuple(values.shape)}, the base has {parameter.shape}")
     scale = binding.settings.scale(path, binding.settings.rank_of(path))
     builder = binding.builder(parameter)
-    builder.kind = "bias"
+    builder.kind, builder.rank = "bias", 1
     builder.low = Lazy(lambda: (values[:, None] * np.float32(scale), np.ones((1, 1), np.float32)))
 
 

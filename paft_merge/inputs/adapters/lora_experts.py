@@ -69,7 +69,7 @@ def _bind_experts(binding: Binding, name: str, parameter: StoredParameter, facto
             parts = [ExpertRows(stack, expert, first, piece.count)]
 
         def make(shape: tuple[int, ...] = builder.shape, parts: list[ExpertRows] = parts) -> AdapterDelta:
-            return Experts(shape, parts)
+            return Experts(shape, parts, rank)
 
         builder.make, builder.row_size = make, columns
 

@@ -18,9 +18,9 @@ from paft_merge.inputs.adapters.rows import Array, Rows
 class Hadamard(AdapterDelta):
     """`scale * (a1 b1) * (a2 b2)`, multiplied entry by entry; `a [O, R]`, `b [R, I]`."""
 
-    def __init__(self, layer: Layer, scale: float, factors: Lazy[list[Array]]) -> None:
+    def __init__(self, layer: Layer, scale: float, factors: Lazy[list[Array]], rank: int) -> None:
         super().__init__(layer.shape, layer.row_size, "loha", layer.builder.stored_as)
-        self._scale, self._factors = np.float32(scale), factors
+        self._scale, self._factors, self.rank = np.float32(scale), factors, 2 * rank
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         a1, b1, a2, b2 = self._factors.get()
@@ -59,7 +59,7 @@ def _make_loha(layer: Layer) -> Callable[[], AdapterDelta] | None:
     if [part.shape for part in parts] != [(layer.shape[0], rank), (rank, layer.row_size)] * 2:
         raise layer.unfit()
     scale, factors = _scale(layer, rank), Lazy(lambda: [part.load() for part in parts])
-    return lambda: Hadamard(layer, scale, factors)
+    return lambda: Hadamard(layer, scale, factors, rank)
 
 
 def _make_lokr(layer: Layer) -> Callable[[], AdapterDelta] | None:

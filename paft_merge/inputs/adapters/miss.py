@@ -33,7 +33,7 @@ def _make(layer: Layer) -> Callable[[], AdapterDelta] | None:
         return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
     lazy = Lazy(pair)
-    return lambda: LowRank(layer.shape, layer.row_size, lazy, "miss", layer.builder.stored_as)
+    return lambda: LowRank(layer.shape, layer.row_size, lazy, "miss", layer.builder.stored_as, rank)
 
 
 _FIELDS: dict[str, tuple[type, ...]] = {

@@ -50,9 +50,9 @@ class Modulated(AdapterDelta):
 
     needs_weight = True
 
-    def __init__(self, layer: Layer, pair: Lazy[Pair]) -> None:
+    def __init__(self, layer: Layer, pair: Lazy[Pair], rank: int) -> None:
         super().__init__(layer.shape, layer.row_size, "hira", layer.builder.stored_as)
-        self._pair = pair
+        self._pair, self.rank = pair, rank
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         assert weight is not None, "`needs_weight` is true"
@@ -97,7 +97,7 @@ def _make_hira(layer: Layer) -> Callable[[], AdapterDelta] | None:
         return (np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)) if transposed else (left, right)
 
     lazy = Lazy(pair)
-    return lambda: Modulated(layer, lazy)
+    return lambda: Modulated(layer, lazy, a.shape[0])
 
 
 IA3 = native(

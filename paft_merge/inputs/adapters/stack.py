@@ -32,6 +32,7 @@ class StackedDelta(AdapterDelta):
         super().__init__(last.shape, last.row_size, decisive or "+".join(kinds), stored_as)
         self.parts = tuple(parts)
         self.needs_weight = any(part.needs_weight for part in parts)
+        self.rank = sum(part.rank for part in parts)
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         self.parts[0].compute(start, stop, weight, out)
@@ -143,4 +144,4 @@ def _sum(deltas: Sequence[AdapterDelta]) -> AdapterDelta:
     kinds = "+".join(dict.fromkeys(delta.kind for delta in low if delta.kind != "untied")) or "untied"
     stored_as = next((delta.stored_as for delta in low if delta.stored_as), None)
     pair = Lazy(lambda: concatenated([delta.pair.get() for delta in low]))
-    return LowRank(low[0].shape, low[0].row_size, pair, kinds, stored_as)
+    return LowRank(low[0].shape, low[0].row_size, pair, kinds, stored_as, sum(delta.rank for delta in low))

@@ -18,7 +18,9 @@ from paft_merge.methods.rules.thresholds import (
     rescale_drops,
     trim_globally,
     trim_survivals,
+    trim_walks,
 )
+from paft_merge.methods.rules.walks import COLLECT, DROP_ELECT, DROPS, ELECT, HISTOGRAM_SUMS, Walks
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ class Consensus(Rule):
         if self.rescale or self.fixed is not None or len(trims) < len(chosen):
             return None
         return plan_one_pass(trims, self.election.among(walk.active), walk.numel, walk.each, walk.ops, factors)
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """As `_survivals` finds the thresholds."""
+        chosen = [self.sparsifiers[i] for i in active]
+        trims = self._trims(chosen)
+        if self.fixed is None and any(isinstance(one, Drop) and one.density < 1 for one in chosen):
+            return Walks(DROP_ELECT, (DROPS,) if self.rescale else ())
+        if self.fixed is not None or all(trim.keeps_all(numel) for trim in trims):
+            return Walks(ELECT)
+        found = trim_walks(trims, numel, rescale=self.rescale)
+        if self.trim_scope == "global":
+            collected = [one for one in found.measuring if one is COLLECT]
+            return Walks(ELECT, over_model=(HISTOGRAM_SUMS, *collected))
+        return found
 
     @property
     def selection_weights(self) -> tuple[float, ...]:

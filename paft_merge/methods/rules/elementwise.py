@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 from paft_merge.compute.blocks import NOTHING, Block, KeepThreshold, Outcome
 from paft_merge.methods.rules.rule import Combine, Rule, TensorPass, write_merged
 from paft_merge.methods.rules.thresholds import Trim, trim_survivals
+from paft_merge.methods.rules.walks import OVERLAPS, SELECTED, TALLY, TRANSFORM, VARIANCE, Walks
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class NearSwap(Rule):
     t: float
 
     wants: ClassVar[Literal["deltas"]] = "deltas"
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """Nothing is measured."""
+        return Walks(TRANSFORM, made=1)
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Nothing is measured."""
@@ -44,6 +49,10 @@ class Overlap(Rule):
     limit: float = 0.0
 
     wants: ClassVar[Literal["deltas"]] = "deltas"
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """With a `boost`, one walk measures."""
+        return Walks(TRANSFORM, (OVERLAPS,) if self.boost else (), made=1)
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """With a `boost`, count the changed entries of each source."""
@@ -79,6 +88,12 @@ class Fuse(Rule):
     topk: float
 
     wants: ClassVar[Literal["deltas"]] = "deltas"
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """The zeros, the threshold of the variances, the energies."""
+        if self.topk >= 1:
+            return Walks(TRANSFORM, (TALLY,), made=1)
+        return Walks(SELECTED, (VARIANCE, VARIANCE, SELECTED), sampled=True, ties=1, made=2 + len(active))
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Find the variances that survive, then each source's energy among the selected entries."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, Outcome, RankedKeep
 from paft_merge.methods.rules.rule import Combine, Rule, TensorPass
 from paft_merge.methods.rules.thresholds import l1_ratio
+from paft_merge.methods.rules.walks import RANKED, Walks
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class RankedConsensus(Rule):
     def row(self, shape: tuple[int, ...]) -> int:
         """Blocks must hold whole rows."""
         return max(math.prod(shape[1:] if len(shape) > 1 else shape), 1)
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """Entries are ranked in every walk."""
+        drawn = self.rescale and any(self.drops[i].random for i in active)
+        return Walks(RANKED, (RANKED,) if drawn else (), made=8 + 2 * len(active))
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """With `rescale`, measure the L1 norms before and after the drops."""

@@ -17,6 +17,7 @@ from paft_merge.compute.block_walk import BlockWalk, TiledTensor
 from paft_merge.compute.blocks import Block, KeepThreshold, Ops, Outcome, Wants
 from paft_merge.methods.rules.one_pass import Factors, OnePass
 from paft_merge.methods.rules.thresholds import AddUp, Trim, count_all
+from paft_merge.methods.rules.walks import BLEND, TALLIED, Walks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +93,10 @@ class Rule(ABC):
     def row(self, shape: tuple[int, ...]) -> int:
         """Elements that a block must hold together, for a tensor of `shape`."""
         return 1
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """The walks over a tensor of `numel` entries whose sources `active` differ from the base, for predictions."""
+        return Walks(TALLIED)
 
     def one_pass(self, walk: TensorPass, factors: Callable[[], Factors]) -> OnePass | None:
         """How to merge the tensor while it is read for the first time; None if it must be measured before.
@@ -176,6 +181,10 @@ class WeightedSum(Rule):
     def keeps_equals(self) -> bool:
         """A sum of values does if its weights add up to one."""
         return self.of == "deltas" or abs(math.fsum(self.weights) - 1) < 1e-6
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """Nothing is measured."""
+        return Walks(BLEND if self.of == "values" else TALLIED)
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Nothing is measured."""

@@ -7,7 +7,7 @@ from n x n numbers. If the vectors are rows or columns, each of them has a Gram 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from paft_merge.compute.blocks import Block, Outcome
 from paft_merge.errors import MergeError
 from paft_merge.methods.rules.rule import Combine, Rule, TensorPass, write_merged
+from paft_merge.methods.rules.walks import BLEND, GRAM, MIXED, TALLIED, Walks
 
 Matrix = NDArray[np.float64]
 """`[..., n, n]`: inner products of all sources of a rule; a source without a delta has zeros."""
@@ -38,6 +39,10 @@ class Slerp(Rule):
     t: float
 
     wants: ClassVar[Literal["values"]] = "values"
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """One walk measures the Gram matrix."""
+        return Walks(BLEND, (GRAM,))
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the Gram matrix."""
@@ -73,6 +78,12 @@ class NuSlerp(Rule):
             return 1
         return max(math.prod(shape[1:]) if self.of == "columns" else math.prod(shape[-1:]), 1)
 
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """Rows are measured in the walk that merges them."""
+        if self.of == "tensor":
+            return Walks(BLEND, (GRAM,))
+        return Walks(MIXED, (GRAM,) if self.of == "columns" else (), made=1)
+
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the Gram matrix of the tensor or of every column; blocks measure those of rows."""
         if self.of == "columns" and len(walk.shape) >= 2:
@@ -104,6 +115,10 @@ class MultiSlerp(Rule):
     eps: float
 
     wants: ClassVar[Literal["offsets"]] = "offsets"
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """One walk measures the Gram matrix."""
+        return Walks(BLEND, (GRAM,))
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the Gram matrix."""
@@ -137,6 +152,10 @@ class Karcher(Rule):
     tol: float
 
     wants: ClassVar[Literal["values"]] = "values"
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """One walk measures the Gram matrix."""
+        return Walks(BLEND, (GRAM,))
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the Gram matrix."""
@@ -193,6 +212,10 @@ class ModelStock(Rule):
     def row(self, shape: tuple[int, ...]) -> int:
         """With `by_row`, blocks must hold whole rows."""
         return max(math.prod(shape[-1:]), 1) if self.by_row else 1
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """Rows are measured in the walk that merges them."""
+        return Walks(MIXED, made=1) if self.by_row else Walks(TALLIED, (GRAM,))
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
         """Measure the Gram matrix; with `by_row`, blocks measure it."""

@@ -31,6 +31,7 @@ from paft_merge.methods.rules.threshold_bounds import (
     largest,
     small,
 )
+from paft_merge.methods.rules.walks import COLLECT, ELECT, HISTOGRAM_SUMS, Walks
 
 _LISTED = 16
 """If more than one in this many of a tile's magnitudes is collected, distinct ones are kept with their counts, which are few."""
@@ -133,6 +134,19 @@ def trim_survivals(
     search = _Search(trims, numel, each, ops, norms=norms, full=full)
     survivals = [search.survival(i) for i in range(len(trims))]
     return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
+
+
+def trim_walks(trims: Sequence[Trim], numel: int, *, rescale: bool = False) -> Walks:
+    """The walks with which `trim_survivals` and the merge after it read a tensor, for predictions."""
+    ranks = [trim.ranks(numel) for trim in trims]
+    masses = any(trim.rule == "l1_mass" and 0 < trim.value < 1 for trim in trims)
+    norms = rescale or any(trim.rule == "l1_mass" for trim in trims)
+    collected = masses + max(map(len, ranks)) + (rescale and any(trim.rule == "epsilon" for trim in trims))
+    plain = all(trim.rule in ("density", "count") and not trim.soft for trim in trims)
+    return Walks(
+        ELECT, (HISTOGRAM_SUMS,) * norms + (COLLECT,) * collected, sampled=any(ranks) and not norms, ties=0.5 if masses else max(map(len, ranks)),
+        one_pass=plain and not norms and any(ranks),
+    )  # fmt: skip
 
 
 Counted = tuple[Counts, ...]
