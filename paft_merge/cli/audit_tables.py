@@ -9,7 +9,7 @@ from rich.table import Table
 
 from paft_merge.auditing.preview import Preview
 from paft_merge.auditing.report.audit import Audit
-from paft_merge.auditing.report.figures import abridged, exponent
+from paft_merge.auditing.report.figures import MANY, abridged, exponent, shown_advice, shown_pairs
 from paft_merge.auditing.report.html import percent, sampled_line, short
 from paft_merge.auditing.results import Group, PairAudit, SourceAudit
 from paft_merge.cli.terminal import console, plain
@@ -27,9 +27,12 @@ def audit_table(audit: Audit, *, offer_html: bool) -> None:
     lines += [] if audit.sampled is None else [plain(sampled_line(audit.sampled))]
     for part in (*lines, *_tables(audit, out.width)):
         out.print(part, highlight=False)
-    for advice in audit.advice:
+    shown, about = shown_advice(audit, audit.advice)
+    for advice in shown:
         number = f"[dim]({plain(advice.metric)} = {short(advice.value)})[/]"
         out.print(f"{_SIGNS[advice.level]} {plain(in_options(advice.text))} {number}", highlight=False)
+    if about:
+        out.print(f"[dim]{about}[/]", highlight=False)
     for skipped in audit.skipped:
         names = ", ".join(skipped.names[:3]) + (f" and {len(skipped.names) - 3} more" if len(skipped.names) > 3 else "")
         text = plain(labelled(f"{skipped.source}: {names}: {skipped.why}", audit))
@@ -41,11 +44,12 @@ def audit_table(audit: Audit, *, offer_html: bool) -> None:
 def _tables(audit: Audit, width: int) -> Iterator[Table]:
     yield from _sources(audit, width)
     for source in audit.sources:
-        if len(source.modules) > 1:
+        if len(source.modules) > 1 and len(audit.sources) <= MANY:
             title = f"{abridged(source.label, 40)}, by kind of module"
             yield _groups(title, list(source.modules.values()), audit.epsilon)
     if audit.pairs:
-        yield _pairs(audit.pairs)
+        pairs, about = shown_pairs(audit)
+        yield _pairs(pairs, f"against each other{about and ': '}{about}")
     if audit.preview:
         yield _preview(audit, audit.preview)
 
@@ -147,11 +151,11 @@ def _groups(title: str, groups: Sequence[Group], epsilon: float) -> Table:
     return table
 
 
-def _pairs(pairs: Sequence[PairAudit]) -> Table:
+def _pairs(pairs: Sequence[PairAudit], title: str) -> Table:
     headings = (
         "pair", "norm\nratio", "cosine", "signs\ndiffer", "signs,\nweighted", "overlap", "by\nchance", "common\nsubspaces",
     )  # fmt: skip
-    table = _table("against each other", headings)
+    table = _table(title, headings)
     for pair in pairs:
         total = pair.total
         shares = total.conflict, total.conflict_weighted, total.overlap, total.overlap_chance

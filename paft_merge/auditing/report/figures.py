@@ -9,8 +9,18 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from paft_merge.auditing.results import AuditData, PairAudit, PairTensor, SourceAudit, TensorAudit, by_layer, in_order
+from paft_merge.auditing.results import (
+    Advice,
+    AuditData,
+    PairAudit,
+    PairTensor,
+    SourceAudit,
+    TensorAudit,
+    by_layer,
+    in_order,
+)
 from paft_merge.compute.magnitudes import EPSILONS
+from paft_merge.stats.metrics import Measure
 
 
 @dataclass(frozen=True)
@@ -82,23 +92,53 @@ class Heat(Titled):
     """`share`: weak to strong. `around_half`: 0.5 is neutral, blue below and orange above."""
     low: float
     high: float
+    x_label: str = "layer"
 
 
 Figure = Chart | Dots | Heat
 
 
+MANY = 8
+"""Sources from which on figures and tables show all of them together instead of each source and each pair."""
+
+MOST_PAIRS = 20
+"""Rows of a table of pairs, and lines of advice, of many sources."""
+
+
+def shown_pairs(audit: AuditData) -> tuple[Sequence[PairAudit], str]:
+    """The pairs for a table and, of many sources, a sentence about the others: those whose signs differ most are shown."""
+    if len(audit.sources) <= MANY or len(audit.pairs) <= MOST_PAIRS:
+        return audit.pairs, ""
+    found = [pair.total.conflict_weighted for pair in audit.pairs]
+    ranked = [audit.pairs[at] for at in np.argsort([1.0 if math.isnan(v) else -v for v in found], kind="stable")]
+    return ranked[:MOST_PAIRS], f"the {MOST_PAIRS} of {len(ranked):,} pairs whose signs differ most; --json has all"
+
+
+def shown_advice(audit: AuditData, advice: Sequence[Advice]) -> tuple[Sequence[Advice], str]:
+    """The advice to print and, of many sources, a sentence about the rest: warnings are printed first."""
+    if len(audit.sources) <= MANY or len(advice) <= MOST_PAIRS:
+        return advice, ""
+    ranked = sorted(advice, key=lambda one: one.level != "warn")
+    return ranked[:MOST_PAIRS], f"{len(ranked) - MOST_PAIRS:,} further lines of advice: --json has all"
+
+
 def figures_of(audit: AuditData) -> list[Figure]:
     """Every figure that the audit has numbers for."""
     sources = [(i, s) for i, s in enumerate(audit.sources) if s.tensors]
+    many = len(sources) > MANY
     figures: list[Figure | None] = [
         _by_layer(sources, audit.epsilon),
         _by_module(sources, audit.epsilon),
-        *(_sparsity_map(s, audit.epsilon, i) for i, s in sources),
+        *(
+            [_sparsity_of_all(sources, audit.epsilon)]
+            if many
+            else [_sparsity_map(s, audit.epsilon, i) for i, s in sources]
+        ),
         _magnitudes(sources, audit.epsilon),
         _energy(sources),
         _spectrum(sources),
         _bf16(sources),
-        *(_conflicts(p, i) for i, p in enumerate(audit.pairs)),
+        *([_conflicts_of_all(audit)] if many else [_conflicts(p, i) for i, p in enumerate(audit.pairs)]),
         _preview(audit),
     ]
     return [f for f in figures if f is not None]
@@ -197,6 +237,41 @@ def _sparsity_map(source: SourceAudit, epsilon: float, hue: int) -> Heat | None:
     title = f"Where {abridged(source.label, 44)} is sparse"
     limits = share_limits([v for row in values for v in row if v is not None])
     return Heat(f"sparsity_map_{hue}", title, caption, modules, layers, values, "share", *limits)
+
+
+def _sparsity_of_all(sources: Sources, epsilon: float) -> Heat:
+    layers = sorted({t.layer for _, s in sources for t in s.tensors if t.layer is not None})
+    values = []
+    for _, source in sources:
+        held = by_layer(source.tensors)
+        measures = [Measure.total([t.measure for t in held[k]]) if k in held else None for k in layers]
+        values.append(tuple(m.sparsity(epsilon) if m else None for m in measures))
+    caption = f"Share of entries with |delta| < {exponent(epsilon)}; rows are sources, columns are layers."
+    limits = share_limits([v for row in values for v in row if v is not None])
+    rows, columns = tuple(abridged(s.label) for _, s in sources), tuple(map(str, layers))
+    return Heat("sparsity_map", "Where the sources are sparse", caption, rows, columns, tuple(values), "share", *limits)
+
+
+def _conflicts_of_all(audit: AuditData) -> Heat | None:
+    place = {source.label: at for at, source in enumerate(audit.sources)}
+    values: list[list[float | None]] = [[None] * len(place) for _ in place]
+    for pair in audit.pairs:
+        if pair.total.both:
+            a, b = place[pair.left], place[pair.right]
+            values[a][b] = values[b][a] = pair.total.conflict_weighted
+    if not any(v is not None for row in values for v in row):
+        return None
+    reach = max([abs(v - 0.5) for row in values for v in row if v is not None] + [0.05])
+    reach = min(0.5, math.ceil(reach * 20) / 20)
+    caption = (
+        "Share of signs that differ between two sources, weighted by the smaller magnitude. 50 % is chance; blue agrees, "
+        "orange opposes."
+    )
+    labels = tuple(map(abridged, place))
+    return Heat(
+        "conflicts", "Sign conflict of every pair", caption, labels, tuple(str(at + 1) for at in range(len(labels))),
+        tuple(map(tuple, values)), "around_half", 0.5 - reach, 0.5 + reach, "source",
+    )  # fmt: skip
 
 
 def _magnitudes(sources: Sources, epsilon: float) -> Chart | None:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from paft_merge.auditing.report.advice import advise
-from paft_merge.auditing.report.figures import abridged, exponent, figures_of
+from paft_merge.auditing.report.figures import abridged, exponent, figures_of, shown_advice, shown_pairs
 from paft_merge.auditing.report.svg import DARK, LIGHT, draw, stylesheet, swatch
 from paft_merge.auditing.results import AuditData, Group, SourceAudit
 from paft_merge.errors import escape as printable
@@ -66,10 +66,11 @@ def _template() -> Template:
 
 
 def _render(audit: AuditData, *, whole: bool) -> str:
+    advice, further = shown_advice(audit, advise(audit))
     return _template().render(
         audit=audit, whole=whole, base=label_of(audit.base) if audit.base else "", epsilon=exponent(audit.epsilon),
         sampled=None if audit.sampled is None else sampled_line(audit.sampled), signs=SIGNS, short=short, percent=percent,
-        cards=[_card(audit, source) for source in audit.sources], advice=advise(audit), pairs=_pairs(audit),
+        cards=[_card(audit, source) for source in audit.sources], advice=advice, further=further, others=shown_pairs(audit)[1], pairs=_pairs(audit),
         figures=[(figure, draw(figure)) for figure in figures_of(audit)], numbers=_numbers(audit), swatch=swatch,
         light=LIGHT.named, dark=DARK.named, style=stylesheet(LIGHT), dark_style=stylesheet(DARK),
     )  # fmt: skip
@@ -101,7 +102,7 @@ def _pairs(audit: AuditData) -> Table:
         ("overlap", ["found", "by chance"]), ("common subspace", ["left", "right"]),
     ]  # fmt: skip
     rows = []
-    for pair in audit.pairs:
+    for pair in shown_pairs(audit)[0]:
         total = pair.total
         shares = total.conflict, total.conflict_weighted, total.conflict_above, total.overlap, total.overlap_chance
         numbers = f"x {short(total.size_ratio)}", short(total.cosine), *map(percent, (*shares, *pair.subspace))

@@ -265,7 +265,7 @@ def _heat(heat: Heat) -> tuple[float, list[str]]:
         y = top + tall * row
         parts.append(_text(left - 10, y + tall / 2 + 4, abridged(name), anchor="end"))
         for column, value in enumerate(values):
-            x, where = left + wide * column, f"{name}, layer {heat.columns[column]}"
+            x, where = left + wide * column, f"{name}, {heat.x_label} {heat.columns[column]}"
             if value is None or math.isnan(value):
                 parts.append(_rect(x, y, wide - gap, tall - 1, "none", f"{where}: none"))
                 continue
@@ -277,7 +277,7 @@ def _heat(heat: Heat) -> tuple[float, list[str]]:
     every = next((s for s in _STRIDES if s * wide >= widest), len(heat.columns))
     for column in range(0, len(heat.columns), every):
         parts.append(_text(left + wide * (column + 0.5), bottom + 14, heat.columns[column]))
-    parts.append(_text(left + room / 2, bottom + 32, "layer", "label"))
+    parts.append(_text(left + room / 2, bottom + 32, heat.x_label, "label"))
     return bottom + 74, parts + _key(heat, left, bottom + 44)
 
 
