@@ -24,6 +24,7 @@ from paft_merge.cli.terminal import (
     clock,
     command_line,
     console,
+    engine_options,
     import_option,
     links_option,
     plain,
@@ -124,6 +125,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Take a worker for dead after this time without a sign of life.",
 )
+@engine_options
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @planning_options
 @accepts_mergekit_options
