@@ -42,6 +42,7 @@ ONLY_IN = {
     "matplotlib": {"auditing", "output", "pipeline"},
     "resvg_py": {"auditing"},
     "optuna": {"pipeline"},
+    "ray": {"engine"},
     "click": {"cli"},
     "jinja2": {"auditing", "plan"},
     "rich": {"cli"},

@@ -25,6 +25,7 @@ from paft_merge.cli.terminal import (
     clock,
     command_line,
     console,
+    engine_options,
     import_option,
     links_option,
     plain,
@@ -129,6 +130,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--read-gbps", type=Rate(), help="With --dry-run: GB/s that a worker reads. Default: see `paft bench`.")
 @click.option("--write-gbps", type=Rate(), help="With --dry-run: GB/s that a worker writes.")
 @click.option("--gflops", type=Rate(), help="With --dry-run: GFLOP/s of a core in low-rank products.")
+@engine_options
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @planning_options
 @accepts_mergekit_options

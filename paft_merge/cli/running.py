@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.terminal import COMMAND, console, links_option, plain, say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import (
+    COMMAND,
+    check_engine,
+    console,
+    engine_options,
+    links_option,
+    parallel_option,
+    plain,
+    say,
+    sigterm_as_interrupt,
+    trust_option,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from paft_merge.pipeline import Event, Planned
@@ -35,6 +46,8 @@ set_option = click.option(
 @set_option
 @trust_option
 @links_option
+@engine_options
+@parallel_option
 @click.option("--quiet", is_flag=True, help="No lines about the steps.")
 def run(
     recipe: Path,
@@ -46,11 +59,13 @@ def run(
     trust_code: bool,
     follow_links: bool,
     quiet: bool,
+    **engine: Any,
 ) -> None:
     """Train, audit, merge, evaluate and push as RECIPE says, in RUN_DIR; finished steps that have not changed are skipped.
 
     A run that was killed resumes when the same command is given again. The table of results is printed last.
     """
+    check_engine(**engine)
     silence_libraries()
     from paft_merge import pipeline
     from paft_merge.cli.run_tables import steps_table, table
@@ -78,6 +93,7 @@ def run(
             planned=_planned(folder, quiet),
             trust_code=trust_code,
             follow_links=follow_links,
+            **engine,
         )
     if done.table.rows:
         table(done.table)

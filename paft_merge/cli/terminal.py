@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -116,6 +116,32 @@ links_option = click.option(
     "--follow-links", is_flag=True,
     help="Follow links of a model's folder to files outside of it (links into the Hub's cache always are).",
 )  # fmt: skip
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of the commands that can use a Ray cluster."""
+    engine = click.option(
+        "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+        help="ray: run the parts side by side on a Ray cluster. See docs/scale.md.",
+    )  # fmt: skip
+    address = click.option(
+        "--ray-address", metavar="ADDRESS",
+        help="Ray cluster: auto or host:port. Default: RAY_ADDRESS, else this machine.",
+    )  # fmt: skip
+    return engine(address(command))
+
+
+parallel_option = click.option(
+    "--parallel", type=click.IntRange(1),
+    help="With --engine ray: tasks at a time. Default: one for each GPU, or for each machine without GPUs.",
+)  # fmt: skip
+
+
+def check_engine(engine: str, ray_address: str | None, parallel: int | None) -> None:
+    """Refuse options of Ray without `--engine ray`."""
+    for name, value in (("--ray-address", ray_address), ("--parallel", parallel)):
+        if engine != "ray" and value is not None:
+            raise click.UsageError(f"{name} needs --engine ray.")
 
 
 def say(text: object, *, err: bool = True) -> None:

@@ -6,12 +6,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from paft_merge.cli.running import resume_hint, set_option, silence_libraries
-from paft_merge.cli.terminal import links_option, say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import (
+    check_engine,
+    engine_options,
+    links_option,
+    parallel_option,
+    say,
+    sigterm_as_interrupt,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from paft_merge.pipeline.tuning import Trial
@@ -28,23 +36,32 @@ if TYPE_CHECKING:
 @set_option
 @trust_option
 @links_option
+@engine_options
+@parallel_option
 @click.option("--quiet", is_flag=True, help="No lines about the trials.")
 def tune(
-    recipe: Path, folder: Path, trials: int | None, overrides: tuple[str, ...], trust_code: bool, follow_links: bool,
+    recipe: Path,
+    folder: Path,
+    trials: int | None,
+    overrides: tuple[str, ...],
+    trust_code: bool,
+    follow_links: bool,
     quiet: bool,
-) -> None:  # fmt: skip
+    **engine: Any,
+) -> None:
     """Search weights, densities and other parameters of RECIPE's merge for the highest metric of its `tune:` section.
 
     The first trial is the recipe as it is. Adapters are trained once, in RUN_DIR. Writes best.yaml, tune.png and
     trials.csv there. Started again, it continues.
     """
+    check_engine(**engine)
     silence_libraries()
     from paft_merge.pipeline.tuning import tune as search
 
     with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as progress:
         found = search(
             recipe, folder, overrides=overrides, trials=trials, progress=progress, trust_code=trust_code,
-            follow_links=follow_links,
+            follow_links=follow_links, **engine,
         )  # fmt: skip
     if not quiet:
         best, count = found.best, len(found.trials)

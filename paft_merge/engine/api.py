@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from paft_merge.engine.finished import is_finished
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.merge_result import MergeResult
 from paft_merge.engine.options import MergeKeywords, MergeOptions
+from paft_merge.engine.ray_cluster import Cluster, uses_ray
 from paft_merge.engine.sidefiles import code_notice, identity, licence_notice, side_files, totals, wide_notice
 from paft_merge.engine.sources import Sources
 from paft_merge.engine.stored_merge import check_output_at, scratch_of
@@ -86,9 +88,10 @@ def merge(
     if asked.output_name is not None or len(documents.finals) == 1:
         return _merge(documents, out, asked)
     names = [str(result.name) for result in documents.finals]
-    return MergeResult.of_several(
-        out, {name: _merge(documents, _below(out, name), replace(asked, output_name=name)) for name in names}
-    )
+    with Cluster.connect(asked.ray_address) if uses_ray(asked.engine) else nullcontext():
+        return MergeResult.of_several(
+            out, {name: _merge(documents, _below(out, name), replace(asked, output_name=name)) for name in names}
+        )
 
 
 def _documents(recipe: Source, options: MergeOptions) -> Documents:
@@ -164,6 +167,12 @@ def _planned(
         yield planned
 
 
+def _planned_in_task(documents: Documents, options: MergeOptions) -> AbstractContextManager[MergePlan]:
+    """As `_planned`, in a process that has not read the recipe and so has not imported its methods."""
+    import_methods(options.imports, METHODS)
+    return _planned(documents, options)
+
+
 def _template(recipe: Recipe, documents: Documents) -> ModelRef:
     """Return the model whose tensor names the output has: the base, or the first source; through other documents."""
     first = recipe.modules[0].slices[0]
@@ -183,7 +192,8 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
     from paft_merge.engine.streaming import merge_checkpoint
 
     start, problems, worker = perf_counter(), Problems(), options.worker_number
-    ops = ops_for(options.device, worker.local_index if worker else None)
+    on_ray = uses_ray(options.engine)
+    ops = ops_for("cpu" if on_ray else options.device, worker.local_index if worker else None)
     warnings: list[Problem] = []
 
     def warn(found: Sequence[Problem]) -> None:
@@ -210,7 +220,10 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
             return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, 0)
         if not problems.found:
             problems.found += place.found
-        cores = available_cores() // (worker.local_count if worker else 1)
+        if on_ray:
+            problems.raise_as(OutputError)
+            cluster = inputs.enter_context(Cluster.connect(options.ray_address))
+        cores = cluster.cores if on_ray else available_cores() // (worker.local_count if worker else 1)
         threads = threads_within(plan, options.threads or max(cores, 1), options.memory_bytes, problems)
         problems.raise_as(OutputError)
         notices = [
@@ -239,6 +252,20 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
             merge_into_store(
                 plan, Store(out), options, merge_into=merge_into, threads=threads, ops=ops, complete=complete
             )  # fmt: skip
+        elif on_ray:
+            from paft_merge.engine.ray_merge import merge_on_ray
+
+            written = merge_on_ray(
+                plan,
+                partial(_planned_in_task, documents, replace(options, progress=None, warn=None)),
+                out,
+                options,
+                cluster=cluster,
+                threads=threads,
+                hold=held,
+                complete=complete,
+                warn=warn,
+            )
         elif options.shared:
             from paft_merge.engine.workers import merge_shared
 

@@ -71,6 +71,10 @@ class MergeOptions:
     """Complete the output of workers that have written all files, and merge nothing."""
     lease_seconds: float = 60
     """Seconds after which a worker that shows no sign of life is taken for dead."""
+    engine: Literal["local", "ray"] = "local"
+    """`ray`: write each output file in a task of a Ray cluster, with `threads` CPUs; see docs/scale.md."""
+    ray_address: str | None = None
+    """Ray cluster: `auto` or `host:port`. None: that of `RAY_ADDRESS`, else Ray is started on this machine."""
     progress: Callable[[Progress], None] | None = None
     """Called after each tensor, in the thread that merges."""
     warn: Callable[[Sequence[Problem]], None] | None = None
@@ -80,6 +84,16 @@ class MergeOptions:
         _ = self.memory_bytes, self.shard_bytes, self.worker_number  # raises for text that is not a size or a worker
         if (self.worker is not None) + self.distributed + self.finalize > 1:
             raise ValueError("worker, distributed and finalize exclude each other")
+        if self.engine not in ("local", "ray"):
+            raise ValueError(f"engine must be local or ray, not {self.engine!r}")
+        if self.engine == "ray" and (self.worker is not None or self.distributed or self.finalize):
+            raise ValueError(
+                "Ray numbers its tasks itself: leave out worker, distributed and finalize with engine='ray'"
+            )
+        if self.engine == "ray" and self.device not in ("cpu", "cuda"):
+            raise ValueError(f"Ray chooses the GPU of each task: write device='cuda', not {self.device!r}")
+        if self.engine != "ray" and self.ray_address is not None:
+            raise ValueError(f"ray_address={self.ray_address!r} needs engine='ray'")
         if not self.lease_seconds > 0:
             raise ValueError(f"lease_seconds must be positive, not {self.lease_seconds}")
 
@@ -92,8 +106,8 @@ class MergeOptions:
 
     @property
     def shared(self) -> bool:
-        """Whether several workers write the output."""
-        return self.worker is not None or self.distributed or self.finalize
+        """Whether several processes write the output."""
+        return self.worker is not None or self.distributed or self.finalize or self.engine == "ray"
 
     @property
     def keeps_finished(self) -> bool:
@@ -175,6 +189,8 @@ class MergeKeywords(TypedDict, total=False):
     distributed: bool
     finalize: bool
     lease_seconds: float
+    engine: Literal["local", "ray"]
+    ray_address: str | None
     progress: Callable[[Progress], None] | None
     warn: Callable[[Sequence[Problem]], None] | None
 

@@ -180,9 +180,9 @@ def predict(
     return Prediction(tuple(costs), threads, rates)
 
 
-def cost(file: MergePlan) -> float:
-    """The seconds by which the files of a merge are balanced among its workers: the same for all of them."""
-    return _balanced(work_of(file))
+def costs(plan: MergePlan) -> list[float]:
+    """The seconds by which the files of a merge are balanced among its workers, one a file: the same for all workers."""
+    return [_balanced(work_of(file)) for file in by_file(plan)]
 
 
 def _balanced(work: Work) -> float:

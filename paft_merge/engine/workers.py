@@ -22,7 +22,7 @@ import numpy as np
 from paft_merge.engine.balancing import by_file, shares, spreading_size
 from paft_merge.engine.finished import is_finished
 from paft_merge.engine.options import MergeOptions, size_text
-from paft_merge.engine.prediction import cost
+from paft_merge.engine.prediction import costs
 from paft_merge.engine.process_group import ProcessGroup
 from paft_merge.engine.sidefiles import identity, without_times
 from paft_merge.engine.streaming import Progress, ranked_over_model
@@ -79,23 +79,51 @@ def merge_shared(
         PaftMergeError: as for `merge_checkpoint`.
     """
 
+    def work(shared: SharedOutput) -> None:
+        if worker is not None:
+            _Member(plan, worker, shared, options, warn).merge(merge_into, threads, ops)
+        elif missing := [plan.shards[i].file for i in sorted({*range(len(plan.shards))} - shared.files())]:
+            named = ", ".join(missing[:5]) + (", ..." if missing[5:] else "")
+            what = f"{len(missing)} of {len(plan.shards)} files are missing: {named}"
+            raise OutputError.of("INCOMPLETE", shared.part, what, "start its workers again")
+
+    if worker is None and not is_shared(out):
+        if is_finished(plan, out, replace(options, overwrite=True), Problems()):
+            return
+        raise OutputError.of("INCOMPLETE", out, "no worker has begun to write it", "start its workers")
+    about = str(worker) if worker else "a process that completes the output"
+    work_together(plan, out, about, options, work=work, complete=complete)
+
+
+def work_together(
+    plan: MergePlan,
+    out: Path,
+    about: str,
+    options: MergeOptions,
+    *,
+    work: Callable[[SharedOutput], None],
+    complete: Callable[[Output], None],
+) -> None:
+    """Join the processes that write an output, write files, and wait until the output is complete.
+
+    Args:
+        plan: the whole merge.
+        out: its output folder.
+        about: describes this process, in the messages of others.
+        options: see `MergeOptions`.
+        work: called with the shared work folder; afterwards every file must be complete.
+        complete: as for `merge_shared`.
+    """
+
     def is_done() -> bool:
         return is_finished(plan, out, replace(options, overwrite=True), Problems())
 
-    about, seconds = str(worker) if worker else "a process that completes the output", options.lease_seconds
     try:
-        if worker is None and not is_shared(out):
-            raise OutputError.of("INCOMPLETE", out, "no worker has begun to write it", "start its workers")
-        with SharedOutput.join(out, plan.shards, _identity(plan, options), about, seconds) as shared:
+        with SharedOutput.join(out, plan.shards, identity_of(plan, options), about, options.lease_seconds) as shared:
             if is_done():  # since this process looked: then it has made a new work folder
                 shutil.rmtree(shared.part, ignore_errors=True)
                 return
-            if worker is not None:
-                _Member(plan, worker, shared, options, warn).merge(merge_into, threads, ops)
-            elif missing := [plan.shards[i].file for i in sorted({*range(len(plan.shards))} - shared.files())]:
-                named = ", ".join(missing[:5]) + (", ..." if missing[5:] else "")
-                what = f"{len(missing)} of {len(plan.shards)} files are missing: {named}"
-                raise OutputError.of("INCOMPLETE", shared.part, what, "start its workers again")
+            work(shared)
             _complete(shared, complete, about)
     except (OutputError, OSError) as error:
         # Another worker can complete the output, and so remove the work folder, at any time.
@@ -112,12 +140,14 @@ def remove_late_folder(plan: MergePlan, out: Path, options: MergeOptions) -> Non
     if is_shared(out):
         with (
             suppress(OutputError, OSError),  # it is that of another merge, or another worker has just removed it
-            SharedOutput.join(out, plan.shards, _identity(plan, options), "a worker", options.lease_seconds) as shared,
+            SharedOutput.join(
+                out, plan.shards, identity_of(plan, options), "a worker", options.lease_seconds
+            ) as shared,
         ):
             shutil.rmtree(shared.part, ignore_errors=True)
 
 
-def _identity(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
+def identity_of(plan: MergePlan, options: MergeOptions) -> dict[str, Any]:
     """Everything that must be the same for all workers. The times of files differ between copies on several machines."""
     found = without_times(identity(plan, options.device))
     given = {**options.recorded(), "device": found["device"], "write_model_card": options.write_model_card}
@@ -143,22 +173,113 @@ def _complete(shared: SharedOutput, complete: Callable[[Output], None], about: s
         pause = shared.pause(pause)
 
 
-class _Member:
-    """One worker of a merge."""
+class FileWriter:
+    """A process that writes files of a merge, and helps to count what thresholds over the whole model need.
+
+    Attributes:
+        plan: the whole merge.
+        about: describes this process, in messages.
+        shared: the work folder of the merge.
+        warn: receives warnings.
+        files: the plan of each file.
+        share: the files that it begins with.
+        order: all files, in the order in which it tries to write or to count them.
+        group: adds up counts in place of the folder.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        about: str,
+        shared: SharedOutput,
+        first: Sequence[int],
+        warn: Callable[[Sequence[Problem]], None],
+    ) -> None:
+        self.plan, self.about, self.shared, self.warn = plan, about, shared, warn
+        self.files = by_file(plan)
+        self.order = [*first, *sorted({*range(len(self.files))} - {*first})]
+        self.share = [*first]
+        self.group: ProcessGroup | None = None
+        self._said: tuple[str, float] = "", 0.0
+        self._sums = 0
+
+    def ranked(self, threads: int, ops: Ops) -> list[MergePlan]:
+        """Return the plan of each file, with the thresholds of `trim_scope: global`, which all processes count together."""
+        return by_file(ranked_over_model(self.plan, threads=threads, ops=ops, add_up=self._add_up))
+
+    def write(
+        self,
+        order: Sequence[int],
+        ranked: Sequence[MergePlan],
+        merge_into: MergeInto,
+        progress: Callable[[Collection[int], Progress], None],
+    ) -> None:
+        """Write files until all of `order` are complete, by this process or by others.
+
+        Args:
+            order: the files.
+            ranked: the plan of each file of the output, from `ranked`.
+            merge_into: merges a plan, of one file, into an output.
+            progress: called with the files that are complete and the progress of one more file.
+        """
+        for number in self._each("file", order, self.shared.files):
+            try:
+                with self.shared.file(number) as output:
+                    merge_into(output, ranked[number], partial(progress, self.shared.files()))
+            except (OutputError, OSError):
+                if self.shared.holds("file", number):
+                    raise
+                log.info("%s: was taken for dead, and another one writes %s", self.about, self.plan.shards[number].file)
+
+    def check(self) -> None:
+        """Called repeatedly; may raise an error to stop this process."""
+
+    def _each(self, kind: str, order: Sequence[int], done: Callable[[], Container[int]]) -> Iterator[int]:
+        return self.shared.each(kind, order, done, takes_over=self._take_over, waits=self._wait)
+
+    def _take_over(self, number: int, holder: Holder) -> None:
+        self.shared.discard(number, holder)
+        since = f"was silent for {self.shared.leases.seconds:g} s" if holder.state == "silent" else "has ended"
+        what = f"takes over {self.plan.shards[number].file}: {holder.who} {since}"
+        self.warn([Problem("WORKERS", self.about, what)])
+
+    def _wait(self, others: Mapping[int, Holder]) -> None:
+        self.check()
+        held = [f"{self.plan.shards[number].file} ({holder.who})" for number, holder in others.items()]
+        text = ", ".join(held[:3]) + (", ..." if held[3:] else "")
+        if text != self._said[0] or monotonic() - self._said[1] > _SAY_AGAIN:
+            self._said = text, monotonic()
+            log.info("%s: waits for %s", self.about, text)
+
+    def _add_up(self, walk: BlockWalk, count: Callable[[BlockWalk], Counted]) -> Counted:
+        """Add up counts over all tensors, which the workers count file by file: in the folder, or in their process group."""
+        self._sums += 1
+        ranked = {id(tensor) for tensor in walk.tensors}
+        found = {number: [t for t in file.tensors if id(t) in ranked] for number, file in enumerate(self.files)}
+        tensors = {number: some for number, some in found.items() if some}
+        if self.group:
+            own = [tensor for number in self.share for tensor in tensors.get(number, [])]
+            return self.group.add_up(count(replace(walk, tensors=own)))
+        order = [number for number in self.order if number in tensors]
+        for number in self._each(f"sum{self._sums}", order, lambda: self.shared.counted(self._sums)):
+            self.shared.add_counts(self._sums, number, count(replace(walk, tensors=tensors[number])))
+            self.check()
+        every = [counts(file) for file in self.shared.counted(self._sums).values()]
+        return tuple(np.sum(arrays, axis=0) for arrays in zip(*every, strict=True))
+
+
+class _Member(FileWriter):
+    """One worker of a merge, which has a number."""
 
     def __init__(
         self, plan: MergePlan, worker: WorkerNumber, shared: SharedOutput, options: MergeOptions,
         warn: Callable[[Sequence[Problem]], None],
     ) -> None:  # fmt: skip
-        self.plan, self.worker, self.shared, self.warn = plan, worker, shared, warn
+        super().__init__(plan, str(worker), shared, shares(costs(plan), worker.count)[worker.index], warn)
+        self.worker = worker
         self.progress = options.progress or (lambda _: None)
-        self.files = by_file(plan)
         self.sizes = [sum(tensor.nbytes for tensor in file.tensors) for file in self.files]
-        self.share = shares([cost(file) for file in self.files], worker.count)[worker.index]
-        self.order = [*self.share, *sorted({*range(len(self.files))} - {*self.share})]
-        self._said: tuple[str, float] = "", 0.0
         self._checked = 0.0
-        self._sums = 0
         self.group = ProcessGroup(worker, shared) if ProcessGroup.fits(worker) else None
 
     def merge(self, merge_into: MergeInto, threads: int, ops: Ops) -> None:
@@ -171,17 +292,7 @@ class _Member:
             size = spreading_size(self.plan, self.worker.count)
             fix = f"out_shard_bytes='{size_text(size)}' makes more files" if size else "start fewer workers"
             self.warn([Problem("WORKERS", str(self.worker), what, fix)])
-        ranked = by_file(ranked_over_model(self.plan, threads=threads, ops=ops, add_up=self._add_up))
-        for number in self._each("file", self.order, self.shared.files):
-            try:
-                with self.shared.file(number) as output:
-                    merge_into(output, ranked[number], partial(self._advance, self.shared.files()))
-            except (OutputError, OSError):
-                if self.shared.holds("file", number):
-                    raise
-                log.info(
-                    "%s: was taken for dead, and another one writes %s", self.worker, self.plan.shards[number].file
-                )
+        self.write(self.order, self.ranked(threads, ops), merge_into, self._advance)
 
     def _take_number(self) -> None:
         def wait(holder: Holder) -> None:
@@ -196,31 +307,14 @@ class _Member:
     def _right(self) -> str:
         return f"worker-{self.worker.index}"
 
-    def _each(self, kind: str, order: Sequence[int], done: Callable[[], Container[int]]) -> Iterator[int]:
-        return self.shared.each(kind, order, done, takes_over=self._take_over, waits=self._wait)
-
-    def _take_over(self, number: int, holder: Holder) -> None:
-        self.shared.discard(number, holder)
-        since = f"was silent for {self.shared.leases.seconds:g} s" if holder.state == "silent" else "has ended"
-        what = f"takes over {self.plan.shards[number].file}: {holder.who} {since}"
-        self.warn([Problem("WORKERS", str(self.worker), what)])
-
-    def _wait(self, others: Mapping[int, Holder]) -> None:
-        self._check_number()
-        held = [f"{self.plan.shards[number].file} ({holder.who})" for number, holder in others.items()]
-        text = ", ".join(held[:3]) + (", ..." if held[3:] else "")
-        if text != self._said[0] or monotonic() - self._said[1] > _SAY_AGAIN:
-            self._said = text, monotonic()
-            log.info("%s: waits for %s", self.worker, text)
-
     def _advance(self, complete: Collection[int], done: Progress) -> None:
         """Report the progress of the whole merge, from that of one file and the files that are complete."""
-        self._check_number()
+        self.check()
         tensors = done.tensors + sum(len(self.files[number].tensors) for number in complete)
         nbytes = done.bytes_done + sum(self.sizes[number] for number in complete)
         self.progress(Progress(tensors, len(self.plan.tensors), nbytes, sum(self.sizes), done.name))
 
-    def _check_number(self) -> None:
+    def check(self) -> None:
         """Stop if this worker was taken for dead, and a process with its number was started."""
         if monotonic() - self._checked > self.shared.leases.seconds / 6:
             self._checked = monotonic()
@@ -230,19 +324,3 @@ class _Member:
                     f"{self.worker} was silent for {self.shared.leases.seconds:g} s, and {holder.who} took its number"
                 )
                 raise OutputError.of("BUSY", self.shared.part, what, "nothing is lost: the others write its files")
-
-    def _add_up(self, walk: BlockWalk, count: Callable[[BlockWalk], Counted]) -> Counted:
-        """Add up counts over all tensors, which the workers count file by file: in the folder, or in their process group."""
-        self._sums += 1
-        ranked = {id(tensor) for tensor in walk.tensors}
-        found = {number: [t for t in file.tensors if id(t) in ranked] for number, file in enumerate(self.files)}
-        tensors = {number: some for number, some in found.items() if some}
-        if self.group:
-            own = [tensor for number in self.share for tensor in tensors.get(number, [])]
-            return self.group.add_up(count(replace(walk, tensors=own)))
-        order = [number for number in self.order if number in tensors]
-        for number in self._each(f"sum{self._sums}", order, lambda: self.shared.counted(self._sums)):
-            self.shared.add_counts(self._sums, number, count(replace(walk, tensors=tensors[number])))
-            self._check_number()
-        every = [counts(file) for file in self.shared.counted(self._sums).values()]
-        return tuple(np.sum(arrays, axis=0) for arrays in zip(*every, strict=True))

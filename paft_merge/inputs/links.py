@@ -36,6 +36,11 @@ def following_links(allowed: bool) -> Iterator[None]:
         _ALLOWED.reset(before)
 
 
+def follows_links() -> bool:
+    """Whether a block of `following_links` allows links to anywhere."""
+    return _ALLOWED.get()
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path is a regular file that no link leads out of a folder, except into a cache of the Hub."""
     try:

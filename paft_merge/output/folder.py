@@ -251,6 +251,12 @@ def index_name(shards: Sequence[Shard]) -> str:
     return f"{stem}.safetensors.index.json"
 
 
+def finished_in(folder: Path) -> list[str]:
+    """Names of the tensors in the journal of an unfinished folder; none if there is none."""
+    found = _read_journal(folder)
+    return list(found[1]) if found else []
+
+
 # --- the unfinished folder -----------------------------------------------------------------------------------------------
 
 

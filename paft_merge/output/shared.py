@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from paft_merge.errors import OutputError
-from paft_merge.output.folder import Output, check_identity
+from paft_merge.output.folder import Output, check_identity, finished_in
 from paft_merge.output.leases import Holder, Leases, create_once
-from paft_merge.output.placing import part_of, shared, writing
+from paft_merge.output.placing import WORKERS, part_of, shared, writing
 from paft_merge.output.shards import Shard, sync_folder
 
 _IDENTITY, _FILES, _SUMS, _LEASES = "merge.json", "files", "sums", "leases"
@@ -79,6 +79,11 @@ class SharedOutput:
         with Leases.open(folder / _LEASES, seconds, who) as leases:
             yield cls(out, part, shards, identity, leases)
 
+    @classmethod
+    def has(cls, out: Path, id: str) -> bool:
+        """Whether a process with this id (of its leases) has joined the work folder, as this machine sees it."""
+        return (part_of(out.resolve()) / WORKERS / _LEASES / f"{id}.beat").exists()
+
     # --- shares of the work ---------------------------------------------------------------------------------------------
 
     def each(
@@ -135,6 +140,11 @@ class SharedOutput:
     def files(self) -> set[int]:
         """The files of the output that are complete."""
         return {int(name) for name in os.listdir(self._folder / _FILES) if name.isdigit()}
+
+    def journalled(self) -> set[str]:
+        """Names of the finished tensors of files that are being written."""
+        folders = [name for name in os.listdir(self._folder / _FILES) if not name.isdigit()]
+        return {tensor for name in folders for tensor in finished_in(self._folder / _FILES / name)}
 
     @contextmanager
     def file(self, number: int) -> Iterator[Output]:

@@ -11,6 +11,7 @@ fingerprints       digests of files
 preflight          checks before anything is run
 state              `run.json` and the lock
 execution          running the steps
+ray_steps          running them on a Ray cluster
 results_table      the table at the end
 tuning             `paft tune`
 starter_recipe     `paft init`
@@ -21,7 +22,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from paft_merge.engine.ray_cluster import Cluster, uses_ray
 from paft_merge.errors import RecipeError, RunError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
@@ -168,6 +171,9 @@ def run(
     planned: Callable[[Planned], None] = lambda planned: None,
     trust_code: bool = False,
     follow_links: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    parallel: int | None = None,
 ) -> Run:
     """Train, audit, merge, evaluate and push as a recipe says; finished steps that have not changed are skipped.
 
@@ -179,6 +185,10 @@ def run(
         planned: called once, before the first step.
         trust_code: run code that the recipe names, also where it does not lie beside it: see docs/trust.md.
         follow_links: as for `plan`.
+        engine: `ray` executes steps that do not need each other at the same time, as tasks of a Ray cluster whose machines
+            share the folder.
+        ray_address: `auto` or `host:port`. None: that of `RAY_ADDRESS`, else Ray is started on this machine.
+        parallel: tasks at a time on Ray. None: one for each GPU, or for each machine without GPUs.
 
     Returns:
         The folder, its table, and the names of the executed steps.
@@ -190,6 +200,7 @@ def run(
     out = Path(folder)
     if out.exists() and not out.is_dir():
         raise RunError.of("OUTPUT", out, "is a file", "name a folder")
+    on_ray = uses_ray(engine)
     ready = plan(
         recipe, folder, overrides=overrides, start=start, only=only, trust_code=trust_code, follow_links=follow_links
     )
@@ -205,7 +216,12 @@ def run(
         )
         _forget(ready)
         executor = Executor(ready.recipe, out.resolve(), ready.state, on_event, trust_code)
-        for stage in STAGES:
+        if on_ray and ready.todo:
+            from paft_merge.pipeline.ray_steps import execute
+
+            with Cluster.connect(ray_address) as cluster:
+                execute(executor, ready.todo, cluster, parallel)
+        for stage in ("push",) if on_ray else STAGES:
             steps = [step for step in ready.todo if step.stage == stage]
             if steps:
                 executor.stage(stage, steps)

@@ -49,6 +49,8 @@ class Executor:
     state: State
     on_event: OnEvent
     trust_code: bool = False
+    threads: int | None = None
+    """Blocks that a merge or an audit computes at a time; None: one for each core."""
 
     def stage(self, stage: Stage, steps: Sequence[Step]) -> None:
         """Execute steps of a stage.
@@ -56,6 +58,14 @@ class Executor:
         Raises:
             PaftMergeError: a step failed; a further problem names the finished stages and how to resume.
         """
+        with logged(self.folder / "logs" / f"{stage}.log"):
+            try:
+                self.do(stage, steps)
+            except PaftMergeError as error:
+                raise self.stopped(stage, error) from error
+
+    def do(self, stage: Stage, steps: Sequence[Step]) -> None:
+        """Execute steps of a stage, without a log of the stage."""
         do = {
             "train": self._train,
             "audit": self._audit,
@@ -63,18 +73,16 @@ class Executor:
             "evaluate": self._evaluate,
             "push": self._push,
         }
-        with logged(self.folder / "logs" / f"{stage}.log"):
-            try:
-                do[stage](steps)
-            except PaftMergeError as error:
-                finished = [
-                    s
-                    for s in STAGES
-                    if any(r["stage"] == s and r["state"] == "done" for r in self.state.steps.values())
-                ]
-                what = f"stage {stage} stopped; finished steps ({', '.join(finished) or 'none yet'}) are kept in {self.folder}"
-                fix = "fix it and rerun the same command; it resumes here"
-                raise type(error)([*error.problems, Problem("RUN", "", what, fix)], error.warnings) from error
+        do[stage](steps)
+
+    def stopped(self, stage: Stage, error: PaftMergeError) -> PaftMergeError:
+        """Return the error of a step with a further problem that names the finished stages and how to resume."""
+        finished = [
+            s for s in STAGES if any(r["stage"] == s and r["state"] == "done" for r in self.state.steps.values())
+        ]
+        what = f"stage {stage} stopped; finished steps ({', '.join(finished) or 'none yet'}) are kept in {self.folder}"
+        fix = "fix it and rerun the same command; it resumes here"
+        return type(error)([*error.problems, Problem("RUN", "", what, fix)], error.warnings)
 
     @contextmanager
     def _recorded(self, step: Step, *, reported: bool = True) -> Iterator[dict[str, Any]]:
@@ -182,6 +190,7 @@ class Executor:
                     epsilon=spec.epsilon,
                     require=spec.require,
                     fetch_base=True,
+                    threads=self.threads,
                 )
                 done = _relabelled(done, dict(zip(job.sources, job.names, strict=True)))
                 out.mkdir(parents=True, exist_ok=True)
@@ -218,6 +227,7 @@ class Executor:
                     out,
                     resume=True,
                     overwrite=True,
+                    threads=self.threads,
                     warn=partial(keep, step, labels(job.recipe), kept),
                 )
 

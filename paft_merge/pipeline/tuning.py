@@ -10,13 +10,18 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from paft_merge.engine.api import available_cores
+from paft_merge.engine.ray_cluster import Cluster, Needs, TaskPool, uses_ray
 from paft_merge.errors import Problems, RecipeError, RunError
 from paft_merge.evaluating.schema import LOWER_IS_BETTER
 from paft_merge.inputs.links import following_links
@@ -26,6 +31,7 @@ from paft_merge.pipeline.arms import Variant
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
+from paft_merge.pipeline.ray_steps import Origin
 from paft_merge.pipeline.schema import RunRecipe, TuneSpec, load_run
 from paft_merge.pipeline.state import locked
 from paft_merge.pipeline.steps import resolved_merge
@@ -73,6 +79,9 @@ def tune(
     progress: Callable[[Trial, int, int], None] = lambda trial, done, total: None,
     trust_code: bool = False,
     follow_links: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    parallel: int | None = None,
 ) -> TuneResult:
     """Search the space of a recipe's `tune:` for the merge with the highest metric.
 
@@ -84,6 +93,8 @@ def tune(
             `tune: {trials: ...}` by default.
         progress: Called after each trial with the trial, the number of trials so far, and the number in all.
         trust_code, follow_links: As for `run`.
+        engine, ray_address: As for `run`; with `ray`, trials run side by side.
+        parallel: Trials at a time on Ray. None: one for each GPU, or for each machine without GPUs.
 
     Returns:
         The best trial, all trials, and the file of the best recipe, beside which are `tune.png`, `trials.csv` and `logs/tune.log`.
@@ -96,8 +107,12 @@ def tune(
     alone = (*overrides, "compare=false", "push=false")
     loaded, out = load_run(recipe, alone), Path(folder)
     spec = _checked(loaded)
+    uses_ray(engine)
     if loaded.adapters:  # existing ones need no training
-        run(recipe, folder, overrides=alone, only="train", trust_code=trust_code, follow_links=follow_links)
+        run(
+            recipe, folder, overrides=alone, only="train", trust_code=trust_code, follow_links=follow_links,
+            engine=engine, ray_address=ray_address, parallel=parallel,
+        )  # fmt: skip
     planner = plan(recipe, folder, overrides=alone, trust_code=trust_code, follow_links=follow_links).planner
     seed = loaded.seeds[0]
     paths = {name: planner.lora(seed, Variant(name)) for name in loaded.names}
@@ -105,27 +120,70 @@ def tune(
     trained = sorted(step.key for step in planner.steps.values() if step.stage == "train")
     judged = sorted(s.key for s in planner.steps.values() if s.stage == "evaluate" and "/merged/" in s.name)
     name = key_of(metric=spec.metric, space=spec.space, trained=trained, judged=judged, seed=spec.seed)
-    with following_links(follow_links), locked(out), logged(out / "logs" / "tune.log"):
-        study = _study(out, name, spec)
-        total = trials or spec.trials
-        while len(found := _finished(study)) < total or not found:
-            if not any(trial.is_recipe for trial in found):
-                assert loaded.merge is not None
-                value, scores = _try(loaded, spec, loaded.merge.data, paths, out / "scratch", trust_code)
-                _add_recipe(study, spec, _as_it_is(loaded, spec), value, scores)
-            else:
-                trial = study.ask(_distributions(spec))
-                chosen = trial.params
-                value, scores = _try(loaded, spec, merge_with(loaded, chosen), paths, out / "scratch", trust_code)
-                trial.set_user_attr("scores", scores)
-                trial.set_user_attr("parameters", chosen)
-                study.tell(trial, value)
-            found = _finished(study)
-            log.info("trial %d of %d: %.4f, %s", len(found), total, found[-1].value, found[-1].parameters)
-            progress(found[-1], len(found), total)
-        best = max(found, key=lambda trial: (trial.value, -trial.number))
+    total = trials or spec.trials
+    with (
+        following_links(follow_links),
+        locked(out),
+        logged(out / "logs" / "tune.log"),
+        _pool(engine, ray_address, parallel) as (pool, at_once, needs),
+    ):
+        study, scratch = _study(out, name, spec, side_by_side=at_once > 1), out.resolve() / "scratch"
+        found = _finished(study)
+        left, has_recipe = max(total - len(found), int(not found)), any(trial.is_recipe for trial in found)
+        begun: dict[str, optuna.Trial | None] = {}
+        origin = Origin.here(out.resolve())
+        try:
+            while left or pool.running:
+                while left and len(pool.running) < at_once:
+                    asked = study.ask(_distributions(spec)) if has_recipe else None  # None: the recipe as it is
+                    left, has_recipe, label = left - 1, True, f"trial-{len(begun) + 1}"
+                    begun[label] = asked
+                    data = merge_with(loaded, asked.params if asked else {})
+                    given = (loaded, spec, data, paths, scratch / label, trust_code)
+                    pool.start(label, _try, (*given, int(needs.cpus), origin), needs)
+                for label, (value, scores) in pool.ended():
+                    asked = begun[label]
+                    if asked is None:
+                        _add_recipe(study, spec, _as_it_is(loaded, spec), value, scores)
+                    else:
+                        asked.set_user_attr("scores", scores)
+                        asked.set_user_attr("parameters", asked.params)
+                        study.tell(asked, value)
+                    found = _finished(study)
+                    log.info("trial %d of %d: %.4f, %s", len(found), total, found[-1].value, found[-1].parameters)
+                    progress(found[-1], len(found), total)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        best = max(found, key=lambda trial: (trial.value, trial.is_recipe, -trial.number))
         _write(loaded, load_run(recipe, overrides).located.data, best, found, spec, out)
     return TuneResult(best, tuple(found), out / BEST)
+
+
+class _Here:
+    """Runs tasks in this process, one when its result is asked for. `TaskPool` does the same on Ray."""
+
+    def __init__(self) -> None:
+        self.running = dict[str, Callable[[], Any]]()
+
+    def start(self, name: str, do: Callable[..., Any], arguments: tuple[Any, ...], needs: Needs) -> None:
+        self.running[name] = partial(do, *arguments)
+
+    def ended(self) -> Iterator[tuple[str, Any]]:
+        name, do = self.running.popitem()
+        yield name, do()
+
+
+@contextmanager
+def _pool(engine: str, address: str | None, parallel: int | None) -> Iterator[tuple[_Here | TaskPool, int, Needs]]:
+    """What runs trials, how many at a time, and the resources of each."""
+    if engine != "ray":
+        yield _Here(), 1, Needs(available_cores())
+        return
+    with Cluster.connect(address) as cluster:
+        at_once, needs = cluster.share(parallel)
+        cluster.check(needs)
+        with TaskPool.open(cluster) as pool:
+            yield pool, at_once, needs
 
 
 def _checked(recipe: RunRecipe) -> TuneSpec:
@@ -188,17 +246,23 @@ def _is_range(choices: list[Any]) -> bool:
     return (len(choices) == 2 and all(numbers)) or (len(choices) == 3 and all(numbers[:2]) and choices[2] == "log")
 
 
-def _study(folder: Path, name: str, spec: TuneSpec) -> optuna.Study:
+def _study(folder: Path, name: str, spec: TuneSpec, *, side_by_side: bool) -> optuna.Study:
     import optuna
+
+    def sampler(seed: int) -> optuna.samplers.TPESampler:
+        with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+            # constant_liar: a trial stays away from those that run beside it
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=spec.startup_trials, constant_liar=side_by_side
+            )
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = f"sqlite:///{folder / STORAGE}"
     # The seed depends on the number of trials, so that a resumed search does not repeat its first ones.
-    sampler = optuna.samplers.TPESampler(seed=spec.seed, n_startup_trials=spec.startup_trials)
     study = optuna.create_study(
-        storage=storage, study_name=name, direction="maximize", load_if_exists=True, sampler=sampler
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True, sampler=sampler(spec.seed)
     )
-    study.sampler = optuna.samplers.TPESampler(seed=spec.seed + len(study.trials), n_startup_trials=spec.startup_trials)
+    study.sampler = sampler(spec.seed + len(study.trials))
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # left by a search that was killed
     return study
@@ -208,6 +272,7 @@ def _finished(study: optuna.Study) -> list[Trial]:
     import optuna
 
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    done.sort(key=lambda trial: trial.datetime_complete or datetime.max)
     return [
         Trial(number, t.value or 0.0, t.user_attrs["parameters"], t.user_attrs["scores"], "recipe" in t.user_attrs)
         for number, t in enumerate(done, start=1)
@@ -254,18 +319,22 @@ def _try(
     paths: Mapping[str, Mapping[str, str]],
     scratch: Path,
     trust_code: bool,
+    threads: int,
+    origin: Origin,
 ) -> tuple[float, dict[str, float]]:
     """Merge a recipe and evaluate the result: the value of the metric, and every score."""
     from paft_merge.engine.api import merge
     from paft_merge.evaluating import evaluate
 
     assert recipe.evaluate is not None
+    origin.check()
     try:
         merge(
             resolved_merge(data, paths, recipe, recipe.seeds[0]),
             scratch,
             overwrite=True,
             write_model_card=False,
+            threads=threads,
             warn=_log,
         )
         found = evaluate(scratch, recipe.evaluate, folder=recipe.folder, trust_code=trust_code)

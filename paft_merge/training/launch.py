@@ -79,7 +79,11 @@ def train(
         with following_links(follow_links):
             refuse_odd_files(Path(_path_of(name, folder)))
     if base is None and _wants_processes(specs, schedule, devices):
-        source = Path(recipe) if isinstance(recipe, str | Path) else _spill(located.data, out)
+        source = (
+            Path(recipe)
+            if isinstance(recipe, str | Path)
+            else _spill(located.data, out / f"recipe-{next(iter(specs))}.json")
+        )
         finished = {name for name in specs if resume and RunFolder(out / name).finished}
         for adapter in finished:
             RunFolder(out / adapter).check_finished(settings_of(specs[adapter], name))
@@ -275,10 +279,9 @@ def _on_step(progress: Callable[[TrainProgress], None] | None) -> OnStep | None:
     return lambda name, step, steps, logs: progress(TrainProgress(name, step, steps, logs))
 
 
-def _spill(mapping: Mapping[str, Any], out: Path) -> Path:
+def _spill(mapping: Mapping[str, Any], path: Path) -> Path:
     """Write a recipe that has no file as JSON, which is YAML, so that children can read it."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "recipe.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(mapping, indent=2), encoding="utf-8")
     return path
 

@@ -74,12 +74,13 @@ def ends(*workers: subprocess.Popen[str], code: int = 0) -> str:
     return said
 
 
-def until(true: Any, seconds: float = 60) -> None:
-    """Wait until a function returns something true."""
+def until(true: Any, seconds: float = 60) -> Any:
+    """Wait until a function returns something true; return that."""
     began = time.monotonic()
-    while not true():
+    while not (found := true()):
         assert time.monotonic() - began < seconds
         time.sleep(0.01)
+    return found
 
 
 def complete_files(out: Path) -> list[str]:

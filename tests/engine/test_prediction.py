@@ -18,10 +18,10 @@ from toys.merge import on, paft, paft_process, recipe, recipe_for, write_recipe
 
 from paft_merge import merge, open_plan
 from paft_merge.engine import machine
-from paft_merge.engine.balancing import by_file, spreading_size
+from paft_merge.engine.balancing import spreading_size
 from paft_merge.engine.machine import REFERENCE, Machine, Rates
 from paft_merge.engine.options import parse_size, size_text
-from paft_merge.engine.prediction import Prediction, Work, cost, predict, predicted_peak, seconds, work_of
+from paft_merge.engine.prediction import Prediction, Work, costs, predict, predicted_peak, seconds, work_of
 from paft_merge.methods import METHODS
 
 
@@ -147,11 +147,11 @@ def test_walks_over_a_model_that_exceeds_the_page_cache_read_the_disk_again(larg
 def test_files_are_balanced_by_fixed_rates(large: dict[str, Path], own_cache: Path) -> None:
     data = asked("ties", large, "adapters")
     with open_plan(data, out_shard_bytes="9MB") as plan:
-        before = [cost(file) for file in by_file(plan)]
+        before = costs(plan)
         assert min(before) > 0
         assert len(set(before)) > 1
         machine.store(known(loops=77.0))
-        assert [cost(file) for file in by_file(plan)] == before
+        assert costs(plan) == before
 
 
 def test_one_document_that_another_uses_is_work_too(family: Callable[..., dict[str, Path]], tmp_path: Path) -> None:

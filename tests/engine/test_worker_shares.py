@@ -18,7 +18,7 @@ from toys.merge import on, recipe
 from paft_merge import MergeOptions, merge, open_plan
 from paft_merge.engine.api import check_output
 from paft_merge.engine.balancing import by_file, shares
-from paft_merge.engine.workers import _identity
+from paft_merge.engine.workers import identity_of
 from paft_merge.errors import OutputError
 from paft_merge.output.placing import WORKERS, part_of
 from paft_merge.output.shards import plan_shards
@@ -79,7 +79,10 @@ def test_the_folder_of_a_worker_that_came_late_and_was_killed_is_removed(
     merge(asked, out, worker="0/2")
     for factor, stays in ((0.5, False), (0.1, True)):
         other = recipe("slerp", paths["base"], paths["x"], parameters={"t": factor})
-        with open_plan(other) as plan, SharedOutput.join(out, plan.shards, _identity(plan, MergeOptions()), "late", 9):
+        with (
+            open_plan(other) as plan,
+            SharedOutput.join(out, plan.shards, identity_of(plan, MergeOptions()), "late", 9),
+        ):
             pass
         merge(asked, out, worker="1/2")
         assert part_of(out).exists() == stays
@@ -118,8 +121,8 @@ def test_a_file_system_without_locks(
 def test_devices_of_workers_may_have_other_numbers(family: Callable[..., dict[str, Path]]) -> None:
     paths = family()
     with open_plan(recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})) as plan:
-        one, two = (_identity(plan, MergeOptions(device=device)) for device in ("cuda:0", "cuda:1"))
-        assert one == two != _identity(plan, MergeOptions())
+        one, two = (identity_of(plan, MergeOptions(device=device)) for device in ("cuda:0", "cuda:1"))
+        assert one == two != identity_of(plan, MergeOptions())
 
 
 def test_two_workers_that_write_the_same_file_end_in_one(tmp_path: Path) -> None:
