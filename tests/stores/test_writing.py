@@ -202,6 +202,22 @@ def test_an_interrupted_replacement_is_no_model_and_resumes(after: int, models: 
     assert same(models.files("bkt", "out"), tmp_path / "local")
 
 
+@pytest.mark.parametrize(
+    "state", ['{"identity": []}', '{"identity": {"files": [1]}, "beside": 3, "replaces": {"a": 1}}', "[", "3"]
+)
+def test_a_state_that_no_merge_wrote_is_not_trusted(state: str, models: S3) -> None:
+    with models.quiet() as client:
+        client.put_object(Bucket="bkt", Key="out/merge_state.json", Body=state.encode())
+        client.put_object(Bucket="bkt", Key="out/.paft.part/model.safetensors.json", Body=b"[1]\n2")
+        client.put_object(Bucket="bkt", Key="out/notes.txt", Body=b"mine")
+        for resume in (True, False):
+            with pytest.raises(PaftMergeError, match="exists and is not empty"):
+                paft_merge.merge(ties("s3://bkt/m"), OUT, resume=resume)
+        client.delete_object(Bucket="bkt", Key="out/notes.txt")
+    paft_merge.merge(ties("s3://bkt/m"), OUT, overwrite=True)
+    assert not [name for name in models.files("bkt", "out") if "merge_state" in name or name.startswith(".paft")]
+
+
 def test_a_second_merge_into_the_folder_stops_the_first(models: S3, tmp_path: Path) -> None:
     def intrude() -> None:
         state = {"run": "elsewhere:1:2", "identity": {"files": {}}}
