@@ -178,6 +178,7 @@ def test_a_finished_merge_stays_and_is_replaced_on_request(models: S3, tmp_path:
 
 
 def test_a_model_that_no_merge_left_is_replaced_with_force_alone(models: S3, tmp_path: Path) -> None:
+    (tmp_path / "x" / "notes.txt").write_text("mine")
     models.put("bkt", tmp_path / "x", "out/")
     for options in ({}, {"overwrite": True}):
         with pytest.raises(PaftMergeError):
@@ -227,6 +228,17 @@ def test_a_second_merge_into_the_folder_stops_the_first(models: S3, tmp_path: Pa
     models.faults.append(Fault("PUT", "out/model-00002", 200, call=intrude))
     with pytest.raises(PaftMergeError, match="another merge has begun since this one: elsewhere:1 writes there"):
         paft_merge.merge(ties("s3://bkt/m"), OUT, **SMALL)
+    assert "merge_manifest.json" not in models.files("bkt", "out")
+
+
+def test_a_file_that_is_replaced_after_its_upload_is_noticed(models: S3) -> None:
+    def replaced() -> None:
+        with models.quiet() as client:
+            client.put_object(Bucket="bkt", Key="out/model-00001-of-00003.safetensors", Body=b"x")
+
+    models.faults.append(Fault("PUT", "out/README", 200, call=replaced))
+    with pytest.raises(PaftMergeError, match="model-00001-of-00003.safetensors was replaced since it was uploaded"):
+        paft_merge.merge(ties("s3://bkt/m"), OUT)
     assert "merge_manifest.json" not in models.files("bkt", "out")
 
 
