@@ -237,7 +237,7 @@ def test_a_file_that_is_replaced_after_its_upload_is_noticed(models: S3) -> None
             client.put_object(Bucket="bkt", Key="out/model-00001-of-00003.safetensors", Body=b"x")
 
     models.faults.append(Fault("PUT", "out/README", 200, call=replaced))
-    with pytest.raises(PaftMergeError, match="model-00001-of-00003.safetensors was replaced since it was uploaded"):
+    with pytest.raises(PaftMergeError, match=r"model-00001-of-00003.safetensors was replaced since it was uploaded"):
         paft_merge.merge(ties("s3://bkt/m"), OUT)
     assert "merge_manifest.json" not in models.files("bkt", "out")
 
