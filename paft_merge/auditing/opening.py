@@ -184,7 +184,9 @@ def _of_references(
         problems.add("TWICE", ref, "is given twice", "give each source once")
     for ref in refs:
         with problems.catching():
-            folders.append([_folder(*place, unpickle) for place in ref.adapters or ((ref.path, ref.revision),)])
+            folders.append(
+                [_folder(*place, unpickle=unpickle) for place in ref.adapters or ((ref.path, ref.revision),)]
+            )
     problems.raise_as(AuditError)
     adapters = [bool(r.lora) or (f[0] / CONFIG).is_file() for r, f in zip(refs, folders, strict=True)]
     named = base if base is not None else next((ref.base for ref in refs if ref.lora), None)
@@ -208,8 +210,7 @@ def _on_base(
     for ref, folders, is_adapter in found:
         with problems.catching():
             if not is_adapter:
-                whole = stack.enter_context(Checkpoint.open(folders[0], unpickle=bases.unpickle))
-                models.append(Model(str(ref), names.of(whole, str(ref))))
+                models.append(Model(str(ref), names.of(bases.open(ref), str(ref))))
                 continue
             own = names.of(bases.open(ref), str(ref.base)) if ref.lora else checkpoint
             parts = [stack.enter_context(Adapter.open(folder, own, unpickle=bases.unpickle)) for folder in folders]
@@ -221,7 +222,7 @@ def _on_base(
     return _of_models(models, Model(str(named), checkpoint), str(named), skipped)
 
 
-def _folder(path: str, revision: str | None, unpickle: bool) -> Path:
+def _folder(path: str, revision: str | None, *, unpickle: bool) -> Path:
     """The folder of a source; of a whole model at a URL without its weights, which `_Bases` reads by ranges."""
     found = resolve(path, revision, unpickle=unpickle)
     return found.folder if found.store and not (found.folder / CONFIG).is_file() else download([found])[0]

@@ -55,11 +55,17 @@ class Content:
         """
         files = store.list()
         state = _json_of(store, UNFINISHED) if UNFINISHED in files else {}
-        written = {*state.get("identity", {}).get("files", {}), *state.get("beside", ()), *state.get("replaces", ())}
+        identity = state.get("identity")
+        named = [
+            identity.get("files") if isinstance(identity, dict) else (),
+            state.get("beside"),
+            state.get("replaces"),
+        ]
+        written = {name for names in named for name in _names(names)}
         written |= {name for name in files if name.startswith(f"{INSIDE}/")}
         if MANIFEST in files:
             manifest = _json_of(store, MANIFEST)
-            written |= {*manifest.get("files", {}), MANIFEST, _CARD}
+            written |= {*_names(manifest.get("files")), MANIFEST, _CARD}
             written |= _weights(store, files, manifest)
         return cls(files, state, frozenset(written & files.keys()) | ({UNFINISHED} & files.keys()))
 
@@ -241,9 +247,13 @@ class StoredOutput:
                 first, *lines = self.store.read(record).decode().splitlines()
                 sent = json.loads(first)
                 finished = [Finished.from_json(json.loads(line)) for line in lines]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-            known = (sent.get("size"), sent.get("etag")) == (there.size, there.etag) and there.size == shard.size
+            known = (
+                isinstance(sent, dict)
+                and (sent.get("size"), sent.get("etag")) == (there.size, there.etag)
+                and there.size == shard.size
+            )
             if (
                 known
                 and sent.get("version") in (there.version, "")
@@ -358,11 +368,16 @@ def _weights(store: Store, files: Collection[str], manifest: Mapping[str, Any]) 
     found = set[str]()
     for index in (name for name in files if name.endswith(".safetensors.index.json") and "/" not in name):
         weight_map = _json_of(store, index).get("weight_map")
-        found |= {index, *(weight_map.values() if isinstance(weight_map, dict) else ())}
+        found |= {index, *_names(list(weight_map.values()) if isinstance(weight_map, dict) else ())}
     alone = [name for name in files if name.endswith(".safetensors") and "/" not in name]
-    folders = {name.rpartition("/")[0] for name in manifest.get("tensors", {}) if "/" in name}
+    folders = {name.rpartition("/")[0] for name in _names(manifest.get("tensors")) if "/" in name}
     inner = {name for name in files if name.endswith(".safetensors") and name.rpartition("/")[0] in folders}
-    return {name for name in (found or {*alone[: len(alone) == 1]}) | inner if isinstance(name, str)}
+    return (found or {*alone[: len(alone) == 1]}) | inner
+
+
+def _names(found: Any) -> list[str]:
+    """The texts in a list, or the keys of a mapping; the JSON may come from anybody."""
+    return [name for name in found if isinstance(name, str)] if isinstance(found, dict | list) else []
 
 
 def default_scratch() -> Path:

@@ -24,10 +24,12 @@ T = TypeVar("T")
 
 _ATTEMPTS = 5
 _PIECE_BYTES = 32 * 2**20
-_PART_BYTES = 32 * 2**20
-"""Size of a part of an upload, and of a piece of a large read."""
+_PART_BYTES = 16 * 2**20
+"""Size of a part of an upload; the MD5 of an upload depends on it."""
 _PARTS = 9_000
 """S3 takes 10,000 parts of an object."""
+_TIMEOUT_S = 120.0
+"""Seconds without an answer of S3; s3fs waits 15, in which a slow line may not have sent a part."""
 _AT_ONCE = 4
 """Parts that are sent at a time; each is in memory."""
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "created", "generation", "VersionId", "version_id")
@@ -74,10 +76,12 @@ class Store:
         self._listed_at, self._read_at = -1.0, 0.0
 
     def _connect(self) -> tuple[Any, str]:
+        from fsspec.config import conf
         from fsspec.core import url_to_fs
 
+        timeouts = {"config_kwargs": {"read_timeout": _TIMEOUT_S, **conf.get("s3", {}).get("config_kwargs", {})}}
         try:
-            fs, path = url_to_fs(self.url, use_listings_cache=False)
+            fs, path = url_to_fs(self.url, use_listings_cache=False, **(timeouts if self._is_s3 else {}))
         except ValueError as error:  # fsspec knows some schemes only when the package that reads them is installed
             raise ImportError(str(error)) from error
         return fs, path.rstrip("/")

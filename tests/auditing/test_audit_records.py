@@ -90,7 +90,7 @@ def test_an_adapter_of_the_hub_is_audited_without_its_base(adapter: Path, monkey
         asked.append(path)
         return {"me/sft": adapter}[path]
 
-    monkeypatch.setattr(opening, "fetch", fetch)
+    monkeypatch.setattr(opening, "_folder", fetch)
     (source,) = audit("me/sft").sources
     assert asked == ["me/sft"]
     assert source.header.details["base"] == "big/base"

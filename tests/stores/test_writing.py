@@ -178,6 +178,7 @@ def test_a_finished_merge_stays_and_is_replaced_on_request(models: S3, tmp_path:
 
 
 def test_a_model_that_no_merge_left_is_replaced_with_force_alone(models: S3, tmp_path: Path) -> None:
+    (tmp_path / "x" / "notes.txt").write_text("mine")
     models.put("bkt", tmp_path / "x", "out/")
     for options in ({}, {"overwrite": True}):
         with pytest.raises(PaftMergeError):
@@ -202,6 +203,22 @@ def test_an_interrupted_replacement_is_no_model_and_resumes(after: int, models: 
     assert same(models.files("bkt", "out"), tmp_path / "local")
 
 
+@pytest.mark.parametrize(
+    "state", ['{"identity": []}', '{"identity": {"files": [1]}, "beside": 3, "replaces": {"a": 1}}', "[", "3"]
+)
+def test_a_state_that_no_merge_wrote_is_not_trusted(state: str, models: S3) -> None:
+    with models.quiet() as client:
+        client.put_object(Bucket="bkt", Key="out/merge_state.json", Body=state.encode())
+        client.put_object(Bucket="bkt", Key="out/.paft.part/model.safetensors.json", Body=b"[1]\n2")
+        client.put_object(Bucket="bkt", Key="out/notes.txt", Body=b"mine")
+        for resume in (True, False):
+            with pytest.raises(PaftMergeError, match="exists and is not empty"):
+                paft_merge.merge(ties("s3://bkt/m"), OUT, resume=resume)
+        client.delete_object(Bucket="bkt", Key="out/notes.txt")
+    paft_merge.merge(ties("s3://bkt/m"), OUT, overwrite=True)
+    assert not [name for name in models.files("bkt", "out") if "merge_state" in name or name.startswith(".paft")]
+
+
 def test_a_second_merge_into_the_folder_stops_the_first(models: S3, tmp_path: Path) -> None:
     def intrude() -> None:
         state = {"run": "elsewhere:1:2", "identity": {"files": {}}}
@@ -211,6 +228,17 @@ def test_a_second_merge_into_the_folder_stops_the_first(models: S3, tmp_path: Pa
     models.faults.append(Fault("PUT", "out/model-00002", 200, call=intrude))
     with pytest.raises(PaftMergeError, match="another merge has begun since this one: elsewhere:1 writes there"):
         paft_merge.merge(ties("s3://bkt/m"), OUT, **SMALL)
+    assert "merge_manifest.json" not in models.files("bkt", "out")
+
+
+def test_a_file_that_is_replaced_after_its_upload_is_noticed(models: S3) -> None:
+    def replaced() -> None:
+        with models.quiet() as client:
+            client.put_object(Bucket="bkt", Key="out/model-00001-of-00003.safetensors", Body=b"x")
+
+    models.faults.append(Fault("PUT", "out/README", 200, call=replaced))
+    with pytest.raises(PaftMergeError, match=r"model-00001-of-00003.safetensors was replaced since it was uploaded"):
+        paft_merge.merge(ties("s3://bkt/m"), OUT)
     assert "merge_manifest.json" not in models.files("bkt", "out")
 
 
