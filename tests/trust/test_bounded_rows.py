@@ -16,7 +16,7 @@ from toys.train import saved
 
 from paft_merge.errors import PaftMergeError, TrainError
 from paft_merge.evaluating import EvaluateSpec, check_evaluate
-from paft_merge.pipeline.starter_recipe import base_of
+from paft_merge.inputs.adapter_places import base_of
 from paft_merge.recipe.yaml_source import MAX_BYTES, load_yaml
 from paft_merge.training import row_files, row_sources
 from paft_merge.training.base_model import load_tokenizer
@@ -82,7 +82,7 @@ def test_recipes_functions_templates_and_configs_are_regular_files(
     ):
         with pytest.raises(PaftMergeError, match="is not a regular file"):
             refused()
-    assert base_of(str(tmp_path)) is None
+    assert base_of(tmp_path, "") == ""
     with pytest.raises(PaftMergeError, match="is not a regular file"):
         model_reward(str(tmp_path))
     for command in (
