@@ -126,7 +126,7 @@ def test_adapters_on_one_source_are_one_product_of_the_sum_of_their_ranks(
         assert work_of(plan).products == 2 * (4 + 2) * adapted > 0
 
 
-@pytest.mark.parametrize("rate", Rates.model_fields.keys() - {"memory_gb"})
+@pytest.mark.parametrize("rate", sorted(Rates.model_fields.keys() - {"memory_gb"}))
 def test_slower_rates_and_fewer_threads_never_save_time(rate: str) -> None:
     work = Work(4e9, 2e9, 1e9, 1e9, 1e12, 3e9, 1.0)
     slower = REFERENCE.model_copy(update={rate: 0.01 * getattr(REFERENCE, rate)})
