@@ -397,7 +397,9 @@ def test_a_method_that_is_none_is_a_fault_with_a_hint() -> None:
 
 
 def test_help_and_a_refused_recipe_import_no_framework(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: none/at/all}]\n")
+    (tmp_path / "bad.yaml").write_text(
+        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: none/at/all}]\n"
+    )
     code = f"""if True:
         import sys
         from click.testing import CliRunner
