@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 _NOT_SENT = ("*.part", "*.tmp", "*.lock", "lock", "optimizer.pt", "scheduler.pt", "rng_state*", "__pycache__")
 _NOT_ENTERED = ("checkpoint-*", "__pycache__", "*.part")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_LOOKED_AT = 4 << 20
+"""Characters of a card and of a manifest in which paths of this machine are looked for."""
+_HOME_PATH = re.compile(r"(?<![\w/.:-])(?:/(?:home|Users|root|mnt|data|tmp|scratch|workspace)/|[A-Z]:\\)[^\s\"'`)|]*")
 
 
 @dataclass(frozen=True)
@@ -200,16 +203,16 @@ def _local_paths(files: dict[str, Path]) -> list[Problem]:
     """A warning when the card or the manifest names folders of this machine: nobody else can follow them."""
     found = []
     for name in ("README.md", MANIFEST):
-        if name in files and (path := _home_path(files[name].read_text(encoding="utf-8", errors="replace"))):
+        if name in files and (path := _home_path(files[name])):
             what = f"names a place on this machine ({path}), which others will see and cannot use"
             found.append(Problem("PUSH_PATHS", name, what, "name the sources by their Hub ids in the recipe"))
     return found
 
 
-def _home_path(text: str) -> str | None:
-    found = re.search(
-        r"(?<![\w/.:-])(?:/(?:home|Users|root|mnt|data|tmp|scratch|workspace)/|[A-Z]:\\)[^\s\"'`)|]*", text
-    )
+def _home_path(file: Path) -> str | None:
+    """The first path of this machine near the beginning of a text file, where a card and a manifest name their sources."""
+    with file.open(encoding="utf-8", errors="replace") as text:
+        found = _HOME_PATH.search(text.read(_LOOKED_AT))
     return found[0] if found else None
 
 

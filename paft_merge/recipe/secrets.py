@@ -53,11 +53,13 @@ _KINDS: Final = {
 
 _PATTERN = re.compile("|".join(pattern for kind, (_, pattern) in _KINDS.items() if kind != "url"))
 _URL = re.compile(_KINDS["url"][1])
+_BEFORE = 80
+"""A secret begins at most this many characters before its hint."""
 _HINTS = (
     *("hf_", "api_org_", "ghp_", "gho_", "ghs_", "ghu_", "ghr_", "github_pat_", "glpat-", "sk-", "AKIA", "ASIA", "xox"),
     *("AIza", "PRIVATE KEY", "earer", "EARER", "ecret", "ECRET", "andb_api", "ANDB_API"),
 )
-"""Texts of which every secret has one; most files have none."""
+"""Texts of which every secret has one; most files have few."""
 _WORDS = re.compile(r"example|placeholder|redacted|passw|dummy|changeme|your[_-]?(?:api|token|key|secret|access|own|hf)|(?:token|key)[_-]?here", re.I)  # fmt: skip
 _KEYS = ("hub_token", "hf_token", "push_to_hub_token", "use_auth_token", "api_key", "wandb_api_key", "openai_api_key")
 """Keys of recipes and of trainers whose values are secrets, whatever they look like."""
@@ -83,11 +85,23 @@ def find_secrets(text: str, start: int = 0, own: str = "") -> Iterator[Secret]:
     while at >= 0:
         yield Secret("this login's Hugging Face token", at, at + len(own))
         at = text.find(own, at + len(own))
-    likely = any(hint in text for hint in _HINTS)
-    for match in chain(_URL.finditer(text, start), _PATTERN.finditer(text, start) if likely else ()):
+    tokens = (_PATTERN.finditer(text, first, last) for first, last in _parts_with_hints(text, start))
+    for match in chain(_URL.finditer(text, start), *tokens):
         group = str(match.lastgroup)
         if not is_placeholder(match[group]) and not (own and own in match[0]):
             yield Secret(_KINDS[group][0], match.start(), match.end())
+
+
+def _parts_with_hints(text: str, start: int) -> Iterator[tuple[int, int]]:
+    """The parts of a text around hints, in order and without overlap; matching all of a long text would take minutes."""
+    hints = (match.start() for hint in _HINTS for match in re.finditer(re.escape(hint), text))
+    first = last = start
+    for at in sorted(hints):
+        if at - _BEFORE > last:
+            yield first, last
+            first = at - _BEFORE
+        last = max(last, at + LONGEST)
+    yield first, last
 
 
 def is_placeholder(body: str) -> bool:

@@ -23,7 +23,7 @@ MOST_BYTES = 64 * 2**30
 """Size of a file of rows that is read row by row; what it unpacks to, too."""
 
 MOST_WHOLE = 2 * 2**30
-"""Characters of a JSON document or a text that is read at once."""
+"""Bytes of a JSON document or a text that is read at once, and characters that it unpacks to."""
 
 MOST_ROW = 64 * 2**20
 """Characters of a line, and of a field of a table."""
@@ -125,8 +125,8 @@ def _lines(file: TextIO, path: Path, *, cut: bool = False) -> Iterator[str]:
 def _whole(file: TextIO, path: Path) -> str:
     """The text of a file that is read at once."""
     file.seek(0)
-    text = file.read(MOST_WHOLE + 1)
-    if len(text) > MOST_WHOLE:
+    text = file.read(MOST_WHOLE + 1) if path.stat().st_size <= MOST_WHOLE else None
+    if text is None or len(text) > MOST_WHOLE:
         fix = "write one object per line (.jsonl), which is read line by line"
         raise TrainError.of("DATA", path, f"is one JSON value of more than {MOST_WHOLE >> 30} GiB", fix)
     return text

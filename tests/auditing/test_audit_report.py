@@ -26,7 +26,7 @@ from paft_merge.auditing.report.figures import Chart, Heat, Line, exponent, figu
 from paft_merge.auditing.report.gate import METRICS, Requirement
 from paft_merge.auditing.report.html import percent
 from paft_merge.auditing.report.png import write_png
-from paft_merge.auditing.report.svg import draw, standalone, ticks
+from paft_merge.auditing.report.svg import DARK, LIGHT, draw, standalone, stylesheet, ticks
 from paft_merge.auditing.results import SCHEMA
 from paft_merge.cli import cli
 from paft_merge.errors import AuditError
@@ -230,6 +230,22 @@ def test_layers_below_a_heat_map_do_not_run_into_each_other(layers: int) -> None
     assert len(ticks) > 1
     for (x, text), (after, other) in pairwise(ticks):
         assert after - x > 6 * (len(text) + len(other)) / 2
+
+
+def test_heat_maps_begin_at_the_colour_of_the_paper_light_and_dark(found: Audit) -> None:
+    def bright(colour: str) -> int:
+        return sum(bytes.fromhex(colour.removeprefix("#")))
+
+    page = found.to_html()
+    light, dark = page.split("@media screen and (prefers-color-scheme:dark)")
+    for text, palette in ((light, LIGHT), (dark, DARK)):
+        assert stylesheet(palette) in text
+        colours = dict(re.findall(r"\.((?:share|around_half)\d+)\{fill:(#\w{6})\}", stylesheet(palette)))
+        shares = [bright(colours[f"share{i}"]) for i in range(25)]
+        assert shares == sorted(shares, reverse=palette is LIGHT)
+        paper = bright(palette.named["paper"])
+        assert abs(paper - shares[0]) < 100
+        assert abs(paper - bright(colours["around_half12"])) < 100
 
 
 def test_a_legend_has_room_for_escaped_characters() -> None:

@@ -394,3 +394,21 @@ def test_a_method_that_is_none_is_a_fault_with_a_hint() -> None:
     result = paft("methods", "tees")
     assert result.exit_code == 1
     assert result.stderr.startswith("error[RECIPE]: tees: ")
+
+
+def test_help_and_a_refused_recipe_import_no_framework(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(
+        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: none/at/all}]\n"
+    )
+    code = f"""if True:
+        import sys
+        from click.testing import CliRunner
+        from paft_merge.cli import cli
+        heavy = {{"torch", "transformers", "mergekit"}}
+        for args in (["--help"], ["merge", "--help"], ["merge", r"{tmp_path / "bad.yaml"}", r"{tmp_path / "out"}"]):
+            done = CliRunner().invoke(cli, args)
+            assert ("error[" in done.output) == (done.exit_code == 1) == (len(args) == 3), done.output
+            assert not heavy & sys.modules.keys(), (args, heavy & sys.modules.keys())
+    """
+    run = python(code)
+    assert run.returncode == 0, run.stderr

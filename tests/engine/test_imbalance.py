@@ -53,7 +53,7 @@ def test_a_merge_of_deltas_of_very_different_size_tells_it_with_numbers(pair: di
     fold = sizes[0] / sizes[1]
     assert 20 < fold < 30
     assert f"differs {fold:.0f}-fold" in problem.what
-    assert f"{sizes[0]:.2g}" in problem.what
+    assert f"sft {sizes[0]:.2g}, dpo {sizes[1]:.2g}): sft decides" in problem.what
     assert f"up to {fold:.0f} times" in problem.fix
     assert manifest["warnings"] == [str(problem)]
     assert str(problem) in card.replace("\\", "")  # Markdown escapes the asterisk

@@ -694,7 +694,7 @@ def test_answers_that_never_end_and_cut_texts_are_reported_beside_the_score(
     one = {"kind": "perplexity", "data": "text.txt"}
     spec = EvaluateSpec.model_validate({"metrics": {"text": one, "line": {**one, "unit": "line"}}, "max_length": 16})
     found = evaluate(place / "base", spec, folder=place)
-    assert "cut into 8 windows of 16 tokens" in found["text"].warning
+    assert "the text is longer than the model's window and was cut into 8 windows of 16 tokens" in found["text"].warning
     assert found["line"].warning == ""
     args = ["evaluate", str(place / "base"), "--perplexity", str(place / "text.txt"), "--unit", "line", "--json"]
     shown = CliRunner().invoke(cli, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,6 +210,27 @@ def test_a_name_that_leaves_its_folder_is_refused(models: HubServer, tmp_path: P
         fetch("me/evil")
     assert code_of(caught) == "HUB_PATH"
     assert not list(tmp_path.rglob("*evil.json*"))
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("me/base:me/sft", "an adapter follows its base after a '+': did you mean me/base+me/sft?"),
+        (" me/base", "did you mean 'me/base', without blanks?"), ("./base ", "did you mean './base', without blanks?"),
+        ("run/checkpoint-*", "in the models: and sources: of a recipe; name one folder"), ("C:\\base", "check the path"),
+    ],
+)  # fmt: skip
+def test_what_a_path_was_meant_to_be_is_said_with_its_line(path: str, hint: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n  - model: {tmp_path}\n  - model: {json.dumps(path)}\n"
+    )
+    with pytest.raises(PaftMergeError) as caught:
+        fetch(path)
+    assert str(caught.value).endswith(hint)
+    if "*" not in path:
+        with pytest.raises(PaftMergeError, match=rf"recipe\.yaml:5: {re.escape(path)}: .*{re.escape(hint)}"):
+            paft_merge.merge(recipe, tmp_path / "out")
 
 
 def test_a_mistyped_folder_is_named(models: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import string
 from pathlib import Path
+from time import process_time
 
 import pytest
 
@@ -13,6 +14,7 @@ from paft_merge import hub
 from paft_merge.errors import HubError
 from paft_merge.hub import secret_files
 from paft_merge.hub.secret_files import Place, secrets_in_file
+from paft_merge.recipe.secrets import find_secrets
 
 RANDOM = random.Random(0)
 
@@ -159,3 +161,12 @@ def test_the_old_name_of_prepare_upload_warns(tmp_path: Path) -> None:
     (tmp_path / "report.txt").write_text("fine")
     with pytest.warns(FutureWarning, match=r"'hub.pack' is deprecated .*; use 'hub.prepare_upload'"):
         assert hub.pack(tmp_path).kind == "report"
+
+
+def test_a_long_text_is_searched_soon_and_whole() -> None:
+    every = [(kind, one) for kind, secrets in SECRETS.items() for one in secrets]
+    text = "the quick brown fox, " * 400_000
+    began = process_time()
+    found = list(find_secrets(text + "".join(f"\n{' word' * 300}\n{one}" for _, one in every)))
+    assert process_time() - began < 1  # all patterns at every character: 2 s
+    assert sorted(one.kind for one in found) == sorted(kind for kind, _ in every)

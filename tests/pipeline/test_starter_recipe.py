@@ -133,6 +133,15 @@ def test_adapters_that_exist_give_a_recipe_that_compares_them(
     assert CliRunner().invoke(cli, ["init", "--adapter", str(tmp_path / "mine/sft")]).exit_code == 2
 
 
+def test_the_weight_of_the_starter_balances_its_rates(world: Path) -> None:
+    args = ["init", "--base", str(world.parent / "base")]
+    args += ["--data", str(world.parent / "sft.jsonl"), "--data", str(world.parent / "pairs.jsonl")]
+    recipe = yaml.safe_load(CliRunner().invoke(cli, args).stdout)
+    rates = {name: one["training"]["learning_rate"] for name, one in recipe["adapters"].items()}
+    weights = {one["model"]: one.get("parameters", {}).get("weight", 1.0) for one in recipe["merge"]["models"]}
+    assert weights["dpo"] / weights.get("sft", 1.0) == float(rates["sft"]) / float(rates["dpo"]) == 4
+
+
 def test_the_first_merge_of_the_starter_is_not_sft_alone(world: Path, tmp_path: Path) -> None:
     """The rates and weights of the template give deltas of one size: the run has no SCALE warning."""
     recipe = tmp_path / "start.yaml"

@@ -21,6 +21,7 @@ from paft_merge.inputs.adapters import patterns
 from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.inputs.architecture import Architecture
 from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.plan.vocabulary import chat_templates
 from paft_merge.plan.vocabulary.chat_templates import ChatTemplateError, check_template
 from paft_merge.training.base_model import load_tokenizer
 from paft_merge.training.schema import read_adapter
@@ -108,6 +109,13 @@ def test_a_template_is_parsed_and_not_computed(text: str) -> None:
     with suppress(ChatTemplateError):
         check_template(text)
     assert time.monotonic() - began < 2
+
+
+def test_no_filter_runs_while_a_template_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[object] = []
+    monkeypatch.setitem(chat_templates._ENVIRONMENT.filters, "center", lambda *given: runs.append(given))
+    check_template('{{ "a"|center(2000000000) }}')
+    assert runs == []
 
 
 def test_a_template_with_an_unknown_filter_is_refused_with_its_line() -> None:

@@ -151,7 +151,7 @@ def test_errors_of_the_system_and_of_memory_are_lines(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("paft_merge.output.card.write_card", fail)
+    monkeypatch.setattr("paft_merge.hub.merged_folders.write_card", fail)
     done = CliRunner().invoke(cli, ["card", str(tmp_path)])
     assert done.exit_code == 1
     assert shown in done.output
@@ -176,5 +176,5 @@ def test_a_bug_is_not_taken_for_an_error_of_the_system(tmp_path: Path, monkeypat
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("paft_merge.output.card.write_card", fail)
+    monkeypatch.setattr("paft_merge.hub.merged_folders.write_card", fail)
     assert isinstance(CliRunner().invoke(cli, ["card", str(tmp_path)]).exception, RuntimeError)
