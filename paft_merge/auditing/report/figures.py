@@ -111,7 +111,7 @@ def shown_pairs(audit: AuditData) -> tuple[Sequence[PairAudit], str]:
         return audit.pairs, ""
     found = [pair.total.conflict_weighted for pair in audit.pairs]
     ranked = [audit.pairs[at] for at in np.argsort([1.0 if math.isnan(v) else -v for v in found], kind="stable")]
-    return ranked[:MOST_PAIRS], f"the {MOST_PAIRS} of {len(ranked):,} pairs whose signs differ most; --json has all"
+    return ranked[:MOST_PAIRS], f"the {MOST_PAIRS} of {len(ranked):,} pairs whose signs differ most; the JSON has all"
 
 
 def shown_advice(audit: AuditData, advice: Sequence[Advice]) -> tuple[Sequence[Advice], str]:
@@ -119,7 +119,7 @@ def shown_advice(audit: AuditData, advice: Sequence[Advice]) -> tuple[Sequence[A
     if len(audit.sources) <= MANY or len(advice) <= MOST_PAIRS:
         return advice, ""
     ranked = sorted(advice, key=lambda one: one.level != "warn")
-    return ranked[:MOST_PAIRS], f"{len(ranked) - MOST_PAIRS:,} further lines of advice: --json has all"
+    return ranked[:MOST_PAIRS], f"{len(ranked) - MOST_PAIRS:,} further lines of advice: the JSON has all"
 
 
 def figures_of(audit: AuditData) -> list[Figure]:
