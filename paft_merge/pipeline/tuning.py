@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
@@ -200,20 +200,25 @@ def _checked(recipe: RunRecipe) -> TuneSpec:
         if name not in known and not recipe.evaluate.needs_lm_eval:
             fix = did_you_mean(name, known) or f"evaluations are {', '.join(known)}"
             problems.add("TUNE", recipe.where("tune", "metric"), f"there is no evaluation {name!r}", fix)
+    check_merge(recipe, recipe.merge.data, ("merge",), problems)
+    alone = set(problems.found)
     for key, choices in recipe.tune.space.items():
         where = recipe.where("tune", "space", key)
         if not choices:
             problems.add("TUNE", where, "has nothing to choose from", "write [low, high], or a list of choices")
+        elif key.startswith("merge."):
+            problems.add("TUNE", where, "a key is a path inside merge:", f"write {key.removeprefix('merge.')}")
         elif _is_range(choices) and choices[0] >= choices[1]:
             problems.add("TUNE", where, f"{choices[0]} is not below {choices[1]}", "write [low, high]")
         elif _is_range(choices) and len(choices) == 3 and choices[0] <= 0:
             problems.add("TUNE", where, "a logarithmic range starts above 0", "raise the lower end")
         else:
             for end in choices[:2] if _is_range(choices) else choices:
-                data = copy.deepcopy(recipe.merge.data)
-                with problems.catching(recipe.where("tune", "space", key)):
+                data, found = copy.deepcopy(recipe.merge.data), Problems()
+                with problems.catching(where):
                     put(data, parse_key_path(key), end)
-                    check_merge(recipe, data, ("merge",), problems)
+                    check_merge(recipe, data, ("merge",), found)
+                problems.found += [replace(one, where=where) for one in found.found if one not in alone]
     problems.found = list(dict.fromkeys(problems.found))
     problems.raise_as(RecipeError)
     return recipe.tune

@@ -186,4 +186,4 @@ def test_an_adapter_that_names_no_base_needs_one(tmp_path: Path) -> None:
         (tmp_path / name / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     done = CliRunner().invoke(cli, ["init", "--adapter", str(tmp_path / "a"), "--adapter", str(tmp_path / "b")])
     assert done.exit_code == 2
-    assert "Missing option '--base'" in done.stderr
+    assert "Missing option '--base' (the adapters do not name their base)." in done.stderr

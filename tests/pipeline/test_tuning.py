@@ -136,7 +136,11 @@ def test_the_command_tells_trials_and_prints_the_winner(world: Path, searched: P
             "less of text counts as better already, so 'pairs - 2 * text' would seek more of it; add it: + 2 * text",
         ),
         ("tune.space={parameters.trim.l1_mass: [0.5, 3.0]}", "l1_mass"),
-        ("tune.space={parameters.densty: [0.1, 0.2]}", "did you mean 'density'?"),
+        (
+            "tune.space={parameters.densty: [0.1, 0.2]}",
+            "tune.space[\"parameters.densty\"]: unknown parameter densty; did you mean 'density'?",
+        ),
+        ("tune.space={merge.parameters.lambda: [0.1, 2]}", "a key is a path inside merge:; write parameters.lambda"),
         ("tune.space={'models[5].parameters.weight': [0, 1]}", "models is a list of 2"),
         ("tune.space={parameters.lambda: [2.0, 1.0]}", "2.0 is not below 1.0"),
         ("tune.space={parameters.lambda: [0.0, 1.0, log]}", "a logarithmic range starts above 0"),
