@@ -172,3 +172,20 @@ def test_choices_and_logarithms_are_drawn(tmp_path: Path) -> None:
     trials = [Trial(i, i / 3, {"a.b": 10.0**-i, "c": "xy"[i % 2]}, {"m": i / 3}) for i in range(3)]
     plot(trials, spec, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_is_drawn_and_many_parameters_have_rows(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    from paft_merge.pipeline.schema import TuneSpec
+
+    name = r"$\bad_{a$ 日本" + "x" * 300
+    space = {f"{name}{i}": [0.0, 1.0] if i % 2 else [name, "ties", "$^$"] for i in range(8)}
+    first = Trial(1, 0.5, dict.fromkeys(space), {name: 0.5}, is_recipe=True)
+    second = Trial(2, 0.4, {key: choices[0] for key, choices in space.items()}, {name: 0.4})
+    for number, trials in enumerate(([first], [first, second])):
+        plot(trials, TuneSpec(metric=name, space=space), tmp_path / f"{number}.png")
+        height, width, _ = imread(tmp_path / f"{number}.png").shape
+        assert width < 2000
+        assert height > 3 * 300
