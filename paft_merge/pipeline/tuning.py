@@ -29,6 +29,7 @@ from paft_merge.inputs.links import following_links
 from paft_merge.output.log_file import logged
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.arms import Variant
+from paft_merge.pipeline.execution import Event, OnEvent
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
@@ -78,6 +79,7 @@ def tune(
     overrides: tuple[str, ...] = (),
     trials: int | None = None,
     progress: Callable[[Trial, int, int], None] = lambda trial, done, total: None,
+    on_event: OnEvent = lambda event: None,
     trust_code: bool = False,
     follow_links: bool = False,
     engine: Literal["local", "ray"] = "local",
@@ -93,6 +95,7 @@ def tune(
         trials: Trials in all, including the recipe as it is and those of earlier searches in this folder;
             `tune: {trials: ...}` by default.
         progress: Called after each trial with the trial, the number of trials so far, and the number in all.
+        on_event: As for `run`: called for the steps of training, and when a trial starts.
         trust_code, follow_links: As for `run`.
         engine, ray_address: As for `run`; with `ray`, trials run side by side.
         parallel: Trials at a time on Ray. None: one for each GPU, or for each machine without GPUs.
@@ -111,7 +114,7 @@ def tune(
     uses_ray(engine)
     if loaded.adapters:  # existing ones need no training
         run(
-            recipe, folder, overrides=alone, only="train", trust_code=trust_code, follow_links=follow_links,
+            recipe, folder, overrides=alone, only="train", on_event=on_event, trust_code=trust_code, follow_links=follow_links,
             engine=engine, ray_address=ray_address, parallel=parallel,
         )  # fmt: skip
     planner = plan(recipe, folder, overrides=alone, trust_code=trust_code, follow_links=follow_links).planner
@@ -139,6 +142,7 @@ def tune(
                     asked = study.ask(_distributions(spec)) if has_recipe else None  # None: the recipe as it is
                     left, has_recipe, label = left - 1, True, f"trial-{len(begun) + 1}"
                     begun[label] = asked
+                    on_event(Event(f"trial {total - left}/{total}", "start"))
                     data = merge_with(loaded, asked.params if asked else {})
                     given = (loaded, spec, data, paths, scratch / label, trust_code)
                     pool.start(label, _try, (*given, int(needs.cpus), origin), needs)

@@ -14,6 +14,7 @@ from toys.train import THEIR_WARNINGS
 from paft_merge.cli import cli
 from paft_merge.errors import RecipeError
 from paft_merge.pipeline import run, tuning
+from paft_merge.pipeline.execution import Event
 from paft_merge.pipeline.tuning import Trial, _terms, plot, tune
 
 pytestmark = [THEIR_WARNINGS, pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")]
@@ -36,6 +37,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"), adapters=adapters, evaluate=evaluate, tune=TUNE)
 
 
+STARTED: list[Event] = []
+"""Of the search in `searched`."""
+
+
 @pytest.fixture(scope="module")
 def searched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search that was killed once in its third trial."""
@@ -50,9 +55,15 @@ def searched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "_try", dies)
         with pytest.raises(Killed):
-            tune(world, folder)
-    tune(world, folder)
+            tune(world, folder, on_event=STARTED.append)
+    tune(world, folder, on_event=STARTED.append)
     return folder
+
+
+def test_events_are_the_steps_of_training_and_the_starts_of_trials(searched: Path) -> None:
+    steps = list(dict.fromkeys(event.step for event in STARTED))
+    assert steps == ["train/sft", "train/dpo", *(f"trial {i}/4" for i in (1, 2, 3, 4))]
+    assert [event.step for event in STARTED if event.what == "done"] == ["train/sft", "train/dpo"]
 
 
 def test_a_killed_search_goes_on_with_the_trials_it_has(world: Path, searched: Path) -> None:
