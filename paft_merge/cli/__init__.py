@@ -57,6 +57,14 @@ class _Group(click.Group):
             for problem in error.problems:
                 click.echo(line("error", problem), err=True)
             ctx.exit(GATE_FAILED if any(problem.code == "REQUIRED" for problem in error.problems) else REFUSED)
+        except ImportError as error:
+            name = error.name or ""
+            if name.partition(".")[0] == "paft_merge":
+                raise
+            log.info("where it came from", exc_info=error)
+            fix = "install paft-merge again, in the environment of this command"
+            say(line("error", Problem("MISSING", name, f"cannot be imported: {error}", fix)))
+            ctx.exit(REFUSED)
         except (OSError, MemoryError, RuntimeError, UnicodeError) as error:
             if isinstance(error, BrokenPipeError) or (fault := _problem_of(error)) is None:
                 raise  # of a BrokenPipeError, click ends quietly

@@ -157,9 +157,12 @@ def _progress() -> Iterator[Callable[[EvaluateProgress], None]]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Bar(*columns, console=console(stderr=True)) as bar:
+    shown = console(stderr=True)
+    name = TextColumn("{task.description}", table_column=Column(max_width=shown.width // 3, no_wrap=True))
+    columns = name, BarColumn(shown.width // 4), MofNCompleteColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=shown) as bar:
         tasks: dict[str, Any] = {}
 
         def show(now: EvaluateProgress) -> None:

@@ -82,7 +82,7 @@ def run(
         )
         steps_table(planned)
         return
-    with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as on_event:
+    with resume_hint(), sigterm_as_interrupt(), step_lines(quiet) as on_event:
         done = pipeline.run(
             recipe,
             folder,
@@ -146,7 +146,7 @@ def _planned(folder: Path, quiet: bool) -> Callable[[Planned], None]:
 
 
 @contextmanager
-def _lines(quiet: bool) -> Iterator[Callable[[Event], None]]:
+def step_lines(quiet: bool) -> Iterator[Callable[[Event], None]]:
     """Print a line for every finished step; on a terminal, show the current step below."""
     if quiet:
         yield lambda _: None

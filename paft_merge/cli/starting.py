@@ -32,7 +32,8 @@ def init(out: Path | None, base: str | None, data: tuple[str, ...], adapters: tu
 
     base = base or next(filter(None, (base_of(Path(adapter), "") for adapter in adapters)), None)
     if base is None:
-        raise click.UsageError("Missing option '--base'.")
+        why = " (the adapters do not name their base)" if adapters else ""
+        raise click.UsageError(f"Missing option '--base'{why}.")
     if len(adapters) == 1:
         raise click.UsageError("--adapter is given at least twice: the recipe compares ways of merging them.")
     if len(data) > 2 and not adapters:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.running import resume_hint, set_option, silence_libraries
+from paft_merge.cli.running import resume_hint, set_option, silence_libraries, step_lines
 from paft_merge.cli.terminal import (
     check_engine,
     engine_options,
@@ -56,32 +53,27 @@ def tune(
     """
     check_engine(**engine)
     silence_libraries()
+    from paft_merge.pipeline.execution import Event
     from paft_merge.pipeline.tuning import tune as search
 
-    with resume_hint(), sigterm_as_interrupt(), _lines(quiet) as progress:
+    def progress(trial: Trial, done: int, total: int) -> None:
+        on_event(Event(f"trial {trial.number}/{total}", "done", f"{trial.value:.4f}  {_described(trial)}"))
+
+    with resume_hint(), sigterm_as_interrupt(), step_lines(quiet) as on_event:
         found = search(
-            recipe, folder, overrides=overrides, trials=trials, progress=progress, trust_code=trust_code,
+            recipe, folder, overrides=overrides, trials=trials, progress=progress, on_event=on_event, trust_code=trust_code,
             follow_links=follow_links, **engine,
         )  # fmt: skip
     if not quiet:
         best, count = found.best, len(found.trials)
-        said = "the recipe as it is; no other trial is better" if best.is_recipe else _parameters(best)
+        worse = "; no other trial is better" if best.is_recipe else ""
         own = next(trial.value for trial in found.trials if trial.is_recipe)
         against = "" if best.is_recipe else f" (the recipe as it is: {own:.4f})"
-        say(f"best of {count}: trial {best.number}, {best.value:.4f}{against}  {said}")
+        say(f"best of {count}: trial {best.number}, {best.value:.4f}{against}  {_described(best)}{worse}")
     say(found.recipe, err=False)
 
 
-@contextmanager
-def _lines(quiet: bool) -> Iterator[Callable[[Trial, int, int], None]]:
-    def show(trial: Trial, done: int, total: int) -> None:
-        if not quiet:
-            said = "the recipe as it is" if trial.is_recipe else _parameters(trial)
-            say(f"trial {trial.number}/{total}: {trial.value:.4f}  {said}")
-            sys.stderr.flush()
-
-    yield show
-
-
-def _parameters(trial: Trial) -> str:
+def _described(trial: Trial) -> str:
+    if trial.is_recipe:
+        return "the recipe as it is"
     return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.parameters.items())

@@ -12,7 +12,7 @@ from paft_merge.errors import PaftMergeError, Problem, Problems, RecipeError
 from paft_merge.hub.pulling import file_names, split_repository
 from paft_merge.inputs.safetensors_header import join_first
 from paft_merge.recipe import Located, ModelRef
-from paft_merge.recipe.sections import beside_recipe
+from paft_merge.recipe.sections import beside_recipe, is_pattern
 from paft_merge.recipe.yaml_source import KeyPath
 from paft_merge.stores import Store, folder_of, is_url, joined
 
@@ -62,6 +62,8 @@ def expand(located: Located) -> tuple[Located, tuple[Problem, ...]]:
 def checkpoints(ref: ModelRef, *, refresh: bool = False) -> list[ModelRef]:
     """The references that a reference with a `*` stands for, by step number; the reference itself without a `*`.
 
+    A folder whose name has a `*` is itself.
+
     Args:
         ref: at most one of its paths has a `*`, the place of a number.
         refresh: as for `hub.resolve`.
@@ -77,7 +79,7 @@ def _found(ref: ModelRef, beside: Path | str = Path(), *, refresh: bool = False)
 
     `beside`: the recipe's folder, where relative paths are looked for first.
     """
-    starred = [place for place in ((ref.path, ref.revision), *ref.adapters) if "*" in place[0]]
+    starred = [place for place in ((ref.path, ref.revision), *ref.adapters) if is_pattern(place[0], Path(beside))]
     if not starred:
         return [ref], []
     path, revision = starred[0]
@@ -90,7 +92,7 @@ def _found(ref: ModelRef, beside: Path | str = Path(), *, refresh: bool = False)
         fix = f"a * stands for a step number; beside it are {join_first(held)}" if held else "check the path"
         raise RecipeError.of("NOT_FOUND", path, "no folder matches", fix)
     others = [name for name in held if text.fullmatch(name) and not number.fullmatch(name)]
-    return [_at_step(ref, step) for step in steps], others
+    return [_at_step(ref, path, step) for step in steps], others
 
 
 def _expanded(entry: Any, located: Located, steps: KeyPath, notes: list[Problem]) -> list[Any]:
@@ -102,7 +104,8 @@ def _expanded(entry: Any, located: Located, steps: KeyPath, notes: list[Problem]
         ref = ModelRef.parse(entry["model"])
     except RecipeError:
         return [entry]
-    if not any("*" in path for path in (ref.path, *(path for path, _ in ref.adapters))):
+    beside = folder_of(located.file)
+    if not any(is_pattern(path, Path(beside)) for path in (ref.path, *(path for path, _ in ref.adapters))):
         if last is not None:
             what, fix = "counts the checkpoints of a run, and this model is one folder", "write model: RUN/checkpoint-*"
             raise RecipeError.of("RECIPE", located.spot((*steps, "last")), what, fix)
@@ -110,7 +113,7 @@ def _expanded(entry: Any, located: Located, steps: KeyPath, notes: list[Problem]
     if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
         return [entry]
     try:
-        found, others = _found(ref, folder_of(located.file))
+        found, others = _found(ref, beside)
     except PaftMergeError as error:
         raise type(error)([replace(one, where=f"{spot}: {one.where}") for one in error.problems]) from None
     if last is not None and len(found) < last:
@@ -148,14 +151,15 @@ def _folders(path: str, revision: str | None, beside: Path | str, *, refresh: bo
     return sorted(name for name in found if name.startswith(above) and name.endswith(below))
 
 
-def _at_step(ref: ModelRef, step: str) -> ModelRef:
-    """The reference with a step number in place of its `*`; so is that of its label."""
+def _at_step(ref: ModelRef, pattern: str, step: str) -> ModelRef:
+    """The reference with a step number in place of the `*` of `pattern`, one of its paths; and in its label."""
 
-    def put(text: str | None) -> str | None:
-        return text.replace("*", step) if text else text
+    def put(path: str) -> str:
+        return path.replace("*", step) if path == pattern else path
 
-    stacked = tuple((path.replace("*", step), revision) for path, revision in ref.stacked)
-    return replace(ref, path=ref.path.replace("*", step), lora=put(ref.lora), stacked=stacked, label=put(ref.label))
+    stacked = tuple((put(path), revision) for path, revision in ref.stacked)
+    label = ref.label and ref.label.replace("*", step)
+    return replace(ref, path=put(ref.path), lora=ref.lora and put(ref.lora), stacked=stacked, label=label)
 
 
 def _moved(known: Mapping[KeyPath, Any], moved: Mapping[KeyPath, list[int]]) -> dict[KeyPath, Any]:

@@ -89,6 +89,9 @@ class Method:
     streamed: bool = True
     """Merged block by block; else by mergekit's own function, on whole tensors."""
 
+    def __repr__(self) -> str:
+        return f"Method({self.name!r}, {self.title!r}, {len(self.parameters)} parameters)"
+
     def parameter(self, name: str) -> Parameter | None:
         """The parameter called `name`, or None."""
         return next((p for p in self.parameters if p.name == name), None)

@@ -40,7 +40,6 @@ def logged(path: Path, command: str = "") -> Iterator[Note]:
     """
     handler = _LogFile(path, command)
     if not command:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handler.stream = handler._open()
     ours = logging.getLogger("paft_merge")
     level, shown = ours.level, ours.getEffectiveLevel()
@@ -95,6 +94,7 @@ class _LogFile(logging.FileHandler):
 
     def _open(self) -> io.TextIOWrapper:
         try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
             # A pipe without a reader is an error with O_NONBLOCK, not a wait.
             fd = os.open(
                 self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666

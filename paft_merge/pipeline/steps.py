@@ -36,7 +36,7 @@ from paft_merge.pipeline.arms import (
 from paft_merge.pipeline.fingerprints import Prints, key_of
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.recipe import CHAT_TEMPLATES, Located, ModelRef
-from paft_merge.recipe.sections import as_list, beside_recipe, current_keys, former_keys
+from paft_merge.recipe.sections import as_list, beside_recipe, current_keys, former_keys, is_pattern
 from paft_merge.recipe.trust import file_of
 from paft_merge.training.schema import AdapterSpec
 
@@ -428,7 +428,7 @@ def _beside(value: str | Mapping[str, Any], folder: Path) -> Any:
     """A model reference with absolute paths for folders beside the recipe."""
 
     def absolute(path: str | None) -> str | None:
-        if path and "*" in path:  # the checkpoints of a run
+        if path and is_pattern(path, folder):
             above, _, name = path.rpartition("/")
             return f"{absolute(above or '.')}/{name}"
         return str((folder / path).resolve()) if path and (folder / path).is_dir() else path

@@ -13,21 +13,23 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from paft_merge.auditing.report.figures import abridged
 from paft_merge.engine.api import available_cores
 from paft_merge.engine.ray_cluster import Cluster, Needs, TaskPool, uses_ray
-from paft_merge.errors import Problems, RecipeError, RunError
+from paft_merge.errors import Problems, RecipeError, RunError, escape
 from paft_merge.evaluating.schema import LOWER_IS_BETTER
 from paft_merge.inputs.links import following_links
 from paft_merge.output.log_file import logged
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.arms import Variant
+from paft_merge.pipeline.execution import Event, OnEvent
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
@@ -77,6 +79,7 @@ def tune(
     overrides: tuple[str, ...] = (),
     trials: int | None = None,
     progress: Callable[[Trial, int, int], None] = lambda trial, done, total: None,
+    on_event: OnEvent = lambda event: None,
     trust_code: bool = False,
     follow_links: bool = False,
     engine: Literal["local", "ray"] = "local",
@@ -92,6 +95,7 @@ def tune(
         trials: Trials in all, including the recipe as it is and those of earlier searches in this folder;
             `tune: {trials: ...}` by default.
         progress: Called after each trial with the trial, the number of trials so far, and the number in all.
+        on_event: As for `run`: called for the steps of training, and when a trial starts.
         trust_code, follow_links: As for `run`.
         engine, ray_address: As for `run`; with `ray`, trials run side by side.
         parallel: Trials at a time on Ray. None: one for each GPU, or for each machine without GPUs.
@@ -110,7 +114,7 @@ def tune(
     uses_ray(engine)
     if loaded.adapters:  # existing ones need no training
         run(
-            recipe, folder, overrides=alone, only="train", trust_code=trust_code, follow_links=follow_links,
+            recipe, folder, overrides=alone, only="train", on_event=on_event, trust_code=trust_code, follow_links=follow_links,
             engine=engine, ray_address=ray_address, parallel=parallel,
         )  # fmt: skip
     planner = plan(recipe, folder, overrides=alone, trust_code=trust_code, follow_links=follow_links).planner
@@ -138,6 +142,7 @@ def tune(
                     asked = study.ask(_distributions(spec)) if has_recipe else None  # None: the recipe as it is
                     left, has_recipe, label = left - 1, True, f"trial-{len(begun) + 1}"
                     begun[label] = asked
+                    on_event(Event(f"trial {total - left}/{total}", "start"))
                     data = merge_with(loaded, asked.params if asked else {})
                     given = (loaded, spec, data, paths, scratch / label, trust_code)
                     pool.start(label, _try, (*given, int(needs.cpus), origin), needs)
@@ -200,20 +205,25 @@ def _checked(recipe: RunRecipe) -> TuneSpec:
         if name not in known and not recipe.evaluate.needs_lm_eval:
             fix = did_you_mean(name, known) or f"evaluations are {', '.join(known)}"
             problems.add("TUNE", recipe.where("tune", "metric"), f"there is no evaluation {name!r}", fix)
+    check_merge(recipe, recipe.merge.data, ("merge",), problems)
+    alone = set(problems.found)
     for key, choices in recipe.tune.space.items():
         where = recipe.where("tune", "space", key)
         if not choices:
             problems.add("TUNE", where, "has nothing to choose from", "write [low, high], or a list of choices")
+        elif key.startswith("merge."):
+            problems.add("TUNE", where, "a key is a path inside merge:", f"write {key.removeprefix('merge.')}")
         elif _is_range(choices) and choices[0] >= choices[1]:
             problems.add("TUNE", where, f"{choices[0]} is not below {choices[1]}", "write [low, high]")
         elif _is_range(choices) and len(choices) == 3 and choices[0] <= 0:
             problems.add("TUNE", where, "a logarithmic range starts above 0", "raise the lower end")
         else:
             for end in choices[:2] if _is_range(choices) else choices:
-                data = copy.deepcopy(recipe.merge.data)
-                with problems.catching(recipe.where("tune", "space", key)):
+                data, found = copy.deepcopy(recipe.merge.data), Problems()
+                with problems.catching(where):
                     put(data, parse_key_path(key), end)
-                    check_merge(recipe, data, ("merge",), problems)
+                    check_merge(recipe, data, ("merge",), found)
+                problems.found += [replace(one, where=where) for one in found.found if one not in alone]
     problems.found = list(dict.fromkeys(problems.found))
     problems.raise_as(RecipeError)
     return recipe.tune
@@ -419,53 +429,74 @@ def plot(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
     if find_spec("matplotlib") is None:
         log.warning("no %s: matplotlib is not installed (pip install 'paft-merge[plots]')", path.name)
         return
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():  # a name may have a `$`
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        _draw(trials, spec, path)
+
+
+def _draw(trials: list[Trial], spec: TuneSpec, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
     keys = list(spec.space)
-    figure = Figure(figsize=(3.2 * (len(keys) + 1) + 0.8, 3.6), layout="constrained")
+    columns = min(len(keys) + 1, 4)
+    rows = -(-(len(keys) + 1) // columns)
+    figure = Figure(figsize=(3.2 * columns + 0.8, 3.4 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(keys) + 1, sharey=True, squeeze=False)[0]
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for panel in panels[len(keys) + 1 :]:
+        panel.set_axis_off()
     best, own = max(trials, key=lambda t: (t.value, -t.number)), next((t for t in trials if t.is_recipe), None)
     numbers = [t.number for t in trials]
+    whole = MaxNLocator(nbins=6, integer=True, min_n_ticks=1)
 
-    def draw(panel: Any, at: Callable[[Trial], Any], shown: list[Trial]) -> Any:
-        style = {"vmin": min(numbers), "vmax": max(numbers) + 1, "cmap": "viridis"}
+    def draw(panel: Any, at: Mapping[int, Any], shown: list[Trial]) -> Any:
+        style = {"vmin": 1, "vmax": max(2, *numbers), "cmap": "viridis"}
         dots = panel.scatter(
-            [at(t) for t in shown], [t.value for t in shown], s=16, c=[t.number for t in shown], **style
+            [at[t.number] for t in shown], [t.value for t in shown], s=16, c=[t.number for t in shown], **style
         )
         if best in shown:
             ring = {"marker": "*", "s": 170, "facecolor": "none", "edgecolor": "#cc3311", "label": "best trial"}
-            panel.scatter([at(best)], [best.value], **ring)
+            panel.scatter([at[best.number]], [best.value], **ring)
         if own:
             panel.axhline(own.value, color="#777777", linestyle="--", linewidth=1, label="the recipe as it is")
         panel.grid(alpha=0.3)
         return dots
 
-    dots = draw(panels[0], lambda t: t.number, trials)
+    dots = draw(panels[0], {number: number for number in numbers}, trials)
     running = [max(t.value for t in trials[: at + 1]) for at in range(len(trials))]
     panels[0].step(numbers, running, where="post", color="#cc3311", linewidth=1, label="best so far")
-    panels[0].set(xlabel="trial", ylabel=spec.metric)
-    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for panel, key in zip(panels[1:], keys, strict=True):
-        plain = _is_range(spec.space[key])
-        given = [t for t in trials if not (plain and t.parameters[key] is None)]
-
-        def choice(trial: Trial, key: str = key, plain: bool = plain) -> Any:
-            value = trial.parameters[key]
-            return value if plain else "not set" if value is None else str(value)
-
-        draw(panel, choice, given)
-        panel.set(xlabel=dotted(parse_key_path(key)))
-        if plain and len(spec.space[key]) == 3:
+    panels[0].set_xlabel("trial")
+    panels[0].xaxis.set_major_locator(whole)
+    figure.supylabel(abridged(escape(spec.metric), 40), fontsize="medium")
+    for panel, key in zip(panels[1:], keys, strict=False):
+        panel.set_xlabel(abridged(escape(dotted(parse_key_path(key))), 36))
+        choices, values = spec.space[key], {t.number: t.parameters[key] for t in trials}
+        if _is_range(choices):
+            shown = [t for t in trials if values[t.number] is not None]
+        else:
+            named = list(dict.fromkeys(_name_of(value) for value in (*choices, *values.values())))
+            shown, values = trials, {number: named.index(_name_of(value)) for number, value in values.items()}
+            panel.set(xlim=(-0.5, len(named) - 0.5))
+            ticks = [abridged(escape(name), 18) for name in named]
+            slant = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "fontsize": "small"}
+            panel.set_xticks(range(len(named)), ticks, **(slant if sum(map(len, ticks)) > 24 else {}))
+        draw(panel, values, shown)
+        if _is_range(choices) and len(choices) == 3:
             panel.set_xscale("log")
-            wide = spec.space[key][1] > 100 * spec.space[key][0]
+            wide = choices[1] > 100 * choices[0]
             panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
             panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             panel.xaxis.set_minor_locator(NullLocator())
-    figure.colorbar(dots, ax=list(panels), label="trial", pad=0.01).ax.yaxis.set_major_locator(
-        MaxNLocator(integer=True)
-    )
+        if not shown:
+            panel.set_xlim(choices[0], choices[1])
+    figure.colorbar(dots, ax=panels, label="trial", pad=0.01).ax.yaxis.set_major_locator(whole)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+def _name_of(choice: Any) -> str:
+    return "not set" if choice is None else str(choice)

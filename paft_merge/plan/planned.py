@@ -94,6 +94,9 @@ class PlannedTensor(StreamedTensor):
     why: str = ""
     """Why the tensor is copied."""
 
+    def __repr__(self) -> str:
+        return f"PlannedTensor({self.name!r}, {self.method!r}, {self.dtype}, {self.shape}, {len(self.inputs.sources)} sources)"
+
     @property
     def width(self) -> int:
         """Bytes of one element in the output."""

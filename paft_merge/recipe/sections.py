@@ -67,6 +67,11 @@ def beside_recipe(path: str, folder: Path) -> Path:
     return beside if beside.exists() else Path(path)
 
 
+def is_pattern(path: str, folder: Path) -> bool:
+    """Whether a path has a `*` and names the checkpoints of a run: there is no folder of exactly this name."""
+    return "*" in path and not beside_recipe(path, folder).is_dir()
+
+
 def not_found(folder: Path) -> str:
     """Where a relative path was looked for in vain, as the end of a sentence: "it is ..."."""
     here = Path.cwd()

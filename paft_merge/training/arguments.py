@@ -95,7 +95,8 @@ def training_arguments(spec: AdapterSpec, output_dir: Path, name: str, **fixed: 
 
 _LEAST = {
     "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_length": 1, "seed": 0,
-    "num_train_epochs": 0, "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0, "gradient_accumulation_steps": 1, "max_steps": -1,
+    "weight_decay": 0, "beta": 0, "dataloader_num_workers": 0,
 }  # fmt: skip
 """Smallest values of fields that TRL does not check."""
 

@@ -120,9 +120,9 @@ def _files(spec: DataSpec, folder: Path) -> list[Path]:
     patterns = [spec.data_files] if isinstance(spec.data_files, str) else spec.data_files or []
     if spec.path in _BUILDERS and not _beside(spec.path, folder) and patterns:
         return [path for pattern in patterns for path in _matching(pattern, (folder, Path()), spec)]
-    if any(mark in spec.path for mark in "*?["):
-        return _matching(spec.path, (folder, Path()), spec)
     local = _beside(spec.path, folder)
+    if local is None and any(mark in spec.path for mark in "*?["):
+        return _matching(spec.path, (folder, Path()), spec)
     if local is None:
         if _looks_local(spec.path):
             raise _missing(spec.path, folder)
@@ -158,10 +158,13 @@ def _of_folder(local: Path, spec: DataSpec) -> list[Path]:
     rows = [path for path in held if suffix_of(path) in SUFFIXES and path.name != "dataset_infos.json"]
     if not rows or any(suffix_of(path) in LOADERS for path in held):
         return []
+    from glob import escape
+
     from datasets.data_files import get_data_patterns, resolve_pattern
 
+    literal = escape(str(local))  # `datasets` reads the folder's name as a pattern too
     try:
-        splits = {str(split): names for split, names in get_data_patterns(str(local)).items()}
+        splits = {str(split): names for split, names in get_data_patterns(literal).items()}
     except FileNotFoundError:
         return sorted(rows)
     split = spec.split.partition("[")[0].strip()
@@ -171,7 +174,7 @@ def _of_folder(local: Path, spec: DataSpec) -> list[Path]:
     found = set[Path]()
     for pattern in splits[split]:
         with suppress(FileNotFoundError):  # one of several spellings of the split's name
-            found |= {Path(name) for name in resolve_pattern(pattern, str(local))}
+            found |= {Path(name) for name in resolve_pattern(pattern, literal)}
     return sorted(path for path in found if suffix_of(path) in SUFFIXES)
 
 
@@ -180,7 +183,8 @@ def _matching(pattern: str, roots: Sequence[Path], spec: DataSpec) -> list[Path]
     import glob
 
     for root in roots:
-        if found := sorted(Path(name) for name in glob.glob(str(root / pattern), recursive=True)):
+        exact = [root / pattern] if (root / pattern).exists() else []
+        if found := exact or sorted(root / name for name in glob.glob(pattern, root_dir=root, recursive=True)):
             if odd := next((path for path in found if not path.is_file() and not path.is_dir()), None):
                 raise TrainError.of("DATA", odd, "is not a regular file", "name a file or a folder of rows")
             files = [path for path in found if path.is_file()]

@@ -248,11 +248,16 @@ def test_heat_maps_begin_at_the_colour_of_the_paper_light_and_dark(found: Audit)
         assert abs(paper - bright(colours["around_half12"])) < 100
 
 
-def test_a_legend_has_room_for_escaped_characters() -> None:
-    lines = tuple(Line(name, (0.0, 1.0), (0.0, 1.0), i) for i, name in enumerate(("\x1b\x07" * 3, "dpo")))
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("\x1b\x07" * 3, 7 * 24), ("n" * 30, 7.92 * 30), ("MODEL", 10.8 * 5), ("\u65e5\u672c\u8a9e", 12.5 * 3)],
+)
+def test_a_legend_has_room_for_escaped_and_wide_characters(name: str, width: float) -> None:
+    """Widths of letters in DejaVu Sans at 12.5 px; the mark of an entry begins 26 px before its text."""
+    lines = tuple(Line(name, (0.0, 1.0), (0.0, 1.0), i) for i, name in enumerate((name, "dpo")))
     root = ElementTree.fromstring(draw(Chart("c", "", "", "x", "y", lines)))
     first, second = (e for e in root.iter("text") if e.get("class") == "legend")
-    assert float(second.get("x", "")) - float(first.get("x", "")) > 7 * len(first.text or "") == 7 * 24
+    assert float(second.get("x", "")) - 26 - float(first.get("x", "")) > width + 10
 
 
 def test_a_legend_of_long_names_lies_above_the_plot_and_inside_the_picture() -> None:
@@ -264,6 +269,12 @@ def test_a_legend_of_long_names_lies_above_the_plot_and_inside_the_picture() -> 
     assert len(entries) == 5
     assert all(float(e.get("y", "")) < top for e in entries)
     assert all(float(e.get("x", "")) + 7 * len(e.text or "") <= 560 for e in entries)
+
+
+def test_a_long_name_leaves_its_path_a_column(found: Audit) -> None:
+    page = found.to_html()
+    assert "grid-template-columns:fit-content(40%) minmax(0,1fr)" in page
+    assert re.search(r"\.paft dt\{[^}]*overflow-wrap:anywhere", page)
 
 
 def test_the_title_of_a_picture_lies_inside_it() -> None:

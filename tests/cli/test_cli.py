@@ -368,6 +368,15 @@ def test_a_bug_keeps_its_traceback(asked: Path, tmp_path: Path) -> None:
     assert "Traceback" in run.stderr
 
 
+def test_a_package_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    done = paft("pull", "me/model")
+    assert done.exit_code == 1
+    assert re.fullmatch(
+        r"error\[MISSING\]: huggingface_hub: cannot be imported: .*; install paft-merge again, .*\n", done.stderr
+    )
+
+
 # --- methods ---------------------------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,12 @@ def test_a_merge_has_a_log_beside_its_folder(file: Path, tmp_path: Path) -> None
     assert "paft reproduce" in (tmp_path / "third.log").read_text()
 
 
+def test_the_folders_above_an_output_are_made_for_its_log(file: Path, tmp_path: Path) -> None:
+    done = paft("merge", file, tmp_path / "runs" / "first" / "out", "--quiet")
+    assert (done.exit_code, done.stderr.count("warning[LOG]")) == (0, 0)
+    assert (tmp_path / "runs" / "first" / "out.log").read_text().rstrip().endswith("out is done")
+
+
 def test_warnings_errors_and_interrupts_are_in_the_log(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import termios
 import time
 
 import pytest
+from rich.cells import cell_len
 from toys.merge import HERE
 
 from paft_merge.cli.terminal import StderrHandler, clock
@@ -31,13 +32,21 @@ with progress_bar(False) as show:
 """
 
 
-def drawn(width: int, **environment: str) -> list[str]:
+EVALUATION = """
+from paft_merge.cli.evaluating import _progress
+from paft_merge.evaluating import EvaluateProgress
+with _progress() as show:
+    show(EvaluateProgress("tensors\\x1b[2J" + "\u65e5" * 90 + "x" * 200, 3, 7))
+"""
+
+
+def drawn(width: int, script: str = SCRIPT, **environment: str) -> list[str]:
     """The states of the bar on a terminal of `width` columns, without control sequences."""
     here, there = pty.openpty()
     fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
     env |= {"PYTHONPATH": HERE, "TERM": "xterm", **environment}
-    with subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=there, stdout=there, env=env) as running:
+    with subprocess.Popen([sys.executable, "-c", script], stderr=there, stdout=there, env=env) as running:
         os.close(there)
         text = b""
         try:
@@ -49,6 +58,13 @@ def drawn(width: int, **environment: str) -> list[str]:
     assert running.returncode == 0, text
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
     return [line for line in re.split(r"[\r\n]+", plain) if "tensors" in line]
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_metric_with_a_long_name_keeps_its_bar_and_its_count(width: int) -> None:
+    line = drawn(width, EVALUATION)[-1]
+    assert cell_len(line) <= width
+    assert re.search(r"\\x1b\[2J.*… ━+.* 3/7 ", line), line
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])

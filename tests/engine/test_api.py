@@ -30,6 +30,7 @@ import paft_merge
 from paft_merge import MergeOptions, merge, open_plan
 from paft_merge.engine.options import RECORDED, MergeKeywords, parse_size
 from paft_merge.errors import MergeError, PaftMergeError, Problem, deprecated
+from paft_merge.methods import METHODS
 from paft_merge.recipe import load_recipe
 
 Family = Callable[..., dict[str, Path]]
@@ -288,6 +289,8 @@ def test_plans_and_recipes_are_short_and_escaped(tmp_path: Path) -> None:
         assert len(shown) < 5000
         assert sum(count for _, count in plan.summary()) == 300
         loaded = plan.recipe
+        assert repr(plan.tensors[0]) == "PlannedTensor('<i>000', 'linear', F32, (4,), 2 sources)"
+    assert repr(METHODS["linear"]) == "Method('linear', 'Linear (model soups)', 2 parameters)"
     assert repr(loaded) == "Recipe('linear', 2 models)"
     assert repr(load_recipe(write_recipe(tmp_path / "r.yaml", {**data, "name": "n"}))) == (
         f"Recipe('linear', 2 models, name='n', file='{tmp_path}/r.yaml')"

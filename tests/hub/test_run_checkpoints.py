@@ -211,3 +211,17 @@ def test_the_checkpoints_of_a_run_beside_the_recipe_of_paft_run(place: Path, tmp
 def test_an_audit_takes_every_checkpoint(place: Path) -> None:
     found = paft_merge.audit("base+run/checkpoint-*", preview=None)
     assert [one.header.label for one in found.sources] == [f"checkpoint-{step}" for step in STEPS]
+
+
+def test_a_folder_whose_name_has_a_star_is_this_folder(place: Path) -> None:
+    for name in ("base", "run"):
+        (place / "st*r").mkdir(exist_ok=True)
+        (place / name).rename(place / "st*r" / name)
+    one = "st*r/base+st*r/run/checkpoint-50"
+    assert named(recipe(one, base_model="st*r/base")) == ["st*r/base", one]
+    assert paft("audit", "st*r/run/checkpoint-50").exit_code == 0
+    several = "st*r/base+plain/checkpoint-*"
+    (place / "st*r" / "run").rename(place / "plain")
+    found = [f"st*r/base+plain/checkpoint-{step}" for step in STEPS]
+    assert named(recipe(several, base_model="st*r/base")) == ["st*r/base", *found]
+    assert weights(recipe(several, base_model="st*r/base"), "out")

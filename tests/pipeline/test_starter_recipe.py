@@ -38,6 +38,7 @@ def test_the_starter_recipe_is_one_that_runs(gpus: int, world: Path, tmp_path: P
     done = CliRunner().invoke(cli, args)
     assert done.exit_code == 0, done.output
     ready = plan(recipe, tmp_path / "run", overrides=["adapters.sft.training.max_length=64"])
+    assert repr(ready) == f"Planned({str(recipe)!r}, 4 of 4 steps to do)"
     assert [step.name for step in ready.todo] == ["train/sft", "train/dpo", "audit/adapters", "merge/merged"]
     assert CliRunner().invoke(cli, args).exit_code == 1, "an existing file is not replaced"
     uncommented = starter("me/base", gpus=gpus).replace("# evaluate:", "evaluate:").replace("#   suite", "  suite")
@@ -186,4 +187,4 @@ def test_an_adapter_that_names_no_base_needs_one(tmp_path: Path) -> None:
         (tmp_path / name / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     done = CliRunner().invoke(cli, ["init", "--adapter", str(tmp_path / "a"), "--adapter", str(tmp_path / "b")])
     assert done.exit_code == 2
-    assert "Missing option '--base'" in done.stderr
+    assert "Missing option '--base' (the adapters do not name their base)." in done.stderr

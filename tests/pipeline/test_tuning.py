@@ -14,6 +14,7 @@ from toys.train import THEIR_WARNINGS
 from paft_merge.cli import cli
 from paft_merge.errors import RecipeError
 from paft_merge.pipeline import run, tuning
+from paft_merge.pipeline.execution import Event
 from paft_merge.pipeline.tuning import Trial, _terms, plot, tune
 
 pytestmark = [THEIR_WARNINGS, pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")]
@@ -36,6 +37,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"), adapters=adapters, evaluate=evaluate, tune=TUNE)
 
 
+STARTED: list[Event] = []
+"""Of the search in `searched`."""
+
+
 @pytest.fixture(scope="module")
 def searched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search that was killed once in its third trial."""
@@ -50,9 +55,15 @@ def searched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "_try", dies)
         with pytest.raises(Killed):
-            tune(world, folder)
-    tune(world, folder)
+            tune(world, folder, on_event=STARTED.append)
+    tune(world, folder, on_event=STARTED.append)
     return folder
+
+
+def test_events_are_the_steps_of_training_and_the_starts_of_trials(searched: Path) -> None:
+    steps = list(dict.fromkeys(event.step for event in STARTED))
+    assert steps == ["train/sft", "train/dpo", *(f"trial {i}/4" for i in (1, 2, 3, 4))]
+    assert [event.step for event in STARTED if event.what == "done"] == ["train/sft", "train/dpo"]
 
 
 def test_a_killed_search_goes_on_with_the_trials_it_has(world: Path, searched: Path) -> None:
@@ -136,7 +147,11 @@ def test_the_command_tells_trials_and_prints_the_winner(world: Path, searched: P
             "less of text counts as better already, so 'pairs - 2 * text' would seek more of it; add it: + 2 * text",
         ),
         ("tune.space={parameters.trim.l1_mass: [0.5, 3.0]}", "l1_mass"),
-        ("tune.space={parameters.densty: [0.1, 0.2]}", "did you mean 'density'?"),
+        (
+            "tune.space={parameters.densty: [0.1, 0.2]}",
+            "tune.space[\"parameters.densty\"]: unknown parameter densty; did you mean 'density'?",
+        ),
+        ("tune.space={merge.parameters.lambda: [0.1, 2]}", "a key is a path inside merge:; write parameters.lambda"),
         ("tune.space={'models[5].parameters.weight': [0, 1]}", "models is a list of 2"),
         ("tune.space={parameters.lambda: [2.0, 1.0]}", "2.0 is not below 1.0"),
         ("tune.space={parameters.lambda: [0.0, 1.0, log]}", "a logarithmic range starts above 0"),
@@ -168,3 +183,20 @@ def test_choices_and_logarithms_are_drawn(tmp_path: Path) -> None:
     trials = [Trial(i, i / 3, {"a.b": 10.0**-i, "c": "xy"[i % 2]}, {"m": i / 3}) for i in range(3)]
     plot(trials, spec, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_is_drawn_and_many_parameters_have_rows(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    from paft_merge.pipeline.schema import TuneSpec
+
+    name = r"$\bad_{a$ 日本" + "x" * 300
+    space = {f"{name}{i}": [0.0, 1.0] if i % 2 else [name, "ties", "$^$"] for i in range(8)}
+    first = Trial(1, 0.5, dict.fromkeys(space), {name: 0.5}, is_recipe=True)
+    second = Trial(2, 0.4, {key: choices[0] for key, choices in space.items()}, {name: 0.4})
+    for number, trials in enumerate(([first], [first, second])):
+        plot(trials, TuneSpec(metric=name, space=space), tmp_path / f"{number}.png")
+        height, width, _ = imread(tmp_path / f"{number}.png").shape
+        assert width < 2000
+        assert height > 3 * 300

@@ -92,6 +92,17 @@ def test_files_globs_folders_and_slices(data: Any, count: int, tmp_path: Path) -
     assert all(row.keys() == {"prompt", "completion"} for row in rows)
 
 
+@pytest.mark.parametrize("name", ["st*r", "q[1]", "h?x"])
+def test_a_file_whose_name_is_a_pattern_is_this_file(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    write(tmp_path / "stXr" / "more.jsonl", [{"text": "other"}])
+    write(folder / f"{name}.jsonl", [{"text": "own"}])
+    for data in (f"{name}/{name}.jsonl", name, {"path": name, "data_files": "*.jsonl"}):
+        assert loaded(tmp_path, data) == [{"text": "own"}], data
+    assert loaded(folder, "*.jsonl") == [{"text": "own"}]
+    assert loaded(tmp_path, {"path": "json", "data_files": f"{name}/{name}.jsonl"}) == [{"text": "own"}]
+
+
 def test_the_splits_of_a_folder_are_known_by_their_names(tmp_path: Path) -> None:
     write(tmp_path / "set/train.jsonl", A)
     write(tmp_path / "set/test.jsonl", B)

@@ -55,6 +55,8 @@ def test_the_documentation_has_an_example_of_every_objective_that_reads_without_
         ({"max_length": "long"}, "training.max_length: must be a whole number, got 'long'"),
         ({"max_length": 1.5}, "training.max_length: must be a whole number"),
         ({"max_length": 0}, "training.max_length: must be at least 1, got 0"),
+        ({"max_steps": -2}, "training.max_steps: must be at least -1, got -2"),
+        ({"dataloader_num_workers": -1}, "training.dataloader_num_workers: must be at least 0, got -1"),
         ({"packing": "x"}, "training.packing: must be true or false, got 'x'"),
         ({"deepspeed": "none.json"}, "training: "),
     ],

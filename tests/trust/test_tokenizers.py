@@ -12,7 +12,7 @@ import pytest
 from toys.vocabulary import ids_of, save_tokenizer
 
 from paft_merge.errors import CheckpointError
-from paft_merge.inputs.model_config import refuse_odd_files
+from paft_merge.inputs.model_config import refuse_odd_files, refuse_outside_files
 from paft_merge.plan.vocabulary.tokenizers import Tokenizer, files_in
 from paft_merge.training.base_model import load_tokenizer
 from paft_merge.training.schema import read_adapter
@@ -86,3 +86,12 @@ def test_paths_that_are_not_read_and_texts_are_no_fault(folder: Path, settings: 
     named(folder, "tokenizer_config.json", **settings)
     refuse_odd_files(folder)
     assert Tokenizer.load(files_in(folder), "me").ids == wanted
+
+
+def test_a_link_of_the_hubs_cache_is_a_file_of_its_folder(folder: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / "1"
+    blob.parent.mkdir()
+    (folder / "tokenizer.json").rename(blob)
+    (folder / "tokenizer.json").symlink_to(blob)
+    named(folder, "tokenizer_config.json", fast_tokenizer_files=["tokenizer.json"])
+    refuse_outside_files(folder)

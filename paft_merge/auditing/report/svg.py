@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from unicodedata import east_asian_width
 
 from paft_merge.auditing.report.figures import Chart, Dots, Figure, Heat, Line, abridged, share_limits
 from paft_merge.errors import escape as printable
@@ -219,7 +220,7 @@ def _legend(entries: Sequence[tuple[str, int]]) -> tuple[list[str], float]:
     parts, x, y = [], float(_LEFT), 14.0
     for label, number in entries:
         text = abridged(printable(label), 44)
-        width = 46 + 7.2 * len(text)
+        width = 46 + sum(12.5 if one.isupper() or east_asian_width(one) in "WF" else 8 for one in text)
         if x > _LEFT and x + width > _WIDTH:
             x, y = float(_LEFT), y + 19
         stroke = f"curve stroke{number % len(LIGHT.hues)}"
