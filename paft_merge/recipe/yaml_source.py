@@ -19,7 +19,6 @@ from typing import Any, NoReturn, TypeAlias
 import yaml
 
 from paft_merge.errors import CheckpointError, Problem, RecipeError
-from paft_merge.inputs.safetensors_header import read_bytes
 from paft_merge.recipe.secrets import find_secrets, refusal, secrets_in_data
 
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -200,6 +199,8 @@ def _text_of(source: Path | str) -> tuple[str, str]:
     """The text, and the name of its file."""
     if isinstance(source, str) and ("\n" in source or ": " in source or source[:1] in "{["):
         return source, _NO_FILE
+    from paft_merge.inputs.safetensors_header import read_bytes  # imports NumPy, which a recipe does without
+
     path = Path(source)
     try:
         raw = _piped(path) or read_bytes(path, "RECIPE", MAX_BYTES)
