@@ -95,17 +95,15 @@ def merge(
 
 
 def _documents(recipe: Source, options: MergeOptions) -> Documents:
-    """Read and check the recipe, from the Hub if it is there."""
-    named = str(recipe) if has_scheme(recipe) and not str(recipe).startswith(HF) and "\n" not in str(recipe) else None
-    here = (
-        fetch_text(named)
-        if named
-        else fetch_file(recipe)
-        if isinstance(recipe, str) and recipe.startswith(HF)
-        else recipe
-    )
+    """Read and check the recipe, from the Hub or an object store if it is there."""
+    here, url = recipe, None
+    if isinstance(recipe, str) and recipe.startswith(HF):
+        here = fetch_file(recipe)
+    elif has_scheme(recipe) and "\n" not in str(recipe):
+        url = str(recipe)
+        here = fetch_text(url)
     methods = import_methods(options.imports, METHODS)
-    return load_recipes(here, strict=options.strict, methods=methods, expand=expand, named=named)
+    return load_recipes(here, strict=options.strict, methods=methods, expand=expand, named=url)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -123,7 +124,9 @@ def test_an_interrupted_merge_stops_its_tasks_and_can_be_continued(models: Model
     words = [given.get(word, word) for word in shlex.split(example("merged --engine ray"))[1:]]
     command = [sys.executable, "-m", "paft_merge", *words]
     here = os.environ | {"PYTHONPATH": HERE}
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=here)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job begins with it ignored
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    driver = subprocess.Popen(command, **pipes, text=True, env=here, preexec_fn=heed)
     until(lambda: processes(out))
     driver.send_signal(signal.SIGINT)
     stdout, stderr = driver.communicate(timeout=60)
