@@ -68,7 +68,7 @@ def beside_recipe(path: str, folder: Path) -> Path:
 
 
 def is_pattern(path: str, folder: Path) -> bool:
-    """Whether a path has a `*` and names the checkpoints of a run: there is no folder of exactly this name."""
+    """Whether a path has a `*` and means the checkpoints of a run, because no folder has exactly this name."""
     return "*" in path and not beside_recipe(path, folder).is_dir()
 
 

@@ -106,7 +106,7 @@ class Store:
         """The bytes [start, stop) of a file, by default all.
 
         Raises:
-            StoreError: STORE_NOT_FOUND, there is no such file; STORE_RANGE, it ends before `start`; and others.
+            StoreError: STORE_NOT_FOUND, the file does not exist; STORE_RANGE, it ends before `start`; and others.
         """
         place = self._at(name)
         held = self._asked(f"{self.url}/{name}", lambda: self._fs.cat_file(place, start=start, end=stop))

@@ -235,7 +235,7 @@ FINE = {
 
 
 def outcome(command: str, place: Path, kind: str, allowed: tuple[int, ...]) -> str:
-    """What is wrong with how a command answers to an odd file; empty if nothing is."""
+    """Describe the first rule that the answer of a command to an odd file breaks; empty if it keeps all."""
     arguments = [word.replace("?", str(place)) for word in command.split()]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with bounded(place, kind):
