@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, ClassVar
+from uuid import uuid4
 
 from paft_merge.errors import PaftMergeError, Problem, RunError, first_line
 from paft_merge.inputs.links import following_links, follows_links
@@ -31,6 +32,9 @@ _STOPS = 10.0
 
 _LOOKS = (0.2, 2.0)
 """Seconds between calls of `waits` while tasks run: at first, and at most."""
+
+_NAMESPACE = "paft_merge"
+"""Namespace of this package in the key-value store of a cluster."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Cluster:
             waits: called about once a second while tasks run.
 
         Raises:
-            PaftMergeError, OSError, MemoryError: that of a task. The others are cancelled.
+            PaftMergeError, OSError, MemoryError: that of a task. The others are stopped.
             RunError: RAY, the process of a task ended again and again.
         """
         with TaskPool.open(self) as pool:
@@ -254,19 +258,66 @@ class _Warnings(logging.Handler):
         self.found.append((record.name, record.levelno, problem or record.getMessage()))
 
 
-def _in_task(folder: str, links: bool, do: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, list[Any]]:
+def _in_task(
+    pool: str, folder: str, links: bool, do: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[Any, list[Any]]:
     """Call a function in the working directory of the process that submitted the task, for relative paths.
 
     Returns:
-        Its result, and the warnings that this package logged.
+        Its result, and the warnings that this package logged; nothing if the pool of the task is closed.
     """
     ours, warnings = logging.getLogger("paft_merge"), _Warnings()
     ours.addHandler(warnings)
     try:
-        with chdir(folder) if os.path.isdir(folder) else nullcontext(), following_links(links):
+        with _until_closed(pool), chdir(folder) if os.path.isdir(folder) else nullcontext(), following_links(links):
             return do(*arguments), warnings.found
+    except _PoolClosed:
+        return None, []
     finally:
         ours.removeHandler(warnings)
+
+
+class _PoolClosed(BaseException):
+    """The process that submitted this task does not wait for it any more."""
+
+
+@contextmanager
+def _until_closed(pool: str) -> Iterator[None]:
+    """Interrupt the block of a task, which runs in the main thread, when its pool is closed.
+
+    Raises:
+        _PoolClosed: it is.
+    """
+    ended, closed, lock = threading.Event(), threading.Event(), threading.Lock()
+    main = threading.get_ident()
+
+    def watch() -> None:
+        while not ended.wait(_LOOKS[0]):
+            if _is_closed(pool):
+                with lock:  # so that no interrupt arrives after the block
+                    if not ended.is_set():
+                        closed.set()
+                        signal.pthread_kill(main, signal.SIGINT)  # also wakes it where it waits for a lock
+                return
+
+    if _is_closed(pool):
+        raise _PoolClosed
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if closed.is_set():
+            raise _PoolClosed from None
+        raise
+    finally:
+        with lock:
+            ended.set()
+
+
+def _is_closed(pool: str) -> bool:
+    from ray.experimental.internal_kv import _internal_kv_exists
+
+    return bool(_internal_kv_exists(pool, namespace=_NAMESPACE))
 
 
 class TaskPool:
@@ -278,22 +329,23 @@ class TaskPool:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.running = cluster, dict[Any, Any]()
+        self._key = f"closed-{uuid4().hex}"
 
     @classmethod
     @contextmanager
     def open(cls, cluster: Cluster) -> Iterator[TaskPool]:
-        """Open a pool; at the end of the block the tasks that still run are cancelled, and have stopped."""
+        """Open a pool; at the end of the block the tasks that still run are stopped."""
         pool = cls(cluster)
         try:
             yield pool
         finally:
-            pool._cancel()
+            pool._close()
 
     def start(self, name: Any, do: Callable[..., Any], arguments: tuple[Any, ...], needs: Needs) -> None:
         """Start a task as soon as a machine has the resources that it needs."""
         options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "memory": needs.memory or None, "name": str(name)}
         remote = self.cluster.ray.remote(max_retries=_RETRIES, scheduling_strategy="SPREAD", **options)(_in_task)
-        self.running[remote.remote(str(Path.cwd()), follows_links(), do, arguments)] = name
+        self.running[remote.remote(self._key, str(Path.cwd()), follows_links(), do, arguments)] = name
 
     def ended(self, waits: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, Any]]:
         """Wait until a task ends; yield the name and the result of each that has, or raise its error."""
@@ -330,14 +382,18 @@ class TaskPool:
             logging.getLogger(logger).log(level, "%s", text)
         return result
 
-    def _cancel(self) -> None:
-        ray = self.cluster.ray
-        left, began = list(self.running), monotonic()
-        for reference in left:
-            ray.cancel(reference, force=False)
-        if left:
-            _, left = ray.wait(left, num_returns=len(left), timeout=_STOPS)
-        for reference in left:
-            ray.cancel(reference, force=True)
+    def _close(self) -> None:
+        """Stop the tasks that run, and those that wait for a machine as soon as they begin.
+
+        `ray.cancel` does the same, but ends the process that calls it when a task ends at that moment
+        ("Tried to complete task that was not pending", seen with Ray 2.60 in one of four interrupts).
+        """
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        if not self.running:
+            return
+        began = monotonic()
+        _internal_kv_put(self._key, b"1", namespace=_NAMESPACE)
+        _, left = self.cluster.ray.wait(list(self.running), num_returns=len(self.running), timeout=_STOPS)
         self.running.clear()
-        log.debug("tasks stopped after %.1f s", monotonic() - began)
+        log.debug("tasks stopped after %.1f s, all but %d", monotonic() - began, len(left))

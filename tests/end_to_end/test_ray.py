@@ -130,7 +130,7 @@ def test_an_interrupted_merge_stops_its_tasks_and_can_be_continued(models: Model
     until(lambda: processes(out))
     driver.send_signal(signal.SIGINT)
     stdout, stderr = driver.communicate(timeout=60)
-    assert (driver.returncode, stdout) == (130, "")
+    assert (driver.returncode, stdout) == (130, ""), stderr
     assert stderr.splitlines()[-1] == (
         "interrupted; finished work is kept, and the same command with --resume continues"
     ), stderr
