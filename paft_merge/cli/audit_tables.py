@@ -42,9 +42,14 @@ def audit_table(audit: Audit, *, offer_html: bool) -> None:
 
 
 def _tables(audit: Audit, width: int) -> Iterator[Table]:
-    yield from _sources(audit, width)
+    many = len(audit.sources) > MANY
+    if many:
+        sources = [Group(abridged(source.label), source.tensors) for source in audit.sources if source.tensors]
+        yield _groups("", sources, audit.epsilon, "source")
+    else:
+        yield from _sources(audit, width)
     for source in audit.sources:
-        if len(source.modules) > 1 and len(audit.sources) <= MANY:
+        if len(source.modules) > 1 and not many:
             title = f"{abridged(source.label, 40)}, by kind of module"
             yield _groups(title, list(source.modules.values()), audit.epsilon)
     if audit.pairs:
@@ -140,8 +145,8 @@ def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
     }
 
 
-def _groups(title: str, groups: Sequence[Group], epsilon: float) -> Table:
-    headings = "module", "sparse", "bf16\nerases", "Hoyer", "energy in\ntop 20 %", "rms", "stable\nrank"
+def _groups(title: str, groups: Sequence[Group], epsilon: float, first: str = "module") -> Table:
+    headings = first, "sparse", "bf16\nerases", "Hoyer", "energy in\ntop 20 %", "rms", "stable\nrank"
     table = _table(title, headings)
     for group in groups:
         m = group.measure

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -20,7 +21,6 @@ from paft_merge.auditing.results import (
     in_order,
 )
 from paft_merge.compute.magnitudes import EPSILONS
-from paft_merge.stats.metrics import Measure
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ MANY = 8
 MOST_PAIRS = 20
 """Rows of a table of pairs, and lines of advice, of many sources."""
 
+MOST_ALIKE = 3
+"""Lines of advice about one metric, of many sources."""
+
 
 def shown_pairs(audit: AuditData) -> tuple[Sequence[PairAudit], str]:
     """The pairs for a table and, of many sources, a sentence about the others: those whose signs differ most are shown."""
@@ -115,11 +118,17 @@ def shown_pairs(audit: AuditData) -> tuple[Sequence[PairAudit], str]:
 
 
 def shown_advice(audit: AuditData, advice: Sequence[Advice]) -> tuple[Sequence[Advice], str]:
-    """The advice to print and, of many sources, a sentence about the rest: warnings are printed first."""
+    """The advice to print and, of many sources, a sentence about the rest: warnings first, a few lines for each metric."""
     if len(audit.sources) <= MANY or len(advice) <= MOST_PAIRS:
         return advice, ""
-    ranked = sorted(advice, key=lambda one: one.level != "warn")
-    return ranked[:MOST_PAIRS], f"{len(ranked) - MOST_PAIRS:,} further lines of advice: the JSON has all"
+    seen, shown = Counter[str](), list[Advice]()
+    for one in sorted(advice, key=lambda one: one.level != "warn"):
+        seen[one.metric] += 1
+        if seen[one.metric] <= MOST_ALIKE:
+            shown.append(one)
+    shown = shown[:MOST_PAIRS]
+    left = len(advice) - len(shown)
+    return shown, f"{left:,} further lines of advice: the JSON has all" if left else ""
 
 
 def figures_of(audit: AuditData) -> list[Figure]:
@@ -129,11 +138,7 @@ def figures_of(audit: AuditData) -> list[Figure]:
     figures: list[Figure | None] = [
         _by_layer(sources, audit.epsilon),
         _by_module(sources, audit.epsilon),
-        *(
-            [_sparsity_of_all(sources, audit.epsilon)]
-            if many
-            else [_sparsity_map(s, audit.epsilon, i) for i, s in sources]
-        ),
+        *([] if many else [_sparsity_map(s, audit.epsilon, i) for i, s in sources]),
         _magnitudes(sources, audit.epsilon),
         _energy(sources),
         _spectrum(sources),
@@ -141,7 +146,7 @@ def figures_of(audit: AuditData) -> list[Figure]:
         *([_conflicts_of_all(audit)] if many else [_conflicts(p, i) for i, p in enumerate(audit.pairs)]),
         _preview(audit),
     ]
-    return [f for f in figures if f is not None]
+    return [_of_many(f) if many else f for f in figures if f is not None]
 
 
 Sources = Sequence[tuple[int, SourceAudit]]
@@ -239,17 +244,27 @@ def _sparsity_map(source: SourceAudit, epsilon: float, hue: int) -> Heat | None:
     return Heat(f"sparsity_map_{hue}", title, caption, modules, layers, values, "share", *limits)
 
 
-def _sparsity_of_all(sources: Sources, epsilon: float) -> Heat:
-    layers = sorted({t.layer for _, s in sources for t in s.tensors if t.layer is not None})
-    values = []
-    for _, source in sources:
-        held = by_layer(source.tensors)
-        measures = [Measure.total([t.measure for t in held[k]]) if k in held else None for k in layers]
-        values.append(tuple(m.sparsity(epsilon) if m else None for m in measures))
-    caption = f"Share of entries with |delta| < {exponent(epsilon)}; rows are sources, columns are layers."
-    limits = share_limits([v for row in values for v in row if v is not None])
-    rows, columns = tuple(abridged(s.label) for _, s in sources), tuple(map(str, layers))
-    return Heat("sparsity_map", "Where the sources are sparse", caption, rows, columns, tuple(values), "share", *limits)
+def _of_many(figure: Figure) -> Figure:
+    """A figure of many sources: a map with a row for each source where it can be, else curves without a legend."""
+    if isinstance(figure, Dots):
+        rows, columns, x_label = (
+            {label: values for label, _, values in figure.lines},
+            figure.categories,
+            "kind of module",
+        )
+    elif isinstance(figure, Chart) and figure.x_label == "layer":
+        curves = {line.label: dict(zip(line.x, line.y, strict=True)) for line in figure.lines if not line.dashed}
+        layers = sorted({x for curve in curves.values() for x in curve})
+        rows = {label: tuple(map(curve.get, layers)) for label, curve in curves.items()}
+        columns, x_label = tuple(f"{layer:g}" for layer in layers), "layer"
+    elif isinstance(figure, Chart):
+        lines = tuple(replace(line, label="", band=None, points=False) for line in figure.lines)
+        return replace(figure, lines=lines, caption=f"{figure.caption} One curve for each source.")
+    else:
+        return figure
+    limits = share_limits([v for values in rows.values() for v in values if v is not None])
+    titled, values = (figure.name, figure.title, figure.caption), tuple(rows.values())
+    return Heat(*titled, tuple(map(abridged, rows)), columns, values, "share", *limits, x_label)
 
 
 def _conflicts_of_all(audit: AuditData) -> Heat | None:
@@ -373,7 +388,12 @@ def _preview(audit: AuditData) -> Chart | None:
             lines.append(
                 Line(source.label, tuple(left), tuple(s.elected_energy for s in left.values()), hue, points=True)
             )
-    caption = "Share of each source's energy that is left after trimming (dashed) and then after the election of signs (solid)."
+    left_after = (
+        "after trimming and the election of signs"
+        if len(audit.sources) > MANY
+        else ("after trimming (dashed) and then after the election of signs (solid)")
+    )
+    caption = f"Share of each source's energy that is left {left_after}."
     title = f"What {preview.method} {'would keep' if audit.sampled is None else 'kept'}"
     return (
         Chart("preview", title, caption, "layer", "energy kept", tuple(lines), percent_y=True, share_y=True)

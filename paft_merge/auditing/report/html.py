@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from paft_merge.auditing.report.advice import advise
-from paft_merge.auditing.report.figures import abridged, exponent, figures_of, shown_advice, shown_pairs
+from paft_merge.auditing.report.figures import MANY, abridged, exponent, figures_of, shown_advice, shown_pairs
 from paft_merge.auditing.report.svg import DARK, LIGHT, draw, stylesheet, swatch
 from paft_merge.auditing.results import AuditData, Group, SourceAudit
 from paft_merge.errors import escape as printable
@@ -67,10 +67,11 @@ def _template() -> Template:
 
 def _render(audit: AuditData, *, whole: bool) -> str:
     advice, further = shown_advice(audit, advise(audit))
+    cards = [_card(audit, source) for source in audit.sources]
     return _template().render(
         audit=audit, whole=whole, base=label_of(audit.base) if audit.base else "", epsilon=exponent(audit.epsilon),
         sampled=None if audit.sampled is None else sampled_line(audit.sampled), signs=SIGNS, short=short, percent=percent,
-        cards=[_card(audit, source) for source in audit.sources], advice=advice, further=further, others=shown_pairs(audit)[1], pairs=_pairs(audit),
+        cards=cards, table=_table(cards) if len(cards) > MANY else None, advice=advice, further=further, others=shown_pairs(audit)[1], pairs=_pairs(audit),
         figures=[(figure, draw(figure)) for figure in figures_of(audit)], numbers=_numbers(audit), swatch=swatch,
         light=LIGHT.named, dark=DARK.named, style=stylesheet(LIGHT), dark_style=stylesheet(DARK),
     )  # fmt: skip
@@ -96,6 +97,16 @@ def _card(audit: AuditData, source: SourceAudit) -> dict[str, Any]:
     return {"label": source.label, "about": about, "numbers": numbers}
 
 
+def _table(cards: list[dict[str, Any]]) -> Table:
+    """The cards of many sources as one table, a row for each."""
+    units = list(dict.fromkeys(unit for card in cards for _, unit in card["numbers"]))
+    rows = []
+    for card in cards:
+        values = {unit: value for value, unit in card["numbers"]}
+        rows.append([card["label"], *(values.get(unit, "–") for unit in units), card["about"]])
+    return [("source", []), *((unit, []) for unit in units), ("what it is", [])], rows
+
+
 def _pairs(audit: AuditData) -> Table:
     head = [
         ("pair", []), ("ratio of norms", []), ("cosine", []), ("signs that differ", ["all", "weighted", "both ≥ ε"]),
@@ -110,9 +121,12 @@ def _pairs(audit: AuditData) -> Table:
     return head, rows
 
 
-def _numbers(audit: AuditData) -> list[tuple[int, str, Table]]:
-    """Two tables a source: all and by kind of module; and by layer."""
-    tables = []
+def _numbers(audit: AuditData) -> list[tuple[int | None, str, Table]]:
+    """Two tables for each source: all and by kind of module; and by layer. Of many sources, one table with a row for each."""
+    if len(audit.sources) > MANY:
+        groups = [Group(abridged(source.label, 44), source.tensors) for source in audit.sources if source.tensors]
+        return [(None, "Every source; by kind of module and by layer: see the CSV or the JSON", _groups(groups))]
+    tables: list[tuple[int | None, str, Table]] = []
     for number, source in enumerate(audit.sources):
         if source.tensors:
             layers = [Group(f"layer {k}", g.tensors) for k, g in source.layers.items()]

@@ -284,7 +284,7 @@ def _heat(heat: Heat) -> tuple[float, list[str]]:
 
 def _key(heat: Heat, left: float, y: float) -> list[str]:
     """The colour scale below a heat map."""
-    width, steps = 200.0, _STEPS + 1
+    width, steps = 280.0, _STEPS + 1
     parts = [_rect(left + i * width / steps, y, width / steps + 0.3, 10, f"{heat.scale}{i}") for i in range(steps)]
     words = ("agree", "chance", "oppose") if heat.scale == "around_half" else ("", "", "")
     middle = (heat.low + heat.high) / 2
