@@ -215,8 +215,8 @@ def results() -> list[np.ndarray]:
         np.zeros(4, np.int64),
         np.zeros(1),
     )
-    found += [kernels.erased(sources[1], base, weight, kernels.lines(2)), weight]
-    kernels.compare(sources[0], sources[1], np.uint32(low), pair, pair_sums, kernels.lines(2))
+    found += [kernels.erased(sources[1], base, weight, kernels.lines(1)), weight]
+    kernels.compare(sources[0], sources[1], np.uint32(low), pair, pair_sums)
     kernels.shared_support(sources[0], sources[1], 0, np.full(2, low, np.uint32), np.zeros(2, np.int64), shared)
     kernels.add_squares(sources[1], square)
     found += surveyed(base, sources, low)

@@ -94,7 +94,7 @@ mix = Compiled("block_transforms.mix", "bits.1 bits.2 bool int bool f4.2 f4.1 f4
 
 measure = Compiled("statistics.measure", "u4.1 u4.1 i8.1 i8.1 f8.1")
 erased = Compiled("statistics.erased", "u4.1 bits.1 f8.1 f4.2")
-compare = Compiled("statistics.compare", "u4.1 u4.1 uint32 i8.1 f8.1 f4.2")
+compare = Compiled("statistics.compare", "u4.1 u4.1 uint32 i8.1 f8.1")
 shared_support = Compiled("statistics.shared_support", "u4.1 u4.1 int u4.1 i8.1 i8.1")
 survey = Compiled(
     "statistics.survey",

@@ -85,6 +85,18 @@ def in_range_mask(_: Any, values: Any, first: Any, low: Any, width: Any) -> Any:
 
 
 @intrinsic
+def two_of(_: Any, bits: Any, first: Any) -> Any:
+    """The 32 bits at `bits[first]` and, in the upper half of a uint64, those at `bits[first + 1]`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, at = arguments
+        begin = builder.gep(context.make_array(signature.args[0])(context, builder, row).data, [at])
+        return builder.load(builder.bitcast(begin, ir.IntType(64).as_pointer()), align=4)
+
+    return types.uint64(bits, types.int64), generate
+
+
+@intrinsic
 def lowest(_: Any, bits: Any) -> Any:
     """Position of the lowest set bit. At least one bit must be set."""
 

@@ -15,17 +15,23 @@ from paft_merge.compute.kernels import COUNT_SHIFT, STRIP
 from paft_merge.compute.kernels.primitives import (
     MAGNITUDE,
     advance_block,
+    bits_of,
+    double_if,
     jit,
     load,
     start_block,
     strip,
     strip_of,
+    two_of,
     widen,
 )
 
 _ROUND = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _HALF = np.uint32(16)
+_LOW, _HIGH, _WORD, _BIN, _BELOW = np.uint64(16), np.uint64(48), np.uint64(32), np.uint64(0x7FFF), np.uint64(0xFFFF)
+"""Shifts and masks that split two float32 in a uint64 (see `two_of`) into bin and lower bits."""
+_COUNT = np.int64(1) << COUNT_SHIFT
 _CACHED = 1 << 15
 """Entries that are measured at a time: those of several deltas fit the L2 cache."""
 
@@ -57,13 +63,13 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
             top = max(top, strip[j] & MAGNITUDE)
             bottom = min(bottom, strip[j] & MAGNITUDE)
         for t in range(edges.size):
-            edge, count = edges[t], np.int32(0)
+            edge, twice = edges[t], np.uint32(0)
             if top < edge:
-                count = np.int32(m)
+                below[t] += m
             elif bottom < edge:
                 for j in range(m):
-                    count += np.int32((strip[j] & MAGNITUDE) < edge)
-            below[t] += count
+                    twice = np.uint32(twice + double_if(np.uint32(strip[j] & MAGNITUDE) < edge))
+                below[t] += twice >> 1
         for j in range(m):
             size = abs(np.float64(floats[j]))
             square = size * size
@@ -74,9 +80,13 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
         sums[1] += second
         sums[2] += fourth
         largest = max(largest, top)
-        for j in range(m):
-            u = strip[j] & MAGNITUDE
-            packed[u >> _HALF] += (np.int64(1) << COUNT_SHIFT) | np.int64(u & np.uint32(0xFFFF))
+        for j in range(0, m - 1, 2):
+            two = two_of(strip, j)
+            packed[(two >> _LOW) & _BIN] += _COUNT + np.int64(two & _BELOW)
+            packed[(two >> _HIGH) & _BIN] += _COUNT + np.int64((two >> _WORD) & _BELOW)
+        if m % 2:
+            last = np.uint64(strip[m - 1])
+            packed[(last >> _LOW) & _BIN] += _COUNT + np.int64(last & _BELOW)
     return largest
 
 
@@ -88,35 +98,38 @@ def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
         delta: `[E]` uint32.
         base: `[E]` bits of the weight, bfloat16 (uint16) or float32 (uint32).
         sums: `[1]` float64; the sum of the weights' squares is added.
-        lines: `[2, LINE]` float32, memory.
+        lines: `[1, LINE]` float32, memory.
 
     Returns:
         The number of erased entries, zeros included.
     """
-    values = delta.view(np.float32)
-    weight, moved = lines[0], lines[1]
-    weight_u, moved_u = weight.view(np.uint32), moved.view(np.uint32)
-    count = 0
+    values, weight, count = delta.view(np.float32), lines[0], 0
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
         widen(strip(base, start, m), weight)
-        floats, square, same = values[start : start + m], 0.0, np.int32(0)
+        floats, square, twice = values[start : start + m], 0.0, np.uint32(0)
         for j in range(m):
-            moved[j] = weight[j] + floats[j]
             wide = np.float64(weight[j])
             square += wide * wide
         for j in range(m):
-            a, b = weight_u[j], moved_u[j]
-            a = (a + _ROUND + ((a >> _HALF) & _ONE)) >> _HALF
-            b = (b + _ROUND + ((b >> _HALF) & _ONE)) >> _HALF
-            same += np.int32((a == b) | (((a | b) << np.uint32(17)) == np.uint32(0)))
+            a, b = _bfloat16(weight[j]), _bfloat16(weight[j] + floats[j])
+            zeros = np.uint32(np.uint32(a | b) << np.uint32(17)) == np.uint32(0)
+            twice = np.uint32(twice + double_if((a == b) | zeros))
         sums[0] += square
-        count += same
+        count += twice >> 1
     return count
 
 
+@njit(inline="always")
+def _bfloat16(value: Any) -> Any:
+    """The bits of a value rounded to bfloat16, to nearest even."""
+    bits = bits_of(value)
+    odd = np.uint32(np.uint32(bits >> _HALF) & _ONE)
+    return np.uint32(np.uint32(np.uint32(bits + _ROUND) + odd) >> _HALF)
+
+
 @_sums
-def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any, lines: Any) -> None:
+def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any) -> None:
     """Compare two deltas entry by entry.
 
     Args:
@@ -125,44 +138,35 @@ def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any, line
         counts: `[4]` int64, added to: entries nonzero in both; of these, with different signs; above in both; of these, with different signs.
         sums: `[5]` float64, added to: products; the smaller magnitude of each entry; the same where the signs differ; and
             squares of left and of right where the signs differ.
-        lines: `[2, LINE]` float32, memory.
     """
     a_values, b_values = left.view(np.float32), right.view(np.float32)
-    least_f, against_f = lines[0], lines[1]
-    least_u = least_f.view(np.uint32)
     for start in range(0, left.size, STRIP):
         m = min(STRIP, left.size - start)
         a_u, b_u = left[start : start + m], right[start : start + m]
         a_f, b_f = a_values[start : start + m], b_values[start : start + m]
         both, against, above, above_against = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
         for j in range(m):
-            least = min(a_u[j] & MAGNITUDE, b_u[j] & MAGNITUDE)
-            differ = (a_u[j] ^ b_u[j]) >> np.uint32(31)
-            here, over = np.uint32(least != np.uint32(0)), np.uint32(least >= edge)
-            least_u[j] = least
-            against_f[j] = np.float32(differ)
-            both += here
-            against += here & differ
-            above += over
-            above_against += over & differ
+            a_bits, b_bits = np.uint32(a_u[j]), np.uint32(b_u[j])
+            least = np.uint32(min(np.uint32(a_bits & MAGNITUDE), np.uint32(b_bits & MAGNITUDE)))
+            here, over, differ = least != np.uint32(0), least >= edge, np.int32(a_bits ^ b_bits) < np.int32(0)
+            both = np.uint32(both + double_if(here))
+            against = np.uint32(against + double_if(here & differ))
+            above = np.uint32(above + double_if(over))
+            above_against = np.uint32(above_against + double_if(over & differ))
         product, smaller, smaller_against, left_square, right_square = 0.0, 0.0, 0.0, 0.0, 0.0
         for j in range(m):
-            a, b, least, differ = (
-                np.float64(a_f[j]),
-                np.float64(b_f[j]),
-                np.float64(least_f[j]),
-                np.float64(against_f[j]),
-            )
-            differ = differ if least > 0.0 else 0.0
-            product += a * b
-            smaller += least
-            smaller_against += least * differ
-            left_square += a * a * differ
-            right_square += b * b * differ
-        counts[0] += both
-        counts[1] += against
-        counts[2] += above
-        counts[3] += above_against
+            a, b = np.float64(a_f[j]), np.float64(b_f[j])
+            one, size = a * b, min(abs(a), abs(b))  # the product of two float32 does not underflow float64
+            differs = 1.0 if one < 0.0 else 0.0
+            product += one
+            smaller += size
+            smaller_against += size * differs
+            left_square += a * a * differs
+            right_square += b * b * differs
+        counts[0] += both >> 1
+        counts[1] += against >> 1
+        counts[2] += above >> 1
+        counts[3] += above_against >> 1
         sums[0] += product
         sums[1] += smaller
         sums[2] += smaller_against
@@ -185,27 +189,27 @@ def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts
         m = min(STRIP, left.size - start)
         a_u, b_u = left[start : start + m], right[start : start + m]
         first = index + start
-        both, in_a, in_b = np.int32(0), np.int32(0), np.int32(0)
+        both, in_a, in_b = np.uint32(0), np.uint32(0), np.uint32(0)
         if (first >= cut_a or first + m <= cut_a) and (first >= cut_b or first + m <= cut_b):
-            least_a = low_a if first < cut_a else low_a + _ONE
-            least_b = low_b if first < cut_b else low_b + _ONE
+            least_a = np.uint32(low_a + np.uint32(first >= cut_a))
+            least_b = np.uint32(low_b + np.uint32(first >= cut_b))
             for j in range(m):
-                a, b = (a_u[j] & MAGNITUDE) >= least_a, (b_u[j] & MAGNITUDE) >= least_b
-                both += np.int32(a & b)
-                in_a += np.int32(a)
-                in_b += np.int32(b)
+                a, b = np.uint32(a_u[j] & MAGNITUDE) >= least_a, np.uint32(b_u[j] & MAGNITUDE) >= least_b
+                both = np.uint32(both + double_if(a & b))
+                in_a = np.uint32(in_a + double_if(a))
+                in_b = np.uint32(in_b + double_if(b))
         else:
             for j in range(m):
                 u, v = a_u[j] & MAGNITUDE, b_u[j] & MAGNITUDE
                 a = (u > low_a) | ((u == low_a) & (first + j < cut_a))
                 b = (v > low_b) | ((v == low_b) & (first + j < cut_b))
-                both += np.int32(a & b)
-                in_a += np.int32(a)
-                in_b += np.int32(b)
-        counts[0] += both
-        counts[1] += in_a + in_b - both
-        counts[2] += in_a
-        counts[3] += in_b
+                both = np.uint32(both + double_if(a & b))
+                in_a = np.uint32(in_a + double_if(a))
+                in_b = np.uint32(in_b + double_if(b))
+        counts[0] += both >> 1
+        counts[1] += (in_a >> 1) + (in_b >> 1) - (both >> 1)
+        counts[2] += in_a >> 1
+        counts[3] += in_b >> 1
 
 
 @jit
@@ -261,7 +265,7 @@ def survey(
         for i in range(n if pair_counts.size else 0):
             for k in range(i + 1, n):
                 left, right = deltas[i, first : first + m], deltas[k, first : first + m]
-                compare(left, right, edge, pair_counts[pair], pair_sums[pair], lines)
+                compare(left, right, edge, pair_counts[pair], pair_sums[pair])
                 if low.size:
                     least[0], least[1] = low[i], low[k]
                     shared_support(left, right, start, least, cut, support[pair])
