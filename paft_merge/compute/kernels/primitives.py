@@ -253,7 +253,7 @@ def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> 
         _counted(bits[0], minus, values, counts) if bits[0].size else _counted(bits[1], minus, values, counts)
     )
     counts[7] = max(counts[7], np.int64(largest))
-    wide = (largest > _LARGE) | ((largest < _SMALL) & (largest > np.uint32(0)))
+    wide = is_wide(largest)
     if wide:
         for j in range(count):
             sums[0] += abs(np.float64(values[j]))
@@ -262,6 +262,12 @@ def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> 
         sums[0] += np.float64(absolute)
         sums[1] += np.float64(square)
     return wide
+
+
+@njit(inline="always")
+def is_wide(largest: Any) -> Any:
+    """Whether the squares of a strip whose largest magnitude is `largest` (bits) may leave the range of float32."""
+    return (largest > _LARGE) | ((largest < _SMALL) & (largest > np.uint32(0)))
 
 
 @jit

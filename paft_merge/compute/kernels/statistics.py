@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from paft_merge.compute.kernels import COUNT_SHIFT, STRIP
+from paft_merge.compute.kernels import CACHED, COUNT_SHIFT, STRIP
+from paft_merge.compute.kernels.merging import agree, cast_vote, set_aside
 from paft_merge.compute.kernels.primitives import (
     MAGNITUDE,
     advance_block,
     bits_of,
     double_if,
+    is_wide,
     jit,
     load,
+    square_of,
     start_block,
     strip,
     strip_of,
@@ -32,11 +35,18 @@ _HALF = np.uint32(16)
 _LOW, _HIGH, _WORD, _BIN, _BELOW = np.uint64(16), np.uint64(48), np.uint64(32), np.uint64(0x7FFF), np.uint64(0xFFFF)
 """Shifts and masks that split two float32 in a uint64 (see `two_of`) into bin and lower bits."""
 _COUNT = np.int64(1) << COUNT_SHIFT
-_CACHED = 1 << 15
-"""Entries that are measured at a time: those of several deltas fit the L2 cache."""
 
 # Sums may be reordered into vector lanes: the last bits of an audit's float64 sums are not reproducible across processors.
 _sums = njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+
+
+@_sums
+def add_squares(bits: Any, sums: Any) -> None:
+    """Add the squares of `[E]` float32 bits to `sums` `[1]` float64."""
+    total, values = 0.0, bits.view(np.float32)
+    for j in range(bits.size):
+        total += np.float64(values[j]) * np.float64(values[j])
+    sums[0] += total
 
 
 @_sums
@@ -97,7 +107,7 @@ def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
     Args:
         delta: `[E]` uint32.
         base: `[E]` bits of the weight, bfloat16 (uint16) or float32 (uint32).
-        sums: `[1]` float64; the sum of the weights' squares is added.
+        sums: `[1]` float64; the sum of the weights' squares is added. `[0]` where it is not wanted.
         lines: `[1, LINE]` float32, memory.
 
     Returns:
@@ -107,15 +117,13 @@ def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
         widen(strip(base, start, m), weight)
-        floats, square, twice = values[start : start + m], 0.0, np.uint32(0)
-        for j in range(m):
-            wide = np.float64(weight[j])
-            square += wide * wide
+        floats, twice = values[start : start + m], np.uint32(0)
+        if sums.size:
+            add_squares(weight[:m].view(np.uint32), sums)
         for j in range(m):
             a, b = _bfloat16(weight[j]), _bfloat16(weight[j] + floats[j])
             zeros = np.uint32(np.uint32(a | b) << np.uint32(17)) == np.uint32(0)
             twice = np.uint32(twice + double_if((a == b) | zeros))
-        sums[0] += square
         count += twice >> 1
     return count
 
@@ -214,70 +222,155 @@ def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts
 
 @jit
 def survey(
-    base: Any, sources: Any, subtract: bool, source_desc: Any, made: Any, edges: Any, below: Any, packed: Any, largest: Any, sums: Any,
-    gone: Any, weight: Any, edge: np.uint32, pair_counts: Any, pair_sums: Any, low: Any, support: Any,
-    least: Any, cut: Any, lines: Any,
+    base: Any, sources: Any, subtract: bool, source_desc: Any, made: Any, edges: Any, below: Any, packed: Any, most: int, counted: Any, lows: Any,
+    largest: Any, sums: Any, gone: Any, weight: Any, edge: np.uint32, pair_counts: Any, pair_sums: Any, support: Any,
+    open_low: Any, open_width: Any, place: Any, held: Any, found: Any, tally: Any,
+    weights: Any, elect: int, tie_positive: bool, normalize: int, factor: float, kept: Any, kept_sums: Any, merged: Any,
+    tops: Any, least: Any, cut: Any, lines: Any,
 ) -> int:  # fmt: skip
-    """Measure the deltas of a block, each alone and against every other one, piece by piece while the block is filled.
+    """Measure the deltas of a block, each alone and against every other one, and preview a merge, while the block is filled.
 
     Args:
         base, source_desc: as in `thresholds.histogram`; the base is read for `gone`, and with `subtract`.
-        sources: `[n, E]` bits, at most MOST entries each: deltas, float32 bits, or with `subtract` values.
-        made: `[n, E]` float32, receives the deltas with `subtract`; else `[n, 0]`.
+        sources: `[n, E]` bits: deltas, float32 bits, or with `subtract` values.
+        made: `[n, CACHED]` float32, memory for deltas with `subtract`; else `[n, 0]`.
         edges: as in `measure`.
         below, packed, sums: as in `measure`, one row a source.
+        most: entries that a packed histogram can hold. Before there are more, it is moved to
+        counted, lows: `[n, BINS]` int64, as `counts` and `lows` of `thresholds.histogram`; `[n, 0]` where E is at most `most`.
         largest: `[n]` uint32, receives the largest magnitudes.
         gone, weight: `[n]` int64 and float64, receive the results of `erased`; `[0]` where the base's values are not known.
         edge: as in `compare`.
         pair_counts, pair_sums: as in `compare`, one row a pair (0, 1), (0, 2), ...; `[0, 4]` and `[0, 5]` to compare nothing.
-        low: `[n]` uint32; magnitudes above it are counted in `support`; `[0]` to count nothing.
-        support: `[pairs, 4]` int64, as `counts` in `shared_support`.
+        support: `[pairs, 4]` int64, as `counts` in `shared_support`, of the magnitudes above the first intervals.
+        open_low, open_width: `[P, n]` uint32, as in `merging.consensus`, for P merges; `[0, n]` for none.
+        place, held, found, tally: `[P, E]`, `[P, n + 1, E]`, `[P, n, E]` and `[P, n + 1, 2]`, likewise. The base is zero.
+        weights, elect, tie_positive, normalize, factor: as in `merging.consensus`, of the last merge; `elect` of -1 merges nothing.
+        kept, kept_sums: as `counts` and `sums` in `merging.consensus`; only the columns of kept and elected entries are written.
+        merged: `[1]` float64; the sum of squares of the merged deltas is added.
+        tops: `[n]` uint32, memory.
         least, cut: `[2]` uint32 and int64, memory.
-        lines: `[2, LINE]` float32, memory.
+        lines: `[n + 5, LINE]` float32, memory.
 
     Returns:
         0; -1 where the block could not be filled.
     """
     n, size, ready, origin = start_block(sources, source_desc)
-    converted, minus = made.view(np.uint32), lines[0]
+    converted, minus, passes = made.view(np.uint32), lines[0], len(place)
     cut[:] = 0
-    start = 0
+    start, packed_from = 0, 0
     while start < size:
         if start >= ready:
             origin, ready = advance_block(source_desc, ready)
             if ready < 0:
                 return -1
-        stop = min(ready, start + _CACHED)
+        stop = min(ready, start + CACHED)
         begin, m = start - origin, stop - start
-        for at in range(start, stop if subtract else start, STRIP):
-            count = min(STRIP, stop - at)
-            widen(strip(base, at - origin, count), minus)
+        if stop - packed_from > most:
             for i in range(n):
-                load(strip_of(sources, i, at - origin, count), minus, made[i, at : at + count])
+                _unpack(packed[i], counted[i], lows[i])
+            packed_from = start
+        for at in range(0, m if subtract else 0, STRIP):
+            count = min(STRIP, m - at)
+            widen(strip(base, begin + at, count), minus)
+            for i in range(n):
+                load(strip_of(sources, i, begin + at, count), minus, made[i, at : at + count])
         deltas = converted if subtract else sources[1]
-        first = start if subtract else begin
+        first = 0 if subtract else begin
         for i in range(n):
             one = deltas[i, first : first + m]
-            largest[i] = max(largest[i], measure(one, edges, below[i], packed[i], sums[i]))
+            tops[i] = measure(one, edges, below[i], packed[i], sums[i])
+            largest[i] = max(largest[i], tops[i])
             if gone.size:
-                gone[i] += erased(one, strip(base, begin, m), weight[i : i + 1], lines)
+                gone[i] += erased(one, strip(base, begin, m), weight[i : i + int(i == 0)], lines)
         pair = 0
         for i in range(n if pair_counts.size else 0):
             for k in range(i + 1, n):
                 left, right = deltas[i, first : first + m], deltas[k, first : first + m]
                 compare(left, right, edge, pair_counts[pair], pair_sums[pair])
-                if low.size:
-                    least[0], least[1] = low[i], low[k]
+                if passes:
+                    for side, one_of in ((0, i), (1, k)):
+                        least[side] = np.uint32(open_low[0, one_of] + open_width[0, one_of]) - _ONE
                     shared_support(left, right, start, least, cut, support[pair])
                 pair += 1
+        for p in range(passes):
+            _preview(
+                deltas, first, m, start, open_low[p], open_width[p], place[p], held[p], found[p], tally[p],
+                weights, elect if p == passes - 1 else -1, tie_positive, normalize, factor, kept, kept_sums, merged, tops, lines,
+            )  # fmt: skip
         start = stop
+    for i in range(1, len(weight)):
+        weight[i] = weight[0]
+    for i in range(n if elect == 1 else 0):  # the squares of weight * delta
+        unit = np.float64(weights[i])
+        kept_sums[i, 3] = kept_sums[i, 3] / (unit * unit) if unit != 0.0 else 0.0
     return 0
 
 
-@_sums
-def add_squares(bits: Any, sums: Any) -> None:
-    """Add the squares of `[E]` float32 bits to `sums` `[1]` float64."""
-    total, values = 0.0, bits.view(np.float32)
-    for j in range(bits.size):
-        total += np.float64(values[j]) * np.float64(values[j])
-    sums[0] += total
+@jit
+def _unpack(packed: Any, counts: Any, lows: Any) -> None:
+    """Move a packed histogram to `counts` and `lows` `[BINS]`."""
+    for j in range(packed.size):
+        counts[j] += packed[j] >> COUNT_SHIFT
+        lows[j] += packed[j] & (_COUNT - 1)
+        packed[j] = 0
+
+
+@jit
+def _preview(
+    deltas: Any, first: int, count: int, begin: int, low: Any, width: Any, place: Any, held: Any, found: Any, tally: Any,
+    weights: Any, elect: int, tie_positive: bool, normalize: int, factor: float, kept: Any, sums: Any, merged: Any,
+    tops: Any, lines: Any,
+) -> None:  # fmt: skip
+    """Merge `count` entries of `deltas` `[n, ...]` uint32 from `first` on as `merging.consensus` does, and store only what it counts.
+
+    Args:
+        begin: position of the first entry in its block.
+        low, width: `[n]` uint32, the interval of each source.
+        tops: `[n]` uint32, the largest magnitude of each source; the others as in `survey`, of one merge.
+    """
+    n, values = len(weights), lines[5:]
+    nothing, vote, result, divisor = lines[1], lines[2], lines[3], lines[4]
+    zero, one, lam = np.float32(0), np.float32(1), np.float32(factor)
+    nothing[:] = zero
+    for start in range(0, count, STRIP):
+        m = min(STRIP, count - start)
+        for i in range(n):
+            row, to = deltas[i, first + start : first + start + m], values[i].view(np.uint32)
+            for j in range(m):
+                to[j] = row[j]
+        tally[n, 0] = set_aside(values, nothing, m, begin + start, low, width, place, held, found, tally, tally[n, 0])
+        for i in range(n):
+            least, wide = np.uint32(max(np.uint32(low[i] + width[i]), _ONE)), is_wide(tops[i])
+            if wide:
+                for j in range(m):
+                    values[i, j] = values[i, j] if (bits_of(values[i, j]) & MAGNITUDE) >= least else zero
+                sums[i, 2] += square_of(values[i], m) if elect >= 0 else 0.0
+            weight = weights[i] if elect == 1 else one
+            above, square = cast_vote(values[i], m, least, one, weight, elect == 3, vote, i == 0)
+            tally[i, 1] += above
+            if elect >= 0:
+                kept[i, 5] += above
+                sums[i, 2] += 0.0 if wide else np.float64(square)
+        if elect < 0:
+            continue
+        for j in range(m):
+            s = vote[j]
+            vote[j] = one if (s > zero) | (tie_positive & (s == zero)) else (-one if s < zero else zero)
+        for i in range(n):
+            wide = is_wide(tops[i])
+            if wide:
+                for j in range(m):
+                    values[i, j] = values[i, j] if (values[i, j] * vote[j] > zero) | (elect == 0) else zero
+                sums[i, 3] += square_of(values[i], m)
+            weight, share = one if elect == 1 else weights[i], weights[i] if normalize == 1 else one
+            agreed, square = agree(values[i], m, vote, elect == 0, weight, share, result, divisor, i == 0)
+            kept[i, 6] += agreed
+            sums[i, 3] += 0.0 if wide else np.float64(square)
+        if normalize != 0:
+            for j in range(m):
+                d = divisor[j]
+                result[j] = result[j] / (d if d != zero else one)
+        for j in range(m):
+            result[j] = lam * result[j]
+        add_squares(result[:m].view(np.uint32), merged)
