@@ -7,7 +7,7 @@ taken block by block and added in tile order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -22,13 +22,12 @@ from paft_merge.auditing.walk import HeldDeltas
 from paft_merge.compute import kernels
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, Outcome, Tally, Undecided
-from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.cpu_ops import CpuOps, undecided
 from paft_merge.compute.histogram import bits_of, value_of
-from paft_merge.compute.kernels.block_source import FULL
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import AuditError
-from paft_merge.methods.rules.one_pass import plan_one_pass
+from paft_merge.methods.rules.one_pass import OnePass, plan_one_pass
 from paft_merge.methods.rules.rule import Rule, TensorPass
 from paft_merge.methods.rules.thresholds import Trim, trim_survivals
 from paft_merge.stats.metrics import Histogram, Measure
@@ -36,8 +35,6 @@ from paft_merge.stats.pairs import PairMeasure
 from paft_merge.stats.spectrum import FactorCounts, Factored, Spectrum
 
 Pairs = Mapping[tuple[int, int], PairMeasure]
-
-_NOTHING_ABOVE = np.empty(0, np.uint32)
 
 
 @dataclass(frozen=True)
@@ -124,56 +121,25 @@ def _in_one_walk(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rul
         return None
     passes = [largest] if previewed in (None, largest) else [largest, previewed]
 
-    def work(block: Block) -> tuple[_Part, list[_Aside]]:
-        above, made = _above(largest.bounds(block.index, block.index + block.size)), None
-        if block.subtract:
-            made = SCRATCH.array("audit_deltas", (block.count, block.size), np.float32)
-            deltas = Block(block.index, walker.zeros[: block.size], made.view(np.uint32), subtract=False)
-        else:
-            deltas = block.deltas(walker.zeros)
-        part, out = first.work(block, above, made), SCRATCH.array("audit_out", block.size, np.uint32)
-        return part, [_Aside(*one.merge(deltas, out, _NO_MEMORY), _square(out)) for one in passes]
-
-    blocks, starts = each(work), [start for start, _ in subject.bounds]
-    thresholds = [one.thresholds(starts, [aside[at].undecided for _, aside in blocks]) for at, one in enumerate(passes)]
-    tally, squares, parts = Tally.empty(len(active)), list[float](), [part for part, _ in blocks]
-    for (start, stop), (part, asides) in zip(subject.bounds, blocks, strict=True):
-        if thresholds[0] is None or thresholds[-1] is None:
-            return None
-        undecided, above = asides[0].undecided, _above(largest.bounds(start, stop))
-        known = undecided.within(start, thresholds[0])
-        first.count_support(undecided.held.view(np.uint32)[:-1], 0, known, part.support)
-        first.count_support(
-            undecided.held.view(np.uint32)[:-1], 0, [KeepThreshold(int(a)) for a in above], part.support, -1
-        )
-        last = asides[-1]
-        squares.append(
-            last.square + _square(passes[-1].resolved(start, last.undecided, thresholds[-1], last.outcome, np.uint32))
-        )
-        tally.add(last.outcome.counts, last.outcome.sums)
+    parts = each(lambda block: first.work(block, passes, merge=rule is not None))
+    starts = [start for start, _ in subject.bounds]
+    thresholds = [one.thresholds(starts, [part.undecided[at] for part in parts]) for at, one in enumerate(passes)]
+    if None in thresholds:
+        return None
+    tally, squares = Tally.empty(len(active)), list[float]()
+    for (start, stop), part in zip(subject.bounds, parts, strict=True):
+        first.count_undecided(part, largest.bounds(start, stop), start, thresholds[0] or [])
+        if rule is not None:
+            merged = passes[-1].resolved(start, part.undecided[-1], thresholds[-1] or [], part.outcome, np.uint32)
+            squares.append(float(part.merged[0]) + _square(merged))
+        tally.add(part.outcome.counts, part.outcome.sums)
     measures = first.measures(parts)
     pairs = first.pairs(parts, measures, sum(part.support for part in parts))
-    if rule is None:
-        return _Seen(measures, pairs, {}, 0.0)
-    return _Seen(measures, pairs, _survived(tally, subject.numel), math.fsum(squares))
+    survived = _survived(tally, [m.square for m in measures], subject.numel) if rule is not None else {}
+    return _Seen(measures, pairs, survived, math.fsum(squares))
 
 
 _NO_MEMORY = np.empty(0, np.uint8)
-
-
-@dataclass(frozen=True)
-class _Aside:
-    """A merged block whose undecided entries are zero, and these entries."""
-
-    outcome: Outcome
-    undecided: Undecided
-    square: float
-    """Sum of squares of the merged block."""
-
-
-def _above(bounds: Sequence[tuple[int, int]]) -> Any:
-    """`[n]` uint32: entries with a larger magnitude are above the brackets."""
-    return np.array([low + width - 1 for low, width in bounds], np.uint32)
 
 
 def _square(bits: Any) -> float:
@@ -207,13 +173,19 @@ class _Part:
     pair_counts: Any
     pair_sums: Any
     support: Any
+    outcome: Outcome
+    """Of the preview, without the undecided entries."""
+    merged: Any
+    """`[1]`: sum of squares of the merged block, whose undecided entries are zero."""
+    undecided: list[Undecided]
+    """For each pass."""
 
     @classmethod
     def empty(cls, n: int, edges: int, pairs: int, *, weights: bool) -> _Part:
         known = n if weights else 0
         return cls(
             np.zeros((n, edges), np.int64), np.zeros(n, np.uint32), np.zeros((n, 3)), np.zeros(known, np.int64), np.zeros(known),
-            np.zeros((pairs, 4), np.int64), np.zeros((pairs, 5)), np.zeros((pairs, 4), np.int64),
+            np.zeros((pairs, 4), np.int64), np.zeros((pairs, 5)), np.zeros((pairs, 4), np.int64), Outcome.empty(n), np.zeros(1), [],
         )  # fmt: skip
 
 
@@ -228,32 +200,49 @@ class _First:
         self._lows = np.zeros((self.n, kernels.BINS), np.int64)
         self._lock = Lock()
 
-    def work(self, block: Block, above: Any = _NOTHING_ABOVE, made: Any = None) -> _Part:
+    def work(self, block: Block, passes: Sequence[OnePass] = (), *, merge: bool = False) -> _Part:
         """Measure one block.
 
         Args:
             block: deltas, or values to subtract the base from.
-            above: `[n]` uint32; pairs of larger magnitudes are counted as supports.
-            made: `[n, E]` float32, receives the deltas of a block of values.
+            passes: the brackets of the pairs' supports first, and last those of the merge to preview; the same may be both.
+            merge: whether to preview the last.
         """
-        part = _Part.empty(self.n, len(self.edges), len(self.combinations), weights=self.wanted.weights)
+        n, size, many = self.n, block.size, len(passes)
+        part = _Part.empty(n, len(self.edges), len(self.combinations), weights=self.wanted.weights)
         edge = np.uint32(max(bits_of(self.wanted.epsilon), 1))
-        packed = SCRATCH.array("packed bins", (self.n, kernels.BINS), np.int64)
-        made = np.empty((self.n, block.size if block.subtract else 0), np.float32) if made is None else made
-        for base, sources, source_desc, part_made in _within_a_histogram(block, made):
-            packed[:] = 0
-            block.filled(kernels.survey(
-                base, sources, block.subtract, source_desc, part_made, self.edges, part.below, packed, part.largest, part.sums, part.erased,
-                part.weight_square, edge, part.pair_counts, part.pair_sums, above, part.support,
-                np.empty(2, np.uint32), np.empty(2, np.int64), kernels.lines(2),
-            ))  # fmt: skip
-            for i, row in enumerate(packed):
-                filled = np.flatnonzero(row)
-                with self._lock:  # integers: the order of blocks does not matter
-                    self._counts[i, filled] += row[filled] >> kernels.COUNT_SHIFT
-                    self._lows[i, filled] += row[filled] & ((1 << kernels.COUNT_SHIFT) - 1)
+        packed = SCRATCH.array("packed bins", (n, kernels.BINS), np.int64)
+        packed[:] = 0
+        moved = np.zeros((2, n, kernels.BINS if size > kernels.MOST else 0), np.int64)
+        made = SCRATCH.array("audit_deltas", (n, kernels.CACHED if block.subtract else 0), np.float32)
+        bounds = np.array([one.bounds(block.index, block.index + size) for one in passes], np.uint32).reshape(
+            many, n, 2
+        )
+        place = SCRATCH.array("open_place", (many, size), np.int32)
+        held = SCRATCH.array("open_held", (many, n + 1, size), np.float32, sparse=True)
+        found = SCRATCH.array("open_found", (many, n, size), np.uint32, sparse=True)
+        tally = np.zeros((many, n + 1, 2), np.int64)
+        election = passes[-1].election if merge else Election((1.0,) * n)
+        block.filled(kernels.survey(
+            *block.unfilled(), made, self.edges, part.below, packed, kernels.MOST, *moved, part.largest, part.sums,
+            part.erased, part.weight_square, edge, part.pair_counts, part.pair_sums, part.support,
+            *np.ascontiguousarray(bounds.transpose(2, 0, 1)), place, held, found, tally,
+            np.array(election.weights, np.float32), kernels.ELECT[election.elect] if merge else -1, election.tie_positive,
+            kernels.NORMALIZE[election.normalize], float(election.factor), part.outcome.counts, part.outcome.sums, part.merged,
+            np.empty(n, np.uint32), np.empty(2, np.uint32), np.empty(2, np.int64), kernels.lines(n + 5),
+        ))  # fmt: skip
+        for i, row in enumerate(packed):
+            filled = np.flatnonzero(row)
+            with self._lock:  # integers: the order of blocks does not matter
+                self._counts[i, filled] += row[filled] >> kernels.COUNT_SHIFT
+                self._lows[i, filled] += row[filled] & ((1 << kernels.COUNT_SHIFT) - 1)
+        if moved.size:
+            with self._lock:
+                self._counts += moved[0]
+                self._lows += moved[1]
         if part.largest.max() >= INFINITY:
             raise _not_finite(self.subject, int(np.argmax(part.largest >= INFINITY)))
+        part.undecided.extend(undecided(place[p], held[p], found[p], tally[p], _NO_MEMORY) for p in range(many))
         return part
 
     @property
@@ -271,6 +260,15 @@ class _First:
             counts = np.zeros(4, np.int64)
             kernels.shared_support(deltas[a], deltas[b], index, lows[[a, b]], cuts[[a, b]], counts)
             support[k] += times * counts
+
+    def count_undecided(
+        self, part: _Part, bounds: Sequence[tuple[int, int]], start: int, thresholds: Sequence[KeepThreshold]
+    ) -> None:
+        """Add to the support of a block, which begins at `start`, its entries within `bounds` that pass their threshold."""
+        entries = part.undecided[0]
+        deltas = entries.held.view(np.uint32)[:-1]
+        self.count_support(deltas, 0, entries.within(start, thresholds), part.support)
+        self.count_support(deltas, 0, [KeepThreshold(low + width - 1) for low, width in bounds], part.support, -1)
 
     def measures(self, parts: Sequence[_Part]) -> list[Measure]:
         """The measure of every source, from all blocks."""
@@ -303,19 +301,6 @@ class _First:
                 both, either, of_left * of_right / numel if numel else 0.0, of_left + of_right,
             )  # fmt: skip
         return found
-
-
-def _within_a_histogram(block: Block, made: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Base, sources, what fills them, and memory for deltas: of a block, or of the parts that one packed histogram can count."""
-    if block.size <= kernels.MOST:
-        base, sources, _, source_desc = block.unfilled()
-        yield base, sources, source_desc, made
-        return
-    for start in range(0, block.size, kernels.MOST):
-        part = slice(start, start + kernels.MOST)
-        held = np.ascontiguousarray(made[:, part])
-        yield block.base[part], np.ascontiguousarray(block.sources[:, part]), FULL, held
-        made[:, part] = held
 
 
 def _second(
@@ -357,16 +342,20 @@ def _second(
     tally = Tally.empty(first.n)
     for outcome, _, _ in parts:
         tally.add(outcome.counts, outcome.sums)
-    return _survived(tally, subject.numel), math.fsum(square for _, square, _ in parts), total
+    squares = [float(square) for square in tally.total()[:, kernels.SUMS.index("square")]]
+    return _survived(tally, squares, subject.numel), math.fsum(square for _, square, _ in parts), total
 
 
-def _survived(tally: Tally, numel: int) -> dict[int, Survived]:
+def _survived(tally: Tally, squares: Sequence[float], numel: int) -> dict[int, Survived]:
+    """What a merge keeps of each source, whose sum of squares is in `squares`."""
     counts, sums = tally.counts, tally.total()
     kept, elected = kernels.COUNTS.index("kept"), kernels.COUNTS.index("elected")
-    square = [kernels.SUMS.index(name) for name in ("square", "kept_square", "elected_square")]
+    energies = [kernels.SUMS.index(name) for name in ("kept_square", "elected_square")]
     return {
-        i: Survived(numel, int(c[kept]), int(c[elected]), *(float(sums[i][k]) for k in square))
-        for i, c in enumerate(counts)
+        i: Survived(
+            numel, int(counts[i, kept]), int(counts[i, elected]), square, *(float(sums[i, k]) for k in energies)
+        )
+        for i, square in enumerate(squares)
     }
 
 

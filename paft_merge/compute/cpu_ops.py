@@ -213,12 +213,15 @@ def _consensus(
         np.array(lows, np.uint32), np.array(widths, np.uint32), place, held, found, tally,
         *block.picking, SCRATCH.array("wide", n, np.uint8), lines(n + 5),
     ))  # fmt: skip
-    if not most:
-        return outcome, None
-    many = int(tally[n, 0])
-    inside = [row[:count] for row, count in zip(found, tally[:n, 0], strict=True)]
-    kept, deltas, *inside = _moved([place[:many], held[:, :many], *inside], memory)
-    return outcome, Undecided(kept, deltas, inside, tally[:n, 1])
+    return outcome, undecided(place, held, found, tally, memory) if most else None
+
+
+def undecided(place: Any, held: Any, found: Any, tally: Any, memory: Any) -> Undecided:
+    """The undecided entries that a kernel stored, copied (see `kernels.merging.consensus` and `blocks.DeferringOps`)."""
+    *inside, many = map(int, tally[:, 0])
+    copied = [place[:many], held[:, :many], *(row[:count] for row, count in zip(found, inside, strict=True))]
+    kept, deltas, *magnitudes = _moved(copied, memory)
+    return Undecided(kept, deltas, magnitudes, tally[:-1, 1])
 
 
 def _moved(arrays: Sequence[Any], memory: Any) -> list[Any]:

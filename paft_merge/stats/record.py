@@ -78,7 +78,7 @@ def _sampled(delta: Any, base: Any) -> dict[str, Any]:
         kernels.measure(delta[start : start + kernels.MOST], none, none.view(np.int64), packed, sums)
         counts += packed >> kernels.COUNT_SHIFT
         packed[:] = 0
-    erased = kernels.erased(delta, base, weight, kernels.lines(2))
+    erased = kernels.erased(delta, base, weight, kernels.lines(1))
     filled = np.flatnonzero(counts)
     index = filled >> (DROPPED - 16)
     coarse = np.bincount(index - index[0], counts[filled]).astype(np.int64)
@@ -100,7 +100,7 @@ def _threshold(histogram: Mapping[str, Any], sampled: int) -> int:
 def _pair(left: Any, right: Any, tops: tuple[int, int]) -> dict[str, Any]:
     """Counts and sums over the sampled entries of two sources."""
     counts, sums, shared = np.zeros(4, np.int64), np.zeros(5), np.zeros(4, np.int64)
-    kernels.compare(left, right, np.float32(EPSILON).view(np.uint32), counts, sums, kernels.lines(2))
+    kernels.compare(left, right, np.float32(EPSILON).view(np.uint32), counts, sums)
     kernels.shared_support(left, right, 0, np.array(tops, np.uint32) - np.uint32(1), np.zeros(2, np.int64), shared)
     both, conflicts, above, above_conflicts = map(int, counts)
     dot, least, least_conflict, left_conflict, right_conflict = map(float, sums)

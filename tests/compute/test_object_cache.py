@@ -215,8 +215,8 @@ def results() -> list[np.ndarray]:
         np.zeros(4, np.int64),
         np.zeros(1),
     )
-    found += [kernels.erased(sources[1], base, weight, kernels.lines(2)), weight]
-    kernels.compare(sources[0], sources[1], np.uint32(low), pair, pair_sums, kernels.lines(2))
+    found += [kernels.erased(sources[1], base, weight, kernels.lines(1)), weight]
+    kernels.compare(sources[0], sources[1], np.uint32(low), pair, pair_sums)
     kernels.shared_support(sources[0], sources[1], 0, np.full(2, low, np.uint32), np.zeros(2, np.int64), shared)
     kernels.add_squares(sources[1], square)
     found += surveyed(base, sources, low)
@@ -226,18 +226,24 @@ def results() -> list[np.ndarray]:
 
 
 def surveyed(base: np.ndarray, sources: np.ndarray, low: int) -> list[np.ndarray]:
-    """What `kernels.survey` counts and sums in one block of three sources."""
-    edges, lows, integers = np.array([low], np.uint32), np.full(3, low, np.uint32), np.int64
-    one = [np.zeros((3, 1), integers), np.zeros((3, kernels.BINS), integers), np.zeros(3, np.uint32), np.zeros((3, 3))]
-    one += [np.zeros(3, integers), np.zeros(3)]
-    two = [np.zeros((3, 4), integers), np.zeros((3, 5))], np.zeros((3, 4), integers)
-    memory = np.empty(2, np.uint32), np.empty(2, integers), kernels.lines(2)
-    nothing = np.empty((3, 0), np.float32)
+    """What `kernels.survey` counts and sums in one block of three sources, and its preview."""
+    edges, integers, size = np.array([low], np.uint32), np.int64, sources.shape[1]
+    one = [np.zeros((3, 1), integers), np.zeros((3, kernels.BINS), integers), *np.zeros((2, 3, kernels.BINS), integers)]
+    one += [np.zeros(3, np.uint32), np.zeros((3, 3)), np.zeros(3, integers), np.zeros(3)]
+    two = [np.zeros((3, 4), integers), np.zeros((3, 5)), np.zeros((3, 4), integers)]
+    bounds = np.full((1, 3), low, np.uint32), np.full((1, 3), 1 << 16, np.uint32)
+    three = [np.zeros((1, size), np.int32), np.zeros((1, 4, size), np.float32), np.zeros((1, 3, size), np.uint32)]
+    three += [np.zeros((1, 4, 2), integers)]
+    four = [np.zeros((3, 8), integers), np.zeros((3, 4)), np.zeros(1)]
+    weights, memory = np.full(3, 0.5, np.float32), (np.empty((2, 3), np.uint32), np.empty(2, integers))
+    below, packed, *rest = one
     assert (
-        kernels.survey(base, sources, False, FULL, nothing, edges, *one, np.uint32(low), *two[0], lows, two[1], *memory)
-        == 0
-    )
-    return [*one, *two[0], two[1]]
+        kernels.survey(
+            base, sources, False, FULL, np.empty((3, 0), np.float32), edges, below, packed, size, *rest, np.uint32(low), *two,
+            *bounds, *three, weights, 1, True, 1, 1.0, *four, memory[0][0], memory[0][1, :2], memory[1], kernels.lines(8),
+        ) == 0
+    )  # fmt: skip
+    return [*one, *two, *three, *four]
 
 
 def test_every_kernel_gives_the_same_bits_by_numba_s_cache(

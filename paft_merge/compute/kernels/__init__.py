@@ -63,6 +63,9 @@ COUNT_SHIFT = 40
 MOST = 1 << 22
 """Largest number of entries in one packed histogram."""
 
+CACHED = 1 << 15
+"""Entries that an audit measures at a time: those of several deltas fit the L2 cache."""
+
 RUN = 64
 """Consecutive entries of a sample: two cache lines of bfloat16."""
 
@@ -94,11 +97,11 @@ mix = Compiled("block_transforms.mix", "bits.1 bits.2 bool int bool f4.2 f4.1 f4
 
 measure = Compiled("statistics.measure", "u4.1 u4.1 i8.1 i8.1 f8.1")
 erased = Compiled("statistics.erased", "u4.1 bits.1 f8.1 f4.2")
-compare = Compiled("statistics.compare", "u4.1 u4.1 uint32 i8.1 f8.1 f4.2")
+compare = Compiled("statistics.compare", "u4.1 u4.1 uint32 i8.1 f8.1")
 shared_support = Compiled("statistics.shared_support", "u4.1 u4.1 int u4.1 i8.1 i8.1")
 survey = Compiled(
     "statistics.survey",
-    "bits.1 bits.2 bool i8.1 f4.2 u4.1 i8.2 i8.2 u4.1 f8.2 i8.1 f8.1 uint32 i8.2 f8.2 u4.1 i8.2 u4.1 i8.1 f4.2",
+    "bits.1 bits.2 bool i8.1 f4.2 u4.1 i8.2 i8.2 int i8.2 i8.2 u4.1 f8.2 i8.1 f8.1 uint32 i8.2 f8.2 i8.2 u4.2 u4.2 i4.2 f4.3 u4.3 i8.3 f4.1 int bool int float i8.2 f8.2 f8.1 u4.1 u4.1 i8.1 f4.2",
 )
 add_squares = Compiled("statistics.add_squares", "u4.1 f8.1")
 

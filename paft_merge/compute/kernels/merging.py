@@ -194,7 +194,7 @@ def blend(
 
 
 @njit(inline="always")
-def _set_aside(
+def set_aside(
     values: Any, base_f: Any, m: int, start: int, low: Any, width: Any, place: Any, held: Any, found: Any, tally: Any, at: int
 ) -> int:  # fmt: skip
     """Move the undecided entries of a strip into `held` and zero their deltas; returns the number of entries in `held`."""
@@ -229,7 +229,7 @@ def _set_aside(
 
 
 @njit(inline="always")
-def _cast_vote(
+def cast_vote(
     delta: Any, m: int, least: Any, scale: Any, weight: Any, by_count: bool, vote: Any, fresh: bool
 ) -> tuple[int, float]:  # fmt: skip
     """Trim a strip, scale the rest and add it to the votes; returns the number of kept entries, and the sum of their squares.
@@ -257,7 +257,7 @@ def _cast_vote(
 
 
 @njit(inline="always")
-def _agree(
+def agree(
     delta: Any, m: int, vote: Any, everyone: bool, weight: Any, share: Any, result: Any, divisor: Any, fresh: bool
 ) -> tuple[int, float]:  # fmt: skip
     """Add the entries with the elected sign to the result; returns their number, and the sum of their squares.
@@ -345,7 +345,7 @@ def consensus(
         for i in range(n):
             wide[i] = load_counted(strip_of(sources, i, at, m), minus, values[i], counts[i], sums[i])
         if place.size:
-            many = _set_aside(values, base_f, m, start, open_low, open_width, place, held, found, tally, many)
+            many = set_aside(values, base_f, m, start, open_low, open_width, place, held, found, tally, many)
         for i in range(n):
             delta, soft, least = values[i], shrink[i], np.uint32(1)
             lo, lo_cut, hi, hi_cut = low[i], low_cut[i], high[i], high_cut[i]
@@ -371,7 +371,7 @@ def consensus(
                     delta[j] = delta[j] if (bits_of(delta[j]) & MAGNITUDE) >= least else zero
                 sums[i, 2] += square_of(delta, m)
             weight = weights[i] if elect == 1 else one
-            kept, square = _cast_vote(delta, m, least, scales[i], weight, elect == 3, vote, i == 0)
+            kept, square = cast_vote(delta, m, least, scales[i], weight, elect == 3, vote, i == 0)
             counts[i, 5] += kept
             tally[i, 1] += kept  # outside an interval, an entry is kept exactly when it is above
             if not wide[i]:
@@ -386,7 +386,7 @@ def consensus(
                     delta[j] = delta[j] if (delta[j] * vote[j] > zero) | everyone else zero
                 sums[i, 3] += square_of(delta, m)
             weight, share = one if elect == 1 else weights[i], weights[i] if normalize == 1 else one
-            elected, square = _agree(delta, m, vote, everyone, weight, share, result, divisor, i == 0)
+            elected, square = agree(delta, m, vote, everyone, weight, share, result, divisor, i == 0)
             counts[i, 6] += elected
             if not wide[i]:
                 sums[i, 3] += np.float64(square)

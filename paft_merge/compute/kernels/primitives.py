@@ -85,6 +85,18 @@ def in_range_mask(_: Any, values: Any, first: Any, low: Any, width: Any) -> Any:
 
 
 @intrinsic
+def two_of(_: Any, bits: Any, first: Any) -> Any:
+    """The 32 bits at `bits[first]` and, in the upper half of a uint64, those at `bits[first + 1]`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, at = arguments
+        begin = builder.gep(context.make_array(signature.args[0])(context, builder, row).data, [at])
+        return builder.load(builder.bitcast(begin, ir.IntType(64).as_pointer()), align=4)
+
+    return types.uint64(bits, types.int64), generate
+
+
+@intrinsic
 def lowest(_: Any, bits: Any) -> Any:
     """Position of the lowest set bit. At least one bit must be set."""
 
@@ -241,7 +253,7 @@ def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> 
         _counted(bits[0], minus, values, counts) if bits[0].size else _counted(bits[1], minus, values, counts)
     )
     counts[7] = max(counts[7], np.int64(largest))
-    wide = (largest > _LARGE) | ((largest < _SMALL) & (largest > np.uint32(0)))
+    wide = is_wide(largest)
     if wide:
         for j in range(count):
             sums[0] += abs(np.float64(values[j]))
@@ -250,6 +262,12 @@ def load_counted(bits: Any, minus: Any, values: Any, counts: Any, sums: Any) -> 
         sums[0] += np.float64(absolute)
         sums[1] += np.float64(square)
     return wide
+
+
+@njit(inline="always")
+def is_wide(largest: Any) -> Any:
+    """Whether the squares of a strip whose largest magnitude is `largest` (bits) may leave the range of float32."""
+    return (largest > _LARGE) | ((largest < _SMALL) & (largest > np.uint32(0)))
 
 
 @jit

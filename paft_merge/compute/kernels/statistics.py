@@ -11,26 +11,42 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from paft_merge.compute.kernels import COUNT_SHIFT, STRIP
+from paft_merge.compute.kernels import CACHED, COUNT_SHIFT, STRIP
+from paft_merge.compute.kernels.merging import agree, cast_vote, set_aside
 from paft_merge.compute.kernels.primitives import (
     MAGNITUDE,
     advance_block,
+    bits_of,
+    double_if,
+    is_wide,
     jit,
     load,
+    square_of,
     start_block,
     strip,
     strip_of,
+    two_of,
     widen,
 )
 
 _ROUND = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _HALF = np.uint32(16)
-_CACHED = 1 << 15
-"""Entries that are measured at a time: those of several deltas fit the L2 cache."""
+_LOW, _HIGH, _WORD, _BIN, _BELOW = np.uint64(16), np.uint64(48), np.uint64(32), np.uint64(0x7FFF), np.uint64(0xFFFF)
+"""Shifts and masks that split two float32 in a uint64 (see `two_of`) into bin and lower bits."""
+_COUNT = np.int64(1) << COUNT_SHIFT
 
 # Sums may be reordered into vector lanes: the last bits of an audit's float64 sums are not reproducible across processors.
 _sums = njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+
+
+@_sums
+def add_squares(bits: Any, sums: Any) -> None:
+    """Add the squares of `[E]` float32 bits to `sums` `[1]` float64."""
+    total, values = 0.0, bits.view(np.float32)
+    for j in range(bits.size):
+        total += np.float64(values[j]) * np.float64(values[j])
+    sums[0] += total
 
 
 @_sums
@@ -57,13 +73,13 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
             top = max(top, strip[j] & MAGNITUDE)
             bottom = min(bottom, strip[j] & MAGNITUDE)
         for t in range(edges.size):
-            edge, count = edges[t], np.int32(0)
+            edge, twice = edges[t], np.uint32(0)
             if top < edge:
-                count = np.int32(m)
+                below[t] += m
             elif bottom < edge:
                 for j in range(m):
-                    count += np.int32((strip[j] & MAGNITUDE) < edge)
-            below[t] += count
+                    twice = np.uint32(twice + double_if(np.uint32(strip[j] & MAGNITUDE) < edge))
+                below[t] += twice >> 1
         for j in range(m):
             size = abs(np.float64(floats[j]))
             square = size * size
@@ -74,9 +90,13 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
         sums[1] += second
         sums[2] += fourth
         largest = max(largest, top)
-        for j in range(m):
-            u = strip[j] & MAGNITUDE
-            packed[u >> _HALF] += (np.int64(1) << COUNT_SHIFT) | np.int64(u & np.uint32(0xFFFF))
+        for j in range(0, m - 1, 2):
+            two = two_of(strip, j)
+            packed[(two >> _LOW) & _BIN] += _COUNT + np.int64(two & _BELOW)
+            packed[(two >> _HIGH) & _BIN] += _COUNT + np.int64((two >> _WORD) & _BELOW)
+        if m % 2:
+            last = np.uint64(strip[m - 1])
+            packed[(last >> _LOW) & _BIN] += _COUNT + np.int64(last & _BELOW)
     return largest
 
 
@@ -87,36 +107,37 @@ def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
     Args:
         delta: `[E]` uint32.
         base: `[E]` bits of the weight, bfloat16 (uint16) or float32 (uint32).
-        sums: `[1]` float64; the sum of the weights' squares is added.
-        lines: `[2, LINE]` float32, memory.
+        sums: `[1]` float64; the sum of the weights' squares is added. `[0]` where it is not wanted.
+        lines: `[1, LINE]` float32, memory.
 
     Returns:
         The number of erased entries, zeros included.
     """
-    values = delta.view(np.float32)
-    weight, moved = lines[0], lines[1]
-    weight_u, moved_u = weight.view(np.uint32), moved.view(np.uint32)
-    count = 0
+    values, weight, count = delta.view(np.float32), lines[0], 0
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
         widen(strip(base, start, m), weight)
-        floats, square, same = values[start : start + m], 0.0, np.int32(0)
+        floats, twice = values[start : start + m], np.uint32(0)
+        if sums.size:
+            add_squares(weight[:m].view(np.uint32), sums)
         for j in range(m):
-            moved[j] = weight[j] + floats[j]
-            wide = np.float64(weight[j])
-            square += wide * wide
-        for j in range(m):
-            a, b = weight_u[j], moved_u[j]
-            a = (a + _ROUND + ((a >> _HALF) & _ONE)) >> _HALF
-            b = (b + _ROUND + ((b >> _HALF) & _ONE)) >> _HALF
-            same += np.int32((a == b) | (((a | b) << np.uint32(17)) == np.uint32(0)))
-        sums[0] += square
-        count += same
+            a, b = _bfloat16(weight[j]), _bfloat16(weight[j] + floats[j])
+            zeros = np.uint32(np.uint32(a | b) << np.uint32(17)) == np.uint32(0)
+            twice = np.uint32(twice + double_if((a == b) | zeros))
+        count += twice >> 1
     return count
 
 
+@njit(inline="always")
+def _bfloat16(value: Any) -> Any:
+    """The bits of a value rounded to bfloat16, to nearest even."""
+    bits = bits_of(value)
+    odd = np.uint32(np.uint32(bits >> _HALF) & _ONE)
+    return np.uint32(np.uint32(np.uint32(bits + _ROUND) + odd) >> _HALF)
+
+
 @_sums
-def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any, lines: Any) -> None:
+def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any) -> None:
     """Compare two deltas entry by entry.
 
     Args:
@@ -125,44 +146,35 @@ def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any, line
         counts: `[4]` int64, added to: entries nonzero in both; of these, with different signs; above in both; of these, with different signs.
         sums: `[5]` float64, added to: products; the smaller magnitude of each entry; the same where the signs differ; and
             squares of left and of right where the signs differ.
-        lines: `[2, LINE]` float32, memory.
     """
     a_values, b_values = left.view(np.float32), right.view(np.float32)
-    least_f, against_f = lines[0], lines[1]
-    least_u = least_f.view(np.uint32)
     for start in range(0, left.size, STRIP):
         m = min(STRIP, left.size - start)
         a_u, b_u = left[start : start + m], right[start : start + m]
         a_f, b_f = a_values[start : start + m], b_values[start : start + m]
         both, against, above, above_against = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
         for j in range(m):
-            least = min(a_u[j] & MAGNITUDE, b_u[j] & MAGNITUDE)
-            differ = (a_u[j] ^ b_u[j]) >> np.uint32(31)
-            here, over = np.uint32(least != np.uint32(0)), np.uint32(least >= edge)
-            least_u[j] = least
-            against_f[j] = np.float32(differ)
-            both += here
-            against += here & differ
-            above += over
-            above_against += over & differ
+            a_bits, b_bits = np.uint32(a_u[j]), np.uint32(b_u[j])
+            least = np.uint32(min(np.uint32(a_bits & MAGNITUDE), np.uint32(b_bits & MAGNITUDE)))
+            here, over, differ = least != np.uint32(0), least >= edge, np.int32(a_bits ^ b_bits) < np.int32(0)
+            both = np.uint32(both + double_if(here))
+            against = np.uint32(against + double_if(here & differ))
+            above = np.uint32(above + double_if(over))
+            above_against = np.uint32(above_against + double_if(over & differ))
         product, smaller, smaller_against, left_square, right_square = 0.0, 0.0, 0.0, 0.0, 0.0
         for j in range(m):
-            a, b, least, differ = (
-                np.float64(a_f[j]),
-                np.float64(b_f[j]),
-                np.float64(least_f[j]),
-                np.float64(against_f[j]),
-            )
-            differ = differ if least > 0.0 else 0.0
-            product += a * b
-            smaller += least
-            smaller_against += least * differ
-            left_square += a * a * differ
-            right_square += b * b * differ
-        counts[0] += both
-        counts[1] += against
-        counts[2] += above
-        counts[3] += above_against
+            a, b = np.float64(a_f[j]), np.float64(b_f[j])
+            one, size = a * b, min(abs(a), abs(b))  # the product of two float32 does not underflow float64
+            differs = 1.0 if one < 0.0 else 0.0
+            product += one
+            smaller += size
+            smaller_against += size * differs
+            left_square += a * a * differs
+            right_square += b * b * differs
+        counts[0] += both >> 1
+        counts[1] += against >> 1
+        counts[2] += above >> 1
+        counts[3] += above_against >> 1
         sums[0] += product
         sums[1] += smaller
         sums[2] += smaller_against
@@ -185,95 +197,180 @@ def shared_support(left: Any, right: Any, index: int, low: Any, cut: Any, counts
         m = min(STRIP, left.size - start)
         a_u, b_u = left[start : start + m], right[start : start + m]
         first = index + start
-        both, in_a, in_b = np.int32(0), np.int32(0), np.int32(0)
+        both, in_a, in_b = np.uint32(0), np.uint32(0), np.uint32(0)
         if (first >= cut_a or first + m <= cut_a) and (first >= cut_b or first + m <= cut_b):
-            least_a = low_a if first < cut_a else low_a + _ONE
-            least_b = low_b if first < cut_b else low_b + _ONE
+            least_a = np.uint32(low_a + np.uint32(first >= cut_a))
+            least_b = np.uint32(low_b + np.uint32(first >= cut_b))
             for j in range(m):
-                a, b = (a_u[j] & MAGNITUDE) >= least_a, (b_u[j] & MAGNITUDE) >= least_b
-                both += np.int32(a & b)
-                in_a += np.int32(a)
-                in_b += np.int32(b)
+                a, b = np.uint32(a_u[j] & MAGNITUDE) >= least_a, np.uint32(b_u[j] & MAGNITUDE) >= least_b
+                both = np.uint32(both + double_if(a & b))
+                in_a = np.uint32(in_a + double_if(a))
+                in_b = np.uint32(in_b + double_if(b))
         else:
             for j in range(m):
                 u, v = a_u[j] & MAGNITUDE, b_u[j] & MAGNITUDE
                 a = (u > low_a) | ((u == low_a) & (first + j < cut_a))
                 b = (v > low_b) | ((v == low_b) & (first + j < cut_b))
-                both += np.int32(a & b)
-                in_a += np.int32(a)
-                in_b += np.int32(b)
-        counts[0] += both
-        counts[1] += in_a + in_b - both
-        counts[2] += in_a
-        counts[3] += in_b
+                both = np.uint32(both + double_if(a & b))
+                in_a = np.uint32(in_a + double_if(a))
+                in_b = np.uint32(in_b + double_if(b))
+        counts[0] += both >> 1
+        counts[1] += (in_a >> 1) + (in_b >> 1) - (both >> 1)
+        counts[2] += in_a >> 1
+        counts[3] += in_b >> 1
 
 
 @jit
 def survey(
-    base: Any, sources: Any, subtract: bool, source_desc: Any, made: Any, edges: Any, below: Any, packed: Any, largest: Any, sums: Any,
-    gone: Any, weight: Any, edge: np.uint32, pair_counts: Any, pair_sums: Any, low: Any, support: Any,
-    least: Any, cut: Any, lines: Any,
+    base: Any, sources: Any, subtract: bool, source_desc: Any, made: Any, edges: Any, below: Any, packed: Any, most: int, counted: Any, lows: Any,
+    largest: Any, sums: Any, gone: Any, weight: Any, edge: np.uint32, pair_counts: Any, pair_sums: Any, support: Any,
+    open_low: Any, open_width: Any, place: Any, held: Any, found: Any, tally: Any,
+    weights: Any, elect: int, tie_positive: bool, normalize: int, factor: float, kept: Any, kept_sums: Any, merged: Any,
+    tops: Any, least: Any, cut: Any, lines: Any,
 ) -> int:  # fmt: skip
-    """Measure the deltas of a block, each alone and against every other one, piece by piece while the block is filled.
+    """Measure the deltas of a block, each alone and against every other one, and preview a merge, while the block is filled.
 
     Args:
         base, source_desc: as in `thresholds.histogram`; the base is read for `gone`, and with `subtract`.
-        sources: `[n, E]` bits, at most MOST entries each: deltas, float32 bits, or with `subtract` values.
-        made: `[n, E]` float32, receives the deltas with `subtract`; else `[n, 0]`.
+        sources: `[n, E]` bits: deltas, float32 bits, or with `subtract` values.
+        made: `[n, CACHED]` float32, memory for deltas with `subtract`; else `[n, 0]`.
         edges: as in `measure`.
         below, packed, sums: as in `measure`, one row a source.
+        most: entries that a packed histogram can hold. Before there are more, it is moved to
+        counted, lows: `[n, BINS]` int64, as `counts` and `lows` of `thresholds.histogram`; `[n, 0]` where E is at most `most`.
         largest: `[n]` uint32, receives the largest magnitudes.
         gone, weight: `[n]` int64 and float64, receive the results of `erased`; `[0]` where the base's values are not known.
         edge: as in `compare`.
         pair_counts, pair_sums: as in `compare`, one row a pair (0, 1), (0, 2), ...; `[0, 4]` and `[0, 5]` to compare nothing.
-        low: `[n]` uint32; magnitudes above it are counted in `support`; `[0]` to count nothing.
-        support: `[pairs, 4]` int64, as `counts` in `shared_support`.
+        support: `[pairs, 4]` int64, as `counts` in `shared_support`, of the magnitudes above the first intervals.
+        open_low, open_width: `[P, n]` uint32, as in `merging.consensus`, for P merges; `[0, n]` for none.
+        place, held, found, tally: `[P, E]`, `[P, n + 1, E]`, `[P, n, E]` and `[P, n + 1, 2]`, likewise. The base is zero.
+        weights, elect, tie_positive, normalize, factor: as in `merging.consensus`, of the last merge; `elect` of -1 merges nothing.
+        kept, kept_sums: as `counts` and `sums` in `merging.consensus`; only the columns of kept and elected entries are written.
+        merged: `[1]` float64; the sum of squares of the merged deltas is added.
+        tops: `[n]` uint32, memory.
         least, cut: `[2]` uint32 and int64, memory.
-        lines: `[2, LINE]` float32, memory.
+        lines: `[n + 5, LINE]` float32, memory.
 
     Returns:
         0; -1 where the block could not be filled.
     """
     n, size, ready, origin = start_block(sources, source_desc)
-    converted, minus = made.view(np.uint32), lines[0]
+    converted, minus, passes = made.view(np.uint32), lines[0], len(place)
     cut[:] = 0
-    start = 0
+    start, packed_from = 0, 0
     while start < size:
         if start >= ready:
             origin, ready = advance_block(source_desc, ready)
             if ready < 0:
                 return -1
-        stop = min(ready, start + _CACHED)
+        stop = min(ready, start + CACHED)
         begin, m = start - origin, stop - start
-        for at in range(start, stop if subtract else start, STRIP):
-            count = min(STRIP, stop - at)
-            widen(strip(base, at - origin, count), minus)
+        if stop - packed_from > most:
             for i in range(n):
-                load(strip_of(sources, i, at - origin, count), minus, made[i, at : at + count])
+                _unpack(packed[i], counted[i], lows[i])
+            packed_from = start
+        for at in range(0, m if subtract else 0, STRIP):
+            count = min(STRIP, m - at)
+            widen(strip(base, begin + at, count), minus)
+            for i in range(n):
+                load(strip_of(sources, i, begin + at, count), minus, made[i, at : at + count])
         deltas = converted if subtract else sources[1]
-        first = start if subtract else begin
+        first = 0 if subtract else begin
         for i in range(n):
             one = deltas[i, first : first + m]
-            largest[i] = max(largest[i], measure(one, edges, below[i], packed[i], sums[i]))
+            tops[i] = measure(one, edges, below[i], packed[i], sums[i])
+            largest[i] = max(largest[i], tops[i])
             if gone.size:
-                gone[i] += erased(one, strip(base, begin, m), weight[i : i + 1], lines)
+                gone[i] += erased(one, strip(base, begin, m), weight[i : i + int(i == 0)], lines)
         pair = 0
         for i in range(n if pair_counts.size else 0):
             for k in range(i + 1, n):
                 left, right = deltas[i, first : first + m], deltas[k, first : first + m]
-                compare(left, right, edge, pair_counts[pair], pair_sums[pair], lines)
-                if low.size:
-                    least[0], least[1] = low[i], low[k]
+                compare(left, right, edge, pair_counts[pair], pair_sums[pair])
+                if passes:
+                    for side, one_of in ((0, i), (1, k)):
+                        least[side] = np.uint32(open_low[0, one_of] + open_width[0, one_of]) - _ONE
                     shared_support(left, right, start, least, cut, support[pair])
                 pair += 1
+        for p in range(passes):
+            _preview(
+                deltas, first, m, start, open_low[p], open_width[p], place[p], held[p], found[p], tally[p],
+                weights, elect if p == passes - 1 else -1, tie_positive, normalize, factor, kept, kept_sums, merged, tops, lines,
+            )  # fmt: skip
         start = stop
+    for i in range(1, len(weight)):
+        weight[i] = weight[0]
+    for i in range(n if elect == 1 else 0):  # the squares of weight * delta
+        unit = np.float64(weights[i])
+        kept_sums[i, 3] = kept_sums[i, 3] / (unit * unit) if unit != 0.0 else 0.0
     return 0
 
 
-@_sums
-def add_squares(bits: Any, sums: Any) -> None:
-    """Add the squares of `[E]` float32 bits to `sums` `[1]` float64."""
-    total, values = 0.0, bits.view(np.float32)
-    for j in range(bits.size):
-        total += np.float64(values[j]) * np.float64(values[j])
-    sums[0] += total
+@jit
+def _unpack(packed: Any, counts: Any, lows: Any) -> None:
+    """Move a packed histogram to `counts` and `lows` `[BINS]`."""
+    for j in range(packed.size):
+        counts[j] += packed[j] >> COUNT_SHIFT
+        lows[j] += packed[j] & (_COUNT - 1)
+        packed[j] = 0
+
+
+@jit
+def _preview(
+    deltas: Any, first: int, count: int, begin: int, low: Any, width: Any, place: Any, held: Any, found: Any, tally: Any,
+    weights: Any, elect: int, tie_positive: bool, normalize: int, factor: float, kept: Any, sums: Any, merged: Any,
+    tops: Any, lines: Any,
+) -> None:  # fmt: skip
+    """Merge `count` entries of `deltas` `[n, ...]` uint32 from `first` on as `merging.consensus` does, and store only what it counts.
+
+    Args:
+        begin: position of the first entry in its block.
+        low, width: `[n]` uint32, the interval of each source.
+        tops: `[n]` uint32, the largest magnitude of each source; the others as in `survey`, of one merge.
+    """
+    n, values = len(weights), lines[5:]
+    nothing, vote, result, divisor = lines[1], lines[2], lines[3], lines[4]
+    zero, one, lam = np.float32(0), np.float32(1), np.float32(factor)
+    nothing[:] = zero
+    for start in range(0, count, STRIP):
+        m = min(STRIP, count - start)
+        for i in range(n):
+            row, to = deltas[i, first + start : first + start + m], values[i].view(np.uint32)
+            for j in range(m):
+                to[j] = row[j]
+        tally[n, 0] = set_aside(values, nothing, m, begin + start, low, width, place, held, found, tally, tally[n, 0])
+        for i in range(n):
+            least, wide = np.uint32(max(np.uint32(low[i] + width[i]), _ONE)), is_wide(tops[i])
+            if wide:
+                for j in range(m):
+                    values[i, j] = values[i, j] if (bits_of(values[i, j]) & MAGNITUDE) >= least else zero
+                sums[i, 2] += square_of(values[i], m) if elect >= 0 else 0.0
+            weight = weights[i] if elect == 1 else one
+            above, square = cast_vote(values[i], m, least, one, weight, elect == 3, vote, i == 0)
+            tally[i, 1] += above
+            if elect >= 0:
+                kept[i, 5] += above
+                sums[i, 2] += 0.0 if wide else np.float64(square)
+        if elect < 0:
+            continue
+        for j in range(m):
+            s = vote[j]
+            vote[j] = one if (s > zero) | (tie_positive & (s == zero)) else (-one if s < zero else zero)
+        for i in range(n):
+            wide = is_wide(tops[i])
+            if wide:
+                for j in range(m):
+                    values[i, j] = values[i, j] if (values[i, j] * vote[j] > zero) | (elect == 0) else zero
+                sums[i, 3] += square_of(values[i], m)
+            weight, share = one if elect == 1 else weights[i], weights[i] if normalize == 1 else one
+            agreed, square = agree(values[i], m, vote, elect == 0, weight, share, result, divisor, i == 0)
+            kept[i, 6] += agreed
+            sums[i, 3] += 0.0 if wide else np.float64(square)
+        if normalize != 0:
+            for j in range(m):
+                d = divisor[j]
+                result[j] = result[j] / (d if d != zero else one)
+        for j in range(m):
+            result[j] = lam * result[j]
+        add_squares(result[:m].view(np.uint32), merged)
