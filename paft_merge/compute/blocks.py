@@ -304,8 +304,11 @@ class Ops(Protocol):
     def sample(self, block: Block, step: int) -> Any:
         """`[n, ceil(E / step)]` uint32: the magnitudes of every `step`-th entry of the deltas."""
 
-    def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
-        """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (`[n, 0]` without `lows`)."""
+    def histogram(self, block: Block, sums: int) -> tuple[Counts, Counts]:
+        """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and exact sums over each bin, `[n, sums * BINS]`.
+
+        `sums` of 1: the lower 16 bits, for L1 norms. 2: then their squared distances from `kernels.MIDDLE`, for L2 norms.
+        """
 
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
         """Per source, how many magnitudes are inside `[low, low + width)` and above it, `[n, 2]`; and those inside."""
@@ -313,8 +316,8 @@ class Ops(Protocol):
     def locate(self, block: Block, source: int, bits: int, nth: int) -> int:
         """Flat index in the tensor of the `nth` entry (from 0) of the block whose magnitude is exactly `bits`."""
 
-    def dropped_l1(self, block: Block, survivals: Sequence[KeepThreshold]) -> Sums:
-        """`[n, 2]`: the sums of |delta| before and after the random drop of each survival."""
+    def dropped_norms(self, block: Block, survivals: Sequence[KeepThreshold], *, squares: bool) -> Sums:
+        """`[n, 2]`: the sums of |delta|, or of its square, before and after the random drop of each survival."""
 
     def gram(self, block: Block) -> Sums:
         """`[n, n]`: inner products of the deltas."""

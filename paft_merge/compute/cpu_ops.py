@@ -34,11 +34,11 @@ class CpuOps:
             found.append(deltas.view(np.uint32) & np.uint32(MAGNITUDE))
         return np.concatenate(found, axis=1)
 
-    def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
-        """Counts by the upper 15 bits of magnitude, `[n, BINS]`, and the sums of the lower 16 bits (or `[n, 0]`)."""
+    def histogram(self, block: Block, sums: int) -> tuple[Counts, Counts]:
+        """Counts by the upper 15 bits of magnitude, and sums for L1 or L2 norms (see `kernels.thresholds.histogram`)."""
         n = block.count
         counts = np.zeros((n, kernels.BINS), np.int64)
-        low = np.zeros((n, kernels.BINS if lows else 0), np.int64)
+        low = np.zeros((n, sums * kernels.BINS), np.int64)
         block.filled(kernels.histogram(*block.unfilled(), counts, low, lines(2)))
         return counts, low
 
@@ -58,13 +58,13 @@ class CpuOps:
         assert at < block.size
         return block.index + at
 
-    def dropped_l1(self, block: Block, survivals: Sequence[KeepThreshold]) -> Sums:
-        """`[n, 2]`: the sums of |delta| before and after the random drop of each survival."""
+    def dropped_norms(self, block: Block, survivals: Sequence[KeepThreshold], *, squares: bool) -> Sums:
+        """`[n, 2]`: the sums of |delta|, or of its square, before and after the random drop of each survival."""
         sums = np.empty((block.count, 2))
         keep = np.array([s.keep for s in survivals], np.uint64)
         keys = np.array([s.key for s in survivals], np.uint64)
         memory = _strips(2, 2 * len(sums))
-        block.filled(kernels.dropped_l1(*block.unfilled(), block.index, keep, keys, sums, *memory))
+        block.filled(kernels.dropped_norms(*block.unfilled(), block.index, keep, keys, squares, sums, *memory))
         return sums
 
     def gram(self, block: Block) -> Sums:

@@ -1,11 +1,11 @@
-"""Magnitudes as bits and as values, and exact L1 norms from a histogram of them."""
+"""Magnitudes as bits and as values, and norms from a histogram of them."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from paft_merge.compute.blocks import Counts, Sums
-from paft_merge.compute.kernels import BINS
+from paft_merge.compute.kernels import BINS, MIDDLE
 
 
 def bits_of(value: float) -> int:
@@ -33,3 +33,20 @@ def l1_of_bins(counts: Counts, lows: Counts) -> Sums:
     mantissas = counts * lead + lows
     norms: Sums = np.ldexp(mantissas.astype(np.float64), np.maximum(exponent, 1).astype(np.int32) - 150)
     return norms
+
+
+def squares_of_bins(counts: Counts, sums: Counts, less: float = 0.0) -> Sums:
+    """The sum of the squares of the magnitudes of each bin, in float64, from exact integers.
+
+    Args:
+        counts: `[BINS]`, from `Ops.histogram`.
+        sums: `[2 * BINS]`, its sums of the lower 16 bits and of their squared distances from `MIDDLE`.
+        less: taken off each magnitude before it is squared.
+    """
+    bins = np.arange(BINS, dtype=np.int64)
+    exponent, high = np.maximum(bins >> 7, 1), (bins & 0x7F) << 16
+    unit = np.ldexp(1.0, exponent.astype(np.int32) - 150)
+    centre = np.where(bins >> 7 > 0, high | 0x800000, high) + MIDDLE - less / unit
+    apart, squared = sums[:BINS] - MIDDLE * counts, sums[BINS:]
+    squares: Sums = (centre * centre * counts + 2 * centre * apart + squared) * unit * unit
+    return np.where(counts > 0, squares, 0.0)

@@ -37,19 +37,17 @@ class TorchOps:
         """See `Ops.sample`."""
         return self._magnitudes(self._deltas(block)[:, ::step])
 
-    def histogram(self, block: Block, lows: bool) -> tuple[Counts, Counts]:
+    def histogram(self, block: Block, sums: int) -> tuple[Counts, Counts]:
         """See `Ops.histogram`."""
         bits = _bits(self._deltas(block)) & MAGNITUDE
-        counts, low = [], []
+        found = []
         for row in bits:
-            bins = row >> 16
-            counts.append(torch.bincount(bins, minlength=kernels.BINS))
-            if lows:  # sums below 2**53 are exact in float64
-                low.append(torch.bincount(bins, (row & 0xFFFF).double(), minlength=kernels.BINS).long())
-        if not lows:
-            return self._host(torch.stack(counts)), np.zeros((len(counts), 0), np.int64)
-        both = self._host(torch.stack([*counts, *low]))
-        return both[: len(counts)], both[len(counts) :]
+            bins, low = row >> 16, (row & 0xFFFF).double()
+            summed = [low, (low - kernels.MIDDLE) ** 2][:sums]  # sums below 2**53 are exact in float64
+            found += [torch.bincount(bins, minlength=kernels.BINS)]
+            found += [torch.bincount(bins, part, minlength=kernels.BINS).long() for part in summed]
+        rows = self._host(torch.stack(found)).reshape(len(bits), 1 + sums, kernels.BINS)
+        return rows[:, 0], rows[:, 1:].reshape(len(bits), -1)
 
     def collect(self, block: Block, low: Sequence[int], width: Sequence[int]) -> tuple[Counts, list[Any]]:
         """See `Ops.collect`."""
@@ -68,12 +66,12 @@ class TorchOps:
         row = _bits(self._deltas(block))[source] & MAGNITUDE
         return block.index + int(torch.nonzero(row == bits)[nth, 0])
 
-    def dropped_l1(self, block: Block, survivals: Sequence[KeepThreshold]) -> Sums:
-        """See `Ops.dropped_l1`."""
+    def dropped_norms(self, block: Block, survivals: Sequence[KeepThreshold], *, squares: bool) -> Sums:
+        """See `Ops.dropped_norms`."""
         deltas = self._deltas(block)
         sums = []
         for row, survival in zip(deltas, survivals, strict=True):
-            size = row.double().abs()
+            size = row.double() ** 2 if squares else row.double().abs()
             sums.append(torch.stack([size.sum(), (size * self._kept(survival, block.index, len(row))).sum()]))
         return self._host(torch.stack(sums))
 

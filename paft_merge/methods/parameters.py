@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 if TYPE_CHECKING:
     from paft_merge.compute.blocks import Election
     from paft_merge.methods.rules.rule import Rule, WholeRule
+    from paft_merge.methods.rules.thresholds import Rescale
 
 REQUIRED: Final = object()
 """The default of a parameter that a recipe must give."""
@@ -135,10 +136,6 @@ TRIM_SCOPE = Parameter(
     choices=("tensor", "global"),
 )  # fmt: skip
 
-_RESCALE = (
-    "Scale what survives so that the delta keeps its L1 norm (mergekit's rule; the DARE paper divides by the density)."
-)
-
 
 def weight(default: Any = REQUIRED) -> Parameter:
     """The weight of each source."""
@@ -150,9 +147,13 @@ def density(doc: str = "Share of the delta's entries that is kept, by magnitude,
     return Parameter("density", float, "source", 1.0, doc, low=0.0, high=1.0)
 
 
-def rescale(default: bool) -> Parameter:
-    """Whether a sparsified delta keeps its L1 norm."""
-    return Parameter("rescale", bool, "shared", default, _RESCALE)
+def rescale(default: Rescale) -> Parameter:
+    """The norm that a sparsified delta keeps."""
+    return Parameter(
+        "rescale", str, "shared", default,
+        "Scale what survives so that the delta keeps its L1 norm (mergekit's rule; true), its L2 norm (DoTS), or not at all (false).",
+        choices=("none", "l1", "l2"), flags=("none", "l1"),
+    )  # fmt: skip
 
 
 def by_all_weights(default: bool) -> Parameter:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from paft_merge.methods.rules.rule import Rule
+    from paft_merge.methods.rules.thresholds import Rescale
 
 
 def _dare_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
@@ -63,7 +64,7 @@ _EPSILON = Parameter(
 
 def _table(
     names: tuple[str, str], titles: tuple[str, str], paper: str, own: tuple[Parameter, ...],
-    rule: Callable[[Sources, Shared, Sequence[int]], Rule], *, rescaled: bool, normalized: bool = False,
+    rule: Callable[[Sources, Shared, Sequence[int]], Rule], *, rescaled: Rescale, normalized: bool = False,
 ) -> tuple[Method, Method]:  # fmt: skip
     """A method without an election, and the same with TIES' election, whose `normalize` is `weights` if `normalized`."""
     rest = rescale(rescaled), LAMBDA
@@ -81,15 +82,15 @@ DARE_LINEAR, DARE_TIES = _table(
     "arXiv:2311.03099",
     (_AT_RANDOM,),
     _dare_rule,
-    rescaled=True,
+    rescaled="l1",
 )
 BREADCRUMBS, BREADCRUMBS_TIES = _table(
     ("breadcrumbs", "breadcrumbs_ties"), ("Model Breadcrumbs", "Model Breadcrumbs with TIES' election"), "arXiv:2312.06795",
-    (_AFTER_OUTLIERS, _GAMMA), _breadcrumbs_rule, rescaled=False,
+    (_AFTER_OUTLIERS, _GAMMA), _breadcrumbs_rule, rescaled="none",
 )  # fmt: skip
 DELLA_LINEAR, DELLA = _table(
     ("della_linear", "della"), ("DELLA without an election", "DELLA"), "arXiv:2406.11617", (_BY_RANK, _EPSILON), _della_rule,
-    rescaled=True, normalized=True,
+    rescaled="l1", normalized=True,
 )  # fmt: skip
 TABLE: Final = (DARE_LINEAR, DARE_TIES, BREADCRUMBS, BREADCRUMBS_TIES, DELLA_LINEAR, DELLA)
 
@@ -100,7 +101,7 @@ def dare_linear(
     *,
     density: float | Sequence[float] = 1.0,
     normalize: bool = False,
-    rescale: bool = True,
+    rescale: str | bool = "l1",
     lambda_: float = 1.0,
     seed: int = 0,
 ) -> torch.Tensor:
@@ -111,7 +112,7 @@ def dare_linear(
         weight: one for all, or one a delta.
         density: probability in [0, 1] that an entry stays (the paper's 1 - p).
         normalize: divide by the sum of the weights.
-        rescale: multiply by (L1 norm before / L1 norm after), as mergekit does; the paper divides by the density.
+        rescale: multiply by (norm before / norm after), of `l1` (True, as in mergekit) or `l2`; the paper divides by the density.
         lambda_: multiplies the result.
         seed: of the masks, which depend on the seed, the delta's place in the list and the entry.
 
@@ -136,7 +137,7 @@ def dare_ties(
     *,
     density: float | Sequence[float] = 1.0,
     normalize: str | bool = "none",
-    rescale: bool = True,
+    rescale: str | bool = "l1",
     lambda_: float = 1.0,
     elect: str = "weighted",
     elect_tie: str = "positive",
@@ -165,7 +166,7 @@ def breadcrumbs(
     density: float | Sequence[float] = 1.0,
     gamma: float | Sequence[float] = 0.01,
     normalize: bool = False,
-    rescale: bool = False,
+    rescale: str | bool = "none",
     lambda_: float = 1.0,
 ) -> torch.Tensor:
     """Drop the largest and the smallest entries, add up the others (Model Breadcrumbs, arXiv:2312.06795, sec. 3).
@@ -177,7 +178,7 @@ def breadcrumbs(
         gamma: share of the largest entries that is dropped, fewer if the density cannot be reached otherwise. Ties at
             either end keep or drop the lowest index first.
         normalize: divide by the sum of the weights.
-        rescale: scale each sparsified delta back to its L1 norm.
+        rescale: scale each sparsified delta back to its norm, `l1` (True) or `l2`; `none` (False) does not.
         lambda_: multiplies the result.
 
     Returns:
@@ -202,7 +203,7 @@ def breadcrumbs_ties(
     density: float | Sequence[float] = 1.0,
     gamma: float | Sequence[float] = 0.01,
     normalize: str | bool = "none",
-    rescale: bool = False,
+    rescale: str | bool = "none",
     lambda_: float = 1.0,
     elect: str = "weighted",
     elect_tie: str = "positive",
@@ -229,7 +230,7 @@ def della_linear(
     density: float | Sequence[float] = 1.0,
     epsilon: float | Sequence[float] = 0.15,
     normalize: bool = False,
-    rescale: bool = True,
+    rescale: str | bool = "l1",
     lambda_: float = 1.0,
     seed: int = 0,
 ) -> torch.Tensor:
@@ -243,7 +244,7 @@ def della_linear(
         epsilon: the probability runs from `density - epsilon` for the smallest entry of a row to `density + epsilon` for the
             largest; both must be inside (0, 1) unless the density is 0 or 1.
         normalize: divide by the sum of the weights.
-        rescale: multiply by (L1 norm before / L1 norm after), as mergekit does; the paper divides by the probability.
+        rescale: as in `dare_linear`; the paper divides by the probability.
         lambda_: multiplies the result.
         seed: of the masks, which depend on the seed, the delta's place in the list and the entry.
 
@@ -273,7 +274,7 @@ def della(
     density: float | Sequence[float] = 1.0,
     epsilon: float | Sequence[float] = 0.15,
     normalize: str | bool = "weights",
-    rescale: bool = True,
+    rescale: str | bool = "l1",
     lambda_: float = 1.0,
     elect: str = "weighted",
     elect_tie: str = "positive",

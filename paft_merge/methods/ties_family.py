@@ -40,13 +40,14 @@ def _ties_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
         if way is None:
             raise ValueError("nothing says which entries are kept; set density, l1_mass or epsilon")
         trims.append(Trim(way, source[way], soft=shared.get("shrink") == "soft"))
-    rescale = shared.get("rescale") in (True, "l1")
-    return Consensus(tuple(trims), election(sources, shared), rescale, shared.get("trim_scope", "tensor"))
+    return Consensus(
+        tuple(trims), election(sources, shared), shared.get("rescale", "none"), shared.get("trim_scope", "tensor")
+    )
 
 
 TIES = Method(
     "ties", "TIES", "arXiv:2306.01708",
-    (weight(), density(), normalize("weights"), rescale(False), LAMBDA, *elect("weighted"), TRIM_SCOPE, INT8_MASK),
+    (weight(), density(), normalize("weights"), rescale("none"), LAMBDA, *elect("weighted"), TRIM_SCOPE, INT8_MASK),
     "required", _ties_rule,
 )  # fmt: skip
 L1_TIES = Method(
@@ -57,8 +58,7 @@ L1_TIES = Method(
         Parameter("l1_mass", float, "source", 0.95, "trim: keep the fewest with this share of the L1 norm.", low=0.0, high=1.0),
         Parameter("epsilon", float, "source", None, "trim: keep the entries with |delta| > epsilon.", low=0.0),
         Parameter("shrink", str, "shared", "hard", "soft: take the threshold off the kept entries.", choices=("hard", "soft")),
-        Parameter("rescale", str, "shared", "l1", "Scale back to the L1 norm.", choices=("none", "l1"), flags=("none", "l1")),
-        normalize("none"), LAMBDA, *elect("none"), TRIM_SCOPE,
+        rescale("l1"), normalize("none"), LAMBDA, *elect("none"), TRIM_SCOPE,
     ),
     "required", _ties_rule,
 )  # fmt: skip
@@ -76,7 +76,7 @@ def ties(
     *,
     density: float | Sequence[float] = 1.0,
     normalize: str | bool = "weights",
-    rescale: bool = False,
+    rescale: str | bool = "none",
     lambda_: float = 1.0,
     elect: str = "weighted",
     elect_tie: str = "positive",
@@ -92,7 +92,7 @@ def ties(
         weight: one for all, or one a delta.
         density: share kept in [0, 1] (the paper's k / 100): the `rules.thresholds.kept_count` largest, ties by lowest index.
         normalize: `weights`, `count` or `none`; True is `weights`, False `none`.
-        rescale: scale each trimmed delta back to its L1 norm.
+        rescale: scale each trimmed delta back to its norm, `l1` (True) or `l2`; `none` (False) does not.
         lambda_: multiplies the result.
         elect: `weighted`, `unweighted`, `count` or `none`.
         elect_tie: `positive` or `zero`.
@@ -128,7 +128,7 @@ def l1_ties(
         weight: one for all, or one a delta.
         density, l1_mass, epsilon: which entries are kept (see `rules.thresholds.Trim`): by `epsilon` if given, else by `density`, else by `l1_mass`.
         shrink: `hard` or `soft`.
-        rescale: `l1` scales each trimmed delta back to its L1 norm; `none` does not.
+        rescale: as in `ties`.
         normalize, lambda_, elect, elect_tie: as in `ties`.
 
     Returns:

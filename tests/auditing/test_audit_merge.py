@@ -27,7 +27,7 @@ Family = Callable[..., dict[str, Path]]
 METHODS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.3},
     "ties at the density of the overlap": {"density": 0.2},
-    "ties by count": {"density": 0.2, "elect": "count", "normalize": "count", "rescale": True},
+    "ties by count": {"density": 0.2, "elect": "count", "normalize": "count", "rescale": "l2"},
     "ties over the model": {"density": 0.25, "trim_scope": "global"},
     "dare_ties": {"density": 0.5},
     "dare_linear": {"density": 0.5},

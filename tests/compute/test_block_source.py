@@ -47,9 +47,9 @@ LOOPS: dict[str, Callable[[Block], list[object]]] = {
     "consensus": written,
     "blend": blended,
     "collect": lambda b: [*(collected := OPS.collect(b, [0x38000000] * 2, [1 << 20] * 2))[1], collected[0]],
-    "histogram": lambda b: list(OPS.histogram(b, True)),
+    "histogram": lambda b: list(OPS.histogram(b, 2)),
     "gram": lambda b: [OPS.gram(b)],
-    "dropped": lambda b: [OPS.dropped_l1(b, SURVIVALS)],
+    "dropped": lambda b: [*(OPS.dropped_norms(b, SURVIVALS, squares=squares) for squares in (False, True))],
     "looked at": lambda b: [b.base.copy(), b.sources.copy()],
 }
 

@@ -40,9 +40,9 @@ def test_kernels_and_torch_draw_the_numbers_of_the_reference() -> None:
     expected = (numbers(key, index, size) >> np.uint64(32)) < keep
     sources, sums = np.ones((1, size), np.float32).view(np.uint32), np.empty((1, 2))
     for i in range(0, size, 1000):
-        kernels.dropped_l1(
+        kernels.dropped_norms(
             np.empty(0, np.uint32), np.ascontiguousarray(sources[:, i : i + 1000]), False, np.empty(0, np.int64), index + i,
-            np.array([keep], np.uint64), np.array([key], np.uint64), sums, kernels.lines(2), kernels.lines(2, of=np.float64),
+            np.array([keep], np.uint64), np.array([key], np.uint64), False, sums, kernels.lines(2), kernels.lines(2, of=np.float64),
         )  # fmt: skip
         assert sums[0, 1] == expected[i : i + 1000].sum()
     drawn = TorchOps(torch.device("cpu"))._hash(key, index, size).numpy().view(np.uint64)

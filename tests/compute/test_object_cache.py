@@ -186,7 +186,12 @@ def results() -> list[np.ndarray]:
     low = int(np.float32(1e-2).view(np.uint32))
     keeps = [KeepThreshold(low=low, low_cut=500), KeepThreshold(keep=1 << 31, key=5), KeepThreshold(shrink=1e-3)]
     out, other = np.empty(size, np.uint16), np.empty(size, np.uint16)
-    found: list[object] = [sources, *cpu.histogram(block, True), cpu.dropped_l1(block, keeps), cpu.gram(block)]
+    found: list[object] = [
+        sources,
+        *cpu.histogram(block, 2),
+        cpu.dropped_norms(block, keeps, squares=False),
+        cpu.gram(block),
+    ]
     counts, inside = cpu.collect(block, [low] * 3, [1 << 20] * 3)
     found += [counts, *inside, cpu.locate(block, 1, int(sources[1, 9] & magnitudes.MAGNITUDE), 0)]
     blended = cpu.blend(block, out, 1.0, [0.5, -0.25, 1.0], 7, True)

@@ -47,8 +47,8 @@ def block(request: pytest.FixtureRequest) -> Block:
 
 
 def test_histograms_are_equal(block: Block, ops: TorchOps) -> None:
-    for lows in (False, True):
-        for ours, theirs in zip(CPU.histogram(block, lows), ops.histogram(block, lows), strict=True):
+    for sums in (0, 1, 2):
+        for ours, theirs in zip(CPU.histogram(block, sums), ops.histogram(block, sums), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
@@ -68,7 +68,9 @@ def test_located_entries_are_equal(block: Block, ops: TorchOps) -> None:
 
 def test_sums_agree_to_rounding(block: Block, ops: TorchOps) -> None:
     np.testing.assert_allclose(CPU.gram(block), ops.gram(block), rtol=1e-12)
-    np.testing.assert_allclose(CPU.dropped_l1(block, SURVIVALS), ops.dropped_l1(block, SURVIVALS), rtol=1e-12)
+    for squares in (False, True):
+        ours, theirs = (each.dropped_norms(block, SURVIVALS, squares=squares) for each in (CPU, ops))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 @pytest.mark.parametrize("out", [np.uint16, np.uint32])

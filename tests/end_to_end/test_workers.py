@@ -117,11 +117,11 @@ def slices(models: Models) -> dict[str, Any]:
 
 RECIPES = {
     "ties": ties,
-    "global": lambda models: ties(models, parameters={"trim_scope": "global"}),
     "global-l1": lambda models: recipe(
         "l1_ties", models["base"], (models["x"], {"weight": 1.0}), (on(models["base"], models["sft"]), {"weight": 0.5}),
         parameters={"trim": {"l1_mass": 0.8}, "trim_scope": "global", "rescale": "l1"},
     ),
+    "global": lambda models: ties(models, parameters={"trim_scope": "global", "rescale": "l2"}),
     "dare-stochastic": lambda models: recipe(
         "dare_ties", models["base"], (models["x"], {"weight": 1.0, "density": 0.5}),
         (on(models["base"], models["dpo"]), {"weight": 0.5, "density": 0.5}), rounding="stochastic", seed=7,

@@ -223,10 +223,29 @@ def test_dare_masks_are_independent_between_sources_and_neighbours() -> None:
     assert all(abs((one[:-k] * one[k:]).mean() - 0.25) < bound for k in (1, 2, 64, 1024))
 
 
-def test_dare_rescale_matches_the_l1_norm() -> None:
+RESCALED = {
+    "ties": {"density": 0.3},
+    "l1_ties": {"l1_mass": 0.5},
+    "l1_ties soft": {"density": 0.5, "shrink": "soft"},
+    "dare_linear": {"density": 0.4},
+    "dare_ties": {"density": 0.4},
+    "breadcrumbs": {"density": 0.5, "gamma": 0.1},
+    "breadcrumbs_ties": {"density": 0.5, "gamma": 0.1},
+    "della_linear": {"density": 0.4},
+    "della": {"density": 0.4},
+}
+
+
+@pytest.mark.parametrize("case", RESCALED)
+@pytest.mark.parametrize(("rescale", "power"), [("l1", 1), ("l2", 2), (True, 1)])
+def test_rescale_keeps_the_norm_and_the_proportions(case: str, rescale: str | bool, power: int) -> None:
     (delta,) = draw(0)
-    merged = methods.dare_linear([delta], 1.0, density=0.4)
-    assert merged.abs().sum().item() == pytest.approx(delta.abs().sum().item(), rel=1e-6)
+    method, rest = getattr(methods, case.split()[0]), {"weight": 1.0, **RESCALED[case]}
+    plain, merged = (method([delta], rescale=given, **rest).double() for given in ("none", rescale))
+    assert 0 < (merged == 0).sum() < delta.numel()
+    scale = (torch.linalg.vector_norm(delta.double(), power) / torch.linalg.vector_norm(plain, power)).item()
+    assert abs(scale - 1) > 1e-3
+    torch.testing.assert_close(merged, plain * scale, rtol=3e-7, atol=0)
 
 
 def test_a_seed_gives_the_same_mask_and_another_seed_another() -> None:
@@ -239,7 +258,9 @@ def test_a_seed_gives_the_same_mask_and_another_seed_another() -> None:
 # --- against a float64 reference --------------------------------------------------------------------------------------
 
 
-def reference_ties(deltas: list[np.ndarray], weights: list[float], density: float, **rule: Any) -> np.ndarray:
+def reference_ties(
+    deltas: list[np.ndarray], weights: list[float], density: float, rescale: str = "none", **rule: Any
+) -> np.ndarray:
     """TIES as its paper describes it, entry by entry, in float64."""
     kept = []
     for delta in deltas:
@@ -247,6 +268,9 @@ def reference_ties(deltas: list[np.ndarray], weights: list[float], density: floa
         mask = np.zeros(delta.size, bool)
         mask[order] = True
         kept.append(np.where(mask, delta, 0.0))
+        if rescale != "none" and kept[-1].any():
+            norm, left = (np.linalg.norm(some, int(rescale[1])) for some in (delta, kept[-1]))
+            kept[-1] *= norm / left
     weighted = [w * k for w, k in zip(weights, kept, strict=True)]
     votes = {"weighted": weighted, "unweighted": kept, "count": [np.sign(k) for k in kept], "none": None}[rule["elect"]]
     total, divisor = np.zeros_like(deltas[0]), np.zeros_like(deltas[0])
@@ -269,12 +293,13 @@ def reference_ties(deltas: list[np.ndarray], weights: list[float], density: floa
     elect=st.sampled_from(["weighted", "unweighted", "count", "none"]),
     elect_tie=st.sampled_from(["positive", "zero"]),
     normalize=st.sampled_from(["weights", "count", "none"]),
+    rescale=st.sampled_from(["none", "l1", "l2"]),
 )
 def test_ties_is_its_definition_under_every_option(
-    arrays: np.ndarray, weights: list[float], density: float, elect: str, elect_tie: str, normalize: str
+    arrays: np.ndarray, weights: list[float], density: float, elect: str, elect_tie: str, normalize: str, rescale: str
 ) -> None:
     deltas = [row.astype(np.float64) / 8 for row in arrays]  # exact in float32, with many ties
-    rule = {"elect": elect, "elect_tie": elect_tie, "normalize": normalize}
+    rule = {"elect": elect, "elect_tie": elect_tie, "normalize": normalize, "rescale": rescale}
     ours = methods.ties([torch.from_numpy(d).float() for d in deltas], weights[: len(deltas)], density=density, **rule)
     np.testing.assert_allclose(
         ours.numpy(), reference_ties(deltas, weights[: len(deltas)], density, **rule), rtol=1e-6, atol=1e-7

@@ -133,7 +133,7 @@ def test_a_count_keeps_that_many_however_many_sources_have_one() -> None:
 def test_what_no_bracket_can_tell_is_measured_first(trims: tuple[Trim, Trim]) -> None:
     walk = TensorPass(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
     assert Consensus(trims, EQUAL).one_pass(walk, no_factors) is None
-    assert Consensus((Trim("density", 0.2),) * 2, EQUAL, rescale=True).one_pass(walk, no_factors) is None
+    assert Consensus((Trim("density", 0.2),) * 2, EQUAL, rescale="l1").one_pass(walk, no_factors) is None
 
 
 def test_a_bracket_that_misses_says_so() -> None:

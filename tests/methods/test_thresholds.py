@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys.deltas import Cut, deltas
 
-from paft_merge.compute import blocks
+from paft_merge.compute import blocks, kernels
 from paft_merge.compute.blocks import Block, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
-from paft_merge.compute.histogram import l1_of_bins
+from paft_merge.compute.histogram import l1_of_bins, squares_of_bins
 from paft_merge.methods.rules import threshold_bounds, thresholds
 from paft_merge.methods.rules.threshold_bounds import largest
-from paft_merge.methods.rules.thresholds import Trim, kept_count, trim_survivals
+from paft_merge.methods.rules.thresholds import Rescale, Trim, kept_count, trim_survivals
 
 
 def mask(delta: np.ndarray, survival: KeepThreshold) -> np.ndarray:
@@ -59,16 +59,28 @@ PAIRS = [
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(f"{t.rule}{t.value:g}" for t in pair))
 @pytest.mark.parametrize("kind", ["smooth", "ties", "sparse", "sorted"])
 @pytest.mark.parametrize(("size", "tile"), [(1, 10), (7, 3), (4_000, 4_000), (100_000, 3_000)])
-@pytest.mark.parametrize("rescale", [False, True])
-def test_survivors_are_those_of_a_sort(pair: tuple[Trim, Trim], kind: str, size: int, tile: int, rescale: bool) -> None:
+@pytest.mark.parametrize("rescale", ["none", "l1", "l2"])
+def test_survivors_are_those_of_a_sort(
+    pair: tuple[Trim, Trim], kind: str, size: int, tile: int, rescale: Rescale
+) -> None:
     values = deltas(kind, size)
     survivals = trim_survivals(pair, size, Cut(values, tile), CpuOps(), rescale=rescale)
     for delta, trim, survival in zip(values, pair, survivals, strict=True):
         expected = wanted(delta, trim)
         np.testing.assert_array_equal(mask(delta, survival), expected)
-        if rescale and np.abs(delta[expected]).sum() > 1e-7:
-            norms = np.abs(delta.astype(np.float64)).sum(), np.abs(delta[expected].astype(np.float64)).sum()
-            assert survival.scale == pytest.approx(norms[0] / norms[1], rel=1e-6)
+        if rescale != "none" and np.abs(delta[expected]).sum() > 1e-7:
+            norms = [np.linalg.norm(some.astype(np.float64), int(rescale[1])) for some in (delta, delta[expected])]
+            assert survival.scale == pytest.approx(norms[0] / norms[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("rescale", ["l1", "l2"])
+@pytest.mark.parametrize("trim", [Trim("density", 0.2, soft=True), Trim("epsilon", 1e-3, soft=True)])
+def test_soft_thresholds_are_rescaled_after_they_shrink(rescale: Rescale, trim: Trim) -> None:
+    (delta, _) = values = deltas("smooth", 20_000)
+    survival, _ = trim_survivals([trim, trim], 20_000, Cut(values, 1_000), CpuOps(), rescale=rescale)
+    shrunk = np.abs(delta[mask(delta, survival)].astype(np.float64)) - survival.shrink
+    norms = [np.linalg.norm(some, int(rescale[1])) for some in (delta.astype(np.float64), shrunk)]
+    assert survival.scale == pytest.approx(norms[0] / norms[1], rel=1e-10)
 
 
 def test_a_threshold_takes_two_passes_where_a_sample_can_be_trusted() -> None:
@@ -87,28 +99,34 @@ def test_a_sample_that_misleads_costs_two_passes_and_no_bit() -> None:
         np.testing.assert_array_equal(mask(delta, survival), wanted(delta, Trim("density", 0.2)))
 
 
+@pytest.mark.parametrize("rescale", ["l1", "l2"])
 @pytest.mark.parametrize("kind", ["smooth", "ties", "sparse"])
-def test_a_global_threshold_keeps_what_the_paper_keeps(kind: str) -> None:
+def test_a_global_threshold_keeps_what_the_paper_keeps(kind: str, rescale: Rescale) -> None:
     values = deltas(kind, 30_000)
     trims = [Trim("density", 0.2), Trim("l1_mass", 0.8)]
-    survivals = thresholds.trim_globally(trims, 30_000, Cut(values, 1_000), CpuOps(), rescale=True)
+    survivals = thresholds.trim_globally(trims, 30_000, Cut(values, 1_000), CpuOps(), rescale=rescale)
     for delta, trim, survival in zip(values, trims, survivals, strict=True):
         size = np.abs(delta)
         expected = (size >= size[wanted(delta, trim)].min()) & (size > 0)  # the k-th largest, and every tie of it
         np.testing.assert_array_equal(mask(delta, survival), expected)
-        assert survival.scale == pytest.approx(
-            size.sum(dtype=np.float64) / size[expected].sum(dtype=np.float64), rel=1e-6
-        )
+        norms = [np.linalg.norm(some.astype(np.float64), int(rescale[1])) for some in (size, size[expected])]
+        assert survival.scale == pytest.approx(norms[0] / norms[1], rel=1e-12)
 
 
-def test_l1_norms_of_bins_are_exact() -> None:
+def test_norms_of_bins_are_exact() -> None:
     values = deltas("smooth", 50_000)
     values[0, :3] = [1e-40, 3e38, 0.0]
     block = Block(0, np.zeros(0, np.uint32), values.view(np.uint32), False)
-    counts, lows = CpuOps().histogram(block, True)
+    counts, sums = CpuOps().histogram(block, 2)
     for i in range(2):
-        norms = l1_of_bins(counts[i], lows[i])
-        assert norms.sum() == pytest.approx(np.abs(values[i].astype(np.float64)).sum(), rel=1e-14)
+        wide = np.abs(values[i].astype(np.float64))
+        norms = l1_of_bins(counts[i], sums[i, : kernels.BINS])
+        assert norms.sum() == pytest.approx(wide.sum(), rel=1e-14)
+        assert squares_of_bins(counts[i], sums[i]).sum() == pytest.approx((wide**2).sum(), rel=1e-14)
+    last = np.flatnonzero(counts[1])[-1]  # the bin of the largest
+    inside = wide[(np.abs(values[1]).view(np.uint32) >> 16) == last]
+    less = squares_of_bins(counts[1], sums[1], float(inside.min()))[last]
+    assert less == pytest.approx(((inside - inside.min()) ** 2).sum(), rel=1e-8)
 
 
 def test_kept_counts() -> None:

@@ -93,7 +93,7 @@ def test_the_table_shows_values_lines_and_defaults(recipe: Path) -> None:
     assert "model.layers.0.mlp.up_proj.weight and 1 alike" in lines
     assert f"weight 0.2 to 0.9 {recipe}:9: slices[0].sources[1].parameters.weight" in lines
     assert f"lambda 0.8 {recipe}:16: slices[1].parameters.lambda" in lines
-    assert any(line.startswith("default normalize weights, rescale false, elect weighted") for line in lines)
+    assert any(line.startswith("default normalize weights, rescale none, elect weighted") for line in lines)
     after_legend = shown.stdout.partition("\n\n")[2]
     assert max(map(len, after_legend.splitlines())) <= 160
 

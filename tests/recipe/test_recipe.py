@@ -437,7 +437,7 @@ class TestSettings:
 
     def test_bools_and_words_step_and_do_not_interpolate(self) -> None:
         stepping = load_recipe(TIES.replace("{density: 0.3}", "{rescale: [no, yes], elect: [weighted, count, none]}"))
-        assert [shared(stepping, t=t)["rescale"] for t in (0.0, 0.99, 1.0)] == [False, False, True]
+        assert [shared(stepping, t=t)["rescale"] for t in (0.0, 0.99, 1.0)] == ["none", "none", "l1"]
         assert [shared(stepping, t=t)["elect"] for t in (0.0, 0.5, 0.99, 1.0)] == ["weighted", "count", "count", "none"]
 
     @pytest.mark.parametrize(

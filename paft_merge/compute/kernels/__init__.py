@@ -45,6 +45,9 @@ with the same last 12 address bits: a loop over such strips takes up to three ti
 BINS = 1 << 15
 """Bins of a histogram of magnitudes: the upper 15 bits of a float32 without its sign (8 of exponent, 7 of mantissa)."""
 
+MIDDLE = 1 << 15
+"""Half the range of the lower 16 bits. Squared distances from it are at most 2**30, so that 2**33 entries of a bin fit an int64 sum."""
+
 ELECT = {"none": 0, "weighted": 1, "unweighted": 2, "count": 3}
 """Codes of the ways to elect the sign of an entry; see `methods.rules.consensus`."""
 
@@ -72,7 +75,7 @@ RUN = 64
 histogram = Compiled("thresholds.histogram", "bits.1 bits.2 bool i8.1 i8.2 i8.2 f4.2")
 collect = Compiled("thresholds.collect", "bits.1 bits.2 bool i8.1 u4.1 u4.1 u4.2 i8.2 f4.2")
 locate = Compiled("thresholds.locate", "bits.1 bits.2 bool i8.1 int uint32 int f4.2")
-dropped_l1 = Compiled("thresholds.dropped_l1", "bits.1 bits.2 bool i8.1 int u8.1 u8.1 f8.2 f4.2 f8.2")
+dropped_norms = Compiled("thresholds.dropped_norms", "bits.1 bits.2 bool i8.1 int u8.1 u8.1 bool f8.2 f4.2 f8.2")
 gram = Compiled("merging.gram", "bits.1 bits.2 bool i8.1 f8.2 f4.2 f8.2")
 blend = Compiled(
     "merging.blend", "bits.1 bits.1 bits.2 bool i8.1 int float f4.1 uint64 bool i8.2 f8.2 int u4.2 i8.1 f4.2"

@@ -301,7 +301,7 @@ def consensus(
             with a flat index below `low_cut`.
         high, high_cut: likewise, an upper bound: an entry that passes it is dropped (outliers). `high` of 0xFFFFFFFF drops none.
         shrink: `[n]` float32, subtracted from the magnitude of each survivor (soft thresholding).
-        keep, keys: as in `thresholds.dropped_l1`; `keep` of 2**32 or more drops nothing.
+        keep, keys: as in `thresholds.dropped_norms`; `keep` of 2**32 or more drops nothing.
         elect: a value of ELECT.
         tie_positive: whether a vote of zero elects +; otherwise no source agrees there.
         normalize: a value of NORMALIZE; a divisor of zero counts as one.

@@ -1,4 +1,4 @@
-"""Kernels that find thresholds: histograms of magnitudes, entries within an interval, L1 norms around a random drop."""
+"""Kernels that find thresholds: histograms of magnitudes, entries within an interval, norms around a random drop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.compute.kernels import STRIP
+from paft_merge.compute.kernels import BINS, MIDDLE, STRIP
 from paft_merge.compute.kernels.primitives import (
     GOLDEN,
     MAGNITUDE,
@@ -38,7 +38,8 @@ def histogram(base: Any, sources: Any, subtract: bool, source_desc: Any, counts:
         source_desc: `[K]` int64, fills the block during the loop (see `block_source`); `[0]` for a full block.
         counts: `[n, BINS]` int64; entries of each bin are added.
         lows: `[n, BINS]` int64; the sum of the entries' lower 16 bits is added. With `counts` it gives the L1 norm of a
-            bin without rounding (see `histogram.l1_of_bins`). `[n, 0]` where it is not wanted.
+            bin without rounding (see `histogram.l1_of_bins`). `[n, 2 * BINS]`: then the sum of the squared distances of these
+            bits from `MIDDLE`, for L2 norms (see `histogram.squares_of_bins`). `[n, 0]` where neither is wanted.
         lines: `[2, LINE]` float32, memory.
 
     Returns:
@@ -59,7 +60,14 @@ def histogram(base: Any, sources: Any, subtract: bool, source_desc: Any, counts:
         for i in range(n):
             load(strip_of(sources, i, at, m), minus, values)
             row, low = counts[i], lows[i]
-            if low.size:
+            if low.size > BINS:
+                for j in range(m):
+                    u = bits_of(values[j]) & MAGNITUDE
+                    into, part = np.int64(u >> np.uint32(16)), np.int64(u & np.uint32(0xFFFF))
+                    row[into] += 1
+                    low[into] += part
+                    low[BINS + into] += (part - MIDDLE) * (part - MIDDLE)
+            elif low.size:
                 for j in range(m):
                     u = bits_of(values[j]) & MAGNITUDE
                     row[u >> np.uint32(16)] += 1
@@ -156,16 +164,18 @@ def locate(
 
 
 @jit
-def dropped_l1(
-    base: Any, sources: Any, subtract: bool, source_desc: Any, index: int, keep: Any, keys: Any, sums: Any, lines: Any, lanes: Any
+def dropped_norms(
+    base: Any, sources: Any, subtract: bool, source_desc: Any, index: int, keep: Any, keys: Any, squares: bool, sums: Any, lines: Any,
+    lanes: Any,
 ) -> int:  # fmt: skip
-    """Sum |delta| before and after a random drop.
+    """Sum |delta|, or its square, before and after a random drop.
 
     Args:
         base, sources, subtract, source_desc: as in `histogram`.
         index: flat index of the block's first element in its tensor.
         keep: `[n]` uint64, an entry stays when the upper 32 bits of its random number are below this.
         keys: `[n]` uint64, the SplitMix64 stream of each source.
+        squares: sum squares.
         sums: `[n, 2]` float64; receives the sums before and after.
         lines: `[2, LINE]` float32, memory.
         lanes: `[2 * n, LINE]` float64, memory.
@@ -193,6 +203,7 @@ def dropped_l1(
             z = counter(keys[i], index + start)
             for j in range(m):
                 size_j = abs(np.float64(values[j]))
+                size_j = size_j * size_j if squares else size_j
                 lanes_before[j] += size_j
                 lanes_after[j] += size_j if (mixed(z) >> np.uint64(32)) < bound else 0.0
                 z += GOLDEN

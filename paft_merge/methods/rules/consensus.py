@@ -13,6 +13,7 @@ from paft_merge.methods.rules.rule import Combine, Rule, TensorPass
 from paft_merge.methods.rules.thresholds import (
     EVERYTHING,
     AddUp,
+    Rescale,
     Trim,
     drop_survival,
     rescale_drops,
@@ -38,8 +39,8 @@ class Consensus(Rule):
     sparsifiers: tuple[Trim | Drop, ...]
     """One a source."""
     election: Election
-    rescale: bool = False
-    """Scale each sparsified delta so that it keeps its L1 norm."""
+    rescale: Rescale = "none"
+    """Scale each sparsified delta so that it keeps this norm."""
     trim_scope: Literal["tensor", "global"] = "tensor"
     """`global`: magnitudes are ranked over the whole model (TIES paper); see `rule.rank_over_model`."""
     fixed: tuple[KeepThreshold, ...] | None = None
@@ -60,7 +61,7 @@ class Consensus(Rule):
         """Possible for trims by rank without rescaling; see `Rule.one_pass`."""
         chosen = [self.sparsifiers[i] for i in walk.active]
         trims = [t for t in chosen if isinstance(t, Trim)]
-        if self.rescale or self.fixed is not None or len(trims) < len(chosen):
+        if self.rescale != "none" or self.fixed is not None or len(trims) < len(chosen):
             return None
         return plan_one_pass(trims, self.election.among(walk.active), walk.numel, walk.each, walk.ops, factors)
 
@@ -69,7 +70,7 @@ class Consensus(Rule):
         chosen = [self.sparsifiers[i] for i in active]
         trims = self._trims(chosen)
         if self.fixed is None and any(isinstance(one, Drop) and one.density < 1 for one in chosen):
-            return Walks(DROP_ELECT, (DROPS,) if self.rescale else ())
+            return Walks(DROP_ELECT, (DROPS,) if self.rescale != "none" else ())
         if self.fixed is not None or all(trim.keeps_all(numel) for trim in trims):
             return Walks(ELECT)
         found = trim_walks(trims, numel, rescale=self.rescale)
@@ -85,7 +86,7 @@ class Consensus(Rule):
 
     def trims_by(self, trim: Trim) -> bool:
         """Whether every sparsifier is `trim`, ranked in each tensor and not rescaled."""
-        plain = self.fixed is None and not self.rescale and self.trim_scope == "tensor"
+        plain = self.fixed is None and self.rescale == "none" and self.trim_scope == "tensor"
         return plain and all(one == trim for one in self.sparsifiers)
 
     @property
@@ -111,7 +112,7 @@ class Consensus(Rule):
         chosen = [self.sparsifiers[i] for i in walk.active]
         drops = [drop_survival(t.density, t.key) if isinstance(t, Drop) else KeepThreshold() for t in chosen]
         if any(isinstance(t, Drop) and t.density < 1 for t in chosen):
-            return rescale_drops(drops, walk.each, walk.ops) if self.rescale else drops
+            return drops if self.rescale == "none" else rescale_drops(drops, walk.each, walk.ops, self.rescale)
         trims = self._trims(chosen)
         if all(trim.keeps_all(walk.numel) for trim in trims):
             return drops

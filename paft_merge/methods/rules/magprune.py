@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, Outcome, RankedKeep
+from paft_merge.compute.kernels import SUMS
 from paft_merge.methods.rules.rule import Combine, Rule, TensorPass
-from paft_merge.methods.rules.thresholds import l1_ratio
+from paft_merge.methods.rules.thresholds import Rescale, norm_ratio
 from paft_merge.methods.rules.walks import RANKED, Walks
 
 
@@ -51,7 +52,7 @@ class RankedDrop:
 
 @dataclass(frozen=True)
 class RankedConsensus(Rule):
-    """Drop by rank, rescale to the L1 norm, then elect and add as `consensus.Consensus` does.
+    """Drop by rank, rescale, then elect and add as `consensus.Consensus` does.
 
     Rows run along the second dimension of a tensor, also if more dimensions follow, and a vector is one row, as in mergekit:
     in fused experts `[experts, out, in]` an entry is ranked among those of its input.
@@ -59,7 +60,7 @@ class RankedConsensus(Rule):
 
     drops: tuple[RankedDrop, ...]
     election: Election
-    rescale: bool
+    rescale: Rescale
 
     wants: ClassVar[Literal["deltas"]] = "deltas"
 
@@ -74,11 +75,11 @@ class RankedConsensus(Rule):
 
     def walks(self, numel: int, active: Sequence[int]) -> Walks:
         """Entries are ranked in every walk."""
-        drawn = self.rescale and any(self.drops[i].random for i in active)
+        drawn = self.rescale != "none" and any(self.drops[i].random for i in active)
         return Walks(RANKED, (RANKED,) if drawn else (), made=8 + 2 * len(active))
 
     def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
-        """With `rescale`, measure the L1 norms before and after the drops."""
+        """With `rescale`, measure the norms before and after the drops."""
         shape = walk.shape if len(walk.shape) > 1 else (1, walk.numel)
         length, inner = max(shape[1], 1), max(math.prod(shape[2:]), 1)
         drops = [self.drops[i] for i in walk.active]
@@ -89,11 +90,14 @@ class RankedConsensus(Rule):
             return walk.ops.drop_ranked(block, length, inner, keeps)
 
         survivals = [KeepThreshold()] * len(drops)
-        if self.rescale and any(drop.random for drop in drops):
-            tallies = walk.each(lambda block: (walk.ops.tally(block)[1][:, 0], walk.ops.tally(dropped(block))[1][:, 0]))
+        if self.rescale != "none" and any(drop.random for drop in drops):
+            at = SUMS.index("square" if self.rescale == "l2" else "abs")
+            tallies = walk.each(
+                lambda block: (walk.ops.tally(block)[1][:, at], walk.ops.tally(dropped(block))[1][:, at])
+            )
             for i, drop in enumerate(drops):
                 before, after = (math.fsum(part[k][i] for part in tallies) for k in (0, 1))
-                survivals[i] = KeepThreshold(scale=l1_ratio(before, after) if drop.random else 1.0)
+                survivals[i] = KeepThreshold(scale=norm_ratio(self.rescale, before, after) if drop.random else 1.0)
 
         def combine(block: Block, out: Any, key: int) -> Outcome:
             outcome = walk.ops.consensus(dropped(block), out, survivals, election, key)

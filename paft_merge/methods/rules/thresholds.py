@@ -18,7 +18,7 @@ import xxhash
 
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import NOTHING, Counts, KeepThreshold, Ops
-from paft_merge.compute.histogram import bits_of, l1_of_bins, value_of
+from paft_merge.compute.histogram import bits_of, l1_of_bins, squares_of_bins, value_of
 from paft_merge.compute.kernels import BINS
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.methods.rules.threshold_bounds import (
@@ -75,6 +75,9 @@ class Trim:
 
 EVERYTHING = Trim("density", 1.0)
 
+Rescale = Literal["none", "l1", "l2"]
+"""The norm of a delta that scaling the survivors restores. L1 is mergekit's rule, L2 that of DoTS (arXiv:2605.00610)."""
+
 
 def kept_count(numel: int, density: float) -> int:
     """How many of `numel` entries a density keeps: `int(density * numel)`, at least one; all if it is 1 or more, none if 0 or less.
@@ -96,15 +99,16 @@ def drop_survival(density: float, key: int) -> KeepThreshold:
     return KeepThreshold(keep=min(max(round(density * 2**32), 0), 2**32), key=key)
 
 
-def rescale_drops(survivals: Sequence[KeepThreshold], each: BlockWalk, ops: Ops) -> list[KeepThreshold]:
-    """Scale the survivors of a random drop by (L1 norm before / L1 norm after), as mergekit's DARE does.
+def rescale_drops(
+    survivals: Sequence[KeepThreshold], each: BlockWalk, ops: Ops, rescale: Rescale
+) -> list[KeepThreshold]:
+    """Scale the survivors of a random drop by (norm before / norm after), with the L1 norm as mergekit's DARE does.
 
-    The DARE paper (arXiv:2311.03099) divides by the density instead; the two agree in expectation. Norms under 1e-7 are
-    not rescaled, as in mergekit.
+    The DARE paper (arXiv:2311.03099) divides by the density instead; it agrees with the L1 norm in expectation.
     """
-    blocks = each(lambda block: ops.dropped_l1(block, survivals))
-    norms = [[math.fsum(block[i, k] for block in blocks) for k in (0, 1)] for i in range(len(survivals))]
-    return [replace(s, scale=l1_ratio(*norm)) for s, norm in zip(survivals, norms, strict=True)]
+    blocks = each(lambda block: ops.dropped_norms(block, survivals, squares=rescale == "l2"))
+    sums = [[math.fsum(block[i, k] for block in blocks) for k in (0, 1)] for i in range(len(survivals))]
+    return [replace(s, scale=norm_ratio(rescale, *both)) for s, both in zip(survivals, sums, strict=True)]
 
 
 def trim_survivals(
@@ -113,7 +117,7 @@ def trim_survivals(
     each: BlockWalk,
     ops: Ops,
     *,
-    rescale: bool = False,
+    rescale: Rescale = "none",
     full: tuple[Counts, Counts] | None = None,
 ) -> list[KeepThreshold]:
     """Resolve every source's trim of one tensor into a threshold, reading the tensor at most three times.
@@ -122,7 +126,7 @@ def trim_survivals(
         trims: one a source.
         numel: entries of the tensor.
         each, ops: the walk over its blocks, and the operations on them.
-        rescale: scale the survivors so that the delta keeps its L1 norm.
+        rescale: scale the survivors so that the delta keeps this norm.
         full: the histogram of every source with its lower bits (`Ops.histogram`), if it is known already.
 
     Returns:
@@ -130,18 +134,15 @@ def trim_survivals(
     """
     if numel == 0:
         return [KeepThreshold()] * len(trims)
-    norms = rescale or any(t.rule == "l1_mass" for t in trims)
-    search = _Search(trims, numel, each, ops, norms=norms, full=full)
-    survivals = [search.survival(i) for i in range(len(trims))]
-    return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
+    return _Search(trims, numel, each, ops, rescale=rescale, full=full).survivals
 
 
-def trim_walks(trims: Sequence[Trim], numel: int, *, rescale: bool = False) -> Walks:
+def trim_walks(trims: Sequence[Trim], numel: int, *, rescale: Rescale = "none") -> Walks:
     """The walks with which `trim_survivals` and the merge after it read a tensor, for predictions."""
     ranks = [trim.ranks(numel) for trim in trims]
     masses = any(trim.rule == "l1_mass" and 0 < trim.value < 1 for trim in trims)
-    norms = rescale or any(trim.rule == "l1_mass" for trim in trims)
-    collected = masses + max(map(len, ranks)) + (rescale and any(trim.rule == "epsilon" for trim in trims))
+    norms = rescale != "none" or any(trim.rule == "l1_mass" for trim in trims)
+    collected = masses + max(map(len, ranks)) + (rescale != "none" and any(trim.rule == "epsilon" for trim in trims))
     plain = all(trim.rule in ("density", "count") and not trim.soft for trim in trims)
     return Walks(
         ELECT, (HISTOGRAM_SUMS,) * norms + (COLLECT,) * collected, sampled=any(ranks) and not norms, ties=0.5 if masses else max(map(len, ranks)),
@@ -162,7 +163,13 @@ def count_all(each: BlockWalk, count: Callable[[BlockWalk], Counted]) -> Counted
 
 
 def trim_globally(
-    trims: Sequence[Trim], numel: int, each: BlockWalk, ops: Ops, *, rescale: bool = False, add_up: AddUp = count_all
+    trims: Sequence[Trim],
+    numel: int,
+    each: BlockWalk,
+    ops: Ops,
+    *,
+    rescale: Rescale = "none",
+    add_up: AddUp = count_all,
 ) -> list[KeepThreshold]:
     """Resolve every source's trim over a whole model, as the TIES paper does: one threshold for all its tensors.
 
@@ -177,13 +184,18 @@ def trim_globally(
     """
     if numel == 0:
         return [KeepThreshold()] * len(trims)
-    search = _GlobalSearch(trims, numel, each, ops, norms=True, add_up=add_up)
-    survivals = [search.survival(i) for i in range(len(trims))]
-    return [search.rescaled(i, s) for i, s in enumerate(survivals)] if rescale else survivals
+    return _GlobalSearch(trims, numel, each, ops, rescale=rescale, add_up=add_up).survivals
 
 
-def l1_ratio(before: float, after: float) -> float:
-    """The scale that restores the L1 norm of a sparsified delta; 1 if a norm is under 1e-7, as in mergekit."""
+def norm_ratio(rescale: Rescale, before: float, after: float) -> float:
+    """The scale that restores the norm of a sparsified delta; 1 if a norm is under 1e-7, as in mergekit.
+
+    Args:
+        rescale: `l1`, or `l2`.
+        before, after: sums of the magnitudes; with `l2` of their squares.
+    """
+    if rescale == "l2":
+        before, after = math.sqrt(before), math.sqrt(max(after, 0.0))
     return 1.0 if before < 1e-7 or after < 1e-7 else before / after
 
 
@@ -237,7 +249,7 @@ class _Search:
 
     A source asks for ranks (1 = the largest magnitude): the last entry kept and, for outliers, the last one dropped. A
     rank's threshold is found inside a bracket of magnitudes, which is guessed from a sample, or taken from a full histogram
-    if L1 norms are needed anyway or the guess missed.
+    if norms are needed anyway or the guess missed.
     """
 
     every_tie: ClassVar[bool] = False
@@ -250,18 +262,26 @@ class _Search:
         each: BlockWalk,
         ops: Ops,
         *,
-        norms: bool,
+        rescale: Rescale = "none",
         full: tuple[Counts, Counts] | None = None,
         add_up: AddUp = count_all,
     ) -> None:
         self.trims, self.numel, self.each, self.ops, self.add_up = trims, numel, each, ops, add_up
-        self.full = full or (self._histogram(norms=True) if norms else None)
+        self.rescale = rescale
+        needs_norms = rescale != "none" or self.every_tie or any(trim.rule == "l1_mass" for trim in trims)
+        self.full = full or (self._histogram(2 if rescale == "l2" else 1) if needs_norms else None)
         self.brackets: dict[tuple[int, int], _Found] = {}
         self.ranks = [trim.ranks(numel) for trim in trims]
         for i, rank in self._mass_ranks().items():
             self.ranks[i] = [rank]
         for place in (0, 1):
             self._find({i: ranks[place] for i, ranks in enumerate(self.ranks) if len(ranks) > place})
+
+    @property
+    def survivals(self) -> list[KeepThreshold]:
+        """The threshold of each source, with the scale that `rescale` asks for."""
+        found = [self.survival(i) for i in range(len(self.trims))]
+        return found if self.rescale == "none" else [self.rescaled(i, one) for i, one in enumerate(found)]
 
     def survival(self, i: int) -> KeepThreshold:
         """The threshold of source `i`."""
@@ -278,16 +298,26 @@ class _Search:
         return survival
 
     def rescaled(self, i: int, survival: KeepThreshold) -> KeepThreshold:
-        """`survival` with the scale that restores the L1 norm of source `i`."""
-        assert self.full is not None
-        before = math.fsum(l1_of_bins(self.full[0][i], self.full[1][i]))
+        """`survival` with the scale that restores the norm of source `i`."""
         if survival in (KeepThreshold(), NOTHING):
             return survival
-        kept, mass = self._above(i, survival.low, self.ranks[i][0] if self.ranks[i] else None)
+        before, less = math.fsum(self._norms(i)), survival.shrink
+        kept, mass = self._above(i, survival.low, self.ranks[i][0] if self.ranks[i] else None, less)
         if len(self.ranks[i]) == 2:
-            dropped, lost = self._above(i, survival.high, self.ranks[i][1])
+            dropped, lost = self._above(i, survival.high, self.ranks[i][1], less)
             kept, mass = kept - dropped, mass - lost
-        return replace(survival, scale=l1_ratio(before, mass - kept * survival.shrink))
+        after = mass if self.rescale == "l2" else mass - kept * less
+        return replace(survival, scale=norm_ratio(self.rescale, before, after))
+
+    def _norms(self, i: int, less: float = 0.0) -> Any:
+        """The L1 norm of each bin of source `i`; to restore L2 norms, its sum of squares, `less` taken off each magnitude before."""
+        assert self.full is not None
+        counts, sums = self.full[0][i], self.full[1][i]
+        return squares_of_bins(counts, sums, less) if self.rescale == "l2" else l1_of_bins(counts, sums[:BINS])
+
+    def _size(self, magnitudes: Any, less: float) -> Any:
+        """The share of magnitudes in the sums of `_norms`."""
+        return (magnitudes - less) ** 2 if self.rescale == "l2" else magnitudes
 
     def _mass_ranks(self) -> dict[int, int]:
         """For each `l1_mass` source, how many of its largest entries have that share together (at least one)."""
@@ -295,7 +325,7 @@ class _Search:
         for i, trim in enumerate(self.trims):
             if trim.rule == "l1_mass" and 0 < trim.value < 1:
                 assert self.full is not None
-                norms = l1_of_bins(self.full[0][i], self.full[1][i])
+                norms = l1_of_bins(self.full[0][i], self.full[1][i][:BINS])
                 held = np.cumsum(norms[::-1])
                 goals[i] = trim.value * float(held[-1])
                 place = int(np.searchsorted(held, goals[i]))
@@ -337,26 +367,29 @@ class _Search:
     def _locate(self, i: int, tile: int, bits: int, nth: int) -> int:
         return self.each(lambda block: self.ops.locate(block, i, bits, nth), tiles=[tile])[0]
 
-    def _above(self, i: int, low: int, rank: int | None) -> tuple[int, float]:
-        """How many entries of source `i` pass a threshold, and their L1 norm; `rank` is that number where ties are cut."""
+    def _above(self, i: int, low: int, rank: int | None, less: float) -> tuple[int, float]:
+        """How many entries of source `i` pass a threshold, and the sum of their sizes; `rank` is that number where ties are cut."""
         assert self.full is not None
-        norms, top = l1_of_bins(self.full[0][i], self.full[1][i]), low >> 16
+        norms, top = self._norms(i, less), low >> 16
         bracket = self.brackets[i, rank] if rank else self._gather({i: _bin(top)})[i]
         bits, often = bracket.merged()
         over = bits > low
         count = int(self.full[0][i][top + 1 :].sum()) + int(often[over].sum())
-        mass = math.fsum([*norms[top + 1 :], *(bits[over].view(np.float32).astype(np.float64) * often[over])])
+        sizes = self._size(bits[over].view(np.float32).astype(np.float64), less)
+        mass = math.fsum([*norms[top + 1 :], *(sizes * often[over])])
         equal = int(often[bits == low].sum()) if rank else 0
         ties = equal if self.every_tie or not rank else min(rank - count, equal)
-        return count + ties, mass + ties * value_of(low)
+        return count + ties, mass + ties * self._size(value_of(low), less)
 
-    def _histogram(self, *, norms: bool = False) -> tuple[Counts, Counts]:
+    def _histogram(self, sums: int = 0) -> tuple[Counts, Counts]:
+        """The histogram of every source; see `Ops.histogram`."""
+
         def count(each: BlockWalk) -> Counted:
             n, lock = len(self.trims), Lock()
-            counts, lows = np.zeros((n, BINS), np.int64), np.zeros((n, BINS if norms else 0), np.int64)
+            counts, lows = np.zeros((n, BINS), np.int64), np.zeros((n, sums * BINS), np.int64)
 
             def work(block: Any) -> None:
-                some, low = self.ops.histogram(block, norms)
+                some, low = self.ops.histogram(block, sums)
                 with lock:  # integers: the order of blocks does not matter
                     np.add(counts, some, out=counts)
                     np.add(lows, low, out=lows)
