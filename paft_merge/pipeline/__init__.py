@@ -5,6 +5,7 @@ those that are not finished. `plan` stops before the execution.
 
 schema             the recipe as frozen models
 overrides          `--set key=value`
+sweeps             values of parameters that a comparison tries one by one
 arms               variants of adapters, and the merges of a comparison
 steps              steps, their fingerprints, and the arms of the table
 fingerprints       digests of files

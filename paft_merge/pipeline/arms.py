@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from paft_merge.errors import Problems
 from paft_merge.methods import METHODS
 from paft_merge.pipeline.schema import CompareSpec, RunRecipe
+from paft_merge.pipeline.sweeps import at_point, axes_of, check_sweeps, named, points_of
 from paft_merge.recipe.yaml_source import did_you_mean
 
 MERGES: Mapping[str, Mapping[str, Any]] = {
@@ -56,6 +57,10 @@ class Arm:
     """The model, or a base and the adapters on it."""
     needs: tuple[str, ...] = ()
     """Names of the steps that make it."""
+    frontier: str = ""
+    """Name of the frontier that this arm is a point of."""
+    point: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The swept values of this point, by name."""
 
     @property
     def slug(self) -> str:
@@ -120,16 +125,15 @@ def check_compare(recipe: RunRecipe, problems: Problems) -> None:
         if named is not None and named not in names:
             fix = did_you_mean(named, names) or f"adapters are {', '.join(names)}"
             problems.add("COMPARE", recipe.where("compare", key), f"no adapter {named!r}", fix)
-    folders = dict[str, str]()
-    for name, _, steps in merges_of(recipe):
-        slug = Arm(f"parallel {name}", "", None, ()).slug
-        if len(slug) > _LONGEST:
-            what, fix = f"the name of the arm has {len(name)} characters", f"at most {_LONGEST - 9} are possible"
-            problems.add("COMPARE", recipe.where(*steps), what, fix)
-        elif slug in folders:
-            what = f"the arms {folders[slug]!r} and {name!r} would have one folder, {slug}"
-            problems.add("COMPARE", recipe.where(*steps), what, "let their names differ in letters or digits")
-        folders.setdefault(slug, name)
+    check_sweeps(compare.weights, compare.methods, names, roles(recipe)[1], recipe.where, problems)
+    with problems.catching(recipe.where("compare", "methods")):
+        _check_folders(recipe, problems)
+    if recipe.evaluate is not None and not recipe.evaluate.needs_lm_eval:
+        for at, metric in enumerate(compare.frontier or ()):
+            if metric not in recipe.evaluate.metrics:
+                known = list(recipe.evaluate.metrics)
+                fix = did_you_mean(metric, known) or f"evaluations are {', '.join(known)}"
+                problems.add("COMPARE", recipe.where("compare", "frontier", at), f"no evaluation {metric!r}", fix)
     skill, preference = roles(recipe)
     arms, where = arms_wanted(recipe), recipe.where("compare")
     if "sequential" in arms and recipe.existing and preference not in recipe.adapters:
@@ -148,8 +152,36 @@ def check_compare(recipe: RunRecipe, problems: Problems) -> None:
             problems.add("COMPARE", recipe.where("compare", "sft"), f"{skill} is not trained sparse", fix)
 
 
-def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple[str | int, ...]]]:
-    """Yield every merge recipe under `compare: {methods: ...}`: its name, the recipe, and its key path."""
+def _check_folders(recipe: RunRecipe, problems: Problems) -> None:
+    """Add the merges of `parallel` whose folders would have long names or the same name."""
+    folders = dict[str, str]()
+    for name, _, steps, *_ in merges_of(recipe):
+        slug = Arm(f"parallel {name}", "", None, ()).slug
+        if len(slug) > _LONGEST:
+            what, fix = f"the name of the arm has {len(name)} characters", f"at most {_LONGEST - 9} are possible"
+            problems.add("COMPARE", recipe.where(*steps), what, fix)
+        elif slug in folders:
+            what = f"the arms {folders[slug]!r} and {name!r} would have one folder, {slug}"
+            problems.add("COMPARE", recipe.where(*steps), what, "let their names differ in letters or digits")
+        folders.setdefault(slug, name)
+
+
+class ComparedMerge(NamedTuple):
+    """A merge of `parallel`."""
+
+    name: str
+    written: Mapping[str, Any]
+    """The merge recipe, with adapters by name."""
+    steps: tuple[str | int, ...]
+    """Its key path in the run's recipe."""
+    frontier: str = ""
+    """The name of its method if that is swept."""
+    point: Mapping[str, Any] = {}
+    """The swept values, by name."""
+
+
+def merges_of(recipe: RunRecipe) -> Iterator[ComparedMerge]:
+    """Yield every merge recipe under `compare: {methods: ...}`; a method that is swept gives one for each point."""
     together = list(merged_together(recipe).values())
     if recipe.compare is None or "parallel" not in arms_wanted(recipe) or not together:
         return
@@ -162,9 +194,13 @@ def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple
         method = str(written["merge_method"])
         name = str(written.pop("name", None) or method)
         seen[name] = seen.get(name, 0) + 1
-        known = MERGES.get(method, {}) if isinstance(given, str) else {}
+        name = f"{name} {seen[name]}" if seen[name] > 1 else name
+        axes = axes_of(given, recipe.compare.weights, names, roles(recipe)[1])
+        swept = {axis.adapter for axis in axes if axis.adapter}
+        plain = isinstance(given, str) or (written.pop("sweep", None) is not None and "parameters" not in given)
+        known = MERGES.get(method, {}) if plain else {}
         if "models" not in written and "slices" not in written:
-            written["models"] = _models(recipe, names, method, written.get("parameters"))
+            written["models"] = _models(recipe, names, method, written.get("parameters"), swept)
         if known.get("parameters"):
             written["parameters"] = dict(known["parameters"])
         if method == "slerp" and "base_model" not in written:
@@ -172,19 +208,28 @@ def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple
         for key in ("out_dtype", "dtype", "rounding", "seed"):
             if recipe.merge is not None and key in recipe.merge.data and key not in written:
                 written[key] = recipe.merge.data[key]
-        yield (f"{name} {seen[name]}" if seen[name] > 1 else name), written, ("compare", "methods", at)
+        steps = ("compare", "methods", at)
+        if not axes:
+            yield ComparedMerge(name, written, steps)
+        for values in points_of(axes):
+            point = named(axes, values)
+            label = " ".join(f"{axis}={value}" for axis, value in point.items())
+            yield ComparedMerge(f"{name} {label}", at_point(written, axes, values), steps, name, point)
 
 
-def _models(recipe: RunRecipe, names: list[str], method: str, parameters: Any) -> list[dict[str, Any]]:
+def _models(
+    recipe: RunRecipe, names: list[str], method: str, parameters: Any, swept: Collection[str]
+) -> list[dict[str, Any]]:
     """The models of a merge under `compare: {methods: ...}` that lists none.
 
     Their weights are those of `merge:`, which may balance deltas of different sizes. If it has none for these adapters,
-    they are those of `MERGES`. A weight in the `parameters` of the method holds instead of both.
+    they are those of `MERGES`. A weight in the `parameters` of the method holds instead of both. Beside swept weights,
+    a method that divides by the sum of the weights has weights of 1 too, so that a swept weight means the same in each.
     """
     weights: dict[str, Any] = {}
     known = METHODS.get(method)
     if "weight" not in (parameters if isinstance(parameters, dict) else {}):
-        default = MERGES.get(method, {}).get("weight")
+        default = 1.0 if swept else MERGES.get(method, {}).get("weight")
         weights = {} if default is None else dict.fromkeys(names, 1 / len(names) if default == 0.5 else default)
         if known and known.parameter("weight") and (balance := _weights_of_merge(recipe, names)):
             weights = balance

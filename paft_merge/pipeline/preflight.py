@@ -99,8 +99,9 @@ def _check_existing(recipe: RunRecipe, problems: Problems) -> None:
 def _check_merges(recipe: RunRecipe, problems: Problems) -> None:
     if recipe.merge is not None:
         check_merge(recipe, recipe.merge.data, ("merge",), problems)
-    for _, data, steps in merges_of(recipe):
-        check_merge(recipe, data, steps, problems)
+    for merge in merges_of(recipe):
+        check_merge(recipe, merge.written, merge.steps, problems)
+    problems.found = list(dict.fromkeys(problems.found))  # the points of a sweep share most of their recipe
 
 
 def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | int, ...], problems: Problems) -> None:

@@ -13,6 +13,7 @@ from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
 from paft_merge.pipeline.overrides import overridden
+from paft_merge.pipeline.sweeps import Weights, check_sweep
 from paft_merge.recipe.sections import Section, as_list, beside_recipe, read_section, refuse_merge_recipe
 from paft_merge.recipe.yaml_source import Located, did_you_mean, load_yaml, show
 from paft_merge.training.schema import AdapterSpec, is_existing, read_adapters
@@ -62,7 +63,14 @@ class CompareSpec(Section):
     methods: Annotated[list[str | dict[str, Any]], BeforeValidator(as_list)] = Field(
         default_factory=lambda: list[str | dict[str, Any]]((*PAPER_METHODS, *OUR_METHODS))
     )
-    """Names of methods, or whole merge recipes (`models` is optional; `name` is the name in the table)."""
+    """Names of methods, or whole merge recipes (`models` is optional; `name` is the name in the table). `sweep: {weight:
+    [...], density: [...]}` makes an arm of every combination of values: together they are the method's frontier."""
+    weights: Weights | None = None
+    """The weights of the preference adapter to sweep in every method that has weights and sets none itself; or a grid of
+    weights by adapter."""
+    frontier: Annotated[list[str], Field(min_length=2, max_length=3)] | None = None
+    """The evaluations of the plot: its two axes and, optionally, the shade of its points. By default the first three of
+    `evaluate: {metrics: ...}`, if there is a sweep."""
 
     @field_validator("methods")
     @classmethod
@@ -70,6 +78,22 @@ class CompareSpec(Section):
         for one in given:
             if isinstance(one, dict) and "merge_method" not in one:
                 raise ValueError("a merge recipe needs merge_method")
+            if isinstance(one, dict) and "sweep" in one:
+                check_sweep(one["sweep"])
+        return given
+
+    @field_validator("weights")
+    @classmethod
+    def _differing(cls, given: Any) -> Any:
+        if given is not None:
+            check_sweep({"weight": given})
+        return given
+
+    @field_validator("frontier")
+    @classmethod
+    def _two_axes(cls, given: list[str] | None) -> list[str] | None:
+        if given and len(set(given)) < len(given):
+            raise ValueError("the evaluations of a plot must differ")
         return given
 
 

@@ -503,11 +503,12 @@ def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:
             yield Arm(_suffixed("sequential", key, chosen), "sequential", seed, (str(model), str(adapter)), needs)
     together = merged_together(recipe)
     for key, variants in together.items():
-        for name, written, _ in merges_of(recipe):
-            label = _suffixed(f"parallel {name}", key, together)
+        for merge in merges_of(recipe):
+            label = _suffixed(f"parallel {merge.name}", key, together)
+            frontier = _suffixed(f"parallel {merge.frontier}", key, together) if merge.frontier else ""
             slug = Arm(label, "", seed, ()).slug
-            step = planner.merged(seed, slug, place / "arms" / slug, written, variants)
-            yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,))
+            step = planner.merged(seed, slug, place / "arms" / slug, merge.written, variants)
+            yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,), frontier, merge.point)
     if recipe.merge is not None:
         every = [Variant(name) for name in recipe.names]
         step = planner.merged(seed, "merged", place / "merged", recipe.merge.data, every)
