@@ -14,7 +14,7 @@ from paft_merge.errors import Problems, TrainError
 from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import suggestion
 from paft_merge.training.child_process import match_in_time
-from paft_merge.training.schema import AdapterSpec
+from paft_merge.training.schema import AdapterSpec, trained_parts
 
 _ROUNDS = {
     "max_steps": "sampling.rounds, samples_per_round and inner_passes decide",
@@ -146,6 +146,16 @@ def check_shared(parts: Mapping[str, Any], name: str) -> None:
             "TRAINING", f"{name}: training.auto_find_batch_size", "is not possible for a mixed adapter", "remove it"
         )
     problems.raise_as(TrainError)
+
+
+def check_one_optimizer(spec: AdapterSpec, name: str) -> None:
+    """Check the TRL configs of a mixed adapter's parts, without their data; TrainError TRAINING with every problem."""
+    problems, made = Problems(), dict[str, Any]()
+    for part, section in trained_parts(spec).items():
+        with problems.catching():
+            made[part] = training_arguments(section, Path("checkpoints"), f"{name}.{part}")
+    problems.raise_as(TrainError)
+    check_shared(made, name)
 
 
 def _renamed(given: dict[str, Any], known: list[str]) -> dict[str, Any]:

@@ -410,7 +410,7 @@ def _with_parts(located: Located, sections: Mapping[Any, Any], specs: Mapping[st
     Raises:
         RecipeError: ADAPTERS, a name that is not an adapter that the recipe trains, or that is there twice.
     """
-    names = as_list(located.data.get("parts"))
+    names = located.data.get("parts")
     if not isinstance(names, list):
         return located
     problems, where = Problems(), located.spot(("parts",))
