@@ -5,7 +5,9 @@ those that are not finished. `plan` stops before the execution.
 
 schema             the recipe as frozen models
 overrides          `--set key=value`
+sweeps             values of parameters that a comparison tries one by one
 arms               variants of adapters, and the merges of a comparison
+adapter_sections   sections of the adapters that are trained
 steps              steps, their fingerprints, and the arms of the table
 fingerprints       digests of files
 preflight          checks before anything is run
@@ -239,8 +241,7 @@ def _announce_code(ready: Planned) -> None:
             announce(task, beside_recipe(task, recipe.folder))
     for step in ready.todo:
         if isinstance(step.job, Train):
-            spec = recipe.adapters[step.job.adapter.removesuffix("-dense")]
-            names = [reward.function for reward in spec.reward]
+            names = [reward.function for name in step.job.named for reward in recipe.adapters[name].reward]
         else:
             names = (
                 [metrics[step.job.metric].function]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from paft_merge.errors import Problems
 from paft_merge.methods import METHODS
-from paft_merge.pipeline.schema import CompareSpec, RunRecipe
+from paft_merge.pipeline.schema import CompareSpec, PolishSpec, RunRecipe
+from paft_merge.pipeline.sweeps import at_point, axes_of, check_sweeps, named, points_of
 from paft_merge.recipe.yaml_source import did_you_mean
+from paft_merge.training.schema import SAMPLING
 
 MERGES: Mapping[str, Mapping[str, Any]] = {
     "linear": {"weight": 0.5},
@@ -37,11 +39,17 @@ class Variant:
     adapter: str
     """Name in the recipe."""
     dense: bool = False
+    begin: float = 0.0
+    end: float = 1.0
+    """The part of its steps that is trained, as shares of them."""
+    beta: float | None = None
+    """Beta of its objective instead of the recipe's."""
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"{self.adapter}-dense" if self.dense else self.adapter
+        steps = f"-steps{self.begin:g}-{self.end:g}" if (self.begin, self.end) != (0.0, 1.0) else ""
+        return f"{self.adapter}{'-dense' * self.dense}{steps}{'' if self.beta is None else f'-beta{self.beta!r}'}"
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,16 @@ class Arm:
 
     name: str
     group: str
-    """`base`, `individual`, `sequential`, `parallel`, or `merge`: the recipe's own."""
+    """`base`, `individual`, `sequential` (in any order), `parallel`, `mixed`, `polish`, or `merge`: the recipe's own."""
     seed: int | None
     parts: tuple[str, ...]
     """The model, or a base and the adapters on it."""
     needs: tuple[str, ...] = ()
     """Names of the steps that make it."""
+    frontier: str = ""
+    """Name of the frontier that this arm is a point of."""
+    point: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The swept values of this point, by name."""
 
     @property
     def slug(self) -> str:
@@ -67,7 +79,7 @@ def roles(recipe: RunRecipe) -> tuple[str | None, str | None]:
     """The names of the skill and the preference adapter: those under `compare`, else the first with a fitting objective."""
     compare = recipe.compare or CompareSpec()  # an existing adapter has a role only where `compare` names it
     first = [name for name, spec in recipe.adapters.items() if spec.objective in ("sft", "ift")]
-    then = [name for name, spec in recipe.adapters.items() if spec.objective not in ("sft", "ift", "orpo")]
+    then = [name for name, spec in recipe.adapters.items() if spec.objective not in ("sft", "ift", "orpo", "mixed")]
     return compare.skill or next(iter(first), None), compare.preference or next(iter(then), None)
 
 
@@ -101,12 +113,25 @@ def arms_wanted(recipe: RunRecipe) -> list[str]:
     return [arm for arm in recipe.compare.arms if arm != "sequential"]
 
 
+def chains(recipe: RunRecipe) -> dict[str, list[Variant]]:
+    """The adapters of `order`, else the skill and the preference, by the skill's variant (`dense` or `l1`); none if a role is open."""
+    order, (skill, preference) = recipe.compare.order if recipe.compare else None, roles(recipe)
+    names = order or ([skill, preference] if skill and preference else [])
+    kinds = skills(recipe) if skill in names else {"": None}
+    return {key: [kind if kind and n == skill else Variant(n) for n in names] for key, kind in kinds.items() if names}
+
+
 def merged_together(recipe: RunRecipe) -> dict[str, list[Variant]]:
-    """The adapters that `parallel` merges: the skill (by `dense` or `l1`) and the preference, else all of the recipe."""
+    """The adapters that `parallel` merges: those of `chains`, else all of the recipe that have one objective."""
+    mixed = [name for name, spec in recipe.adapters.items() if spec.objective == "mixed"]
+    return chains(recipe) or {"": [Variant(name) for name in recipe.names if name not in mixed]}
+
+
+def polished(recipe: RunRecipe) -> str | None:
+    """The adapter that `polish` trains after the merge."""
+    spec = (recipe.compare and recipe.compare.polish) or PolishSpec()
     skill, preference = roles(recipe)
-    if skill and preference:
-        return {key: [variant, Variant(preference)] for key, variant in skills(recipe).items()}
-    return {"": [Variant(name) for name in recipe.names]}
+    return {"skill": skill, "preference": preference}.get(spec.trained, spec.trained)
 
 
 def check_compare(recipe: RunRecipe, problems: Problems) -> None:
@@ -120,26 +145,23 @@ def check_compare(recipe: RunRecipe, problems: Problems) -> None:
         if named is not None and named not in names:
             fix = did_you_mean(named, names) or f"adapters are {', '.join(names)}"
             problems.add("COMPARE", recipe.where("compare", key), f"no adapter {named!r}", fix)
-    folders = dict[str, str]()
-    for name, _, steps in merges_of(recipe):
-        slug = Arm(f"parallel {name}", "", None, ()).slug
-        if len(slug) > _LONGEST:
-            what, fix = f"the name of the arm has {len(name)} characters", f"at most {_LONGEST - 9} are possible"
-            problems.add("COMPARE", recipe.where(*steps), what, fix)
-        elif slug in folders:
-            what = f"the arms {folders[slug]!r} and {name!r} would have one folder, {slug}"
-            problems.add("COMPARE", recipe.where(*steps), what, "let their names differ in letters or digits")
-        folders.setdefault(slug, name)
-    skill, preference = roles(recipe)
+    check_sweeps(compare.weights, compare.methods, names, roles(recipe)[1], recipe.where, problems)
+    with problems.catching(recipe.where("compare", "methods")):
+        _check_folders(recipe, problems)
+    if recipe.evaluate is not None and not recipe.evaluate.needs_lm_eval:
+        for at, metric in enumerate(compare.frontier or ()):
+            if metric not in recipe.evaluate.metrics:
+                known = list(recipe.evaluate.metrics)
+                fix = did_you_mean(metric, known) or f"evaluations are {', '.join(known)}"
+                problems.add("COMPARE", recipe.where("compare", "frontier", at), f"no evaluation {metric!r}", fix)
+    for at, name in enumerate(compare.order or ()):
+        if name not in names:
+            fix = did_you_mean(name, names) or f"adapters are {', '.join(names)}"
+            problems.add("COMPARE", recipe.where("compare", "order", at), f"no adapter {name!r}", fix)
+    skill, _ = roles(recipe)
     arms, where = arms_wanted(recipe), recipe.where("compare")
-    if "sequential" in arms and recipe.existing and preference not in recipe.adapters:
-        done = preference or "each adapter of this recipe"
-        what = f"sequential trains the preference adapter on the merged skill model, and {done} exists already"
-        problems.add("COMPARE", where, what, "leave sequential out of arms")
-    elif "sequential" in arms and (skill is None or preference is None):
-        what = "sequential needs an adapter for the skill and one for the preference"
-        problems.add("COMPARE", where, what, "name them with skill: and preference:")
-    elif "parallel" in arms and len(names) < 2:
+    _check_trained_arms(recipe, arms, problems)
+    if "parallel" in arms and len(names) < 2:
         problems.add("COMPARE", where, "parallel merges adapters, and there is only one", "leave parallel out of arms")
     elif skill in recipe.adapters and "l1" in (compare.sft or ()):
         spec = recipe.adapters[str(skill)]
@@ -148,8 +170,103 @@ def check_compare(recipe: RunRecipe, problems: Problems) -> None:
             problems.add("COMPARE", recipe.where("compare", "sft"), f"{skill} is not trained sparse", fix)
 
 
-def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple[str | int, ...]]]:
-    """Yield every merge recipe under `compare: {methods: ...}`: its name, the recipe, and its key path."""
+_TRAINED = {
+    "sequential": "sequential trains the preference adapter on the merged skill model",
+    "sequential_reversed": "sequential_reversed trains the skill adapter on the merged preference model",
+    "mixed": "mixed trains one adapter on the objectives of all",
+    "polish": "polish trains one adapter further after the merge",
+}
+"""The arms that train, and what they do."""
+
+
+def _check_trained_arms(recipe: RunRecipe, arms: Sequence[str], problems: Problems) -> None:
+    """Add the arms that train adapters that exist already or are not known, and settings of arms that are not asked for."""
+    compare, (skill, preference), where = recipe.compare or CompareSpec(), roles(recipe), recipe.where("compare")
+    order = compare.order or [name for name in (skill, preference) if name]
+    for arm, does in _TRAINED.items():
+        if arm not in arms:
+            if getattr(compare, arm, None) is not None:
+                place = recipe.where("compare", arm)
+                problems.add("COMPARE", place, f"{arm} is not among the arms", f"add {arm} to arms, or remove this")
+            continue
+        of: dict[str, Sequence[str | None]] = {
+            "sequential": order[1:], "sequential_reversed": order[:-1], "mixed": order, "polish": [polished(recipe)],
+        }  # fmt: skip
+        trained = of[arm] if len(order) > 1 else [skill if arm == "sequential_reversed" else preference]
+        existing = [name for name in trained if name not in recipe.adapters]
+        if recipe.existing and existing and (existing[0] is None or existing[0] in recipe.existing):
+            done = existing[0] or "each adapter of this recipe"
+            problems.add("COMPARE", where, f"{does}, and {done} exists already", f"leave {arm} out of arms")
+        elif len(order) < 2:
+            what = f"{arm} needs an adapter for the skill and one for the preference"
+            problems.add("COMPARE", where, what, "name them with skill: and preference:")
+        elif not existing:
+            _check_settings(recipe, arm, order, problems)
+
+
+def _check_settings(recipe: RunRecipe, arm: str, order: Sequence[str], problems: Problems) -> None:
+    """Add the settings of an arm that its adapters do not allow."""
+    compare = recipe.compare or CompareSpec()
+
+    def check_steps(name: str, shares: Sequence[float], *path: str) -> None:
+        spec, place = recipe.adapters[name], recipe.where("compare", *path)
+        if spec.objective in SAMPLING:
+            what = f"{name} is trained in rounds ({spec.objective}), which cannot be shortened by steps"
+            problems.add("COMPARE", place, what, f"use another adapter, or leave {path[0]} out")
+        steps = spec.training.get("max_steps", -1)
+        for share in shares:
+            if isinstance(steps, int) and steps > 0 and not 0 < round(steps * share) < steps:
+                what = f"{share:g} of {steps} steps of {name} is {round(steps * share)} steps"
+                problems.add("COMPARE", place, what, "leave at least one step on each side")
+
+    if arm == "sequential" and compare.sequential:
+        if compare.sequential.beta and (objective := recipe.adapters[order[-1]].objective) not in _WITH_BETA:
+            place, what = recipe.where("compare", arm, "beta"), f"{order[-1]} ({objective}) has no beta"
+            problems.add("COMPARE", place, what, "remove beta")
+        check_steps(order[-1], compare.sequential.steps or (), arm, "steps") if compare.sequential.steps else None
+    if arm == "polish":
+        spec, last = compare.polish or PolishSpec(), polished(recipe)
+        if last not in order:
+            place, what = recipe.where("compare", arm, "with"), f"{last} is not among the merged adapters"
+            problems.add("COMPARE", place, what, did_you_mean(last, order) or f"these are {', '.join(order)}")
+        else:
+            check_steps(str(last), spec.share, arm, "share")
+
+
+_WITH_BETA = ("dpo", "orpo", "on_policy", "rloo", "grpo")
+"""Objectives that have a beta."""
+
+
+def _check_folders(recipe: RunRecipe, problems: Problems) -> None:
+    """Add the merges of `parallel` whose folders would have long names or the same name."""
+    folders = dict[str, str]()
+    for name, _, steps, *_ in merges_of(recipe):
+        slug = Arm(f"parallel {name}", "", None, ()).slug
+        if len(slug) > _LONGEST:
+            what, fix = f"the name of the arm has {len(name)} characters", f"at most {_LONGEST - 9} are possible"
+            problems.add("COMPARE", recipe.where(*steps), what, fix)
+        elif slug in folders:
+            what = f"the arms {folders[slug]!r} and {name!r} would have one folder, {slug}"
+            problems.add("COMPARE", recipe.where(*steps), what, "let their names differ in letters or digits")
+        folders.setdefault(slug, name)
+
+
+class ComparedMerge(NamedTuple):
+    """A merge of `parallel`."""
+
+    name: str
+    written: Mapping[str, Any]
+    """The merge recipe, with adapters by name."""
+    steps: tuple[str | int, ...]
+    """Its key path in the run's recipe."""
+    frontier: str = ""
+    """The name of its method if that is swept."""
+    point: Mapping[str, Any] = {}
+    """The swept values, by name."""
+
+
+def merges_of(recipe: RunRecipe) -> Iterator[ComparedMerge]:
+    """Yield every merge recipe under `compare: {methods: ...}`; a method that is swept gives one for each point."""
     together = list(merged_together(recipe).values())
     if recipe.compare is None or "parallel" not in arms_wanted(recipe) or not together:
         return
@@ -162,9 +279,13 @@ def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple
         method = str(written["merge_method"])
         name = str(written.pop("name", None) or method)
         seen[name] = seen.get(name, 0) + 1
-        known = MERGES.get(method, {}) if isinstance(given, str) else {}
+        name = f"{name} {seen[name]}" if seen[name] > 1 else name
+        axes = axes_of(given, recipe.compare.weights, names, roles(recipe)[1])
+        swept = {axis.adapter for axis in axes if axis.adapter}
+        plain = isinstance(given, str) or (written.pop("sweep", None) is not None and "parameters" not in given)
+        known = MERGES.get(method, {}) if plain else {}
         if "models" not in written and "slices" not in written:
-            written["models"] = _models(recipe, names, method, written.get("parameters"))
+            written["models"] = _models(recipe, names, method, written.get("parameters"), swept)
         if known.get("parameters"):
             written["parameters"] = dict(known["parameters"])
         if method == "slerp" and "base_model" not in written:
@@ -172,19 +293,38 @@ def merges_of(recipe: RunRecipe) -> Iterator[tuple[str, Mapping[str, Any], tuple
         for key in ("out_dtype", "dtype", "rounding", "seed"):
             if recipe.merge is not None and key in recipe.merge.data and key not in written:
                 written[key] = recipe.merge.data[key]
-        yield (f"{name} {seen[name]}" if seen[name] > 1 else name), written, ("compare", "methods", at)
+        steps = ("compare", "methods", at)
+        if not axes:
+            yield ComparedMerge(name, written, steps)
+        for values in points_of(axes):
+            point = named(axes, values)
+            label = " ".join(f"{axis}={value}" for axis, value in point.items())
+            yield ComparedMerge(f"{name} {label}", at_point(written, axes, values), steps, name, point)
 
 
-def _models(recipe: RunRecipe, names: list[str], method: str, parameters: Any) -> list[dict[str, Any]]:
+def merge_before_polish(recipe: RunRecipe) -> ComparedMerge:
+    """The merge recipe of the arm `polish`: the one that it names, else that of `merge:`, else `l1_ties`."""
+    compare = recipe.compare or CompareSpec()
+    given = compare.polish.merge if compare.polish else None
+    if given is None and recipe.merge is not None:
+        return ComparedMerge("merge", recipe.merge.data, ("merge",))
+    alone = compare.model_copy(update={"arms": ["parallel"], "methods": [given or "l1_ties"], "weights": None})
+    return next(merges_of(replace(recipe, compare=alone)))._replace(steps=("compare", "polish", "merge"))
+
+
+def _models(
+    recipe: RunRecipe, names: list[str], method: str, parameters: Any, swept: Collection[str]
+) -> list[dict[str, Any]]:
     """The models of a merge under `compare: {methods: ...}` that lists none.
 
     Their weights are those of `merge:`, which may balance deltas of different sizes. If it has none for these adapters,
-    they are those of `MERGES`. A weight in the `parameters` of the method holds instead of both.
+    they are those of `MERGES`. A weight in the `parameters` of the method holds instead of both. Beside swept weights,
+    a method that divides by the sum of the weights has weights of 1 too, so that a swept weight means the same in each.
     """
     weights: dict[str, Any] = {}
     known = METHODS.get(method)
     if "weight" not in (parameters if isinstance(parameters, dict) else {}):
-        default = MERGES.get(method, {}).get("weight")
+        default = 1.0 if swept else MERGES.get(method, {}).get("weight")
         weights = {} if default is None else dict.fromkeys(names, 1 / len(names) if default == 0.5 else default)
         if known and known.parameter("weight") and (balance := _weights_of_merge(recipe, names)):
             weights = balance

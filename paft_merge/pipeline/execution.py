@@ -334,6 +334,6 @@ def _facts(step: Step) -> dict[str, Any]:
     record = json.loads((step.out / DONE_FILE).read_text(encoding="utf-8"))
     delta, run = record["delta"], record["run"]
     return {
-        "steps": run["steps"], "train_loss": run["train_loss"], "norm": delta["norm"],
+        "steps": run["steps"], "seconds": run.get("seconds"), "tokens": run.get("tokens"), "train_loss": run["train_loss"], "norm": delta["norm"],
         "below_epsilon": delta["below_epsilon"],
     }  # fmt: skip

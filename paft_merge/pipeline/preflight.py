@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from paft_merge.hub import is_repository, resolve
 from paft_merge.hub.run_checkpoints import expand
 from paft_merge.inputs.architecture import bounded_modules
 from paft_merge.inputs.model_config import refuse_odd_files
-from paft_merge.pipeline.arms import check_compare, merges_of, variants_of
+from paft_merge.pipeline.adapter_sections import mixed_section
+from paft_merge.pipeline.arms import arms_wanted, chains, check_compare, merge_before_polish, merges_of, variants_of
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
 from paft_merge.pipeline.trained_templates import check_turns
@@ -24,6 +26,7 @@ from paft_merge.recipe.sections import beside_recipe, not_found
 from paft_merge.recipe.yaml_source import KeyPath, Located, did_you_mean
 from paft_merge.stores import has_scheme, shown
 from paft_merge.training.consent import check_code
+from paft_merge.training.schema import read_adapter
 
 
 def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
@@ -38,6 +41,7 @@ def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
     _check_existing(recipe, problems)
     if not problems.found:
         _check_merges(recipe, problems)
+        _check_mixed(recipe, problems)
     _check_audit(recipe, problems)
     for name, adapter in recipe.adapters.items():
         with problems.catching(recipe.where("adapters", name)):
@@ -99,8 +103,23 @@ def _check_existing(recipe: RunRecipe, problems: Problems) -> None:
 def _check_merges(recipe: RunRecipe, problems: Problems) -> None:
     if recipe.merge is not None:
         check_merge(recipe, recipe.merge.data, ("merge",), problems)
-    for _, data, steps in merges_of(recipe):
-        check_merge(recipe, data, steps, problems)
+    polish = [merge_before_polish(recipe)] if "polish" in arms_wanted(recipe) else []
+    for merge in (*merges_of(recipe), *polish):
+        check_merge(recipe, merge.written, merge.steps, problems)
+    problems.found = list(dict.fromkeys(problems.found))  # the points of a sweep share most of their recipe
+
+
+def _check_mixed(recipe: RunRecipe, problems: Problems) -> None:
+    """Check that one adapter can be trained on the objectives of the arm `mixed`."""
+    if recipe.compare is None or "mixed" not in arms_wanted(recipe):
+        return
+    ratio = recipe.compare.mixed.ratio if recipe.compare.mixed else None
+    for one in ratio if isinstance(ratio, list) else [ratio]:
+        for chain in chains(recipe).values():
+            section = mixed_section(recipe, chain, None, one)
+            with problems.catching():
+                read_adapter(replace(recipe.located, data=section, prefix=("compare", "mixed")))
+    problems.found = list(dict.fromkeys(problems.found))
 
 
 def check_merge(recipe: RunRecipe, data: Mapping[str, Any], steps: tuple[str | int, ...], problems: Problems) -> None:
@@ -190,7 +209,16 @@ def _check_push(recipe: RunRecipe, problems: Problems) -> None:
 
 def check_training(recipe: RunRecipe, steps: Sequence[Step]) -> None:
     """Check the adapters that will be trained, as `check_adapters` does."""
-    check_adapters(recipe, [step.job.adapter.removesuffix("-dense") for step in steps if isinstance(step.job, Train)])
+    from paft_merge.training.arguments import check_one_optimizer
+
+    jobs = [step.job for step in steps if isinstance(step.job, Train)]
+    check_adapters(recipe, [name for job in jobs for name in job.named])
+    problems = Problems()
+    for job in jobs:
+        if job.section["objective"] == "mixed":
+            with problems.catching(recipe.where("compare", "mixed")):
+                check_one_optimizer(read_adapter(job.section), job.adapter)
+    problems.raise_as(RecipeError)
 
 
 def check_adapters(recipe: RunRecipe, names: Iterable[str], *, base: bool = True) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
 from paft_merge.pipeline.overrides import overridden
+from paft_merge.pipeline.sweeps import Weights, check_sweep
 from paft_merge.recipe.sections import Section, as_list, beside_recipe, read_section, refuse_merge_recipe
 from paft_merge.recipe.yaml_source import Located, did_you_mean, load_yaml, show
 from paft_merge.training.schema import AdapterSpec, is_existing, read_adapters
@@ -20,7 +21,9 @@ from paft_merge.training.schema import AdapterSpec, is_existing, read_adapters
 Stage = Literal["train", "audit", "merge", "evaluate", "push"]
 STAGES: tuple[Stage, ...] = ("train", "audit", "merge", "evaluate", "push")
 
-Arms = Literal["base", "individual", "sequential", "parallel"]
+Arms = Literal["base", "individual", "sequential", "sequential_reversed", "parallel", "mixed", "polish"]
+_ARMS: tuple[Arms, ...] = ("base", "individual", "sequential", "parallel")
+"""The default arms."""
 
 PAPER_METHODS = ("slerp", "ties", "dare_ties", "task_arithmetic", "linear")
 """The five methods of PAFT's tables."""
@@ -47,12 +50,71 @@ class AuditSpec(Section):
     """Also write the report with figures, `audit.html`."""
 
 
+def _differing(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"has a value twice: {show(values)}")
+    return values
+
+
+def _one_or_more(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+Points = Annotated[list[Positive], Field(min_length=1), AfterValidator(_differing)]
+Shares = Annotated[list[OpenShare], BeforeValidator(_one_or_more), Field(min_length=1), AfterValidator(_differing)]
+Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratios = Annotated[list[Ratio], Field(min_length=1), AfterValidator(_differing)]
+
+
+class SequentialSpec(Section):
+    """The section `compare: {sequential: ...}`: values of the last training that are tried one by one."""
+
+    beta: Points | None = None
+    """Its strength of the reference (of ORPO, the weight of the odds ratio)."""
+    steps: Shares | None = None
+    """Shares of its steps."""
+    shrink: Annotated[list[OpenShare], Field(min_length=1), AfterValidator(_differing)] | None = None
+    """Factors of its delta, without training: the model moves towards the one that it was trained on."""
+
+
+class MixedSpec(Section):
+    """The section `compare: {mixed: ...}`: one adapter that is trained on the objectives of all."""
+
+    ratio: Ratio | dict[str, Ratio] | Ratios | None = None
+    """Steps of the second adapter per step of the first, or steps by adapter; several numbers are tried one by one.
+    Default: each as many steps as alone. The sum of all steps is always that of the adapters alone."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the TRL config that hold for all objectives; `max_steps` is the sum of all steps."""
+    lora: dict[str, Any] | None = None
+    """The LoRA, if the adapters do not have the same."""
+
+
+class PolishSpec(Section):
+    """The section `compare: {polish: ...}`: the last part of one adapter's training happens after the merge."""
+
+    trained: str = Field(default="preference", alias="with")
+    """`preference`, `skill`, or the name of an adapter."""
+    share: Shares = Field(default_factory=lambda: [0.2])
+    """Share of the adapter's steps that is trained after the merge, and not before it; several are tried one by one."""
+    merge: str | dict[str, Any] | None = None
+    """A method or a merge recipe, as under `methods`; default: that of `merge:`, else `l1_ties`."""
+
+
 class CompareSpec(Section):
     """The section `compare:`: more arms of the table."""
 
-    arms: Annotated[list[Arms], BeforeValidator(as_list)] = Field(default_factory=lambda: list[Arms](get_args(Arms)))
+    arms: Annotated[list[Arms], BeforeValidator(as_list)] = Field(default_factory=lambda: list[Arms](_ARMS))
     """`base`; `individual`: every adapter alone; `sequential`: the preference adapter trained on the merged skill model;
-    `parallel`: both trained from the base, then merged by each of `methods`."""
+    `sequential_reversed`: the skill adapter trained on the merged preference model; `parallel`: both trained from the base,
+    then merged by each of `methods`; `mixed`: one adapter trained on both objectives; `polish`: merged, then trained
+    further on one objective."""
+    order: Annotated[list[str], Field(min_length=2), AfterValidator(_differing)] | None = None
+    """The adapters of all arms, in the order of `sequential`; by default the skill and the preference adapter."""
+    sequential: SequentialSpec | None = None
+    mixed: MixedSpec | None = None
+    polish: PolishSpec | None = None
     skill: str | None = None
     """The adapter that is trained first in `sequential`; the first one with objective sft or ift by default."""
     preference: str | None = None
@@ -62,7 +124,14 @@ class CompareSpec(Section):
     methods: Annotated[list[str | dict[str, Any]], BeforeValidator(as_list)] = Field(
         default_factory=lambda: list[str | dict[str, Any]]((*PAPER_METHODS, *OUR_METHODS))
     )
-    """Names of methods, or whole merge recipes (`models` is optional; `name` is the name in the table)."""
+    """Names of methods, or whole merge recipes (`models` is optional; `name` is the name in the table). `sweep: {weight:
+    [...], density: [...]}` makes an arm of every combination of values: together they are the method's frontier."""
+    weights: Weights | None = None
+    """The weights of the preference adapter to sweep in every method that has weights and sets none itself; or a grid of
+    weights by adapter."""
+    frontier: Annotated[list[str], Field(min_length=2, max_length=3)] | None = None
+    """The evaluations of the plot: its two axes and, optionally, the shade of its points. By default the first three of
+    `evaluate: {metrics: ...}`, if there is a sweep."""
 
     @field_validator("methods")
     @classmethod
@@ -70,6 +139,22 @@ class CompareSpec(Section):
         for one in given:
             if isinstance(one, dict) and "merge_method" not in one:
                 raise ValueError("a merge recipe needs merge_method")
+            if isinstance(one, dict) and "sweep" in one:
+                check_sweep(one["sweep"])
+        return given
+
+    @field_validator("weights")
+    @classmethod
+    def _differing(cls, given: Any) -> Any:
+        if given is not None:
+            check_sweep({"weight": given})
+        return given
+
+    @field_validator("frontier")
+    @classmethod
+    def _two_axes(cls, given: list[str] | None) -> list[str] | None:
+        if given and len(set(given)) < len(given):
+            raise ValueError("the evaluations of a plot must differ")
         return given
 
 

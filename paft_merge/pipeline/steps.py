@@ -9,9 +9,10 @@ push       the merged model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,22 @@ from paft_merge.evaluating.schema import Measurement
 from paft_merge.hub import ResolvedRepo, resolve
 from paft_merge.hub.run_checkpoints import expand
 from paft_merge.methods import METHODS
+from paft_merge.pipeline.adapter_sections import files_of, mixed_section, placed, section_of
 from paft_merge.pipeline.arms import (
     Arm,
     Variant,
     arms_wanted,
+    chains,
+    merge_before_polish,
     merged_together,
     merges_of,
-    roles,
-    skills,
+    polished,
     variants_of,
 )
 from paft_merge.pipeline.fingerprints import Prints, key_of
-from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
-from paft_merge.recipe import CHAT_TEMPLATES, Located, ModelRef
-from paft_merge.recipe.sections import as_list, beside_recipe, current_keys, former_keys, is_pattern
+from paft_merge.pipeline.schema import STAGES, CompareSpec, PolishSpec, RunRecipe, SequentialSpec, Stage
+from paft_merge.recipe import Located, ModelRef
+from paft_merge.recipe.sections import beside_recipe, former_keys, is_pattern
 from paft_merge.recipe.trust import file_of
 from paft_merge.training.schema import AdapterSpec
 
@@ -53,6 +56,8 @@ class Train:
     base: str
     folder: Path
     """The parent of the adapter's folder."""
+    named: tuple[str, ...]
+    """The adapters of the recipe whose sections it uses."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +149,10 @@ class Planner:
         return {name: resolve(spec.path, spec.revision, kind="adapter") for name, spec in named}
 
     def adapter(self, seed: int | None, variant: Variant) -> Path:
-        """The folder of an adapter on the base."""
+        """The folder of an adapter on the base; of one that `polish` trains further after the merge, in a folder of that arm."""
         found = self.existing.get(variant.adapter)
-        return found.folder if found else self.place(seed) / "adapters" / variant.name
+        place = self.place(seed) if variant.end == 1 else self.place(seed) / "polish"
+        return found.folder if found else place / "adapters" / variant.name
 
     def lora(self, seed: int | None, variant: Variant) -> dict[str, str]:
         """An adapter as a merge recipe refers to it: a repository by its commit, else a folder."""
@@ -203,40 +209,103 @@ class Planner:
 
     def _adapter(self, seed: int | None, variant: Variant, folder: Path, base: str, needs: tuple[str, ...]) -> str:
         section = section_of(self.recipe, variant, seed)
-        job = Train(variant.name, placed(section, self.recipe.folder), base, folder)
+        return self._training(seed, variant.name, section, folder, base, needs, (variant.adapter,))
+
+    def _training(
+        self, seed: int | None, adapter: str, section: Mapping[str, Any], folder: Path, base: str, needs: tuple[str, ...],
+        named: tuple[str, ...],
+    ) -> str:  # fmt: skip
+        """Add the step that trains an adapter into a folder; `named`: the adapters of the recipe whose sections it uses."""
+        job = Train(adapter, placed(section, self.recipe.folder), base, folder, named)
         name = folder.relative_to(self.place(seed)).as_posix().removeprefix("adapters").strip("/")
+        parts = {one: files_of(self.recipe.adapters[one], self.recipe.folder) for one in named}
+        files = {f"{one}/{key}" if len(named) > 1 else key: file for one in named for key, file in parts[one].items()}
         return self._add(
-            "train", seed, f"{name}/{variant.name}".strip("/"), job, folder / variant.name, needs,
+            "train", seed, f"{name}/{adapter}".strip("/"), job, folder / adapter, needs,
             section=former_keys(AdapterSpec, section), base=None if needs else self.base_print,
-            files=self.prints.all_of(files_of(self.recipe.adapters[variant.adapter], self.recipe.folder)),
+            files=self.prints.all_of(files),
         )  # fmt: skip
 
     def trained(self, seed: int | None, variant: Variant) -> tuple[str, ...]:
         """The step that trains a variant from the base; none for an adapter that exists."""
         if variant.adapter in self.recipe.existing:
             return ()
+        if variant.end < 1:
+            folder = self.adapter(seed, variant).parent
+            return (self._adapter(seed, variant, folder, self.recipe.base, ()),)
         return (f"train/{variant.name}" if seed is None else f"train/seed-{seed}/{variant.name}",)
 
-    def sequential(self, seed: int | None, skill: Variant, preference: Variant) -> tuple[Path, Path, tuple[str, ...]]:
-        """Add the steps that train one adapter on the merged model of another.
+    def sequential(self, seed: int | None, chain: Sequence[Variant]) -> tuple[Path, Path, tuple[str, ...]]:
+        """Add the steps that train each adapter of a chain on the merged model of those before it.
 
         Returns:
-            The folder of that model, the folder of the adapter, and the names of both steps.
+            The folder of the last such model, the folder of the last adapter, and the names of the steps that make both.
         """
-        folder = self.place(seed) / f"after-{skill.name}"
+        folder, base, made = self.place(seed), self.recipe.base, tuple[str, ...]()
+        for before, variant in pairwise(chain):
+            lora = {"path": str(folder / before.name)} if made else self.lora(seed, before)
+            folder /= f"after-{before.name}"
+            written = self._with_adapter(base, lora)
+            out_dtype = written.get("out_dtype")
+            first = {"base": self.base_print, **self._of_existing(before)} if not made else {}
+            laid = self._add(
+                "train", seed, (folder / "base").relative_to(self.place(seed)).as_posix(), Merge(written), folder / "base",
+                made or self.trained(seed, before), out_dtype=out_dtype, **first,
+            )  # fmt: skip
+            base = str(folder / "base")
+            made = (laid, self._adapter(seed, variant, folder, base, (laid,)))
+        return folder / "base", folder / chain[-1].name, made
+
+    def _with_adapter(self, base: str, lora: Mapping[str, str], weight: float = 1.0) -> dict[str, Any]:
+        """The merge recipe of a model with an adapter."""
         out_dtype = (self.recipe.merge.data if self.recipe.merge else {}).get("out_dtype")
-        written = {
+        return {
             "merge_method": "task_arithmetic",
-            "base_model": self.recipe.base,
-            "models": [{"model": _reference(self.recipe.base, self.lora(seed, skill)), "parameters": {"weight": 1.0}}],
+            "base_model": base,
+            "models": [{"model": _reference(base, lora), "parameters": {"weight": weight}}],
             **({"out_dtype": out_dtype} if out_dtype else {}),
         }
-        laid = self._add(
-            "train", seed, f"after-{skill.name}/base", Merge(written), folder / "base", self.trained(seed, skill),
-            out_dtype=out_dtype, base=self.base_print, **self._of_existing(skill),
-        )  # fmt: skip
-        step = self._adapter(seed, preference, folder, str(folder / "base"), (laid,))
-        return folder / "base", folder / preference.name, (laid, step)
+
+    def shrunk(self, seed: int | None, chain: Sequence[Variant], factor: float, out: Path) -> tuple[str, ...]:
+        """Add the steps of the model of a chain with its last delta scaled; returns the step that merges it."""
+        model, adapter, needs = self.sequential(seed, chain)
+        written = self._with_adapter(str(model), {"path": str(adapter)}, factor)
+        return (
+            self._add(
+                "merge", seed, out.name, Merge(written), out, needs, shrink=factor, out_dtype=written.get("out_dtype")
+            ),
+        )
+
+    def mixed(
+        self, seed: int | None, name: str, variants: Sequence[Variant], ratio: float | Mapping[str, float] | None
+    ) -> tuple[Path, tuple[str, ...]]:
+        """Add the step that trains one adapter on the objectives of several; returns its folder and the step's name."""
+        section, folder = mixed_section(self.recipe, variants, seed, ratio), self.place(seed) / "mixed"
+        step = self._training(seed, name, section, folder, self.recipe.base, (), tuple(v.adapter for v in variants))
+        return folder / name, (step,)
+
+    def polish(
+        self, seed: int | None, name: str, variants: Sequence[Variant], last: str, share: float, written: Mapping[str, Any]
+    ) -> tuple[Path, Path, tuple[str, ...]]:  # fmt: skip
+        """Add the steps that merge adapters, and then train the last share of one adapter's steps on the merged model.
+
+        Args:
+            seed: the run's seed.
+            name: of the folder.
+            variants: the adapters that are merged.
+            last: the adapter that is trained after the merge; before the merge it has the other steps.
+            share: of its steps.
+            written: the merge recipe, with adapters by name.
+
+        Returns:
+            The folder of the merged model, the folder of the adapter on it, and the names of the steps that make both.
+        """
+        folder, cut = self.place(seed) / "polish" / name, 1 - share
+        before = [replace(variant, end=cut) if variant.adapter == last else variant for variant in variants]
+        (rest,) = (replace(variant, begin=cut) for variant in variants if variant.adapter == last)
+        laid = self.merged(seed, f"polish/{name}/base", folder / "base", written, before, stage="train")
+        step = self._adapter(seed, rest, folder, str(folder / "base"), (laid,))
+        return folder / "base", folder / rest.name, (laid, step)
 
     # --- everything after -------------------------------------------------------------------------------------------
 
@@ -259,8 +328,9 @@ class Planner:
         return {"existing": {name: self._existing_prints[place] for name, place in found.items()}} if found else {}
 
     def merged(
-        self, seed: int | None, name: str, out: Path, written: Mapping[str, Any], variants: list[Variant]
-    ) -> str:
+        self, seed: int | None, name: str, out: Path, written: Mapping[str, Any], variants: Sequence[Variant],
+        stage: Stage = "merge",
+    ) -> str:  # fmt: skip
         """Add the step that merges one model.
 
         Args:
@@ -269,6 +339,7 @@ class Planner:
             out: the model's folder.
             written: the merge recipe, with adapters by name.
             variants: the variant that each of those names means.
+            stage: the step's.
 
         Returns:
             The name of the step.
@@ -279,7 +350,7 @@ class Planner:
         named = [variant for variant in variants if _names(written, variant.adapter)]
         needs = tuple(need for variant in named for need in self.trained(seed, variant))
         return self._add(
-            "merge", seed, name, Merge(resolved), out, needs, written=written, models=sorted(others),
+            stage, seed, name, Merge(resolved), out, needs, written=written, models=sorted(others),
             base=self.base_print, drawn=resolved.get("seed", 0),
         )  # fmt: skip
 
@@ -332,61 +403,6 @@ class Planner:
         )
         assert merged.out is not None
         self._add("push", None, spec.repo_id, Push(merged.out), None, (merged.name,), section=spec.model_dump())
-
-
-def section_of(recipe: RunRecipe, variant: Variant, seed: int | None) -> dict[str, Any]:
-    """An adapter's section for one variant and seed, its paths as written."""
-    given: dict[str, Any] = current_keys(AdapterSpec, recipe.located.data["adapters"][variant.adapter])
-    if variant.dense:
-        given = {key: value for key, value in given.items() if key not in ("l1", "trim")}
-    if seed is not None:
-        given["training"] = {**(given.get("training") or {}), "seed": seed}
-        if "sampling" in given:
-            given["sampling"] = {**given["sampling"], "seed": seed}
-    return given
-
-
-def placed(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A section whose files beside the recipe have absolute paths."""
-    given = dict(section)
-    for key in ("data", "eval_data"):
-        if given.get(key):
-            given[key] = _absolute_data(given[key], folder)
-    for key in ("chat_template", "accelerate_config"):
-        if given.get(key) not in (None, *CHAT_TEMPLATES) and (folder / given[key]).exists():
-            given[key] = str((folder / given[key]).resolve())
-    if given.get("reward"):
-        given["reward"] = [_absolute_reward(one, folder) for one in as_list(given["reward"])]
-    return given
-
-
-def _absolute_reward(given: Any, folder: Path) -> Any:
-    file, _, function = (given.get("function") or "").rpartition(":")
-    if not file.endswith(".py"):
-        return given
-    return {**given, "function": f"{beside_recipe(file, folder).resolve()}:{function}"}
-
-
-def _absolute_data(given: Any, folder: Path) -> Any:
-    if isinstance(given, list):
-        return [_absolute_data(one, folder) for one in given]
-    if isinstance(given, str):
-        return str((folder / given).resolve()) if (folder / given).exists() else given
-    return {**given, "path": _absolute_data(given["path"], folder)}
-
-
-def files_of(spec: AdapterSpec, folder: Path) -> dict[str, Path]:
-    """The local files that an adapter's training reads."""
-    found: dict[str, Path] = {}
-    for data in [*spec.data, *(spec.eval_data or [])]:
-        found[data.path] = beside_recipe(data.path, folder)
-    if spec.chat_template:
-        found["chat_template"] = beside_recipe(spec.chat_template, folder)
-    for reward in spec.reward:
-        code = file_of(reward.function, folder) if reward.function else None
-        if code:
-            found[str(reward.function)] = code
-    return found
 
 
 # --- mergekit's language with the adapters' names in it ---------------------------------------------------------------
@@ -496,22 +512,72 @@ def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:
             parts = (base, str(planner.adapter(seed, variant)))
             own = None if variant.adapter in recipe.existing else seed
             yield Arm(_label(variant, recipe), "individual", own, parts, planner.trained(seed, variant))
-    chosen, (_, preference) = skills(recipe), roles(recipe)
-    if "sequential" in arms and preference:
-        for key, variant in chosen.items():
-            model, adapter, needs = planner.sequential(seed, variant, Variant(preference))
-            yield Arm(_suffixed("sequential", key, chosen), "sequential", seed, (str(model), str(adapter)), needs)
+    yield from _trained_arms(planner, seed, arms)
     together = merged_together(recipe)
     for key, variants in together.items():
-        for name, written, _ in merges_of(recipe):
-            label = _suffixed(f"parallel {name}", key, together)
+        for merge in merges_of(recipe):
+            label = _suffixed(f"parallel {merge.name}", key, together)
+            frontier = _suffixed(f"parallel {merge.frontier}", key, together) if merge.frontier else ""
             slug = Arm(label, "", seed, ()).slug
-            step = planner.merged(seed, slug, place / "arms" / slug, written, variants)
-            yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,))
+            step = planner.merged(seed, slug, place / "arms" / slug, merge.written, variants)
+            yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,), frontier, merge.point)
     if recipe.merge is not None:
         every = [Variant(name) for name in recipe.names]
         step = planner.merged(seed, "merged", place / "merged", recipe.merge.data, every)
         yield Arm("merged", "merge", seed, (str(place / "merged"),), (step,))
+
+
+def _trained_arms(planner: Planner, seed: int | None, arms: Sequence[str]) -> Iterator[Arm]:
+    """Yield the arms whose adapters are trained after each other, together, or after a merge."""
+    recipe, compare, found = planner.recipe, planner.recipe.compare or CompareSpec(), chains(planner.recipe)
+    place = planner.place(seed)
+
+    def label(name: str, key: str, **point: float) -> str:
+        values = " ".join(f"{axis}={value:.12g}" for axis, value in point.items())
+        return _suffixed(f"{name} {values}".strip(), key, found)
+
+    def in_sequence(name: str, key: str, chain: Sequence[Variant], frontier: str = "", **point: float) -> Arm:
+        model, adapter, needs = planner.sequential(seed, chain)
+        return Arm(label(name, key, **point), "sequential", seed, (str(model), str(adapter)), needs, frontier, point)
+
+    for key, chain in found.items():
+        if "sequential" in arms:
+            spec = compare.sequential or SequentialSpec()
+            frontier = _suffixed("sequential", key, found) if compare.sequential else ""
+            yield in_sequence("sequential", key, chain, frontier)
+            for beta in spec.beta or ():
+                yield in_sequence("sequential", key, [*chain[:-1], replace(chain[-1], beta=beta)], frontier, beta=beta)
+            for steps in spec.steps or ():
+                yield in_sequence(
+                    "sequential", key, [*chain[:-1], replace(chain[-1], end=steps)], frontier, steps=steps
+                )
+            for factor in spec.shrink or ():
+                name = label("sequential", key, shrink=factor)
+                out = place / "arms" / Arm(name, "", seed, ()).slug
+                needs = planner.shrunk(seed, chain, factor, out)
+                yield Arm(name, "sequential", seed, (str(out),), needs, frontier, {"shrink": factor})
+    for key, chain in found.items():
+        if "sequential_reversed" in arms:
+            yield in_sequence("sequential reversed", key, chain[::-1])
+    for key, chain in found.items():
+        ratio = compare.mixed.ratio if compare.mixed else None
+        for one in (ratio if isinstance(ratio, list) else [ratio]) if "mixed" in arms else ():
+            point = {"ratio": float(one)} if isinstance(ratio, list) and isinstance(one, int | float) else {}
+            name = label("mixed", key, **point)
+            folder, needs = planner.mixed(seed, Arm(name, "", seed, ()).slug, chain, one)
+            frontier = _suffixed("mixed", key, found) if point else ""
+            yield Arm(name, "mixed", seed, (str(Path(recipe.base)), str(folder)), needs, frontier, point)
+    for key, chain in found.items():
+        polish, last = compare.polish or PolishSpec(), polished(recipe)
+        for share in polish.share if "polish" in arms and last else ():
+            point = {"share": share} if len(polish.share) > 1 else {}
+            name = label("polish", key, **point)
+            slug = Arm(name, "", seed, ()).slug
+            model, adapter, needs = planner.polish(
+                seed, slug, chain, str(last), share, merge_before_polish(recipe).written
+            )
+            frontier = _suffixed("polish", key, found) if point else ""
+            yield Arm(name, "polish", seed, (str(model), str(adapter)), needs, frontier, point)
 
 
 def _label(variant: Variant, recipe: RunRecipe) -> str:

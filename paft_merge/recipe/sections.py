@@ -154,13 +154,18 @@ def _with_keys(
         inner = _section_in(field.annotation) if field else None
         if inner is None or field is None:
             found[new] = value
-        elif get_origin(field.annotation) is dict and isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and _is_by_name(field.annotation):
             found[new] = {
                 name: _with_keys(inner, one, names, on_former_key, (*here, name)) for name, one in value.items()
             }
         else:
             found[new] = _with_keys(inner, value, names, on_former_key, here)
     return found
+
+
+def _is_by_name(annotation: Any) -> bool:
+    """Whether an annotation is a mapping of sections by name, or that and None."""
+    return any(get_origin(one) is dict for one in (annotation, *get_args(annotation)))
 
 
 def _section_in(annotation: Any) -> type[Section] | None:

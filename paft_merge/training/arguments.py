@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from paft_merge.errors import Problems, TrainError
 from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import suggestion
 from paft_merge.training.child_process import match_in_time
-from paft_merge.training.schema import AdapterSpec
+from paft_merge.training.schema import AdapterSpec, trained_parts
 
 _ROUNDS = {
     "max_steps": "sampling.rounds, samples_per_round and inner_passes decide",
@@ -118,6 +119,43 @@ def _value(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
     if isinstance(value, int):
         return value
     return int(number) if kind is int else number
+
+
+SHARED = (
+    "seed", "full_determinism", "optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "bf16", "fp16", "tf32", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "torch_compile", "neftune_noise_alpha", "use_liger_kernel", "activation_offloading", "auto_find_batch_size",
+)  # fmt: skip
+"""Fields that the parts of a mixed adapter share, because one optimizer trains it."""
+
+LOOP = {"gradient_accumulation_steps": 1, "max_steps": -1, "num_train_epochs": 1, "ignore_data_skip": True}
+"""Fields of the loop of a mixed training: a batch of it is all that its part accumulates for one optimizer step."""
+
+
+def check_shared(parts: Mapping[str, Any], name: str) -> None:
+    """Raise TrainError TRAINING for each field of the configs of a mixed adapter's parts that must be equal and is not."""
+    problems, (first, one) = Problems(), next(iter(parts.items()))
+    for field in SHARED:
+        for part, other in parts.items():
+            mine, its = getattr(one, field, None), getattr(other, field, None)
+            if mine != its:
+                what = f"{first} has {mine!r} and {part} has {its!r}, but one optimizer trains both"
+                problems.add("TRAINING", f"{name}: training.{field}", what, f"set it under training: of {name}")
+    if one.auto_find_batch_size:
+        problems.add(
+            "TRAINING", f"{name}: training.auto_find_batch_size", "is not possible for a mixed adapter", "remove it"
+        )
+    problems.raise_as(TrainError)
+
+
+def check_one_optimizer(spec: AdapterSpec, name: str) -> None:
+    """Check the TRL configs of a mixed adapter's parts, without their data; TrainError TRAINING with every problem."""
+    problems, made = Problems(), dict[str, Any]()
+    for part, section in trained_parts(spec).items():
+        with problems.catching():
+            made[part] = training_arguments(section, Path("checkpoints"), f"{name}.{part}")
+    problems.raise_as(TrainError)
+    check_shared(made, name)
 
 
 def _renamed(given: dict[str, Any], known: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,19 +121,27 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.faint = 0
         self.stepping = False
         """Whether the first step has begun; a checkpoint is loaded before it."""
+        self.tokens = 0
+        """Tokens of all batches so far, without padding; of all processes, and of the run before it was interrupted."""
+        self.seconds = 0.0
+        """Wall time of all steps so far."""
+        self._since = 0.0
 
     def state(self) -> dict[str, Any]:
         """Return the state for `trainer_state.json`."""
         controller = self.l1.controller.state() if self.l1 and self.l1.controller else None
-        return {"args": {}, "attributes": {"controller": controller, "faint": self.faint, "latest": self.latest}}
+        attributes = {"controller": controller, "faint": self.faint, "latest": self.latest}
+        return {"args": {}, "attributes": attributes | {"tokens": self.tokens, "seconds": self.seconds}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the state of the checkpoint when the run is resumed."""
+        self._since = time.monotonic()
         saved = state.stateful_callbacks.get("Watch")
         if state.global_step == 0 or not isinstance(saved, dict):
             return
         attributes = saved["attributes"]
         self.faint, self.latest = attributes["faint"], attributes["latest"]
+        self.tokens, self.seconds = attributes.get("tokens", 0), attributes.get("seconds", 0.0)
         if self.l1 and attributes["controller"]:
             self.l1.controller = Controller(**attributes["controller"])
 
@@ -150,6 +159,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
         )
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self._measure(state, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
+        self.seconds, self._since = self.seconds + time.monotonic() - self._since, time.monotonic()
         if self.progress:
             self.progress(TrainProgress(self.name, state.global_step, state.max_steps, {}))
 

@@ -45,4 +45,7 @@ def check_code(spec: AdapterSpec, folder: Path, *, trust_code: bool = False) -> 
         if reward.function:
             with problems.catching():
                 check_function(reward.function, folder, trust_code=trust_code)
+    for part in (spec.parts or {}).values():
+        with problems.catching():
+            check_code(part, folder, trust_code=trust_code)
     problems.raise_as(TrainError)

@@ -45,6 +45,8 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
     """Facts about the data."""
     warnings: list[str] = field(default_factory=list)
+    parts: dict[str, Job] = field(default_factory=dict)
+    """Of a mixed adapter: the jobs of its parts that have steps, by name."""
 
     @property
     def name(self) -> str:
@@ -124,7 +126,7 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         code = "TARGET" if "target" in str(error).lower() and "module" in str(error).lower() else "DATA"
         raise TrainError.of(code, job.name, f"TRL cannot start: {str(error).strip()}", "") from error
-    _quiet(trainer)
+    without_printer(trainer)
     trainer.l1, trainer.watch, trainer.where = l1, watch, job.name
     trainer.orpo, trainer.ift = spec.orpo, spec.ift
     widen_adapter(trainer.model)
@@ -136,7 +138,7 @@ def make_trainer(job: Job, *, rows: Any = None, adapter: Path | None = None, pol
     return trainer
 
 
-def _quiet(trainer: Any) -> None:
+def without_printer(trainer: Any) -> None:
     """Stop transformers from printing its logs to stdout, which is for results."""
     from transformers import PrinterCallback
 
@@ -178,7 +180,7 @@ def check_sharding(job: Job, trainer: Any) -> None:
 
 def run_trainer(job: Job, trainer: Any) -> None:
     """Train, from the last complete checkpoint when the job resumes; TrainError DATA when no row is left."""
-    if len(trainer.train_dataset) == 0:
+    if not all(map(len, rows := trainer.row_sets)):
         fix = "raise training.max_length, or check for empty completions"
         raise TrainError.of("DATA", job.name, "no row is left: every row is masked or cut completely", fix)
     checkpoint = _whole_checkpoint(job) if job.options.resume else None
@@ -189,7 +191,7 @@ def run_trainer(job: Job, trainer: Any) -> None:
             raise
         fix = "remove this folder; the run then resumes from the checkpoint before it"
         raise TrainError.of("RESUME", checkpoint, cause_of(error), fix) from error
-    job.facts.setdefault("rows_trained_on", len(trainer.train_dataset))
+    job.facts.setdefault("rows_trained_on", sum(map(len, rows)))
     job.facts["train_loss"] = result.training_loss
 
 
@@ -296,6 +298,8 @@ def _run_facts(job: Job, trainer: Any, stats: Stats) -> dict[str, Any]:
         job.warn("the delta is zero: nothing was learned")
     return {
         "steps": state.global_step,
+        "seconds": round(trainer.watch.seconds, 2),
+        "tokens": trainer.watch.tokens,
         "train_loss": job.facts.get("train_loss"),
         "eval_loss": next((e["eval_loss"] for e in reversed(state.log_history) if "eval_loss" in e), None),
         "l1_strength": l1.strength if l1 else None,

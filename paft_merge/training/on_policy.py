@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
 
 
 def _round(job: Job, number: int, folder: Path, adapter: Path | None, done: list[dict[str, Any]]) -> None:
+    began = time.monotonic()
     sampled = _samples(job, number, folder, adapter)
     rows = _training_rows(job, sampled, number)
     if not rows:
@@ -171,6 +173,8 @@ def _round(job: Job, number: int, folder: Path, adapter: Path | None, done: list
             "mean_reward": float(rewards.mean()),
             "mean_best": float(rewards.max(1).values.mean()),
             "steps": trainer.state.global_step,
+            "seconds": round(time.monotonic() - began, 2),
+            "tokens": trainer.watch.tokens,
             "loss": inner.facts["train_loss"],
             "l1_strength": trainer.l1.strength if trainer.l1 else None,
         }
@@ -178,7 +182,9 @@ def _round(job: Job, number: int, folder: Path, adapter: Path | None, done: list
     if number == job.spec.sampling.rounds - 1:
         job.facts |= {"train_loss": inner.facts["train_loss"], "rows_trained_on": sum(one["rows"] for one in done)}
         _tidy(job.place.part / "rounds")
-        finish(job, trainer, rounds=done)
+        cost = {key: sum(one.get(key, 0) for one in done) for key in ("seconds", "tokens")}
+        rounds = [{key: value for key, value in one.items() if key != "seconds"} for one in done]  # equal in every run
+        finish(job, trainer, rounds=rounds, **cost)
     else:
         trainer.save_model(str(folder / "adapter"))
         write_json(folder / "round.json", done[-1])

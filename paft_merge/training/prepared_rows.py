@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from paft_merge.errors import Problems, TrainError
 from paft_merge.training import data as sets
-from paft_merge.training.arguments import lora_config, training_arguments
+from paft_merge.training.arguments import LOOP, check_shared, lora_config, training_arguments
 from paft_merge.training.base_model import load_tokenizer
 from paft_merge.training.row_checks import check_tokens
 from paft_merge.training.row_sources import in_memory
-from paft_merge.training.schema import AdapterSpec
+from paft_merge.training.schema import AdapterSpec, trained_parts
 from paft_merge.training.train_options import TrainOptions, need_extras
 
 
@@ -41,6 +41,8 @@ class Prepared:
     tokenizer: Any
     arguments: Any
     rows: PreparedRows
+    parts: dict[str, Prepared] = field(default_factory=dict)
+    """Of a mixed adapter: its parts that have steps, by name."""
 
 
 def prepare(source: str | None, spec: AdapterSpec, checkpoints: Path, options: TrainOptions) -> Prepared:
@@ -56,6 +58,8 @@ def prepare(source: str | None, spec: AdapterSpec, checkpoints: Path, options: T
         TrainError: MISSING, a package of the extra `train`; TRAINING, LORA, TEMPLATE, DATA; every problem at once.
     """
     need_extras()
+    if spec.parts:
+        return _prepare_parts(source, spec, checkpoints, options)
     problems, arguments, tokenizer, rows = Problems(), None, options.tokenizer, PreparedRows(None)
     with problems.catching():
         arguments = training_arguments(spec, checkpoints, options.name)
@@ -68,6 +72,32 @@ def prepare(source: str | None, spec: AdapterSpec, checkpoints: Path, options: T
         rows = prepare_rows(spec, tokenizer, arguments, options)
     problems.raise_as(TrainError)
     return Prepared(tokenizer, arguments, rows)
+
+
+def _prepare_parts(source: str | None, spec: AdapterSpec, checkpoints: Path, options: TrainOptions) -> Prepared:
+    """Prepare every part of a mixed adapter, and check that one optimizer can train them."""
+    problems, parts = Problems(), dict[str, Prepared]()
+    sections, given = trained_parts(spec), options.rows or {}
+    for part, section in sections.items():
+        with problems.catching():
+            own = replace(options, name=f"{options.name}.{part}", rows=given.get(part), eval_rows=None)
+            parts[part] = prepare(source, section, checkpoints, own)
+    problems.raise_as(TrainError)
+    check_shared({part: made.arguments for part, made in parts.items()}, options.name)
+    first, rows = next(iter(parts)), PreparedRows(None)
+    rows.facts = {
+        "fingerprint": "+".join(made.rows.facts.get("fingerprint", "") for made in parts.values()),
+        "rows": sum(made.rows.facts.get("rows", 0) for made in parts.values()),
+        "parts": {part: made.rows.facts for part, made in parts.items()},
+    }
+    rows.notes = [
+        f"eval_data of {part} is not used in a mixed training"
+        for part, one in (spec.parts or {}).items()
+        if one.eval_data
+    ]
+    peak = max(made.arguments.learning_rate for made in parts.values())
+    arguments = training_arguments(sections[first], checkpoints, options.name, learning_rate=peak, **LOOP)
+    return Prepared(parts[first].tokenizer, arguments, rows, parts)
 
 
 def prepare_rows(spec: AdapterSpec, tokenizer: Any, arguments: Any, options: TrainOptions) -> PreparedRows:

@@ -27,7 +27,7 @@ from paft_merge.training.job import (
 from paft_merge.training.prepared_rows import PreparedRows, prepare
 from paft_merge.training.rendering import bounded_templates
 from paft_merge.training.run_folder import RunFolder, is_first
-from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter, settings_of
+from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter, settings_of, trained_parts
 from paft_merge.training.train_options import TrainOptions
 from paft_merge.training.untrained_tokens import unlearnable
 
@@ -92,11 +92,27 @@ def _prepared(base: Any, spec: AdapterSpec, place: RunFolder, options: TrainOpti
     for note in rows.notes:
         job.warn(note)
     warn_of_settings(job, rows)
+    sections = trained_parts(spec)
+    for part, own in made.parts.items():
+        silent = replace(options, name=f"{name}.{part}", callbacks=(), progress=None)
+        job.parts[part] = replace(
+            job, spec=sections[part], options=silent, tokenizer=own.tokenizer, arguments=own.arguments,
+            rows=own.rows.train, eval_rows=None, facts=dict(own.rows.facts), parts={},
+        )  # fmt: skip
+        for note in own.rows.notes:
+            job.parts[part].warn(note)
+        warn_of_settings(job.parts[part], own.rows)
     return job
 
 
 def _train(job: Job) -> None:
-    if job.spec.objective in SAMPLING:
+    if job.parts:
+        from paft_merge.training.mixed import mixed_trainer
+
+        trainer = mixed_trainer(job)
+        run_trainer(job, trainer)
+        finish(job, trainer, **trainer.facts)
+    elif job.spec.objective in SAMPLING:
         from paft_merge.training.on_policy import train_in_rounds
 
         train_in_rounds(job)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from paft_merge.errors import Problems, RecipeError
-from paft_merge.recipe.sections import Section, as_list, former_keys, read_section
+from paft_merge.recipe.sections import Section, as_list, former_keys, read_section, suggestion
 from paft_merge.recipe.yaml_source import Located, refuse_secrets
 
-Objective = Literal["sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo"]
+Objective = Literal["sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo", "mixed"]
 SAMPLING: tuple[Objective, ...] = ("on_policy", "best_of_n", "rwr")
 """Objectives that generate, score and train on generated text, round by round."""
+MIXABLE: tuple[Objective, ...] = ("sft", "ift", "dpo", "orpo")
+"""Objectives of fixed rows, which can be parts of a mixed adapter."""
 
 OURS = {
     "output_dir": "the adapter is written to OUT/NAME",
@@ -252,10 +255,24 @@ class AdapterSpec(Section):
     """GPUs, or CPU processes, that train this adapter (through accelerate)."""
     accelerate_config: str | None = None
     """A file for `accelerate launch --config_file` (FSDP and the like)."""
+    parts: dict[str, AdapterSpec] | None = None
+    """`mixed` only: the sections of the adapters whose objectives are trained together, by name. A recipe lists the names."""
+    ratio: dict[str, Annotated[float, Field(ge=0), AfterValidator(_finite)]] | None = None
+    """`mixed` only: the relative number of optimizer steps of each part, or for two parts one number: steps of the second
+    per step of the first. Default: each part has as many steps as alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_parts(cls, given: Any) -> Any:
+        return _filled(given) if isinstance(given, Mapping) and given.get("objective") == "mixed" else given
 
     @model_validator(mode="after")
     def _coherent(self) -> AdapterSpec:
         given = self.model_fields_set
+        if self.objective == "mixed":
+            _check_parts(self)
+        elif mixed := {"parts", "ratio"} & given:
+            raise ValueError(f"`{min(mixed)}` has no effect for objective {self.objective}; remove it")
         wrong = {"orpo": ("orpo",), "ift": ("ift",), "sampling": SAMPLING, "reward": (*SAMPLING, "rloo", "grpo")}
         for section, objectives in wrong.items():
             if section in given and self.objective not in objectives:
@@ -268,6 +285,79 @@ class AdapterSpec(Section):
         for key in sorted(OURS.keys() & self.training.keys()):
             raise ValueError(f"training.{key} cannot be set here; {OURS[key]}")
         return self
+
+
+WITHOUT_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+"""Fields of the TRL config of a training that does not evaluate."""
+
+_OF_PARTS = ("lora", "base", "l1", "trim", "chat_template", "processes")
+"""Keys that a mixed adapter takes from the first part that has them."""
+
+
+def _filled(given: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A mixed adapter's section with the data and the settings of its parts, and `ratio` as a mapping."""
+    for key in ("data", "eval_data", "l1", "max_prompt_tokens"):
+        if key in given:
+            raise ValueError(f"`{key}` of a mixed adapter is that of its parts; remove it")
+    parts = given.get("parts")
+    if not isinstance(parts, Mapping) or len(parts) < 2:
+        raise ValueError("objective mixed needs `parts`, the names of two or more adapters; e.g. parts: [sft, dpo]")
+    own = [
+        one.model_dump(exclude_unset=True, by_alias=True) if isinstance(one, AdapterSpec) else one
+        for one in parts.values()
+    ]
+    sections = [one for one in own if isinstance(one, Mapping)]
+    filled: dict[Any, Any] = {**given, "data": [one for part in sections for one in as_list(part.get("data") or [])]}
+    for key in _OF_PARTS:
+        found = [part[key] for part in sections if part.get(key) is not None]
+        if found and key not in given:
+            filled[key] = found[0]
+            if key in ("lora", "base") and any(part.get(key) != found[0] for part in sections):
+                raise ValueError(
+                    f"`{key}` differs between the parts {', '.join(parts)}; write the mixed adapter's {key}:"
+                )
+            if key == "l1" and len(found) > 1:
+                raise ValueError("only one part of a mixed adapter can have `l1`")
+    ratio = given.get("ratio")
+    if isinstance(ratio, int | float) and not isinstance(ratio, bool) and ratio >= 0:
+        if len(parts) > 2:
+            example = ", ".join(f"{name}: 1" for name in parts)
+            raise ValueError(f"one `ratio` is for two parts, and there are {len(parts)}; write ratio: {{{example}}}")
+        first, second = parts
+        filled["ratio"] = {first: 0, second: 1} if ratio == math.inf else {first: 1, second: ratio}
+    return filled
+
+
+def _check_parts(spec: AdapterSpec) -> None:
+    """Raise ValueError for parts that cannot be trained together, and for a wrong ratio."""
+    parts, ratio = spec.parts or {}, spec.ratio
+    for name, part in parts.items():
+        if part.objective not in MIXABLE:
+            why = (
+                "it has parts itself"
+                if part.objective == "mixed"
+                else f"{part.objective} generates the text it is trained on"
+            )
+            raise ValueError(f"{name} cannot be a part of a mixed adapter: {why}")
+        if part.accelerate_config:
+            raise ValueError(
+                f"{name} cannot be a part of a mixed adapter: it has an accelerate_config, and mixed uses DDP"
+            )
+    if spec.accelerate_config:
+        raise ValueError("a mixed adapter uses DDP; use processes: instead of accelerate_config")
+    if ratio is not None and (set(ratio) != set(parts) or not sum(ratio.values())):
+        raise ValueError(f"`ratio` needs a number for each of the parts {', '.join(parts)}, at least one above 0")
+
+
+def trained_parts(spec: AdapterSpec) -> dict[str, AdapterSpec]:
+    """The parts of a mixed adapter that have steps, by name, with its LoRA, base and `training` (but for the total of steps)."""
+    shared = {key: value for key, value in spec.training.items() if key != "max_steps"} | WITHOUT_EVALUATION
+    ours = {"lora": spec.lora, "base": spec.base, "processes": spec.processes, "trim": None, "eval_data": None}
+    return {
+        name: part.model_copy(update={**ours, "training": {**part.training, **shared}})
+        for name, part in (spec.parts or {}).items()
+        if spec.ratio is None or spec.ratio[name] > 0
+    }
 
 
 def settings_of(spec: AdapterSpec, base: str) -> dict[str, Any]:
@@ -297,10 +387,41 @@ def read_adapters(recipe: Located | Mapping[str, Any]) -> dict[str, AdapterSpec]
         where = located.spot(("adapters",))
         raise RecipeError.of("ADAPTERS", where, "no adapters to train", "add adapters: {sft: {...}}")
     specs, problems = dict[str, AdapterSpec](), Problems()
-    for name, section in sections.items():
-        if is_existing(section):
+    mixed = [name for name, section in sections.items() if _is_mixed(section)]
+    for name in (*(name for name in sections if name not in mixed), *mixed):
+        if is_existing(sections[name]):
             continue
         with problems.catching():
-            specs[str(name)] = read_adapter(located.sub("adapters", name), str(name))
+            own = located.sub("adapters", name)
+            if name in mixed and problems.found:
+                continue  # a part may be one that has problems
+            specs[str(name)] = read_adapter(_with_parts(own, sections, specs) if name in mixed else own, str(name))
     problems.raise_as(RecipeError)
-    return specs
+    return {str(name): specs[str(name)] for name in sections if str(name) in specs}
+
+
+def _is_mixed(section: Any) -> bool:
+    return isinstance(section, Mapping) and section.get("objective") == "mixed"
+
+
+def _with_parts(located: Located, sections: Mapping[Any, Any], specs: Mapping[str, AdapterSpec]) -> Located:
+    """A mixed adapter's section with the sections of the adapters that its `parts` name.
+
+    Raises:
+        RecipeError: ADAPTERS, a name that is not an adapter that the recipe trains, or that is there twice.
+    """
+    names = located.data.get("parts")
+    if not isinstance(names, list):
+        return located
+    problems, where = Problems(), located.spot(("parts",))
+    for at, name in enumerate(names):
+        if name in sections and is_existing(sections[name]):
+            problems.add("ADAPTERS", where, f"{name} exists already, and a part is trained", "name a section")
+        elif not isinstance(name, str) or name not in sections:
+            problems.add("ADAPTERS", where, f"no adapter {name!r}", suggestion(name, specs))
+        elif _is_mixed(sections[name]):
+            problems.add("ADAPTERS", where, f"{name} has parts itself", "name those")
+        elif name in names[:at]:
+            problems.add("ADAPTERS", where, f"{name} is there twice", "use ratio: to weight a part")
+    problems.raise_as(RecipeError)
+    return replace(located, data={**located.data, "parts": {name: specs[name] for name in names}})

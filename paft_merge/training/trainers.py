@@ -34,6 +34,11 @@ class L1Mixin:
     penalty_gradient: dict[torch.Tensor, torch.Tensor] | None = None
     """The penalty's part of each factor's gradient in this step; only in logged steps."""
 
+    @property
+    def row_sets(self: Any) -> list[Any]:
+        """The sets of rows that are trained on."""
+        return [self.train_dataset]
+
     def _send_telemetry(self) -> None:
         """Send nothing: TRL would report every trainer to the Hub."""
 
@@ -51,7 +56,9 @@ class L1Mixin:
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the task's loss, with the penalty's gradient in the last micro-batch of a step."""
+        """Return the task's loss, with the penalty's gradient in the last micro-batch of a step; count its tokens."""
+        if self.model.training and self.watch is not None:
+            self.watch.tokens += int(self.accelerator.reduce(_tokens_in(inputs), "sum").item())
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self.model.training:
             return result
@@ -117,6 +124,16 @@ class L1Mixin:
             logs.update(self.watch.latest if self.watch else {})
             self.extra_logs.clear()
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def _tokens_in(inputs: Any) -> torch.Tensor:
+    """Number of tokens of a batch without padding: of preference pairs both sides, of online objectives also the prompts."""
+    masks = [inputs[key] for key in ("attention_mask", "prompt_mask") if key in inputs]
+    masks += [inputs["completion_mask"]] if "prompt_mask" in inputs else []
+    counted = [mask.sum() for mask in masks] or [
+        torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+    ]
+    return torch.stack(counted).sum()
 
 
 def _norm(gradients: Iterable[torch.Tensor]) -> float:
