@@ -1,11 +1,12 @@
 """Our methods inside mergekit, and `paft-mergekit-yaml`: mergekit-yaml with them, and with adapters applied as they are read.
 
-`register()` puts `l1_ties` and `sign_election` into mergekit's registry, where every tool of mergekit finds them.
+`register()` puts the methods in `OURS` into mergekit's registry, where every tool of mergekit finds them.
 `adapters_on_the_fly()` lets `base+adapter` be a source without `--lora-merge-cache`: no merged checkpoint is written.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +36,8 @@ from paft_merge.methods import METHODS, REQUIRED, Method, Parameter
 from paft_merge.methods.rules.whole_tensors import merge_tensors
 from paft_merge.plan import Model
 
-OURS = ("l1_ties", "sign_election")
-"""Methods that `register` adds to mergekit."""
+OURS = ("l1_ties", "sign_election", "geometric_median", "magmax")
+"""Methods that mergekit does not have, which `register` adds."""
 
 _ACROSS_TENSORS = ("trim_scope",)
 """Parameters that need more than one tensor; a method of mergekit sees one tensor at a time."""
@@ -81,7 +82,8 @@ def _type_of(parameter: Parameter) -> Any:
         words: Any = Literal[parameter.choices]
         return Annotated[words, BeforeValidator(lambda value: _word(parameter, value))]
     if parameter.type in (int, float):
-        number: Any = Annotated[parameter.type, Field(ge=parameter.low, le=parameter.high)]
+        low, high = (bound if math.isfinite(bound) else None for bound in (parameter.low, parameter.high))
+        number: Any = Annotated[parameter.type, Field(ge=low, le=high)]
         return number | None if parameter.default is None else number
     return parameter.type
 

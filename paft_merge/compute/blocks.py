@@ -374,6 +374,13 @@ class Ops(Protocol):
             The row; and, `[n]` each, how many entries were elected and the sum of their squares.
         """
 
+    def largest(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
+        """One row: of the deltas times their weights, the one of the largest magnitude; of equal ones the first.
+
+        Returns:
+            The row; and, `[n]` each, how many entries are taken from a source, without zeros, and the sum of their squares.
+        """
+
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
         """Drop entries of each delta by their rank among `length` entries that are `inner` apart; ties rank by position."""
 

@@ -148,6 +148,14 @@ class CpuOps:
         kernels.fuse(block.base, block.sources, block.subtract, own, merged, elected, energy, *_strips(n + 4, n))
         return out, elected, energy
 
+    def largest(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
+        """One row: the weighted delta of the largest magnitude; and, `[n]` each, how many entries are each source's, and their squares."""
+        n = len(block.sources)
+        out, won, energy = _one_row(block), np.zeros(n, np.int64), np.zeros(n)
+        merged, own = out.sources[0].view(np.float32), np.array(weights, np.float32)
+        kernels.largest(block.base, block.sources, block.subtract, own, merged, won, energy, *_strips(n + 3, n))
+        return out, won, energy
+
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
         """Drop entries of each delta by their rank among `length` entries that are `inner` apart; ties rank by position."""
         deltas = _as_float32(block.sources)

@@ -181,6 +181,22 @@ class TorchOps:
         merged = total / divisor.clamp(min=float(np.float32(1e-6)))
         return _derived(block, merged[None]), *self._hosts(torch.stack(elected), torch.stack(energy))
 
+    def largest(self, block: Block, weights: Sequence[float]) -> tuple[Block, Counts, Sums]:
+        """See `Ops.largest`."""
+        rows = self._deltas(block)
+        best = torch.zeros_like(rows[0])
+        owner = torch.full_like(best, -1, dtype=torch.int64)
+        for i, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+            weighted = row * float(np.float32(weight))
+            larger = weighted.abs() > best.abs()
+            best, owner = torch.where(larger, weighted, best), torch.where(larger, i, owner)
+        mine = [owner == i for i in range(len(rows))]
+        won = torch.stack([own.sum() for own in mine])
+        energy = torch.stack(
+            [(torch.where(own, row, 0.0).double() ** 2).sum() for own, row in zip(mine, rows, strict=True)]
+        )
+        return _derived(block, best[None]), *self._hosts(won, energy)
+
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
         """See `Ops.drop_ranked`."""
         deltas = self._deltas(block)

@@ -1,4 +1,4 @@
-"""Methods that decide for each entry by nearness, overlap or variance: NearSwap, RAM, SCE."""
+"""Methods that decide for each entry by nearness, overlap, variance or magnitude: NearSwap, RAM, SCE, MagMax."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from paft_merge.methods.in_memory import run
-from paft_merge.methods.parameters import INT8_MASK, REQUIRED, Method, Parameter, Shared, Sources
+from paft_merge.methods.parameters import INT8_MASK, LAMBDA, REQUIRED, Method, Parameter, Shared, Sources, weight
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,12 @@ def _ram_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
     from paft_merge.methods.rules.elementwise import Overlap
 
     return Overlap(shared["epsilon"], shared.get("r", 0.0), shared.get("alpha", 0.0))
+
+
+def _magmax_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.elementwise import Largest
+
+    return Largest(tuple(source["weight"] * shared["lambda"] for source in sources))
 
 
 def _sce_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
@@ -59,7 +65,8 @@ SCE = Method(
     ),
     "required", _sce_rule,
 )  # fmt: skip
-TABLE: Final = (NEARSWAP, RAM, RAMPLUS_TL, SCE)
+MAGMAX = Method("magmax", "MagMax", "arXiv:2407.06322", (weight(1.0), LAMBDA), "required", _magmax_rule)
+TABLE: Final = (NEARSWAP, RAM, RAMPLUS_TL, SCE, MAGMAX)
 
 
 def nearswap(delta: torch.Tensor, t: float) -> torch.Tensor:
@@ -116,3 +123,19 @@ def sce(deltas: Sequence[torch.Tensor], *, select_topk: float = 1.0) -> torch.Te
         `[*shape]` float32, to add to the base.
     """
     return run(SCE, deltas, select_topk=select_topk)
+
+
+def magmax(
+    deltas: Sequence[torch.Tensor], weight: float | Sequence[float] = 1.0, *, lambda_: float = 1.0
+) -> torch.Tensor:
+    """Take every entry from the delta that is largest there in magnitude (MagMax, arXiv:2407.06322).
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta; the magnitudes that are compared are those of weight * delta.
+        lambda_: multiplies the result.
+
+    Returns:
+        `[*shape]` float32, to add to the base. Of equal magnitudes the first delta's entry is taken.
+    """
+    return run(MAGMAX, deltas, weight=weight, lambda_=lambda_)

@@ -1,4 +1,4 @@
-"""Methods that merge directions and lengths: SLERP and its variants, the Karcher mean, Model Stock."""
+"""Methods that merge directions and lengths: SLERP and its variants, the Karcher mean, Model Stock, the geometric median."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from paft_merge.methods.in_memory import run
-from paft_merge.methods.parameters import REQUIRED, Method, Parameter, Shared, Sources, weight, weights
+from paft_merge.methods.parameters import LAMBDA, REQUIRED, Method, Parameter, Shared, Sources, weight, weights
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,16 @@ def _model_stock_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> 
     return ModelStock(len(sources), shared["filter_wise"])
 
 
+def _median_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.spherical import GeometricMedian
+
+    total = sum(source["weight"] for source in sources)
+    if not total:
+        raise ValueError("every weight is 0, so no source counts; give one of them a weight")
+    shares = tuple(source["weight"] / total for source in sources)
+    return GeometricMedian(shares, shared["iterations"], shared["epsilon"], shared["lambda"])
+
+
 SLERP = Method(
     "slerp", "SLERP", "Shoemake 1985",
     (Parameter("t", float, "shared", REQUIRED, "0 is the base, 1 the other source."),),
@@ -86,7 +96,17 @@ MODEL_STOCK = Method(
     (Parameter("filter_wise", bool, "shared", False, "A ratio for each row of the last dimension, not one a tensor."),),
     "required", _model_stock_rule, min_sources=2,
 )  # fmt: skip
-TABLE: Final = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK)
+GEOMETRIC_MEDIAN = Method(
+    "geometric_median", "Geometric median", "Weiszfeld 1937, Vardi and Zhang 2000",
+    (
+        Parameter("weight", float, "source", 1.0, "How often this source counts; not negative.", low=0.0),
+        Parameter("iterations", int, "shared", 100, "Largest number of steps.", low=0),
+        Parameter("epsilon", float, "shared", 1e-6, "Stop where the weighted unit vectors to the deltas add up to at most this.", low=0.0),
+        LAMBDA,
+    ),
+    "required", _median_rule,
+)  # fmt: skip
+TABLE: Final = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK, GEOMETRIC_MEDIAN)
 
 
 def slerp(base: torch.Tensor, other: torch.Tensor, t: float) -> torch.Tensor:
@@ -173,3 +193,29 @@ def model_stock(deltas: Sequence[torch.Tensor], *, filter_wise: bool = False) ->
         `[*shape]` float32, to add to the base.
     """
     return run(MODEL_STOCK, deltas, filter_wise=filter_wise)
+
+
+def geometric_median(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float] = 1.0,
+    *,
+    iterations: int = 100,
+    epsilon: float = 1e-6,
+    lambda_: float = 1.0,
+) -> torch.Tensor:
+    """The delta with the least weighted sum of distances to all deltas, as flat vectors (see `rules.spherical.GeometricMedian`).
+
+    Args:
+        deltas: each `[*shape]`, any float dtype; not modified.
+        weight: how often each delta counts, at least 0; one for all, or one a delta.
+        iterations: largest number of steps of Weiszfeld's algorithm; 0 gives the weighted mean unless a delta is the median.
+        epsilon: stop where the weighted unit vectors to the deltas add up to a vector of at most this length.
+        lambda_: multiplies the result.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+
+    Raises:
+        ValueError: the weights add up to zero.
+    """
+    return run(GEOMETRIC_MEDIAN, deltas, weight=weight, iterations=iterations, epsilon=epsilon, lambda_=lambda_)

@@ -135,6 +135,22 @@ def test_fusions(block: Block, ops: TorchOps) -> None:
     np.testing.assert_allclose(wide(ours)[0], expected, rtol=1e-5, atol=1e-9)
 
 
+def test_largest_deltas(block: Block, ops: TorchOps) -> None:
+    weights = [0.5, -0.4, 1.0]
+    (ours, won, energy), (theirs, their_won, their_energy) = CPU.largest(block, weights), ops.largest(block, weights)
+    np.testing.assert_array_equal(wide(ours), wide(theirs))
+    np.testing.assert_array_equal(won, their_won)
+    np.testing.assert_allclose(energy, their_energy, rtol=1e-12)
+    values = wide(block)
+    weighted = values * np.array(weights, np.float32)[:, None]
+    owner = np.abs(weighted).argmax(axis=0)  # the first of equal ones
+    np.testing.assert_array_equal(wide(ours)[0], np.take_along_axis(weighted, owner[None], 0)[0])
+    taken = [(owner == i) & (values[i] != 0) for i in range(3)]
+    np.testing.assert_array_equal(won, [own.sum() for own in taken])
+    squares = [(values[i][own].astype(np.float64) ** 2).sum() for i, own in enumerate(taken)]
+    np.testing.assert_allclose(energy, squares, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("length", "inner"), [(LENGTH, 1), (LENGTH // 10, 10), (SIZE, 1), (1, LENGTH)])
 def test_ranked_drops(block: Block, ops: TorchOps, length: int, inner: int) -> None:
     drops = [RankedDrop(0.6, 0.3, 12345678901234567890 + i).keep(length) for i in range(3)]

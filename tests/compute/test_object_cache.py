@@ -199,10 +199,16 @@ def results() -> list[np.ndarray]:
     found += [out, blended.counts, blended.sums, other, elected.counts, elected.sums, *cpu.tally(block)]
     derived = [cpu.variance(block, 4), cpu.share(block, 1e-3, [1.0, 2.0, 3.0]), cpu.select(block, block, keeps[0])]
     fused, *parts = cpu.fuse(block, [1.0, 2.0, 3.0])
+    largest, *more = cpu.largest(block, [1.0, -2.0, 3.0])
     ranked = [RankedKeep(np.linspace(0, 1 << 32, width).astype(np.uint64), key) for key in range(3)]
-    derived += [fused, cpu.drop_ranked(block, width, 1, ranked), cpu.swap(Block(0, base, sources[:1], True), 1e-3)]
+    derived += [
+        fused,
+        largest,
+        cpu.drop_ranked(block, width, 1, ranked),
+        cpu.swap(Block(0, base, sources[:1], True), 1e-3),
+    ]
     derived.append(cpu.mix(block, np.ones((3, width)), width, across=True))
-    found += [*(b.sources for b in derived), *parts, *cpu.overlaps(block, 1e-3)]
+    found += [*(b.sources for b in derived), *parts, *more, *cpu.overlaps(block, 1e-3)]
     found += [cpu.gram_rows(block, width), cpu.gram_columns(block, width)]
     picked = np.zeros((4, size), np.uint32)
     found += [kernels.pick(base, sources, False, 0, 2, picked, kernels.lines(1)), picked]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import State, dense_deltas, near, save_adapter, save_checkpoint
 from toys.merge import bits_equal, on, tensors_of
-from toys.mergekit import CONFIG, LAYERS, llama_state, mergekit_merge
+from toys.mergekit import CONFIG, LAYERS, OURS, llama_state, mergekit_merge
 
 import paft_merge
 from paft_merge.engine.api import open_plan
@@ -24,7 +24,6 @@ from paft_merge.methods import METHODS
 from paft_merge.methods.rules.thresholds import kept_count
 from paft_merge.plan import PlannedTensor
 
-OURS = {"l1_ties", "sign_election"}
 NAMES = [name for name in METHODS if name not in OURS]
 RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
 FORMS = ("gradients", "filters", "slices", "modules", "adapters")

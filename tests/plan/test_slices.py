@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import random_state, save_adapter, save_checkpoint
 from toys.merge import Ref, bits_equal, manifest_of, on, recipe_for, tensors_of
-from toys.mergekit import llama_family, mergekit_merge
+from toys.mergekit import OURS, llama_family, mergekit_merge
 
 from paft_merge import merge
 from paft_merge.engine.api import open_plan
@@ -116,7 +116,7 @@ def test_slices_are_merged_as_mergekit_merges_them(kind: str, llamas: dict[str, 
     assert counts == {1 + max(int(n.split(".")[2]) for n in ours if ".layers." in n)}
 
 
-RANDOM_OR_OURS = {"l1_ties", "sign_election", "dare_linear", "dare_ties", "della", "della_linear"}
+RANDOM_OR_OURS = {*OURS, "dare_linear", "dare_ties", "della", "della_linear"}
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM_OR_OURS])

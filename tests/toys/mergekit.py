@@ -22,6 +22,11 @@ with warnings.catch_warnings():
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
+    from paft_merge import mergekit_plugin
+
+OURS = frozenset(mergekit_plugin.OURS)
+"""The methods that mergekit does not have."""
+
 HIDDEN, MIDDLE, LAYERS, HEADS, VOCABULARY = 16, 24, 2, 2, 40
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MIDDLE,

@@ -246,6 +246,51 @@ def fuse(
 
 
 @jit
+def largest(
+    base: Any, sources: Any, subtract: bool, weights: Any, out: Any, won: Any, energy: Any, lines: Any, lanes: Any
+) -> None:
+    """MagMax: at each entry the weighted delta of the largest magnitude; of equal ones the first.
+
+    Args:
+        base, sources, subtract: as above.
+        weights: `[n]` float32; magnitudes are those of weight * delta.
+        out: `[E]` float32, written.
+        won: `[n]` int64, added to: entries that are taken from a source, without zeros.
+        energy: `[n]` float64, added to: the sum of the squares of the deltas there.
+    """
+    n, size = extent(sources)
+    minus, best, owner, values = lines[0], lines[1], lines[2], lines[3:]
+    minus[:] = np.float32(0)
+    lanes[:] = 0.0
+    for start in range(0, size, STRIP):
+        m = min(STRIP, size - start)
+        if subtract:
+            widen(strip(base, start, m), minus)
+        for j in range(m):
+            best[j] = np.float32(0)
+            owner[j] = np.float32(-1)
+        for i in range(n):
+            load(strip_of(sources, i, start, m), minus, values[i])
+            w, number = weights[i], np.float32(i)
+            for j in range(m):
+                v = w * values[i, j]
+                larger = abs(v) > abs(best[j])
+                best[j] = v if larger else best[j]
+                owner[j] = number if larger else owner[j]
+        for i in range(n):
+            count, number = 0, np.float32(i)
+            for j in range(m):
+                count += owner[j] == number
+                wide = np.float64(values[i, j]) if owner[j] == number else 0.0
+                lanes[i, j] += wide * wide
+            won[i] += count
+        for j in range(m):
+            out[start + j] = best[j]
+    for i in range(n):
+        energy[i] += lanes[i, :STRIP].sum()
+
+
+@jit
 def keep_ranked(delta: Any, order: Any, inner: int, index: int, keep: Any, key: Any, out: Any) -> None:
     """Drop entries at random, with a probability that depends on the rank of an entry within its row.
 

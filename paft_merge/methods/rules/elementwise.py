@@ -76,6 +76,32 @@ class Overlap(Rule):
 
 
 @dataclass(frozen=True)
+class Largest(Rule):
+    """At each entry the weighted delta of the largest magnitude, of equal ones the first source's (MagMax, arXiv:2407.06322)."""
+
+    weights: tuple[float, ...]
+    """Weight times lambda of each source."""
+
+    wants: ClassVar[Literal["deltas"]] = "deltas"
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """Nothing is measured."""
+        return Walks(TRANSFORM, made=1)
+
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """Nothing is measured."""
+        weights = [self.weights[i] for i in walk.active]
+
+        def combine(block: Block, out: Any, key: int) -> Outcome:
+            merged, won, energy = walk.ops.largest(block, weights)
+            outcome = write_merged(walk.ops, block, merged, out, key, deltas)
+            outcome.counts[:, 6], outcome.sums[:, 3] = won, energy
+            return outcome
+
+        return combine
+
+
+@dataclass(frozen=True)
 class Fuse(Rule):
     """Select entries by their variance over the sources, weight each source by its energy there, and elect signs.
 

@@ -7,7 +7,7 @@ from n x n numbers. If the vectors are rows or columns, each of them has a Gram 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -234,6 +234,72 @@ class ModelStock(Rule):
         singular = np.abs(divisor) < 1e-6
         t = np.where(singular, 0.0, n * cosine / np.where(singular, 1.0, divisor))
         return np.repeat(t[..., None] / n, n, axis=-1)
+
+
+@dataclass(frozen=True)
+class GeometricMedian(Rule):
+    """The geometric median of the deltas: the point with the least weighted sum of distances to them.
+
+    A delta is the median if the unit vectors from it to the others, times their weights, add up to a vector shorter than its own
+    weight. Otherwise the median is between the deltas, and Weiszfeld's iteration finds it, with the step of Vardi and Zhang (2000)
+    where it meets a delta. It begins at the weighted mean, which remains where it is one of several medians, as between two
+    deltas of equal weight. Points are weights of the deltas that add up to one, and distances come from the Gram matrix.
+    """
+
+    shares: tuple[float, ...]
+    """Weights of the sources, not negative, with the sum 1."""
+    iterations: int
+    epsilon: float
+    factor: float
+    """Multiplies the median (lambda)."""
+
+    wants: ClassVar[Literal["deltas"]] = "deltas"
+
+    def walks(self, numel: int, active: Sequence[int]) -> Walks:
+        """One walk measures the Gram matrix."""
+        return Walks(TALLIED, (GRAM,))
+
+    def prepare(self, walk: TensorPass, deltas: bool) -> Combine:
+        """Measure the Gram matrix."""
+        return _by_tensor(walk, self._weights, deltas, len(self.shares))
+
+    def _weights(self, dots: Matrix) -> Weights:
+        squares = np.diagonal(dots)
+        sums = squares[:, None] + squares
+        apart = sums - 2 * dots
+        apart = np.where(apart > 1e-14 * sums, apart, 0.0)  # below that is rounding
+        shares = np.array(self.shares)
+        return self.factor * next(self._at_deltas(shares, apart), self._between(shares, apart))
+
+    @staticmethod
+    def _at_deltas(shares: Weights, apart: Matrix) -> Iterator[Weights]:
+        """The deltas that are the median; several only if they are equal."""
+        for i, squares in enumerate(apart):
+            here = squares == 0
+            pulls = np.where(here, 0.0, shares / np.sqrt(np.where(here, 1.0, squares)))
+            pulls[i] = -pulls.sum()
+            if _span(pulls, apart) < shares[here].sum() - 1e-9:
+                yield np.eye(len(apart))[i]
+
+    def _between(self, shares: Weights, apart: Matrix) -> Weights:
+        """The median as weights of the deltas whose squared distances are `apart`."""
+        point, least = shares, 1e-16 * float(apart.max(initial=0.0))
+        for _ in range(self.iterations):
+            squares = apart @ point - 0.5 * float(point @ apart @ point)
+            here = squares <= least
+            pulls = np.where(here, 0.0, shares / np.sqrt(np.where(here, 1.0, squares)))
+            total, held = float(pulls.sum()), float(shares[here].sum())
+            pull = _span(pulls - total * point, apart)
+            if total == 0 or pull - held <= self.epsilon:
+                break
+            kept = held / pull
+            point = (1 - kept) * pulls / total + kept * point
+        return point
+
+
+def _span(weights: Weights, apart: Matrix) -> float:
+    """The length of a weighted sum of points with the squared distances `apart`; the weights add up to zero."""
+    return math.sqrt(max(-0.5 * float(weights @ apart @ weights), 0.0))
 
 
 def _length(vector: Weights, dots: Matrix) -> float:
