@@ -49,11 +49,16 @@ class Score:
     """The generated texts by row, if any."""
     warning: str = ""
     """What makes the value doubtful."""
+    tokens: tuple[int, ...] = field(default=(), repr=False)
+    """`perplexity`: predicted tokens by row, which weight the rows' mean losses."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the score as JSON values; `warning` only if there is one."""
+        """Return the score as JSON values; `tokens` and `warning` only if there are any."""
         found = {"value": self.value, "stderr": self.stderr, "rows": list(self.rows), "outputs": list(self.outputs)}
-        return {**found, "warning": self.warning} if self.warning else found
+        return {
+            **found, **({"tokens": list(self.tokens)} if self.tokens else {}),
+            **({"warning": self.warning} if self.warning else {}),
+        }  # fmt: skip
 
 
 Advance = Callable[[int, int], None]
@@ -311,4 +316,4 @@ def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_
     per_row = _mean([-logp / count for logp, count in sums])
     value = math.exp(min(loss, 700.0))
     spread = value * per_row.stderr if per_row.stderr is not None else None
-    return Score(value, spread, per_row.rows, warning=warning)
+    return Score(value, spread, per_row.rows, warning=warning, tokens=tuple(count for _, count in sums))

@@ -14,6 +14,8 @@ preflight          checks before anything is run
 state              `run.json` and the lock
 execution          running the steps
 ray_steps          running them on a Ray cluster
+intervals          95 % intervals, paired over items and seeds
+comparisons        the numbers of the table, and sentences about them
 results_table      the table at the end
 tuning             `paft tune`
 starter_recipe     `paft init`
@@ -227,7 +229,8 @@ def run(
             steps = [step for step in ready.todo if step.stage == stage]
             if steps:
                 executor.stage(stage, steps)
-        made = Table.of(ready.planner.arms, ready.steps, ready.state, ready.recipe.evaluate)
+        plotted = ready.recipe.compare.frontier if ready.recipe.compare else None
+        made = Table.of(ready.planner.arms, ready.steps, ready.state, ready.recipe.evaluate, plotted)
         made.write(out)
     return Run(out, made, tuple(step.name for step in ready.todo))
 

@@ -1,102 +1,81 @@
-"""The table of a run: a row per arm, a column per evaluation, the spread over seeds, and sentences that compare arms."""
+"""The table of a run: a row per arm, a column per evaluation, the spread over seeds, costs, and sentences that compare arms."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paft_merge.errors import RunError, reading
 from paft_merge.evaluating.schema import LOWER_IS_BETTER, EvaluateSpec
 from paft_merge.output.card.markdown import escape_markdown
 from paft_merge.pipeline.arms import Arm
+from paft_merge.pipeline.comparisons import Cell, Row, TableData
+from paft_merge.pipeline.intervals import Sample
 from paft_merge.pipeline.state import State
-from paft_merge.pipeline.steps import SPARSITY, Evaluate, Step
+from paft_merge.pipeline.steps import SPARSITY, Evaluate, Merge, Step, Train
+
+__all__ = ["Cell", "Row", "Table"]
+
+PARETO = "◆"
+"""Marks an arm on the Pareto front."""
+
+COSTS = {"train_seconds": "trained, s", "train_tokens": "trained, tokens", "merge_seconds": "merged, s"}
+"""The headings of costs."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One evaluation of one arm."""
-
-    values: tuple[float, ...]
-    """One value per seed."""
-    stderr: float | None = None
-    """Standard error over the rows of the evaluation; mean over seeds."""
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds; None for a single seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    @property
-    def noise(self) -> float:
-        """Standard error of the mean: over rows or over seeds, whichever is larger."""
-        rows = (self.stderr or 0.0) / math.sqrt(len(self.values))
-        return max(rows, (self.spread or 0.0) / math.sqrt(len(self.values)))
-
-    def __str__(self) -> str:
-        text = _number(self.mean)
-        return f"{text} ± {_number(self.spread)}" if self.spread is not None else text
-
-
-def _cell(found: Sequence[tuple[float, float | None]]) -> Cell:
-    errors = [error for _, error in found if error is not None]
-    return Cell(tuple(value for value, _ in found), statistics.fmean(errors) if errors else None)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One arm."""
-
-    name: str
-    group: str
-    cells: dict[str, Cell]
-
-
-@dataclass(frozen=True, repr=False)
-class Table:
-    """All arms. `print` and a notebook show it as Markdown."""
-
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    seeds: tuple[int | None, ...]
-    better: dict[str, int]
-    """By column: +1 if more is better, -1 if less is, 0 if neither (sparsity)."""
+class Table(TableData):
+    """All arms. `print` shows it as Markdown, a notebook as HTML."""
 
     @classmethod
-    def of(cls, arms: Sequence[Arm], steps: Sequence[Step], state: State, spec: EvaluateSpec | None) -> Table:
-        """The table of the finished evaluations of a run; arms without any are left out."""
-        found: dict[str, dict[str, list[tuple[float, float | None]]]] = {arm.name: {} for arm in arms}
+    def of(
+        cls,
+        arms: Sequence[Arm],
+        steps: Sequence[Step],
+        state: State,
+        spec: EvaluateSpec | None,
+        frontier: Sequence[str] | None = None,
+    ) -> Table:
+        """The table of the finished evaluations of a run; arms without any are left out.
+
+        Args:
+            arms: the arms of every seed.
+            steps: all steps.
+            state: the records of the steps.
+            spec: the section `evaluate:`.
+            frontier: the columns of the plot; None: the first three evaluations, if an arm is a point of a frontier.
+        """
+        found: dict[str, dict[str, dict[int | None, Sample]]] = {arm.name: {} for arm in arms}
         for step in steps:
             if isinstance(step.job, Evaluate) and state.finished(step):
-                for column, score in state.result(step).items():
-                    if score["value"] is not None:
-                        cells = found[step.job.arm.name].setdefault(column, [])
-                        cells.append((float(score["value"]), score.get("stderr")))
-        groups = {arm.name: arm.group for arm in arms}
+                for column, sample in _samples(step, _kind_of(spec)):
+                    found[step.job.arm.name].setdefault(column, {})[step.job.arm.seed] = sample
+        costs = _costs(arms, steps, state)
+        first = {arm.name: arm for arm in reversed(arms)}
         rows = tuple(
-            Row(name, groups[name], {c: _cell(got) for c, got in cells.items()})
+            Row(
+                name,
+                first[name].group,
+                {c: Cell.of(got) for c, got in cells.items()},
+                first[name].frontier,
+                first[name].point,
+                costs[name],
+            )
             for name, cells in found.items()
             if cells
         )
         named = [*(spec.metrics if spec else ()), *(c for row in rows for c in row.cells if c != SPARSITY), SPARSITY]
         columns = tuple(c for c in dict.fromkeys(named) if any(c in row.cells for row in rows))
         seeds = tuple(dict.fromkeys(arm.seed for arm in arms if arm.seed is not None))
-        return cls(columns, rows, seeds, {column: _direction(column, spec) for column in columns})
+        better = {column: _direction(column, spec) for column in columns}
+        if frontier is None and any(row.frontier for row in rows):
+            frontier = [column for column in columns if better[column]][:3]
+        plotted = tuple(frontier or ())
+        return cls(columns, rows, seeds, better, plotted if len(plotted) > 1 else ())
 
     def __repr__(self) -> str:
         return f"Table({len(self.rows)} arms, {len(self.columns)} columns)"
@@ -107,115 +86,75 @@ class Table:
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
-    def best(self, column: str) -> float | None:
-        """The best mean of a column; None where there is nothing to compare."""
-        means = [row.cells[column].mean for row in self.rows if column in row.cells]
-        sign = self.better[column]
-        return sign * max(sign * mean for mean in means) if len(means) > 1 and sign else None
-
-    def verdicts(self) -> list[str]:
-        """Sentences on the alignment tax, and on merging against sequential training."""
-        return [*self._tax(), *self._against_sequential()]
-
-    def _judged(self) -> list[str]:
-        return [column for column in self.columns if self.better[column]]
-
-    def _tax(self) -> list[str]:
-        sentences = []
-        pairs = [(s, i) for s in self.rows if s.group == "sequential" for i in self.rows if i.group == "individual"]
-        for sequential, alone in pairs:
-            if _kind(sequential.name) == _kind(alone.name) or not _kind(sequential.name):
-                losses = self._worse(sequential, alone)
-                gains = self._worse(alone, sequential)
-                if losses and gains:
-                    sentences.append(
-                        f"{sequential.name} against {alone.name}: gains in {', '.join(gains)}; pays in {', '.join(losses)}"
-                    )
-        return sentences
-
-    def _against_sequential(self) -> list[str]:
-        sentences = []
-        merged = [row for row in self.rows if row.group in ("parallel", "merge")]
-        for sequential in (row for row in self.rows if row.group == "sequential" and merged):
-            kinds: dict[str, list[str]] = {}
-            for row in merged:
-                loses, wins = self._worse(row, sequential), self._worse(sequential, row)
-                kind = "trade" if loses and wins else "win" if wins else "lose" if loses else "tie"
-                kinds.setdefault(kind, []).append(row.name)
-            words = {
-                "win": "better and nowhere worse",
-                "tie": "no difference",
-                "lose": "worse and nowhere better",
-            }
-            parts = [f"{words[kind]}: {', '.join(kinds[kind])}" for kind in words if kind in kinds]
-            if "win" not in kinds:
-                parts.insert(0, "none is better without being worse somewhere")
-            if "trade" in kinds:
-                parts.append(f"{len(kinds['trade'])} of {len(merged)} better in one column and worse in another")
-            sentences.append(f"merges against {sequential.name}: {'; '.join(parts)}")
-        if sentences:
-            sentences.append("a difference counts when it is above its standard error")
-        return sentences
-
-    def _worse(self, one: Row, other: Row) -> list[str]:
-        """Columns in which the mean of `one` is worse than that of `other` by more than the standard error of their difference."""
-        found = []
-        for column in self._judged():
-            if column in one.cells and column in other.cells:
-                a, b = one.cells[column], other.cells[column]
-                noise = math.hypot(a.noise, b.noise)
-                if self.better[column] * (b.mean - a.mean) > noise:
-                    found.append(column)
-        return found
-
     # --- on disk ----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The table as plain data, with the value of every seed."""
+        """The table as plain data, with the value of every seed, and the intervals of all differences that sentences are about."""
         return {
             "seeds": list(self.seeds),
             "better": {c: {1: "higher", -1: "lower", 0: None}[d] for c, d in self.better.items()},
-            "rows": [
-                {
-                    "arm": row.name,
-                    "group": row.group,
-                    "cells": {
-                        c: {
-                            "mean": cell.mean,
-                            "spread": cell.spread,
-                            "values": list(cell.values),
-                            "stderr": cell.stderr,
-                        }
-                        for c, cell in row.cells.items()
-                    },
-                }
-                for row in self.rows
-            ],
+            "frontier": list(self.frontier),
+            "rows": [self._row_json(row) for row in self.rows],
+            "differences": [difference.to_json() for difference in self.compared],
             "verdicts": self.verdicts(),
         }
 
+    def _row_json(self, row: Row) -> dict[str, Any]:
+        cells = {}
+        for column, cell in row.cells.items():
+            found = self.interval(row, column)
+            cells[column] = {
+                "mean": cell.mean, "spread": cell.spread, "values": list(cell.values), "stderr": cell.stderr,
+                "low": found.low if found else None, "high": found.high if found else None,
+            }  # fmt: skip
+        swept = {"frontier": row.frontier, "point": dict(row.point)} if row.frontier else {}
+        pareto = {"pareto": row.name in self.pareto} if self.frontier else {}
+        cost = {key: list(values) for key, values in row.cost.items()}
+        return {"arm": row.name, "group": row.group, **swept, **pareto, "cells": cells, "cost": cost}
+
     def to_csv(self) -> str:
-        """The table as CSV: a row per arm, mean and spread of each column."""
+        """The table as CSV: a row per arm, mean and spread of each column, mean costs, and whether it is on the Pareto front."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["arm", "group", *(name for c in self.columns for name in (c, f"{c}_spread"))])
+        costs, front = self._costs(), ["pareto"] if self.frontier else []
+        writer.writerow(["arm", "group", *(name for c in self.columns for name in (c, f"{c}_spread")), *costs, *front])
         for row in self.rows:
             cells = [row.cells.get(c) for c in self.columns]
             numbers = [n for cell in cells for n in ((cell.mean, cell.spread) if cell else (None, None))]
-            writer.writerow([row.name, row.group, *("" if n is None else n for n in numbers)])
+            numbers += [statistics.fmean(row.cost[key]) if key in row.cost else None for key in costs]
+            marks = [str(int(row.name in self.pareto))] if front else []
+            writer.writerow([row.name, row.group, *("" if n is None else n for n in numbers), *marks])
         return text.getvalue()
 
+    def _costs(self) -> list[str]:
+        """The kinds of cost that any arm has."""
+        found = dict.fromkeys(key for row in self.rows for key, values in row.cost.items() if any(values))
+        return [key for key in COSTS if key in found]
+
+    def shown_costs(self) -> dict[str, dict[str, str]]:
+        """The columns of costs in the table by heading, each with the text for every arm: those of training, if any arm has them."""
+        keys = [key for key in self._costs() if key != "merge_seconds"]
+        return {COSTS[key]: {row.name: _cost(row.cost.get(key)) for row in self.rows} for key in keys}
+
     def to_markdown(self) -> str:
-        """The table as Markdown, the best of each column in bold, with the sentences below."""
-        arrows = {1: " ↑", -1: " ↓", 0: ""}
-        head = ["arm", *(f"{escape_markdown(c)}{arrows[self.better[c]]}" for c in self.columns)]
+        """The table as Markdown, the best of each column in bold, with the sentences and the differences below."""
+        arrows, costs = {1: " ↑", -1: " ↓", 0: ""}, self.shown_costs()
+        head = ["arm", *(f"{escape_markdown(c)}{arrows[self.better[c]]}" for c in self.columns), *costs]
         lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for row in self.rows:
-            cells = [self._marked(row, c) for c in self.columns]
-            lines.append(f"| {escape_markdown(row.name)} | {' | '.join(cells)} |")
+            cells = [self._marked(row, c) for c in self.columns] + [texts[row.name] for texts in costs.values()]
+            mark = f"{PARETO} " if row.name in self.pareto else ""
+            lines.append(f"| {mark}{escape_markdown(row.name)} | {' | '.join(cells)} |")
         if len(self.seeds) > 1:
             lines += ["", f"Mean ± standard deviation over seeds {', '.join(map(str, self.seeds))}."]
         lines += ["", *(f"- {escape_markdown(verdict)}" for verdict in self.verdicts())]
+        for rival, found in self.against.items():
+            columns = list(dict.fromkeys(d.column for mine in found.values() for d in mine))
+            lines += ["", f"Differences from {escape_markdown(rival)}, with 95 % intervals:", ""]
+            lines += [f"| arm | {' | '.join(map(escape_markdown, columns))} |", f"|{'---|' * (len(columns) + 1)}"]
+            for name, mine in found.items():
+                texts = {d.column: f"**{d}**" if d.verdict else str(d) for d in mine}
+                lines.append(f"| {escape_markdown(name)} | {' | '.join(texts.get(c, '') for c in columns)} |")
         return "\n".join(lines).rstrip() + "\n"
 
     def _marked(self, row: Row, column: str) -> str:
@@ -235,9 +174,53 @@ class Table:
                 path.unlink(missing_ok=True)
 
 
-def _kind(name: str) -> str:
-    """`l1` of `sequential (l1)`."""
-    return name.rpartition("(")[2].rstrip(")") if name.endswith(")") else ""
+def _cost(values: Sequence[float] | None) -> str:
+    """The mean of a cost over seeds in three digits: 52, 1.2k, 3.4M."""
+    if values is None:
+        return ""
+    mean = statistics.fmean(values)
+    power = next((p for p in (9, 6, 3) if mean >= 0.9995 * 10**p), 0)
+    return f"{float(f'{mean / 10**power:.3g}'):g}{ {9: 'G', 6: 'M', 3: 'k', 0: ''}[power] }"
+
+
+def _kind_of(spec: EvaluateSpec | None) -> Mapping[str, str]:
+    return {name: of.kind for name, of in spec.metrics.items()} if spec else {}
+
+
+def _samples(step: Step, kinds: Mapping[str, str]) -> Iterable[tuple[str, Sample]]:
+    """The scores of a finished evaluation with their values by item."""
+    assert step.out is not None
+    with reading(step.out, "STATE", RunError, "remove it, and run again"):
+        scores = json.loads(step.out.read_text(encoding="utf-8"))
+    for column, score in scores.items():
+        if score["value"] is not None:
+            yield column, Sample(
+                float(score["value"]), score.get("stderr"), tuple(score.get("rows") or ()),
+                tuple(score.get("tokens") or ()), kinds.get(column) == "perplexity",
+            )  # fmt: skip
+
+
+def _costs(arms: Sequence[Arm], steps: Sequence[Step], state: State) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Seconds and tokens of all steps that each arm needs, by arm and kind of cost, per seed."""
+    by_name = {step.name: step for step in steps}
+
+    def needed(names: Iterable[str]) -> set[str]:
+        return {name for one in names for name in {one, *needed(by_name[one].needs)}}
+
+    found: dict[str, list[dict[str, float]]] = {}
+    for arm in arms:
+        mine = [(by_name[name].job, state.steps.get(name, {})) for name in sorted(needed(arm.needs))]
+        trained = [record for job, record in mine if isinstance(job, Train)]
+        tokens = [record.get("result", {}).get("tokens") for record in trained]
+        cost = {"train_seconds": sum(record.get("seconds", 0.0) for record in trained)}
+        if None not in tokens:
+            cost["train_tokens"] = sum(tokens)
+        cost["merge_seconds"] = sum(record.get("seconds", 0.0) for job, record in mine if isinstance(job, Merge))
+        found.setdefault(arm.name, []).append(cost)
+    return {
+        name: {key: tuple(cost[key] for cost in costs) for key in costs[0] if all(key in cost for cost in costs)}
+        for name, costs in found.items()
+    }
 
 
 def _direction(column: str, spec: EvaluateSpec | None) -> int:

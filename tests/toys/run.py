@@ -71,15 +71,15 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def outcome(run: Path) -> dict[str, bytes]:
-    """What a run gives, whatever its folder is called: weights, evaluations, the table."""
-    found = {}
+def outcome(run: Path) -> dict[str, Any]:
+    """What a run gives, whatever its folder is called and however long it took: weights, evaluations, the table."""
+    found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        result = path.suffix == ".safetensors" or name.startswith("table.") or "evaluations/" in name
-        if result and path.is_file():
+        if (path.suffix == ".safetensors" or "evaluations/" in name) and path.is_file():
             found[name] = path.read_bytes()
-    return found
+    table = json.loads((run / "table.json").read_text())
+    return {**found, "table": {**table, "rows": [{**row, "cost": None} for row in table["rows"]]}}
 
 
 class Killed(BaseException):
