@@ -26,6 +26,7 @@ ROWS: list[set[str]] = [
     {"engine", "mergekit_plugin"},
     {"auditing"},
     {"pipeline"},
+    {"studies"},
     {"cli"},
 ]
 """The rooms at the top of the package, from the bottom to the top. A room imports rooms of lower rows only."""
@@ -39,7 +40,7 @@ ONLY_IN = {
     "numba": {"compute"},
     "llvmlite": {"compute"},
     "lm_eval": {"evaluating"},
-    "matplotlib": {"auditing", "output", "pipeline"},
+    "matplotlib": {"auditing", "output", "pipeline", "studies"},
     "resvg_py": {"auditing"},
     "optuna": {"pipeline"},
     "ray": {"engine"},
@@ -47,7 +48,7 @@ ONLY_IN = {
     "jinja2": {"auditing", "plan"},
     "rich": {"cli"},
     "yaml": {"recipe", "output"},
-    "pydantic": {"output", "recipe", "training", "mergekit_plugin", "evaluating", "pipeline", "engine"},
+    "pydantic": {"output", "recipe", "training", "mergekit_plugin", "evaluating", "pipeline", "engine", "studies"},
 }
 """The rooms that import a foreign package; no other room does."""
 

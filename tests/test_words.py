@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(
     path
-    for pattern in ("paft_merge/**/*.py", "docs/*.md", "recipes/*.yaml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+    for pattern in ("paft_merge/**/*.py", "docs/**/*.md", "recipes/**/*.yaml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
     for path in ROOT.glob(pattern)
 )  # fmt: skip
 

@@ -25,6 +25,7 @@ from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
 from paft_merge.cli.starting import init
+from paft_merge.cli.studying import study
 from paft_merge.cli.terminal import COMMAND, COMPILER, WORKERS, LineFormatter, StderrHandler, line, say, warn
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
@@ -142,5 +143,21 @@ def cli(ctx: click.Context, verbose: bool) -> None:
 
 atexit.register(gc.freeze)  # saves 0.05 s at exit: without it, Python collects garbage in all imported modules
 
-for command in (run, init, tune, evaluate, merge, explain, audit, train, pull, push, card, reproduce, methods, bench):
+for command in (
+    run,
+    init,
+    tune,
+    evaluate,
+    merge,
+    explain,
+    audit,
+    train,
+    pull,
+    push,
+    card,
+    reproduce,
+    methods,
+    bench,
+    study,
+):
     cli.add_command(command)

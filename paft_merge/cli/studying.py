@@ -1,0 +1,57 @@
+"""`paft study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from paft_merge.cli.running import resume_hint, silence_libraries
+from paft_merge.cli.terminal import say, sigterm_as_interrupt
+
+
+@click.command(short_help="Test a claim of a paper in small, with seeds and intervals.")
+@click.argument("name", metavar="NAME")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write. Seeds that are finished there are not run again.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with the data that the study names; frozen-lake and on-policy need none.",
+)
+@click.option("--seeds", type=click.IntRange(1), help="Number of seeds. Default: the study's.")
+@click.option("--smoke", is_flag=True, help="Run the small form: a check that the study runs, without a finding.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a parameter of the study, e.g. learning_rate=0.003.",
+)
+@click.option("--quiet", is_flag=True, help="No lines about the seeds.")
+def study(
+    name: str, out: Path, data: Path | None, seeds: int | None, smoke: bool, overrides: tuple[str, ...], quiet: bool
+) -> None:
+    """Run the study NAME (frozen-lake, on-policy, precision, or the YAML file of one) and print its findings.
+
+    Writes results.json, NAME.md with tables, and plots to the folder of --out. Started again, it continues. A claim holds
+    only where the 95 % interval of the difference over seeds excludes zero.
+    """
+    silence_libraries()
+    from paft_merge.studies import run_study
+
+    with resume_hint(), sigterm_as_interrupt():
+        found = run_study(
+            name, out, data=data, seeds=seeds, smoke=smoke, overrides=overrides,
+            progress=(lambda line: None) if quiet else say,
+        )  # fmt: skip
+    if not quiet:
+        for head, *verdicts in found.claims:
+            say(head.replace("**", ""))
+            for verdict in verdicts:
+                say(f"  {verdict.replace('**', '')}")
+    say(found.page, err=False)

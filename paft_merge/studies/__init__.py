@@ -1,0 +1,14 @@
+"""`paft study`: small experiments that test the claims of papers, with seeds and intervals.
+
+study               a study's definition (recipes/studies/NAME.yaml)
+seeds               runs the seeds; resume; the file of results
+intervals           bootstrap intervals over seeds
+pages               tables and sentences, from the results
+plots               pictures, from the results
+policy_losses       the losses of `training`, for policies over states and actions
+frozen_lake         study `frozen-lake`
+bandit              study `on-policy`
+"""
+
+from paft_merge.studies.seeds import StudyResult as StudyResult
+from paft_merge.studies.seeds import run_study as run_study
