@@ -7,7 +7,7 @@ taken block by block and added in tile order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -65,14 +65,14 @@ class TensorStats:
 
 
 def survey(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None) -> TensorStats:
-    """Measure one tensor in one walk, or in three (from memory where it fits) where its thresholds cannot be guessed.
+    """Measure one tensor in one walk, or in several (from memory where it fits) where its thresholds cannot be guessed.
 
     Raises:
         AuditError: NONFINITE, naming the tensor and the source.
     """
     active = subject.inputs.active
     decomposed = [walker.pool.submit(_factored, subject, i) for i in active]
-    seen = _in_one_walk(subject, walker, wanted, rule) or _in_turn(subject, walker, wanted, rule)
+    seen = _seen(subject, walker, wanted, rule)
     factored = [later.result() for later in decomposed]
     related = {(a, b): walker.pool.submit(_relate, factored[a], factored[b]) for a, b in seen.pairs}
     pairs, subspaces = dict(seen.pairs), {}
@@ -102,41 +102,74 @@ class _Seen:
     merged_square: float
 
 
-def _in_one_walk(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None) -> _Seen | None:
+def _seen(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None) -> _Seen:
     """Measure a tensor while it is read: entries near a threshold are set aside until it is known (see `one_pass`).
 
-    Returns None if that is impossible, or a guess missed a threshold.
+    Where thresholds cannot be guessed, the deltas are stored for further walks. A missed guess is followed by such walks too.
     """
-    active, first, each = subject.inputs.active, _First(subject, wanted), BlockWalk([subject.stored], walker.pool)
-    if not first.combinations and rule is None:
-        return _Seen(first.measures(each(first.work)), {}, {}, 0.0)
-    factors = cache(lambda: [subject.inputs.factors(i) for i in active])
-    walk, trim = TensorPass(subject.numel, each, CpuOps(), active, subject.shape), Trim("density", wanted.density)
-    previewed = rule.one_pass(walk, factors) if rule is not None else None
-    largest = previewed
-    if first.combinations and (rule is None or not rule.trims_by(trim)):
-        every = Election((1.0,) * len(active))
-        largest = plan_one_pass([trim] * len(active), every, subject.numel, each, CpuOps(), factors)
-    if largest is None or (rule is not None and previewed is None):
-        return None
-    passes = [largest] if previewed in (None, largest) else [largest, previewed]
-
-    parts = each(lambda block: first.work(block, passes, merge=rule is not None))
-    starts = [start for start, _ in subject.bounds]
-    thresholds = [one.thresholds(starts, [part.undecided[at] for part in parts]) for at, one in enumerate(passes)]
-    if None in thresholds:
-        return None
-    tally, squares = Tally.empty(len(active)), list[float]()
-    for (start, stop), part in zip(subject.bounds, parts, strict=True):
-        first.count_undecided(part, largest.bounds(start, stop), start, thresholds[0] or [])
-        if rule is not None:
-            merged = passes[-1].resolved(start, part.undecided[-1], thresholds[-1] or [], part.outcome, np.uint32)
-            squares.append(float(part.merged[0]) + _square(merged))
-        tally.add(part.outcome.counts, part.outcome.sums)
+    first = _First(subject, wanted)
+    largest, previewed = _guesses(subject, walker, wanted, rule, first)
+    passes = [one for one in dict.fromkeys((largest, previewed)) if one is not None]
+    each = walker.first if rule is not None and previewed is None else BlockWalk([subject.stored], walker.pool)
+    parts = each(lambda block: first.work(block, passes, merge=previewed is not None))
+    starts, asides = (
+        [start for start, _ in subject.bounds],
+        {one: [p.undecided[i] for p in parts] for i, one in enumerate(passes)},
+    )
+    known = {one: one.thresholds(starts, aside) for one, aside in asides.items()}
+    support, survivals = first.no_support(), list[KeepThreshold]()
+    if largest is not None and (thresholds := known[largest]) is not None:
+        support = sum((p.support for p in parts), support)
+        for entries in _joined(largest, starts, asides[largest]):
+            first.count_support(entries.held.view(np.uint32)[:-1], 0, entries.within(0, thresholds), support)
+    elif first.combinations:
+        trims = [Trim("density", wanted.density)] * first.n
+        survivals = trim_survivals(trims, subject.numel, walker.walk, CpuOps(), full=first.full)
     measures = first.measures(parts)
-    pairs = first.pairs(parts, measures, sum(part.support for part in parts))
-    survived = _survived(tally, [m.square for m in measures], subject.numel) if rule is not None else {}
-    return _Seen(measures, pairs, survived, math.fsum(squares))
+    survived, square = dict[int, Survived](), 0.0
+    if previewed is not None and (thresholds := known[previewed]) is not None:
+        tally, outcome, squares = Tally.empty(first.n), Outcome.empty(first.n), [float(p.merged[0]) for p in parts]
+        for entries in _joined(previewed, starts, asides[previewed]):
+            squares.append(_square(previewed.resolved(0, entries, thresholds, outcome, np.uint32)))
+        for one in (outcome, *(p.outcome for p in parts)):
+            tally.add(one.counts, one.sums)
+        survived, square = _survived(tally, [m.square for m in measures], subject.numel), math.fsum(squares)
+        rule = None
+    if rule is not None or survivals:
+        survived_later, square_later, support_later = _second(subject, walker, rule, survivals, wanted, first)
+        survived, square, support = survived_later or survived, square_later or square, support + support_later
+    return _Seen(measures, first.pairs(parts, measures, support), survived, square)
+
+
+def _guesses(
+    subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None, first: _First
+) -> tuple[OnePass | None, OnePass | None]:
+    """Brackets for the supports of all pairs, and those of the merge to preview; None where there is nothing to guess, or no guess."""
+    active, each = subject.inputs.active, BlockWalk([subject.stored], walker.pool)
+    factors = cache(lambda: [subject.inputs.factors(i) for i in active])
+    trim = Trim("density", wanted.density)
+    previewed = None
+    if rule is not None:
+        previewed = rule.one_pass(TensorPass(subject.numel, each, CpuOps(), active, subject.shape), factors)
+    if not first.combinations:
+        return None, previewed
+    if rule is not None and rule.trims_by(trim):
+        return previewed, previewed
+    every = Election((1.0,) * len(active))
+    return plan_one_pass([trim] * len(active), every, subject.numel, each, CpuOps(), factors), previewed
+
+
+_JOINED = 16 << 20
+"""Most bytes of the undecided entries of a tensor that are copied to be merged at once."""
+
+
+def _joined(one: OnePass, starts: Sequence[int], undecided: Sequence[Undecided]) -> Iterator[Undecided]:
+    """The undecided entries of all blocks, or block by block where they are many; their places are flat indices of the tensor."""
+    step = len(starts) if one.held_bytes <= _JOINED else 1
+    for at in range(0, len(starts), step):
+        some, begin = undecided[at : at + step], starts[at : at + step]
+        places = np.concatenate([start + u.place.astype(np.int64) for start, u in zip(begin, some, strict=True)])
+        yield Undecided(places, np.concatenate([u.held for u in some], axis=1), [], np.empty(0, np.int64))
 
 
 _NO_MEMORY = np.empty(0, np.uint8)
@@ -146,19 +179,6 @@ def _square(bits: Any) -> float:
     squares = np.zeros(1)
     kernels.add_squares(bits, squares)
     return float(squares[0])
-
-
-def _in_turn(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None) -> _Seen:
-    """Measure a tensor, then find its thresholds, then count what passes them."""
-    first = _First(subject, wanted)
-    parts = walker.first(first.work)
-    measures = first.measures(parts)
-    trims = [Trim("density", wanted.density)] * first.n
-    survivals = (
-        trim_survivals(trims, subject.numel, walker.walk, CpuOps(), full=first.full) if first.combinations else []
-    )
-    survived, merged, support = _second(subject, walker, rule, survivals, wanted, first)
-    return _Seen(measures, first.pairs(parts, measures, support), survived, merged)
 
 
 @dataclass(frozen=True)
@@ -250,25 +270,16 @@ class _First:
         """The histograms of all blocks, as `thresholds.trim_survivals` takes them."""
         return self._counts, self._lows
 
-    def count_support(
-        self, deltas: Any, index: int, survivals: Sequence[KeepThreshold], support: Any, times: int = 1
-    ) -> None:
-        """Add to `support` `[pairs, 4]`, `times` times, the entries of `deltas` `[n, E]` that survive in both, either and each."""
+    def no_support(self) -> Any:
+        """`[pairs, 4]` zeros; see `count_support`."""
+        return np.zeros((len(self.combinations), 4), np.int64)
+
+    def count_support(self, deltas: Any, index: int, survivals: Sequence[KeepThreshold], support: Any) -> None:
+        """Add to `support` `[pairs, 4]` the entries of `deltas` `[n, E]` that survive in both, either and each."""
         lows = np.array([s.low for s in survivals], np.uint32)
         cuts = np.array([s.low_cut for s in survivals], np.int64)
         for k, (a, b) in enumerate(self.combinations):
-            counts = np.zeros(4, np.int64)
-            kernels.shared_support(deltas[a], deltas[b], index, lows[[a, b]], cuts[[a, b]], counts)
-            support[k] += times * counts
-
-    def count_undecided(
-        self, part: _Part, bounds: Sequence[tuple[int, int]], start: int, thresholds: Sequence[KeepThreshold]
-    ) -> None:
-        """Add to the support of a block, which begins at `start`, its entries within `bounds` that pass their threshold."""
-        entries = part.undecided[0]
-        deltas = entries.held.view(np.uint32)[:-1]
-        self.count_support(deltas, 0, entries.within(start, thresholds), part.support)
-        self.count_support(deltas, 0, [KeepThreshold(low + width - 1) for low, width in bounds], part.support, -1)
+            kernels.shared_support(deltas[a], deltas[b], index, lows[[a, b]], cuts[[a, b]], support[k])
 
     def measures(self, parts: Sequence[_Part]) -> list[Measure]:
         """The measure of every source, from all blocks."""
@@ -312,9 +323,7 @@ def _second(
     first: _First,
 ) -> tuple[dict[int, Survived], float, Any]:
     """The last walk: merge the deltas as `rule` does, and compare the supports of every pair."""
-    total = np.zeros((len(first.combinations), 4), np.int64)
-    if rule is None and not survivals:
-        return {}, 0.0, total
+    total = first.no_support()
     combine = None
     if rule is not None:
         if survivals and rule.trims_by(Trim("density", wanted.density)):

@@ -37,13 +37,14 @@ class Arena:
 
 
 class HeldDeltas:
-    """The deltas of a tensor, as `first` stored them; computed again for each block if they do not fit (`TiledTensor`).
+    """The deltas of a tensor, as `first` stored them; computed again for each block if they do not fit, or were not stored (`TiledTensor`).
 
     The base is zero in every block, so that the merged block is the merged delta.
     """
 
     def __init__(self, subject: AuditedTensor, pool: Executor, arena: Arena) -> None:
         self.subject, self.pool, self._held = subject, pool, arena.hold(subject)
+        self._is_stored = False
         self.bounds, self.row, self.release = subject.bounds, subject.row, subject.release
         self.zeros = arena.zeros(max((stop - start for start, stop in subject.bounds), default=0))
         """As many as the largest block has entries."""
@@ -54,13 +55,13 @@ class HeldDeltas:
 
     def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
         """Deltas of the elements `[start, stop)`, which begin a tile."""
-        held, zeros = self._tile(start), self.zeros[: stop - start]
+        held, zeros = self._tile(start) if self._is_stored else None, self.zeros[: stop - start]
         if held is None:
             return Block(start, zeros, self.subject.inputs.block(start, stop).sources, subtract=False)
         return Block(start, zeros, np.ascontiguousarray(held[:, : stop - start]), subtract=False)
 
     def _store(self, block: Block) -> Block:
-        held = self._tile(block.index)
+        held, self._is_stored = self._tile(block.index), True
         if held is not None:
             held[:] = block.sources
         return block

@@ -242,7 +242,7 @@ def survey(
         gone, weight: `[n]` int64 and float64, receive the results of `erased`; `[0]` where the base's values are not known.
         edge: as in `compare`.
         pair_counts, pair_sums: as in `compare`, one row a pair (0, 1), (0, 2), ...; `[0, 4]` and `[0, 5]` to compare nothing.
-        support: `[pairs, 4]` int64, as `counts` in `shared_support`, of the magnitudes above the first intervals.
+        support: `[pairs, 4]` int64, as `counts` in `shared_support`, of the entries outside the first intervals that are above them.
         open_low, open_width: `[P, n]` uint32, as in `merging.consensus`, for P merges; `[0, n]` for none.
         place, held, found, tally: `[P, E]`, `[P, n + 1, E]`, `[P, n, E]` and `[P, n + 1, 2]`, likewise. The base is zero.
         weights, elect, tie_positive, normalize, factor: as in `merging.consensus`, of the last merge; `elect` of -1 merges nothing.
@@ -288,15 +288,11 @@ def survey(
             for k in range(i + 1, n):
                 left, right = deltas[i, first : first + m], deltas[k, first : first + m]
                 compare(left, right, edge, pair_counts[pair], pair_sums[pair])
-                if passes:
-                    for side, one_of in ((0, i), (1, k)):
-                        least[side] = np.uint32(open_low[0, one_of] + open_width[0, one_of]) - _ONE
-                    shared_support(left, right, start, least, cut, support[pair])
                 pair += 1
         for p in range(passes):
             _preview(
                 deltas, first, m, start, open_low[p], open_width[p], place[p], held[p], found[p], tally[p],
-                weights, elect if p == passes - 1 else -1, tie_positive, normalize, factor, kept, kept_sums, merged, tops, lines,
+                support[: len(support) if p == 0 else 0], weights, elect if p == passes - 1 else -1, tie_positive, normalize, factor, kept, kept_sums, merged, tops, least, cut, lines,
             )  # fmt: skip
         start = stop
     for i in range(1, len(weight)):
@@ -319,8 +315,8 @@ def _unpack(packed: Any, counts: Any, lows: Any) -> None:
 @jit
 def _preview(
     deltas: Any, first: int, count: int, begin: int, low: Any, width: Any, place: Any, held: Any, found: Any, tally: Any,
-    weights: Any, elect: int, tie_positive: bool, normalize: int, factor: float, kept: Any, sums: Any, merged: Any,
-    tops: Any, lines: Any,
+    support: Any, weights: Any, elect: int, tie_positive: bool, normalize: int, factor: float, kept: Any, sums: Any, merged: Any,
+    tops: Any, least: Any, cut: Any, lines: Any,
 ) -> None:  # fmt: skip
     """Merge `count` entries of `deltas` `[n, ...]` uint32 from `first` on as `merging.consensus` does, and store only what it counts.
 
@@ -340,14 +336,22 @@ def _preview(
             for j in range(m):
                 to[j] = row[j]
         tally[n, 0] = set_aside(values, nothing, m, begin + start, low, width, place, held, found, tally, tally[n, 0])
+        pair = 0
+        for i in range(n if support.size else 0):
+            for k in range(i + 1, n):
+                least[0], least[1] = low[i] + width[i] - _ONE, low[k] + width[k] - _ONE
+                shared_support(
+                    values[i, :m].view(np.uint32), values[k, :m].view(np.uint32), 0, least, cut, support[pair]
+                )
+                pair += 1
         for i in range(n):
-            least, wide = np.uint32(max(np.uint32(low[i] + width[i]), _ONE)), is_wide(tops[i])
+            bound, wide = np.uint32(max(np.uint32(low[i] + width[i]), _ONE)), is_wide(tops[i])
             if wide:
                 for j in range(m):
-                    values[i, j] = values[i, j] if (bits_of(values[i, j]) & MAGNITUDE) >= least else zero
+                    values[i, j] = values[i, j] if (bits_of(values[i, j]) & MAGNITUDE) >= bound else zero
                 sums[i, 2] += square_of(values[i], m) if elect >= 0 else 0.0
             weight = weights[i] if elect == 1 else one
-            above, square = cast_vote(values[i], m, least, one, weight, elect == 3, vote, i == 0)
+            above, square = cast_vote(values[i], m, bound, one, weight, elect == 3, vote, i == 0)
             tally[i, 1] += above
             if elect >= 0:
                 kept[i, 5] += above
