@@ -1,0 +1,167 @@
+"""The data of the study `paft-small`: a skill, a preference and a text to retain, for a story model of 260K parameters.
+
+The skill is English inflection (SIGMORPHON 2017, task 1, setting high): `walk past:` is answered by ` walked`. The preference
+is for stories whose words have a high valence (VADER's lexicon), with pairs of stories that the base tells itself. What
+should be retained is the likelihood of stories that it was not trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from paft_merge.evaluating.light import generate
+from paft_merge.evaluating.loading import load_subject
+from paft_merge.evaluating.schema import EvaluateSpec
+from paft_merge.recipe.sections import Section
+
+FIRST = "Once upon a time"
+"""The first words of every story."""
+
+SLOTS = {
+    "V;NFIN": "infinitive",
+    "V;PST": "past",
+    "V;3;SG;PRS": "present",
+    "V;V.PTCP;PST": "participle",
+    "V;V.PTCP;PRS": "gerund",
+}
+"""The word of each slot of the paradigm in a prompt."""
+
+REWARD = "reward.py"
+"""The file with the reward function. It is written last."""
+
+_SOURCE = '''"""Whether a story is happier than the one that the base tells for the same beginning."""
+
+from paft_merge.studies.paft_small_data import mean_valence
+
+VALENCE = {valence!r}
+
+
+def wins(completions: list[str], base_valence: list[float], **columns: object) -> list[float]:
+    """1 for a higher mean valence than that of the base's story, 0.5 for the same, 0 for a lower one."""
+    found = zip((mean_valence(text, VALENCE) for text in completions), base_valence, strict=True)
+    return [1.0 if mine > its else 0.5 if mine == its else 0.0 for mine, its in found]
+'''
+
+
+class Sizes(Section):
+    """The sizes of the data."""
+
+    rows: Annotated[int, Field(ge=1)] = 10_000
+    """Rows of the skill to train on."""
+    tested: Annotated[int, Field(ge=1)] = 1_000
+    """Rows of the skill in each of dev and test."""
+    stories: Annotated[int, Field(ge=0)] = 2_400
+    """Stories of the base among the rows of the skill, so that the model does not forget to tell them."""
+    beginnings: Annotated[int, Field(ge=1)] = 1_400
+    """Beginnings of stories for the pairs."""
+    samples: Annotated[int, Field(ge=2)] = 3
+    """Stories for each of these; the best and the worst make a pair unless their valence is equal."""
+    dev: Annotated[int, Field(ge=1)] = 300
+    """Beginnings to choose settings on."""
+    test: Annotated[int, Field(ge=1)] = 600
+    """Beginnings to report the preference on."""
+    tokens: Annotated[int, Field(ge=1)] = 48
+    """Tokens of a story after its beginning, which is a sentence."""
+
+
+def prepare(data: Path, out: Path, sizes: Sizes, seed: int = 0) -> None:
+    """Write the files that the recipe names: rows of the skill, pairs, prompts, the text, and the reward function.
+
+    Args:
+        data: the folder with `stories260K_hf`, `sigmorphon2017`, `vader` and `tinystories_valid_30k.txt`.
+        out: an empty or new folder.
+        sizes: how much of each.
+        seed: seed of the stories, and of the order of the rows.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    valence = lexicon(data / "vader" / "vader_lexicon.txt")
+    storyteller = Storyteller(data / "stories260K_hf", seed, sizes.tokens)
+    openings = storyteller.openings(sizes.beginnings + sizes.dev + sizes.test)
+    rows = inflections(data / "sigmorphon2017" / "english-train-high")[: sizes.rows]
+    rows += storyteller.stories(sizes.stories)
+    random.Random(seed).shuffle(rows)
+    write_rows(out / "skill_train.jsonl", rows)
+    for part, name in (("dev", "english-dev"), ("test", "english-uncovered-test")):
+        write_rows(out / f"skill_{part}.jsonl", inflections(data / "sigmorphon2017" / name)[: sizes.tested])
+    first, second = sizes.beginnings, sizes.beginnings + sizes.dev
+    told = [storyteller.complete(openings[:first]) for _ in range(sizes.samples)]
+    write_rows(out / "pairs_train.jsonl", pairs(openings[:first], told, valence))
+    for part, prompts in (("dev", openings[first:second]), ("test", openings[second:])):
+        base = [mean_valence(text, valence) for text in storyteller.complete(prompts)]
+        asked = [{"prompt": prompt, "base_valence": its} for prompt, its in zip(prompts, base, strict=True)]
+        write_rows(out / f"prompts_{part}.jsonl", asked)
+    shutil.copy(data / "tinystories_valid_30k.txt", out / "retained.txt")
+    (out / REWARD).write_text(_SOURCE.format(valence=valence), encoding="utf-8")
+
+
+def inflections(file: Path) -> list[dict[str, str]]:
+    """The rows of a SIGMORPHON file: lemma, form and slot, separated by tabs."""
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line]
+    return [{"prompt": f"{lemma} {SLOTS[slot]}:", "completion": f" {form}"} for lemma, form, slot in rows]
+
+
+def lexicon(file: Path) -> dict[str, float]:
+    """The mean valence of each word, -4 to 4; entries that are not words, such as emoticons, are left out."""
+    entries = (line.split("\t")[:2] for line in file.read_text(encoding="utf-8").splitlines() if line)
+    return {word: float(valence) for word, valence in entries if word.isalpha()}
+
+
+def mean_valence(text: str, valence: Mapping[str, float]) -> float:
+    """Mean valence of the words of a text, where words outside the lexicon count as 0; 0 of a text without words."""
+    words = [word.strip(".,!?;:\"'()").lower() for word in text.split()]
+    return sum(valence.get(word, 0.0) for word in words) / max(len(words), 1)
+
+
+def pairs(prompts: Sequence[str], told: Sequence[Sequence[str]], valence: Mapping[str, float]) -> list[dict[str, str]]:
+    """For each prompt the story with the highest valence and the one with the lowest, unless all are equal.
+
+    Args:
+        prompts: the beginnings.
+        told: several lists, each with a story for every prompt.
+        valence: see `lexicon`.
+    """
+    found = []
+    for prompt, stories in zip(prompts, zip(*told, strict=True), strict=True):
+        ranked = sorted(stories, key=lambda text: mean_valence(text, valence))
+        if mean_valence(ranked[-1], valence) > mean_valence(ranked[0], valence):
+            found.append({"prompt": prompt, "chosen": ranked[-1], "rejected": ranked[0]})
+    return found
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+
+
+class Storyteller:
+    """The base, which tells stories at temperature 1; every call draws others, in the order of the calls."""
+
+    def __init__(self, model: Path, seed: int, tokens: int) -> None:
+        self._subject, self._seed, self._tokens = load_subject(model, EvaluateSpec()), seed, tokens
+
+    def complete(self, prompts: Sequence[str]) -> list[str]:
+        """One story for each beginning, with the space or the comma between them."""
+        self._seed += 1
+        drawn: Any = {"max_new_tokens": self._tokens, "batch_size": 200, "temperature": 1.0, "seed": self._seed}
+        told = generate(self._subject, list(prompts), **drawn)
+        return [text if text.startswith((" ", ",")) else f" {text}" for text in told]
+
+    def openings(self, count: int) -> list[str]:
+        """Different first sentences of stories."""
+        found = dict[str, None]()
+        while len(found) < count:
+            told = (f"{FIRST}{text}" for text in self.complete([FIRST] * max(count, 100)))
+            found |= {text[: text.index(".") + 1]: None for text in told if "." in text}
+        return list(found)[:count]
+
+    def stories(self, count: int) -> list[dict[str, str]]:
+        """Stories, as prompt and completion."""
+        told = self.complete([FIRST] * count) if count else []
+        return [{"prompt": FIRST, "completion": text} for text in told if text.strip()]
