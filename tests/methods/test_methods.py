@@ -91,7 +91,9 @@ def test_scalars_and_empty_tensors_are_merged(method: str) -> None:
 
 
 def test_keywords_are_the_recipe_fields(method: str) -> None:
-    ignored = {"int8_mask", "trim_scope"} | ({"density", "rescale"} if method == "task_arithmetic" else set())
+    ignored = {"int8_mask", "trim_scope", "weight_scope"} | (
+        {"density", "rescale"} if method == "task_arithmetic" else set()
+    )
     fields = {p.name.replace("lambda", "lambda_") for p in METHODS[method].parameters} - ignored
     keywords = set(inspect.signature(getattr(methods, method)).parameters) - {
         *FIRST.values(),

@@ -41,6 +41,10 @@ class Walks:
     """Rows of float32 that are computed from each block; 0 where the loops fill a block piece by piece."""
     over_model: tuple[Loop, ...] = ()
     """Walks over all tensors of the model before any is merged (`trim_scope: global`)."""
+    norms: tuple[Loop, ...] = ()
+    """Walks that measure the norms of deltas, except those of low-rank products, before anything else."""
+    norms_over_model: bool = False
+    """They are over all tensors of the model, as those of `over_model`."""
 
 
 BLEND = Loop(0.2, 0.03)
@@ -54,7 +58,7 @@ COLLECT = Loop(0.15, 0.05)
 
 HISTOGRAM_SUMS = Loop(0.1, 0.68)
 DROPS = Loop(0.15, 0.12)
-"""L1 norms before and after random drops."""
+"""Norms before and after random drops."""
 GRAM = Loop(0.12, 0.0, 0.025)
 TALLY = Loop(0.1, 0.05)
 OVERLAPS = Loop(0.3, 0.2)
