@@ -8,6 +8,7 @@ overrides          `--set key=value`
 sweeps             values of parameters that a comparison tries one by one
 arms               variants of adapters, and the merges of a comparison
 adapter_sections   sections of the adapters that are trained
+named_models       merge recipes in which names of adapters are models
 steps              steps, their fingerprints, and the arms of the table
 fingerprints       digests of files
 preflight          checks before anything is run

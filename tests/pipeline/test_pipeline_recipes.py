@@ -20,10 +20,12 @@ from paft_merge.cli import run_tables
 from paft_merge.errors import PaftMergeError, RecipeError
 from paft_merge.evaluating import harness
 from paft_merge.pipeline import load_run, plan, run
+from paft_merge.pipeline.adapter_sections import placed
 from paft_merge.pipeline.execution import _renamed
+from paft_merge.pipeline.named_models import labels
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.results_table import Cell, Row, Table
-from paft_merge.pipeline.steps import Merge, Planner, Train, labels, placed
+from paft_merge.pipeline.steps import Merge, Planner, Train
 from paft_merge.recipe import ModelRef
 from paft_merge.training import train
 
