@@ -74,6 +74,7 @@ def test_a_single_source_comes_back_as_it_is(method: str) -> None:
         "nearswap": {"t": 1.0},
         "ram": {"epsilon": 0.0},
         "ramplus_tl": {"epsilon": 0.0},
+        "pcb": {"density": 1.0},
     }
     result = call(method, [tensor, tensor] if method in PAIRS else [tensor], **everything.get(method, {}))
     torch.testing.assert_close(result, tensor, rtol=1e-6, atol=0)

@@ -69,5 +69,11 @@ SELECTED = Loop(4.0, 1.5)
 """Keep the entries of largest variance, and count them."""
 MIXED = Loop(0.8, 0.3)
 """Weights for every row or column."""
+PRODUCTS = Loop(0.1, 0.1, 0.09)
+"""The extremes of the products of every pair of deltas; `EXPONENTIALS`, sums over their exponentials."""
+EXPONENTIALS = Loop(0.7, 0.1, 0.37)
+SCORES = Loop(1.5, 0.35, 0.5)
+"""Scores of every entry from these products; `COMPETE`, with the merge by them."""
+COMPETE = Loop(3.0, 1.1, 0.5)
 RANKED = Loop(0.0, 14.0)
 """Sort every row of each source."""
