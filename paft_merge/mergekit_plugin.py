@@ -36,7 +36,7 @@ from paft_merge.methods import METHODS, REQUIRED, Method, Parameter
 from paft_merge.methods.rules.whole_tensors import merge_tensors
 from paft_merge.plan import Model
 
-OURS = ("l1_ties", "sign_election", "geometric_median", "magmax")
+OURS = ("l1_ties", "sign_election", "geometric_median", "magmax", "pcb")
 """Methods that mergekit does not have, which `register` adds."""
 
 _ACROSS_TENSORS = ("trim_scope",)

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paft_merge.auditing.opening import AuditedTensor, Placed
+from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import AuditError, Problems
 from paft_merge.methods import METHODS, REQUIRED
-from paft_merge.methods.rules.rule import Rule, rank_over_model
+from paft_merge.methods.rules.measured_weights import MeasuredWeights
+from paft_merge.methods.rules.model_wide import measure_over_model
+from paft_merge.methods.rules.rule import Rule
 from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.recipe.resolution import SettingError, coerce, rivals
 from paft_merge.recipe.yaml_source import did_you_mean
@@ -76,7 +79,7 @@ class Proposal:
         defaults = {p.name: 1.0 if p.default is REQUIRED else p.default for p in method.parameters}
         keys = [stream_key(self.seed, source, name, "drop") for source in sources]
         try:
-            rule = method.rule(*method.spread({**defaults, **self.parameters}, len(sources)), keys)
+            rule = method.build(*method.spread({**defaults, **self.parameters}, len(sources)), keys)
         except ValueError as error:
             raise AuditError.of("PREVIEW", self.method, str(error)) from error
         if rule.wants == "whole":
@@ -168,11 +171,18 @@ def rules_for(
 ) -> list[Rule | None]:
     """The rule to preview for each tensor: the recipe's, or the proposal's; None for a rule that does not select entries.
 
-    Thresholds over the whole model (`trim_scope: global`) are found here, which takes walks over every tensor.
+    Thresholds over the whole model (`trim_scope: global`) and weights that follow from norms are found here, which takes walks over
+    every tensor.
     """
     rules = [_rule_for(subject, proposal) for subject in subjects]
-    ranked = rank_over_model(rules, subjects, pool, CpuOps())
-    return [ranked.get(i, rule) for i, rule in enumerate(rules)]
+    measured = measure_over_model(rules, subjects, pool, CpuOps())
+    found = [measured.get(i, rule) for i, rule in enumerate(rules)]
+    return [
+        rule.measured(subject, BlockWalk([subject], pool), CpuOps()).resolved
+        if isinstance(rule, MeasuredWeights)
+        else rule
+        for rule, subject in zip(found, subjects, strict=True)
+    ]
 
 
 def with_survivals(rule: Rule, survivals: Sequence[KeepThreshold], sources: int, active: Sequence[int]) -> Rule:

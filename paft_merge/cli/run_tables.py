@@ -14,38 +14,58 @@ from paft_merge.cli.terminal import plain
 if TYPE_CHECKING:
     from paft_merge.evaluating.light import Score
     from paft_merge.pipeline import Planned
+    from paft_merge.pipeline.comparisons import Row
     from paft_merge.pipeline.results_table import Table as Results
 
 _ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 
 
 def table(results: Results) -> None:
-    """Print the table of a run, the best of each column in bold, and its sentences. Only names are broken into lines."""
+    """Print the table of a run, the best of each column in bold, and its sentences. Only names are broken into lines.
+
+    The points of a frontier are below its name. Costs are shown where they fit.
+    """
     out = terminal(highlight=False)
     widest = max((len(str(cell)) for row in results.rows for cell in row.cells.values()), default=0)
-    names = max((len(row.name) for row in results.rows), default=0)
-    tight = names + (widest + 3) * len(results.columns) + 6 > out.width
+    names = max((len(_indented(row) if row.frontier else row.name) for row in results.rows), default=0)
+    needed = names + (widest + 3) * len(results.columns) + 6
+    costs, tight = results.shown_costs(), needed > out.width
+    if needed + sum(len(heading) + 3 for heading in costs) > out.width:
+        costs = {}
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1) if tight else (0, 1))
     shown.add_column("arm", overflow="fold")
     for column in results.columns:
         shown.add_column(plain(column) + _ARROWS[results.better[column]], justify="right", no_wrap=True)
-    group = results.rows[0].group if results.rows else ""
+    for heading in costs:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    group, frontier = results.rows[0].group if results.rows else "", ""
     for row in results.rows:
         if row.group != group:
             shown.add_section()
             group = row.group
+        if row.frontier != frontier:
+            frontier = row.frontier
+            if frontier:
+                shown.add_row(plain(frontier))
         cells = []
         for column in results.columns:
             cell = row.cells.get(column)
             best = cell is not None and cell.mean == results.best(column)
             text = str(cell).replace(" ± ", "±") if tight else str(cell)
             cells.append("" if cell is None else f"[bold]{text}[/]" if best else text)
-        shown.add_row(plain(row.name), *cells)
+        mark = "◆ " if row.name in results.pareto else ""
+        name = _indented(row, mark) if frontier else mark + row.name
+        shown.add_row(plain(name), *cells, *(texts[row.name] for texts in costs.values()))
     out.print(shown)
     if len(results.seeds) > 1:
         out.print(f"mean ± standard deviation over seeds {', '.join(map(str, results.seeds))}", style="dim")
     for verdict in results.verdicts():
         out.print(f"- {plain(verdict)}", soft_wrap=True)
+
+
+def _indented(row: Row, mark: str = "") -> str:
+    """The swept values of a point, for a line below the name of its frontier."""
+    return f"{mark or '  '}{row.label}"
 
 
 def steps_table(planned: Planned) -> None:

@@ -384,6 +384,40 @@ class Ops(Protocol):
     def drop_ranked(self, block: Block, length: int, inner: int, drops: Sequence[RankedKeep]) -> Block:
         """Drop entries of each delta by their rank among `length` entries that are `inner` apart; ties rank by position."""
 
+    def products(self, block: Block) -> Sums:
+        """`[2, n, n]`: the least and the greatest product of each pair of deltas, and of each with itself."""
+
+    def exponential_sums(self, block: Block, least: Sums, scale: Sums) -> Sums:
+        """`[n, n]`: the sum of exp(x - 0.5), where x is `(product - least) * scale` of a pair of deltas, in [0, 1]."""
+
+    def scores(self, block: Block, least: Sums, scale: Sums, shares: Sums) -> Block:
+        """Scores of the entries of each delta, not negative, by which `compete` weighs them (see `methods.rules.competition`).
+
+        Args:
+            least, scale: `[n, n]`, as in `exponential_sums`.
+            shares: `[n, n]`, divided by the sums of exponentials; zero for sources that do not take part.
+        """
+
+    def compete(
+        self,
+        block: Block,
+        scores: Block,
+        survivals: Sequence[KeepThreshold],
+        scales: Sequence[float],
+        weights: Sequence[float],
+    ) -> tuple[Block, Counts, Sums]:
+        """One row: the sum of score * weight * delta over the sum of scores, of the entries whose score passes its lower threshold.
+
+        Args:
+            scores: from `scores`.
+            survivals: the threshold of each source's scores.
+            scales: multiply the scores of each source.
+            weights: one a source.
+
+        Returns:
+            The row; and, `[n]` each, how many entries of a source take part, without zeros, and the sum of their squares.
+        """  # fmt: skip
+
     def gram_rows(self, block: Block, row: int) -> Sums:
         """`[E / row, n, n]`: inner products of the deltas within every row."""
 

@@ -171,6 +171,47 @@ class CpuOps:
             kernels.keep_ranked(row, order, inner, block.index, drop.keep, np.uint64(drop.key), kept)
         return Block(block.index, block.base, out.view(np.uint32), subtract=False)
 
+    def products(self, block: Block) -> Sums:
+        """`[2, n, n]`: the least and the greatest product of each pair of deltas."""
+        n = len(block.sources)
+        out = np.empty((2, n, n))
+        kernels.products(block.base, block.sources, block.subtract, out, *_strips(n + 1, 2 * n * n))
+        return out
+
+    def exponential_sums(self, block: Block, least: Sums, scale: Sums) -> Sums:
+        """See `blocks.Ops`."""
+        n = len(block.sources)
+        out = np.empty((n, n))
+        memory = _strips(n + 1, n * n + 2)
+        kernels.exponential_sums(block.base, block.sources, block.subtract, least, scale, out, *memory)
+        return out
+
+    def scores(self, block: Block, least: Sums, scale: Sums, shares: Sums) -> Block:
+        """See `blocks.Ops`."""
+        out, n = np.empty(block.sources.shape, np.float32), len(block.sources)
+        power, memory = np.count_nonzero(np.diagonal(shares)), _strips(n + 1, 2 * n + 2)
+        kernels.scores(block.base, block.sources, block.subtract, least, scale, shares, int(power), out, *memory)
+        return Block(block.index, block.base, out.view(np.uint32), subtract=False)
+
+    def compete(
+        self,
+        block: Block,
+        scores: Block,
+        survivals: Sequence[KeepThreshold],
+        scales: Sequence[float],
+        weights: Sequence[float],
+    ) -> tuple[Block, Counts, Sums]:
+        """See `blocks.Ops`."""
+        n = len(block.sources)
+        out, kept, energy = _one_row(block), np.zeros(n, np.int64), np.zeros(n)
+        bounds = np.array([s.low for s in survivals], np.uint32), np.array([s.low_cut for s in survivals], np.int64)
+        own = np.array(scales, np.float32), np.array(weights, np.float32)
+        kernels.compete(
+            block.base, block.sources, block.subtract, block.index, scores.sources, *bounds, *own, out.sources[0].view(np.float32),
+            kept, energy, *_strips(5, n),
+        )  # fmt: skip
+        return out, kept, energy
+
     def gram_rows(self, block: Block, row: int) -> Sums:
         """`[E / row, n, n]`: inner products of the sources within every row."""
         n, size = block.sources.shape

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paft_merge.compute import kernels
+from paft_merge.compute import exponentials, kernels
 from paft_merge.compute.blocks import NO_BITS, Block, Counts, Election, KeepThreshold, Outcome, RankedKeep, Sums
 from paft_merge.compute.histogram import bits_of
 from paft_merge.compute.magnitudes import EPSILONS, MAGNITUDE
@@ -209,6 +209,60 @@ class TorchOps:
             kept[i] = torch.where(stays, row, 0.0)
         return _derived(block, kept)
 
+    def products(self, block: Block) -> Sums:
+        """See `Ops.products`."""
+        rows = self._deltas(block).double()
+        pairs = [one * rows for one in rows]
+        return self._host(
+            torch.stack([torch.stack([p.amin(1) for p in pairs]), torch.stack([p.amax(1) for p in pairs])])
+        )
+
+    def exponential_sums(self, block: Block, least: Sums, scale: Sums) -> Sums:
+        """See `Ops.exponential_sums`."""
+        rows = self._deltas(block).double()
+        places = range(len(rows))
+        return self._host(
+            torch.stack([torch.stack([_exponential(rows, i, k, least, scale).sum() for k in places]) for i in places])
+        )
+
+    def scores(self, block: Block, least: Sums, scale: Sums, shares: Sums) -> Block:
+        """See `Ops.scores`."""
+        rows = self._deltas(block).double()
+        found = []
+        for i, row in enumerate(rows):
+            total, own = torch.zeros_like(row), torch.ones_like(row)
+            for k in range(len(rows)):
+                total = total + _exponential(rows, i, k, least, scale) * float(shares[i, k])
+            alone = _exponential(rows, i, i, least, scale)
+            for _ in range(np.count_nonzero(np.diagonal(shares))):
+                own = own * alone
+            found.append((own * total).float())
+        return _derived(block, torch.stack(found))
+
+    def compete(
+        self,
+        block: Block,
+        scores: Block,
+        survivals: Sequence[KeepThreshold],
+        scales: Sequence[float],
+        weights: Sequence[float],
+    ) -> tuple[Block, Counts, Sums]:
+        """See `Ops.compete`."""  # fmt: skip
+        rows = self._deltas(block)
+        total = torch.zeros_like(rows[0])
+        divisor, kept, energy = total, [], []
+        each = zip(rows, self._float(scores.sources), survivals, scales, weights, strict=True)
+        for row, score, survival, scale, weight in each:
+            stays = self._above(_bits(score), survival.low, survival.low_cut, block.index)
+            share = torch.where(stays, score * float(np.float32(scale)), 0.0)
+            held = torch.where(share > 0, row, 0.0)
+            total = total + share * float(np.float32(weight)) * row
+            divisor = divisor + share
+            kept.append((held != 0).sum())
+            energy.append((held.double() ** 2).sum())
+        merged = total / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+        return _derived(block, merged[None]), *self._hosts(torch.stack(kept), torch.stack(energy))
+
     def gram_rows(self, block: Block, row: int) -> Sums:
         """See `Ops.gram_rows`."""
         deltas = self._deltas(block).double().view(block.count, -1, row).transpose(0, 1)
@@ -310,6 +364,15 @@ class TorchOps:
 def _derived(block: Block, rows: Tensor) -> Block:
     """A block of float32 rows that were computed from `block`."""
     return Block(block.index, block.base, rows, subtract=False)
+
+
+def _exponential(rows: Tensor, i: int, k: int, least: Sums, scale: Sums) -> Tensor:
+    """`exponentials.exponential` of the products of two rows in [0, 1]."""
+    place = (rows[i] * rows[k] - float(least[i, k])) * float(scale[i, k]) - exponentials.CENTRE
+    found = torch.full_like(place, exponentials.COEFFICIENTS[0])
+    for coefficient in exponentials.COEFFICIENTS[1:]:
+        found = found * place + coefficient
+    return found
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ FOLD = 5.0
 
 
 def weight_of(tensor: PlannedTensor, source: int) -> float:
-    """Return the weight of one source of a tensor; 1 for a method without weights."""
+    """Return the weight of one source of a tensor: 1 for a method without weights, NaN for one that is not measured yet."""
     parameters = tensor.parameters.get("sources", ())
     given = parameters[source].get("weight") if source < len(parameters) else None
-    return 1.0 if given is None else float(given)
+    return 1.0 if given is None else math.nan if isinstance(given, str) else float(given)
 
 
 def recorded(plan: MergePlan) -> list[Problem]:
@@ -37,7 +37,7 @@ def recorded(plan: MergePlan) -> list[Problem]:
             for i, read in enumerate(tensor.inputs.sources)
             if read.source == model.ref and read.delta
         ]
-        if rms and squares:
+        if rms and squares and not any(map(math.isnan, squares)):
             sizes[model.ref] = rms * math.sqrt(math.fsum(squares) / len(squares))
     return _apart(sizes)
 

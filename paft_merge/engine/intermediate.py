@@ -21,7 +21,9 @@ from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, CheckpointFile, Ten
 from paft_merge.inputs.dtypes import cast, stored_bytes
 from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
 from paft_merge.inputs.tensor_inputs import RAW
-from paft_merge.methods.rules.rule import Combine, TensorPass, rank_over_model
+from paft_merge.methods.rules.measured_weights import MeasuredWeights
+from paft_merge.methods.rules.model_wide import measure_over_model
+from paft_merge.methods.rules.rule import Combine, TensorPass
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 
 
@@ -86,19 +88,19 @@ class Intermediate(Checkpoint):
         """Return the tensor with its measured statistics; the first call measures them."""
         with self._locks[name]:
             if name not in self._ready:
-                planned = self._with_thresholds(self._planned[name])
+                planned = self._measured_over_model(self._planned[name])
                 with SCRATCH.nested():
                     self._ready[name] = _Ready.of(planned)
             return self._ready[name]
 
-    def _with_thresholds(self, planned: PlannedTensor) -> PlannedTensor:
-        """Return the tensor with its thresholds over all tensors of the document, for `trim_scope: global`."""
-        if planned.rule.wants == "whole" or planned.rule.global_trims is None:
+    def _measured_over_model(self, planned: PlannedTensor) -> PlannedTensor:
+        """Return the tensor with what its rule needs to know about all tensors of the document."""
+        if planned.rule.wants == "whole" or not planned.rule.needs_model:
             return planned
         with self._fixing, SCRATCH.nested():
             if not self._fixed:
                 tensors = self.plan.tensors
-                found = rank_over_model([tensor.rule for tensor in tensors], tensors, None, CpuOps())
+                found = measure_over_model([tensor.rule for tensor in tensors], tensors, None, CpuOps())
                 self._fixed = {tensors[i].name: replace(tensors[i], rule=rule) for i, rule in found.items()}
         return self._fixed[planned.name]
 
@@ -161,7 +163,10 @@ class _Ready:
             base, sources = tensor.inputs.whole(baked=tensor.rule.baked)
             return cls(tensor, None, tensor.rule.merge(base, sources, tensor.name).reshape(-1))
         walk = TensorPass(tensor.numel, BlockWalk([tensor]), CpuOps(), tensor.inputs.active, tensor.shape)
-        return cls(tensor, tensor.rule.prepare(walk, tensor.inputs.deltas))
+        rule = tensor.rule
+        if isinstance(rule, MeasuredWeights):
+            rule = rule.measured(tensor, walk.each, walk.ops).resolved
+        return cls(tensor, rule.prepare(walk, tensor.inputs.deltas))
 
     @property
     def bounds(self) -> list[tuple[int, int]]:

@@ -267,6 +267,11 @@ def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
         return Work.total([ends, _walk(inputs, numel), Work(loops=_WHOLE * numel * len(inputs.reads))])
     walk, walks, tiles = _walk(inputs, numel), rule.walks(numel, active), len(tensor.bounds)
     parts = [ends, walk]
+    if walks.norms:  # those of low-rank deltas follow from their factors
+        parts.append(Work(factors))
+        if low_rank < len(active):
+            loops = sum(loop.cost(len(active)) for loop in walks.norms) * numel
+            parts += [walk, Work(loops=loops, again=first if walks.norms_over_model else 0)]
     if walks.one_pass and _in_one_pass(tensor, len(active)):
         if tiles > 2 and low_rank < len(active):
             parts.append(walk.times(_SAMPLED))

@@ -148,12 +148,12 @@ class _Opened:
     def __init__(self) -> None:
         self._job, self._inputs = "", ExitStack()
         self.plan: MergePlan
-        self.ranked: list[MergePlan] | None = None
+        self.measured: list[MergePlan] | None = None
 
     def open(self, job: Job) -> None:
         """Plan a merge, unless the last task here was of the same one."""
         if self._job != job.driver:
-            self._job, self.ranked = "", None
+            self._job, self.measured = "", None
             self._inputs.close()
             with _on_this_machine():
                 self.plan = self._inputs.enter_context(job.open_plan())
@@ -195,9 +195,9 @@ def write_file(job: Job, number: int) -> tuple[int, list[Problem]]:
             with _on_this_machine():
                 shared = stack.enter_context(joined)
             writer = FileWriter(plan, about, shared, [number], warnings.extend)
-            if _OPENED.ranked is None:
-                _OPENED.ranked = writer.ranked(job.threads, ops)
-            writer.write([number], _OPENED.ranked, merge_into, lambda *_: None)
+            if _OPENED.measured is None:
+                _OPENED.measured = writer.measured(job.threads, ops)
+            writer.write([number], _OPENED.measured, merge_into, lambda *_: None)
     except BaseException:
         _OPENED.close()
         raise

@@ -244,8 +244,8 @@ def manifest(
     Per tensor: `method`, `digest` (XXH3-128 over the XXH3-128 of each `block_bytes`), the parameters, and per source the
     counts and norms of its delta: `zeros`, entries `below_` four thresholds, `kept` by trimming or dropping, `elected`;
     `max`, `l1`, `l2`, `hoyer`, and the shares of `l2` squared that were kept and elected; null if not finite.
-    `totals` has the same for every source over all tensors, and `weighted_l2`, the norm of weight * delta; `warnings`
-    are about the totals. `sources` are the origins of all models, `options` the options beside the recipe, `documents`
+    `totals` has the same for every source over all tensors, and `weighted_l2`, the norm of weight * delta; `weights`, the
+    smallest and the largest weight, where they were measured (`weight: equal_norm`); `warnings` are about the totals. `sources` are the origins of all models, `options` the options beside the recipe, `documents`
     the other recipes of its file, `files` the XXH3-128 of the other output files, `names` the names of tensors in the
     files of a model that spells them otherwise. docs/audit.md lists the statistics
     that only an audit has. Pairs of sources are measured in tensors of at most `MOST_PAIRED` sources.
@@ -253,7 +253,7 @@ def manifest(
     measured, entries = totals(plan, finished), dict[str, bytes]()
     summed = Totals(row["source"] for row in measured)
     for tensor in plan.tensors:
-        entry = _tensor_entry(tensor, finished[tensor.name])
+        entry = _tensor_entry(tensor.weighed(finished[tensor.name].weights), finished[tensor.name])
         summed.add(entry)
         entries[tensor.name] = _lines(entry, "    ").encode()
     noted, pairs = summed.result()
@@ -331,22 +331,26 @@ def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:
 def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, Any]]:
     """Return the statistics of every source, added up over all tensors that it changes."""
     nothing = np.zeros(len(kernels.COUNTS), np.int64), np.zeros(len(kernels.SUMS)), 0, 0.0
+    weights: dict[str, set[float]] = {}
     held = {read.source: nothing for tensor in plan.tensors for read in tensor.inputs.sources}
     square = kernels.SUMS.index("square")
     for tensor in plan.tensors:
         done = finished[tensor.name]
         for i, counted, summed in zip(done.active, done.counts, done.sums, strict=True):
             name = tensor.inputs.sources[i].source
+            if done.weights:
+                weights.setdefault(name, set()).add(done.weights[i])
             counts, sums, entries, weighted = held[name]
             largest = max(counts[-1], counted[-1])
             counts = counts + counted
             counts[-1] = largest
-            weighted += imbalance.weight_of(tensor, i) ** 2 * float(summed[square])
+            weighted += imbalance.weight_of(tensor.weighed(done.weights), i) ** 2 * float(summed[square])
             held[name] = counts, sums + summed, entries + tensor.numel, weighted
     found = []
     for name, (counts, sums, entries, weighted) in held.items():
         row = measured_row(counts, sums, entries)
         if row:
             row["weighted_l2"] = weighted**0.5 if math.isfinite(weighted) else None
+            row |= {"weights": [min(weights[name]), max(weights[name])]} if name in weights else {}
         found.append({"source": name, "entries": entries, **row})
     return found

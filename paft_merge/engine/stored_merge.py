@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from paft_merge.engine.balancing import by_file
 from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.sidefiles import identity, origins
-from paft_merge.engine.streaming import Progress, ranked_over_model
+from paft_merge.engine.streaming import Progress, measured_over_model
 from paft_merge.engine.workers import MergeInto
 from paft_merge.errors import Problems
 from paft_merge.methods.rules.thresholds import count_all
@@ -50,7 +50,7 @@ def merge_into_store(
         store, plan.shards, about, scratch=scratch, resume=options.resume, force=options.overwrite and options.force
     ) as output:
         if missing := output.missing:
-            whole = ranked_over_model(plan, threads=threads, ops=ops, add_up=count_all)
+            whole = measured_over_model(plan, threads=threads, ops=ops, add_up=count_all)
             parts, sizes = by_file(whole), [sum(t.nbytes for t in part.tensors) for part in by_file(plan)]
             for at, number in enumerate(missing):
                 rest = missing[at:]

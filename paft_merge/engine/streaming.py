@@ -23,7 +23,9 @@ from paft_merge.errors import MergeError
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
 from paft_merge.inputs.tensor_inputs import RAW
-from paft_merge.methods.rules.rule import Rule, TensorPass, WholeRule, rank_over_model
+from paft_merge.methods.rules.measured_weights import MeasuredWeights
+from paft_merge.methods.rules.model_wide import measure_over_model
+from paft_merge.methods.rules.rule import Rule, TensorPass, WholeRule
 from paft_merge.methods.rules.thresholds import AddUp, count_all
 from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.folder import Finished, Output, compact
@@ -93,7 +95,7 @@ def merge_checkpoint(
         ThreadPoolExecutor(threads) as blocks,
         ThreadPoolExecutor(threads + 1) as tensors,
     ):
-        todo = _with_global_thresholds(plan.tensors, todo, blocks, ops or CpuOps())
+        todo = _measured_over_model(plan.tensors, todo, blocks, ops or CpuOps())
         worker = _Worker(output, blocks, ops or CpuOps(), _Held(hold), plan.allow_nonfinite)
         for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
             output.finish_tensor(finished)
@@ -102,8 +104,8 @@ def merge_checkpoint(
     plan.check_inputs_unchanged()
 
 
-def ranked_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddUp) -> MergePlan:
-    """Resolve `trim_scope: global`: return the plan with one threshold a source for all its tensors.
+def measured_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddUp) -> MergePlan:
+    """Return the plan with the thresholds (`trim_scope: global`) and weights (`weight: equal_norm`) that depend on all its tensors.
 
     Args:
         plan: the whole merge.
@@ -111,18 +113,18 @@ def ranked_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddUp)
         add_up: adds up the counts that several workers make.
     """
     with _single_threaded_torch(), on_one_core(), ThreadPoolExecutor(threads) as blocks:
-        return replace(plan, tensors=tuple(_with_global_thresholds(plan.tensors, plan.tensors, blocks, ops, add_up)))
+        return replace(plan, tensors=tuple(_measured_over_model(plan.tensors, plan.tensors, blocks, ops, add_up)))
 
 
-def _with_global_thresholds(
+def _measured_over_model(
     tensors: Sequence[PlannedTensor],
     todo: Sequence[PlannedTensor],
     pool: ThreadPoolExecutor,
     ops: Ops,
     add_up: AddUp = count_all,
 ) -> list[PlannedTensor]:
-    """`todo` with the thresholds of `trim_scope: global`, which take walks over every tensor of the plan."""
-    found = rank_over_model([tensor.rule for tensor in tensors], tensors, pool, ops, add_up) if todo else {}
+    """`todo` with what their rules need to know about all tensors of the plan, which takes walks over these."""
+    found = measure_over_model([tensor.rule for tensor in tensors], tensors, pool, ops, add_up) if todo else {}
     rules = {tensors[i].name: rule for i, rule in found.items()}
     return [replace(tensor, rule=rules[tensor.name]) if tensor.name in rules else tensor for tensor in todo]
 
@@ -145,14 +147,17 @@ class _Worker:
             return self.pool.submit(self._whole, tensor, tensor.rule).result()
         tiles, sources = BlockWalk([tensor], self.pool), tensor.inputs.active
         walk, sample = TensorPass(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
-        rule = tensor.rule
+        rule, weights = tensor.rule, tuple[float, ...]()
+        if isinstance(rule, MeasuredWeights):
+            measured = rule.measured(tensor, tiles, self.ops)
+            rule, weights = measured.resolved, measured.known or ()
         written = self._in_one_pass(tensor, rule, walk, sample) or self._measured(tensor, rule, walk, sample)
         tally, digest, nonfinite = Tally.empty(len(sources)), xxhash.xxh3_128(), 0
         for block_digest, outcome in written:
             digest.update(block_digest)
             tally.add(outcome.counts, outcome.sums)
             nonfinite += outcome.bad
-        return _finished(tensor, digest.hexdigest(), sources, tally, sample, nonfinite)
+        return _finished(tensor, digest.hexdigest(), sources, tally, sample, nonfinite, weights)
 
     def _measured(self, tensor: PlannedTensor, rule: Rule, walk: TensorPass, sample: Sample) -> list[Written]:
         """Measure the tensor, then merge it; both steps read every block."""
@@ -271,7 +276,13 @@ class _Worker:
 
 
 def _finished(
-    tensor: PlannedTensor, digest: str, active: Sequence[int], tally: Tally, sample: Sample, nonfinite: int
+    tensor: PlannedTensor,
+    digest: str,
+    active: Sequence[int],
+    tally: Tally,
+    sample: Sample,
+    nonfinite: int,
+    weights: Sequence[float] = (),
 ) -> Finished:
     """Release a tensor's inputs, and return it with the statistics of its deltas."""
     sums, noted = tally.total(), b"{}"
@@ -281,7 +292,7 @@ def _finished(
         pairs = len(tensor.inputs.sources) <= MOST_PAIRED
         noted = compact(note(sample, [float(square) for square in sums[:, 1]], factors, pairs=pairs))
     tensor.release()
-    return Finished(tensor.name, digest, active, tally.counts, sums, nonfinite, noted)
+    return Finished(tensor.name, digest, active, tally.counts, sums, nonfinite, weights, noted)
 
 
 class _Buffers(threading.local):

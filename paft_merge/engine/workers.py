@@ -25,7 +25,7 @@ from paft_merge.engine.options import MergeOptions, size_text
 from paft_merge.engine.prediction import costs
 from paft_merge.engine.process_group import ProcessGroup
 from paft_merge.engine.sidefiles import identity, without_times
-from paft_merge.engine.streaming import Progress, ranked_over_model
+from paft_merge.engine.streaming import Progress, measured_over_model
 from paft_merge.errors import OutputError, Problem, Problems
 from paft_merge.output.leases import Holder
 from paft_merge.output.placing import is_shared, part_of, writing
@@ -203,14 +203,14 @@ class FileWriter:
         self._said: tuple[str, float] = "", 0.0
         self._sums = 0
 
-    def ranked(self, threads: int, ops: Ops) -> list[MergePlan]:
-        """Return the plan of each file, with the thresholds of `trim_scope: global`, which all processes count together."""
-        return by_file(ranked_over_model(self.plan, threads=threads, ops=ops, add_up=self._add_up))
+    def measured(self, threads: int, ops: Ops) -> list[MergePlan]:
+        """Return the plan of each file, with what its rules need to know about all tensors, which all processes measure together."""
+        return by_file(measured_over_model(self.plan, threads=threads, ops=ops, add_up=self._add_up))
 
     def write(
         self,
         order: Sequence[int],
-        ranked: Sequence[MergePlan],
+        measured: Sequence[MergePlan],
         merge_into: MergeInto,
         progress: Callable[[Collection[int], Progress], None],
     ) -> None:
@@ -218,14 +218,14 @@ class FileWriter:
 
         Args:
             order: the files.
-            ranked: the plan of each file of the output, from `ranked`.
+            measured: the plan of each file of the output, from `measured`.
             merge_into: merges a plan, of one file, into an output.
             progress: called with the files that are complete and the progress of one more file.
         """
         for number in self._each("file", order, self.shared.files):
             try:
                 with self.shared.file(number) as output:
-                    merge_into(output, ranked[number], partial(progress, self.shared.files()))
+                    merge_into(output, measured[number], partial(progress, self.shared.files()))
             except (OutputError, OSError):
                 if self.shared.holds("file", number):
                     raise
@@ -254,8 +254,8 @@ class FileWriter:
     def _add_up(self, walk: BlockWalk, count: Callable[[BlockWalk], Counted]) -> Counted:
         """Add up counts over all tensors, which the workers count file by file: in the folder, or in their process group."""
         self._sums += 1
-        ranked = {id(tensor) for tensor in walk.tensors}
-        found = {number: [t for t in file.tensors if id(t) in ranked] for number, file in enumerate(self.files)}
+        walked = {id(tensor) for tensor in walk.tensors}
+        found = {number: [t for t in file.tensors if id(t) in walked] for number, file in enumerate(self.files)}
         tensors = {number: some for number, some in found.items() if some}
         if self.group:
             own = [tensor for number in self.share for tensor in tensors.get(number, [])]
@@ -292,7 +292,7 @@ class _Member(FileWriter):
             size = spreading_size(self.plan, self.worker.count)
             fix = f"out_shard_bytes='{size_text(size)}' makes more files" if size else "start fewer workers"
             self.warn([Problem("WORKERS", str(self.worker), what, fix)])
-        self.write(self.order, self.ranked(threads, ops), merge_into, self._advance)
+        self.write(self.order, self.measured(threads, ops), merge_into, self._advance)
 
     def _take_number(self) -> None:
         def wait(holder: Holder) -> None:

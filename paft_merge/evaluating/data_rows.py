@@ -11,11 +11,12 @@ from paft_merge.evaluating.schema import Measurement
 from paft_merge.inputs.adapters.patterns import PatternError, compile_pattern
 from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.recipe.sections import beside_recipe, not_found
+from paft_merge.training.loaded_sets import LOADERS
 from paft_merge.training.rewards import check_function
 from paft_merge.training.row_files import MOST_WHOLE, Row, native, suffix_of
 from paft_merge.training.row_files import read_rows as rows_of_file
 from paft_merge.training.row_forms import ANSWERS, QUESTIONS, TURNS, Kind, columns_of, normalise
-from paft_merge.training.row_sources import LOADERS, source_of
+from paft_merge.training.row_sources import source_of
 from paft_merge.training.schema import DataSpec
 
 

@@ -9,7 +9,7 @@ Each method is also a function on plain tensors (`ties(deltas, ...)`) that runs 
 | ties_family | trim, elect a sign, merge what agrees |
 | pruning | drop entries by size, rank or chance, and add up |
 | spherical | directions and lengths |
-| elementwise | entry by entry: nearness, overlap, variance, magnitude |
+| elementwise | entry by entry: nearness, overlap, variance, magnitude, competition |
 | mergekit_methods | mergekit's methods without a streaming form |
 | in_memory | run a method on tensors in memory |
 | rules | the computation of each method, block by block |
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from paft_merge.methods import elementwise, mergekit_methods, pruning, spherical, ties_family, weighted_sums
-from paft_merge.methods.elementwise import magmax, nearswap, ram, ramplus_tl, sce
+from paft_merge.methods.elementwise import magmax, nearswap, pcb, ram, ramplus_tl, sce
 from paft_merge.methods.mergekit_methods import arcee_fusion
 from paft_merge.methods.parameters import REQUIRED, Method, Parameter
 from paft_merge.methods.pruning import breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear
@@ -51,6 +51,7 @@ __all__ = [
     "nearswap",
     "nuslerp",
     "passthrough",
+    "pcb",
     "ram",
     "ramplus_tl",
     "sce",

@@ -1,4 +1,4 @@
-"""Methods that decide for each entry by nearness, overlap, variance or magnitude: NearSwap, RAM, SCE, MagMax."""
+"""Methods that decide for each entry by nearness, overlap, variance, magnitude or competition: NearSwap, RAM, SCE, MagMax, PCB."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def _magmax_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
     from paft_merge.methods.rules.elementwise import Largest
 
     return Largest(tuple(source["weight"] * shared["lambda"] for source in sources))
+
+
+def _pcb_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
+    from paft_merge.methods.rules.competition import Competition
+
+    weights = tuple(source["weight"] * shared["lambda"] for source in sources)
+    return Competition(tuple(source["density"] for source in sources), weights)
 
 
 def _sce_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
@@ -66,7 +73,16 @@ SCE = Method(
     "required", _sce_rule,
 )  # fmt: skip
 MAGMAX = Method("magmax", "MagMax", "arXiv:2407.06322", (weight(1.0), LAMBDA), "required", _magmax_rule)
-TABLE: Final = (NEARSWAP, RAM, RAMPLUS_TL, SCE, MAGMAX)
+PCB = Method(
+    "pcb", "PCB-Merging (by tensor)", "arXiv:2410.02396",
+    (
+        weight(1.0),
+        Parameter("density", float, "source", 0.2, "Share of the delta's entries that is kept, by score, in each tensor.", low=0.0, high=1.0),
+        LAMBDA,
+    ),
+    "required", _pcb_rule, max_sources=128,
+)  # fmt: skip
+TABLE: Final = (NEARSWAP, RAM, RAMPLUS_TL, SCE, MAGMAX, PCB)
 
 
 def nearswap(delta: torch.Tensor, t: float) -> torch.Tensor:
@@ -139,3 +155,26 @@ def magmax(
         `[*shape]` float32, to add to the base. Of equal magnitudes the first delta's entry is taken.
     """
     return run(MAGMAX, deltas, weight=weight, lambda_=lambda_)
+
+
+def pcb(
+    deltas: Sequence[torch.Tensor],
+    weight: float | Sequence[float] = 1.0,
+    *,
+    density: float | Sequence[float] = 0.2,
+    lambda_: float = 1.0,
+) -> torch.Tensor:
+    """Keep the entries that win in their delta and against the other deltas, and average them by their scores (PCB-Merging, arXiv:2410.02396).
+
+    The formula is in `rules.competition.Competition`. The paper normalizes and ranks over the whole model, this function over the tensor.
+
+    Args:
+        deltas: at most 128, each `[*shape]`, any float dtype; not modified.
+        weight: one for all, or one a delta (the paper's lambda_i); it does not change the scores.
+        density: share kept in [0, 1] (the paper's r): the `rules.thresholds.kept_count` largest scores, ties by lowest index.
+        lambda_: multiplies the result.
+
+    Returns:
+        `[*shape]` float32, to add to the base.
+    """
+    return run(PCB, deltas, weight=weight, density=density, lambda_=lambda_)

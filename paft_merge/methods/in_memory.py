@@ -33,9 +33,16 @@ def run(method: Method, tensors: Sequence[torch.Tensor], *, seed: int = 0, **giv
 
     if not tensors:
         raise ValueError("a merge needs at least one tensor")
-    values = {name.rstrip("_"): np.asarray(one).tolist() if np.ndim(one) else one for name, one in given.items()}
+    values = {
+        name.rstrip("_"): np.asarray(one, _kind(one)).tolist() if np.ndim(one) else one for name, one in given.items()
+    }
     sources, shared = method.spread(values, len(tensors))
     keys = [stream_key(seed, str(i), "", "drop") for i in range(len(tensors))]
-    rule = method.rule(sources, shared, keys)
+    rule = method.build(sources, shared, keys)
     assert rule.wants != "whole"
     return merge_tensors(rule, tensors)
+
+
+def _kind(values: Any) -> type[object] | None:
+    """The dtype that keeps numbers beside words what they are; None for numbers alone."""
+    return object if any(isinstance(value, str) for value in values) else None

@@ -133,6 +133,8 @@ def as_mergekit(
     """
     if method.name not in registry():
         raise ValueError(f"mergekit does not have {method.name}, so arithmetic: mergekit cannot be used for it")
+    if word := next((s["weight"] for s in sources if isinstance(s.get("weight"), str)), None):
+        raise ValueError(f"arithmetic: mergekit needs a number as weight, not {word}")
     spec = _spec(method.name)
     known = {p.name for p in spec.parameters}
     for parameter in method.parameters:

@@ -20,6 +20,9 @@ Sources: TypeAlias = Sequence[Mapping[str, Any]]
 Shared: TypeAlias = Mapping[str, Any]
 """Resolved parameters that hold for all sources."""
 
+Weights: TypeAlias = float | str | Sequence[float | str]
+"""The weight of all deltas, or of each: numbers, or words of `delta_weight`."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -39,6 +42,8 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
     """Closed bounds of a number."""
+    words: tuple[str, ...] = ()
+    """Words that a recipe may write in place of a number."""
     inert: bool = False
     """Accepted for compatibility with mergekit's recipes, without effect."""
 
@@ -58,8 +63,10 @@ class Parameter:
         """What `value`, of this type, must be and is not; empty where it can be used."""
         if self.choices:
             return "" if value in self.choices else f"must be one of {', '.join(self.choices)}"
-        if self.type not in (int, float):
+        if self.type not in (int, float) or (self.words and value in self.words):
             return ""
+        if isinstance(value, str):
+            return f"must be a number{' or one of ' * bool(self.words)}{', '.join(self.words)}"
         if not math.isfinite(value):
             return "must be finite"
         if self.low <= value <= self.high:
@@ -92,6 +99,24 @@ class Method:
 
     def __repr__(self) -> str:
         return f"Method({self.name!r}, {self.title!r}, {len(self.parameters)} parameters)"
+
+    def build(self, sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule | WholeRule:
+        """The rule, as `rule` makes it; weights that are words are measured when it merges (see `rules.measured_weights`).
+
+        Raises:
+            ValueError: values do not go together.
+        """
+        if not any(isinstance(source.get("weight"), str) for source in sources):
+            return self.rule(sources, shared, keys)
+        given: tuple[float | str, ...] = tuple(source["weight"] for source in sources)
+        from paft_merge.methods.rules.measured_weights import MeasuredWeights
+
+        def rule(weights: Sequence[float]) -> Rule:
+            weighed = [{**source, "weight": weight} for source, weight in zip(sources, weights, strict=True)]
+            return self.rule(weighed, shared, keys)  # type: ignore[return-value]
+
+        unit = rule([1.0 if isinstance(weight, str) else weight for weight in given])
+        return MeasuredWeights(given, shared.get("weight_scope", "global"), unit, rule)
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter called `name`, or None."""
@@ -135,11 +160,25 @@ TRIM_SCOPE = Parameter(
     "Rank magnitudes in each tensor (mergekit, PEFT) or over the whole model (TIES paper; every tie of the last is kept).",
     choices=("tensor", "global"),
 )  # fmt: skip
+WEIGHT_SCOPE = Parameter(
+    "weight_scope", str, "shared", "global",
+    "For weight: equal_norm and inverse_norm: the norms are those of the whole delta, or those in each tensor.",
+    choices=("global", "tensor"),
+)  # fmt: skip
 
 
 def weight(default: Any = REQUIRED) -> Parameter:
     """The weight of each source."""
     return Parameter("weight", float, "source", default, "The scalar of this source. May be negative.")
+
+
+def delta_weight(default: Any = REQUIRED) -> Parameter:
+    """The weight of each delta, which may follow from the norms of the deltas."""
+    return Parameter(
+        "weight", float, "source", default,
+        "The scalar of this source; may be negative. equal_norm (or auto): weight * delta has the same norm for all. inverse_norm: 1 / norm, with a mean of 1 (NAN).",
+        words=("equal_norm", "inverse_norm", "auto"),
+    )  # fmt: skip
 
 
 def density(doc: str = "Share of the delta's entries that is kept, by magnitude, in each tensor.") -> Parameter:

@@ -9,18 +9,20 @@ from paft_merge.methods.in_memory import run
 from paft_merge.methods.parameters import (
     INT8_MASK,
     LAMBDA,
+    WEIGHT_SCOPE,
     Method,
     Parameter,
     Shared,
     Sources,
+    Weights,
     by_all_weights,
+    delta_weight,
     density,
     elect,
     election,
     normalize,
     rescale,
     signs,
-    weight,
 )
 
 if TYPE_CHECKING:
@@ -68,8 +70,16 @@ def _table(
 ) -> tuple[Method, Method]:  # fmt: skip
     """A method without an election, and the same with TIES' election, whose `normalize` is `weights` if `normalized`."""
     rest = rescale(rescaled), LAMBDA
-    plain = (weight(), *own, by_all_weights(False), *rest, INT8_MASK)
-    elected = (weight(), *own, normalize("weights" if normalized else "none"), *rest, *elect("weighted"), INT8_MASK)
+    plain = (delta_weight(), *own, by_all_weights(False), *rest, WEIGHT_SCOPE, INT8_MASK)
+    elected = (
+        delta_weight(),
+        *own,
+        normalize("weights" if normalized else "none"),
+        *rest,
+        *elect("weighted"),
+        WEIGHT_SCOPE,
+        INT8_MASK,
+    )
     return (
         Method(names[0], titles[0], paper, plain, "required", rule),
         Method(names[1], titles[1], paper, elected, "required", rule),
@@ -97,7 +107,7 @@ TABLE: Final = (DARE_LINEAR, DARE_TIES, BREADCRUMBS, BREADCRUMBS_TIES, DELLA_LIN
 
 def dare_linear(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float],
+    weight: Weights,
     *,
     density: float | Sequence[float] = 1.0,
     normalize: bool = False,
@@ -109,7 +119,7 @@ def dare_linear(
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density: probability in [0, 1] that an entry stays (the paper's 1 - p).
         normalize: divide by the sum of the weights.
         rescale: multiply by (norm before / norm after), of `l1` (True, as in mergekit) or `l2`; the paper divides by the density.
@@ -133,7 +143,7 @@ def dare_linear(
 
 def dare_ties(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float],
+    weight: Weights,
     *,
     density: float | Sequence[float] = 1.0,
     normalize: str | bool = "none",
@@ -147,7 +157,7 @@ def dare_ties(
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density: as in `dare_linear`.
         normalize, rescale, lambda_, elect, elect_tie: as in `ties`.
         seed: as in `dare_linear`.
@@ -161,7 +171,7 @@ def dare_ties(
 
 def breadcrumbs(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float],
+    weight: Weights,
     *,
     density: float | Sequence[float] = 1.0,
     gamma: float | Sequence[float] = 0.01,
@@ -173,7 +183,7 @@ def breadcrumbs(
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density: share kept in [0, 1], `int(density * numel)` entries; 1 keeps everything, also the outliers, as in mergekit.
         gamma: share of the largest entries that is dropped, fewer if the density cannot be reached otherwise. Ties at
             either end keep or drop the lowest index first.
@@ -198,7 +208,7 @@ def breadcrumbs(
 
 def breadcrumbs_ties(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float],
+    weight: Weights,
     *,
     density: float | Sequence[float] = 1.0,
     gamma: float | Sequence[float] = 0.01,
@@ -212,7 +222,7 @@ def breadcrumbs_ties(
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density, gamma: as in `breadcrumbs`.
         normalize, rescale, lambda_, elect, elect_tie: as in `ties`.
 
@@ -225,7 +235,7 @@ def breadcrumbs_ties(
 
 def della_linear(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float],
+    weight: Weights,
     *,
     density: float | Sequence[float] = 1.0,
     epsilon: float | Sequence[float] = 0.15,
@@ -239,7 +249,7 @@ def della_linear(
     Args:
         deltas: each `[*shape]`, any float dtype; not modified. Entries are ranked along the second dimension (a vector as a
             whole), ties by position; the entry of a row of one is kept with the density.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density: mean probability in [0, 1] that an entry stays; 1 keeps everything.
         epsilon: the probability runs from `density - epsilon` for the smallest entry of a row to `density + epsilon` for the
             largest; both must be inside (0, 1) unless the density is 0 or 1.
@@ -269,7 +279,7 @@ def della_linear(
 
 def della(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float],
+    weight: Weights,
     *,
     density: float | Sequence[float] = 1.0,
     epsilon: float | Sequence[float] = 0.15,
@@ -284,7 +294,7 @@ def della(
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified. Ranked as in `della_linear`.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density, epsilon: as in `della_linear`.
         normalize, rescale, lambda_, elect, elect_tie: as in `ties`.
         seed: as in `della_linear`.

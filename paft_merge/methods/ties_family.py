@@ -10,17 +10,19 @@ from paft_merge.methods.parameters import (
     INT8_MASK,
     LAMBDA,
     TRIM_SCOPE,
+    WEIGHT_SCOPE,
     Method,
     Parameter,
     Shared,
     Sources,
+    Weights,
+    delta_weight,
     density,
     elect,
     election,
     normalize,
     rescale,
     signs,
-    weight,
 )
 
 if TYPE_CHECKING:
@@ -47,24 +49,24 @@ def _ties_rule(sources: Sources, shared: Shared, keys: Sequence[int]) -> Rule:
 
 TIES = Method(
     "ties", "TIES", "arXiv:2306.01708",
-    (weight(), density(), normalize("weights"), rescale("none"), LAMBDA, *elect("weighted"), TRIM_SCOPE, INT8_MASK),
+    (delta_weight(), density(), normalize("weights"), rescale("none"), LAMBDA, *elect("weighted"), TRIM_SCOPE, WEIGHT_SCOPE, INT8_MASK),
     "required", _ties_rule,
 )  # fmt: skip
 L1_TIES = Method(
     "l1_ties", "L1-aware TIES", "ours, after arXiv:2306.01708 and PAFT (arXiv:2406.17923)",
     (
-        weight(1.0),
+        delta_weight(1.0),
         Parameter("density", float, "source", None, "trim: keep this share of the entries.", low=0.0, high=1.0),
         Parameter("l1_mass", float, "source", 0.95, "trim: keep the fewest with this share of the L1 norm.", low=0.0, high=1.0),
         Parameter("epsilon", float, "source", None, "trim: keep the entries with |delta| > epsilon.", low=0.0),
         Parameter("shrink", str, "shared", "hard", "soft: take the threshold off the kept entries.", choices=("hard", "soft")),
-        rescale("l1"), normalize("none"), LAMBDA, *elect("none"), TRIM_SCOPE,
+        rescale("l1"), normalize("none"), LAMBDA, *elect("none"), TRIM_SCOPE, WEIGHT_SCOPE,
     ),
     "required", _ties_rule,
 )  # fmt: skip
 SIGN_ELECTION = Method(
     "sign_election", "Sign election", "ours, after PAFT (arXiv:2406.17923) and arXiv:2306.01708",
-    (weight(1.0), density(), normalize("none"), LAMBDA, *elect("weighted"), TRIM_SCOPE),
+    (delta_weight(1.0), density(), normalize("none"), LAMBDA, *elect("weighted"), TRIM_SCOPE, WEIGHT_SCOPE),
     "required", _ties_rule,
 )  # fmt: skip
 TABLE: Final = (TIES, L1_TIES, SIGN_ELECTION)
@@ -72,7 +74,7 @@ TABLE: Final = (TIES, L1_TIES, SIGN_ELECTION)
 
 def ties(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float],
+    weight: Weights,
     *,
     density: float | Sequence[float] = 1.0,
     normalize: str | bool = "weights",
@@ -89,7 +91,7 @@ def ties(
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density: share kept in [0, 1] (the paper's k / 100): the `rules.thresholds.kept_count` largest, ties by lowest index.
         normalize: `weights`, `count` or `none`; True is `weights`, False `none`.
         rescale: scale each trimmed delta back to its norm, `l1` (True) or `l2`; `none` (False) does not.
@@ -106,7 +108,7 @@ def ties(
 
 def l1_ties(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float] = 1.0,
+    weight: Weights = 1.0,
     *,
     density: float | Sequence[float] | None = None,
     l1_mass: float | Sequence[float] | None = 0.95,
@@ -125,7 +127,7 @@ def l1_ties(
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density, l1_mass, epsilon: which entries are kept (see `rules.thresholds.Trim`): by `epsilon` if given, else by `density`, else by `l1_mass`.
         shrink: `hard` or `soft`.
         rescale: as in `ties`.
@@ -150,7 +152,7 @@ def l1_ties(
 
 def sign_election(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float] = 1.0,
+    weight: Weights = 1.0,
     *,
     density: float | Sequence[float] = 1.0,
     normalize: str | bool = "none",
@@ -162,7 +164,7 @@ def sign_election(
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         density: as in `ties`; 1 keeps everything.
         normalize, lambda_, elect, elect_tie: as in `ties`.
 

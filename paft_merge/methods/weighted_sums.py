@@ -9,11 +9,14 @@ from paft_merge.methods.in_memory import run
 from paft_merge.methods.parameters import (
     INT8_MASK,
     LAMBDA,
+    WEIGHT_SCOPE,
     Method,
     Parameter,
     Shared,
     Sources,
+    Weights,
     by_all_weights,
+    delta_weight,
     density,
     weight,
     weights,
@@ -55,11 +58,12 @@ PASSTHROUGH = Method(
 TASK_ARITHMETIC = Method(
     "task_arithmetic", "Task arithmetic", "arXiv:2212.04089",
     (
-        weight(),
+        delta_weight(),
         density("Accepted for mergekit's recipes, without effect, as in mergekit."),
         by_all_weights(False),
         LAMBDA,
         Parameter("rescale", bool, "shared", False, "Accepted for mergekit's recipes, without effect, as in mergekit."),
+        WEIGHT_SCOPE,
         INT8_MASK,
     ),
     "required", _task_rule,
@@ -98,13 +102,13 @@ def passthrough(tensor: torch.Tensor, scale: float | None = None) -> torch.Tenso
 
 
 def task_arithmetic(
-    deltas: Sequence[torch.Tensor], weight: float | Sequence[float], *, normalize: bool = False, lambda_: float = 1.0
+    deltas: Sequence[torch.Tensor], weight: Weights, *, normalize: bool = False, lambda_: float = 1.0
 ) -> torch.Tensor:
     """Weighted sum of deltas (task vectors, arXiv:2212.04089).
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe.
         normalize: divide by the sum of the weights (a sum under 1e-8 counts as one).
         lambda_: multiplies the result.
 

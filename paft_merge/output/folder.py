@@ -57,13 +57,21 @@ class Finished:
     sums: Sums
     nonfinite: int = 0
     """Elements that are NaN or infinite, which `allow_nonfinite` permits."""
+    weights: Sequence[float] = ()
+    """The weight of each planned source, if they were measured."""
     noted: bytes = b"{}"
     """Further statistics of its deltas, the JSON of `stats.record.note`: parsed, those of many sources take ten times as much."""
 
     def line(self) -> bytes:
         """Return one line of the journal; floats are exact."""
         rows = {"active": list(self.active), "counts": self.counts.tolist(), "sums": self.sums.tolist()}
-        own = {"name": self.name, "digest": self.digest, **rows, "nonfinite": self.nonfinite}
+        own = {
+            "name": self.name,
+            "digest": self.digest,
+            **rows,
+            "nonfinite": self.nonfinite,
+            "weights": list(self.weights),
+        }
         return json.dumps(own)[:-1].encode() + b', "noted": ' + self.noted + b"}\n"
 
     @classmethod
@@ -73,7 +81,14 @@ class Finished:
         counts = np.array(line["counts"], np.int64).reshape(rows, len(kernels.COUNTS))
         sums = np.array(line["sums"], np.float64).reshape(rows, len(kernels.SUMS))
         return cls(
-            line["name"], line["digest"], line["active"], counts, sums, line["nonfinite"], compact(line["noted"])
+            line["name"],
+            line["digest"],
+            line["active"],
+            counts,
+            sums,
+            line["nonfinite"],
+            line["weights"],
+            compact(line["noted"]),
         )
 
 

@@ -67,6 +67,7 @@ class _Delta(_Checked):
 class _Total(_Delta):
     entries: Count
     below: Number = Field(None, alias="below_1e-05")
+    weights: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
 
 
 class _Tensor(_Checked):

@@ -8,6 +8,7 @@ overrides          `--set key=value`
 sweeps             values of parameters that a comparison tries one by one
 arms               variants of adapters, and the merges of a comparison
 adapter_sections   sections of the adapters that are trained
+named_models       merge recipes in which names of adapters are models
 steps              steps, their fingerprints, and the arms of the table
 fingerprints       digests of files
 preflight          checks before anything is run
@@ -16,6 +17,7 @@ execution          running the steps
 ray_steps          running them on a Ray cluster
 intervals          95 % intervals, paired over items and seeds
 comparisons        the numbers of the table, and sentences about them
+results_page       the table as HTML, and the picture of its frontiers
 results_table      the table at the end
 tuning             `paft tune`
 starter_recipe     `paft init`
@@ -23,13 +25,14 @@ starter_recipe     `paft init`
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from paft_merge.engine.ray_cluster import Cluster, uses_ray
-from paft_merge.errors import RecipeError, RunError
+from paft_merge.errors import RecipeError, RunError, escape
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.hub import download
@@ -81,8 +84,15 @@ class Run:
     """Names of the steps that this call executed."""
 
     def _repr_markdown_(self) -> str:
-        made = f"{escape_markdown(self.folder)}: {len(self.done)} step{'s' * (len(self.done) != 1)} done"
+        made = f"{escape_markdown(self.folder)}: {self._made()}"
         return f"{made}\n\n{self.table.to_markdown()}" if self.table.rows else made
+
+    def _repr_html_(self) -> str:
+        made = f"<p>{html.escape(escape(str(self.folder)))}: {self._made()}</p>"
+        return made + self.table._repr_html_() if self.table.rows else made
+
+    def _made(self) -> str:
+        return f"{len(self.done)} step{'s' * (len(self.done) != 1)} done"
 
 
 def plan(

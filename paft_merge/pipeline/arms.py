@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from paft_merge.errors import Problems
 from paft_merge.methods import METHODS
+from paft_merge.pipeline.named_models import names_adapter
 from paft_merge.pipeline.schema import CompareSpec, PolishSpec, RunRecipe
 from paft_merge.pipeline.sweeps import at_point, axes_of, check_sweeps, named, points_of
 from paft_merge.recipe.yaml_source import did_you_mean
@@ -193,14 +194,17 @@ def _check_trained_arms(recipe: RunRecipe, arms: Sequence[str], problems: Proble
             "sequential": order[1:], "sequential_reversed": order[:-1], "mixed": order, "polish": [polished(recipe)],
         }  # fmt: skip
         trained = of[arm] if len(order) > 1 else [skill if arm == "sequential_reversed" else preference]
-        existing = [name for name in trained if name not in recipe.adapters]
-        if recipe.existing and existing and (existing[0] is None or existing[0] in recipe.existing):
+        existing = [name for name in trained if name is None or name in recipe.existing]
+        if recipe.existing and existing:
             done = existing[0] or "each adapter of this recipe"
             problems.add("COMPARE", where, f"{does}, and {done} exists already", f"leave {arm} out of arms")
         elif len(order) < 2:
             what = f"{arm} needs an adapter for the skill and one for the preference"
             problems.add("COMPARE", where, what, "name them with skill: and preference:")
-        elif not existing:
+        elif arm == "polish" and trained[0] not in order:
+            place, what = recipe.where("compare", arm, "with"), f"{trained[0]} is not among the merged adapters"
+            problems.add("COMPARE", place, what, did_you_mean(trained[0], order) or f"these are {', '.join(order)}")
+        elif all(name in recipe.adapters for name in trained):
             _check_settings(recipe, arm, order, problems)
 
 
@@ -223,14 +227,15 @@ def _check_settings(recipe: RunRecipe, arm: str, order: Sequence[str], problems:
         if compare.sequential.beta and (objective := recipe.adapters[order[-1]].objective) not in _WITH_BETA:
             place, what = recipe.where("compare", arm, "beta"), f"{order[-1]} ({objective}) has no beta"
             problems.add("COMPARE", place, what, "remove beta")
-        check_steps(order[-1], compare.sequential.steps or (), arm, "steps") if compare.sequential.steps else None
+        if compare.sequential.steps:
+            check_steps(order[-1], compare.sequential.steps, arm, "steps")
     if arm == "polish":
-        spec, last = compare.polish or PolishSpec(), polished(recipe)
-        if last not in order:
-            place, what = recipe.where("compare", arm, "with"), f"{last} is not among the merged adapters"
-            problems.add("COMPARE", place, what, did_you_mean(last, order) or f"these are {', '.join(order)}")
-        else:
-            check_steps(str(last), spec.share, arm, "share")
+        merge = merge_before_polish(recipe)
+        for name in order:
+            if not names_adapter(merge.written, name):
+                place, what = recipe.where(*merge.steps), f"the merge before the polish does not have {name}"
+                problems.add("COMPARE", place, what, "add it to models, or leave it out of order")
+        check_steps(str(polished(recipe)), (compare.polish or PolishSpec()).share, arm, "share")
 
 
 _WITH_BETA = ("dpo", "orpo", "on_policy", "rloo", "grpo")
@@ -303,10 +308,11 @@ def merges_of(recipe: RunRecipe) -> Iterator[ComparedMerge]:
 
 
 def merge_before_polish(recipe: RunRecipe) -> ComparedMerge:
-    """The merge recipe of the arm `polish`: the one that it names, else that of `merge:`, else `l1_ties`."""
+    """The merge recipe of the arm `polish`: the one that it names, else that of `merge:` if it has all adapters, else `l1_ties`."""
     compare = recipe.compare or CompareSpec()
     given = compare.polish.merge if compare.polish else None
-    if given is None and recipe.merge is not None:
+    names = [variant.adapter for chain in chains(recipe).values() for variant in chain]
+    if given is None and recipe.merge is not None and all(names_adapter(recipe.merge.data, name) for name in names):
         return ComparedMerge("merge", recipe.merge.data, ("merge",))
     alone = compare.model_copy(update={"arms": ["parallel"], "methods": [given or "l1_ties"], "weights": None})
     return next(merges_of(replace(recipe, compare=alone)))._replace(steps=("compare", "polish", "merge"))

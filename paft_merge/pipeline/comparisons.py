@@ -15,6 +15,10 @@ ALONE, IN_TURN = ("individual",), ("sequential", "mixed")
 MERGED = ("parallel", "polish", "merge")
 
 
+COSTS = {"train_seconds": "trained, s", "train_tokens": "trained, tokens", "merge_seconds": "merged, s"}
+"""The headings of costs."""
+
+
 def number(value: float) -> str:
     """A score in a table."""
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
@@ -150,6 +154,16 @@ class TableData:
             )
         )
 
+    def costs(self) -> list[str]:
+        """The kinds of cost that any arm has."""
+        found = dict.fromkeys(key for row in self.rows for key, values in row.cost.items() if any(values))
+        return [key for key in COSTS if key in found]
+
+    def shown_costs(self) -> dict[str, dict[str, str]]:
+        """The columns of costs in the table by heading, each with the text for every arm: those of training, if any arm has them."""
+        keys = [key for key in self.costs() if key != "merge_seconds"]
+        return {COSTS[key]: {row.name: _cost(row.cost.get(key)) for row in self.rows} for key in keys}
+
     # --- differences ------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -277,12 +291,12 @@ def _judged(found: Sequence[Difference]) -> list[str]:
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    """Names of arms, those of one frontier together: `parallel ties (weight=0.6, weight=1)`."""
+    """Names of arms, those of one frontier together: `parallel ties at weight=0.6 and weight=1`."""
     together: dict[str, list[Row]] = {}
     for row in rows:
         together.setdefault(row.frontier or row.name, []).append(row)
     return [
-        f"{name} [{', '.join(row.label for row in mine)}]" if mine[0].frontier else name
+        f"{name} at {' and '.join(row.label for row in mine)}" if mine[0].frontier else name
         for name, mine in together.items()
     ]
 
@@ -309,3 +323,12 @@ def _pairs(one: Cell, two: Cell) -> list[tuple[int, int]]:
 def _kind(name: str) -> str:
     """`l1` of `sequential (l1)`."""
     return name.rpartition("(")[2].rstrip(")") if name.endswith(")") else ""
+
+
+def _cost(values: Sequence[float] | None) -> str:
+    """The mean of a cost over seeds in three digits: 52, 1.2k, 3.4M."""
+    if values is None:
+        return ""
+    mean = statistics.fmean(values)
+    power = next((p for p in (9, 6, 3) if mean >= 0.9995 * 10**p), 0)
+    return f"{float(f'{mean / 10**power:.3g}'):g}{ {9: 'G', 6: 'M', 3: 'k', 0: ''}[power] }"

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError, PaftMergeError, Problem
 from paft_merge.output.log_file import logged
+from paft_merge.pipeline.named_models import labels
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
-from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train, labels
+from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train
 from paft_merge.pipeline.trained_templates import as_trained, template_of_run
 from paft_merge.training.run_folder import DONE_FILE, write_json
 

@@ -18,8 +18,9 @@ from paft_merge.inputs.architecture import bounded_modules
 from paft_merge.inputs.model_config import refuse_odd_files
 from paft_merge.pipeline.adapter_sections import mixed_section
 from paft_merge.pipeline.arms import arms_wanted, chains, check_compare, merge_before_polish, merges_of, variants_of
+from paft_merge.pipeline.named_models import is_reference, references, resolved_merge
 from paft_merge.pipeline.schema import RunRecipe
-from paft_merge.pipeline.steps import Evaluate, Step, Train, is_reference, references, resolved_merge
+from paft_merge.pipeline.steps import Evaluate, Step, Train
 from paft_merge.pipeline.trained_templates import check_turns
 from paft_merge.recipe import load_recipe
 from paft_merge.recipe.sections import beside_recipe, not_found

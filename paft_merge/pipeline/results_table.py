@@ -16,6 +16,7 @@ from paft_merge.output.card.markdown import escape_markdown
 from paft_merge.pipeline.arms import Arm
 from paft_merge.pipeline.comparisons import Cell, Row, TableData
 from paft_merge.pipeline.intervals import Sample
+from paft_merge.pipeline.results_page import ARROWS, page, write_picture
 from paft_merge.pipeline.state import State
 from paft_merge.pipeline.steps import SPARSITY, Evaluate, Merge, Step, Train
 
@@ -23,9 +24,6 @@ __all__ = ["Cell", "Row", "Table"]
 
 PARETO = "◆"
 """Marks an arm on the Pareto front."""
-
-COSTS = {"train_seconds": "trained, s", "train_tokens": "trained, tokens", "merge_seconds": "merged, s"}
-"""The headings of costs."""
 
 
 class Table(TableData):
@@ -86,6 +84,9 @@ class Table(TableData):
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 
+    def _repr_html_(self) -> str:
+        return page(self, whole=False)
+
     # --- on disk ----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class Table(TableData):
         """The table as CSV: a row per arm, mean and spread of each column, mean costs, and whether it is on the Pareto front."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        costs, front = self._costs(), ["pareto"] if self.frontier else []
+        costs, front = self.costs(), ["pareto"] if self.frontier else []
         writer.writerow(["arm", "group", *(name for c in self.columns for name in (c, f"{c}_spread")), *costs, *front])
         for row in self.rows:
             cells = [row.cells.get(c) for c in self.columns]
@@ -126,20 +127,10 @@ class Table(TableData):
             writer.writerow([row.name, row.group, *("" if n is None else n for n in numbers), *marks])
         return text.getvalue()
 
-    def _costs(self) -> list[str]:
-        """The kinds of cost that any arm has."""
-        found = dict.fromkeys(key for row in self.rows for key, values in row.cost.items() if any(values))
-        return [key for key in COSTS if key in found]
-
-    def shown_costs(self) -> dict[str, dict[str, str]]:
-        """The columns of costs in the table by heading, each with the text for every arm: those of training, if any arm has them."""
-        keys = [key for key in self._costs() if key != "merge_seconds"]
-        return {COSTS[key]: {row.name: _cost(row.cost.get(key)) for row in self.rows} for key in keys}
-
     def to_markdown(self) -> str:
         """The table as Markdown, the best of each column in bold, with the sentences and the differences below."""
-        arrows, costs = {1: " ↑", -1: " ↓", 0: ""}, self.shown_costs()
-        head = ["arm", *(f"{escape_markdown(c)}{arrows[self.better[c]]}" for c in self.columns), *costs]
+        costs = self.shown_costs()
+        head = ["arm", *(f"{escape_markdown(c)}{ARROWS[self.better[c]]}" for c in self.columns), *costs]
         lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for row in self.rows:
             cells = [self._marked(row, c) for c in self.columns] + [texts[row.name] for texts in costs.values()]
@@ -151,7 +142,8 @@ class Table(TableData):
         for rival, found in self.against.items():
             columns = list(dict.fromkeys(d.column for mine in found.values() for d in mine))
             lines += ["", f"Differences from {escape_markdown(rival)}, with 95 % intervals:", ""]
-            lines += [f"| arm | {' | '.join(map(escape_markdown, columns))} |", f"|{'---|' * (len(columns) + 1)}"]
+            headings = (f"{escape_markdown(c)}{ARROWS[self.better[c]]}" for c in columns)
+            lines += [f"| arm | {' | '.join(headings)} |", f"|{'---|' * (len(columns) + 1)}"]
             for name, mine in found.items():
                 texts = {d.column: f"**{d}**" if d.verdict else str(d) for d in mine}
                 lines.append(f"| {escape_markdown(name)} | {' | '.join(texts.get(c, '') for c in columns)} |")
@@ -164,23 +156,16 @@ class Table(TableData):
         return f"**{cell}**" if cell.mean == self.best(column) else str(cell)
 
     def write(self, folder: Path) -> None:
-        """Write `table.md`, `table.csv` and `table.json`; remove them when nothing was evaluated."""
+        """Write `table.md`, `.csv`, `.json`, `.html` and `frontier.png`; remove them when nothing was evaluated."""
         as_json = json.dumps(self.to_json(), indent=2) + "\n"
-        for suffix, text in {"md": self.to_markdown(), "csv": self.to_csv(), "json": as_json}.items():
+        texts = {"md": self.to_markdown(), "csv": self.to_csv(), "json": as_json, "html": page(self)}
+        write_picture(self, folder)
+        for suffix, text in texts.items():
             path = folder / f"table.{suffix}"
             if self.rows:
                 path.write_text(text, encoding="utf-8")
             else:
                 path.unlink(missing_ok=True)
-
-
-def _cost(values: Sequence[float] | None) -> str:
-    """The mean of a cost over seeds in three digits: 52, 1.2k, 3.4M."""
-    if values is None:
-        return ""
-    mean = statistics.fmean(values)
-    power = next((p for p in (9, 6, 3) if mean >= 0.9995 * 10**p), 0)
-    return f"{float(f'{mean / 10**power:.3g}'):g}{ {9: 'G', 6: 'M', 3: 'k', 0: ''}[power] }"
 
 
 def _kind_of(spec: EvaluateSpec | None) -> Mapping[str, str]:
@@ -212,7 +197,9 @@ def _costs(arms: Sequence[Arm], steps: Sequence[Step], state: State) -> dict[str
         mine = [(by_name[name].job, state.steps.get(name, {})) for name in sorted(needed(arm.needs))]
         trained = [record for job, record in mine if isinstance(job, Train)]
         tokens = [record.get("result", {}).get("tokens") for record in trained]
-        cost = {"train_seconds": sum(record.get("seconds", 0.0) for record in trained)}
+        # The seconds of training itself are counted over interruptions; those of the step also load the base.
+        seconds = [record.get("result", {}).get("seconds") or record.get("seconds", 0.0) for record in trained]
+        cost = {"train_seconds": sum(seconds)}
         if None not in tokens:
             cost["train_tokens"] = sum(tokens)
         cost["merge_seconds"] = sum(record.get("seconds", 0.0) for job, record in mine if isinstance(job, Merge))

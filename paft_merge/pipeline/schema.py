@@ -50,7 +50,7 @@ class AuditSpec(Section):
     """Also write the report with figures, `audit.html`."""
 
 
-def _differing(values: list[Any]) -> list[Any]:
+def _no_value_twice(values: list[Any]) -> list[Any]:
     if len(set(values)) < len(values):
         raise ValueError(f"has a value twice: {show(values)}")
     return values
@@ -62,10 +62,10 @@ def _one_or_more(value: Any) -> Any:
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
-Points = Annotated[list[Positive], Field(min_length=1), AfterValidator(_differing)]
-Shares = Annotated[list[OpenShare], BeforeValidator(_one_or_more), Field(min_length=1), AfterValidator(_differing)]
+Points = Annotated[list[Positive], Field(min_length=1), AfterValidator(_no_value_twice)]
+Shares = Annotated[list[OpenShare], BeforeValidator(_one_or_more), Field(min_length=1), AfterValidator(_no_value_twice)]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Ratios = Annotated[list[Ratio], Field(min_length=1), AfterValidator(_differing)]
+Ratios = Annotated[list[Ratio], Field(min_length=1), AfterValidator(_no_value_twice)]
 
 
 class SequentialSpec(Section):
@@ -75,7 +75,7 @@ class SequentialSpec(Section):
     """Its strength of the reference (of ORPO, the weight of the odds ratio)."""
     steps: Shares | None = None
     """Shares of its steps."""
-    shrink: Annotated[list[OpenShare], Field(min_length=1), AfterValidator(_differing)] | None = None
+    shrink: Annotated[list[OpenShare], Field(min_length=1), AfterValidator(_no_value_twice)] | None = None
     """Factors of its delta, without training: the model moves towards the one that it was trained on."""
 
 
@@ -99,7 +99,8 @@ class PolishSpec(Section):
     share: Shares = Field(default_factory=lambda: [0.2])
     """Share of the adapter's steps that is trained after the merge, and not before it; several are tried one by one."""
     merge: str | dict[str, Any] | None = None
-    """A method or a merge recipe, as under `methods`; default: that of `merge:`, else `l1_ties`."""
+    """A method or a merge recipe, as under `methods`; default: that of `merge:` if it has all
+    adapters, else `l1_ties`."""
 
 
 class CompareSpec(Section):
@@ -110,7 +111,7 @@ class CompareSpec(Section):
     `sequential_reversed`: the skill adapter trained on the merged preference model; `parallel`: both trained from the base,
     then merged by each of `methods`; `mixed`: one adapter trained on both objectives; `polish`: merged, then trained
     further on one objective."""
-    order: Annotated[list[str], Field(min_length=2), AfterValidator(_differing)] | None = None
+    order: Annotated[list[str], Field(min_length=2), AfterValidator(_no_value_twice)] | None = None
     """The adapters of all arms, in the order of `sequential`; by default the skill and the preference adapter."""
     sequential: SequentialSpec | None = None
     mixed: MixedSpec | None = None

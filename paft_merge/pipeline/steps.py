@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.compute.magnitudes import EPSILON
-from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.hub import ResolvedRepo, resolve
 from paft_merge.hub.run_checkpoints import expand
-from paft_merge.methods import METHODS
 from paft_merge.pipeline.adapter_sections import files_of, mixed_section, placed, section_of
 from paft_merge.pipeline.arms import (
     Arm,
@@ -37,9 +35,10 @@ from paft_merge.pipeline.arms import (
     variants_of,
 )
 from paft_merge.pipeline.fingerprints import Prints, key_of
+from paft_merge.pipeline.named_models import names_adapter, reference_to, references, resolved_merge
 from paft_merge.pipeline.schema import STAGES, CompareSpec, PolishSpec, RunRecipe, SequentialSpec, Stage
-from paft_merge.recipe import Located, ModelRef
-from paft_merge.recipe.sections import beside_recipe, former_keys, is_pattern
+from paft_merge.recipe import Located
+from paft_merge.recipe.sections import beside_recipe, former_keys
 from paft_merge.recipe.trust import file_of
 from paft_merge.training.schema import AdapterSpec
 
@@ -262,7 +261,7 @@ class Planner:
         return {
             "merge_method": "task_arithmetic",
             "base_model": base,
-            "models": [{"model": _reference(base, lora), "parameters": {"weight": weight}}],
+            "models": [{"model": reference_to(base, lora), "parameters": {"weight": weight}}],
             **({"out_dtype": out_dtype} if out_dtype else {}),
         }
 
@@ -347,7 +346,7 @@ class Planner:
         paths = {v.adapter: self.lora(seed, v) for v in variants}
         resolved = expand(Located(resolved_merge(written, paths, self.recipe, seed)))[0].data
         others = self._outside(dict.fromkeys(references(resolved)))
-        named = [variant for variant in variants if _names(written, variant.adapter)]
+        named = [variant for variant in variants if names_adapter(written, variant.adapter)]
         needs = tuple(need for variant in named for need in self.trained(seed, variant))
         return self._add(
             stage, seed, name, Merge(resolved), out, needs, written=written, models=sorted(others),
@@ -403,101 +402,6 @@ class Planner:
         )
         assert merged.out is not None
         self._add("push", None, spec.repo_id, Push(merged.out), None, (merged.name,), section=spec.model_dump())
-
-
-# --- mergekit's language with the adapters' names in it ---------------------------------------------------------------
-
-
-def resolved_merge(
-    written: Mapping[str, Any], paths: Mapping[str, Mapping[str, str]], recipe: RunRecipe, seed: int | None = None
-) -> dict[str, Any]:
-    """A merge recipe for the engine: a name of `adapters:` becomes the base with that adapter.
-
-    The name stays the source's label, so that random drops do not depend on folders.
-
-    Args:
-        written: the merge recipe as written.
-        paths: each adapter's path and revision, by name.
-        recipe: the run's recipe.
-        seed: the run's seed, which is also the merge's unless `written` has one.
-    """
-
-    def place(value: Any, steps: tuple[str | int, ...] = ()) -> Any:
-        if steps and is_reference(steps) and isinstance(value, str | Mapping):
-            if isinstance(value, str) and value in paths:
-                return {**_reference(recipe.base, paths[value]), "label": value}
-            return _beside(value, recipe.folder)
-        if isinstance(value, Mapping):
-            return {key: place(inner, (*steps, key)) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [place(inner, (*steps, at)) for at, inner in enumerate(value)]
-        return value
-
-    resolved: dict[str, Any] = {**({} if seed is None else {"seed": seed}), **place(written)}
-    method = METHODS.get(str(written.get("merge_method")))
-    if resolved.get("base_model") or (method and method.base == "ignored"):  # there, a base is one more model
-        return resolved
-    return {**resolved, "base_model": recipe.base}
-
-
-def _beside(value: str | Mapping[str, Any], folder: Path) -> Any:
-    """A model reference with absolute paths for folders beside the recipe."""
-
-    def absolute(path: str | None) -> str | None:
-        if path and is_pattern(path, folder):
-            above, _, name = path.rpartition("/")
-            return f"{absolute(above or '.')}/{name}"
-        return str((folder / path).resolve()) if path and (folder / path).is_dir() else path
-
-    try:
-        ref = ModelRef.parse(value)
-    except RecipeError:
-        return value  # reading the merge reports it with its line
-    stacked = tuple((absolute(path) or path, revision) for path, revision in ref.stacked)
-    placed = replace(
-        ref, path=absolute(ref.path) or ref.path, lora=absolute(ref.lora), stacked=stacked, label=ref.stream
-    )
-    return value if replace(placed, label=ref.label) == ref else placed.written()
-
-
-def is_reference(steps: tuple[str | int, ...]) -> bool:
-    """Whether the value at this key path of a merge recipe names a model."""
-    return steps[-1] in ("model", "base_model") and "parameters" not in steps
-
-
-def _reference(base: str, lora: Mapping[str, str]) -> dict[str, Any]:
-    return {"model": {"path": base}, "lora": dict(lora)}
-
-
-def labels(resolved: Any) -> dict[str, str]:
-    """The labels of the sources of a resolved merge recipe, by their full references."""
-    if isinstance(resolved, Mapping) and "label" in resolved:
-        ref = ModelRef.parse(resolved)
-        return {str(ref): ref.stream}
-    parts = resolved.values() if isinstance(resolved, Mapping) else resolved if isinstance(resolved, list) else ()
-    return {long: short for part in parts for long, short in labels(part).items()}
-
-
-def references(resolved: Any, steps: tuple[str | int, ...] = ()) -> Iterator[str]:
-    """Yield every path that a resolved merge recipe names."""
-    if isinstance(resolved, Mapping):
-        for key, inner in resolved.items():
-            if key == "path" or (isinstance(inner, str) and is_reference((*steps, key))):
-                yield str(inner)
-            else:
-                yield from references(inner, (*steps, key))
-    elif isinstance(resolved, list):
-        for at, inner in enumerate(resolved):
-            yield from references(inner, (*steps, at))
-
-
-def _names(written: Any, adapter: str, steps: tuple[str | int, ...] = ()) -> bool:
-    """Whether a merge recipe names an adapter."""
-    if isinstance(written, Mapping):
-        return any(_names(inner, adapter, (*steps, key)) for key, inner in written.items())
-    if isinstance(written, list):
-        return any(_names(inner, adapter, (*steps, at)) for at, inner in enumerate(written))
-    return bool(written == adapter and steps and is_reference(steps))
 
 
 def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:

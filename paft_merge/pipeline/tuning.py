@@ -31,12 +31,12 @@ from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.arms import Variant
 from paft_merge.pipeline.execution import Event, OnEvent
 from paft_merge.pipeline.fingerprints import key_of
+from paft_merge.pipeline.named_models import resolved_merge
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
 from paft_merge.pipeline.ray_steps import Origin
 from paft_merge.pipeline.schema import RunRecipe, TuneSpec, load_run
 from paft_merge.pipeline.state import locked
-from paft_merge.pipeline.steps import resolved_merge
 from paft_merge.recipe.yaml_source import did_you_mean, dotted, dump_yaml
 
 if TYPE_CHECKING:

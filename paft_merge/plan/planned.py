@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -68,6 +68,17 @@ class StreamedTensor:
         """Read elements `[start, stop)`; see `Inputs.block`."""
         return self.inputs.block(start, stop, all_sources=all_sources)
 
+    @property
+    def source_names(self) -> list[str]:
+        """The reference of each source."""
+        return [read.source for read in self.inputs.sources]
+
+    @property
+    def products(self) -> list[tuple[Any, Any] | None] | None:
+        """Of each source, the factors whose product its delta is, or None without a delta; None if a delta is not a product."""
+        found = {i: self.inputs.factors(i) for i in self.inputs.active}
+        return None if None in found.values() else [found.get(i) for i in range(len(self.inputs.sources))]
+
     def release(self) -> None:
         """Free the factors of the adapters; they are read again when needed."""
         self.inputs.release()
@@ -127,6 +138,15 @@ class PlannedTensor(StreamedTensor):
             return self.numel * self.rule.bytes_per_element()
         elements = self.bounds[0][1] if self.bounds else 0
         return elements * 4 * (2 * len(self.inputs.reads) + 3)
+
+    def weighed(self, weights: Sequence[float]) -> PlannedTensor:
+        """Return the tensor with measured weights in its parameters; without any, the same."""
+        if not weights:
+            return self
+        pairs = zip(self.parameters["sources"], weights, strict=True)
+        return replace(
+            self, parameters={**self.parameters, "sources": [{**one, "weight": weight} for one, weight in pairs]}
+        )
 
     @property
     def kind(self) -> TensorKind:

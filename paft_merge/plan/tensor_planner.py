@@ -342,7 +342,7 @@ class Planner:
         try:
             if recipe.arithmetic == "mergekit":
                 return as_mergekit(self.method, per_source, shared, keys[0], recipe.dtype, recipe.out_dtype)
-            return self.method.rule(per_source, shared, keys)
+            return self.method.build(per_source, shared, keys)
         except ValueError as error:  # parameters that are valid one by one but not together
             raise RecipeError.of("PARAM_RANGE", slice_.output.spot, str(error)) from error
 

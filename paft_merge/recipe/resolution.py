@@ -118,10 +118,13 @@ def coerce(parameter: Parameter, value: Any) -> Any:
             return parameter.flags[_adapter(bool).validate_python(value)]
         except ValidationError:
             pass
+    if isinstance(value, str) and value in parameter.words:
+        return value
     try:
         made = _adapter(parameter.type).validate_python(value)
     except ValidationError:
-        raise SettingError(f"must be {_kind(parameter)}, got {show(value)}") from None
+        near = did_you_mean(value, parameter.words)
+        raise SettingError(f"must be {_kind(parameter)}, got {show(value)}", near) from None
     if fault := parameter.fault(made):
         if parameter.choices:
             raise SettingError(f"{fault}, got {show(value)}", did_you_mean(made, parameter.choices))
@@ -336,8 +339,9 @@ def _no_match(levels: Sequence[Level], parameter: Parameter) -> str:
 def _kind(parameter: Parameter) -> str:
     if parameter.choices:
         return "one of " + ", ".join(parameter.choices)
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
-        parameter.type, "another type"
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return " or one of ".join(
+        [kinds.get(parameter.type, "another type"), *([", ".join(parameter.words)] * bool(parameter.words))]
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from paft_merge.studies.intervals import LEAST, Interval, interval_of
+from paft_merge.studies.seed_intervals import LEAST, Interval, interval_of
 from paft_merge.studies.study import Cell, Definition, Metric, PlotSpec, Study, TableSpec
 
 

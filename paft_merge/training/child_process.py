@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,12 +28,12 @@ class LimitError(Exception):
     """The child ran into a limit, or ended without a result."""
 
 
-def in_child(make: Callable[[], Iterable[T]], seconds: float = SECONDS, memory: int = BYTES) -> Iterator[T]:
+def in_child(make: Callable[[], Iterable[T]], seconds: float | None = SECONDS, memory: int = BYTES) -> Iterator[T]:
     """Iterate in a forked child over what `make` returns; the items are pickled.
 
     Args:
         make: Called in the child. It should not use threads or CUDA.
-        seconds: Longest wait for an item.
+        seconds: Longest wait for an item; None sets no limit.
         memory: Bytes that the child may take in addition to the parent's.
 
     Raises:
@@ -52,7 +53,9 @@ def in_child(make: Callable[[], Iterable[T]], seconds: float = SECONDS, memory: 
             try:
                 kind, value = receive.recv()
             except EOFError:
-                raise LimitError("ended its process") from None
+                child.join()
+                late = child.exitcode == -signal.SIGXCPU  # `make` set a limit
+                raise LimitError("takes too much processor time" if late else "ended its process") from None
             if kind == "end":
                 return
             if kind == "memory":
@@ -136,9 +139,9 @@ def _send_all(make: Callable[[], Iterable[T]], send: Connection, memory: int) ->
     """The child: send every item, then how it ended."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of a tokenizer are only in the parent
     with suppress(OSError, ValueError):  # without /proc or the limit, only the time is limited
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        most = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+        most = pages * resource.getpagesize() + memory  # of data: mapped files and reserved addresses are no memory
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     try:
         for item in make():
             send.send(("item", item))

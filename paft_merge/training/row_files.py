@@ -58,6 +58,11 @@ def suffix_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
+def most_unpacked(size: int) -> int:
+    """How much a compressed file of `size` bytes may unpack to."""
+    return max(_SMALL, min(MOST_BYTES, MOST_UNPACKED * size))
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Read the rows of a file, each with its place: `line 12`, or `row 12` of a JSON list.
 
@@ -108,7 +113,7 @@ def _lines(file: TextIO, path: Path, *, cut: bool = False) -> Iterator[str]:
     """The lines from the start; TrainError for a line that is too long (unless it is `cut`), or a file that unpacks to too much."""
     file.seek(0)
     packed = path.suffix.lower() == ".gz"
-    left = max(_SMALL, min(MOST_BYTES, MOST_UNPACKED * path.stat().st_size)) if packed else MOST_BYTES
+    left = most_unpacked(path.stat().st_size) if packed else MOST_BYTES
     number = 0
     while line := file.readline(MOST_ROW):
         number, left = number + 1, left - len(line)

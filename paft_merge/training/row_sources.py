@@ -11,13 +11,11 @@ from typing import Any
 
 from paft_merge.errors import TrainError, first_line
 from paft_merge.recipe.sections import not_found, suggestion
-from paft_merge.training.row_files import MOST_BYTES, SUFFIXES, Number, Row, read_rows, suffix_of
+from paft_merge.training.loaded_sets import LOADERS, is_saved, load_set
+from paft_merge.training.row_files import SUFFIXES, Number, Row, read_rows, suffix_of
 from paft_merge.training.row_forms import kind_of_value
 from paft_merge.training.schema import DataSpec
 from paft_merge.training.train_options import need_extras
-
-LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
-"""Suffixes of single files that `datasets` reads."""
 
 _BUILDERS = ("json", "csv", "parquet", "arrow")
 """Names of `load_dataset` that read the files in `data_files`."""
@@ -87,14 +85,10 @@ def source_of(spec: DataSpec, folder: Path) -> Source:
     if files and all(suffix_of(path) in SUFFIXES for path in files):
         return _of_files(spec, files)
     need_extras()
-    try:
-        rows = _with_datasets(spec, folder, files)
-    except TrainError:
-        raise
-    except Exception as error:  # loaders raise errors of many types; all mean that the source cannot be read
-        what = f"cannot be loaded: {type(error).__name__}: {first_line(error)}"
-        fix = f"check data.path, name and split; a local file must exist and end in {', '.join(SUFFIXES)} or .parquet"
-        raise TrainError.of("DATA", spec.path, what, fix) from error
+    local = None if files else _beside(spec.path, folder)
+    rows = load_set(spec, local, files)
+    if local is not None and is_saved(local):
+        rows = _of_split(rows, spec)
     return _of_dataset(rows, spec)
 
 
@@ -143,11 +137,7 @@ def _files(spec: DataSpec, folder: Path) -> list[Path]:
 
 def _of_folder(local: Path, spec: DataSpec) -> list[Path]:
     """The files of a split in a folder without a data card, by the rules of `datasets`."""
-    if (
-        spec.name
-        or spec.data_dir
-        or any((local / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
-    ):
+    if spec.name or spec.data_dir or is_saved(local):
         return []
     card = local / "README.md"
     if card.is_file():
@@ -279,48 +269,15 @@ def _check_columns(spec: DataSpec, columns: Sequence[str]) -> None:
 # --- `datasets` ----------------------------------------------------------------------------------------------------------
 
 
-def _with_datasets(spec: DataSpec, folder: Path, files: Sequence[Path]) -> Any:
-    import datasets
-
-    if files:
-        for path in files:
-            _check_unpacked(path)
-        split = spec.split if spec.split.startswith("train") else "train"
-        loader = LOADERS.get(suffix_of(files[0]), "json")
-        return datasets.load_dataset(loader, data_files=[str(path) for path in files], split=split)
-    local = _beside(spec.path, folder)
-    if local is not None and (local / "dataset_dict.json").exists():
-        held = datasets.load_from_disk(str(local))
+def _of_split(held: Any, spec: DataSpec) -> Any:
+    """The rows of a split in a folder that `save_to_disk` wrote."""
+    if isinstance(held, dict):
         name = spec.split.partition("[")[0].strip()
         if name not in held:
             raise TrainError.of("DATA", spec.path, f"has no split {name!r}", f"it has {', '.join(held)}")
-        rows = held[name]
-        spans = _spans(spec, lambda: len(rows))
-        return rows if spans is None else rows.select([i for start, stop in spans for i in range(start, stop)])
-    if local is not None and (local / "dataset_info.json").exists():
-        rows = datasets.load_from_disk(str(local))
-        spans = _spans(spec, lambda: len(rows))
-        return rows if spans is None else rows.select([i for start, stop in spans for i in range(start, stop)])
-    return datasets.load_dataset(
-        str(local or spec.path),
-        spec.name,
-        data_dir=spec.data_dir,
-        data_files=spec.data_files,
-        split=spec.split,
-        revision=spec.revision,
-    )
-
-
-def _check_unpacked(path: Path) -> None:
-    """Raise TrainError DATA for a file that is larger than `MOST_BYTES`, packed or by its own account unpacked."""
-    size = path.stat().st_size
-    if suffix_of(path) == ".parquet" and size <= MOST_BYTES:
-        from pyarrow.parquet import read_metadata  # type: ignore[import-untyped]
-
-        held = read_metadata(path)
-        size = max(size, sum(held.row_group(i).total_byte_size for i in range(held.num_row_groups)))
-    if size > MOST_BYTES:
-        raise TrainError.of("DATA", path, f"has {size:,} bytes; at most {MOST_BYTES:,} are read", "split it")
+        held = held[name]
+    spans = _spans(spec, lambda: len(held))
+    return held if spans is None else held.select([i for start, stop in spans for i in range(start, stop)])
 
 
 def _of_dataset(rows: Any, spec: DataSpec) -> Source:

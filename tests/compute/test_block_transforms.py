@@ -151,6 +151,42 @@ def test_largest_deltas(block: Block, ops: TorchOps) -> None:
     np.testing.assert_allclose(energy, squares, rtol=1e-12)
 
 
+def test_competitions(block: Block, ops: TorchOps) -> None:
+    """Each step of PCB-Merging on one block, against the definition in float64."""
+    values = wide(block).astype(np.float64)
+    pairs = values[:, None] * values
+    extremes = CPU.products(block)
+    np.testing.assert_array_equal(extremes, ops.products(block))
+    np.testing.assert_array_equal(extremes, [pairs.min(-1), pairs.max(-1)])
+    least, scale = extremes[0], 1 / (extremes[1] - extremes[0])
+    sums, theirs = CPU.exponential_sums(block, least, scale), ops.exponential_sums(block, least, scale)
+    np.testing.assert_allclose(sums, theirs, rtol=1e-12)
+    made = np.exp((pairs - least[..., None]) * scale[..., None] - 0.5)
+    np.testing.assert_allclose(sums, made.sum(-1), rtol=1e-12)
+    shares = SIZE / sums
+    shares[1], shares[:, 1] = 0, 0  # the second delta does not take part
+    scores, their_scores = CPU.scores(block, least, scale, shares), ops.scores(block, least, scale, shares)
+    np.testing.assert_array_equal(wide(scores), wide(their_scores))
+    expected = [made[i, i] ** 2 * (shares[i][:, None] * made[i]).sum(0) for i in range(3)]
+    np.testing.assert_allclose(wide(scores), expected, rtol=1e-6)
+    middle = int(np.sort(scores.sources[0])[SIZE // 2])
+    survivals = [KeepThreshold(low=middle, low_cut=block.index + SIZE // 3), NOTHING, KeepThreshold()]
+    given = survivals, [0.5, 0.0, 0.7], [1.0, 2.0, -0.5]
+    (row, kept, energy), (their_row, their_kept, their_energy) = (
+        CPU.compete(block, scores, *given),
+        ops.compete(block, their_scores, *given),
+    )
+    np.testing.assert_array_equal(wide(row), wide(their_row))
+    np.testing.assert_array_equal(kept, their_kept)
+    np.testing.assert_allclose(energy, their_energy, rtol=1e-12)
+    at, bits = np.arange(SIZE), scores.sources[0]
+    stays = np.stack([(bits > middle) | ((bits == middle) & (at < SIZE // 3)), at < 0, at >= 0])
+    parts = np.where(stays, wide(scores), 0) * np.array([0.5, 0, 0.7])[:, None]
+    total, divisor = (parts * np.array([1.0, 2.0, -0.5])[:, None] * values).sum(0), parts.sum(0)
+    np.testing.assert_allclose(wide(row)[0], total / divisor, rtol=1e-4, atol=1e-9)
+    np.testing.assert_array_equal(kept, (stays & (values != 0)).sum(1))
+
+
 @pytest.mark.parametrize(("length", "inner"), [(LENGTH, 1), (LENGTH // 10, 10), (SIZE, 1), (1, LENGTH)])
 def test_ranked_drops(block: Block, ops: TorchOps, length: int, inner: int) -> None:
     drops = [RankedDrop(0.6, 0.3, 12345678901234567890 + i).keep(length) for i in range(3)]

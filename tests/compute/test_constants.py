@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from paft_merge.compute import kernels
+from paft_merge.compute.exponentials import CENTRE, exponential
 from paft_merge.compute.magnitudes import EPSILONS, INFINITY, MAGNITUDE
 from paft_merge.compute.splitmix64 import numbers
 from paft_merge.compute.torch_ops import TorchOps
@@ -19,6 +20,11 @@ def test_masks_are_those_of_float32() -> None:
 def test_columns_of_a_tally_keep_their_names() -> None:
     assert kernels.COUNTS[1:5] == ("below_1e-06", "below_1e-05", "below_1e-04", "below_1e-03")
     assert EPSILONS == (1e-6, 1e-5, 1e-4, 1e-3)
+
+
+def test_exponentials_are_exact_to_the_last_bits() -> None:
+    values = np.linspace(0, 1, 1001)
+    np.testing.assert_allclose(exponential(values), np.exp(values - CENTRE), rtol=2e-15)
 
 
 def test_numbers_are_those_of_the_published_generator() -> None:

@@ -207,6 +207,11 @@ def results() -> list[np.ndarray]:
         cpu.drop_ranked(block, width, 1, ranked),
         cpu.swap(Block(0, base, sources[:1], True), 1e-3),
     ]
+    extremes, ones = cpu.products(block), np.ones((3, 3))
+    competing = cpu.scores(block, extremes[0], ones, ones)
+    won, *counted = cpu.compete(block, competing, keeps, [1.0] * 3, [0.5] * 3)
+    more += [extremes, cpu.exponential_sums(block, extremes[0], ones), *counted]
+    derived += [competing, won]
     derived.append(cpu.mix(block, np.ones((3, width)), width, across=True))
     found += [*(b.sources for b in derived), *parts, *more, *cpu.overlaps(block, 1e-3)]
     found += [cpu.gram_rows(block, width), cpu.gram_columns(block, width)]

@@ -28,7 +28,7 @@ PROGRAM = Path(HERE) / "tests" / "toys" / "grouped.py"
 def asked(tmp_path: Path) -> Path:
     base = random_state(0, torch.bfloat16, layers=2)
     paths = [save_checkpoint(tmp_path / name, near(base, i), 3) for i, name in enumerate(("base", "x", "y"))]
-    given = {"weight": 0.5, "density": 0.4}
+    given = {"weight": "equal_norm", "density": 0.4}
     made = recipe("ties", paths[0], *((path, given) for path in paths[1:]), parameters={"trim_scope": "global"})
     return write_recipe(tmp_path / "recipe.yaml", made)
 

@@ -88,8 +88,8 @@ def complete_files(out: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if "." not in path.name] if folder.is_dir() else []
 
 
-def ties(models: Models, **extra: Any) -> dict[str, Any]:
-    given = {"weight": 0.5, "density": 0.4}
+def ties(models: Models, weight: float | str = 0.5, **extra: Any) -> dict[str, Any]:
+    given = {"weight": weight, "density": 0.4}
     sources = [models["x"], on(models["base"], models["sft"]), on(models["base"], models["dpo"])]
     return recipe("ties", models["base"], *((source, given) for source in sources), **extra)
 
@@ -121,7 +121,7 @@ RECIPES = {
         "l1_ties", models["base"], (models["x"], {"weight": 1.0}), (on(models["base"], models["sft"]), {"weight": 0.5}),
         parameters={"trim": {"l1_mass": 0.8}, "trim_scope": "global", "rescale": "l1"},
     ),
-    "global": lambda models: ties(models, parameters={"trim_scope": "global", "rescale": "l2"}),
+    "global": lambda models: ties(models, "equal_norm", parameters={"trim_scope": "global", "rescale": "l2"}),
     "dare-stochastic": lambda models: recipe(
         "dare_ties", models["base"], (models["x"], {"weight": 1.0, "density": 0.5}),
         (on(models["base"], models["dpo"]), {"weight": 0.5, "density": 0.5}), rounding="stochastic", seed=7,

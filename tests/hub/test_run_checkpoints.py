@@ -18,7 +18,7 @@ from paft_merge.engine.reproduction import reproduce
 from paft_merge.errors import PaftMergeError
 from paft_merge.hub import pull
 from paft_merge.hub.run_checkpoints import checkpoints, expand
-from paft_merge.pipeline.steps import _beside
+from paft_merge.pipeline.named_models import _beside
 from paft_merge.recipe import Located, ModelRef
 
 __all__ = ["hub"]

@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sign_election": {},
     "geometric_median": {"parameters": {"weight": 2.0, "lambda": 0.9}},
     "magmax": {"parameters": {"weight": [0.2, 0.9]}},
+    "pcb": {"parameters": {"density": 0.3}},
     "sign_election of the densest": {"parameters": {"density": 0.4, "elect": "unweighted", "weight": 0.7}},
 }
 

@@ -26,6 +26,7 @@ MORE: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"density": 0.4, "gamma": 0.1}, "breadcrumbs_ties": {"density": 0.4}, "della": {"density": 0.5},
     "della_linear": {"density": 0.5}, "sce": {"select_topk": 0.4}, "ram": {"epsilon": 1e-3}, "ramplus_tl": {"epsilon": 1e-3},
     "nearswap": {"t": 5e-4}, "slerp": {"t": 0.3}, "passthrough": {"scale": 0.7}, "sign_election": {"elect": "count"},
+    "pcb": {"density": 0.4},
 }  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, MORE.get(name, {})) for name in METHODS} | {
     "nuslerp by rows": ("nuslerp", {"nuslerp_flatten": False}),

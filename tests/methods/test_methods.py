@@ -74,6 +74,7 @@ def test_a_single_source_comes_back_as_it_is(method: str) -> None:
         "nearswap": {"t": 1.0},
         "ram": {"epsilon": 0.0},
         "ramplus_tl": {"epsilon": 0.0},
+        "pcb": {"density": 1.0},
     }
     result = call(method, [tensor, tensor] if method in PAIRS else [tensor], **everything.get(method, {}))
     torch.testing.assert_close(result, tensor, rtol=1e-6, atol=0)
@@ -91,7 +92,9 @@ def test_scalars_and_empty_tensors_are_merged(method: str) -> None:
 
 
 def test_keywords_are_the_recipe_fields(method: str) -> None:
-    ignored = {"int8_mask", "trim_scope"} | ({"density", "rescale"} if method == "task_arithmetic" else set())
+    ignored = {"int8_mask", "trim_scope", "weight_scope"} | (
+        {"density", "rescale"} if method == "task_arithmetic" else set()
+    )
     fields = {p.name.replace("lambda", "lambda_") for p in METHODS[method].parameters} - ignored
     keywords = set(inspect.signature(getattr(methods, method)).parameters) - {
         *FIRST.values(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 from importlib.util import find_spec
@@ -20,10 +21,12 @@ from paft_merge.cli import run_tables
 from paft_merge.errors import PaftMergeError, RecipeError
 from paft_merge.evaluating import harness
 from paft_merge.pipeline import load_run, plan, run
+from paft_merge.pipeline.adapter_sections import placed
 from paft_merge.pipeline.execution import _renamed
+from paft_merge.pipeline.named_models import labels
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.results_table import Cell, Row, Table
-from paft_merge.pipeline.steps import Merge, Planner, Train, labels, placed
+from paft_merge.pipeline.steps import Merge, Planner, Train
 from paft_merge.recipe import ModelRef
 from paft_merge.training import train
 
@@ -333,6 +336,38 @@ def test_a_comparison_runs_to_its_table(world: Path, tmp_path: Path) -> None:
     again = run(recipe, tmp_path / "run", overrides=["compare.methods=[ties, linear]"])
     assert again.done == ()
     assert "parallel slerp" not in (tmp_path / "run/table.md").read_text()
+    swept = run(recipe, tmp_path / "run", overrides=["compare.methods=[ties]", "compare.weights=[0.5, 2]"])
+    assert {name.split("/")[0] for name in swept.done} == {"merge", "evaluate"}, "nothing is trained again"
+    points = [row for row in swept.table.rows if row.frontier]
+    assert [(row.name, row.frontier, row.point) for row in points] == [
+        (f"parallel ties weight={w}", "parallel ties", {"weight": w}) for w in (0.5, 2)
+    ]
+    assert points[0].cells["text"].mean != points[1].cells["text"].mean
+    assert swept.table.frontier == ("pairs", "text")
+    record = json.loads((tmp_path / "run/run.json").read_text())["steps"]
+    costs = {row.name: row.cost for row in swept.table.rows}
+    assert costs["base"] == {"train_seconds": (0.0,), "train_tokens": (0,), "merge_seconds": (0.0,)}
+    tokens = {name: record[f"train/{name}"]["result"]["tokens"] for name in ("sft", "dpo", "after-sft/dpo")}
+    assert costs["sft"]["train_tokens"] == (tokens["sft"],)
+    assert (
+        costs["parallel ties weight=2"]["train_tokens"]
+        == costs["merged"]["train_tokens"]
+        == (tokens["sft"] + tokens["dpo"],)
+    )
+    assert costs["sequential"]["train_tokens"] == (tokens["sft"] + tokens["after-sft/dpo"],)
+    assert costs["sequential"]["train_seconds"] > costs["sft"]["train_seconds"] > (0.0,)
+    assert costs["sequential"]["merge_seconds"] == (record["train/after-sft/base"]["seconds"],)
+    # Everything is rebuilt from the run folder, and again the same.
+    files = {path: path.read_bytes() for path in (tmp_path / "run").glob("table.*")}
+    assert {path.suffix for path in files} == {".md", ".csv", ".json", ".html"}
+    for path in files:
+        path.unlink()
+    assert run(recipe, tmp_path / "run", overrides=["compare.methods=[ties]", "compare.weights=[0.5, 2]"]).done == ()
+    assert {path: path.read_bytes() for path in files} == files
+    assert (tmp_path / "run/frontier.png").read_bytes().startswith(b"\x89PNG")
+    one = json.loads((tmp_path / "run/evaluations/merged/text.json").read_text())["text"]
+    mean = sum(loss * n for loss, n in zip(one["rows"], one["tokens"], strict=True)) / sum(one["tokens"])
+    assert one["value"] == pytest.approx(math.exp(mean))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -384,6 +419,32 @@ def test_the_terminal_breaks_names_and_no_numbers(monkeypatch: pytest.MonkeyPatc
         text = console.file.getvalue()
         assert text.count(number) == 10, f"at {width} columns"
         assert all(len(line) <= width for line in text.splitlines()[:12])
+
+
+def test_the_terminal_groups_the_points_of_frontiers_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = {column: Cell((-0.125, 0.25), 0.1) for column in ("skill", "happy", "text")}
+    cost = {"train_seconds": (1234.0, 1236.0), "train_tokens": (5_000_000, 5_000_000)}
+    made = [Row("sequential (dense)", "sequential", cells, cost=cost)]
+    for method in ("task_arithmetic", "sign_election", "l1_ties"):
+        for at in range(13):
+            frontier = f"parallel {method} (dense)"
+            made.append(
+                Row(f"{frontier} {at}", "parallel", cells, frontier, {"weight": at / 10, "density": 0.25}, cost)
+            )
+    shown = Table(tuple(cells), tuple(made), (0, 1), dict.fromkeys(cells, 1), ("skill", "happy"))
+    texts = {}
+    for width in (80, 140):
+        console = Console(width=width, file=io.StringIO())
+        monkeypatch.setattr(run_tables, "terminal", lambda console=console, **_: console)
+        run_tables.table(shown)
+        texts[width] = console.file.getvalue()
+    table = texts[80].split("mean ±")[0].splitlines()
+    assert all(len(line) <= 80 for line in table)
+    assert len(table) < 1 + 39 + 3 * 2 + 8, "a line for each arm, and at most two for each name of a frontier"
+    assert "parallel task_arithmetic" in texts[80]
+    assert "◆ weight=0.3 density=0.25" in texts[80]
+    assert "5M" not in texts[80]
+    assert "1.24k" in texts[140]
 
 
 def test_a_cell_has_its_spread_over_seeds() -> None:

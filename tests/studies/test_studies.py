@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from paft_merge.cli import cli
 from paft_merge.errors import RecipeError, RunError
 from paft_merge.studies import frozen_lake, run_study
-from paft_merge.studies.intervals import Interval, interval_of
 from paft_merge.studies.pages import Results, body, claims
+from paft_merge.studies.seed_intervals import Interval, interval_of
 from paft_merge.studies.study import known_studies, load_study
 
 FAST = ("starts={untrained: 0}", "target_steps=3", "steps=[1, 2]", "variants={IFT: {lambda: 0.2}}")

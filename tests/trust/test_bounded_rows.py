@@ -18,7 +18,7 @@ from paft_merge.errors import PaftMergeError, TrainError
 from paft_merge.evaluating import EvaluateSpec, check_evaluate
 from paft_merge.inputs.adapter_places import base_of
 from paft_merge.recipe.yaml_source import MAX_BYTES, load_yaml
-from paft_merge.training import row_files, row_sources
+from paft_merge.training import row_files
 from paft_merge.training.base_model import load_tokenizer
 from paft_merge.training.rewards import check_function, model_reward
 from paft_merge.training.row_files import MOST_BYTES, read_rows
@@ -183,19 +183,6 @@ def test_a_bomb_in_one_line_takes_bounded_memory(tmp_path: Path) -> None:
     *said, grown = python(code).stdout.split()
     assert "the line is longer than 64 MiB" in " ".join(said)
     assert int(grown) < 250
-
-
-def test_the_unpacked_size_of_parquet_is_that_of_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pa.table({"text": ["a" * 1000] * 1000}), path, compression="zstd", use_dictionary=False)
-    assert path.stat().st_size < 100_000
-    assert len(rows_of(path)) == 1000
-    monkeypatch.setattr(row_sources, "MOST_BYTES", 100_000)
-    with pytest.raises(TrainError, match=r"a\.parquet: has 1,\d+,\d+ bytes; at most 100,000 are read"):
-        rows_of(path)
 
 
 def test_a_text_for_perplexity_has_a_largest_size(tmp_path: Path) -> None:

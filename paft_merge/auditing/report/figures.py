@@ -95,7 +95,38 @@ class Heat(Titled):
     x_label: str = "layer"
 
 
-Figure = Chart | Dots | Heat
+@dataclass(frozen=True)
+class Spot:
+    """A model in a scatter plot."""
+
+    label: str
+    """Beside the point: the swept value."""
+    title: str
+    """The whole name."""
+    x: float
+    y: float
+    x_band: tuple[float, float] | None = None
+    """The interval of x, drawn as a whisker."""
+    y_band: tuple[float, float] | None = None
+    shade: float | None = None
+    """0 to 1, from weak to strong."""
+    ringed: bool = False
+
+
+@dataclass(frozen=True)
+class Scatter(Titled):
+    """Models by two values, those of one series joined by a line; shapes and labels distinguish them without colours."""
+
+    x_label: str
+    y_label: str
+    series: tuple[tuple[str, tuple[Spot, ...]], ...]
+    """A name and its spots; the name is empty for a model that is not one of a series."""
+    shade_label: str = ""
+    shade_ends: tuple[str, str] = ("", "")
+    """The values at shades 0 and 1."""
+
+
+Figure = Chart | Dots | Heat | Scatter
 
 
 MANY = 8

@@ -56,24 +56,30 @@ def sampled_line(share: float) -> str:
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     # Names come from files: every value is escaped, and control characters are spelt out.
     environment = Environment(
-        loader=PackageLoader("paft_merge", "auditing/report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("paft_merge", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
     )  # fmt: skip
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
+
+
+def rendered(template: str, **context: Any) -> str:
+    """A page or a notebook's part of one, from a template of the package that uses `frame.html.j2`."""
+    return _template(template).render(
+        light=LIGHT.named, dark=DARK.named, style=stylesheet(LIGHT), dark_style=stylesheet(DARK), **context
+    )
 
 
 def _render(audit: AuditData, *, whole: bool) -> str:
     advice, further = shown_advice(audit, advise(audit))
     cards = [_card(audit, source) for source in audit.sources]
-    return _template().render(
-        audit=audit, whole=whole, base=label_of(audit.base) if audit.base else "", epsilon=exponent(audit.epsilon),
+    return rendered(
+        "auditing/report/page.html.j2", audit=audit, whole=whole, base=label_of(audit.base) if audit.base else "", epsilon=exponent(audit.epsilon),
         sampled=None if audit.sampled is None else sampled_line(audit.sampled), signs=SIGNS, short=short, percent=percent,
         cards=cards, table=_table(cards) if len(cards) > MANY else None, advice=advice, further=further, others=shown_pairs(audit)[1], pairs=_pairs(audit),
         figures=[(figure, draw(figure)) for figure in figures_of(audit)], numbers=_numbers(audit), swatch=swatch,
-        light=LIGHT.named, dark=DARK.named, style=stylesheet(LIGHT), dark_style=stylesheet(DARK),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from unicodedata import east_asian_width
 
-from paft_merge.auditing.report.figures import Chart, Dots, Figure, Heat, Line, abridged, share_limits
+from paft_merge.auditing.report.figures import Chart, Dots, Figure, Heat, Line, Scatter, Spot, abridged, share_limits
 from paft_merge.errors import escape as printable
 
 
@@ -55,7 +55,7 @@ _STEPS = 24
 _WIDTH, _LEFT, _RIGHT = 560, 58, 44
 _PLOT = 220
 """Height of a chart inside its axes."""
-_SHAPES = ("circle", "square", "triangle", "diamond")
+_SHAPES = ("circle", "square", "triangle", "diamond", "wedge", "cross")
 _STRIDES = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500)
 
 Place = Callable[[float], float]
@@ -80,6 +80,9 @@ def stylesheet(palette: Palette) -> str:
         f".part{{fill:{c['axis']}}}",
         ".curve{fill:none;stroke-width:2;stroke-linejoin:round}",
         ".dashed{stroke-dasharray:5 4}",
+        f".outline{{stroke:{c['ink']};stroke-width:1.2}}",
+        f".ring{{fill:none;stroke:{c['ink']};stroke-width:1.2}}",
+        f".whisker{{stroke:{c['axis']};stroke-width:1}}",
         ".band{opacity:.15}",
     ]
     for i, hue in enumerate(palette.hues):
@@ -125,6 +128,9 @@ def swatch(number: int) -> str:
 
 def _parts(figure: Figure) -> tuple[float, float, str]:
     """Width, height and elements of a figure."""
+    if isinstance(figure, Scatter):
+        height, parts = _scatter(figure)
+        return _WIDE, height, "".join(parts)
     if isinstance(figure, Heat):
         height, parts = _heat(figure)
     else:
@@ -149,14 +155,19 @@ def _rect(x: float, y: float, width: float, height: float, kind: str, title: str
     return f"<rect {place}><title>{_plain(title)}</title></rect>" if title else f"<rect {place}/>"
 
 
-def _point(x: float, y: float, number: int, size: float = 3) -> str:
-    shape, fill = _SHAPES[number % len(_SHAPES)], f'class="fill{number % len(LIGHT.hues)}"'
+def _point(x: float, y: float, number: int, size: float = 3, kind: str = "") -> str:
+    shape, fill = _SHAPES[number % len(_SHAPES)], f'class="{kind or f"fill{number % len(LIGHT.hues)}"}"'
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" {fill}/>'
     corners = {
         "square": [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)],
         "triangle": [(0.0, -1.2), (1.1, 0.9), (-1.1, 0.9)],
         "diamond": [(0.0, -1.3), (1.3, 0.0), (0.0, 1.3), (-1.3, 0.0)],
+        "wedge": [(0.0, 1.2), (1.1, -0.9), (-1.1, -0.9)],
+        "cross": [
+            *((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4)),
+            *((0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4)),
+        ],
     }[shape]
     return f'<polygon points="{" ".join(f"{x + dx * size:.1f},{y + dy * size:.1f}" for dx, dy in corners)}" {fill}/>'
 
@@ -215,13 +226,13 @@ def _curve(line: Line, place_x: Place, place_y: Place, chart: Chart) -> list[str
     return parts
 
 
-def _legend(entries: Sequence[tuple[str, int]]) -> tuple[list[str], float]:
+def _legend(entries: Sequence[tuple[str, int]], wide: float = _WIDTH) -> tuple[list[str], float]:
     """The marks and names of the sources in as many rows as they need, and where the plot begins below them."""
     parts, x, y = [], float(_LEFT), 14.0
     for label, number in entries:
         text = abridged(printable(label), 44)
         width = 46 + sum(12.5 if one.isupper() or east_asian_width(one) in "WF" else 8 for one in text)
-        if x > _LEFT and x + width > _WIDTH:
+        if x > _LEFT and x + width > wide:
             x, y = float(_LEFT), y + 19
         stroke = f"curve stroke{number % len(LIGHT.hues)}"
         parts += [
@@ -231,6 +242,98 @@ def _legend(entries: Sequence[tuple[str, int]]) -> tuple[list[str], float]:
         ]
         x += width
     return parts, y + 26
+
+
+# --- scatter ----------------------------------------------------------------------------------------------------------
+
+_WIDE, _TALL = 760, 420
+"""Width of a scatter plot, and the height inside its axes."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom."""
+
+
+def _scatter(scatter: Scatter) -> tuple[float, list[str]]:
+    named = [(name, number) for number, (name, _) in enumerate(scatter.series) if name]
+    parts, top = _legend(named, _WIDE)
+    spots = [spot for _, mine in scatter.series for spot in mine]
+    right, bottom = float(_WIDE - _RIGHT), top + _TALL
+    x_low, x_high, place_x = _padded([v for s in spots for v in (s.x, *(s.x_band or ()))], _LEFT, right)
+    y_low, y_high, place_y = _padded([v for s in spots for v in (s.y, *(s.y_band or ()))], bottom, top)
+    for value, text in _labelled(ticks(x_low, x_high, False), False):
+        parts += [_line(place_x(value), top, place_x(value), bottom, "gridline")]
+        parts += [_text(place_x(value), bottom + 18, text)]
+    for value, text in _labelled(ticks(y_low, y_high, False), False):
+        parts += [_line(_LEFT, place_y(value), right, place_y(value), "gridline")]
+        parts += [_text(_LEFT - 8, place_y(value) + 4, text, anchor="end")]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in ((place_x(spot.x), place_y(spot.y)) for spot in spots)]
+    frame, marks, texts = (float(_LEFT), top, right + _RIGHT, bottom), list[str](), list[str]()
+    # Names of single models come first, where there is still room for a label.
+    for number, (name, mine) in sorted(enumerate(scatter.series), key=lambda one: bool(one[1][0])):
+        way = " ".join(f"{place_x(spot.x):.1f},{place_y(spot.y):.1f}" for spot in mine)
+        dashed = " dashed" if number // len(_SHAPES) % 2 else ""
+        if len(mine) > 1:
+            parts.append(f'<polyline points="{way}" class="curve stroke{number % len(LIGHT.hues)}{dashed}"/>')
+        for spot in mine:
+            x, y = place_x(spot.x), place_y(spot.y)
+            if spot.x_band:
+                parts.append(_line(place_x(spot.x_band[0]), y, place_x(spot.x_band[1]), y, "whisker"))
+            if spot.y_band:
+                parts.append(_line(x, place_y(spot.y_band[0]), x, place_y(spot.y_band[1]), "whisker"))
+            marks.append(_spot(spot, x, y, number))
+            texts += _beside(abridged(printable(spot.label), 28), x, y, taken, frame, far=not name)
+    turned = f' transform="rotate(-90 14 {(top + bottom) / 2:.1f})"'
+    parts += [*marks, *texts, _line(_LEFT, bottom, right, bottom, "axis"), _line(_LEFT, top, _LEFT, bottom, "axis")]
+    parts.append(_text(14, (top + bottom) / 2, abridged(printable(scatter.y_label), 44), "label", more=turned))
+    parts.append(_text((_LEFT + right) / 2, bottom + 38, abridged(printable(scatter.x_label), 64), "label"))
+    if not scatter.shade_label:
+        return bottom + 46, parts
+    return bottom + 84, parts + _shades(scatter, bottom + 54)
+
+
+def _spot(spot: Spot, x: float, y: float, number: int) -> str:
+    kind = f"fill{number % len(LIGHT.hues)}" if spot.shade is None else f"share{round(spot.shade * _STEPS)}"
+    ring = _point(x, y, number, 8.5, "ring") if spot.ringed else ""
+    return f"<g>{ring}{_point(x, y, number, 5, f'{kind} outline')}<title>{_plain(spot.title)}</title></g>"
+
+
+_ASIDE = (
+    (11, 4, "start"), (-11, 4, "end"), (0, -13, "middle"), (0, 21, "middle"), (11, -9, "start"), (-11, -9, "end"),
+    (11, 17, "start"), (-11, 17, "end"),
+)  # fmt: skip
+"""Where the label of a point may be: its distance, and the end of the text that is there."""
+_FAR = tuple((dx, dy, "start" if dx > 0 else "end") for r in (30, 55, 80, 110) for dx in (r, -r) for dy in (-r, r, 4))
+
+
+def _beside(text: str, x: float, y: float, taken: list[Box], frame: Box, *, far: bool) -> list[str]:
+    """A label where it covers nothing, if there is such a place; `far`: also further away, with a line to the point."""
+    wide = 6.2 * len(text)
+    for dx, dy, anchor in (*_ASIDE, *_FAR) if far else _ASIDE:
+        left = x + dx - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
+        box = left, y + dy - 9, left + wide, y + dy + 2
+        inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
+        clear = all(box[2] < t[0] or t[2] < box[0] or box[3] < t[1] or t[3] < box[1] for t in taken)
+        if text and inside and clear:
+            taken.append(box)
+            line = [_line(x, y, x + dx, y + dy - 4, "mark")] if abs(dx) > 20 else []
+            return [*line, _text(x + dx, y + dy, text, anchor=anchor)]
+    return []
+
+
+def _padded(values: Sequence[float], start: float, stop: float) -> tuple[float, float, Place]:
+    """The ends of an axis with some room around the values, and its scale."""
+    low, high = _limits(values, False)
+    pad = 0.05 * (high - low)
+    return low - pad, high + pad, _scale(low - pad, high + pad, start, stop, False)
+
+
+def _shades(scatter: Scatter, y: float) -> list[str]:
+    """The scale of shades below a scatter plot."""
+    width, steps, left = 160.0, _STEPS + 1, _LEFT + 240.0
+    parts = [_rect(left + i * width / steps, y, width / steps + 0.3, 10, f"share{i}") for i in range(steps)]
+    parts.append(_text(left - 10, y + 9, abridged(printable(scatter.shade_label), 26), "label", "end"))
+    ends = zip((left, left + width), scatter.shade_ends, strict=True)
+    return parts + [_text(x, y + 24, abridged(printable(text), 16)) for x, text in ends]
 
 
 # --- dots and cells ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 | merging | weighted sum, consensus and Gram matrix of a block |
 | thresholds | histograms of magnitudes, and entries within an interval |
 | block_transforms | from one block to another, for the rarer methods |
+| scoring | how entries of deltas compete (PCB-Merging) |
 | low_rank | low-rank product |
 | block_source, fill_loop | fill a block from files and factors, piece by piece |
 | statistics | counts and sums over deltas |
@@ -98,6 +99,11 @@ keep_ranked = Compiled("block_transforms.keep_ranked", "f4.1 u8.2 int int u8.1 u
 gram_rows = Compiled("block_transforms.gram_rows", "bits.1 bits.2 bool int f8.3 f4.2 f8.2")
 gram_columns = Compiled("block_transforms.gram_columns", "bits.1 bits.2 bool int f8.3 f4.2")
 mix = Compiled("block_transforms.mix", "bits.1 bits.2 bool int bool f4.2 f4.1 f4.2")
+
+products = Compiled("scoring.products", "bits.1 bits.2 bool f8.3 f4.2 f8.2")
+exponential_sums = Compiled("scoring.exponential_sums", "bits.1 bits.2 bool f8.2 f8.2 f8.2 f4.2 f8.2")
+scores = Compiled("scoring.scores", "bits.1 bits.2 bool f8.2 f8.2 f8.2 int f4.2 f4.2 f8.2")
+compete = Compiled("scoring.compete", "bits.1 bits.2 bool int u4.2 u4.1 i8.1 f4.1 f4.1 f4.1 i8.1 f8.1 f4.2 f8.2")
 
 measure = Compiled("statistics.measure", "u4.1 u4.1 i8.1 i8.1 f8.1")
 erased = Compiled("statistics.erased", "u4.1 bits.1 f8.1 f4.2")

@@ -271,19 +271,20 @@ def largest(
             owner[j] = np.float32(-1)
         for i in range(n):
             load(strip_of(sources, i, start, m), minus, values[i])
-            w, number = weights[i], np.float32(i)
+            w, number, row = weights[i], np.float32(i), values[i]
             for j in range(m):
-                v = w * values[i, j]
-                larger = abs(v) > abs(best[j])
-                best[j] = v if larger else best[j]
-                owner[j] = number if larger else owner[j]
+                v, so_far, by = w * row[j], best[j], owner[j]
+                larger = abs(v) > abs(so_far)
+                best[j] = v if larger else so_far
+                owner[j] = number if larger else by
         for i in range(n):
-            count, number = 0, np.float32(i)
+            count, number, row, lane = np.uint32(0), np.float32(i), values[i], lanes[i]
             for j in range(m):
-                count += owner[j] == number
-                wide = np.float64(values[i, j]) if owner[j] == number else 0.0
-                lanes[i, j] += wide * wide
-            won[i] += count
+                mine, v = owner[j] == number, row[j]
+                count += np.uint32(mine)
+                wide = np.float64(v if mine else np.float32(0))
+                lane[j] += wide * wide
+            won[i] += np.int64(count)
         for j in range(m):
             out[start + j] = best[j]
     for i in range(n):

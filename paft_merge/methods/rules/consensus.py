@@ -42,7 +42,7 @@ class Consensus(Rule):
     rescale: Rescale = "none"
     """Scale each sparsified delta so that it keeps this norm."""
     trim_scope: Literal["tensor", "global"] = "tensor"
-    """`global`: magnitudes are ranked over the whole model (TIES paper); see `rule.rank_over_model`."""
+    """`global`: magnitudes are ranked over the whole model (TIES paper); see `model_wide.measure_over_model`."""
     fixed: tuple[KeepThreshold, ...] | None = None
     """Known thresholds, one a source; they replace the sparsifiers."""
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from paft_merge.compute.block_walk import BlockWalk, TiledTensor
+from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, KeepThreshold, Ops, Outcome, Wants
 from paft_merge.methods.rules.one_pass import Factors, OnePass
-from paft_merge.methods.rules.thresholds import AddUp, Trim, count_all
+from paft_merge.methods.rules.thresholds import AddUp, Trim
 from paft_merge.methods.rules.walks import BLEND, TALLIED, Walks
 
 if TYPE_CHECKING:
@@ -117,6 +116,11 @@ class Rule(ABC):
         return False
 
     @property
+    def needs_model(self) -> bool:
+        """Whether something is still to be measured over the whole model, see `model_wide.measure_over_model`."""
+        return self.global_trims is not None
+
+    @property
     def global_trims(self) -> tuple[Any, ...] | None:
         """The trim of each source if magnitudes are ranked over the whole model (`trim_scope: global`); else None."""
         return None
@@ -128,33 +132,6 @@ class Rule(ABC):
     def with_thresholds(self, thresholds: Sequence[KeepThreshold]) -> Rule:
         """This rule with thresholds that are known, one a source, in place of its trims; a rule without trims as it is."""
         return self
-
-
-def rank_over_model(
-    rules: Sequence[Rule | WholeRule | None],
-    tensors: Sequence[TiledTensor],
-    pool: Executor | None,
-    ops: Ops,
-    add_up: AddUp = count_all,
-) -> dict[int, Rule]:
-    """Resolve `trim_scope: global`: find one threshold a source for all tensors whose rule asks for it.
-
-    Args:
-        rules: one a tensor. All that rank globally have the same `global_trims`.
-        tensors: all tensors of the model.
-        pool: for the walks over them; None: the calling thread.
-        ops: operations on their blocks.
-        add_up: see `thresholds.trim_globally`.
-
-    Returns:
-        By position in `rules`, those that rank globally, with their thresholds.
-    """
-    ranked = {i: r for i, r in enumerate(rules) if r is not None and r.wants != "whole" and r.global_trims is not None}
-    if not ranked:
-        return {}
-    walk = BlockWalk([tensors[i] for i in ranked], pool, all_sources=True)
-    thresholds = next(iter(ranked.values())).global_thresholds(walk, ops, add_up)
-    return {i: rule.with_thresholds(thresholds) for i, rule in ranked.items()}
 
 
 def write_merged(ops: Ops, block: Block, merged: Block, out: Any, key: int, deltas: bool) -> Outcome:

@@ -151,7 +151,7 @@ def trim_walks(trims: Sequence[Trim], numel: int, *, rescale: Rescale = "none") 
 
 
 Counted = tuple[Counts, ...]
-"""Arrays of integers, which are added up over blocks."""
+"""Arrays of integers, which are added up over blocks; or of float64, each element of which is not zero in one part of a walk only."""
 
 AddUp = Callable[[BlockWalk, Callable[[BlockWalk], Counted]], Counted]
 """`add_up(each, count)` is `count(each)`, or the sum of it over parts of the walk."""

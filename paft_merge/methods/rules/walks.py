@@ -41,6 +41,10 @@ class Walks:
     """Rows of float32 that are computed from each block; 0 where the loops fill a block piece by piece."""
     over_model: tuple[Loop, ...] = ()
     """Walks over all tensors of the model before any is merged (`trim_scope: global`)."""
+    norms: tuple[Loop, ...] = ()
+    """Walks that measure the norms of deltas, except those of low-rank products, before anything else."""
+    norms_over_model: bool = False
+    """They are over all tensors of the model, as those of `over_model`."""
 
 
 BLEND = Loop(0.2, 0.03)
@@ -54,7 +58,7 @@ COLLECT = Loop(0.15, 0.05)
 
 HISTOGRAM_SUMS = Loop(0.1, 0.68)
 DROPS = Loop(0.15, 0.12)
-"""L1 norms before and after random drops."""
+"""Norms before and after random drops."""
 GRAM = Loop(0.12, 0.0, 0.025)
 TALLY = Loop(0.1, 0.05)
 OVERLAPS = Loop(0.3, 0.2)
@@ -65,5 +69,11 @@ SELECTED = Loop(4.0, 1.5)
 """Keep the entries of largest variance, and count them."""
 MIXED = Loop(0.8, 0.3)
 """Weights for every row or column."""
+PRODUCTS = Loop(0.1, 0.1, 0.09)
+"""The extremes of the products of every pair of deltas; `EXPONENTIALS`, sums over their exponentials."""
+EXPONENTIALS = Loop(0.7, 0.1, 0.37)
+SCORES = Loop(1.5, 0.35, 0.5)
+"""Scores of every entry from these products; `COMPETE`, with the merge by them."""
+COMPETE = Loop(3.0, 1.1, 0.5)
 RANKED = Loop(0.0, 14.0)
 """Sort every row of each source."""

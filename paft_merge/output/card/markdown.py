@@ -90,10 +90,12 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
     notes = [line for text in manifest.get("warnings", ()) for line in (f"Note: {escape_markdown(text)}", "")]
     if not rows:
         return notes
+    measured = any(row.get("weights") for row in rows)
     head = ["| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
+    head = [f"{line}{more}" for line, more in zip(head, (" weight |", "---|"), strict=True)] if measured else head
     body = [
         f"| {_code(label)} | {r['entries']:,} | {_share(r, 'below_1e-05')} | {_share(r, 'kept')} | {_share(r, 'elected')} "
-        f"| {r['l2']:.4g} |"
+        f"| {r['l2']:.4g} |{f' {_weights(r)} |' if measured else ''}"
         for label, r in zip(labels_of([row["source"] for row in rows]), rows, strict=True)
     ]
     legend = (
@@ -101,6 +103,11 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
         "the method kept, and whose sign was elected."
     )
     return ["## Deltas", "", legend, "", *head, *body, "", *notes]
+
+
+def _weights(row: Mapping[str, Any]) -> str:
+    """The measured weight of a source, or the smallest and the largest of its tensors."""
+    return " to ".join(dict.fromkeys(f"{weight:g}" for weight in row.get("weights") or ())) or "-"
 
 
 def _share(row: Mapping[str, Any], key: str) -> str:
