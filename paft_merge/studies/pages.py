@@ -52,7 +52,7 @@ def table(definition: Definition, spec: TableSpec, results: Results) -> str:
         for one, name in columns
     ]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for row in spec.rows:
+    for row in spec.rows or results.data["tables"].get(spec.tables[0], {}):
         if not any(results.has((one, row), name) for one, name in columns):
             continue
         cells = [_cell(definition, results, one, row, name) for one, name in columns]

@@ -63,8 +63,8 @@ class TableSpec(Section):
 
     title: str
     tables: Annotated[list[str], Field(min_length=1)]
-    rows: Annotated[list[str], Field(min_length=1)]
-    """Names of rows; `labels` may replace them on the page."""
+    rows: list[str] = Field(default_factory=list)
+    """Names of rows, by default all; `labels` may replace them on the page."""
     metrics: Annotated[list[str], Field(min_length=1)]
 
 
