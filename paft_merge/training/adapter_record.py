@@ -67,7 +67,7 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
         "---", "library_name: peft", f"base_model: {json.dumps(record['base']['name'])}",
         "tags: [paft-merge, lora, " + record["objective"] + "]", "---", "",
         f"# {name}", "",
-        f"{_article(record['objective'])} {record['objective'].upper()} adapter for `{record['base']['name']}`, trained with paft_merge ({how}).", "",
+        f"{_kind(record)} adapter for `{record['base']['name']}`, trained with paft_merge ({how}).", "",
         "| the delta | |", "|---|---|",
         f"| norm | {delta['norm']:.4g} |",
         f"| norm relative to the frozen weights | {relative} |",
@@ -82,9 +82,12 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _article(objective: str) -> str:
-    """`An` before letters that are spoken with a vowel (SFT, ORPO, RWR)."""
-    return "An" if objective[0] in "aefhilmnorsx" else "A"
+def _kind(record: dict[str, Any]) -> str:
+    """The objective with its article: `An` before letters that are spoken with a vowel (SFT, ORPO, RWR)."""
+    objective = record["objective"]
+    if objective == "mixed":
+        return f"A mixed ({', '.join(part['objective'].upper() for part in record['spec']['parts'].values())})"
+    return f"{'An' if objective[0] in 'aefhilmnorsx' else 'A'} {objective.upper()}"
 
 
 def check_trim(factors: Sequence[Factors], density: float) -> None:

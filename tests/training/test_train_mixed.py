@@ -166,7 +166,8 @@ def test_the_steps_are_those_of_plain_losses_with_one_optimizer(base, tmp_path):
 
 def test_three_parts_share_one_adapter_and_are_logged_apart(base, tmp_path):
     before = digest_of(base)
-    parts = (part("dpo", 2), part("sft", 3, l1={"strength": 1e-3}), part("orpo", 1))
+    recompute = {"gradient_checkpointing": True}
+    parts = (part("dpo", 2, recompute), part("sft", 3, recompute, l1={"strength": 1e-3}), part("orpo", 1, recompute))
     out = train(base, tmp_path / "x", mixed(None, *parts), name="both")
     run = record_of(out)["run"]
     assert run["steps"] == 6
@@ -181,6 +182,8 @@ def test_three_parts_share_one_adapter_and_are_logged_apart(base, tmp_path):
     assert record_of(out)["data"]["rows_trained_on"] == 44
     assert digest_of(base) == before
     assert "forward" not in base.__dict__
+    assert not base.get_input_embeddings()._forward_hooks
+    assert "A mixed (DPO, SFT, ORPO) adapter for `toy`" in (out / "README.md").read_text()
     assert not any(p.requires_grad is False for p in base.parameters())
 
 
@@ -260,5 +263,7 @@ def test_what_one_optimizer_cannot_have_twice_is_refused_unless_the_mixed_adapte
     assert "training.seed" in str(caught.value)
     spec = mixed(None, sft, dpo, training={"weight_decay": 0.0, "seed": 1})
     assert record_of(train(base, tmp_path / "x", spec))["run"]["steps"] == 2
+    with pytest.raises(TrainError, match=r"both: training\.max_steps: must be a whole number, got 'many'"):
+        train(base, tmp_path / "y", mixed("many", sft, part("dpo", 1)), name="both")
     with pytest.raises(TrainError, match=r"both\.sft: training\.beta: TRL's SFTConfig does not have this field"):
         train(base, tmp_path / "y", mixed(None, sft, dpo, training={"beta": 1.0}), name="both")
