@@ -184,7 +184,9 @@ def restoring_base(model: Any) -> Iterator[None]:
         else:
             model.__dict__["forward"] = forward
         model.disable_input_require_grads()
-        for added in set(hooks) - own:  # it removes only the last one, and several parts of TRL and transformers add one
+        for added in (
+            set(hooks) - own
+        ):  # it removes only the last one, and several parts of TRL and transformers add one
             del hooks[added]
         _no_checkpointing(model)
         for name, p in model.named_parameters():
