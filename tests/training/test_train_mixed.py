@@ -11,9 +11,10 @@ from toys.train import FAST, THEIR_WARNINGS, preferences, pretrained, texts, tok
 
 from paft_merge.errors import RecipeError, TrainError
 from paft_merge.training import train_adapter
+from paft_merge.training.arguments import check_one_optimizer
 from paft_merge.training.base_model import digest_of
 from paft_merge.training.mixed import interleaved, steps_of
-from paft_merge.training.schema import read_adapters
+from paft_merge.training.schema import read_adapter, read_adapters
 
 pytestmark = THEIR_WARNINGS
 
@@ -247,17 +248,21 @@ def test_parts_that_cannot_be_mixed_are_refused(change, message):
         read_adapters({"adapters": sections})
 
 
-def test_what_one_optimizer_cannot_have_twice_is_refused_unless_the_mixed_adapter_sets_it(base, tmp_path):
-    sft, dpo = part("sft", 1), part("dpo", 1, {"weight_decay": 0.1, "seed": 3})
+def test_what_one_optimizer_cannot_have_twice_is_refused_unless_the_mixed_adapter_sets_it():
+    def check(**more):
+        check_one_optimizer(
+            read_adapter(mixed(None, part("sft"), part("dpo", 1, {"weight_decay": 0.1, "seed": 3}), **more)), "both"
+        )
+
     with pytest.raises(TrainError) as caught:
-        train(base, tmp_path / "x", mixed(None, sft, dpo), name="both")
+        check()
     assert "both: training.weight_decay: sft has 0.0 and dpo has 0.1, but one optimizer trains both" in str(
         caught.value
     )
     assert "training.seed" in str(caught.value)
-    spec = mixed(None, sft, dpo, training={"weight_decay": 0.0, "seed": 1})
-    assert record_of(train(base, tmp_path / "x", spec))["run"]["steps"] == 2
+    plain = {"weight_decay": 0.0, "seed": 1}
+    check(training=plain)
     with pytest.raises(TrainError, match=r"both: training\.max_steps: must be a whole number, got 'many'"):
-        train(base, tmp_path / "y", mixed("many", sft, part("dpo", 1)), name="both")
+        check(training={**plain, "max_steps": "many"})
     with pytest.raises(TrainError, match=r"both\.sft: training\.beta: TRL's SFTConfig does not have this field"):
-        train(base, tmp_path / "y", mixed(None, sft, dpo, training={"beta": 1.0}), name="both")
+        check(training={**plain, "beta": 1.0})
