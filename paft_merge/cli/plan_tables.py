@@ -169,4 +169,4 @@ def _values(parameter: Parameter) -> str:
     if parameter.choices:
         return " | ".join(parameter.choices)
     bounds = f" {parameter.low:g}..{parameter.high:g}" if parameter.high < float("inf") else ""
-    return parameter.type.__name__ + bounds
+    return " | ".join([parameter.type.__name__ + bounds, *parameter.words])
