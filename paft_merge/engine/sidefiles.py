@@ -276,7 +276,7 @@ def manifest(
         **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),
         "totals": [{**row, **noted.get(row["source"], {})} for row in measured],
         "pairs": pairs,
-        "warnings": [str(problem) for problem in imbalance.measured(measured)],
+        "warnings": [str(problem) for problem in imbalance.measured(measured, plan)],
         "tensors": {},
     }
     return document, entries
