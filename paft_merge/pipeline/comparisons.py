@@ -140,10 +140,13 @@ class TableData:
     @cached_property
     def pareto(self) -> frozenset[str]:
         """Names of the arms that no other arm beats in the axes of the plot: as good in both means and better in one."""
+        return self._front(self.rows)
+
+    def _front(self, rows: Sequence[Row]) -> frozenset[str]:
         axes = self.frontier[:2]
         points = {
             row.name: tuple(self.better[c] * row.cells[c].mean for c in axes)
-            for row in self.rows
+            for row in rows
             if axes and all(c in row.cells for c in axes)
         }
         return frozenset(
@@ -240,10 +243,12 @@ class TableData:
         ]
 
     def _shown(self, groups: Sequence[str]) -> Iterator[Row]:
-        """The arms of groups; of a frontier the points on the Pareto front."""
+        """The arms of groups; of a frontier the points that no other point of it beats."""
         for row in self.rows:
-            if row.group in groups and (not row.frontier or row.name in self.pareto):
-                yield row
+            if row.group in groups:
+                points = [one for one in self.rows if one.frontier == row.frontier]
+                if not row.frontier or not self.frontier or row.name in self._front(points):
+                    yield row
 
     # --- sentences --------------------------------------------------------------------------------------------------
 

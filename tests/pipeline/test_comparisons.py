@@ -157,3 +157,17 @@ def test_an_arm_without_seeds_is_compared_with_every_seed_and_seeds_with_their_o
     assert found.value == pytest.approx((values[1] - rows[1].mean() + values[2] - rows[2].mean()) / 2)
     apart = table({"a": Cell.of({7: sample(rows[1])}), "b": arm})
     assert apart.difference("s", apart.rows[1], apart.rows[0]) is None
+
+
+def test_merges_are_compared_with_the_best_points_of_a_swept_sequence_although_merges_beat_them_all() -> None:
+    def row(name: str, group: str, skill: float, happy: float, frontier: str = "") -> Row:
+        return Row(name, group, {"s": Cell((skill,), 0.01), "h": Cell((happy,), 0.01)}, frontier, {"beta": skill})
+
+    rows = (
+        row("one", "sequential", 0.5, 0.2, "sequential"), row("two", "sequential", 0.2, 0.5, "sequential"),
+        row("worst", "sequential", 0.1, 0.1, "sequential"), row("merge", "parallel", 0.9, 0.9),
+    )  # fmt: skip
+    made = TableData(("s", "h"), rows, (), {"s": 1, "h": 1}, ("s", "h"))
+    assert made.pareto == {"merge"}
+    assert list(made.against) == ["one", "two"]
+    assert made.verdicts()[0] == "merges against one: better and nowhere worse: merge"
