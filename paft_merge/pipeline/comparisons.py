@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paft_merge.pipeline.intervals import Floats, Interval, Sample, draws, interval, mcnemar
+from paft_merge.pipeline.paired_intervals import Floats, Interval, Sample, draws, interval, mcnemar
 
 ALONE, IN_TURN = ("individual",), ("sequential", "mixed")
 """Groups of arms: one adapter; and the trainings that merges are compared with."""

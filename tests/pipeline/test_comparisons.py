@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from paft_merge.pipeline.comparisons import Cell, Difference, Row, TableData
-from paft_merge.pipeline.intervals import DRAWS, Sample, _counts, draws, interval, mcnemar
+from paft_merge.pipeline.paired_intervals import DRAWS, Sample, _counts, draws, interval, mcnemar
 
 RNG = np.random.default_rng
 
