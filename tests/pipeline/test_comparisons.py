@@ -171,3 +171,19 @@ def test_merges_are_compared_with_the_best_points_of_a_swept_sequence_although_m
     assert made.pareto == {"merge"}
     assert list(made.against) == ["one", "two"]
     assert made.verdicts()[0] == "merges against one: better and nowhere worse: merge"
+
+
+def test_the_points_of_a_frontier_are_named_together() -> None:
+    def row(name: str, skill: float, frontier: str = "", **point: object) -> Row:
+        group = "parallel" if name != "in turn" else "sequential"
+        return Row(name, group, {"s": Cell((skill,), 0.001)}, frontier, point)
+
+    rows = (
+        row("in turn", 0.5), row("plain", 0.9), row("x w=1", 0.9, "x", w=1), row("x w=2", 0.8, "x", w=2),
+        row("y w=1", 0.9, "y", w=1), row("y w=2", 0.8, "y", w=2), row("y w=3", 0.1, "y", w=3),
+        row("z a=1 b=1", 0.9, "z", a=1, b=1), row("z a=1 b=2", 0.9, "z", a=1, b=2), row("z a=2 b=1", 0.1, "z", a=2, b=1),
+    )  # fmt: skip
+    assert TableData(("s",), rows, (), {"s": 1}).verdicts()[0] == (
+        "merges against in turn: better and nowhere worse: plain, x at all 2 points, y at w=1/2, z at a=1 b=1 / a=1 b=2; "
+        "worse and nowhere better: y w=3, z a=2 b=1"
+    )
