@@ -104,9 +104,9 @@ def __getattr__(name: str) -> Any:
     if name in ("hub", "methods"):
         return import_module(f"paft_merge.{name}")
     if name == "__version__":
-        from importlib.metadata import version
+        from paft_merge.output.versions import version_of
 
-        return version("paft-merge")
+        return version_of("paft-merge")
     raise AttributeError(f"module 'paft_merge' has no attribute {name!r}")
 
 

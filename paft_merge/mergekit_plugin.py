@@ -39,7 +39,7 @@ from paft_merge.plan import Model
 OURS = ("l1_ties", "sign_election", "geometric_median", "magmax", "pcb")
 """Methods that mergekit does not have, which `register` adds."""
 
-_ACROSS_TENSORS = ("trim_scope",)
+_ACROSS_TENSORS = ("trim_scope", "weight_scope")
 """Parameters that need more than one tensor; a method of mergekit sees one tensor at a time."""
 
 

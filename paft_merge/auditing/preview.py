@@ -177,12 +177,17 @@ def rules_for(
     rules = [_rule_for(subject, proposal) for subject in subjects]
     measured = measure_over_model(rules, subjects, pool, CpuOps())
     found = [measured.get(i, rule) for i, rule in enumerate(rules)]
-    return [
-        rule.measured(subject, BlockWalk([subject], pool), CpuOps()).resolved
-        if isinstance(rule, MeasuredWeights)
-        else rule
-        for rule, subject in zip(found, subjects, strict=True)
-    ]
+    return [_weighed(rule, subject, pool) for rule, subject in zip(found, subjects, strict=True)]
+
+
+def _weighed(rule: Rule | None, subject: AuditedTensor, pool: ThreadPoolExecutor) -> Rule | None:
+    """`rule` with its weights, which may follow from norms."""
+    if not isinstance(rule, MeasuredWeights):
+        return rule
+    try:
+        return rule.measured(subject, BlockWalk([subject], pool), CpuOps()).resolved
+    finally:
+        subject.release()
 
 
 def with_survivals(rule: Rule, survivals: Sequence[KeepThreshold], sources: int, active: Sequence[int]) -> Rule:

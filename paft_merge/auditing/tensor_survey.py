@@ -120,8 +120,8 @@ def _seen(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule
     support, survivals = first.no_support(), list[KeepThreshold]()
     if largest is not None and (thresholds := known[largest]) is not None:
         support = sum((p.support for p in parts), support)
-        for entries in _joined(largest, starts, asides[largest]):
-            first.count_support(entries.held.view(np.uint32)[:-1], 0, entries.within(0, thresholds), support)
+        for start, entries in _joined(largest, starts, asides[largest]):
+            first.count_support(entries.held.view(np.uint32)[:-1], 0, entries.within(start, thresholds), support)
     elif first.combinations:
         trims = [Trim("density", wanted.density)] * first.n
         survivals = trim_survivals(trims, subject.numel, walker.walk, CpuOps(), full=first.full)
@@ -129,8 +129,8 @@ def _seen(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule
     survived, square = dict[int, Survived](), 0.0
     if previewed is not None and (thresholds := known[previewed]) is not None:
         tally, outcome, squares = Tally.empty(first.n), Outcome.empty(first.n), [float(p.merged[0]) for p in parts]
-        for entries in _joined(previewed, starts, asides[previewed]):
-            squares.append(_square(previewed.resolved(0, entries, thresholds, outcome, np.uint32)))
+        for start, entries in _joined(previewed, starts, asides[previewed]):
+            squares.append(_square(previewed.resolved(start, entries, thresholds, outcome, np.uint32)))
         for one in (outcome, *(p.outcome for p in parts)):
             tally.add(one.counts, one.sums)
         survived, square = _survived(tally, [m.square for m in measures], subject.numel), math.fsum(squares)
@@ -159,17 +159,17 @@ def _guesses(
     return plan_one_pass([trim] * len(active), every, subject.numel, each, CpuOps(), factors), previewed
 
 
-_JOINED = 16 << 20
-"""Most bytes of the undecided entries of a tensor that are copied to be merged at once."""
+_JOINED = 4 << 20
+"""Most bytes of the undecided entries of a tensor that are copied, to be merged at once."""
 
 
-def _joined(one: OnePass, starts: Sequence[int], undecided: Sequence[Undecided]) -> Iterator[Undecided]:
-    """The undecided entries of all blocks, or block by block where they are many; their places are flat indices of the tensor."""
-    step = len(starts) if one.held_bytes <= _JOINED else 1
-    for at in range(0, len(starts), step):
-        some, begin = undecided[at : at + step], starts[at : at + step]
-        places = np.concatenate([start + u.place.astype(np.int64) for start, u in zip(begin, some, strict=True)])
-        yield Undecided(places, np.concatenate([u.held for u in some], axis=1), [], np.empty(0, np.int64))
+def _joined(one: OnePass, starts: Sequence[int], undecided: Sequence[Undecided]) -> Iterator[tuple[int, Undecided]]:
+    """The undecided entries of all blocks as of one that begins at 0, or block by block where they are many."""
+    if one.held_bytes > _JOINED:
+        yield from zip(starts, undecided, strict=True)
+        return
+    places = np.concatenate([start + u.place.astype(np.int64) for start, u in zip(starts, undecided, strict=True)])
+    yield 0, Undecided(places, np.concatenate([u.held for u in undecided], axis=1), [], np.empty(0, np.int64))
 
 
 _NO_MEMORY = np.empty(0, np.uint8)

@@ -11,7 +11,6 @@ import platform
 import shlex
 import sys
 import time
-from importlib.metadata import version
 from typing import Any
 
 import click
@@ -31,6 +30,7 @@ from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
 from paft_merge.errors import PaftMergeError, Problem, cause_of, escape_logs
+from paft_merge.output.versions import version_of
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ _SYSTEM_FIXES = {
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="paft-merge", prog_name="paft")
+@click.version_option(version_of("paft-merge"), prog_name="paft")
 @click.option("-v", "--verbose", is_flag=True, help="Log versions, steps and times to stderr.")
 @click.pass_context
 def cli(ctx: click.Context, verbose: bool) -> None:
@@ -138,7 +138,7 @@ def cli(ctx: click.Context, verbose: bool) -> None:
     for name in (COMPILER, WORKERS):
         logging.getLogger(name).setLevel(logging.INFO)
     if verbose:
-        log.info("paft-merge %s, Python %s: %s", version("paft-merge"), platform.python_version(), ctx.meta[COMMAND])
+        log.info("paft-merge %s, Python %s: %s", version_of("paft-merge"), platform.python_version(), ctx.meta[COMMAND])
 
 
 atexit.register(gc.freeze)  # saves 0.05 s at exit: without it, Python collects garbage in all imported modules

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @planning_options
 def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
     """Show the sources of each tensor, and every parameter with the line of RECIPE that set it. Reads only headers."""
-    from paft_merge.engine import api
+    from paft_merge.cli.plan_tables import weights_line
+    from paft_merge.engine import api, imbalance
     from paft_merge.plan import explanation
 
     with api.open_plan(recipe_place(recipe), MergeOptions(stream_from_hub=True, **planning)) as plan:
@@ -42,6 +43,7 @@ def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
         labels = dict(zip(refs, labels_of(refs), strict=True))
         if any(label != ref for ref, label in labels.items()):
             _show_labels(labels)
+        weights_line(plan, imbalance.expected_weights(plan))
         for group in explanation.alike(tensors):
             _show(group, labels)
 

@@ -283,9 +283,9 @@ def _show_plan(
 ) -> None:
     from datetime import date
 
-    from paft_merge.cli.plan_tables import plan_table, prediction_table
+    from paft_merge.cli.plan_tables import plan_table, prediction_table, weights_line
     from paft_merge.compute.kernels.object_cache import seconds_to_compile
-    from paft_merge.engine import api, machine
+    from paft_merge.engine import api, imbalance, machine
     from paft_merge.engine.balancing import spreading_size
     from paft_merge.engine.prediction import predict
     from paft_merge.stores import is_url
@@ -304,13 +304,15 @@ def _show_plan(
     )  # fmt: skip
     origin = machine.described(known, date.today(), given)
     spread = spreading_size(plan, workers) if found.uneven else None
-    compiling = seconds_to_compile()
+    compiling, expected = seconds_to_compile(), imbalance.expected_weights(plan)
     if as_json:
         more = {"rates_from": origin, "out_shard_bytes": spread, "seconds_to_compile": compiling}
         predicted = {**found.to_json(), **more}
-        click.echo(json.dumps({**plan.to_json(out), "prediction": predicted}, indent=2))
+        weights = {"expected_weights": expected} if expected else {}
+        click.echo(json.dumps({**plan.to_json(out), **weights, "prediction": predicted}, indent=2))
     else:
         plan_table(plan, out)
+        weights_line(plan, expected)
         prediction_table(found, origin, len(plan.shards), spread, compiling)
         if options.device != "cpu":
             click.echo("the prediction is for the CPU")

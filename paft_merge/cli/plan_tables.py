@@ -15,6 +15,7 @@ from rich.table import Table
 from paft_merge.cli.terminal import console, plain
 from paft_merge.engine.options import size_text
 from paft_merge.errors import RecipeError
+from paft_merge.inputs.source_labels import labels_of
 from paft_merge.methods import REQUIRED, Method, Parameter
 from paft_merge.plan import MergePlan
 from paft_merge.plan.formatting import show_bytes, show_seconds, show_value
@@ -48,6 +49,16 @@ def plan_table(planned: MergePlan, out: Path | str | None) -> None:
     shown.print(
         f"reads {read}{where}, writes {written} in {files}{f'; {show_bytes(free)} are free on that disk' if free is not None else f' of {plain(str(out))}'}"
     )
+
+
+def weights_line(planned: MergePlan, expected: Mapping[str, float]) -> None:
+    """Print the weights that are expected where norms decide them; nothing if they are not known before the merge."""
+    if expected:
+        pairs = zip(labels_of(list(expected)), expected.values(), strict=True)
+        each = ", ".join(f"{plain(label)} {weight:.3g}" for label, weight in pairs)
+        terminal().print(f"weights of about {each}, by the norms in the records of training; the merge measures them")
+    elif any(tensor.rule.weighs for tensor in planned.tensors if tensor.rule.wants != "whole"):
+        terminal().print("weights that follow from norms are measured by the merge: its manifest has the numbers")
 
 
 _WORKERS_SHOWN = 16
@@ -158,4 +169,4 @@ def _values(parameter: Parameter) -> str:
     if parameter.choices:
         return " | ".join(parameter.choices)
     bounds = f" {parameter.low:g}..{parameter.high:g}" if parameter.high < float("inf") else ""
-    return parameter.type.__name__ + bounds
+    return " | ".join([parameter.type.__name__ + bounds, *parameter.words])

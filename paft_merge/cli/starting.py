@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from paft_merge.cli.terminal import say, warn
+from paft_merge.cli.terminal import links_option, say, warn
 from paft_merge.errors import Problem
 
 
@@ -22,11 +22,21 @@ from paft_merge.errors import Problem
     help="An adapter that exists; given twice or more, the recipe compares ways of merging them, without training.",
 )  # fmt: skip
 @click.option("--gpus", type=click.IntRange(0), default=0, show_default=True, help="Number of GPUs; 0 for a CPU.")
-def init(out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int) -> None:
+@links_option
+def init(
+    out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int, follow_links: bool
+) -> None:
     """Write a commented recipe for `paft run` to OUT, or print it.
 
     Checks that local files exist and have the columns of their objective. Local paths are written relative to OUT.
     """
+    from paft_merge.inputs.links import following_links
+
+    with following_links(follow_links):
+        _init(out, base, data, adapters, gpus)
+
+
+def _init(out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int) -> None:
     from paft_merge.inputs.adapter_places import base_of
     from paft_merge.pipeline import starter_recipe as recipes
 

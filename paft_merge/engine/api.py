@@ -242,7 +242,7 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
         def complete(output: Output | StoredOutput) -> None:
             output.complete(side_files(plan, output.finished, options), overwrite=options.overwrite)
             if not any(problem.code == "SCALE" for problem in plan.warnings):
-                warn(imbalance.measured(totals(plan, output.finished)))
+                warn(imbalance.measured(totals(plan, output.finished), plan))
 
         if isinstance(out, str):
             from paft_merge.engine.stored_merge import merge_into_store

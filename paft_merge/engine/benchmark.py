@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from importlib.metadata import version
 from mmap import mmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +25,7 @@ from paft_merge.engine.machine import Machine, Rates
 from paft_merge.errors import OutputError
 from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.shards import Shard, ShardWriter, plan_shards
+from paft_merge.output.versions import version_of
 
 SECONDS, BYTES = 5.0, 4 << 30
 """Most seconds of each measurement, and most bytes of the file that is written and read."""
@@ -74,7 +74,7 @@ def measure(folder: Path, *, nbytes: int = BYTES, limit: float = SECONDS) -> Mac
     )  # fmt: skip
     known = {name: float(f"{value:.4g}") for name, value in rates.model_dump().items()}
     return Machine(
-        version=version("paft-merge"), host=platform.node() or "localhost", cores=cores, measured=date.today(),
+        version=version_of("paft-merge"), host=platform.node() or "localhost", cores=cores, measured=date.today(),
         folder=str(folder.resolve()), rates=Rates(**known),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Warnings about deltas of very different sizes: the smaller source has nearly no effect on the merge."""
+"""The sizes of deltas before a merge, from records of training, and warnings where they differ much between sources."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import DOCS, Problem
 from paft_merge.inputs.source_labels import labels_of
+from paft_merge.methods.rules.measured_weights import MeasuredWeights, weights_for
 
 if TYPE_CHECKING:
     from paft_merge.plan import MergePlan, PlannedTensor
@@ -39,13 +40,28 @@ def recorded(plan: MergePlan) -> list[Problem]:
         ]
         if rms and squares and not any(map(math.isnan, squares)):
             sizes[model.ref] = rms * math.sqrt(math.fsum(squares) / len(squares))
-    return _apart(sizes)
+    return _apart(sizes, plan)
 
 
-def measured(totals: Iterable[Mapping[str, Any]]) -> list[Problem]:
+def measured(totals: Iterable[Mapping[str, Any]], plan: MergePlan) -> list[Problem]:
     """Return the same warning from the totals of a finished merge."""
     rows = [row for row in totals if row.get("weighted_l2") and row["entries"]]
-    return _apart({row["source"]: row["weighted_l2"] / math.sqrt(row["entries"]) for row in rows})
+    return _apart({row["source"]: row["weighted_l2"] / math.sqrt(row["entries"]) for row in rows}, plan)
+
+
+def expected_weights(plan: MergePlan) -> dict[str, float]:
+    """Return the weight of each source if it follows from norms over the model (`weight: equal_norm`), by the records of training.
+
+    Empty without such weights, without a record of some source, and where the tensors have different sources or weights.
+    """
+    rules = [(tensor.source_names, tensor.rule) for tensor in plan.tensors if isinstance(tensor.rule, MeasuredWeights)]
+    asked = {(*names, *rule.given) for names, rule in rules if rule.scope == "global"}
+    records = {model.ref: model.adapter.record.get("delta", {}) for model in plan.models if model.adapter}
+    names = rules[0][0] if len(asked) == 1 else []
+    if not names or not all(records.get(name) for name in names):
+        return {}
+    norms = [float(records[name]["norm"]) for name in names]
+    return dict(zip(names, weights_for(rules[0][1].given, norms), strict=True))
 
 
 def _recorded_rms(record: Mapping[str, Any]) -> float:
@@ -55,7 +71,7 @@ def _recorded_rms(record: Mapping[str, Any]) -> float:
     return float(record["delta"]["norm"]) / math.sqrt(entries) if entries else 0.0
 
 
-def _apart(sizes: Mapping[str, float]) -> list[Problem]:
+def _apart(sizes: Mapping[str, float], plan: MergePlan) -> list[Problem]:
     if len(sizes) < 2 or max(sizes.values()) <= FOLD * min(sizes.values()):
         return []
     short = zip(labels_of(list(sizes)), sizes.values(), strict=True)
@@ -66,5 +82,9 @@ def _apart(sizes: Mapping[str, float]) -> list[Problem]:
         f"weight * delta differs {most / least:.0f}-fold between the sources (root mean square of the changed entries: {each}): "
         f"{large} decides the sums and the elections nearly alone"
     )
-    fix = f"if that is not meant, give {small} more weight, up to {most / least:.0f} times ({DOCS}/audit.md#scale)"
+    weight = plan.recipe.method.parameter("weight")
+    words = " or weight: equal_norm," if weight and weight.words else ""
+    fix = (
+        f"if that is not meant, give {small} more weight,{words} up to {most / least:.0f} times ({DOCS}/audit.md#scale)"
+    )
     return [Problem("SCALE", "", what, fix)]

@@ -6,8 +6,6 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from paft_merge.inputs.equivalent_names import NamedLike
 from paft_merge.output.card import about, licence, model_card
 from paft_merge.output.folder import Finished
 from paft_merge.output.manifest import FORMAT, MANIFEST
+from paft_merge.output.versions import version_of
 from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
 from paft_merge.plan.vocabulary import is_tokenizer_file
 from paft_merge.stats.record import MOST_PAIRED, Totals, pair_row_of, row_of
@@ -181,19 +180,8 @@ def versions(plan: MergePlan) -> dict[str, str]:
     renamed = any(isinstance(model.checkpoint, NamedLike) for model in plan.models)
     others = [*(["mergekit"] if borrowed else []), *(["transformers"] if renamed else [])]
     for name in ("paft-merge", "torch", "numpy", "numba", "safetensors", *others):
-        found[name] = _version(name)
+        found[name] = version_of(name)
     return found
-
-
-@cache
-def _version(package: str) -> str:
-    """Return the installed version, with the commit of an installation from a repository (PEP 610); cached."""
-    try:
-        found = distribution(package)
-    except PackageNotFoundError:
-        return "unknown"
-    commit = json.loads(found.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id", "")
-    return f"{found.version}+{commit[:12]}" if commit else found.version
 
 
 def identity(plan: MergePlan, device: str) -> dict[str, Any]:
@@ -276,7 +264,7 @@ def manifest(
         **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),
         "totals": [{**row, **noted.get(row["source"], {})} for row in measured],
         "pairs": pairs,
-        "warnings": [str(problem) for problem in imbalance.measured(measured)],
+        "warnings": [str(problem) for problem in imbalance.measured(measured, plan)],
         "tensors": {},
     }
     return document, entries

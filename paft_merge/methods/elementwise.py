@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from paft_merge.methods.in_memory import run
-from paft_merge.methods.parameters import INT8_MASK, LAMBDA, REQUIRED, Method, Parameter, Shared, Sources, weight
+from paft_merge.methods.parameters import (
+    INT8_MASK,
+    LAMBDA,
+    REQUIRED,
+    WEIGHT_SCOPE,
+    Method,
+    Parameter,
+    Shared,
+    Sources,
+    Weights,
+    delta_weight,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -72,13 +83,15 @@ SCE = Method(
     ),
     "required", _sce_rule,
 )  # fmt: skip
-MAGMAX = Method("magmax", "MagMax", "arXiv:2407.06322", (weight(1.0), LAMBDA), "required", _magmax_rule)
+MAGMAX = Method(
+    "magmax", "MagMax", "arXiv:2407.06322", (delta_weight(1.0), LAMBDA, WEIGHT_SCOPE), "required", _magmax_rule
+)
 PCB = Method(
     "pcb", "PCB-Merging (by tensor)", "arXiv:2410.02396",
     (
-        weight(1.0),
+        delta_weight(1.0),
         Parameter("density", float, "source", 0.2, "Share of the delta's entries that is kept, by score, in each tensor.", low=0.0, high=1.0),
-        LAMBDA,
+        LAMBDA, WEIGHT_SCOPE,
     ),
     "required", _pcb_rule, max_sources=128,
 )  # fmt: skip
@@ -141,14 +154,12 @@ def sce(deltas: Sequence[torch.Tensor], *, select_topk: float = 1.0) -> torch.Te
     return run(SCE, deltas, select_topk=select_topk)
 
 
-def magmax(
-    deltas: Sequence[torch.Tensor], weight: float | Sequence[float] = 1.0, *, lambda_: float = 1.0
-) -> torch.Tensor:
+def magmax(deltas: Sequence[torch.Tensor], weight: Weights = 1.0, *, lambda_: float = 1.0) -> torch.Tensor:
     """Take every entry from the delta that is largest there in magnitude (MagMax, arXiv:2407.06322).
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta; the magnitudes that are compared are those of weight * delta.
+        weight: one for all, or one a delta, numbers or words as in a recipe; the magnitudes that are compared are those of weight * delta.
         lambda_: multiplies the result.
 
     Returns:
@@ -159,7 +170,7 @@ def magmax(
 
 def pcb(
     deltas: Sequence[torch.Tensor],
-    weight: float | Sequence[float] = 1.0,
+    weight: Weights = 1.0,
     *,
     density: float | Sequence[float] = 0.2,
     lambda_: float = 1.0,

@@ -160,6 +160,8 @@ TRIM_SCOPE = Parameter(
     "Rank magnitudes in each tensor (mergekit, PEFT) or over the whole model (TIES paper; every tie of the last is kept).",
     choices=("tensor", "global"),
 )  # fmt: skip
+WEIGHT_WORDS: Final = ("equal_norm", "inverse_norm", "auto")
+"""Weights that follow from the norms of the deltas; `auto` is `equal_norm`."""
 WEIGHT_SCOPE = Parameter(
     "weight_scope", str, "shared", "global",
     "For weight: equal_norm and inverse_norm: the norms are those of the whole delta, or those in each tensor.",
@@ -177,7 +179,7 @@ def delta_weight(default: Any = REQUIRED) -> Parameter:
     return Parameter(
         "weight", float, "source", default,
         "The scalar of this source; may be negative. equal_norm (or auto): weight * delta has the same norm for all. inverse_norm: 1 / norm, with a mean of 1 (NAN).",
-        words=("equal_norm", "inverse_norm", "auto"),
+        words=WEIGHT_WORDS,
     )  # fmt: skip
 
 

@@ -9,10 +9,10 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 
 from paft_merge.errors import PaftMergeError, Problem, cause_of
+from paft_merge.output.versions import version_of
 from paft_merge.recipe.secrets import find_secrets
 
 Note = Callable[[int, str], None]
@@ -104,7 +104,7 @@ class _LogFile(logging.FileHandler):
                 stream.close()
                 return _nowhere()
             if self.command:
-                versions = f"paft-merge {version('paft-merge')}, Python {platform.python_version()}"
+                versions = f"paft-merge {version_of('paft-merge')}, Python {platform.python_version()}"
                 stream.write(f"{versions}: {_without_secrets(self.command)}\n")
                 stream.flush()
         except OSError as error:

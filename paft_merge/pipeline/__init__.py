@@ -15,7 +15,7 @@ preflight          checks before anything is run
 state              `run.json` and the lock
 execution          running the steps
 ray_steps          running them on a Ray cluster
-intervals          95 % intervals, paired over items and seeds
+paired_intervals   95 % intervals, paired over items and seeds
 comparisons        the numbers of the table, and sentences about them
 results_page       the table as HTML, and the picture of its frontiers
 results_table      the table at the end

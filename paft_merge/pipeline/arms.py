@@ -332,7 +332,8 @@ def _models(
     if "weight" not in (parameters if isinstance(parameters, dict) else {}):
         default = 1.0 if swept else MERGES.get(method, {}).get("weight")
         weights = {} if default is None else dict.fromkeys(names, 1 / len(names) if default == 0.5 else default)
-        if known and known.parameter("weight") and (balance := _weights_of_merge(recipe, names)):
+        taken, balance = known and known.parameter("weight"), _weights_of_merge(recipe, names)
+        if taken and balance and (taken.words or not any(isinstance(weight, str) for weight in balance.values())):
             weights = balance
     return [{"model": n, **({"parameters": {"weight": weights[n]}} if n in weights else {})} for n in names]
 
@@ -348,6 +349,6 @@ def _weights_of_merge(recipe: RunRecipe, names: list[str]) -> dict[str, Any]:
         for holder in (entries.get(name), data if name in entries else None):
             given = holder.get("parameters") if isinstance(holder, dict) else None
             weight = given.get("weight") if isinstance(given, dict) else None
-            if isinstance(weight, int | float | list) and not isinstance(weight, bool):
+            if isinstance(weight, int | float | list | str) and not isinstance(weight, bool):
                 found.setdefault(name, weight)
     return {name: found.get(name, 1.0) for name in names} if found else {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from paft_merge.pipeline.intervals import Floats, Interval, Sample, draws, interval, mcnemar
+from paft_merge.pipeline.paired_intervals import Floats, Interval, Sample, draws, interval, mcnemar
 
 ALONE, IN_TURN = ("individual",), ("sequential", "mixed")
 """Groups of arms: one adapter; and the trainings that merges are compared with."""
@@ -140,10 +140,13 @@ class TableData:
     @cached_property
     def pareto(self) -> frozenset[str]:
         """Names of the arms that no other arm beats in the axes of the plot: as good in both means and better in one."""
+        return self._front(self.rows)
+
+    def _front(self, rows: Sequence[Row]) -> frozenset[str]:
         axes = self.frontier[:2]
         points = {
             row.name: tuple(self.better[c] * row.cells[c].mean for c in axes)
-            for row in self.rows
+            for row in rows
             if axes and all(c in row.cells for c in axes)
         }
         return frozenset(
@@ -240,10 +243,12 @@ class TableData:
         ]
 
     def _shown(self, groups: Sequence[str]) -> Iterator[Row]:
-        """The arms of groups; of a frontier the points on the Pareto front."""
+        """The arms of groups; of a frontier the points that no other point of it beats."""
         for row in self.rows:
-            if row.group in groups and (not row.frontier or row.name in self.pareto):
-                yield row
+            if row.group in groups:
+                points = [one for one in self.rows if one.frontier == row.frontier]
+                if not row.frontier or not self.frontier or row.name in self._front(points):
+                    yield row
 
     # --- sentences --------------------------------------------------------------------------------------------------
 
@@ -275,7 +280,7 @@ class TableData:
                 kind = "trade" if {-1, 1} <= signs else "win" if 1 in signs else "lose" if -1 in signs else "tie"
                 kinds.setdefault(kind, []).append(row)
         words = {"win": "better and nowhere worse", "tie": "not told apart", "lose": "worse and nowhere better"}
-        parts = [f"{words[kind]}: {', '.join(_names(kinds[kind]))}" for kind in words if kind in kinds]
+        parts = [f"{words[kind]}: {', '.join(_names(kinds[kind], self.rows))}" for kind in words if kind in kinds]
         if "win" not in kinds:
             parts.insert(0, "none is better without being worse somewhere")
         if "trade" in kinds:
@@ -290,15 +295,25 @@ def _judged(found: Sequence[Difference]) -> list[str]:
     return [f"{words[sign]} {', '.join(texts)}" for sign, texts in kinds.items() if texts]
 
 
-def _names(rows: Sequence[Row]) -> list[str]:
-    """Names of arms, those of one frontier together: `parallel ties at weight=0.6 and weight=1`."""
+def _names(rows: Sequence[Row], every: Sequence[Row]) -> list[str]:
+    """Names of arms, those of one frontier together: `parallel ties at weight=0.6/1`, `parallel slerp at all 3 points`."""
     together: dict[str, list[Row]] = {}
     for row in rows:
         together.setdefault(row.frontier or row.name, []).append(row)
-    return [
-        f"{name} at {' and '.join(row.label for row in mine)}" if mine[0].frontier else name
-        for name, mine in together.items()
-    ]
+    found = []
+    for name, mine in together.items():
+        points = [row for row in every if row.frontier == name]
+        axes = {tuple(row.point) for row in mine}
+        if len(mine) == 1 or not mine[0].frontier:
+            found += [row.name for row in mine]
+        elif len(mine) == len(points):
+            found.append(f"{name} at all {len(points)} points")
+        elif len(axes) == 1 and len(mine[0].point) == 1:
+            (axis,) = mine[0].point
+            found.append(f"{name} at {axis}={'/'.join(str(row.point[axis]) for row in mine)}")
+        else:
+            found.append(f"{name} at {' / '.join(row.label for row in mine)}")
+    return found
 
 
 def _samples(cell: Cell) -> Sequence[Sample]:

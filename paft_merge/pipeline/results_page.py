@@ -67,7 +67,7 @@ def frontier_figure(table: TableData) -> Scatter | None:
         across, up = table.interval(row, x), table.interval(row, y)
         share = (shades[row.name] - weak) / (strong - weak) if row.name in shades and strong != weak else None
         text = ", ".join(f"{column} {mean:.3f}" for column, mean in means.items())
-        label = ", ".join(map(str, row.point.values())) if row.frontier else row.name
+        label = ", ".join(map(str, row.point.values())) or row.name
         return Spot(
             label, f"{row.name}: {text}", means[x], means[y], (across.low, across.high) if across else None,
             (up.low, up.high) if up else None, share, row.name in table.pareto,

@@ -15,7 +15,7 @@ from paft_merge.evaluating.schema import LOWER_IS_BETTER, EvaluateSpec
 from paft_merge.output.card.markdown import escape_markdown
 from paft_merge.pipeline.arms import Arm
 from paft_merge.pipeline.comparisons import Cell, Row, TableData
-from paft_merge.pipeline.intervals import Sample
+from paft_merge.pipeline.paired_intervals import Sample
 from paft_merge.pipeline.results_page import ARROWS, page, write_picture
 from paft_merge.pipeline.state import State
 from paft_merge.pipeline.steps import SPARSITY, Evaluate, Merge, Step, Train

@@ -130,7 +130,7 @@ class CompareSpec(Section):
     weights: Weights | None = None
     """The weights of the preference adapter to sweep in every method that has weights and sets none itself; or a grid of
     weights by adapter."""
-    frontier: Annotated[list[str], Field(min_length=2, max_length=3)] | None = None
+    frontier: list[str] | None = None
     """The evaluations of the plot: its two axes and, optionally, the shade of its points. By default the first three of
     `evaluate: {metrics: ...}`, if there is a sweep."""
 
@@ -154,6 +154,8 @@ class CompareSpec(Section):
     @field_validator("frontier")
     @classmethod
     def _two_axes(cls, given: list[str] | None) -> list[str] | None:
+        if given is not None and len(given) not in (2, 3):
+            raise ValueError(f"a plot has two evaluations as axes and, optionally, one as the shade; got {len(given)}")
         if given and len(set(given)) < len(given):
             raise ValueError("the evaluations of a plot must differ")
         return given

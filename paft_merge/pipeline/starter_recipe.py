@@ -194,7 +194,7 @@ merge: # mergekit's language; sft and dpo are the adapters above
   models:
     - {{model: sft, parameters: {{weight: 1.0}}}}
     - {{model: dpo, parameters: {{weight: 4.0}}}} # balances the learning rates, 2.0e-4 / 5.0e-5. With far fewer rows than SFT the
-    #   delta may still be too small: the merge then warns (SCALE) and names the weight that balances; paft tune searches for it
+    #   delta may still be too small: the merge then warns (SCALE); weight: equal_norm makes it as large as that of sft, and paft tune searches
   parameters: {{trim: {{l1_mass: 0.95}}}}
   out_dtype: {"float32" if gpus == 0 else "bfloat16"}{chat}
 

@@ -158,7 +158,8 @@ def check_sweeps(
                     "COMPARE", place, "a list of weights is for the preference adapter, which is not known", fix
                 )
             elif adapter not in listed:
-                fix = did_you_mean(adapter, map(str, listed)) or f"adapters are {', '.join(map(str, listed))}"
+                known = f"adapters are {', '.join(map(str, listed))}" if listed else f"write {{model: {adapter}}}"
+                fix = did_you_mean(adapter, map(str, listed)) or known
                 problems.add("COMPARE", place, f"no adapter {adapter!r} is merged", fix)
 
     if weights is not None:

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from paft_merge.errors import Problem, RecipeError
 from paft_merge.methods import REQUIRED, Method, Parameter
+from paft_merge.methods.parameters import WEIGHT_WORDS
 from paft_merge.recipe.diagnostics import IGNORED, Report, UnlocatedError
 from paft_merge.recipe.yaml_source import KeyPath, SourceLocation, did_you_mean, show
 
@@ -124,6 +125,8 @@ def coerce(parameter: Parameter, value: Any) -> Any:
         made = _adapter(parameter.type).validate_python(value)
     except ValidationError:
         near = did_you_mean(value, parameter.words)
+        if parameter.name == "weight" and value in WEIGHT_WORDS:
+            near = "write a number; weights from norms are for methods that add up deltas, such as task_arithmetic and ties"
         raise SettingError(f"must be {_kind(parameter)}, got {show(value)}", near) from None
     if fault := parameter.fault(made):
         if parameter.choices:

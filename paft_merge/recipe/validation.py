@@ -229,7 +229,10 @@ def _check_required(output: OutputSlice, method: Method, report: Report) -> None
 
 def _report_missing(source: Source, parameter: Parameter, method: Method, report: Report) -> None:
     what = f"Missing required parameter {parameter.name} for {source.ref}"
-    if source.implicit:
+    empty = next((s for level in source.levels if (s := level.settings.get(parameter.name)) and not s.conditions), None)
+    if empty:
+        report.error(empty.spot, "is an empty list", "write a number, a list of numbers, or conditions {value, filter}")
+    elif source.implicit:
         what += f", which {method.name} merges although no list names it"
         report.error(source.spot, what, f"list it under models with its {parameter.name}")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ PACKAGES = ("paft-merge", "torch", "transformers", "trl", "peft", "datasets", "a
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that train an adapter."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: _installed(package) for package in PACKAGES}
+
+
+@cache
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def write_record(
@@ -67,7 +70,7 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
         "---", "library_name: peft", f"base_model: {json.dumps(record['base']['name'])}",
         "tags: [paft-merge, lora, " + record["objective"] + "]", "---", "",
         f"# {name}", "",
-        f"{_article(record['objective'])} {record['objective'].upper()} adapter for `{record['base']['name']}`, trained with paft_merge ({how}).", "",
+        f"{_kind(record)} adapter for `{record['base']['name']}`, trained with paft_merge ({how}).", "",
         "| the delta | |", "|---|---|",
         f"| norm | {delta['norm']:.4g} |",
         f"| norm relative to the frozen weights | {relative} |",
@@ -82,9 +85,12 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _article(objective: str) -> str:
-    """`An` before letters that are spoken with a vowel (SFT, ORPO, RWR)."""
-    return "An" if objective[0] in "aefhilmnorsx" else "A"
+def _kind(record: dict[str, Any]) -> str:
+    """The objective with its article: `An` before letters that are spoken with a vowel (SFT, ORPO, RWR)."""
+    objective = record["objective"]
+    if objective == "mixed":
+        return f"A mixed ({', '.join(part['objective'].upper() for part in record['spec']['parts'].values())})"
+    return f"{'An' if objective[0] in 'aefhilmnorsx' else 'A'} {objective.upper()}"
 
 
 def check_trim(factors: Sequence[Factors], density: float) -> None:

@@ -128,11 +128,29 @@ SHARED = (
 )  # fmt: skip
 """Fields that the parts of a mixed adapter share, because one optimizer trains it."""
 
-LOOP = {"gradient_accumulation_steps": 1, "max_steps": -1, "num_train_epochs": 1, "ignore_data_skip": True}
-"""Fields of the loop of a mixed training: a batch of it is all that its part accumulates for one optimizer step."""
+
+def loop_arguments(spec: AdapterSpec, parts: Mapping[str, Any], output_dir: Path, name: str) -> Any:
+    """Build the TRL config of the loop of a mixed training: that of its first part, without the batches of the parts.
+
+    Args:
+        spec: The mixed adapter's section.
+        parts: The configs of its parts, by name.
+        output_dir: Folder of the checkpoints.
+        name: The adapter's name in messages.
+
+    Raises:
+        TrainError: TRAINING, with every field that the parts must share and do not.
+    """
+    _check_shared(parts, name)
+    first = trained_parts(spec)[next(iter(parts))]
+    section = first.model_copy(update={"training": {**first.training, "max_steps": spec.training.get("max_steps", -1)}})
+    peak = max(one.learning_rate for one in parts.values())
+    return training_arguments(
+        section, output_dir, name, learning_rate=peak, gradient_accumulation_steps=1, ignore_data_skip=True
+    )
 
 
-def check_shared(parts: Mapping[str, Any], name: str) -> None:
+def _check_shared(parts: Mapping[str, Any], name: str) -> None:
     """Raise TrainError TRAINING for each field of the configs of a mixed adapter's parts that must be equal and is not."""
     problems, (first, one) = Problems(), next(iter(parts.items()))
     for field in SHARED:
@@ -155,7 +173,7 @@ def check_one_optimizer(spec: AdapterSpec, name: str) -> None:
         with problems.catching():
             made[part] = training_arguments(section, Path("checkpoints"), f"{name}.{part}")
     problems.raise_as(TrainError)
-    check_shared(made, name)
+    loop_arguments(spec, made, Path("checkpoints"), name)
 
 
 def _renamed(given: dict[str, Any], known: list[str]) -> dict[str, Any]:

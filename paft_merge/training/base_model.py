@@ -173,7 +173,8 @@ def restoring_base(model: Any) -> Iterator[None]:
     dropouts = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
     pad, generation_pad = model.config.get_text_config().pad_token_id, model.generation_config.pad_token_id
     cache, training = model.config.use_cache, model.training
-    forward = model.__dict__.get("forward")
+    forward, hooks = model.__dict__.get("forward"), model.get_input_embeddings()._forward_hooks
+    own = set(hooks)
     try:
         yield
     finally:
@@ -183,6 +184,10 @@ def restoring_base(model: Any) -> Iterator[None]:
         else:
             model.__dict__["forward"] = forward
         model.disable_input_require_grads()
+        for added in (
+            set(hooks) - own
+        ):  # it removes only the last one, and several parts of TRL and transformers add one
+            del hooks[added]
         _no_checkpointing(model)
         for name, p in model.named_parameters():
             p.requires_grad_(frozen[name])

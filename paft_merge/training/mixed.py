@@ -133,12 +133,11 @@ class MixedTrainer(Trainer):  # type: ignore[misc]
 
     _created_lr_scheduler: bool
 
-    def __init__(self, parts: Sequence[Part], ratio: Mapping[str, float] | None, total: int, **options: Any) -> None:
+    def __init__(self, parts: Sequence[Part], ratio: Mapping[str, float] | None, **options: Any) -> None:
         super().__init__(**options)
         self.parts = list(parts)
         self.order: list[int] = []
         self.ratio = [ratio[part.name] for part in parts] if ratio else None
-        self.total = total
         self.streams: list[Iterator[list[Any]]] = []
         sparse = [part.trainer.l1 for part in parts if part.trainer.l1]
         self.l1 = next(iter(sparse), None)
@@ -166,7 +165,7 @@ class MixedTrainer(Trainer):  # type: ignore[misc]
         for part in self.parts:
             part.loader = part.trainer.get_train_dataloader()
         alone = [part.trainer.set_initial_training_values(part.trainer.args, part.loader)[-1] for part in self.parts]
-        for part, steps in zip(self.parts, steps_of(alone, self.ratio, self.total), strict=True):
+        for part, steps in zip(self.parts, steps_of(alone, self.ratio, max(0, self.args.max_steps)), strict=True):
             part.steps = steps
         self.order = interleaved([part.steps for part in self.parts])
         self._open_streams(0)
@@ -285,9 +284,8 @@ def mixed_trainer(job: Job) -> MixedTrainer:
         parts.append(Part(name, trainer, job.base.__dict__["forward"], {module: module.p for module in modules}))
         for module, rate in rates.items():
             module.p = rate
-    total = job.spec.training.get("max_steps", -1)
     trainer = MixedTrainer(
-        parts, job.spec.ratio, max(0, int(total)), model=policy, args=job.arguments, train_dataset=parts[0].trainer.train_dataset,
+        parts, job.spec.ratio, model=policy, args=job.arguments, train_dataset=parts[0].trainer.train_dataset,
         processing_class=job.tokenizer, callbacks=list(job.options.callbacks),
     )  # fmt: skip
     trainer.watch = Watch(job.name, trainer.l1, job.options.progress)

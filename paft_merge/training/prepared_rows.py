@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from paft_merge.errors import Problems, TrainError
 from paft_merge.training import data as sets
-from paft_merge.training.arguments import LOOP, check_shared, lora_config, training_arguments
+from paft_merge.training.arguments import loop_arguments, lora_config, training_arguments
 from paft_merge.training.base_model import load_tokenizer
 from paft_merge.training.row_checks import check_tokens
 from paft_merge.training.row_sources import in_memory
@@ -83,8 +83,8 @@ def _prepare_parts(source: str | None, spec: AdapterSpec, checkpoints: Path, opt
             own = replace(options, name=f"{options.name}.{part}", rows=given.get(part), eval_rows=None)
             parts[part] = prepare(source, section, checkpoints, own)
     problems.raise_as(TrainError)
-    check_shared({part: made.arguments for part, made in parts.items()}, options.name)
-    first, rows = next(iter(parts)), PreparedRows(None)
+    arguments = loop_arguments(spec, {part: made.arguments for part, made in parts.items()}, checkpoints, options.name)
+    rows = PreparedRows(None)
     rows.facts = {
         "fingerprint": "+".join(made.rows.facts.get("fingerprint", "") for made in parts.values()),
         "rows": sum(made.rows.facts.get("rows", 0) for made in parts.values()),
@@ -95,9 +95,7 @@ def _prepare_parts(source: str | None, spec: AdapterSpec, checkpoints: Path, opt
         for part, one in (spec.parts or {}).items()
         if one.eval_data
     ]
-    peak = max(made.arguments.learning_rate for made in parts.values())
-    arguments = training_arguments(sections[first], checkpoints, options.name, learning_rate=peak, **LOOP)
-    return Prepared(parts[first].tokenizer, arguments, rows, parts)
+    return Prepared(next(iter(parts.values())).tokenizer, arguments, rows, parts)
 
 
 def prepare_rows(spec: AdapterSpec, tokenizer: Any, arguments: Any, options: TrainOptions) -> PreparedRows:

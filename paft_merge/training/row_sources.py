@@ -169,12 +169,16 @@ def _of_folder(local: Path, spec: DataSpec) -> list[Path]:
 
 
 def _matching(pattern: str, roots: Sequence[Path], spec: DataSpec) -> list[Path]:
-    """Files that a pattern names, in the first root that has any."""
+    """Files that a pattern names, in the first root that has any; a first part that exists is not a pattern (`st*r/*.csv`)."""
     import glob
 
     for root in roots:
-        exact = [root / pattern] if (root / pattern).exists() else []
-        if found := exact or sorted(root / name for name in glob.glob(pattern, root_dir=root, recursive=True)):
+        parts = Path(pattern).parts
+        while parts and (root / parts[0]).exists():
+            root, parts = root / parts[0], parts[1:]
+        rest = str(Path(*parts)) if parts else ""
+        found = sorted(root / name for name in glob.glob(rest, root_dir=root, recursive=True)) if rest else [root]
+        if found:
             if odd := next((path for path in found if not path.is_file() and not path.is_dir()), None):
                 raise TrainError.of("DATA", odd, "is not a regular file", "name a file or a folder of rows")
             files = [path for path in found if path.is_file()]

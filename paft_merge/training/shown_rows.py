@@ -14,7 +14,7 @@ from paft_merge.training.data import kind_of
 from paft_merge.training.launch import chosen_adapters, prepare_all
 from paft_merge.training.prepared_rows import prepare
 from paft_merge.training.rendering import bounded_templates
-from paft_merge.training.schema import AdapterSpec
+from paft_merge.training.schema import AdapterSpec, trained_parts
 
 _LOOKED_AT = 100
 """Rows of each source that are loaded at least, so that columns are known as in training."""
@@ -65,7 +65,9 @@ def shown(
     from dataclasses import replace
 
     specs, source, options = chosen_adapters(recipe, adapters, trust_code)
-    for name, spec in specs.items():
+    parts = {name: trained_parts(spec) for name, spec in specs.items()}
+    shown = {f"{name}.{part}": own for name in specs for part, own in parts[name].items()}
+    for name, spec in ({name: spec for name, spec in specs.items() if not parts[name]} | shown).items():
         looked = max(count, _LOOKED_AT)
         few = spec.model_copy(
             update={"data": [one.model_copy(update={"max_rows": min(one.max_rows or looked, looked)}) for one in spec.data],

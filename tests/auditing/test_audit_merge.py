@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.3},
     "ties at the density of the overlap": {"density": 0.2},
     "ties by count": {"density": 0.2, "elect": "count", "normalize": "count", "rescale": "l2"},
+    "ties by norms": {"density": 0.25, "weight": "equal_norm"},
+    "ties by norms of tensors": {"density": 0.25, "weight": "inverse_norm", "weight_scope": "tensor"},
     "ties over the model": {"density": 0.25, "trim_scope": "global"},
     "dare_ties": {"density": 0.5},
     "dare_linear": {"density": 0.5},
@@ -54,7 +56,8 @@ def test_every_method_that_is_previewed_is_compared_with_its_merge() -> None:
 
 def recipe(made: dict[str, Path], method: str, parameters: dict[str, Any]) -> dict[str, Any]:
     names = [f"{made['base']}+{made['sft']}", f"{made['base']}+{made['dpo']}", str(made["x"])]
-    models = [{"model": name, "parameters": {"weight": 0.2 + 0.3 * i}} for i, name in enumerate(names)]
+    weights = [parameters.get("weight", 0.2 + 0.3 * i) for i in range(len(names))]
+    models = [{"model": name, "parameters": {"weight": w}} for name, w in zip(names, weights, strict=True)]
     return {
         "merge_method": method.split()[0],
         "base_model": str(made["base"]),

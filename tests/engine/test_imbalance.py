@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_state, save_adapter, save_checkpoint
+from toys.merge import paft, write_recipe
 
 import paft_merge
 from paft_merge.engine.api import open_plan
+from paft_merge.engine.imbalance import expected_weights
 from paft_merge.errors import Problem
 
 
@@ -26,7 +28,9 @@ def pair(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def recipe(pair: dict[str, Path], weights: tuple[float, float] = (1.0, 1.0), method: str = "task_arithmetic") -> Any:
+def recipe(
+    pair: dict[str, Path], weights: tuple[float | str, float | str] = (1.0, 1.0), method: str = "task_arithmetic"
+) -> Any:
     models = [
         {"model": f"{pair['base']}+{pair[name]}", "parameters": {"weight": weight}}
         for name, weight in zip(("sft", "dpo"), weights, strict=True)
@@ -91,3 +95,24 @@ def test_a_record_that_cannot_be_read_is_told_and_left_aside(text: str, pair: di
     (pair["sft"] / "paft_train.json").write_text(text)
     with open_plan(recipe(pair)) as plan:
         assert [p.code for p in plan.warnings if p.code in ("SCALE", "TRAIN_RECORD")] == ["TRAIN_RECORD"]
+
+
+def test_a_plan_shows_the_weights_that_records_lead_to_expect(pair: dict[str, Path], tmp_path: Path) -> None:
+    asked = write_recipe(tmp_path / "r.yaml", recipe(pair, ("auto", "auto")))
+    measured = "weights that follow from norms are measured by the merge"
+    assert measured in " ".join(paft("merge", asked, "--dry-run").output.split())
+    record(pair["sft"], norm=15.0)
+    record(pair["dpo"], norm=1.0)
+    with open_plan(asked) as plan:
+        assert not [p for p in plan.warnings if p.code == "SCALE"]
+        assert [*expected_weights(plan).values()] == [0.533333, 8.0]
+    for shown in (paft("merge", asked, "--dry-run"), paft("explain", asked)):
+        assert "weights of about sft 0.533, dpo 8, by the norms in the records" in " ".join(shown.output.split())
+    shown = json.loads(paft("merge", asked, "--dry-run", "--json").stdout)["expected_weights"]
+    assert [*shown.values()] == [0.533333, 8.0]
+    with open_plan(recipe(pair, (1.0, "equal_norm"))) as plan:
+        assert [*expected_weights(plan).values()] == [1.0, 15.0]
+    with open_plan(recipe(pair)) as plan:
+        assert expected_weights(plan) == {}
+        (problem,) = (p for p in plan.warnings if p.code == "SCALE")
+        assert "give dpo more weight, or weight: equal_norm, up to 15 times" in problem.fix

@@ -137,6 +137,10 @@ def test_faults_are_told_with_their_place(models: dict[str, Any], tmp_path: Path
         RecipeError, match=r"models\[0\].parameters.weight: must be a number or one of .*did you mean 'equal_norm'"
     ):
         merge(asked(models, ["sft", "dpo"], ["equal_nom", 1.0]), tmp_path / "out")
+    with pytest.raises(
+        RecipeError, match="must be a number, got 'auto'; write a number; weights from norms are for methods that add"
+    ):
+        merge(recipe("linear", None, (models["x"], {"weight": "auto"})), tmp_path / "out")
     with pytest.raises(PaftMergeError, match="arithmetic: mergekit needs a number as weight, not auto"):
         merge({**asked(models, ["x", "dpo"], ["auto", 1.0]), "arithmetic": "mergekit"}, tmp_path / "out")
     zero = save_adapter(tmp_path / "zero", tensors_of(models["base"]), 1, size=0.0)

@@ -16,13 +16,14 @@ from click.testing import CliRunner, Result
 from conftest import near, random_state, save_adapter, save_checkpoint
 from toys.hub import UPLOADS, environment, files_of, hub
 from toys.hub_server import HubServer, Status
+from toys.merge import python, recipe, write_recipe
 
 import paft_merge
 from paft_merge.cli import cli
-from paft_merge.engine import sidefiles
 from paft_merge.engine.reproduction import reproduce
 from paft_merge.errors import HubError, PaftMergeError
 from paft_merge.hub import fetch_file
+from paft_merge.output import versions
 from paft_merge.output.card import licence, write_card
 
 __all__ = ["hub"]
@@ -96,8 +97,29 @@ def test_a_version_installed_from_a_repository_has_its_commit(monkeypatch: pytes
     installed = SimpleNamespace(
         version="0.1.0", read_text={"direct_url.json": json.dumps({"vcs_info": {"commit_id": "f" * 40}})}.get
     )
-    monkeypatch.setattr(sidefiles, "distribution", lambda name: installed)
-    assert sidefiles._version.__wrapped__("paft-merge") == f"0.1.0+{'f' * 12}"
+    monkeypatch.setattr(versions, "distribution", lambda name: installed)
+    assert versions.version_of.__wrapped__("paft-merge") == f"0.1.0+{'f' * 12}"
+
+
+def test_a_source_tree_that_is_not_installed_merges_and_says_so(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", random_state(0))
+    file = write_recipe(tmp_path / "r.yaml", recipe("linear", None, (base, {"weight": 1.0})))
+    code = f"""if True:
+        from importlib import metadata
+        def hidden(name, known=metadata.distribution):
+            if name == "paft-merge":
+                raise metadata.PackageNotFoundError(name)
+            return known(name)
+        metadata.distribution = hidden
+        import paft_merge
+        from paft_merge.cli import cli
+        cli(["merge", {str(file)!r}, {str(tmp_path / "out")!r}, "--quiet"], standalone_mode=False)
+        print(paft_merge.__version__)
+        cli(["--version"])
+    """
+    done = python(code)
+    assert done.stdout.split("\n")[-3:] == ["unknown", "paft, version unknown", ""], done.stderr
+    assert "paft-merge unknown, Python" in (tmp_path / "out.log").read_text()
 
 
 def test_the_hubs_own_reader_understands_the_card(merged: Path) -> None:

@@ -18,7 +18,7 @@ MEASURED = [name for name, method in METHODS.items() if (p := method.parameter("
 def test_the_methods_that_add_up_deltas_take_them() -> None:
     assert {*MEASURED} == {
         "task_arithmetic", "ties", "l1_ties", "sign_election", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
-        "della_linear", "della",
+        "della_linear", "della", "magmax", "pcb",
     }  # fmt: skip
 
 
@@ -58,7 +58,10 @@ def deltas() -> list[torch.Tensor]:
 def test_a_word_is_the_number_that_it_stands_for(method: str, word: str, deltas: list[torch.Tensor]) -> None:
     norms = [float(np.linalg.norm(delta.double().numpy())) for delta in deltas]
     wanted = np.mean(norms) if word == "equal_norm" else len(norms) / math.fsum(1 / n for n in norms)
-    merge, rest = getattr(methods, method), {} if method in ("task_arithmetic", "l1_ties") else {"density": 0.4}
+    merge, rest = (
+        getattr(methods, method),
+        {} if method in ("task_arithmetic", "l1_ties", "magmax") else {"density": 0.4},
+    )
     expected = merge(deltas, weight=[float(f"{wanted / norm:.6g}") for norm in norms], **rest)
     assert torch.equal(merge(deltas, weight=word, **rest), expected)
     assert not torch.equal(merge(deltas, weight=1.0, **rest), expected)

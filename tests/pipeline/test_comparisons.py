@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from paft_merge.pipeline.comparisons import Cell, Difference, Row, TableData
-from paft_merge.pipeline.intervals import DRAWS, Sample, _counts, draws, interval, mcnemar
+from paft_merge.pipeline.paired_intervals import DRAWS, Sample, _counts, draws, interval, mcnemar
 
 RNG = np.random.default_rng
 
@@ -157,3 +157,33 @@ def test_an_arm_without_seeds_is_compared_with_every_seed_and_seeds_with_their_o
     assert found.value == pytest.approx((values[1] - rows[1].mean() + values[2] - rows[2].mean()) / 2)
     apart = table({"a": Cell.of({7: sample(rows[1])}), "b": arm})
     assert apart.difference("s", apart.rows[1], apart.rows[0]) is None
+
+
+def test_merges_are_compared_with_the_best_points_of_a_swept_sequence_although_merges_beat_them_all() -> None:
+    def row(name: str, group: str, skill: float, happy: float, frontier: str = "") -> Row:
+        return Row(name, group, {"s": Cell((skill,), 0.01), "h": Cell((happy,), 0.01)}, frontier, {"beta": skill})
+
+    rows = (
+        row("one", "sequential", 0.5, 0.2, "sequential"), row("two", "sequential", 0.2, 0.5, "sequential"),
+        row("worst", "sequential", 0.1, 0.1, "sequential"), row("merge", "parallel", 0.9, 0.9),
+    )  # fmt: skip
+    made = TableData(("s", "h"), rows, (), {"s": 1, "h": 1}, ("s", "h"))
+    assert made.pareto == {"merge"}
+    assert list(made.against) == ["one", "two"]
+    assert made.verdicts()[0] == "merges against one: better and nowhere worse: merge"
+
+
+def test_the_points_of_a_frontier_are_named_together() -> None:
+    def row(name: str, skill: float, frontier: str = "", **point: object) -> Row:
+        group = "parallel" if name != "in turn" else "sequential"
+        return Row(name, group, {"s": Cell((skill,), 0.001)}, frontier, point)
+
+    rows = (
+        row("in turn", 0.5), row("plain", 0.9), row("x w=1", 0.9, "x", w=1), row("x w=2", 0.8, "x", w=2),
+        row("y w=1", 0.9, "y", w=1), row("y w=2", 0.8, "y", w=2), row("y w=3", 0.1, "y", w=3),
+        row("z a=1 b=1", 0.9, "z", a=1, b=1), row("z a=1 b=2", 0.9, "z", a=1, b=2), row("z a=2 b=1", 0.1, "z", a=2, b=1),
+    )  # fmt: skip
+    assert TableData(("s",), rows, (), {"s": 1}).verdicts()[0] == (
+        "merges against in turn: better and nowhere worse: plain, x at all 2 points, y at w=1/2, z at a=1 b=1 / a=1 b=2; "
+        "worse and nowhere better: y w=3, z a=2 b=1"
+    )

@@ -92,7 +92,7 @@ seeds: [0, 0]
         "bad.yaml:5: merge: a merge recipe is a mapping",
         "bad.yaml:6: audit.epsilon: must be above 0, got -1",
         "bad.yaml:7: evaluate.metrics.a.dta: unknown key; did you mean 'data'?",
-        "bad.yaml:8: compare.arms[0]: must be one of base, individual, sequential, parallel, got 'paralel'; did you mean 'parallel'?",
+        "bad.yaml:8: compare.arms[0]: must be one of base, individual, sequential, sequential_reversed, parallel, mixed, polish, got 'paralel'; did you mean 'parallel'?",
         "bad.yaml:9: push.repo_id: must match the pattern ",
         "bad.yaml:10: seeds: must be different whole numbers",
     ):

@@ -97,7 +97,7 @@ def test_a_file_whose_name_is_a_pattern_is_this_file(name: str, tmp_path: Path) 
     folder = tmp_path / name
     write(tmp_path / "stXr" / "more.jsonl", [{"text": "other"}])
     write(folder / f"{name}.jsonl", [{"text": "own"}])
-    for data in (f"{name}/{name}.jsonl", name, {"path": name, "data_files": "*.jsonl"}):
+    for data in (f"{name}/{name}.jsonl", f"{name}/*.jsonl", name, {"path": name, "data_files": "*.jsonl"}):
         assert loaded(tmp_path, data) == [{"text": "own"}], data
     assert loaded(folder, "*.jsonl") == [{"text": "own"}]
     assert loaded(tmp_path, {"path": "json", "data_files": f"{name}/{name}.jsonl"}) == [{"text": "own"}]

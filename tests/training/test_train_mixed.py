@@ -11,9 +11,10 @@ from toys.train import FAST, THEIR_WARNINGS, preferences, pretrained, texts, tok
 
 from paft_merge.errors import RecipeError, TrainError
 from paft_merge.training import train_adapter
+from paft_merge.training.arguments import check_one_optimizer
 from paft_merge.training.base_model import digest_of
 from paft_merge.training.mixed import interleaved, steps_of
-from paft_merge.training.schema import read_adapters
+from paft_merge.training.schema import read_adapter, read_adapters
 
 pytestmark = THEIR_WARNINGS
 
@@ -166,7 +167,8 @@ def test_the_steps_are_those_of_plain_losses_with_one_optimizer(base, tmp_path):
 
 def test_three_parts_share_one_adapter_and_are_logged_apart(base, tmp_path):
     before = digest_of(base)
-    parts = (part("dpo", 2), part("sft", 3, l1={"strength": 1e-3}), part("orpo", 1))
+    recompute = {"gradient_checkpointing": True}
+    parts = (part("dpo", 2, recompute), part("sft", 3, recompute, l1={"strength": 1e-3}), part("orpo", 1, recompute))
     out = train(base, tmp_path / "x", mixed(None, *parts), name="both")
     run = record_of(out)["run"]
     assert run["steps"] == 6
@@ -179,8 +181,13 @@ def test_three_parts_share_one_adapter_and_are_logged_apart(base, tmp_path):
     assert [line["epoch"] for line in run["log"][:6]] == pytest.approx([i / 6 for i in range(1, 7)])
     assert not list(out.glob("ref"))
     assert record_of(out)["data"]["rows_trained_on"] == 44
+    sentence, pair = 16 + 1, (4 + 6 + 1) + (4 + 8 + 1)
+    assert run["tokens"] == 20 * sentence + (12 + 8) * pair, "of all batches, without padding, both sides of a pair"
+    assert run["seconds"] > 0
     assert digest_of(base) == before
     assert "forward" not in base.__dict__
+    assert not base.get_input_embeddings()._forward_hooks
+    assert "A mixed (DPO, SFT, ORPO) adapter for `toy`" in (out / "README.md").read_text()
     assert not any(p.requires_grad is False for p in base.parameters())
 
 
@@ -207,15 +214,6 @@ def test_a_killed_run_resumes_to_the_same_bits_and_counts(base, tmp_path):
         assert record_of(straight)["run"][key] == record_of(resumed)["run"][key], key
     with pytest.raises(TrainError, match=r"parts\.dpo\.training\.max_steps: 4 there, 3 in the recipe"):
         train(base, tmp_path / "killed", mixed(None, parts[0], part("dpo", 3, save)), resume=True)
-
-
-def test_tokens_and_seconds_of_a_training_are_recorded(base, tmp_path):
-    sft, dpo = part("sft", 3), part("dpo", 2)
-    alone = [record_of(train(base, tmp_path / one["objective"], one))["run"] for one in (sft, dpo)]
-    both = record_of(train(base, tmp_path / "both", mixed(None, sft, dpo)))["run"]
-    assert alone[0]["tokens"] == (8 + 8 + 4) * 17, "16 words and the end, three batches of 20 rows"
-    assert both["tokens"] == alone[0]["tokens"] + alone[1]["tokens"]
-    assert both["seconds"] > 0
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -250,15 +248,21 @@ def test_parts_that_cannot_be_mixed_are_refused(change, message):
         read_adapters({"adapters": sections})
 
 
-def test_what_one_optimizer_cannot_have_twice_is_refused_unless_the_mixed_adapter_sets_it(base, tmp_path):
-    sft, dpo = part("sft", 1), part("dpo", 1, {"weight_decay": 0.1, "seed": 3})
+def test_what_one_optimizer_cannot_have_twice_is_refused_unless_the_mixed_adapter_sets_it():
+    def check(**more):
+        check_one_optimizer(
+            read_adapter(mixed(None, part("sft"), part("dpo", 1, {"weight_decay": 0.1, "seed": 3}), **more)), "both"
+        )
+
     with pytest.raises(TrainError) as caught:
-        train(base, tmp_path / "x", mixed(None, sft, dpo), name="both")
+        check()
     assert "both: training.weight_decay: sft has 0.0 and dpo has 0.1, but one optimizer trains both" in str(
         caught.value
     )
     assert "training.seed" in str(caught.value)
-    spec = mixed(None, sft, dpo, training={"weight_decay": 0.0, "seed": 1})
-    assert record_of(train(base, tmp_path / "x", spec))["run"]["steps"] == 2
+    plain = {"weight_decay": 0.0, "seed": 1}
+    check(training=plain)
+    with pytest.raises(TrainError, match=r"both: training\.max_steps: must be a whole number, got 'many'"):
+        check(training={**plain, "max_steps": "many"})
     with pytest.raises(TrainError, match=r"both\.sft: training\.beta: TRL's SFTConfig does not have this field"):
-        train(base, tmp_path / "y", mixed(None, sft, dpo, training={"beta": 1.0}), name="both")
+        check(training={**plain, "beta": 1.0})

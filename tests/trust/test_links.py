@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import random_state, save_adapter, save_checkpoint
 from toys.merge import files_of, on, paft, recipe, write_recipe
 from toys.run import make_world
 
@@ -142,6 +143,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = make_world(tmp_path_factory.mktemp("world"), audit=None)
     link_out(file.parent / "base", "model.safetensors", "config.json")
     return file
+
+
+def test_init_measures_linked_adapters_with_the_option_only(tmp_path: Path) -> None:
+    state = random_state(0)
+    base = save_checkpoint(tmp_path / "base", state)
+    words: list[Path | str] = ["init", "--base", base]
+    for name, size in (("one", 1e-3), ("two", 1e-2)):
+        link_out(save_adapter(tmp_path / name, state, 1, size=size), "adapter_model.safetensors")
+        words += ["--adapter", tmp_path / name]
+    for option, measured in ((), False), (("--follow-links",), True):
+        done = paft(*words, *option)
+        assert done.exit_code == 0, done.output
+        assert ("the weights balance the deltas" in done.output) == measured
 
 
 @pytest.mark.parametrize(

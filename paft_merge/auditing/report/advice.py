@@ -123,7 +123,7 @@ def _of_pair(audit: AuditData, pair: PairAudit, *, leave_out_chance: bool) -> It
         (least, small), (most, large) = ((norm, _name(label)) for norm, label in norms)
         text = (
             f"The {large} delta is {total.size_ratio:.0f} times as large as that of {small} (norms {most:.3g} and {least:.3g}): with "
-            f"equal weights {large} decides the merge nearly alone; give {small} up to {total.size_ratio:.0f} times the weight."
+            f"equal weights {large} decides the merge nearly alone; give {small} up to {total.size_ratio:.0f} times the weight, or write weight: equal_norm."
         )
         yield _advice("warn", text, "size_ratio", total.size_ratio, "scale")
     if not total.both:

@@ -42,11 +42,43 @@ _sums = njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contr
 
 @_sums
 def add_squares(bits: Any, sums: Any) -> None:
-    """Add the squares of `[E]` float32 bits to `sums` `[1]` float64."""
+    """Add the squares of `[E]` float32 bits to `sums` `[1]` float64; `[0]` where they are not wanted."""
     total, values = 0.0, bits.view(np.float32)
-    for j in range(bits.size):
+    for j in range(bits.size if sums.size else 0):
         total += np.float64(values[j]) * np.float64(values[j])
-    sums[0] += total
+    if sums.size:
+        sums[0] += total
+
+
+@_sums
+def _below(strip: Any, edges: Any, below: Any) -> Any:
+    """Add to `below` the entries of a strip below each of the first five `edges`, and return the largest magnitude."""
+    none = np.uint32(0)
+    a, b, c, d, e = none, none, none, none, none
+    many = edges.size
+    if many > 0:
+        a = edges[0]
+    if many > 1:
+        b = edges[1]
+    if many > 2:
+        c = edges[2]
+    if many > 3:
+        d = edges[3]
+    if many > 4:
+        e = edges[4]
+    top, of_a, of_b, of_c, of_d, of_e = none, none, none, none, none, none
+    for j in range(strip.size):  # twice as many 32-bit counters fit a register
+        u = np.uint32(strip[j] & MAGNITUDE)
+        top = u if u > top else top
+        of_a = np.uint32(of_a + double_if(u < a))
+        of_b = np.uint32(of_b + double_if(u < b))
+        of_c = np.uint32(of_c + double_if(u < c))
+        of_d = np.uint32(of_d + double_if(u < d))
+        of_e = np.uint32(of_e + double_if(u < e))
+    for t, twice in enumerate((of_a, of_b, of_c, of_d, of_e)):
+        if t < many:
+            below[t] += twice >> 1
+    return top
 
 
 @_sums
@@ -68,18 +100,9 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
         strip, floats = delta[start : start + m], values[start : start + m]
-        top, bottom, first, second, fourth = np.uint32(0), MAGNITUDE, 0.0, 0.0, 0.0
-        for j in range(m):
-            top = max(top, strip[j] & MAGNITUDE)
-            bottom = min(bottom, strip[j] & MAGNITUDE)
-        for t in range(edges.size):
-            edge, twice = edges[t], np.uint32(0)
-            if top < edge:
-                below[t] += m
-            elif bottom < edge:
-                for j in range(m):
-                    twice = np.uint32(twice + double_if(np.uint32(strip[j] & MAGNITUDE) < edge))
-                below[t] += twice >> 1
+        first, second, fourth = 0.0, 0.0, 0.0
+        for t in range(0, max(edges.size, 1), 5):
+            largest = max(largest, _below(strip, edges[t:], below[t:]))
         for j in range(m):
             size = abs(np.float64(floats[j]))
             square = size * size
@@ -89,7 +112,6 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
         sums[0] += first
         sums[1] += second
         sums[2] += fourth
-        largest = max(largest, top)
         for j in range(0, m - 1, 2):
             two = two_of(strip, j)
             packed[(two >> _LOW) & _BIN] += _COUNT + np.int64(two & _BELOW)
@@ -118,8 +140,7 @@ def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
         m = min(STRIP, delta.size - start)
         widen(strip(base, start, m), weight)
         floats, twice = values[start : start + m], np.uint32(0)
-        if sums.size:
-            add_squares(weight[:m].view(np.uint32), sums)
+        add_squares(weight[:m].view(np.uint32), sums)
         for j in range(m):
             a, b = _bfloat16(weight[j]), _bfloat16(weight[j] + floats[j])
             zeros = np.uint32(np.uint32(a | b) << np.uint32(17)) == np.uint32(0)
@@ -234,7 +255,7 @@ def survey(
         base, source_desc: as in `thresholds.histogram`; the base is read for `gone`, and with `subtract`.
         sources: `[n, E]` bits: deltas, float32 bits, or with `subtract` values.
         made: `[n, CACHED]` float32, memory for deltas with `subtract`; else `[n, 0]`.
-        edges: as in `measure`.
+        edges: as in `measure`; the first is 1, the smallest magnitude.
         below, packed, sums: as in `measure`, one row a source.
         most: entries that a packed histogram can hold. Before there are more, it is moved to
         counted, lows: `[n, BINS]` int64, as `counts` and `lows` of `thresholds.histogram`; `[n, 0]` where E is at most `most`.
@@ -259,6 +280,8 @@ def survey(
     converted, minus, passes = made.view(np.uint32), lines[0], len(place)
     cut[:] = 0
     start, packed_from = 0, 0
+    # The difference of two bfloat16, added again, gives the other one: only zeros are erased.
+    exact = subtract and base[0].size > 0
     while start < size:
         if start >= ready:
             origin, ready = advance_block(source_desc, ready)
@@ -273,6 +296,8 @@ def survey(
         for at in range(0, m if subtract else 0, STRIP):
             count = min(STRIP, m - at)
             widen(strip(base, begin + at, count), minus)
+            if exact:
+                add_squares(minus[:count].view(np.uint32), weight[:1])
             for i in range(n):
                 load(strip_of(sources, i, begin + at, count), minus, made[i, at : at + count])
         deltas = converted if subtract else sources[1]
@@ -281,7 +306,7 @@ def survey(
             one = deltas[i, first : first + m]
             tops[i] = measure(one, edges, below[i], packed[i], sums[i])
             largest[i] = max(largest[i], tops[i])
-            if gone.size:
+            if gone.size and not exact:
                 gone[i] += erased(one, strip(base, begin, m), weight[i : i + int(i == 0)], lines)
         pair = 0
         for i in range(n if pair_counts.size else 0):
@@ -295,8 +320,9 @@ def survey(
                 support[: len(support) if p == 0 else 0], weights, elect if p == passes - 1 else -1, tie_positive, normalize, factor, kept, kept_sums, merged, tops, least, cut, lines,
             )  # fmt: skip
         start = stop
-    for i in range(1, len(weight)):
+    for i in range(len(weight)):
         weight[i] = weight[0]
+        gone[i] = below[i, 0] if exact else gone[i]
     for i in range(n if elect == 1 else 0):  # the squares of weight * delta
         unit = np.float64(weights[i])
         kept_sums[i, 3] = kept_sums[i, 3] / (unit * unit) if unit != 0.0 else 0.0

@@ -107,6 +107,11 @@ class MeasuredWeights(Rule):
         return self.weighs_model or self.unit.needs_model
 
     @property
+    def weighs(self) -> bool:
+        """Whether its weights are still to be found."""
+        return self.known is None
+
+    @property
     def weighs_model(self) -> bool:
         """Whether its weights are still to be found over the whole model."""
         return self.scope == "global" and self.known is None

@@ -121,6 +121,11 @@ class Rule(ABC):
         return self.global_trims is not None
 
     @property
+    def weighs(self) -> bool:
+        """Whether some of its weights are still to be measured, see `measured_weights.MeasuredWeights`."""
+        return False
+
+    @property
     def global_trims(self) -> tuple[Any, ...] | None:
         """The trim of each source if magnitudes are ranked over the whole model (`trim_scope: global`); else None."""
         return None
