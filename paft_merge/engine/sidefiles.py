@@ -283,7 +283,8 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
     if finished.nonfinite:
         entry["nonfinite"] = finished.nonfinite
     if tensor.method == COPY:
-        return entry | {"from": tensor.inputs.reads[0].source}
+        given = {"parameters": dict(tensor.parameters)} if tensor.parameters else {}
+        return entry | {"from": tensor.inputs.reads[0].source} | given
     sources, noted = [], json.loads(finished.noted)
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None
