@@ -291,11 +291,13 @@ class Planner:
         """
         both = reads.base is not None and self.method.max_sources == 1
         sources = reads.merged if both else reads.sources
-        given = [float(one.get("weight", 1.0)) for one in self._parameters(output)[1]]
+        given = [one.get("weight", 1.0) for one in self._parameters(output)[1]]
         weights = [1.0, *given] if both else given
-        if abs(sum(weights)) < 1e-8:
-            what = "the weights of the sources add up to zero, so their routers have no mean"
-            raise RecipeError.of("PARAM_RANGE", output.slice.output.spot, what, "write router: base")
+        words = [weight for weight in weights if isinstance(weight, str)]
+        if words or abs(sum(weights)) < 1e-8:
+            what = f"a source has weight: {words[0]}" if words else "the weights of the sources add up to zero"
+            spot, fix = output.slice.output.spot, "write weights that are numbers, or router: base"
+            raise RecipeError.of("PARAM_RANGE", spot, f"{what}, so their routers have no mean", fix)
         rule, inputs = (
             WeightedSum(tuple(w / sum(weights) for w in weights), "values"),
             inputs_for(None, sources, "either"),

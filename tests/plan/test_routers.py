@@ -191,6 +191,10 @@ def test_what_cannot_be_is_refused_and_what_has_no_effect_is_a_warning(
     sources = [(places["x"], {"weight": 1.0}), (places["y"], {"weight": -1.0})]
     with pytest.raises(PaftMergeError, match="add up to zero, so their routers have no mean"):
         warnings(recipe("ties", places["base"], *sources, router="average"))
+    measured = [(places["x"], {"weight": "equal_norm"}), (places["y"], {"weight": 1.0})]
+    with pytest.raises(PaftMergeError, match="a source has weight: equal_norm, so their routers have no mean"):
+        warnings(recipe("ties", places["base"], *measured, router="average"))
+    assert warnings(recipe("ties", places["base"], *measured, router="base")) == []
     entries = [{"model": str(places[one]), "layer_range": [0, 2], "parameters": {"weight": 1.0}} for one in "xy"]
     unlisted = {"merge_method": "linear", "base_model": str(places["base"]), "slices": [{"sources": entries}]}
     with pytest.raises(PaftMergeError, match="not among the sources of this slice"):
