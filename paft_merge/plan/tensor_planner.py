@@ -302,14 +302,14 @@ class Planner:
             WeightedSum(tuple(w / sum(weights) for w in weights), "values"),
             inputs_for(None, sources, "either"),
         )
-        dtype, method, why = self._out_dtype(reads.stored, rule, sources), "linear", ""
+        dtype, parameters = self._out_dtype(reads.stored, rule, sources), {"router": "average"}
+        if inputs.unchanged and sources[0].plain and sources[0].dtype == dtype:
+            return replace(self._copied(output, sources[0], "every source has the same router"), parameters=parameters)
         if inputs.unchanged:
             inputs, rule = Inputs.one(sources[0]), WeightedSum((), "deltas")
-            if sources[0].plain and sources[0].dtype == dtype:
-                method, why = COPY, "every source has the same router"
-        parameters = {"router": "average", "sources": [{"weight": weight} for weight in weights]}
-        key = self._rounding_key(output.name, dtype) if method != COPY else 0
-        return PlannedTensor(output.name, reads.stored.shape, dtype, method, inputs, rule, parameters, key, output, why)
+        shown = {**parameters, "sources": [{"weight": weight} for weight in weights]}
+        key = self._rounding_key(output.name, dtype)
+        return PlannedTensor(output.name, reads.stored.shape, dtype, "linear", inputs, rule, shown, key, output)
 
     def _check_shapes(self, stored: Read, sources: Sequence[Read]) -> None:
         """Check that paired tensors have equal shapes, and that stacked layers have those of the config source."""
