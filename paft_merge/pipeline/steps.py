@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.compute.magnitudes import EPSILON
+from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.schema import Measurement
@@ -355,8 +356,12 @@ class Planner:
 
     def _arms(self, seed: int | None) -> None:
         for arm in arms_of(self, seed):
-            if any(known.name == arm.name and known.seed == arm.seed for known in self.arms):
+            same = [known for known in self.arms if known.slug == arm.slug and known.seed == arm.seed]
+            if any(known.parts == arm.parts for known in same):
                 continue
+            if same:
+                what = f"the arms {same[0].name!r} and {arm.name!r} would have one folder, {arm.slug}"
+                raise RecipeError.of("COMPARE", self.recipe.where("adapters"), what, "rename the adapter")
             self.arms.append(arm)
             self._measure(arm)
 
