@@ -88,12 +88,15 @@ def measure(
     """
     path = beside_recipe(of.data, folder)
     if of.kind == "perplexity":
-        return _perplexity(subject, read_lines(path, of.max_rows), of.unit, batch_size, advance)
-    rows = rows_for(of, path, chat=bool(subject.tokenizer.chat_template))
+        lines = subject.kept(("lines", of, folder), lambda: read_lines(path, of.max_rows))
+        return _perplexity(subject, lines, of.unit, batch_size, advance)
+    rows = subject.kept(("rows", of, folder), lambda: rows_for(of, path, chat=bool(subject.tokenizer.chat_template)))
     if of.kind == "preference":
-        return _preference(subject, rows, of, batch_size, advance)
+        ids, starts = subject.kept(("pairs", of, folder), lambda: _pairs(subject, rows, of))
+        return _preference(subject, ids, starts, of, batch_size, advance)
     prompts, ended = [row["prompt"] for row in rows], list[bool]()
-    outputs = generate(subject, prompts, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended)
+    ids = subject.kept(("prompts", of, folder), lambda: _ids(subject, [(prompt, True) for prompt in prompts]))
+    outputs = _answers(subject, ids, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended)
     warning = _unended(of, ended)
     if of.kind == "exact_match":
         right = [row["completion"].strip() for row in rows]
@@ -197,7 +200,6 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     advance: Advance = lambda done, rows: None,
-    ended: list[bool] | None = None,
 ) -> list[str]:
     """Generate an answer to every prompt, without the prompt and special tokens.
 
@@ -211,14 +213,29 @@ def generate(
         temperature: Sampling temperature; 0 is greedy decoding.
         seed: Seed of sampled answers.
         advance: Called after every batch.
-        ended: Receives for each answer, in the order of generation, whether it ended with an end token.
 
     Raises:
         EvaluateError: LENGTH, when a prompt and its answer are longer than the model's context; TEMPLATE, when the chat
             template refuses a prompt.
     """
-    tokenizer = subject.tokenizer
     ids = _ids(subject, [(prompt, True) for prompt in prompts])
+    return _answers(subject, ids, max_new_tokens, batch_size, temperature, seed, advance, [])
+
+
+def _answers(
+    subject: EvaluatedModel,
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    advance: Advance,
+    ended: list[bool],
+) -> list[str]:
+    """As `generate`, from token ids.
+
+    `ended` receives for each answer, in the order of generation, whether it ended with an end token.
+    """
     longest = max(map(len, ids)) + max_new_tokens
     if longest > subject.max_length:
         what = f"the longest prompt and its answer take {longest} tokens, the model's limit is {subject.max_length}"
@@ -228,7 +245,7 @@ def generate(
         for batch in _batches(ids, batch_size, advance):
             found = complete(
                 subject.model,
-                tokenizer,
+                subject.tokenizer,
                 [ids[i] for i in batch],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
@@ -264,9 +281,19 @@ def _logps(
 
 
 def _preference(
-    subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, batch_size: int, advance: Advance
-) -> Score:
+    subject: EvaluatedModel, ids: Sequence[list[int]], starts: Sequence[int], of: Measurement, batch_size: int, advance: Advance
+) -> Score:  # fmt: skip
     """Share of pairs whose chosen answer is more likely than the rejected one; a tie counts half."""
+    sums = _logps(subject, ids, starts, batch_size, advance)
+    scores = [logp / max(tokens, 1) if of.normalize else logp for logp, tokens in sums]
+    wins = [
+        1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in zip(scores[::2], scores[1::2], strict=True)
+    ]
+    return _mean(wins)
+
+
+def _pairs(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each prompt with its chosen and with its rejected answer, and where each answer starts."""
     questions = _ids(subject, [(row["prompt"], True) for row in rows])
     pairs = [_with_answer(subject, row["prompt"], row[key]) for row in rows for key in ("chosen", "rejected")]
     ids, starts = _ids(subject, [(pair, False) for pair in pairs]), list[int]()
@@ -276,12 +303,7 @@ def _preference(
             raise EvaluateError.of("LENGTH", of.data, what, "remove such rows, or raise max_length")
         asked = questions[at // 2]
         starts.append(next((i for i, (a, b) in enumerate(zip(asked, full, strict=False)) if a != b), len(asked)))
-    sums = _logps(subject, ids, starts, batch_size, advance)
-    scores = [logp / max(tokens, 1) if of.normalize else logp for logp, tokens in sums]
-    wins = [
-        1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in zip(scores[::2], scores[1::2], strict=True)
-    ]
-    return _mean(wins)
+    return ids, starts
 
 
 def _with_answer(subject: EvaluatedModel, prompt: Any, answer: Any) -> Any:
@@ -294,17 +316,11 @@ def _with_answer(subject: EvaluatedModel, prompt: Any, answer: Any) -> Any:
 
 def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_size: int, advance: Advance) -> Score:
     """exp of the mean loss per token; `rows` are the mean losses of the windows (or lines), in nats."""
-    tokenizer, most = subject.tokenizer, subject.max_length
-    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    room = most - len(first)
-    windows: list[list[int]] = []
-    for text in lines if unit == "line" else ["\n".join(lines)]:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        windows += [[*first, *ids[at : at + room]] for at in range(0, len(ids), room)]
+    windows = subject.kept(("windows", unit, tuple(lines)), lambda: _windows(subject, lines, unit))
     warning = ""
     if unit == "text" and len(lines) > 1 and len(windows) > 1:
         warning = _warned(
-            f"the text is longer than the model's window and was cut into {len(windows)} windows of {most} "
+            f"the text is longer than the model's window and was cut into {len(windows)} windows of {subject.max_length} "
             "tokens; unit: line (--unit line) measures every line by itself"
         )
     windows = [window for window in windows if len(window) > 1]
@@ -317,3 +333,14 @@ def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_
     value = math.exp(min(loss, 700.0))
     spread = value * per_row.stderr if per_row.stderr is not None else None
     return Score(value, spread, per_row.rows, warning=warning, tokens=tuple(count for _, count in sums))
+
+
+def _windows(subject: EvaluatedModel, lines: Sequence[str], unit: str) -> list[list[int]]:
+    """Token ids of a text (or of every line) in pieces that fit the model, each after the token that begins a text."""
+    tokenizer = subject.tokenizer
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    room, windows = subject.max_length - len(first), list[list[int]]()
+    for text in lines if unit == "line" else ["\n".join(lines)]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        windows += [[*first, *ids[at : at + room]] for at in range(0, len(ids), room)]
+    return windows

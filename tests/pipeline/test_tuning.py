@@ -15,7 +15,10 @@ from paft_merge.cli import cli
 from paft_merge.errors import RecipeError
 from paft_merge.pipeline import run, tuning
 from paft_merge.pipeline.execution import Event
-from paft_merge.pipeline.tuning import Trial, _terms, plot, tune
+from paft_merge.pipeline.search_plot import plot
+from paft_merge.pipeline.search_result import terms
+from paft_merge.pipeline.search_space import Dimension
+from paft_merge.pipeline.tuning import Trial, tune
 
 pytestmark = [THEIR_WARNINGS, pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")]
 
@@ -45,7 +48,7 @@ STARTED: list[Event] = []
 def searched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search that was killed once in its third trial."""
     folder = tmp_path_factory.mktemp("runs") / "tuned"
-    merges, real = iter(range(1, 100)), tuning._try
+    merges, real = iter(range(1, 100)), tuning.try_merge
 
     def dies(*given):
         if next(merges) == 3:
@@ -53,7 +56,7 @@ def searched(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return real(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "_try", dies)
+        patch.setattr(tuning, "try_merge", dies)
         with pytest.raises(Killed):
             tune(world, folder, on_event=STARTED.append)
     tune(world, folder, on_event=STARTED.append)
@@ -169,19 +172,17 @@ def test_a_search_that_cannot_be_is_refused_before_training(
 
 
 def test_a_metric_may_be_a_sum() -> None:
-    assert _terms("skill + 0.1 * happy") == {"skill": 1.0, "happy": 0.1}
-    assert _terms("skill - 2*text") == {"skill": 1.0, "text": -2.0}
-    assert _terms("skill - text") == {"skill": 1.0, "text": -1.0}
+    assert terms("skill + 0.1 * happy") == {"skill": 1.0, "happy": 0.1}
+    assert terms("skill - 2*text") == {"skill": 1.0, "text": -2.0}
+    assert terms("skill - text") == {"skill": 1.0, "text": -1.0}
     with pytest.raises(RecipeError, match="is not a sum of evaluations"):
-        _terms("skill + x * happy")
+        terms("skill + x * happy")
 
 
 def test_choices_and_logarithms_are_drawn(tmp_path: Path) -> None:
-    from paft_merge.pipeline.schema import TuneSpec
-
-    spec = TuneSpec(metric="m", space={"a.b": [1e-3, 1.0, "log"], "c": ["x", "y"]})
+    space = [Dimension("a.b", [1e-3, 1.0, "log"], "a.b"), Dimension("c", ["x", "y"], "c")]
     trials = [Trial(i, i / 3, {"a.b": 10.0**-i, "c": "xy"[i % 2]}, {"m": i / 3}) for i in range(3)]
-    plot(trials, spec, tmp_path / "p.png")
+    plot(trials, space, ["m"], tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 
@@ -189,14 +190,12 @@ def test_choices_and_logarithms_are_drawn(tmp_path: Path) -> None:
 def test_any_name_is_drawn_and_many_parameters_have_rows(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
-    from paft_merge.pipeline.schema import TuneSpec
-
     name = r"$\bad_{a$ 日本" + "x" * 300
     space = {f"{name}{i}": [0.0, 1.0] if i % 2 else [name, "ties", "$^$"] for i in range(8)}
     first = Trial(1, 0.5, dict.fromkeys(space), {name: 0.5}, is_recipe=True)
     second = Trial(2, 0.4, {key: choices[0] for key, choices in space.items()}, {name: 0.4})
     for number, trials in enumerate(([first], [first, second])):
-        plot(trials, TuneSpec(metric=name, space=space), tmp_path / f"{number}.png")
+        plot(trials, [Dimension(key, given, key) for key, given in space.items()], [name], tmp_path / f"{number}.png")
         height, width, _ = imread(tmp_path / f"{number}.png").shape
         assert width < 2000
         assert height > 3 * 300
