@@ -5,7 +5,7 @@
 | schema | the section `evaluate:` |
 | data_rows | data files, checked before anything is loaded |
 | loading | the model in memory |
-| light | exact match, preference accuracy, mean reward, perplexity |
+| light | exact match, preference accuracy, mean reward, perplexity, self-consistency |
 | harness | lm-eval |
 | alpaca | answers in AlpacaEval's format |
 """

@@ -1,4 +1,4 @@
-"""Light evaluations: exact match of greedy answers, preference pairs, a reward of answers, perplexity.
+"""Light evaluations: exact match of greedy answers, preference pairs, a reward of answers, perplexity, self-consistency.
 
 B = rows of a batch, T = tokens, V = vocabulary. Every kind gives one number per row, so that two models can be compared row
 by row. The score is their mean (`perplexity`: exp of the mean over tokens).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from torch.nn.functional import log_softmax
 from paft_merge.errors import DOCS, EvaluateError
 from paft_merge.evaluating.data_rows import read_lines, rows_for
 from paft_merge.evaluating.loading import EvaluatedModel
-from paft_merge.evaluating.schema import Measurement
+from paft_merge.evaluating.schema import SAMPLES, Measurement
 from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.training.child_process import in_child, match_in_time
@@ -46,7 +47,7 @@ class Score:
     rows: tuple[float, ...] = field(repr=False)
     """Values by row, in the order of the file; empty for lm-eval."""
     outputs: tuple[str, ...] = field(default=(), repr=False)
-    """The generated texts by row, if any."""
+    """The generated texts by row, if any; of `self_consistency` all samples of the first row, then of the second."""
     warning: str = ""
     """What makes the value doubtful."""
     tokens: tuple[int, ...] = field(default=(), repr=False)
@@ -96,8 +97,16 @@ def measure(
         return _preference(subject, ids, starts, of, batch_size, advance)
     prompts, ended = [row["prompt"] for row in rows], list[bool]()
     ids = subject.kept(("prompts", of, folder), lambda: _ids(subject, [(prompt, True) for prompt in prompts]))
-    outputs = _answers(subject, ids, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended)
+    count = (of.samples or SAMPLES) if of.kind == "self_consistency" else 1
+    made = _answers(subject, ids, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended, count)
     warning = _unended(of, ended)
+    if of.kind == "self_consistency":
+        outputs = [text for texts in made for text in texts]
+        found = outputs if of.extract is None else _extracted(outputs, of.extract)
+        return replace(
+            _mean([_agreement(found[at : at + count]) for at in range(0, len(found), count)], outputs), warning=warning
+        )
+    outputs = [text for (text,) in made]
     if of.kind == "exact_match":
         right = [row["completion"].strip() for row in rows]
         answers = outputs if of.extract is None else _extracted(outputs, of.extract)
@@ -168,6 +177,15 @@ def _ids(subject: EvaluatedModel, asked: Sequence[tuple[Any, bool]]) -> list[lis
     return found
 
 
+def _agreement(answers: Sequence[str]) -> float:
+    """The share of sampled answers that equal the most frequent one; an empty answer equals none.
+
+    It is the consistency of Wang et al. 2022 (arXiv:2203.11171): the share of samples that agree with their majority.
+    """
+    counts = Counter(filter(None, map(str.strip, answers)))
+    return max(counts.values(), default=0) / len(answers)
+
+
 def _extracted(outputs: Sequence[str], extract: str) -> list[str]:
     """The first group of `extract` in each output; empty where it does not match."""
     try:
@@ -219,7 +237,7 @@ def generate(
             template refuses a prompt.
     """
     ids = _ids(subject, [(prompt, True) for prompt in prompts])
-    return _answers(subject, ids, max_new_tokens, batch_size, temperature, seed, advance, [])
+    return [text for (text,) in _answers(subject, ids, max_new_tokens, batch_size, temperature, seed, advance, [])]
 
 
 def _answers(
@@ -231,8 +249,9 @@ def _answers(
     seed: int,
     advance: Advance,
     ended: list[bool],
-) -> list[str]:
-    """As `generate`, from token ids.
+    count: int = 1,
+) -> list[tuple[str, ...]]:
+    """Generate `count` answers to every prompt, from token ids; the other arguments are those of `generate`.
 
     `ended` receives for each answer, in the order of generation, whether it ended with an end token.
     """
@@ -240,19 +259,20 @@ def _answers(
     if longest > subject.max_length:
         what = f"the longest prompt and its answer take {longest} tokens, the model's limit is {subject.max_length}"
         raise EvaluateError.of("LENGTH", subject.name, what, "lower max_new_tokens, or raise max_length")
-    answers = [""] * len(ids)
+    answers: list[tuple[str, ...]] = [()] * len(ids)
     with _drawing(seed, subject.device):
-        for batch in _batches(ids, batch_size, advance):
+        for batch in _batches(ids, max(batch_size // count, 1), advance):
             found = complete(
                 subject.model,
                 subject.tokenizer,
                 [ids[i] for i in batch],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                completions=count,
                 ended=ended,
             )
-            for i, (text,) in zip(batch, found, strict=True):
-                answers[i] = text
+            for i, texts in zip(batch, found, strict=True):
+                answers[i] = texts
     return answers
 
 

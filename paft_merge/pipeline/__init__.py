@@ -22,6 +22,7 @@ results_table      the table at the end
 tuning             `paft tune`
 search_space       what a search varies
 trials             one merge of a search, and its evaluation in memory
+trial_processes    trials at a time on this machine
 search_result      the best trial, the front, and their files
 search_plot        the plot of a search
 starter_recipe     `paft init`

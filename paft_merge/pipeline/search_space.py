@@ -169,11 +169,14 @@ class SearchSpace:
         return data
 
     def _conditions(self, groups: Mapping[str, Any], own: Any) -> list[Any]:
-        """Values by group as mergekit's conditions; the recipe's own value is that of the other tensors."""
+        """Values by group as mergekit's conditions, of which the first that matches a tensor applies.
+
+        Parts of names are before kinds of modules, which may include them. The recipe's own value is that of the other
+        tensors.
+        """
         found: list[Any] = [
-            {"filter": text, "value": value}
-            for group, value in groups.items()
-            if group != REST
+            {"filter": text, "value": groups[group]}
+            for group in sorted(groups.keys() - {REST}, key=lambda group: (group in KINDS, [*groups].index(group)))
             for text in self.filters[group]
         ]
         if REST in groups:
@@ -207,7 +210,8 @@ def value_at(data: Any, steps: Iterable[str | int]) -> Any:
 def _dimensions(recipe: RunRecipe, key: str, given: Any, problems: Problems) -> list[Dimension]:
     """The dimensions of one key path."""
     where, found = recipe.where("tune", "space", key), list[Dimension]()
-    grouped = isinstance(given, Mapping) and not given.keys() & set(_RANGE)
+    grouped = isinstance(given, Mapping) and bool(given) and not given.keys() & set(_RANGE)
+    given = given or []
     for group, one in given.items() if grouped else [("", given)]:
         name, layers, choices = f"{key}.{group}" if group else key, None, one
         if isinstance(one, Mapping):

@@ -12,13 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
-from paft_merge.engine.api import available_cores
 from paft_merge.engine.ray_cluster import Cluster, Needs, TaskPool, uses_ray
 from paft_merge.errors import Problems, RecipeError, RunError
 from paft_merge.inputs.links import following_links
@@ -47,6 +45,7 @@ from paft_merge.pipeline.search_result import (
 )
 from paft_merge.pipeline.search_space import SearchSpace
 from paft_merge.pipeline.state import locked
+from paft_merge.pipeline.trial_processes import TrialProcesses, trials_at_once
 from paft_merge.pipeline.trials import Scores, Search, forget_model, metrics_of, try_merge
 from paft_merge.recipe.yaml_source import did_you_mean
 
@@ -87,8 +86,9 @@ def tune(
         progress: Called after each trial with the trial, the number of trials so far, and the number in all.
         on_event: As for `run`: called for the steps of training, and when a trial starts.
         trust_code, follow_links: As for `run`.
-        engine, ray_address: As for `run`; with `ray`, trials run side by side.
-        parallel: Trials at a time on Ray. None: one for each GPU, or for each machine without GPUs.
+        engine, ray_address: As for `run`; with `ray`, trials run side by side on the machines of a cluster.
+        parallel: Trials at a time. None: on Ray one for each GPU, or for each machine without GPUs; on this machine four on
+            the cores that there are for a base of up to 256 MiB that is evaluated on the CPU, else one.
 
     Returns:
         The best trial, all trials, the front, and the file of the best recipe, beside which are `tune.png`, `trials.csv`,
@@ -124,7 +124,7 @@ def tune(
         following_links(follow_links),
         locked(out),
         logged(out / "logs" / "tune.log"),
-        _pool(engine, ray_address, parallel) as (pool, at_once, needs),
+        _pool(loaded, engine, ray_address, parallel) as (pool, at_once, needs),
     ):
         study, scratch = _study(out, name, spec, side_by_side=at_once > 1), out.resolve() / "scratch"
         search = Search(loaded, paths, needed, out.resolve(), trust_code, uuid4().hex)
@@ -134,7 +134,8 @@ def tune(
         origin = Origin.here(out.resolve())
         try:
             while left or pool.running:
-                while left and len(pool.running) < at_once:
+                room = pool.at_once if isinstance(pool, TrialProcesses) else at_once
+                while left and len(pool.running) < room:
                     asked = study.ask(space.distributions()) if has_recipe else None  # None: the recipe as it is
                     left, has_recipe, label = left - 1, True, f"trial-{len(begun) + 1}"
                     begun[label] = asked
@@ -159,25 +160,15 @@ def tune(
     return result
 
 
-class _Here:
-    """Runs tasks in this process, one when its result is asked for. `TaskPool` does the same on Ray."""
-
-    def __init__(self) -> None:
-        self.running = dict[str, Callable[[], Any]]()
-
-    def start(self, name: str, do: Callable[..., Any], arguments: tuple[Any, ...], needs: Needs) -> None:
-        self.running[name] = partial(do, *arguments)
-
-    def ended(self) -> Iterator[tuple[str, Any]]:
-        name, do = self.running.popitem()
-        yield name, do()
-
-
 @contextmanager
-def _pool(engine: str, address: str | None, parallel: int | None) -> Iterator[tuple[_Here | TaskPool, int, Needs]]:
+def _pool(
+    recipe: RunRecipe, engine: str, address: str | None, parallel: int | None
+) -> Iterator[tuple[TrialProcesses | TaskPool, int, Needs]]:
     """What runs trials, how many at a time, and the resources of each."""
     if engine != "ray":
-        yield _Here(), 1, Needs(available_cores())
+        at_once = trials_at_once(recipe, parallel)
+        with TrialProcesses.open(at_once) as processes:
+            yield processes, at_once, Needs(processes.threads)
         return
     with Cluster.connect(address) as cluster:
         at_once, needs = cluster.share(parallel)
