@@ -19,9 +19,9 @@ from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.sidefiles import model_files
 from paft_merge.errors import EvaluateError, Problem
 from paft_merge.evaluating import HARNESS, check_evaluate, evaluate_loaded
+from paft_merge.pipeline.named_models import resolved_merge
 from paft_merge.pipeline.ray_steps import Origin
 from paft_merge.pipeline.schema import RunRecipe
-from paft_merge.pipeline.steps import resolved_merge
 from paft_merge.pipeline.trained_templates import as_trained, template_of_run
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 

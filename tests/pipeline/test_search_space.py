@@ -11,9 +11,9 @@ from toys import train as train_toys
 
 from paft_merge.engine.api import open_plan
 from paft_merge.errors import Problems, RecipeError
+from paft_merge.pipeline.named_models import resolved_merge
 from paft_merge.pipeline.schema import load_run
 from paft_merge.pipeline.search_space import SearchSpace
-from paft_merge.pipeline.steps import resolved_merge
 from paft_merge.recipe.yaml_source import dump_yaml
 
 WEIGHT = "models[0].parameters.weight"

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from paft_merge import merge
 from paft_merge.evaluating import evaluate, loading
 from paft_merge.pipeline import trials
+from paft_merge.pipeline.named_models import resolved_merge
 from paft_merge.pipeline.ray_steps import Origin
 from paft_merge.pipeline.schema import load_run
 from paft_merge.pipeline.state import locked
-from paft_merge.pipeline.steps import resolved_merge
 from paft_merge.pipeline.trials import Search, TrialModel, try_merge
 from paft_merge.recipe.yaml_source import dump_yaml
 
