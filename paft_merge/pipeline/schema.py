@@ -193,11 +193,12 @@ class PushSpec(Section):
 class TuneSpec(Section):
     """The section `tune:`: the search space of `paft tune` and the metric that it maximises."""
 
-    metric: str
-    """An evaluation of `evaluate:`; or several, added: `skill + 0.1 * happy`."""
-    space: Annotated[dict[str, list[Any]], Field(min_length=1)]
+    metric: str | Annotated[list[str], Field(min_length=1)]
+    """An evaluation of `evaluate:`; or several, added: `skill + 0.1 * happy`. A list of them is several objectives."""
+    space: Annotated[dict[str, Any], Field(min_length=1)]
     """Key paths of `merge:`, each with `[low, high]` (two numbers), `[low, high, log]`, or a list of choices:
-    `parameters.trim.l1_mass: [0.5, 1.0]`, `models[0].parameters.weight: [0.2, 1.5]`."""
+    `parameters.trim.l1_mass: [0.5, 1.0]`; a gradient (`{range: [0.2, 1.5], layers: 4}`); or a mapping with one of these for
+    each kind of module: `models[0].parameters.weight: {attention: [0.2, 1.5], mlp: [0.2, 1.5]}`."""
     trials: Annotated[int, Field(ge=1)] = 40
     seed: int = 0
     startup_trials: Annotated[int, Field(ge=1)] = 10

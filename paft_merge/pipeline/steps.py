@@ -373,10 +373,13 @@ class Planner:
         general = spec.model_dump(exclude={"metrics", "suite", "tasks"})
         for name, measurement in spec.metrics.items():
             files: dict[str, Path] = {"data": beside_recipe(measurement.data, self.recipe.folder)}
+            section = measurement.model_dump()
+            if measurement.samples is None:
+                del section["samples"]  # fingerprints of before this key hold
             code = file_of(measurement.function, self.recipe.folder) if measurement.function else None
             self._add(
                 "evaluate", arm.seed, f"{arm.slug}/{name}", Evaluate(arm, name), place / f"{name}.json", arm.needs,
-                section=former_keys(Measurement, measurement.model_dump()), general=general, model=self._print_of(arm),
+                section=former_keys(Measurement, section), general=general, model=self._print_of(arm),
                 files=self.prints.all_of(files | ({"code": code} if code else {})),
             )  # fmt: skip
         if spec.needs_lm_eval:
