@@ -8,6 +8,7 @@ plots               pictures, from the results
 policy_losses       the losses of `training`, for policies over states and actions
 frozen_lake         study `frozen-lake`
 bandit              study `on-policy`
+precision           study `precision`
 """
 
 from paft_merge.studies.seeds import StudyResult as StudyResult

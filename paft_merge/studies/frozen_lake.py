@@ -226,7 +226,9 @@ def _rows(ice: str, warm_steps: int, spec: Parameters, seed: int) -> dict[str, d
             for done in _descent(network, loss, max(spec.steps), spec.learning_rate)
             if done in spec.steps
         }
-        rows |= {f"{method}, step {done}": found for done, found in steps.items()}
+        for done, found in steps.items():
+            along = {name: found[name] for name in ("mse", "success")}
+            rows[f"{method}, step {done}"] = found if done == max(steps) else along
         nearest = min(steps, key=lambda done: steps[done]["mse"])
         rows[f"{method}, nearest"] = steps[nearest] | {"step": float(nearest)}
     return rows

@@ -26,7 +26,7 @@ from paft_merge.training.adapter_record import versions
 from paft_merge.training.run_folder import write_json
 
 FORMAT = 1
-DIGITS = 6
+DIGITS = 5
 """Significant digits of a number in the files."""
 
 

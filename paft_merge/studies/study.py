@@ -20,7 +20,7 @@ from paft_merge.recipe.yaml_source import Located, load_yaml
 Tables: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """The numbers of one seed: by table, row and metric."""
 
-MODULES = {"frozen-lake": "frozen_lake", "on-policy": "bandit"}
+MODULES = {"frozen-lake": "frozen_lake", "on-policy": "bandit", "precision": "precision"}
 """The module of each study. It has `Parameters`, `run_seed` and, where settings are chosen before, `tune`."""
 
 Cell: TypeAlias = tuple[str, str]
