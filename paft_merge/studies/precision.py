@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 import xxhash
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from paft_merge.engine.api import merge
 from paft_merge.errors import RunError, reading
 from paft_merge.recipe.sections import Section
 from paft_merge.studies.policy_losses import preference_margin
@@ -28,8 +27,6 @@ from paft_merge.studies.study import Tables
 from paft_merge.training.base_model import load_base, load_tokenizer, restoring_base
 from paft_merge.training.factors import adapted, chunks
 from paft_merge.training.generation import complete, padded, token_ids
-from paft_merge.training.on_policy import Sampled, pairs_of, sample
-from paft_merge.training.run import train_adapter
 from paft_merge.training.schema import AdapterSpec, BaseSpec, LoraSpec, SamplingSpec
 
 STORED = {
@@ -47,16 +44,16 @@ class Parameters(Section):
     """Folder of the base, in the folder of `--data`."""
     lexicon: str = "vader/vader_lexicon.txt"
     """File in the folder of `--data` with a word, a tab and its valence in each line."""
-    prompts: int = 300
+    prompts: PositiveInt = 300
     """Prompts that pairs are made of; prompts whose completions score alike give none."""
-    held_out: int = 100
+    held_out: PositiveInt = 100
     """Further prompts, for the measurements."""
-    prompt_tokens: int = 16
+    prompt_tokens: PositiveInt = 16
     sampling: SamplingSpec = Field(
         default_factory=lambda: SamplingSpec(completions=3, max_new_tokens=40, batch_size=50)
     )
     lora: LoraSpec = Field(default_factory=lambda: LoraSpec(r=16, lora_alpha=32))
-    learning_rates: list[float] = Field(default_factory=lambda: [5e-7, 5e-6, 5e-5, 5e-4])
+    learning_rates: list[PositiveFloat] = Field(default_factory=lambda: [5e-7, 5e-6, 5e-5, 5e-4], min_length=1)
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig."""
 
@@ -157,6 +154,9 @@ def kept(deltas: Mapping[str, Tensor], base: Any, merged: Any) -> dict[str, floa
 
 def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any = None) -> Tables:
     """Train an adapter at each learning rate, store its merges, and measure them on prompts that it was not trained on."""
+    from paft_merge.engine.api import merge
+    from paft_merge.training.on_policy import Sampled, pairs_of, sample
+
     folder, file = _inputs(spec, data)
     lexicon = read_lexicon(file)
     tokenizer = load_tokenizer(str(folder), AdapterSpec.model_validate({"objective": "dpo", "data": "memory"}))
@@ -227,6 +227,8 @@ def _trained(
     base: Any, out: Path, pairs: list[dict[str, Any]], rate: float, seed: int, spec: Parameters, tokenizer: Any
 ) -> Path:
     """A DPO adapter; its training is on the pairs in their order from the seed."""
+    from paft_merge.training.run import train_adapter
+
     fixed = {"learning_rate": rate, "seed": seed, "save_strategy": "no", "gradient_checkpointing": False}
     section = {
         "objective": "dpo", "data": "memory", "lora": spec.lora.model_dump(), "training": {**spec.training, **fixed}
