@@ -30,6 +30,8 @@ def draw(definition: Definition, results: Results, folder: Path) -> list[tuple[P
     # Without a date and with a fixed salt, equal results give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "paft", "svg.fonttype": "none", "text.parse_math": False}):
         for spec in definition.plots:
+            if not any(results.has(cell, spec.metric) for cell in spec.cells()):
+                continue
             name = f"{definition.study}-{spec.name}.svg"
             figure = _lines(definition, spec, results) if spec.x else _intervals(definition, spec, results)
             figure.savefig(folder / name, metadata={"Date": None, "Creator": None})

@@ -8,26 +8,33 @@ so that only the stored weights differ.
 
 from __future__ import annotations
 
-import logging
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from paft_merge.errors import RunError, reading
-from paft_merge.recipe.sections import Section
+from paft_merge.errors import RunError
 from paft_merge.studies.policy_losses import preference_margin
+from paft_merge.studies.story_model import (
+    StoryModel,
+    beginnings,
+    inputs,
+    loaded,
+    read_lexicon,
+    tokenizer_of,
+    trained,
+    valence,
+)
+from paft_merge.studies.story_model import check as check
 from paft_merge.studies.study import Tables
-from paft_merge.training.base_model import load_base, load_tokenizer, restoring_base
+from paft_merge.training.base_model import load_base, restoring_base
 from paft_merge.training.factors import adapted, chunks
 from paft_merge.training.generation import complete, padded, token_ids
-from paft_merge.training.schema import AdapterSpec, BaseSpec, LoraSpec, SamplingSpec
+from paft_merge.training.schema import BaseSpec, LoraSpec, SamplingSpec
 
 STORED = {
     "float32": {"dtype": "float32"},
@@ -37,13 +44,9 @@ STORED = {
 """How a merge is stored: keys of its recipe."""
 
 
-class Parameters(Section):
+class Parameters(StoryModel):
     """The parameters of the study."""
 
-    base: str = "stories260K_hf"
-    """Folder of the base, in the folder of `--data`."""
-    lexicon: str = "vader/vader_lexicon.txt"
-    """File in the folder of `--data` with a word, a tab and its valence in each line."""
     prompts: PositiveInt = 300
     """Prompts that pairs are made of; prompts whose completions score alike give none."""
     held_out: PositiveInt = 100
@@ -56,54 +59,6 @@ class Parameters(Section):
     learning_rates: list[PositiveFloat] = Field(default_factory=lambda: [5e-7, 5e-6, 5e-5, 5e-4], min_length=1)
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's DPOConfig."""
-
-
-def _inputs(spec: Parameters, data: Path | None) -> tuple[Path, Path]:
-    """The folder of the base and the file of the lexicon.
-
-    Raises:
-        RunError: STUDY, one of them is not there.
-    """
-    if data is None:
-        raise RunError.of("STUDY", "--data", "this study needs a base and a lexicon", "give the folder that has them")
-    base, lexicon = data / spec.base, data / spec.lexicon
-    for key, path in (("base", base), ("lexicon", lexicon)):
-        if not path.exists():
-            raise RunError.of("STUDY", path, "does not exist", f"put it there, or name another with --set {key}=...")
-    return base, lexicon
-
-
-def check(spec: Parameters, data: Path | None) -> dict[str, str]:
-    """Digests of the inputs: results of other inputs are not mixed."""
-    base, lexicon = _inputs(spec, data)
-    files = [*sorted(base.glob("*.safetensors")), lexicon]
-    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
-
-
-def read_lexicon(path: Path) -> dict[str, float]:
-    """The valence of each word."""
-    with reading(path, "STUDY", RunError, "each line has a word, a tab and a number"):
-        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {row[0].lower(): float(row[1]) for row in rows}
-
-
-def valence(text: str, lexicon: Mapping[str, float]) -> float:
-    """The sum of the valences of a text's words."""
-    return sum(lexicon.get(word, 0.0) for word in re.findall(r"[\w']+", text.lower()))
-
-
-def _beginnings(model: Any, tokenizer: Any, count: int, spec: Parameters) -> list[str]:
-    """Different beginnings of the base's own texts."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    found: dict[str, None] = {}
-    for _ in range(20):
-        groups = complete(
-            model, tokenizer, [[first]], max_new_tokens=spec.prompt_tokens, temperature=1.0, completions=count
-        )
-        found |= dict.fromkeys(start for text in groups[0] if (start := text.strip().rpartition(" ")[0]))  # whole words
-        if len(found) >= count:
-            break
-    return list(found)[:count]
 
 
 def _answers(model: Any, tokenizer: Any, prompts: Sequence[str], spec: Parameters) -> list[str]:
@@ -157,17 +112,16 @@ def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any = None) 
     from paft_merge.engine.api import merge
     from paft_merge.training.on_policy import Sampled, pairs_of, sample
 
-    folder, file = _inputs(spec, data)
+    folder, file = inputs(spec, data)
     lexicon = read_lexicon(file)
-    tokenizer = load_tokenizer(str(folder), AdapterSpec.model_validate({"objective": "dpo", "data": "memory"}))
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = tokenizer_of(folder)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         load_base(str(folder), BaseSpec(dtype="bfloat16")).save_pretrained(place / "base")
         tokenizer.save_pretrained(place / "base")
-        base = _loaded(place / "base")
+        base = loaded(place / "base")
         torch.manual_seed(seed)
-        prompts = _beginnings(base, tokenizer, spec.prompts + spec.held_out, spec)
+        prompts = beginnings(base, tokenizer, spec.prompts + spec.held_out, spec.prompt_tokens)
         completions = sample(base, tokenizer, prompts, spec.sampling, seed)
         scored = [
             Sampled(
@@ -199,7 +153,7 @@ def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any = None) 
                 }
                 models = [{"model": f"{place / 'base'}+{adapter}"}]
                 merge({**given, **how, "models": models}, out, write_model_card=False, threads=1)
-                model = _loaded(out)
+                model = loaded(out)
                 logps, _ = _logps(model, tokenizer, test)
                 margins = preference_margin(logps, reference, mask)
                 answers = _answers(model, tokenizer, held, spec)
@@ -219,26 +173,12 @@ def _mean(values: Any) -> float:
     return float(sum(found) / len(found))
 
 
-def _loaded(folder: Path) -> Any:
-    return load_base(str(folder), BaseSpec(dtype="float32")).eval()
-
-
 def _trained(
     base: Any, out: Path, pairs: list[dict[str, Any]], rate: float, seed: int, spec: Parameters, tokenizer: Any
 ) -> Path:
     """A DPO adapter; its training is on the pairs in their order from the seed."""
-    from paft_merge.training.run import train_adapter
-
     fixed = {"learning_rate": rate, "seed": seed, "save_strategy": "no", "gradient_checkpointing": False}
     section = {
         "objective": "dpo", "data": "memory", "lora": spec.lora.model_dump(), "training": {**spec.training, **fixed}
     }  # fmt: skip
-    messages = logging.getLogger("paft_merge.training")
-    level = messages.level
-    messages.setLevel(
-        logging.ERROR
-    )  # completions are cut at their length, and each training would warn about their end token
-    try:
-        return train_adapter(base, section, out, rows=pairs, tokenizer=tokenizer, base_name=str(out.parent / "base"))
-    finally:
-        messages.setLevel(level)
+    return trained(base, section, out, pairs, tokenizer, out.parent / "base")

@@ -20,7 +20,12 @@ from paft_merge.recipe.yaml_source import Located, load_yaml
 Tables: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """The numbers of one seed: by table, row and metric."""
 
-MODULES = {"frozen-lake": "frozen_lake", "on-policy": "bandit", "precision": "precision"}
+MODULES = {
+    "frozen-lake": "frozen_lake",
+    "on-policy": "bandit",
+    "precision": "precision",
+    "on-policy-lm": "on_policy_lm",
+}
 """The module of each study. It has `Parameters`, `run_seed` and, where settings are chosen before, `tune`."""
 
 Cell: TypeAlias = tuple[str, str]
@@ -86,6 +91,11 @@ class PlotSpec(Section):
     def row_at(self, line: str, x: float) -> str:
         """The row of a line at an `x`."""
         return self.row.replace("{line}", line).replace("{x}", f"{x:g}")
+
+    def cells(self) -> list[Cell]:
+        """Every row that is drawn."""
+        rows = [self.row_at(line, x) for line in self.lines for x in self.x] or self.lines
+        return [(table, row) for table in self.tables for row in rows]
 
 
 class Definition(Section):

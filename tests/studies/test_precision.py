@@ -9,8 +9,9 @@ import torch
 from toys.train import THEIR_WARNINGS, WORDS, pretrained, saved
 
 from paft_merge.errors import RunError
-from paft_merge.studies import precision, run_study
-from paft_merge.studies.precision import kept, read_lexicon, valence
+from paft_merge.studies import on_policy_lm, precision, run_study
+from paft_merge.studies.precision import kept
+from paft_merge.studies.story_model import read_lexicon, valence
 
 
 class Stored:
@@ -85,3 +86,29 @@ def test_data_that_is_not_there_is_named(tmp_path):
         RunError, match=r"stories260K_hf: does not exist; put it there, or name another with --set base="
     ):
         precision.check(precision.Parameters(), tmp_path)
+
+
+@THEIR_WARNINGS
+def test_the_arms_of_the_language_model_see_the_same_number_of_completions(data, tmp_path, monkeypatch):
+    sections, own = {}, on_policy_lm.trained
+    first = []
+
+    def watched(base, section, out, *more):
+        sections[out.name] = section
+        first.append(own(base, section, tmp_path / "adapter", *more) if not first else first[0])
+        return first[0]
+
+    monkeypatch.setattr(on_policy_lm, "trained", watched)  # trains one of the six adapters
+    small = ("base=base", "lexicon=words.txt", "prompt_tokens=4", "learning_rate=0.05", "sampling.max_new_tokens=5")
+    found = run_study("on-policy-lm", tmp_path / "out", data=data, smoke=True, overrides=small)
+    asked = {name: (one["objective"], one["sampling"]["rounds"]) for name, one in sections.items()}
+    assert asked == {
+        f"valence-{objective}-{kind}": (objective, rounds)
+        for objective in ("on_policy", "best_of_n", "rwr")
+        for kind, rounds in (("offline", 1), ("on-policy", 2))
+    }
+    assert {one["sampling"]["rounds"] * one["sampling"]["samples_per_round"] for one in sections.values()} == {8}
+    (rounds,) = json.loads((first[0] / "paft_train.json").read_text())["run"]["rounds"]
+    assert rounds["prompts"] == 8
+    rows = json.loads(found.results.read_text())["tables"]["valence"]
+    assert rows["base"]["reward"] != rows["DPO, offline"]["reward"] == rows["RWR, on-policy"]["reward"]

@@ -188,8 +188,7 @@ def test_a_definition_names_rows_that_its_study_has(name, tmp_path):
     for spec in definition.tables:
         assert all(results.has((t, row), spec.metrics[0]) for t in spec.tables for row in spec.rows)
     for plot in definition.plots:
-        rows = [plot.row_at(line, x) for line in plot.lines for x in plot.x or [0]]
-        assert all(results.has((t, row), plot.metric) for t in plot.tables for row in rows)
+        assert all(results.has(cell, plot.metric) for cell in plot.cells())
         assert (docs_studies.FOLDER / f"{name}-{plot.name}.svg").is_file()
 
 
