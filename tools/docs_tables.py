@@ -24,7 +24,7 @@ PLACES = {
 }
 """The mappings of a recipe, by path, and the model that defines the keys of each."""
 
-OURS = {"rounding", "seed", "arithmetic", "models[].last", "slices[].sources[].last"}
+OURS = {"rounding", "seed", "arithmetic", "router", "models[].last", "slices[].sources[].last"}
 """Keys that mergekit does not have."""
 
 KEYS = {
@@ -43,6 +43,7 @@ KEYS = {
     "rounding": "`nearest` (default) or `stochastic`. See [Numerics](numerics.md)",
     "seed": "seed of random drops and of stochastic rounding (default 0)",
     "arithmetic": "`float32` (default), or `mergekit` for mergekit's results bit for bit",
+    "router": "routers of mixtures of experts: `base`, `average`, or `merge` (default, as other tensors). See [Routers](#routers)",
     "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`; a mapping `{model, lora, override_architecture, label}`; the name of a document; or one `.safetensors` file (`.pt` with `--lazy-unpickle`). Random drops depend on `label`, or without it on the reference as written",
     "models[].last": "with `RUN/checkpoint-*` in `model`: only the last so many. See [The checkpoints of a run](#the-checkpoints-of-a-run)",
     "models[].parameters": "parameters of this source: a value, a gradient (a list, interpolated over the layers), or a list of conditions `{filter, value}`. A filter is a part of a tensor's name",

@@ -60,6 +60,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Mean reward of greedy answers to a file of prompts; FUNCTION is rewards.py:f or package.module:f.",
 )  # fmt: skip
 @click.option(
+    "--self-consistency", type=_FILE, multiple=True,
+    help="Share of 8 sampled answers to each prompt of a file that equal the most frequent one; needs no right answers.",
+)  # fmt: skip
+@click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     default=64,
@@ -84,7 +88,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def evaluate(
     model: str, recipe: Path | None, overrides: tuple[str, ...], suite: str | None, tasks: tuple[str, ...], num_fewshot: int | None,
     limit: float | None, exact_match: tuple[Path, ...], preference: tuple[Path, ...], perplexity: tuple[Path, ...],
-    unit: str, reward: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
+    unit: str, reward: tuple[tuple[str, str], ...], self_consistency: tuple[Path, ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
     out: Path | None, alpaca_eval: Path | None, instructions: Path | None, trust_code: bool,
     follow_links: bool,
 ) -> None:  # fmt: skip
@@ -97,6 +101,7 @@ def evaluate(
             ("exact_match", exact_match, {"max_new_tokens": max_new_tokens}),
             ("preference", preference, {}),
             ("perplexity", perplexity, {"unit": unit}),
+            ("self_consistency", self_consistency, {"max_new_tokens": max_new_tokens}),
         )
         for path in files
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from paft_merge.compute.blocks import Counts, Sums
@@ -50,3 +52,8 @@ def squares_of_bins(counts: Counts, sums: Counts, less: float = 0.0) -> Sums:
     apart, squared = sums[:BINS] - MIDDLE * counts, sums[BINS:]
     squares: Sums = (centre * centre * counts + 2 * centre * apart + squared) * unit * unit
     return np.where(counts > 0, squares, 0.0)
+
+
+def exact_sum(norms: Sums) -> float:
+    """The sum of norms of bins, most of which are zero, rounded once to float64."""
+    return math.fsum(norms[norms != 0.0].tolist())

@@ -32,14 +32,12 @@ TIMES = ("mtime_ns", "ctime_ns")
 """Fields of fingerprints that a copy of a file changes."""
 
 
-def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: MergeOptions) -> dict[str, bytes | Path]:
-    """Return every output file but the shards and their index: name to content, or to the file to copy.
+def model_files(plan: MergePlan, options: MergeOptions) -> dict[str, bytes | Path]:
+    """Return config, tokenizer and the other files with which the weights of a merge are loaded, as `side_files` does.
 
     Args:
         plan: the merge.
-        finished: every tensor as it was written.
-        options: `trust_remote_code` copies the Python files of the config source, `write_model_card` adds README.md;
-            the manifest records some (see `MergeOptions.recorded`).
+        options: `trust_remote_code` copies the Python files of the config source.
     """
     files: dict[str, bytes | Path] = {**plan.side_files.copied}
     if options.trust_remote_code:
@@ -52,6 +50,19 @@ def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: Merge
         files["generation_config.json"] = plan.vocabulary.in_generation_config(generation.read_bytes())
     if plan.config_source.checkpoint.config and not plan.config_source.checkpoint.file:
         files["config.json"] = _json({**plan.config_source.checkpoint.config, **plan.config})
+    return files
+
+
+def side_files(plan: MergePlan, finished: Mapping[str, Finished], options: MergeOptions) -> dict[str, bytes | Path]:
+    """Return every output file but the shards and their index: name to content, or to the file to copy.
+
+    Args:
+        plan: the merge.
+        finished: every tensor as it was written.
+        options: as for `model_files`; `write_model_card` adds README.md, and the manifest records some (see
+            `MergeOptions.recorded`).
+    """
+    files = model_files(plan, options)
     document, entries = manifest(plan, finished, options.recorded())
     if plan.side_files.left_out:
         document["left_out"] = list(plan.side_files.left_out)
@@ -283,7 +294,8 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
     if finished.nonfinite:
         entry["nonfinite"] = finished.nonfinite
     if tensor.method == COPY:
-        return entry | {"from": tensor.inputs.reads[0].source}
+        given = {"parameters": dict(tensor.parameters)} if tensor.parameters else {}
+        return entry | {"from": tensor.inputs.reads[0].source} | given
     sources, noted = [], json.loads(finished.noted)
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None

@@ -1,8 +1,8 @@
-"""`merge_state_dicts`: the merge of dicts of tensors in memory, by the engine that merges checkpoints on disk."""
+"""Merges whose result stays in memory, by the engine that merges checkpoints on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, CheckpointFile, Ten
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
 from paft_merge.output.folder import Finished, Output
-from paft_merge.plan import PlannedTensor, plan_merge
+from paft_merge.plan import MergePlan, PlannedTensor, plan_merge
 from paft_merge.recipe import ModelRef, load_recipe
 
 if TYPE_CHECKING:
@@ -98,6 +98,29 @@ def merge_state_dicts(
     return {name: output.tensors[name] for name in plan.config_source.checkpoint.tensors}
 
 
+_LEFT_OUT = Finished("", "", (), np.empty((0, 0), np.int64), np.empty((0, 0)))
+
+
+def merge_to(
+    receive: Callable[[str, torch.Tensor], None], plan: MergePlan, *, threads: int, leave_out: Iterable[str] = ()
+) -> None:
+    """Merge every tensor of a plan in memory, with the bits of the checkpoint that the plan writes.
+
+    Args:
+        receive: called in this thread with the name and the tensor, on the CPU, of each that is merged.
+        plan: the merge.
+        threads: blocks computed at a time; changes no bit.
+        leave_out: names of tensors that are not needed.
+
+    Raises:
+        PaftMergeError: as for a merge of the plan to disk.
+    """
+    left_out = {*leave_out}
+    output = _Received([one for one in plan.tensors if one.name not in left_out], receive)
+    output.finished = dict.fromkeys(left_out, _LEFT_OUT)
+    merge_checkpoint(plan, output, threads=threads)
+
+
 class _InMemory(Checkpoint):
     """A state dict as a checkpoint."""
 
@@ -145,6 +168,18 @@ class _Tensors(Output):
 
     def finish_tensor(self, finished: Finished) -> None:
         self.finished[finished.name] = finished
+
+
+class _Received(_Tensors):
+    """An output in memory that keeps a tensor until it is merged."""
+
+    def __init__(self, planned: Sequence[PlannedTensor], receive: Callable[[str, torch.Tensor], None]) -> None:
+        super().__init__(planned)
+        self._receive = receive
+
+    def finish_tensor(self, finished: Finished) -> None:
+        del self._bytes[finished.name]
+        self._receive(finished.name, self.tensors.pop(finished.name))
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:

@@ -5,7 +5,7 @@
 | schema | the section `evaluate:` |
 | data_rows | data files, checked before anything is loaded |
 | loading | the model in memory |
-| light | exact match, preference accuracy, mean reward, perplexity |
+| light | exact match, preference accuracy, mean reward, perplexity, self-consistency |
 | harness | lm-eval |
 | alpaca | answers in AlpacaEval's format |
 """
@@ -25,6 +25,7 @@ from paft_merge.recipe.yaml_source import Located
 
 if TYPE_CHECKING:
     from paft_merge.evaluating.light import Score
+    from paft_merge.evaluating.loading import EvaluatedModel
 
 __all__ = ["HARNESS", "EvaluateProgress", "EvaluateSpec", "check_evaluate", "evaluate", "read_evaluate"]
 
@@ -94,14 +95,27 @@ def evaluate(
     Raises:
         EvaluateError, RecipeError: before the model is loaded where possible.
     """
-    from paft_merge.evaluating.light import measure
     from paft_merge.evaluating.loading import load_subject
 
     spec = spec if isinstance(spec, EvaluateSpec) else read_evaluate(Located.of(spec))
     check_evaluate(spec, folder, trust_code=trust_code)
-    scores = dict[str, Any]()
     with following_links(follow_links):
         subject = load_subject(model, spec, trust_code=trust_code)
+    return evaluate_loaded(subject, spec, folder=folder, only=only, progress=progress)
+
+
+def evaluate_loaded(
+    subject: EvaluatedModel,
+    spec: EvaluateSpec,
+    *,
+    folder: Path = Path(),
+    only: Sequence[str] | None = None,
+    progress: Callable[[EvaluateProgress], None] = lambda progress: None,
+) -> dict[str, Score]:
+    """Evaluate a model in memory, as `evaluate` does; `spec` is checked already."""
+    from paft_merge.evaluating.light import measure
+
+    scores = dict[str, Any]()
     names = [*spec.metrics, *([HARNESS] if spec.needs_lm_eval else [])]
     for name in names if only is None else [name for name in names if name in only]:
         started = time.monotonic()

@@ -53,13 +53,18 @@ def rows_for(of: Measurement, path: Path, *, chat: bool) -> list[Row]:
         chat: The tokenizer has a chat template.
 
     Returns:
-        `exact_match`: `prompt` and `completion`, a text; `preference`: `prompt`, `chosen`, `rejected`; `reward`: `prompt` and
-        the other columns.
+        `exact_match`: `prompt` and `completion`, a text; `preference`: `prompt`, `chosen`, `rejected`; `reward`,
+        `self_consistency`: `prompt` and the other columns.
 
     Raises:
         EvaluateError: EVAL_DATA, with everything that is wrong.
     """
-    kinds: dict[str, Kind] = {"preference": "preference", "exact_match": "text", "reward": "prompts"}
+    kinds: dict[str, Kind] = {
+        "preference": "preference",
+        "exact_match": "text",
+        "reward": "prompts",
+        "self_consistency": "prompts",
+    }
     placed = _placed(path, of.max_rows)
     problems = Problems()
     columns = columns_of(row for _, row in placed)
@@ -73,12 +78,13 @@ def rows_for(of: Measurement, path: Path, *, chat: bool) -> list[Row]:
         where=str(path), keep_equal=True,
     ).rows  # fmt: skip
     problems.found = [replace(problem, code="EVAL_DATA") for problem in problems.found]
-    if any(row.get("tools") for row in made if of.kind != "reward"):
+    prompts_only = kinds[of.kind] == "prompts"
+    if any(row.get("tools") for row in made if not prompts_only):
         problems.add(
             "EVAL_DATA", path, "rows have tools, which this evaluation cannot give to the model", "remove them"
         )
     problems.raise_as(EvaluateError)
-    if of.kind == "reward":
+    if prompts_only:
         return [{key: value if key == "prompt" else native(value) for key, value in row.items()} for row in made]
     return [_question_and_answer(row, path, i) for i, row in enumerate(made, 1)] if of.kind == "exact_match" else made
 

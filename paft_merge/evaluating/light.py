@@ -1,4 +1,4 @@
-"""Light evaluations: exact match of greedy answers, preference pairs, a reward of answers, perplexity.
+"""Light evaluations: exact match of greedy answers, preference pairs, a reward of answers, perplexity, self-consistency.
 
 B = rows of a batch, T = tokens, V = vocabulary. Every kind gives one number per row, so that two models can be compared row
 by row. The score is their mean (`perplexity`: exp of the mean over tokens).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from torch.nn.functional import log_softmax
 from paft_merge.errors import DOCS, EvaluateError
 from paft_merge.evaluating.data_rows import read_lines, rows_for
 from paft_merge.evaluating.loading import EvaluatedModel
-from paft_merge.evaluating.schema import Measurement
+from paft_merge.evaluating.schema import SAMPLES, Measurement
 from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.training.child_process import in_child, match_in_time
@@ -46,7 +47,7 @@ class Score:
     rows: tuple[float, ...] = field(repr=False)
     """Values by row, in the order of the file; empty for lm-eval."""
     outputs: tuple[str, ...] = field(default=(), repr=False)
-    """The generated texts by row, if any."""
+    """The generated texts by row, if any; of `self_consistency` all samples of the first row, then of the second."""
     warning: str = ""
     """What makes the value doubtful."""
     tokens: tuple[int, ...] = field(default=(), repr=False)
@@ -88,13 +89,24 @@ def measure(
     """
     path = beside_recipe(of.data, folder)
     if of.kind == "perplexity":
-        return _perplexity(subject, read_lines(path, of.max_rows), of.unit, batch_size, advance)
-    rows = rows_for(of, path, chat=bool(subject.tokenizer.chat_template))
+        lines = subject.kept(("lines", of, folder), lambda: read_lines(path, of.max_rows))
+        return _perplexity(subject, lines, of.unit, batch_size, advance)
+    rows = subject.kept(("rows", of, folder), lambda: rows_for(of, path, chat=bool(subject.tokenizer.chat_template)))
     if of.kind == "preference":
-        return _preference(subject, rows, of, batch_size, advance)
+        ids, starts = subject.kept(("pairs", of, folder), lambda: _pairs(subject, rows, of))
+        return _preference(subject, ids, starts, of, batch_size, advance)
     prompts, ended = [row["prompt"] for row in rows], list[bool]()
-    outputs = generate(subject, prompts, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended)
+    ids = subject.kept(("prompts", of, folder), lambda: _ids(subject, [(prompt, True) for prompt in prompts]))
+    count = (of.samples or SAMPLES) if of.kind == "self_consistency" else 1
+    made = _answers(subject, ids, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended, count)
     warning = _unended(of, ended)
+    if of.kind == "self_consistency":
+        outputs = [text for texts in made for text in texts]
+        found = outputs if of.extract is None else _extracted(outputs, of.extract)
+        return replace(
+            _mean([_agreement(found[at : at + count]) for at in range(0, len(found), count)], outputs), warning=warning
+        )
+    outputs = [text for (text,) in made]
     if of.kind == "exact_match":
         right = [row["completion"].strip() for row in rows]
         answers = outputs if of.extract is None else _extracted(outputs, of.extract)
@@ -165,6 +177,15 @@ def _ids(subject: EvaluatedModel, asked: Sequence[tuple[Any, bool]]) -> list[lis
     return found
 
 
+def _agreement(answers: Sequence[str]) -> float:
+    """The share of sampled answers that equal the most frequent one; an empty answer equals none.
+
+    It is the consistency of Wang et al. 2022 (arXiv:2203.11171): the share of samples that agree with their majority.
+    """
+    counts = Counter(filter(None, map(str.strip, answers)))
+    return max(counts.values(), default=0) / len(answers)
+
+
 def _extracted(outputs: Sequence[str], extract: str) -> list[str]:
     """The first group of `extract` in each output; empty where it does not match."""
     try:
@@ -197,7 +218,6 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     advance: Advance = lambda done, rows: None,
-    ended: list[bool] | None = None,
 ) -> list[str]:
     """Generate an answer to every prompt, without the prompt and special tokens.
 
@@ -211,31 +231,48 @@ def generate(
         temperature: Sampling temperature; 0 is greedy decoding.
         seed: Seed of sampled answers.
         advance: Called after every batch.
-        ended: Receives for each answer, in the order of generation, whether it ended with an end token.
 
     Raises:
         EvaluateError: LENGTH, when a prompt and its answer are longer than the model's context; TEMPLATE, when the chat
             template refuses a prompt.
     """
-    tokenizer = subject.tokenizer
     ids = _ids(subject, [(prompt, True) for prompt in prompts])
+    return [text for (text,) in _answers(subject, ids, max_new_tokens, batch_size, temperature, seed, advance, [])]
+
+
+def _answers(
+    subject: EvaluatedModel,
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    advance: Advance,
+    ended: list[bool],
+    count: int = 1,
+) -> list[tuple[str, ...]]:
+    """Generate `count` answers to every prompt, from token ids; the other arguments are those of `generate`.
+
+    `ended` receives for each answer, in the order of generation, whether it ended with an end token.
+    """
     longest = max(map(len, ids)) + max_new_tokens
     if longest > subject.max_length:
         what = f"the longest prompt and its answer take {longest} tokens, the model's limit is {subject.max_length}"
         raise EvaluateError.of("LENGTH", subject.name, what, "lower max_new_tokens, or raise max_length")
-    answers = [""] * len(ids)
+    answers: list[tuple[str, ...]] = [()] * len(ids)
     with _drawing(seed, subject.device):
-        for batch in _batches(ids, batch_size, advance):
+        for batch in _batches(ids, max(batch_size // count, 1), advance):
             found = complete(
                 subject.model,
-                tokenizer,
+                subject.tokenizer,
                 [ids[i] for i in batch],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                completions=count,
                 ended=ended,
             )
-            for i, (text,) in zip(batch, found, strict=True):
-                answers[i] = text
+            for i, texts in zip(batch, found, strict=True):
+                answers[i] = texts
     return answers
 
 
@@ -264,9 +301,19 @@ def _logps(
 
 
 def _preference(
-    subject: EvaluatedModel, rows: Sequence[Row], of: Measurement, batch_size: int, advance: Advance
-) -> Score:
+    subject: EvaluatedModel, ids: Sequence[list[int]], starts: Sequence[int], of: Measurement, batch_size: int, advance: Advance
+) -> Score:  # fmt: skip
     """Share of pairs whose chosen answer is more likely than the rejected one; a tie counts half."""
+    sums = _logps(subject, ids, starts, batch_size, advance)
+    scores = [logp / max(tokens, 1) if of.normalize else logp for logp, tokens in sums]
+    wins = [
+        1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in zip(scores[::2], scores[1::2], strict=True)
+    ]
+    return _mean(wins)
+
+
+def _pairs(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each prompt with its chosen and with its rejected answer, and where each answer starts."""
     questions = _ids(subject, [(row["prompt"], True) for row in rows])
     pairs = [_with_answer(subject, row["prompt"], row[key]) for row in rows for key in ("chosen", "rejected")]
     ids, starts = _ids(subject, [(pair, False) for pair in pairs]), list[int]()
@@ -276,12 +323,7 @@ def _preference(
             raise EvaluateError.of("LENGTH", of.data, what, "remove such rows, or raise max_length")
         asked = questions[at // 2]
         starts.append(next((i for i, (a, b) in enumerate(zip(asked, full, strict=False)) if a != b), len(asked)))
-    sums = _logps(subject, ids, starts, batch_size, advance)
-    scores = [logp / max(tokens, 1) if of.normalize else logp for logp, tokens in sums]
-    wins = [
-        1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in zip(scores[::2], scores[1::2], strict=True)
-    ]
-    return _mean(wins)
+    return ids, starts
 
 
 def _with_answer(subject: EvaluatedModel, prompt: Any, answer: Any) -> Any:
@@ -294,17 +336,11 @@ def _with_answer(subject: EvaluatedModel, prompt: Any, answer: Any) -> Any:
 
 def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_size: int, advance: Advance) -> Score:
     """exp of the mean loss per token; `rows` are the mean losses of the windows (or lines), in nats."""
-    tokenizer, most = subject.tokenizer, subject.max_length
-    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    room = most - len(first)
-    windows: list[list[int]] = []
-    for text in lines if unit == "line" else ["\n".join(lines)]:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        windows += [[*first, *ids[at : at + room]] for at in range(0, len(ids), room)]
+    windows = subject.kept(("windows", unit, tuple(lines)), lambda: _windows(subject, lines, unit))
     warning = ""
     if unit == "text" and len(lines) > 1 and len(windows) > 1:
         warning = _warned(
-            f"the text is longer than the model's window and was cut into {len(windows)} windows of {most} "
+            f"the text is longer than the model's window and was cut into {len(windows)} windows of {subject.max_length} "
             "tokens; unit: line (--unit line) measures every line by itself"
         )
     windows = [window for window in windows if len(window) > 1]
@@ -317,3 +353,14 @@ def _perplexity(subject: EvaluatedModel, lines: Sequence[str], unit: str, batch_
     value = math.exp(min(loss, 700.0))
     spread = value * per_row.stderr if per_row.stderr is not None else None
     return Score(value, spread, per_row.rows, warning=warning, tokens=tuple(count for _, count in sums))
+
+
+def _windows(subject: EvaluatedModel, lines: Sequence[str], unit: str) -> list[list[int]]:
+    """Token ids of a text (or of every line) in pieces that fit the model, each after the token that begins a text."""
+    tokenizer = subject.tokenizer
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    room, windows = subject.max_length - len(first), list[list[int]]()
+    for text in lines if unit == "line" else ["\n".join(lines)]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        windows += [[*first, *ids[at : at + room]] for at in range(0, len(ids), room)]
+    return windows

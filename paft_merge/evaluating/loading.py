@@ -7,10 +7,10 @@ base+sft+dpo           an adapter on another, each with its own scale
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.inputs.adapters.peft_types import check_sizes
 from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
 from paft_merge.training.child_process import match_in_time
+
+T = TypeVar("T")
 
 MOST_TOKENS = 4096
 """Longest context in tokens unless `max_length` is given."""
@@ -37,6 +39,15 @@ class EvaluatedModel:
     tokenizer: Any
     device: torch.device
     max_length: int
+    prepared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """What depends on the tokenizer and the data alone, such as token ids."""
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `prepared` has for a key; made at the first call."""
+        if key not in self.prepared:
+            self.prepared[key] = make()
+        found: T = self.prepared[key]
+        return found
 
 
 def parts_of(model: Path | str | Sequence[str]) -> tuple[str, ...]:
@@ -47,8 +58,9 @@ def parts_of(model: Path | str | Sequence[str]) -> tuple[str, ...]:
 
 
 def load_subject(
-    model: Path | str | Sequence[str], spec: EvaluateSpec, *, trust_code: bool = False, template: str | None = None
-) -> EvaluatedModel:
+    model: Path | str | Sequence[str], spec: EvaluateSpec, *, trust_code: bool = False, template: str | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> EvaluatedModel:  # fmt: skip
     """Load a model, or a base with adapters. The tokenizer is that of the last adapter that has one, else the base's.
 
     Args:
@@ -56,6 +68,7 @@ def load_subject(
         spec: device, dtype and length.
         trust_code: let the Python code of a model's folder run.
         template: the chat template of a tokenizer that has none.
+        weights: the tensors of the checkpoint by name, for a folder without files of weights.
 
     Raises:
         EvaluateError: MODEL, when a part cannot be loaded. HubError: when a part cannot be fetched.
@@ -76,7 +89,10 @@ def load_subject(
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_code)
+        if weights is None:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_code)
+        else:
+            loaded = _with_weights(folder, weights, dtype, trust_code)
         for place in adapters:
             adapter = fetch(place)
             loaded, tokenizer = _adapted(loaded, adapter), _trained_tokenizer(adapter, tokenizer)
@@ -97,6 +113,19 @@ def load_subject(
         raise EvaluateError.of("MODEL", name, what, "use a tokenizer that has one")
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     return EvaluatedModel(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
+
+
+def _with_weights(folder: Path, weights: Mapping[str, torch.Tensor], dtype: str, trust_code: bool) -> Any:
+    """Load the model of a folder with these tensors, which transformers renames and ties as those of a file."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_code)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_code))
+    model = kind.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _trained_tokenizer(adapter: Path, before: Any) -> Any:
@@ -138,10 +167,10 @@ def _check_patterns(config: Any, modules: list[str]) -> None:
         PatternError: a pattern is malformed, or all take too long.
     """
     patterns = []
-    for field, given in vars(config).items():
-        if field in ("target_modules", "exclude_modules"):
+    for name, given in vars(config).items():
+        if name in ("target_modules", "exclude_modules"):
             patterns += [given] if isinstance(given, str) else []
-        elif field == "modules_to_save" or field.endswith("_pattern"):
-            form = r"(?:^|.*?\.){}\.(\d+)\..*" if field == "layers_pattern" else r"(.*\.)?({})(\..*)?"
+        elif name == "modules_to_save" or name.endswith("_pattern"):
+            form = r"(?:^|.*?\.){}\.(\d+)\..*" if name == "layers_pattern" else r"(.*\.)?({})(\..*)?"
             patterns += [form.format(key) for key in ([given] if isinstance(given, str) else given or ())]
     match_in_time(patterns, modules, "fullmatch")

@@ -10,7 +10,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from paft_merge.recipe.sections import Section, as_list, read_section
 from paft_merge.recipe.yaml_source import Located
 
-Kind = Literal["exact_match", "preference", "reward", "perplexity"]
+Kind = Literal["exact_match", "preference", "reward", "perplexity", "self_consistency"]
+
+SAMPLES = 8
+"""Answers to each prompt of `self_consistency`, unless the metric has `samples`."""
 
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
 """Metrics whose lower values are better."""
@@ -21,7 +24,8 @@ class Measurement(Section):
 
     kind: Kind
     """`exact_match`: greedy answers that equal the row's; `preference`: pairs whose chosen answer is more likely;
-    `reward`: the mean of a Python function of answers; `perplexity`: exp of the mean loss per token."""
+    `reward`: the mean of a Python function of answers; `perplexity`: exp of the mean loss per token; `self_consistency`: the
+    share of sampled answers to a prompt that equal the most frequent one."""
     data: str
     """A .jsonl file of rows (`perplexity`: a text file), relative to the recipe or to the working directory."""
     prompt: str = "prompt"
@@ -29,13 +33,17 @@ class Measurement(Section):
     answer: str | None = None
     """`exact_match`: column of the right answer; default: `answer`, else `completion`."""
     extract: str | None = None
-    r"""`exact_match`: a regular expression whose first group is the answer in the output (`#### (-?\d+)`)."""
+    r"""`exact_match`, `self_consistency`: a regular expression whose first group is the answer in the output
+    (`#### (-?\d+)`)."""
     function: str | None = None
     """`reward`: `rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
     `f(prompts=, completions=, **columns) -> list[float]`."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """`reward`: sample answers at this temperature, with the section's seed; 0 for greedy ones."""
+    """`reward`, `self_consistency`: sample answers at this temperature, with the section's seed. 0, the default of `reward`:
+    greedy ones; `self_consistency` has 1.0 by default."""
+    samples: Annotated[int, Field(ge=2)] | None = None
+    """`self_consistency`: answers to each prompt; 8 by default."""
     normalize: bool = False
     """`preference`: compare the mean over tokens instead of the sum, so that length has no influence."""
     unit: Literal["text", "line"] = "text"
@@ -45,6 +53,12 @@ class Measurement(Section):
 
     RENAMED: ClassVar[Mapping[Any, str]] = {"take": "max_rows", "by": "unit"}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sampled(cls, given: Any) -> Any:
+        sampled = isinstance(given, Mapping) and given.get("kind") == "self_consistency"
+        return {"temperature": 1.0, **given} if sampled else given
+
     @model_validator(mode="after")
     def _coherent(self) -> Measurement:
         if (self.kind == "reward") != (self.function is not None):
@@ -53,12 +67,17 @@ class Measurement(Section):
                 if self.kind == "reward"
                 else f"`function` has no effect for {self.kind}"
             )
-        if self.temperature and self.kind != "reward":
+        sampled = self.kind == "self_consistency"
+        if self.temperature and self.kind != "reward" and not sampled:
             raise ValueError(f"`temperature` has no effect for {self.kind}")
-        if self.kind != "exact_match":
-            for key in ("answer", "extract"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"`{key}` has no effect for {self.kind}")
+        if sampled and not self.temperature:
+            raise ValueError("self_consistency needs a `temperature` above 0: greedy answers are all equal")
+        if self.samples is not None and not sampled:
+            raise ValueError(f"`samples` has no effect for {self.kind}")
+        if self.answer is not None and self.kind != "exact_match":
+            raise ValueError(f"`answer` has no effect for {self.kind}")
+        if self.extract is not None and self.kind != "exact_match" and not sampled:
+            raise ValueError(f"`extract` has no effect for {self.kind}")
         return self
 
 

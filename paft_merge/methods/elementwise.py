@@ -159,7 +159,7 @@ def magmax(deltas: Sequence[torch.Tensor], weight: Weights = 1.0, *, lambda_: fl
 
     Args:
         deltas: each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta, numbers or words as in a recipe; the magnitudes that are compared are those of weight * delta.
+        weight: one for all, or one a delta: numbers, or words as in a recipe; the magnitudes that are compared are those of weight * delta.
         lambda_: multiplies the result.
 
     Returns:
@@ -181,7 +181,7 @@ def pcb(
 
     Args:
         deltas: at most 128, each `[*shape]`, any float dtype; not modified.
-        weight: one for all, or one a delta (the paper's lambda_i); it does not change the scores.
+        weight: one for all, or one a delta: numbers, or words as in a recipe (the paper's lambda_i); it does not change the scores.
         density: share kept in [0, 1] (the paper's r): the `rules.thresholds.kept_count` largest scores, ties by lowest index.
         lambda_: multiplies the result.
 

@@ -20,6 +20,11 @@ comparisons        the numbers of the table, and sentences about them
 results_page       the table as HTML, and the picture of its frontiers
 results_table      the table at the end
 tuning             `paft tune`
+search_space       what a search varies
+trials             one merge of a search, and its evaluation in memory
+trial_processes    trials at a time on this machine
+search_result      the best trial, the front, and their files
+search_plot        the plot of a search
 starter_recipe     `paft init`
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,16 @@ def _no_value_twice(values: list[Any]) -> list[Any]:
     return values
 
 
+def _ratio(value: Any) -> Any:
+    numbers = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+    if not numbers or any(
+        isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n < math.inf for n in numbers
+    ):
+        what = "must be a number of at least 0, a list of such numbers, or one for each adapter by name"
+        raise ValueError(f"{what}; got {show(value)}")
+    return _no_value_twice(value) if isinstance(value, list) else value
+
+
 def _one_or_more(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
@@ -64,8 +75,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 Points = Annotated[list[Positive], Field(min_length=1), AfterValidator(_no_value_twice)]
 Shares = Annotated[list[OpenShare], BeforeValidator(_one_or_more), Field(min_length=1), AfterValidator(_no_value_twice)]
-Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Ratios = Annotated[list[Ratio], Field(min_length=1), AfterValidator(_no_value_twice)]
 
 
 class SequentialSpec(Section):
@@ -82,7 +91,7 @@ class SequentialSpec(Section):
 class MixedSpec(Section):
     """The section `compare: {mixed: ...}`: one adapter that is trained on the objectives of all."""
 
-    ratio: Ratio | dict[str, Ratio] | Ratios | None = None
+    ratio: Annotated[float | dict[str, float] | list[float], BeforeValidator(_ratio)] | None = None
     """Steps of the second adapter per step of the first, or steps by adapter; several numbers are tried one by one.
     Default: each as many steps as alone. The sum of all steps is always that of the adapters alone."""
     training: dict[str, Any] = Field(default_factory=dict)
@@ -101,6 +110,15 @@ class PolishSpec(Section):
     merge: str | dict[str, Any] | None = None
     """A method or a merge recipe, as under `methods`; default: that of `merge:` if it has all
     adapters, else `l1_ties`."""
+
+    @field_validator("merge")
+    @classmethod
+    def _one_merge(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "merge_method" not in given:
+            raise ValueError("a merge recipe needs merge_method")
+        if isinstance(given, dict) and "sweep" in given:
+            raise ValueError("one merge comes before the polish; sweep the share instead")
+        return given
 
 
 class CompareSpec(Section):
@@ -175,11 +193,12 @@ class PushSpec(Section):
 class TuneSpec(Section):
     """The section `tune:`: the search space of `paft tune` and the metric that it maximises."""
 
-    metric: str
-    """An evaluation of `evaluate:`; or several, added: `skill + 0.1 * happy`."""
-    space: Annotated[dict[str, list[Any]], Field(min_length=1)]
+    metric: str | Annotated[list[str], Field(min_length=1)]
+    """An evaluation of `evaluate:`; or several, added: `skill + 0.1 * happy`. A list of them is several objectives."""
+    space: Annotated[dict[str, Any], Field(min_length=1)]
     """Key paths of `merge:`, each with `[low, high]` (two numbers), `[low, high, log]`, or a list of choices:
-    `parameters.trim.l1_mass: [0.5, 1.0]`, `models[0].parameters.weight: [0.2, 1.5]`."""
+    `parameters.trim.l1_mass: [0.5, 1.0]`; a gradient (`{range: [0.2, 1.5], layers: 4}`); or a mapping with one of these for
+    each kind of module: `models[0].parameters.weight: {attention: [0.2, 1.5], mlp: [0.2, 1.5]}`."""
     trials: Annotated[int, Field(ge=1)] = 40
     seed: int = 0
     startup_trials: Annotated[int, Field(ge=1)] = 10

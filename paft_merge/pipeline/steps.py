@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.compute.magnitudes import EPSILON
+from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.schema import Measurement
@@ -355,8 +356,12 @@ class Planner:
 
     def _arms(self, seed: int | None) -> None:
         for arm in arms_of(self, seed):
-            if any(known.name == arm.name and known.seed == arm.seed for known in self.arms):
+            same = [known for known in self.arms if known.slug == arm.slug and known.seed == arm.seed]
+            if any(known.parts == arm.parts for known in same):
                 continue
+            if same:
+                what = f"the arms {same[0].name!r} and {arm.name!r} would have one folder, {arm.slug}"
+                raise RecipeError.of("COMPARE", self.recipe.where("adapters"), what, "rename the adapter")
             self.arms.append(arm)
             self._measure(arm)
 
@@ -368,10 +373,13 @@ class Planner:
         general = spec.model_dump(exclude={"metrics", "suite", "tasks"})
         for name, measurement in spec.metrics.items():
             files: dict[str, Path] = {"data": beside_recipe(measurement.data, self.recipe.folder)}
+            section = measurement.model_dump()
+            if measurement.samples is None:
+                del section["samples"]  # fingerprints of before this key hold
             code = file_of(measurement.function, self.recipe.folder) if measurement.function else None
             self._add(
                 "evaluate", arm.seed, f"{arm.slug}/{name}", Evaluate(arm, name), place / f"{name}.json", arm.needs,
-                section=former_keys(Measurement, measurement.model_dump()), general=general, model=self._print_of(arm),
+                section=former_keys(Measurement, section), general=general, model=self._print_of(arm),
                 files=self.prints.all_of(files | ({"code": code} if code else {})),
             )  # fmt: skip
         if spec.needs_lm_eval:

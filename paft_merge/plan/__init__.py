@@ -7,6 +7,7 @@
 | tensor_planner | the tensors to read and the rule that merges them |
 | compatibility | checks that models can be merged |
 | layer_kinds | the kind of each layer by its number |
+| routers | the routers of mixture-of-experts layers |
 | output_config | changes of `config.json` |
 | side_files | files beside the weights |
 | vocabulary | tokenizer, embeddings and chat template of the output |

@@ -13,6 +13,7 @@ from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.plan import COPY, MergePlan, PlannedTensor, resolved
 from paft_merge.recipe import Resolved, did_you_mean
+from paft_merge.recipe.resolution import Origin
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def _explained(plan: MergePlan, tensor: PlannedTensor) -> Explained:
     shared, per_source = (
         ({}, [{} for _ in slice_.sources]) if tensor.method == COPY else resolved(output, plan.recipe.method)
     )
+    if word := tensor.parameters.get("router"):
+        shared = {"router": Resolved(word, Origin("recipe", plan.recipe.located.spot(("router",))))}
+        per_source = [{name: one for name, one in given.items() if name == "weight"} for given in per_source]
     base, of_base = None, None
     if slice_.base:
         of_base = slice_.base.read(output.template_name)

@@ -97,7 +97,8 @@ class PlannedTensor(StreamedTensor):
     inputs: Inputs
     rule: Rule | WholeRule
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Shared parameters after gradients and filters, and `sources`: one mapping for each source."""
+    """Shared parameters after gradients and filters, and `sources`: one mapping for each source. Of a router that is not merged as other
+    tensors, `router` instead of the method's."""
     rounding_key: int = 0
     """Stream of stochastic rounding; 0 rounds to nearest."""
     place: OutputTensor | None = field(default=None, compare=False)
@@ -152,7 +153,8 @@ class PlannedTensor(StreamedTensor):
     def kind(self) -> TensorKind:
         """The row of a summary that this tensor belongs to."""
         if self.method == COPY:
-            return TensorKind(COPY, "", self.dtype, "")
+            router = self.parameters.get("router")
+            return TensorKind(COPY, "", self.dtype, f"router={router}" if router else "")
         adapters = Counter(read.delta.kind for read in self.inputs.sources if read.delta)
         inputs = ", ".join(f"{n} x {kind}" for kind, n in sorted(adapters.items())) or self.inputs.form
         sources = self.parameters.get("sources", [])

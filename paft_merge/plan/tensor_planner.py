@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from paft_merge.plan.compatibility import (
 from paft_merge.plan.layer_stacks import split
 from paft_merge.plan.output_tensors import OutputTensor, OutputTensors, ResolvedSlice
 from paft_merge.plan.planned import COPY, PlannedTensor
+from paft_merge.plan.routers import find_routers
 from paft_merge.plan.side_files import read_side_files
 from paft_merge.plan.vocabulary import read_vocabulary, truncation
 from paft_merge.recipe import ModelRef, ParameterCache, Recipe, Resolved, resolve_all
@@ -95,6 +97,8 @@ class Planner:
         if not allow_crimes:
             sizes = self.outputs.whole and recipe.tokenizer is None and not self.problems.found and not self.truncated
             self.warnings += compare_configs(source, others, self.problems, sizes=sizes)
+        if recipe.router not in (None, "merge"):
+            self._check_routers()
         if recipe.tokenizer is None:
             self.warnings += compare_tokenizers(source, others)
         self.warnings += find_untied_copies([source, *others])
@@ -172,6 +176,8 @@ class Planner:
     def _tensor(self, output: OutputTensor) -> PlannedTensor:
         reads = self._reads(output)
         stored, sources = reads.stored, reads.sources
+        if self.recipe.router == "base" and self._is_router(output):
+            return self._base_router(output, reads.base or stored)
         if any(read.checkpoint.is_derived(read.name) for read in sources):
             return self._derived(output, stored)
         if any(read.name in self._quantised(read.checkpoint).parts for read in (stored, *sources)):
@@ -181,6 +187,8 @@ class Planner:
             return self._verbatim(output, stored, sources)
         if not self.outputs.whole or self.outputs.tensor_names:
             self._check_shapes(stored, sources)
+        if self.recipe.router == "average" and sources and self._is_router(output):
+            return self._averaged_router(output, reads)
         return self._merged(output, reads) if sources else self._base_alone(output, stored)
 
     def _reads(self, output: OutputTensor) -> _Reads:
@@ -225,10 +233,83 @@ class Planner:
             inputs, rule = Inputs.one(only), WeightedSum((), "deltas")
             if only.plain and stored.dtype == dtype:
                 return PlannedTensor(name, shape, dtype, COPY, inputs, rule, place=output, why=_why(slice_))
-        rounds = self.recipe.rounding == "stochastic" and DTYPES[dtype].bits < 32
-        key = stream_key(self.recipe.seed, "", name, "round") if rounds else 0
         parameters = {**shared, "sources": per_source}
-        return PlannedTensor(name, shape, dtype, self.method.name, inputs, rule, parameters, key, output)
+        return PlannedTensor(
+            name, shape, dtype, self.method.name, inputs, rule, parameters, self._rounding_key(name, dtype), output
+        )
+
+    def _rounding_key(self, name: str, dtype: str) -> int:
+        rounds = self.recipe.rounding == "stochastic" and DTYPES[dtype].bits < 32
+        return stream_key(self.recipe.seed, "", name, "round") if rounds else 0
+
+    def _is_router(self, output: OutputTensor) -> bool:
+        return output.template_name in self._routers_of(output.slice)
+
+    def _routers_of(self, slice_: ResolvedSlice) -> frozenset[str]:
+        checkpoint = slice_.template.checkpoint
+        if id(checkpoint) not in self._known_routers:
+            self._known_routers[id(checkpoint)] = find_routers(checkpoint.tensors)
+        return self._known_routers[id(checkpoint)]
+
+    @cached_property
+    def _known_routers(self) -> dict[int, frozenset[str]]:
+        return {}
+
+    def _check_routers(self) -> None:
+        """Check that `router: base` has a base wherever there is a router; warn of a `router` that has no effect."""
+        spot, word = self.recipe.located.spot(("router",)), self.recipe.router
+        slices = [slice_ for _, slices in self.outputs.modules for slice_ in slices if self._routers_of(slice_)]
+        if not slices:
+            what = (
+                f"no tensor of {self.config_source.ref} is the router of a mixture of experts, so {word} has no effect"
+            )
+            self.warnings.append(Problem("ROUTER", str(spot), what, "remove it"))
+        for slice_ in slices if word == "base" else ():
+            base = slice_.output.base
+            if base is None:
+                self.problems.add(
+                    "RECIPE",
+                    spot,
+                    "base keeps the base's routers, and the recipe has no base_model",
+                    "add base_model: ...",
+                )
+            elif slice_.base is None and slice_.template is not self.models[base]:
+                what = f"base keeps the routers of {base}, which is not among the sources of this slice"
+                self.problems.add("RECIPE", slice_.output.spot, what, "add it to sources, or write router: average")
+
+    def _base_router(self, output: OutputTensor, base: Read) -> PlannedTensor:
+        """A router as the base has it (`router: base`)."""
+        why = "router: base keeps the base's router"
+        if DTYPES[base.dtype].mergeable and base.name not in self._quantised(base.checkpoint).parts:
+            return replace(self._base_alone(output, base), parameters={"router": "base"}, why=why)
+        return replace(self._copied(output, base, why), parameters={"router": "base"})
+
+    def _averaged_router(self, output: OutputTensor, reads: _Reads) -> PlannedTensor:
+        """A router as the weighted mean of the sources' routers (`router: average`), in the arithmetic of `linear`.
+
+        A method that moves the base towards one source (slerp, nearswap) has two models to average.
+        """
+        both = reads.base is not None and self.method.max_sources == 1
+        sources = reads.merged if both else reads.sources
+        given = [one.get("weight", 1.0) for one in self._parameters(output)[1]]
+        weights = [1.0, *given] if both else given
+        words = [weight for weight in weights if isinstance(weight, str)]
+        if words or abs(sum(weights)) < 1e-8:
+            what = f"a source has weight: {words[0]}" if words else "the weights of the sources add up to zero"
+            spot, fix = output.slice.output.spot, "write weights that are numbers, or router: base"
+            raise RecipeError.of("PARAM_RANGE", spot, f"{what}, so their routers have no mean", fix)
+        rule, inputs = (
+            WeightedSum(tuple(w / sum(weights) for w in weights), "values"),
+            inputs_for(None, sources, "either"),
+        )
+        dtype, parameters = self._out_dtype(reads.stored, rule, sources), {"router": "average"}
+        if inputs.unchanged and sources[0].plain and sources[0].dtype == dtype:
+            return replace(self._copied(output, sources[0], "every source has the same router"), parameters=parameters)
+        if inputs.unchanged:
+            inputs, rule = Inputs.one(sources[0]), WeightedSum((), "deltas")
+        shown = {**parameters, "sources": [{"weight": weight} for weight in weights]}
+        key = self._rounding_key(output.name, dtype)
+        return PlannedTensor(output.name, reads.stored.shape, dtype, "linear", inputs, rule, shown, key, output)
 
     def _check_shapes(self, stored: Read, sources: Sequence[Read]) -> None:
         """Check that paired tensors have equal shapes, and that stacked layers have those of the config source."""

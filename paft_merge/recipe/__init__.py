@@ -158,6 +158,11 @@ class Recipe:
         return self.language.seed
 
     @property
+    def router(self) -> Literal["base", "average", "merge"] | None:
+        """How routers of mixtures of experts are merged; None merges them as other tensors, as `merge` does."""
+        return self.language.router
+
+    @property
     def name(self) -> str | None:
         """The name by which other documents of the file use the result."""
         return self.language.name

@@ -248,6 +248,9 @@ class Language(Section):
     arithmetic: Literal["float32", "mergekit"] = "float32"
     """`mergekit` computes in `dtype` as mergekit does, for equal results."""
 
+    router: Literal["base", "average", "merge"] | None = None
+    """How routers of mixtures of experts are merged: the base's, the sources' mean, or (default) as other tensors."""
+
     @model_validator(mode="after")
     def one_form(self) -> Language:
         forms = [form for form in (self.models, self.slices, self.modules) if form]

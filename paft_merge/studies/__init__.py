@@ -8,6 +8,9 @@ plots               pictures, from the results
 policy_losses       the losses of `training`, for policies over states and actions
 frozen_lake         study `frozen-lake`
 bandit              study `on-policy`
+story_model         the base, rewards and prompts of the studies of language models
+on_policy_lm        study `on-policy-lm`
+precision           study `precision`
 """
 
 from paft_merge.studies.seeds import StudyResult as StudyResult

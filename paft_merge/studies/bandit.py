@@ -14,17 +14,19 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from paft_merge.recipe.sections import Section
+from paft_merge.recipe.sections import Section, refused
 from paft_merge.studies.policy_losses import likelihood, policy_gradient, preference_loss, preference_margin
 from paft_merge.studies.study import Tables
+from paft_merge.training.schema import Share
 
 ARMS = 100
+Arm = Annotated[int, Field(ge=0, lt=ARMS)]
 METHODS = ("Best-of-N", "RWR", "Pref-FT", "DPO", "IPO", "REINFORCE")
 """The first three raise the probability of good samples; the others also lower that of bad ones (a negative gradient)."""
 
@@ -32,26 +34,36 @@ METHODS = ("Best-of-N", "RWR", "Pref-FT", "DPO", "IPO", "REINFORCE")
 class Parameters(Section):
     """The parameters of the study."""
 
-    peaks: dict[str, int] = Field(default_factory=lambda: {"unlikely": 70, "in between": 45, "likely": 20})
+    peaks: dict[str, Arm] = Field(
+        default_factory=lambda: {"unlikely": 70, "in between": 45, "likely": 20}, min_length=1
+    )
     """The arm with reward 1, by name."""
-    samples: int = 1000
-    """Samples of a run."""
-    group: int = 10
+    samples: PositiveInt = 1000
+    """Samples of a run, at least one batch."""
+    group: Annotated[int, Field(ge=2)] = 10
     """Samples that are compared with each other."""
-    batch: int = 20
-    """Samples that are drawn at a time."""
-    reuse: list[int] = Field(default_factory=lambda: [1, 2, 4, 8, 16])
+    batch: PositiveInt = 20
+    """Samples that are drawn at a time, a multiple of `group`."""
+    reuse: list[PositiveInt] = Field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Steps of Adam on each batch."""
-    usual_reuse: int = 4
-    mixing: list[float] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    usual_reuse: PositiveInt = 4
+    mixing: list[Share] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Shares of samples that come from the reference: 0 is on-policy, 1 is offline."""
-    learning_rates: list[float] = Field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
-    strengths: dict[str, list[float]] = Field(
+    learning_rates: list[PositiveFloat] = Field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0], min_length=1)
+    strengths: dict[str, list[PositiveFloat]] = Field(
         default_factory=lambda: {"RWR": [0.03, 0.1, 0.3], "DPO": [0.03, 0.1, 0.3, 1.0], "IPO": [0.01, 0.03, 0.1, 0.3]}
     )
     """Settings to choose from: `beta` of DPO and IPO, the temperature of RWR."""
-    tuning_seeds: int = 10
+    tuning_seeds: PositiveInt = 10
     """Seeds on which learning rate and strength of each cell are chosen; none of them is reported."""
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Parameters:
+        if self.batch % self.group or self.samples < self.batch:
+            raise refused("batch is not a multiple of group, or samples is less than a batch")
+        if missing := {"RWR", "DPO", "IPO"} - {name for name, values in self.strengths.items() if values}:
+            raise refused(f"strengths has no values for {min(missing)}")
+        return self
 
 
 class Cell(NamedTuple):
@@ -181,7 +193,7 @@ def tune(spec: Parameters) -> Iterator[tuple[str, list[list[float]]]]:
         yield cell.name, [list(known[int(best)]) for best in mean.argmax(-1)]
 
 
-def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Mapping[str, Any]) -> Tables:
+def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Mapping[str, Any], work: Path) -> Tables:
     """Run every cell with its chosen settings: the expected reward, and the divergence from the reference."""
     peaks, known = list(spec.peaks.values()), reference()
     tables: Tables = {f"peak {name}": {} for name in spec.peaks}

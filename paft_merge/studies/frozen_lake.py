@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from paft_merge.recipe.sections import Section
@@ -25,7 +25,7 @@ from paft_merge.studies.policy_losses import (
     residual_states,
 )
 from paft_merge.studies.study import Tables
-from paft_merge.training.schema import IftSpec
+from paft_merge.training.schema import IftSpec, OpenShare
 
 MAP = "SFFFFHFHFFFHHFFG"
 WIDTH, STATES, ACTIONS = 4, 16, 4
@@ -39,19 +39,19 @@ class Parameters(Section):
     """The parameters of the study."""
 
     ice: tuple[Literal["solid", "slippery"], ...] = ("solid", "slippery")
-    hidden: int = 32
-    learning_rate: float = 0.01
-    steps: list[int] = Field(default_factory=lambda: [1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300])
+    hidden: PositiveInt = 32
+    learning_rate: PositiveFloat = 0.01
+    steps: list[PositiveInt] = Field(default_factory=lambda: [1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300], min_length=1)
     """Steps of Adam after which a policy is measured."""
-    starts: dict[str, int] = Field(default_factory=lambda: {"untrained": 0, "half-trained": 20})
+    starts: dict[str, NonNegativeInt] = Field(default_factory=lambda: {"untrained": 0, "half-trained": 20})
     """Policies that all methods start from, which are also DPO's reference: by name, the steps towards the optimal policy."""
-    target_steps: int = 600
+    target_steps: PositiveInt = 600
     """Steps that train the network of the optimal policy, from the start of all methods."""
-    discount: float = 0.99
-    exploration: float = 0.05
+    discount: OpenShare = 0.99
+    exploration: OpenShare = 0.05
     """Share of the optimal policy that is uniform over the actions: its log-probabilities are finite then."""
-    beta: float = 0.1
-    orpo_beta: float = 0.1
+    beta: PositiveFloat = 0.1
+    orpo_beta: NonNegativeFloat = 0.1
     variants: dict[str, IftSpec] = Field(default_factory=lambda: {"IFT": IftSpec()})
     """IFT with the settings of the paper, and with others, by the name of the row."""
 
@@ -173,7 +173,7 @@ def loss_of(
     return loss
 
 
-def run_seed(spec: Parameters, seed: int, data: Path | None = None, tuned: Any = None) -> Tables:
+def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any, work: Path) -> Tables:
     """Train every method from each start on each kind of ice, and compare the networks with that of the optimal policy."""
     return {
         f"{ice} ice, {start} start": _rows(ice, steps, spec, seed)
@@ -226,7 +226,9 @@ def _rows(ice: str, warm_steps: int, spec: Parameters, seed: int) -> dict[str, d
             for done in _descent(network, loss, max(spec.steps), spec.learning_rate)
             if done in spec.steps
         }
-        rows |= {f"{method}, step {done}": found for done, found in steps.items()}
+        for done, found in steps.items():
+            along = {name: found[name] for name in ("mse", "success")}
+            rows[f"{method}, step {done}"] = found if done == max(steps) else along
         nearest = min(steps, key=lambda done: steps[done]["mse"])
         rows[f"{method}, nearest"] = steps[nearest] | {"step": float(nearest)}
     return rows

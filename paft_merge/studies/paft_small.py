@@ -10,63 +10,65 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from pydantic import Field
 
 from paft_merge.errors import RunError
 from paft_merge.pipeline import run
-from paft_merge.recipe.sections import Section
 from paft_merge.recipe.yaml_source import dump_yaml
+from paft_merge.studies import story_model
 from paft_merge.studies.paft_small_data import REWARD, Sizes, prepare
+from paft_merge.studies.story_model import StoryModel
 from paft_merge.studies.study import Tables
 
-BASE = "stories260K_hf"
-FILES = (BASE, "sigmorphon2017", "vader", "tinystories_valid_30k.txt")
+FILES = ("sigmorphon2017/english-train-high", "sigmorphon2017/english-dev", "sigmorphon2017/english-uncovered-test",
+         "tinystories_valid_30k.txt")  # fmt: skip
+"""Files in the folder of `--data`, beside those of `StoryModel`."""
 
 
-class Parameters(Section):
+class Parameters(StoryModel):
     """The parameters of the study."""
 
-    data: Sizes = Sizes()
+    data: Sizes = Field(default_factory=Sizes)
     settings: dict[str, list[str]] = Field(default_factory=dict)
     """By name, the changes of the recipe (`key=value`) that a setting makes."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     """A recipe of `paft run` without its base and its seeds; the names of its files are those that `prepare` writes."""
 
 
-def check(parameters: Parameters, data: Path | None) -> dict[str, int]:
-    """Return the size of each file of the data; RunError STUDY if one is not there."""
-    lacking = [name for name in FILES if data is None or not (data / name).exists()]
-    if data is None or lacking:
-        fix = f"give --data the folder with {', '.join(FILES)}"
-        raise RunError.of("STUDY", data or "paft-small", f"{', '.join(lacking)} not found", fix)
-    files = (path for name in FILES for path in ([data / name] if (data / name).is_file() else (data / name).iterdir()))
-    return {str(path.relative_to(data)): path.stat().st_size for path in sorted(files)}
+def check(spec: Parameters, data: Path | None) -> dict[str, str]:
+    """Digests of the inputs; RunError STUDY if one is not there."""
+    digests = story_model.check(spec, data)
+    assert data is not None
+    for name in FILES:
+        if not (data / name).is_file():
+            raise RunError.of("STUDY", data / name, "does not exist", "put it there")
+    return digests | {Path(name).name: xxhash.xxh3_128_hexdigest((data / name).read_bytes()) for name in FILES}
 
 
-def run_seed(
-    parameters: Parameters, seed: int, data: Path | None, settings: Mapping[str, Any] | None, folder: Path
-) -> Tables:
+def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any, work: Path) -> Tables:
     """Run the recipe in every setting with one seed.
 
     Args:
-        parameters: those of the study.
-        seed: seed of the training and of the sampled answers. All seeds share one set of data.
+        spec: the parameters of the study.
+        seed: seed of the training. All seeds share one set of data.
         data: the folder that `check` accepted.
-        settings: not used.
-        folder: the folder for the data and the runs; a run that was interrupted there is continued.
+        tuned: not used.
+        work: the folder for the data and the runs; a run that was interrupted there is continued.
 
     Returns:
         A table for each setting: the rows and columns of the run's table, and the cost of each arm.
     """
+    base, words = story_model.inputs(spec, data)
     assert data is not None
-    inputs = folder / "inputs"
+    inputs = work / "inputs"
     if not (inputs / REWARD).exists():
-        prepare(data, inputs, parameters.data)
-    recipe = {"base_model": str((data / BASE).resolve()), "seeds": [seed], **parameters.recipe}
+        prepare(base, words, data, inputs, spec.data)
+    recipe = {"base_model": str(base.resolve()), "seeds": [seed], **spec.recipe}
     (inputs / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
     tables: Tables = {}
-    for name, changes in parameters.settings.items():
-        made = run(inputs / "recipe.yaml", folder / f"{name}-{seed}", overrides=changes)
+    for name, changes in spec.settings.items():
+        made = run(inputs / "recipe.yaml", work / f"{name}-{seed}", overrides=changes)
         found = made.table.to_json()
         tables[name] = {row["arm"]: _metrics(row) for row in found["rows"]}
     return tables

@@ -20,6 +20,7 @@ from paft_merge.evaluating.light import generate
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.recipe.sections import Section
+from paft_merge.studies.story_model import read_lexicon, valence
 
 FIRST = "Once upon a time"
 """The first words of every story."""
@@ -38,14 +39,14 @@ REWARD = "reward.py"
 
 _SOURCE = '''"""Whether a story is happier than the one that the base tells for the same beginning."""
 
-from paft_merge.studies.paft_small_data import mean_valence
+from paft_merge.studies.story_model import valence
 
-VALENCE = {valence!r}
+LEXICON = {lexicon!r}
 
 
 def wins(completions: list[str], base_valence: list[float], **columns: object) -> list[float]:
-    """1 for a higher mean valence than that of the base's story, 0.5 for the same, 0 for a lower one."""
-    found = zip((mean_valence(text, VALENCE) for text in completions), base_valence, strict=True)
+    """1 for a higher valence than that of the base's story, 0.5 for the same, 0 for a lower one."""
+    found = zip((valence(text, LEXICON) for text in completions), base_valence, strict=True)
     return [1.0 if mine > its else 0.5 if mine == its else 0.0 for mine, its in found]
 '''
 
@@ -71,18 +72,20 @@ class Sizes(Section):
     """Tokens of a story after its beginning, which is a sentence."""
 
 
-def prepare(data: Path, out: Path, sizes: Sizes, seed: int = 0) -> None:
+def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, seed: int = 0) -> None:
     """Write the files that the recipe names: rows of the skill, pairs, prompts, the text, and the reward function.
 
     Args:
-        data: the folder with `stories260K_hf`, `sigmorphon2017`, `vader` and `tinystories_valid_30k.txt`.
+        base: the folder of the base.
+        words: the file of the lexicon.
+        data: the folder with `sigmorphon2017` and `tinystories_valid_30k.txt`.
         out: an empty or new folder.
         sizes: how much of each.
         seed: seed of the stories, and of the order of the rows.
     """
     out.mkdir(parents=True, exist_ok=True)
-    valence = lexicon(data / "vader" / "vader_lexicon.txt")
-    storyteller = Storyteller(data / "stories260K_hf", seed, sizes.tokens)
+    lexicon = read_lexicon(words)
+    storyteller = Storyteller(base, seed, sizes.tokens)
     openings = storyteller.openings(sizes.beginnings + sizes.dev + sizes.test)
     rows = inflections(data / "sigmorphon2017" / "english-train-high")[: sizes.rows]
     rows += storyteller.stories(sizes.stories)
@@ -92,13 +95,13 @@ def prepare(data: Path, out: Path, sizes: Sizes, seed: int = 0) -> None:
         write_rows(out / f"skill_{part}.jsonl", inflections(data / "sigmorphon2017" / name)[: sizes.tested])
     first, second = sizes.beginnings, sizes.beginnings + sizes.dev
     told = [storyteller.complete(openings[:first]) for _ in range(sizes.samples)]
-    write_rows(out / "pairs_train.jsonl", pairs(openings[:first], told, valence))
+    write_rows(out / "pairs_train.jsonl", pairs(openings[:first], told, lexicon))
     for part, prompts in (("dev", openings[first:second]), ("test", openings[second:])):
-        base = [mean_valence(text, valence) for text in storyteller.complete(prompts)]
-        asked = [{"prompt": prompt, "base_valence": its} for prompt, its in zip(prompts, base, strict=True)]
+        told_by_base = [valence(text, lexicon) for text in storyteller.complete(prompts)]
+        asked = [{"prompt": prompt, "base_valence": its} for prompt, its in zip(prompts, told_by_base, strict=True)]
         write_rows(out / f"prompts_{part}.jsonl", asked)
     shutil.copy(data / "tinystories_valid_30k.txt", out / "retained.txt")
-    (out / REWARD).write_text(_SOURCE.format(valence=valence), encoding="utf-8")
+    (out / REWARD).write_text(_SOURCE.format(lexicon=lexicon), encoding="utf-8")
 
 
 def inflections(file: Path) -> list[dict[str, str]]:
@@ -107,30 +110,18 @@ def inflections(file: Path) -> list[dict[str, str]]:
     return [{"prompt": f"{lemma} {SLOTS[slot]}:", "completion": f" {form}"} for lemma, form, slot in rows]
 
 
-def lexicon(file: Path) -> dict[str, float]:
-    """The mean valence of each word, -4 to 4; entries that are not words, such as emoticons, are left out."""
-    entries = (line.split("\t")[:2] for line in file.read_text(encoding="utf-8").splitlines() if line)
-    return {word: float(valence) for word, valence in entries if word.isalpha()}
-
-
-def mean_valence(text: str, valence: Mapping[str, float]) -> float:
-    """Mean valence of the words of a text, where words outside the lexicon count as 0; 0 of a text without words."""
-    words = [word.strip(".,!?;:\"'()").lower() for word in text.split()]
-    return sum(valence.get(word, 0.0) for word in words) / max(len(words), 1)
-
-
-def pairs(prompts: Sequence[str], told: Sequence[Sequence[str]], valence: Mapping[str, float]) -> list[dict[str, str]]:
+def pairs(prompts: Sequence[str], told: Sequence[Sequence[str]], lexicon: Mapping[str, float]) -> list[dict[str, str]]:
     """For each prompt the story with the highest valence and the one with the lowest, unless all are equal.
 
     Args:
         prompts: the beginnings.
         told: several lists, each with a story for every prompt.
-        valence: see `lexicon`.
+        lexicon: the valence of each word.
     """
     found = []
     for prompt, stories in zip(prompts, zip(*told, strict=True), strict=True):
-        ranked = sorted(stories, key=lambda text: mean_valence(text, valence))
-        if mean_valence(ranked[-1], valence) > mean_valence(ranked[0], valence):
+        ranked = sorted(stories, key=lambda text: valence(text, lexicon))
+        if valence(ranked[-1], lexicon) > valence(ranked[0], lexicon):
             found.append({"prompt": prompt, "chosen": ranked[-1], "rejected": ranked[0]})
     return found
 

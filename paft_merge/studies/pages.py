@@ -119,7 +119,8 @@ def body(definition: Definition, results: Results, pictures: Iterable[tuple[Plot
     for says, *verdicts in found:
         parts.append("\n".join([says, "", *(f"- {one}" for one in verdicts)]))
     for spec in definition.tables:
-        parts += [f"### {spec.title}", table(definition, spec, results)]
+        if any(results.has((one, row), name) for one in spec.tables for row in spec.rows for name in spec.metrics):
+            parts += [f"### {spec.title}", table(definition, spec, results)]
     parts += [f"![{spec.title}]({file})" for spec, file in pictures]
     return "\n\n".join(parts)
 

@@ -30,6 +30,8 @@ def draw(definition: Definition, results: Results, folder: Path) -> list[tuple[P
     # Without a date and with a fixed salt, equal results give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "paft", "svg.fonttype": "none", "text.parse_math": False}):
         for spec in definition.plots:
+            if not any(results.has(cell, spec.metric) for cell in spec.cells()):
+                continue
             name = f"{definition.study}-{spec.name}.svg"
             figure = _lines(definition, spec, results) if spec.x else _intervals(definition, spec, results)
             figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
@@ -54,7 +56,7 @@ def _lines(definition: Definition, spec: PlotSpec, results: Results) -> Any:
     figure, panels = _panels(spec, 4.0)
     for panel, table in zip(panels, spec.tables, strict=True):
         for number, line in enumerate(spec.lines):
-            points = _points(results, spec, {x: (table, spec.row.format(line=line, x=f"{x:g}")) for x in spec.x})
+            points = _points(results, spec, {x: (table, spec.row_at(line, x)) for x in spec.x})
             colour, mark, style = f"C{number}", MARKS[number % len(MARKS)], STYLES[number % len(STYLES)]
             # A small shift keeps the bars of several lines apart.
             at = [x * 1.015**number if spec.log_x else x + 0.006 * number * (spec.x[-1] - spec.x[0]) for x in points]

@@ -7,6 +7,7 @@ The output folder holds `seeds/N.json` (one for each seed), `tuned.json` (settin
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from paft_merge.training.adapter_record import versions
 from paft_merge.training.run_folder import write_json
 
 FORMAT = 1
-DIGITS = 6
+DIGITS = 5
 """Significant digits of a number in the files."""
 
 
@@ -88,7 +89,8 @@ def run_study(
             if record is None:
                 began = time.process_time()
                 settings = tuned["settings"] if tuned else None
-                tables: Tables = study.module.run_seed(study.parameters, seed, given, settings)
+                tables: Tables = study.module.run_seed(study.parameters, seed, given, settings, folder / "work")
+                _check_finite(tables, seed)
                 record = expected | {
                     "seed": seed,
                     "seconds": round(time.process_time() - began, 1),
@@ -144,6 +146,16 @@ def _difference(key: str, had: Any, wants: Any) -> str:
             if had.get(inner) != wants.get(inner):
                 return _difference(f"{key}.{inner}", had.get(inner), wants.get(inner))
     return f"{key} {had!r} instead of {wants!r}"
+
+
+def _check_finite(tables: Tables, seed: int) -> None:
+    """Raise RunError NONFINITE for a number that is not finite: it would make every mean and verdict of its row wrong."""
+    for table, rows in tables.items():
+        for row, metrics in rows.items():
+            for metric, value in metrics.items():
+                if not math.isfinite(value):
+                    where = f"seed {seed}: {table}: {row}"
+                    raise RunError.of("NONFINITE", where, f"{metric} is {value}", "lower the learning rate")
 
 
 def _rounded(value: Any) -> Any:

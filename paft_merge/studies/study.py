@@ -9,18 +9,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import paft_merge
 from paft_merge.errors import RunError
 from paft_merge.pipeline.overrides import overridden
-from paft_merge.recipe.sections import Section, read_section, suggestion
+from paft_merge.recipe.sections import Section, read_section, refused, suggestion
 from paft_merge.recipe.yaml_source import Located, load_yaml
 
 Tables: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """The numbers of one seed: by table, row and metric."""
 
-MODULES = {"frozen-lake": "frozen_lake", "on-policy": "bandit", "paft-small": "paft_small"}
+MODULES = {
+    "frozen-lake": "frozen_lake",
+    "on-policy": "bandit",
+    "precision": "precision",
+    "on-policy-lm": "on_policy_lm",
+    "paft-small": "paft_small",
+}
 """The module of each study. It has `Parameters`, `run_seed` and, where settings are chosen before, `tune`."""
 
 Cell: TypeAlias = tuple[str, str]
@@ -55,7 +61,7 @@ class Claim(Section):
     def cells(self, side: Literal["plus", "minus"], each: str) -> list[Cell]:
         """The cells of one side, for one of `each`."""
         found: list[Cell] = getattr(self, side)
-        return [(table.format(each=each), row.format(each=each)) for table, row in found]
+        return [(table.replace("{each}", each), row.replace("{each}", each)) for table, row in found]
 
 
 class TableSpec(Section):
@@ -83,6 +89,15 @@ class PlotSpec(Section):
     log_x: bool = False
     log_y: bool = False
 
+    def row_at(self, line: str, x: float) -> str:
+        """The row of a line at an `x`."""
+        return self.row.replace("{line}", line).replace("{x}", f"{x:g}")
+
+    def cells(self) -> list[Cell]:
+        """Every row that is drawn."""
+        rows = [self.row_at(line, x) for line in self.lines for x in self.x] or self.lines
+        return [(table, row) for table in self.tables for row in rows]
+
 
 class Definition(Section):
     """A study."""
@@ -94,13 +109,22 @@ class Definition(Section):
     seeds: Annotated[int, Field(ge=1)]
     parameters: dict[str, Any] = Field(default_factory=dict)
     smoke: dict[str, Any] = Field(default_factory=dict)
-    """Parameters of the smoke form that differ, and `seeds`."""
+    """Parameters of the smoke form that differ."""
+    smoke_seeds: Annotated[int, Field(ge=1)] = 1
     metrics: dict[str, Metric]
     labels: dict[str, str] = Field(default_factory=dict)
     """Names of rows on the page, by their names in the results."""
     tables: list[TableSpec]
     plots: list[PlotSpec] = Field(default_factory=list)
     claims: list[Claim]
+
+    @model_validator(mode="after")
+    def _known_metrics(self) -> Definition:
+        used = [one.metric for one in self.claims] + [one.metric for one in self.plots]
+        used += [name for one in self.tables for name in one.metrics]
+        if unknown := [name for name in used if name not in self.metrics]:
+            raise refused(f"there is no metric {unknown[0]!r}", suggestion(unknown[0], self.metrics))
+        return self
 
 
 @dataclass(frozen=True)
@@ -160,8 +184,7 @@ def load_study(name: str, *, smoke: bool = False, seeds: int | None = None, over
             "STUDY", where, f"there is no study {definition.study!r}", suggestion(definition.study, MODULES)
         )
     module = import_module(f"paft_merge.studies.{MODULES[definition.study]}")
-    special = dict(definition.smoke) if smoke else {}
-    count = special.pop("seeds", definition.seeds)
+    special, count = (definition.smoke, definition.smoke_seeds) if smoke else ({}, definition.seeds)
     given = overridden(Located({**definition.parameters, **special}, str(path)), overrides)
     parameters = read_section(module.Parameters, given)
     return Study(definition, module, parameters, seeds or count, smoke)

@@ -36,6 +36,7 @@ def complete(
     temperature: float = 0.0,
     completions: int = 1,
     ended: list[bool] | None = None,
+    spaced: list[bool] | None = None,
     **options: Any,
 ) -> list[tuple[str, ...]]:
     """Generate completions of one batch, without prompts and special tokens.
@@ -48,6 +49,8 @@ def complete(
         temperature: Sampling temperature; 0 is greedy decoding.
         completions: Number of completions per prompt.
         ended: Receives for every completion whether an end token stopped it.
+        spaced: Receives for every completion whether a space separates it from its prompt; some tokenizers leave out the space
+            before the first word of a text, so that a completion alone does not show it.
         options: Further arguments of `model.generate`.
 
     Returns:
@@ -70,4 +73,7 @@ def complete(
         ids = torch.tensor([stops] if isinstance(stops, int) else stops or [], device=made.device, dtype=made.dtype)
         ended += torch.isin(made[:, input_ids.shape[1] :], ids).any(1).tolist()
     texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
+    if spaced is not None:
+        whole = tokenizer.batch_decode(made, skip_special_tokens=True)
+        spaced += [text != "" and both.endswith(f" {text}") for text, both in zip(texts, whole, strict=True)]
     return [tuple(texts[i : i + completions]) for i in range(0, len(texts), completions)]

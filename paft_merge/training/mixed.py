@@ -167,6 +167,9 @@ class MixedTrainer(Trainer):  # type: ignore[misc]
         alone = [part.trainer.set_initial_training_values(part.trainer.args, part.loader)[-1] for part in self.parts]
         for part, steps in zip(self.parts, steps_of(alone, self.ratio, max(0, self.args.max_steps)), strict=True):
             part.steps = steps
+            if not steps:
+                what = f"has none of the {sum(alone) if self.args.max_steps <= 0 else self.args.max_steps} steps"
+                raise TrainError.of("TRAINING", part.name, what, "give it a larger share of the ratio, or 0")
         self.order = interleaved([part.steps for part in self.parts])
         self._open_streams(0)
         return range(len(self.order))

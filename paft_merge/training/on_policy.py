@@ -92,15 +92,19 @@ def mixed(rows: list[dict[str, Any]], offline: Any, ratio: float, seed: int) -> 
 
 
 def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpec, seed: int) -> list[tuple[str, ...]]:
-    """Sample `spec.completions` texts for every prompt; the same seed and batch size give the same texts."""
+    """Sample `spec.completions` texts for every prompt; the same seed and batch size give the same texts.
+
+    A completion of a text begins with the space that separates it from its prompt, unless the prompt ends with one: rows of
+    training join them.
+    """
     was, ids = model.training, [token_ids(tokenizer, prompt) for prompt in prompts]
     model.eval()
     try:
         torch.manual_seed(seed)
-        return [
-            texts
-            for start in range(0, len(ids), spec.batch_size)
-            for texts in complete(
+        found: list[tuple[str, ...]] = []
+        spaced: list[bool] = []
+        for start in range(0, len(ids), spec.batch_size):
+            found += complete(
                 model,
                 tokenizer,
                 ids[start : start + spec.batch_size],
@@ -109,10 +113,20 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpe
                 completions=spec.completions,
                 top_p=spec.top_p,
                 eos_token_id=tokenizer.eos_token_id,
+                spaced=spaced,
             )
-        ]
     finally:
         model.train(was)
+    apart = iter(spaced)
+    return [
+        tuple(f" {text}" if next(apart) and _needs_space(prompt) else text for text in texts)
+        for prompt, texts in zip(prompts, found, strict=True)
+    ]
+
+
+def _needs_space(prompt: Any) -> bool:
+    """Whether a completion that follows after a space has to begin with it."""
+    return isinstance(prompt, str) and prompt != "" and not prompt[-1].isspace()
 
 
 @dataclass(frozen=True)

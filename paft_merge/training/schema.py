@@ -319,7 +319,9 @@ def _filled(given: Mapping[Any, Any]) -> dict[Any, Any]:
             if key == "l1" and len(found) > 1:
                 raise ValueError("only one part of a mixed adapter can have `l1`")
     ratio = given.get("ratio")
-    if isinstance(ratio, int | float) and not isinstance(ratio, bool) and ratio >= 0:
+    if isinstance(ratio, int | float) and not isinstance(ratio, bool):
+        if not ratio >= 0:
+            raise ValueError(f"`ratio` must be a number of at least 0, or one for each part by name; got {ratio}")
         if len(parts) > 2:
             example = ", ".join(f"{name}: 1" for name in parts)
             raise ValueError(f"one `ratio` is for two parts, and there are {len(parts)}; write ratio: {{{example}}}")

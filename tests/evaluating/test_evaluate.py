@@ -246,6 +246,59 @@ def test_sampled_answers_vary_with_the_seed_and_repeat_with_it(place: Path) -> N
     assert len(set(first)) > 1
 
 
+def test_self_consistency_is_the_share_of_samples_that_equal_the_most_frequent_answer(
+    place: Path, tmp_path: Path
+) -> None:
+    subject = load_subject(place / "base", EvaluateSpec())
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"w{i}"} for i in range(5)])
+    given = {"kind": "self_consistency", "data": "rows.jsonl", "max_new_tokens": 2, "samples": 4}
+    score = measure(subject, Measurement.model_validate(given), tmp_path, 3, seed=1)
+    assert len(score.outputs) == 20
+    answers = [[text.strip() for text in score.outputs[at : at + 4]] for at in range(0, 20, 4)]
+    assert list(score.rows) == [max(map(one.count, one)) / 4 for one in answers]
+    assert 0.25 < score.value < 1
+    assert measure(subject, Measurement.model_validate(given), tmp_path, 3, seed=1) == score
+    assert measure(subject, Measurement.model_validate(given), tmp_path, 3, seed=2).outputs != score.outputs
+    cold = measure(subject, Measurement.model_validate({**given, "temperature": 1e-4}), tmp_path, 3)
+    assert cold.value == 1
+    last = measure(subject, Measurement.model_validate({**given, "extract": r"(w\d+)$"}), tmp_path, 3, seed=1)
+    assert list(last.rows) == [max(map(e.count, e)) / 4 for e in [[t.split()[-1] for t in one] for one in answers]]
+    assert last.rows != score.rows
+    assert len(measure(subject, Measurement.model_validate({**given, "samples": None}), tmp_path, 3).outputs) == 40
+
+
+def test_empty_answers_and_those_without_a_match_agree_with_none(place: Path, tmp_path: Path) -> None:
+    subject = load_subject(place / "base", EvaluateSpec())
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "w1"}])
+    given = {"kind": "self_consistency", "data": "rows.jsonl", "max_new_tokens": 2, "extract": "#### (.*)"}
+    assert measure(subject, Measurement.model_validate(given), tmp_path, 3).value == 0
+    assert light._agreement(["", " ", "a"]) == light._agreement(["a", "b ", "c"]) == 1 / 3
+    assert light._agreement(["", ""]) == 0
+
+
+def test_self_consistency_is_an_option_of_the_command(place: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "w1"}])
+    args = ["--self-consistency", str(tmp_path / "rows.jsonl"), "--max-new-tokens", "2", "--json"]
+    done = CliRunner().invoke(cli, ["evaluate", str(place / "base"), *args])
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["self_consistency"]["outputs"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"temperature": 0}, "self_consistency needs a `temperature` above 0: greedy answers are all equal"),
+        ({"samples": 1}, "samples"),
+        ({"function": "r.py:f"}, "`function` has no effect for self_consistency"),
+        ({"answer": "a"}, "`answer` has no effect for self_consistency"),
+        ({"kind": "reward", "function": "r.py:f", "samples": 3}, "`samples` has no effect for reward"),
+    ],
+)
+def test_settings_without_effect_on_self_consistency_are_refused(change: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        Measurement.model_validate({"kind": "self_consistency", "data": "rows.jsonl", **change})
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

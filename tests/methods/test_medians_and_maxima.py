@@ -65,6 +65,8 @@ def test_degenerate_medians() -> None:
     assert median_of([0.1], [0.2], [0.9]) == pytest.approx([0.2])  # on a line, the middle one
     assert median_of([0.1], [0.1], [0.1]) == median_of([0.1])
     assert median_of([0.0], [0.0]) == [0.0]
+    assert median_of([1.0, 0.0], [0.0, 1.0], lambda_=0.5) == [0.25, 0.25]
+    assert median_of([1.0], [1.0], [5.0], lambda_=-2.0) == [-2.0]
     # The mean is the first delta, which is not the median: the iteration has to leave it.
     found = median_of([0.0, 0.0], [3.0, 0.0], [-1.0, 1.0], [-1.0, -1.0], [-1.0, 0.0])
     points = np.array([[0.0, 0.0], [3.0, 0.0], [-1.0, 1.0], [-1.0, -1.0], [-1.0, 0.0]])

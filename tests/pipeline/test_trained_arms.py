@@ -247,6 +247,10 @@ REWARD = {"function": "reward.py:words"}
         ({"adapters.dpo.training.weight_decay": 0.5}, "training.weight_decay: sft has 0.0 and dpo has 0.5, but one optimizer"),
         ({"compare.mixed.ratio": 2}, "one `ratio` is for two parts, and there are 3"),
         ({"compare.mixed.ratio": {"sft": 1}}, "`ratio` needs a number for each of the parts sft, dpo, safety"),
+        ({"compare.mixed.ratio": -1}, r"mixed\.ratio: must be a number of at least 0, a list of such numbers, or one for each adapter"),
+        ({"compare.mixed.ratio": [1, 1.0]}, "has a value twice"),
+        ({"compare.polish.merge": {"models": []}}, "a merge recipe needs merge_method"),
+        ({"compare.polish.merge": {"merge_method": "ties", "sweep": {"weight": [1, 2]}}}, "sweep the share instead"),
         ({"compare.mixed.training": {"bta": 2}}, "does not have this field"),
         ({"adapters.dpo": "old"}, "mixed trains one adapter on the objectives of all, and dpo exists already; leave mixed out"),
         ({"adapters.sft": "old"}, "sequential_reversed trains the skill adapter on the merged preference model, and sft exists already"),
@@ -258,6 +262,17 @@ def test_arms_that_the_adapters_do_not_allow_are_refused_before_training(
     sets = [f"{key}={json.dumps(value)}" for key, value in change.items()]
     with pytest.raises(PaftMergeError, match=message):
         plan(world, tmp_path / "run", overrides=sets)
+
+
+@pytest.mark.parametrize("name", ["mixed", "sequential-reversed", "polish"])
+def test_an_adapter_is_not_taken_for_an_arm_of_its_name(name: str, world: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(world.read_text())
+    recipe["compare"] |= {"arms": ["individual", *COMPARE["arms"]]}
+    recipe["adapters"][name] = recipe["adapters"]["dpo"]
+    beside = world.with_name("named.yaml")
+    beside.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(PaftMergeError, match=f"would have one folder, {name}; rename the adapter"):
+        plan(beside, tmp_path / "run")
 
 
 @pytest.mark.parametrize("arm", ["mixed", "polish"])

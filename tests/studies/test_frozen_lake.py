@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -45,13 +47,13 @@ def small(**more):
 
 def test_ift_without_residual_and_without_discount_is_sft():
     spec = small(variants={"IFT": IftSpec(lam=0, gamma=0), "other": IftSpec(lam=0.5, gamma=0)})
-    rows = lake.run_seed(spec, 1)["solid ice, untrained start"]
+    rows = lake.run_seed(spec, 1, None, None, Path())["solid ice, untrained start"]
     assert rows["IFT, step 4"] == pytest.approx(rows["SFT, step 4"], rel=1e-6)
     assert rows["other, step 4"]["mse"] != pytest.approx(rows["SFT, step 4"]["mse"], rel=1e-3)
 
 
 def test_the_nearest_step_is_the_one_with_the_least_distance():
-    rows = lake.run_seed(small(), 0)["solid ice, untrained start"]
+    rows = lake.run_seed(small(), 0, None, None, Path())["solid ice, untrained start"]
     steps = {step: rows[f"DPO, step {step}"]["mse"] for step in (1, 4)}
     assert rows["DPO, nearest"]["mse"] == min(steps.values())
     assert rows["DPO, nearest"]["step"] == min(steps, key=steps.__getitem__)

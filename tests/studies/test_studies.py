@@ -16,7 +16,7 @@ from paft_merge.errors import RecipeError, RunError
 from paft_merge.studies import frozen_lake, run_study
 from paft_merge.studies.pages import Results, body, claims
 from paft_merge.studies.seed_intervals import Interval, interval_of
-from paft_merge.studies.study import known_studies, load_study
+from paft_merge.studies.study import folders, known_studies, load_study
 
 FAST = ("starts={untrained: 0}", "target_steps=3", "steps=[1, 2]", "variants={IFT: {lambda: 0.2}}")
 
@@ -65,10 +65,33 @@ def test_a_damaged_seed_is_refused(tmp_path):
         lake(tmp_path, 1)
 
 
-@pytest.mark.parametrize("override", ["learning_rat=0.1", "hidden=many", "ice=[wet]"])
+@pytest.mark.parametrize("override", ["learning_rat=0.1", "hidden=many", "ice=[wet]", "steps=[]", "hidden=0"])
 def test_a_wrong_parameter_is_refused(override, tmp_path):
     with pytest.raises(RecipeError):
         lake(tmp_path, 1, override)
+
+
+@pytest.mark.parametrize(
+    "override", ["batch=15", "samples=5", "group=1", "peaks={off: 100}", "mixing=[2]", "strengths={DPO: [1]}"]
+)
+def test_a_wrong_parameter_of_the_bandit_is_refused(override):
+    with pytest.raises(RecipeError):
+        load_study("on-policy", overrides=[override])
+
+
+def test_a_number_that_is_not_finite_is_refused(tmp_path):
+    """It would give a verdict: no comparison with NaN is true."""
+    with pytest.raises(
+        RunError, match=r"seed 0: solid ice, untrained start: .*: mse is (nan|inf); lower the learning rate"
+    ):
+        lake(tmp_path, 1, "learning_rate=1e30")
+
+
+def test_a_definition_with_an_unknown_metric_is_refused(tmp_path):
+    text = (folders()[0] / "on-policy.yaml").read_text().replace("metric: reward,", "metric: rewards,", 1)
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"there is no metric 'rewards'; did you mean 'reward'"):
+        load_study(str(tmp_path / "own.yaml"))
 
 
 def test_unknown_studies_are_refused_with_the_known_ones(tmp_path):
@@ -165,8 +188,7 @@ def test_a_definition_names_rows_that_its_study_has(name, tmp_path):
     for spec in definition.tables:
         assert all(results.has((t, row), spec.metrics[0]) for t in spec.tables for row in spec.rows)
     for plot in definition.plots:
-        rows = [plot.row.format(line=line, x=f"{x:g}") for line in plot.lines for x in plot.x or [0]]
-        assert all(results.has((t, row), plot.metric) for t in plot.tables for row in rows)
+        assert all(results.has(cell, plot.metric) for cell in plot.cells())
         assert (docs_studies.FOLDER / f"{name}-{plot.name}.svg").is_file()
 
 

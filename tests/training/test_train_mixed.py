@@ -191,6 +191,11 @@ def test_three_parts_share_one_adapter_and_are_logged_apart(base, tmp_path):
     assert not any(p.requires_grad is False for p in base.parameters())
 
 
+def test_a_part_without_any_step_is_refused(base, tmp_path):
+    with pytest.raises(TrainError, match="dpo: has none of the 5 steps; give it a larger share of the ratio, or 0"):
+        train(base, tmp_path / "x", mixed(5, part("sft"), part("dpo"), ratio=1e-6))
+
+
 def killer(step):
     from transformers import TrainerCallback
 
@@ -231,8 +236,8 @@ def test_a_killed_run_resumes_to_the_same_bits_and_counts(base, tmp_path):
         ({"parts": ["sft", "dpo", "orpo"], "ratio": 2}, r"one `ratio` is for two parts, and there are 3; write ratio: \{sft: 1"),
         ({"ratio": {"sft": 1}}, "`ratio` needs a number for each of the parts sft, dpo"),
         ({"ratio": {"sft": 0, "dpo": 0}}, "at least one above 0"),
-        ({"ratio": -1}, "ratio"),
-        ({"ratio": "much"}, "ratio"),
+        ({"ratio": -1}, "`ratio` must be a number of at least 0, or one for each part by name; got -1"),
+        ({"ratio": "much"}, "both.ratio: must be a mapping"),
         ({"data": "x"}, "`data` of a mixed adapter is that of its parts"),
         ({"l1": {"strength": 1}}, "`l1` of a mixed adapter is that of its parts"),
         ({"parts": ["sft", "wide"]}, "`lora` differs between the parts sft, wide; write the mixed adapter's lora:"),

@@ -89,6 +89,18 @@ def test_generation_is_repeatable_and_gives_each_prompt_its_samples():
     assert first != sample(model, words, prompts, spec, 2)
 
 
+@pytest.mark.parametrize(("prompt", "begins"), [("w1 w2", True), ("w1 w2 ", False), (None, False)])
+def test_a_completion_begins_with_the_space_that_its_tokenizer_leaves_out(prompt, begins):
+    """Else `Once upon a` and `time` are trained on as `Once upon atime`."""
+    model, words = pretrained(20), tokenizer()
+    given = prompt or [{"role": "user", "content": "w1 w2"}]
+    (texts,) = sample(model, words, [given], SamplingSpec(completions=3, max_new_tokens=4), 0)
+    assert all(texts)
+    assert [text.startswith(" ") for text in texts] == [begins] * 3
+    if begins:
+        assert words(prompt + texts[0])["input_ids"][:2] == words(prompt)["input_ids"]
+
+
 def test_rewards_come_from_functions_rules_and_sums(tmp_path):
     functions = reward_functions([RewardSpec(function="toy_rewards:likes_w1", weight=2.0), RewardSpec(rule="short")])
     scores = total(functions, prompts=["p"] * 2, completions=["w1 w1", "w2 w2 w2"])

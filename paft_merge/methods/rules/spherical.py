@@ -241,8 +241,8 @@ class GeometricMedian(Rule):
     """The geometric median of the deltas: the point with the least weighted sum of distances to them.
 
     A delta is the median if the unit vectors from it to the others, times their weights, add up to a vector shorter than its own
-    weight. Otherwise the median is between the deltas, and Weiszfeld's iteration finds it, with the step of Vardi and Zhang (2000)
-    where it meets a delta. It begins at the weighted mean, which remains where it is one of several medians, as between two
+    weight (Vardi and Zhang 2000). Otherwise the median is between the deltas, and Weiszfeld's iteration finds it; a step from a point
+    that is a delta leaves this delta out. It begins at the weighted mean, which remains where it is one of several medians, as between two
     deltas of equal weight. Points are weights of the deltas that add up to one, and distances come from the Gram matrix.
     """
 
@@ -292,8 +292,7 @@ class GeometricMedian(Rule):
             pull = _span(pulls - total * point, apart)
             if total == 0 or pull - held <= self.epsilon:
                 break
-            kept = held / pull
-            point = (1 - kept) * pulls / total + kept * point
+            point = pulls / total
         return point
 
 

@@ -18,7 +18,7 @@ import xxhash
 
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import NOTHING, Counts, KeepThreshold, Ops
-from paft_merge.compute.histogram import bits_of, l1_of_bins, squares_of_bins, value_of
+from paft_merge.compute.histogram import bits_of, exact_sum, l1_of_bins, squares_of_bins, value_of
 from paft_merge.compute.kernels import BINS
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.methods.rules.threshold_bounds import (
@@ -301,7 +301,7 @@ class _Search:
         """`survival` with the scale that restores the norm of source `i`."""
         if survival in (KeepThreshold(), NOTHING):
             return survival
-        before, less = math.fsum(self._norms(i)), survival.shrink
+        before, less = exact_sum(self._norms(i)), survival.shrink
         kept, mass = self._above(i, survival.low, self.ranks[i][0] if self.ranks[i] else None, less)
         if len(self.ranks[i]) == 2:
             dropped, lost = self._above(i, survival.high, self.ranks[i][1], less)
@@ -376,7 +376,7 @@ class _Search:
         over = bits > low
         count = int(self.full[0][i][top + 1 :].sum()) + int(often[over].sum())
         sizes = self._size(bits[over].view(np.float32).astype(np.float64), less)
-        mass = math.fsum([*norms[top + 1 :], *(sizes * often[over])])
+        mass = exact_sum(np.append(norms[top + 1 :], sizes * often[over]))
         equal = int(often[bits == low].sum()) if rank else 0
         ties = equal if self.every_tie or not rank else min(rank - count, equal)
         return count + ties, mass + ties * self._size(value_of(low), less)

@@ -1,0 +1,116 @@
+"""The base of the studies of language models, a lexicon whose valence is a reward, and prompts from the base's own texts."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from paft_merge.errors import RunError, reading
+from paft_merge.recipe.sections import Section
+from paft_merge.training.base_model import load_base, load_tokenizer
+from paft_merge.training.generation import complete
+from paft_merge.training.schema import AdapterSpec, BaseSpec
+
+
+class StoryModel(Section):
+    """The files of a study."""
+
+    base: str = "stories260K_hf"
+    """Folder of the base, in the folder of `--data`."""
+    lexicon: str = "vader/vader_lexicon.txt"
+    """File in the folder of `--data` with a word, a tab and its valence in each line."""
+
+
+def inputs(spec: StoryModel, data: Path | None) -> tuple[Path, Path]:
+    """The folder of the base and the file of the lexicon.
+
+    Raises:
+        RunError: STUDY, one of them is not there.
+    """
+    if data is None:
+        raise RunError.of("STUDY", "--data", "this study needs a base and a lexicon", "give the folder that has them")
+    base, lexicon = data / spec.base, data / spec.lexicon
+    for key, path in (("base", base), ("lexicon", lexicon)):
+        if not path.exists():
+            raise RunError.of("STUDY", path, "does not exist", f"put it there, or name another with --set {key}=...")
+    return base, lexicon
+
+
+def check(spec: StoryModel, data: Path | None) -> dict[str, str]:
+    """Digests of the inputs: results of other inputs are not mixed."""
+    base, lexicon = inputs(spec, data)
+    files = [*sorted(base.glob("*.safetensors")), lexicon]
+    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
+
+
+def read_lexicon(path: Path) -> dict[str, float]:
+    """The valence of each word."""
+    with reading(path, "STUDY", RunError, "each line has a word, a tab and a number"):
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return {row[0].lower(): float(row[1]) for row in rows}
+
+
+def valence(text: str, lexicon: Mapping[str, float]) -> float:
+    """The sum of the valences of a text's words."""
+    return sum(lexicon.get(word, 0.0) for word in re.findall(r"[\w']+", text.lower()))
+
+
+def beginnings(model: Any, tokenizer: Any, count: int, tokens: int) -> list[str]:
+    """Up to `count` different beginnings of the model's own texts, of at most `tokens` tokens; whole words."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    found: dict[str, None] = {}
+    for _ in range(20):
+        groups = complete(model, tokenizer, [[first]], max_new_tokens=tokens, temperature=1.0, completions=count)
+        found |= dict.fromkeys(start for text in groups[0] if (start := text.strip().rpartition(" ")[0]))  # whole words
+        if len(found) >= count:
+            break
+    return list(found)[:count]
+
+
+def valence_reward(completions: Sequence[str], lexicon: Sequence[str], **_: Any) -> list[float]:
+    """The valence of each completion, as a reward of `paft train`: the rows have the path of a lexicon in `lexicon`."""
+    return [valence(text, _cached_lexicon(path)) for text, path in zip(completions, lexicon, strict=True)]
+
+
+@cache
+def _cached_lexicon(path: str) -> dict[str, float]:
+    return read_lexicon(Path(path))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a base, with a pad token."""
+    tokenizer = load_tokenizer(str(folder), AdapterSpec.model_validate({"objective": "dpo", "data": "memory"}))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def loaded(folder: Path) -> Any:
+    """A model that computes in float32."""
+    return load_base(str(folder), BaseSpec(dtype="float32")).eval()
+
+
+def trained(
+    base: Any, section: Mapping[str, Any], out: Path, rows: Sequence[Mapping[str, Any]], tokenizer: Any, folder: Path
+) -> Path:
+    """Train an adapter on rows in memory as `paft train` does, without its warnings.
+
+    They are the same for each of many trainings: completions are cut at their length, so their end token is not learned, and
+    the reward is code of this package.
+    """
+    from paft_merge.training.run import train_adapter
+
+    messages = logging.getLogger("paft_merge")
+    level = messages.level
+    messages.setLevel(logging.ERROR)
+    try:
+        return train_adapter(
+            base, section, out, rows=list(rows), tokenizer=tokenizer, base_name=str(folder), trust_code=True
+        )  # fmt: skip
+    finally:
+        messages.setLevel(level)

@@ -1,0 +1,167 @@
+"""A trial of a search: the model in memory has the tensors of the checkpoint that the same merge writes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import adapters as toys
+from toys import train as train_toys
+from toys.merge import bits_equal
+from transformers import AutoModelForCausalLM
+
+from paft_merge import merge
+from paft_merge.evaluating import evaluate, loading
+from paft_merge.pipeline import trials
+from paft_merge.pipeline.named_models import resolved_merge
+from paft_merge.pipeline.ray_steps import Origin
+from paft_merge.pipeline.schema import load_run
+from paft_merge.pipeline.state import locked
+from paft_merge.pipeline.trials import Search, TrialModel, try_merge
+from paft_merge.recipe.yaml_source import dump_yaml
+
+pytestmark = train_toys.THEIR_WARNINGS
+
+KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "tied, bfloat16 to float32": (lambda: toys.llama(tie_word_embeddings=True).bfloat16(), {"out_dtype": "float32"}),
+    "untied, rounded at random": (toys.llama, {"out_dtype": "bfloat16", "rounding": "stochastic", "seed": 3}),
+    "names without a prefix": (toys.gpt2, {}),
+    "experts that transformers joins": (toys.mixtral, {}),
+}
+
+
+def make_search(folder: Path, make: Callable[[], Any], **more: Any) -> Search:
+    """A base, two fine-tunes of it and a text, and the search of a recipe that merges them."""
+    for seed, name in enumerate(("base", "x", "y")):
+        torch.manual_seed(seed)
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.1)
+        train_toys.saved(folder / name, model)
+    (folder / "text.txt").write_text("w1 w2 w3\nw4 w5 w6\n")
+    recipe = {
+        "base_model": "base",
+        "merge": merged(1.0, **more),
+        "evaluate": {"metrics": {"text": {"kind": "perplexity", "data": "text.txt", "unit": "line"}}, "max_length": 8},
+        "tune": {"metric": "text", "space": {"models[0].parameters.weight": [0.0, 1.0]}},
+    }
+    (folder / "recipe.yaml").write_text(dump_yaml(recipe))
+    return Search(load_run(folder / "recipe.yaml"), {}, ("text",), folder, False, str(folder))
+
+
+def merged(weight: Any, **more: Any) -> dict[str, Any]:
+    models = [{"model": "x", "parameters": {"weight": weight}}, {"model": "y", "parameters": {"weight": 0.5}}]
+    return {"merge_method": "ties", "models": models, "parameters": {"density": 0.6}, **more}
+
+
+def written(search: Search, data: dict[str, Any], out: Path) -> tuple[dict[str, torch.Tensor], float]:
+    """The tensors and the score of the checkpoint that a merge writes."""
+    merge(resolved_merge(data, {}, search.recipe), out, overwrite=True)
+    spec = search.recipe.evaluate
+    assert spec is not None
+    score = evaluate(out, spec, folder=search.recipe.folder)["text"].value
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict(), score
+
+
+def check(model: TrialModel, search: Search, data: dict[str, Any], folder: Path) -> Any:
+    """Evaluate a trial, compare it with the checkpoint, and return the model in memory."""
+    resolved = resolved_merge(data, {}, search.recipe)
+    found = model.scores(search, resolved, folder / "scratch", 2)
+    tensors, score = written(search, data, folder / "written")
+    assert found["text"][0] == score
+    assert model.subject is not None
+    held = model.subject.model.state_dict()
+    assert held.keys() == tensors.keys()
+    assert [name for name in held if not bits_equal(held[name], tensors[name])] == []
+    return model.subject.model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trial_in_memory_has_the_bits_of_the_written_checkpoint(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, more = KINDS[kind]
+    search, model = make_search(tmp_path, make, **more), TrialModel()
+    monkeypatch.setattr(trials, "merge", None)
+    attention = [{"filter": "attn", "value": 0.7}, {"value": 0.0}]
+    kept = [check(model, search, merged(weight, **more), tmp_path) for weight in (1.0, 0.3, attention, 0.3)]
+    assert not list((tmp_path / "scratch").rglob("*.safetensors"))
+    if "experts" not in kind:
+        assert all(one is kept[0] for one in kept), "the model stays loaded"
+
+
+def test_tensors_that_a_trial_does_not_change_are_those_of_the_base_again(tmp_path: Path) -> None:
+    search, model = make_search(tmp_path, toys.llama), TrialModel()
+    only = {
+        **merged(0.0),
+        "models": [{"model": "x", "parameters": {"weight": [{"filter": "mlp", "value": 1.0}, {"value": 0}]}}],
+    }
+    nothing = {**merged(0.0), "models": [{"model": "x", "parameters": {"weight": 0.0}}]}
+    for data in (merged(1.0), nothing, nothing, only, merged(0.4), nothing):
+        check(model, search, data, tmp_path)
+
+
+def test_another_config_or_tokenizer_loads_the_model_again(tmp_path: Path) -> None:
+    search, model = make_search(tmp_path, toys.llama), TrialModel()
+    first = check(model, search, merged(1.0), tmp_path)
+    second = check(model, search, merged(1.0, out_dtype="bfloat16"), tmp_path)
+    assert second is not first
+    check(model, search, merged(0.5, chat_template="chatml"), tmp_path)
+    assert model.subject is not None
+    assert "im_start" in model.subject.tokenizer.chat_template
+    check(model, search, merged(0.5), tmp_path)
+
+
+def test_a_model_that_cannot_be_loaded_from_memory_is_written_and_that_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("this kind has no such way")
+
+    monkeypatch.setattr(loading, "_with_weights", fails)
+    caplog.set_level(logging.INFO, "paft_merge.pipeline.trials")
+    search, model = make_search(tmp_path, toys.llama), TrialModel()
+    for weight in (1.0, 0.3):
+        check(model, search, merged(weight), tmp_path)
+    said = [text for text in caplog.messages if "each trial writes its checkpoint" in text]
+    assert len(said) == 1
+    assert "this kind has no such way" in said[0]
+
+
+def test_the_trial_after_one_that_failed_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, model = make_search(tmp_path, toys.llama), TrialModel()
+    check(model, search, merged(1.0), tmp_path)
+    real, calls = torch.Tensor.copy_, iter(range(100))
+
+    def breaks(self: torch.Tensor, *given: Any) -> torch.Tensor:
+        if next(calls) == 5:
+            raise MemoryError
+        return real(self, *given)
+
+    resolved = resolved_merge(merged(0.2), {}, search.recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", breaks)
+        with pytest.raises(MemoryError):
+            model.scores(search, resolved, tmp_path / "scratch", 2)
+    check(model, search, merged(1.0), tmp_path)
+
+
+def test_a_process_keeps_the_model_and_the_data_of_its_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, loads, real = make_search(tmp_path, toys.llama), list[Any](), loading.load_subject
+
+    def counted(*given: Any, **named: Any) -> Any:
+        loads.append(given[0])
+        return real(*given, **named)
+
+    monkeypatch.setattr(loading, "load_subject", counted)
+    with locked(tmp_path):
+        for weight in (1.0, 0.5, 0.1):
+            try_merge(search, merged(weight), tmp_path / "scratch", 1, Origin.here(tmp_path))
+            (tmp_path / "text.txt").unlink(missing_ok=True)
+    assert len(loads) == 1
+    assert not (tmp_path / "scratch").exists()
