@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from paft_merge.errors import RunError
 from paft_merge.evaluating.light import generate
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec
@@ -24,6 +25,9 @@ from paft_merge.studies.story_model import read_lexicon, valence
 
 FIRST = "Once upon a time"
 """The first words of every story."""
+
+_ROUNDS = 10
+"""Rounds of stories for their first sentences, each of as many stories as there are sentences to find."""
 
 SLOTS = {
     "V;NFIN": "infinitive",
@@ -111,7 +115,7 @@ def inflections(file: Path) -> list[dict[str, str]]:
 
 
 def pairs(prompts: Sequence[str], told: Sequence[Sequence[str]], lexicon: Mapping[str, float]) -> list[dict[str, str]]:
-    """For each prompt the story with the highest valence and the one with the lowest, unless all are equal.
+    """For each prompt the story with the highest valence and the one with the lowest, unless all are equal; blank ones do not count.
 
     Args:
         prompts: the beginnings.
@@ -120,8 +124,8 @@ def pairs(prompts: Sequence[str], told: Sequence[Sequence[str]], lexicon: Mappin
     """
     found = []
     for prompt, stories in zip(prompts, zip(*told, strict=True), strict=True):
-        ranked = sorted(stories, key=lambda text: valence(text, lexicon))
-        if valence(ranked[-1], lexicon) > valence(ranked[0], lexicon):
+        ranked = sorted((text for text in stories if text.strip()), key=lambda text: valence(text, lexicon))
+        if ranked and valence(ranked[-1], lexicon) > valence(ranked[0], lexicon):
             found.append({"prompt": prompt, "chosen": ranked[-1], "rejected": ranked[0]})
     return found
 
@@ -145,12 +149,21 @@ class Storyteller:
         return [text if text.startswith((" ", ",")) else f" {text}" for text in told]
 
     def openings(self, count: int) -> list[str]:
-        """Different first sentences of stories."""
+        """Different first sentences of stories.
+
+        Raises:
+            RunError: STUDY, the base does not tell that many.
+        """
         found = dict[str, None]()
-        while len(found) < count:
+        for _ in range(_ROUNDS):
             told = (f"{FIRST}{text}" for text in self.complete([FIRST] * max(count, 100)))
             found |= {text[: text.index(".") + 1]: None for text in told if "." in text}
-        return list(found)[:count]
+            if len(found) >= count:
+                return list(found)[:count]
+        what = f"told {len(found)} different first sentences in {_ROUNDS} rounds, and {count} are needed"
+        raise RunError.of(
+            "STUDY", self._subject.name, what, "take another base, or lower data.beginnings, dev and test"
+        )
 
     def stories(self, count: int) -> list[dict[str, str]]:
         """Stories, as prompt and completion."""

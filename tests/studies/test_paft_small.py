@@ -1,0 +1,69 @@
+"""The data of the study of PAFT in small, and the whole study on the quickstart's base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from toys.train import THEIR_WARNINGS
+
+from paft_merge.errors import RunError
+from paft_merge.studies import paft_small_data, run_study
+from paft_merge.studies.paft_small_data import Sizes, Storyteller, inflections, pairs
+from paft_merge.training.rewards import load_function
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
+SIZES = Sizes(rows=30, tested=4, stories=4, beginnings=8, dev=3, test=3, tokens=24)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    shutil.copytree(QUICKSTART, folder / "stories260K_hf")
+    (folder / "vader").mkdir()
+    (folder / "vader" / "vader_lexicon.txt").write_text("happy\t2\nwarm\t1.5\nsad\t-2\nthe\t0.1\nriver\t-0.3\n")
+    (folder / "sigmorphon2017").mkdir()
+    for name in ("english-train-high", "english-dev", "english-uncovered-test"):
+        rows = [f"{a} {b}\t{b} {a}\t{slot}" for a in "abcdef" for b in "ghijkl" for slot in ("V;PST", "V;NFIN")]
+        (folder / "sigmorphon2017" / name).write_text("\n".join(rows) + "\n")
+    (folder / "tinystories_valid_30k.txt").write_text("mira walked to the river .\nthe sky was red that day .\n")
+    return folder
+
+
+def test_rows_of_the_skill(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text("go\twent\tV;PST\ngo\tgoes\tV;3;SG;PRS\n")
+    assert inflections(tmp_path / "rows") == [
+        {"prompt": "go past:", "completion": " went"}, {"prompt": "go present:", "completion": " goes"},
+    ]  # fmt: skip
+
+
+def test_a_pair_has_the_best_and_the_worst_story_and_equal_ones_make_none() -> None:
+    told = [["good day", "plain"], ["bad day", "plain"], [" ", "bland"]]
+    found = pairs(["one", "two"], told, {"good": 2.0, "bad": -1.0})
+    assert found == [{"prompt": "one", "chosen": "good day", "rejected": "bad day"}]
+
+
+def test_a_base_without_sentences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    teller = Storyteller(QUICKSTART, 0, 4)
+    monkeypatch.setattr(paft_small_data, "generate", lambda subject, prompts, **drawn: ["no end"] * len(prompts))
+    with pytest.raises(RunError, match="told 0 different first sentences in 10 rounds, and 5 are needed"):
+        teller.openings(5)
+
+
+@THEIR_WARNINGS
+def test_the_rows_of_the_study_are_those_of_its_runs(data: Path, tmp_path: Path) -> None:
+    steps = [f"recipe.adapters.{name}.training.max_steps=1" for name in ("sft", "ift", "orpo", "dpo")]
+    changes = [f"data={SIZES.model_dump_json()}", "settings={weak: []}", *steps, "recipe.compare={skill: sft, preference: dpo}",
+               "recipe.compare.arms=[base, parallel]", "recipe.compare.methods=[task_arithmetic]"]  # fmt: skip
+    found = run_study("paft-small", tmp_path / "out", data=data, smoke=True, overrides=changes)
+    rows = json.loads(found.results.read_text())["tables"]["weak"]
+    table = json.loads((tmp_path / "out" / "work" / "weak-0" / "table.json").read_text())
+    assert list(rows) == [row["arm"] for row in table["rows"]]
+    merged = "parallel task_arithmetic (dense)"
+    cells = table["rows"][list(rows).index(merged)]["cells"]
+    assert rows[merged]["win"] == pytest.approx(cells["win"]["values"], rel=1e-5)  # results have six digits
+    assert rows["base"]["train_tokens"] == [0]
+    wins = load_function(str(tmp_path / "out" / "work" / "inputs" / "reward.py") + ":wins", tmp_path)
+    assert wins(completions=["sad", "happy", "warm"], base_valence=[0.0, 2.0, 1.0]) == [0.0, 0.5, 1.0]
