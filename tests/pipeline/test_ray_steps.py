@@ -25,7 +25,7 @@ def evaluation(arm: str, metric: str, *needs: str) -> Step:
     return step(f"evaluate/{arm}/{metric}", Evaluate(Arm(arm, "", None, ()), metric), *needs)
 
 
-SFT, DPO = (step(f"train/{name}", Train(name, {}, "base", Path())) for name in ("sft", "dpo"))
+SFT, DPO = (step(f"train/{name}", Train(name, {}, "base", Path(), (name,))) for name in ("sft", "dpo"))
 AUDIT = step("audit/adapters", Audit((), "base", ()), SFT.name, DPO.name)
 MERGED = step("merge/merged", Merge({}), SFT.name, DPO.name)
 STEPS = [
