@@ -64,7 +64,7 @@ def test_resources_of_steps() -> None:
     def needs(one: Step, of: Needs = share) -> Needs:
         return Unit(one.name, one.stage, (one,), frozenset()).needs(of)
 
-    wide = replace(SFT, job=Train("sft", {"processes": 4}, "base", Path()))
+    wide = replace(SFT, job=Train("sft", {"processes": 4}, "base", Path(), ("sft",)))
     assert needs(SFT) == needs(STEPS[4]) == share
     assert needs(AUDIT) == needs(MERGED) == Needs(8)
     assert needs(wide) == Needs(8, 4)
