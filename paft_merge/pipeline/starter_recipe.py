@@ -205,7 +205,7 @@ merge: # mergekit's language; sft and dpo are the adapters above
 #     pairs: {{kind: preference, data: my-held-out-pairs.jsonl}} # rows with prompt, chosen, rejected
 
 # compare: # against each adapter alone, one after the other, and the paper's five methods; needs evaluate
-#   arms: [base, individual, sequential, parallel]
+#   arms: [base, individual, sequential, parallel] # also mixed (one adapter on both) and polish (trained after the merge)
 
 # push: {{repo_id: me/my-model, private: true}}
 """

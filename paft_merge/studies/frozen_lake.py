@@ -138,6 +138,17 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     )
 
 
+def foreseen(states: Tensor, greedy: Tensor) -> Tensor:
+    """The state that the greedy action of the state before leads to, without slipping, `[N, T]`; the first is not defined.
+
+    Args:
+        states: `[N, T]` states of the demonstration.
+        greedy: `[N, T]` greedy actions in them.
+    """
+    after = torch.tensor([[landing(state, action) for action in range(ACTIONS)] for state in range(STATES)])
+    return after[states, greedy].roll(1, dims=1)
+
+
 def loss_of(
     method: str, network: nn.Module, start: nn.Module, pair: Sequence[Trajectory], spec: Parameters
 ) -> Callable[[], Tensor]:
@@ -146,7 +157,6 @@ def loss_of(
     states, mask = _padded([t.states for t in given])
     actions, _ = _padded([t.actions for t in given])
     inputs = nn.functional.one_hot(states, STATES).float()
-    after = torch.tensor([[landing(s, a) for a in range(ACTIONS)] for s in range(STATES)])
 
     def logps(net: nn.Module, at: Tensor) -> Tensor:
         found: Tensor = net(at).log_softmax(-1).gather(-1, actions[..., None])[..., 0]
@@ -164,8 +174,7 @@ def loss_of(
             margin = preference_margin(logps(network, inputs), reference, mask)
             return preference_loss(margin, spec.beta, "dpo").mean()
         with torch.no_grad():
-            greedy = network(inputs).argmax(-1)
-            predicted = after[states, greedy].roll(1, dims=1)
+            predicted = foreseen(states, network(inputs).argmax(-1))
         ift = spec.variants[method]
         mixed = residual_states(inputs, nn.functional.one_hot(predicted, STATES).float(), ift.lam)
         return intuitive(logps(network, mixed), mask, ift.gamma)

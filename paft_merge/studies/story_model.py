@@ -105,12 +105,13 @@ def trained(
     """
     from paft_merge.training.run import train_adapter
 
-    messages = logging.getLogger("paft_merge")
-    level = messages.level
-    messages.setLevel(logging.ERROR)
+    levels = {name: logging.getLogger(name).level for name in ("paft_merge", "transformers")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return train_adapter(
             base, section, out, rows=list(rows), tokenizer=tokenizer, base_name=str(folder), trust_code=True
         )  # fmt: skip
     finally:
-        messages.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,9 @@ def test_tables_of_many_sources_show_the_pairs_whose_signs_differ_most(place: Pa
     assert (len(found.pairs), len(pairs)) == (66, MOST_PAIRS)
     assert (pairs[0].left, pairs[0].right, pairs[0].total.conflict) == ("a3", "a11", 1.0)
     assert min(p.total.conflict_weighted for p in pairs) >= sorted(p.total.conflict_weighted for p in found.pairs)[-MOST_PAIRS]  # fmt: skip
+    others = [replace(one, metric=f"m{i}", level="info") for i, one in enumerate(found.advice)]
+    first = replace(others[-1], level="warn")
+    assert shown_advice(found, [*others[:-1], first])[0] == [first, *others[: MOST_PAIRS - 1]]
     advice, further = shown_advice(found, found.advice)
     told = Counter(one.metric for one in found.advice)
     assert Counter(one.metric for one in advice) == {metric: min(count, MOST_ALIKE) for metric, count in told.items()}
@@ -94,6 +98,7 @@ def test_tables_of_many_sources_show_the_pairs_whose_signs_differ_most(place: Pa
     page = found.to_html()
     assert about in page
     assert further in page
+    assert page.count("Every source; by kind of module and by layer") == 1
     assert len(found.to_json()["pairs"]) == 66
 
 

@@ -14,6 +14,7 @@ from toys.merge import on, recipe, tensors_of
 
 from paft_merge.auditing import Audit, audit, tensor_survey
 from paft_merge.compute import blocks, kernels
+from paft_merge.compute.kernels import block_source
 from paft_merge.methods.rules.one_pass import OnePass
 
 Sources = dict[str, Path]
@@ -117,9 +118,18 @@ def test_a_guess_that_misses_is_followed_by_three_walks(made: Sources, monkeypat
     assert_same(audit(made["sft"], made["dpo"], base=made["base"]).to_json(), expected.to_json())
 
 
+def test_many_undecided_entries_are_merged_block_by_block(made: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = audit(made["sft"], made["dpo"], base=made["base"])
+    monkeypatch.setattr(tensor_survey, "_JOINED", 0)
+    assert_same(audit(made["sft"], made["dpo"], base=made["base"]).to_json(), expected.to_json())
+
+
 def test_blocks_larger_than_a_histogram_are_measured_in_parts(made: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TILE", 1 << 14)
     expected = audit(made["sft"], made["tuned"], base=made["base"])
-    monkeypatch.setattr(kernels, "MOST", 1 << 10)
+    monkeypatch.setattr(kernels, "MOST", 1 << 12)
+    monkeypatch.setattr(block_source, "PIECE", 1)  # a histogram is emptied between the pieces of a block
+    monkeypatch.setattr(block_source, "_LEAST", 1)
     assert_same(audit(made["sft"], made["tuned"], base=made["base"]).to_json(), expected.to_json())
 
 

@@ -45,14 +45,17 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def asked(method: str, paths: dict[str, Path], kind: str, **extra: Any) -> dict[str, Any]:
+def asked(method: str, paths: dict[str, Path], kind: str, weight: float | str = 0.5, **extra: Any) -> dict[str, Any]:
     names = ("x", "y") if kind == "checkpoints" else ("sft", "dpo")
     sources = [paths[n] if kind == "checkpoints" else on(paths["base"], paths[n]) for n in names]
     own: dict[str, Any] = {"density": 0.5} if "ties" in method and method != "l1_ties" else {}
     if method == "slerp":
         return recipe("slerp", sources[0], sources[1], parameters={"t": 0.3})
     return recipe(
-        method, None if method == "linear" else paths["base"], *[(s, {"weight": 0.5, **own}) for s in sources], **extra
+        method,
+        None if method == "linear" else paths["base"],
+        *[(s, {"weight": weight, **own}) for s in sources],
+        **extra,
     )
 
 
@@ -65,6 +68,9 @@ CASES = [
     ("ties", "checkpoints", {"parameters": {"trim_scope": "global"}}),
     ("ties", "adapters", {"parameters": {"trim_scope": "global"}}),
     ("ties", "adapters", {"out_dtype": "float16"}),
+    ("ties", "checkpoints", {"weight": "equal_norm"}),
+    ("ties", "checkpoints", {"weight": "equal_norm", "parameters": {"weight_scope": "tensor"}}),
+    ("ties", "adapters", {"weight": "equal_norm"}),
 ]  # fmt: skip
 
 

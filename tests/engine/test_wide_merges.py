@@ -17,6 +17,7 @@ from toys.merge import manifest_of, on, recipe, tensors_of
 from paft_merge import merge
 from paft_merge.auditing.from_manifest import recorded
 from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.kernels import block_source
 from paft_merge.engine import api
 from paft_merge.engine.api import open_plan
 from paft_merge.output import folder as output_folder
@@ -143,6 +144,22 @@ def test_a_hundred_sources(method: str, wide: Wide, tmp_path: Path) -> None:
         assert torch.allclose(merged, total, atol=1e-7)
     elif method == "ties":
         assert torch.allclose(merged, ties_of(deltas, weights, 0.3), atol=1e-7)
+    elif method == "l1_ties":  # the entry at which a mass is reached depends on the order of a sum
+        assert int((~torch.isclose(merged, l1_ties_of(deltas, weights, 0.8), atol=1e-6)).sum()) <= 10
+
+
+def l1_ties_of(deltas: list[torch.Tensor], weights: list[float], l1_mass: float) -> torch.Tensor:
+    """`l1_ties` in float64, from its definition: keep the fewest entries with that share of the L1 norm, restore it, add."""
+    total = torch.zeros_like(deltas[0]).double()
+    for weight, delta in zip(weights, deltas, strict=True):
+        flat = delta.double().flatten()
+        largest, order = flat.abs().sort(descending=True)
+        mass = largest.cumsum(0)
+        count = int((mass < l1_mass * mass[-1]).sum()) + 1
+        kept = torch.zeros_like(flat)
+        kept[order[:count]] = flat[order[:count]]
+        total += weight * (mass[-1] / mass[count - 1] * kept).reshape(delta.shape)
+    return total
 
 
 def ties_of(deltas: list[torch.Tensor], weights: list[float], density: float) -> torch.Tensor:
@@ -163,16 +180,30 @@ def ties_of(deltas: list[torch.Tensor], weights: list[float], density: float) ->
     return total / torch.where(divisor == 0, 1.0, divisor)
 
 
-def test_a_sample_of_a_product_does_not_compute_the_whole_block_at_once(wide: Wide) -> None:
-    with open_plan(ask(wide(3), density=0.3)) as planned:
+def test_a_sample_of_a_product_does_not_compute_the_whole_block_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_source, "PIECE", 1)
+    monkeypatch.setattr(block_source, "_LEAST", 1)
+    state = random_state(0, torch.bfloat16, layers=1, width=96)
+    base = save_checkpoint(tmp_path / "base", state)
+    sources = [on(base, save_adapter(tmp_path / f"a{i}", state, 10 + i)) for i in range(3)]
+    with open_plan(ask((base, sources), density=0.3)) as planned:
         tensor = next(t for t in planned.tensors if t.name.endswith("up_proj.weight"))
         for step in (1, 3, 7, 1000):
             whole = tensor.block(0, tensor.numel)
             expected = np.ascontiguousarray(whole.sources)[:, ::step] & np.uint32(0x7FFFFFFF)
-            assert np.array_equal(CpuOps().sample(tensor.block(0, tensor.numel), step), expected)
+            with monkeypatch.context() as patch:
+                patch.setattr(block_source.BlockSource, "fill", whole_block)
+                assert np.array_equal(CpuOps().sample(tensor.block(0, tensor.numel), step), expected)
         pieces = [(p.index, p.size, p.sources.copy()) for p in tensor.block(0, tensor.numel).pieces()]
+        assert len(pieces) > 2
         assert [index for index, _, _ in pieces] == list(np.cumsum([0, *(size for _, size, _ in pieces)]))[:-1]
         assert np.array_equal(np.concatenate([s for _, _, s in pieces], axis=1), tensor.block(0, tensor.numel).sources)
+
+
+def whole_block(*_: object) -> None:
+    raise AssertionError("the whole block is computed")
 
 
 def test_a_manifest_may_be_larger_than_a_header(wide: Wide, tmp_path: Path) -> None:

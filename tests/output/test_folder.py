@@ -439,7 +439,7 @@ def test_a_merge_of_something_else_is_not_resumed(
         config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
         named = "inputs"
     elif change == "versions":
-        monkeypatch.setattr("paft_merge.engine.sidefiles._version", lambda name: "9.9")
+        monkeypatch.setattr("paft_merge.engine.sidefiles.version_of", lambda name: "9.9")
     elif change == "files":
         keywords["out_shard_bytes"] = 20_000
     else:

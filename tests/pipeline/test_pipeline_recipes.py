@@ -245,6 +245,7 @@ def test_a_methods_name_stands_for_a_recipe_on_both_adapters(world: Path, tmp_pa
 
 
 BALANCE = [{"model": "sft"}, {"model": "dpo", "parameters": {"weight": 4.0}}]
+NORMS = [{"model": "sft"}, {"model": "dpo", "parameters": {"weight": "equal_norm"}}]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,8 @@ BALANCE = [{"model": "sft"}, {"model": "dpo", "parameters": {"weight": 4.0}}]
         ({"models": BALANCE}, {"merge_method": "model_stock"}, [None, None]),
         ({"models": BALANCE}, "slerp", [None, None]),
         ({"models": [{"model": "sft", "parameters": {"weight": [0.0, 1.0]}}]}, "ties", [[0.0, 1.0], 1.0]),
+        ({"models": NORMS}, "ties", [1.0, "equal_norm"]),
+        ({"models": NORMS}, "linear", [0.5, 0.5]),
     ],
 )
 def test_the_arms_have_the_weights_of_the_recipes_merge_or_their_own(

@@ -25,7 +25,7 @@ def evaluation(arm: str, metric: str, *needs: str) -> Step:
     return step(f"evaluate/{arm}/{metric}", Evaluate(Arm(arm, "", None, ()), metric), *needs)
 
 
-SFT, DPO = (step(f"train/{name}", Train(name, {}, "base", Path())) for name in ("sft", "dpo"))
+SFT, DPO = (step(f"train/{name}", Train(name, {}, "base", Path(), (name,))) for name in ("sft", "dpo"))
 AUDIT = step("audit/adapters", Audit((), "base", ()), SFT.name, DPO.name)
 MERGED = step("merge/merged", Merge({}), SFT.name, DPO.name)
 STEPS = [
@@ -64,7 +64,7 @@ def test_resources_of_steps() -> None:
     def needs(one: Step, of: Needs = share) -> Needs:
         return Unit(one.name, one.stage, (one,), frozenset()).needs(of)
 
-    wide = replace(SFT, job=Train("sft", {"processes": 4}, "base", Path()))
+    wide = replace(SFT, job=Train("sft", {"processes": 4}, "base", Path(), ("sft",)))
     assert needs(SFT) == needs(STEPS[4]) == share
     assert needs(AUDIT) == needs(MERGED) == Needs(8)
     assert needs(wide) == Needs(8, 4)

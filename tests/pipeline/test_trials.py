@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from toys import adapters as toys
 from toys import train as train_toys
 from toys.merge import bits_equal
@@ -95,14 +96,22 @@ def test_a_trial_in_memory_has_the_bits_of_the_written_checkpoint(
         assert all(one is kept[0] for one in kept), "the model stays loaded"
 
 
+def adapted(search: Search, target: str) -> dict[str, Any]:
+    """A merge of one adapter, made here, on one kind of layers of the base."""
+    folder = search.folder / target
+    base = AutoModelForCausalLM.from_pretrained(search.folder / "base")
+    config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(folder)
+    one = {"model": {"model": "base", "lora": str(folder)}, "parameters": {"weight": 1.0}}
+    return {"merge_method": "task_arithmetic", "models": [one]}
+
+
 def test_tensors_that_a_trial_does_not_change_are_those_of_the_base_again(tmp_path: Path) -> None:
     search, model = make_search(tmp_path, toys.llama), TrialModel()
-    only = {
-        **merged(0.0),
-        "models": [{"model": "x", "parameters": {"weight": [{"filter": "mlp", "value": 1.0}, {"value": 0}]}}],
-    }
-    nothing = {**merged(0.0), "models": [{"model": "x", "parameters": {"weight": 0.0}}]}
-    for data in (merged(1.0), nothing, nothing, only, merged(0.4), nothing):
+    of_q, of_up = adapted(search, "q_proj"), adapted(search, "up_proj")
+    check(model, search, of_q, tmp_path)
+    assert set(model.copied) == {name for name in model.places or () if "q_proj" not in name}
+    for data in (of_up, of_q, of_q, merged(1.0), of_up):
         check(model, search, data, tmp_path)
 
 
@@ -135,20 +144,21 @@ def test_a_model_that_cannot_be_loaded_from_memory_is_written_and_that_is_said_o
 
 def test_the_trial_after_one_that_failed_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search, model = make_search(tmp_path, toys.llama), TrialModel()
-    check(model, search, merged(1.0), tmp_path)
+    of_q, of_up = adapted(search, "q_proj"), adapted(search, "up_proj")
+    check(model, search, of_q, tmp_path)
     real, calls = torch.Tensor.copy_, iter(range(100))
 
     def breaks(self: torch.Tensor, *given: Any) -> torch.Tensor:
-        if next(calls) == 5:
+        if next(calls) == 3:
             raise MemoryError
         return real(self, *given)
 
-    resolved = resolved_merge(merged(0.2), {}, search.recipe)
+    resolved = resolved_merge(of_up, {}, search.recipe)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", breaks)
         with pytest.raises(MemoryError):
             model.scores(search, resolved, tmp_path / "scratch", 2)
-    check(model, search, merged(1.0), tmp_path)
+    check(model, search, of_q, tmp_path)
 
 
 def test_a_process_keeps_the_model_and_the_data_of_its_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def others(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if name not in ROUTERS}
 
 
-@pytest.mark.parametrize("method", ["ties", "linear", "slerp", "dare_ties", "arcee_fusion", "geometric_median"])
+@pytest.mark.parametrize("method", ["ties", "linear", "slerp", "dare_ties", "geometric_median"])
 def test_other_tensors_keep_their_bits(method: str, mixtures: Mixtures, tmp_path: Path) -> None:
     places = mixtures()
     plain, base = tensors_of(merge(asked(method, places), tmp_path / "plain")), tensors_of(places["base"])

@@ -362,7 +362,7 @@ def test_adapters_results_and_global_thresholds(models: S3, tmp_path: Path) -> N
         two = recipe(
             "ties",
             f"{place}/base",
-            (f"{place}/x", {"weight": 1.0}),
+            (f"{place}/x", {"weight": "equal_norm"}),
             parameters={"trim_scope": "global", "density": 0.3},
         )
         return "\n---\n".join(json.dumps(document) for document in (one, two | {"name": "two"}))

@@ -45,6 +45,27 @@ def test_problems_side_by_side_do_not_touch_each_other(monkeypatch):
     torch.testing.assert_close(both[1:], alone, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("mixing", "share"), [(1.0, 1.0), (0.0, 0.0), (0.25, 0.25)])
+def test_the_mixing_ratio_is_the_share_of_samples_that_do_not_come_from_the_policy(mixing, share, monkeypatch):
+    """The policy's samples are arm 3 here, and the reference's arm 5."""
+    draws = iter([3, 5] * 1000)
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, **_: torch.full((len(p), n), next(draws)))
+    seen = []
+
+    def loss(method, logps, reference, rewards, strength):
+        seen.append(reference)
+        return logps.sum()
+
+    monkeypatch.setattr(bandit, "loss_of", loss)
+    spec = SMALL.model_copy(update={"samples": 400})
+    bandit.train(bandit.Cell("DPO", mixing, 2), [20], torch.ones(1).double(), torch.ones(1).double(), 0, spec)
+    assert len(seen) == 400 // spec.batch * 2  # steps: batches times reuse
+    known = bandit.reference().log()
+    offline = torch.stack(seen) == known[5]
+    assert bool((offline | (torch.stack(seen) == known[3])).all())
+    assert float(offline.double().mean()) == pytest.approx(share, abs=0.08)
+
+
 def test_settings_are_the_best_of_the_grid_and_not_chosen_on_reported_seeds(monkeypatch):
     seen = []
 

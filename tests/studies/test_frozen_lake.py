@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paft_merge.studies import frozen_lake as lake
+from paft_merge.studies.policy_losses import residual_states
 from paft_merge.training.schema import IftSpec
 
 LEFT, DOWN, RIGHT, UP = range(4)
@@ -39,6 +40,17 @@ def test_demonstrations_are_one_that_arrives_and_one_that_does_not():
     assert (good.reaches_goal, bad.reaches_goal) == (True, False)
     assert all(best[s, a] > 0 for s, a in zip(good.states, good.actions, strict=True))
     assert good.states[0] == bad.states[0] == 0
+
+
+def test_ift_mixes_each_state_with_the_one_that_the_policy_foresaw():
+    states = torch.tensor([[0, 4, 8]])
+    greedy = torch.tensor(
+        [[RIGHT, DOWN, UP]]
+    )  # from 0 to 1, from 4 to 8; the last action leads out of the demonstration
+    assert lake.foreseen(states, greedy)[:, 1:].tolist() == [[1, 8]]
+    one_hot = torch.eye(16)
+    mixed = residual_states(one_hot[states], one_hot[lake.foreseen(states, greedy)], 0.25)
+    torch.testing.assert_close(mixed[0], torch.stack([one_hot[0], 0.75 * one_hot[4] + 0.25 * one_hot[1], one_hot[8]]))
 
 
 def small(**more):

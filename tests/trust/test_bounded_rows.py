@@ -157,12 +157,12 @@ def test_a_compression_bomb_is_refused_on_its_unpacked_side(
 ) -> None:
     monkeypatch.setattr(row_files, "_SMALL", 10_000)
     path = tmp_path / ("a.csv.gz" if b"," in line else "a.jsonl.gz")
-    path.write_bytes(gzip.compress(line * (2_000_000 // len(line))))
+    path.write_bytes(gzip.compress(line * (400_000 // len(line))))
     with pytest.raises(TrainError, match="unpacks to more than 200 times its size"):
         rows_of(path)
     monkeypatch.setattr(row_files, "_SMALL", 10**8)
     if line != b"\n":
-        assert sum(1 for _ in source_of(DataSpec(path=str(path)), tmp_path).read()) > 100_000
+        assert sum(1 for _ in source_of(DataSpec(path=str(path)), tmp_path).read()) > 20_000
 
 
 def test_a_bomb_in_one_line_takes_bounded_memory(tmp_path: Path) -> None:

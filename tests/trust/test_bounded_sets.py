@@ -164,7 +164,7 @@ def test_mutants_are_rows_or_one_line(tmp_path: Path) -> None:
         "a.arrow": as_arrow(tmp_path / "a.arrow", table, ipc.new_stream).read_bytes(),
     }
     chance, refused, began = random.Random(1), list[str](), time.monotonic()
-    for number in range(12):
+    for number in range(8):
         name = chance.choice(sorted(whole))
         content = bytearray(whole[name])
         for _ in range(chance.choice([1, 3])):
@@ -174,6 +174,6 @@ def test_mutants_are_rows_or_one_line(tmp_path: Path) -> None:
             rows_of(tmp_path / f"{number}-{name}")
         except TrainError as error:
             refused.append(str(error))
-    assert len(refused) > 3
+    assert len(refused) > 2
     assert not any("\n" in line for line in refused)
     assert time.monotonic() - began < 60
