@@ -2,7 +2,7 @@
 
 study               a study's definition (recipes/studies/NAME.yaml)
 seeds               runs the seeds; resume; the file of results
-seed_intervals      bootstrap intervals over seeds
+seed_intervals      intervals over seeds
 pages               tables and sentences, from the results
 plots               pictures, from the results
 policy_losses       the losses of `training`, for policies over states and actions

@@ -111,7 +111,7 @@ def body(definition: Definition, results: Results, pictures: Iterable[tuple[Plot
     if results.data["smoke"]:
         head += " This is the smoke form, which is too small to show anything."
     rules = (
-        "The ± of a number is half the width of the 95 % bootstrap interval over seeds. A claim holds, or the opposite of it, "
+        "The ± of a number is half the width of the 95 % interval over seeds, by Student's t. A claim holds, or the opposite of it, "
         "only where the interval of the difference within a seed excludes zero; of "
         f"{sum(len(one) - 1 for one in found)} such verdicts about one in twenty would by chance, if nothing differed."
     )

@@ -1,26 +1,24 @@
-"""Bootstrap intervals of a mean over seeds."""
+"""Intervals of a mean over seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
+from scipy.special import stdtrit
 
-DRAWS = 10_000
-LEAST = 5
-"""Fewer seeds have no interval: a bootstrap of two or three values is far too narrow."""
+LEAST = 3
+"""Fewer seeds have no interval: that of two would nearly always be too wide to show anything."""
 
 Verdict = Literal["holds", "the opposite holds", "no difference is shown"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95 % bootstrap interval, whose ends are infinite for fewer than `LEAST` seeds."""
+    """A mean over seeds and its 95 % interval, whose ends are infinite for fewer than `LEAST` seeds."""
 
     mean: float
     low: float
@@ -44,20 +42,14 @@ class Interval:
 
 
 def interval_of(values: Sequence[float]) -> Interval:
-    """The mean of a value per seed and the percentile bootstrap interval of that mean, over seeds.
+    """The mean of a value per seed and its 95 % interval over seeds, by Student's t.
 
-    For a paired comparison, the values are the differences within a seed. The draws are fixed, so that equal values give an
-    equal interval.
+    For a paired comparison, the values are the differences within a seed. A bootstrap of so few values is too narrow: of five
+    seeds without a difference it finds one in 16 of 100.
     """
     given = np.asarray(values, dtype=np.float64)
-    if len(given) < LEAST:
-        return Interval(float(given.mean()), -math.inf, math.inf)
-    low, high = np.quantile(_shares(len(given)) @ given, (0.025, 0.975))
-    return Interval(float(given.mean()), float(low), float(high))
-
-
-@cache
-def _shares(count: int) -> npt.NDArray[np.float64]:
-    """The share of each value in each bootstrap sample, `[DRAWS, count]`."""
-    chosen = np.random.default_rng(0).integers(0, count, (DRAWS, count))
-    return np.array([np.bincount(row, minlength=count) for row in chosen], dtype=np.float64) / count
+    mean, count = float(given.mean()), len(given)
+    if count < LEAST:
+        return Interval(mean, -math.inf, math.inf)
+    half = float(stdtrit(count - 1, 0.975)) * float(given.std(ddof=1)) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
