@@ -1,7 +1,7 @@
 """The data of the study `paft-small`: a skill, a preference and a text to retain, for a story model of 260K parameters.
 
 The skill is English inflection (SIGMORPHON 2017, task 1, setting high): `walk past:` is answered by ` walked`. The preference
-is for stories whose words have a high valence (VADER's lexicon), with pairs of stories that the base tells itself. What
+is for stories whose words have a high valence (VADER's lexicon), with pairs of stories of the base. What
 should be retained is the likelihood of stories that it was not trained on.
 """
 
@@ -41,7 +41,7 @@ SLOTS = {
 REWARD = "reward.py"
 """The file with the reward function. It is written last."""
 
-_SOURCE = '''"""Whether a story is happier than the one that the base tells for the same beginning."""
+_SOURCE = '''"""Whether a story is happier than the one of the base for the same beginning."""
 
 from paft_merge.studies.story_model import valence
 
@@ -63,7 +63,7 @@ class Sizes(Section):
     tested: Annotated[int, Field(ge=1)] = 1_000
     """Rows of the skill in each of dev and test."""
     stories: Annotated[int, Field(ge=0)] = 2_400
-    """Stories of the base among the rows of the skill, so that the model does not forget to tell them."""
+    """Stories of the base among the rows of the skill, so that the model does not forget them."""
     beginnings: Annotated[int, Field(ge=1)] = 1_400
     """Beginnings of stories for the pairs."""
     samples: Annotated[int, Field(ge=2)] = 3
@@ -101,8 +101,8 @@ def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, seed: 
     told = [storyteller.complete(openings[:first]) for _ in range(sizes.samples)]
     write_rows(out / "pairs_train.jsonl", pairs(openings[:first], told, lexicon))
     for part, prompts in (("dev", openings[first:second]), ("test", openings[second:])):
-        told_by_base = [valence(text, lexicon) for text in storyteller.complete(prompts)]
-        asked = [{"prompt": prompt, "base_valence": its} for prompt, its in zip(prompts, told_by_base, strict=True)]
+        of_base = [valence(text, lexicon) for text in storyteller.complete(prompts)]
+        asked = [{"prompt": prompt, "base_valence": its} for prompt, its in zip(prompts, of_base, strict=True)]
         write_rows(out / f"prompts_{part}.jsonl", asked)
     shutil.copy(data / "tinystories_valid_30k.txt", out / "retained.txt")
     (out / REWARD).write_text(_SOURCE.format(lexicon=lexicon), encoding="utf-8")
@@ -136,7 +136,7 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 class Storyteller:
-    """The base, which tells stories at temperature 1; every call draws others, in the order of the calls."""
+    """The base, which writes stories at temperature 1; every call draws others, in the order of the calls."""
 
     def __init__(self, model: Path, seed: int, tokens: int) -> None:
         self._subject, self._seed, self._tokens = load_subject(model, EvaluateSpec()), seed, tokens
@@ -152,7 +152,7 @@ class Storyteller:
         """Different first sentences of stories.
 
         Raises:
-            RunError: STUDY, the base does not tell that many.
+            RunError: STUDY, the base does not write that many.
         """
         found = dict[str, None]()
         for _ in range(_ROUNDS):
@@ -160,7 +160,7 @@ class Storyteller:
             found |= {text[: text.index(".") + 1]: None for text in told if "." in text}
             if len(found) >= count:
                 return list(found)[:count]
-        what = f"told {len(found)} different first sentences in {_ROUNDS} rounds, and {count} are needed"
+        what = f"wrote {len(found)} different first sentences in {_ROUNDS} rounds, and {count} are needed"
         raise RunError.of(
             "STUDY", self._subject.name, what, "take another base, or lower data.beginnings, dev and test"
         )

@@ -48,7 +48,7 @@ def test_a_pair_has_the_best_and_the_worst_story_and_equal_ones_make_none() -> N
 def test_a_base_without_sentences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     teller = Storyteller(QUICKSTART, 0, 4)
     monkeypatch.setattr(paft_small_data, "generate", lambda subject, prompts, **drawn: ["no end"] * len(prompts))
-    with pytest.raises(RunError, match="told 0 different first sentences in 10 rounds, and 5 are needed"):
+    with pytest.raises(RunError, match="wrote 0 different first sentences in 10 rounds, and 5 are needed"):
         teller.openings(5)
 
 
