@@ -104,17 +104,6 @@ class Block:
         arrays = self._arrays(self._feed.piece) if self._made else (self._base, self._sources)
         return *arrays, self.subtract, self._feed.descriptor(*arrays, only)
 
-    def deltas(self, zeros: Any) -> Block:
-        """The deltas of this block on a base of zeros, for a kernel that runs over the block after another one; call it before that.
-
-        Args:
-            zeros: `[E]`, any bits.
-        """
-        again = self._feed.products if self._feed is not None and self._made else None
-        if again is None and self._made:
-            self._base, self._sources = self._arrays(self.size)
-        return Block(self.index, zeros[: self.size], self._sources, subtract=False, feed=again)
-
     def filled(self, result: int) -> int:
         """Return the `result` of a kernel that got `unfilled`, unless it is negative.
 

@@ -99,8 +99,9 @@ def test_large_tensors_are_measured_in_one_walk_and_their_deltas_are_not_stored(
         save_adapter(tmp_path / "one", state, 3),
         save_adapter(tmp_path / "other", state, 4, rank=40),
     )
-    for tile in (1 << 21, 1 << 15):
+    for tile, most in ((1 << 21, kernels.MOST), (1 << 21, 1 << 16), (1 << 15, kernels.MOST)):
         monkeypatch.setattr(blocks, "TILE", tile)
+        monkeypatch.setattr(kernels, "MOST", most)  # blocks with more entries empty their histogram on the way
         for preview in ("ties", None, {"method": "ties", "density": 0.3}):
             with monkeypatch.context() as patch:
                 in_turn(patch)
@@ -110,6 +111,26 @@ def test_large_tensors_are_measured_in_one_walk_and_their_deltas_are_not_stored(
                 patch.setattr(tensor_survey.HeldDeltas, "_store", refused)
                 assert_same(audit(one, other, base=base, preview=preview).to_json(), expected.to_json())
                 assert audit(one).sources
+
+
+def test_three_sources_of_very_different_sizes_are_previewed_in_one_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "TILE", 1 << 21)
+    state = random_state(0, torch.bfloat16, layers=1, width=384)
+    base = save_checkpoint(tmp_path / "base", state)
+    sizes = (1e-3, 3e-3, 1e-20)  # float32 does not hold the squares of the smallest
+    sources = [save_adapter(tmp_path / f"source{i}", state, i, size=size) for i, size in enumerate(sizes)]
+    second, further = tensor_survey._second, list[str]()
+    found = {}
+    for way in ("one walk", "in turn"):
+        with monkeypatch.context() as patch:
+            if way == "in turn":
+                in_turn(patch)
+            patch.setattr(tensor_survey, "_second", lambda *of: further.append(way) or second(*of))  # noqa: B023
+            found[way] = audit(*sources, base=base)
+    assert_same(found["one walk"].to_json(), found["in turn"].to_json())
+    assert further.count("one walk") < further.count("in turn")
 
 
 def test_a_guess_that_misses_is_followed_by_three_walks(made: Sources, monkeypatch: pytest.MonkeyPatch) -> None:

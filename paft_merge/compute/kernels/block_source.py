@@ -26,9 +26,6 @@ PIECE = 1 << 16
 COLUMNS, ROWS = 64, 4
 """Columns of a panel of the right factor, half of the L1 cache at rank 64; and rows of the product computed at a time."""
 
-_CHEAP = 32
-"""Largest rank whose product takes less time than storing and reading a block that does not fit the L2 cache."""
-
 _LEAST = 16
 """Least rows of a product in a piece, because every piece reads all panels from a slower cache."""
 
@@ -73,14 +70,6 @@ class BlockSource:
     def has_base(self) -> bool:
         """Whether the base is filled too."""
         return any(row < 0 for row, _, _ in self._reads)
-
-    @property
-    def products(self) -> BlockSource | None:
-        """The same products without the base; None if a source is read from a file, or the ranks make products expensive."""
-        other = BlockSource(self.size, self.width, self._again)
-        other._products = self._products
-        cheap = all(panels.shape[1] <= _CHEAP for _, _, panels in self._products)
-        return other if cheap and all(row < 0 for row, _, _ in self._reads) else None
 
     def read(self, row: int, fd: int, offset: int) -> None:
         """Fill a row with the bytes of file descriptor `fd` from `offset` on."""
