@@ -18,6 +18,12 @@ log = logging.getLogger(__name__)
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLES = ("-", "--", ":", "-.")
 
+_TICKS = 6
+"""Values on a logarithmic axis that are all labelled."""
+
+_LABEL = 1.8
+"""Inches for an entry of the legend."""
+
 
 def draw(definition: Definition, results: Results, folder: Path) -> list[tuple[PlotSpec, str]]:
     """Draw every plot into `folder`; returns them with the names of their files. Skipped without matplotlib."""
@@ -43,7 +49,7 @@ def _panels(spec: PlotSpec, height: float) -> tuple[Any, Any]:
     """A figure with one panel for each table."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(spec.tables) + 0.6, height), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(spec.tables) + 1.2, height), layout="constrained")
     panels = figure.subplots(1, len(spec.tables), sharey=True, squeeze=False)[0]
     for panel, table in zip(panels, spec.tables, strict=True):
         panel.set_title(table, fontsize="medium")
@@ -53,6 +59,8 @@ def _panels(spec: PlotSpec, height: float) -> tuple[Any, Any]:
 
 def _lines(definition: Definition, spec: PlotSpec, results: Results) -> Any:
     """The means of each line along x, and a vertical bar for the interval of each point."""
+    from matplotlib.ticker import NullFormatter
+
     figure, panels = _panels(spec, 4.0)
     for panel, table in zip(panels, spec.tables, strict=True):
         for number, line in enumerate(spec.lines):
@@ -68,10 +76,16 @@ def _lines(definition: Definition, spec: PlotSpec, results: Results) -> Any:
         panel.set_xlabel(spec.x_label)
         panel.set_xscale("log" if spec.log_x else "linear")
         panel.set_yscale("log" if spec.log_y else "linear")
+        for axis in [panel.xaxis] * spec.log_x + [panel.yaxis] * spec.log_y:
+            axis.set_major_formatter(
+                lambda value, _: f"{value:g}"
+            )  # matplotlib's own is a formula, which SVG shows as text
+            axis.set_minor_formatter(NullFormatter())
+        if spec.log_x and len(spec.x) <= _TICKS:
+            panel.set_xticks(spec.x)
     panels[0].set_ylabel(definition.metrics[spec.metric].title)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=8
-    )
+    handles, columns = panels[0].get_legend_handles_labels(), int(figure.get_figwidth() / _LABEL)
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return figure
 
 

@@ -16,6 +16,7 @@ from paft_merge.cli import cli
 from paft_merge.errors import RecipeError, RunError
 from paft_merge.studies import frozen_lake, run_study
 from paft_merge.studies.pages import Results, body, claims
+from paft_merge.studies.plots import draw
 from paft_merge.studies.seed_intervals import Interval, interval_of
 from paft_merge.studies.study import folders, known_studies, load_study
 
@@ -210,3 +211,11 @@ def test_a_page_shows_every_row_of_its_tables(done):
     rows = {definition.labels.get(row, row) for row in ("start", "IFT, nearest", "SFT, nearest", "optimal network")}
     assert all(f"| {row} |" in shown for row in rows)
     assert "This is the smoke form" in shown
+
+
+def test_a_logarithmic_axis_has_numbers_and_not_formulas(done, tmp_path):
+    study = load_study("frozen-lake", smoke=True, overrides=FAST)
+    pictures = draw(study.definition, Results(json.loads((done[0] / "results.json").read_text())), tmp_path)
+    shown = [(tmp_path / file).read_text() for spec, file in pictures if spec.log_x]
+    assert shown
+    assert not [text for text in shown if "mathdefault" in text]
