@@ -177,6 +177,9 @@ def load_study(name: str, *, smoke: bool = False, seeds: int | None = None, over
         fix = suggestion(name, known_studies()) or "give the path of a study's YAML file"
         raise RunError.of("STUDY", name, "there is no such study", fix)
     located = load_yaml(path)
+    if not isinstance(located.data, dict) or "study" not in located.data:
+        what, fix = "is not the definition of a study", f"begin with study: NAME, one of {', '.join(MODULES)}"
+        raise RunError.of("STUDY", path, what, fix)
     definition = read_section(Definition, located)
     if definition.study not in MODULES:
         where = located.spot(("study",))

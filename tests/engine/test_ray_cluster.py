@@ -50,7 +50,7 @@ def test_options_that_need_ray_or_exclude_it(tmp_path: Path) -> None:
             "leave out worker, distributed and finalize with --engine ray",
         ),
         ("run", ["--ray-address", "auto"], "--ray-address needs --engine ray"),
-        ("tune", ["--parallel", "2"], "--parallel needs --engine ray"),
+        ("tune", ["--ray-address", "auto"], "--ray-address needs --engine ray"),
     ]:
         done = paft(command, asked, tmp_path / "out", *flags)
         assert done.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -365,8 +367,9 @@ def test_an_interrupted_run_prints_the_command_as_it_was_given(
     assert shlex.split(line.partition("To continue: ")[2]) == ["paft", *args]
 
 
-def test_warnings_and_log_lines_have_one_form(world: Path, copied: Path) -> None:
+def test_warnings_and_log_lines_have_one_form(world: Path, copied: Path, request: pytest.FixtureRequest) -> None:
     scale = ["--set", "merge.models[1].parameters.weight=1e-4", "--set", "evaluate=false", "--set", "audit=false"]
+    request.addfinalizer(partial(logging.getLogger().setLevel, logging.getLogger().level))  # -v sets it for the process
     done = CliRunner().invoke(cli, ["-v", "run", str(world), str(copied), *scale])
     assert done.exit_code == 0, done.output
     assert any(line.startswith("warning[SCALE]: merge/merged: ") for line in done.stderr.splitlines())

@@ -25,6 +25,7 @@ from toys.merge import on
 from toys.merge import recipe as merge_recipe
 from toys.mergekit import CONFIG, llama_state
 
+from paft_merge.auditing import audit
 from paft_merge.cli import cli
 from paft_merge.engine.api import merge
 
@@ -46,6 +47,8 @@ INPUTS = {
     "evaluate model": "evaluate ? --perplexity text.txt", "evaluate model adapter": "evaluate base+? --perplexity text.txt",
     "audit sources": "audit ? --base base", "audit sources recipe": "audit ?", "audit base": "audit sft --base ?",
     "init base": "init --base ?", "init data": "init --base base --data ?", "init adapters": "init --adapter ? --adapter sft",
+    "evaluate self_consistency": "evaluate base --self-consistency ?",
+    "study name": "study ? --out out --smoke", "study data": "study precision --out out --smoke --data ?",
     "push folder": "push ? me/model", "card folder": "card ?", "reproduce place": "reproduce ?", "pull reference": "pull ?",
 }  # fmt: skip
 """A command for every parameter that names a file or folder to read, which is `?`."""
@@ -57,12 +60,13 @@ OUTPUTS = {
     "merge mergekit_out_path": "merge recipe.yaml --out-path ?", "audit csv": "audit sft --base base --csv ?",
     "audit html": "audit sft --base base --html ?", "audit png_dir": "audit sft --base base --png-dir ?",
     "audit plots": "audit sft --base base --plots ?", "reproduce out": "reproduce merged ?",
+    "study out": "study frozen-lake --smoke --seeds 1 --set target_steps=1 --set steps=[1] --out ?",
     "merge scratch": "merge recipe.yaml out --scratch ?", "bench folder": "bench --dir ? --size 9MB --seconds 0.01",
 }  # fmt: skip
 """The same for files and folders to write."""
 
 NO_FILES = {
-    "run overrides", "tune overrides", "evaluate overrides", "evaluate device", "merge device", "merge worker", "merge imports",
+    "run overrides", "tune overrides", "study overrides", "evaluate overrides", "evaluate device", "merge device", "merge worker", "merge imports",
     "merge output_name", "explain pattern", "explain imports", "explain output_name", "audit method", "audit parameters",
     "audit require", "train adapters", "train devices", "push repo_id", "push branch", "push message", "push tags",
     "reproduce imports", "methods name", "methods imports", "merge mergekit_transformers_cache",
@@ -209,6 +213,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as here:
         here.chdir(top)
         merge(asked, top / "merged", warn=lambda _: None)
+        audit(top / "sft", base=top / "base")  # compiles the kernels, which takes longer than a command may
     adapter = {"objective": "sft", "data": "rows.json", "lora": {"r": 2}}
     (top / "run.yaml").write_text(yaml.safe_dump({"base_model": "base", "adapters": {"sft": adapter}}))
     (top / "text.txt").write_text("the quick brown fox\n")
@@ -219,12 +224,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SUFFIXES = {
-    "reward function": ".py", "tasks": ".yaml", "exact_match": ".jsonl", "preference": ".jsonl", "reward": ".jsonl", "instructions": ".json", "data": ".jsonl",
+    "reward function": ".py", "tasks": ".yaml", "exact_match": ".jsonl", "preference": ".jsonl", "self_consistency": ".jsonl", "study name": ".yaml", "reward": ".jsonl", "instructions": ".json", "data": ".jsonl",
 }  # fmt: skip
 
 DATA = {
     "evaluate exact_match", "evaluate preference", "evaluate perplexity", "evaluate reward", "evaluate reward function",
-    "evaluate instructions", "init data",
+    "evaluate instructions", "evaluate self_consistency", "init data",
 }  # fmt: skip
 
 FINE = {
