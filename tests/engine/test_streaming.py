@@ -490,8 +490,10 @@ def test_a_merge_is_quiet_and_leaves_torch_as_it_was(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     paths, before = family(), torch.get_num_threads()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # a command in this process leaves its own
     with caplog.at_level(logging.INFO):
         merge(recipe("ties", paths["base"], (on(paths["base"], paths["sft"]), {"weight": 1})), tmp_path / "out")
     assert capfd.readouterr() == ("", "")
