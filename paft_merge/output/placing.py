@@ -155,11 +155,12 @@ def is_left_by_merge(part: Path) -> bool:
     """Whether a folder is empty, or its lock or journal shows that a merge made it."""
     try:
         entries = os.listdir(part)
+        # The size comes first: another worker may write its mark at this moment.
+        if not entries or (entries == [LOCK] and not (part / LOCK).is_symlink() and not (part / LOCK).stat().st_size):
+            return True
+        return _starts(part / LOCK, _MARK, _SEAL) or _starts(part / JOURNAL, _SEAL)
     except FileNotFoundError:  # a worker has just completed it
         return True
-    if not entries or _starts(part / LOCK, _MARK, _SEAL) or _starts(part / JOURNAL, _SEAL):
-        return True
-    return entries == [LOCK] and not (part / LOCK).is_symlink() and not (part / LOCK).stat().st_size
 
 
 def is_sealed(folder: Path) -> bool:

@@ -349,3 +349,18 @@ def test_a_source_whose_time_was_put_back_is_noticed(how: str, asked: dict[str, 
         merge(asked, tmp_path / "out", threads=1, resume=True)
     assert stale.value.problems[0].code == "RESUME_STALE"
     assert (tmp_path / "out.part" / JOURNAL).is_file()
+
+
+def test_a_mark_that_another_worker_writes_at_that_moment_is_no_stranger_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK).touch()
+    own = placing._starts
+
+    def starts(path: Path, *beginnings: bytes) -> bool:
+        found = own(path, *beginnings)
+        (tmp_path / LOCK).write_bytes(placing._MARK)
+        return found
+
+    monkeypatch.setattr(placing, "_starts", starts)
+    assert placing.is_left_by_merge(tmp_path)
