@@ -36,7 +36,7 @@ from paft_merge.cli.terminal import say, sigterm_as_interrupt
 def study(
     name: str, out: Path, data: Path | None, seeds: int | None, smoke: bool, overrides: tuple[str, ...], quiet: bool
 ) -> None:
-    """Run the study NAME (frozen-lake, on-policy, on-policy-lm, precision, or the YAML file of one) and print its findings.
+    """Run the study NAME (frozen-lake, on-policy, on-policy-lm, paft-small, precision, or the YAML file of one) and print its findings.
 
     Writes results.json, NAME.md with tables, and plots to the folder of --out. Started again, it continues. A claim holds
     only where the 95 % interval of the difference over seeds excludes zero.
