@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from paft_merge.cli.adapter_sizes import resize
 from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
 from paft_merge.cli.evaluating import evaluate
@@ -149,6 +150,7 @@ for command in (
     tune,
     evaluate,
     merge,
+    resize,
     explain,
     audit,
     train,

@@ -33,7 +33,7 @@ from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, norm
 from paft_merge.recipe.parsing import kind_of, read_language
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.resolution import ParameterCache, Resolved, layer_t, resolve, resolve_all
-from paft_merge.recipe.schema import CHAT_TEMPLATES, Language, TokenizerEntry, TokenRow, ZeroRow
+from paft_merge.recipe.schema import CHAT_TEMPLATES, Language, OutputEntry, TokenizerEntry, TokenRow, ZeroRow
 from paft_merge.recipe.validation import check, find_method
 from paft_merge.recipe.yaml_source import (
     Located,
@@ -50,6 +50,7 @@ __all__ = [
     "Language",
     "Located",
     "ModelRef",
+    "OutputEntry",
     "OutputModule",
     "OutputSlice",
     "ParameterCache",
@@ -161,6 +162,16 @@ class Recipe:
     def router(self) -> Literal["base", "average", "merge"] | None:
         """How routers of mixtures of experts are merged; None merges them as other tensors, as `merge` does."""
         return self.language.router
+
+    @property
+    def output(self) -> OutputEntry:
+        """What is written."""
+        return self.language.output or OutputEntry()
+
+    @property
+    def space(self) -> Literal["weight", "core", "knots"]:
+        """Where the method works."""
+        return self.language.space or "weight"
 
     @property
     def name(self) -> str | None:
