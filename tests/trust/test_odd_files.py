@@ -46,6 +46,7 @@ INPUTS = {
     "evaluate instructions": "evaluate base --alpaca-eval made.json --instructions ?",
     "evaluate model": "evaluate ? --perplexity text.txt", "evaluate model adapter": "evaluate base+? --perplexity text.txt",
     "audit sources": "audit ? --base base", "audit sources recipe": "audit ?", "audit base": "audit sft --base ?",
+    "check adapter": "check ?", "check base": "check sft --base ?",
     "init base": "init --base ?", "init data": "init --base base --data ?", "init adapters": "init --adapter ? --adapter sft",
     "evaluate self_consistency": "evaluate base --self-consistency ?",
     "study name": "study ? --out out --smoke", "study data": "study precision --out out --smoke --data ?",
@@ -70,7 +71,7 @@ OUTPUTS = {
 NO_FILES = {
     "run overrides", "tune overrides", "study overrides", "evaluate overrides", "evaluate device", "merge device", "merge worker", "merge imports",
     "merge output_name", "explain pattern", "explain imports", "explain output_name", "audit method", "audit parameters",
-    "audit require", "train adapters", "train devices", "push repo_id", "push branch", "push message", "push tags",
+    "audit require", "check readers", "train adapters", "train devices", "push repo_id", "push branch", "push message", "push tags",
     "reproduce imports", "methods name", "methods imports", "merge mergekit_transformers_cache",
     "merge mergekit_lora_merge_cache", "merge mergekit_lora_merge_dtype", "merge mergekit_write_threads",
     "resize include", "resize exclude", "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
@@ -328,7 +329,7 @@ READERS = {
         "merge union.yaml out", "evaluate base --perplexity text.txt", "push base me/model", "init --base base --data rows.json",
         "audit x --base base", "train run.yaml --dry-run",
     ),
-    "sft": ("merge union.yaml out", "evaluate base+sft --perplexity text.txt", "push sft me/model", "init --adapter sft --adapter sft", "audit sft"),
+    "sft": ("merge union.yaml out", "evaluate base+sft --perplexity text.txt", "push sft me/model", "init --adapter sft --adapter sft", "audit sft", "check sft"),
     "merged": ("card merged", "push merged me/model", "audit merged", "reproduce merged", "merge recipe.yaml merged --resume"),
     "started": ("run run.yaml started --dry-run",),
 }  # fmt: skip
