@@ -17,6 +17,7 @@ import click
 
 from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
+from paft_merge.cli.dequantizing import dequantize
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
 from paft_merge.cli.hub import card, pull, push, reproduce
@@ -150,6 +151,7 @@ for command in (
     evaluate,
     merge,
     explain,
+    dequantize,
     audit,
     train,
     pull,

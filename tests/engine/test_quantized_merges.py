@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import random_state, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from paft_merge import merge, open_plan
+from paft_merge.cli import cli
 from paft_merge.errors import PaftMergeError
 
 State = dict[str, torch.Tensor]
@@ -119,3 +121,26 @@ def test_audit_measures_an_adapter_against_the_values(base: tuple[Path, State], 
     twin = save_checkpoint(tmp_path / "twin", {name: tensor.float() for name, tensor in values.items()})
     found = [audit(adapter, base=where).sources[0].to_json()["tensors"] for where in (folder, twin)]
     assert found[0] == found[1]
+
+
+def test_dequantize_writes_plain_weights(base: tuple[Path, State], tmp_path: Path) -> None:
+    folder, values = base
+    asked_for = ["dequantize", str(folder), str(tmp_path / "out"), "--quiet"]
+    assert CliRunner().invoke(cli, asked_for).exit_code == 0
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in got.items()} == dict.fromkeys(values, torch.bfloat16)
+    assert all(torch.equal(got[name], tensor.bfloat16()) for name, tensor in values.items())
+    shown = CliRunner().invoke(cli, ["dequantize", str(folder), "--dry-run", "--out-dtype", "float32", "--json"])
+    assert {tensor["dtype"] for tensor in json.loads(shown.stdout)["tensors"]} == {"F32"}
+
+
+def test_dequantize_refuses_a_plain_model_and_a_format_that_is_not_read(tmp_path: Path) -> None:
+    plain = save_checkpoint(tmp_path / "plain", random_state(0))
+    codes = {f"{Q}.W_q": torch.ones(4, 4, dtype=torch.uint8), f"{Q}.scale": torch.ones(4), f"{Q}.zero": torch.ones(4)}
+    config = {"quantization_config": {"quant_method": "hqq"}}
+    other = save_checkpoint(tmp_path / "hqq", {**random_state(0), **codes}, config=config)
+    for folder, said in ((plain, "is not quantised"), (other, "is quantised (HQQ")):
+        result = CliRunner().invoke(cli, ["dequantize", str(folder), str(tmp_path / "out")])
+        assert result.exit_code == 1
+        assert said in result.stderr
+    assert not (tmp_path / "out").exists()
