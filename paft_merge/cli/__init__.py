@@ -18,6 +18,7 @@ import click
 from paft_merge.cli.adapter_sizes import resize
 from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
+from paft_merge.cli.dequantizing import dequantize
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
 from paft_merge.cli.hub import card, pull, push, reproduce
@@ -153,6 +154,7 @@ for command in (
     merge,
     resize,
     explain,
+    dequantize,
     audit,
     check,
     train,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from paft_merge import merge, open_plan
 from paft_merge.errors import PaftMergeError
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.quantisation import quantised
+from paft_merge.inputs.quantized.recognition import quantised
 
 State = dict[str, torch.Tensor]
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -72,13 +72,6 @@ FORMATS: dict[str, tuple[Callable[[str], State], dict[str, Any], str]] = {
             f"{p}.input_scale": scales(1), f"{p}.input_zero_point": codes(1, dtype=torch.int8),
         },
         {"quant_method": "compressed-tensors", "format": "int-quantized"}, "compressed-tensors, int-quantized",
-    ),
-    "fp8 blocks": (
-        lambda p: {
-            f"{p}.weight": scales(24, 24, dtype=torch.float32).to(torch.float8_e4m3fn),
-            f"{p}.weight_scale_inv": scales(1, 1, dtype=torch.float32),
-        },
-        {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}, "FP8, e4m3, blocks of 128 x 128",
     ),
     "nvfp4": (
         lambda p: {

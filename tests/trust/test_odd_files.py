@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from conftest import near, save_adapter
@@ -39,7 +40,7 @@ MEGABYTES = 300
 INPUTS = {
     "run recipe": "run ? out", "run recipe --dry-run": "run --dry-run ? out", "tune recipe": "tune ? out",
     "train recipe": "train ? out", "train recipe --dry-run": "train --dry-run ?", "merge recipe": "merge ? out",
-    "merge recipe --dry-run": "merge --dry-run ?", "explain recipe": "explain ?", "evaluate recipe": "evaluate base --recipe ?",
+    "merge recipe --dry-run": "merge --dry-run ?", "explain recipe": "explain ?", "dequantize model": "dequantize ? out", "evaluate recipe": "evaluate base --recipe ?",
     "evaluate exact_match": "evaluate base --exact-match ?", "evaluate preference": "evaluate base --preference ?",
     "evaluate perplexity": "evaluate base --perplexity ?", "evaluate reward": "evaluate base --reward ? words.py:words",
     "evaluate reward function": "evaluate base --reward test.jsonl ?:words", "evaluate tasks": "evaluate base --task ?",
@@ -59,6 +60,7 @@ OUTPUTS = {
     "run folder": "run run.yaml ?", "tune folder": "tune run.yaml ?", "train out": "train run.yaml ?",
     "init out": "init --base base ?", "evaluate out": "evaluate base --perplexity text.txt --out ?",
     "evaluate alpaca_eval": "evaluate base --instructions rows.json --alpaca-eval ?", "merge out": "merge recipe.yaml ?",
+    "dequantize out": "dequantize quantised ?",
     "merge mergekit_out_path": "merge recipe.yaml --out-path ?", "audit csv": "audit sft --base base --csv ?",
     "audit html": "audit sft --base base --html ?", "audit png_dir": "audit sft --base base --png-dir ?",
     "audit plots": "audit sft --base base --plots ?", "reproduce out": "reproduce merged ?",
@@ -75,6 +77,8 @@ NO_FILES = {
     "reproduce imports", "methods name", "methods imports", "merge mergekit_transformers_cache",
     "merge mergekit_lora_merge_cache", "merge mergekit_lora_merge_dtype", "merge mergekit_write_threads",
     "resize include", "resize exclude", "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
+    "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
+    "dequantize ray_address",
 }  # fmt: skip
 """Parameters of text that name no file."""
 
@@ -209,6 +213,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words.save_checkpoint(top / name, state, config={**CONFIG, "vocab_size": 300})
         words.save_tokenizer(top / name, "base", template="{% for m in messages %}{{ m.content }}{% endfor %}")
     save_adapter(top / "sft", base, 3)
+    codes = {"w.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.ones(1, 1)}
+    words.save_checkpoint(top / "quantised", codes, config={"quantization_config": {"quant_method": "fp8"}})
     asked = merge_recipe("linear", None, ("base", {"weight": 0.5}), ("x", {"weight": 0.5}))
     (top / "recipe.yaml").write_text(yaml.safe_dump(asked))
     union = merge_recipe("linear", "base", ("x", {"weight": 0.5}), (on("base", "sft"), {"weight": 0.5}))
