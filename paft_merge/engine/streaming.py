@@ -31,6 +31,7 @@ from paft_merge.methods.rules.thresholds import AddUp, count_all
 from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.folder import Finished, Output, compact
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
+from paft_merge.plan.adapter_output import with_ranks
 from paft_merge.stats.record import MOST_PAIRED, note
 from paft_merge.stats.sample import Sample
 from paft_merge.stats.spectrum import on_one_core
@@ -116,6 +117,30 @@ def measured_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddU
     """
     with _single_threaded_torch(), on_one_core(), ThreadPoolExecutor(threads) as blocks:
         return replace(plan, tensors=tuple(_measured_over_model(plan.tensors, plan.tensors, blocks, ops, add_up)))
+
+
+def sized(plan: MergePlan, *, threads: int, ops: Ops) -> MergePlan:
+    """Return the plan of an adapter with the ranks that `rank: auto` needs, which takes a pass over its deltas; else the plan itself.
+
+    Args:
+        plan: the whole merge.
+        threads, ops: as for `merge_checkpoint`.
+    """
+    if plan.recipe.output.rank != "auto":
+        return plan
+    with (
+        _single_threaded_torch(),
+        on_one_core(),
+        ThreadPoolExecutor(threads) as blocks,
+        ThreadPoolExecutor(threads + 1) as tensors,
+    ):
+        known = _measured_over_model(plan.tensors, plan.tensors, blocks, ops)
+        halves = [tensor for tensor in known if tensor.factor and tensor.factor.part == "B"]
+        factorization = Factorization(plan.recipe, blocks, ops, halves)
+        ranks = list(_in_order(tensors, factorization.rank_needed, halves, ahead=2 * threads + 2))
+    return with_ranks(
+        replace(plan, tensors=tuple(known)), dict(zip((t.merged.name for t in halves), ranks, strict=True))
+    )
 
 
 def _measured_over_model(
