@@ -25,7 +25,7 @@ from paft_merge.cli.hub import card, pull, push, reproduce
 from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
-from paft_merge.cli.serving import check
+from paft_merge.cli.serving import check, convert
 from paft_merge.cli.starting import init
 from paft_merge.cli.studying import study
 from paft_merge.cli.terminal import COMMAND, COMPILER, WORKERS, LineFormatter, StderrHandler, line, say, warn
@@ -157,6 +157,7 @@ for command in (
     dequantize,
     audit,
     check,
+    convert,
     train,
     pull,
     push,

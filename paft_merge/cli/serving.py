@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from paft_merge.cli.terminal import console, links_option, plain
+from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paft_merge.dialects.checking import Finding, Verdict
+    from paft_merge.dialects.conversion import Target
 
 _STYLES = {"silent": "bold red", "refuses": "red", "option": "yellow", "loads": "green"}
 _SHOWN = 2
@@ -83,3 +85,35 @@ def _text(finding: Finding) -> str:
     names = f" [dim]({len(finding.names):,}: {plain(listed)})[/]" if finding.names else ""
     fix = f"\n[dim]fix:[/] {plain(finding.fix)}" if finding.fix else ""
     return f"{plain(finding.what)}{names}{fix}"
+
+
+@click.command(short_help="Write an adapter as another program reads it.")
+@click.argument("adapter")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["vllm", "peft", "mlx", "kohya"]),
+    help="vllm: what vLLM, SGLang, llama.cpp and PEFT all read.",
+)
+@click.option("--base", help="The model that it was trained on: a folder or Hub name. Needed for fused experts.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter in OUT.")
+@click.option("--lazy-unpickle", is_flag=True, help="Read .bin files through a reader that runs no code of them.")
+@links_option
+def convert(
+    adapter: str, out: Path, to: Target, base: str | None, overwrite: bool, lazy_unpickle: bool, follow_links: bool
+) -> None:
+    """Write ADAPTER, of PEFT, mlx-lm or kohya's scripts, to the folder OUT as another program reads it.
+
+    No value changes where that is possible; every other change is a warning. What has no place in the other form is
+    refused by name. See docs/serving.md.
+    """
+    from paft_merge.dialects import conversion
+    from paft_merge.dialects.places import adapter_at, base_at
+    from paft_merge.inputs.links import following_links
+
+    with following_links(follow_links), base_at(base) as opened, sigterm_as_interrupt():
+        folder = adapter_at(adapter, unpickle=lazy_unpickle)
+        notes = conversion.convert(folder, out, to, opened, overwrite=overwrite, lazy_unpickle=lazy_unpickle)
+    warn(notes)
+    say(out, err=False)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paft_merge.dialects.held import Held, open_held
+from paft_merge.dialects.held import Held, open_held, unfit
 from paft_merge.dialects.rules import READERS, SOURCES, WORST, Outcome
 from paft_merge.dialects.traits import TRAITS
-from paft_merge.errors import AdapterError, Problem
-from paft_merge.inputs.adapters import Adapter
+from paft_merge.errors import AdapterError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.recipe import did_you_mean
-
-_UNFIT = ("ADAPTER_TARGET", "ADAPTER_SHAPE")
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def check(
     """
     with open_held(adapter, unpickle=lazy_unpickle) as held:
         if base is not None:
-            held = replace(held, base=base, unfit=_unfit(held, base, lazy_unpickle))
+            held = replace(held, base=base, unfit=unfit(held, base, lazy_unpickle))
         verdicts = [_judged(held, reader) for reader in readers]
     return sorted(verdicts, key=lambda verdict: WORST.index(verdict.outcome))
 
@@ -119,18 +115,6 @@ def _judged(held: Held, reader: str) -> Verdict:
                 Finding(rule.trait, rule.outcome, what, trait.names, rule.fix, " at ".join(SOURCES[rule.source]))
             )
     return Verdict(reader, tuple(sorted(found, key=lambda finding: WORST.index(finding.outcome))))
-
-
-def _unfit(held: Held, base: Checkpoint, unpickle: bool) -> tuple[Problem, ...]:
-    """How the adapter does not fit the base: modules that it does not have, and other shapes."""
-    if held.settings is None or held.faults:
-        return ()
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(Adapter.open(held.place, base, unpickle=unpickle))
-        except AdapterError as error:
-            return tuple(problem for problem in error.problems if problem.code in _UNFIT)
-    return ()
 
 
 def to_json(adapter: Path, verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -13,20 +13,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paft_merge.errors import AdapterError, Problem, Problems
 from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE, PEFT_FILES, hint
-from paft_merge.inputs.adapters import open_weights
+from paft_merge.inputs.adapters import Adapter, open_weights
 from paft_merge.inputs.adapters.config import Settings, read_config
-from paft_merge.inputs.adapters.keys import Keys
+from paft_merge.inputs.adapters.keys import Keys, Saved
 from paft_merge.inputs.adapters.mlx import NAME as MLX_TYPE
 from paft_merge.inputs.adapters.mlx import is_mlx
 from paft_merge.inputs.adapters.peft_types import read_settings, sort_keys
+from paft_merge.inputs.adapters.rows import Rows
 from paft_merge.inputs.checkpoint import Checkpoint
 
 PEFT, MLX, KOHYA = "peft", "mlx", "kohya"
 
-_KOHYA = re.compile(r"(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha|dora_scale)")
+KOHYA_NAME = re.compile(
+    r"(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha|dora_scale)"
+)
 _FUSED = re.compile(r"(^|\.)experts$")
+_SAMPLES = 8
+_UNFIT = ("ADAPTER_TARGET", "ADAPTER_SHAPE")
 _FAULTS = ("ADAPTER_UNSUPPORTED",)
 """Problems of a configuration that a reader may not mind; any other is an error in the file."""
 
@@ -135,6 +142,37 @@ def open_held(place: Path, *, unpickle: bool = False) -> Iterator[Held]:
         yield _open(Path(place), stack, unpickle)
 
 
+def is_copy(held: Held, saved: Saved, base: Checkpoint, *, sampled: bool) -> bool:
+    """Whether a weight that PEFT saved beside factors has the values of the base's tensor.
+
+    Args:
+        held: the adapter.
+        saved: the weight.
+        base: the base.
+        sampled: compare a few blocks of rows only.
+    """
+    if saved.names[0] not in base.tensors:
+        return False
+    ours, theirs = Rows.of(held.file, saved.key), Rows.of(base, saved.names[0])
+    if not sampled:
+        return ours.same(theirs)
+    blocks = ours.blocks()
+    chosen = blocks[:: max(1, len(blocks) // _SAMPLES)]
+    return ours.shape == theirs.shape and all(np.array_equal(ours.read(*at), theirs.read(*at)) for at in chosen)
+
+
+def unfit(held: Held, base: Checkpoint, unpickle: bool) -> tuple[Problem, ...]:
+    """How a LoRA does not fit a base: modules that the base does not have, and other shapes."""
+    if held.settings is None or held.faults:
+        return ()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(Adapter.open(held.place, base, unpickle=unpickle))
+        except AdapterError as error:
+            return tuple(problem for problem in error.problems if problem.code in _UNFIT)
+    return ()
+
+
 def _open(place: Path, stack: ExitStack, unpickle: bool) -> Held:
     if place.is_file() or not _is_adapter(place):
         return _open_kohya(place, stack)
@@ -183,7 +221,7 @@ def _open_kohya(place: Path, stack: ExitStack) -> Held:
         fix = hint(place) or "give the folder that PEFT's save_pretrained wrote"
         raise AdapterError.of("ADAPTER_CONFIG", place, what, fix)
     file = stack.enter_context(Checkpoint.open(place))
-    if not any(_KOHYA.fullmatch(name) for name in file.tensors):
+    if not any(KOHYA_NAME.fullmatch(name) for name in file.tensors):
         what = f"is not an adapter: there is no {CONFIG}, and its tensors have no names of kohya's scripts"
         raise AdapterError.of("ADAPTER_CONFIG", place, what, "give the folder that PEFT's save_pretrained wrote")
     return Held(place, KOHYA, {}, None, file, Keys())

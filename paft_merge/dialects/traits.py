@@ -12,10 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from paft_merge.dialects.held import KOHYA, MLX, PEFT, Held, Pair
+from paft_merge.dialects.held import KOHYA, MLX, PEFT, Held, Pair, is_copy
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.adapters.config import Settings
-from paft_merge.inputs.adapters.keys import Saved
 from paft_merge.inputs.adapters.peft_types import NO_DELTA, TYPES
 from paft_merge.inputs.safetensors_header import read_text
 
@@ -219,17 +218,9 @@ def _whole_besides_norms(held: Held) -> Trait | None:
 
 
 def _base_copies(held: Held) -> Trait | None:
-    """Weights saved with an adapter on the same module, unless a sample shows that they are those of the base."""
-    return _found(one.key for one in held.keys.saved if one.is_base_layer and not _is_in_base(held, one))
-
-
-def _is_in_base(held: Held, saved: Saved) -> bool:
-    name = saved.names[0]
-    return (
-        held.base is not None
-        and name in held.base.tensors
-        and held.file.same_bytes(saved.key, held.base, name, sampled=True)
-    )
+    """Weights saved beside factors of the same module, unless a sample shows that they are those of the base."""
+    copies = (one for one in held.keys.saved if one.is_base_layer)
+    return _found(one.key for one in copies if held.base is None or not is_copy(held, one, held.base, sampled=True))
 
 
 def _tokens(held: Held) -> Trait | None:
