@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.checkpoint import Checkpoint
@@ -18,6 +22,7 @@ from paft_merge.inputs.quantized import dequantized
 
 State = dict[str, torch.Tensor]
 STEM = "model.layers.0.mlp.down_proj"
+GOLDEN = Path(__file__).parents[1] / "golden" / "quantized"
 WEIGHT = f"{STEM}.weight"
 PLAIN = {"model.norm.weight": torch.ones(8), "model.embed_tokens.weight": torch.ones(4, 8, dtype=torch.bfloat16)}
 
@@ -77,6 +82,110 @@ def stacked_experts() -> Sample:
     return Sample({name: codes, f"{name}_scale_inv": scale.to(torch.float8_e8m0fnu)}, BLOCKS, values, name)
 
 
+def gpt_oss() -> Sample:
+    """Experts of gpt-oss, with the values of transformers: blocks of 16 bytes along the inputs, experts transposed."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    name, made = "model.layers.0.mlp.experts.gate_up_proj", torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 10, 4, 16), generator=made, dtype=torch.uint8)
+    scales = torch.randint(100, 140, (3, 10, 4), generator=made, dtype=torch.uint8)
+    values = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    return Sample({f"{name}_blocks": blocks, f"{name}_scales": scales}, {"quant_method": "mxfp4"}, values, name)
+
+
+def golden(case: str) -> Sample:
+    """What compressed-tensors stored and read back (see tools/make_quantized_golden.py)."""
+    path = GOLDEN / f"{case}.safetensors"
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    stored = load_file(path)
+    return Sample(stored, config, stored.pop("values"))
+
+
+def ordered_groups() -> Sample:
+    """Packed INT4 with activation order: `weight_g_idx` has the group of each column."""
+    sample = golden("int4_group")
+    groups = torch.randint(0, 3, (96,), generator=torch.Generator().manual_seed(0))
+    scale = sample.stored[f"{STEM}.weight_scale"]
+    codes = sample.values / scale.repeat_interleave(32, 1)
+    more = {f"{STEM}.weight_g_idx": groups.int()}
+    return replace(sample, stored={**sample.stored, **more}, values=codes.round() * scale[:, groups])
+
+
+def words(codes: torch.Tensor, bits: int, order: tuple[int, ...]) -> torch.Tensor:
+    """Pack codes along the last dimension into words of 32 bits: code `i` of a word has the place `order[i]`."""
+    held = codes.reshape(*codes.shape[:-1], -1, 32 // bits).to(torch.int64)
+    packed = sum(held[..., i] << (bits * place) for i, place in enumerate(order))
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+
+
+def gptq(bits: int, *, ordered: bool, form: str = "gptq", awq: bool = False) -> Sample:
+    """GPTQ (packed along the inputs) and AWQ (along the outputs, interleaved), by the definition of the formats.
+
+    weight[out, in] = scales[group of in, out] * (code - zero point); GPTQ stores zero points less one.
+    """
+    inputs, outputs, size = 64, 40, 16
+    made = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (inputs, outputs), generator=made)
+    zeros = torch.randint(1, 1 << bits, (inputs // size, outputs), generator=made)
+    scales = (torch.rand(inputs // size, outputs, generator=made) / 100 + 1e-3).half()
+    groups = torch.arange(inputs) // size
+    groups = groups[torch.randperm(inputs, generator=made)] if ordered else groups
+    values = (scales.float()[groups] * (codes - zeros[groups]).float()).T.contiguous()
+    straight = tuple(range(32 // bits))
+    if awq:
+        order = (0, 4, 1, 5, 2, 6, 3, 7)
+        stored = {"qweight": words(codes, 4, order), "qzeros": words(zeros, 4, order), "scales": scales}
+        config = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm"}
+    else:
+        less = zeros - 1 if form == "gptq" else zeros
+        packed = words(codes.T.contiguous(), bits, straight).T.contiguous()
+        stored = {"qweight": packed, "qzeros": words(less, bits, straight), "scales": scales, "g_idx": groups.int()}
+        config = {"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": form}
+    return Sample({f"{STEM}.{part}": tensor for part, tensor in stored.items()}, config, values)
+
+
+def four_bits(kind: str, shape: tuple[int, int], *, nested: bool) -> Sample:
+    """What bitsandbytes stored and read back, by its implementation for every device: that of the CPU is wrong (0.50.2)
+    where a row is longer than a block and not a multiple of it."""
+    from bitsandbytes import functional
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
+    weight = random(*shape) * 0.05
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=nested)
+    stored = {WEIGHT: codes, **{f"{WEIGHT}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
+    values = _dequantize_4bit_compute(codes.reshape(-1), absmax, state.code, 64, shape, torch.float32)
+    if shape[1] % 64 == 0:
+        assert torch.equal(values, functional.dequantize_4bit(codes, state))
+    return Sample(stored, config, values)
+
+
+def int8() -> Sample:
+    """What bitsandbytes stored and read back on the CPU."""
+    from bitsandbytes import functional
+
+    codes, scale, _ = functional.int8_vectorwise_quant((random(20, 48) * 0.05).half())
+    stored = {WEIGHT: codes, f"{STEM}.SCB": scale, f"{STEM}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return Sample(stored, config, functional.int8_vectorwise_dequant(codes, scale))
+
+
+def modelopt() -> Sample:
+    """NVFP4 of ModelOpt: 4-bit floats times a scale for 16 of them, which is FP8 times one for the tensor."""
+    sample = golden("nvfp4")
+    codes, scale = (sample.stored[f"{STEM}.weight_{part}"] for part in ("packed", "scale"))
+    of_all = torch.tensor(0.0037)
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    table = torch.cat([magnitudes, -magnitudes])
+    values = torch.stack([table[(codes & 15).long()], table[(codes >> 4).long()]], -1).flatten(1)
+    values *= (scale.float() * of_all).repeat_interleave(16, 1)
+    stored = {WEIGHT: codes, f"{STEM}.weight_scale": scale, f"{STEM}.weight_scale_2": of_all}
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+    return Sample({**stored, f"{STEM}.input_scale": torch.ones(())}, config, values)
+
+
 SAMPLES: dict[str, Callable[[], Sample]] = {
     "fp8 blocks": lambda: fp8((256, 384), positive(2, 3), "weight_scale_inv", BLOCKS, E4M3),
     "fp8 blocks, bfloat16 scales": lambda: fp8((256, 128), positive(2, 1).bfloat16(), "weight_scale_inv", BLOCKS, E4M3),
@@ -84,6 +193,19 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "fp8 experts": stacked_experts,
     "fp8 e5m2 tensor": lambda: fp8((16, 24), positive(1), "weight_scale_inv", TENSOR, E5M2),
     "fp8 scalar": lambda: fp8((16, 24), positive(1)[0], "weight_scale_inv", TENSOR, E4M3),
+    "gpt-oss": gpt_oss,
+    **{path.stem: partial(golden, path.stem) for path in sorted(GOLDEN.iterdir())},
+    "gptq": lambda: gptq(4, ordered=False),
+    "gptq with groups in another order": lambda: gptq(4, ordered=True),
+    "gptq 8 bits": lambda: gptq(8, ordered=False),
+    "gptq v2": lambda: gptq(4, ordered=False, form="gptq_v2"),
+    "awq": lambda: gptq(4, ordered=False, awq=True),
+    "nf4": lambda: four_bits("nf4", (24, 40), nested=False),
+    "nf4 nested": lambda: four_bits("nf4", (130, 160), nested=True),
+    "fp4 nested": lambda: four_bits("fp4", (33, 64), nested=True),
+    "int8": int8,
+    "modelopt": modelopt,
+    "int4 with groups in another order": ordered_groups,
     "fp8 rows": lambda: fp8((16, 24), positive(16, 1), "weight_scale", {"quant_method": "fbgemm_fp8"}, E4M3),
 }
 
@@ -128,7 +250,7 @@ SCALES = f"{STEM}.weight_scale_inv"
         ({SCALES: None}, "without scales"),
         ({SCALES: torch.ones(3, 3)}, "is [3, 3], and"),
         ({SCALES: torch.ones(2, 3, dtype=torch.int32)}, "is I32"),
-        ({WEIGHT: None}, "has scales"),
+        ({WEIGHT: None}, "without"),
         ({WEIGHT: torch.ones(256, 384, dtype=torch.bfloat16)}, "is BF16"),
     ],
 )

@@ -12,15 +12,24 @@ from typing import Any
 
 from paft_merge.errors import CheckpointError, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.quantized import fp8
+from paft_merge.inputs.quantized import bnb, compressed, fp8, gptq, modelopt, mxfp4
 from paft_merge.inputs.quantized.dequantized import Dequantized
 from paft_merge.inputs.quantized.recognition import quantised
-from paft_merge.inputs.quantized.weights import QuantizedWeight, Settings
+from paft_merge.inputs.quantized.weights import QuantizedWeight, Settings, names_module
 from paft_merge.inputs.safetensors_header import join_first
 
 Find = Callable[[Checkpoint, Settings, Problems], Iterator[QuantizedWeight]]
 
-FORMATS: Mapping[str, Find] = {"fp8": fp8.find, "fbgemm_fp8": fp8.find}
+FORMATS: Mapping[str, Find] = {
+    "fp8": fp8.find,
+    "fbgemm_fp8": fp8.find,
+    "mxfp4": mxfp4.find,
+    "compressed-tensors": compressed.find,
+    "modelopt": modelopt.find,
+    "gptq": gptq.find_gptq,
+    "awq": gptq.find_awq,
+    "bitsandbytes": bnb.find,
+}
 """By `quant_method`, how the weights of a checkpoint are found."""
 
 _OF_ACTIVATIONS = re.compile(r"[._](input|output|activation|[kvq])_(scale|global_scale|zero_point)(_ub)?$")
@@ -74,15 +83,8 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 def _is_excluded(name: str, settings: Settings) -> bool:
     """Whether a config says that a module is not quantised; patterns begin with `re:`."""
     module = name.removesuffix(".weight")
-    listed = [settings.get(key) for key in ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers")]
+    listed = [
+        settings.get(key) for key in ("modules_to_not_convert", "ignore", "exclude_modules", "llm_int8_skip_modules")
+    ]
     patterns = [one for some in listed if isinstance(some, Sequence) for one in some if isinstance(one, str)]
-    return any(_names(pattern, module) for pattern in patterns)
-
-
-def _names(pattern: str, module: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], module) is not None
-        except re.error:
-            return False
-    return module == pattern or module.startswith(f"{pattern}.") or module.endswith(f".{pattern}")
+    return any(names_module(pattern, module) for pattern in patterns)

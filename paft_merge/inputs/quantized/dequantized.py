@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
-from paft_merge.inputs.quantized.weights import QuantizedWeight
+from paft_merge.inputs.quantized.weights import Parts, QuantizedWeight
 from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
 
 
@@ -25,18 +25,18 @@ class Dequantized(Checkpoint):
         hidden: the stored tensors that do not appear.
     """
 
-    def __init__(self, inner: Checkpoint, weights: Iterable[QuantizedWeight], hidden: Iterable[str]) -> None:
+    def __init__(self, inner: Checkpoint, weights: Iterable[QuantizedWeight], hidden: Collection[str]) -> None:
         super().__init__(inner.folder, (), without_quantization(inner.config), {})
         self.files, self.file, self.listing = inner.files, inner.file, inner.listing
         self.warnings = inner.warnings
         self._inner, self._weights = inner, {weight.name: weight for weight in weights}
-        self._hidden = frozenset(hidden)
+        self._parts = Parts(inner)
         at = {weight.parts[0]: weight for weight in self._weights.values()}
         self.tensors = {}
         for name, info in inner.tensors.items():
             if (weight := at.get(name)) is not None:
                 self.tensors[weight.name] = self._info(weight, info)
-            elif name not in self._hidden:
+            elif name not in hidden:
                 self.tensors[name] = info
 
     def _info(self, weight: QuantizedWeight, info: TensorInfo) -> TensorInfo:
@@ -60,10 +60,10 @@ class Dequantized(Checkpoint):
         if start == first * 4 * width and len(view) == (stop - first) * 4 * width:
             out = np.frombuffer(view, np.float32)
             if out.flags.aligned:
-                weight.decode(self._inner, first, stop, out.reshape(-1, width))
+                weight.decode(self._parts, first, stop, out.reshape(-1, width))
                 return
         held = SCRATCH.array("dequantized", (stop - first, width), np.float32)
-        weight.decode(self._inner, first, stop, held)
+        weight.decode(self._parts, first, stop, held)
         view[:] = as_bytes(held.reshape(-1))[start - first * 4 * width :][: len(view)]
 
     def location(self, name: str, start: int, nbytes: int) -> tuple[int, int] | None:
@@ -91,6 +91,10 @@ class Dequantized(Checkpoint):
     def working_bytes(self, name: str) -> int:
         weight = self._weights.get(name)
         return weight.working_bytes if weight else 0
+
+    def release(self, name: str) -> None:
+        if (weight := self._weights.get(name)) is not None:
+            self._parts.release(weight)
 
     def sample(self) -> str:
         return self._inner.sample()

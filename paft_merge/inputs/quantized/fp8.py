@@ -17,12 +17,16 @@ from paft_merge.inputs.quantized.weights import (
     QuantizedWeight,
     ScaledCodes,
     Settings,
+    byte_values,
+    missing,
     wrong_dtype,
     wrong_shape,
 )
 from paft_merge.inputs.safetensors_header import quote
 
 _MARKERS = ("_scale_inv", "_scale")
+_SCALES = (*FLOATS, "F8_E8M0", "U8")
+"""The types of scales; bytes are exponents of two, as in transformers."""
 _BLOCK = (128, 128)
 """The blocks of a config that does not state `weight_block_size`, as in transformers."""
 
@@ -40,23 +44,24 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
         marker = next((one for one in _MARKERS if name.endswith(one)), None)
         if marker is None or (weight := tensors.get(name.removesuffix(marker))) is None:
             if marker == "_scale_inv" or name.endswith(".weight_scale"):
-                what = f"has scales {quote(name)}, and no tensor {quote(name.removesuffix(marker or ''))}"
-                problems.add("KEYS_MISSING", where, what, "download it again")
+                problems.found.append(missing(where, name, quote(name.removesuffix(marker or ""))))
             continue
         if weight.dtype not in FLOAT8:
             if marker == "_scale_inv" or name.endswith(".weight_scale"):
                 problems.found.append(wrong_dtype(where, weight, FLOAT8))
             continue
         scaled.add(weight.name)
-        if len(weight.shape) < 2 or info.dtype not in (*FLOATS, "F8_E8M0"):
-            problems.found.append(wrong_dtype(where, info, (*FLOATS, "F8_E8M0")))
+        if len(weight.shape) < 2 or info.dtype not in _SCALES:
+            problems.found.append(wrong_dtype(where, info, _SCALES))
             continue
-        grids = [Grid(info, weight.shape, sizes) for sizes in _sizes(settings, weight.shape)]
+        grids = [Grid(info, weight.shape, sizes, info.dtype == "U8") for sizes in _sizes(settings, weight.shape)]
         fitting = next((grid for grid in grids if grid.fits), None)
         if fitting is None:
             problems.found.append(wrong_shape(where, info, grids[0].counts, weight))
         else:
-            yield ScaledCodes(weight.name, weight.shape, (weight.name, name), "FP8", weight, fitting)
+            yield ScaledCodes(
+                weight.name, weight.shape, (weight.name, name), "FP8", weight, byte_values(weight.dtype), fitting
+            )
     lacking = [info for info in tensors.values() if info.dtype in FLOAT8 and info.name not in scaled]
     problems.found += [_without_scales(where, info) for info in lacking if len(info.shape) > 1]
 
