@@ -156,6 +156,13 @@ def test_a_delta_is_reproduced_and_its_manifest_is_about_the_deltas(made: dict[s
         }
 
 
+def test_the_card_of_a_delta_says_how_it_is_used(made: dict[str, Path], tmp_path: Path) -> None:
+    merge(as_delta(ties(made)), tmp_path / "delta")
+    card = (tmp_path / "delta" / "README.md").read_text()
+    assert "library_name: paft_merge" in card
+    assert f"`{made['base']}+FOLDER` is the merged model" in card
+
+
 def test_a_delta_is_a_source_of_another_merge(made: dict[str, Path], tmp_path: Path) -> None:
     merge(as_delta(ties(made)), tmp_path / "delta")
     again = recipe("task_arithmetic", made["base"], (on(made["base"], tmp_path / "delta"), {"weight": 1.0}))
