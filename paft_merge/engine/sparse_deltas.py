@@ -136,8 +136,10 @@ class _Packer(_Deltas):
         if np.count_nonzero(filled) != block.entries:
             what = "has other values than in the pass that counted them"
             raise CheckpointError.of("INPUT_CHANGED", tensor.merged.name, what, "merge again")
-        filled[np.flatnonzero(~filled)[: block.zeros]] = True
-        self.output.write(tensor.name, block.place * tensor.width, bits[filled])
+        if block.zeros:
+            filled[np.flatnonzero(~filled)[: block.zeros]] = True
+        places = np.flatnonzero(filled)
+        self.output.write(tensor.name, block.place * tensor.width, bits[places])
         parts, shape = self.parts[tensor.merged.name], tensor.merged.shape
         row = row_of(shape)
         if mask := parts.get("mask"):
@@ -145,7 +147,7 @@ class _Packer(_Deltas):
             rows = filled.reshape(-1, row) if len(filled) % row == 0 else filled.reshape(1, -1)
             self.output.write(mask.name, place, pack(rows))
         else:
-            for at, which in enumerate(divmod(start + np.flatnonzero(filled), row)):
+            for at, which in enumerate(divmod(start + places, row)):
                 self.output.write(parts["indices"].name, (at * tensor.numel + block.place) * 4, which.astype(np.int32))
 
     def finish_tensor(self, finished: Finished) -> None:

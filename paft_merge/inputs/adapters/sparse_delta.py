@@ -89,10 +89,9 @@ class SparseDelta(AdapterDelta):
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         starts, filled = self._starts.get(), self._filled(start, stop)
+        places = np.flatnonzero(np.unpackbits(filled, axis=1, count=self.row_size, bitorder="little"))
         out[:] = 0
-        out[np.unpackbits(filled, axis=1, count=self.row_size, bitorder="little").view(bool)] = self._values.read(
-            int(starts[start]), int(starts[stop])
-        ).reshape(-1)
+        out.reshape(-1)[places] = self._values.read(int(starts[start]), int(starts[stop])).reshape(-1)
 
     def release(self) -> None:
         self._starts.release()
