@@ -46,9 +46,12 @@ def plan_table(planned: MergePlan, out: Path | str | None) -> None:
     read, written, free = show_bytes(planned.bytes_read), show_bytes(planned.bytes_written), bytes_free(out)
     far = planned.bytes_on_hub
     where = f" ({show_bytes(far)} of files are not on this machine)" if far else ""
+    most = "at most " if recipe.output.kind == "delta" else ""
     shown.print(
-        f"reads {read}{where}, writes {written} in {files}{f'; {show_bytes(free)} are free on that disk' if free is not None else f' of {plain(str(out))}'}"
+        f"reads {read}{where}, writes {most}{written} in {files}{f'; {show_bytes(free)} are free on that disk' if free is not None else f' of {plain(str(out))}'}"
     )
+    if most:
+        shown.print("every delta is merged twice: its size is known when the entries that are not zero are counted")
 
 
 def weights_line(planned: MergePlan, expected: Mapping[str, float]) -> None:
