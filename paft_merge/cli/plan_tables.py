@@ -23,6 +23,7 @@ from paft_merge.plan.planned import bytes_free
 from paft_merge.recipe import did_you_mean
 
 if TYPE_CHECKING:
+    from paft_merge.engine.factors import Loss
     from paft_merge.engine.prediction import Prediction
 
 
@@ -63,6 +64,26 @@ def weights_line(planned: MergePlan, expected: Mapping[str, float]) -> None:
     elif any(tensor.rule.weighs for tensor in planned.tensors if tensor.rule.wants != "whole"):
         terminal().print("weights that follow from norms are measured by the merge: its manifest has the numbers")
 
+
+def adapter_line(planned: MergePlan, loss: Loss | None) -> None:
+    """Print the rank of an adapter, and the error that is known from the factors of its sources."""
+    modules = len({tensor.factor.module for tensor in planned.tensors if tensor.factor})
+    auto = planned.recipe.output.rank == "auto"
+    rank = loss.rank if auto and loss and loss.modules == modules else planned.config["r"]
+    text = f"adapter of rank {rank}{' or less' if auto and rank == planned.config['r'] else ''} on {modules} modules"
+    if loss is None:
+        shown = "the merge measures its error"
+    else:
+        error = (
+            "exact but for rounding" if loss.relative < ROUNDING else f"with a relative error of {loss.relative:.3g}"
+        )
+        rest = modules - loss.modules
+        shown = error + (f" on {loss.modules} of them; the merge measures that of the others" if rest else "")
+    terminal().print(f"{text}, {shown}" if loss else f"{text}; {shown}")
+
+
+ROUNDING = 1e-5
+"""Relative error that is due to float32 alone."""
 
 _WORKERS_SHOWN = 16
 

@@ -18,6 +18,8 @@ from paft_merge.engine.streaming import FACTOR_BYTES, HELD_BYTES, may_be_held
 from paft_merge.inputs.tensor_inputs import RAW, Inputs, Read
 from paft_merge.methods.rules.walks import DEFERRED
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
+from paft_merge.plan.merged_deltas import is_sum_of_products
+from paft_merge.plan.planned import Factor
 
 _START, _PLANNED = 0.35, 90e-6
 """Seconds of processor to start a process, and to plan a tensor."""
@@ -47,6 +49,9 @@ _SAMPLED, _SAMPLED_ENTRIES = 1 / 16, 1 / 32
 
 _TIED = 0.4
 """Thresholds of float32 deltas at which entries are tied; of the differences of stored values nearly all are."""
+
+_PASSES, _OVERSAMPLED = 2, 8
+"""Passes over a delta that is approximated, and columns of its sketch beside the rank (see `lowrank.range_finder`)."""
 
 _UNDECIDED, _MOST_UNDECIDED = 0.012, 128 << 20
 """Share of the entries of a source that a merge in one pass sets aside, and most bytes of them (see `rules.one_pass`)."""
@@ -232,7 +237,8 @@ def _counted(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
 
 def _deltas(tensor: PlannedTensor) -> int:
     """The number of deltas of a tensor that have statistics."""
-    return 0 if tensor.method == COPY or not tensor.inputs.deltas else len(tensor.inputs.active)
+    first_half = tensor.factor is not None and tensor.factor.part == "A"  # the statistics are those of B
+    return 0 if tensor.method == COPY or first_half or not tensor.inputs.deltas else len(tensor.inputs.active)
 
 
 def _factor_bytes(plan: MergePlan) -> Mapping[str, float]:
@@ -251,6 +257,8 @@ def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
     if tensor.method == COPY:
         nbytes = tensor.nbytes
         return Work(nbytes, nbytes, 0, nbytes, 0, _WRITE * nbytes, _TENSOR)
+    if tensor.factor:
+        return _factor(tensor, tensor.factor, stored)
     inputs, numel, active = tensor.inputs, tensor.numel, tensor.inputs.active
     deltas = {id(read.delta): (read, read.delta) for read in inputs.reads if read.delta}
     factors = sum(stored.get(read.source, 4.0) * delta.entries for read, delta in deltas.values())
@@ -287,6 +295,27 @@ def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
         loops = sum(loop.cost(len(active)) for loop in (walks.merging, *walks.measuring, *walks.over_model))
         parts.append(Work(loops=loops * numel, again=first * len(walks.over_model)))
     return Work.total(parts)
+
+
+def _factor(tensor: PlannedTensor, factor: Factor, stored: Mapping[str, float]) -> Work:
+    """The work for one tensor of an adapter: that of the delta counts for its B."""
+    own = Work(written=tensor.nbytes, loops=_WRITE * tensor.nbytes, fixed=_TENSOR)
+    if factor.part == "A":
+        return own
+    delta, rank = factor.delta, tensor.shape[1]
+    if is_sum_of_products(delta):
+        ranks = sum(read.delta.rank for read in delta.inputs.sources if read.delta)
+        sizes = delta.shape[0] + delta.numel // delta.shape[0]
+        return Work.total(
+            [own, Work(_walk_factors(delta, stored), _walk_factors(delta, stored), products=4.0 * sizes * ranks**2)]
+        )
+    passes = _tensor(delta, stored)._replace(written=0.0).times(_PASSES)
+    return Work.total([own, passes, Work(products=4.0 * _PASSES * delta.numel * (rank + _OVERSAMPLED))])
+
+
+def _walk_factors(delta: PlannedTensor, stored: Mapping[str, float]) -> float:
+    """Bytes of the sources' factors of a delta."""
+    return sum(stored.get(read.source, 4.0) * read.delta.entries for read in delta.inputs.sources if read.delta)
 
 
 def _in_one_pass(tensor: PlannedTensor, sources: int) -> bool:
@@ -400,6 +429,8 @@ def _factors(tensor: PlannedTensor) -> int:
 
 def _collected(tensor: PlannedTensor) -> int:
     """Bytes of the entries near thresholds that are held for a tensor until these are known."""
+    if tensor.factor:
+        return 4 * tensor.nbytes
     rule, sources = tensor.rule, len(tensor.inputs.active)
     if tensor.method == COPY or rule.wants == "whole" or not rule.walks(tensor.numel, tensor.inputs.active).ties:
         return 0
@@ -409,7 +440,7 @@ def _collected(tensor: PlannedTensor) -> int:
 def _held(tensor: PlannedTensor) -> int:
     """Bytes of merged tiles that wait for their thresholds."""
     rule, active = tensor.rule, tensor.inputs.active
-    if tensor.method == COPY or rule.wants == "whole" or not rule.walks(tensor.numel, active).one_pass:
+    if tensor.factor or tensor.method == COPY or rule.wants == "whole" or not rule.walks(tensor.numel, active).one_pass:
         return 0
     if not _in_one_pass(tensor, len(active)):
         return 0
@@ -418,6 +449,8 @@ def _held(tensor: PlannedTensor) -> int:
 
 def _block_bytes(tensor: PlannedTensor) -> int:
     """Bytes of a thread for one block."""
+    if tensor.factor:
+        return _block_bytes(tensor.factor.delta)
     if tensor.method == COPY:
         return min(tensor.block_bytes, 2 * tensor.nbytes)
     if tensor.rule.wants == "whole" or not tensor.bounds:

@@ -178,9 +178,9 @@ class _Worker:
         """Read -> delta -> method -> write, for one tensor."""
         if tensor.method == COPY:
             return self._copy(tensor)
-        if tensor.factor:
-            return self._factor(tensor)
         with self.factors.taken(tensor.inputs.factor_bytes):
+            if tensor.factor:
+                return self._factor(tensor)
             if tensor.rule.wants == "whole":
                 return self.pool.submit(self._whole, tensor, tensor.rule).result()
             return self._streamed(tensor, tensor.rule)

@@ -18,7 +18,7 @@ from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.safetensors_header import join_first, truncate
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.output.shards import plan_shards
-from paft_merge.plan.merged_deltas import is_zero, merged_delta, scales_base, summands
+from paft_merge.plan.merged_deltas import is_sum_of_products, is_zero, merged_delta, rank_of, scales_base, summands
 from paft_merge.plan.planned import Factor, MergePlan, PlannedTensor
 from paft_merge.plan.side_files import SideFiles
 from paft_merge.recipe import ModelRef, Recipe
@@ -142,6 +142,10 @@ class _Planner:
             merged = merged_delta(self.plan, tensor)
             if merged is None:
                 continue
+            if scales_base(merged.tensor.rule):
+                why = f"{tensor.method} multiplies the base by {math.fsum(merged.tensor.rule.weights):g}"
+                unfit.setdefault(why, []).append(tensor.name)
+                continue
             module, layer = module_of(merged.tensor, self.architecture)
             why = self._unfit(merged.tensor, layer)
             if why and is_zero(merged, self.plan.config_source.checkpoint):
@@ -172,7 +176,7 @@ class _Planner:
         inputs, rule = delta.tensor.inputs, delta.tensor.rule
         added = summands(inputs, rule)
         active = [i for i, _ in added] if added is not None else inputs.active
-        ranks = [_rank_of(inputs.sources[i], delta.subtracted or inputs.base) for i in active]
+        ranks = [rank_of(inputs.sources[i], delta.subtracted or inputs.base) for i in active]
         if asked == "auto":
             return most if None in ranks or added is None else min(most, sum(r or 0 for r in ranks))
         if None in ranks:
@@ -184,8 +188,6 @@ class _Planner:
     def _unfit(self, tensor: PlannedTensor, layer: LayerKind) -> str:
         """Why an adapter cannot hold a delta; empty if it can."""
         base = tensor.inputs.base or tensor.inputs.reads[0]
-        if scales_base(tensor.rule):
-            return f"{tensor.method} multiplies the base by {math.fsum(tensor.rule.weights):g}"
         if tensor.shape != base.stored_shape:
             return "the vocabulary has other rows than the base"
         if any(read.delta and read.delta.stored_as for read in tensor.inputs.sources) and not layer:
@@ -217,13 +219,6 @@ def _way_out(why: str) -> str:
 def _matrix(tensor: PlannedTensor) -> tuple[int, int]:
     """`O, I` of a delta."""
     return tensor.shape[0], math.prod(tensor.shape[1:])
-
-
-def _rank_of(read: Read, base: Read | None) -> int | None:
-    """The rank of a source's difference from the base by its header; None if it is not one low-rank product."""
-    if base is None or not read.same_weight(base) or (read.delta and read.delta.needs_weight):
-        return None
-    return (read.delta.rank or None) if read.delta else 0
 
 
 def _planned(
@@ -278,9 +273,10 @@ def _dtype(plan: MergePlan, deltas: Sequence[_Delta], ranks: Mapping[str, int]) 
 def _is_exact(delta: _Delta, rank: int) -> bool:
     """Whether factors of a rank hold a delta exactly, by the headers of its sources."""
     inputs = delta.tensor.inputs
-    added = summands(inputs, delta.tensor.rule) if inputs.without_base else None
-    ranks = [_rank_of(inputs.sources[i], inputs.base) for i, _ in added or ()]
-    return added is not None and None not in ranks and sum(r or 0 for r in ranks) <= rank
+    added = summands(inputs, delta.tensor.rule) or ()
+    return is_sum_of_products(delta.tensor) and rank >= sum(
+        rank_of(inputs.sources[i], inputs.base) or 0 for i, _ in added
+    )
 
 
 def _config(
