@@ -117,7 +117,8 @@ def module_of(tensor: PlannedTensor, architecture: Lazy[Architecture | None]) ->
     known = architecture.get() if len(tensor.shape) > 1 else None
     if known is None:
         layer = "embedding" if "embed" in name else "linear"
-        return module or name.removesuffix(".weight"), layer if len(tensor.shape) == 2 else ""
+        layer = "convolution" if len(tensor.shape) > 3 else "" if len(tensor.shape) == 3 else layer
+        return module or name.removesuffix(".weight"), layer
     path = module or (known.name_of(name) or name).removesuffix(".weight")
     found = type(known.module(path)).__name__
     return path, _CLASSES.get(found, "convolution" if found in ("Conv1d", "Conv2d", "Conv3d") else "")
@@ -150,7 +151,7 @@ class _Planner:
             why = self._unfit(merged.tensor, layer)
             if why and is_zero(merged, self.plan.config_source.checkpoint):
                 continue
-            if why == _VECTOR and not self.output.portable and tensor.name.endswith((".weight", ".bias")):
+            if why in (_VECTOR, _EMBEDDING) and not self.output.portable and tensor.name.endswith((".weight", ".bias")):
                 saved.append(tensor)
             elif why:
                 unfit.setdefault(why, []).append(tensor.name)
@@ -194,24 +195,37 @@ class _Planner:
             return "it is tied to another tensor of the base"
         if len(tensor.shape) < 2:
             return _VECTOR
-        if layer in ("embedding", "convolution", "experts") and self.output.portable:
-            return f"LoRA on {_PLURAL[layer]} is not read by every server"
-        if layer in ("", "experts"):
-            return "PEFT has no LoRA layer for it"
-        return ""
+        if layer == "experts":
+            return "adapters of fused experts are read, and not written"
+        if layer == "embedding" and self._feeds_head(tensor.name):
+            return "the output head is tied to it, and an adapter would change the embedding alone"
+        if layer == "embedding" and not any(read.delta and read.delta.layer for read in tensor.inputs.sources):
+            return _EMBEDDING
+        if layer in ("embedding", "convolution") and self.output.portable:
+            return f"LoRA on {layer}s is not read by every server"
+        return "" if layer else "PEFT has no LoRA layer for it"
+
+    def _feeds_head(self, name: str) -> bool:
+        """Whether an embedding stays tied to another parameter, which then changes with it in a merged checkpoint."""
+        architecture = self.architecture.get()
+        if architecture is None:
+            tied = self.plan.config_source.checkpoint.config.get("tie_word_embeddings") is True
+            return tied and not any(tensor.name.endswith("lm_head.weight") for tensor in self.plan.tensors)
+        twins = architecture.tied_to(architecture.name_of(name) or name)
+        return bool(twins) and not any(tensor.name in twins for tensor in self.plan.tensors)
 
     def _refuse(self, what: str, fix: str) -> None:
         self.problems.add("ADAPTER_OUTPUT", self.spot, what, fix)
 
 
 _VECTOR = "it is a bias or a norm, which LoRA does not change"
-_PLURAL = {"embedding": "embeddings", "convolution": "convolutions", "experts": "fused experts"}
+_EMBEDDING = "it is an embedding that changes as a whole"
 
 
 def _way_out(why: str) -> str:
     if "multiplies the base" in why:
         return "write merge_method: task_arithmetic, or weights that add up to 1"
-    if "not read by every server" in why or why == _VECTOR:
+    if "not read by every server" in why or why in (_VECTOR, _EMBEDDING):
         return "write portable: false in output, or leave these modules out of the sources"
     return "write kind: checkpoint, or leave these tensors out of the sources"
 

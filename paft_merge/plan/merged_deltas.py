@@ -40,7 +40,7 @@ def merged_delta(plan: MergePlan, tensor: PlannedTensor) -> MergedDelta | None:
     inputs, rule = tensor.inputs, tensor.rule
     base = plan.config_source.checkpoint
     own = Read(plan.config_source.ref, base, (inputs.base or inputs.reads[0]).name)
-    made = replace(tensor, dtype="F32", rounding_key=0)
+    made = replace(tensor, dtype="F32", rounding_key=0, is_delta=len(tensor.shape) > 1)
     if own.name not in base.tensors:
         return None
     if not inputs.sources:  # one tensor, unchanged

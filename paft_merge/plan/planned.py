@@ -144,6 +144,8 @@ class PlannedTensor(StreamedTensor):
     """The place in the recipe's slices and modules."""
     why: str = ""
     """Why the tensor is copied."""
+    is_delta: bool = False
+    """Whether it is a merged delta, of which blocks hold whole rows `[I]` of `[O, I]`."""
     factor: Factor | None = field(default=None, compare=False)
     """Of a tensor of an adapter: the merged delta that it is a factor of. `inputs` and `rule` are those of the delta."""
 
@@ -180,6 +182,11 @@ class PlannedTensor(StreamedTensor):
         """The tensor that the method merges: of an adapter's tensor, the delta; else the tensor itself."""
         made_of = self.factor or self.sparse
         return made_of.delta if made_of else self
+
+    @cached_property
+    def row(self) -> int:
+        """Elements of a row; of a merged delta the last dimensions together, which are a row of its factors."""
+        return math.lcm(super().row, self.numel // max(self.shape[0], 1)) if self.is_delta else super().row
 
     def with_rule(self, rule: Rule) -> PlannedTensor:
         """The tensor with a rule whose weights or thresholds are known."""

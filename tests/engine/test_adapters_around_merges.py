@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "slices": ({"models": None, "slices": [{"sources": [{"model": "BASE", "layer_range": [0, 1]}, {"model": "BASE+SFT", "layer_range": [0, 1]}]}]}, "the recipe has slices, and an adapter keeps the layers of one base"),
     "a base with an adapter": ({"base_model": "BASE+SFT", "models": [{"model": "BASE+DPO"}]}, r"has an adapter itself, and an adapter is of one checkpoint; write base_model: "),
     "a sum that scales the base": ({"merge_method": "linear", "base_model": None, "parameters": {"weight": 0.7, "normalize": False}}, r"linear multiplies the base by 1\.4; write merge_method: task_arithmetic, or weights that add up to 1"),
-    "trained norms and embeddings": ({"models": [{"model": "X"}]}, "(?s)embed_tokens.*LoRA on embeddings is not read by every server; write portable: false.*input_layernorm.*it is a bias or a norm"),
+    "trained norms and embeddings": ({"models": [{"model": "X"}]}, "(?s)embed_tokens.*it is an embedding that changes as a whole; write portable: false.*input_layernorm.*it is a bias or a norm"),
     "the sum of no ranks": ({"models": [{"model": "Y"}], "output": {"kind": "adapter", "portable": False}}, "rank: sum adds up the ranks of adapters, and the delta of .*y is not a low-rank product; write a number"),
     "checkpoints without a base": ({"merge_method": "linear", "base_model": None, "models": [{"model": "X"}, {"model": "Y"}]}, "several checkpoints, and none is named as the base; write base_model"),
     "mergekit's arithmetic": ({"arithmetic": "mergekit"}, "remove arithmetic: mergekit"),
@@ -159,3 +159,39 @@ def test_a_frozen_layer_of_a_fine_tune_is_no_obstacle(family: Family, tmp_path: 
         - state["model.layers.0.self_attn.q_proj.weight"].double()
     )
     assert float((delta - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_an_embedding_that_stays_tied_to_the_head_is_refused(tmp_path: Path) -> None:
+    from toys.adapters import llama, save
+
+    model = llama(tie_word_embeddings=True)
+    save(model, tmp_path / "base")
+    model.model.embed_tokens.weight.data += 0.1
+    save(model, tmp_path / "tuned")
+    output = {"kind": "adapter", "rank": 2, "portable": False}
+    one = recipe("task_arithmetic", tmp_path / "base", (tmp_path / "tuned", {"weight": 1.0}), output=output)
+    with pytest.raises(
+        RecipeError, match=r"embed_tokens.*: the output head is tied to it, and an adapter would change the"
+    ):
+        merge(one, tmp_path / "out")
+
+
+def test_blocks_hold_whole_rows_of_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file, save_file
+    from toys.adapters import Convolutions, save
+
+    save(Convolutions(), tmp_path / "base")
+    (tmp_path / "tuned").mkdir()
+    state = load_file(tmp_path / "base/model.safetensors")
+    state["conv2.weight"] = state["conv2.weight"] * 1.5
+    save_file(state, tmp_path / "tuned/model.safetensors")
+    for tile in (1 << 21, 100):
+        monkeypatch.setattr("paft_merge.compute.blocks.TILE", tile)
+        output = {"kind": "adapter", "rank": 6, "portable": False}
+        one = recipe("task_arithmetic", tmp_path / "base", (tmp_path / "tuned", {"weight": 1.0}), output=output)
+        made = tensors_of(merge(one, tmp_path / str(tile)))
+        left, right = (made[f"base_model.model.conv2.lora_{part}.weight"].double() for part in "BA")
+        wanted = state["conv2.weight"].double() / 3
+        assert float((left.reshape(6, 6) @ right.reshape(6, -1) - wanted.reshape(6, -1)).norm()) < 1e-5 * float(
+            wanted.norm()
+        )
