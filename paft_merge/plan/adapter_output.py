@@ -93,6 +93,9 @@ def check_recipe(plan: MergePlan, problems: Problems) -> None:
     if base.adapters:
         what = f"the base {base} has an adapter itself, and an adapter is of one checkpoint"
         refuse(what, f"write base_model: {base.base}, or merge {base} to a checkpoint first")
+    if plan.config_source.checkpoint.computed:
+        what = f"the base {base} is another document of the file, which nobody could load with the output"
+        refuse(what, "merge that document first, and write its folder as base_model")
     if plan.vocabulary and recipe.tokenizer is not None:
         refuse("the recipe changes the tokenizer, which an adapter does not hold", "remove it")
     if recipe.arithmetic == "mergekit":
