@@ -34,7 +34,7 @@ from paft_merge.recipe.parsing import kind_of, read_language
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.resolution import ParameterCache, Resolved, layer_t, resolve, resolve_all
 from paft_merge.recipe.schema import CHAT_TEMPLATES, Language, TokenizerEntry, TokenRow, ZeroRow
-from paft_merge.recipe.validation import check, find_method
+from paft_merge.recipe.validation import check, check_space, find_method
 from paft_merge.recipe.yaml_source import (
     Located,
     did_you_mean,
@@ -205,6 +205,7 @@ def load_recipe(
     modules = normalize(language, method, report)
     if method is None:
         raise report.error_of()
+    check_space(method, report)
     check(modules, method, methods, report, faulty)
     return Recipe(language, method, modules, report.finish(strict=strict), located)
 

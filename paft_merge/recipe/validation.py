@@ -23,6 +23,13 @@ def find_method(name: str, methods: Mapping[str, Method], report: Report) -> Met
     return methods.get(name)
 
 
+def check_space(method: Method, report: Report) -> None:
+    """Reject a method of the core space outside it."""
+    if method.core_only:
+        what = f"{method.name} merges adapters in their core space; it has no meaning on deltas of low rank themselves"
+        report.error(report.located.spot(("merge_method",)), what, "add space: core and output: {kind: adapter}")
+
+
 def check(
     modules: tuple[OutputModule, ...],
     method: Method,

@@ -1,0 +1,1 @@
+"""Low-rank approximations of deltas: of products of factors, and of dense matrices that are streamed."""
