@@ -143,6 +143,7 @@ SHARED_NAMES = {
     "elementwise": "methods, and the rules behind them",
     "thresholds": "rules, and the kernels below them",
     "merging": "the command, and the kernels of its main loop",
+    "factors": "the factors of an adapter in training, and sums and truncations of factors",
     "tuning": "the command, and its search",
 }
 """File names that stand in two rooms, and why."""

@@ -10,15 +10,13 @@ M_i = U^T B_i A_i V, and D_i = U M_i V^T exactly. A method merges the M_i as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Matrix: TypeAlias = NDArray[np.float64]
-Factors: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
-"""B `[O, R]` with the scale, and A `[R, I]`."""
+from paft_merge.lowrank.factors import LowRank, Matrix, Pair, Store, as_float32, truncate_between
 
 NULL = 1e-13
 """A direction whose singular value is at most this share of the largest is rounding of float64, and is left out of a basis."""
@@ -34,18 +32,19 @@ class Space(NamedTuple):
     right: Matrix | None
     """`[L, I]`, orthonormal rows; None stands for the identity."""
 
-    def merged(self, merge: Callable[[Sequence[Matrix]], NDArray[Any]]) -> tuple[Matrix, Matrix]:
-        """Merge the coordinates by `merge`, and return B `[O, K]` and A `[K, I]` of the merged delta."""
-        made = merge(self.coordinates).astype(np.float64)
-        return self.left, made if self.right is None else made @ self.right
+    def truncated(
+        self, merged: NDArray[Any], rank: int | None, energy: float | None = None, store: Store = as_float32
+    ) -> LowRank:
+        """The delta of merged coordinates `[K, L]`, exact if the rank allows it; see `factors.truncate`."""
+        return truncate_between(self.left, merged.astype(np.float64), self.right, rank, energy, store)
 
 
-def core_of(pairs: Sequence[Factors]) -> Space:
+def core_of(pairs: Sequence[Pair]) -> Space:
     """The Core Space of the deltas `pairs`, at least one; see the module."""
     return Space(*cores(pairs))
 
 
-def cores(pairs: Sequence[Factors]) -> tuple[Matrix, list[Matrix], Matrix]:
+def cores(pairs: Sequence[Pair]) -> tuple[Matrix, list[Matrix], Matrix]:
     """U `[O, K]`, the core M_i `[K, L]` of every source, and V^T `[L, I]`.
 
     A source whose B or A is zero does not take part in the bases. Directions that the stacked factors do not span (equal adapters,

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paft_merge.lowrank.core_space import Factors, Matrix, Space, cores
+from paft_merge.lowrank.core_space import Space, cores
+from paft_merge.lowrank.factors import Matrix, Pair
 
 ITERATIONS = 1000
 TOLERANCE = 1e-6
 """The iteration ends when the relative error of the decomposition changes by less, as in the authors' code."""
 
 
-def compressed_of(pairs: Sequence[Factors], rank: int) -> Space:
+def compressed_of(pairs: Sequence[Pair], rank: int) -> Space:
     """The deltas `pairs` in their shared subspaces of dimension `rank`, or less if the core space is smaller.
 
     A delta that is zero has no say; the authors' code divides by its norm.

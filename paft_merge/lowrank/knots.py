@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paft_merge.lowrank.core_space import NULL, Factors, Space, cores
+from paft_merge.lowrank.core_space import NULL, Space, cores
+from paft_merge.lowrank.factors import Pair
 
 
-def knots_of(pairs: Sequence[Factors]) -> Space:
+def knots_of(pairs: Sequence[Pair]) -> Space:
     """The deltas `pairs` as coordinates S V_i, from their factors: U is the core space's basis times the vectors of the cores.
 
     Singular values up to 1e-13 of the largest are left out. The authors leave out those up to 1e-5, however small the largest is.

@@ -34,8 +34,10 @@ def deltas(pairs: Pairs) -> list[Matrix]:
     return [b @ a for b, a in pairs]
 
 
-def product(factors: tuple[Matrix, Matrix]) -> Matrix:
-    return factors[0] @ factors[1]
+def merged(space: Space, merge: Merge) -> Matrix:
+    """The merged delta, in float64."""
+    made = space.left @ merge(space.coordinates)
+    return made if space.right is None else made @ space.right
 
 
 # --- the published formulas, in float64 ------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ SPACES: dict[str, tuple[Callable[[Pairs], Space], Callable[[Pairs, Merge], Matri
 def test_a_merge_in_a_space_is_that_of_the_published_formula(space: str, merge: Merge) -> None:
     ours, theirs = SPACES[space]
     pairs = drawn(4, 4, 4)
-    np.testing.assert_allclose(product(ours(pairs).merged(merge)), theirs(pairs, merge), rtol=0, atol=1e-8)
+    np.testing.assert_allclose(merged(ours(pairs), merge), theirs(pairs, merge), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("space", [core_of, knots_of, lambda pairs: compressed_of(pairs, 99)])
@@ -128,7 +130,7 @@ def test_coordinates_give_every_delta_back(space: Callable[[Pairs], Space], pair
     found = space(pairs)
     assert found.left.shape[1] <= min(sum(b.shape[1] for b, _ in pairs), pairs[0][0].shape[0])
     for i, delta in enumerate(deltas(pairs)):
-        np.testing.assert_allclose(product(found.merged(lambda all_, i=i: all_[i])), delta, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(merged(found, lambda all_, i=i: all_[i]), delta, rtol=0, atol=1e-10)
 
 
 def test_what_the_factors_do_not_span_is_left_out() -> None:
@@ -145,14 +147,14 @@ def test_what_the_factors_do_not_span_is_left_out() -> None:
     }  # fmt: skip
     assert not spaces["untrained"].coordinates[1].any()
     for name in (knots_of, lambda pairs: compressed_of(pairs, 2)):
-        assert not product(name([(zero, a), (zero, a)]).merged(summed)).any()
+        assert not merged(name([(zero, a), (zero, a)]), summed).any()
 
 
 def test_a_product_of_zeros_has_no_say_in_the_compressed_space() -> None:
     pairs = drawn(3, 3)
     zeros = (pairs[0][0], np.zeros_like(pairs[0][1]))
-    with_zeros = product(compressed_of([*pairs, zeros], 3).merged(summed))
-    np.testing.assert_allclose(with_zeros, product(compressed_of(pairs, 3).merged(summed)), atol=1e-12)
+    with_zeros = merged(compressed_of([*pairs, zeros], 3), summed)
+    np.testing.assert_allclose(with_zeros, merged(compressed_of(pairs, 3), summed), atol=1e-12)
 
 
 def test_the_compressed_space_counts_every_source_alike() -> None:
@@ -161,7 +163,7 @@ def test_the_compressed_space_counts_every_source_alike() -> None:
     small = (b * 1e-3, a)
 
     def share(space: Space) -> float:
-        return float(np.linalg.norm(product(space.merged(lambda all_: all_[0]))) / np.linalg.norm(b @ a * 1e-3))
+        return float(np.linalg.norm(merged(space, lambda all_: all_[0])) / np.linalg.norm(b @ a * 1e-3))
 
     assert share(compressed_of([small, (c, d)], 2)) > 0.3
     cut = np.linalg.svd(small[0] @ small[1] + c @ d)[0][:, :2]
@@ -172,7 +174,24 @@ def test_directions_under_the_authors_threshold_are_kept() -> None:
     """Deltas of 1e-9 have singular values under the 1e-5 that the authors of KnOTS cut at."""
     pairs = [(b * 1e-9, a) for b, a in drawn(3, 3)]
     assert not published_knots(pairs, summed).any()
-    np.testing.assert_allclose(product(knots_of(pairs).merged(summed)), sum(deltas(pairs)), rtol=0, atol=1e-19)
+    np.testing.assert_allclose(merged(knots_of(pairs), summed), sum(deltas(pairs)), rtol=0, atol=1e-19)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_factors_of_merged_coordinates_are_the_best_of_their_rank(space: str) -> None:
+    found = SPACES[space][0](drawn(4, 4, 4))
+    whole, coordinates = merged(found, summed), summed(found.coordinates)
+    values = np.linalg.svd(whole, compute_uv=False)
+    for rank, energy, kept in ((None, None, found.left.shape[1]), (3, None, 3), (None, 0.8, None)):
+        low = found.truncated(coordinates, rank, energy)
+        kept = low.left.shape[1] if kept is None else kept
+        assert low.left.shape == (40, kept)
+        assert low.right.shape == (kept, 56)
+        assert low.norm == pytest.approx(np.linalg.norm(whole), rel=1e-6)
+        assert low.error == pytest.approx(np.linalg.norm(values[kept:]), rel=1e-5, abs=1e-6 * low.norm)
+        assert np.linalg.norm(whole - low.left @ low.right) == pytest.approx(low.error, rel=1e-4, abs=1e-6 * low.norm)
+    nothing = core_of([(np.zeros((4, 2)), np.zeros((2, 5)))])
+    assert nothing.truncated(summed(nothing.coordinates), None).left.shape == (4, 0)
 
 
 # --- the methods -----------------------------------------------------------------------------------------------------
@@ -194,7 +213,7 @@ def in_memory(method: Callable[..., torch.Tensor], **keywords: Any) -> Merge:
 def test_the_methods_in_the_core_space_give_the_published_numbers(ours: Merge, theirs: Merge) -> None:
     pairs = drawn(4, 4, 4, seed=3)
     expected = published_core(pairs, theirs)
-    found = product(core_of(pairs).merged(ours))
+    found = merged(core_of(pairs), ours)
     assert np.linalg.norm(found - expected) < 2e-6 * np.linalg.norm(expected)
 
 
