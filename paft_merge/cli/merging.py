@@ -38,6 +38,7 @@ from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem, Problems
 
 if TYPE_CHECKING:
+    from paft_merge.engine.merge_result import MergeResult
     from paft_merge.engine.streaming import Progress
     from paft_merge.output.log_file import Note
     from paft_merge.plan import MergePlan
@@ -113,6 +114,10 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--stream-from-hub", is_flag=True, help="Read weights from the Hub by byte ranges; nothing but OUT is stored."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Copy the base's Python files into OUT. They are never run.")
+@click.option(
+    "--max-error", type=click.FloatRange(0), metavar="X",
+    help="For an adapter as output: fail if the relative error of its rank is above X, e.g. 0.1.",
+)  # fmt: skip
 @click.option("--write-model-card/--no-write-model-card", default=True, show_default=True, help="Write README.md.")
 @click.option("--worker", metavar="I/N", help="Be worker I (0 to N-1) of N that write OUT together. See docs/scale.md.")
 @click.option(
@@ -185,12 +190,26 @@ def merge(
     worker = asked.worker_number
     log = log_of(out, worker.index if worker else None)
     with sigterm_as_interrupt(), progress_bar(quiet) as progress, log as note:
-        api.merge(place, out, asked, progress=noted(progress, note), warn=warned_and_noted(note))
+        made = api.merge(place, out, asked, progress=noted(progress, note), warn=warned_and_noted(note))
         note(logging.INFO, f"{out} is done")
     if not quiet:
         say(out, err=False)
+        for line in loss_lines(made):
+            say(line)
         say(f"{out} is done: see its README.md and merge_manifest.json")
 
+
+def loss_lines(made: MergeResult) -> Iterator[str]:
+    """One line for each adapter among the results: its rank, and what that costs."""
+    for result in made.results.values() or [made]:
+        if loss := result.manifest.get("adapter"):
+            error = loss["relative_error"]
+            cost = "exact but for rounding" if error < _ROUNDING else f"relative error {error:.3g}"
+            yield f"{result.path}: LoRA of rank {loss['rank']} on {loss['modules']} modules, {cost}"
+
+
+_ROUNDING = 1e-5
+"""Relative error of factors in float32."""
 
 _NAMES_FROM, _NAME, _NUMBERS = 100, 40, 48
 """Columns of a terminal that shows names of tensors, of a name, and of the numbers of the bar."""

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.engine import imbalance
+from paft_merge.engine.factors import check_loss, loss_of
 from paft_merge.engine.finished import is_finished
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.merge_result import MergeResult
@@ -240,6 +241,7 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
             written += part.bytes_written
 
         def complete(output: Output | StoredOutput) -> None:
+            check_loss(loss_of(plan, output.finished), options.max_error)
             output.complete(side_files(plan, output.finished, options), overwrite=options.overwrite)
             if not any(problem.code == "SCALE" for problem in plan.warnings):
                 warn(imbalance.measured(totals(plan, output.finished), plan))

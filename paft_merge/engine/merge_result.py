@@ -68,6 +68,12 @@ class MergeResult(os.PathLike[str]):
             raise ValueError(f"there are several manifests, one for each result: {', '.join(self.results)}")
         return manifest_at(self.path)
 
+    @property
+    def error(self) -> float | None:
+        """Of an adapter: the norm of the difference from the merged deltas, relative to their norm; None for a checkpoint."""
+        found = self.manifest.get("adapter")
+        return None if found is None else float(found["relative_error"])
+
     def __fspath__(self) -> str:
         return os.fspath(self.path)
 

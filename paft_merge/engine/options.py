@@ -57,6 +57,8 @@ class MergeOptions:
     """For tensor files with different tensors: merge the tensors that all files hold, or that any file holds."""
     unsafe_truncate_embeddings: bool = False
     """Cut embeddings to the smallest vocabulary, by position. For models whose token ids agree up to there."""
+    max_error: float | None = None
+    """For `output: {kind: adapter}`: largest relative error of all factors together. A larger one raises an error before `out` gets its name."""
     write_model_card: bool = True
     """Write README.md."""
     stream_from_hub: bool = False
@@ -94,6 +96,8 @@ class MergeOptions:
             raise ValueError(f"Ray chooses the GPU of each task: write device='cuda', not {self.device!r}")
         if self.engine != "ray" and self.ray_address is not None:
             raise ValueError(f"ray_address={self.ray_address!r} needs engine='ray'")
+        if self.max_error is not None and not self.max_error >= 0:
+            raise ValueError(f"max_error must be 0 or more, not {self.max_error}")
         if not self.lease_seconds > 0:
             raise ValueError(f"lease_seconds must be positive, not {self.lease_seconds}")
 
@@ -182,6 +186,7 @@ class MergeKeywords(TypedDict, total=False):
     allow_nonfinite: bool
     tensor_names: Literal["intersection", "union"] | None
     unsafe_truncate_embeddings: bool
+    max_error: float | None
     write_model_card: bool
     stream_from_hub: bool
     output_name: str | None

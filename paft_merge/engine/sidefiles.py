@@ -14,10 +14,12 @@ import xxhash
 
 from paft_merge.compute import kernels
 from paft_merge.engine import imbalance
+from paft_merge.engine.factors import loss_of
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem
 from paft_merge.hub import snapshot_of, split_repository
+from paft_merge.inputs.adapter_places import CONFIG as ADAPTER_CONFIG
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.equivalent_names import NamedLike
 from paft_merge.output.card import about, licence, model_card
@@ -39,6 +41,8 @@ def model_files(plan: MergePlan, options: MergeOptions) -> dict[str, bytes | Pat
         plan: the merge.
         options: `trust_remote_code` copies the Python files of the config source.
     """
+    if plan.recipe.output.kind == "adapter":
+        return {ADAPTER_CONFIG: _json(plan.config)}
     files: dict[str, bytes | Path] = {**plan.side_files.copied}
     if options.trust_remote_code:
         files |= plan.side_files.code
@@ -273,6 +277,7 @@ def manifest(
         "inputs": without_times({m.ref: _fingerprint(m) for m in plan.models}),
         "versions": versions(plan),
         **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),
+        **({"adapter": loss.to_json()} if (loss := loss_of(plan, finished)) else {}),
         "totals": [{**row, **noted.get(row["source"], {})} for row in measured],
         "pairs": pairs,
         "warnings": [str(problem) for problem in imbalance.measured(measured, plan)],
@@ -297,9 +302,15 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
         given = {"parameters": dict(tensor.parameters)} if tensor.parameters else {}
         return entry | {"from": tensor.inputs.reads[0].source} | given
     sources, noted = [], json.loads(finished.noted)
+    if tensor.factor:
+        entry |= {"module": tensor.factor.module, "delta_of": tensor.merged.name}
+        if made := noted.pop("factors", None):
+            entry |= {"factors": made}
+        if tensor.factor.part == "A":
+            return entry
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None
-        measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.numel)
+        measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.merged.numel)
         if row is not None and noted:
             measured = row_of(measured, noted["sources"][row], tensor.numel, noted["sampled"])
         kind = "none" if row is None else read.delta.kind if read.delta else "checkpoint"
@@ -345,7 +356,7 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
             counts = counts + counted
             counts[-1] = largest
             weighted += imbalance.weight_of(tensor.weighed(done.weights), i) ** 2 * float(summed[square])
-            held[name] = counts, sums + summed, entries + tensor.numel, weighted
+            held[name] = counts, sums + summed, entries + tensor.merged.numel, weighted
     found = []
     for name, (counts, sums, entries, weighted) in held.items():
         row = measured_row(counts, sums, entries)

@@ -19,6 +19,8 @@ from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import TILE, Block, Ops, Outcome, Tally, Undecided
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.magnitudes import INFINITY
+from paft_merge.engine.factors import Factorization
+from paft_merge.engine.spaces import Coordinates
 from paft_merge.errors import MergeError
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
@@ -95,8 +97,9 @@ def merge_checkpoint(
         ThreadPoolExecutor(threads) as blocks,
         ThreadPoolExecutor(threads + 1) as tensors,
     ):
-        todo = _measured_over_model(plan.tensors, todo, blocks, ops or CpuOps())
-        worker = _Worker(output, blocks, ops or CpuOps(), _Held(hold), plan.allow_nonfinite)
+        todo = _measured_over_model(plan, todo, blocks, ops or CpuOps())
+        made = Factorization(plan.recipe, blocks, ops or CpuOps(), [tensor for tensor in todo if tensor.factor])
+        worker = _Worker(output, blocks, ops or CpuOps(), _Held(hold), plan.allow_nonfinite, made)
         for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
             output.finish_tensor(finished)
             done += todo[at - first].nbytes
@@ -113,20 +116,24 @@ def measured_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddU
         add_up: adds up the counts that several workers make.
     """
     with _single_threaded_torch(), on_one_core(), ThreadPoolExecutor(threads) as blocks:
-        return replace(plan, tensors=tuple(_measured_over_model(plan.tensors, plan.tensors, blocks, ops, add_up)))
+        return replace(plan, tensors=tuple(_measured_over_model(plan, plan.tensors, blocks, ops, add_up)))
 
 
 def _measured_over_model(
-    tensors: Sequence[PlannedTensor],
+    plan: MergePlan,
     todo: Sequence[PlannedTensor],
     pool: ThreadPoolExecutor,
     ops: Ops,
     add_up: AddUp = count_all,
 ) -> list[PlannedTensor]:
     """`todo` with what their rules need to know about all tensors of the plan, which takes walks over these."""
-    found = measure_over_model([tensor.rule for tensor in tensors], tensors, pool, ops, add_up) if todo else {}
-    rules = {tensors[i].name: rule for i, rule in found.items()}
-    return [replace(tensor, rule=rules[tensor.name]) if tensor.name in rules else tensor for tensor in todo]
+    merged = list({tensor.merged.name: tensor for tensor in plan.tensors}.values())
+    read = [
+        tensor.merged if plan.recipe.space == "weight" else Coordinates.of(tensor, plan.recipe) for tensor in merged
+    ]
+    found = measure_over_model([tensor.merged.rule for tensor in merged], read, pool, ops, add_up) if todo else {}
+    rules = {merged[i].merged.name: rule for i, rule in found.items()}
+    return [tensor.with_rule(rules[tensor.merged.name]) if tensor.merged.name in rules else tensor for tensor in todo]
 
 
 @dataclass(frozen=True)
@@ -138,11 +145,14 @@ class _Worker:
     ops: Ops
     held: _Held
     allow_nonfinite: bool
+    factorization: Factorization
 
     def merge(self, tensor: PlannedTensor) -> Finished:
         """Read -> delta -> method -> write, for one tensor."""
         if tensor.method == COPY:
             return self._copy(tensor)
+        if tensor.factor:
+            return self._factor(tensor)
         if tensor.rule.wants == "whole":
             return self.pool.submit(self._whole, tensor, tensor.rule).result()
         tiles, sources = BlockWalk([tensor], self.pool), tensor.inputs.active
@@ -234,6 +244,23 @@ class _Worker:
         tensor.release()
         nothing = Tally.empty(0)
         return Finished(tensor.name, digest.hexdigest(), [], nothing.counts, nothing.total(), nonfinite)
+
+    def _factor(self, tensor: PlannedTensor) -> Finished:
+        """Write one factor of a merged delta. The statistics of the delta are those of its B."""
+        stored, made = self.factorization.take(tensor)
+        if count_nonfinite(stored, tensor.dtype):
+            raise _not_finite(tensor, 1)
+        digest = xxhash.xxh3_128()
+        for start in range(0, tensor.nbytes, tensor.tile_bytes):
+            piece = stored[start : start + tensor.tile_bytes]
+            self.output.write(tensor.name, start, piece)
+            digest.update(xxhash.xxh3_128_digest(piece.data))
+        if tensor.factor and tensor.factor.part == "A":
+            nothing = Tally.empty(0)
+            return Finished(tensor.name, digest.hexdigest(), [], nothing.counts, nothing.total())
+        noted = compact({"factors": made.noted()})
+        counted = made.tally.counts, made.tally.total()
+        return Finished(tensor.name, digest.hexdigest(), made.active, *counted, weights=made.weights, noted=noted)
 
     def _whole(self, tensor: PlannedTensor, rule: WholeRule) -> Finished:
         """Merge a tensor in one piece, in memory, and write it block by block."""

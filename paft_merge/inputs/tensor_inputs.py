@@ -175,6 +175,8 @@ class Inputs:
     form: Literal["raw", "deltas", "values"]
     subtract: bool
     """With `raw`: the method needs deltas."""
+    without_base: bool = False
+    """Blocks have zeros in place of the base, so that what a method adds to the base is all that it writes."""
 
     @classmethod
     def one(cls, read: Read) -> Inputs:
@@ -237,7 +239,7 @@ class Inputs:
         feed = BlockSource(stop - start, width, lambda: self._read_again(rows, start, stop))
         if self.form == "raw":
             return self._raw_block(rows, feed, start)
-        if self.base and self.base.dtype == "BF16" and self.base.plain and not self._extended:
+        if not self.without_base and self.base and self.base.dtype == "BF16" and self.base.plain and not self._extended:
             return self._delta_block(rows, feed, start)
         return self._float_block(rows, feed, start)
 
@@ -268,7 +270,9 @@ class Inputs:
             return Block(start, np.empty(0, base_kind), np.empty((len(rows), 0), kind), subtract, feed)
         bits = SCRATCH.array("base", feed.size if base else 0, base_kind)
         sources = SCRATCH.array("sources", (len(rows), feed.size), kind)
-        if base and -1 not in fed:
+        if self.without_base:
+            bits[:] = 0
+        elif base and -1 not in fed:
             base.raw(start, stop, bits) if base_bits else base.value(start, stop, bits.view(np.float32))
         for i, (read, row) in enumerate(zip(rows, sources, strict=True)):
             if i not in fed:

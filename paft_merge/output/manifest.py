@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from paft_merge.errors import AuditError, CheckpointError, Problem, Problems, reading
+from paft_merge.inputs.adapter_places import PEFT_FILES
 from paft_merge.inputs.checkpoint import Checkpoint, FarFile
 from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.output.manifest_schema import fault_of
@@ -83,7 +84,8 @@ def verify(
     named, where = where or folder, where or str(folder)
     manifest = read_manifest(folder / MANIFEST) if manifest is None else manifest
     problems, planned = Problems(), manifest["tensors"]
-    with Checkpoint.open(folder, far=far) as checkpoint:
+    is_adapter = dict(manifest["recipe"].get("output") or {}).get("kind") == "adapter"
+    with Checkpoint.open(folder / PEFT_FILES[0] if is_adapter else folder, far=far) as checkpoint:
         held, done = checkpoint.tensors, 0
         _compare_names(planned, held, where, problems)
         both = [name for name in planned if name in held]

@@ -19,8 +19,13 @@ class _Checked(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
+class _Output(_Checked):
+    kind: str = "checkpoint"
+
+
 class _Recipe(_Checked):
     merge_method: str
+    output: _Output | None = None
     name: str | None = None
 
 
@@ -81,6 +86,15 @@ class _Tensor(_Checked):
     pairs: list[dict[str, Any]] = []
 
 
+class _Adapter(_Checked):
+    modules: Count
+    rank: Count
+    norm: float
+    error: float
+    relative_error: float
+    largest: dict[str, float]
+
+
 class _Manifest(_Checked):
     complete: bool = True
     recipe: _Recipe
@@ -92,6 +106,7 @@ class _Manifest(_Checked):
     donor: str = ""
     inputs: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
+    adapter: _Adapter | None = None
     totals: list[_Total] = []
     pairs: list[dict[str, Any]] = []
     warnings: list[str] = []

@@ -12,6 +12,8 @@
 | side_files | files beside the weights |
 | vocabulary | tokenizer, embeddings and chat template of the output |
 | planned | the plan |
+| merged_deltas | the delta that a merge adds to a base's tensor |
+| adapter_output | the plan of an adapter |
 | explanation | the plan of single tensors, for readers |
 | formatting | short text and tables |
 """
@@ -27,6 +29,7 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.safetensors_header import truncate
 from paft_merge.output.shards import Shard, plan_shards, split
+from paft_merge.plan.adapter_output import adapter_of
 from paft_merge.plan.output_config import config_changes
 from paft_merge.plan.planned import COPY, MergePlan, PlannedTensor
 from paft_merge.plan.tensor_planner import Planner, resolved
@@ -63,6 +66,9 @@ def plan_merge(
     if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
         what = "mergekit's arithmetic has no stochastic rounding"
         raise RecipeError.of("RECIPE", recipe.located.spot(("rounding",)), what, "remove one of the two")
+    if recipe.output.kind == "delta":
+        what = "kind: delta is not supported yet"
+        raise RecipeError.of("RECIPE", recipe.located.spot(("output", "kind")), what, "write adapter or checkpoint")
     planner = Planner(recipe, models, allow_crimes, tensor_names, truncate_embeddings=truncate_embeddings)
     tensors = list(planner.tensors())
     planner.check_global_trim(tensors)
@@ -77,10 +83,11 @@ def plan_merge(
     shards = _layout(planner.config_source.checkpoint, tensors, out_shard_bytes, keep_files=planner.outputs.whole)
     order = {slot.name: i for i, slot in enumerate(slot for shard in shards for slot in shard.slots)}
     tensors.sort(key=lambda t: order[t.name])
-    return MergePlan(
+    plan = MergePlan(
         recipe, tuple(models.values()), planner.config_source, tuple(tensors), shards, config,
         (*recipe.warnings, *planner.warnings), allow_nonfinite, planner.vocabulary, planner.side_files,
     )  # fmt: skip
+    return adapter_of(plan) if recipe.output.kind == "adapter" else plan
 
 
 _SHARD_BYTES = 5_000_000_000

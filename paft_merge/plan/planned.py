@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from paft_merge.compute.blocks import TILE, Block, tile_bounds
 from paft_merge.errors import CheckpointError, Problem, Problems
+from paft_merge.inputs.adapters.deltas import LayerKind
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.models import Model
-from paft_merge.inputs.tensor_inputs import Inputs
+from paft_merge.inputs.tensor_inputs import Inputs, Read
 from paft_merge.methods.rules.rule import Rule, WholeRule
 from paft_merge.output.shards import Shard
 from paft_merge.plan.formatting import html_table, show_bytes, show_value
@@ -39,6 +40,21 @@ class TensorKind(NamedTuple):
     inputs: str
     dtype: str
     parameters: str
+
+
+class Factor(NamedTuple):
+    """What a tensor of an adapter is a factor of."""
+
+    module: str
+    """The module, as PEFT names it."""
+    layer: LayerKind
+    part: Literal["A", "B"]
+    delta: PlannedTensor
+    """The merged delta, as a tensor of the base's shape: its blocks have no base."""
+    subtracted: Read | None = None
+    """The base's tensor, where the delta is what the method writes minus it; None if the method writes the delta itself."""
+    in_space: bool = False
+    """Whether the method merges the deltas' coordinates in a space of the adapters, so that no delta is computed."""
 
 
 class StreamedTensor:
@@ -105,6 +121,8 @@ class PlannedTensor(StreamedTensor):
     """The place in the recipe's slices and modules."""
     why: str = ""
     """Why the tensor is copied."""
+    factor: Factor | None = field(default=None, compare=False)
+    """Of a tensor of an adapter: the merged delta that it is a factor of. `inputs` and `rule` are those of the delta."""
 
     def __repr__(self) -> str:
         return f"PlannedTensor({self.name!r}, {self.method!r}, {self.dtype}, {self.shape}, {len(self.inputs.sources)} sources)"
@@ -122,7 +140,7 @@ class PlannedTensor(StreamedTensor):
     @property
     def tile_bytes(self) -> int:
         """Bytes of a block in the output; a digest is computed block by block."""
-        if self.method == COPY:
+        if self.method == COPY or self.factor:
             return COPY_BYTES
         return max((self.bounds[0][1] if self.bounds else 0) * self.width, 1)
 
@@ -132,7 +150,23 @@ class PlannedTensor(StreamedTensor):
         return self._block_bytes + sum(read.checkpoint.working_bytes(read.name) for read in self.inputs.reads)
 
     @property
+    def merged(self) -> PlannedTensor:
+        """The tensor that the method merges: of an adapter's tensor, the delta; else the tensor itself."""
+        return self.factor.delta if self.factor else self
+
+    def with_rule(self, rule: Rule) -> PlannedTensor:
+        """The tensor with a rule whose weights or thresholds are known."""
+        factor = self.factor and self.factor._replace(delta=replace(self.factor.delta, rule=rule))
+        return replace(self, rule=rule, factor=factor)
+
+    @property
     def _block_bytes(self) -> int:
+        if self.factor and self.factor.in_space:  # the factors of all sources in float64, and bases of as many vectors
+            rank = sum(read.delta.rank for read in self.inputs.sources if read.delta)
+            shape = self.factor.delta.shape
+            return 4 * 8 * rank * (shape[0] + math.prod(shape[1:]))
+        if self.factor:
+            return self.factor.delta.block_bytes
         if self.method == COPY:
             return 2 * COPY_BYTES  # one is written while the other is read
         if self.rule.wants == "whole":

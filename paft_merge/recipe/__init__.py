@@ -33,7 +33,7 @@ from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, norm
 from paft_merge.recipe.parsing import kind_of, read_language
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.resolution import ParameterCache, Resolved, layer_t, resolve, resolve_all
-from paft_merge.recipe.schema import CHAT_TEMPLATES, Language, TokenizerEntry, TokenRow, ZeroRow
+from paft_merge.recipe.schema import CHAT_TEMPLATES, Language, OutputEntry, TokenizerEntry, TokenRow, ZeroRow
 from paft_merge.recipe.validation import check, check_space, find_method
 from paft_merge.recipe.yaml_source import (
     Located,
@@ -50,6 +50,7 @@ __all__ = [
     "Language",
     "Located",
     "ModelRef",
+    "OutputEntry",
     "OutputModule",
     "OutputSlice",
     "ParameterCache",
@@ -163,6 +164,16 @@ class Recipe:
         return self.language.router
 
     @property
+    def output(self) -> OutputEntry:
+        """What is written."""
+        return self.language.output or OutputEntry()
+
+    @property
+    def space(self) -> Literal["weight", "core", "knots", "ctm"]:
+        """Where the method works."""
+        return self.language.space or "weight"
+
+    @property
     def name(self) -> str | None:
         """The name by which other documents of the file use the result."""
         return self.language.name
@@ -205,7 +216,7 @@ def load_recipe(
     modules = normalize(language, method, report)
     if method is None:
         raise report.error_of()
-    check_space(method, report)
+    check_space(language, method, report, faulty)
     check(modules, method, methods, report, faulty)
     return Recipe(language, method, modules, report.finish(strict=strict), located)
 

@@ -220,6 +220,53 @@ class TokenizerEntry(Section):
     pad_to_multiple_of: Annotated[int, Field(gt=0, le=100_000)] | None = None
 
 
+def _read_rank(value: Any) -> Any:
+    if value in ("sum", "auto") or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise refused(
+        f"must be a whole number above 0, sum or auto, got {show(value)}", did_you_mean(value, ("sum", "auto"))
+    )
+
+
+class OutputEntry(Section):
+    """What the merge writes."""
+
+    kind: Literal["checkpoint", "adapter", "delta"] = "checkpoint"
+    """`adapter` writes the merged delta as a LoRA of the base."""
+    rank: Annotated[int | Literal["sum", "auto"] | None, BeforeValidator(_read_rank)] = None
+    """Rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least that keeps `energy`."""
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each delta's squared norm that `rank: auto` keeps."""
+    portable: bool = True
+    """Write what vLLM, SGLang, llama.cpp and PEFT all read; false: also what only PEFT reads."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_space(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "space" in value:
+            raise refused("space is a key of the recipe, not of output", "write space beside merge_method")
+        return value
+
+    @model_validator(mode="after")
+    def fitting(self) -> OutputEntry:
+        if self.kind != "adapter":
+            given = [name for name in ("rank", "energy") if getattr(self, name) is not None]
+            given += ["portable"] * ("portable" in self.model_fields_set)
+            if given:
+                raise refused(f"{given[0]} is a key of kind: adapter", "write kind: adapter, or remove it")
+        elif self.rank == "auto" and self.energy is None:
+            raise refused("rank: auto needs energy", "write energy: 0.99, or a number as rank")
+        elif self.energy is not None and self.rank != "auto":
+            raise refused("energy is a key of rank: auto", "write rank: auto, or remove it")
+        return self
+
+
+def _read_output(value: Any) -> Any:
+    if isinstance(value, str):
+        raise refused("must be a mapping", f"write output: {{kind: {value}}}")
+    return value
+
+
 class Language(Section):
     """A merge recipe as written: mergekit's keys, then ours."""
 
@@ -250,6 +297,11 @@ class Language(Section):
 
     router: Literal["base", "average", "merge"] | None = None
     """How routers of mixtures of experts are merged: the base's, the sources' mean, or (default) as other tensors."""
+
+    output: Annotated[OutputEntry | None, BeforeValidator(_read_output)] = None
+    """What is written: a checkpoint, or the merged delta as an adapter of the base."""
+    space: Literal["weight", "core", "knots", "ctm"] | None = None
+    """Where the method works: on deltas (`weight`, the default), or in a common space of the adapters' factors."""
 
     @model_validator(mode="after")
     def one_form(self) -> Language:

@@ -33,7 +33,7 @@ MERGE_FLAGS = {
     "--dry-run", "--json", "--device", "--threads", "--memory", "--resume", "--overwrite", "--force", "--trust-remote-code",
     "--write-model-card", "--quiet", "--workers", "--read-gbps", "--write-gbps", "--gflops", "--stream-from-hub", "--strict", "--out-shard-size", "--lazy-unpickle", "--follow-links", "--allow-crimes", "--allow-nonfinite",
     "--tensor-intersection", "--tensor-union", "--import", "--output-name", "--unsafe-truncate-embeddings",
-    "--worker", "--distributed", "--finalize", "--lease-seconds", "--scratch", "--engine", "--ray-address",
+    "--worker", "--distributed", "--finalize", "--lease-seconds", "--scratch", "--engine", "--ray-address", "--max-error",
 }  # fmt: skip
 """Frozen: flags say where, how loud, or what is let pass. Only --unsafe-truncate-embeddings changes merged numbers."""
 

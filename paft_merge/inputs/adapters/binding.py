@@ -17,6 +17,7 @@ from paft_merge.errors import AdapterError, Problems
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import (
     AdapterDelta,
+    LayerKind,
     Lazy,
     LowRank,
     Magnitude,
@@ -55,6 +56,8 @@ class DeltaBuilder:
         shared: whether `new` was trained in the memory of tied parameters, so that it is their value too.
         tokens: new values of single rows.
         make: makes a delta of any other kind, which excludes the parts above.
+        module: as in `AdapterDelta`.
+        layer: as in `AdapterDelta`.
     """
 
     name: str
@@ -70,9 +73,17 @@ class DeltaBuilder:
     shared: bool = False
     tokens: TokenRows | None = None
     make: Callable[[], AdapterDelta] | None = None
+    module: str = ""
+    layer: LayerKind = ""
 
     def build(self, base: Checkpoint) -> AdapterDelta:
-        """Return the delta. It reads `base` on first use, and only for the norms of columns.
+        """Return the delta; see `_delta`."""
+        delta = self._delta(base)
+        delta.module, delta.layer = self.module, self.layer
+        return delta
+
+    def _delta(self, base: Checkpoint) -> AdapterDelta:
+        """The delta. It reads `base` on first use, and only for the norms of columns.
 
         Raises:
             AdapterError: ADAPTER_UNSUPPORTED if parts exclude each other.

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from paft_merge.inputs.adapters.rows import Array, Rows
 
 T = TypeVar("T")
 Pair = tuple[Array, Array]
+LayerKind = Literal["linear", "conv1d", "convolution", "embedding", "experts", ""]
+"""`conv1d` is the linear layer of HF's class, which stores its weight `[in, out]`."""
 
 
 class Lazy(Generic[T]):
@@ -62,8 +64,12 @@ class AdapterDelta(ABC):
             of a tensor that must be written separately); for reports.
         stored_as: the checkpoint tensor that holds the weight if the changed name itself is not stored
             (`lm_head.weight` of a model with tied embeddings); else None.
+        module: the trained module as the adapter names it; empty if the delta is not that of one module's weight.
+        layer: what the module is; empty if the adapter does not show it.
     """
 
+    module = ""
+    layer: LayerKind = ""
     needs_weight: bool = False
     """Whether the delta depends on the base's weight."""
 

@@ -120,6 +120,7 @@ def native(
         if len(parameter.pieces) > 1 or module.depth:
             raise binding.wrong(module.path, "is not a separate layer of the base", "ADAPTER_UNSUPPORTED")
         builder = binding.builder(parameter)
+        builder.module = module.path
         held = {part: binding.rows(key) for part, key in module.parts.items()}
         found = make(Layer(binding, module.path, held, builder))
         if found is None:

@@ -53,7 +53,7 @@ def bind_embedding(binding: Binding, module: Module, factors: Factors) -> None:
     _refuse_decomposition(binding, path)
     check_rank(binding, path, factors.rank)
     scale = binding.settings.scale(path, factors.rank)
-    builder.rank = factors.rank
+    builder.rank, builder.module, builder.layer = factors.rank, path, "embedding"
     _add(binding, builder, module, lambda: factors.oriented(scale, transposed=True), columns=True)
 
 
@@ -67,12 +67,15 @@ def bind_layer(binding: Binding, module: Module, factors: Factors) -> None:
     check_rank(binding, name, factors.rank)
     scale = binding.settings.scale(name, factors.rank)
     builder.rank = factors.rank
+    if name == path and not module.attention:
+        builder.module, builder.layer = path, "convolution" if len(builder.shape) > 2 else "linear"
     if len(builder.shape) > 2:
         _check_convolution(binding, path, factors, builder.shape)
         _refuse_decomposition(binding, path)
         _add(binding, builder, module, lambda: factors.oriented(scale, transposed=False), columns=False)
         return
     transposed = _is_transposed(binding, path, factors, builder)
+    builder.layer = "conv1d" if transposed and builder.layer else builder.layer
     if module.attention and binding.find(f"{path.rpartition('.')[0]}.in_proj_weight"):
         scale *= 2  # PEFT adds the delta of this out_proj twice, in training and in merging
     decomposition = binding.settings.decomposition if builder.new is None else ""

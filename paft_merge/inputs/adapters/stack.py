@@ -135,9 +135,16 @@ def _conflict(name: str, before: AdapterDelta, delta: AdapterDelta) -> str:
 
 
 def _sum(deltas: Sequence[AdapterDelta]) -> AdapterDelta:
-    """One delta for several; low-rank products become one product, of the concatenated factors."""
+    """One delta for several."""
     if len(deltas) == 1:
         return deltas[0]
+    total, named = _total(deltas), next((delta for delta in deltas if delta.module), deltas[0])
+    total.module, total.layer = named.module, named.layer
+    return total
+
+
+def _total(deltas: Sequence[AdapterDelta]) -> AdapterDelta:
+    """The sum of several deltas; low-rank products become one product, of the concatenated factors."""
     low = [delta for delta in deltas if type(delta) is LowRank]
     if len(low) < len(deltas):
         return StackedDelta(deltas)

@@ -1,0 +1,230 @@
+"""The factors of a merged delta (`output: {kind: adapter}`).
+
+They follow from the sources' factors where the method adds up deltas, exactly if the rank allows it. Any other delta is streamed
+block by block, as it is for a checkpoint, and approximated.
+
+O = rows of the delta, I = its columns, R = rank of the output.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from paft_merge.compute.block_walk import BlockWalk
+from paft_merge.compute.blocks import Block, Ops, Tally
+from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.engine.spaces import Coordinates
+from paft_merge.engine.streamed_deltas import StreamedDelta, not_finite
+from paft_merge.errors import MergeError
+from paft_merge.inputs.adapters.deltas import Lazy
+from paft_merge.inputs.dtypes import cast, widen
+from paft_merge.inputs.tensor_inputs import RAW
+from paft_merge.lowrank.factors import Array, LowRank, Pair, balanced, stacked, truncate
+from paft_merge.lowrank.range_finder import approximate
+from paft_merge.methods.rules.measured_weights import MeasuredWeights
+from paft_merge.methods.rules.thresholds import stream_key
+from paft_merge.output.folder import Finished
+from paft_merge.plan import MergePlan, PlannedTensor
+from paft_merge.plan.adapter_output import TRANSPOSED
+from paft_merge.plan.merged_deltas import MergedDelta, summands
+from paft_merge.recipe import Recipe
+
+_LARGEST = 3
+"""Modules whose errors are listed."""
+
+
+class MergedFactors(NamedTuple):
+    """The factors of one delta, and statistics of its sources."""
+
+    low: LowRank
+    tally: Tally
+    active: Sequence[int] = ()
+    """The planned sources that the rows of `tally` belong to; none where no delta was streamed."""
+    weights: Sequence[float] = ()
+    """The weight of each planned source, if they were measured."""
+
+    def noted(self) -> dict[str, Any]:
+        """The entry of the journal: kept rank, norm of the delta, and norm of the difference."""
+        return {"rank": self.low.left.shape[1], "norm": self.low.norm, "error": self.low.error}
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """Factors of the deltas of one merge, each made once for the two tensors that are written from it.
+
+    Attributes:
+        recipe: of the merge.
+        pool: computes the blocks.
+        ops: operations of the device.
+        tensors: the adapter's tensors that are still to be written.
+    """
+
+    recipe: Recipe
+    pool: Executor
+    ops: Ops
+    tensors: Sequence[PlannedTensor]
+    _made: dict[str, Lazy[MergedFactors]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        users = Counter(tensor.merged.name for tensor in self.tensors)
+        for tensor in self.tensors:
+            name = tensor.merged.name
+            self._made.setdefault(name, Lazy(partial(self.factors_of, tensor), users[name]))
+
+    def take(self, tensor: PlannedTensor) -> tuple[Any, MergedFactors]:
+        """Return the stored bytes of one tensor of the adapter, and how it was made."""
+        lazy = self._made[tensor.merged.name]
+        made = lazy.get()
+        stored = to_stored(as_peft(tensor, made.low), tensor.dtype)
+        lazy.release()
+        return stored, made
+
+    def factors_of(
+        self, tensor: PlannedTensor, *, rank: int | None = None, energy: float | None = None
+    ) -> MergedFactors:
+        """Compute the factors of the delta that a tensor of the adapter is made from.
+
+        Args:
+            tensor: either of the two tensors.
+            rank: largest rank; None: that of the tensor.
+            energy: keep no more than this share of the squared norm needs.
+        """
+        delta, dtype = tensor.merged, tensor.dtype
+        rank = rank_of(tensor) if rank is None else rank
+        tiles, active = BlockWalk([delta], self.pool), delta.inputs.active
+        rule, weights = delta.rule, tuple[float, ...]()
+        if isinstance(rule, MeasuredWeights):
+            measured = rule.measured(delta, tiles, self.ops)
+            rule, weights = measured.resolved, measured.known or ()
+        store = partial(rounded, dtype=dtype)
+        if self.recipe.space != "weight":
+            coordinates = Coordinates.of(tensor, self.recipe)
+            low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
+            coordinates.release()
+            return MergedFactors(low, Tally.empty(0), (), weights)
+        pair = _sum_of_products(tensor, rule)
+        if pair is not None:
+            low = _within(pair, rank, energy, store)
+            return MergedFactors(low, Tally.empty(0), (), weights)
+        assert tensor.factor is not None
+        seed = stream_key(self.recipe.seed, "", delta.name, "sketch")
+        with StreamedDelta.of(MergedDelta(delta, tensor.factor.subtracted), rule, self.pool, self.ops) as rows:
+            low = approximate(
+                rows, rank if energy is None else None, energy=energy, max_rank=rank, seed=seed, store=store
+            )
+            return MergedFactors(low, rows.tally, active if delta.inputs.deltas else (), weights)
+
+
+def rank_of(tensor: PlannedTensor) -> int:
+    """The rank of the factors that a tensor of the adapter belongs to."""
+    assert tensor.factor is not None
+    return tensor.shape[0 if tensor.factor.part == "A" else 1]
+
+
+def as_peft(tensor: PlannedTensor, low: LowRank) -> Array:
+    """One factor as PEFT stores it, padded with zeros to the shape of the adapter's tensor."""
+    assert tensor.factor is not None
+    pair = (low.right, low.left) if tensor.factor.layer not in TRANSPOSED else (low.left.T, low.right.T)
+    made = pair[0] if tensor.factor.part == "A" else pair[1]
+    rows, columns = tensor.shape[0], int(np.prod(tensor.shape[1:]))
+    out = np.zeros((rows, columns), np.float32)
+    out[: made.shape[0], : made.shape[1]] = made
+    return out.reshape(tensor.shape)
+
+
+def to_stored(values: Array, dtype: str) -> Any:
+    """The bytes of float32 values in a storage type, rounded to nearest."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    if dtype not in RAW:
+        return cast(flat, dtype)
+    out = np.empty(flat.size, RAW[dtype])
+    nothing = np.empty((0, flat.size), np.uint32)
+    CpuOps().blend(Block(0, flat.view(np.uint32), nothing, subtract=False), out, 1.0, [], 0, False)
+    return out.view(np.uint8)
+
+
+def rounded(values: Array, dtype: str) -> Array:
+    """Float32 values after rounding to a storage type."""
+    if dtype == "F32":
+        return values
+    out = np.empty(values.size, np.float32)
+    widen(to_stored(values, dtype), dtype, out)
+    return out.reshape(values.shape)
+
+
+def _sum_of_products(tensor: PlannedTensor, rule: Any) -> Pair | None:
+    """The merged delta as one product, if the method adds up low-rank products; else None."""
+    inputs = tensor.merged.inputs
+    added = summands(inputs, rule) if inputs.without_base else None
+    if added is None:
+        return None
+    pairs = [inputs.factors(i) for i, _ in added]
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) < len(pairs) or not known:
+        return None
+    if not all(np.isfinite(factor).all() for pair in known for factor in pair):
+        raise not_finite(tensor.merged.name)
+    return stacked(known, [weight for _, weight in added])
+
+
+def _within(pair: Pair, rank: int, energy: float | None, store: Callable[[Array], Array]) -> LowRank:
+    """A product as factors of at most `rank`: as it is if it fits, else its best approximation."""
+    left, right = pair
+    best = truncate(left, right, rank, energy, store)
+    if energy is not None or left.shape[1] > rank:
+        return best
+    wide = left.astype(np.float64), right.astype(np.float64)
+    return balanced(*wide, best.singular, best.norm, 0.0, store)
+
+
+class Loss(NamedTuple):
+    """What the rank and the storage type of an adapter cost, over all modules."""
+
+    modules: int
+    rank: int
+    """Largest rank that a module uses; the others are padded with zeros."""
+    norm: float
+    """||D||_F of all merged deltas together."""
+    error: float
+    """||D - B A||_F of the stored factors together."""
+    largest: Mapping[str, float]
+    """Relative error of the modules where it is largest."""
+
+    @property
+    def relative(self) -> float:
+        """`error` relative to `norm`; 0 without a delta."""
+        return self.error / self.norm if self.norm else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of the manifest."""
+        return {**self._asdict(), "relative_error": self.relative}
+
+
+def loss_of(plan: MergePlan, finished: Mapping[str, Finished]) -> Loss | None:
+    """Add up the errors of all factors; None for a checkpoint."""
+    factors = [t for t in plan.tensors if t.factor and t.factor.part == "B"]
+    if not factors:
+        return None
+    noted = {t.factor.module: json.loads(finished[t.name].noted)["factors"] for t in factors if t.factor}
+    relative = {module: one["error"] / one["norm"] if one["norm"] else 0.0 for module, one in noted.items()}
+    largest = dict(sorted(relative.items(), key=lambda item: -item[1])[:_LARGEST])
+    norm, error = (math.sqrt(math.fsum(one[key] ** 2 for one in noted.values())) for key in ("norm", "error"))
+    return Loss(len(noted), max(one["rank"] for one in noted.values()), norm, error, largest)
+
+
+def check_loss(loss: Loss | None, most: float | None) -> None:
+    """Raise MergeError MAX_ERROR if an adapter differs from the merged deltas by more than `most`."""
+    if loss is None or most is None or loss.relative <= most:
+        return
+    module, error = next(iter(loss.largest.items()))
+    what = f"the relative error is {loss.relative:.4g}, more than max_error={most:g} (largest in {module}: {error:.4g})"
+    raise MergeError.of("MAX_ERROR", "", what, "write a larger rank, or out_dtype: float32 if that is not given")

@@ -1,0 +1,312 @@
+"""The plan of an adapter (`output: {kind: adapter}`): two factors of every merged delta in place of the merged tensor.
+
+Shapes: a delta is `[O, I]` as the base stores it, with the kernel of a convolution in I. PEFT stores lora_A `[r, in]` and
+lora_B `[out, r]`; in and out are O and I for an embedding and for HF's `Conv1D`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from paft_merge.errors import Problems, RecipeError
+from paft_merge.inputs.adapters.deltas import LayerKind, Lazy
+from paft_merge.inputs.architecture import Architecture
+from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
+from paft_merge.inputs.safetensors_header import join_first, quote, truncate
+from paft_merge.inputs.tensor_inputs import Read
+from paft_merge.output.shards import plan_shards
+from paft_merge.plan.merged_deltas import is_zero, merged_delta, scales_base, summands
+from paft_merge.plan.planned import Factor, MergePlan, PlannedTensor
+from paft_merge.plan.side_files import SideFiles
+from paft_merge.recipe import ModelRef, Recipe
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+_PREFIX = "base_model.model."
+TRANSPOSED = ("conv1d", "embedding")
+"""Layers whose stored weight is the transpose of B A."""
+
+_CLASSES: Mapping[str, LayerKind] = {"Linear": "linear", "Conv1D": "conv1d", "Embedding": "embedding"}
+
+
+class _Delta(NamedTuple):
+    """A merged delta (see `MergedDelta`), and the layer whose weight it changes."""
+
+    tensor: PlannedTensor
+    subtracted: Read | None
+    module: str
+    layer: LayerKind
+
+
+def adapter_of(plan: MergePlan) -> MergePlan:
+    """Turn the plan of a merged checkpoint into that of an adapter with the same merged deltas.
+
+    Args:
+        plan: the merged checkpoint. With `rank: auto`, the result has the largest ranks that are possible.
+
+    Raises:
+        RecipeError: ADAPTER_OUTPUT, what cannot be stored as an adapter of one base, all of it together.
+    """
+    planner = _Planner(plan)
+    deltas = planner.deltas()
+    ranks = {delta.tensor.name: planner.rank(delta) for delta in deltas}
+    planner.problems.found = list(dict.fromkeys(planner.problems.found))
+    if planner.problems.found:
+        raise RecipeError(truncate(planner.problems.found, "the recipe"))
+    if not deltas:
+        what = "the merged delta is zero, so there is no module to write an adapter for"
+        raise RecipeError.of("ADAPTER_OUTPUT", plan.recipe.located.spot(("output",)), what, "check weights and sources")
+    return _planned(plan, deltas, ranks, planner.base)
+
+
+def with_ranks(plan: MergePlan, ranks: Mapping[str, int]) -> MergePlan:
+    """The plan of an adapter with other ranks.
+
+    Args:
+        plan: an adapter, from `adapter_of`.
+        ranks: by the name of the delta.
+    """
+    factors = [tensor.factor for tensor in plan.tensors if tensor.factor and tensor.factor.part == "A"]
+    deltas = [_Delta(factor.delta, factor.subtracted, factor.module, factor.layer) for factor in factors]
+    return _planned(plan, deltas, ranks, base_of(plan.recipe))
+
+
+def base_of(recipe: Recipe) -> ModelRef:
+    """The model that an adapter is written for: the base, or the first source without its adapters."""
+    first = recipe.slices[0]
+    return recipe.base_model or first.base or first.sources[0].ref.base
+
+
+class _Planner:
+    def __init__(self, plan: MergePlan) -> None:
+        self.plan, self.recipe, self.problems = plan, plan.recipe, Problems()
+        self.output, self.spot = plan.recipe.output, plan.recipe.located.spot(("output",))
+        self.base = base_of(plan.recipe)
+        self.architecture = Lazy(lambda: Architecture.of(plan.config_source.checkpoint))
+
+    def deltas(self) -> list[_Delta]:
+        """Every merged delta that is not zero; notes what an adapter cannot hold."""
+        self._check_recipe()
+        found, unfit = [], dict[str, list[str]]()
+        for tensor in self.plan.tensors:
+            merged = merged_delta(self.plan, tensor)
+            if merged is None:
+                continue
+            module, layer = self._module(merged.tensor)
+            why = self._unfit(merged.tensor, layer)
+            if why and is_zero(merged, self.plan.config_source.checkpoint):
+                continue
+            if why:
+                unfit.setdefault(why, []).append(tensor.name)
+            else:
+                found.append(_Delta(*merged, module, layer))
+        for why, names in unfit.items():
+            self._refuse(f"{join_first([quote(name) for name in names])}: {why}", _way_out(why))
+        if self.recipe.space != "weight":
+            self._check_space(found)
+        return found
+
+    def _check_space(self, deltas: Sequence[_Delta]) -> None:
+        """Refuse what has no coordinates in a space of adapters."""
+        dense = dict[str, list[str]]()
+        for delta in deltas:
+            inputs = delta.tensor.inputs
+            if not inputs.deltas or delta.tensor.rule.wants == "whole":
+                what = f"{delta.tensor.method} merges values, and space: {self.recipe.space} is one of deltas"
+                self._refuse(what, "write space: weight, or a method that merges deltas, such as ties")
+                continue
+            for read in (inputs.sources[i] for i in inputs.active):
+                if _rank_of(read, inputs.base) is None:
+                    dense.setdefault(read.source, []).append(delta.tensor.name)
+        for source, names in dense.items():
+            what = f"space: {self.recipe.space} is made from the factors of adapters, and the delta of {source} is not a low-rank product"
+            self._refuse(f"{what} ({join_first([quote(name) for name in names])})",
+                         "leave this source out, or write space: weight with a number as rank")  # fmt: skip
+
+    def rank(self, delta: _Delta) -> int:
+        """The rank of the factors; with `rank: auto`, the largest that is possible."""
+        most = min(_matrix(delta.tensor))
+        asked = self.output.rank or "sum"
+        if isinstance(asked, int):
+            return asked
+        inputs, rule = delta.tensor.inputs, delta.tensor.rule
+        added = summands(inputs, rule)
+        active = [i for i, _ in added] if added is not None else inputs.active
+        ranks = [_rank_of(inputs.sources[i], delta.subtracted or inputs.base) for i in active]
+        if self.recipe.space != "weight":
+            return min(most, sum(r or 0 for r in ranks)) if asked == "auto" else sum(r or 0 for r in ranks)
+        if asked == "auto":
+            return most if None in ranks or added is None else min(most, sum(r or 0 for r in ranks))
+        if None in ranks:
+            name = inputs.sources[active[ranks.index(None)]].source
+            self._refuse(f"rank: sum adds up the ranks of adapters, and the delta of {name} is not a low-rank product",
+                         "write a number, such as rank: 32, or rank: auto with energy")  # fmt: skip
+        return sum(r or 0 for r in ranks)
+
+    def _check_recipe(self) -> None:
+        recipe = self.recipe
+        if recipe.language.slices or recipe.language.modules:
+            form = "slices" if recipe.language.slices else "modules"
+            self._refuse(f"the recipe has {form}, and an adapter keeps the layers of one base", "list models")
+        if self.base.adapters:
+            self._refuse(f"the base {self.base} has an adapter itself, and an adapter is of one checkpoint",
+                         f"write base_model: {self.base.base}, or merge {self.base} to a checkpoint first")  # fmt: skip
+        if self.plan.vocabulary and recipe.tokenizer is not None:
+            self._refuse("the recipe changes the tokenizer, which an adapter does not hold", "remove it")
+        if recipe.arithmetic == "mergekit":
+            what = "mergekit's arithmetic rounds adapters into their checkpoint, so there is no exact delta"
+            self._refuse(what, "remove arithmetic: mergekit")
+        if recipe.language.base_model is None and len({id(m.checkpoint) for m in self.plan.models}) > 1:
+            self._refuse("the sources are several checkpoints, and none is named as the base", "write base_model")
+
+    def _module(self, tensor: PlannedTensor) -> tuple[str, LayerKind]:
+        """The module of a tensor as PEFT names it, and its kind; the kind is empty if PEFT cannot adapt it."""
+        name = tensor.name
+        named = [read.delta for read in tensor.inputs.sources if read.delta and read.delta.module]
+        module = next((d.module for d in named if f"{d.module}.weight" == name), named[0].module if named else "")
+        layer: LayerKind = next((d.layer for d in named if d.layer), "")
+        if module and layer:
+            return module, layer
+        if any(read.delta and read.delta.kind == "experts" for read in tensor.inputs.sources):
+            return name, "experts"
+        if not name.endswith(".weight") and not module:
+            return name, ""
+        architecture = self.architecture.get() if len(tensor.shape) > 1 else None
+        if architecture is None:
+            layer = "embedding" if "embed" in name else "linear"
+            return module or name.removesuffix(".weight"), layer if len(tensor.shape) == 2 else ""
+        path = module or (architecture.name_of(name) or name).removesuffix(".weight")
+        found = type(architecture.module(path)).__name__
+        return path, _CLASSES.get(found, "convolution" if found in ("Conv1d", "Conv2d", "Conv3d") else "")
+
+    def _unfit(self, tensor: PlannedTensor, layer: LayerKind) -> str:
+        """Why an adapter cannot hold a delta; empty if it can."""
+        base = tensor.inputs.base or tensor.inputs.reads[0]
+        if scales_base(tensor.rule):
+            return f"{tensor.method} multiplies the base by {math.fsum(tensor.rule.weights):g}"
+        if tensor.shape != base.stored_shape:
+            return "the vocabulary has other rows than the base"
+        if any(read.delta and read.delta.stored_as for read in tensor.inputs.sources) and not layer:
+            return "it is tied to another tensor of the base"
+        if len(tensor.shape) < 2:
+            return "it is a bias or a norm, which LoRA does not change"
+        if layer in ("embedding", "convolution", "experts") and self.output.portable:
+            return f"LoRA on {_PLURAL[layer]} is not read by every server"
+        if layer in ("", "experts"):
+            return "PEFT has no LoRA layer for it"
+        return ""
+
+    def _refuse(self, what: str, fix: str) -> None:
+        self.problems.add("ADAPTER_OUTPUT", self.spot, what, fix)
+
+
+_PLURAL = {"embedding": "embeddings", "convolution": "convolutions", "experts": "fused experts"}
+
+
+def _way_out(why: str) -> str:
+    if "multiplies the base" in why:
+        return "write merge_method: task_arithmetic, or weights that add up to 1"
+    if "not read by every server" in why:
+        return "write portable: false in output, or leave these modules out of the sources"
+    return "write kind: checkpoint, or leave these tensors out of the sources"
+
+
+def _matrix(tensor: PlannedTensor) -> tuple[int, int]:
+    """`O, I` of a delta."""
+    return tensor.shape[0], math.prod(tensor.shape[1:])
+
+
+def _rank_of(read: Read, base: Read | None) -> int | None:
+    """The rank of a source's difference from the base by its header; None if it is not one low-rank product."""
+    if base is None or not read.same_weight(base) or (read.delta and read.delta.needs_weight):
+        return None
+    return (read.delta.rank or None) if read.delta else 0
+
+
+def _planned(plan: MergePlan, deltas: Sequence[_Delta], ranks: Mapping[str, int], base: ModelRef) -> MergePlan:
+    uniform = max(ranks.values())
+    dtype = _dtype(plan.recipe, deltas)
+    in_space = plan.recipe.space != "weight"
+    tensors = [one for delta in deltas for one in _factors(delta, uniform, dtype, in_space)]
+    tensors.sort(key=lambda tensor: tensor.name)
+    shards = plan_shards({FILE: [(t.name, t.dtype, t.shape) for t in tensors]})
+    config = _config(plan, deltas, uniform, base)
+    return replace(
+        plan, tensors=tuple(tensors), shards=shards, config=config, vocabulary=None, side_files=SideFiles()
+    )  # fmt: skip
+
+
+def _factors(delta: _Delta, rank: int, dtype: str, in_space: bool) -> list[PlannedTensor]:
+    """Both factors of a delta, as PEFT stores them."""
+    outer, inner = _matrix(delta.tensor)
+    kernel = delta.tensor.shape[2:]
+    shapes: dict[str, tuple[int, ...]] = {"A": (rank, inner), "B": (outer, rank)}
+    if delta.layer in TRANSPOSED:
+        shapes = {"A": (rank, outer), "B": (inner, rank)}
+    elif kernel:
+        shapes = {"A": (rank, *delta.tensor.shape[1:]), "B": (outer, rank, *(1 for _ in kernel))}
+    name = "lora_embedding_{}" if delta.layer == "embedding" else "lora_{}.weight"
+    return [
+        replace(
+            delta.tensor,
+            name=f"{_PREFIX}{delta.module}.{name.format(part)}",
+            shape=shape,
+            dtype=dtype,
+            factor=Factor(delta.module, delta.layer, part, delta.tensor, delta.subtracted, in_space),  # type: ignore[arg-type]
+        )
+        for part, shape in shapes.items()
+    ]
+
+
+def _dtype(recipe: Recipe, deltas: Sequence[_Delta]) -> str:
+    """The storage type of the factors: the recipe's, else float32."""
+    wanted = recipe.out_dtype or recipe.dtype or "float32"
+    return next(d.name for d in DTYPES.values() if d.torch == wanted)
+
+
+def _config(plan: MergePlan, deltas: Sequence[_Delta], rank: int, base: ModelRef) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    modules = [delta.module for delta in deltas]
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base.path,
+        "bias": "none",
+        "fan_in_fan_out": all(delta.layer == "conv1d" for delta in deltas),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "revision": base.revision,
+        "target_modules": _targets(modules, plan.config_source.checkpoint),
+        "task_type": _task_type(plan),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _targets(modules: Sequence[str], base: Checkpoint) -> list[str]:
+    """`target_modules`: the last parts of the names, or whole names where a part would also match other modules."""
+    others = {name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")} - {*modules}
+    ends = {module.rpartition(".")[2] for module in modules}
+    wide = {end for end in ends if any(other == end or other.endswith(f".{end}") for other in others)}
+    return sorted({end if (end := module.rpartition(".")[2]) not in wide else module for module in modules})
+
+
+def _task_type(plan: MergePlan) -> str | None:
+    """The task that all adapters state; else that of the base's class."""
+    parts = [part for model in plan.models if model.adapter for part in model.adapter.parts]
+    stated = {part.config.get("task_type") for part in parts}
+    if len(stated) == 1 and isinstance(task := stated.pop(), str):
+        return task
+    classes = plan.config_source.checkpoint.config.get("architectures") or ()
+    return "CAUSAL_LM" if any(str(name).endswith("ForCausalLM") for name in classes) else None

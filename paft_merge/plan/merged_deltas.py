@@ -1,0 +1,83 @@
+"""The merged delta of a planned tensor: what a merge adds to the base, in float32."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.tensor_inputs import Inputs, Read
+from paft_merge.methods.rules.measured_weights import MeasuredWeights
+from paft_merge.methods.rules.rule import Rule, WeightedSum, WholeRule
+from paft_merge.plan.planned import MergePlan, PlannedTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+
+class MergedDelta(NamedTuple):
+    """A merged delta that may differ from zero.
+
+    Attributes:
+        tensor: has the name and the shape of the merged tensor; its rule writes the delta, in float32.
+        subtracted: the base's tensor, if the rule writes merged values from which it is to be subtracted; else None.
+    """
+
+    tensor: PlannedTensor
+    subtracted: Read | None
+
+
+def merged_delta(plan: MergePlan, tensor: PlannedTensor) -> MergedDelta | None:
+    """Return the merged delta of a tensor of a merged checkpoint; None if it is zero.
+
+    Where a method adds a delta to the base, the rule runs on blocks without the base, so that nothing is lost to rounding.
+
+    Args:
+        plan: the merged checkpoint. The base is the checkpoint of its config source.
+        tensor: one of its tensors.
+    """
+    inputs, rule = tensor.inputs, tensor.rule
+    base = plan.config_source.checkpoint
+    own = Read(plan.config_source.ref, base, (inputs.base or inputs.reads[0]).name)
+    made = replace(tensor, dtype="F32", rounding_key=0)
+    if own.name not in base.tensors:
+        return None
+    if not inputs.sources:  # one tensor, unchanged
+        only = inputs.reads[0]
+        if only.same_weight(own) and only.plain:
+            return None
+        alone = Inputs(own, (only,), "deltas", subtract=False, without_base=True)
+        parameters = {"sources": [{"weight": 1.0}]}
+        return MergedDelta(replace(made, inputs=alone, rule=WeightedSum((1.0,), "deltas"), parameters=parameters), None)
+    adds = rule.wants != "whole" and inputs.deltas and not scales_base(rule)
+    if not adds or inputs.base is None or not inputs.base.plain or not inputs.base.same_weight(own):
+        return MergedDelta(made, own)
+    if not inputs.active or summands(inputs, rule) == []:
+        return None
+    deltas = replace(inputs, form="deltas", subtract=False, without_base=True)
+    return MergedDelta(replace(made, inputs=deltas), None)
+
+
+def is_zero(delta: MergedDelta, base: Checkpoint) -> bool:
+    """Whether no source differs from the base, by the bytes of its tensor: headers do not show that."""
+    inputs = delta.tensor.inputs
+    name = (delta.subtracted or inputs.base or inputs.reads[0]).name
+    return all(read.plain and read.checkpoint.same_bytes(read.name, base, name) for read in inputs.reads)
+
+
+def summands(inputs: Inputs, rule: Rule | WholeRule) -> list[tuple[int, float]] | None:
+    """Return each source that a weighted sum adds to the base, with its weight; None if the rule is not such a sum.
+
+    Weights that are not measured yet are 1.
+    """
+    if isinstance(rule, MeasuredWeights):
+        rule = rule.resolved if rule.known is not None else rule.unit
+    if not isinstance(rule, WeightedSum):
+        return None
+    return [(i, rule.weights[i]) for i in inputs.active if rule.weights[i]]
+
+
+def scales_base(rule: Rule | WholeRule) -> TypeIs[WeightedSum]:
+    """Whether a rule is a sum of values whose weights do not add up to 1, which multiplies the base."""
+    return isinstance(rule, WeightedSum) and rule.of == "values" and abs(math.fsum(rule.weights) - 1) > 1e-6
