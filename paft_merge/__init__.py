@@ -5,6 +5,7 @@ merge_state_dicts(...)      merge dicts of tensors in memory
 open_plan(recipe)           plan a merge from file headers; explain(plan) describes each tensor
 reproduce(folder)           repeat a merge from its manifest and compare the bytes
 train(recipe, out)          train the sparse adapters of a recipe
+resize(adapter, out, ...)   write a LoRA with another rank, from its factors alone
 audit(source, ...)          measure how sparse deltas are and how they will merge
 evaluate(model, spec)       evaluate a model, or an adapter on its base
 run(recipe, folder)         run one recipe from data to a merged model, resuming finished steps
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from paft_merge.engine.merge_result import MergeResult as MergeResult
     from paft_merge.engine.options import MergeOptions as MergeOptions
     from paft_merge.engine.reproduction import reproduce as reproduce
+    from paft_merge.engine.resizing import resize as resize
     from paft_merge.engine.state_dicts import merge_state_dicts as merge_state_dicts
     from paft_merge.engine.streaming import Progress as Progress
     from paft_merge.errors import PaftMergeError as PaftMergeError
@@ -65,6 +67,7 @@ _MODULES = {
     "pull": "hub",
     "push": "hub",
     "reproduce": "engine.reproduction",
+    "resize": "engine.resizing",
     "run": "pipeline",
     "train": "training",
     "tune": "pipeline.tuning",
@@ -92,6 +95,7 @@ __all__ = [
     "pull",
     "push",
     "reproduce",
+    "resize",
     "run",
     "train",
     "tune",

@@ -22,7 +22,7 @@ ROWS: list[set[str]] = [
     {"recipe"},
     {"output"},
     {"hub", "training"},
-    {"plan", "evaluating"},
+    {"plan", "evaluating", "dialects"},
     {"engine", "mergekit_plugin"},
     {"auditing"},
     {"pipeline"},

@@ -24,6 +24,7 @@ from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.equivalent_names import Names
+from paft_merge.inputs.quantized import dequantized
 from paft_merge.inputs.source_labels import labels_of
 from paft_merge.inputs.tensor_inputs import Inputs, Read, inputs_for
 from paft_merge.methods.rules.rule import Rule
@@ -248,8 +249,9 @@ class _Bases:
         if found.store is not None and not any(file.name.endswith(".bin") for file in found.missing):
             far = self._stack.enter_context(Remote.open([found])).files(found)
             with named_by_url(found):
-                return self._stack.enter_context(Checkpoint.open(found.folder, far=far))
-        return self._stack.enter_context(Checkpoint.open(download([found])[0], unpickle=self.unpickle))
+                return dequantized(self._stack.enter_context(Checkpoint.open(found.folder, far=far)))
+        opened = self._stack.enter_context(Checkpoint.open(download([found])[0], unpickle=self.unpickle))
+        return dequantized(opened)
 
     def _headers(self, found: ResolvedRepo) -> Checkpoint:
         with Remote.open([found]) as remote, Checkpoint.open(found.folder, far=remote.files(found)) as checkpoint:
@@ -260,7 +262,7 @@ class _Bases:
                 )
                 for f in self._adapters or ()
             ]
-            return ShapesOnly(held, checkpoint)
+            return ShapesOnly(held, dequantized(checkpoint))
 
 
 def _without_base(refs: Sequence[str], folders: Sequence[Path], stack: ExitStack, unpickle: bool) -> Opened:

@@ -15,14 +15,17 @@ from typing import Any
 
 import click
 
+from paft_merge.cli.adapter_sizes import resize
 from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
+from paft_merge.cli.dequantizing import dequantize
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
 from paft_merge.cli.hub import card, pull, push, reproduce
 from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
+from paft_merge.cli.serving import check, convert
 from paft_merge.cli.starting import init
 from paft_merge.cli.studying import study
 from paft_merge.cli.terminal import COMMAND, COMPILER, WORKERS, LineFormatter, StderrHandler, line, say, warn
@@ -149,8 +152,12 @@ for command in (
     tune,
     evaluate,
     merge,
+    resize,
     explain,
+    dequantize,
     audit,
+    check,
+    convert,
     train,
     pull,
     push,

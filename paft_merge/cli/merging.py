@@ -181,7 +181,7 @@ def merge(
             if out is not None and not (asked.keeps_finished and is_merged(out)):
                 api.check_output(plan, out, asked, problems)
             warn([*plan.warnings, *problems.found])
-            _show_plan(plan, out, asked, workers or 1, given, as_json)
+            show_plan(plan, out, asked, workers or 1, given, as_json)
         return
     if as_json:
         raise click.UsageError("--json shows a plan, and needs --dry-run.")
@@ -297,9 +297,19 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         bar.stop()
 
 
-def _show_plan(
+def show_plan(
     plan: MergePlan, out: Path | str | None, options: MergeOptions, workers: int, given: dict[str, float], as_json: bool
 ) -> None:
+    """Print a plan and the prediction of its cost.
+
+    Args:
+        plan: the merge.
+        out: the folder or URL to be written, if it is known.
+        options: the options of the merge.
+        workers: number of processes of the prediction.
+        given: rates of the machine that replace the measured ones.
+        as_json: print the whole plan.
+    """
     from datetime import date
 
     from paft_merge.cli.plan_tables import plan_table, prediction_table, weights_line

@@ -22,7 +22,7 @@ from paft_merge.engine.ray_cluster import Cluster, uses_ray
 from paft_merge.engine.sidefiles import code_notice, identity, licence_notice, side_files, totals, wide_notice
 from paft_merge.engine.sources import Sources
 from paft_merge.engine.stored_merge import check_output_at, scratch_of
-from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
+from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems, RecipeError
 from paft_merge.hub import HF, fetch_file, fetch_text
 from paft_merge.hub.run_checkpoints import expand
 from paft_merge.inputs.links import following_links
@@ -144,7 +144,11 @@ def _planned(
         return replace(made, warnings=tuple(warnings)) if of is recipe else made
 
     def compute(name: str, models: Mapping[ModelRef, Model]) -> Checkpoint:
-        made = plan(models, documents.named[name])
+        inner = documents.named[name]
+        if inner.output.kind != "checkpoint":
+            what = f"{name} is merged by another document, and its output is not a checkpoint"
+            raise RecipeError.of("RECIPE", inner.located.spot(("output",)), what, "remove output from it")
+        made = plan(models, inner)
         notices.extend(made.warnings)
         return Intermediate(name, made, rounded=recipe.arithmetic == "mergekit")
 
@@ -188,7 +192,7 @@ def _spots(parts: Sequence[Recipe]) -> dict[ModelRef, str]:
 def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> MergeResult:
     """Merge one result of the documents."""
     from paft_merge.compute.devices import ops_for
-    from paft_merge.engine.streaming import merge_checkpoint
+    from paft_merge.engine.streaming import merge_checkpoint, sized
 
     start, problems, worker = perf_counter(), Problems(), options.worker_number
     on_ray = uses_ray(options.engine)
@@ -224,7 +228,11 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
             cluster = inputs.enter_context(Cluster.connect(options.ray_address))
         cores = cluster.cores if on_ray else available_cores() // (worker.local_count if worker else 1)
         threads = threads_within(plan, options.threads or max(cores, 1), options.memory_bytes, problems)
+        if options.shared and plan.recipe.output.rank == "auto":
+            what = "rank: auto measures all deltas before the merge, which several workers do not share"
+            problems.add("ADAPTER_OUTPUT", plan.recipe.located.spot(("output", "rank")), what, "write rank as a number")
         problems.raise_as(OutputError)
+        plan = sized(plan, threads=threads, ops=ops)
         notices = [
             *code_notice(plan, trust_remote_code=options.trust_remote_code),
             *licence_notice(plan),

@@ -88,40 +88,41 @@ class Factorization:
         lazy.release()
         return stored, made
 
-    def factors_of(
-        self, tensor: PlannedTensor, *, rank: int | None = None, energy: float | None = None
-    ) -> MergedFactors:
-        """Compute the factors of the delta that a tensor of the adapter is made from.
+    def rank_needed(self, tensor: PlannedTensor) -> int:
+        """The rank that keeps the recipe's `energy` of the delta of a tensor; at least 1."""
+        made = self.factors_of(tensor, energy=self.recipe.output.energy)
+        return max(1, int(made.low.left.shape[1]))
+
+    def factors_of(self, tensor: PlannedTensor, *, energy: float | None = None) -> MergedFactors:
+        """Compute the factors of the delta that a tensor of the adapter is made from; at most of the tensor's rank.
 
         Args:
             tensor: either of the two tensors.
-            rank: largest rank; None: that of the tensor.
             energy: keep no more than this share of the squared norm needs.
         """
-        delta, dtype = tensor.merged, tensor.dtype
-        rank = rank_of(tensor) if rank is None else rank
-        tiles, active = BlockWalk([delta], self.pool), delta.inputs.active
+        delta, dtype, rank = tensor.merged, tensor.dtype, rank_of(tensor)
+        tiles, store = BlockWalk([delta], self.pool), partial(rounded, dtype=dtype)
         rule, weights = delta.rule, tuple[float, ...]()
-        if isinstance(rule, MeasuredWeights):
-            measured = rule.measured(delta, tiles, self.ops)
-            rule, weights = measured.resolved, measured.known or ()
-        store = partial(rounded, dtype=dtype)
-        if self.recipe.space != "weight":
-            coordinates = Coordinates.of(tensor, self.recipe)
-            low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
-            coordinates.release()
-            return MergedFactors(low, Tally.empty(0), (), weights)
-        pair = _sum_of_products(tensor, rule)
-        if pair is not None:
-            low = _within(pair, rank, energy, store)
-            return MergedFactors(low, Tally.empty(0), (), weights)
-        assert tensor.factor is not None
-        seed = stream_key(self.recipe.seed, "", delta.name, "sketch")
-        with StreamedDelta.of(MergedDelta(delta, tensor.factor.subtracted), rule, self.pool, self.ops) as rows:
-            low = approximate(
-                rows, rank if energy is None else None, energy=energy, max_rank=rank, seed=seed, store=store
+        try:
+            if isinstance(rule, MeasuredWeights):
+                measured = rule.measured(delta, tiles, self.ops)
+                rule, weights = measured.resolved, measured.known or ()
+            assert tensor.factor is not None
+            if tensor.factor.in_space:
+                coordinates = Coordinates.of(tensor, self.recipe)
+                low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
+                return MergedFactors(low, Tally.empty(0), (), weights)
+            if (pair := _sum_of_products(delta, rule)) is not None:
+                return MergedFactors(_within(pair, rank, energy, store), Tally.empty(0), (), weights)
+            rows = StreamedDelta.of(MergedDelta(delta, tensor.factor.subtracted), rule, self.pool, self.ops)
+            limits: dict[str, Any] = (
+                {"rank": rank} if energy is None else {"rank": None, "energy": energy, "max_rank": rank}
             )
-            return MergedFactors(low, rows.tally, active if delta.inputs.deltas else (), weights)
+            seed = stream_key(self.recipe.seed, "", delta.name, "sketch")
+            low = approximate(rows, **limits, seed=seed, store=store)
+            return MergedFactors(low, rows.tally, delta.inputs.active if delta.inputs.deltas else (), weights)
+        finally:
+            delta.release()
 
 
 def rank_of(tensor: PlannedTensor) -> int:
@@ -161,9 +162,9 @@ def rounded(values: Array, dtype: str) -> Array:
     return out.reshape(values.shape)
 
 
-def _sum_of_products(tensor: PlannedTensor, rule: Any) -> Pair | None:
-    """The merged delta as one product, if the method adds up low-rank products; else None."""
-    inputs = tensor.merged.inputs
+def _sum_of_products(delta: PlannedTensor, rule: Any) -> Pair | None:
+    """A merged delta as one product, if the method adds up low-rank products; else None."""
+    inputs = delta.inputs
     added = summands(inputs, rule) if inputs.without_base else None
     if added is None:
         return None
@@ -172,7 +173,7 @@ def _sum_of_products(tensor: PlannedTensor, rule: Any) -> Pair | None:
     if len(known) < len(pairs) or not known:
         return None
     if not all(np.isfinite(factor).all() for pair in known for factor in pair):
-        raise not_finite(tensor.merged.name)
+        raise not_finite(delta.name)
     return stacked(known, [weight for _, weight in added])
 
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from paft_merge.engine.balancing import by_file, shares
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.machine import REFERENCE, Rates
-from paft_merge.engine.streaming import HELD_BYTES, may_be_held
+from paft_merge.engine.streaming import FACTOR_BYTES, HELD_BYTES, may_be_held
 from paft_merge.inputs.tensor_inputs import RAW, Inputs, Read
 from paft_merge.methods.rules.walks import DEFERRED
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
-
-if TYPE_CHECKING:
-    from paft_merge.inputs.adapters import AdapterDelta
 
 _START, _PLANNED = 0.35, 90e-6
 """Seconds of processor to start a process, and to plan a tensor."""
@@ -234,16 +231,9 @@ def _factor_bytes(plan: MergePlan) -> Mapping[str, float]:
     for model in plan.models:
         if model.adapter:
             sizes = [file.size for part in model.adapter.parts for file in part.file.files]
-            entries = sum(_entries(delta) for delta in model.adapter.deltas.values())
+            entries = sum(delta.entries for delta in model.adapter.deltas.values())
             found[model.ref] = sum(sizes) / entries if entries else 0.0
     return found
-
-
-def _entries(delta: AdapterDelta) -> int:
-    """Entries of the factors of a low-rank delta; of another one, those of a new value."""
-    rows = math.prod(delta.shape) // max(delta.row_size, 1)
-    pairs = delta.shape[0] if delta.kind == "experts" else 1
-    return delta.rank * (rows + pairs * delta.row_size) if delta.rank else rows * delta.row_size
 
 
 def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
@@ -253,7 +243,7 @@ def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
         return Work(nbytes, nbytes, 0, nbytes, 0, _WRITE * nbytes, _TENSOR)
     inputs, numel, active = tensor.inputs, tensor.numel, tensor.inputs.active
     deltas = {id(read.delta): (read, read.delta) for read in inputs.reads if read.delta}
-    factors = sum(stored.get(read.source, 4.0) * _entries(delta) for read, delta in deltas.values())
+    factors = sum(stored.get(read.source, 4.0) * delta.entries for read, delta in deltas.values())
     distinct = {read.stored_at: read for read in inputs.reads}
     first = factors + sum(read.checkpoint.bytes_read(read.name) for read in distinct.values())
     low_rank = sum(bool(delta.rank) for _, delta in deltas.values())
@@ -388,18 +378,22 @@ def predicted_peak(plan: MergePlan, threads: int, hold: int = HELD_BYTES) -> int
     held = min(most(_held, threads + 1), hold)
     return (
         _INTERPRETER + _TORCH * torch + _COPY_BUFFERS + records
-        + threads * most(_block_bytes, 1) + most(_tensor_bytes, threads + 1) + held
+        + threads * most(_block_bytes, 1) + most(_collected, threads + 1) + held
+        + min(most(_factors, threads + 1), max(FACTOR_BYTES, most(_factors, 1)))
     )  # fmt: skip
 
 
-def _tensor_bytes(tensor: PlannedTensor) -> int:
-    """Bytes held for a tensor while it is merged: factors, as read and as panels, and entries near thresholds."""
-    deltas = {id(read.delta): read.delta for read in tensor.inputs.reads if read.delta and read.delta.rank}
-    factors = sum(16 * _entries(delta) for delta in deltas.values())
+def _factors(tensor: PlannedTensor) -> int:
+    """Bytes of the factors that are held for a tensor while it is merged."""
+    return tensor.inputs.factor_bytes
+
+
+def _collected(tensor: PlannedTensor) -> int:
+    """Bytes of the entries near thresholds that are held for a tensor until these are known."""
     rule, sources = tensor.rule, len(tensor.inputs.active)
     if tensor.method == COPY or rule.wants == "whole" or not rule.walks(tensor.numel, tensor.inputs.active).ties:
-        return factors
-    return factors + int(_COLLECTED * sources * 4 * tensor.numel) * (not _held(tensor))
+        return 0
+    return int(_COLLECTED * sources * 4 * tensor.numel) * (not _held(tensor))
 
 
 def _held(tensor: PlannedTensor) -> int:

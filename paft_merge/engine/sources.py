@@ -14,6 +14,7 @@ from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.equivalent_names import Names
+from paft_merge.inputs.quantized import dequantized
 from paft_merge.plan import Model
 from paft_merge.recipe import ModelRef
 from paft_merge.recipe.sections import beside_recipe
@@ -132,7 +133,8 @@ class Sources:
                 if repo:
                     with named_by_url(repo):
                         opened = Checkpoint.open(repo.folder, unpickle=self.unpickle, far=remote.files(repo))
-                    checkpoints[key], opened.listing = opened, repo.listing
+                    opened.listing = repo.listing
+                    checkpoints[key] = dequantized(opened)
                 else:
                     assert compute is not None
                     checkpoints[key] = compute(ref.path, models)

@@ -38,6 +38,7 @@ def merge_state_dicts(
     *,
     parameters: Mapping[str, Any] | None = None,
     source_parameters: Sequence[Mapping[str, Any]] = (),
+    router: Literal["base", "average", "merge"] | None = None,
     dtype: str | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
@@ -54,6 +55,7 @@ def merge_state_dicts(
         method: a key of `paft_merge.methods.METHODS`.
         parameters: parameters of the method, as in a recipe; gradients and filters too.
         source_parameters: parameters of each source (`[{"weight": 0.6}, {"weight": 0.4}]`), in the order of `sources`.
+        router: how the routers of mixture-of-experts layers are merged, as in a recipe.
         dtype: type of the result, as torch names it (`"bfloat16"`). None: the type of each tensor of the base.
         rounding: how float32 becomes that type.
         seed: seed of random masks and of stochastic rounding.
@@ -87,6 +89,7 @@ def merge_state_dicts(
             "seed": seed,
             **({"base_model": {"model": {"path": _BASE}}} if base is not None else {}),
             **({"out_dtype": dtype} if dtype else {}),
+            **({"router": router} if router is not None else {}),
         },
         strict=True,
     )

@@ -46,12 +46,6 @@ class StreamedDelta:
         walk = TensorPass(delta.numel, BlockWalk([delta], pool), ops, delta.inputs.active, delta.shape)
         return cls(merged, rule.prepare(walk, delta.inputs.deltas), None, pool, rows)
 
-    def __enter__(self) -> StreamedDelta:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.delta.release()
-
     @property
     def shape(self) -> tuple[int, int]:
         """O, I."""

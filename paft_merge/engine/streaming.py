@@ -32,6 +32,7 @@ from paft_merge.methods.rules.thresholds import AddUp, count_all
 from paft_merge.output.direct_io import PageAlignedBuffer
 from paft_merge.output.folder import Finished, Output, compact
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
+from paft_merge.plan.adapter_output import with_ranks
 from paft_merge.stats.record import MOST_PAIRED, note
 from paft_merge.stats.sample import Sample
 from paft_merge.stats.spectrum import on_one_core
@@ -46,6 +47,9 @@ Written = tuple[bytes, Outcome]
 
 HELD_BYTES = 256 << 20
 """Most bytes of merged tiles, of all tensors together, that wait in memory for their thresholds."""
+
+FACTOR_BYTES = 64 << 20
+"""Most bytes of factors of the tensors that are merged at a time; one whose factors take more is merged alone."""
 
 _ASIDE = 4 * TILE
 """Bytes reserved per tile for undecided entries. Untouched pages are never committed."""
@@ -99,7 +103,9 @@ def merge_checkpoint(
     ):
         todo = _measured_over_model(plan, todo, blocks, ops or CpuOps())
         made = Factorization(plan.recipe, blocks, ops or CpuOps(), [tensor for tensor in todo if tensor.factor])
-        worker = _Worker(output, blocks, ops or CpuOps(), _Held(hold), plan.allow_nonfinite, made)
+        worker = _Worker(
+            output, blocks, ops or CpuOps(), _Held(hold), _Budget(FACTOR_BYTES), plan.allow_nonfinite, made
+        )
         for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
             output.finish_tensor(finished)
             done += todo[at - first].nbytes
@@ -119,6 +125,30 @@ def measured_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddU
         return replace(plan, tensors=tuple(_measured_over_model(plan, plan.tensors, blocks, ops, add_up)))
 
 
+def sized(plan: MergePlan, *, threads: int, ops: Ops) -> MergePlan:
+    """Return the plan of an adapter with the ranks that `rank: auto` needs, which takes a pass over its deltas; else the plan itself.
+
+    Args:
+        plan: the whole merge.
+        threads, ops: as for `merge_checkpoint`.
+    """
+    if plan.recipe.output.rank != "auto":
+        return plan
+    with (
+        _single_threaded_torch(),
+        on_one_core(),
+        ThreadPoolExecutor(threads) as blocks,
+        ThreadPoolExecutor(threads + 1) as tensors,
+    ):
+        known = _measured_over_model(plan, plan.tensors, blocks, ops)
+        halves = [tensor for tensor in known if tensor.factor and tensor.factor.part == "B"]
+        factorization = Factorization(plan.recipe, blocks, ops, halves)
+        ranks = list(_in_order(tensors, factorization.rank_needed, halves, ahead=2 * threads + 2))
+    return with_ranks(
+        replace(plan, tensors=tuple(known)), dict(zip((t.merged.name for t in halves), ranks, strict=True))
+    )
+
+
 def _measured_over_model(
     plan: MergePlan,
     todo: Sequence[PlannedTensor],
@@ -129,7 +159,8 @@ def _measured_over_model(
     """`todo` with what their rules need to know about all tensors of the plan, which takes walks over these."""
     merged = list({tensor.merged.name: tensor for tensor in plan.tensors}.values())
     read = [
-        tensor.merged if plan.recipe.space == "weight" else Coordinates.of(tensor, plan.recipe) for tensor in merged
+        Coordinates.of(tensor, plan.recipe) if tensor.factor and tensor.factor.in_space else tensor.merged
+        for tensor in merged
     ]
     found = measure_over_model([tensor.merged.rule for tensor in merged], read, pool, ops, add_up) if todo else {}
     rules = {merged[i].merged.name: rule for i, rule in found.items()}
@@ -144,6 +175,7 @@ class _Worker:
     pool: ThreadPoolExecutor
     ops: Ops
     held: _Held
+    factors: _Budget
     allow_nonfinite: bool
     factorization: Factorization
 
@@ -153,11 +185,16 @@ class _Worker:
             return self._copy(tensor)
         if tensor.factor:
             return self._factor(tensor)
-        if tensor.rule.wants == "whole":
-            return self.pool.submit(self._whole, tensor, tensor.rule).result()
+        with self.factors.taken(tensor.inputs.factor_bytes):
+            if tensor.rule.wants == "whole":
+                return self.pool.submit(self._whole, tensor, tensor.rule).result()
+            return self._streamed(tensor, tensor.rule)
+
+    def _streamed(self, tensor: PlannedTensor, rule: Rule) -> Finished:
+        """Merge a tensor block by block."""
         tiles, sources = BlockWalk([tensor], self.pool), tensor.inputs.active
         walk, sample = TensorPass(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
-        rule, weights = tensor.rule, tuple[float, ...]()
+        weights = tuple[float, ...]()
         if isinstance(rule, MeasuredWeights):
             measured = rule.measured(tensor, tiles, self.ops)
             rule, weights = measured.resolved, measured.known or ()
@@ -315,7 +352,7 @@ def _finished(
     sums, noted = tally.total(), b"{}"
     if tally.counts.any():
         exact = tensor.rule.wants != "whole"  # else an adapter may have been rounded into its checkpoint
-        factors = [tensor.inputs.factors(i) if exact else None for i in active]
+        factors = (tensor.inputs.factors(i) if exact else None for i in active)
         pairs = len(tensor.inputs.sources) <= MOST_PAIRED
         noted = compact(note(sample, [float(square) for square in sums[:, 1]], factors, pairs=pairs))
     tensor.release()
@@ -336,33 +373,52 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
+class _Budget:
+    """Bytes that several threads share; one that needs more than all of them takes them all, and no other thread any."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.most = self._left = nbytes
+        self._turn = Condition()
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Take `nbytes` as soon as they are left."""
+        wanted = min(nbytes, self.most)
+        with self._turn:
+            self._turn.wait_for(lambda: self._left >= wanted)
+            self._left -= wanted
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._left += wanted
+                self._turn.notify_all()
+
+
 class _Held:
     """Memory for merged tiles that wait for their thresholds. It is reused: fresh memory costs more than the merge."""
 
     def __init__(self, nbytes: int) -> None:
-        self._left, self._most, self._free = nbytes, nbytes, list[tuple[PageAlignedBuffer, Any]]()
-        self._turn = Condition()
+        self._budget, self._free = _Budget(nbytes), deque[tuple[PageAlignedBuffer, Any]]()
 
     @contextmanager
     def tiles(self, count: int, nbytes: int) -> Iterator[list[tuple[PageAlignedBuffer, Any]]]:
         """Buffers for `count` tiles, each with bytes for undecided entries, as soon as `nbytes` are free; none if they never are."""
-        if nbytes > self._most:
+        if nbytes > self._budget.most:
             yield []
             return
-        with self._turn:
-            self._turn.wait_for(lambda: self._left >= nbytes)
-            self._left -= nbytes
-            taken = [
-                self._free.pop() if self._free else (PageAlignedBuffer(), np.empty(_ASIDE, np.uint8))
-                for _ in range(count)
-            ]
-        try:
-            yield taken
-        finally:
-            with self._turn:
+        with self._budget.taken(nbytes):
+            taken = [self._tile() for _ in range(count)]
+            try:
+                yield taken
+            finally:
                 self._free += taken
-                self._left += nbytes
-                self._turn.notify_all()
+
+    def _tile(self) -> tuple[PageAlignedBuffer, Any]:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return PageAlignedBuffer(), np.empty(_ASIDE, np.uint8)
 
 
 def may_be_held(tensor: PlannedTensor) -> bool:

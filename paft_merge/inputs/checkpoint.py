@@ -244,6 +244,10 @@ class Checkpoint:
         """Whether the model computes the values of tensor `name` itself, so that this checkpoint does not store it."""
         return False
 
+    def stored_format(self, name: str) -> str:
+        """The format in which tensor `name` is stored quantised; empty if it is not."""
+        return ""
+
     def written_dtype(self, name: str) -> str:
         """Storage type of tensor `name`; a computed checkpoint may deliver a wider one."""
         return self.tensors[name].dtype

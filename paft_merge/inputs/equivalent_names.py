@@ -130,12 +130,17 @@ class NamedLike(Checkpoint):
     def is_derived(self, name: str) -> bool:
         return name in self._parts and self._parts[name][0].checkpoint is self.named_like
 
+    def stored_format(self, name: str) -> str:
+        first = self._parts[name][0]
+        return first.checkpoint.stored_format(first.name)
+
     def written_dtype(self, name: str) -> str:
         first = self._parts[name][0]
         return first.checkpoint.written_dtype(first.name)
 
     def bytes_read(self, name: str) -> int:
-        return self.tensors[name].nbytes
+        held = ((part, part.checkpoint.tensors[part.name].nbytes or 1) for part in self._parts[name])
+        return sum(part.checkpoint.bytes_read(part.name) * part.nbytes // nbytes for part, nbytes in held)
 
     def working_bytes(self, name: str) -> int:
         return max(part.checkpoint.working_bytes(part.name) for part in self._parts[name])

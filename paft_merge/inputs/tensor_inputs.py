@@ -209,6 +209,12 @@ class Inputs:
         rows = {read.delta.row_size for read in self.reads if read.delta}
         return math.lcm(of_rule, *(rows or {max(shape[-1] if shape else 1, 1)}))
 
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors of all low-rank deltas, which are in memory from the first block to `release`."""
+        deltas = {id(read.delta): read.delta for read in self.reads if read.delta and read.delta.rank}
+        return sum(4 * delta.entries for delta in deltas.values())
+
     def release(self) -> None:
         """Free the adapters' factors and computed tensors; they are made again on the next use."""
         for read in self.reads:

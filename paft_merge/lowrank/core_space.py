@@ -3,7 +3,7 @@
 Shapes: O = out features, I = in features, K and L = dimensions of the space, R = rank of one adapter, n sources.
 Every delta is a product D_i = B_i A_i of B_i `[O, R_i]`, which includes the scale, and A_i `[R_i, I]`. Arithmetic is float64.
 
-**Core Space** (Panariello et al. 2025, arXiv:2509.17786, sec. 4). With orthonormal bases U `[O, K]` of the columns of [B_1 ... B_n]
+**Core Space** (Panariello et al. 2025, arXiv:2509.17786). With orthonormal bases U `[O, K]` of the columns of [B_1 ... B_n]
 and V `[I, L]` of the rows of [A_1; ...; A_n], both from a singular value decomposition, the core of a source is
 M_i = U^T B_i A_i V, and D_i = U M_i V^T exactly. A method merges the M_i as it merges deltas, and U M V^T has rank min(K, L) at most.
 """

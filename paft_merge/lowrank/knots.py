@@ -1,4 +1,4 @@
-"""KnOTS: methods on the right factors of deltas that share their left singular vectors (Stoica et al. 2025, arXiv:2410.19735, sec. 4).
+"""KnOTS: methods on the right factors of deltas that share their left singular vectors (Stoica et al. 2025, arXiv:2410.19735).
 
 One singular value decomposition [D_1 ... D_n] = U S [V_1 ... V_n] aligns the sources: D_i = U (S V_i). The method merges the
 S V_i `[K, I]`, as the authors' code does (the paper writes V_i); then U times the result has rank K <= sum of the ranks.

@@ -262,6 +262,8 @@ def weights(sources: Sources, normalized: bool, zero: float | None = None) -> tu
     total = sum(given) if normalized else 1.0
     if abs(total) < 1e-8:
         if zero is None:
-            raise ValueError("the weights add up to zero, so they cannot be normalized; write normalize: false")
+            raise ValueError(
+                "the weights add up to zero, so they cannot be normalized; change one, or do not normalize"
+            )
         total = zero
     return tuple(w / total for w in given)

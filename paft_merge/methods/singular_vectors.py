@@ -37,7 +37,7 @@ TABLE: Final = (TSV, ISO_C)
 
 
 def tsv(deltas: Sequence[torch.Tensor], weight: Weights = 1.0, *, lambda_: float = 1.0) -> torch.Tensor:
-    """Orthogonalise the leading singular vectors of all deltas, and add up (TSV-Merge, arXiv:2412.00081, sec. 5).
+    """Orthogonalise the leading singular vectors of all deltas, and add up (TSV-Merge, arXiv:2412.00081).
 
     Args:
         deltas: matrices `[K, L]` of one space, such as the cores of adapters; any float dtype; not modified. A tensor of another shape
@@ -52,7 +52,7 @@ def tsv(deltas: Sequence[torch.Tensor], weight: Weights = 1.0, *, lambda_: float
 
 
 def iso_c(deltas: Sequence[torch.Tensor], weight: Weights = 1.0, *, lambda_: float = 1.0) -> torch.Tensor:
-    """Add the deltas up, and set all singular values of the sum to their mean (Iso-C, arXiv:2502.04959, sec. 4.1).
+    """Add the deltas up, and set all singular values of the sum to their mean (Iso-C, arXiv:2502.04959).
 
     Args:
         deltas, weight, lambda_: as for `tsv`; the weights are those of the sum.

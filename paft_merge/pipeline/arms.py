@@ -11,22 +11,43 @@ from paft_merge.errors import Problems
 from paft_merge.methods import METHODS
 from paft_merge.pipeline.named_models import names_adapter
 from paft_merge.pipeline.schema import CompareSpec, PolishSpec, RunRecipe
-from paft_merge.pipeline.sweeps import at_point, axes_of, check_sweeps, named, points_of
+from paft_merge.pipeline.sweeps import at_point, axes_of, check_sweeps, factor_of, named, points_of
 from paft_merge.recipe.yaml_source import did_you_mean
 from paft_merge.training.schema import SAMPLING
 
-MERGES: Mapping[str, Mapping[str, Any]] = {
-    "linear": {"weight": 0.5},
-    "task_arithmetic": {"weight": 1.0},
-    "ties": {"weight": 1.0, "parameters": {"density": 0.5}},
-    "dare_ties": {"weight": 1.0, "parameters": {"density": 0.5}},
-    "dare_linear": {"weight": 1.0, "parameters": {"density": 0.5}},
-    "slerp": {"parameters": {"t": 0.5}},
-    "nuslerp": {"weight": 0.5},
-    "l1_ties": {"weight": 1.0},
-    "sign_election": {"weight": 1.0},
-}
-"""The merge recipe for the plain name of a method under `compare: {methods: ...}`; other methods use their defaults."""
+
+def usual_merge(method: str, count: int) -> Mapping[str, Any]:
+    """The weight of each adapter and the parameters that the plain name of a method means under `compare: {methods: ...}`.
+
+    Deltas keep their size, except in methods that take a mean of models by definition. Methods that take no weights use their
+    defaults.
+
+    Args:
+        method: its name.
+        count: the number of adapters that are merged.
+    """
+    half, pruned = {"density": 0.5}, {"density": 0.9, "gamma": 0.01}  # the latter are those of arXiv:2312.06795
+    rows: Mapping[str, Mapping[str, Any]] = {
+        "linear": {"weight": 1 / count},
+        "nuslerp": {"weight": 1 / count},
+        "multislerp": {"weight": 1 / count},
+        "slerp": {"parameters": {"t": 0.5}},
+        "task_arithmetic": {"weight": 1.0},
+        "l1_ties": {"weight": 1.0},
+        "sign_election": {"weight": 1.0},
+        "ties": {"weight": 1.0, "parameters": half},
+        "dare_ties": {"weight": 1.0, "parameters": half},
+        "dare_linear": {"weight": 1.0, "parameters": half},
+        "della": {"weight": 1.0, "parameters": half},
+        "della_linear": {"weight": 1.0, "parameters": half},
+        "breadcrumbs": {"weight": 1.0, "parameters": pruned},
+        "breadcrumbs_ties": {"weight": 1.0, "parameters": pruned},
+        "magmax": {"weight": 1.0},
+        "pcb": {"weight": 1.0, "parameters": {"density": 0.5, "lambda": 1.5}},
+        # A median is as small as a mean, and its weights are counts.
+        "geometric_median": {"parameters": {"lambda": float(count)}},
+    }
+    return rows.get(method, {})
 
 
 _LONGEST = 150
@@ -288,7 +309,7 @@ def merges_of(recipe: RunRecipe) -> Iterator[ComparedMerge]:
         axes = axes_of(given, recipe.compare.weights, names, roles(recipe)[1])
         swept = {axis.adapter for axis in axes if axis.adapter}
         plain = isinstance(given, str) or (written.pop("sweep", None) is not None and "parameters" not in given)
-        known = MERGES.get(method, {}) if plain else {}
+        known = usual_merge(method, len(names)) if plain else {}
         if "models" not in written and "slices" not in written:
             written["models"] = _models(recipe, names, method, written.get("parameters"), swept)
         if known.get("parameters"):
@@ -324,15 +345,15 @@ def _models(
     """The models of a merge under `compare: {methods: ...}` that lists none.
 
     Their weights are those of `merge:`, which may balance deltas of different sizes. If it has none for these adapters,
-    they are those of `MERGES`. A weight in the `parameters` of the method holds instead of both. Beside swept weights,
+    they are those of `usual_merge`. A weight in the `parameters` of the method holds instead of both. Beside swept weights,
     a method that divides by the sum of the weights has weights of 1 too, so that a swept weight means the same in each.
     """
     weights: dict[str, Any] = {}
     known = METHODS.get(method)
     if "weight" not in (parameters if isinstance(parameters, dict) else {}):
-        default = 1.0 if swept else MERGES.get(method, {}).get("weight")
-        weights = {} if default is None else dict.fromkeys(names, 1 / len(names) if default == 0.5 else default)
-        taken, balance = known and known.parameter("weight"), _weights_of_merge(recipe, names)
+        default = 1.0 if swept else usual_merge(method, len(names)).get("weight")
+        weights = {} if default is None else dict.fromkeys(names, default)
+        taken, balance = known and factor_of(known), _weights_of_merge(recipe, names)
         if taken and balance and (taken.words or not any(isinstance(weight, str) for weight in balance.values())):
             weights = balance
     return [{"model": n, **({"parameters": {"weight": weights[n]}} if n in weights else {})} for n in names]

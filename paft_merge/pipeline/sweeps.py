@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from paft_merge.errors import Problems, RecipeError
-from paft_merge.methods import METHODS
+from paft_merge.methods import METHODS, Parameter
+from paft_merge.methods import Method as MergeMethod
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.recipe.yaml_source import did_you_mean, show
 
@@ -95,7 +96,13 @@ def takes_weights(given: Method) -> bool:
     method = METHODS.get(str(entry["merge_method"]))
     parameters = entry.get("parameters")
     fixed = "models" in entry or "slices" in entry or (isinstance(parameters, Mapping) and "weight" in parameters)
-    return method is not None and method.parameter("weight") is not None and not fixed
+    return method is not None and factor_of(method) is not None and not fixed
+
+
+def factor_of(method: MergeMethod) -> Parameter | None:
+    """Its parameter `weight` if that is a factor, as it is in all methods but the geometric median: a count is not negative."""
+    weight = method.parameter("weight")
+    return weight if weight is not None and weight.low < 0 else None
 
 
 def points_of(axes: Sequence[Axis]) -> Iterator[tuple[Any, ...]]:

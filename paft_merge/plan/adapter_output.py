@@ -7,7 +7,7 @@ lora_B `[out, r]`; in and out are O and I for an embedding and for HF's `Conv1D`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from paft_merge.errors import Problems, RecipeError
 from paft_merge.inputs.adapters.deltas import LayerKind, Lazy
 from paft_merge.inputs.architecture import Architecture
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
-from paft_merge.inputs.safetensors_header import join_first, quote, truncate
+from paft_merge.inputs.safetensors_header import join_first, truncate
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.output.shards import plan_shards
 from paft_merge.plan.merged_deltas import is_zero, merged_delta, scales_base, summands
@@ -51,7 +51,7 @@ def adapter_of(plan: MergePlan) -> MergePlan:
         RecipeError: ADAPTER_OUTPUT, what cannot be stored as an adapter of one base, all of it together.
     """
     planner = _Planner(plan)
-    deltas = planner.deltas()
+    deltas, saved = planner.deltas()
     ranks = {delta.tensor.name: planner.rank(delta) for delta in deltas}
     planner.problems.found = list(dict.fromkeys(planner.problems.found))
     if planner.problems.found:
@@ -59,7 +59,7 @@ def adapter_of(plan: MergePlan) -> MergePlan:
     if not deltas:
         what = "the merged delta is zero, so there is no module to write an adapter for"
         raise RecipeError.of("ADAPTER_OUTPUT", plan.recipe.located.spot(("output",)), what, "check weights and sources")
-    return _planned(plan, deltas, ranks, planner.base)
+    return _planned(plan, deltas, saved, ranks)
 
 
 def with_ranks(plan: MergePlan, ranks: Mapping[str, int]) -> MergePlan:
@@ -71,7 +71,7 @@ def with_ranks(plan: MergePlan, ranks: Mapping[str, int]) -> MergePlan:
     """
     factors = [tensor.factor for tensor in plan.tensors if tensor.factor and tensor.factor.part == "A"]
     deltas = [_Delta(factor.delta, factor.subtracted, factor.module, factor.layer) for factor in factors]
-    return _planned(plan, deltas, ranks, base_of(plan.recipe))
+    return _planned(plan, deltas, [tensor for tensor in plan.tensors if not tensor.factor], ranks)
 
 
 def base_of(recipe: Recipe) -> ModelRef:
@@ -87,10 +87,10 @@ class _Planner:
         self.base = base_of(plan.recipe)
         self.architecture = Lazy(lambda: Architecture.of(plan.config_source.checkpoint))
 
-    def deltas(self) -> list[_Delta]:
-        """Every merged delta that is not zero; notes what an adapter cannot hold."""
+    def deltas(self) -> tuple[list[_Delta], list[PlannedTensor]]:
+        """Every merged delta that is not zero, and the tensors that are stored whole; notes what an adapter cannot hold."""
         self._check_recipe()
-        found, unfit = [], dict[str, list[str]]()
+        found, saved, unfit = list[_Delta](), list[PlannedTensor](), dict[str, list[str]]()
         for tensor in self.plan.tensors:
             merged = merged_delta(self.plan, tensor)
             if merged is None:
@@ -99,18 +99,30 @@ class _Planner:
             why = self._unfit(merged.tensor, layer)
             if why and is_zero(merged, self.plan.config_source.checkpoint):
                 continue
-            if why:
+            if why == _VECTOR and not self.output.portable and tensor.name.endswith((".weight", ".bias")):
+                saved.append(tensor)
+            elif why:
                 unfit.setdefault(why, []).append(tensor.name)
             else:
                 found.append(_Delta(*merged, module, layer))
         for why, names in unfit.items():
-            self._refuse(f"{join_first([quote(name) for name in names])}: {why}", _way_out(why))
+            self._refuse(f"{join_first(names)}: {why}", _way_out(why))
         if self.recipe.space != "weight":
-            self._check_space(found)
-        return found
+            self._check_space(found, saved)
+        adapted = {delta.module for delta in found}
+        return found, [replace(one, name=f"{_PREFIX}{self._saved_name(one.name, adapted)}") for one in saved]
 
-    def _check_space(self, deltas: Sequence[_Delta]) -> None:
+    def _saved_name(self, name: str, adapted: Collection[str]) -> str:
+        """The name of a whole tensor in the model that PEFT trains."""
+        architecture = self.architecture.get()
+        module, _, leaf = ((architecture.name_of(name) if architecture else None) or name).rpartition(".")
+        return f"{module}.base_layer.{leaf}" if module in adapted else f"{module}.{leaf}"
+
+    def _check_space(self, deltas: Sequence[_Delta], saved: Sequence[PlannedTensor]) -> None:
         """Refuse what has no coordinates in a space of adapters."""
+        if saved and self.recipe.method.core_only:
+            what = f"{join_first([tensor.name for tensor in saved])}: {self.recipe.merge_method} merges matrices"
+            self._refuse(what, "leave these tensors out of the sources, or use another method, such as ties")
         dense = dict[str, list[str]]()
         for delta in deltas:
             inputs = delta.tensor.inputs
@@ -123,7 +135,7 @@ class _Planner:
                     dense.setdefault(read.source, []).append(delta.tensor.name)
         for source, names in dense.items():
             what = f"space: {self.recipe.space} is made from the factors of adapters, and the delta of {source} is not a low-rank product"
-            self._refuse(f"{what} ({join_first([quote(name) for name in names])})",
+            self._refuse(f"{what} ({join_first(names)})",
                          "leave this source out, or write space: weight with a number as rank")  # fmt: skip
 
     def rank(self, delta: _Delta) -> int:
@@ -156,6 +168,10 @@ class _Planner:
                          f"write base_model: {self.base.base}, or merge {self.base} to a checkpoint first")  # fmt: skip
         if self.plan.vocabulary and recipe.tokenizer is not None:
             self._refuse("the recipe changes the tokenizer, which an adapter does not hold", "remove it")
+        if recipe.rounding == "stochastic":
+            self._refuse("an adapter's factors are rounded to nearest", "remove rounding: stochastic")
+        if "float64" in (recipe.out_dtype, recipe.dtype):
+            self._refuse("an adapter is not float64, which no server reads", "write out_dtype: float32")
         if recipe.arithmetic == "mergekit":
             what = "mergekit's arithmetic rounds adapters into their checkpoint, so there is no exact delta"
             self._refuse(what, "remove arithmetic: mergekit")
@@ -192,7 +208,7 @@ class _Planner:
         if any(read.delta and read.delta.stored_as for read in tensor.inputs.sources) and not layer:
             return "it is tied to another tensor of the base"
         if len(tensor.shape) < 2:
-            return "it is a bias or a norm, which LoRA does not change"
+            return _VECTOR
         if layer in ("embedding", "convolution", "experts") and self.output.portable:
             return f"LoRA on {_PLURAL[layer]} is not read by every server"
         if layer in ("", "experts"):
@@ -203,13 +219,14 @@ class _Planner:
         self.problems.add("ADAPTER_OUTPUT", self.spot, what, fix)
 
 
+_VECTOR = "it is a bias or a norm, which LoRA does not change"
 _PLURAL = {"embedding": "embeddings", "convolution": "convolutions", "experts": "fused experts"}
 
 
 def _way_out(why: str) -> str:
     if "multiplies the base" in why:
         return "write merge_method: task_arithmetic, or weights that add up to 1"
-    if "not read by every server" in why:
+    if "not read by every server" in why or why == _VECTOR:
         return "write portable: false in output, or leave these modules out of the sources"
     return "write kind: checkpoint, or leave these tensors out of the sources"
 
@@ -226,14 +243,19 @@ def _rank_of(read: Read, base: Read | None) -> int | None:
     return (read.delta.rank or None) if read.delta else 0
 
 
-def _planned(plan: MergePlan, deltas: Sequence[_Delta], ranks: Mapping[str, int], base: ModelRef) -> MergePlan:
-    uniform = max(ranks.values())
-    dtype = _dtype(plan.recipe, deltas)
+def _planned(
+    plan: MergePlan, deltas: Sequence[_Delta], saved: Sequence[PlannedTensor], ranks: Mapping[str, int]
+) -> MergePlan:
+    uniform = max(1, *ranks.values())
+    if plan.recipe.output.portable:
+        ranks = dict.fromkeys(ranks, uniform)
+    dtype = _dtype(plan, deltas, ranks)
     in_space = plan.recipe.space != "weight"
-    tensors = [one for delta in deltas for one in _factors(delta, uniform, dtype, in_space)]
-    tensors.sort(key=lambda tensor: tensor.name)
+    tensors = [one for delta in deltas for one in _factors(delta, max(1, ranks[delta.tensor.name]), dtype, in_space)]
+    tensors = sorted([*tensors, *saved], key=lambda tensor: tensor.name)
     shards = plan_shards({FILE: [(t.name, t.dtype, t.shape) for t in tensors]})
-    config = _config(plan, deltas, uniform, base)
+    patterns = {d.module: ranks[d.tensor.name] for d in deltas if ranks[d.tensor.name] != uniform}
+    config = _config(plan, deltas, [tensor.name.removeprefix(_PREFIX) for tensor in saved], uniform, patterns)
     return replace(
         plan, tensors=tuple(tensors), shards=shards, config=config, vocabulary=None, side_files=SideFiles()
     )  # fmt: skip
@@ -261,20 +283,47 @@ def _factors(delta: _Delta, rank: int, dtype: str, in_space: bool) -> list[Plann
     ]
 
 
-def _dtype(recipe: Recipe, deltas: Sequence[_Delta]) -> str:
-    """The storage type of the factors: the recipe's, else float32."""
-    wanted = recipe.out_dtype or recipe.dtype or "float32"
-    return next(d.name for d in DTYPES.values() if d.torch == wanted)
+def _dtype(plan: MergePlan, deltas: Sequence[_Delta], ranks: Mapping[str, int]) -> str:
+    """The storage type of the factors: the recipe's; else float32 where they are exact, and otherwise that of the adapters."""
+    if wanted := plan.recipe.out_dtype or plan.recipe.dtype:
+        return next(d.name for d in DTYPES.values() if d.torch == wanted)
+    parts = [part for model in plan.models if model.adapter for part in model.adapter.parts]
+    held = {info.dtype for part in parts for info in part.file.tensors.values()}
+    exact = all(_is_exact(delta, ranks[delta.tensor.name], plan.recipe.space) for delta in deltas)
+    return held.pop() if len(held) == 1 and held <= {"BF16", "F16"} and not exact else "F32"
 
 
-def _config(plan: MergePlan, deltas: Sequence[_Delta], rank: int, base: ModelRef) -> dict[str, Any]:
-    """The content of adapter_config.json."""
-    modules = [delta.module for delta in deltas]
+def _is_exact(delta: _Delta, rank: int, space: str) -> bool:
+    """Whether factors of a rank hold a delta exactly, by the headers of its sources."""
+    inputs = delta.tensor.inputs
+    added = summands(inputs, delta.tensor.rule) if inputs.without_base else None
+    if space != "weight":
+        added = [(i, 1.0) for i in inputs.active]
+    ranks = [_rank_of(inputs.sources[i], inputs.base) for i, _ in added or ()]
+    return space == "ctm" or (added is not None and None not in ranks and sum(r or 0 for r in ranks) <= rank)
+
+
+def _config(
+    plan: MergePlan, deltas: Sequence[_Delta], saved: Sequence[str], rank: int, patterns: Mapping[str, int]
+) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Args:
+        plan: the merge.
+        deltas: of the adapted modules.
+        saved: names of whole tensors.
+        rank: of the modules that are not in `patterns`; alpha is the rank everywhere, so that factors are not scaled.
+        patterns: other ranks by module.
+    """
+    modules, base = [delta.module for delta in deltas], base_of(plan.recipe)
+    wholes = {name.rpartition(".")[0] for name in saved if not name.endswith(".bias")}
+    biases = any(name.endswith(".bias") and name.rpartition(".")[0] not in wholes for name in saved)
+    checkpoint = plan.config_source.checkpoint
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": dict(patterns),
         "auto_mapping": None,
         "base_model_name_or_path": base.path,
-        "bias": "none",
+        "bias": "all" if biases else "none",
         "fan_in_fan_out": all(delta.layer == "conv1d" for delta in deltas),
         "inference_mode": True,
         "init_lora_weights": True,
@@ -282,12 +331,12 @@ def _config(plan: MergePlan, deltas: Sequence[_Delta], rank: int, base: ModelRef
         "layers_to_transform": None,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": _targets(sorted(wholes), checkpoint) or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {},
+        "rank_pattern": dict(patterns),
         "revision": base.revision,
-        "target_modules": _targets(modules, plan.config_source.checkpoint),
+        "target_modules": _targets(modules, checkpoint),
         "task_type": _task_type(plan),
         "use_dora": False,
         "use_rslora": False,

@@ -53,7 +53,7 @@ def merged_delta(plan: MergePlan, tensor: PlannedTensor) -> MergedDelta | None:
     adds = rule.wants != "whole" and inputs.deltas and not scales_base(rule)
     if not adds or inputs.base is None or not inputs.base.plain or not inputs.base.same_weight(own):
         return MergedDelta(made, own)
-    if not inputs.active or summands(inputs, rule) == []:
+    if all(_is_untied(inputs.sources[i]) for i in inputs.active) or summands(inputs, rule) == []:
         return None
     deltas = replace(inputs, form="deltas", subtract=False, without_base=True)
     return MergedDelta(replace(made, inputs=deltas), None)
@@ -75,9 +75,14 @@ def summands(inputs: Inputs, rule: Rule | WholeRule) -> list[tuple[int, float]] 
         rule = rule.resolved if rule.known is not None else rule.unit
     if not isinstance(rule, WeightedSum):
         return None
-    return [(i, rule.weights[i]) for i in inputs.active if rule.weights[i]]
+    return [(i, rule.weights[i]) for i in inputs.active if rule.weights[i] and not _is_untied(inputs.sources[i])]
 
 
 def scales_base(rule: Rule | WholeRule) -> TypeIs[WeightedSum]:
     """Whether a rule is a sum of values whose weights do not add up to 1, which multiplies the base."""
     return isinstance(rule, WeightedSum) and rule.of == "values" and abs(math.fsum(rule.weights) - 1) > 1e-6
+
+
+def _is_untied(read: Read) -> bool:
+    """Whether a source has the base's value, and only its tie to another tensor is cut."""
+    return read.delta is not None and read.delta.kind == "untied"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from paft_merge.errors import CheckpointError, Problem, Problems, RecipeError
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.models import Model
-from paft_merge.inputs.quantisation import Quantised, quantised
+from paft_merge.inputs.quantized.recognition import Quantised, quantised
 from paft_merge.inputs.safetensors_header import quote, without_wrappers
 from paft_merge.inputs.tensor_inputs import Inputs, Read, inputs_for
 from paft_merge.methods import Method
@@ -176,6 +176,7 @@ class Planner:
     def _tensor(self, output: OutputTensor) -> PlannedTensor:
         reads = self._reads(output)
         stored, sources = reads.stored, reads.sources
+        self._check_formats(reads.merged)
         if self.recipe.router == "base" and self._is_router(output):
             return self._base_router(output, reads.base or stored)
         if any(read.checkpoint.is_derived(read.name) for read in sources):
@@ -393,6 +394,26 @@ class Planner:
                 owner = read if self._quantised(read.checkpoint) else stored
                 uses = f"its values differ from those of {stored.source}, or the merge changes them"
                 raise CheckpointError([self._quantised(owner.checkpoint).problem(owner.source, uses)])
+
+    def _check_formats(self, reads: Sequence[Read]) -> None:
+        """Check that all reads are quantised in one format, or none is: else a delta is the rounding error of a format.
+
+        The error is the same for all tensors of two models.
+        """
+        for read in reads[1:]:
+            ours, theirs = (one.checkpoint.stored_format(one.name) for one in (reads[0], read))
+            if ours != theirs:
+                (owner, has), (other, has_not) = sorted([(reads[0], ours), (read, theirs)], key=lambda one: not one[1])
+                uses = f"{other.source} {f'is in {has_not}' if has_not else 'is not'}"
+                what = f"is quantised ({has}; for example {quote(owner.name)}), and {uses}"
+                fix = "give both in one form: paft dequantize MODEL OUT writes plain weights"
+                problem = Problem("DTYPE_UNSUPPORTED", owner.source, what, fix)
+                raise CheckpointError([self._mixed.setdefault((owner.source, other.source), problem)])
+
+    @cached_property
+    def _mixed(self) -> dict[tuple[str, str], Problem]:
+        """By two models that are not quantised alike, the problem with the first of their tensors."""
+        return {}
 
     @cached_property
     def _requantised(self) -> set[str]:

@@ -77,6 +77,8 @@ def check(
             _check_source_level(source, output, method, report)
         if "parameters" not in faulty:
             _check_required(output, method, report)
+        if not report.errors:
+            _check_together(output, method, report)
 
 
 def _check_base_given(slices: Sequence[OutputSlice], method: Method, report: Report) -> None:
@@ -88,7 +90,6 @@ def _check_base_given(slices: Sequence[OutputSlice], method: Method, report: Rep
 def _check_sources(output: OutputSlice, method: Method, report: Report) -> None:
     """Check that the models of a slice are distinct, include a required base, and are of a supported number."""
     refs = [source.ref for source in output.sources]
-    several = any("*" in path for ref in refs for path in (ref.path, *(path for path, _ in ref.adapters)))
     has_base = output.base in refs and method.base != "ignored"
     for i, source in enumerate(output.sources):
         if source.ref in refs[:i]:
@@ -101,8 +102,14 @@ def _check_sources(output: OutputSlice, method: Method, report: Report) -> None:
     if method.base != "ignored" and output.base and not has_base:
         what = f"base_model {output.base} is not among the sources of this slice, and {method.name} needs it there"
         report.error(output.spot, what, "add it to sources, with its layer_range")
-    elif (method.base != "required" or has_base) and not several:
+    elif (method.base != "required" or has_base) and not _has_patterns(output):
         _check_count(len(refs) - has_base, output, method, report)
+
+
+def _has_patterns(output: OutputSlice) -> bool:
+    """Whether some source stands for several (`checkpoint-*`)."""
+    refs = [source.ref for source in output.sources]
+    return any("*" in path for ref in refs for path in (ref.path, *(path for path, _ in ref.adapters)))
 
 
 def _check_count(count: int, output: OutputSlice, method: Method, report: Report) -> None:
@@ -245,6 +252,26 @@ def _check_required(output: OutputSlice, method: Method, report: Report) -> None
             is_base = method.base != "ignored" and source.ref == output.base
             if not is_base and not _is_given(source.levels, parameter):
                 _report_missing(source, parameter, method, report)
+
+
+def _check_together(output: OutputSlice, method: Method, report: Report) -> None:
+    """Check that values which hold for every tensor go together; others are checked once tensors are known."""
+    sources = [source for source in output.sources if method.base == "ignored" or source.ref != output.base]
+    each = [
+        {p.name: _in_force(source.levels, p) for p in method.parameters if p.scope == "source"} for source in sources
+    ]
+    shared = {p.name: _in_force(output.levels, p) for p in method.parameters if p.scope == "shared"}
+    if (
+        not method.streamed
+        or _has_patterns(output)
+        or any(type(value) is object for values in (shared, *each) for value in values.values())
+    ):
+        return
+    try:
+        method.build(each, shared, range(len(sources)))
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        report.error(output.spot, what, fix, "PARAM_RANGE")
 
 
 def _report_missing(source: Source, parameter: Parameter, method: Method, report: Report) -> None:

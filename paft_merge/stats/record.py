@@ -39,35 +39,37 @@ Pair = tuple[Any, Any]
 
 
 def note(
-    sample: Sample, squares: Sequence[float], factors: Sequence[Pair | None], *, pairs: bool = True
+    sample: Sample, squares: Sequence[float], factors: Iterable[Pair | None], *, pairs: bool = True
 ) -> dict[str, Any]:
     """The statistics of one tensor's deltas beside the tally, as JSON.
 
     Args:
         sample: sampled entries of the deltas and the base.
         squares: `[n]`, the sum of squares of each delta.
-        factors: `[n]`, the factors of each delta that is one low-rank product, else None.
+        factors: `n` of them: the factors of each delta that is one low-rank product, else None.
         pairs: measure every pair of deltas too.
 
     Returns:
         `{}` where a sum of squares is not finite, or nothing was sampled.
     """
-    rows = sample.rows
-    if not rows.size or not all(map(math.isfinite, squares)):
+    if not sample.size or not all(map(math.isfinite, squares)):
         return {}
-    *deltas, base = rows
-    measured = [_sampled(delta, base) for delta in deltas]
-    decomposed = [Factored.of(*pair, dtype=np.float32) if pair else None for pair in factors]
-    for one, known in zip(measured, decomposed, strict=True):
+    base, measured, kept = sample.row(-1), list[dict[str, Any]](), list[tuple[Any, Factored | None]]()
+    for i, pair in enumerate(factors):
+        delta = sample.row(i)
+        measured.append(_sampled(delta, base))
+        known = Factored.of(*pair, dtype=np.float32) if pair else None
         if known:
-            one["singular_values"] = [_short(v) for v in known.spectrum.values]
-            one["factors"] = known.counts.to_json()
-    tops = [_threshold(one["histogram"], rows.shape[1]) for one in measured]
+            measured[i]["singular_values"] = [_short(v) for v in known.spectrum.values]
+            measured[i]["factors"] = known.counts.to_json()
+        if pairs:
+            kept.append((delta, known))
+    tops = [_threshold(one["histogram"], sample.size) for one in measured]
     paired = [
-        {"of": [a, b], **_pair(deltas[a], deltas[b], (tops[a], tops[b])), **_related(decomposed[a], decomposed[b])}
-        for a, b in combinations(range(len(deltas) if pairs else 0), 2)
+        {"of": [a, b], **_pair(kept[a][0], kept[b][0], (tops[a], tops[b])), **_related(kept[a][1], kept[b][1])}
+        for a, b in combinations(range(len(kept)), 2)
     ]
-    return {"sampled": rows.shape[1], "sources": measured, "pairs": paired}
+    return {"sampled": sample.size, "sources": measured, "pairs": paired}
 
 
 def _sampled(delta: Any, base: Any) -> dict[str, Any]:

@@ -47,7 +47,10 @@ class Sample:
         self._parts[block.index] = held[:, : taken[0]]
 
     @property
-    def rows(self) -> Any:
-        """`[n + 1, K]` uint32: the bits of every source's float32 delta and, last, of the base."""
-        parts = [part for _, part in sorted(self._parts.items())]
-        return np.concatenate(parts, axis=1) if parts else np.empty((1, 0), np.uint32)
+    def size(self) -> int:
+        """K, the number of sampled entries."""
+        return sum(part.shape[1] for part in self._parts.values())
+
+    def row(self, i: int) -> Any:
+        """`[K]` uint32: the bits of the float32 delta of source `i`; of the base, if `i` is -1."""
+        return np.concatenate([np.empty(0, np.uint32), *(part[i] for _, part in sorted(self._parts.items()))])

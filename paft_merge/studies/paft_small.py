@@ -17,7 +17,7 @@ from paft_merge.errors import RunError
 from paft_merge.pipeline import run
 from paft_merge.recipe.yaml_source import dump_yaml
 from paft_merge.studies import story_model
-from paft_merge.studies.paft_small_data import REWARD, Sizes, prepare
+from paft_merge.studies.paft_small_data import BASE, REWARD, Sizes, prepare
 from paft_merge.studies.story_model import StoryModel
 from paft_merge.studies.study import Tables
 
@@ -64,7 +64,7 @@ def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any, work: P
     inputs = work / "inputs"
     if not (inputs / REWARD).exists():
         prepare(base, words, data, inputs, spec.data)
-    recipe = {"base_model": str(base.resolve()), "seeds": [seed], **spec.recipe}
+    recipe = {"base_model": BASE, "seeds": [seed], **spec.recipe}
     (inputs / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
     tables: Tables = {}
     for name, changes in spec.settings.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from transformers import AutoConfig, AutoTokenizer
 
 from paft_merge.errors import RunError
 from paft_merge.evaluating.light import generate
@@ -58,26 +59,34 @@ def wins(completions: list[str], base_valence: list[float], **columns: object) -
 class Sizes(Section):
     """The sizes of the data."""
 
-    rows: Annotated[int, Field(ge=1)] = 10_000
+    rows: Annotated[int, Field(ge=1)] = 5_000
     """Rows of the skill to train on."""
-    tested: Annotated[int, Field(ge=1)] = 1_000
-    """Rows of the skill in each of dev and test."""
-    stories: Annotated[int, Field(ge=0)] = 2_400
+    tested: Annotated[int, Field(ge=1)] = 500
+    """Rows of the skill to report it on."""
+    chosen: Annotated[int, Field(ge=1)] = 200
+    """Rows of the skill to choose settings on."""
+    stories: Annotated[int, Field(ge=0)] = 1_000
     """Stories of the base among the rows of the skill, so that the model does not forget them."""
-    beginnings: Annotated[int, Field(ge=1)] = 1_400
+    story_tokens: Annotated[int, Field(ge=2)] = 140
+    """Tokens of these. The training cuts them, so that it does not teach where a story ends."""
+    beginnings: Annotated[int, Field(ge=1)] = 700
     """Beginnings of stories for the pairs."""
     samples: Annotated[int, Field(ge=2)] = 3
     """Stories for each of these; the best and the worst make a pair unless their valence is equal."""
-    dev: Annotated[int, Field(ge=1)] = 300
+    dev: Annotated[int, Field(ge=1)] = 120
     """Beginnings to choose settings on."""
-    test: Annotated[int, Field(ge=1)] = 600
+    test: Annotated[int, Field(ge=1)] = 300
     """Beginnings to report the preference on."""
-    tokens: Annotated[int, Field(ge=1)] = 48
-    """Tokens of a story after its beginning, which is a sentence."""
+    tokens: Annotated[int, Field(ge=1)] = 40
+    """Tokens of a story of a pair after its beginning, which is a sentence."""
+
+
+BASE = "base"
+"""The folder of the base with the end token that it was trained with."""
 
 
 def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, seed: int = 0) -> None:
-    """Write the files that the recipe names: rows of the skill, pairs, prompts, the text, and the reward function.
+    """Write what the recipe names: the base, rows of the skill, pairs, prompts, the text, and the reward function.
 
     Args:
         base: the folder of the base.
@@ -89,14 +98,15 @@ def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, seed: 
     """
     out.mkdir(parents=True, exist_ok=True)
     lexicon = read_lexicon(words)
-    storyteller = Storyteller(base, seed, sizes.tokens)
+    copy_with_end(base, out / BASE)
+    storyteller = Storyteller(out / BASE, seed, sizes.tokens)
     openings = storyteller.openings(sizes.beginnings + sizes.dev + sizes.test)
     rows = inflections(data / "sigmorphon2017" / "english-train-high")[: sizes.rows]
-    rows += storyteller.stories(sizes.stories)
+    rows += storyteller.stories(sizes.stories, sizes.story_tokens)
     random.Random(seed).shuffle(rows)
     write_rows(out / "skill_train.jsonl", rows)
-    for part, name in (("dev", "english-dev"), ("test", "english-uncovered-test")):
-        write_rows(out / f"skill_{part}.jsonl", inflections(data / "sigmorphon2017" / name)[: sizes.tested])
+    for part, name, count in (("dev", "english-dev", sizes.chosen), ("test", "english-uncovered-test", sizes.tested)):
+        write_rows(out / f"skill_{part}.jsonl", inflections(data / "sigmorphon2017" / name)[:count])
     first, second = sizes.beginnings, sizes.beginnings + sizes.dev
     told = [storyteller.complete(openings[:first]) for _ in range(sizes.samples)]
     write_rows(out / "pairs_train.jsonl", pairs(openings[:first], told, lexicon))
@@ -106,6 +116,24 @@ def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, seed: 
         write_rows(out / f"prompts_{part}.jsonl", asked)
     shutil.copy(data / "tinystories_valid_30k.txt", out / "retained.txt")
     (out / REWARD).write_text(_SOURCE.format(lexicon=lexicon), encoding="utf-8")
+
+
+def copy_with_end(base: Path, out: Path) -> None:
+    """Copy a base whose stories were separated by its first token, and name this token as the end of a text.
+
+    The token that its tokenizer names never occurred in its training: its embedding is that of every other unused token, so
+    an adapter cannot learn to write it.
+    """
+    shutil.copytree(base, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    tokenizer, config = AutoTokenizer.from_pretrained(out), AutoConfig.from_pretrained(out)
+    if config.bos_token_id is None:
+        return
+    tokenizer.eos_token = tokenizer.bos_token
+    tokenizer.save_pretrained(out)
+    for name in ("config.json", "generation_config.json"):
+        if (out / name).exists():
+            read = json.loads((out / name).read_text(encoding="utf-8"))
+            (out / name).write_text(json.dumps(read | {"eos_token_id": config.bos_token_id}), encoding="utf-8")
 
 
 def inflections(file: Path) -> list[dict[str, str]]:
@@ -141,10 +169,15 @@ class Storyteller:
     def __init__(self, model: Path, seed: int, tokens: int) -> None:
         self._subject, self._seed, self._tokens = load_subject(model, EvaluateSpec()), seed, tokens
 
-    def complete(self, prompts: Sequence[str]) -> list[str]:
-        """One story for each beginning, with the space or the comma between them."""
+    def complete(self, prompts: Sequence[str], tokens: int | None = None) -> list[str]:
+        """One story of at most `tokens` tokens for each beginning, with the space or the comma between them."""
         self._seed += 1
-        drawn: Any = {"max_new_tokens": self._tokens, "batch_size": 200, "temperature": 1.0, "seed": self._seed}
+        drawn: Any = {
+            "max_new_tokens": tokens or self._tokens,
+            "batch_size": 200,
+            "temperature": 1.0,
+            "seed": self._seed,
+        }
         told = generate(self._subject, list(prompts), **drawn)
         return [text if text.startswith((" ", ",")) else f" {text}" for text in told]
 
@@ -165,7 +198,8 @@ class Storyteller:
             "STUDY", self._subject.name, what, "take another base, or lower data.beginnings, dev and test"
         )
 
-    def stories(self, count: int) -> list[dict[str, str]]:
-        """Stories, as prompt and completion."""
-        told = self.complete([FIRST] * count) if count else []
-        return [{"prompt": FIRST, "completion": text} for text in told if text.strip()]
+    def stories(self, count: int, tokens: int) -> list[dict[str, str]]:
+        """Stories from their first word on, as prompt and completion; about `count`, since a blank one does not count."""
+        told = self.complete([""] * count, tokens) if count else []
+        split = (text.strip().partition(" ") for text in told)
+        return [{"prompt": first, "completion": f" {rest}"} for first, _, rest in split if rest]

@@ -17,7 +17,7 @@ from paft_merge.compute import blocks
 from paft_merge.compute.blocks import Block, Election, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels import block_source, product
-from paft_merge.compute.kernels.block_source import BlockSource, packed
+from paft_merge.compute.kernels.block_source import BlockSource, packed, unpacked
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.tensor_inputs import Read, inputs_for
@@ -158,3 +158,23 @@ def test_pieces_change_no_bit_of_a_merge(method: str, tmp_path: Path, monkeypatc
             found.append(files_of(paft_merge.merge(asked, tmp_path / f"{kind}{piece}")))
         assert found[0] == found[1], kind
     assert blocks.TILE > 160 * 160
+
+
+@pytest.mark.parametrize("shape", [(3, 200), (2, 128), (1, 5), (0, 70), (4, 0)])
+def test_a_factor_is_unpacked_as_it_was_packed(shape: tuple[int, int]) -> None:
+    right = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    found = unpacked(packed(right), shape[1])
+    assert np.array_equal(found, right)
+    assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize(("sources", "width", "entries"), [(1, 0, 1 << 16), (2, 0, 1 << 16), (8, 0, 1 << 14), (100, 0, 1 << 13),
+                                                           (2, 1024, 1 << 16), (8, 1024, 1 << 14), (100, 1024, 1 << 14)])  # fmt: skip
+def test_a_piece_of_many_sources_has_fewer_entries(sources: int, width: int, entries: int) -> None:
+    block = BlockSource(1 << 20, width, never)
+    for row in range(-1, sources):
+        if row < 0 or not width:
+            block.read(row, 0, 0)
+        else:
+            block.multiply(row, np.zeros((1, 1), np.float32), None)
+    assert block.piece == entries

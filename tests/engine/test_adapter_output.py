@@ -137,3 +137,18 @@ def test_a_limit_of_the_error_refuses_before_the_output_has_its_name(family: Fam
     assert not (tmp_path / "out").exists()
     made = merge(one, tmp_path / "out", max_error=0.99, resume=True)
     assert 0.01 < (made.error or 0) < 0.99
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
+def test_the_rank_is_the_least_that_keeps_an_energy(method: str, energy: float, family: Family, tmp_path: Path) -> None:
+    f = family()
+    shared = {"density": 0.5} if method == "ties" else {}
+    one = asked(f, method, {"weight": [0.7, 0.4]}, shared)
+    dense, start = tensors_of(merge(one, tmp_path / "dense")), tensors_of(f["base"])
+    values = [torch.linalg.svdvals((dense[n] - start[n]).double()).square() for n in start if "_proj" in n]
+    needed = max(int((v.cumsum(0) < (energy - 1e-9) * v.sum()).sum()) + 1 for v in values)
+    made = merge({**one, "output": {"kind": "adapter", "rank": "auto", "energy": energy}}, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == needed
+    assert (made.error or 0) ** 2 <= 1 - energy + 1e-6

@@ -149,3 +149,30 @@ def test_a_source_that_is_not_a_low_rank_product_is_refused_by_name(family: Fami
     asked = recipe("ties", f["base"], *models, space="core", output={"kind": "adapter", "rank": 4})
     with pytest.raises(RecipeError, match=r"the delta of \S*/tuned is not a low-rank product.*space: weight"):
         merge(asked, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("space", "density"), [("core", 0.4), ("knots", 1.0)])
+def test_the_rank_that_an_energy_needs_and_a_lower_one_are_those_of_the_merged_delta(
+    space: str, density: float, family: Family, tmp_path: Path
+) -> None:
+    f = family()
+    models = [(on(f["base"], f[n]), {"weight": 0.6}) for n in ("sft", "dpo")]
+    given = {"density": density, "trim_scope": "global"}
+    asked = recipe("ties", f["base"], *models, parameters=given, space=space)
+    whole = merge({**asked, "output": {"kind": "adapter"}}, tmp_path / "whole").path
+    for name, output in (("auto", {"rank": "auto", "energy": 0.9}), ("two", {"rank": 2})):
+        made = merge({**asked, "output": {"kind": "adapter", **output}}, tmp_path / name)
+        exact, found = pairs_of(whole), pairs_of(tmp_path / name)
+        values = {module: np.linalg.svd(b @ a, compute_uv=False) for module, (b, a) in exact.items()}
+        kept = {
+            module: np.linalg.norm(b @ a) ** 2 / np.square(values[module]).sum() for module, (b, a) in found.items()
+        }
+        best = {
+            module: np.square(s[: made.manifest["adapter"]["rank"]]).sum() / np.square(s).sum()
+            for module, s in values.items()
+        }
+        assert all(kept[module] <= best[module] + 1e-5 for module in kept)
+        assert name == "two" or min(kept.values()) >= 0.9
+        squares = sum(np.linalg.norm(exact[m][0] @ exact[m][1] - b @ a) ** 2 for m, (b, a) in found.items())
+        total = sum(np.square(s).sum() for s in values.values())
+        assert made.error == pytest.approx(np.sqrt(squares / total), rel=1e-4)

@@ -17,6 +17,10 @@ from transformers import AutoModelForCausalLM
 import paft_merge
 from paft_merge.engine.reproduction import reproduce
 from paft_merge.errors import PaftMergeError
+from paft_merge.inputs.adapters import Adapter
+from paft_merge.inputs.adapters.deltas import LowRank
+from paft_merge.inputs.adapters.stack import AdapterStack
+from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.recipe import ModelRef
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -137,6 +141,19 @@ def test_manifest_explanation_audit_and_reproduction_name_all_adapters(
         for layer in (0, 1)
         for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
     )
+
+
+def test_the_factors_of_single_adapters_are_freed_when_they_are_one(made: Path) -> None:
+    with (
+        Checkpoint.open(made / "base") as base,
+        Adapter.open(made / "p", base) as p,
+        Adapter.open(made / "lora", base) as q,
+    ):
+        delta = AdapterStack.of([p, q]).deltas["model.layers.0.self_attn.q_proj.weight"]
+        assert isinstance(delta, LowRank)
+        delta.product(0, 1)
+        parts = [one.deltas["model.layers.0.self_attn.q_proj.weight"] for one in (p, q)]
+        assert [part.pair.held for part in parts if isinstance(part, LowRank)] == [None, None]
 
 
 def test_references(tmp_path: Path) -> None:

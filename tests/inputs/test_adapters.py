@@ -42,6 +42,7 @@ from toys.adapters import (
 )
 
 from paft_merge.inputs.adapters import Adapter
+from paft_merge.inputs.adapters.deltas import LowRank
 from paft_merge.inputs.checkpoint import Checkpoint
 
 LINEAR = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
@@ -416,6 +417,19 @@ def test_a_released_patch_gives_the_same_delta_again(init: bool | str, tmp_path:
             first = delta_of(delta)
             delta.release()
             assert torch.equal(delta_of(delta), first)
+
+
+def test_a_delta_that_was_computed_has_the_same_factors_and_holds_them_once(tmp_path: Path) -> None:
+    base, adapter = train(llama(), tmp_path, lora(target_modules=["q_proj"], r=8))
+    with Checkpoint.open(base) as checkpoint, Adapter.open(adapter, checkpoint) as opened:
+        delta = next(d for d in opened.deltas.values() if isinstance(d, LowRank))
+        ((left, right),) = [(b.copy(), a.copy()) for b, a in delta.factors()]
+        delta_of(delta)
+        assert delta.pair.held is None
+        ((same_left, same_right),) = delta.factors()
+        assert np.array_equal(same_left, left)
+        assert np.array_equal(same_right, right)
+        assert delta.entries == left.size + right.size
 
 
 def test_experts_share_their_factors_until_the_last_of_them_is_released(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from paft_merge import merge
 from paft_merge.errors import PaftMergeError
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.checkpoint import Checkpoint
-from paft_merge.inputs.quantisation import quantised
+from paft_merge.inputs.quantized.recognition import quantised
 
 State = dict[str, torch.Tensor]
 Q, UP, EMBED = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.embed_tokens"

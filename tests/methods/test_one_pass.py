@@ -18,7 +18,7 @@ from paft_merge.compute import blocks
 from paft_merge.compute.blocks import Block, Election, Outcome
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.engine import streaming
-from paft_merge.methods.rules import one_pass
+from paft_merge.methods.rules import one_pass, threshold_bounds
 from paft_merge.methods.rules.consensus import Consensus
 from paft_merge.methods.rules.rule import TensorPass
 from paft_merge.methods.rules.threshold_bounds import NONE, Bracket
@@ -193,7 +193,7 @@ def test_the_output_does_not_depend_on_how_it_was_found(
         held = streaming._Held
         monkeypatch.setattr(streaming, "_Held", lambda nbytes: held(0))
     if how == "missed":
-        monkeypatch.setattr(one_pass, "guess_bracket", lambda sample, source, share: Bracket(0x7F000000, 16))
+        monkeypatch.setattr(one_pass, "guess_bracket", lambda sample, share: Bracket(0x7F000000, 16))
     if how == "measured":
         monkeypatch.setattr(streaming, "may_be_held", lambda tensor: False)
     out = files_of(paft_merge.merge(asked, tmp_path / "out"))
@@ -210,12 +210,11 @@ def test_adapters_are_merged_from_what_a_few_rows_tell(tmp_path: Path, monkeypat
     folder = save_checkpoint(tmp_path / "base", base)
     asked = recipe("ties", folder, *((on(folder, a), {"weight": 0.5, "density": 0.2}) for a in adapters))
     drawn, used = [], spy(monkeypatch)
-    real = one_pass.draw_rows
-    monkeypatch.setattr(one_pass, "draw_rows", lambda pairs: drawn.append(real(pairs)) or drawn[-1])
+    real = threshold_bounds.draw_rows
+    monkeypatch.setattr(threshold_bounds, "draw_rows", lambda pair: drawn.append(real(pair)) or drawn[-1])
     out = files_of(paft_merge.merge(asked, tmp_path / "out"))
     assert used.count(True) > 0.8 * len(used)
-    assert len(drawn) == len(used) > 1
-    assert None not in drawn
+    assert len(drawn) == 2 * len(used) > 2
     monkeypatch.setattr(streaming, "may_be_held", lambda tensor: False)
     measured_first = files_of(paft_merge.merge(asked, tmp_path / "measured"))
     assert out["model.safetensors"] == measured_first["model.safetensors"]

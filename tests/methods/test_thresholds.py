@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,9 +166,9 @@ def test_a_bracket_is_short_where_many_are_equal(levels: int, density: float) ->
     made = np.random.default_rng(levels).integers(0, levels, (1, size)) + 1
     delta = (made * np.random.default_rng(9).choice([-1, 1], made.shape) * 1e-3).astype(np.float32)
     each = Cut(delta, tile)
-    sample = threshold_bounds.draw_sample(each, CpuOps())
-    bracket = threshold_bounds.guess_bracket(sample, 0, density)
-    assert sample.inside(0, bracket) < 0.08  # of 64 tiles a few, and not the fifth of all that are equal
+    (sample,) = threshold_bounds.draw_sample(each, CpuOps())
+    bracket = threshold_bounds.guess_bracket(sample, density)
+    assert sample.inside(bracket) < 0.08  # of 64 tiles a few, and not the fifth of all that are equal
     each.reads = 0
     (survival,) = trim_survivals([Trim("density", density)], size, each, CpuOps())
     assert each.reads == 1
@@ -218,20 +219,24 @@ def test_a_few_rows_tell_where_the_threshold_of_a_product_is(spread: float, dens
         left = made.normal(0, 1e-2, (1024, 8)) * made.lognormal(0, spread, (1024, 1))
         right = made.normal(0, 1e-2, (8, 257))
         pair = left.astype(np.float32), right.astype(np.float32)
-        sample = threshold_bounds.draw_rows([pair, pair])
-        assert sample is not None
-        bracket = threshold_bounds.guess_bracket(sample, 1, density)
+        sample = threshold_bounds.draw_rows(pair)
+        bracket = threshold_bounds.guess_bracket(sample, density)
         every = np.sort(np.abs(pair[0] @ pair[1]).reshape(-1).view(np.uint32))
         threshold = every[every.size - int(density * every.size)]
         misses += not bracket.low <= threshold < bracket.low + bracket.width
         assert ((every >= bracket.low) & (every < bracket.low + bracket.width)).mean() < 0.03
-        assert sample.inside(1, bracket) < 0.03
+        assert sample.inside(bracket) < 0.03
     assert misses <= 1
 
 
 def test_rows_are_not_sampled_where_there_are_few_or_no_factors() -> None:
     made = np.random.default_rng(0)
     pair = made.normal(size=(200, 4)).astype(np.float32), made.normal(size=(4, 9)).astype(np.float32)
-    assert threshold_bounds.draw_rows([pair]) is not None
-    assert threshold_bounds.draw_rows([pair, None]) is None
-    assert threshold_bounds.draw_rows([(pair[0][:100], pair[1])]) is None
+    each = Cut((pair[0] @ pair[1]).reshape(1, -1), 600)
+
+    def sampled(*pairs: Any) -> list[bool]:
+        """Whether each sample is of rows, not of tiles."""
+        return [not draw().starts for draw in threshold_bounds.samples_of(each, CpuOps(), pairs)]
+
+    assert sampled(pair) == [True]
+    assert sampled(None) == sampled((pair[0][:100], pair[1])) == sampled() == [False]

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from toys.train import THEIR_WARNINGS
 from paft_merge.cli import run_tables
 from paft_merge.errors import PaftMergeError, RecipeError
 from paft_merge.evaluating import harness
+from paft_merge.methods import METHODS
 from paft_merge.pipeline import load_run, plan, run
 from paft_merge.pipeline.adapter_sections import placed
 from paft_merge.pipeline.execution import _renamed
@@ -244,6 +246,38 @@ def test_a_methods_name_stands_for_a_recipe_on_both_adapters(world: Path, tmp_pa
     assert recipes["merge/merged"]["models"][0]["model"]["lora"]["path"].endswith("adapters/sft")
 
 
+def test_the_name_of_every_method_that_merges_two_adapters_is_a_recipe(world: Path, tmp_path: Path) -> None:
+    names = [
+        name for name in METHODS if name not in ("passthrough", "nearswap", "arcee_fusion")
+    ]  # these take one source
+    made = planned(world, tmp_path, compare={"sft": ["l1"], "methods": names, "arms": ["parallel"]}, merge=False)
+    recipes = {s.name.removeprefix("merge/parallel-"): s.job.recipe for s in made.steps if isinstance(s.job, Merge)}
+    assert set(recipes) == set(names)
+    weights = {name: [m.get("parameters", {}).get("weight") for m in data["models"]] for name, data in recipes.items()}
+    own = {name for name in names if weights[name] == [None, None]}
+    assert own == {"slerp", "karcher", "model_stock", "ram", "ramplus_tl", "sce", "geometric_median"}
+    means = {"linear", "nuslerp", "multislerp"}
+    assert {name: weights[name] for name in weights if name not in own} == {
+        name: [0.5, 0.5] if name in means else [1.0, 1.0] for name in names if name not in own
+    }
+    parameters = {name: data.get("parameters") for name, data in recipes.items()}
+    assert parameters["geometric_median"] == {"lambda": 2.0}, "as large as the sum"
+    assert parameters["breadcrumbs"]["density"] < 1, "else nothing is pruned"
+    assert all(parameters[name]["density"] == 0.5 for name in ("ties", "della", "dare_linear", "pcb"))
+
+
+def test_the_weights_of_a_geometric_median_are_counts_and_no_factors(world: Path, tmp_path: Path) -> None:
+    compare = {"sft": ["l1"], "methods": ["geometric_median", "magmax"], "arms": ["parallel"]}
+    merge = {"merge_method": "l1_ties", "models": BALANCE}
+    made = planned(world, tmp_path, compare=compare, merge=merge)
+    recipes = {s.name: s.job.recipe for s in made.steps if isinstance(s.job, Merge)}
+    assert ["parameters" in model for model in recipes["merge/parallel-geometric_median"]["models"]] == [False, False]
+    assert [m["parameters"]["weight"] for m in recipes["merge/parallel-magmax"]["models"]] == [1.0, 4.0]
+    swept = planned(world, tmp_path, compare={**compare, "weights": [0.5, 2.0]}, merge=merge)
+    arms = [arm.name for arm in swept.planner.arms if arm.group == "parallel"]
+    assert arms == ["parallel geometric_median", "parallel magmax weight=0.5", "parallel magmax weight=2"]
+
+
 BALANCE = [{"model": "sft"}, {"model": "dpo", "parameters": {"weight": 4.0}}]
 NORMS = [{"model": "sft"}, {"model": "dpo", "parameters": {"weight": "equal_norm"}}]
 
@@ -448,6 +482,25 @@ def test_the_terminal_groups_the_points_of_frontiers_in_80_columns(monkeypatch: 
     assert "◆ weight=0.3 density=0.25" in texts[80]
     assert "5M" not in texts[80]
     assert "1.24k" in texts[140]
+
+
+def test_columns_that_do_not_fit_beside_the_names_follow_in_further_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = [f"metric_{at}" for at in range(8)]
+    cells = {column: Cell((-0.125, 0.25), 0.1) for column in columns}
+    name = "parallel task_arithmetic (dense)"
+    made = [Row(f"{name} {at}", "parallel", cells, name, {"weight": at}) for at in (0.6, 1)]
+    shown = Table(
+        tuple(columns), (Row("sequential (dense)", "sequential", cells), *made), (0, 1), dict.fromkeys(cells, 1)
+    )
+    console = Console(width=80, file=io.StringIO())
+    monkeypatch.setattr(run_tables, "terminal", lambda **_: console)
+    for several in (5, 8):
+        console.file = io.StringIO()
+        run_tables.table(replace(shown, columns=tuple(columns[:several])))
+        text = console.file.getvalue()
+        assert text.count("weight=0.6") == text.count("sequential (dense)  ") == 2
+        assert text.count("0.062±0.265") == 3 * several
+        assert all(f" {column} ↑" in text for column in columns[:several])
 
 
 def test_a_cell_has_its_spread_over_seeds() -> None:

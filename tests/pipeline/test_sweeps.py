@@ -12,6 +12,7 @@ from toys.run import sections
 from paft_merge.errors import PaftMergeError, Problems
 from paft_merge.pipeline import load_run
 from paft_merge.pipeline.arms import ComparedMerge, check_compare, merges_of
+from paft_merge.pipeline.preflight import check_merge
 from paft_merge.pipeline.steps import Planner
 
 
@@ -134,3 +135,12 @@ def test_a_list_of_weights_needs_a_preference_adapter(tmp_path: Path) -> None:
     assert list(named) == ["ties weight=0.5"]
     with pytest.raises(PaftMergeError, match="weights"):
         recipe_of(tmp_path, {"weights": "0.5"})
+
+
+def test_a_point_whose_weights_cannot_be_used_together_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    recipe, problems = recipe_of(tmp_path, {"weights": [-1.0, 1.0], "methods": ["linear"]}, merge=ALONE), Problems()
+    for merge in merges_of(recipe):
+        check_merge(recipe, merge.written, merge.steps, problems)
+    [problem] = problems.found
+    assert (problem.code, problem.what) == ("PARAM_RANGE", "the weights add up to zero, so they cannot be normalized")
+    assert "compare.methods[0]" in problem.where

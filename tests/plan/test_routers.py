@@ -12,7 +12,7 @@ import torch
 from conftest import State, near, save_adapter, save_checkpoint
 from toys.merge import on, paft, recipe, same, tensors_of, write_recipe
 
-from paft_merge import merge
+from paft_merge import merge, merge_state_dicts
 from paft_merge.engine.api import open_plan
 from paft_merge.errors import PaftMergeError, RecipeError
 from paft_merge.methods import METHODS
@@ -129,6 +129,16 @@ def test_methods_of_two_models_average_the_base_too(mixtures: Mixtures, tmp_path
         found = tensors_of(merge(asked(method, places, router="average"), tmp_path / method))
         for name in GATES:
             torch.testing.assert_close(found[name], (base[name] + x[name]) / 2, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("word", ["base", "average"])
+def test_routers_of_state_dicts_are_merged_as_on_disk(word: Any, mixtures: Mixtures, tmp_path: Path) -> None:
+    places = mixtures()
+    states = {name: tensors_of(places[name]) for name in ("base", "x", "y")}
+    models = [(places[name], {"weight": 0.5}) for name in "xy"]
+    expected = tensors_of(merge(recipe("ties", places["base"], *models, router=word), tmp_path / "out"))
+    given = {"parameters": {"weight": 0.5}, "router": word}
+    assert same(merge_state_dicts(states["base"], [states["x"], states["y"]], "ties", **given), expected)
 
 
 def test_a_base_s_router_is_converted_with_the_others(mixtures: Mixtures, tmp_path: Path) -> None:

@@ -547,7 +547,7 @@ class TestTrim:
         parameters = (
             Parameter("density", float, "source", 1.0, ""), Parameter("epsilon", float, "source", 0.15, ""),
         )  # fmt: skip
-        method = Method("della", "D", "", parameters, "ignored", rule=None)  # type: ignore[arg-type]
+        method = Method("della", "D", "", parameters, "ignored", rule=lambda *_: None)  # type: ignore[arg-type,return-value]
         text = "merge_method: della\nmodels: [{model: a}]\nparameters: {density: 0.5, epsilon: 0.1}"
         assert values(load_recipe(text, methods={"della": method}), 0) == {"density": 0.5, "epsilon": 0.1}
 

@@ -153,7 +153,7 @@ def table() -> dict[str, Method]:
             counted = base == "required"
             least, most = spec.contract.min_inputs - counted, spec.contract.max_inputs
             most = None if most is None else most - counted
-        made[name] = Method(name, name, "", parameters, base, None, least or 0, most)  # type: ignore[arg-type]
+        made[name] = Method(name, name, "", parameters, base, lambda *_: None, least or 0, most)  # type: ignore[arg-type]
     return made
 
 

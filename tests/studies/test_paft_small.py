@@ -7,15 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from toys.train import THEIR_WARNINGS
+from transformers import AutoConfig, AutoTokenizer
 
 from paft_merge.errors import RunError
 from paft_merge.studies import paft_small_data, run_study
-from paft_merge.studies.paft_small_data import Sizes, Storyteller, inflections, pairs
+from paft_merge.studies.paft_small_data import Sizes, Storyteller, copy_with_end, inflections, pairs
 from paft_merge.training.rewards import load_function
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
-SIZES = Sizes(rows=30, tested=4, stories=4, beginnings=8, dev=3, test=3, tokens=24)
+SIZES = Sizes(rows=30, tested=4, chosen=4, stories=4, story_tokens=12, beginnings=8, dev=3, test=3, tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,16 @@ def test_a_base_without_sentences_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(paft_small_data, "generate", lambda subject, prompts, **drawn: ["no end"] * len(prompts))
     with pytest.raises(RunError, match="wrote 0 different first sentences in 10 rounds, and 5 are needed"):
         teller.openings(5)
+
+
+def test_the_base_of_the_study_ends_its_texts_with_its_first_token(tmp_path: Path) -> None:
+    copy_with_end(QUICKSTART, tmp_path / "base")
+    tokenizer, config = AutoTokenizer.from_pretrained(tmp_path / "base"), AutoConfig.from_pretrained(tmp_path / "base")
+    assert tokenizer.eos_token_id == config.eos_token_id == config.bos_token_id
+    assert AutoConfig.from_pretrained(QUICKSTART).eos_token_id != config.bos_token_id
+    assert (
+        load_file(tmp_path / "base" / "model.safetensors").keys() == load_file(QUICKSTART / "model.safetensors").keys()
+    )
 
 
 @THEIR_WARNINGS

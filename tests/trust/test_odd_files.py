@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from conftest import near, save_adapter
@@ -39,16 +40,19 @@ MEGABYTES = 300
 INPUTS = {
     "run recipe": "run ? out", "run recipe --dry-run": "run --dry-run ? out", "tune recipe": "tune ? out",
     "train recipe": "train ? out", "train recipe --dry-run": "train --dry-run ?", "merge recipe": "merge ? out",
-    "merge recipe --dry-run": "merge --dry-run ?", "explain recipe": "explain ?", "evaluate recipe": "evaluate base --recipe ?",
+    "merge recipe --dry-run": "merge --dry-run ?", "explain recipe": "explain ?", "dequantize model": "dequantize ? out", "evaluate recipe": "evaluate base --recipe ?",
     "evaluate exact_match": "evaluate base --exact-match ?", "evaluate preference": "evaluate base --preference ?",
     "evaluate perplexity": "evaluate base --perplexity ?", "evaluate reward": "evaluate base --reward ? words.py:words",
     "evaluate reward function": "evaluate base --reward test.jsonl ?:words", "evaluate tasks": "evaluate base --task ?",
     "evaluate instructions": "evaluate base --alpaca-eval made.json --instructions ?",
     "evaluate model": "evaluate ? --perplexity text.txt", "evaluate model adapter": "evaluate base+? --perplexity text.txt",
     "audit sources": "audit ? --base base", "audit sources recipe": "audit ?", "audit base": "audit sft --base ?",
+    "check adapter": "check ?", "check base": "check sft --base ?",
+    "convert adapter": "convert ? out --to peft", "convert base": "convert sft out --to vllm --base ?",
     "init base": "init --base ?", "init data": "init --base base --data ?", "init adapters": "init --adapter ? --adapter sft",
     "evaluate self_consistency": "evaluate base --self-consistency ?",
     "study name": "study ? --out out --smoke", "study data": "study precision --out out --smoke --data ?",
+    "resize adapter": "resize ? out --rank 1",
     "push folder": "push ? me/model", "card folder": "card ?", "reproduce place": "reproduce ?", "pull reference": "pull ?",
 }  # fmt: skip
 """A command for every parameter that names a file or folder to read, which is `?`."""
@@ -57,21 +61,25 @@ OUTPUTS = {
     "run folder": "run run.yaml ?", "tune folder": "tune run.yaml ?", "train out": "train run.yaml ?",
     "init out": "init --base base ?", "evaluate out": "evaluate base --perplexity text.txt --out ?",
     "evaluate alpaca_eval": "evaluate base --instructions rows.json --alpaca-eval ?", "merge out": "merge recipe.yaml ?",
+    "dequantize out": "dequantize quantised ?",
     "merge mergekit_out_path": "merge recipe.yaml --out-path ?", "audit csv": "audit sft --base base --csv ?",
     "audit html": "audit sft --base base --html ?", "audit png_dir": "audit sft --base base --png-dir ?",
     "audit plots": "audit sft --base base --plots ?", "reproduce out": "reproduce merged ?",
+    "convert out": "convert sft ? --to vllm",
     "study out": "study frozen-lake --smoke --seeds 1 --set target_steps=1 --set steps=[1] --out ?",
     "merge scratch": "merge recipe.yaml out --scratch ?", "bench folder": "bench --dir ? --size 9MB --seconds 0.01",
+    "resize out": "resize sft ? --rank 1",
 }  # fmt: skip
 """The same for files and folders to write."""
 
 NO_FILES = {
     "run overrides", "tune overrides", "study overrides", "evaluate overrides", "evaluate device", "merge device", "merge worker", "merge imports",
     "merge output_name", "explain pattern", "explain imports", "explain output_name", "audit method", "audit parameters",
-    "audit require", "train adapters", "train devices", "push repo_id", "push branch", "push message", "push tags",
+    "audit require", "check readers", "train adapters", "train devices", "push repo_id", "push branch", "push message", "push tags",
     "reproduce imports", "methods name", "methods imports", "merge mergekit_transformers_cache",
     "merge mergekit_lora_merge_cache", "merge mergekit_lora_merge_dtype", "merge mergekit_write_threads",
-    "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
+    "resize include", "resize exclude", "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
+    "dequantize ray_address",
 }  # fmt: skip
 """Parameters of text that name no file."""
 
@@ -206,6 +214,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words.save_checkpoint(top / name, state, config={**CONFIG, "vocab_size": 300})
         words.save_tokenizer(top / name, "base", template="{% for m in messages %}{{ m.content }}{% endfor %}")
     save_adapter(top / "sft", base, 3)
+    codes = {"w.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.ones(1, 1)}
+    words.save_checkpoint(top / "quantised", codes, config={"quantization_config": {"quant_method": "fp8"}})
     asked = merge_recipe("linear", None, ("base", {"weight": 0.5}), ("x", {"weight": 0.5}))
     (top / "recipe.yaml").write_text(yaml.safe_dump(asked))
     union = merge_recipe("linear", "base", ("x", {"weight": 0.5}), (on("base", "sft"), {"weight": 0.5}))
@@ -326,7 +336,7 @@ READERS = {
         "merge union.yaml out", "evaluate base --perplexity text.txt", "push base me/model", "init --base base --data rows.json",
         "audit x --base base", "train run.yaml --dry-run",
     ),
-    "sft": ("merge union.yaml out", "evaluate base+sft --perplexity text.txt", "push sft me/model", "init --adapter sft --adapter sft", "audit sft"),
+    "sft": ("merge union.yaml out", "evaluate base+sft --perplexity text.txt", "push sft me/model", "init --adapter sft --adapter sft", "audit sft", "check sft", "convert sft out --to peft"),
     "merged": ("card merged", "push merged me/model", "audit merged", "reproduce merged", "merge recipe.yaml merged --resume"),
     "started": ("run run.yaml started --dry-run",),
 }  # fmt: skip

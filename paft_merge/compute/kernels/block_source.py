@@ -21,13 +21,15 @@ STRIP = 1024
 """Elements of a strip: 4 KiB of float32, so that a handful of strips fit the L1 cache."""
 
 PIECE = 1 << 16
-"""Approximate entries of a piece, a whole number of strips: two sources and the output take half of a 1 MiB L2 cache."""
+"""Approximate entries of a piece of up to two sources, a whole number of strips: they and the output take most of a 1 MiB L2 cache. With
+more sources a piece is shorter."""
 
 COLUMNS, ROWS = 64, 4
 """Columns of a panel of the right factor, half of the L1 cache at rank 64; and rows of the product computed at a time."""
 
-_LEAST = 16
-"""Least rows of a product in a piece, because every piece reads all panels from a slower cache."""
+_LEAST, _LEAST_READ = 16, 8 * STRIP
+"""Least rows of a product in a piece, because every piece reads all panels from a slower cache; least entries of a piece that is
+read only, because every read is a system call."""
 
 ENTRY, READY, STEP, SIZE, KEPT, READS, PRODUCTS, PREAD, ROW, TOTAL, LEFT, HEAD = range(12)
 """Indices into `source_desc` `[HEAD + 4 * (reads + products)]` int64.
@@ -83,8 +85,9 @@ class BlockSource:
     def piece(self) -> int:
         """Entries of arrays that hold one piece at a time: whole strips, and whole rows of products."""
         step = math.lcm(ROWS * self.width, STRIP) if self._products else STRIP
-        least = _LEAST * self.width if self._products else 1
-        return min(max(PIECE // step, -(-least // step)) * step, self.size)
+        least = _LEAST * self.width if self._products else min(_LEAST_READ, PIECE)
+        sources = len({row for row, *_ in (*self._reads, *self._products) if row >= 0})
+        return min(max(2 * PIECE // max(sources, 2) // step, -(-least // step)) * step, self.size)
 
     def descriptor(self, base: Any, sources: Any, only: int | None = None) -> Any:
         """The `source_desc` with which a kernel fills these arrays.
@@ -161,6 +164,12 @@ def packed(right: Any, memory: Callable[[int, Any], Any] = np.empty) -> Any:
         panels[-1] = 0
         panels[-1, :, : width % COLUMNS] = right[:, whole * COLUMNS :]
     return panels
+
+
+def unpacked(panels: Any, width: int) -> Any:
+    """The right factor `[R, width]` whose panels are `panels`, contiguous."""
+    count, rank, columns = panels.shape
+    return np.ascontiguousarray(panels.transpose(1, 0, 2).reshape(rank, count * columns)[:, :width])
 
 
 def memory_for(rank: int) -> tuple[Any, Any]:

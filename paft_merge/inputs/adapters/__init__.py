@@ -22,6 +22,8 @@ from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.deltas import AdapterDelta
 from paft_merge.inputs.adapters.keys import SHARED, Keys
 from paft_merge.inputs.adapters.peft_types import read_settings, sort_keys, type_of
+from paft_merge.inputs.adapters.sparse_delta import NAME as SPARSE_NAME
+from paft_merge.inputs.adapters.sparse_delta import unties_of
 from paft_merge.inputs.adapters.tied_weights import may_be_tied, untie
 from paft_merge.inputs.checkpoint import Checkpoint, FarFile
 from paft_merge.inputs.equivalent_names import Unwrapped
@@ -183,6 +185,9 @@ class Adapter:
 
     def _untie(self, settings: Settings, binding: Binding) -> None:
         base = binding.base
+        if settings.peft_type == SPARSE_NAME:  # it has a delta for every tensor that changes
+            self.unties = unties_of(settings)
+            return
         if not may_be_tied(base.config, binding.builders.values()):
             return
         architecture = binding.architecture.get()

@@ -31,7 +31,7 @@ from paft_merge.inputs.adapters.rows import Array, Rows
 from paft_merge.inputs.architecture import Architecture, Piece, StoredParameter
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.dtypes import DTYPES
-from paft_merge.inputs.quantisation import quantised
+from paft_merge.inputs.quantized.recognition import quantised
 from paft_merge.inputs.safetensors_header import join_first, quote, row_size_of
 
 OTHER_BASE = "was this adapter trained on another base?"

@@ -6,6 +6,7 @@ A factor pair is `left [O, R]`, `right [R, I]` in the order of the *stored* tens
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paft_merge.compute.kernels import multiply, product
-from paft_merge.compute.kernels.block_source import packed
+from paft_merge.compute.kernels.block_source import packed, unpacked
 from paft_merge.inputs.adapters.rows import Array, Rows
 
 T = TypeVar("T")
@@ -45,6 +46,12 @@ class Lazy(Generic[T]):
             with self._lock:
                 made = self._made = self._made or (self._make(),)
         return made[0]
+
+    @property
+    def held(self) -> T | None:
+        """The value if it is made, else None."""
+        made = self._made
+        return made[0] if made else None
 
     def release(self) -> None:
         """Count one user who no longer needs the value."""
@@ -81,6 +88,13 @@ class AdapterDelta(ABC):
         self.row_size = row_size
         self.kind = kind
         self.stored_as = stored_as
+
+    @property
+    def entries(self) -> int:
+        """Entries of the factors of a low-rank delta; of another one, those of a new value."""
+        rows = math.prod(self.shape) // max(self.row_size, 1)
+        pairs = self.shape[0] if self.kind == "experts" else 1
+        return self.rank * (rows + pairs * self.row_size) if self.rank else rows * self.row_size
 
     @abstractmethod
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
@@ -135,19 +149,29 @@ class LowRank(AdapterDelta):
     ) -> None:
         super().__init__(shape, row_size, kind, stored_as)
         self.pair, self.rank = pair, rank
-        self._panels = Lazy(lambda: packed(self.pair.get()[1]))
+        self._packed = Lazy(self._pack)
+        """`left`, and `right` in panels, in place of `pair`."""
+
+    def _pack(self) -> Pair:
+        left, right = self.pair.get()
+        panels = packed(right)
+        self.pair.release()
+        return left, panels
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         multiply(*self.product(start, stop), out)
 
     def product(self, start: int, stop: int) -> Pair:
-        return self.pair.get()[0][start:stop], self._panels.get()
+        left, panels = self._packed.get()
+        return left[start:stop], panels
 
     def factors(self) -> list[Pair]:
+        if held := self._packed.held:
+            return [(held[0], unpacked(held[1], self.row_size))]
         return [self.pair.get()]
 
     def release(self) -> None:
-        self._panels.release()
+        self._packed.release()
         self.pair.release()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from paft_merge.inputs.adapters.binding import Binding
 from paft_merge.inputs.adapters.deltas import AdapterDelta, ExpertRows, Experts, Lazy
@@ -11,11 +12,32 @@ from paft_merge.inputs.adapters.lora_factors import Factors, check_rank, unequal
 from paft_merge.inputs.architecture import StoredParameter
 
 
+class Targeted(NamedTuple):
+    """A parameter that an adapter targets by its name: its name in the model, how it is stored, and whether `[in, out]`."""
+
+    name: str
+    parameter: StoredParameter
+    transposed: bool
+
+
 def bind_parameter(binding: Binding, module: Module, factors: Factors) -> bool:
     """Bind a module whose parameter was targeted by name; False if it is an ordinary layer."""
     targets, path = binding.settings.names("target_parameters"), module.path
     if not targets or (module.depth == 0 and _is_layer(binding, path)):
         return False
+    found = find_targeted(binding, module)
+    if found is not None:
+        _bind_experts(binding, found, factors)
+    return True
+
+
+def find_targeted(binding: Binding, module: Module) -> Targeted | None:
+    """The parameter that the factors of a module are for; None, and the binding notes it, if the base does not have it.
+
+    Raises:
+        AdapterError: ADAPTER_UNSUPPORTED (transformers does not know the architecture), ADAPTER_SHAPE.
+    """
+    targets, path = binding.settings.names("target_parameters"), module.path
     architecture = binding.architecture.get()
     if architecture is None:
         what = "was targeted by parameter name, and transformers does not know the architecture that resolves it"
@@ -23,7 +45,7 @@ def bind_parameter(binding: Binding, module: Module, factors: Factors) -> bool:
     known = architecture.parameters_of(path)
     if known is None:
         binding.absent.append(path)
-        return True
+        return None
     names = [name for name in known[0] if _is_targeted(f"{path}.{name}", targets)]
     depths = {depth for other, depth in binding.keys.modules if other == path}
     if depths != set(range(len(names))):
@@ -31,9 +53,7 @@ def bind_parameter(binding: Binding, module: Module, factors: Factors) -> bool:
         raise binding.wrong(path, what)
     name = f"{path}.{names[len(names) - 1 - module.depth]}"  # PEFT wraps the first declared parameter innermost
     parameter = binding.require(name, name)
-    if parameter is not None:
-        _bind_experts(binding, name, parameter, factors, known[1])
-    return True
+    return Targeted(name, parameter, known[1]) if parameter is not None else None
 
 
 def targeted_name(binding: Binding, path: str) -> str:
@@ -48,16 +68,17 @@ def _is_layer(binding: Binding, path: str) -> bool:
     return parameter is not None and (len(parameter.shape) != 3 or targeted_name(binding, path) == path)
 
 
-def _bind_experts(binding: Binding, name: str, parameter: StoredParameter, factors: Factors, transposed: bool) -> None:
+def _bind_experts(binding: Binding, target: Targeted, factors: Factors) -> None:
     """Bind `[experts, out, in]` (transposed: `[experts, in, out]`); A `[experts * r, in]`, B `[out, experts * r]`."""
+    name, parameter, transposed = target
     shape = parameter.shape
     if len(shape) != 3 or factors.product_shape is None or factors.rank % shape[0]:
         raise unequal(binding, name, factors, shape)
     count, rows, columns = shape
     rank = factors.rank // count
     check_rank(binding, name, rank)
-    scale, grouped = binding.settings.scale(name, rank), _is_grouped(binding, name, count, rank)
-    in_out = _is_in_out(binding, name, shape, factors, transposed)
+    scale, grouped = binding.settings.scale(name, rank), is_grouped(binding, name, count, rank)
+    in_out = is_in_out(binding, name, shape, factors, transposed)
     stack = Lazy(lambda: factors.stacked(count, scale, grouped, in_out), users=len(parameter.pieces))
     for piece in parameter.pieces:
         builder = binding.builder(parameter, piece)
@@ -74,7 +95,7 @@ def _bind_experts(binding: Binding, name: str, parameter: StoredParameter, facto
         builder.make, builder.row_size = make, columns
 
 
-def _is_in_out(binding: Binding, name: str, shape: tuple[int, ...], factors: Factors, transposed: bool) -> bool:
+def is_in_out(binding: Binding, name: str, shape: tuple[int, ...], factors: Factors, transposed: bool) -> bool:
     """Whether the factors treat the parameter as `[experts, in, out]`, as PEFT before 0.19.1 always did."""
     product = factors.product_shape
     fits_in_out, fits_out_in = product == shape[:0:-1], product == shape[1:]
@@ -92,7 +113,7 @@ def _is_in_out(binding: Binding, name: str, shape: tuple[int, ...], factors: Fac
     return False
 
 
-def _is_grouped(binding: Binding, name: str, count: int, rank: int) -> bool:
+def is_grouped(binding: Binding, name: str, count: int, rank: int) -> bool:
     """Whether lora_B is packed expert by expert, as in old Unsloth; in PEFT the expert index varies fastest."""
     packing = binding.settings.packing
     if packing == "unknown" and min(count, rank) > 1:

@@ -31,6 +31,11 @@ _PARTS = {"lora_a": "A", "lora_b": "B", "m": "magnitude_vector"}
 _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|\w*embeddings?)$")
 
 
+def is_embedding(path: str) -> bool:
+    """Whether a module of an adapter is an embedding, by its name: the shapes of its factors do not show it."""
+    return bool(_EMBEDDING.search(path))
+
+
 def is_mlx(raw: Mapping[str, Any], folder: Path) -> bool:
     """Whether a folder with this `adapter_config.json` was written by mlx-lm."""
     return "peft_type" not in raw and (
@@ -102,7 +107,7 @@ def _bind(binding: Binding, module: Module) -> None:
         raise binding.wrong(module.path, what, "ADAPTER_UNSUPPORTED", fix)
     a, b = (_Transposed(r.file, r.name, r.row_size, r.first, r.count) for r in stored)
     factors = Factors(a, b)
-    if _EMBEDDING.search(module.path):
+    if is_embedding(module.path):
         if "magnitude_vector" in parts:
             raise binding.wrong(
                 module.path, "is an embedding with DoRA, which PEFT computes otherwise", "ADAPTER_UNSUPPORTED"

@@ -24,6 +24,8 @@ from paft_merge.inputs.adapters.multiplied import HIRA, IA3
 from paft_merge.inputs.adapters.oft import OFT
 from paft_merge.inputs.adapters.replaced import LN_TUNING, TRAINABLE_TOKENS
 from paft_merge.inputs.adapters.shira import SHIRA
+from paft_merge.inputs.adapters.sparse_delta import NAME as SPARSE_NAME
+from paft_merge.inputs.adapters.sparse_delta import SPARSE_DELTA, sort_sparse
 
 
 def _frod(raw: Mapping[str, Any]) -> str:
@@ -81,6 +83,9 @@ TYPES: dict[str, PeftType] = {
 }
 """By `peft_type` of adapter_config.json."""
 
+_KNOWN = {**TYPES, SPARSE_NAME: SPARSE_DELTA}
+"""Also the type that PEFT does not have."""
+
 _PROMPT = "prepends trained vectors to the input"
 _ROUTED = "mixes several adapters by a router, differently for each token"
 NO_DELTA = {
@@ -129,11 +134,11 @@ def read_settings(folder: Path) -> Settings:
     elif kind in NO_DELTA:
         what = f"peft_type: {kind} {NO_DELTA[kind]}, so it has no delta that could be merged"
         problems.add("ADAPTER_UNSUPPORTED", path, what, "use it with PEFT, on the model that it was trained on")
-    elif kind not in TYPES:
+    elif kind not in _KNOWN:
         what = f"peft_type: {kind} is not a type that this version knows ({', '.join(sorted(TYPES))})"
         problems.add("ADAPTER_UNSUPPORTED", path, what, _CONVERT)
     else:
-        TYPES[kind].check_config(path, raw, problems)
+        _KNOWN[kind].check_config(path, raw, problems)
         saved = raw.get("modules_to_save")
         if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
             problems.add("ADAPTER_CONFIG", path, f"modules_to_save: must be a list of strings, got {saved!r}")
@@ -153,7 +158,7 @@ def check_sizes(path: Path, raw: Mapping[str, Any], problems: Problems) -> None:
 
 def type_of(settings: Settings) -> PeftType:
     """How an adapter of these settings is read."""
-    return MLX if settings.peft_type == MLX_NAME else TYPES[settings.peft_type]
+    return MLX if settings.peft_type == MLX_NAME else _KNOWN[settings.peft_type]
 
 
 def sort_keys(keys: Iterable[str], where: object, problems: Problems, peft_type: str = "") -> Keys:
@@ -167,5 +172,7 @@ def sort_keys(keys: Iterable[str], where: object, problems: Problems, peft_type:
     """
     if peft_type == MLX_NAME:
         return sort_mlx(keys)
+    if peft_type == SPARSE_NAME:
+        return sort_sparse(keys, where, problems)
     kinds = sorted(TYPES, key=lambda kind: kind != peft_type)
     return sort_by_name(keys, {kind: TYPES[kind].names for kind in kinds}, where, problems)

@@ -150,5 +150,11 @@ def _total(deltas: Sequence[AdapterDelta]) -> AdapterDelta:
         return StackedDelta(deltas)
     kinds = "+".join(dict.fromkeys(delta.kind for delta in low if delta.kind != "untied")) or "untied"
     stored_as = next((delta.stored_as for delta in low if delta.stored_as), None)
-    pair = Lazy(lambda: concatenated([delta.pair.get() for delta in low]))
-    return LowRank(low[0].shape, low[0].row_size, pair, kinds, stored_as, sum(delta.rank for delta in low))
+
+    def joined() -> Pair:
+        pair = concatenated([delta.pair.get() for delta in low])
+        for delta in low:
+            delta.release()
+        return pair
+
+    return LowRank(low[0].shape, low[0].row_size, Lazy(joined), kinds, stored_as, sum(delta.rank for delta in low))

@@ -21,10 +21,9 @@ from paft_merge.methods.rules.threshold_bounds import (
     FOREVER,
     NONE,
     Bracket,
-    draw_rows,
-    draw_sample,
     guess_bracket,
     largest,
+    samples_of,
     small,
 )
 from paft_merge.methods.rules.thresholds import Trim
@@ -145,16 +144,17 @@ def plan_one_pass(
     if deferring is None or None in ranks or not any(known):
         return None
     brackets = [NONE] * len(trims)
-    sample = None if small(numel, each) else draw_rows(factors()) or draw_sample(each, ops)
-    undecided = 0.0
+    samples, undecided = None if small(numel, each) else samples_of(each, ops, factors()), 0.0
     for i, rank in enumerate(known):
-        if rank:
-            brackets[i] = EVERY if sample is None else guess_bracket(sample, i, rank / numel)
-            if sample is not None:
-                inside = sample.inside(i, brackets[i])
-                undecided += inside
-                if inside > _MOST_UNDECIDED:
-                    return None
+        if rank and samples is None:
+            brackets[i] = EVERY
+        elif rank and samples is not None:
+            sample = samples[i]()
+            brackets[i] = guess_bracket(sample, rank / numel)
+            inside = sample.inside(brackets[i])
+            undecided += inside
+            if inside > _MOST_UNDECIDED:
+                return None
     held = int(min(undecided, 1.0) * numel) * 4 * (len(trims) + 2)  # a place, the deltas and the base
     return None if held > _MOST_HELD else OnePass(tuple(known), tuple(brackets), election, deferring, held)
 

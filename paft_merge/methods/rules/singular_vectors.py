@@ -67,7 +67,7 @@ class MatrixRule(Rule):
 
 @dataclass(frozen=True)
 class TaskSingularVectors(MatrixRule):
-    """TSV-Merge (Gargiulo et al. 2025, arXiv:2412.00081, sec. 5): singular vectors of all deltas, made orthogonal.
+    """TSV-Merge (Gargiulo et al. 2025, arXiv:2412.00081): singular vectors of all deltas, made orthogonal.
 
     With the leading singular triples U_i, S_i, V_i of each delta, U = [U_1 ... U_n] is replaced by the nearest matrix with
     orthonormal columns, P Q^T of its decomposition P S Q^T, and V likewise; the result is U diag(w_i S_i) V^T.
@@ -90,7 +90,7 @@ class TaskSingularVectors(MatrixRule):
 
 @dataclass(frozen=True)
 class Isotropic(MatrixRule):
-    """Iso-C (Marczak et al. 2025, arXiv:2502.04959, sec. 4.1): the sum of the deltas with all singular values set to their mean."""
+    """Iso-C (Marczak et al. 2025, arXiv:2502.04959): the sum of the deltas with all singular values set to their mean."""
 
     def merge(self, matrices: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
         """Singular values that are rounding of zero are no part of the mean, and their vectors, which are arbitrary, are left out."""

@@ -6,8 +6,9 @@ many entries are equal, as in the difference of two bfloat16 checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,18 +77,18 @@ NOWHERE = Bracket(NO_BITS, 0)
 
 @dataclass(frozen=True)
 class Sample:
-    """Magnitudes of some entries of a tensor: tile by tile, or by rows from the smallest to the largest."""
+    """Magnitudes of some entries of one delta: tile by tile, or by rows from the smallest to the largest."""
 
     bits: Any
-    """`[n, K]` uint32, one row a source."""
+    """`[K]` uint32."""
     starts: Sequence[int] = ()
     """Flat index of each tile's first element, ascending; empty if the entries are sampled by rows."""
     ends: Sequence[int] = ()
     """Where each tile ends in `bits`."""
 
-    def inside(self, source: int, bracket: Bracket) -> float:
-        """The share of a source's sampled entries inside a bracket."""
-        bits, found, begin = self.bits[source], 0, 0
+    def inside(self, bracket: Bracket) -> float:
+        """The share of the sampled entries inside a bracket."""
+        bits, found, begin = self.bits, 0, 0
         tiles = zip(self.starts, [*self.starts[1:], FOREVER], self.ends, strict=True)
         for start, stop, end in tiles if self.starts else [(0, FOREVER, bits.size)]:
             low, width = bracket.within(start, stop)
@@ -95,12 +96,12 @@ class Sample:
             begin = end
         return float(found / bits.size)
 
-    def error(self, source: int, least: int) -> float:
-        """The standard error of the share of a source's entries that are at least `least`.
+    def error(self, least: int) -> float:
+        """The standard error of the share of entries that are at least `least`.
 
         It comes from the differences of neighbouring parts, because a sample in the order of the tensor varies slowly.
         """
-        bits = self.bits[source]
+        bits = self.bits
         ends = bits.size * np.arange(1, _PARTS + 1) // _PARTS
         counts = np.diff(np.searchsorted(np.flatnonzero(bits >= least), ends), prepend=0)
         steps = np.diff(counts) * (_PARTS / bits.size)
@@ -143,53 +144,63 @@ def small(numel: int, each: BlockWalk) -> bool:
     return each.tiles <= 2 and numel < _SMALL
 
 
-def draw_sample(each: BlockWalk, ops: Ops) -> Sample:
-    """Sample some entries of every tile."""
+def samples_of(each: BlockWalk, ops: Ops, factors: Sequence[tuple[Any, Any] | None]) -> Sequence[Callable[[], Sample]]:
+    """What draws the sample of each source, one at a time where all deltas are products: 100 samples take 50 MB.
+
+    Args:
+        each, ops: the walk over the tensor, and the operations on its blocks.
+        factors: for each source, as for `draw_rows`; empty if they are not known.
+    """
+    if factors and all(pair is not None and _sampled_rows(pair) for pair in factors):
+        return [partial(draw_rows, pair) for pair in factors if pair]
+    return [partial(lambda one: one, sample) for sample in draw_sample(each, ops)]
+
+
+def draw_sample(each: BlockWalk, ops: Ops) -> list[Sample]:
+    """Sample some entries of every tile, the same of each source."""
     of_each, of_all = _SAMPLED
     wanted = max(of_each, of_all // each.tiles)
     # An odd step visits all columns of rows of even length, an even step only a few of them.
     drawn = each(lambda b: (b.index, ops.sample(b, b.size // wanted | 1)), sample=each.tiles > 2)
     tiles = [tile for _, tile in drawn]
     ends = np.cumsum([tile.shape[1] for tile in tiles]).tolist()
-    return Sample(np.concatenate(tiles, axis=1), [start for start, _ in drawn], ends)
+    return [Sample(bits, [start for start, _ in drawn], ends) for bits in np.concatenate(tiles, axis=1)]
 
 
-def draw_rows(pairs: Sequence[tuple[Any, Any] | None]) -> Sample | None:
-    """Sample some rows of every delta, if all of them are products of factors.
+def _sampled_rows(pair: tuple[Any, Any]) -> int:
+    """How many rows of a product a sample has; 0 if there are too few."""
+    count = min(_ROWS, len(pair[0]) // 8)
+    return count if count >= 16 else 0
+
+
+def draw_rows(pair: tuple[Any, Any]) -> Sample:
+    """Sample some rows of a delta that is a product of factors.
 
     The norm of a row follows from the factors without computing the row, and entries differ in size as the norms of their rows
     do. So the sampled rows are spread evenly over the order of norms. The rows of a few tiles would be seven times less exact.
 
     Args:
-        pairs: for each source, B `[O, R]` and A `[R, I]`, or None if its delta is not `B @ A`.
-
-    Returns:
-        The sample; None if a source has no factors, or there are too few rows.
+        pair: B `[O, R]` and A `[R, I]`, with at least 128 rows of B.
     """
-    picked, count = [], 0
-    for pair in pairs:
-        if pair is None or (count := min(_ROWS, len(pair[0]) // 8)) < 16:
-            return None
-        left, right = pair
-        with np.errstate(over="ignore", invalid="ignore"):  # the merge reports values that are not finite
-            norms = np.einsum("or,or->o", left @ (right @ right.T), left)
-        rows = np.argsort(norms)[(2 * np.arange(count) + 1) * len(left) // (2 * count)]
-        made = SCRATCH.array("sampled_rows", (count, right.shape[1]), np.float32)
-        product(left[rows], right, made)
-        step = made.size // _SAMPLED_OF_ROWS | 1
-        picked.append(made.reshape(-1)[::step].view(np.uint32) & np.uint32(MAGNITUDE))
-    return Sample(np.stack(picked))
+    left, right = pair
+    count = _sampled_rows(pair)
+    with np.errstate(over="ignore", invalid="ignore"):  # the merge reports values that are not finite
+        norms = np.einsum("or,or->o", left @ (right @ right.T), left)
+    rows = np.argsort(norms)[(2 * np.arange(count) + 1) * len(left) // (2 * count)]
+    made = SCRATCH.array("sampled_rows", (count, right.shape[1]), np.float32)
+    product(left[rows], right, made)
+    step = made.size // _SAMPLED_OF_ROWS | 1
+    return Sample(made.reshape(-1)[::step].view(np.uint32) & np.uint32(MAGNITUDE))
 
 
-def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
-    """A bracket that very likely contains the last of the share `share` of a source's entries, the largest first.
+def guess_bracket(sample: Sample, share: float) -> Bracket:
+    """A bracket that very likely contains the last of the share `share` of a delta's entries, the largest first.
 
     Args:
-        sample: sample of the tensor.
-        source: row of the source in the sample.
+        sample: sample of the delta.
         share: in (0, 1).
     """
-    bits = sample.bits[source]
+    bits = sample.bits
     size = bits.size
     ranked = Ranked(bits, max(int(share * size), 1))
 
@@ -204,7 +215,7 @@ def guess_bracket(sample: Sample, source: int, share: float) -> Bracket:
 
     centre = max(at(share * size)[0], 1)
     # Of the entries equal to the threshold, tiles before it contain all those kept, and tiles after it none.
-    margin = max(_SAMPLE_ERRORS * max(sample.error(source, least) for least in (centre, centre + 1)), _SAMPLE_MARGIN)
+    margin = max(_SAMPLE_ERRORS * max(sample.error(least) for least in (centre, centre + 1)), _SAMPLE_MARGIN)
     high, first = at((share - margin) * size) if share > margin else (INFINITY - 1, 0)
     low, last = at((share + margin) * size) if share + margin < 1 else (0, -1)
     begin = sample.starts[first] if sample.starts else 0

@@ -418,8 +418,8 @@ class _Search:
         """A bracket for each rank: from a sample, or all entries if the tensor is small."""
         if small(self.numel, self.each):
             return dict.fromkeys(ranks, EVERY)
-        sample = draw_sample(self.each, self.ops)
-        return {i: guess_bracket(sample, i, rank / self.numel) for i, rank in ranks.items()}
+        samples = draw_sample(self.each, self.ops)
+        return {i: guess_bracket(samples[i], rank / self.numel) for i, rank in ranks.items()}
 
     def _gather(self, brackets: dict[int, Bracket]) -> dict[int, _Found]:
         """Read the tensor once, and collect for some sources the magnitudes inside a bracket."""

@@ -1,0 +1,118 @@
+"""A quantised checkpoint seen as its weights: float32 values, dequantised when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paft_merge.compute.scratch import SCRATCH
+from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.weights import Parts, QuantizedWeight
+from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
+
+
+class Dequantized(Checkpoint):
+    """A checkpoint in which each quantised weight has its own name and shape; codes and scales do not appear.
+
+    Args:
+        inner: the checkpoint as it is stored.
+        weights: the quantised weights.
+        hidden: the stored tensors that do not appear.
+    """
+
+    def __init__(self, inner: Checkpoint, weights: Iterable[QuantizedWeight], hidden: Collection[str]) -> None:
+        super().__init__(inner.folder, (), without_quantization(inner.config), {})
+        self.files, self.file, self.listing = inner.files, inner.file, inner.listing
+        self.warnings = inner.warnings
+        self._inner, self._weights = inner, {weight.name: weight for weight in weights}
+        self._parts = Parts(inner)
+        at = {weight.parts[0]: weight for weight in self._weights.values()}
+        self.tensors = {}
+        for name, info in inner.tensors.items():
+            if (weight := at.get(name)) is not None:
+                self.tensors[weight.name] = self._info(weight, info)
+            elif name not in hidden:
+                self.tensors[name] = info
+
+    def _info(self, weight: QuantizedWeight, info: TensorInfo) -> TensorInfo:
+        return replace(info, name=weight.name, dtype="F32", shape=weight.shape, nbytes=4 * prod(weight.shape))
+
+    @property
+    def inner(self) -> Checkpoint:
+        """The checkpoint as it is stored."""
+        return self._inner
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def read_into(self, name: str, start: int, buffer: ByteBuffer) -> None:
+        if (weight := self._weights.get(name)) is None:
+            self._inner.read_into(name, start, buffer)
+            return
+        view, width = as_bytes(buffer), weight.shape[-1]
+        self._info_within(name, start, len(view))
+        first, stop = start // (4 * width), -(-(start + len(view)) // (4 * width))
+        if start == first * 4 * width and len(view) == (stop - first) * 4 * width:
+            out = np.frombuffer(view, np.float32)
+            if out.flags.aligned:
+                weight.decode(self._parts, first, stop, out.reshape(-1, width))
+                return
+        held = SCRATCH.array("dequantized", (stop - first, width), np.float32)
+        weight.decode(self._parts, first, stop, held)
+        view[:] = as_bytes(held.reshape(-1))[start - first * 4 * width :][: len(view)]
+
+    def location(self, name: str, start: int, nbytes: int) -> tuple[int, int] | None:
+        return None if name in self._weights else self._inner.location(name, start, nbytes)
+
+    @property
+    def identity(self) -> Hashable:
+        return self._inner.identity
+
+    @property
+    def folders(self) -> list[Path]:
+        return self._inner.folders
+
+    def stored_format(self, name: str) -> str:
+        weight = self._weights.get(name)
+        return weight.format if weight else ""
+
+    def written_dtype(self, name: str) -> str:
+        return "BF16" if name in self._weights else self._inner.written_dtype(name)
+
+    def bytes_read(self, name: str) -> int:
+        weight = self._weights.get(name)
+        return sum(self._inner.bytes_read(part) for part in (weight.parts if weight else (name,)))
+
+    def working_bytes(self, name: str) -> int:
+        weight = self._weights.get(name)
+        return weight.working_bytes if weight else 0
+
+    def release(self, name: str) -> None:
+        if (weight := self._weights.get(name)) is not None:
+            self._parts.release(weight)
+
+    def sample(self) -> str:
+        return self._inner.sample()
+
+    def fingerprint(self) -> dict[str, dict[str, int | str]]:
+        return self._inner.fingerprint()
+
+    @property
+    def far(self) -> dict[str, int]:
+        return self._inner.far
+
+    def check_unchanged(self) -> None:
+        self._inner.check_unchanged()
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without what says that the weights are quantised, at the top and in nested configs."""
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    return {
+        k: without_quantization(v) if k.endswith("_config") and isinstance(v, Mapping) else v for k, v in kept.items()
+    }

@@ -1,0 +1,328 @@
+"""A weight that is stored as codes with scales, and the grids of values that its blocks share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from math import prod
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paft_merge.compute.scratch import SCRATCH
+from paft_merge.errors import CheckpointError, Problem
+from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
+from paft_merge.inputs.dtypes import widen
+from paft_merge.inputs.safetensors_header import quote
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FLOATS = ("F64", "F32", "F16", "BF16")
+_INTEGERS = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+_PANEL_BYTES = 32 << 20
+"""A panel that is not larger is read whole, and kept."""
+
+Settings = Mapping[str, Any]
+"""A `quantization_config`."""
+Values = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+
+class Parts:
+    """Reads the stored tensors of a quantised checkpoint, from any number of threads.
+
+    Args:
+        checkpoint: the checkpoint as it is stored.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._panels, self._reading = dict[tuple[str, int], Bytes](), Lock()
+
+    def bytes(self, info: TensorInfo, start: int, out: Bytes) -> Bytes:
+        """Fill `out` with the bytes of a tensor from byte `start` on."""
+        self.checkpoint.read_into(info.name, start, out)
+        return out
+
+    def columns(self, info: TensorInfo, start: int, shape: tuple[int, int], first: int, stop: int) -> Bytes:
+        """Return bytes `[first, stop)` of every row of a panel of a tensor, `[rows, stop - first]`.
+
+        A panel of moderate size is read once for all of its blocks; of a larger one each row is read alone.
+
+        Args:
+            info: the tensor.
+            start: its byte where the panel begins.
+            shape: rows of the panel, and bytes in a row.
+            first: first byte of each row.
+            stop: one past the last byte.
+        """
+        rows, width = shape
+        if rows * width > _PANEL_BYTES and self.checkpoint.location(info.name, 0, 1) is not None:
+            out = np.empty((rows, stop - first), np.uint8)
+            for row in range(rows):
+                self.checkpoint.read_into(info.name, start + row * width + first, out[row])
+            return out
+        with self._reading:
+            panel = self._panels.pop((info.name, start), None)
+            if panel is None:
+                panel = self.bytes(info, start, np.empty(rows * width, np.uint8))
+            while len(self._panels) > 1:
+                del self._panels[next(iter(self._panels))]
+            self._panels[info.name, start] = panel
+        return panel.reshape(shape)[:, first:stop]
+
+    def release(self, weight: QuantizedWeight) -> None:
+        """Free the panels of a weight."""
+        with self._reading:
+            self._panels = {key: panel for key, panel in self._panels.items() if key[0] not in weight.parts}
+
+    def values(self, info: TensorInfo, first: int, stop: int, *, exponents: bool = False) -> Values:
+        """Read entries `[first, stop)` of a tensor of scales or zero points as float32.
+
+        Args:
+            info: a tensor of floats, of integers, or of exponents.
+            first: first entry.
+            stop: one past the last entry.
+            exponents: its bytes are exponents of two, with a bias of 127.
+
+        Raises:
+            CheckpointError: NONFINITE, which names the tensor.
+        """
+        width = DTYPES[info.dtype].bits // 8
+        held = self.bytes(info, first * width, np.empty((stop - first) * width, np.uint8))
+        if exponents or info.dtype == "F8_E8M0":
+            values = _powers()[held]
+        elif info.dtype in _INTEGERS:
+            return held.view(_INTEGERS[info.dtype]).astype(np.float32)
+        else:
+            values = np.empty(stop - first, np.float32)
+            widen(held, info.dtype, values)
+        if not np.isfinite(values).all():
+            at = int(np.flatnonzero(~np.isfinite(values))[0])
+            what = f"scale {quote(info.name)} is {values[at]} at entry {first + at:,}, so its weight has no values"
+            where = self.checkpoint.folder / info.file
+            raise CheckpointError.of("NONFINITE", where, what, "download the file again")
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight that is stored as several tensors; each format has a subclass.
+
+    Attributes:
+        name: the name of the weight in a checkpoint that is not quantised.
+        shape: its shape there, two dimensions or more.
+        parts: names of the stored tensors that it is made of, first the codes.
+        format: name of the format, for messages.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+    format: str
+
+    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+        """Dequantise rows `[first, stop)` of the weight, seen as `[rows, shape[-1]]`.
+
+        Args:
+            parts: the stored tensors.
+            first: first row.
+            stop: one past the last row.
+            out: `[stop - first, shape[-1]]`, contiguous; overwritten.
+
+        Raises:
+            CheckpointError: NONFINITE, a scale is NaN or infinite; otherwise as `Checkpoint.read_into`.
+        """
+        raise NotImplementedError
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of memory for the codes and scales of a tile; subclasses that hold more add it."""
+        return 3 * min(1 << 21, prod(self.shape))
+
+
+class Blocks(Protocol):
+    """Values for blocks of a weight."""
+
+    def rows(self, parts: Parts, first: int, stop: int) -> Values:
+        """Return the values for rows `[first, stop)` of the weight, `[stop - first, blocks in a row]`."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A stored tensor with a value for each block of a weight: scales or zero points.
+
+    Attributes:
+        info: the stored tensor.
+        shape: shape of the weight.
+        sizes: entries of a block in each dimension of the weight; blocks at the end may be cut.
+        exponents: whether its bytes are exponents of two, with a bias of 127.
+    """
+
+    info: TensorInfo
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    exponents: bool = False
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of blocks in each dimension."""
+        return tuple(-(-n // size) for n, size in zip(self.shape, self.sizes, strict=True))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the stored tensor has one value for each block; dimensions of one do not count."""
+        return [n for n in self.info.shape if n != 1] == [n for n in self.counts if n != 1]
+
+    def rows(self, parts: Parts, first: int, stop: int) -> Values:
+        """Return the values for rows `[first, stop)` of the weight, `[stop - first, blocks in a row]`.
+
+        Raises:
+            CheckpointError: NONFINITE if one of them is NaN or infinite.
+        """
+        at = np.unravel_index(np.arange(first, stop), self.shape[:-1])
+        blocks = [index // size for index, size in zip(at, self.sizes[:-1], strict=True)]
+        line = np.ravel_multi_index(blocks, self.counts[:-1])
+        low, high, count = int(line.min()), int(line.max()) + 1, self.counts[-1]
+        held = parts.values(self.info, low * count, high * count, exponents=self.exponents)
+        return held.reshape(high - low, count)[line - low]
+
+
+def apply(operation: Callable[..., Any], out: Values, values: Values, size: int) -> None:
+    """Compute `operation(out, values)` in place, each value for the `size` entries of its block.
+
+    Args:
+        operation: a ufunc of NumPy, such as `np.multiply`.
+        out: `[n, W]`; overwritten.
+        values: `[n, blocks in a row]`.
+        size: entries of a block in a row; the last block may be cut.
+    """
+    whole = out.shape[1] // size
+    if whole:
+        view = out[:, : whole * size].reshape(len(out), whole, size)
+        operation(view, values[:, :whole, None], out=view)
+    if out.shape[1] % size:
+        operation(out[:, whole * size :], values[:, whole:], out=out[:, whole * size :])
+
+
+@cache
+def _powers() -> Values:
+    """The value of every exponent of E8M0: powers of two, and NaN for 255."""
+    return np.concatenate([np.ldexp(np.float32(1), np.arange(-127, 128)), [np.nan]]).astype(np.float32)
+
+
+@cache
+def byte_values(dtype: str) -> Values:
+    """The float32 value of each of the 256 codes of a type of 8 bits, `[256]`."""
+    codes, values = np.arange(256, dtype=np.uint8), np.empty(256, np.float32)
+    if dtype in _INTEGERS:
+        return codes.view(_INTEGERS[dtype]).astype(np.float32)
+    widen(codes, dtype, values)
+    return values
+
+
+def pair_values(of_code: Values, *, low_first: bool = True) -> Values:
+    """The two float32 values of each byte that holds two codes of 4 bits, `[256, 2]`.
+
+    Args:
+        of_code: `[16]`, the value of each code.
+        low_first: the low half of a byte is the first of the two; else the high half is.
+    """
+    low, high = of_code[np.arange(256) & 15], of_code[np.arange(256) >> 4]
+    return np.stack([low, high] if low_first else [high, low], 1)
+
+
+def look_up(table: Values, codes: Bytes, out: Values) -> None:
+    """Write the values of codes into `out`.
+
+    Args:
+        table: `[256]`, a value for each byte, or `[256, 2]`, two for each byte.
+        codes: bytes, contiguous.
+        out: as many values, contiguous; overwritten.
+    """
+    flat = out.reshape(-1)
+    if table.ndim == 2:
+        np.take(table.view(np.uint64).reshape(-1), codes.reshape(-1), out=flat.view(np.uint64), mode="clip")
+    else:
+        np.take(table, codes.reshape(-1), out=flat, mode="clip")
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledCodes(QuantizedWeight):
+    """Codes in the order of the weight's entries: `(value of the code - zero point) * scale`.
+
+    Attributes:
+        codes: the stored tensor of codes; a row of the weight is a whole number of bytes.
+        table: the values of a byte, see `look_up`.
+        scale: the scales.
+        zeros: the zero points, on the same grid; None: there are none.
+        groups: for each column of the weight, the column of the scales; None: the columns are in the order of the grid.
+        of_all: a scale of one value for the whole weight; None: there is none.
+        combine: computes the scales from those of the grid and `of_all`.
+    """
+
+    codes: TensorInfo
+    table: Values
+    scale: Grid
+    zeros: Blocks | None = None
+    groups: TensorInfo | None = None
+    of_all: TensorInfo | None = None
+    combine: Callable[..., Any] = np.multiply
+
+    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+        rows, width = out.shape
+        nbytes = self.codes.nbytes // prod(self.shape[:-1])
+        held = parts.bytes(self.codes, first * nbytes, SCRATCH.array("codes", rows * nbytes, np.uint8))
+        padded = nbytes * (self.table.size // 256)
+        if padded == width:
+            look_up(self.table, held, out)
+        else:
+            wide = SCRATCH.array("padded", (rows, padded), np.float32)
+            look_up(self.table, held, wide)
+            out[:] = wide[:, :width]
+        scales, size = self.scale.rows(parts, first, stop), self.scale.sizes[-1]
+        if self.of_all is not None:
+            scales = self.combine(scales, parts.values(self.of_all, 0, 1))
+        zeros = self.zeros.rows(parts, first, stop) if self.zeros else None
+        if self.groups is not None:
+            at, size = parts.values(self.groups, 0, width).astype(np.intp), 1
+            if at.min() < 0 or at.max() >= scales.shape[1]:
+                what = f"group {quote(self.groups.name)} names one of {scales.shape[1]} groups for each column, and has {at.min()} to {at.max()}"
+                raise CheckpointError.of("SHAPE_MISMATCH", parts.checkpoint.folder, what, "download the file again")
+            scales, zeros = scales[:, at], zeros[:, at] if zeros is not None else None
+        if zeros is not None:
+            apply(np.subtract, out, zeros, size)
+        apply(np.multiply, out, scales, size)
+
+
+def wrong_shape(where: object, info: TensorInfo, wanted: Sequence[int | str], weight: TensorInfo) -> Problem:
+    """A problem: scales or zero points that do not fit their weight."""
+    what = f"tensor {quote(info.name)} is {list(info.shape)}, and {quote(weight.name)} {list(weight.shape)} needs {list(wanted)}"
+    return Problem("SHAPE_MISMATCH", str(where), what, "download it again, or check quantization_config")
+
+
+def wrong_dtype(where: object, info: TensorInfo, wanted: Sequence[str]) -> Problem:
+    """A problem: a part of a weight in a type that the format does not have."""
+    what = f"tensor {quote(info.name)} is {info.dtype}, and the format has {' or '.join(wanted)} there"
+    return Problem("DTYPE_UNSUPPORTED", str(where), what, "download it again, or check quantization_config")
+
+
+def missing(where: object, has: str, lacks: str) -> Problem:
+    """A problem: a part of a weight without another one."""
+    return Problem("KEYS_MISSING", str(where), f"stores {quote(has)} without {lacks}", "download it again")
+
+
+def names_module(pattern: str, module: str) -> bool:
+    """Whether a pattern of a config names a module: `re:` and a regular expression, a glob, or a path or a part of it."""
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], module) is not None
+        except re.error:
+            return False
+    if "*" in pattern:
+        return fnmatchcase(module, pattern)
+    return module == pattern or module.startswith(f"{pattern}.") or module.endswith(f".{pattern}")
