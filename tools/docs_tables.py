@@ -48,7 +48,7 @@ KEYS = {
     "seed": "seed of random drops and of stochastic rounding (default 0)",
     "arithmetic": "`float32` (default), or `mergekit` for mergekit's results bit for bit",
     "router": "routers of mixtures of experts: `base`, `average`, or `merge` (default, as other tensors). See [Routers](#routers)",
-    "output": "what is written: a checkpoint (default), or the merged delta as an adapter. See [Adapters as output](adapters-out.md)",
+    "output": "what is written: a checkpoint (default), or the merged delta as an adapter or a sparse delta. See [Adapters as output](adapters-out.md)",
     "space": "where the method works: on deltas (`weight`, default), or in a common space of the adapters: `core`, `knots` or `ctm`. See [Spaces of adapters](methods.md#spaces-of-adapters)",
     "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`; a mapping `{model, lora, override_architecture, label}`; the name of a document; or one `.safetensors` file (`.pt` with `--lazy-unpickle`). Random drops depend on `label`, or without it on the reference as written",
     "models[].last": "with `RUN/checkpoint-*` in `model`: only the last so many. See [The checkpoints of a run](#the-checkpoints-of-a-run)",
@@ -68,9 +68,10 @@ KEYS = {
     "tokenizer.pad_to_multiple_of": "round the number of embedding rows up to a multiple of this",
     "tokenizer.tokens.TOKEN.source": "a model, `{kind: zero}`, or `{kind: model_token, model, token}` (or `token_id`)",
     "tokenizer.tokens.TOKEN.force": "use this source for every model, also for models that have the token",
-    "output.kind": "`checkpoint` (default), or `adapter`: a LoRA of the base",
+    "output.kind": "`checkpoint` (default); `adapter`: a LoRA of the base; or `delta`: the entries of the merged delta that are not zero, a [sparse delta](adapters-out.md#sparse-deltas)",
     "output.rank": "rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least rank that keeps `energy`",
     "output.energy": "share of the squared norm of each delta that `rank: auto` keeps, such as 0.99",
+    "output.format": "of `kind: delta`: `sparse` (default), which paft_merge reads, or `shira`, which PEFT loads",
     "output.portable": "`true` (default): only what vLLM, SGLang, llama.cpp and PEFT all read; `false`: also what only PEFT reads",
 }  # fmt: skip
 """What each key of a recipe means."""

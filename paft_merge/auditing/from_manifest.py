@@ -17,7 +17,7 @@ from paft_merge.errors import AuditError, reading
 from paft_merge.inputs.source_labels import labels_of
 from paft_merge.output.manifest import MANIFEST
 from paft_merge.stats.pairs import PairMeasure
-from paft_merge.stats.record import DENSITY, RecordedTensor
+from paft_merge.stats.record import DENSITY, RecordedTensor, shape_of
 
 
 def recorded(manifest: Mapping[str, Any]) -> Audit | None:
@@ -34,7 +34,7 @@ def recorded(manifest: Mapping[str, Any]) -> Audit | None:
 
 def _recorded(manifest: Mapping[str, Any]) -> Audit | None:
     held = {
-        name: (entry, tensor)
+        entry.get("delta_of", name): (entry, tensor)
         for name, entry in sorted(manifest["tensors"].items(), key=lambda item: natural(item[0]))
         if (tensor := RecordedTensor.of(entry))
     }
@@ -46,7 +46,7 @@ def _recorded(manifest: Mapping[str, Any]) -> Audit | None:
     sources = tuple(_source(ref, labels[ref], held) for ref in refs)
     pairs = tuple(_pair(a, b, labels, held) for a, b in combinations(refs, 2) if _were_compared(a, b, held))
     previewed = tuple(_kept(name, entry, tensor, labels) for name, (entry, tensor) in held.items())
-    entries = sum(math.prod(entry["shape"]) for entry, _ in held.values())
+    entries = sum(math.prod(shape_of(entry)) for entry, _ in held.values())
     return Audit(
         sources, pairs, Preview(manifest["recipe"]["merge_method"], {}, previewed), manifest["donor"], EPSILON, DENSITY, (), (),
         sampled=sum(tensor.sampled for _, tensor in held.values()) / entries,
@@ -61,7 +61,7 @@ def _source(ref: str, label: str, held: Held) -> SourceAudit:
     for name, (entry, tensor) in held.items():
         if found := tensor.sources.get(ref):
             spectrum = found.spectra[0] if found.spectra else None
-            place = name, tensor.kinds[ref], tuple(entry["shape"])
+            place = name, tensor.kinds[ref], tuple(shape_of(entry))
             tensors.append(TensorAudit(*place, found.measure, spectrum, found.factors))
     return SourceAudit(Header(ref, label, _most(t.kind for t in tensors)), tuple(tensors))
 
@@ -85,7 +85,7 @@ def _pair(left: str, right: str, labels: Mapping[str, str], held: Held) -> PairA
 
 def _kept(name: str, entry: Mapping[str, Any], tensor: RecordedTensor, labels: Mapping[str, str]) -> PreviewTensor:
     """The entries and energy of each source that the merge kept; the norm of the merged delta is not recorded."""
-    kept, entries = {}, math.prod(entry["shape"])
+    kept, entries = {}, math.prod(shape_of(entry))
     for row in entry["sources"]:
         if row["source"] in tensor.sources:
             square = row["l2"] ** 2

@@ -125,7 +125,7 @@ def _sources(audit: Audit, width: int) -> Iterator[Table]:
 
 
 def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
-    rank = f", r = {source.header.details['rank']}" if "rank" in source.header.details else ""
+    rank = f", r = {source.header.details['rank']}" if source.header.details.get("rank") else ""
     head = {"kind": source.header.kind + rank, "tensors": f"{len(source.tensors):,}"}
     if not source.tensors:
         return head

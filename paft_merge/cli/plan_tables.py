@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def plan_table(planned: MergePlan, out: Path | str | None) -> None:
     """Print a plan: models, arithmetic, tensors by kind, and sizes."""
     shown, recipe = terminal(), planned.recipe
-    shown.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
+    space = "" if recipe.space == "weight" else f" in space: {recipe.space}"
+    shown.print(f"[bold]{recipe.merge_method}[/]{space} of {len(planned.models)} models:")
     for model in planned.models:
         role = "  (gives names, order, files, config and tokenizer)" if model is planned.config_source else ""
         role += "  (merged on the fly)" if model.checkpoint.computed else ""
@@ -46,9 +47,12 @@ def plan_table(planned: MergePlan, out: Path | str | None) -> None:
     read, written, free = show_bytes(planned.bytes_read), show_bytes(planned.bytes_written), bytes_free(out)
     far = planned.bytes_on_hub
     where = f" ({show_bytes(far)} of files are not on this machine)" if far else ""
+    most = "at most " if recipe.output.kind == "delta" else ""
     shown.print(
-        f"reads {read}{where}, writes {written} in {files}{f'; {show_bytes(free)} are free on that disk' if free is not None else f' of {plain(str(out))}'}"
+        f"reads {read}{where}, writes {most}{written} in {files}{f'; {show_bytes(free)} are free on that disk' if free is not None else f' of {plain(str(out))}'}"
     )
+    if most:
+        shown.print("every delta is merged twice: its size is known when the entries that are not zero are counted")
 
 
 def weights_line(planned: MergePlan, expected: Mapping[str, float]) -> None:

@@ -64,7 +64,7 @@ def read(held: Held, names: Iterable[str]) -> Lora:
 def _paths(held: Held, flats: list[str], names: Iterable[str]) -> dict[str, str]:
     """The module of each name with underscores: from the metadata, else from the base."""
     stated = _stated(held.file.files[0].metadata.get(MODULES, "{}"))
-    if stated.keys() >= set(flats):
+    if stated.keys() >= set(flats) and len({stated[flat] for flat in flats}) == len(flats):
         return stated
     modules = dict[str, list[str]]()
     for name in names:

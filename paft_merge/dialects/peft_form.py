@@ -196,6 +196,8 @@ def restored(lora: Lora, original: Mapping[str, Any]) -> Lora | None:
     Padding is removed where it is zero. A factor that was multiplied is divided again where that gives its bits back.
     """
     settings, modules = Settings(dict(original)), list[Factors]()
+    if settings.flag("use_dora") != any(module.magnitude is not None for module in lora.modules):
+        return None
     for module in lora.modules:
         name = f"{module.path}.{module.parameter}" if module.parameter else module.path
         try:

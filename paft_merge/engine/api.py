@@ -192,6 +192,7 @@ def _spots(parts: Sequence[Recipe]) -> dict[ModelRef, str]:
 def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> MergeResult:
     """Merge one result of the documents."""
     from paft_merge.compute.devices import ops_for
+    from paft_merge.engine.sparse_deltas import counted, write_deltas
     from paft_merge.engine.streaming import merge_checkpoint, sized
 
     start, problems, worker = perf_counter(), Problems(), options.worker_number
@@ -223,6 +224,11 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
             return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, 0)
         if not problems.found:
             problems.found += place.found
+        if on_ray and plan.recipe.output.kind == "delta":
+            what = (
+                "the size of a sparse delta is known after a pass over the inputs, which the tasks of Ray do not share"
+            )
+            problems.add("OUTPUT", out, what, "merge with engine='local': the output is one file")
         if on_ray:
             problems.raise_as(OutputError)
             cluster = inputs.enter_context(Cluster.connect(options.ray_address))
@@ -241,11 +247,16 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
         log.info("merging %d tensors, %d bytes, into %s", len(plan.tensors), plan.bytes_written, out)
         warn([*plan.warnings, *notices])
         held = held_bytes(plan, threads, options.memory_bytes)
+        if plan.recipe.output.kind == "delta":
+            log.info("counting the entries of %d deltas that are not zero", len(plan.tensors))
+            progress = options.progress or (lambda _: None)
+            plan = counted(plan, threads=threads, ops=ops, hold=held, progress=progress)
         written = 0
 
         def merge_into(output: Output, part: MergePlan, progress: Callable[[Progress], None]) -> None:
             nonlocal written
-            merge_checkpoint(part, output, threads=threads, ops=ops, hold=held, progress=progress)
+            write = write_deltas if part.recipe.output.kind == "delta" else merge_checkpoint
+            write(part, output, threads=threads, ops=ops, hold=held, progress=progress)
             written += part.bytes_written
 
         def complete(output: Output | StoredOutput) -> None:

@@ -142,14 +142,14 @@ def as_peft(tensor: PlannedTensor, low: LowRank) -> Array:
     return out.reshape(tensor.shape)
 
 
-def to_stored(values: Array, dtype: str) -> Any:
-    """The bytes of float32 values in a storage type, rounded to nearest."""
+def to_stored(values: Array, dtype: str, key: int = 0, index: int = 0) -> Any:
+    """The bytes of float32 values in a storage type; `key` and `index` as in `cast`."""
     flat = np.ascontiguousarray(values).reshape(-1)
     if dtype not in RAW:
-        return cast(flat, dtype)
+        return cast(flat, dtype, key, index)
     out = np.empty(flat.size, RAW[dtype])
     nothing = np.empty((0, flat.size), np.uint32)
-    CpuOps().blend(Block(0, flat.view(np.uint32), nothing, subtract=False), out, 1.0, [], 0, False)
+    CpuOps().blend(Block(index, flat.view(np.uint32), nothing, subtract=False), out, 1.0, [], key, False)
     return out.view(np.uint8)
 
 

@@ -217,7 +217,17 @@ def _from_disk(work: Work, rates: Rates) -> float:
 def work_of(plan: MergePlan) -> Work:
     """The work for the tensors of a plan, without the start and the end of a process."""
     stored = _factor_bytes(plan)
+    if plan.recipe.output.kind == "delta":
+        return Work.total([Work(), *(_counted(tensor, stored) for tensor in plan.tensors)])
     return Work.total([Work(), *(_tensor(tensor, stored) for tensor in plan.tensors)])
+
+
+def _counted(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
+    """The work for a delta with all its entries, which is merged twice: first to count the entries that are not zero."""
+    if tensor.sparse and tensor.sparse.part == "indices":
+        return Work(written=tensor.nbytes)
+    once = _tensor(tensor.merged, stored)
+    return once.times(2)._replace(first=once.first, written=tensor.nbytes)
 
 
 def _deltas(tensor: PlannedTensor) -> int:

@@ -160,6 +160,8 @@ def resize(
         tensors = _tensors(file, settings, pairs, made, ranks, _stored(dtype))
         sizes = {FILE: [(name, kind, shape) for name, (kind, shape, _) in tensors.items()]}
         config = _config(settings, ranks)
+        if portable and not isinstance(config.get("target_modules"), list):  # SGLang reads no pattern
+            config["target_modules"] = sorted(pair.module.path for pair in pairs if pair.experts == 1)
         shards = plan_shards(sizes)
         check_place(out, [folder], shards[0].size, overwrite=overwrite, problems=problems)
         problems.raise_as(OutputError)

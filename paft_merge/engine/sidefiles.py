@@ -41,7 +41,7 @@ def model_files(plan: MergePlan, options: MergeOptions) -> dict[str, bytes | Pat
         plan: the merge.
         options: `trust_remote_code` copies the Python files of the config source.
     """
-    if plan.recipe.output.kind == "adapter":
+    if plan.recipe.output.kind != "checkpoint":
         return {ADAPTER_CONFIG: _json(plan.config)}
     files: dict[str, bytes | Path] = {**plan.side_files.copied}
     if options.trust_remote_code:
@@ -302,17 +302,21 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
         given = {"parameters": dict(tensor.parameters)} if tensor.parameters else {}
         return entry | {"from": tensor.inputs.reads[0].source} | given
     sources, noted = [], json.loads(finished.noted)
+    if tensor.merged is not tensor:
+        entry |= {"delta_of": tensor.merged.name, "delta_shape": list(tensor.merged.shape)}
     if tensor.factor:
-        entry |= {"module": tensor.factor.module, "delta_of": tensor.merged.name}
+        entry |= {"module": tensor.factor.module}
         if made := noted.pop("factors", None):
             entry |= {"factors": made}
         if tensor.factor.part == "A":
             return entry
+    if tensor.sparse and tensor.sparse.part in ("mask", "indices"):
+        return entry
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None
         measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.merged.numel)
         if row is not None and noted:
-            measured = row_of(measured, noted["sources"][row], tensor.numel, noted["sampled"])
+            measured = row_of(measured, noted["sources"][row], tensor.merged.numel, noted["sampled"])
         kind = "none" if row is None else read.delta.kind if read.delta else "checkpoint"
         sources.append({"source": read.source, "delta": kind, **measured})
     for source, parameters in zip(sources, tensor.parameters.get("sources", ()), strict=False):
@@ -320,7 +324,7 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
     entry |= {"parameters": {k: v for k, v in tensor.parameters.items() if k != "sources"}, "sources": sources}
     if noted:
         at = [([finished.active[i] for i in pair["of"]], pair) for pair in noted["pairs"]]
-        pairs = [pair_row_of(pair, sources, places, tensor.numel, noted["sampled"]) for places, pair in at]
+        pairs = [pair_row_of(pair, sources, places, tensor.merged.numel, noted["sampled"]) for places, pair in at]
         entry |= {"sampled": noted["sampled"], "pairs": pairs}
     return entry
 

@@ -269,7 +269,7 @@ class _Worker:
             read.checkpoint.read_into(read.name, start, held)
             bad = count_nonfinite(held, tensor.dtype)
             if bad and not self.allow_nonfinite:
-                raise _not_finite(tensor)
+                raise not_finite(tensor)
             self.output.write(tensor.name, start, held, buffer)
             return xxhash.xxh3_128_digest(held), bad
 
@@ -286,7 +286,7 @@ class _Worker:
         """Write one factor of a merged delta. The statistics of the delta are those of its B."""
         stored, made = self.factorization.take(tensor)
         if count_nonfinite(stored, tensor.dtype):
-            raise _not_finite(tensor, 1)
+            raise not_finite(tensor, 1)
         digest = xxhash.xxh3_128()
         for start in range(0, tensor.nbytes, tensor.tile_bytes):
             piece = stored[start : start + tensor.tile_bytes]
@@ -309,7 +309,7 @@ class _Worker:
             stored = stored_bytes(merged[start:stop], tensor.dtype, tensor.rounding_key, start)
             bad = count_nonfinite(stored, tensor.dtype)
             if bad and not self.allow_nonfinite:
-                raise _not_finite(tensor, bad)
+                raise not_finite(tensor, bad)
             if base is not None:
                 block = _delta_block(base, known, start, stop)
                 sample.take(block)
@@ -334,7 +334,7 @@ class _Worker:
             outcome.bad = count_nonfinite(stored, tensor.dtype)
         largest = int(outcome.counts[:, -1].max(initial=0))
         if (outcome.bad or largest >= INFINITY) and not self.allow_nonfinite:
-            raise _not_finite(tensor, outcome.bad)
+            raise not_finite(tensor, outcome.bad)
         self.output.write(tensor.name, start * tensor.width, stored, buffer if stored is out else None)
         return xxhash.xxh3_128_digest(stored.view(np.uint8)), outcome
 
@@ -469,8 +469,8 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _not_finite(tensor: PlannedTensor, overflowed: int = 0) -> MergeError:
-    """The error that names the input with NaN or infinite elements, their number, and the first one.
+def not_finite(tensor: PlannedTensor, overflowed: int = 0) -> MergeError:
+    """Return the error that names the input with NaN or infinite elements, their number, and the first one.
 
     `overflowed`: results of one block that are not finite, reported if every input is finite.
     """

@@ -84,7 +84,7 @@ def verify(
     named, where = where or folder, where or str(folder)
     manifest = read_manifest(folder / MANIFEST) if manifest is None else manifest
     problems, planned = Problems(), manifest["tensors"]
-    is_adapter = dict(manifest["recipe"].get("output") or {}).get("kind") == "adapter"
+    is_adapter = dict(manifest["recipe"].get("output") or {}).get("kind") in ("adapter", "delta")
     with Checkpoint.open(folder / PEFT_FILES[0] if is_adapter else folder, far=far) as checkpoint:
         held, done = checkpoint.tensors, 0
         _compare_names(planned, held, where, problems)

@@ -338,12 +338,14 @@ class Planner:
             name: of the step.
             out: the model's folder.
             written: the merge recipe, with adapters by name.
-            variants: the variant that each of those names means.
+            variants: the variants that some of those names mean; the others mean the adapters as in the recipe.
             stage: the step's.
 
         Returns:
             The name of the step.
         """
+        given = {variant.adapter for variant in variants}
+        variants = [*variants, *(Variant(other) for other in self.recipe.names if other not in given)]
         paths = {v.adapter: self.lora(seed, v) for v in variants}
         resolved = expand(Located(resolved_merge(written, paths, self.recipe, seed)))[0].data
         others = self._outside(dict.fromkeys(references(resolved)))

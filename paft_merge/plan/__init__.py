@@ -14,6 +14,7 @@
 | planned | the plan |
 | merged_deltas | the delta that a merge adds to a base's tensor |
 | adapter_output | the plan of an adapter |
+| sparse_output | the plan of a sparse delta |
 | explanation | the plan of single tensors, for readers |
 | formatting | short text and tables |
 """
@@ -32,6 +33,7 @@ from paft_merge.output.shards import Shard, plan_shards, split
 from paft_merge.plan.adapter_output import adapter_of
 from paft_merge.plan.output_config import config_changes
 from paft_merge.plan.planned import COPY, MergePlan, PlannedTensor
+from paft_merge.plan.sparse_output import delta_of
 from paft_merge.plan.tensor_planner import Planner, resolved
 from paft_merge.recipe import ModelRef, Recipe
 
@@ -66,9 +68,6 @@ def plan_merge(
     if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
         what = "mergekit's arithmetic has no stochastic rounding"
         raise RecipeError.of("RECIPE", recipe.located.spot(("rounding",)), what, "remove one of the two")
-    if recipe.output.kind == "delta":
-        what = "kind: delta is not supported yet"
-        raise RecipeError.of("RECIPE", recipe.located.spot(("output", "kind")), what, "write adapter or checkpoint")
     planner = Planner(recipe, models, allow_crimes, tensor_names, truncate_embeddings=truncate_embeddings)
     tensors = list(planner.tensors())
     planner.check_global_trim(tensors)
@@ -87,7 +86,9 @@ def plan_merge(
         recipe, tuple(models.values()), planner.config_source, tuple(tensors), shards, config,
         (*recipe.warnings, *planner.warnings), allow_nonfinite, planner.vocabulary, planner.side_files,
     )  # fmt: skip
-    return adapter_of(plan) if recipe.output.kind == "adapter" else plan
+    if recipe.output.kind == "checkpoint":
+        return plan
+    return adapter_of(plan) if recipe.output.kind == "adapter" else delta_of(plan)
 
 
 _SHARD_BYTES = 5_000_000_000

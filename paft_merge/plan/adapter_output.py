@@ -80,6 +80,49 @@ def base_of(recipe: Recipe) -> ModelRef:
     return recipe.base_model or first.base or first.sources[0].ref.base
 
 
+def check_recipe(plan: MergePlan, problems: Problems) -> None:
+    """Note what keeps the deltas of a merge from being those of one base."""
+    recipe, base = plan.recipe, base_of(plan.recipe)
+
+    def refuse(what: str, fix: str) -> None:
+        problems.add("ADAPTER_OUTPUT", recipe.located.spot(("output",)), what, fix)
+
+    if recipe.language.slices or recipe.language.modules:
+        form = "slices" if recipe.language.slices else "modules"
+        refuse(f"the recipe has {form}, and an adapter keeps the layers of one base", "list models")
+    if base.adapters:
+        what = f"the base {base} has an adapter itself, and an adapter is of one checkpoint"
+        refuse(what, f"write base_model: {base.base}, or merge {base} to a checkpoint first")
+    if plan.vocabulary and recipe.tokenizer is not None:
+        refuse("the recipe changes the tokenizer, which an adapter does not hold", "remove it")
+    if recipe.arithmetic == "mergekit":
+        what = "mergekit's arithmetic rounds adapters into their checkpoint, so there is no exact delta"
+        refuse(what, "remove arithmetic: mergekit")
+    if recipe.language.base_model is None and len({id(m.checkpoint) for m in plan.models}) > 1:
+        refuse("the sources are several checkpoints, and none is named as the base", "write base_model")
+
+
+def module_of(tensor: PlannedTensor, architecture: Lazy[Architecture | None]) -> tuple[str, LayerKind]:
+    """Return the module of a tensor as PEFT names it, and its kind; the kind is empty if PEFT cannot adapt it."""
+    name = tensor.name
+    named = [read.delta for read in tensor.inputs.sources if read.delta and read.delta.module]
+    module = next((d.module for d in named if f"{d.module}.weight" == name), named[0].module if named else "")
+    layer: LayerKind = next((d.layer for d in named if d.layer), "")
+    if module and layer:
+        return module, layer
+    if any(read.delta and read.delta.kind == "experts" for read in tensor.inputs.sources):
+        return name, "experts"
+    if not name.endswith(".weight") and not module:
+        return name, ""
+    known = architecture.get() if len(tensor.shape) > 1 else None
+    if known is None:
+        layer = "embedding" if "embed" in name else "linear"
+        return module or name.removesuffix(".weight"), layer if len(tensor.shape) == 2 else ""
+    path = module or (known.name_of(name) or name).removesuffix(".weight")
+    found = type(known.module(path)).__name__
+    return path, _CLASSES.get(found, "convolution" if found in ("Conv1d", "Conv2d", "Conv3d") else "")
+
+
 class _Planner:
     def __init__(self, plan: MergePlan) -> None:
         self.plan, self.recipe, self.problems = plan, plan.recipe, Problems()
@@ -89,13 +132,17 @@ class _Planner:
 
     def deltas(self) -> tuple[list[_Delta], list[PlannedTensor]]:
         """Every merged delta that is not zero, and the tensors that are stored whole; notes what an adapter cannot hold."""
-        self._check_recipe()
+        check_recipe(self.plan, self.problems)
+        if self.recipe.rounding == "stochastic":
+            self._refuse("an adapter's factors are rounded to nearest", "remove rounding: stochastic")
+        if "float64" in (self.recipe.out_dtype, self.recipe.dtype):
+            self._refuse("an adapter is not float64, which no server reads", "write out_dtype: float32")
         found, saved, unfit = list[_Delta](), list[PlannedTensor](), dict[str, list[str]]()
         for tensor in self.plan.tensors:
             merged = merged_delta(self.plan, tensor)
             if merged is None:
                 continue
-            module, layer = self._module(merged.tensor)
+            module, layer = module_of(merged.tensor, self.architecture)
             why = self._unfit(merged.tensor, layer)
             if why and is_zero(merged, self.plan.config_source.checkpoint):
                 continue
@@ -157,46 +204,6 @@ class _Planner:
             self._refuse(f"rank: sum adds up the ranks of adapters, and the delta of {name} is not a low-rank product",
                          "write a number, such as rank: 32, or rank: auto with energy")  # fmt: skip
         return sum(r or 0 for r in ranks)
-
-    def _check_recipe(self) -> None:
-        recipe = self.recipe
-        if recipe.language.slices or recipe.language.modules:
-            form = "slices" if recipe.language.slices else "modules"
-            self._refuse(f"the recipe has {form}, and an adapter keeps the layers of one base", "list models")
-        if self.base.adapters:
-            self._refuse(f"the base {self.base} has an adapter itself, and an adapter is of one checkpoint",
-                         f"write base_model: {self.base.base}, or merge {self.base} to a checkpoint first")  # fmt: skip
-        if self.plan.vocabulary and recipe.tokenizer is not None:
-            self._refuse("the recipe changes the tokenizer, which an adapter does not hold", "remove it")
-        if recipe.rounding == "stochastic":
-            self._refuse("an adapter's factors are rounded to nearest", "remove rounding: stochastic")
-        if "float64" in (recipe.out_dtype, recipe.dtype):
-            self._refuse("an adapter is not float64, which no server reads", "write out_dtype: float32")
-        if recipe.arithmetic == "mergekit":
-            what = "mergekit's arithmetic rounds adapters into their checkpoint, so there is no exact delta"
-            self._refuse(what, "remove arithmetic: mergekit")
-        if recipe.language.base_model is None and len({id(m.checkpoint) for m in self.plan.models}) > 1:
-            self._refuse("the sources are several checkpoints, and none is named as the base", "write base_model")
-
-    def _module(self, tensor: PlannedTensor) -> tuple[str, LayerKind]:
-        """The module of a tensor as PEFT names it, and its kind; the kind is empty if PEFT cannot adapt it."""
-        name = tensor.name
-        named = [read.delta for read in tensor.inputs.sources if read.delta and read.delta.module]
-        module = next((d.module for d in named if f"{d.module}.weight" == name), named[0].module if named else "")
-        layer: LayerKind = next((d.layer for d in named if d.layer), "")
-        if module and layer:
-            return module, layer
-        if any(read.delta and read.delta.kind == "experts" for read in tensor.inputs.sources):
-            return name, "experts"
-        if not name.endswith(".weight") and not module:
-            return name, ""
-        architecture = self.architecture.get() if len(tensor.shape) > 1 else None
-        if architecture is None:
-            layer = "embedding" if "embed" in name else "linear"
-            return module or name.removesuffix(".weight"), layer if len(tensor.shape) == 2 else ""
-        path = module or (architecture.name_of(name) or name).removesuffix(".weight")
-        found = type(architecture.module(path)).__name__
-        return path, _CLASSES.get(found, "convolution" if found in ("Conv1d", "Conv2d", "Conv3d") else "")
 
     def _unfit(self, tensor: PlannedTensor, layer: LayerKind) -> str:
         """Why an adapter cannot hold a delta; empty if it can."""
@@ -331,28 +338,28 @@ def _config(
         "layers_to_transform": None,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": _targets(sorted(wholes), checkpoint) or None,
+        "modules_to_save": targets_of(sorted(wholes), checkpoint) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": dict(patterns),
         "revision": base.revision,
-        "target_modules": _targets(modules, checkpoint),
-        "task_type": _task_type(plan),
+        "target_modules": targets_of(modules, checkpoint),
+        "task_type": task_type_of(plan),
         "use_dora": False,
         "use_rslora": False,
     }
 
 
-def _targets(modules: Sequence[str], base: Checkpoint) -> list[str]:
-    """`target_modules`: the last parts of the names, or whole names where a part would also match other modules."""
+def targets_of(modules: Sequence[str], base: Checkpoint) -> list[str]:
+    """Return `target_modules`: the last parts of the names, or whole names where a part would also match other modules."""
     others = {name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")} - {*modules}
     ends = {module.rpartition(".")[2] for module in modules}
     wide = {end for end in ends if any(other == end or other.endswith(f".{end}") for other in others)}
     return sorted({end if (end := module.rpartition(".")[2]) not in wide else module for module in modules})
 
 
-def _task_type(plan: MergePlan) -> str | None:
-    """The task that all adapters state; else that of the base's class."""
+def task_type_of(plan: MergePlan) -> str | None:
+    """Return the task that all adapters state; else that of the base's class."""
     parts = [part for model in plan.models if model.adapter for part in model.adapter.parts]
     stated = {part.config.get("task_type") for part in parts}
     if len(stated) == 1 and isinstance(task := stated.pop(), str):

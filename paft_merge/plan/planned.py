@@ -57,6 +57,31 @@ class Factor(NamedTuple):
     """Whether the method merges the deltas' coordinates in a space of the adapters, so that no delta is computed."""
 
 
+class StoredBlock(NamedTuple):
+    """The entries of one block of a sparse delta."""
+
+    place: int
+    """Number of stored entries before them."""
+    entries: int
+    """Entries that are not zero."""
+    zeros: int = 0
+    """Zeros that are stored too: SHiRA has room for more entries than the delta."""
+
+
+class SparsePart(NamedTuple):
+    """What a tensor of a sparse delta holds (see `inputs.adapters.sparse_delta`)."""
+
+    part: Literal["mask", "values", "delta", "indices"]
+    delta: PlannedTensor
+    """The merged delta, as a tensor of the base's shape, in float32."""
+    subtracted: Read | None = None
+    """As in `Factor`."""
+    blocks: Mapping[int, StoredBlock] = {}
+    """Of `values`: every block of the delta by its first element."""
+    module: str = ""
+    """Of SHiRA: the module, as PEFT names it."""
+
+
 class StreamedTensor:
     """A tensor that is read block by block."""
 
@@ -124,6 +149,9 @@ class PlannedTensor(StreamedTensor):
     factor: Factor | None = field(default=None, compare=False)
     """Of a tensor of an adapter: the merged delta that it is a factor of. `inputs` and `rule` are those of the delta."""
 
+    sparse: SparsePart | None = field(default=None, compare=False)
+    """Of a tensor of a sparse delta: the merged delta whose entries it holds. `inputs` and `rule` are those of the delta."""
+
     def __repr__(self) -> str:
         return f"PlannedTensor({self.name!r}, {self.method!r}, {self.dtype}, {self.shape}, {len(self.inputs.sources)} sources)"
 
@@ -140,7 +168,7 @@ class PlannedTensor(StreamedTensor):
     @property
     def tile_bytes(self) -> int:
         """Bytes of a block in the output; a digest is computed block by block."""
-        if self.method == COPY or self.factor:
+        if self.method == COPY or self.merged is not self:
             return COPY_BYTES
         return max((self.bounds[0][1] if self.bounds else 0) * self.width, 1)
 
@@ -152,12 +180,14 @@ class PlannedTensor(StreamedTensor):
     @property
     def merged(self) -> PlannedTensor:
         """The tensor that the method merges: of an adapter's tensor, the delta; else the tensor itself."""
-        return self.factor.delta if self.factor else self
+        made_of = self.factor or self.sparse
+        return made_of.delta if made_of else self
 
     def with_rule(self, rule: Rule) -> PlannedTensor:
         """The tensor with a rule whose weights or thresholds are known."""
         factor = self.factor and self.factor._replace(delta=replace(self.factor.delta, rule=rule))
-        return replace(self, rule=rule, factor=factor)
+        sparse = self.sparse and self.sparse._replace(delta=replace(self.sparse.delta, rule=rule))
+        return replace(self, rule=rule, factor=factor, sparse=sparse)
 
     @property
     def _block_bytes(self) -> int:
@@ -165,8 +195,8 @@ class PlannedTensor(StreamedTensor):
             rank = sum(read.delta.rank for read in self.inputs.sources if read.delta)
             shape = self.factor.delta.shape
             return 4 * 8 * rank * (shape[0] + math.prod(shape[1:]))
-        if self.factor:
-            return self.factor.delta.block_bytes
+        if self.merged is not self:
+            return self.merged.block_bytes
         if self.method == COPY:
             return 2 * COPY_BYTES  # one is written while the other is read
         if self.rule.wants == "whole":
@@ -262,6 +292,7 @@ class MergePlan:
             "bytes_read": self.bytes_read,
             "bytes_on_hub": self.bytes_on_hub,
             "bytes_written": self.bytes_written,
+            **({"bytes_written_at_most": True} if self.recipe.output.kind == "delta" else {}),
             "bytes_free": bytes_free(out),
             "files": {shard.file: shard.size for shard in self.shards},
             "config": dict(self.config),

@@ -232,11 +232,13 @@ class OutputEntry(Section):
     """What the merge writes."""
 
     kind: Literal["checkpoint", "adapter", "delta"] = "checkpoint"
-    """`adapter` writes the merged delta as a LoRA of the base."""
+    """`adapter` writes the merged delta as a LoRA of the base; `delta` writes the entries of it that are not zero."""
     rank: Annotated[int | Literal["sum", "auto"] | None, BeforeValidator(_read_rank)] = None
     """Rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least that keeps `energy`."""
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of each delta's squared norm that `rank: auto` keeps."""
+    format: Literal["sparse", "shira"] | None = None
+    """Of `kind: delta`: the format of paft_merge (default), or SHiRA, which PEFT loads where only linear layers change."""
     portable: bool = True
     """Write what vLLM, SGLang, llama.cpp and PEFT all read; false: also what only PEFT reads."""
 
@@ -249,9 +251,11 @@ class OutputEntry(Section):
 
     @model_validator(mode="after")
     def fitting(self) -> OutputEntry:
+        if self.format is not None and self.kind != "delta":
+            raise refused("format is a key of kind: delta", "write kind: delta, or remove it")
         if self.kind != "adapter":
             given = [name for name in ("rank", "energy") if getattr(self, name) is not None]
-            given += ["portable"] * ("portable" in self.model_fields_set)
+            given += ["portable"] * (not self.portable)
             if given:
                 raise refused(f"{given[0]} is a key of kind: adapter", "write kind: adapter, or remove it")
         elif self.rank == "auto" and self.energy is None:

@@ -202,7 +202,7 @@ class RecordedTensor:
     @classmethod
     def of(cls, entry: Note) -> RecordedTensor | None:
         """From a tensor's entry of the manifest; None where it has no statistics."""
-        sampled, entries, rows = entry.get("sampled"), math.prod(entry["shape"]), entry.get("sources", [])
+        sampled, entries, rows = entry.get("sampled"), math.prod(shape_of(entry)), entry.get("sources", [])
         if not sampled:
             return None
         names = [row["source"] for row in rows]
@@ -220,6 +220,12 @@ class RecordedTensor:
         """The pair of two sources in either order; None where one does not change the tensor."""
         turned = self.pairs.get((right, left))
         return (turned[0].turned, turned[1]) if turned else self.pairs.get((left, right))
+
+
+def shape_of(entry: Note) -> Sequence[int]:
+    """The shape of the delta that an entry of the manifest describes, of which the output may hold a factor or some values."""
+    shape: Sequence[int] = entry.get("delta_shape", entry["shape"])
+    return shape
 
 
 class Totals:

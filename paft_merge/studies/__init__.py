@@ -4,7 +4,8 @@ study               a study's definition (recipes/studies/NAME.yaml)
 seeds               runs the seeds; resume; the file of results
 seed_intervals      intervals over seeds
 pages               tables and sentences, from the results
-plots               pictures, from the results
+plots               lines and intervals, from the results
+frontiers           models by two metrics, from the results
 policy_losses       the losses of `training`, for policies over states and actions
 frozen_lake         study `frozen-lake`
 bandit              study `on-policy`

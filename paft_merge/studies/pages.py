@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from paft_merge.studies.seed_intervals import LEAST, Interval, interval_of
-from paft_merge.studies.study import Cell, Definition, Metric, PlotSpec, Study, TableSpec
+from paft_merge.studies.study import Cell, Definition, Metric, Study, TableSpec
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,12 @@ def _signed(value: float, metric: Metric) -> str:
     return f"{'+' if value > 0 else ''}{number(value, metric)}"
 
 
-def body(definition: Definition, results: Results, pictures: Iterable[tuple[PlotSpec, str]]) -> str:
-    """The part of the page that is made from the results."""
+Pictures: TypeAlias = Sequence[tuple[str, str]]
+"""Titles and names of files."""
+
+
+def body(definition: Definition, results: Results, plots: Pictures = (), frontiers: Pictures = ()) -> str:
+    """The part of the page that is made from the results; frontiers come first, plots last."""
     count, versions = len(results.data["seeds"]), results.data["versions"]
     found = claims(definition, results)
     head = f"{count} seed{'s' * (count != 1)}, {results.data['seconds']:.0f} s of processor time, torch {versions['torch']}."
@@ -115,18 +119,29 @@ def body(definition: Definition, results: Results, pictures: Iterable[tuple[Plot
         "only where the interval of the difference within a seed excludes zero; of "
         f"{sum(len(one) - 1 for one in found)} such verdicts about one in twenty would by chance, if nothing differed."
     )
-    parts = [f"{head} {rules}", "### Claims"]
+    parts = [f"{head} {rules}"]
+    if frontiers:
+        parts += ["### Frontiers", _FRONTIER, *(f"![{title}]({file})" for title, file in frontiers)]
+    parts.append("### Claims")
     for says, *verdicts in found:
         parts.append("\n".join([says, "", *(f"- {one}" for one in verdicts)]))
     for spec in definition.tables:
         if any(results.has((one, row), name) for one in spec.tables for row in spec.rows for name in spec.metrics):
             parts += [f"### {spec.title}", table(definition, spec, results)]
-    parts += [f"![{spec.title}]({file})" for spec, file in pictures]
+    parts += [f"![{title}]({file})" for title, file in plots]
     return "\n\n".join(parts)
 
 
-def write_page(path: Path, study: Study, results: Results, pictures: Iterable[tuple[PlotSpec, str]]) -> None:
+_FRONTIER = (
+    "Each mark is a model; the points of a sweep are joined, and the shade is the third number. Whiskers are intervals over seeds. "
+    "A ring: no other model has better means on both axes."
+)
+
+
+def write_page(path: Path, study: Study, results: Results, plots: Pictures, frontiers: Pictures) -> None:
     """Write the page of a run."""
     definition = study.definition
-    text = f"# {definition.title}\n\nClaims of {definition.claim_of}.\n\n{body(definition, results, pictures)}\n"
+    text = (
+        f"# {definition.title}\n\nClaims of {definition.claim_of}.\n\n{body(definition, results, plots, frontiers)}\n"
+    )
     path.write_text(text, encoding="utf-8")

@@ -25,8 +25,8 @@ _LABEL = 1.8
 """Inches for an entry of the legend."""
 
 
-def draw(definition: Definition, results: Results, folder: Path) -> list[tuple[PlotSpec, str]]:
-    """Draw every plot into `folder`; returns them with the names of their files. Skipped without matplotlib."""
+def draw(definition: Definition, results: Results, folder: Path) -> list[tuple[str, str]]:
+    """Draw every plot into `folder`; returns their titles and the names of their files. Skipped without matplotlib."""
     if find_spec("matplotlib") is None:
         log.warning("no plots: matplotlib is not installed (pip install 'paft-merge[plots]')")
         return []
@@ -41,7 +41,7 @@ def draw(definition: Definition, results: Results, folder: Path) -> list[tuple[P
             name = f"{definition.study}-{spec.name}.svg"
             figure = _lines(definition, spec, results) if spec.x else _intervals(definition, spec, results)
             figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
-            found.append((spec, name))
+            found.append((spec.title, name))
     return found
 
 

@@ -20,6 +20,7 @@ import torch
 from paft_merge.errors import RunError, reading
 from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.pipeline.state import locked
+from paft_merge.studies.frontiers import draw_frontiers
 from paft_merge.studies.pages import Results, claims, write_page
 from paft_merge.studies.plots import draw
 from paft_merge.studies.study import Study, Tables, load_study
@@ -104,9 +105,9 @@ def run_study(
         results = _together(study, expected, done, tuned)
         _write_results(folder / "results.json", results)
         held = Results(results)
-        pictures = draw(study.definition, held, folder)
+        plots, frontiers = draw(study.definition, held, folder), draw_frontiers(study.definition, held, folder)
         page = folder / f"{study.name}.md"
-        write_page(page, study, held, pictures)
+        write_page(page, study, held, plots, frontiers)
     return StudyResult(page, folder / "results.json", tuple(map(tuple, claims(study.definition, held))), ran)
 
 

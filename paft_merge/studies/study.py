@@ -26,6 +26,7 @@ MODULES = {
     "precision": "precision",
     "on-policy-lm": "on_policy_lm",
     "paft-small": "paft_small",
+    "paft-small-l1": "paft_small",
 }
 """The module of each study. It has `Parameters`, `run_seed` and, where settings are chosen before, `tune`."""
 
@@ -99,6 +100,19 @@ class PlotSpec(Section):
         return [(table, row) for table in self.tables for row in rows]
 
 
+class FrontierSpec(Section):
+    """A picture of models by two metrics; the points of a line are joined, and a third metric is the shade."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    title: str
+    table: str
+    x: str
+    y: str
+    shade: str = ""
+    lines: Annotated[dict[str, dict[str, str]], Field(min_length=1)]
+    """By the name of each line, the rows that are its points, by the label of the point."""
+
+
 class Definition(Section):
     """A study."""
 
@@ -116,12 +130,15 @@ class Definition(Section):
     """Names of rows on the page, by their names in the results."""
     tables: list[TableSpec]
     plots: list[PlotSpec] = Field(default_factory=list)
+    frontiers: list[FrontierSpec] = Field(default_factory=list)
+    """A study of runs has a frontier already if its recipe has `compare: {frontier: [...]}`."""
     claims: list[Claim]
 
     @model_validator(mode="after")
     def _known_metrics(self) -> Definition:
         used = [one.metric for one in self.claims] + [one.metric for one in self.plots]
         used += [name for one in self.tables for name in one.metrics]
+        used += [name for one in self.frontiers for name in (one.x, one.y, one.shade) if name]
         if unknown := [name for name in used if name not in self.metrics]:
             raise refused(f"there is no metric {unknown[0]!r}", suggestion(unknown[0], self.metrics))
         return self

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from conftest import save_checkpoint
 from safetensors.torch import save_file
 from toys import readers
-from toys.served import MADE, PREFIX, Q, V, base_state, draw, plain, same, wanted, write
+from toys.served import MADE, PREFIX, Q, State, V, base_state, draw, plain, same, wanted, write
 
 from paft_merge.cli import cli
 from paft_merge.dialects.checking import check
@@ -187,3 +187,42 @@ def test_other_types_and_dialects(tmp_path: Path) -> None:
     assert {v.reader: v.outcome for v in check(mlx)} == dict.fromkeys(READERS, "refuses") | {"mlx": "loads"}
     save_file({f"{Q}.lora_a": draw(24, 3), f"{Q}.lora_b": draw(3, 24)}, mlx / "adapters.safetensors")
     assert [v.outcome for v in check(mlx, ["mlx"])] == ["refuses"]
+
+
+LAYER = "model.layers.0"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "outcomes"),
+    [
+        (plain("model.vision_tower.encoder.layers.0.self_attn.q_proj", "model.vision_tower.encoder.layers.0.self_attn.v_proj"), {}, "option silent refuses"),
+        (plain(f"{LAYER}.mlp.experts.0.up_proj", f"{LAYER}.mlp.experts.0.gate_proj", f"{LAYER}.mlp.experts.1.up_proj"), {}, "loads loads refuses"),
+        ({n: t[..., None, None] for n, t in plain().items()}, {}, "refuses refuses refuses"),
+        (plain() | {f"{PREFIX}{Q}.lora_B.bias": draw(24)}, {"lora_bias": True}, "refuses silent refuses"),
+        (plain() | {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": draw(1, 24)}, {"trainable_token_indices": {"embed_tokens": [1]}}, "refuses silent refuses"),
+        (plain() | {f"{PREFIX}{Q}.lora_velora_x": draw(2)}, {}, "refuses refuses refuses"),
+        ({f"{PREFIX}{Q}.lora_Z.weight": draw(2)}, {}, "silent silent silent"),
+        (plain(), {"target_modules": "all-linear"}, "loads option loads"),
+        (plain(f"{LAYER}.mlp.experts"), {"target_parameters": ["experts.down_proj"]}, "silent silent refuses"),
+    ],
+)  # fmt: skip
+def test_further_traits(tensors: State, config: dict[str, object], outcomes: str, tmp_path: Path) -> None:
+    verdicts = {v.reader: v.outcome for v in check(write(tmp_path / "a", tensors, **config))}
+    assert " ".join(verdicts[reader] for reader in ("vllm", "sglang", "llamacpp")) == outcomes
+
+
+def test_a_base_with_tied_embeddings_or_a_small_vocabulary(tmp_path: Path) -> None:
+    state = {**base_state(), "model.embed_tokens.weight": draw(32, 24)}
+    head = write(tmp_path / "head", plain("lm_head"), target_modules=["lm_head"])
+    tokens = MADE["plain"](tmp_path / "tokens")
+    (tokens / "added_tokens.json").write_text('{"<a>": 31, "<b>": 32}')
+    for tied, vocabulary, outcomes in ((True, 33, "refuses loads"), (False, 32, "loads refuses")):
+        fields = {"tie_word_embeddings": tied, "vocab_size": vocabulary}
+        extra = {} if tied else {"lm_head.weight": draw(24, 24)}
+        with Checkpoint.open(save_checkpoint(tmp_path / f"base {tied}", state | extra, config=fields)) as base:
+            found = [*check(head, ["llamacpp"], base), *check(tokens, ["sglang"], base)]
+        assert " ".join(verdict.outcome for verdict in found) == outcomes, found
+    assert [v.outcome for v in check(tokens, ["sglang"])] == ["refuses"]
+    assert [f.names for v in check(tokens, ["sglang"]) for f in v.findings if f.trait == "added tokens"] == [
+        ("<a>", "<b>")
+    ]

@@ -70,6 +70,7 @@ def test_an_adapter_holds_the_method_s_result_in_the_space(
         expected = spanned.left @ merged @ (np.eye(a.shape[1]) if spanned.right is None else spanned.right)
         assert np.linalg.norm(b @ a - expected) < 2e-6 * np.linalg.norm(expected)
     assert made.error == pytest.approx(0, abs=1e-6)
+    assert f"with the method `{method}` in `space: {space}`." in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("space", ["core", "knots"])

@@ -266,6 +266,18 @@ def test_the_name_of_every_method_that_merges_two_adapters_is_a_recipe(world: Pa
     assert all(parameters[name]["density"] == 0.5 for name in ("ties", "della", "dare_linear", "pcb"))
 
 
+def test_a_merge_of_a_comparison_may_have_adapters_that_have_no_role(world: Path, tmp_path: Path) -> None:
+    adapters = sections()["adapters"]
+    models = [{"model": "other"}, {"model": "sft"}]
+    compare = {"sft": ["dense"], "skill": "sft", "preference": "dpo", "arms": ["parallel"],
+               "methods": [{"merge_method": "l1_ties", "models": models}]}  # fmt: skip
+    made = planned(world, tmp_path, adapters={**adapters, "other": adapters["sft"]}, compare=compare, merge=False)
+    [step] = [step for step in made.steps if isinstance(step.job, Merge)]
+    found = [m["model"]["lora"]["path"].rsplit("/", 1)[1] for m in step.job.recipe["models"]]
+    assert found == ["other", "sft-dense"]
+    assert step.needs == ("train/sft-dense", "train/other")
+
+
 def test_the_weights_of_a_geometric_median_are_counts_and_no_factors(world: Path, tmp_path: Path) -> None:
     compare = {"sft": ["l1"], "methods": ["geometric_median", "magmax"], "arms": ["parallel"]}
     merge = {"merge_method": "l1_ties", "models": BALANCE}

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from paft_merge.errors import RunError
 from paft_merge.studies import paft_small_data, run_study
 from paft_merge.studies.paft_small_data import Sizes, Storyteller, copy_with_end, inflections, pairs
+from paft_merge.studies.study import load_study
 from paft_merge.training.rewards import load_function
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
@@ -66,16 +67,30 @@ def test_the_base_of_the_study_ends_its_texts_with_its_first_token(tmp_path: Pat
 
 @THEIR_WARNINGS
 def test_the_rows_of_the_study_are_those_of_its_runs(data: Path, tmp_path: Path) -> None:
-    steps = [f"recipe.adapters.{name}.training.max_steps=1" for name in ("sft", "ift", "orpo", "dpo")]
-    changes = [f"data={SIZES.model_dump_json()}", "settings={weak: []}", *steps, "recipe.compare={skill: sft, preference: dpo}",
-               "recipe.compare.arms=[base, parallel]", "recipe.compare.methods=[task_arithmetic]"]  # fmt: skip
-    found = run_study("paft-small", tmp_path / "out", data=data, smoke=True, overrides=changes)
+    """Of paft-small-l1, which has the module of paft-small, with one adapter of each kind."""
+    recipe = load_study("paft-small-l1").parameters.recipe
+    adapters = {name: recipe["adapters"][name] for name in ("sft", "prox-1e-3", "dpo")}
+    adapters = {name: {**one, "training": {**one["training"], "max_steps": 1}} for name, one in adapters.items()}
+    wanted = ("prox-1e-3, task_arithmetic", "pruned like prox-1e-3", "pruned like prox-1e-3, l1_ties")
+    methods = [one for one in recipe["compare"]["methods"] if one["name"] in wanted]
+    compare = {"arms": ["base", "parallel"], "skill": "sft", "preference": "dpo", "methods": methods}
+    changes = {
+        "data": SIZES.model_dump(),
+        "settings": {"weak": []},
+        "recipe.adapters": adapters,
+        "recipe.compare": compare,
+    }
+    written = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    found = run_study("paft-small-l1", tmp_path / "out", data=data, smoke=True, overrides=written)
     rows = json.loads(found.results.read_text())["tables"]["weak"]
     table = json.loads((tmp_path / "out" / "work" / "weak-0" / "table.json").read_text())
-    assert list(rows) == [row["arm"] for row in table["rows"]]
-    merged = "parallel task_arithmetic (dense)"
-    cells = table["rows"][list(rows).index(merged)]["cells"]
-    assert rows[merged]["win"] == pytest.approx(cells["win"]["values"], rel=1e-5)  # results have six digits
+    assert list(rows) == [row["arm"] for row in table["rows"]] == ["base", *(f"parallel {name}" for name in wanted)]
+    for name in wanted:
+        cells = table["rows"][list(rows).index(f"parallel {name}")]["cells"]
+        assert rows[f"parallel {name}"]["win"] == pytest.approx(
+            cells["win"]["values"], rel=1e-5
+        )  # results have six digits
     assert rows["base"]["train_tokens"] == [0]
+    assert "### Frontiers" in found.page.read_text()
     wins = load_function(str(tmp_path / "out" / "work" / "inputs" / "reward.py") + ":wins", tmp_path)
     assert wins(completions=["sad", "happy", "warm"], base_valence=[0.0, 2.0, 1.0]) == [0.0, 0.5, 1.0]

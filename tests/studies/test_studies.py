@@ -13,8 +13,14 @@ import scipy.stats
 from click.testing import CliRunner
 
 from paft_merge.cli import cli
-from paft_merge.errors import RecipeError, RunError
+from paft_merge.errors import Problems, RecipeError, RunError
+from paft_merge.pipeline import load_run
+from paft_merge.pipeline.arms import merges_of
+from paft_merge.pipeline.preflight import check_merge
+from paft_merge.pipeline.steps import Planner
+from paft_merge.recipe.yaml_source import dump_yaml
 from paft_merge.studies import frozen_lake, run_study
+from paft_merge.studies.frontiers import draw_frontiers, frontiers_of
 from paft_merge.studies.pages import Results, body, claims
 from paft_merge.studies.plots import draw
 from paft_merge.studies.seed_intervals import Interval, interval_of
@@ -188,7 +194,29 @@ def test_a_definition_names_rows_that_its_study_has(name, tmp_path):
         assert all(results.has((t, row), spec.metrics[0]) for t in spec.tables for row in spec.rows)
     for plot in definition.plots:
         assert all(results.has(cell, plot.metric) for cell in plot.cells())
-        assert (docs_studies.FOLDER / f"{name}-{plot.name}.svg").is_file()
+    for picture in (*definition.plots, *frontiers_of(definition, results)):
+        assert (docs_studies.FOLDER / f"{name}-{picture.name}.svg").is_file()
+
+
+@pytest.mark.parametrize("name", ["paft-small", "paft-small-l1"])
+def test_a_definition_names_arms_that_its_recipe_has(name, tmp_path):
+    study = load_study(name)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_yaml({"base_model": "base", "seeds": [0], **study.parameters.recipe}))
+    recipe, problems = load_run(file), Problems()
+    arms = {arm.name for arm in Planner.plan(recipe, tmp_path / "run").arms}
+    for merge in merges_of(recipe):
+        check_merge(recipe, merge.written, merge.steps, problems)
+    assert [problem for problem in problems.found if problem.code != "MODEL"] == []
+    definition = study.definition
+    named = {row for claim in definition.claims for each in claim.each
+             for side in ("plus", "minus") for _, row in claim.cells(side, each)}  # fmt: skip
+    named |= {row for spec in definition.tables for row in spec.rows}
+    named |= {row for spec in definition.frontiers for points in spec.lines.values() for row in points.values()}
+    assert named <= arms, sorted(named - arms)
+    assert {table for claim in definition.claims for each in claim.each for table, _ in claim.cells("plus", each)} <= {
+        *study.parameters.settings
+    }
 
 
 @pytest.mark.parametrize("name", docs_studies.NAMES)
@@ -198,11 +226,22 @@ def test_committed_results_are_those_of_the_definition(name):
     assert (data["study"], data["smoke"], data["seeds"]) == (name, False, list(range(study.definition.seeds)))
 
 
-@pytest.mark.parametrize("name", docs_studies.NAMES)
+@pytest.mark.parametrize("name", known_studies())
 def test_pages_are_made_from_the_committed_results(name):
     assert docs_studies.page(name) == (docs_studies.FOLDER / f"{name}.md").read_text(), (
         "run python tools/docs_studies.py"
     )
+
+
+def test_the_index_and_the_page_of_a_study_say_that_it_was_not_run():
+    rows = (docs_studies.FOLDER / "index.md").read_text().splitlines()
+    for name in known_studies():
+        [row] = [row for row in rows if row.startswith(f"| [`{name}`]({name}.md)")]
+        assert (
+            ("not run yet" in row)
+            == (docs_studies.NOT_RUN in docs_studies.page(name))
+            == (name not in docs_studies.NAMES)
+        )
 
 
 def test_a_page_shows_every_row_of_its_tables(done):
@@ -216,6 +255,63 @@ def test_a_page_shows_every_row_of_its_tables(done):
 def test_a_logarithmic_axis_has_numbers_and_not_formulas(done, tmp_path):
     study = load_study("frozen-lake", smoke=True, overrides=FAST)
     pictures = draw(study.definition, Results(json.loads((done[0] / "results.json").read_text())), tmp_path)
-    shown = [(tmp_path / file).read_text() for spec, file in pictures if spec.log_x]
+    shown = [(tmp_path / file).read_text() for _, file in pictures]
     assert shown
     assert not [text for text in shown if "mathdefault" in text]
+
+
+# --- frontiers ----------------------------------------------------------------------------------------------------------
+
+
+def measured(skill: float, win: float, text: float, seeds: int) -> dict[str, list[float]]:
+    spread = [0.02 * (seed - 1) for seed in range(seeds)]
+    return {"skill": [skill + s for s in spread], "win": [win + s for s in spread], "text": [text] * seeds}
+
+
+def of_runs(seeds: int = 3) -> Results:
+    """Results of the form of paft-small, in which one merge is better than another on both axes."""
+    rows = {
+        "base": measured(0.0, 0.5, 5.0, seeds), "sft (dense)": measured(0.7, 0.5, 6.0, seeds),
+        "sequential (dense)": measured(0.4, 0.9, 9.0, seeds), "sequential beta=0.3 (dense)": measured(0.5, 0.8, 8.0, seeds),
+        "sequential beta=0.5 (dense)": measured(0.55, 0.7, 8.0, seeds),
+        **{f"parallel {m} weight={w} (dense)": measured(s - w / 4, 0.5 + w / 4, 7.0, seeds)
+           for m, s in (("ties", 0.7), ("task_arithmetic", 0.9)) for w in (0.5, 1)},
+        "sft (l1)": measured(0.6, 0.5, 6.0, seeds),
+    }  # fmt: skip
+    recipe = {"compare": {"frontier": ["skill", "win", "text"]}}
+    return Results({"parameters": {"recipe": recipe}, "tables": {"weak": rows}, "seeds": list(range(seeds))})
+
+
+def test_a_study_of_runs_has_the_frontiers_that_its_recipe_names():
+    dense, sparse = frontiers_of(load_study("paft-small").definition, of_runs())
+    assert (dense.name, dense.title, dense.x, dense.y, dense.shade) == (
+        "frontier-weak-dense", "Frontiers: weak, dense", "skill", "win", "text",
+    )  # fmt: skip
+    assert dense.lines == {
+        "base": {"base": "base"}, "sft": {"sft": "sft (dense)"}, "sequential": {"sequential": "sequential (dense)"},
+        "sequential, beta": {w: f"sequential beta={w} (dense)" for w in ("0.3", "0.5")},
+        "ties, weight": {w: f"parallel ties weight={w} (dense)" for w in ("0.5", "1")},
+        "task_arithmetic, weight": {w: f"parallel task_arithmetic weight={w} (dense)" for w in ("0.5", "1")},
+    }  # fmt: skip
+    assert sparse.lines == {"base": {"base": "base"}, "sft": {"sft": "sft (l1)"}}
+
+
+def test_a_frontier_shows_models_intervals_and_the_models_that_none_beats(tmp_path):
+    definition = load_study("paft-small").definition
+    (_, file), _ = draw_frontiers(definition, of_runs(), tmp_path)
+    drawn = (tmp_path / file).read_text()
+    assert drawn.count("<title>") == 9
+    assert drawn.count('class="whisker"') == 18
+    assert drawn.count(' ring"') + drawn.count('"ring"') == 4, "task arithmetic twice, SFT alone, and the sequence"
+    assert "skill, % ↑" in drawn
+    assert {shape for shape in ("<circle", "<polygon") if shape in drawn} == {"<circle", "<polygon"}
+    assert "parallel ties weight=0.5 (dense): skill, % 57.500" in drawn
+    draw_frontiers(definition, of_runs(seeds=2), tmp_path)
+    assert 'whisker"/>' not in (tmp_path / file).read_text(), "two seeds have no interval"
+    shown = body(
+        definition,
+        Results({**of_runs().data, "seconds": 1, "smoke": False, "versions": {"torch": "x"}}),
+        (),
+        [("T", file)],
+    )
+    assert shown.index("### Frontiers") < shown.index(f"![T]({file})") < shown.index("### Claims")

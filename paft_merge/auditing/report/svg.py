@@ -55,7 +55,7 @@ _STEPS = 24
 _WIDTH, _LEFT, _RIGHT = 560, 58, 44
 _PLOT = 220
 """Height of a chart inside its axes."""
-_SHAPES = ("circle", "square", "triangle", "diamond", "wedge", "cross")
+_SHAPES = ("circle", "square", "triangle", "diamond", "wedge", "cross", "star", "upright", "flat", "ex")
 _STRIDES = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500)
 
 Place = Callable[[float], float]
@@ -168,6 +168,16 @@ def _point(x: float, y: float, number: int, size: float = 3, kind: str = "") -> 
             *((-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4)),
             *((0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4)),
         ],
+        "star": [
+            *((0.0, -1.4), (0.33, -0.45), (1.33, -0.43), (0.53, 0.17), (0.82, 1.13)),
+            *((0.0, 0.56), (-0.82, 1.13), (-0.53, 0.17), (-1.33, -0.43), (-0.33, -0.45)),
+        ],
+        "upright": [(-0.5, -1.4), (0.5, -1.4), (0.5, 1.4), (-0.5, 1.4)],
+        "flat": [(-1.4, -0.5), (1.4, -0.5), (1.4, 0.5), (-1.4, 0.5)],
+        "ex": [
+            *((-0.6, -1.2), (0.0, -0.6), (0.6, -1.2), (1.2, -0.6), (0.6, 0.0), (1.2, 0.6)),
+            *((0.6, 1.2), (0.0, 0.6), (-0.6, 1.2), (-1.2, 0.6), (-0.6, 0.0), (-1.2, -0.6)),
+        ],
     }[shape]
     return f'<polygon points="{" ".join(f"{x + dx * size:.1f},{y + dy * size:.1f}" for dx, dy in corners)}" {fill}/>'
 
@@ -234,14 +244,18 @@ def _legend(entries: Sequence[tuple[str, int]], wide: float = _WIDTH) -> tuple[l
         width = 46 + sum(12.5 if one.isupper() or east_asian_width(one) in "WF" else 8 for one in text)
         if x > _LEFT and x + width > wide:
             x, y = float(_LEFT), y + 19
-        stroke = f"curve stroke{number % len(LIGHT.hues)}"
         parts += [
-            _line(x, y, x + 20, y, stroke),
+            _line(x, y, x + 20, y, _stroke(number)),
             _point(x + 10, y, number),
             _text(x + 26, y + 4, text, "legend", "start"),
         ]
         x += width
     return parts, y + 26
+
+
+def _stroke(number: int) -> str:
+    """The class of a curve; those whose hue was used before are dashed."""
+    return f"curve stroke{number % len(LIGHT.hues)}{' dashed' * (number // len(LIGHT.hues) % 2)}"
 
 
 # --- scatter ----------------------------------------------------------------------------------------------------------
@@ -271,9 +285,8 @@ def _scatter(scatter: Scatter) -> tuple[float, list[str]]:
     # Names of single models come first, where there is still room for a label.
     for number, (name, mine) in sorted(enumerate(scatter.series), key=lambda one: bool(one[1][0])):
         way = " ".join(f"{place_x(spot.x):.1f},{place_y(spot.y):.1f}" for spot in mine)
-        dashed = " dashed" if number // len(_SHAPES) % 2 else ""
         if len(mine) > 1:
-            parts.append(f'<polyline points="{way}" class="curve stroke{number % len(LIGHT.hues)}{dashed}"/>')
+            parts.append(f'<polyline points="{way}" class="{_stroke(number)}"/>')
         for spot in mine:
             x, y = place_x(spot.x), place_y(spot.y)
             if spot.x_band:
@@ -331,7 +344,7 @@ def _shades(scatter: Scatter, y: float) -> list[str]:
     """The scale of shades below a scatter plot."""
     width, steps, left = 160.0, _STEPS + 1, _LEFT + 240.0
     parts = [_rect(left + i * width / steps, y, width / steps + 0.3, 10, f"share{i}") for i in range(steps)]
-    parts.append(_text(left - 10, y + 9, abridged(printable(scatter.shade_label), 26), "label", "end"))
+    parts.append(_text(left - 10, y + 9, abridged(printable(scatter.shade_label), 42), "label", "end"))
     ends = zip((left, left + width), scatter.shade_ends, strict=True)
     return parts + [_text(x, y + 24, abridged(printable(text), 16)) for x, text in ends]
 

@@ -62,17 +62,9 @@ def mask_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], -(-row_of(shape) // 8))
 
 
-def pack(dense: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-    """Split rows into their mask and the entries that are not zero.
-
-    Args:
-        dense: `[N, I]`, of a type that compares with 0.
-
-    Returns:
-        The mask `[N, M]`, and the entries `[K]` in C order. NaN is not zero; -0 is.
-    """
-    filled = dense != 0
-    return np.packbits(filled, axis=1, bitorder="little"), dense[filled]
+def pack(filled: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The mask `[N, M]` of rows `[N, I]` whose stored entries are marked."""
+    return np.packbits(filled, axis=1, bitorder="little")
 
 
 def layout_of(base: Checkpoint) -> str:
@@ -97,10 +89,9 @@ class SparseDelta(AdapterDelta):
 
     def compute(self, start: int, stop: int, weight: Array | None, out: Array) -> None:
         starts, filled = self._starts.get(), self._filled(start, stop)
+        places = np.flatnonzero(np.unpackbits(filled, axis=1, count=self.row_size, bitorder="little"))
         out[:] = 0
-        out[np.unpackbits(filled, axis=1, count=self.row_size, bitorder="little").view(bool)] = self._values.read(
-            int(starts[start]), int(starts[stop])
-        ).reshape(-1)
+        out.reshape(-1)[places] = self._values.read(int(starts[start]), int(starts[stop])).reshape(-1)
 
     def release(self) -> None:
         self._starts.release()

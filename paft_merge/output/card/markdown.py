@@ -27,10 +27,13 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
     recipe = manifest["recipe"]
     name = recipe.get("name") or "Merged model"
     data = yaml.safe_dump(card_metadata(manifest, name, scores), sort_keys=False, allow_unicode=True).strip()
-    made = f"Made by paft_merge with the method {_code(recipe['merge_method'])}."
+    space = recipe.get("space", "weight")
+    where = "" if space == "weight" else " in " + _code(f"space: {space}")
+    made = f"Made by paft_merge with the method {_code(recipe['merge_method'])}{where}."
     parts = [
         ["---", data, "---", "", f"# {escape_markdown(name)}", "", made, ""],
         _sources(manifest),
+        _use(manifest),
         _measured(manifest),
         [f"![Sparsity of each source, layer by layer]({picture})", ""] if picture else [],
         _scores(scores),
@@ -82,6 +85,18 @@ def _sources(manifest: Mapping[str, Any]) -> list[str]:
     problems = [line for problem in licence(manifest)[1] for line in (f"Note: {escape_markdown(problem.what)}.", "")]
     head = ["| source | as | revision | licence |", "|---|---|---|---|"]
     return ["## Sources", "", *head, *rows, "", *problems]
+
+
+def _use(manifest: Mapping[str, Any]) -> list[str]:
+    """How a sparse delta is added to its base; nothing for other outputs."""
+    output, base = manifest["recipe"].get("output") or {}, manifest.get("donor", "BASE")
+    if output.get("kind") != "delta":
+        return []
+    if output.get("format") == "shira":
+        text = f"A SHiRA adapter of {_code(base)}: `PeftModel.from_pretrained(base, FOLDER)` loads it."
+    else:
+        text = f"The entries that the merge changes in {_code(base)}. {_code(f'{base}+FOLDER')} is the merged model in recipes of paft_merge."
+    return ["## Use", "", text, ""]
 
 
 def _measured(manifest: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from paft_merge.errors import escape
 from paft_merge.inputs.source_labels import labels_of
+from paft_merge.stats.record import shape_of
 
 PICTURE = "sparsity.png"
 
@@ -26,7 +27,7 @@ def by_layer(manifest: Mapping[str, Any]) -> dict[str, dict[int, dict[str, float
         for source in tensor.get("sources", ()) if layer else ():
             if "kept" in source and layer:
                 row = sums.setdefault(source["source"], {}).setdefault(int(layer[1]), {"entries": 0.0})
-                row["entries"] += (entries := prod(tensor["shape"]))
+                row["entries"] += (entries := prod(shape_of(tensor)))
                 row["below_1e-05"] = row.get("below_1e-05", 0.0) + source["below_1e-05"]
                 row["dropped"] = row.get("dropped", 0.0) + entries - source["kept"]
     return {
