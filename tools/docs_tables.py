@@ -49,7 +49,7 @@ KEYS = {
     "arithmetic": "`float32` (default), or `mergekit` for mergekit's results bit for bit",
     "router": "routers of mixtures of experts: `base`, `average`, or `merge` (default, as other tensors). See [Routers](#routers)",
     "output": "what is written: a checkpoint (default), or the merged delta as an adapter or a sparse delta. See [Adapters as output](adapters-out.md)",
-    "space": "where the method works: `weight` (default), on deltas",
+    "space": "where the method works: on deltas (`weight`, default), or in a common space of the adapters: `core`, `knots` or `ctm`. See [Spaces of adapters](methods.md#spaces-of-adapters)",
     "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`; a mapping `{model, lora, override_architecture, label}`; the name of a document; or one `.safetensors` file (`.pt` with `--lazy-unpickle`). Random drops depend on `label`, or without it on the reference as written",
     "models[].last": "with `RUN/checkpoint-*` in `model`: only the last so many. See [The checkpoints of a run](#the-checkpoints-of-a-run)",
     "models[].parameters": "parameters of this source: a value, a gradient (a list, interpolated over the layers), or a list of conditions `{filter, value}`. A filter is a part of a tensor's name",

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def plan_table(planned: MergePlan, out: Path | str | None) -> None:
     """Print a plan: models, arithmetic, tensors by kind, and sizes."""
     shown, recipe = terminal(), planned.recipe
-    shown.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
+    space = "" if recipe.space == "weight" else f" in space: {recipe.space}"
+    shown.print(f"[bold]{recipe.merge_method}[/]{space} of {len(planned.models)} models:")
     for model in planned.models:
         role = "  (gives names, order, files, config and tokenizer)" if model is planned.config_source else ""
         role += "  (merged on the fly)" if model.checkpoint.computed else ""

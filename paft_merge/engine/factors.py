@@ -22,6 +22,7 @@ import numpy as np
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, Ops, Tally
 from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.engine.spaces import Coordinates
 from paft_merge.engine.streamed_deltas import StreamedDelta, not_finite
 from paft_merge.errors import MergeError
 from paft_merge.inputs.adapters.deltas import Lazy
@@ -106,9 +107,13 @@ class Factorization:
             if isinstance(rule, MeasuredWeights):
                 measured = rule.measured(delta, tiles, self.ops)
                 rule, weights = measured.resolved, measured.known or ()
+            assert tensor.factor is not None
+            if tensor.factor.in_space:
+                coordinates = Coordinates.of(tensor, self.recipe)
+                low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
+                return MergedFactors(low, Tally.empty(0), (), weights)
             if (pair := _sum_of_products(delta, rule)) is not None:
                 return MergedFactors(_within(pair, rank, energy, store), Tally.empty(0), (), weights)
-            assert tensor.factor is not None
             rows = StreamedDelta.of(MergedDelta(delta, tensor.factor.subtracted), rule, self.pool, self.ops)
             limits: dict[str, Any] = (
                 {"rank": rank} if energy is None else {"rank": None, "energy": energy, "max_rank": rank}

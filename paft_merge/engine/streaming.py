@@ -20,6 +20,7 @@ from paft_merge.compute.blocks import TILE, Block, Ops, Outcome, Tally, Undecide
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.engine.factors import Factorization
+from paft_merge.engine.spaces import Coordinates
 from paft_merge.errors import MergeError
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
@@ -100,7 +101,7 @@ def merge_checkpoint(
         ThreadPoolExecutor(threads) as blocks,
         ThreadPoolExecutor(threads + 1) as tensors,
     ):
-        todo = _measured_over_model(plan.tensors, todo, blocks, ops or CpuOps())
+        todo = _measured_over_model(plan, todo, blocks, ops or CpuOps())
         made = Factorization(plan.recipe, blocks, ops or CpuOps(), [tensor for tensor in todo if tensor.factor])
         worker = _Worker(
             output, blocks, ops or CpuOps(), _Held(hold), _Budget(FACTOR_BYTES), plan.allow_nonfinite, made
@@ -121,7 +122,7 @@ def measured_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddU
         add_up: adds up the counts that several workers make.
     """
     with _single_threaded_torch(), on_one_core(), ThreadPoolExecutor(threads) as blocks:
-        return replace(plan, tensors=tuple(_measured_over_model(plan.tensors, plan.tensors, blocks, ops, add_up)))
+        return replace(plan, tensors=tuple(_measured_over_model(plan, plan.tensors, blocks, ops, add_up)))
 
 
 def sized(plan: MergePlan, *, threads: int, ops: Ops) -> MergePlan:
@@ -139,7 +140,7 @@ def sized(plan: MergePlan, *, threads: int, ops: Ops) -> MergePlan:
         ThreadPoolExecutor(threads) as blocks,
         ThreadPoolExecutor(threads + 1) as tensors,
     ):
-        known = _measured_over_model(plan.tensors, plan.tensors, blocks, ops)
+        known = _measured_over_model(plan, plan.tensors, blocks, ops)
         halves = [tensor for tensor in known if tensor.factor and tensor.factor.part == "B"]
         factorization = Factorization(plan.recipe, blocks, ops, halves)
         ranks = list(_in_order(tensors, factorization.rank_needed, halves, ahead=2 * threads + 2))
@@ -149,16 +150,20 @@ def sized(plan: MergePlan, *, threads: int, ops: Ops) -> MergePlan:
 
 
 def _measured_over_model(
-    tensors: Sequence[PlannedTensor],
+    plan: MergePlan,
     todo: Sequence[PlannedTensor],
     pool: ThreadPoolExecutor,
     ops: Ops,
     add_up: AddUp = count_all,
 ) -> list[PlannedTensor]:
     """`todo` with what their rules need to know about all tensors of the plan, which takes walks over these."""
-    merged = list({tensor.merged.name: tensor.merged for tensor in tensors}.values())
-    found = measure_over_model([tensor.rule for tensor in merged], merged, pool, ops, add_up) if todo else {}
-    rules = {merged[i].name: rule for i, rule in found.items()}
+    merged = list({tensor.merged.name: tensor for tensor in plan.tensors}.values())
+    read = [
+        Coordinates.of(tensor, plan.recipe) if tensor.factor and tensor.factor.in_space else tensor.merged
+        for tensor in merged
+    ]
+    found = measure_over_model([tensor.merged.rule for tensor in merged], read, pool, ops, add_up) if todo else {}
+    rules = {merged[i].merged.name: rule for i, rule in found.items()}
     return [tensor.with_rule(rules[tensor.merged.name]) if tensor.merged.name in rules else tensor for tensor in todo]
 
 

@@ -162,6 +162,8 @@ class _Planner:
                 found.append(_Delta(*merged, module, layer))
         for why, names in unfit.items():
             self._refuse(f"{join_first(names)}: {why}", _way_out(why))
+        if self.recipe.space != "weight":
+            self._check_space(found, saved)
         adapted = {delta.module for delta in found}
         return found, [replace(one, name=f"{_PREFIX}{self._saved_name(one.name, adapted)}") for one in saved]
 
@@ -170,6 +172,26 @@ class _Planner:
         architecture = self.architecture.get()
         module, _, leaf = ((architecture.name_of(name) if architecture else None) or name).rpartition(".")
         return f"{module}.base_layer.{leaf}" if module in adapted else f"{module}.{leaf}"
+
+    def _check_space(self, deltas: Sequence[_Delta], saved: Sequence[PlannedTensor]) -> None:
+        """Refuse what has no coordinates in a space of adapters."""
+        if saved and self.recipe.method.core_only:
+            what = f"{join_first([tensor.name for tensor in saved])}: {self.recipe.merge_method} merges matrices"
+            self._refuse(what, "leave these tensors out of the sources, or use another method, such as ties")
+        dense = dict[str, list[str]]()
+        for delta in deltas:
+            inputs = delta.tensor.inputs
+            if not inputs.deltas or delta.tensor.rule.wants == "whole":
+                what = f"{delta.tensor.method} merges values, and space: {self.recipe.space} is one of deltas"
+                self._refuse(what, "write space: weight, or a method that merges deltas, such as ties")
+                continue
+            for read in (inputs.sources[i] for i in inputs.active):
+                if rank_of(read, inputs.base) is None:
+                    dense.setdefault(read.source, []).append(delta.tensor.name)
+        for source, names in dense.items():
+            what = f"space: {self.recipe.space} is made from the factors of adapters, and the delta of {source} is not a low-rank product"
+            self._refuse(f"{what} ({join_first(names)})",
+                         "leave this source out, or write space: weight with a number as rank")  # fmt: skip
 
     def rank(self, delta: _Delta) -> int:
         """The rank of the factors; with `rank: auto`, the largest that is possible."""
@@ -181,6 +203,8 @@ class _Planner:
         added = summands(inputs, rule)
         active = [i for i, _ in added] if added is not None else inputs.active
         ranks = [rank_of(inputs.sources[i], delta.subtracted or inputs.base) for i in active]
+        if self.recipe.space != "weight":
+            return min(most, sum(r or 0 for r in ranks)) if asked == "auto" else sum(r or 0 for r in ranks)
         if asked == "auto":
             return most if None in ranks or added is None else min(most, sum(r or 0 for r in ranks))
         if None in ranks:
@@ -245,7 +269,8 @@ def _planned(
     if plan.recipe.output.portable:
         ranks = dict.fromkeys(ranks, uniform)
     dtype = _dtype(plan, deltas, ranks)
-    tensors = [one for delta in deltas for one in _factors(delta, max(1, ranks[delta.tensor.name]), dtype)]
+    in_space = plan.recipe.space != "weight"
+    tensors = [one for delta in deltas for one in _factors(delta, max(1, ranks[delta.tensor.name]), dtype, in_space)]
     tensors = sorted([*tensors, *saved], key=lambda tensor: tensor.name)
     shards = plan_shards({FILE: [(t.name, t.dtype, t.shape) for t in tensors]})
     patterns = {d.module: ranks[d.tensor.name] for d in deltas if ranks[d.tensor.name] != uniform}
@@ -255,7 +280,7 @@ def _planned(
     )  # fmt: skip
 
 
-def _factors(delta: _Delta, rank: int, dtype: str) -> list[PlannedTensor]:
+def _factors(delta: _Delta, rank: int, dtype: str, in_space: bool) -> list[PlannedTensor]:
     """Both factors of a delta, as PEFT stores them."""
     outer, inner = _matrix(delta.tensor)
     kernel = delta.tensor.shape[2:]
@@ -271,7 +296,7 @@ def _factors(delta: _Delta, rank: int, dtype: str) -> list[PlannedTensor]:
             name=f"{_PREFIX}{delta.module}.{name.format(part)}",
             shape=shape,
             dtype=dtype,
-            factor=Factor(delta.module, delta.layer, part, delta.tensor, delta.subtracted),  # type: ignore[arg-type]
+            factor=Factor(delta.module, delta.layer, part, delta.tensor, delta.subtracted, in_space),  # type: ignore[arg-type]
         )
         for part, shape in shapes.items()
     ]
@@ -283,17 +308,22 @@ def _dtype(plan: MergePlan, deltas: Sequence[_Delta], ranks: Mapping[str, int]) 
         return next(d.name for d in DTYPES.values() if d.torch == wanted)
     parts = [part for model in plan.models if model.adapter for part in model.adapter.parts]
     held = {info.dtype for part in parts for info in part.file.tensors.values()}
-    exact = all(_is_exact(delta, ranks[delta.tensor.name]) for delta in deltas)
+    exact = all(_is_exact(delta, ranks[delta.tensor.name], plan.recipe.space) for delta in deltas)
     return held.pop() if len(held) == 1 and held <= {"BF16", "F16"} and not exact else "F32"
 
 
-def _is_exact(delta: _Delta, rank: int) -> bool:
+def _is_exact(delta: _Delta, rank: int, space: str) -> bool:
     """Whether factors of a rank hold a delta exactly, by the headers of its sources."""
     inputs = delta.tensor.inputs
+    if space == "ctm":
+        return True
     added = summands(inputs, delta.tensor.rule) or ()
-    return is_sum_of_products(delta.tensor) and rank >= sum(
-        rank_of(inputs.sources[i], inputs.base) or 0 for i, _ in added
-    )
+    if space != "weight":
+        added = [(i, 1.0) for i in inputs.active]
+    elif not is_sum_of_products(delta.tensor):
+        return False
+    ranks = [rank_of(inputs.sources[i], inputs.base) for i, _ in added]
+    return None not in ranks and sum(r or 0 for r in ranks) <= rank
 
 
 def _config(

@@ -53,6 +53,8 @@ class Factor(NamedTuple):
     """The merged delta, as a tensor of the base's shape: its blocks have no base."""
     subtracted: Read | None = None
     """The base's tensor, where the delta is what the method writes minus it; None if the method writes the delta itself."""
+    in_space: bool = False
+    """Whether the method merges the deltas' coordinates in a space of the adapters, so that no delta is computed."""
 
 
 class StoredBlock(NamedTuple):
@@ -196,6 +198,10 @@ class PlannedTensor(StreamedTensor):
 
     @property
     def _block_bytes(self) -> int:
+        if self.factor and self.factor.in_space:  # the factors of all sources in float64, and bases of as many vectors
+            rank = sum(read.delta.rank for read in self.inputs.sources if read.delta)
+            shape = self.factor.delta.shape
+            return 4 * 8 * rank * (shape[0] + math.prod(shape[1:]))
         if self.merged is not self:
             return self.merged.block_bytes
         if self.method == COPY:

@@ -304,7 +304,7 @@ class Language(Section):
 
     output: Annotated[OutputEntry | None, BeforeValidator(_read_output)] = None
     """What is written: a checkpoint, or the merged delta as an adapter of the base."""
-    space: Literal["weight", "core", "knots"] | None = None
+    space: Literal["weight", "core", "knots", "ctm"] | None = None
     """Where the method works: on deltas (`weight`, the default), or in a common space of the adapters' factors."""
 
     @model_validator(mode="after")

@@ -27,7 +27,9 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
     recipe = manifest["recipe"]
     name = recipe.get("name") or "Merged model"
     data = yaml.safe_dump(card_metadata(manifest, name, scores), sort_keys=False, allow_unicode=True).strip()
-    made = f"Made by paft_merge with the method {_code(recipe['merge_method'])}."
+    space = recipe.get("space", "weight")
+    where = "" if space == "weight" else " in " + _code(f"space: {space}")
+    made = f"Made by paft_merge with the method {_code(recipe['merge_method'])}{where}."
     parts = [
         ["---", data, "---", "", f"# {escape_markdown(name)}", "", made, ""],
         _adapter(manifest),
