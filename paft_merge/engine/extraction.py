@@ -18,13 +18,12 @@ from paft_merge.engine.merge_result import MergeResult
 from paft_merge.engine.options import MergeKeywords, MergeOptions
 from paft_merge.engine.resizing import check_ranks
 from paft_merge.engine.streamed_deltas import StreamedDelta
+from paft_merge.errors import RecipeError
 from paft_merge.lowrank.factors import Array
 from paft_merge.plan.merged_deltas import merged_delta
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from paft_merge.plan import MergePlan
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,30 @@ def extract(
     Raises:
         PaftMergeError: the models cannot be merged, or do not differ.
     """
-    recipe = recipe_of(finetune, base, dtype=dtype, **output_of(rank, energy, max_rank, include, exclude, portable))
-    asked = MergeOptions.of(options, overrides)
-    made = merge(recipe, out, asked)
-    with open_plan({name: value for name, value in recipe.items() if name != "output"}, asked) as plan:
-        adapted = {entry["delta_of"] for entry in made.manifest["tensors"].values() if "delta_of" in entry}
-        return Extracted(made, norms_of_others(plan, adapted, asked.threads or available_cores()))
+    output = output_of(rank, energy, max_rank, include, exclude, portable)
+    return extracted(recipe_of(finetune, base, dtype=dtype, **output), out, MergeOptions.of(options, overrides))
+
+
+def extracted(recipe: Mapping[str, Any], out: Path | str, options: MergeOptions) -> Extracted:
+    """Merge a recipe whose output is an adapter, and measure what the adapter leaves out."""
+    made = merge(recipe, out, options)
+    return Extracted(made, left_out_of(recipe, options))
+
+
+def left_out_of(recipe: Mapping[str, Any], options: MergeOptions) -> dict[str, float]:
+    """||D||_F of the merged deltas that are not in the adapter of a recipe, largest first; without those of zero."""
+    with open_plan(recipe, options) as plan:
+        held = {t.factor.delta.name if t.factor else t.inputs.reads[0].name for t in plan.tensors}
+    found = dict[str, float]()
+    dense = {name: value for name, value in recipe.items() if name != "output"}
+    with open_plan(dense, options) as plan, ThreadPoolExecutor(options.threads or available_cores()) as pool:
+        for tensor in plan.tensors:
+            merged = merged_delta(plan, tensor) if tensor.name not in held else None
+            if merged is not None:
+                rows = StreamedDelta.of(merged, merged.tensor.rule, pool, CpuOps())
+                found[tensor.name] = math.sqrt(math.fsum(rows.each(_squares)))
+                merged.tensor.release()
+    return dict(sorted(((name, norm) for name, norm in found.items() if norm), key=lambda item: -item[1]))
 
 
 def output_of(
@@ -124,7 +141,14 @@ def output_of(
 
 
 def recipe_of(finetune: Path | str, base: Path | str, *, dtype: str | None = None, **output: Any) -> dict[str, Any]:
-    """The recipe whose merged delta is the difference of two checkpoints."""
+    """The recipe whose merged delta is the difference of two checkpoints.
+
+    Raises:
+        RecipeError: both are the same.
+    """
+    if str(finetune) == str(base):
+        what = f"the fine-tune and the base are both {base}"
+        raise RecipeError.of("RECIPE", "base", what, "name the model that the fine-tune was trained from")
     return {
         "merge_method": "task_arithmetic",
         "base_model": str(base),
@@ -132,19 +156,6 @@ def recipe_of(finetune: Path | str, base: Path | str, *, dtype: str | None = Non
         **({"out_dtype": dtype} if dtype else {}),
         "output": output,
     }
-
-
-def norms_of_others(plan: MergePlan, adapted: set[str], threads: int) -> dict[str, float]:
-    """||D||_F of the deltas of a merged checkpoint whose names are not in `adapted`, largest first; without those of zero."""
-    found = {}
-    with ThreadPoolExecutor(threads) as pool:
-        for tensor in plan.tensors:
-            merged = merged_delta(plan, tensor) if tensor.name not in adapted else None
-            if merged is not None:
-                rows = StreamedDelta.of(merged, merged.tensor.rule, pool, CpuOps())
-                found[tensor.name] = math.sqrt(math.fsum(rows.each(_squares)))
-                merged.tensor.release()
-    return dict(sorted(((name, norm) for name, norm in found.items() if norm), key=lambda item: -item[1]))
 
 
 def _squares(first: int, rows: Array) -> float:

@@ -263,7 +263,9 @@ class OutputEntry(Section):
             raise refused("format is a key of kind: delta", "write kind: delta, or remove it")
         if self.kind != "adapter":
             fields = type(self).model_fields.items()
-            given = [name for name, one in fields if name not in ("kind", "format") and getattr(self, name) != one.default]
+            given = [
+                name for name, one in fields if name not in ("kind", "format") and getattr(self, name) != one.default
+            ]
             if given:
                 raise refused(f"{given[0]} is a key of kind: adapter", "write kind: adapter, or remove it")
         elif self.rank == "auto" and self.energy is None:
