@@ -72,7 +72,11 @@ KEYS = {
     "output.rank": "rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least rank that keeps `energy`",
     "output.energy": "share of the squared norm of each delta that `rank: auto` keeps, such as 0.99",
     "output.format": "of `kind: delta`: `sparse` (default), which paft_merge reads, or `shira`, which PEFT loads",
+    "output.max_rank": "limit of the ranks that `rank: auto` finds",
     "output.portable": "`true` (default): only what vLLM, SGLang, llama.cpp and PEFT all read; `false`: also what only PEFT reads",
+    "output.include": "names of the modules that get factors, or ends of names after a dot, such as `q_proj` or `layers.1?.*`; without it all. The delta of other modules is left out",
+    "output.exclude": "names of modules whose delta is left out",
+    "output.unfit": "deltas that the adapter cannot hold, such as those of norms: `refuse` (default) or `leave_out`, with a warning",
 }  # fmt: skip
 """What each key of a recipe means."""
 

@@ -251,7 +251,10 @@ def _summed(noted: Mapping[str, Mapping[str, Any]]) -> Loss:
 
 
 def check_loss(loss: Loss | None, most: float | None) -> None:
-    """Raise MergeError MAX_ERROR if an adapter differs from the merged deltas by more than `most`."""
+    """Raise MergeError MAX_ERROR if an adapter differs from the merged deltas by more than `most`, ADAPTER_OUTPUT if these are zero."""
+    if loss is not None and not loss.norm:
+        what = "every merged delta is zero: the sources do not differ from the base"
+        raise MergeError.of("ADAPTER_OUTPUT", "", what, "check that the right models are named")
     if loss is None or most is None or loss.relative <= most:
         return
     module, error = next(iter(loss.largest.items()))

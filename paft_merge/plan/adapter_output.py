@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from paft_merge.errors import Problems, RecipeError
+from paft_merge.errors import Problem, Problems, RecipeError
 from paft_merge.inputs.adapters.deltas import LayerKind, Lazy
+from paft_merge.inputs.adapters.selection import Selection
 from paft_merge.inputs.architecture import Architecture
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.safetensors_header import join_first, truncate
@@ -59,6 +60,7 @@ def adapter_of(plan: MergePlan) -> MergePlan:
     if not deltas:
         what = "the merged delta is zero, so there is no module to write an adapter for"
         raise RecipeError.of("ADAPTER_OUTPUT", plan.recipe.located.spot(("output",)), what, "check weights and sources")
+    plan = replace(plan, warnings=(*plan.warnings, *planner.left_out))
     return _planned(plan, deltas, saved, ranks)
 
 
@@ -131,7 +133,7 @@ class _Planner:
     def __init__(self, plan: MergePlan) -> None:
         self.plan, self.recipe, self.problems = plan, plan.recipe, Problems()
         self.output, self.spot = plan.recipe.output, plan.recipe.located.spot(("output",))
-        self.base = base_of(plan.recipe)
+        self.base, self.left_out = base_of(plan.recipe), list[Problem]()
         self.architecture = Lazy(lambda: Architecture.of(plan.config_source.checkpoint))
 
     def deltas(self) -> tuple[list[_Delta], list[PlannedTensor]]:
@@ -142,6 +144,7 @@ class _Planner:
         if "float64" in (self.recipe.out_dtype, self.recipe.dtype):
             self._refuse("an adapter is not float64, which no server reads", "write out_dtype: float32")
         found, saved, unfit = list[_Delta](), list[PlannedTensor](), dict[str, list[str]]()
+        selection, modules = Selection(self.output.include, self.output.exclude), list[str]()
         for tensor in self.plan.tensors:
             merged = merged_delta(self.plan, tensor)
             if merged is None:
@@ -151,6 +154,9 @@ class _Planner:
                 unfit.setdefault(why, []).append(tensor.name)
                 continue
             module, layer = module_of(merged.tensor, self.architecture)
+            modules.append(module)
+            if module not in selection:
+                continue
             why = self._unfit(merged.tensor, layer)
             if why and is_zero(merged, self.plan.config_source.checkpoint):
                 continue
@@ -160,8 +166,12 @@ class _Planner:
                 unfit.setdefault(why, []).append(tensor.name)
             else:
                 found.append(_Delta(*merged, module, layer))
+        selection.check(modules, self.spot, self.problems)
         for why, names in unfit.items():
-            self._refuse(f"{join_first(names)}: {why}", _way_out(why))
+            if self.output.unfit == "leave_out":
+                self.left_out.append(Problem("LEFT_OUT", str(self.spot), f"{join_first(names)}: {why}"))
+            else:
+                self._refuse(f"{join_first(names)}: {why}", _way_out(why))
         if self.recipe.space != "weight":
             self._check_space(found, saved)
         adapted = {delta.module for delta in found}
@@ -195,7 +205,7 @@ class _Planner:
 
     def rank(self, delta: _Delta) -> int:
         """The rank of the factors; with `rank: auto`, the largest that is possible."""
-        most = min(_matrix(delta.tensor))
+        most = min(*_matrix(delta.tensor), self.output.max_rank or delta.tensor.numel)
         asked = self.output.rank or "sum"
         if isinstance(asked, int):
             return asked
