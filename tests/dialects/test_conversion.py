@@ -278,6 +278,8 @@ def test_what_has_no_place_is_refused_by_name(made: str, to: Target, said: str, 
         ("layer_replication", [[0, 1]]),
         ("peft_type", "VERA"),
         ("odd", 1),
+        ("use_bdlora", {"nblocks": 2}),
+        ("rank_pattern", {"q_proj": 9}),
     ],
 )
 def test_variants_without_a_plain_delta_are_refused(field: str, value: object, tmp_path: Path) -> None:
