@@ -50,9 +50,9 @@ _SAMPLED, _SAMPLED_ENTRIES = 1 / 16, 1 / 32
 _TIED = 0.4
 """Thresholds of float32 deltas at which entries are tied; of the differences of stored values nearly all are."""
 
-_UNDECIDED, _MOST_OF_ALL, _MOST_UNDECIDED = 0.012, 0.1, 128 << 20
-"""Share of the entries of a source that a merge in one pass sets aside, most of all sources together, and most bytes of them (see
-`rules.one_pass`)."""
+_UNDECIDED, _MOST_COPIED, _MOST_UNDECIDED = 0.012, 2.0, 128 << 20
+"""Share of the entries of a source that a merge in one pass sets aside, most numbers that they take for each entry of the tensor, and
+most bytes (see `rules.one_pass`)."""
 
 _BALANCED_THREADS = 8
 """Threads of the machine for which files are balanced among workers."""
@@ -294,8 +294,8 @@ def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
 
 def _in_one_pass(tensor: PlannedTensor, sources: int) -> bool:
     """Whether the entries that a merge in one pass sets aside will fit."""
-    share = _UNDECIDED * sources
-    few = share <= _MOST_OF_ALL and share * tensor.numel * 4 * (sources + 2) <= _MOST_UNDECIDED
+    copied = _UNDECIDED * sources * (sources + 2)
+    few = copied <= _MOST_COPIED and copied * tensor.numel * 4 <= _MOST_UNDECIDED
     return few and bool(may_be_held(tensor))
 
 

@@ -33,7 +33,7 @@ EQUAL = Election((0.5, 0.5))
 def _whatever_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of tiles as small as these are inexact, and many entries stay undecided."""
     monkeypatch.setattr(one_pass, "_MOST_UNDECIDED", 0.9)
-    monkeypatch.setattr(one_pass, "_MOST_OF_ALL", 1.8)
+    monkeypatch.setattr(one_pass, "_MOST_COPIED", 8.0)
 
 
 def bases(size: int) -> np.ndarray:

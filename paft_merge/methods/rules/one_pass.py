@@ -32,8 +32,8 @@ from paft_merge.methods.rules.thresholds import Trim
 _MOST_UNDECIDED = 0.1
 """Share of a sample that may be inside its bracket. Tiles that differ more are measured first, which is cheaper."""
 
-_MOST_OF_ALL = 0.1
-"""Most of the shares of all sources together. Each undecided entry is merged once more, with the deltas of every source."""
+_MOST_COPIED = 2.0
+"""Most numbers that undecided entries take for each entry of a tensor: the deltas of every source, which are merged once more."""
 
 _MOST_HELD = 128 << 20
 """Bytes of the undecided entries of one tensor. With many sources nearly every entry is undecided for one of them."""
@@ -162,7 +162,7 @@ def plan_one_pass(
             brackets[i] = guess_bracket(sample, rank / numel)
             inside = sample.inside(brackets[i])
             undecided += inside
-            if inside > _MOST_UNDECIDED or undecided > _MOST_OF_ALL:
+            if inside > _MOST_UNDECIDED or undecided * (len(trims) + 2) > _MOST_COPIED:
                 return None
     held = int(min(undecided, 1.0) * numel) * 4 * (len(trims) + 2)  # a place, the deltas and the base
     return None if held > _MOST_HELD else OnePass(tuple(known), tuple(brackets), election, deferring, held)
