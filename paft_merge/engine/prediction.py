@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from paft_merge.compute.kernels.block_source import piece_entries
 from paft_merge.engine.balancing import by_file, shares
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.machine import REFERENCE, Rates
 from paft_merge.engine.streaming import FACTOR_BYTES, HELD_BYTES, may_be_held
 from paft_merge.inputs.tensor_inputs import RAW, Inputs, Read
+from paft_merge.methods.rules.rule import MEASURED_AT_ONCE
 from paft_merge.methods.rules.walks import DEFERRED
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
 from paft_merge.plan.merged_deltas import is_sum_of_products
@@ -53,8 +55,9 @@ _TIED = 0.4
 _PASSES, _OVERSAMPLED = 2, 8
 """Passes over a delta that is approximated, and columns of its sketch beside the rank (see `lowrank.range_finder`)."""
 
-_UNDECIDED, _MOST_UNDECIDED = 0.012, 128 << 20
-"""Share of the entries of a source that a merge in one pass sets aside, and most bytes of them (see `rules.one_pass`)."""
+_UNDECIDED, _MOST_COPIED, _MOST_UNDECIDED = 0.012, 2.0, 128 << 20
+"""Share of the entries of a source that a merge in one pass sets aside, most numbers that they take for each entry of the tensor, and
+most bytes (see `rules.one_pass`)."""
 
 _BALANCED_THREADS = 8
 """Threads of the machine for which files are balanced among workers."""
@@ -320,8 +323,9 @@ def _walk_factors(delta: PlannedTensor, stored: Mapping[str, float]) -> float:
 
 def _in_one_pass(tensor: PlannedTensor, sources: int) -> bool:
     """Whether the entries that a merge in one pass sets aside will fit."""
-    undecided = min(_UNDECIDED * sources, 1.0) * tensor.numel * 4 * (sources + 2)
-    return bool(may_be_held(tensor)) and undecided <= _MOST_UNDECIDED
+    copied = _UNDECIDED * sources * (sources + 2)
+    few = copied <= _MOST_COPIED and copied * tensor.numel * 4 <= _MOST_UNDECIDED
+    return few and bool(may_be_held(tensor))
 
 
 def _walk(inputs: Inputs, numel: int) -> Work:
@@ -434,7 +438,7 @@ def _collected(tensor: PlannedTensor) -> int:
     rule, sources = tensor.rule, len(tensor.inputs.active)
     if tensor.method == COPY or rule.wants == "whole" or not rule.walks(tensor.numel, tensor.inputs.active).ties:
         return 0
-    return int(_COLLECTED * sources * 4 * tensor.numel) * (not _held(tensor))
+    return int(_COLLECTED * min(sources, MEASURED_AT_ONCE) * 4 * tensor.numel) * (not _held(tensor))
 
 
 def _held(tensor: PlannedTensor) -> int:
@@ -464,6 +468,7 @@ def _block_bytes(tensor: PlannedTensor) -> int:
         rows = (sources + (inputs.base is not None)) * 2 if made else 0
     elif inputs.form == "deltas" and all(_is_product(inputs, i) for i in inputs.active):
         rows = 2 + 4 * sources if made else 0
+        merged += 4 * sources * piece_entries(entries, tensor.row, sources)
     else:
         rows = 4 * (sources + (inputs.base is not None)) + 6  # and a delta, and stored values
     return merged + aside + working + entries * (rows + 4 * made)

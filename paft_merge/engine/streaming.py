@@ -193,7 +193,7 @@ class _Worker:
     def _streamed(self, tensor: PlannedTensor, rule: Rule) -> Finished:
         """Merge a tensor block by block."""
         tiles, sources = BlockWalk([tensor], self.pool), tensor.inputs.active
-        walk, sample = TensorPass(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
+        walk, sample = self._pass(tensor, tiles), Sample(tensor.numel)
         weights = tuple[float, ...]()
         if isinstance(rule, MeasuredWeights):
             measured = rule.measured(tensor, tiles, self.ops)
@@ -205,6 +205,18 @@ class _Worker:
             tally.add(outcome.counts, outcome.sums)
             nonfinite += outcome.bad
         return _finished(tensor, digest.hexdigest(), sources, tally, sample, nonfinite, weights)
+
+    def _pass(self, tensor: PlannedTensor, tiles: BlockWalk) -> TensorPass:
+        """The tensor as its rule sees it; `tiles` walks over it."""
+        inputs, active = tensor.inputs, tensor.inputs.active
+
+        def among(part: Sequence[int]) -> BlockWalk:
+            return BlockWalk([replace(tensor, inputs=inputs.among([active[k] for k in part]))], self.pool)
+
+        return TensorPass(
+            tensor.numel, tiles, self.ops, active, tensor.shape, lambda k: inputs.factors(active[k]),
+            among if inputs.alike else None,
+        )  # fmt: skip
 
     def _measured(self, tensor: PlannedTensor, rule: Rule, walk: TensorPass, sample: Sample) -> list[Written]:
         """Measure the tensor, then merge it; both steps read every block."""
@@ -230,7 +242,7 @@ class _Worker:
         # Decided from the plan alone, not from free memory: one pass adds the statistics in another order.
         pending = None
         if may_be_held(tensor):
-            pending = rule.one_pass(walk, lambda: [tensor.inputs.factors(i) for i in walk.active])
+            pending = rule.one_pass(walk)
         if pending is None:
             return None
         bounds, kind = tensor.bounds, np.dtype(RAW[tensor.dtype])
