@@ -171,7 +171,7 @@ class Grid:
     @property
     def counts(self) -> tuple[int, ...]:
         """Number of blocks in each dimension."""
-        return tuple(-(-n // size) for n, size in zip(self.shape, self.sizes, strict=True))
+        return tuple(-(-n // max(size, 1)) for n, size in zip(self.shape, self.sizes, strict=True))
 
     @property
     def fits(self) -> bool:
@@ -314,6 +314,11 @@ def wrong_dtype(where: object, info: TensorInfo, wanted: Sequence[str]) -> Probl
 def missing(where: object, has: str, lacks: str) -> Problem:
     """A problem: a part of a weight without another one."""
     return Problem("KEYS_MISSING", str(where), f"stores {quote(has)} without {lacks}", "download it again")
+
+
+def texts(value: Any) -> list[str]:
+    """The texts in a list of a config; none if it is not a list."""
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
 def names_module(pattern: str, module: str) -> bool:
