@@ -127,11 +127,15 @@ def test_audit_measures_an_adapter_against_the_values(base: tuple[Path, State], 
 
 def test_dequantize_writes_plain_weights(base: tuple[Path, State], tmp_path: Path) -> None:
     folder, values = base
+    (folder / "hf_quant_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text("{}")
     asked_for = ["dequantize", str(folder), str(tmp_path / "out"), "--quiet"]
     assert CliRunner().invoke(cli, asked_for).exit_code == 0
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in got.items()} == dict.fromkeys(values, torch.bfloat16)
     assert all(torch.equal(got[name], tensor.bfloat16()) for name, tensor in values.items())
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()  # vLLM would take the weights for codes
+    assert (tmp_path / "out" / "generation_config.json").exists()
     shown = CliRunner().invoke(cli, ["dequantize", str(folder), "--dry-run", "--out-dtype", "float32", "--json"])
     assert {tensor["dtype"] for tensor in json.loads(shown.stdout)["tensors"]} == {"F32"}
 

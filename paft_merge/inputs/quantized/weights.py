@@ -25,6 +25,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _PANEL_BYTES = 32 << 20
 """A panel that is not larger is read whole, and kept."""
+_CACHED = 1 << 15
+"""Entries that are dequantised together, so that they stay in the CPU's cache."""
 
 Settings = Mapping[str, Any]
 """A `quantization_config`."""
@@ -244,11 +246,20 @@ def look_up(table: Values, codes: Bytes, out: Values) -> None:
         codes: bytes, contiguous.
         out: as many values, contiguous; overwritten.
     """
-    flat = out.reshape(-1)
+    flat, held = out.reshape(-1), codes.reshape(-1)
     if table.ndim == 2:
-        np.take(table.view(np.uint64).reshape(-1), codes.reshape(-1), out=flat.view(np.uint64), mode="clip")
-    else:
-        np.take(table, codes.reshape(-1), out=flat, mode="clip")
+        np.take(table.view(np.uint64).reshape(-1), held, out=flat.view(np.uint64), mode="clip")
+    elif held.size % 2:
+        np.take(table, held, out=flat, mode="clip")
+    else:  # two codes at a time
+        np.take(_of_two(table.tobytes()), held.view(np.uint16), out=flat.view(np.uint64), mode="clip")
+
+
+@cache
+def _of_two(table: bytes) -> NDArray[np.uint64]:
+    """The bits of the two values of every two bytes, `[65536]`; `table`: the bytes of `[256]` float32."""
+    values, codes = np.frombuffer(table, np.float32), np.arange(1 << 16)
+    return np.stack([values[codes & 255], values[codes >> 8]], 1).view(np.uint64).reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,13 +288,6 @@ class ScaledCodes(QuantizedWeight):
         rows, width = out.shape
         nbytes = self.codes.nbytes // prod(self.shape[:-1])
         held = parts.bytes(self.codes, first * nbytes, SCRATCH.array("codes", rows * nbytes, np.uint8))
-        padded = nbytes * (self.table.size // 256)
-        if padded == width:
-            look_up(self.table, held, out)
-        else:
-            wide = SCRATCH.array("padded", (rows, padded), np.float32)
-            look_up(self.table, held, wide)
-            out[:] = wide[:, :width]
         scales, size = self.scale.rows(parts, first, stop), self.scale.sizes[-1]
         if self.of_all is not None:
             scales = self.combine(scales, parts.values(self.of_all, 0, 1))
@@ -291,12 +295,26 @@ class ScaledCodes(QuantizedWeight):
         if self.groups is not None:
             at, size = parts.values(self.groups, 0, width).astype(np.intp), 1
             if at.min() < 0 or at.max() >= scales.shape[1]:
-                what = f"group {quote(self.groups.name)} names one of {scales.shape[1]} groups for each column, and has {at.min()} to {at.max()}"
+                what = f"group {quote(self.groups.name)} has {at.min()} to {at.max()}, and {scales.shape[1]} groups"
                 raise CheckpointError.of("SHAPE_MISMATCH", parts.checkpoint.folder, what, "download the file again")
             scales, zeros = scales[:, at], zeros[:, at] if zeros is not None else None
-        if zeros is not None:
-            apply(np.subtract, out, zeros, size)
-        apply(np.multiply, out, scales, size)
+        step = max(1, _CACHED // width)
+        for row in range(0, rows, step):
+            some = slice(row, row + step)
+            self._values(held[row * nbytes : (row + step) * nbytes], out[some])
+            if zeros is not None:
+                apply(np.subtract, out[some], zeros[some], size)
+            apply(np.multiply, out[some], scales[some], size)
+
+    def _values(self, codes: Bytes, out: Values) -> None:
+        """Write the values of the codes of some rows, without the codes that fill up a row."""
+        padded = len(codes) // len(out) * (self.table.size // 256)
+        if padded == out.shape[1]:
+            look_up(self.table, codes, out)
+            return
+        wide = np.empty((len(out), padded), np.float32)
+        look_up(self.table, codes, wide)
+        out[:] = wide[:, : out.shape[1]]
 
 
 def wrong_shape(where: object, info: TensorInfo, wanted: Sequence[int | str], weight: TensorInfo) -> Problem:
