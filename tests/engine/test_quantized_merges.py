@@ -113,6 +113,9 @@ def test_a_plan_counts_the_bytes_of_codes_and_is_resumable(base: tuple[Path, Sta
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
         assert plan.bytes_read == nbytes + (adapter / "adapter_model.safetensors").stat().st_size
         assert {t.dtype for t in plan.tensors} == {"BF16"}
+        noted = [one.what for one in plan.warnings if one.code == "QUANTISED"]
+        assert len(noted) == 1
+        assert "6 in FP8" in noted[0]
 
 
 def test_audit_measures_an_adapter_against_the_values(base: tuple[Path, State], tmp_path: Path) -> None:

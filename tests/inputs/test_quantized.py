@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.quantized import dequantized
+from paft_merge.inputs.quantized.weights import byte_values
 
 State = dict[str, torch.Tensor]
 STEM = "model.layers.0.mlp.down_proj"
@@ -214,6 +215,14 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "int4 with groups in another order": ordered_groups,
     "fp8 rows": lambda: fp8((16, 24), positive(16, 1), "weight_scale", {"quant_method": "fbgemm_fp8"}, E4M3),
 }
+
+
+@pytest.mark.parametrize("kind", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"])
+def test_the_values_of_every_float8_are_those_of_torch(kind: str) -> None:
+    wanted = torch.arange(256, dtype=torch.uint8).view(getattr(torch, f"float8_{kind}")).float().numpy()
+    got = byte_values({"float8_e4m3fn": "F8_E4M3"}.get(f"float8_{kind}", f"F8_{kind.upper()}"))
+    assert np.array_equal(got, wanted, equal_nan=True)
+    assert np.array_equal(np.signbit(got[~np.isnan(got)]), np.signbit(wanted[~np.isnan(wanted)]))
 
 
 def opened(folder: Path) -> Checkpoint:

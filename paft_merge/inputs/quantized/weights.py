@@ -98,6 +98,8 @@ class Parts:
         held = self.bytes(info, first * width, np.empty((stop - first) * width, np.uint8))
         if exponents or info.dtype == "F8_E8M0":
             values = _powers()[held]
+        elif info.dtype in FLOAT8:
+            values = byte_values(info.dtype)[held]
         elif info.dtype in _INTEGERS:
             return held.view(_INTEGERS[info.dtype]).astype(np.float32)
         else:
@@ -217,13 +219,32 @@ def _powers() -> Values:
     return np.concatenate([np.ldexp(np.float32(1), np.arange(-127, 128)), [np.nan]]).astype(np.float32)
 
 
+_FLOAT8_FORMS = {
+    "F8_E4M3": (3, 7, 0x7F),
+    "F8_E5M2": (2, 15, 0x7D),
+    "F8_E4M3FNUZ": (3, 8, 0xFF),
+    "F8_E5M2FNUZ": (2, 16, 0xFF),
+}
+"""Of each 8-bit float: bits of the mantissa, bias of the exponent, and the first magnitude that is NaN."""
+
+
 @cache
 def byte_values(dtype: str) -> Values:
-    """The float32 value of each of the 256 codes of a type of 8 bits, `[256]`."""
-    codes, values = np.arange(256, dtype=np.uint8), np.empty(256, np.float32)
+    """The float32 value of each of the 256 codes of a type of 8 bits, `[256]`; torch is not imported for it."""
+    codes = np.arange(256, dtype=np.uint8)
     if dtype in _INTEGERS:
         return codes.view(_INTEGERS[dtype]).astype(np.float32)
-    widen(codes, dtype, values)
+    bits, bias, nan = _FLOAT8_FORMS[dtype]
+    magnitude = (codes & 127).astype(np.int64)
+    exponent, mantissa = magnitude >> bits, magnitude & ((1 << bits) - 1)
+    normal = exponent > 0
+    values: Values = np.ldexp(mantissa + (normal << bits), np.where(normal, exponent, 1) - bias - bits)
+    values[magnitude >= nan] = np.nan
+    if dtype == "F8_E5M2":
+        values[magnitude == 0x7C] = np.inf
+    values = np.where(codes > 127, -values, values).astype(np.float32)
+    if dtype.endswith("FNUZ"):
+        values[128] = np.nan  # the bits of minus zero
     return values
 
 
