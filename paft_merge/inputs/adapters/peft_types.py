@@ -5,6 +5,7 @@ A new type is one module, which defines a `PeftType`, and one row of `TYPES`; or
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ TYPES: dict[str, PeftType] = {
 }
 """By `peft_type` of adapter_config.json."""
 
-_KNOWN = {**TYPES, SPARSE_NAME: SPARSE_DELTA}
+_KNOWN = ChainMap(TYPES, {SPARSE_NAME: SPARSE_DELTA})
 """Also the type that PEFT does not have."""
 
 _PROMPT = "prepends trained vectors to the input"
