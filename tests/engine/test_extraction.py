@@ -65,13 +65,14 @@ def test_the_error_is_the_smallest_possible_one(models: Models, tmp_path: Path) 
     assert made.left_out_share == pytest.approx(others / (others + norm**2), rel=1e-5)
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_peft_loads_the_whole_fine_tune_where_the_rank_suffices(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "tied"), [(llama, set()), (gpt2, {"transformer.wte.weight"})])
+def test_peft_loads_the_whole_fine_tune_where_the_rank_suffices(make: Any, tied: set[str], tmp_path: Path) -> None:
     models = tuned(tmp_path, make, rank=5)
     made = extract(*models, tmp_path / "out", rank=5, portable=False)
     merged = merged_by_peft(make, models[1], tmp_path / "out", tmp_path / "merged")
-    assert made.left_out == {}
-    assert error(merged, load_file(models[0] / "model.safetensors")) < 1e-5
+    assert made.left_out.keys() == tied  # PEFT would change the embedding, and leave the head that is tied to it
+    wanted = load_file(models[0] / "model.safetensors")
+    assert error({n: merged[n] for n in merged.keys() - tied}, {n: wanted[n] for n in wanted.keys() - tied}) < 1e-5
 
 
 def test_energy_limits_and_names(models: Models, tmp_path: Path) -> None:
