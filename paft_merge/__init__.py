@@ -5,6 +5,7 @@ merge_state_dicts(...)      merge dicts of tensors in memory
 open_plan(recipe)           plan a merge from file headers; explain(plan) describes each tensor
 reproduce(folder)           repeat a merge from its manifest and compare the bytes
 train(recipe, out)          train the sparse adapters of a recipe
+extract(finetune, ...)      write the difference of a fine-tune from its base as a LoRA
 resize(adapter, out, ...)   write a LoRA with another rank, from its factors alone
 audit(source, ...)          measure how sparse deltas are and how they will merge
 evaluate(model, spec)       evaluate a model, or an adapter on its base
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from paft_merge.auditing import audit as audit
     from paft_merge.engine.api import merge as merge
     from paft_merge.engine.api import open_plan as open_plan
+    from paft_merge.engine.extraction import extract as extract
     from paft_merge.engine.merge_result import MergeResult as MergeResult
     from paft_merge.engine.options import MergeOptions as MergeOptions
     from paft_merge.engine.reproduction import reproduce as reproduce
@@ -60,6 +62,7 @@ _MODULES = {
     "audit": "auditing",
     "evaluate": "evaluating",
     "explain": "plan.explanation",
+    "extract": "engine.extraction",
     "load_recipe": "recipe",
     "merge": "engine.api",
     "merge_state_dicts": "engine.state_dicts",
@@ -86,6 +89,7 @@ __all__ = [
     "audit",
     "evaluate",
     "explain",
+    "extract",
     "hub",
     "load_recipe",
     "merge",

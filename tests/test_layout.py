@@ -139,6 +139,7 @@ SHARED_NAMES = {
     "schema": "the keys of a recipe that the room reads",
     "run": "the main path of the room",
     "spherical": "methods, and the rules behind them",
+    "singular_vectors": "methods, and the rules behind them",
     "elementwise": "methods, and the rules behind them",
     "thresholds": "rules, and the kernels below them",
     "merging": "the command, and the kernels of its main loop",

@@ -156,25 +156,25 @@ def write_side_files(shape: Llama, files: dict[str, bytes], folder: Path) -> Non
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_adapter(shape: Llama, folder: Path, rms: float) -> None:
-    """Write a float32 rank-64 adapter on every linear layer, as PEFT lays it out; its scale alpha / r is 1."""
+def write_adapter(shape: Llama, folder: Path, rms: float, rank: int = RANK) -> None:
+    """Write a float32 adapter on every linear layer, as PEFT lays it out; its scale alpha / r is 1."""
     factors = {}
     for i in range(shape.layers):
         for linear, (out_features, in_features) in shape.linears().items():
             name = f"base_model.model.model.layers.{i}.{linear}"
             std_a = in_features**-0.5
-            a_RI = normals(folder.name, name, "A", count=RANK * in_features, std=std_a)
-            b_OR = normals(folder.name, name, "B", count=out_features * RANK, std=rms / (std_a * RANK**0.5))
-            factors[f"{name}.lora_A.weight"] = a_RI.reshape(RANK, in_features)
-            factors[f"{name}.lora_B.weight"] = b_OR.reshape(out_features, RANK)
+            a_RI = normals(folder.name, name, "A", count=rank * in_features, std=std_a)
+            b_OR = normals(folder.name, name, "B", count=out_features * rank, std=rms / (std_a * rank**0.5))
+            factors[f"{name}.lora_A.weight"] = a_RI.reshape(rank, in_features)
+            factors[f"{name}.lora_B.weight"] = b_OR.reshape(out_features, rank)
     folder.mkdir()
     save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
-        "r": RANK,
-        "lora_alpha": RANK,
+        "r": rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": list(LINEARS),

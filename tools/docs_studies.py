@@ -12,7 +12,7 @@ from pathlib import Path
 
 from paft_merge.studies.frontiers import draw_frontiers, frontiers_of
 from paft_merge.studies.pages import Results, body
-from paft_merge.studies.plots import draw
+from paft_merge.studies.plots import draw, plots_of
 from paft_merge.studies.study import known_studies, load_study
 
 FOLDER = Path(__file__).parent.parent / "docs" / "studies"
@@ -37,7 +37,7 @@ def page(name: str) -> str:
 
 def _made(name: str) -> str:
     definition, found = load_study(name).definition, results(name)
-    plots = [(spec.title, f"{name}-{spec.name}.svg") for spec in definition.plots]
+    plots = [(spec.title, f"{name}-{spec.name}.svg") for spec in plots_of(definition, found)]
     frontiers = [(spec.title, f"{name}-{spec.name}.svg") for spec in frontiers_of(definition, found)]
     return body(definition, found, plots, frontiers)
 

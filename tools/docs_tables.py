@@ -49,7 +49,7 @@ KEYS = {
     "arithmetic": "`float32` (default), or `mergekit` for mergekit's results bit for bit",
     "router": "routers of mixtures of experts: `base`, `average`, or `merge` (default, as other tensors). See [Routers](#routers)",
     "output": "what is written: a checkpoint (default), or the merged delta as an adapter or a sparse delta. See [Adapters as output](adapters-out.md)",
-    "space": "where the method works: `weight` (default), on deltas",
+    "space": "where the method works: on deltas (`weight`, default), or in a common space of the adapters: `core`, `knots` or `ctm`. See [Spaces of adapters](methods.md#spaces-of-adapters)",
     "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`; a mapping `{model, lora, override_architecture, label}`; the name of a document; or one `.safetensors` file (`.pt` with `--lazy-unpickle`). Random drops depend on `label`, or without it on the reference as written",
     "models[].last": "with `RUN/checkpoint-*` in `model`: only the last so many. See [The checkpoints of a run](#the-checkpoints-of-a-run)",
     "models[].parameters": "parameters of this source: a value, a gradient (a list, interpolated over the layers), or a list of conditions `{filter, value}`. A filter is a part of a tensor's name",
@@ -72,7 +72,11 @@ KEYS = {
     "output.rank": "rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least rank that keeps `energy`",
     "output.energy": "share of the squared norm of each delta that `rank: auto` keeps, such as 0.99",
     "output.format": "of `kind: delta`: `sparse` (default), which paft_merge reads, or `shira`, which PEFT loads",
+    "output.max_rank": "limit of the ranks that `rank: auto` finds",
     "output.portable": "`true` (default): only what vLLM, SGLang, llama.cpp and PEFT all read; `false`: also what only PEFT reads",
+    "output.include": "names of the modules that get factors, or ends of names after a dot, such as `q_proj` or `layers.1?.*`; without it all. The delta of other modules is left out",
+    "output.exclude": "names of modules whose delta is left out",
+    "output.unfit": "deltas that the adapter cannot hold, such as those of norms: `refuse` (default) or `leave_out`, with a warning",
 }  # fmt: skip
 """What each key of a recipe means."""
 

@@ -42,6 +42,9 @@ class Proposal:
         if method is None:
             fix = did_you_mean(self.method, METHODS) or f"methods are {', '.join(METHODS)}"
             raise AuditError.of("PREVIEW", self.method, "is not a method", fix)
+        if method.core_only:
+            fix = "preview a method that merges deltas, such as ties"
+            raise AuditError.of("PREVIEW", self.method, "merges adapters in their core space, not their entries", fix)
         names = [p.name for p in method.parameters]
         given = self.parameters or ({"density": 0.2, "weight": 1.0} if self.method == "ties" else {})
         for name, value in given.items():

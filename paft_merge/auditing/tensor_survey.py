@@ -146,11 +146,11 @@ def _guesses(
 ) -> tuple[OnePass | None, OnePass | None]:
     """Brackets for the supports of all pairs, and those of the merge to preview; None where there is nothing to guess, or no guess."""
     active, each = subject.inputs.active, BlockWalk([subject.stored], walker.pool)
-    factors = cache(lambda: [subject.inputs.factors(i) for i in active])
+    factors = cache(lambda k: subject.inputs.factors(active[k]))
     trim = Trim("density", wanted.density)
     previewed = None
     if rule is not None:
-        previewed = rule.one_pass(TensorPass(subject.numel, each, CpuOps(), active, subject.shape), factors)
+        previewed = rule.one_pass(TensorPass(subject.numel, each, CpuOps(), active, subject.shape, factors))
     if not first.combinations:
         return None, previewed
     if rule is not None and rule.trims_by(trim):

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.adapter_sizes import resize
+from paft_merge.cli.adapter_sizes import extract, resize
 from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
 from paft_merge.cli.dequantizing import dequantize
@@ -152,6 +152,7 @@ for command in (
     tune,
     evaluate,
     merge,
+    extract,
     resize,
     explain,
     dequantize,

@@ -201,15 +201,14 @@ def merge(
 
 def loss_lines(made: MergeResult) -> Iterator[str]:
     """One line for each adapter among the results: its rank, and what that costs."""
+    from paft_merge.cli.plan_tables import ROUNDING
+
     for result in made.results.values() or [made]:
         if loss := result.manifest.get("adapter"):
             error = loss["relative_error"]
-            cost = "exact but for rounding" if error < _ROUNDING else f"relative error {error:.3g}"
+            cost = "exact but for rounding" if error < ROUNDING else f"relative error {error:.3g}"
             yield f"{result.path}: LoRA of rank {loss['rank']} on {loss['modules']} modules, {cost}"
 
-
-_ROUNDING = 1e-5
-"""Relative error of factors in float32."""
 
 _NAMES_FROM, _NAME, _NUMBERS = 100, 40, 48
 """Columns of a terminal that shows names of tensors, of a name, and of the numbers of the bar."""
@@ -312,10 +311,11 @@ def show_plan(
     """
     from datetime import date
 
-    from paft_merge.cli.plan_tables import plan_table, prediction_table, weights_line
+    from paft_merge.cli.plan_tables import adapter_line, plan_table, prediction_table, weights_line
     from paft_merge.compute.kernels.object_cache import seconds_to_compile
     from paft_merge.engine import api, imbalance, machine
     from paft_merge.engine.balancing import spreading_size
+    from paft_merge.engine.factors import predicted_loss
     from paft_merge.engine.prediction import predict
     from paft_merge.stores import is_url
 
@@ -334,14 +334,20 @@ def show_plan(
     origin = machine.described(known, date.today(), given)
     spread = spreading_size(plan, workers) if found.uneven else None
     compiling, expected = seconds_to_compile(), imbalance.expected_weights(plan)
+    is_adapter = plan.recipe.output.kind == "adapter"
+    loss = predicted_loss(plan) if is_adapter and not in_stores and not plan.bytes_on_hub else None
     if as_json:
         more = {"rates_from": origin, "out_shard_bytes": spread, "seconds_to_compile": compiling}
         predicted = {**found.to_json(), **more}
-        weights = {"expected_weights": expected} if expected else {}
+        weights: dict[str, Any] = {"expected_weights": expected} if expected else {}
+        if is_adapter:
+            weights |= {"adapter": loss.to_json() if loss else None}
         click.echo(json.dumps({**plan.to_json(out), **weights, "prediction": predicted}, indent=2))
     else:
         plan_table(plan, out)
         weights_line(plan, expected)
+        if is_adapter:
+            adapter_line(plan, loss)
         prediction_table(found, origin, len(plan.shards), spread, compiling)
         if options.device != "cpu":
             click.echo("the prediction is for the CPU")

@@ -23,13 +23,15 @@ from paft_merge.plan.planned import bytes_free
 from paft_merge.recipe import did_you_mean
 
 if TYPE_CHECKING:
+    from paft_merge.engine.factors import Loss
     from paft_merge.engine.prediction import Prediction
 
 
 def plan_table(planned: MergePlan, out: Path | str | None) -> None:
     """Print a plan: models, arithmetic, tensors by kind, and sizes."""
     shown, recipe = terminal(), planned.recipe
-    shown.print(f"[bold]{recipe.merge_method}[/] of {len(planned.models)} models:")
+    space = "" if recipe.space == "weight" else f" in space: {recipe.space}"
+    shown.print(f"[bold]{recipe.merge_method}[/]{space} of {len(planned.models)} models:")
     for model in planned.models:
         role = "  (gives names, order, files, config and tokenizer)" if model is planned.config_source else ""
         role += "  (merged on the fly)" if model.checkpoint.computed else ""
@@ -63,6 +65,26 @@ def weights_line(planned: MergePlan, expected: Mapping[str, float]) -> None:
     elif any(tensor.rule.weighs for tensor in planned.tensors if tensor.rule.wants != "whole"):
         terminal().print("weights that follow from norms are measured by the merge: its manifest has the numbers")
 
+
+def adapter_line(planned: MergePlan, loss: Loss | None) -> None:
+    """Print the rank of an adapter, and the error that is known from the factors of its sources."""
+    modules = len({tensor.factor.module for tensor in planned.tensors if tensor.factor})
+    auto = planned.recipe.output.rank == "auto"
+    rank = loss.rank if auto and loss and loss.modules == modules else planned.config["r"]
+    text = f"adapter of rank {rank}{' or less' if auto and rank == planned.config['r'] else ''} on {modules} modules"
+    if loss is None:
+        shown = "the merge measures its error"
+    else:
+        error = (
+            "exact but for rounding" if loss.relative < ROUNDING else f"with a relative error of {loss.relative:.3g}"
+        )
+        rest = modules - loss.modules
+        shown = error + (f" on {loss.modules} of them; the merge measures that of the others" if rest else "")
+    terminal().print(f"{text}, {shown}" if loss else f"{text}; {shown}")
+
+
+ROUNDING = 1e-5
+"""Relative error that is due to float32 alone."""
 
 _WORKERS_SHOWN = 16
 

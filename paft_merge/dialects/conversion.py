@@ -80,6 +80,8 @@ def _converted(held: Held, to: Target, base: Checkpoint | None) -> _Written:
         start = held.settings.decomposition if held.settings else ""
         what = "was trained against a base from which its start was subtracted"
         refuse(held.place, filter(None, [start]), what, _START)
+        blocks = ["use_bdlora"] if held.config.get("use_bdlora") else []
+        refuse(held.place, blocks, "has factors in blocks (BD-LoRA)", "use it with PEFT")
         lora = _without_copies(lora, held, base)
     lora = experts.split(lora, held, base if to != "peft" else None)
     if to == "peft":

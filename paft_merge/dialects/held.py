@@ -118,6 +118,21 @@ class Held:
             scale = self.settings.scale(path, self.settings.rank_of(path) if of_config else rank)
         return Pair(path, depth, parts, rank, scale, is_fused)
 
+    def multiplies(self, pair: Pair) -> bool:
+        """Whether the factors of a module of PEFT have shapes that can be multiplied; false for half of a pair."""
+        if not pair.is_whole:
+            return False
+        names = ("embedding_A", "embedding_B") if pair.is_embedding else ("A", "B")
+        a, b = (self.file.tensors[pair.parts[name]].shape for name in names)
+        return len(a) == len(b) >= 2 and a[0] == b[1] > 0
+
+    def has_own_rank(self, pair: Pair) -> bool:
+        """Whether the factors of a module have the rank that the configuration gives it; for experts, a multiple."""
+        if self.settings is None or not pair.rank:
+            return True
+        rank = self.settings.rank_of(pair.path)
+        return pair.rank % rank == 0 if pair.is_fused else pair.rank == rank
+
     @cached_property
     def others(self) -> tuple[str, ...]:
         """Names that are neither factors, nor whole tensors, nor trained rows of embeddings."""

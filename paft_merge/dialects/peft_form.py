@@ -72,9 +72,12 @@ def _factors(held: Held, pair: Pair) -> Factors:
     magnitude = pair.parts.get("magnitude_vector")
     values = Matrix.stored(held.file, magnitude) if magnitude else None
     rank = held.settings.rank_of(pair.path) if kind == "experts" and held.settings else pair.rank
-    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != b.shape[1] or a.shape[0] % max(rank, 1):
+    if not held.multiplies(pair):
         what = f"{pair.path!r} has lora_A {a.shape} and lora_B {b.shape}, which cannot be multiplied"
         raise AdapterError.of("ADAPTER_SHAPE", held.place, what)
+    if not held.has_own_rank(pair) and not held.config.get("target_parameters"):
+        what = f"{pair.path!r} has factors of rank {pair.rank}, and adapter_config.json gives it another"
+        raise AdapterError.of("ADAPTER_SHAPE", held.place, what, "put its rank into rank_pattern")
     return Factors(pair.path, a, b, pair.scale, kind, values, pair.depth, rank)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from paft_merge.hub import Remote, download, resolve
 from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.quantized import dequantized
 from paft_merge.recipe import ModelRef
 
 
@@ -35,7 +36,7 @@ def base_at(name: str | None) -> Iterator[Checkpoint | None]:
     ref = _reference(name)
     found = resolve(ref.path, ref.revision)
     with Remote.open([found]) as remote, Checkpoint.open(found.folder, far=remote.files(found)) as base:
-        yield base
+        yield dequantized(base)
 
 
 def _reference(name: str) -> ModelRef:

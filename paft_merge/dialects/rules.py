@@ -37,6 +37,7 @@ _PORTABLE = "paft convert ADAPTER OUT --to vllm"
 _TO_PEFT = "paft convert ADAPTER OUT --to peft"
 _START = "save it again with PEFT's path_initial_model_for_weight_conversion"
 _COMPARE = "give --base BASE to compare them; paft convert leaves them out if they are equal"
+_RANK = "put the rank of the factors into rank_pattern, if their scale is lora_alpha over that"
 _HALF = "save the adapter again: half of a module is missing"
 _NO_LORA = "reads LoRA only, and this is {}"
 _DIALECT = "does not find adapter_model.safetensors, as PEFT names it"
@@ -94,6 +95,8 @@ VLLM = (
     Rule("other tensors", "refuses", "knows no such tensor", "vllm names"),
     Rule("adapter's name", "refuses", "expects lora_A.weight and lora_B.weight, without a name between", "vllm names", _PORTABLE),
     Rule("half a pair", "refuses", "needs both factors", "vllm manager", _HALF),
+    Rule("malformed factors", "refuses", "needs factors that can be multiplied", "vllm manager", _HALF),
+    Rule("rank not of the configuration", "silent", "does not compare the ranks; the scale of these modules is not known", "vllm manager", _RANK),
     Rule("towers", "option", "ignores parts for images and sound, unless it is started with --enable-tower-connector-lora", "vllm manager"),
     Rule("convolutions", "refuses", "supports linear layers and embeddings only", "vllm model", _MERGE),
     Rule("no target_modules", "refuses", "needs r, lora_alpha and target_modules in adapter_config.json", "vllm helper", _PORTABLE),
@@ -124,6 +127,8 @@ SGLANG = (
     Rule("outside layers", "silent", "uses only factors below layers.N, and of embed_tokens and lm_head", "sglang adapter", _MERGE),
     Rule("towers", "silent", "takes factors of layers.N of a tower for those of layer N of the language model", "sglang adapter", _MERGE),
     Rule("half a pair", "silent", "leaves the missing factor zero: the module has no effect", "sglang adapter", _HALF),
+    Rule("malformed factors", "refuses", "needs factors that can be multiplied", "sglang adapter", _HALF),
+    Rule("rank not of the configuration", "silent", "does not compare the ranks; the scale of these modules is not known", "sglang adapter", _RANK),
     Rule("copies of the base", "silent", "ignores stored embeddings: harmless only if they are those of the base", "sglang adapter", _COMPARE),
     Rule("whole weights", "silent", "has no place for whole weights: it skips those outside of layers, and stops at others", "sglang adapter", _MERGE),
     Rule("biases", "silent", "has no place for biases", "sglang adapter", _MERGE),
@@ -165,6 +170,8 @@ LLAMACPP = (
     Rule("adapter's name", "refuses", "expects lora_A.weight and lora_B.weight, without a name between", "llamacpp converter", _PORTABLE),
     Rule("wrapped names", "refuses", "finds no tensor of GGUF for the name", "llamacpp converter", _PORTABLE),
     Rule("half a pair", "refuses", "needs both factors", "llamacpp converter", _HALF),
+    Rule("malformed factors", "refuses", "needs factors that can be multiplied", "llamacpp converter", _HALF),
+    Rule("rank not of the configuration", "silent", "does not compare the ranks; the scale of these modules is not known", "llamacpp converter", _RANK),
     Rule("fused experts", "refuses", "finds no tensor of GGUF for the name", "llamacpp converter", f"{_PORTABLE} --base BASE"),
     Rule("some experts", "refuses", "stacks the experts of a layer, and needs factors of all of them", "llamacpp converter"),
     Rule("convolutions", "refuses", "supports matrices only", "llamacpp converter", _MERGE),
@@ -195,6 +202,8 @@ PEFT_ITSELF = (
     Rule("no prefix", "silent", "finds no parameter for the name, and ignores the tensor", "peft", _TO_PEFT),
     Rule("other tensors", "silent", "ignores tensors for which the model has no parameter", "peft"),
     Rule("half a pair", "silent", "leaves the missing factor as it starts: zero, or random; it warns", "peft", _HALF),
+    Rule("malformed factors", "refuses", "needs factors that can be multiplied", "peft", _HALF),
+    Rule("rank not of the configuration", "refuses", "makes parameters of the rank in adapter_config.json, which these tensors do not fit", "peft", _RANK),
     Rule("packing of experts", "silent", "reads the experts in its own order, and they are {}", "unsloth", "set lora_B_layout in adapter_config.json, then paft convert"),
     Rule("start from the base", "loads", "computes the start of {} again; where that is random (pissa_niter, lora_ga), the base differs", "peft init", _START),
 )  # fmt: skip

@@ -147,7 +147,7 @@ def _scaled_unlike(held: Held, scale: Callable[[Settings, Pair], float]) -> Trai
     """The modules that a reader with the given formula scales wrongly; the detail is the worst factor."""
     settings, wrong = _settings(held), dict[str, float]()
     for pair in _lora(held):
-        if pair.rank and not pair.is_fused and pair.scale:
+        if not pair.is_fused and pair.scale and held.multiplies(pair):
             factor = scale(settings, pair) / pair.scale
             if abs(factor - 1) > _TOLD_APART:
                 wrong[pair.path] = factor
@@ -252,6 +252,18 @@ def _added_tokens(held: Held) -> Trait | None:
 
 def _half(held: Held) -> Trait | None:
     return _found(name for pair in held.pairs if not pair.is_whole for name in pair.names)
+
+
+def _malformed(held: Held) -> Trait | None:
+    """Modules whose factors have shapes that cannot be multiplied."""
+    return _found(pair.path for pair in _lora(held) if pair.is_whole and not held.multiplies(pair))
+
+
+def _other_rank(held: Held) -> Trait | None:
+    """Modules whose factors do not have the rank of the configuration: their scale is not known."""
+    targeted = _settings(held).names("target_parameters")  # whose ranks have the name of the parameter
+    pairs = (pair for pair in _lora(held) if not targeted and held.multiplies(pair))
+    return _found(pair.path for pair in pairs if not held.has_own_rank(pair))
 
 
 def _adapter_names(held: Held) -> Trait | None:
@@ -422,6 +434,8 @@ TRAITS: dict[str, Callable[[Held], Trait | None]] = {
     "other tensors": _others,
     "added tokens": _added_tokens,
     "half a pair": _half,
+    "malformed factors": _malformed,
+    "rank not of the configuration": _other_rank,
     "adapter's name": _adapter_names,
     "wrapped names": _wrapped,
     "no prefix": _bare,

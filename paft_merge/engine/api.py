@@ -224,6 +224,9 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
             return MergeResult(out, (plan,), tuple(warnings), perf_counter() - start, 0)
         if not problems.found:
             problems.found += place.found
+        if options.max_error is not None and plan.recipe.output.kind != "adapter":
+            what = f"max_error is about the rank of an adapter, and the recipe writes a {plan.recipe.output.kind}"
+            problems.add("ADAPTER_OUTPUT", out, what, "leave it out, or write output: {kind: adapter, rank: ...}")
         if on_ray and plan.recipe.output.kind == "delta":
             what = (
                 "the size of a sparse delta is known after a pass over the inputs, which the tasks of Ray do not share"

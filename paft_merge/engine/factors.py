@@ -22,6 +22,7 @@ import numpy as np
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, Ops, Tally
 from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.engine.spaces import Coordinates
 from paft_merge.engine.streamed_deltas import StreamedDelta, not_finite
 from paft_merge.errors import MergeError
 from paft_merge.inputs.adapters.deltas import Lazy
@@ -106,9 +107,13 @@ class Factorization:
             if isinstance(rule, MeasuredWeights):
                 measured = rule.measured(delta, tiles, self.ops)
                 rule, weights = measured.resolved, measured.known or ()
+            assert tensor.factor is not None
+            if tensor.factor.in_space:
+                coordinates = Coordinates.of(tensor, self.recipe)
+                low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
+                return MergedFactors(low, Tally.empty(0), (), weights)
             if (pair := _sum_of_products(delta, rule)) is not None:
                 return MergedFactors(_within(pair, rank, energy, store), Tally.empty(0), (), weights)
-            assert tensor.factor is not None
             rows = StreamedDelta.of(MergedDelta(delta, tensor.factor.subtracted), rule, self.pool, self.ops)
             limits: dict[str, Any] = (
                 {"rank": rank} if energy is None else {"rank": None, "energy": energy, "max_rank": rank}
@@ -208,9 +213,37 @@ class Loss(NamedTuple):
 def loss_of(plan: MergePlan, finished: Mapping[str, Finished]) -> Loss | None:
     """Add up the errors of all factors; None for a checkpoint."""
     factors = [t for t in plan.tensors if t.factor and t.factor.part == "B"]
-    if not factors:
-        return None
     noted = {t.factor.module: json.loads(finished[t.name].noted)["factors"] for t in factors if t.factor}
+    return _summed(noted) if noted else None
+
+
+def predicted_loss(plan: MergePlan) -> Loss | None:
+    """Return the loss of the modules whose deltas are sums of low-rank products, from their factors; None if there are none.
+
+    With `rank: auto`, the rank that these modules need is found first.
+    """
+    output, found = plan.recipe.output, dict[str, tuple[PlannedTensor, Pair]]()
+    for tensor in plan.tensors:
+        rule = tensor.merged.rule
+        known = rule.wants != "whole" and not rule.weighs
+        if tensor.factor and tensor.factor.part == "B" and known:
+            pair = _sum_of_products(tensor.merged, rule)
+            tensor.release()
+            if pair is not None:
+                found[tensor.factor.module] = tensor, pair
+    ranks = {module: rank_of(tensor) for module, (tensor, _) in found.items()}
+    if output.rank == "auto":
+        ranks = {m: len(truncate(*pair, ranks[m], output.energy).right) for m, (_, pair) in found.items()}
+        ranks = dict.fromkeys(ranks, max(ranks.values(), default=1)) if output.portable else ranks
+    noted = {}
+    for module, (tensor, pair) in found.items():
+        low = _within(pair, max(1, ranks[module]), None, partial(rounded, dtype=tensor.dtype))
+        noted[module] = MergedFactors(low, Tally.empty(0)).noted()
+    return _summed(noted) if noted else None
+
+
+def _summed(noted: Mapping[str, Mapping[str, Any]]) -> Loss:
+    """The loss of all modules from the `MergedFactors.noted` of each."""
     relative = {module: one["error"] / one["norm"] if one["norm"] else 0.0 for module, one in noted.items()}
     largest = dict(sorted(relative.items(), key=lambda item: -item[1])[:_LARGEST])
     norm, error = (math.sqrt(math.fsum(one[key] ** 2 for one in noted.values())) for key in ("norm", "error"))
@@ -218,7 +251,10 @@ def loss_of(plan: MergePlan, finished: Mapping[str, Finished]) -> Loss | None:
 
 
 def check_loss(loss: Loss | None, most: float | None) -> None:
-    """Raise MergeError MAX_ERROR if an adapter differs from the merged deltas by more than `most`."""
+    """Raise MergeError MAX_ERROR if an adapter differs from the merged deltas by more than `most`, ADAPTER_OUTPUT if these are zero."""
+    if loss is not None and not loss.norm:
+        what = "every merged delta is zero: the sources do not differ from the base"
+        raise MergeError.of("ADAPTER_OUTPUT", "", what, "check that the right models are named")
     if loss is None or most is None or loss.relative <= most:
         return
     module, error = next(iter(loss.largest.items()))

@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from paft_merge.compute.kernels.block_source import piece_entries
 from paft_merge.engine.balancing import by_file, shares
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.machine import REFERENCE, Rates
 from paft_merge.engine.streaming import FACTOR_BYTES, HELD_BYTES, may_be_held
 from paft_merge.inputs.tensor_inputs import RAW, Inputs, Read
+from paft_merge.methods.rules.rule import MEASURED_AT_ONCE
 from paft_merge.methods.rules.walks import DEFERRED
 from paft_merge.plan import COPY, MergePlan, PlannedTensor
+from paft_merge.plan.merged_deltas import is_sum_of_products
+from paft_merge.plan.planned import Factor
 
 _START, _PLANNED = 0.35, 90e-6
 """Seconds of processor to start a process, and to plan a tensor."""
@@ -48,8 +52,12 @@ _SAMPLED, _SAMPLED_ENTRIES = 1 / 16, 1 / 32
 _TIED = 0.4
 """Thresholds of float32 deltas at which entries are tied; of the differences of stored values nearly all are."""
 
-_UNDECIDED, _MOST_UNDECIDED = 0.012, 128 << 20
-"""Share of the entries of a source that a merge in one pass sets aside, and most bytes of them (see `rules.one_pass`)."""
+_PASSES, _OVERSAMPLED = 2, 8
+"""Passes over a delta that is approximated, and columns of its sketch beside the rank (see `lowrank.range_finder`)."""
+
+_UNDECIDED, _MOST_COPIED, _MOST_UNDECIDED = 0.012, 2.0, 128 << 20
+"""Share of the entries of a source that a merge in one pass sets aside, most numbers that they take for each entry of the tensor, and
+most bytes (see `rules.one_pass`)."""
 
 _BALANCED_THREADS = 8
 """Threads of the machine for which files are balanced among workers."""
@@ -232,7 +240,8 @@ def _counted(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
 
 def _deltas(tensor: PlannedTensor) -> int:
     """The number of deltas of a tensor that have statistics."""
-    return 0 if tensor.method == COPY or not tensor.inputs.deltas else len(tensor.inputs.active)
+    first_half = tensor.factor is not None and tensor.factor.part == "A"  # the statistics are those of B
+    return 0 if tensor.method == COPY or first_half or not tensor.inputs.deltas else len(tensor.inputs.active)
 
 
 def _factor_bytes(plan: MergePlan) -> Mapping[str, float]:
@@ -251,6 +260,8 @@ def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
     if tensor.method == COPY:
         nbytes = tensor.nbytes
         return Work(nbytes, nbytes, 0, nbytes, 0, _WRITE * nbytes, _TENSOR)
+    if tensor.factor:
+        return _factor(tensor, tensor.factor, stored)
     inputs, numel, active = tensor.inputs, tensor.numel, tensor.inputs.active
     deltas = {id(read.delta): (read, read.delta) for read in inputs.reads if read.delta}
     factors = sum(stored.get(read.source, 4.0) * delta.entries for read, delta in deltas.values())
@@ -289,10 +300,32 @@ def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
     return Work.total(parts)
 
 
+def _factor(tensor: PlannedTensor, factor: Factor, stored: Mapping[str, float]) -> Work:
+    """The work for one tensor of an adapter: that of the delta counts for its B."""
+    own = Work(written=tensor.nbytes, loops=_WRITE * tensor.nbytes, fixed=_TENSOR)
+    if factor.part == "A":
+        return own
+    delta, rank = factor.delta, tensor.shape[1]
+    if is_sum_of_products(delta):
+        ranks = sum(read.delta.rank for read in delta.inputs.sources if read.delta)
+        sizes = delta.shape[0] + delta.numel // delta.shape[0]
+        return Work.total(
+            [own, Work(_walk_factors(delta, stored), _walk_factors(delta, stored), products=4.0 * sizes * ranks**2)]
+        )
+    passes = _tensor(delta, stored)._replace(written=0.0).times(_PASSES)
+    return Work.total([own, passes, Work(products=4.0 * _PASSES * delta.numel * (rank + _OVERSAMPLED))])
+
+
+def _walk_factors(delta: PlannedTensor, stored: Mapping[str, float]) -> float:
+    """Bytes of the sources' factors of a delta."""
+    return sum(stored.get(read.source, 4.0) * read.delta.entries for read in delta.inputs.sources if read.delta)
+
+
 def _in_one_pass(tensor: PlannedTensor, sources: int) -> bool:
     """Whether the entries that a merge in one pass sets aside will fit."""
-    undecided = min(_UNDECIDED * sources, 1.0) * tensor.numel * 4 * (sources + 2)
-    return bool(may_be_held(tensor)) and undecided <= _MOST_UNDECIDED
+    copied = _UNDECIDED * sources * (sources + 2)
+    few = copied <= _MOST_COPIED and copied * tensor.numel * 4 <= _MOST_UNDECIDED
+    return few and bool(may_be_held(tensor))
 
 
 def _walk(inputs: Inputs, numel: int) -> Work:
@@ -400,16 +433,18 @@ def _factors(tensor: PlannedTensor) -> int:
 
 def _collected(tensor: PlannedTensor) -> int:
     """Bytes of the entries near thresholds that are held for a tensor until these are known."""
+    if tensor.factor:
+        return 4 * tensor.nbytes
     rule, sources = tensor.rule, len(tensor.inputs.active)
     if tensor.method == COPY or rule.wants == "whole" or not rule.walks(tensor.numel, tensor.inputs.active).ties:
         return 0
-    return int(_COLLECTED * sources * 4 * tensor.numel) * (not _held(tensor))
+    return int(_COLLECTED * min(sources, MEASURED_AT_ONCE) * 4 * tensor.numel) * (not _held(tensor))
 
 
 def _held(tensor: PlannedTensor) -> int:
     """Bytes of merged tiles that wait for their thresholds."""
     rule, active = tensor.rule, tensor.inputs.active
-    if tensor.method == COPY or rule.wants == "whole" or not rule.walks(tensor.numel, active).one_pass:
+    if tensor.factor or tensor.method == COPY or rule.wants == "whole" or not rule.walks(tensor.numel, active).one_pass:
         return 0
     if not _in_one_pass(tensor, len(active)):
         return 0
@@ -418,6 +453,8 @@ def _held(tensor: PlannedTensor) -> int:
 
 def _block_bytes(tensor: PlannedTensor) -> int:
     """Bytes of a thread for one block."""
+    if tensor.factor:
+        return _block_bytes(tensor.factor.delta)
     if tensor.method == COPY:
         return min(tensor.block_bytes, 2 * tensor.nbytes)
     if tensor.rule.wants == "whole" or not tensor.bounds:
@@ -431,6 +468,7 @@ def _block_bytes(tensor: PlannedTensor) -> int:
         rows = (sources + (inputs.base is not None)) * 2 if made else 0
     elif inputs.form == "deltas" and all(_is_product(inputs, i) for i in inputs.active):
         rows = 2 + 4 * sources if made else 0
+        merged += 4 * sources * piece_entries(entries, tensor.row, sources)
     else:
         rows = 4 * (sources + (inputs.base is not None)) + 6  # and a delta, and stored values
     return merged + aside + working + entries * (rows + 4 * made)

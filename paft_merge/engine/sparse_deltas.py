@@ -83,6 +83,9 @@ class _Deltas(Output):
         parts, values = self.parts[name], buffer.view(np.float32)
         tensor, start = parts.get("values") or parts["delta"], start // 4
         assert tensor.sparse is not None
+        if tensor.sparse.subtracted is None and tensor.dtype == "F32":  # as the merge wrote it, which is finite
+            self.take(tensor, start, values.view(np.uint32))
+            return
         if tensor.sparse.subtracted is not None:
             base = np.empty_like(values)
             tensor.sparse.subtracted.value(start, start + len(values), base)

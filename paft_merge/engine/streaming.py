@@ -20,6 +20,7 @@ from paft_merge.compute.blocks import TILE, Block, Ops, Outcome, Tally, Undecide
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.engine.factors import Factorization
+from paft_merge.engine.spaces import Coordinates
 from paft_merge.errors import MergeError
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.dtypes import cast, count_nonfinite, stored_bytes
@@ -100,7 +101,7 @@ def merge_checkpoint(
         ThreadPoolExecutor(threads) as blocks,
         ThreadPoolExecutor(threads + 1) as tensors,
     ):
-        todo = _measured_over_model(plan.tensors, todo, blocks, ops or CpuOps())
+        todo = _measured_over_model(plan, todo, blocks, ops or CpuOps())
         made = Factorization(plan.recipe, blocks, ops or CpuOps(), [tensor for tensor in todo if tensor.factor])
         worker = _Worker(
             output, blocks, ops or CpuOps(), _Held(hold), _Budget(FACTOR_BYTES), plan.allow_nonfinite, made
@@ -121,7 +122,7 @@ def measured_over_model(plan: MergePlan, *, threads: int, ops: Ops, add_up: AddU
         add_up: adds up the counts that several workers make.
     """
     with _single_threaded_torch(), on_one_core(), ThreadPoolExecutor(threads) as blocks:
-        return replace(plan, tensors=tuple(_measured_over_model(plan.tensors, plan.tensors, blocks, ops, add_up)))
+        return replace(plan, tensors=tuple(_measured_over_model(plan, plan.tensors, blocks, ops, add_up)))
 
 
 def sized(plan: MergePlan, *, threads: int, ops: Ops) -> MergePlan:
@@ -139,7 +140,7 @@ def sized(plan: MergePlan, *, threads: int, ops: Ops) -> MergePlan:
         ThreadPoolExecutor(threads) as blocks,
         ThreadPoolExecutor(threads + 1) as tensors,
     ):
-        known = _measured_over_model(plan.tensors, plan.tensors, blocks, ops)
+        known = _measured_over_model(plan, plan.tensors, blocks, ops)
         halves = [tensor for tensor in known if tensor.factor and tensor.factor.part == "B"]
         factorization = Factorization(plan.recipe, blocks, ops, halves)
         ranks = list(_in_order(tensors, factorization.rank_needed, halves, ahead=2 * threads + 2))
@@ -149,16 +150,20 @@ def sized(plan: MergePlan, *, threads: int, ops: Ops) -> MergePlan:
 
 
 def _measured_over_model(
-    tensors: Sequence[PlannedTensor],
+    plan: MergePlan,
     todo: Sequence[PlannedTensor],
     pool: ThreadPoolExecutor,
     ops: Ops,
     add_up: AddUp = count_all,
 ) -> list[PlannedTensor]:
     """`todo` with what their rules need to know about all tensors of the plan, which takes walks over these."""
-    merged = list({tensor.merged.name: tensor.merged for tensor in tensors}.values())
-    found = measure_over_model([tensor.rule for tensor in merged], merged, pool, ops, add_up) if todo else {}
-    rules = {merged[i].name: rule for i, rule in found.items()}
+    merged = list({tensor.merged.name: tensor for tensor in plan.tensors}.values())
+    read = [
+        Coordinates.of(tensor, plan.recipe) if tensor.factor and tensor.factor.in_space else tensor.merged
+        for tensor in merged
+    ]
+    found = measure_over_model([tensor.merged.rule for tensor in merged], read, pool, ops, add_up) if todo else {}
+    rules = {merged[i].merged.name: rule for i, rule in found.items()}
     return [tensor.with_rule(rules[tensor.merged.name]) if tensor.merged.name in rules else tensor for tensor in todo]
 
 
@@ -178,9 +183,9 @@ class _Worker:
         """Read -> delta -> method -> write, for one tensor."""
         if tensor.method == COPY:
             return self._copy(tensor)
-        if tensor.factor:
-            return self._factor(tensor)
         with self.factors.taken(tensor.inputs.factor_bytes):
+            if tensor.factor:
+                return self._factor(tensor)
             if tensor.rule.wants == "whole":
                 return self.pool.submit(self._whole, tensor, tensor.rule).result()
             return self._streamed(tensor, tensor.rule)
@@ -188,7 +193,7 @@ class _Worker:
     def _streamed(self, tensor: PlannedTensor, rule: Rule) -> Finished:
         """Merge a tensor block by block."""
         tiles, sources = BlockWalk([tensor], self.pool), tensor.inputs.active
-        walk, sample = TensorPass(tensor.numel, tiles, self.ops, sources, tensor.shape), Sample(tensor.numel)
+        walk, sample = self._pass(tensor, tiles), Sample(tensor.numel)
         weights = tuple[float, ...]()
         if isinstance(rule, MeasuredWeights):
             measured = rule.measured(tensor, tiles, self.ops)
@@ -200,6 +205,18 @@ class _Worker:
             tally.add(outcome.counts, outcome.sums)
             nonfinite += outcome.bad
         return _finished(tensor, digest.hexdigest(), sources, tally, sample, nonfinite, weights)
+
+    def _pass(self, tensor: PlannedTensor, tiles: BlockWalk) -> TensorPass:
+        """The tensor as its rule sees it; `tiles` walks over it."""
+        inputs, active = tensor.inputs, tensor.inputs.active
+
+        def among(part: Sequence[int]) -> BlockWalk:
+            return BlockWalk([replace(tensor, inputs=inputs.among([active[k] for k in part]))], self.pool)
+
+        return TensorPass(
+            tensor.numel, tiles, self.ops, active, tensor.shape, lambda k: inputs.factors(active[k]),
+            among if inputs.alike else None,
+        )  # fmt: skip
 
     def _measured(self, tensor: PlannedTensor, rule: Rule, walk: TensorPass, sample: Sample) -> list[Written]:
         """Measure the tensor, then merge it; both steps read every block."""
@@ -225,7 +242,7 @@ class _Worker:
         # Decided from the plan alone, not from free memory: one pass adds the statistics in another order.
         pending = None
         if may_be_held(tensor):
-            pending = rule.one_pass(walk, lambda: [tensor.inputs.factors(i) for i in walk.active])
+            pending = rule.one_pass(walk)
         if pending is None:
             return None
         bounds, kind = tensor.bounds, np.dtype(RAW[tensor.dtype])

@@ -8,6 +8,7 @@ base+sft+dpo           an adapter on another, each with its own scale
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +19,15 @@ from paft_merge.errors import EvaluateError, PaftMergeError, Problems, first_lin
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
 from paft_merge.inputs.adapter_places import CONFIG, base_of
+from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.adapters.config import read_config
 from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.inputs.adapters.peft_types import check_sizes
+from paft_merge.inputs.adapters.sparse_delta import NAME as SPARSE
+from paft_merge.inputs.adapters.stack import AdapterStack
+from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
+from paft_merge.inputs.models import Model
 from paft_merge.training.child_process import match_in_time
 
 T = TypeVar("T")
@@ -89,6 +95,12 @@ def load_subject(
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)
+        sparse = [place for place in adapters if _is_sparse(fetch(place))]
+        if sparse:
+            if sparse != adapters[: len(sparse)]:
+                what = "a sparse delta follows an adapter, and here it is added to the files of the base"
+                raise EvaluateError.of("MODEL", name, what, "write the sparse delta first, or merge both")
+            weights, adapters = _with_deltas(folder, [fetch(place) for place in sparse]), adapters[len(sparse) :]
         if weights is None:
             loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_code)
         else:
@@ -113,6 +125,23 @@ def load_subject(
         raise EvaluateError.of("MODEL", name, what, "use a tokenizer that has one")
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     return EvaluatedModel(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
+
+
+def _is_sparse(adapter: Path) -> bool:
+    """Whether a folder holds a sparse delta, which PEFT does not load; it is added to the base's tensors."""
+    return read_config(adapter / CONFIG).get("peft_type") == SPARSE
+
+
+def _with_deltas(folder: Path, deltas: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """The tensors of a base with sparse deltas, as a merged checkpoint holds them."""
+    with ExitStack() as opened:
+        base = opened.enter_context(Checkpoint.open(folder))
+        adapter = AdapterStack.of([opened.enter_context(Adapter.open(place, base)) for place in deltas])
+        if adapter.unties:
+            what = f"unties {', '.join(adapter.unties)}, for which the base's config.json has to change"
+            raise EvaluateError.of("MODEL", deltas[-1], what, "merge it into a checkpoint first")
+        model = Model(str(folder), base, adapter)
+        return {name: model.read(name).tensor(baked=True) for name in base.tensors}
 
 
 def _with_weights(folder: Path, weights: Mapping[str, torch.Tensor], dtype: str, trust_code: bool) -> Any:

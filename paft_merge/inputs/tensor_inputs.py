@@ -210,6 +210,15 @@ class Inputs:
         return math.lcm(of_rule, *(rows or {max(shape[-1] if shape else 1, 1)}))
 
     @property
+    def alike(self) -> bool:
+        """Whether the base and every source have the same shape."""
+        return self.base is not None and not self._extended
+
+    def among(self, sources: Sequence[int]) -> Inputs:
+        """The base and some of the sources; all must be `alike`."""
+        return replace(self, sources=tuple(self.sources[i] for i in sources))
+
+    @property
     def factor_bytes(self) -> int:
         """Bytes of the factors of all low-rank deltas, which are in memory from the first block to `release`."""
         deltas = {id(read.delta): read.delta for read in self.reads if read.delta and read.delta.rank}

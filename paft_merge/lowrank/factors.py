@@ -84,14 +84,34 @@ def truncate(
     """
     q_left, r_left = np.linalg.qr(left.astype(np.float64))
     q_right, r_right = np.linalg.qr(right.T.astype(np.float64))
-    u, s, vt = np.linalg.svd(r_left @ r_right.T)
-    s = s[s > _noise(left, right) * s[:1].sum()]
+    return truncate_between(q_left, r_left @ r_right.T, q_right.T, rank, energy, store)
+
+
+def truncate_between(
+    left: Matrix,
+    core: Matrix,
+    right: Matrix | None,
+    rank: int | None,
+    energy: float | None = None,
+    store: Store = as_float32,
+) -> LowRank:
+    """Return the best approximation of `left @ core @ right` of at most a given rank, from the decomposition of the core.
+
+    Args:
+        left: `[O, K]` float64, orthonormal columns.
+        core: `[K, L]` float64.
+        right: `[L, I]` float64, orthonormal rows; None for the identity.
+        rank, energy, store: as in `truncate`.
+    """
+    u, s, vt = np.linalg.svd(core, full_matrices=False)
+    columns = core.shape[1] if right is None else right.shape[1]
+    s = s[s > max(len(left), columns) * np.finfo(np.float64).eps * s[:1].sum()]
     norm = _norm(s)
     kept = _kept(s, norm, rank, energy)
     root = np.sqrt(s[:kept])
-    return balanced(
-        q_left @ (u[:, :kept] * root), (root[:, None] * vt[:kept]) @ q_right.T, s, norm, _norm(s[kept:]), store
-    )
+    inner = root[:, None] * vt[:kept]
+    outer = inner if right is None else inner @ right
+    return balanced(left @ (u[:, :kept] * root), outer, s, norm, _norm(s[kept:]), store)
 
 
 def balanced(
@@ -131,10 +151,6 @@ def rank_for(singular: Matrix, norm: float, energy: float) -> int:
 def _kept(singular: Matrix, norm: float, rank: int | None, energy: float | None) -> int:
     most = len(singular) if rank is None else min(rank, len(singular))
     return most if energy is None else min(most, rank_for(singular, norm, energy))
-
-
-def _noise(left: Array, right: Array) -> float:
-    return float(max(len(left), right.shape[1]) * np.finfo(np.float64).eps)
 
 
 def _norm(values: Any) -> float:

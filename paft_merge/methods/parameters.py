@@ -96,6 +96,8 @@ class Method:
     max_sources: int | None = None
     streamed: bool = True
     """Merged block by block; else by mergekit's own function, on whole tensors."""
+    core_only: bool = False
+    """Defined on full-rank matrices only, and so refused where the deltas of adapters are merged outside their core space."""
 
     def __repr__(self) -> str:
         return f"Method({self.name!r}, {self.title!r}, {len(self.parameters)} parameters)"

@@ -97,6 +97,12 @@ class Arm:
         return re.sub(r"[^\w.-]+", "-", self.name).strip("-")
 
 
+def writes_adapter(written: Mapping[str, Any]) -> bool:
+    """Whether a merge recipe writes an adapter, as data."""
+    output = written.get("output")
+    return isinstance(output, Mapping) and output.get("kind") == "adapter"
+
+
 def roles(recipe: RunRecipe) -> tuple[str | None, str | None]:
     """The names of the skill and the preference adapter: those under `compare`, else the first with a fitting objective."""
     compare = recipe.compare or CompareSpec()  # an existing adapter has a role only where `compare` names it

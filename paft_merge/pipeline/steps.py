@@ -34,6 +34,7 @@ from paft_merge.pipeline.arms import (
     merges_of,
     polished,
     variants_of,
+    writes_adapter,
 )
 from paft_merge.pipeline.fingerprints import Prints, key_of
 from paft_merge.pipeline.named_models import names_adapter, reference_to, references, resolved_merge
@@ -303,7 +304,8 @@ class Planner:
         folder, cut = self.place(seed) / "polish" / name, 1 - share
         before = [replace(variant, end=cut) if variant.adapter == last else variant for variant in variants]
         (rest,) = (replace(variant, begin=cut) for variant in variants if variant.adapter == last)
-        laid = self.merged(seed, f"polish/{name}/base", folder / "base", written, before, stage="train")
+        model = {key: value for key, value in written.items() if key != "output"}  # an adapter is trained on a model
+        laid = self.merged(seed, f"polish/{name}/base", folder / "base", model, before, stage="train")
         step = self._adapter(seed, rest, folder, str(folder / "base"), (laid,))
         return folder / "base", folder / rest.name, (laid, step)
 
@@ -434,11 +436,20 @@ def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:
             frontier = _suffixed(f"parallel {merge.frontier}", key, together) if merge.frontier else ""
             slug = Arm(label, "", seed, ()).slug
             step = planner.merged(seed, slug, place / "arms" / slug, merge.written, variants)
-            yield Arm(label, "parallel", seed, (str(place / "arms" / slug),), (step,), frontier, merge.point)
+            made = _written_parts(place / "arms" / slug, merge.written, recipe)
+            yield Arm(label, "parallel", seed, made, (step,), frontier, merge.point)
     if recipe.merge is not None:
         every = [Variant(name) for name in recipe.names]
         step = planner.merged(seed, "merged", place / "merged", recipe.merge.data, every)
-        yield Arm("merged", "merge", seed, (str(place / "merged"),), (step,))
+        yield Arm("merged", "merge", seed, _written_parts(place / "merged", recipe.merge.data, recipe), (step,))
+
+
+def _written_parts(out: Path, written: Mapping[str, Any], recipe: RunRecipe) -> tuple[str, ...]:
+    """The parts of the model that a merge into `out` makes: the folder, or the base and the adapter in it."""
+    if not writes_adapter(written):
+        return (str(out),)
+    base = written.get("base_model", recipe.base)
+    return (str(Path(base)) if isinstance(base, str) else recipe.base, str(out))
 
 
 def _trained_arms(planner: Planner, seed: int | None, arms: Sequence[str]) -> Iterator[Arm]:

@@ -19,6 +19,7 @@ from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.sidefiles import model_files
 from paft_merge.errors import EvaluateError, Problem
 from paft_merge.evaluating import HARNESS, check_evaluate, evaluate_loaded
+from paft_merge.pipeline.arms import writes_adapter
 from paft_merge.pipeline.named_models import resolved_merge
 from paft_merge.pipeline.ray_steps import Origin
 from paft_merge.pipeline.schema import RunRecipe
@@ -115,7 +116,7 @@ class TrialModel:
         return {name: (score.value, score.stderr) for name, score in found.items()}
 
     def _merge(self, search: Search, resolved: Mapping[str, Any], scratch: Path, threads: int) -> None:
-        if not self.written:
+        if not self.written and not writes_adapter(resolved):
             with open_plan(dict(resolved)) as plan:
                 _log(plan.warnings)
                 files = model_files(plan, MergeOptions())
@@ -132,7 +133,8 @@ class TrialModel:
                     self.written = True
         out = scratch / "written"
         merge(dict(resolved), out, overwrite=True, write_model_card=False, threads=threads, warn=_log)
-        self.subject = _loaded(search, out)
+        base = resolved.get("base_model", search.recipe.base)
+        self.subject = _loaded(search, (str(base), str(out)) if writes_adapter(resolved) else out)
 
     def _put(self, plan: MergePlan, threads: int) -> None:
         """Merge into the parameters of the loaded model; tensors that stay copies of the same source are left out."""
@@ -169,13 +171,13 @@ class TrialModel:
         self.files, self.copied, self.places = files, _copied(plan.tensors), _places(self.subject.model, tensors)
 
 
-def _loaded(search: Search, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> EvaluatedModel:
+def _loaded(search: Search, model: Path | Sequence[str], tensors: Mapping[str, Tensor] | None = None) -> EvaluatedModel:
     from paft_merge.evaluating.loading import load_subject
 
     spec = search.recipe.evaluate
     assert spec is not None
     template = template_of_run(search.recipe, search.folder)
-    return load_subject(folder, spec, trust_code=search.trust_code, template=template, weights=tensors)
+    return load_subject(model, spec, trust_code=search.trust_code, template=template, weights=tensors)
 
 
 def _copied(tensors: Iterable[PlannedTensor]) -> dict[str, Any]:

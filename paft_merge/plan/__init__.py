@@ -68,9 +68,6 @@ def plan_merge(
     if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
         what = "mergekit's arithmetic has no stochastic rounding"
         raise RecipeError.of("RECIPE", recipe.located.spot(("rounding",)), what, "remove one of the two")
-    if recipe.space != "weight":
-        what = f"space: {recipe.space} is not supported yet"
-        raise RecipeError.of("RECIPE", recipe.located.spot(("space",)), what, "remove it, or write space: weight")
     planner = Planner(recipe, models, allow_crimes, tensor_names, truncate_embeddings=truncate_embeddings)
     tensors = list(planner.tensors())
     planner.check_global_trim(tensors)

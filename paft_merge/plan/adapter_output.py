@@ -11,14 +11,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from paft_merge.errors import Problems, RecipeError
+from paft_merge.errors import Problem, Problems, RecipeError
 from paft_merge.inputs.adapters.deltas import LayerKind, Lazy
+from paft_merge.inputs.adapters.selection import Selection
 from paft_merge.inputs.architecture import Architecture
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.safetensors_header import join_first, truncate
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.output.shards import plan_shards
-from paft_merge.plan.merged_deltas import is_zero, merged_delta, scales_base, summands
+from paft_merge.plan.merged_deltas import is_sum_of_products, is_zero, merged_delta, rank_of, scales_base, summands
 from paft_merge.plan.planned import Factor, MergePlan, PlannedTensor
 from paft_merge.plan.side_files import SideFiles
 from paft_merge.recipe import ModelRef, Recipe
@@ -59,6 +60,7 @@ def adapter_of(plan: MergePlan) -> MergePlan:
     if not deltas:
         what = "the merged delta is zero, so there is no module to write an adapter for"
         raise RecipeError.of("ADAPTER_OUTPUT", plan.recipe.located.spot(("output",)), what, "check weights and sources")
+    plan = replace(plan, warnings=(*plan.warnings, *planner.left_out))
     return _planned(plan, deltas, saved, ranks)
 
 
@@ -93,6 +95,9 @@ def check_recipe(plan: MergePlan, problems: Problems) -> None:
     if base.adapters:
         what = f"the base {base} has an adapter itself, and an adapter is of one checkpoint"
         refuse(what, f"write base_model: {base.base}, or merge {base} to a checkpoint first")
+    if plan.config_source.checkpoint.computed:
+        what = f"the base {base} is another document of the file, which nobody could load with the output"
+        refuse(what, "merge that document first, and write its folder as base_model")
     if plan.vocabulary and recipe.tokenizer is not None:
         refuse("the recipe changes the tokenizer, which an adapter does not hold", "remove it")
     if recipe.arithmetic == "mergekit":
@@ -117,7 +122,8 @@ def module_of(tensor: PlannedTensor, architecture: Lazy[Architecture | None]) ->
     known = architecture.get() if len(tensor.shape) > 1 else None
     if known is None:
         layer = "embedding" if "embed" in name else "linear"
-        return module or name.removesuffix(".weight"), layer if len(tensor.shape) == 2 else ""
+        layer = "convolution" if len(tensor.shape) > 3 else "" if len(tensor.shape) == 3 else layer
+        return module or name.removesuffix(".weight"), layer
     path = module or (known.name_of(name) or name).removesuffix(".weight")
     found = type(known.module(path)).__name__
     return path, _CLASSES.get(found, "convolution" if found in ("Conv1d", "Conv2d", "Conv3d") else "")
@@ -127,7 +133,7 @@ class _Planner:
     def __init__(self, plan: MergePlan) -> None:
         self.plan, self.recipe, self.problems = plan, plan.recipe, Problems()
         self.output, self.spot = plan.recipe.output, plan.recipe.located.spot(("output",))
-        self.base = base_of(plan.recipe)
+        self.base, self.left_out = base_of(plan.recipe), list[Problem]()
         self.architecture = Lazy(lambda: Architecture.of(plan.config_source.checkpoint))
 
     def deltas(self) -> tuple[list[_Delta], list[PlannedTensor]]:
@@ -138,22 +144,36 @@ class _Planner:
         if "float64" in (self.recipe.out_dtype, self.recipe.dtype):
             self._refuse("an adapter is not float64, which no server reads", "write out_dtype: float32")
         found, saved, unfit = list[_Delta](), list[PlannedTensor](), dict[str, list[str]]()
+        selection, modules = Selection(self.output.include, self.output.exclude), list[str]()
         for tensor in self.plan.tensors:
             merged = merged_delta(self.plan, tensor)
             if merged is None:
                 continue
+            if scales_base(merged.tensor.rule):
+                why = f"{tensor.method} multiplies the base by {math.fsum(merged.tensor.rule.weights):g}"
+                unfit.setdefault(why, []).append(tensor.name)
+                continue
             module, layer = module_of(merged.tensor, self.architecture)
+            modules.append(module)
+            if module not in selection:
+                continue
             why = self._unfit(merged.tensor, layer)
             if why and is_zero(merged, self.plan.config_source.checkpoint):
                 continue
-            if why == _VECTOR and not self.output.portable and tensor.name.endswith((".weight", ".bias")):
+            if why in (_VECTOR, _EMBEDDING) and not self.output.portable and tensor.name.endswith((".weight", ".bias")):
                 saved.append(tensor)
             elif why:
                 unfit.setdefault(why, []).append(tensor.name)
             else:
                 found.append(_Delta(*merged, module, layer))
+        selection.check(modules, self.spot, self.problems)
         for why, names in unfit.items():
-            self._refuse(f"{join_first(names)}: {why}", _way_out(why))
+            if self.output.unfit == "leave_out":
+                self.left_out.append(Problem("LEFT_OUT", str(self.spot), f"{join_first(names)}: {why}"))
+            else:
+                self._refuse(f"{join_first(names)}: {why}", _way_out(why))
+        if self.recipe.space != "weight":
+            self._check_space(found, saved)
         adapted = {delta.module for delta in found}
         return found, [replace(one, name=f"{_PREFIX}{self._saved_name(one.name, adapted)}") for one in saved]
 
@@ -163,16 +183,38 @@ class _Planner:
         module, _, leaf = ((architecture.name_of(name) if architecture else None) or name).rpartition(".")
         return f"{module}.base_layer.{leaf}" if module in adapted else f"{module}.{leaf}"
 
+    def _check_space(self, deltas: Sequence[_Delta], saved: Sequence[PlannedTensor]) -> None:
+        """Refuse what has no coordinates in a space of adapters."""
+        if saved and self.recipe.method.core_only:
+            what = f"{join_first([tensor.name for tensor in saved])}: {self.recipe.merge_method} merges matrices"
+            self._refuse(what, "leave these tensors out of the sources, or use another method, such as ties")
+        dense = dict[str, list[str]]()
+        for delta in deltas:
+            inputs = delta.tensor.inputs
+            if not inputs.deltas or delta.tensor.rule.wants == "whole":
+                what = f"{delta.tensor.method} merges values, and space: {self.recipe.space} is one of deltas"
+                self._refuse(what, "write space: weight, or a method that merges deltas, such as ties")
+                continue
+            for read in (inputs.sources[i] for i in inputs.active):
+                if rank_of(read, inputs.base) is None:
+                    dense.setdefault(read.source, []).append(delta.tensor.name)
+        for source, names in dense.items():
+            what = f"space: {self.recipe.space} is made from the factors of adapters, and the delta of {source} is not a low-rank product"
+            self._refuse(f"{what} ({join_first(names)})",
+                         "leave this source out, or write space: weight with a number as rank")  # fmt: skip
+
     def rank(self, delta: _Delta) -> int:
         """The rank of the factors; with `rank: auto`, the largest that is possible."""
-        most = min(_matrix(delta.tensor))
+        most = min(*_matrix(delta.tensor), self.output.max_rank or delta.tensor.numel)
         asked = self.output.rank or "sum"
         if isinstance(asked, int):
             return asked
         inputs, rule = delta.tensor.inputs, delta.tensor.rule
         added = summands(inputs, rule)
         active = [i for i, _ in added] if added is not None else inputs.active
-        ranks = [_rank_of(inputs.sources[i], delta.subtracted or inputs.base) for i in active]
+        ranks = [rank_of(inputs.sources[i], delta.subtracted or inputs.base) for i in active]
+        if self.recipe.space != "weight":
+            return min(most, sum(r or 0 for r in ranks)) if asked == "auto" else sum(r or 0 for r in ranks)
         if asked == "auto":
             return most if None in ranks or added is None else min(most, sum(r or 0 for r in ranks))
         if None in ranks:
@@ -184,32 +226,43 @@ class _Planner:
     def _unfit(self, tensor: PlannedTensor, layer: LayerKind) -> str:
         """Why an adapter cannot hold a delta; empty if it can."""
         base = tensor.inputs.base or tensor.inputs.reads[0]
-        if scales_base(tensor.rule):
-            return f"{tensor.method} multiplies the base by {math.fsum(tensor.rule.weights):g}"
         if tensor.shape != base.stored_shape:
             return "the vocabulary has other rows than the base"
         if any(read.delta and read.delta.stored_as for read in tensor.inputs.sources) and not layer:
             return "it is tied to another tensor of the base"
         if len(tensor.shape) < 2:
             return _VECTOR
-        if layer in ("embedding", "convolution", "experts") and self.output.portable:
-            return f"LoRA on {_PLURAL[layer]} is not read by every server"
-        if layer in ("", "experts"):
-            return "PEFT has no LoRA layer for it"
-        return ""
+        if layer == "experts":
+            return "adapters of fused experts are read, and not written"
+        if layer == "embedding" and self._feeds_head(tensor.name):
+            return "the output head is tied to it, and an adapter would change the embedding alone"
+        if layer == "embedding" and not any(read.delta and read.delta.layer for read in tensor.inputs.sources):
+            return _EMBEDDING
+        if layer in ("embedding", "convolution") and self.output.portable:
+            return f"LoRA on {layer}s is not read by every server"
+        return "" if layer else "PEFT has no LoRA layer for it"
+
+    def _feeds_head(self, name: str) -> bool:
+        """Whether an embedding stays tied to another parameter, which then changes with it in a merged checkpoint."""
+        architecture = self.architecture.get()
+        if architecture is None:
+            tied = self.plan.config_source.checkpoint.config.get("tie_word_embeddings") is True
+            return tied and not any(tensor.name.endswith("lm_head.weight") for tensor in self.plan.tensors)
+        twins = architecture.tied_to(architecture.name_of(name) or name)
+        return bool(twins) and not any(tensor.name in twins for tensor in self.plan.tensors)
 
     def _refuse(self, what: str, fix: str) -> None:
         self.problems.add("ADAPTER_OUTPUT", self.spot, what, fix)
 
 
 _VECTOR = "it is a bias or a norm, which LoRA does not change"
-_PLURAL = {"embedding": "embeddings", "convolution": "convolutions", "experts": "fused experts"}
+_EMBEDDING = "it is an embedding that changes as a whole"
 
 
 def _way_out(why: str) -> str:
     if "multiplies the base" in why:
         return "write merge_method: task_arithmetic, or weights that add up to 1"
-    if "not read by every server" in why or why == _VECTOR:
+    if "not read by every server" in why or why in (_VECTOR, _EMBEDDING):
         return "write portable: false in output, or leave these modules out of the sources"
     return "write kind: checkpoint, or leave these tensors out of the sources"
 
@@ -219,13 +272,6 @@ def _matrix(tensor: PlannedTensor) -> tuple[int, int]:
     return tensor.shape[0], math.prod(tensor.shape[1:])
 
 
-def _rank_of(read: Read, base: Read | None) -> int | None:
-    """The rank of a source's difference from the base by its header; None if it is not one low-rank product."""
-    if base is None or not read.same_weight(base) or (read.delta and read.delta.needs_weight):
-        return None
-    return (read.delta.rank or None) if read.delta else 0
-
-
 def _planned(
     plan: MergePlan, deltas: Sequence[_Delta], saved: Sequence[PlannedTensor], ranks: Mapping[str, int]
 ) -> MergePlan:
@@ -233,7 +279,8 @@ def _planned(
     if plan.recipe.output.portable:
         ranks = dict.fromkeys(ranks, uniform)
     dtype = _dtype(plan, deltas, ranks)
-    tensors = [one for delta in deltas for one in _factors(delta, max(1, ranks[delta.tensor.name]), dtype)]
+    in_space = plan.recipe.space != "weight"
+    tensors = [one for delta in deltas for one in _factors(delta, max(1, ranks[delta.tensor.name]), dtype, in_space)]
     tensors = sorted([*tensors, *saved], key=lambda tensor: tensor.name)
     shards = plan_shards({FILE: [(t.name, t.dtype, t.shape) for t in tensors]})
     patterns = {d.module: ranks[d.tensor.name] for d in deltas if ranks[d.tensor.name] != uniform}
@@ -243,7 +290,7 @@ def _planned(
     )  # fmt: skip
 
 
-def _factors(delta: _Delta, rank: int, dtype: str) -> list[PlannedTensor]:
+def _factors(delta: _Delta, rank: int, dtype: str, in_space: bool) -> list[PlannedTensor]:
     """Both factors of a delta, as PEFT stores them."""
     outer, inner = _matrix(delta.tensor)
     kernel = delta.tensor.shape[2:]
@@ -259,7 +306,7 @@ def _factors(delta: _Delta, rank: int, dtype: str) -> list[PlannedTensor]:
             name=f"{_PREFIX}{delta.module}.{name.format(part)}",
             shape=shape,
             dtype=dtype,
-            factor=Factor(delta.module, delta.layer, part, delta.tensor, delta.subtracted),  # type: ignore[arg-type]
+            factor=Factor(delta.module, delta.layer, part, delta.tensor, delta.subtracted, in_space),  # type: ignore[arg-type]
         )
         for part, shape in shapes.items()
     ]
@@ -271,16 +318,22 @@ def _dtype(plan: MergePlan, deltas: Sequence[_Delta], ranks: Mapping[str, int]) 
         return next(d.name for d in DTYPES.values() if d.torch == wanted)
     parts = [part for model in plan.models if model.adapter for part in model.adapter.parts]
     held = {info.dtype for part in parts for info in part.file.tensors.values()}
-    exact = all(_is_exact(delta, ranks[delta.tensor.name]) for delta in deltas)
+    exact = all(_is_exact(delta, ranks[delta.tensor.name], plan.recipe.space) for delta in deltas)
     return held.pop() if len(held) == 1 and held <= {"BF16", "F16"} and not exact else "F32"
 
 
-def _is_exact(delta: _Delta, rank: int) -> bool:
+def _is_exact(delta: _Delta, rank: int, space: str) -> bool:
     """Whether factors of a rank hold a delta exactly, by the headers of its sources."""
     inputs = delta.tensor.inputs
-    added = summands(inputs, delta.tensor.rule) if inputs.without_base else None
-    ranks = [_rank_of(inputs.sources[i], inputs.base) for i, _ in added or ()]
-    return added is not None and None not in ranks and sum(r or 0 for r in ranks) <= rank
+    if space == "ctm":
+        return True
+    added = summands(inputs, delta.tensor.rule) or ()
+    if space != "weight":
+        added = [(i, 1.0) for i in inputs.active]
+    elif not is_sum_of_products(delta.tensor):
+        return False
+    ranks = [rank_of(inputs.sources[i], inputs.base) for i, _ in added]
+    return None not in ranks and sum(r or 0 for r in ranks) <= rank
 
 
 def _config(

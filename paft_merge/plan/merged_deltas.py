@@ -40,7 +40,7 @@ def merged_delta(plan: MergePlan, tensor: PlannedTensor) -> MergedDelta | None:
     inputs, rule = tensor.inputs, tensor.rule
     base = plan.config_source.checkpoint
     own = Read(plan.config_source.ref, base, (inputs.base or inputs.reads[0]).name)
-    made = replace(tensor, dtype="F32", rounding_key=0)
+    made = replace(tensor, dtype="F32", rounding_key=0, is_delta=len(tensor.shape) > 1)
     if own.name not in base.tensors:
         return None
     if not inputs.sources:  # one tensor, unchanged
@@ -76,6 +76,20 @@ def summands(inputs: Inputs, rule: Rule | WholeRule) -> list[tuple[int, float]] 
     if not isinstance(rule, WeightedSum):
         return None
     return [(i, rule.weights[i]) for i in inputs.active if rule.weights[i] and not _is_untied(inputs.sources[i])]
+
+
+def rank_of(read: Read, base: Read | None) -> int | None:
+    """Return the rank of a source's difference from the base by its header; None if it is not one low-rank product."""
+    if base is None or not read.same_weight(base) or (read.delta and read.delta.needs_weight):
+        return None
+    return (read.delta.rank or (0 if _is_untied(read) else None)) if read.delta else 0
+
+
+def is_sum_of_products(delta: PlannedTensor) -> bool:
+    """Whether the method adds up low-rank products, whose sum is one, by the headers of its sources."""
+    inputs = delta.inputs
+    added = summands(inputs, delta.rule) if inputs.without_base else None
+    return added is not None and all(rank_of(inputs.sources[i], inputs.base) for i, _ in added)
 
 
 def scales_base(rule: Rule | WholeRule) -> TypeIs[WeightedSum]:

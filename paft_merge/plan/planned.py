@@ -53,6 +53,8 @@ class Factor(NamedTuple):
     """The merged delta, as a tensor of the base's shape: its blocks have no base."""
     subtracted: Read | None = None
     """The base's tensor, where the delta is what the method writes minus it; None if the method writes the delta itself."""
+    in_space: bool = False
+    """Whether the method merges the deltas' coordinates in a space of the adapters, so that no delta is computed."""
 
 
 class StoredBlock(NamedTuple):
@@ -144,6 +146,8 @@ class PlannedTensor(StreamedTensor):
     """The place in the recipe's slices and modules."""
     why: str = ""
     """Why the tensor is copied."""
+    is_delta: bool = False
+    """Whether it is a merged delta, of which blocks hold whole rows `[I]` of `[O, I]`."""
     factor: Factor | None = field(default=None, compare=False)
     """Of a tensor of an adapter: the merged delta that it is a factor of. `inputs` and `rule` are those of the delta."""
 
@@ -181,6 +185,11 @@ class PlannedTensor(StreamedTensor):
         made_of = self.factor or self.sparse
         return made_of.delta if made_of else self
 
+    @cached_property
+    def row(self) -> int:
+        """Elements of a row; of a merged delta the last dimensions together, which are a row of its factors."""
+        return math.lcm(super().row, self.numel // max(self.shape[0], 1)) if self.is_delta else super().row
+
     def with_rule(self, rule: Rule) -> PlannedTensor:
         """The tensor with a rule whose weights or thresholds are known."""
         factor = self.factor and self.factor._replace(delta=replace(self.factor.delta, rule=rule))
@@ -189,6 +198,10 @@ class PlannedTensor(StreamedTensor):
 
     @property
     def _block_bytes(self) -> int:
+        if self.factor and self.factor.in_space:  # the factors of all sources in float64, and bases of as many vectors
+            rank = sum(read.delta.rank for read in self.inputs.sources if read.delta)
+            shape = self.factor.delta.shape
+            return 4 * 8 * rank * (shape[0] + math.prod(shape[1:]))
         if self.merged is not self:
             return self.merged.block_bytes
         if self.method == COPY:

@@ -18,6 +18,9 @@ from paft_merge.inputs.side_file_kinds import MOST_BYTES, OtherFile, other_files
 _SHOWN = ("side", "weights", "data", "same weights")
 """Kinds whose files are named in a warning if they are left out."""
 
+_OF_QUANTIZATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files by which other programs take a model for a quantised one (ModelOpt, GPTQ, AWQ); not of a model with plain weights."""
+
 
 @dataclass(frozen=True)
 class SideFiles:
@@ -51,6 +54,8 @@ def read_side_files(
         found = getattr(donor, "plan").side_files  # noqa: B009  # the document that it is computed from
     elif donor.file is None:
         ours = _beside(donor)
+        if not ours.keys().isdisjoint(_OF_QUANTIZATION) and any(map(donor.stored_format, donor.tensors)):
+            ours = {name: one for name, one in ours.items() if name not in _OF_QUANTIZATION}
         found = _copied(ours)
         warnings += _left_out(config_source.ref, [ours[name] for name in found.left_out])
     used = {part.folder.resolve() for model in models if model.adapter for part in model.adapter.parts}

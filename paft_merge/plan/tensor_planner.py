@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -106,6 +107,7 @@ class Planner:
         if found.claims and not found:
             what = f"says in config.json that it is quantised ({found.claims}), and none of its tensors is"
             self.warnings.append(Problem("QUANTISED", source[0], what, "remove quantization_config if that is wrong"))
+        self.warnings += _widened([source, *others])
         names = self.config_source.checkpoint.tensors if self.config_source.checkpoint.config else ()
         if wrapped := next(
             (n for n in names if without_wrappers(n) != n or n.startswith(("module.", "base_model.model."))), None
@@ -469,6 +471,18 @@ def resolved(output: OutputTensor, method: Method) -> tuple[dict[str, Resolved],
         for i, (source, _) in enumerate(output.slice.sources)
     ]
     return shared, per_source
+
+
+def _widened(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Problem]:
+    """A notice for each checkpoint whose quantised weights are read as values; `checkpoints`: with their references."""
+    found = []
+    for ref, checkpoint in checkpoints:
+        formats = Counter(filter(None, map(checkpoint.stored_format, checkpoint.tensors)))
+        if formats:
+            held = ", ".join(f"{count:,} in {form}" for form, count in formats.items())
+            what = f"has quantised weights ({held}), which are read as their values; the output has plain weights"
+            found.append(Problem("QUANTISED", ref, what))
+    return found
 
 
 def _without_layer(name: str) -> str:

@@ -34,7 +34,7 @@ from paft_merge.recipe.parsing import kind_of, read_language
 from paft_merge.recipe.reference import ModelRef
 from paft_merge.recipe.resolution import ParameterCache, Resolved, layer_t, resolve, resolve_all
 from paft_merge.recipe.schema import CHAT_TEMPLATES, Language, OutputEntry, TokenizerEntry, TokenRow, ZeroRow
-from paft_merge.recipe.validation import check, find_method
+from paft_merge.recipe.validation import check, check_space, find_method
 from paft_merge.recipe.yaml_source import (
     Located,
     did_you_mean,
@@ -169,7 +169,7 @@ class Recipe:
         return self.language.output or OutputEntry()
 
     @property
-    def space(self) -> Literal["weight", "core", "knots"]:
+    def space(self) -> Literal["weight", "core", "knots", "ctm"]:
         """Where the method works."""
         return self.language.space or "weight"
 
@@ -216,6 +216,7 @@ def load_recipe(
     modules = normalize(language, method, report)
     if method is None:
         raise report.error_of()
+    check_space(language, method, report, faulty)
     check(modules, method, methods, report, faulty)
     return Recipe(language, method, modules, report.finish(strict=strict), located)
 

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from paft_merge.recipe.reference import ModelRef
-from paft_merge.recipe.sections import Section, refused
+from paft_merge.recipe.sections import Section, as_list, refused
 from paft_merge.recipe.yaml_source import did_you_mean, show
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -239,8 +239,16 @@ class OutputEntry(Section):
     """Share of each delta's squared norm that `rank: auto` keeps."""
     format: Literal["sparse", "shira"] | None = None
     """Of `kind: delta`: the format of paft_merge (default), or SHiRA, which PEFT loads where only linear layers change."""
+    max_rank: Annotated[int, Field(gt=0, strict=True)] | None = None
+    """Limit of the ranks that `rank: auto` finds."""
     portable: bool = True
     """Write what vLLM, SGLang, llama.cpp and PEFT all read; false: also what only PEFT reads."""
+    include: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
+    """Names of the modules that get factors, with the wildcards of a shell; empty for all. The delta of others is left out."""
+    exclude: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
+    """Names of modules whose delta is left out."""
+    unfit: Literal["refuse", "leave_out"] = "refuse"
+    """What happens to deltas that an adapter cannot hold."""
 
     @model_validator(mode="before")
     @classmethod
@@ -254,14 +262,17 @@ class OutputEntry(Section):
         if self.format is not None and self.kind != "delta":
             raise refused("format is a key of kind: delta", "write kind: delta, or remove it")
         if self.kind != "adapter":
-            given = [name for name in ("rank", "energy") if getattr(self, name) is not None]
-            given += ["portable"] * (not self.portable)
+            fields = type(self).model_fields.items()
+            given = [
+                name for name, one in fields if name not in ("kind", "format") and getattr(self, name) != one.default
+            ]
             if given:
                 raise refused(f"{given[0]} is a key of kind: adapter", "write kind: adapter, or remove it")
         elif self.rank == "auto" and self.energy is None:
             raise refused("rank: auto needs energy", "write energy: 0.99, or a number as rank")
-        elif self.energy is not None and self.rank != "auto":
-            raise refused("energy is a key of rank: auto", "write rank: auto, or remove it")
+        elif self.rank != "auto" and (self.energy is not None or self.max_rank is not None):
+            name = "max_rank" if self.energy is None else "energy"
+            raise refused(f"{name} is a key of rank: auto", "write rank: auto, or remove it")
         return self
 
 
@@ -304,7 +315,7 @@ class Language(Section):
 
     output: Annotated[OutputEntry | None, BeforeValidator(_read_output)] = None
     """What is written: a checkpoint, or the merged delta as an adapter of the base."""
-    space: Literal["weight", "core", "knots"] | None = None
+    space: Literal["weight", "core", "knots", "ctm"] | None = None
     """Where the method works: on deltas (`weight`, the default), or in a common space of the adapters' factors."""
 
     @model_validator(mode="after")

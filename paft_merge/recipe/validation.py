@@ -12,6 +12,7 @@ from paft_merge.methods import REQUIRED, Method, Parameter
 from paft_merge.recipe.diagnostics import IGNORED, Report
 from paft_merge.recipe.normalized import OutputModule, OutputSlice, Source, all_levels
 from paft_merge.recipe.resolution import TRIM_RULES, Condition, Level, Setting, SettingError, coerce, rivals
+from paft_merge.recipe.schema import Language
 from paft_merge.recipe.yaml_source import did_you_mean, show
 
 
@@ -21,6 +22,25 @@ def find_method(name: str, methods: Mapping[str, Method], report: Report) -> Met
         fix = did_you_mean(name, methods) or f"known: {', '.join(sorted(methods))}"
         report.error(report.located.spot(("merge_method",)), f"unknown merge method {show(name)}", fix)
     return methods.get(name)
+
+
+def check_space(language: Language, method: Method, report: Report, faulty: Collection[str]) -> None:
+    """Check that the method, the space that it works in and the output go together."""
+    if {"space", "output", "kind", "rank"} & set(faulty):
+        return
+    space, output = language.space or "weight", language.output
+    if method.core_only and space not in ("core", "ctm"):
+        what = f"{method.name} merges adapters in their core space; it has no meaning on deltas of low rank themselves"
+        report.error(report.located.spot(("merge_method",)), what, "add space: core and output: {kind: adapter}")
+    if space == "weight":
+        return
+    spot = report.located.spot(("space",))
+    if output is None or output.kind != "adapter":
+        fix = "add output: {kind: adapter}, and for a checkpoint merge BASE+OUT, or write space: weight"
+        report.error(spot, f"space: {space} makes an adapter", fix)
+    elif space == "ctm" and not isinstance(output.rank, int):
+        what = "space: ctm merges in subspaces of the rank of the output"
+        report.error(spot, what, "write a number as rank in output, such as rank: 16")
 
 
 def check(

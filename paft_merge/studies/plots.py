@@ -25,6 +25,11 @@ _LABEL = 1.8
 """Inches for an entry of the legend."""
 
 
+def plots_of(definition: Definition, results: Results) -> list[PlotSpec]:
+    """The plots of a study that have rows in its results."""
+    return [spec for spec in definition.plots if any(results.has(cell, spec.metric) for cell in spec.cells())]
+
+
 def draw(definition: Definition, results: Results, folder: Path) -> list[tuple[str, str]]:
     """Draw every plot into `folder`; returns their titles and the names of their files. Skipped without matplotlib."""
     if find_spec("matplotlib") is None:
@@ -35,9 +40,7 @@ def draw(definition: Definition, results: Results, folder: Path) -> list[tuple[s
     found = []
     # Without a date and with a fixed salt, equal results give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "paft", "svg.fonttype": "none", "text.parse_math": False}):
-        for spec in definition.plots:
-            if not any(results.has(cell, spec.metric) for cell in spec.cells()):
-                continue
+        for spec in plots_of(definition, results):
             name = f"{definition.study}-{spec.name}.svg"
             figure = _lines(definition, spec, results) if spec.x else _intervals(definition, spec, results)
             figure.savefig(folder / name, metadata={"Date": None, "Creator": None})

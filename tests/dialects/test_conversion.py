@@ -107,6 +107,36 @@ def test_what_is_rounded_is_named(tmp_path: Path) -> None:
     assert equal(exact, tmp_path / "back")
 
 
+def changed(folder: Path, change: Callable[[State], State], **metadata: str) -> None:
+    """Change the tensors of a converted adapter, as another program might, and keep or replace its metadata."""
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        kept = opened.metadata()
+    save_file(change(load_file(file)), file, metadata=kept | metadata)
+
+
+def test_an_adapter_that_was_changed_gets_a_new_configuration(tmp_path: Path) -> None:
+    """Its metadata keep the configuration from before its conversion, which is not that of its factors any more."""
+    convert(MADE["both patterns, one scale"](tmp_path / "padded"), tmp_path / "there", "vllm")
+    changed(tmp_path / "there", lambda state: {name: tensor + 0.5 for name, tensor in state.items()})
+    (note,) = convert(tmp_path / "there", tmp_path / "back", "peft")
+    assert "a new one was made" in note.what
+    assert equal(tmp_path / "there", tmp_path / "back")
+    assert (config_of(tmp_path / "back")["r"], config_of(tmp_path / "back")["rank_pattern"]) == (6, {})
+
+    convert(MADE["alpha pattern"](tmp_path / "folded"), tmp_path / "there2", "vllm")
+    changed(tmp_path / "there2", lambda state: {name: tensor * 1.1 for name, tensor in state.items()})
+    convert(tmp_path / "there2", tmp_path / "back2", "peft")
+    assert equal(tmp_path / "there2", tmp_path / "back2")  # dividing by 3/8 and multiplying again would change bits
+    assert config_of(tmp_path / "back2")["alpha_pattern"] == {}
+
+    convert(MADE["plain"](tmp_path / "plain"), tmp_path / "there3", "vllm")
+    other = {**config_of(tmp_path / "plain"), "use_dora": True}
+    changed(tmp_path / "there3", dict, paft_adapter_config=json.dumps(other))
+    convert(tmp_path / "there3", tmp_path / "back3", "peft")
+    assert config_of(tmp_path / "back3")["use_dora"] is False
+
+
 # --- what readers get -------------------------------------------------------------------------------------------------
 
 READABLE = (
@@ -248,6 +278,8 @@ def test_what_has_no_place_is_refused_by_name(made: str, to: Target, said: str, 
         ("layer_replication", [[0, 1]]),
         ("peft_type", "VERA"),
         ("odd", 1),
+        ("use_bdlora", {"nblocks": 2}),
+        ("rank_pattern", {"q_proj": 9}),
     ],
 )
 def test_variants_without_a_plain_delta_are_refused(field: str, value: object, tmp_path: Path) -> None:
@@ -315,6 +347,18 @@ def test_a_foreign_file_of_kohya_needs_the_base_for_its_names(tmp_path: Path) ->
         pytest.raises(PaftMergeError, match="not known"),
     ):
         convert(file, tmp_path / "out2", "peft", base)
+
+
+def test_names_in_metadata_are_not_trusted_blindly(tmp_path: Path) -> None:
+    convert(MADE["plain"](tmp_path / "plain"), tmp_path / "kohya", "kohya")
+    flats = {f"lycoris_{path.replace('.', '_')}": Q for path in (Q, V)}  # two modules of one name: one would be lost
+    changed(tmp_path / "kohya", dict, paft_modules=json.dumps(flats))
+    with pytest.raises(PaftMergeError, match="--base"):
+        convert(tmp_path / "kohya", tmp_path / "out", "peft")
+    for text in ("[]", "{", '{"a": 1}'):
+        changed(tmp_path / "kohya", dict, paft_modules=text, paft_adapter_config=text)
+        with pytest.raises(PaftMergeError, match="--base"):
+            convert(tmp_path / "kohya", tmp_path / "out", "peft")
 
 
 @pytest.mark.parametrize(

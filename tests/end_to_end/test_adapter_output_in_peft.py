@@ -54,7 +54,9 @@ CASES = {
     "trained biases": Case(opt, {"target_modules": ["q_proj", "fc1"], "bias": "all"}, portable=False),
     "lora_bias": Case(opt, {"target_modules": ["q_proj", "fc1"], "lora_bias": True}, portable=False),
     "DoRA": Case(llama, {**WIDE, "use_dora": True}, output={"rank": 16}, exact=False),
-    "trained tokens": Case(llama, {**WIDE, "trainable_token_indices": [1, 5]}, output={"rank": 16}, portable=False, exact=False),
+    "trained tokens": Case(llama, {**WIDE, "trainable_token_indices": [1, 5]}, portable=False),
+    "trained embeddings": Case(llama, {**WIDE, "modules_to_save": ["embed_tokens", "lm_head"]}, output={"rank": 16}, portable=False, exact=False),
+    "ranks of modules": Case(llama, {**WIDE, "rank_pattern": {"layers.1.self_attn.q_proj": 2}}, {"target_modules": ["q_proj"]}, output={"portable": False}),
     "PiSSA": Case(llama, {**WIDE, "init_lora_weights": "pissa"}, output={"rank": 16}),
     "ties": Case(llama, WIDE, output={"rank": 16}, exact=False, merged={"merge_method": "ties", "parameters": {"density": 0.4}}),
 }  # fmt: skip

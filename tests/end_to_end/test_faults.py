@@ -19,6 +19,7 @@ import torch
 from conftest import near, random_state, save_adapter, save_checkpoint
 from safetensors.torch import save_file
 from toys.merge import (
+    WEIGHT_SPACE,
     State,
     files_of,
     manifest_of,
@@ -711,7 +712,7 @@ def test_every_method_refuses_missing_tensors(tmp_path: Path) -> None:
     short = near(base, 1)
     del short[NORM]
     paths = [save_checkpoint(tmp_path / n, s) for n, s in (("base", base), ("short", short), ("x", near(base, 2)))]
-    for name in METHODS:
+    for name in WEIGHT_SPACE:
         if METHODS[name].base != "required" and METHODS[name].max_sources == 1:
             continue  # it has one source, which is the donor
         file = write_recipe(tmp_path / "r.yaml", recipe_for(name, paths[0], *paths[1:]))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
+import docs_quickstart
+import yaml
 from toys.train import THEIR_WARNINGS
 
 from paft_merge.evaluating import evaluate
 from paft_merge.pipeline import plan, run
+from paft_merge.pipeline.results_page import frontier_figure
+from paft_merge.pipeline.steps import Train
 from paft_merge.pipeline.tuning import _checked
 
 ROOT = Path(__file__).parents[2]
@@ -19,13 +24,17 @@ from make_quickstart import corpus, letters, line, make_tokenizer, shifted, writ
 
 pytestmark = THEIR_WARNINGS
 
+TRAINED = yaml.safe_load(RECIPE.read_text())["adapters"]
+FEW = {
+    "sft": {**TRAINED["sft"], "data": {"path": TRAINED["sft"]["data"], "max_rows": 200}},
+    "dpo": {**TRAINED["dpo"], "data": {"path": TRAINED["dpo"]["data"], "max_rows": 100}},
+}
 SHORT = (
-    "seeds=[0]",
-    "adapters.sft.data={path: quickstart/data/skill_train.jsonl, max_rows: 200}",
-    "adapters.dpo.data={path: quickstart/data/preference_train.jsonl, max_rows: 100}",
-    "adapters.dpo.training.per_device_train_batch_size=4", "adapters.sft.training.max_steps=3", "adapters.dpo.training.max_steps=2", "compare.sft=[l1]",
-    "compare.methods=[ties, slerp]", "evaluate.metrics.skill.max_rows=10", "evaluate.metrics.happy.max_rows=5",
-    "evaluate.metrics.happy.max_new_tokens=8", "evaluate.metrics.pairs.max_rows=10", "evaluate.metrics.text.max_rows=10",
+    "seeds=[0]", f"adapters={json.dumps(FEW)}", "adapters.sft.training.max_steps=3", "adapters.dpo.training.max_steps=2",
+    "adapters.dpo.training.per_device_train_batch_size=4", "compare.arms=[base, individual, sequential, parallel]",
+    "compare.sequential={shrink: [0.6]}", "compare.methods=[{merge_method: ties, sweep: {weight: [0.7, 1.0]}}, slerp]",
+    "evaluate.metrics.skill.max_rows=10", "evaluate.metrics.happy.max_rows=5", "evaluate.metrics.happy.max_new_tokens=8",
+    "evaluate.metrics.text.max_rows=10",
 )  # fmt: skip
 
 
@@ -69,13 +78,38 @@ def test_the_whole_recipe_is_valid(tmp_path: Path) -> None:
     ready = plan(RECIPE, tmp_path / "run")
     assert {step.stage for step in ready.todo} == {"train", "audit", "merge", "evaluate"}
     assert len(_checked(ready.recipe).dimensions) == 3
-    assert sum(step.name.startswith("train/seed-0/") and "base" not in step.name for step in ready.todo) == 5
+    trained = [
+        step.name for step in ready.todo if isinstance(step.job, Train) and step.name.startswith("train/seed-0/")
+    ]
+    assert [name.removeprefix("train/seed-0/") for name in trained] == [
+        "sft",
+        "sft-l1",
+        "dpo",
+        "after-sft/dpo",
+        "mixed/mixed",
+    ]
 
 
-def test_a_shortened_quickstart_runs_to_its_table(tmp_path: Path) -> None:
+def test_a_shortened_quickstart_runs_to_its_table_and_the_page_shows_it(tmp_path: Path) -> None:
     done = run(RECIPE, tmp_path / "run", overrides=SHORT)
     rows = {row.name: row.cells for row in done.table.rows}
-    assert list(rows) == ["base", "sft", "dpo", "sequential", "parallel ties", "parallel slerp", "merged"]
-    assert all(set(cells) >= {"skill", "happy", "pairs", "text"} for cells in rows.values())
-    assert (tmp_path / "run/table.md").is_file()
+    merges = ["parallel ties weight=0.7", "parallel ties weight=1", "parallel slerp", "merged"]
+    assert list(rows) == ["base", "sft", "dpo", "sequential", "sequential shrink=0.6", *merges]
+    assert all(set(cells) >= {"skill", "happy", "text"} for cells in rows.values())
     assert run(RECIPE, tmp_path / "run", overrides=SHORT).done == ()
+    results = json.loads(json.dumps(docs_quickstart.results_of(tmp_path / "run")))
+    assert (tmp_path / "run/table.md").read_text().rstrip() in docs_quickstart.made(results)
+    again, figure = docs_quickstart.Stored.read(results["table"]), frontier_figure(done.table)
+    assert figure is not None
+    assert frontier_figure(again) == figure
+    results["table"]["differences"][-1]["difference"] += 1
+    assert docs_quickstart.Stored.read(results["table"]).to_markdown() != again.to_markdown()
+
+
+def test_the_page_is_made_from_the_committed_results() -> None:
+    text, results = docs_quickstart.PAGE.read_text(), docs_quickstart.stored()
+    assert docs_quickstart.page(text, results) == text, "run python tools/docs_quickstart.py"
+    if results is not None:
+        recipe = yaml.safe_load(RECIPE.read_text())
+        assert results["table"]["seeds"] == recipe["seeds"]
+        assert set(results["table"]["better"]) == {*recipe["evaluate"]["metrics"], "sparsity"}

@@ -13,7 +13,7 @@ import torch
 from conftest import near, save_checkpoint
 from safetensors.torch import load_file
 from toys.adapters import merged_by_us
-from toys.merge import bits_equal, on, recipe, recipe_for, tensors_of
+from toys.merge import WEIGHT_SPACE, bits_equal, on, recipe, recipe_for, tensors_of
 
 from paft_merge import merge
 from paft_merge.errors import MergeError
@@ -92,7 +92,7 @@ def test_the_recorded_error_is_the_measured_one(case: str, dtype: str, family: F
     assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
 
 
-DELTA_METHODS = [name for name, method in METHODS.items() if method.base == "required" and method.streamed]
+DELTA_METHODS = [name for name in WEIGHT_SPACE if METHODS[name].base == "required" and METHODS[name].streamed]
 
 
 @pytest.mark.parametrize("method", DELTA_METHODS)

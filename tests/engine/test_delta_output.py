@@ -216,6 +216,21 @@ def test_what_cannot_be_a_delta_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_limit_of_the_error_is_for_adapters(made: dict[str, Path], tmp_path: Path) -> None:
+    for given in (as_delta(ties(made)), ties(made)):
+        with pytest.raises(PaftMergeError, match="max_error is about the rank of an adapter"):
+            merge(given, tmp_path / "out", max_error=0.1)
+
+
+def test_the_base_of_a_delta_is_a_stored_checkpoint(made: dict[str, Path], tmp_path: Path) -> None:
+    inner = {"name": "inner", **ties(made)}
+    outer = as_delta(recipe("task_arithmetic", "inner", (made["tuned1"], {"weight": 1.0})))
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n---\n".join(map(json.dumps, (inner, outer))))
+    with pytest.raises(RecipeError, match="the base inner is another document of the file"):
+        merge(path, tmp_path / "out")
+
+
 def test_deltas_are_finite(made: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(PaftMergeError, match="without allow_nonfinite"):
         merge(as_delta(ties(made)), tmp_path / "out", allow_nonfinite=True)

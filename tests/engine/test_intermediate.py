@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from toys.merge import Ref, bits_equal, files_of, manifest_of, on, paft, recipe, recipe_for, tensors_of
+from toys.merge import WEIGHT_SPACE, Ref, bits_equal, files_of, manifest_of, on, paft, recipe, recipe_for, tensors_of
 
 from paft_merge import merge
 from paft_merge.engine.api import open_plan
 from paft_merge.errors import PaftMergeError
-from paft_merge.methods import METHODS
 
 Family = Callable[..., dict[str, Path]]
 
@@ -39,7 +38,7 @@ def _replaced(document: dict[str, Any], out: Path, named: tuple[dict[str, Any], 
     return text
 
 
-@pytest.mark.parametrize("inner", [m for m in METHODS if m != "arcee_fusion"])
+@pytest.mark.parametrize("inner", [m for m in WEIGHT_SPACE if m != "arcee_fusion"])
 def test_in_float32_one_pass_gives_the_bits_of_a_merge_in_stages(inner: str, family: Family, tmp_path: Path) -> None:
     f = family()
     middle = {**recipe_for(inner, f["base"], f["x"], f["y"], dtype="float32"), "name": "middle"}

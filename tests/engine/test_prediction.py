@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import near, random_state, save_adapter, save_checkpoint
-from toys.merge import on, paft, paft_process, recipe, recipe_for, write_recipe
+from toys.merge import WEIGHT_SPACE, on, paft, paft_process, recipe, recipe_for, write_recipe
 
 from paft_merge import merge, open_plan
 from paft_merge.engine import machine
@@ -22,7 +22,6 @@ from paft_merge.engine.balancing import spreading_size
 from paft_merge.engine.machine import REFERENCE, Machine, Rates
 from paft_merge.engine.options import parse_size, size_text
 from paft_merge.engine.prediction import Prediction, Work, costs, predict, predicted_peak, seconds, work_of
-from paft_merge.methods import METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +172,7 @@ def test_one_document_that_another_uses_is_work_too(family: Callable[..., dict[s
         assert math.isfinite(predicted_peak(both, 2))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_SPACE)
 def test_every_method_has_a_cost(name: str, family: Callable[..., dict[str, Path]]) -> None:
     paths = family(torch.bfloat16, shards=2)
     costs = {}

@@ -10,7 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import random_state, save_checkpoint
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from toys.adapters import gpt_oss, mixtral, train
 
 from paft_merge import merge, open_plan
 from paft_merge.cli import cli
@@ -111,6 +113,9 @@ def test_a_plan_counts_the_bytes_of_codes_and_is_resumable(base: tuple[Path, Sta
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
         assert plan.bytes_read == nbytes + (adapter / "adapter_model.safetensors").stat().st_size
         assert {t.dtype for t in plan.tensors} == {"BF16"}
+        noted = [one.what for one in plan.warnings if one.code == "QUANTISED"]
+        assert len(noted) == 1
+        assert "6 in FP8" in noted[0]
 
 
 def test_audit_measures_an_adapter_against_the_values(base: tuple[Path, State], tmp_path: Path) -> None:
@@ -125,11 +130,15 @@ def test_audit_measures_an_adapter_against_the_values(base: tuple[Path, State], 
 
 def test_dequantize_writes_plain_weights(base: tuple[Path, State], tmp_path: Path) -> None:
     folder, values = base
+    (folder / "hf_quant_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text("{}")
     asked_for = ["dequantize", str(folder), str(tmp_path / "out"), "--quiet"]
     assert CliRunner().invoke(cli, asked_for).exit_code == 0
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in got.items()} == dict.fromkeys(values, torch.bfloat16)
     assert all(torch.equal(got[name], tensor.bfloat16()) for name, tensor in values.items())
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()  # vLLM would take the weights for codes
+    assert (tmp_path / "out" / "generation_config.json").exists()
     shown = CliRunner().invoke(cli, ["dequantize", str(folder), "--dry-run", "--out-dtype", "float32", "--json"])
     assert {tensor["dtype"] for tensor in json.loads(shown.stdout)["tensors"]} == {"F32"}
 
@@ -144,3 +153,73 @@ def test_dequantize_refuses_a_plain_model_and_a_format_that_is_not_read(tmp_path
         assert result.exit_code == 1
         assert said in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def mxfp4_experts(state: State) -> tuple[State, State, dict[str, Any]]:
+    """gpt-oss with its experts as MXFP4, and as the values that transformers reads."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    stored, values, made = dict(state), dict(state), torch.Generator().manual_seed(0)
+    for name, tensor in state.items():
+        if name.endswith("_proj") and tensor.ndim == 3:
+            experts, inputs, outputs = tensor.shape
+            blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=made, dtype=torch.uint8)
+            scales = torch.randint(118, 124, blocks.shape[:-1], generator=made, dtype=torch.uint8)
+            del stored[name]
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            values[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    return stored, values, {"quant_method": "mxfp4"}
+
+
+def fp8_experts(state: State) -> tuple[State, State, dict[str, Any]]:
+    """Mixtral with each expert's matrices as FP8."""
+    stored, values = dict(state), dict(state)
+    for name, tensor in state.items():
+        if ".experts." in name:
+            stored[name], scale = (tensor * 40).to(torch.float8_e4m3fn), torch.tensor([[0.025]])
+            stored[f"{name}_scale_inv"], values[name] = scale, stored[name].float() * scale
+    return stored, values, {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_adapters_on_fused_experts_of_a_quantised_base(kind: str, tmp_path: Path) -> None:
+    model, coded_as = (gpt_oss(32, 32), mxfp4_experts) if kind == "mxfp4" else (mixtral(), fp8_experts)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=EXPERTS)
+    trained, adapter = train(model, tmp_path, config)
+    stored, values, quantization = coded_as(load_file(trained / "model.safetensors"))
+    assert len(stored) > len(values)
+    fields = json.loads((trained / "config.json").read_text())
+    base = save_checkpoint(tmp_path / "coded", stored, config={**fields, "quantization_config": quantization})
+    twin = save_checkpoint(tmp_path / "twin", values, config=fields)
+    for folder, out in ((base, "a"), (twin, "b")):
+        merge(asked(folder, f"{folder}+{adapter}", dtype="float32"), tmp_path / out)
+    got, wanted = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    moved = [name for name in got if not torch.equal(got[name], values[name].float())]
+    assert len([name for name in moved if ".experts." in name]) >= 4
+
+
+def test_workers_and_a_resumed_merge_write_the_same_bits(base: tuple[Path, State], tmp_path: Path) -> None:
+    folder, values = base
+    adapter, _ = lora(tmp_path / "ad", values, 1)
+    recipe, small = asked(folder, f"{folder}+{adapter}"), {"out_shard_bytes": 4000}
+    merge(recipe, tmp_path / "whole", **small)
+    merge(recipe, tmp_path / "shared", worker="1/2", **small)
+    merge(recipe, tmp_path / "shared", worker="0/2", **small)
+
+    def stop(done: Any) -> None:
+        if done.tensors == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, tmp_path / "again", progress=stop, **small)
+    seen: list[int] = []
+    merge(recipe, tmp_path / "again", resume=True, progress=lambda done: seen.append(done.tensors), **small)
+    files = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert len(files) > 1
+    for name in files:
+        assert len({(tmp_path / out / name).read_bytes() for out in ("whole", "shared", "again")}) == 1

@@ -14,7 +14,19 @@ import pytest
 import torch
 from conftest import dense_deltas, near, random_state, save_adapter, save_checkpoint
 from safetensors.torch import save_file
-from toys.merge import State, bits_equal, files_of, manifest_of, on, recipe, recipe_for, same, tensors_of, write_recipe
+from toys.merge import (
+    WEIGHT_SPACE,
+    State,
+    bits_equal,
+    files_of,
+    manifest_of,
+    on,
+    recipe,
+    recipe_for,
+    same,
+    tensors_of,
+    write_recipe,
+)
 
 from paft_merge import merge, open_plan
 from paft_merge.compute import blocks
@@ -24,7 +36,6 @@ from paft_merge.engine.api import threads_within
 from paft_merge.engine.streaming import Progress
 from paft_merge.errors import MergeError, Problems
 from paft_merge.inputs.dtypes import stored_bytes
-from paft_merge.methods import METHODS
 from paft_merge.methods.mergekit_methods import WholeTensor
 from paft_merge.methods.rules.rule import TensorPass
 from paft_merge.plan import COPY, PlannedTensor
@@ -58,7 +69,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }
 
 
-@pytest.fixture(params=METHODS, ids=str)
+@pytest.fixture(params=WEIGHT_SPACE, ids=str)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

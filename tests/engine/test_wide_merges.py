@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +148,34 @@ def test_a_hundred_sources(method: str, wide: Wide, tmp_path: Path) -> None:
         assert torch.allclose(merged, ties_of(deltas, weights, 0.3), atol=1e-7)
     elif method == "l1_ties":  # the entry at which a mass is reached depends on the order of a sum
         assert int((~torch.isclose(merged, l1_ties_of(deltas, weights, 0.8), atol=1e-6)).sum()) <= 10
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+import paft_merge
+
+def peak():
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+
+for at, asked in enumerate(json.loads(sys.stdin.read())):
+    paft_merge.merge(asked, Path(sys.argv[1]) / str(at), threads=2)
+    print(peak())
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_sources(tmp_path: Path) -> None:
+    state = random_state(0, torch.bfloat16, layers=1, width=1024)
+    base = save_checkpoint(tmp_path / "base", state)
+    sources = [on(base, save_adapter(tmp_path / f"a{i}", state, 10 + i, rank=16, alpha=2)) for i in range(48)]
+    few, many = (ask((base, sources[:count]), density=0.2) for count in (4, 48))
+    given = json.dumps([few, few, many])
+    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], input=given, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    _, before, after = map(int, run.stdout.split())
+    assert (
+        after - before < 100_000
+    )  # kB; it was 200,000 when one pass set entries aside, with the deltas of every source
 
 
 def l1_ties_of(deltas: list[torch.Tensor], weights: list[float], l1_mass: float) -> torch.Tensor:

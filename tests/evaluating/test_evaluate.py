@@ -19,12 +19,14 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from toys import train as train_toys
-from toys.merge import python
+from toys.merge import python, recipe
 from toys.run import write_rows
 from toys.train import THEIR_WARNINGS
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from paft_merge import merge
 from paft_merge.cli import cli
 from paft_merge.errors import DOCS, EvaluateError, PaftMergeError, RecipeError
 from paft_merge.evaluating import EvaluateProgress, check_evaluate, evaluate, harness, light, loading
@@ -206,6 +208,24 @@ def test_an_adapter_is_evaluated_as_the_model_it_would_be_merged_into(
     usual = {**config, "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.x\b)"}
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(usual))
     assert evaluate(f"{place / 'base'}+{tmp_path / 'adapter'}", section, folder=place)["p"].value == found
+
+
+def test_a_sparse_delta_is_added_to_the_tensors_of_its_base(place: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {n: t + 0.02 * torch.randn(t.shape) for n, t in load_file(place / "base/model.safetensors").items()}
+    shutil.copytree(place / "base", tmp_path / "tuned")
+    save_file(state, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    given = recipe("dare_linear", place / "base", (tmp_path / "tuned", {"weight": 1.0, "density": 0.5}))
+    merge(given, tmp_path / "merged")
+    merge({**given, "output": {"kind": "delta"}}, tmp_path / "delta")
+    section = spec_of(p={"kind": "perplexity", "data": "text.txt", "unit": "line"})
+    found = evaluate(f"{place / 'base'}+{tmp_path / 'delta'}", section, folder=place)["p"].value
+    assert found == evaluate(tmp_path / "merged", section, folder=place)["p"].value
+    assert found != evaluate(place / "base", section, folder=place)["p"].value
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(EvaluateError, match="write the sparse delta first"):
+        evaluate([str(place / "base"), str(tmp_path / "lora"), str(tmp_path / "delta")], section, folder=place)
 
 
 def test_an_expression_that_takes_too_long_for_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.quantized import dequantized
+from paft_merge.inputs.quantized.weights import byte_values
 
 State = dict[str, torch.Tensor]
 STEM = "model.layers.0.mlp.down_proj"
@@ -141,7 +142,13 @@ def gptq(bits: int, *, ordered: bool, form: str = "gptq", awq: bool = False) -> 
         less = zeros - 1 if form == "gptq" else zeros
         packed = words(codes.T.contiguous(), bits, straight).T.contiguous()
         stored = {"qweight": packed, "qzeros": words(less, bits, straight), "scales": scales, "g_idx": groups.int()}
-        config = {"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": form}
+        config = {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": size,
+            "checkpoint_format": form,
+            "desc_act": ordered,
+        }
     return Sample({f"{STEM}.{part}": tensor for part, tensor in stored.items()}, config, values)
 
 
@@ -208,6 +215,14 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "int4 with groups in another order": ordered_groups,
     "fp8 rows": lambda: fp8((16, 24), positive(16, 1), "weight_scale", {"quant_method": "fbgemm_fp8"}, E4M3),
 }
+
+
+@pytest.mark.parametrize("kind", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"])
+def test_the_values_of_every_float8_are_those_of_torch(kind: str) -> None:
+    wanted = torch.arange(256, dtype=torch.uint8).view(getattr(torch, f"float8_{kind}")).float().numpy()
+    got = byte_values({"float8_e4m3fn": "F8_E4M3"}.get(f"float8_{kind}", f"F8_{kind.upper()}"))
+    assert np.array_equal(got, wanted, equal_nan=True)
+    assert np.array_equal(np.signbit(got[~np.isnan(got)]), np.signbit(wanted[~np.isnan(wanted)]))
 
 
 def opened(folder: Path) -> Checkpoint:
@@ -278,3 +293,64 @@ def test_a_scale_without_a_value_is_named(value: float, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             checkpoint.tensor(WEIGHT)
     assert [(one.code, f"{SCALES!r} is {value}" in one.what) for one in caught.value.problems] == [("NONFINITE", True)]
+
+
+GROUPS = f"{STEM}.weight_g_idx"
+STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "changed", "said"),
+    [
+        ("int4_group", {"config_groups": [1]}, {}, "no group of quantization_config"),
+        ("int4_group", {"config_groups": {"g": {"targets": 8, "weights": {"num_bits": 4}}}}, {}, "no group"),
+        ("int4_group", {"config_groups": {"g": {"targets": ["Linear"], "weights": "x"}}}, {}, "no group"),
+        ("int4_group", {"ignore": ["re:.*down_proj"]}, {}, "are not quantised, and they are stored as codes"),
+        ("int4_group", {"transform_config": {"config_groups": {}}}, {}, "rotated"),
+        ("int4_group", {"sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "sparse"),
+        ("int4_channel", {}, {f"{STEM}.weight_shape": torch.tensor([16, 3])}, "says 3 columns"),
+        ("int8_channel_zeros", {}, {f"{STEM}.weight_zero_point": None}, "zero points"),
+        ("nvfp4", {}, {f"{STEM}.weight_scale": torch.ones(16, 4, dtype=torch.uint8)}, "is U8"),
+        ("nvfp4", {}, {f"{STEM}.weight_global_scale": None}, "without weight_global_scale"),
+        ("modelopt", {"quant_algo": "W4A16_AWQ"}, {}, "W4A16_AWQ"),
+        ("modelopt", {}, {f"{STEM}.pre_quant_scale": torch.ones(64)}, "pre_quant_scale"),
+        ("modelopt", {}, {f"{STEM}.weight_scale": None}, "without scales"),
+        ("gpt-oss", {}, {"model.layers.0.mlp.experts.gate_up_proj_scales": None}, "without scales"),
+        ("gptq", {"bits": 3}, {}, "GPTQ, 3 bits"),
+        ("gptq", {"checkpoint_format": "marlin"}, {}, "marlin"),
+        ("gptq with groups in another order", {}, {f"{STEM}.g_idx": None}, "desc_act"),
+        ("awq", {"version": "gemv"}, {}, "gemv"),
+        ("awq", {}, {f"{STEM}.qzeros": None}, "qzeros"),
+        ("nf4", {"load_in_4bit": False}, {}, "does not say load_in_4bit"),
+        ("nf4", {}, {STATE: torch.ones(9, dtype=torch.uint8)}, "is not the JSON of a state"),
+        ("nf4", {}, {f"{WEIGHT}.absmax": torch.ones(3)}, "is [3], and"),
+        ("int8", {}, {f"{STEM}.SCB": None}, "without scales"),
+        ("fp8 blocks", {}, {WEIGHT: torch.ones(0, 384).to(E4M3), SCALES: torch.ones(0, 3)}, "has no entries"),
+    ],
+)
+def test_every_format_refuses_parts_and_configs_that_do_not_agree(
+    kind: str, config: dict[str, Any], changed: dict[str, torch.Tensor | None], said: str, tmp_path: Path
+) -> None:
+    sample = SAMPLES[kind]()
+    assert said in refused(replace(sample, config={**sample.config, **config}).save(tmp_path / "m", **changed))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("int4 with groups in another order", GROUPS), ("gptq", f"{STEM}.g_idx")])
+def test_a_column_of_a_group_that_does_not_exist_is_an_error(kind: str, name: str, tmp_path: Path) -> None:
+    sample = SAMPLES[kind]()
+    groups = sample.stored[name].clone()
+    groups[5] = 9
+    with opened(sample.save(tmp_path / "m", **{name: groups})) as checkpoint:
+        with pytest.raises(CheckpointError, match=name):
+            checkpoint.tensor(WEIGHT)
+
+
+def test_a_method_that_is_not_read_stays_as_it_is(tmp_path: Path) -> None:
+    sample = SAMPLES["fp8 blocks"]()
+    for config in ({**BLOCKS, "quant_method": "other"}, {**BLOCKS, "quant_method": 3}):
+        with opened(replace(sample, config=config).save(tmp_path / "m")) as checkpoint:
+            assert checkpoint.tensors.keys() == {*PLAIN, *sample.stored}
+    older = four_bits("nf4", (8, 64), nested=False)
+    del older.config["quant_method"]
+    with opened(older.save(tmp_path / "old")) as checkpoint:
+        assert checkpoint.stored_format(WEIGHT) == "NF4"

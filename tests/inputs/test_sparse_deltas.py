@@ -100,6 +100,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[State], State] | None]] = {
     "scale: not a field of a sparse delta": ({"scale": 2.0}, None),
     "was made on a base with tensors of other shapes than": ({"base_layout": "0"}, None),
     "unties: must map names of tensors to names": ({"unties": {"a": ["b"]}}, None),
+    "unties 'other.weight' and has no delta for it": ({"unties": {"other.weight": Q}}, None),
     "base_layout: must be a str": ({"base_layout": 3}, None),
     "has mask, and needs mask and values": ({}, lambda held: {n: t for n, t in held.items() if n != f"{Q}.values"}),
     "has delta, mask, values, and needs": ({}, lambda held: held | {f"{Q}.delta": torch.zeros(20, 20)}),

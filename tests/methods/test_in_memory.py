@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import State, near, save_checkpoint
 from safetensors.torch import load_file
+from toys.merge import WEIGHT_SPACE
 
 import paft_merge
 from paft_merge import methods
@@ -28,7 +29,7 @@ MORE: dict[str, dict[str, Any]] = {
     "nearswap": {"t": 5e-4}, "slerp": {"t": 0.3}, "passthrough": {"scale": 0.7}, "sign_election": {"elect": "count"},
     "pcb": {"density": 0.4},
 }  # fmt: skip
-CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, MORE.get(name, {})) for name in METHODS} | {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, MORE.get(name, {})) for name in WEIGHT_SPACE} | {
     "nuslerp by rows": ("nuslerp", {"nuslerp_flatten": False}),
     "nuslerp by columns": ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
     "model_stock by rows": ("model_stock", {"filter_wise": True}),

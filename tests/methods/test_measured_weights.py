@@ -18,7 +18,7 @@ MEASURED = [name for name, method in METHODS.items() if (p := method.parameter("
 def test_the_methods_that_add_up_deltas_take_them() -> None:
     assert {*MEASURED} == {
         "task_arithmetic", "ties", "l1_ties", "sign_election", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
-        "della_linear", "della", "magmax", "pcb",
+        "della_linear", "della", "magmax", "pcb", "tsv", "iso_c",
     }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_a_word_is_the_number_that_it_stands_for(method: str, word: str, deltas:
     wanted = np.mean(norms) if word == "equal_norm" else len(norms) / math.fsum(1 / n for n in norms)
     merge, rest = (
         getattr(methods, method),
-        {} if method in ("task_arithmetic", "l1_ties", "magmax") else {"density": 0.4},
+        {} if method in ("task_arithmetic", "l1_ties", "magmax", "tsv", "iso_c") else {"density": 0.4},
     )
     expected = merge(deltas, weight=[float(f"{wanted / norm:.6g}") for norm in norms], **rest)
     assert torch.equal(merge(deltas, weight=word, **rest), expected)

@@ -68,6 +68,8 @@ def test_zero_deltas_give_zero(method: str) -> None:
 
 
 def test_a_single_source_comes_back_as_it_is(method: str) -> None:
+    if method == "iso_c":
+        pytest.skip("it makes the singular values of one delta equal too")
     (tensor,) = draw(3)
     everything = {
         "l1_ties": {"l1_mass": 1.0},

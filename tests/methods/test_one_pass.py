@@ -29,14 +29,11 @@ MEMORY = np.empty(0, np.uint8)
 EQUAL = Election((0.5, 0.5))
 
 
-def no_factors() -> list[None]:
-    return [None, None]
-
-
 @pytest.fixture(autouse=True)
 def _whatever_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of tiles as small as these are inexact, and many entries stay undecided."""
     monkeypatch.setattr(one_pass, "_MOST_UNDECIDED", 0.9)
+    monkeypatch.setattr(one_pass, "_MOST_COPIED", 8.0)
 
 
 def bases(size: int) -> np.ndarray:
@@ -62,7 +59,7 @@ def measured(rule: Consensus, walk: TensorPass, out: np.ndarray) -> list[Outcome
 
 
 def settled(rule: Consensus, walk: TensorPass, out: np.ndarray) -> list[Outcome] | None:
-    plan = rule.one_pass(walk, no_factors)
+    plan = rule.one_pass(walk)
     if plan is None:
         return None
     merged = walk.each(lambda b: (b.index, *plan.merge(b, out[b.index : b.index + b.sources.shape[1]], MEMORY)))
@@ -103,7 +100,7 @@ def test_a_source_that_keeps_everything_has_no_bracket() -> None:
     made = deltas("smooth", SIZE)
     rule = Consensus((Trim("density", 1.0), Trim("density", 0.3)), Election((0.6, 0.4)))
     walk = TensorPass(SIZE, OnBase(made, TILE), CpuOps(), (0, 1))
-    plan = rule.one_pass(walk, no_factors)
+    plan = rule.one_pass(walk)
     assert plan is not None
     assert plan.brackets[0] == NONE
     assert plan.brackets[1].width
@@ -132,14 +129,14 @@ def test_a_count_keeps_that_many_however_many_sources_have_one() -> None:
 )
 def test_what_no_bracket_can_tell_is_measured_first(trims: tuple[Trim, Trim]) -> None:
     walk = TensorPass(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
-    assert Consensus(trims, EQUAL).one_pass(walk, no_factors) is None
-    assert Consensus((Trim("density", 0.2),) * 2, EQUAL, rescale="l1").one_pass(walk, no_factors) is None
+    assert Consensus(trims, EQUAL).one_pass(walk) is None
+    assert Consensus((Trim("density", 0.2),) * 2, EQUAL, rescale="l1").one_pass(walk) is None
 
 
 def test_a_bracket_that_misses_says_so() -> None:
     rule = Consensus((Trim("density", 0.2),) * 2, EQUAL)
     walk = TensorPass(SIZE, OnBase(deltas("smooth", SIZE), TILE), CpuOps(), (0, 1))
-    plan = rule.one_pass(walk, no_factors)
+    plan = rule.one_pass(walk)
     assert plan is not None
     low, width = plan.brackets[0].low, plan.brackets[0].width
     for bracket in (Bracket(low + width, width), Bracket(1, low - 1)):

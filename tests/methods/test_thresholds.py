@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -236,7 +237,8 @@ def test_rows_are_not_sampled_where_there_are_few_or_no_factors() -> None:
 
     def sampled(*pairs: Any) -> list[bool]:
         """Whether each sample is of rows, not of tiles."""
-        return [not draw().starts for draw in threshold_bounds.samples_of(each, CpuOps(), pairs)]
+        factors = [partial(lambda one: one, pair) for pair in pairs]
+        return [not draw().starts for draw in threshold_bounds.samples_of(each, CpuOps(), factors)]
 
     assert sampled(pair) == [True]
     assert sampled(None) == sampled((pair[0][:100], pair[1])) == sampled() == [False]

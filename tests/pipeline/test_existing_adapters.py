@@ -194,3 +194,16 @@ def test_a_base_that_is_missing_is_reported_once(world: Path, tmp_path: Path) ->
         plan(written(world, "nobase", base_model="nowhere/base", merge=None, audit=None, compare={}), tmp_path / "run")
     (line,) = str(caught.value).splitlines()
     assert "base_model: nowhere/base: not a local folder" in line
+
+
+def test_a_merge_to_an_adapter_is_evaluated_on_its_base(world: Path, tmp_path: Path) -> None:
+    output = {"kind": "adapter", "rank": 2}
+    methods = [{"merge_method": "task_arithmetic", "name": "small", "output": output}, "task_arithmetic"]
+    merged = {**sections()["merge"], "output": output}
+    recipe = written(world, "adapters", merge=merged, compare={"arms": ["parallel"], "methods": methods}, audit=None)
+    done = run(recipe, tmp_path / "run")
+    for folder in ("merged", "arms/parallel-small"):
+        assert (tmp_path / "run" / folder / "adapter_config.json").is_file()
+    table = {row.name: row.cells["text"].mean for row in done.table.rows}
+    assert table["parallel small"] != table["parallel task_arithmetic"]
+    assert len({table["merged"], table["parallel small"], table["parallel task_arithmetic"]}) == 3

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from toys.merge import WEIGHT_SPACE
 
 from paft_merge.errors import RecipeError
 from paft_merge.methods import METHODS, REQUIRED, Method, Parameter
@@ -175,7 +176,13 @@ class TestLoading:
         assert load_recipe(first).name == "one"
         assert load_recipe(second).slices[0].sources[0].ref == ModelRef("one")
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", ["tsv", "iso_c"])
+    def test_a_method_of_the_core_space_is_refused_outside_it(self, method: str) -> None:
+        with pytest.raises(RecipeError, match=r"merges adapters in their core space.*add space: core") as refusal:
+            load_recipe({"merge_method": method, "base_model": "m0", "models": [{"model": "m0+a"}]})
+        assert len(refusal.value.problems) == 1
+
+    @pytest.mark.parametrize("method", WEIGHT_SPACE)
     def test_every_method_loads_with_its_required_parameters(self, method: str) -> None:
         given = {p.name: 0.5 for p in METHODS[method].parameters if p.default is REQUIRED}
         count = METHODS[method].min_sources + (METHODS[method].base != "ignored")

@@ -71,7 +71,7 @@ def test_the_rows_of_the_study_are_those_of_its_runs(data: Path, tmp_path: Path)
     recipe = load_study("paft-small-l1").parameters.recipe
     adapters = {name: recipe["adapters"][name] for name in ("sft", "prox-1e-3", "dpo")}
     adapters = {name: {**one, "training": {**one["training"], "max_steps": 1}} for name, one in adapters.items()}
-    wanted = ("prox-1e-3, task_arithmetic", "pruned like prox-1e-3", "pruned like prox-1e-3, l1_ties")
+    wanted = ("prox-1e-3, task_arithmetic", "pruned 0.2", "pruned 0.2, l1_ties")
     methods = [one for one in recipe["compare"]["methods"] if one["name"] in wanted]
     compare = {"arms": ["base", "parallel"], "skill": "sft", "preference": "dpo", "methods": methods}
     changes = {

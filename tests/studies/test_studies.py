@@ -22,7 +22,7 @@ from paft_merge.recipe.yaml_source import dump_yaml
 from paft_merge.studies import frozen_lake, run_study
 from paft_merge.studies.frontiers import draw_frontiers, frontiers_of
 from paft_merge.studies.pages import Results, body, claims
-from paft_merge.studies.plots import draw
+from paft_merge.studies.plots import draw, plots_of
 from paft_merge.studies.seed_intervals import Interval, interval_of
 from paft_merge.studies.study import folders, known_studies, load_study
 
@@ -187,15 +187,27 @@ def test_a_definition_names_rows_that_its_study_has(name, tmp_path):
     if name not in docs_studies.NAMES:
         pytest.skip("no committed results")
     results, definition = docs_studies.results(name), study.definition
+    here = results.data["tables"]  # a definition may have tables of parameters that are not the default
     for claim in definition.claims:
         for each in claim.each:
-            assert all(results.has(c, claim.metric) for c in (*claim.cells("plus", each), *claim.cells("minus", each)))
+            cells = [*claim.cells("plus", each), *claim.cells("minus", each)]
+            assert all(results.has(c, claim.metric) for c in cells if c[0] in here)
     for spec in definition.tables:
-        assert all(results.has((t, row), spec.metrics[0]) for t in spec.tables for row in spec.rows)
-    for plot in definition.plots:
+        assert all(results.has((t, row), spec.metrics[0]) for t in spec.tables if t in here for row in spec.rows)
+    assert set(here) <= {t for spec in definition.tables for t in spec.tables}
+    for plot in plots_of(definition, results):
         assert all(results.has(cell, plot.metric) for cell in plot.cells())
-    for picture in (*definition.plots, *frontiers_of(definition, results)):
+    for picture in (*plots_of(definition, results), *frontiers_of(definition, results)):
         assert (docs_studies.FOLDER / f"{name}-{picture.name}.svg").is_file()
+
+
+def test_the_reward_that_is_not_measured_by_default_has_a_table_claims_and_a_plot_too(tmp_path):
+    definition, data = load_study("on-policy-lm").definition, docs_studies.results("on-policy-lm").data
+    results = Results({**data, "tables": {"length": data["tables"]["valence"]}})
+    shown = body(definition, results)
+    assert "### Reward: length" in shown
+    assert shown.count("- length: **") == len(definition.claims)
+    assert [spec.name for spec in plots_of(definition, results)] == ["length"]
 
 
 @pytest.mark.parametrize("name", ["paft-small", "paft-small-l1"])

@@ -56,11 +56,11 @@ def qwen3_moe() -> nn.Module:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=12, num_experts_per_tok=2, **fields))
 
 
-def gpt_oss(intermediate_size: int = 12) -> nn.Module:
+def gpt_oss(intermediate_size: int = 12, hidden_size: int = 16) -> nn.Module:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     fields = {
-        "hidden_size": 16,
+        "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

@@ -25,6 +25,9 @@ Place = Path | os.PathLike[str]
 VALUES = {"weight": 0.6, "t": 0.3, "density": 0.4, "gamma": 0.05, "epsilon": 1e-3, "select_topk": 0.5}
 """What tests give a method's parameters, where it has them."""
 
+WEIGHT_SPACE = [name for name, method in METHODS.items() if not method.core_only]
+"""Methods that merge deltas as they are, without a space of adapters."""
+
 
 def on(base: Ref, adapter: Ref) -> str:
     """A reference to an adapter on a base."""

@@ -24,7 +24,9 @@ with warnings.catch_warnings():
 
     from paft_merge import mergekit_plugin
 
-OURS = frozenset(mergekit_plugin.OURS)
+from paft_merge.methods import METHODS
+
+OURS = frozenset(mergekit_plugin.OURS) | {name for name, method in METHODS.items() if method.core_only}
 """The methods that mergekit does not have."""
 
 HIDDEN, MIDDLE, LAYERS, HEADS, VOCABULARY = 16, 24, 2, 2, 40

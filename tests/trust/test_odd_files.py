@@ -53,6 +53,7 @@ INPUTS = {
     "evaluate self_consistency": "evaluate base --self-consistency ?",
     "study name": "study ? --out out --smoke", "study data": "study precision --out out --smoke --data ?",
     "resize adapter": "resize ? out --rank 1",
+    "extract finetune": "extract ? out --base base --rank 1", "extract base": "extract base out --base ? --rank 1",
     "push folder": "push ? me/model", "card folder": "card ?", "reproduce place": "reproduce ?", "pull reference": "pull ?",
 }  # fmt: skip
 """A command for every parameter that names a file or folder to read, which is `?`."""
@@ -68,7 +69,8 @@ OUTPUTS = {
     "convert out": "convert sft ? --to vllm",
     "study out": "study frozen-lake --smoke --seeds 1 --set target_steps=1 --set steps=[1] --out ?",
     "merge scratch": "merge recipe.yaml out --scratch ?", "bench folder": "bench --dir ? --size 9MB --seconds 0.01",
-    "resize out": "resize sft ? --rank 1",
+    "resize out": "resize sft ? --rank 1", "extract out": "extract base+sft ? --base base --rank 1",
+    "extract picture": "extract base+sft --base base --curve --plot ?",
 }  # fmt: skip
 """The same for files and folders to write."""
 
@@ -78,7 +80,7 @@ NO_FILES = {
     "audit require", "check readers", "train adapters", "train devices", "push repo_id", "push branch", "push message", "push tags",
     "reproduce imports", "methods name", "methods imports", "merge mergekit_transformers_cache",
     "merge mergekit_lora_merge_cache", "merge mergekit_lora_merge_dtype", "merge mergekit_write_threads",
-    "resize include", "resize exclude", "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
+    "extract include", "extract exclude", "resize include", "resize exclude", "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
     "dequantize ray_address",
 }  # fmt: skip
 """Parameters of text that name no file."""

@@ -83,11 +83,9 @@ class BlockSource:
 
     @property
     def piece(self) -> int:
-        """Entries of arrays that hold one piece at a time: whole strips, and whole rows of products."""
-        step = math.lcm(ROWS * self.width, STRIP) if self._products else STRIP
-        least = _LEAST * self.width if self._products else min(_LEAST_READ, PIECE)
+        """Entries of arrays that hold one piece at a time."""
         sources = len({row for row, *_ in (*self._reads, *self._products) if row >= 0})
-        return min(max(2 * PIECE // max(sources, 2) // step, -(-least // step)) * step, self.size)
+        return piece_entries(self.size, self.width if self._products else 0, sources)
 
     def descriptor(self, base: Any, sources: Any, only: int | None = None) -> Any:
         """The `source_desc` with which a kernel fills these arrays.
@@ -143,6 +141,19 @@ class BlockSource:
         raise CheckpointError.of(
             "SHARD_UNREADABLE", "an input", "a read failed once and then succeeded", "continue with resume=True"
         )
+
+
+def piece_entries(size: int, width: int, sources: int) -> int:
+    """Entries of a piece: whole strips, and whole rows of products.
+
+    Args:
+        size: entries of the block.
+        width: entries of a row of the products; 0 if there are none.
+        sources: rows that are filled beside the base.
+    """
+    step = math.lcm(ROWS * width, STRIP) if width else STRIP
+    least = _LEAST * width if width else min(_LEAST_READ, PIECE)
+    return min(max(2 * PIECE // max(sources, 2) // step, -(-least // step)) * step, size)
 
 
 def packed(right: Any, memory: Callable[[int, Any], Any] = np.empty) -> Any:

@@ -187,6 +187,9 @@ class Adapter:
         base = binding.base
         if settings.peft_type == SPARSE_NAME:  # it has a delta for every tensor that changes
             self.unties = unties_of(settings)
+            if absent := sorted(self.unties.keys() - binding.builders.keys()):
+                what = f"unties {join_first(absent)} and has no delta for it"
+                raise AdapterError.of("ADAPTER_CONFIG", self.folder / CONFIG, what, "write the delta again")
             return
         if not may_be_tied(base.config, binding.builders.values()):
             return

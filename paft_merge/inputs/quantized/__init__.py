@@ -7,7 +7,7 @@ A file for each format; `FORMATS` says which `quant_method` it reads. A format t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from paft_merge.errors import CheckpointError, Problems
@@ -15,8 +15,8 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.quantized import bnb, compressed, fp8, gptq, modelopt, mxfp4
 from paft_merge.inputs.quantized.dequantized import Dequantized
 from paft_merge.inputs.quantized.recognition import quantised
-from paft_merge.inputs.quantized.weights import QuantizedWeight, Settings, names_module
-from paft_merge.inputs.safetensors_header import join_first
+from paft_merge.inputs.quantized.weights import QuantizedWeight, Settings, names_module, texts
+from paft_merge.inputs.safetensors_header import join_first, truncate
 
 Find = Callable[[Checkpoint, Settings, Problems], Iterator[QuantizedWeight]]
 
@@ -36,16 +36,21 @@ _OF_ACTIVATIONS = re.compile(r"[._](input|output|activation|[kvq])_(scale|global
 """Tensors of one value for the activations of a quantised model."""
 
 
+_EXCLUDING = ("modules_to_not_convert", "ignore", "exclude_modules", "llm_int8_skip_modules")
+"""Keys of a `quantization_config` that list modules which are not quantised."""
+
+
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """Return a quantised checkpoint as its values; the checkpoint itself if it is not quantised in a format of `FORMATS`.
 
     Which tensors belong together is decided by `quantization_config` and by names, types and shapes, which must agree.
 
     Raises:
-        CheckpointError: the checkpoint is closed; with all faults: codes without scales, scales of a wrong shape, layers that the config excludes.
+        CheckpointError: with all faults: codes without scales, scales of a wrong shape, layers that the config excludes.
+            The checkpoint is closed.
     """
     settings = settings_of(checkpoint.config)
-    find = FORMATS.get(str(settings.get("quant_method", "")).lower())
+    find = FORMATS.get(_method(settings))
     if find is None:
         return checkpoint
     problems, found = Problems(), quantised(checkpoint)
@@ -59,13 +64,17 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             problems.add(
                 "CONFIG_MISMATCH", checkpoint.folder, what, "correct quantization_config, or download it again"
             )
+        if empty := [name for name, weight in weights.items() if 0 in weight.shape]:
+            problems.add(
+                "SHAPE_MISMATCH", checkpoint.folder, f"has no entries in {join_first(empty)}", "download it again"
+            )
         unknown = [name for name, weight in found.parts.items() if weight not in weights]
         if unknown:
             what = f"is quantised ({found.how}), and {join_first(unknown)} do not belong to a weight of this format"
             problems.add("DTYPE_UNSUPPORTED", checkpoint.folder, what, "dequantise it with the library that wrote it")
     if problems.found:
         checkpoint.close()
-    problems.raise_as(CheckpointError)
+        raise CheckpointError(truncate(problems.found, checkpoint.folder))
     activations = [n for n, info in checkpoint.tensors.items() if info.numel == 1 and _OF_ACTIVATIONS.search(n)]
     parts = [part for weight in weights.values() for part in weight.parts]
     return Dequantized(checkpoint, weights.values(), {*found.parts, *parts, *activations})
@@ -80,11 +89,14 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     return next((held for inner in nested if (held := settings_of(inner))), {})
 
 
+def _method(settings: Settings) -> str:
+    """The `quant_method`; configs of older versions of bitsandbytes have only its other keys."""
+    bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    return str(settings.get("quant_method") or ("bitsandbytes" if bits else "")).lower()
+
+
 def _is_excluded(name: str, settings: Settings) -> bool:
     """Whether a config says that a module is not quantised; patterns begin with `re:`."""
     module = name.removesuffix(".weight")
-    listed = [
-        settings.get(key) for key in ("modules_to_not_convert", "ignore", "exclude_modules", "llm_int8_skip_modules")
-    ]
-    patterns = [one for some in listed if isinstance(some, Sequence) for one in some if isinstance(one, str)]
+    patterns = [one for key in _EXCLUDING for one in texts(settings.get(key))]
     return any(names_module(pattern, module) for pattern in patterns)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from paft_merge.inputs.quantized.weights import (
     missing,
     names_module,
     pair_values,
+    texts,
     wrong_dtype,
     wrong_shape,
 )
@@ -126,7 +127,8 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
         problems: receives what does not belong together, and formats that are not read.
     """
     where, tensors = checkpoint.folder, checkpoint.tensors
-    groups = [g for g in (settings.get("config_groups") or {}).values() if isinstance(g, Mapping) and g.get("weights")]
+    listed = settings.get("config_groups")
+    groups = [group for group in listed.values() if _has_weights(group)] if isinstance(listed, Mapping) else []
     sparse = settings.get("sparsity_config")
     if isinstance(sparse, Mapping) and str(sparse.get("format") or "") not in _DENSE:
         _unread(where, f"sparse ({sparse.get('format')})", problems)
@@ -152,6 +154,11 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
             problems.add("CONFIG_MISMATCH", where, what, "correct quantization_config, or download it again")
 
 
+def _has_weights(group: Any) -> bool:
+    """Whether a group of a config states how weights are quantised."""
+    return isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
+
+
 def _unread(where: object, how: str, problems: Problems) -> None:
     what = f"is quantised by compressed-tensors and {how}, which is not read"
     problems.add("DTYPE_UNSUPPORTED", where, what, "dequantise it with the library that wrote it")
@@ -159,15 +166,15 @@ def _unread(where: object, how: str, problems: Problems) -> None:
 
 def _group_of(module: str, groups: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The group that names a module, else the first one that names a class of modules."""
-    named = (g for g in groups if any(names_module(str(one), module) for one in g.get("targets") or ()))
-    classes = (g for g in groups if any(str(one).isidentifier() for one in g.get("targets") or ()))
+    named = (g for g in groups if any(names_module(one, module) for one in texts(g.get("targets"))))
+    classes = (g for g in groups if any(one.isidentifier() for one in texts(g.get("targets"))))
     return next(named, None) or next(classes, None)
 
 
 def _without_scales(checkpoint: Checkpoint, groups: list[Mapping[str, Any]], settings: Settings) -> list[str]:
     """The first module that a group targets by name, and that is stored as floats."""
-    targets = [str(one) for group in groups for one in group.get("targets") or () if not str(one).isidentifier()]
-    ignored = [str(one) for one in settings.get("ignore") or ()]
+    targets = [one for group in groups for one in texts(group.get("targets")) if not one.isidentifier()]
+    ignored = texts(settings.get("ignore"))
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         plain = module != name and len(info.shape) == 2 and info.dtype in FLOATS
@@ -196,8 +203,8 @@ def _weight(parts: Parts, stem: str, scheme: Scheme) -> ScaledCodes:
         raise CheckpointError([wrong_dtype(where, codes, wanted)])
     shape = (*codes.shape[:-1], _width(parts, stem, scheme, codes, scale, table))
     exponents = scale.dtype == "U8"
-    kinds = ("U8", "F8_E8M0") if scheme.name == "MXFP4" else (*FLOATS, "F8_E4M3", "U8", "F8_E8M0")
-    if scale.dtype not in kinds or (exponents and scheme.kind != "float"):
+    kinds = _scale_types(scheme)
+    if scale.dtype not in kinds:
         raise CheckpointError([wrong_dtype(where, scale, kinds)])
     sizes = scheme.sizes(shape)
     assert sizes is not None
@@ -215,6 +222,14 @@ def _weight(parts: Parts, stem: str, scheme: Scheme) -> ScaledCodes:
     points = _zeros(where, scheme, zeros, codes, grid, packed is not None)
     names = tuple(one.name for one in held if one)
     return ScaledCodes(f"{stem}.weight", shape, names, scheme.name, codes, table, grid, points, groups, used, np.divide)
+
+
+def _scale_types(scheme: Scheme) -> tuple[str, ...]:
+    """The types of the scales of a weight."""
+    exponents = ("U8", "F8_E8M0")
+    if scheme.name in ("MXFP4", "NVFP4"):
+        return exponents if scheme.name == "MXFP4" else ("F8_E4M3", *FLOATS)
+    return (*FLOATS, *exponents) if scheme.kind == "float" and scheme.strategy == "group" else FLOATS
 
 
 def _table(scheme: Scheme, packed: bool) -> tuple[Values | None, tuple[str, ...]]:
@@ -259,20 +274,22 @@ def _zeros(
     Raises:
         CheckpointError: they are missing or do not fit.
     """
-    if scheme.symmetric or scheme.kind == "float":
-        return None
     if zeros is None:
+        if scheme.symmetric:
+            return None
         raise CheckpointError([missing(where, codes.name, "zero points, and the config says symmetric: false")])
-    if not packed or zeros.dtype == "I8":
-        found = Grid(zeros, grid.shape, grid.sizes)
-        if zeros.dtype != "I8" or not found.fits:
-            raise CheckpointError([_wrong_zeros(where, zeros, found.counts, codes, "I8")])
+    if not packed or zeros.dtype != "I32":
+        found, kinds = Grid(zeros, grid.shape, grid.sizes), ("I8",) if scheme.kind == "int" else ("F8_E4M3", *FLOATS)
+        if zeros.dtype not in kinds or not found.fits:
+            raise CheckpointError([_wrong_zeros(where, zeros, found.counts, codes, kinds)])
         return found
     wanted = [-(-grid.shape[0] * scheme.bits // 32), grid.counts[-1]]
     if zeros.dtype != "I32" or list(zeros.shape) != wanted or len(grid.shape) != 2:
-        raise CheckpointError([_wrong_zeros(where, zeros, wanted, codes, "I32")])
+        raise CheckpointError([_wrong_zeros(where, zeros, wanted, codes, ("I32",))])
     return PackedZeros(zeros, scheme.bits)
 
 
-def _wrong_zeros(where: object, zeros: TensorInfo, shape: Any, codes: TensorInfo, dtype: str) -> Problem:
-    return wrong_dtype(where, zeros, [dtype]) if zeros.dtype != dtype else wrong_shape(where, zeros, shape, codes)
+def _wrong_zeros(
+    where: object, zeros: TensorInfo, shape: Sequence[int], codes: TensorInfo, kinds: Sequence[str]
+) -> Problem:
+    return wrong_shape(where, zeros, shape, codes) if zeros.dtype in kinds else wrong_dtype(where, zeros, kinds)

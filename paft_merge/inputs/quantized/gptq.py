@@ -117,7 +117,7 @@ class GroupedCodes(QuantizedWeight):
 
 def find_gptq(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iterator[QuantizedWeight]:
     """Find the weights of GPTQ; see `_find`."""
-    form = str(settings.get("checkpoint_format") or "gptq")
+    form = str(settings.get("checkpoint_format", "gptq"))
     if form not in ("gptq", "gptq_v2"):
         _unread(checkpoint, f"GPTQ, checkpoint_format: {form}", problems)
         return
@@ -166,6 +166,9 @@ def _find(
         if zeros is None or scales is None:
             lacks = "qzeros" if zeros is None else "scales"
             problems.found.append(missing(where, codes.name, quote(f"{stem}.{lacks}")))
+            continue
+        if settings.get("desc_act") and groups is None:
+            problems.found.append(missing(where, codes.name, f"{quote(f'{stem}.g_idx')}, and the config says desc_act"))
             continue
         wrong = next((one for one in (codes, zeros, groups) if one and one.dtype != "I32"), None)
         if wrong is not None or scales.dtype not in FLOATS:

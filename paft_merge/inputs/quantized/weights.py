@@ -25,6 +25,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _PANEL_BYTES = 32 << 20
 """A panel that is not larger is read whole, and kept."""
+_CACHED = 1 << 15
+"""Entries that are dequantised together, so that they stay in the CPU's cache."""
 
 Settings = Mapping[str, Any]
 """A `quantization_config`."""
@@ -96,6 +98,8 @@ class Parts:
         held = self.bytes(info, first * width, np.empty((stop - first) * width, np.uint8))
         if exponents or info.dtype == "F8_E8M0":
             values = _powers()[held]
+        elif info.dtype in FLOAT8:
+            values = byte_values(info.dtype)[held]
         elif info.dtype in _INTEGERS:
             return held.view(_INTEGERS[info.dtype]).astype(np.float32)
         else:
@@ -171,7 +175,7 @@ class Grid:
     @property
     def counts(self) -> tuple[int, ...]:
         """Number of blocks in each dimension."""
-        return tuple(-(-n // size) for n, size in zip(self.shape, self.sizes, strict=True))
+        return tuple(-(-n // max(size, 1)) for n, size in zip(self.shape, self.sizes, strict=True))
 
     @property
     def fits(self) -> bool:
@@ -215,13 +219,32 @@ def _powers() -> Values:
     return np.concatenate([np.ldexp(np.float32(1), np.arange(-127, 128)), [np.nan]]).astype(np.float32)
 
 
+_FLOAT8_FORMS = {
+    "F8_E4M3": (3, 7, 0x7F),
+    "F8_E5M2": (2, 15, 0x7D),
+    "F8_E4M3FNUZ": (3, 8, 0xFF),
+    "F8_E5M2FNUZ": (2, 16, 0xFF),
+}
+"""Of each 8-bit float: bits of the mantissa, bias of the exponent, and the first magnitude that is NaN."""
+
+
 @cache
 def byte_values(dtype: str) -> Values:
-    """The float32 value of each of the 256 codes of a type of 8 bits, `[256]`."""
-    codes, values = np.arange(256, dtype=np.uint8), np.empty(256, np.float32)
+    """The float32 value of each of the 256 codes of a type of 8 bits, `[256]`; torch is not imported for it."""
+    codes = np.arange(256, dtype=np.uint8)
     if dtype in _INTEGERS:
         return codes.view(_INTEGERS[dtype]).astype(np.float32)
-    widen(codes, dtype, values)
+    bits, bias, nan = _FLOAT8_FORMS[dtype]
+    magnitude = (codes & 127).astype(np.int64)
+    exponent, mantissa = magnitude >> bits, magnitude & ((1 << bits) - 1)
+    normal = exponent > 0
+    values: Values = np.ldexp(mantissa + (normal << bits), np.where(normal, exponent, 1) - bias - bits)
+    values[magnitude >= nan] = np.nan
+    if dtype == "F8_E5M2":
+        values[magnitude == 0x7C] = np.inf
+    values = np.where(codes > 127, -values, values).astype(np.float32)
+    if dtype.endswith("FNUZ"):
+        values[128] = np.nan  # the bits of minus zero
     return values
 
 
@@ -244,11 +267,20 @@ def look_up(table: Values, codes: Bytes, out: Values) -> None:
         codes: bytes, contiguous.
         out: as many values, contiguous; overwritten.
     """
-    flat = out.reshape(-1)
+    flat, held = out.reshape(-1), codes.reshape(-1)
     if table.ndim == 2:
-        np.take(table.view(np.uint64).reshape(-1), codes.reshape(-1), out=flat.view(np.uint64), mode="clip")
-    else:
-        np.take(table, codes.reshape(-1), out=flat, mode="clip")
+        np.take(table.view(np.uint64).reshape(-1), held, out=flat.view(np.uint64), mode="clip")
+    elif held.size % 2:
+        np.take(table, held, out=flat, mode="clip")
+    else:  # two codes at a time
+        np.take(_of_two(table.tobytes()), held.view(np.uint16), out=flat.view(np.uint64), mode="clip")
+
+
+@cache
+def _of_two(table: bytes) -> NDArray[np.uint64]:
+    """The bits of the two values of every two bytes, `[65536]`; `table`: the bytes of `[256]` float32."""
+    values, codes = np.frombuffer(table, np.float32), np.arange(1 << 16)
+    return np.stack([values[codes & 255], values[codes >> 8]], 1).view(np.uint64).reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,13 +309,6 @@ class ScaledCodes(QuantizedWeight):
         rows, width = out.shape
         nbytes = self.codes.nbytes // prod(self.shape[:-1])
         held = parts.bytes(self.codes, first * nbytes, SCRATCH.array("codes", rows * nbytes, np.uint8))
-        padded = nbytes * (self.table.size // 256)
-        if padded == width:
-            look_up(self.table, held, out)
-        else:
-            wide = SCRATCH.array("padded", (rows, padded), np.float32)
-            look_up(self.table, held, wide)
-            out[:] = wide[:, :width]
         scales, size = self.scale.rows(parts, first, stop), self.scale.sizes[-1]
         if self.of_all is not None:
             scales = self.combine(scales, parts.values(self.of_all, 0, 1))
@@ -291,12 +316,26 @@ class ScaledCodes(QuantizedWeight):
         if self.groups is not None:
             at, size = parts.values(self.groups, 0, width).astype(np.intp), 1
             if at.min() < 0 or at.max() >= scales.shape[1]:
-                what = f"group {quote(self.groups.name)} names one of {scales.shape[1]} groups for each column, and has {at.min()} to {at.max()}"
+                what = f"group {quote(self.groups.name)} has {at.min()} to {at.max()}, and {scales.shape[1]} groups"
                 raise CheckpointError.of("SHAPE_MISMATCH", parts.checkpoint.folder, what, "download the file again")
             scales, zeros = scales[:, at], zeros[:, at] if zeros is not None else None
-        if zeros is not None:
-            apply(np.subtract, out, zeros, size)
-        apply(np.multiply, out, scales, size)
+        step = max(1, _CACHED // width)
+        for row in range(0, rows, step):
+            some = slice(row, row + step)
+            self._values(held[row * nbytes : (row + step) * nbytes], out[some])
+            if zeros is not None:
+                apply(np.subtract, out[some], zeros[some], size)
+            apply(np.multiply, out[some], scales[some], size)
+
+    def _values(self, codes: Bytes, out: Values) -> None:
+        """Write the values of the codes of some rows, without the codes that fill up a row."""
+        padded = len(codes) // len(out) * (self.table.size // 256)
+        if padded == out.shape[1]:
+            look_up(self.table, codes, out)
+            return
+        wide = np.empty((len(out), padded), np.float32)
+        look_up(self.table, codes, wide)
+        out[:] = wide[:, : out.shape[1]]
 
 
 def wrong_shape(where: object, info: TensorInfo, wanted: Sequence[int | str], weight: TensorInfo) -> Problem:
@@ -314,6 +353,11 @@ def wrong_dtype(where: object, info: TensorInfo, wanted: Sequence[str]) -> Probl
 def missing(where: object, has: str, lacks: str) -> Problem:
     """A problem: a part of a weight without another one."""
     return Problem("KEYS_MISSING", str(where), f"stores {quote(has)} without {lacks}", "download it again")
+
+
+def texts(value: Any) -> list[str]:
+    """The texts in a list of a config; none if it is not a list."""
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
 def names_module(pattern: str, module: str) -> bool:

@@ -42,6 +42,11 @@ class Competition(Rule):
 
     wants: ClassVar[Literal["deltas"]] = "deltas"
 
+    @property
+    def selection_weights(self) -> tuple[float, ...]:
+        """Weight times lambda."""
+        return self.weights
+
     def walks(self, numel: int, active: Sequence[int]) -> Walks:
         """The extremes of products, their exponentials, the largest scores, the thresholds."""
         ranked = any(0 < self.densities[i] < 1 for i in active)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, Ops, Outcome
-from paft_merge.methods.rules.one_pass import Factors, OnePass, plan_one_pass
+from paft_merge.methods.rules.one_pass import OnePass, plan_one_pass
 from paft_merge.methods.rules.rule import Combine, Rule, TensorPass
 from paft_merge.methods.rules.thresholds import (
     EVERYTHING,
@@ -57,13 +58,13 @@ class Consensus(Rule):
 
         return combine
 
-    def one_pass(self, walk: TensorPass, factors: Callable[[], Factors]) -> OnePass | None:
+    def one_pass(self, walk: TensorPass) -> OnePass | None:
         """Possible for trims by rank without rescaling; see `Rule.one_pass`."""
         chosen = [self.sparsifiers[i] for i in walk.active]
         trims = [t for t in chosen if isinstance(t, Trim)]
         if self.rescale != "none" or self.fixed is not None or len(trims) < len(chosen):
             return None
-        return plan_one_pass(trims, self.election.among(walk.active), walk.numel, walk.each, walk.ops, factors)
+        return plan_one_pass(trims, self.election.among(walk.active), walk.numel, walk.each, walk.ops, walk.factors)
 
     def walks(self, numel: int, active: Sequence[int]) -> Walks:
         """As `_survivals` finds the thresholds."""
@@ -116,4 +117,8 @@ class Consensus(Rule):
         trims = self._trims(chosen)
         if all(trim.keeps_all(walk.numel) for trim in trims):
             return drops
-        return trim_survivals(trims, walk.numel, walk.each, walk.ops, rescale=self.rescale)
+        found = list[KeepThreshold]()
+        for part, each in walk.groups:
+            some, factors = [trims[k] for k in part], [partial(walk.factors, k) for k in part]
+            found += trim_survivals(some, walk.numel, each, walk.ops, rescale=self.rescale, factors=factors)
+        return found

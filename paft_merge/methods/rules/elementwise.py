@@ -84,6 +84,11 @@ class Largest(Rule):
 
     wants: ClassVar[Literal["deltas"]] = "deltas"
 
+    @property
+    def selection_weights(self) -> tuple[float, ...]:
+        """Weight times lambda."""
+        return self.weights
+
     def walks(self, numel: int, active: Sequence[int]) -> Walks:
         """Nothing is measured."""
         return Walks(TRANSFORM, made=1)

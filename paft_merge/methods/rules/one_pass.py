@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +29,11 @@ from paft_merge.methods.rules.threshold_bounds import (
 )
 from paft_merge.methods.rules.thresholds import Trim
 
-Factors: TypeAlias = Sequence[tuple[Any, Any] | None]
-"""Of each active source, the factors B and A whose product its delta is, or None (see `threshold_bounds.draw_rows`)."""
-
 _MOST_UNDECIDED = 0.1
 """Share of a sample that may be inside its bracket. Tiles that differ more are measured first, which is cheaper."""
+
+_MOST_COPIED = 2.0
+"""Most numbers that undecided entries take for each entry of a tensor: the deltas of every source, which are merged once more."""
 
 _MOST_HELD = 128 << 20
 """Bytes of the undecided entries of one tensor. With many sources nearly every entry is undecided for one of them."""
@@ -126,7 +127,12 @@ class OnePass:
 
 
 def plan_one_pass(
-    trims: Sequence[Trim], election: Election, numel: int, each: BlockWalk, ops: Ops, factors: Callable[[], Factors]
+    trims: Sequence[Trim],
+    election: Election,
+    numel: int,
+    each: BlockWalk,
+    ops: Ops,
+    factors: Callable[[int], tuple[Any, Any] | None],
 ) -> OnePass | None:
     """Guess the brackets of one tensor; None if one pass is impossible, or measuring first is cheaper.
 
@@ -136,7 +142,7 @@ def plan_one_pass(
         numel: entries of the tensor.
         each: walks its blocks.
         ops: operations on them.
-        factors: called where a sample is needed.
+        factors: called where a sample is needed; see `TensorPass.factors`.
     """
     deferring = ops.deferring
     ranks = [_last_kept(trim, numel) for trim in trims]
@@ -144,7 +150,10 @@ def plan_one_pass(
     if deferring is None or None in ranks or not any(known):
         return None
     brackets = [NONE] * len(trims)
-    samples, undecided = None if small(numel, each) else samples_of(each, ops, factors()), 0.0
+    samples, undecided = (
+        None if small(numel, each) else samples_of(each, ops, [partial(factors, i) for i in range(len(trims))]),
+        0.0,
+    )
     for i, rank in enumerate(known):
         if rank and samples is None:
             brackets[i] = EVERY
@@ -153,7 +162,7 @@ def plan_one_pass(
             brackets[i] = guess_bracket(sample, rank / numel)
             inside = sample.inside(brackets[i])
             undecided += inside
-            if inside > _MOST_UNDECIDED:
+            if inside > _MOST_UNDECIDED or undecided * (len(trims) + 2) > _MOST_COPIED:
                 return None
     held = int(min(undecided, 1.0) * numel) * 4 * (len(trims) + 2)  # a place, the deltas and the base
     return None if held > _MOST_HELD else OnePass(tuple(known), tuple(brackets), election, deferring, held)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, KeepThreshold, Ops, Outcome, Wants
-from paft_merge.methods.rules.one_pass import Factors, OnePass
+from paft_merge.methods.rules.one_pass import OnePass
 from paft_merge.methods.rules.thresholds import AddUp, Trim
 from paft_merge.methods.rules.walks import BLEND, TALLIED, Walks
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 Combine = Callable[[Block, Any, int], Outcome]
 """`combine(block, out, key)`: write the merged block into `out`; `key` is the stream of stochastic rounding, or 0."""
+
+
+MEASURED_AT_ONCE = 16
+"""Most sources that are measured at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,20 @@ class TensorPass:
     """The sources that the rows of a block's `sources` belong to, as indices into the rule's tuples."""
     shape: tuple[int, ...] = ()
     """Shape of the tensor; rules that work on rows need it."""
+    factors: Callable[[int], tuple[Any, Any] | None] = lambda _: None
+    """The factors of an active source whose delta is one product (see `threshold_bounds.draw_rows`), by its place in `active`."""
+    among: Callable[[Sequence[int]], BlockWalk] | None = None
+    """Walks over the tensor with some of the active sources, given by their places; None if that is not possible."""
+
+    @property
+    def groups(self) -> list[tuple[range, BlockWalk]]:
+        """The active sources in groups, and a walk over the tensor for each: what is measured of each source alone needs memory for one
+        group only, and no more time where sources are products."""
+        n = len(self.active)
+        if self.among is None or n <= MEASURED_AT_ONCE:
+            return [(range(n), self.each)]
+        parts = [range(first, min(first + MEASURED_AT_ONCE, n)) for first in range(0, n, MEASURED_AT_ONCE)]
+        return [(part, self.among(part)) for part in parts]
 
 
 class WholeRule(Protocol):
@@ -97,13 +115,8 @@ class Rule(ABC):
         """The walks over a tensor of `numel` entries whose sources `active` differ from the base, for predictions."""
         return Walks(TALLIED)
 
-    def one_pass(self, walk: TensorPass, factors: Callable[[], Factors]) -> OnePass | None:
-        """How to merge the tensor while it is read for the first time; None if it must be measured before.
-
-        Args:
-            walk: the tensor, as deltas.
-            factors: called where needed; returns the factors of each active source (see `threshold_bounds.draw_rows`).
-        """
+    def one_pass(self, walk: TensorPass) -> OnePass | None:
+        """How to merge the tensor, as deltas, while it is read for the first time; None if it must be measured before."""
         return None
 
     @property

@@ -144,15 +144,18 @@ def small(numel: int, each: BlockWalk) -> bool:
     return each.tiles <= 2 and numel < _SMALL
 
 
-def samples_of(each: BlockWalk, ops: Ops, factors: Sequence[tuple[Any, Any] | None]) -> Sequence[Callable[[], Sample]]:
+def samples_of(
+    each: BlockWalk, ops: Ops, factors: Sequence[Callable[[], tuple[Any, Any] | None]]
+) -> Sequence[Callable[[], Sample]]:
     """What draws the sample of each source, one at a time where all deltas are products: 100 samples take 50 MB.
 
     Args:
         each, ops: the walk over the tensor, and the operations on its blocks.
-        factors: for each source, as for `draw_rows`; empty if they are not known.
+        factors: for each source, what gives its factors for `draw_rows`, or None; empty if they are not known.
     """
-    if factors and all(pair is not None and _sampled_rows(pair) for pair in factors):
-        return [partial(draw_rows, pair) for pair in factors if pair]
+    pairs = [known() for known in factors]
+    if pairs and all(pair is not None and _sampled_rows(pair) for pair in pairs):
+        return [partial(draw_rows, pair) for pair in pairs if pair]
     return [partial(lambda one: one, sample) for sample in draw_sample(each, ops)]
 
 

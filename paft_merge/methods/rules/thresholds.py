@@ -26,9 +26,9 @@ from paft_merge.methods.rules.threshold_bounds import (
     FOREVER,
     NOWHERE,
     Bracket,
-    draw_sample,
     guess_bracket,
     largest,
+    samples_of,
     small,
 )
 from paft_merge.methods.rules.walks import COLLECT, ELECT, HISTOGRAM_SUMS, Walks
@@ -119,6 +119,7 @@ def trim_survivals(
     *,
     rescale: Rescale = "none",
     full: tuple[Counts, Counts] | None = None,
+    factors: Sequence[Callable[[], tuple[Any, Any] | None]] = (),
 ) -> list[KeepThreshold]:
     """Resolve every source's trim of one tensor into a threshold, reading the tensor at most three times.
 
@@ -128,13 +129,14 @@ def trim_survivals(
         each, ops: the walk over its blocks, and the operations on them.
         rescale: scale the survivors so that the delta keeps this norm.
         full: the histogram of every source with its lower bits (`Ops.histogram`), if it is known already.
+        factors: of each source, see `threshold_bounds.samples_of`.
 
     Returns:
         One `KeepThreshold` a source. Ties at a threshold keep the lowest flat indices.
     """
     if numel == 0:
         return [KeepThreshold()] * len(trims)
-    return _Search(trims, numel, each, ops, rescale=rescale, full=full).survivals
+    return _Search(trims, numel, each, ops, rescale=rescale, full=full, factors=factors).survivals
 
 
 def trim_walks(trims: Sequence[Trim], numel: int, *, rescale: Rescale = "none") -> Walks:
@@ -264,10 +266,11 @@ class _Search:
         *,
         rescale: Rescale = "none",
         full: tuple[Counts, Counts] | None = None,
+        factors: Sequence[Callable[[], tuple[Any, Any] | None]] = (),
         add_up: AddUp = count_all,
     ) -> None:
         self.trims, self.numel, self.each, self.ops, self.add_up = trims, numel, each, ops, add_up
-        self.rescale = rescale
+        self.rescale, self.factors = rescale, factors
         needs_norms = rescale != "none" or self.every_tie or any(trim.rule == "l1_mass" for trim in trims)
         self.full = full or (self._histogram(2 if rescale == "l2" else 1) if needs_norms else None)
         self.brackets: dict[tuple[int, int], _Found] = {}
@@ -418,8 +421,8 @@ class _Search:
         """A bracket for each rank: from a sample, or all entries if the tensor is small."""
         if small(self.numel, self.each):
             return dict.fromkeys(ranks, EVERY)
-        samples = draw_sample(self.each, self.ops)
-        return {i: guess_bracket(samples[i], rank / self.numel) for i, rank in ranks.items()}
+        samples = samples_of(self.each, self.ops, self.factors)
+        return {i: guess_bracket(samples[i](), rank / self.numel) for i, rank in ranks.items()}
 
     def _gather(self, brackets: dict[int, Bracket]) -> dict[int, _Found]:
         """Read the tensor once, and collect for some sources the magnitudes inside a bracket."""

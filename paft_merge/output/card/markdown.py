@@ -27,9 +27,12 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
     recipe = manifest["recipe"]
     name = recipe.get("name") or "Merged model"
     data = yaml.safe_dump(card_metadata(manifest, name, scores), sort_keys=False, allow_unicode=True).strip()
-    made = f"Made by paft_merge with the method {_code(recipe['merge_method'])}."
+    space = recipe.get("space", "weight")
+    where = "" if space == "weight" else " in " + _code(f"space: {space}")
+    made = f"Made by paft_merge with the method {_code(recipe['merge_method'])}{where}."
     parts = [
         ["---", data, "---", "", f"# {escape_markdown(name)}", "", made, ""],
+        _adapter(manifest),
         _sources(manifest),
         _use(manifest),
         _measured(manifest),
@@ -95,6 +98,24 @@ def _use(manifest: Mapping[str, Any]) -> list[str]:
     else:
         text = f"The entries that the merge changes in {_code(base)}. {_code(f'{base}+FOLDER')} is the merged model in recipes of paft_merge."
     return ["## Use", "", text, ""]
+
+
+def _adapter(manifest: Mapping[str, Any]) -> list[str]:
+    """What an adapter is for, and how far it is from the merged deltas; nothing for a checkpoint."""
+    found = manifest.get("adapter")
+    if not found:
+        return []
+    base = manifest.get("recipe", {}).get("base_model") or manifest.get("donor", "").partition("+")[0]
+    named = base if isinstance(base, str) else base.get("model", {}).get("path", "its base")
+    error = found["relative_error"]
+    exact = "exactly, but for rounding" if error < 1e-5 else f"with a relative error of {error:.3g}"
+    text = (
+        f"A LoRA of rank {found['rank']} on {found['modules']} modules of {_code(named)}. It holds the merged delta D {exact} "
+        "(norm of D - B A over norm of D, over all modules)."
+    )
+    rows = [f"| {_code(module)} | {value:.3g} |" for module, value in found["largest"].items() if value >= 1e-5]
+    table = ["| largest errors | |", "|---|---|", *rows, ""] if rows else []
+    return ["## Adapter", "", text, "", *table]
 
 
 def _measured(manifest: Mapping[str, Any]) -> list[str]:

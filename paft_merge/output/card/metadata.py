@@ -90,12 +90,13 @@ def card_metadata(manifest: Mapping[str, Any], name: str, scores: Sequence[Score
     data_sets = sorted({name for s in sources for name in _listed(s, "datasets")})
     languages = sorted({name for s in sources for name in _listed(s, "language")})
     output = manifest["recipe"].get("output") or {}
-    relation, library = "merge", "transformers"
-    if output.get("kind") == "delta":
+    relation, library, kind = "merge", "transformers", list[str]()
+    if output.get("kind") in ("adapter", "delta"):
         relation, hub = "adapter", [s["repo_id"] for s in sources if s.get("repo_id") and s.get("donor")]
-        library = "peft" if output.get("format") == "shira" else "paft_merge"
+        library = "peft" if output["kind"] == "adapter" or output.get("format") == "shira" else "paft_merge"
+        kind = ["lora"] if output["kind"] == "adapter" else []
     found: dict[str, Any] = {"base_model": hub, "base_model_relation": relation} if hub else {}
-    found |= {"library_name": library, "tags": ["mergekit", "merge", "paft"], **licence(manifest)[0]}
+    found |= {"library_name": library, "tags": ["mergekit", "merge", "paft", *kind], **licence(manifest)[0]}
     found |= {key: value for key, value in (("datasets", data_sets), ("language", languages)) if value}
     return found | ({"model-index": [_index(name, scores)]} if scores else {})
 
