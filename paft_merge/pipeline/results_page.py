@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from paft_merge.auditing.report.figures import Scatter, Spot
 from paft_merge.auditing.report.html import rendered
@@ -58,14 +61,16 @@ def frontier_figure(table: TableData) -> Scatter | None:
         series.setdefault(row.frontier or row.name, []).append(row)
     series = dict(sorted(series.items(), key=lambda one: not one[1][0].frontier))  # these need the most different marks
     shades = {row.name: row.cells[column].mean for column in third for row in rows if column in row.cells}
-    low, high = (min(shades.values()), max(shades.values())) if shades else (0.0, 0.0)
+    low, high = _inner_range(list(shades.values()))
     # The best value has the darkest shade.
     weak, strong = (high, low) if third and table.better[third[0]] < 0 else (low, high)
 
     def spot(row: Row) -> Spot:
         means = {column: row.cells[column].mean for column in table.frontier if column in row.cells}
         across, up = table.interval(row, x), table.interval(row, y)
-        share = (shades[row.name] - weak) / (strong - weak) if row.name in shades and strong != weak else None
+        share = None
+        if row.name in shades and strong != weak:
+            share = min(max((shades[row.name] - weak) / (strong - weak), 0.0), 1.0)
         text = ", ".join(f"{column} {mean:.3f}" for column, mean in means.items())
         label = ", ".join(map(str, row.point.values())) or row.name
         return Spot(
@@ -73,7 +78,15 @@ def frontier_figure(table: TableData) -> Scatter | None:
             (up.low, up.high) if up else None, share, row.name in table.pareto,
         )  # fmt: skip
 
-    ends = (f"{weak:.3g}", f"{strong:.3g}") if len(set(shades.values())) > 1 else ("", "")
+    beyond = {
+        end: any((value - end) * (end - other) > 0 for value in shades.values())
+        for end, other in ((weak, strong), (strong, weak))
+    }
+    ends = (
+        (f"{weak:.3g}{' or worse' * beyond[weak]}", f"{strong:.3g}{' or better' * beyond[strong]}")
+        if len(set(shades.values())) > 1
+        else ("", "")
+    )
     caption = (
         f"Arms by {x} and {y}, means over seeds with 95 % intervals; the points of a sweep are joined. A ring: no arm has "
         "better means in both."
@@ -83,3 +96,13 @@ def frontier_figure(table: TableData) -> Scatter | None:
         tuple((name if mine[0].frontier else "", tuple(map(spot, mine))) for name, mine in series.items()),
         third[0] + ARROWS[table.better[third[0]]] if ends[0] else "", ends,
     )  # fmt: skip
+
+
+def _inner_range(values: Sequence[float]) -> tuple[float, float]:
+    """The smallest and the largest value that are not outliers: within 1.5 interquartile ranges of the quartiles (Tukey's fences)."""
+    if not values:
+        return 0.0, 0.0
+    first, third = np.quantile(values, (0.25, 0.75))
+    fence = 1.5 * (third - first)
+    inner = [value for value in values if first - fence <= value <= third + fence]
+    return min(inner), max(inner)

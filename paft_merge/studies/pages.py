@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,12 +52,17 @@ def table(definition: Definition, spec: TableSpec, results: Results) -> str:
         for one, name in columns
     ]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for row in spec.rows or results.data["tables"].get(spec.tables[0], {}):
+    for row in _rows(spec, results):
         if not any(results.has((one, row), name) for one, name in columns):
             continue
         cells = [_cell(definition, results, one, row, name) for one, name in columns]
         lines.append(f"| {label(definition, row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _rows(spec: TableSpec, results: Results) -> Iterable[str]:
+    """The rows of a table; without a list, all that its first table has."""
+    return spec.rows or results.data["tables"].get(spec.tables[0], {})
 
 
 def _cell(definition: Definition, results: Results, table: str, row: str, name: str) -> str:
@@ -126,7 +131,12 @@ def body(definition: Definition, results: Results, plots: Pictures = (), frontie
     for says, *verdicts in found:
         parts.append("\n".join([says, "", *(f"- {one}" for one in verdicts)]))
     for spec in definition.tables:
-        if any(results.has((one, row), name) for one in spec.tables for row in spec.rows for name in spec.metrics):
+        if any(
+            results.has((one, row), name)
+            for one in spec.tables
+            for row in _rows(spec, results)
+            for name in spec.metrics
+        ):
             parts += [f"### {spec.title}", table(definition, spec, results)]
     parts += [f"![{title}]({file})" for title, file in plots]
     return "\n\n".join(parts)

@@ -117,6 +117,17 @@ def test_the_picture_has_a_mark_a_label_and_whiskers_for_every_arm() -> None:
     assert frontier_figure(replace(SWEPT, frontier=("skill", "lost"))) is None
 
 
+def test_one_arm_far_off_does_not_take_the_shades_of_the_others() -> None:
+    values = {"a": 5.0, "b": 6.0, "c": 7.0, "d": 8.0, "far": 1e5}
+    cells = {name: {"skill": Cell((0.5,)), "happy": Cell((0.5,)), "text": Cell((v,))} for name, v in values.items()}
+    rows = tuple(replace(SWEPT.rows[-1], name=name, cells=one) for name, one in cells.items())
+    figure = frontier_figure(replace(SWEPT, rows=rows))
+    assert figure is not None
+    shades = {spot.label: spot.shade for _, mine in figure.series for spot in mine}
+    assert shades == {"a": 1.0, "b": pytest.approx(2 / 3), "c": pytest.approx(1 / 3), "d": 0.0, "far": 0.0}
+    assert figure.shade_ends == ("8 or worse", "5")
+
+
 @pytest.mark.parametrize("many", [1, 2, 40])
 def test_a_picture_of_equal_or_many_points_can_be_drawn(many: int, tmp_path: Path) -> None:
     cells = {"skill": Cell((0.5,)), "happy": Cell((0.5,))}

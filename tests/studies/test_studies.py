@@ -327,3 +327,4 @@ def test_a_frontier_shows_models_intervals_and_the_models_that_none_beats(tmp_pa
         [("T", file)],
     )
     assert shown.index("### Frontiers") < shown.index(f"![T]({file})") < shown.index("### Claims")
+    assert "| parallel ties weight=0.5 (dense) | 57.5 %" in shown, "a table without a list of rows has all rows"
