@@ -335,13 +335,13 @@ def merges_of(recipe: RunRecipe) -> Iterator[ComparedMerge]:
 
 
 def merge_before_polish(recipe: RunRecipe) -> ComparedMerge:
-    """The merge recipe of the arm `polish`: the one that it names, else that of `merge:` if it has all adapters, else `l1_ties`."""
+    """The merge recipe of the arm `polish`: the one that it names, else that of `merge:` if it has all adapters, else `task_arithmetic`."""
     compare = recipe.compare or CompareSpec()
     given = compare.polish.merge if compare.polish else None
     names = [variant.adapter for chain in chains(recipe).values() for variant in chain]
     if given is None and recipe.merge is not None and all(names_adapter(recipe.merge.data, name) for name in names):
         return ComparedMerge("merge", recipe.merge.data, ("merge",))
-    alone = compare.model_copy(update={"arms": ["parallel"], "methods": [given or "l1_ties"], "weights": None})
+    alone = compare.model_copy(update={"arms": ["parallel"], "methods": [given or "task_arithmetic"], "weights": None})
     return next(merges_of(replace(recipe, compare=alone)))._replace(steps=("compare", "polish", "merge"))
 
 

@@ -109,7 +109,7 @@ class PolishSpec(Section):
     """Share of the adapter's steps that is trained after the merge, and not before it; several are tried one by one."""
     merge: str | dict[str, Any] | None = None
     """A method or a merge recipe, as under `methods`; default: that of `merge:` if it has all
-    adapters, else `l1_ties`."""
+    adapters, else `task_arithmetic`."""
 
     @field_validator("merge")
     @classmethod

@@ -190,12 +190,11 @@ audit:
   # require: ["sparsity(1e-5) [source=sft] >= 0.5"] # stops before the merge unless it holds
 
 merge: # mergekit's language; sft and dpo are the adapters above
-  merge_method: l1_ties
+  merge_method: task_arithmetic # the sum of both deltas; {DOCS}/studies/paft-small.md compares it with the others
   models:
     - {{model: sft, parameters: {{weight: 1.0}}}}
-    - {{model: dpo, parameters: {{weight: 4.0}}}} # balances the learning rates, 2.0e-4 / 5.0e-5. With far fewer rows than SFT the
-    #   delta may still be too small: the merge then warns (SCALE); weight: equal_norm makes it as large as that of sft, and paft tune searches
-  parameters: {{trim: {{l1_mass: 0.95}}}}
+    - {{model: dpo, parameters: {{weight: 1.0}}}} # less keeps more of the skill, more keeps more of the preference; paft tune searches. With far fewer
+    #   steps than SFT the delta may be too small: the merge then warns (SCALE)
   out_dtype: {"float32" if gpus == 0 else "bfloat16"}{chat}
 
 # evaluate:
@@ -222,19 +221,11 @@ def starter_of_adapters(base: str, adapters: Sequence[str], data: Sequence[str] 
     """
     names = _names(adapters)
     listed = "\n".join(f"  {name}: {_quoted(beside(path, out))}" for name, path in zip(names, adapters, strict=True))
-    rms, note, mean = sizes_of(adapters), "", ""
-    weights = [1.0] * len(names)
+    rms, note = sizes_of(adapters), ""
     if rms and max(rms) > FOLD * min(rms):
-        weights = [float(f"{max(rms) / size:.2g}") for size in rms]
         measured = ", ".join(f"{name} {size:.2g}" for name, size in zip(names, rms, strict=True))
-        note = (
-            f" # the weights balance the deltas, whose root mean squares are {measured}; a smaller spread may be better"
-        )
-        mean = ", normalize: count"
-    models = "\n".join(
-        f"    - {{model: {name}, parameters: {{weight: {weight}}}}}"
-        for name, weight in zip(names, weights, strict=True)
-    )
+        note = f" # the root mean squares of the deltas are {measured}: the largest decides the elections of ties; a sum keeps all of them"
+    models = "\n".join(f"    - {{model: {name}, parameters: {{weight: 1.0}}}}" for name in names)
     metrics = "\n".join(
         f"    {_named(path)}: {{kind: {_kind(path)}, data: {_quoted(beside(path, out))}}}"
         for path in data or ("my-test.jsonl", "my-pairs.jsonl", "my-text.txt")
@@ -255,10 +246,9 @@ adapters: # folders or Hub names
 audit: {{epsilon: 1.0e-5}}
 
 merge: # the model in RUN_DIR/merged
-  merge_method: ties
+  merge_method: task_arithmetic
   models:{note}
 {models}
-  parameters: {{density: 0.5{mean}}}
 
 evaluate: # the columns of the table
   metrics: # exact_match: rows with prompt and answer; preference: rows with prompt, chosen, rejected; perplexity: text
