@@ -107,7 +107,7 @@ class Planner:
         if found.claims and not found:
             what = f"says in config.json that it is quantised ({found.claims}), and none of its tensors is"
             self.warnings.append(Problem("QUANTISED", source[0], what, "remove quantization_config if that is wrong"))
-        self.warnings += _widened([source, *others])
+        self.warnings += _widened([source, *others]) if recipe.quantization is None else []
         names = self.config_source.checkpoint.tensors if self.config_source.checkpoint.config else ()
         if wrapped := next(
             (n for n in names if without_wrappers(n) != n or n.startswith(("module.", "base_model.model."))), None
