@@ -70,6 +70,9 @@ def plan_merge(
     if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
         what = "mergekit's arithmetic has no stochastic rounding"
         raise RecipeError.of("RECIPE", recipe.located.spot(("rounding",)), what, "remove one of the two")
+    if recipe.quantization and allow_nonfinite:
+        what = "codes with scales cannot hold NaN and infinity"
+        raise RecipeError.of("RECIPE", recipe.located.spot(("quantization",)), what, "merge without allow_nonfinite")
     planner = Planner(recipe, models, allow_crimes, tensor_names, truncate_embeddings=truncate_embeddings)
     tensors = list(planner.tensors())
     planner.check_global_trim(tensors)

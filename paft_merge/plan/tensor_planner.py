@@ -84,8 +84,8 @@ class Planner:
         self.vocabulary, warnings = read_vocabulary(recipe, models, self.config_source)
         self.warnings += warnings
         self.side_files = read_side_files(
-            list(models.values()), self.config_source, allow_unread=allow_crimes, problems=self.problems,
-            warnings=self.warnings,
+            list(models.values()), self.config_source, allow_unread=allow_crimes, plain=recipe.quantization is None,
+            problems=self.problems, warnings=self.warnings,
         )  # fmt: skip
         source, others = (self.config_source.ref, self.config_source.checkpoint), self._others()
         if tensor_names and not (self.outputs.whole and all(m.checkpoint.file for m in models.values())):

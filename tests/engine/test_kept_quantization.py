@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_state, save_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file
 from toys.quantized import CONFIG, Q, State, asked, coded, lora, mxfp4_experts
 
@@ -151,6 +152,8 @@ def test_what_cannot_be_written_as_codes_is_refused_by_name(
     ):
         pass
     (folder, _), (source, _) = base, adapter
+    with pytest.raises(PaftMergeError, match="cannot hold NaN"):
+        merge(asked(folder, f"{folder}+{source}", quantization="keep"), tmp_path / "out", allow_nonfinite=True)
     for more, said in (
         ({"scales": "keep"}, "scales is a key of quantization: keep"),
         ({"quantization": "keep", "output": {"kind": "adapter"}}, "the output is of kind adapter"),
@@ -158,3 +161,29 @@ def test_what_cannot_be_written_as_codes_is_refused_by_name(
     ):
         with pytest.raises(PaftMergeError, match=said), open_plan(asked(folder, f"{folder}+{source}", **more)):
             pass
+
+
+def test_a_format_that_is_not_written_keeps_its_bytes_or_is_refused(tmp_path: Path) -> None:
+    """Packed INT4: a merge of the plain layers copies codes, scales and shapes; one of a quantised weight is refused."""
+    golden = Path(__file__).parents[1] / "golden" / "quantized" / "int4_group.safetensors"
+    with safe_open(golden, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    codes, name = load_file(golden), f"{Q}.weight"
+    del codes["values"]
+    weight = next(part for part in codes if part.endswith("weight_packed"))
+    changed = {**codes, weight: codes[weight].flip(0)}
+    base, other = (
+        save_checkpoint(
+            tmp_path / str(at), {**held, name: torch.full((4, 4), float(at))}, config={"quantization_config": config}
+        )
+        for at, held in enumerate((codes, changed))
+    )
+    (base / "quant_config.json").write_text("{}")
+    with pytest.raises(PaftMergeError, match=r"in INT4.*the formats that are written are FP8 and MXFP4"):
+        merge(asked(base, other, quantization="keep"), tmp_path / "out")
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(base)}], "quantization": "keep"}
+    merge(recipe, tmp_path / "out")
+    got = stored_in(tmp_path / "out")
+    assert all(torch.equal(got[part], tensor) for part, tensor in stored_in(base).items())
+    assert got.keys() == stored_in(base).keys()
+    assert (tmp_path / "out" / "quant_config.json").exists()
