@@ -88,3 +88,17 @@ def test_a_block_of_zeros_and_a_scale_of_zero_are_written() -> None:
         assert made.scales.view(np.float32)[0, 0] == np.float32(scale)
     made = round_blocks(zeros + np.float32(3), grid, stored(0.0), Rounding(), None)
     assert np.allclose(made.values, 3)
+
+
+def test_blocks_rounded_at_random_have_their_values_on_average() -> None:
+    grid, made = FLOAT8_GRIDS["F8_E4M3"], np.random.default_rng(3)
+    values = np.broadcast_to(made.standard_normal((1, 4, 1, 4)).astype(np.float32), (500, 4, 1, 4)).copy()
+    chances = made.random(values.shape, np.float32)
+    scales = Scales(
+        np.full((500, 1), 0.01, np.float32).view(np.uint32), np.full((500, 1), 0.01, np.float32), "F32", False
+    )
+    off = [
+        np.abs(round_blocks(values, grid, scales, Rounding(), drawn).values.mean(0) - values[0]).sum()
+        for drawn in (chances, None)
+    ]
+    assert off[0] < off[1] / 4
