@@ -26,8 +26,8 @@ PLACES = {
 """The mappings of a recipe, by path, and the model that defines the keys of each."""
 
 OURS = {
-    "rounding", "seed", "arithmetic", "router", "models[].last", "slices[].sources[].last", "output", "space",
-    *(f"output.{name}" for name in schema.OutputEntry.model_fields),
+    "rounding", "seed", "arithmetic", "router", "quantization", "scales", "models[].last", "slices[].sources[].last", "output",
+    "space", *(f"output.{name}" for name in schema.OutputEntry.model_fields),
 }  # fmt: skip
 """Keys that mergekit does not have."""
 
@@ -48,6 +48,8 @@ KEYS = {
     "seed": "seed of random drops and of stochastic rounding (default 0)",
     "arithmetic": "`float32` (default), or `mergekit` for mergekit's results bit for bit",
     "router": "routers of mixtures of experts: `base`, `average`, or `merge` (default, as other tensors). See [Routers](#routers)",
+    "quantization": "`keep`: the output is quantised as the base is. Without this key it has plain weights. See [`quantization: keep`](#quantization-keep)",
+    "scales": "of `quantization: keep`: `refit` (default) or `keep`",
     "output": "what is written: a checkpoint (default), or the merged delta as an adapter or a sparse delta. See [Adapters as output](adapters-out.md)",
     "space": "where the method works: on deltas (`weight`, default), or in a common space of the adapters: `core`, `knots` or `ctm`. See [Spaces of adapters](methods.md#spaces-of-adapters)",
     "models[].model": "`PATH[@REVISION][+ADAPTER[@REVISION]]`; a mapping `{model, lora, override_architecture, label}`; the name of a document; or one `.safetensors` file (`.pt` with `--lazy-unpickle`). Random drops depend on `label`, or without it on the reference as written",

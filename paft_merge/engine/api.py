@@ -148,6 +148,9 @@ def _planned(
         if inner.output.kind != "checkpoint":
             what = f"{name} is merged by another document, and its output is not a checkpoint"
             raise RecipeError.of("RECIPE", inner.located.spot(("output",)), what, "remove output from it")
+        if inner.quantization:
+            what = f"{name} is merged by another document, and its result is not written as codes"
+            raise RecipeError.of("RECIPE", inner.located.spot(("quantization",)), what, "remove quantization from it")
         made = plan(models, inner)
         notices.extend(made.warnings)
         return Intermediate(name, made, rounded=recipe.arithmetic == "mergekit")
@@ -192,6 +195,7 @@ def _spots(parts: Sequence[Recipe]) -> dict[ModelRef, str]:
 def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> MergeResult:
     """Merge one result of the documents."""
     from paft_merge.compute.devices import ops_for
+    from paft_merge.engine.coded_weights import lost, write_codes, writes_codes
     from paft_merge.engine.sparse_deltas import counted, write_deltas
     from paft_merge.engine.streaming import merge_checkpoint, sized
 
@@ -258,13 +262,15 @@ def _merge(documents: Documents, out: Path | str, options: MergeOptions) -> Merg
 
         def merge_into(output: Output, part: MergePlan, progress: Callable[[Progress], None]) -> None:
             nonlocal written
-            write = write_deltas if part.recipe.output.kind == "delta" else merge_checkpoint
+            codes = write_codes if writes_codes(part) else merge_checkpoint
+            write = write_deltas if part.recipe.output.kind == "delta" else codes
             write(part, output, threads=threads, ops=ops, hold=held, progress=progress)
             written += part.bytes_written
 
         def complete(output: Output | StoredOutput) -> None:
             check_loss(loss_of(plan, output.finished), options.max_error)
             output.complete(side_files(plan, output.finished, options), overwrite=options.overwrite)
+            warn(lost(plan, output.finished))
             if not any(problem.code == "SCALE" for problem in plan.warnings):
                 warn(imbalance.measured(totals(plan, output.finished), plan))
 

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from paft_merge.engine.balancing import by_file, shares
+from paft_merge.engine.coded_weights import write_codes, writes_codes
 from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.prediction import costs, predicted_peak
 from paft_merge.engine.ray_cluster import Cluster, Needs, until_seen
@@ -181,7 +182,8 @@ def write_file(job: Job, number: int) -> tuple[int, list[Problem]]:
 
     def merge_into(output: Output, part: MergePlan, progress: Callable[[Progress], None]) -> None:
         nonlocal written
-        merge_checkpoint(part, output, threads=job.threads, ops=ops, hold=job.hold, progress=progress)
+        write = write_codes if writes_codes(part) else merge_checkpoint
+        write(part, output, threads=job.threads, ops=ops, hold=job.hold, progress=progress)
         written += part.bytes_written
 
     until_seen(lambda: SharedOutput.has(job.out, job.driver), job.out, OutputError, job.options.lease_seconds)

@@ -14,6 +14,7 @@ import xxhash
 
 from paft_merge.compute import kernels
 from paft_merge.engine import imbalance
+from paft_merge.engine.coded_weights import Loss, loss_of_codes
 from paft_merge.engine.factors import loss_of
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.options import MergeOptions
@@ -278,6 +279,7 @@ def manifest(
         "versions": versions(plan),
         **({"vocabulary": plan.vocabulary.facts} if plan.vocabulary and plan.vocabulary.facts else {}),
         **({"adapter": loss.to_json()} if (loss := loss_of(plan, finished)) else {}),
+        **({"quantization": coded.to_json()} if (coded := loss_of_codes(plan, finished)) else {}),
         "totals": [{**row, **noted.get(row["source"], {})} for row in measured],
         "pairs": pairs,
         "warnings": [str(problem) for problem in imbalance.measured(measured, plan)],
@@ -303,15 +305,18 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
         return entry | {"from": tensor.inputs.reads[0].source} | given
     sources, noted = [], json.loads(finished.noted)
     if tensor.merged is not tensor:
-        entry |= {"delta_of": tensor.merged.name, "delta_shape": list(tensor.merged.shape)}
+        of = "weight" if tensor.coded else "delta"
+        entry |= {f"{of}_of": tensor.merged.name, f"{of}_shape": list(tensor.merged.shape)}
     if tensor.factor:
         entry |= {"module": tensor.factor.module}
         if made := noted.pop("factors", None):
             entry |= {"factors": made}
         if tensor.factor.part == "A":
             return entry
-    if tensor.sparse and tensor.sparse.part in ("mask", "indices"):
+    if (tensor.sparse and tensor.sparse.part in ("mask", "indices")) or (tensor.coded and tensor.coded.place):
         return entry
+    if loss := noted.pop("quantization", None):
+        entry |= {"quantization": Loss(*loss).to_json()}
     for i, read in enumerate(tensor.inputs.sources):
         row = finished.active.index(i) if i in finished.active else None
         measured = {} if row is None else measured_row(finished.counts[row], finished.sums[row], tensor.merged.numel)

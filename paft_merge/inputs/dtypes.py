@@ -124,7 +124,7 @@ def cast(values: NDArray[np.float32], dtype: str, key: int = 0, index: int = 0) 
     with np.errstate(invalid="ignore", divide="ignore"):  # exact and infinite values stay as they are
         gap = torch.from_numpy(other).view(kind).float().numpy() - wide
         chance = (values - wide) / gap
-    return np.where(_uniform(key, index, len(values)) < chance, other, bits).view(np.uint8)
+    return np.where(uniform(key, index, len(values)) < chance, other, bits).view(np.uint8)
 
 
 def stored_bytes(values: Tensor, dtype: str, key: int, index: int) -> NDArray[np.uint8]:
@@ -150,6 +150,6 @@ def _other_side(bits: Any, values: NDArray[np.float32], nearest: NDArray[np.floa
     return np.where(np.signbit(values) & (magnitude != 0), magnitude | sign, magnitude)
 
 
-def _uniform(key: int, index: int, count: int) -> NDArray[np.float32]:
+def uniform(key: int, index: int, count: int) -> NDArray[np.float32]:
     """`count` numbers in [0, 1) of the stream `key` of `splitmix64`, in steps of 2**-24."""
     return (numbers(key, index, count) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)

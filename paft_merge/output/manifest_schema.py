@@ -95,6 +95,12 @@ class _Adapter(_Checked):
     largest: dict[str, float]
 
 
+class _Codes(_Checked):
+    updated: Count
+    unmoved_share: float
+    relative_error: float
+
+
 class _Manifest(_Checked):
     complete: bool = True
     recipe: _Recipe
@@ -107,6 +113,7 @@ class _Manifest(_Checked):
     inputs: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
     adapter: _Adapter | None = None
+    quantization: _Codes | None = None
     totals: list[_Total] = []
     pairs: list[dict[str, Any]] = []
     warnings: list[str] = []

@@ -12,6 +12,7 @@
 | side_files | files beside the weights |
 | vocabulary | tokenizer, embeddings and chat template of the output |
 | planned | the plan |
+| kept_quantization | the plan of a merge that writes codes and scales |
 | merged_deltas | the delta that a merge adds to a base's tensor |
 | adapter_output | the plan of an adapter |
 | sparse_output | the plan of a sparse delta |
@@ -30,6 +31,7 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.safetensors_header import truncate
 from paft_merge.output.shards import Shard, plan_shards, split
+from paft_merge.plan import kept_quantization
 from paft_merge.plan.adapter_output import adapter_of
 from paft_merge.plan.output_config import config_changes
 from paft_merge.plan.planned import COPY, MergePlan, PlannedTensor
@@ -68,18 +70,27 @@ def plan_merge(
     if recipe.arithmetic == "mergekit" and recipe.rounding == "stochastic":
         what = "mergekit's arithmetic has no stochastic rounding"
         raise RecipeError.of("RECIPE", recipe.located.spot(("rounding",)), what, "remove one of the two")
+    if recipe.quantization and allow_nonfinite:
+        what = "codes with scales cannot hold NaN and infinity"
+        raise RecipeError.of("RECIPE", recipe.located.spot(("quantization",)), what, "merge without allow_nonfinite")
     planner = Planner(recipe, models, allow_crimes, tensor_names, truncate_embeddings=truncate_embeddings)
     tensors = list(planner.tensors())
     planner.check_global_trim(tensors)
     config = config_changes(recipe, planner.outputs, tensors, planner.problems, allow_crimes, planner.truncated)
     if planner.vocabulary:
         config = planner.vocabulary.in_config(planner.config_source.checkpoint.config, config)
+    stored = planner.config_source.checkpoint
+    if recipe.quantization == "keep" and not planner.problems.found:
+        tensors = kept_quantization.kept(recipe, planner.config_source, tensors, planner.problems)
+        stored = kept_quantization.as_stored(stored)
+        config = kept_quantization.kept_config(stored.config, planner.config_source.checkpoint.config, config)
+        planner.warnings += kept_quantization.notice(planner.config_source, tensors)
     if planner.problems.found:
         raise CheckpointError(truncate(list(dict.fromkeys(planner.problems.found)), "the recipe"))
     if not tensors:
         what = "the output has no tensors, because its sources have none in common"
         raise RecipeError.of("KEYS_MISSING", recipe.located.spot(()), what, "merge models of one architecture")
-    shards = _layout(planner.config_source.checkpoint, tensors, out_shard_bytes, keep_files=planner.outputs.whole)
+    shards = _layout(stored, tensors, out_shard_bytes, keep_files=planner.outputs.whole)
     order = {slot.name: i for i, slot in enumerate(slot for shard in shards for slot in shard.slots)}
     tensors.sort(key=lambda t: order[t.name])
     plan = MergePlan(

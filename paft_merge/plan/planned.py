@@ -17,6 +17,7 @@ from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.adapters.deltas import LayerKind
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.models import Model
+from paft_merge.inputs.quantized.weights import QuantizedWeight
 from paft_merge.inputs.tensor_inputs import Inputs, Read
 from paft_merge.methods.rules.rule import Rule, WholeRule
 from paft_merge.output.shards import Shard
@@ -80,6 +81,19 @@ class SparsePart(NamedTuple):
     """Of `values`: every block of the delta by its first element."""
     module: str = ""
     """Of SHiRA: the module, as PEFT names it."""
+
+
+class CodedPart(NamedTuple):
+    """A stored tensor of a weight that is merged and rounded to codes with scales again."""
+
+    weight: PlannedTensor
+    """The merged weight, in float32."""
+    written: QuantizedWeight
+    """The weight as its model stores it."""
+    template: Read
+    """The same, as float32 values."""
+    place: int
+    """0 for the codes, which have the statistics of the weight."""
 
 
 class StreamedTensor:
@@ -153,6 +167,10 @@ class PlannedTensor(StreamedTensor):
 
     sparse: SparsePart | None = field(default=None, compare=False)
     """Of a tensor of a sparse delta: the merged delta whose entries it holds. `inputs` and `rule` are those of the delta."""
+    coded: CodedPart | None = field(default=None, compare=False)
+    """Of codes or scales: the merged weight. `inputs` and `rule` are those of the weight."""
+    together: int = 1
+    """Entries that are written together, which a block holds whole."""
 
     def __repr__(self) -> str:
         return f"PlannedTensor({self.name!r}, {self.method!r}, {self.dtype}, {self.shape}, {len(self.inputs.sources)} sources)"
@@ -181,20 +199,24 @@ class PlannedTensor(StreamedTensor):
 
     @property
     def merged(self) -> PlannedTensor:
-        """The tensor that the method merges: of an adapter's tensor, the delta; else the tensor itself."""
+        """The tensor that the method merges: of an adapter's tensor, the delta; of codes, the weight; else the tensor itself."""
+        if self.coded:
+            return self.coded.weight
         made_of = self.factor or self.sparse
         return made_of.delta if made_of else self
 
     @cached_property
     def row(self) -> int:
         """Elements of a row; of a merged delta the last dimensions together, which are a row of its factors."""
-        return math.lcm(super().row, self.numel // max(self.shape[0], 1)) if self.is_delta else super().row
+        own = math.lcm(super().row, self.together)
+        return math.lcm(own, self.numel // max(self.shape[0], 1)) if self.is_delta else own
 
     def with_rule(self, rule: Rule) -> PlannedTensor:
         """The tensor with a rule whose weights or thresholds are known."""
         factor = self.factor and self.factor._replace(delta=replace(self.factor.delta, rule=rule))
         sparse = self.sparse and self.sparse._replace(delta=replace(self.sparse.delta, rule=rule))
-        return replace(self, rule=rule, factor=factor, sparse=sparse)
+        coded = self.coded and self.coded._replace(weight=replace(self.coded.weight, rule=rule))
+        return replace(self, rule=rule, factor=factor, sparse=sparse, coded=coded)
 
     @property
     def _block_bytes(self) -> int:
@@ -202,6 +224,8 @@ class PlannedTensor(StreamedTensor):
             rank = sum(read.delta.rank for read in self.inputs.sources if read.delta)
             shape = self.factor.delta.shape
             return 4 * 8 * rank * (shape[0] + math.prod(shape[1:]))
+        if self.coded:  # the codes and the values that are tried for two scales
+            return self.merged.block_bytes + 40 * self.merged.bounds[0][1]
         if self.merged is not self:
             return self.merged.block_bytes
         if self.method == COPY:

@@ -38,7 +38,13 @@ class SideFiles:
 
 
 def read_side_files(
-    models: Sequence[Model], config_source: Model, *, allow_unread: bool, problems: Problems, warnings: list[Problem]
+    models: Sequence[Model],
+    config_source: Model,
+    *,
+    allow_unread: bool,
+    plain: bool,
+    problems: Problems,
+    warnings: list[Problem],
 ) -> SideFiles:
     """Find the files to copy, and check that no source has trained weights in a file that is not read.
 
@@ -46,6 +52,8 @@ def read_side_files(
         models: all models of the merge.
         config_source: the model whose files are copied.
         allow_unread: merge without the weights that are not read.
+        plain: whether the output has plain weights.
+        plain: whether the output has plain weights.
         problems: receives UNREAD_WEIGHTS.
         warnings: receives SIDE_FILES for files that are left out, and UNREAD_WEIGHTS with `allow_unread`.
     """
@@ -54,7 +62,7 @@ def read_side_files(
         found = getattr(donor, "plan").side_files  # noqa: B009  # the document that it is computed from
     elif donor.file is None:
         ours = _beside(donor)
-        if not ours.keys().isdisjoint(_OF_QUANTIZATION) and any(map(donor.stored_format, donor.tensors)):
+        if plain and not ours.keys().isdisjoint(_OF_QUANTIZATION) and any(map(donor.stored_format, donor.tensors)):
             ours = {name: one for name, one in ours.items() if name not in _OF_QUANTIZATION}
         found = _copied(ours)
         warnings += _left_out(config_source.ref, [ours[name] for name in found.left_out])

@@ -84,8 +84,8 @@ class Planner:
         self.vocabulary, warnings = read_vocabulary(recipe, models, self.config_source)
         self.warnings += warnings
         self.side_files = read_side_files(
-            list(models.values()), self.config_source, allow_unread=allow_crimes, problems=self.problems,
-            warnings=self.warnings,
+            list(models.values()), self.config_source, allow_unread=allow_crimes, plain=recipe.quantization is None,
+            problems=self.problems, warnings=self.warnings,
         )  # fmt: skip
         source, others = (self.config_source.ref, self.config_source.checkpoint), self._others()
         if tensor_names and not (self.outputs.whole and all(m.checkpoint.file for m in models.values())):
@@ -107,7 +107,7 @@ class Planner:
         if found.claims and not found:
             what = f"says in config.json that it is quantised ({found.claims}), and none of its tensors is"
             self.warnings.append(Problem("QUANTISED", source[0], what, "remove quantization_config if that is wrong"))
-        self.warnings += _widened([source, *others])
+        self.warnings += _widened([source, *others]) if recipe.quantization is None else []
         names = self.config_source.checkpoint.tensors if self.config_source.checkpoint.config else ()
         if wrapped := next(
             (n for n in names if without_wrappers(n) != n or n.startswith(("module.", "base_model.model."))), None

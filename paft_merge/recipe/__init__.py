@@ -164,6 +164,16 @@ class Recipe:
         return self.language.router
 
     @property
+    def quantization(self) -> Literal["keep"] | None:
+        """Whether weights that the base stores as codes are written as codes; None writes plain weights."""
+        return self.language.quantization
+
+    @property
+    def scales(self) -> Literal["keep", "refit"]:
+        """Of `quantization: keep`: whether the scales are kept, or computed again where that is more exact."""
+        return self.language.scales or "refit"
+
+    @property
     def output(self) -> OutputEntry:
         """What is written."""
         return self.language.output or OutputEntry()

@@ -313,6 +313,11 @@ class Language(Section):
     router: Literal["base", "average", "merge"] | None = None
     """How routers of mixtures of experts are merged: the base's, the sources' mean, or (default) as other tensors."""
 
+    quantization: Literal["keep"] | None = None
+    """`keep`: weights that the base stores as codes with scales are written so again; None: the output has plain weights."""
+    scales: Literal["keep", "refit"] | None = None
+    """Of `quantization: keep`: the base's scales, or (default) new ones where they are nearer to the merged values."""
+
     output: Annotated[OutputEntry | None, BeforeValidator(_read_output)] = None
     """What is written: a checkpoint, or the merged delta as an adapter of the base."""
     space: Literal["weight", "core", "knots", "ctm"] | None = None
@@ -325,6 +330,18 @@ class Language(Section):
             empty = next((name for name in ("models", "slices", "modules") if getattr(self, name) is not None), None)
             found = f"{empty} is empty: " if empty and not forms else ""
             raise refused(f"{found}a recipe has one of models, slices and modules", "list the models to merge")
+        return self
+
+    @model_validator(mode="after")
+    def fitting_quantization(self) -> Language:
+        if self.scales and not self.quantization:
+            raise refused("scales is a key of quantization: keep", "write quantization: keep, or remove it")
+        if self.quantization and self.output and self.output.kind != "checkpoint":
+            raise refused(
+                f"quantization is about a checkpoint, and the output is of kind {self.output.kind}", "remove it"
+            )
+        if self.quantization and self.arithmetic == "mergekit":
+            raise refused("mergekit's arithmetic writes plain weights", "remove quantization or arithmetic")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.quantized import dequantized
+from paft_merge.inputs.quantized.dequantized import Dequantized
+from paft_merge.inputs.quantized.rounding import Rounding
 from paft_merge.inputs.quantized.weights import byte_values
 
 State = dict[str, torch.Tensor]
@@ -354,3 +356,36 @@ def test_a_method_that_is_not_read_stays_as_it_is(tmp_path: Path) -> None:
     del older.config["quant_method"]
     with opened(older.save(tmp_path / "old")) as checkpoint:
         assert checkpoint.stored_format(WEIGHT) == "NF4"
+
+
+WRITTEN = [kind for kind in SAMPLES if kind.startswith(("fp8", "gpt-oss", "mxfp4"))]
+
+
+@pytest.mark.parametrize("how", [Rounding(), Rounding(refit=False), Rounding(key=7)], ids=["refit", "keep", "random"])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_values_of_codes_are_written_as_the_same_bytes(kind: str, how: Rounding, tmp_path: Path) -> None:
+    """Values that the codes have are rounded to these codes, in any blocks of rows."""
+    sample = SAMPLES[kind]()
+    with opened(sample.save(tmp_path / "m")) as checkpoint:
+        assert isinstance(checkpoint, Dequantized)
+        weight, values = checkpoint.weights[sample.name], sample.values.flatten(0, -2).numpy()
+        assert weight.unit
+        written = {part: np.zeros(checkpoint.inner.tensors[part].nbytes, np.uint8) for part in weight.parts[:2]}
+        for row in range(0, len(values), weight.unit):
+            pieces, decoded = weight.encode(checkpoint.parts, row, values[row : row + weight.unit], how)
+            assert np.array_equal(decoded, values[row : row + weight.unit])
+            for piece in pieces:
+                for run, data in enumerate(piece.data):
+                    at = piece.start + run * piece.stride
+                    written[piece.part][at : at + len(data)] = data
+        for part, data in written.items():
+            wanted = sample.stored[part].reshape(-1).view(torch.uint8).numpy()
+            assert np.array_equal(data, wanted)
+
+
+def test_other_formats_are_not_written(tmp_path: Path) -> None:
+    for kind in ("int4_group", "nvfp4", "gptq", "awq", "nf4", "int8", "modelopt", "int8_w8a8"):
+        sample = SAMPLES[kind]()
+        with opened(sample.save(tmp_path / kind)) as checkpoint:
+            assert isinstance(checkpoint, Dequantized)
+            assert checkpoint.weights[sample.name].unit == 0

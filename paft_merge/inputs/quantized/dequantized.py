@@ -30,6 +30,7 @@ class Dequantized(Checkpoint):
         self.files, self.file, self.listing = inner.files, inner.file, inner.listing
         self.warnings = inner.warnings
         self._inner, self._weights = inner, {weight.name: weight for weight in weights}
+        self._hidden = frozenset(hidden)
         self._parts = Parts(inner)
         at = {weight.parts[0]: weight for weight in self._weights.values()}
         self.tensors = {}
@@ -46,6 +47,21 @@ class Dequantized(Checkpoint):
     def inner(self) -> Checkpoint:
         """The checkpoint as it is stored."""
         return self._inner
+
+    @property
+    def weights(self) -> Mapping[str, QuantizedWeight]:
+        """The quantised weights by name."""
+        return self._weights
+
+    @property
+    def parts(self) -> Parts:
+        """The stored tensors."""
+        return self._parts
+
+    @property
+    def hidden(self) -> frozenset[str]:
+        """Names of the stored tensors that do not appear: codes, scales, and scales of activations."""
+        return self._hidden
 
     def close(self) -> None:
         self._inner.close()

@@ -15,8 +15,10 @@ import numpy as np
 
 from paft_merge.errors import Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.rounding import E2M1, Rounding, draws, round_blocks
 from paft_merge.inputs.quantized.weights import (
     Parts,
+    Piece,
     QuantizedWeight,
     Settings,
     Values,
@@ -29,14 +31,12 @@ from paft_merge.inputs.safetensors_header import quote
 
 GROUP = 32
 """Entries that share an exponent."""
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @cache
 def fp4_pairs() -> Values:
     """The values of the two codes of a byte, `[256, 2]`; the low half is the first."""
-    magnitudes = np.array(_MAGNITUDES, np.float32)
-    return pair_values(np.concatenate([magnitudes, -magnitudes]))
+    return pair_values(E2M1.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,40 @@ class TransposedExperts(QuantizedWeight):
             line = out[row - first]
             np.take(table[:, row % 2], turned[(row - a * GROUP) // 2], out=line, mode="clip")
             line *= scales[row // GROUP - a]
+
+    @property
+    def unit(self) -> int:
+        return GROUP
+
+    def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
+        height, pieces, decoded = self.shape[1], list[Piece](), np.empty_like(values)
+        for expert in range(first // height, -(-(first + len(values)) // height)):
+            a, b = (min(max(row - expert * height, 0), height) for row in (first, first + len(values)))
+            row = expert * height + a - first
+            some = slice(row, row + b - a)
+            pieces += self._encode_expert(parts, expert, a, values[some], how, decoded[some])
+        return pieces, decoded
+
+    def _encode_expert(
+        self, parts: Parts, expert: int, first: int, values: Values, how: Rounding, decoded: Values
+    ) -> list[Piece]:
+        """Round rows of one expert, which are columns of its codes, and write the values of the codes into `decoded`."""
+        _, height, width = self.shape
+        a, count, groups = first // GROUP, len(values) // GROUP, height // GROUP
+        blocks = values.reshape(count, GROUP, width, 1)
+        held = parts.scales(self.scales, expert * width * groups, (expert + 1) * width * groups, exponents=True)
+        bits, scales = (one.reshape(width, groups)[:, a : a + count].T for one in (held.bits, held.values))
+        drawn = draws(how, (expert * height + first) * width, values.size)
+        chances = drawn if drawn is None else drawn.reshape(blocks.shape)
+        made = round_blocks(blocks, E2M1, held._replace(bits=bits, values=scales), how, chances)
+        decoded[:] = made.values.reshape(values.shape)
+        codes = made.codes.reshape(count, GROUP, width)
+        pairs = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+        turned = np.ascontiguousarray(pairs.transpose(2, 0, 1)).reshape(width, -1)
+        return [
+            Piece(self.blocks.name, (expert * width * groups + a) * GROUP // 2, turned, groups * GROUP // 2),
+            Piece(self.scales.name, expert * width * groups + a, np.ascontiguousarray(made.scales.T), groups),
+        ]
 
     @property
     def working_bytes(self) -> int:

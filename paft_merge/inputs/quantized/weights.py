@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from math import prod
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import CheckpointError, Problem
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
 from paft_merge.inputs.dtypes import widen
+from paft_merge.inputs.quantized.rounding import E2M1, FLOAT8_GRIDS, FloatGrid, Rounding, Scales, draws, round_blocks
 from paft_merge.inputs.safetensors_header import quote
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -94,14 +95,19 @@ class Parts:
         Raises:
             CheckpointError: NONFINITE, which names the tensor.
         """
+        return self.scales(info, first, stop, exponents=exponents).values
+
+    def scales(self, info: TensorInfo, first: int, stop: int, *, exponents: bool = False) -> Scales:
+        """Read the same as `values`, with the stored bits."""
         width = DTYPES[info.dtype].bits // 8
         held = self.bytes(info, first * width, np.empty((stop - first) * width, np.uint8))
-        if exponents or info.dtype == "F8_E8M0":
+        bits, exponents = held.view(f"u{width}"), exponents or info.dtype == "F8_E8M0"
+        if exponents:
             values = _powers()[held]
         elif info.dtype in FLOAT8:
             values = byte_values(info.dtype)[held]
         elif info.dtype in _INTEGERS:
-            return held.view(_INTEGERS[info.dtype]).astype(np.float32)
+            values = held.view(_INTEGERS[info.dtype]).astype(np.float32)
         else:
             values = np.empty(stop - first, np.float32)
             widen(held, info.dtype, values)
@@ -110,7 +116,7 @@ class Parts:
             what = f"scale {quote(info.name)} is {values[at]} at entry {first + at:,}, so its weight has no values"
             where = self.checkpoint.folder / info.file
             raise CheckpointError.of("NONFINITE", where, what, "download the file again")
-        return values
+        return Scales(bits, values, info.dtype, exponents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +150,44 @@ class QuantizedWeight:
         raise NotImplementedError
 
     @property
+    def unit(self) -> int:
+        """Rows of the weight, seen as `[rows, shape[-1]]`, that are written together; 0: the format is not written."""
+        return 0
+
+    def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
+        """Round rows to codes with scales.
+
+        Args:
+            parts: the stored tensors.
+            first: first row, a multiple of `unit`.
+            values: `[rows, shape[-1]]`, a multiple of `unit` rows, or all rows to the end.
+            how: which scales to use, and how codes are rounded.
+
+        Returns:
+            The stored bytes, and the values of these codes.
+        """
+        raise NotImplementedError
+
+    @property
     def working_bytes(self) -> int:
         """Bytes of memory for the codes and scales of a tile; subclasses that hold more add it."""
         return 3 * min(1 << 21, prod(self.shape))
+
+
+class Piece(NamedTuple):
+    """Bytes of a stored tensor.
+
+    Attributes:
+        part: the name of the tensor.
+        start: its first byte.
+        data: `[runs, bytes]`.
+        stride: bytes from one run to the next.
+    """
+
+    part: str
+    start: int
+    data: Bytes
+    stride: int
 
 
 class Blocks(Protocol):
@@ -326,6 +367,81 @@ class ScaledCodes(QuantizedWeight):
             if zeros is not None:
                 apply(np.subtract, out[some], zeros[some], size)
             apply(np.multiply, out[some], scales[some], size)
+
+    @property
+    def _grid(self) -> FloatGrid | None:
+        """The values of the codes; None: the format is not written."""
+        simple = self.zeros is None and self.groups is None and self.of_all is None and type(self) is ScaledCodes
+        if not simple or (self.scale.info.dtype not in (*FLOATS, "F8_E8M0") and not self.scale.exponents):
+            return None
+        if self.codes.dtype == "U8" and np.array_equal(self.table, pair_values(E2M1.values)):
+            return E2M1 if 2 * self.codes.nbytes == prod(self.shape) else None
+        return FLOAT8_GRIDS.get(self.codes.dtype)
+
+    @property
+    def _height(self) -> int:
+        """Rows of a block of the weight, seen as `[rows, shape[-1]]`."""
+        *outer, inner = self.scale.sizes[:-1]
+        return prod(outer) * inner
+
+    @property
+    def unit(self) -> int:
+        if self._grid is None:
+            return 0
+        panel, rows = self.shape[-2], prod(self.shape[:-1])
+        return self._height if panel in (rows, self._height) or panel % self._height == 0 else max(panel, self._height)
+
+    def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
+        assert self._grid is not None
+        rows, width = values.shape
+        panel, height = max(self.shape[-2], self._height), self._height
+        count, across = -(-panel // height), self.scale.counts[-1]
+        chances = draws(how, first * width, values.size)
+        whole = panel if panel % height else rows
+        codes, scales, decoded = list[Bytes](), list[NDArray[Any]](), list[Values]()
+        for row in range(0, rows, whole):
+            some = slice(row, row + whole)
+            at = (first + row) // panel * count + (first + row) % panel // height
+            drawn = None if chances is None else chances.reshape(values.shape)[some]
+            made = self._rounded(parts, at, values[some], self._grid, how, drawn)
+            codes.append(made[0])
+            scales.append(made[1])
+            decoded.append(made[2])
+        wide = np.concatenate(codes)
+        if self._grid is E2M1:
+            wide = wide[:, 0::2] | (wide[:, 1::2] << np.uint8(4))
+        bits = np.concatenate(scales).reshape(1, -1)
+        at = first // panel * count + first % panel // height
+        data = np.ascontiguousarray(wide).reshape(1, -1)
+        pieces = [
+            Piece(self.codes.name, first * wide.shape[1], data, data.size),
+            Piece(self.scale.info.name, at * across * bits.itemsize, bits.view(np.uint8), bits.nbytes),
+        ]
+        return pieces, np.concatenate(decoded)
+
+    def _rounded(
+        self, parts: Parts, at: int, values: Values, grid: FloatGrid, how: Rounding, chances: Values | None
+    ) -> tuple[Bytes, NDArray[Any], Values]:
+        """Codes `[rows, width]`, bits of scales and decoded values of rows in one panel, whose first blocks are in line `at` of the scales."""
+        (rows, width), (height, size), across = (
+            values.shape,
+            (self._height, self.scale.sizes[-1]),
+            self.scale.counts[-1],
+        )
+        lines = -(-rows // height)
+
+        def blocked(flat: Values) -> Values:
+            padded = np.zeros((lines * height, across * size), np.float32)
+            padded[:rows, :width] = flat
+            return padded.reshape(lines, height, across, size)
+
+        info = self.scale.info
+        kept = parts.scales(info, at * across, (at + lines) * across, exponents=self.scale.exponents)
+        stored = kept._replace(bits=kept.bits.reshape(lines, across), values=kept.values.reshape(lines, across))
+        made = round_blocks(blocked(values), grid, stored, how, None if chances is None else blocked(chances))
+        shape = lines * height, across * size
+        codes, decoded = made.codes.reshape(shape)[:rows, :width], made.values.reshape(shape)[:rows, :width]
+        return codes, made.scales.reshape(-1), decoded
 
     def _values(self, codes: Bytes, out: Values) -> None:
         """Write the values of the codes of some rows, without the codes that fill up a row."""

@@ -36,6 +36,7 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
         _sources(manifest),
         _use(manifest),
         _measured(manifest),
+        _codes(manifest),
         [f"![Sparsity of each source, layer by layer]({picture})", ""] if picture else [],
         _scores(scores),
         ["## Recipe", "", *_fenced((manifest.get("recipe_text") or _yaml(manifest)).strip()), ""],
@@ -137,6 +138,19 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
         "the method kept, and whose sign was elected."
     )
     return ["## Deltas", "", legend, "", *head, *body, "", *notes]
+
+
+def _codes(manifest: Mapping[str, Any]) -> list[str]:
+    """What rounding to codes lost (`quantization: keep`); nothing for other outputs."""
+    found = manifest.get("quantization")
+    if not found:
+        return []
+    text = (
+        f"The weights are quantised as those of the base. The merge changes {found['updated']:,} of their entries; "
+        f"{found['unmoved_share']:.1%} of these did not move, because codes are coarse. The relative error of the update "
+        f"(norm of the error over norm of the update) is {found['relative_error']:.3g}."
+    )
+    return ["## Quantisation", "", text, ""]
 
 
 def _weights(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,189 @@
+"""`quantization: keep`: merged weights are written as codes with scales, and other tensors are copied."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_state, save_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file
+from toys.quantized import CONFIG, Q, State, asked, coded, lora, mxfp4_experts
+
+from paft_merge import merge, open_plan
+from paft_merge.errors import PaftMergeError
+from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.quantized import dequantized
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
+    stored, values = coded(random_state(0, torch.bfloat16))
+    folder = tmp_path_factory.mktemp("kept") / "base"
+    return save_checkpoint(folder, stored, config={"quantization_config": CONFIG}), values
+
+
+@pytest.fixture(scope="module")
+def adapter(base: tuple[Path, State]) -> tuple[Path, State]:
+    return lora(base[0].parent / "adapter", base[1], 1)
+
+
+def stored_in(folder: Path) -> State:
+    found = load_file(folder / "model.safetensors")
+    return {name: tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor for name, tensor in found.items()}
+
+
+def values_in(folder: Path, name: str) -> torch.Tensor:
+    with dequantized(Checkpoint.open(folder)) as checkpoint:
+        return checkpoint.tensor(name)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "merge_manifest.json").read_text())
+    return found
+
+
+def test_merged_weights_are_codes_and_the_other_tensors_are_copied(
+    base: tuple[Path, State], adapter: tuple[Path, State], tmp_path: Path
+) -> None:
+    (folder, values), (source, deltas) = base, adapter
+    noted: list[str] = []
+    merge(
+        asked(folder, f"{folder}+{source}", quantization="keep"),
+        tmp_path / "out",
+        warn=lambda p: noted.extend(map(str, p)),
+    )
+    got, was = stored_in(tmp_path / "out"), stored_in(folder)
+    assert list(got) == list(was)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == CONFIG
+    touched = {name for weight in deltas for name in (weight, f"{weight}_scale_inv")}
+    assert {name for name in was if not torch.equal(got[name], was[name])} == touched
+    updated = unmoved = update = error = 0.0
+    for name, delta in deltas.items():
+        wanted, written = values[name] + 0.5 * delta, values_in(tmp_path / "out", name)
+        assert (written - wanted).norm() < 0.05 * (0.5 * delta).norm()
+        moves = wanted != values[name]
+        updated, unmoved = updated + moves.sum().item(), unmoved + (moves & (written == values[name])).sum().item()
+        update += (wanted - values[name]).square().sum().item()
+        error += (written - wanted).square().sum().item()
+    found = record(tmp_path / "out")["quantization"]
+    assert (found["updated"], found["unmoved"]) == (updated, unmoved)
+    assert found["relative_error"] == pytest.approx((error / update) ** 0.5, rel=1e-4)
+    assert f"{unmoved / updated:.1%} of these did not move" in (tmp_path / "out" / "README.md").read_text()
+    assert any(f"{unmoved / updated:.1%} of the entries" in text for text in noted)
+
+
+def test_workers_a_resumed_merge_and_a_reproduction_write_the_same_codes(
+    base: tuple[Path, State], adapter: tuple[Path, State], tmp_path: Path
+) -> None:
+    (folder, _), (source, _) = base, adapter
+    recipe = asked(folder, f"{folder}+{source}", quantization="keep", rounding="stochastic")
+    small = {"out_shard_bytes": 1200}
+    merge(recipe, tmp_path / "whole", threads=1, **small)
+    merge(recipe, tmp_path / "shared", worker="1/2", **small)
+    merge(recipe, tmp_path / "shared", worker="0/2", **small)
+
+    def stop(done: Any) -> None:
+        if done.tensors == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, tmp_path / "again", progress=stop, **small)
+    merge(recipe, tmp_path / "again", resume=True, threads=2, **small)
+    files = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert len(files) > 2
+    for name in files:
+        assert len({(tmp_path / out / name).read_bytes() for out in ("whole", "shared", "again")}) == 1
+    losses = [record(tmp_path / out)["quantization"] for out in ("whole", "shared", "again")]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_kept_scales_are_the_bytes_of_the_base(
+    base: tuple[Path, State], adapter: tuple[Path, State], tmp_path: Path
+) -> None:
+    (folder, _), (source, deltas) = base, adapter
+    merge(asked(folder, f"{folder}+{source}", quantization="keep", scales="keep"), tmp_path / "out")
+    got, was = stored_in(tmp_path / "out"), stored_in(folder)
+    assert {name for name in was if not torch.equal(got[name], was[name])} == set(deltas)
+
+
+def gpt_oss_like() -> tuple[State, State, dict[str, Any]]:
+    """Experts as gpt-oss has them, beside a plain layer."""
+    made, name = torch.Generator().manual_seed(1), "model.layers.0.mlp.experts"
+    plain = {"model.norm.weight": torch.ones(8), f"{Q}.weight": torch.randn(8, 8, generator=made).bfloat16()}
+    experts = {f"{name}.gate_up_proj": torch.zeros(2, 64, 6), f"{name}.down_proj": torch.zeros(2, 96, 8)}
+    return mxfp4_experts({**plain, **experts})
+
+
+def test_mxfp4_experts_are_written_and_plain_layers_leave_their_bytes(tmp_path: Path) -> None:
+    stored, values, config = gpt_oss_like()
+    folder = save_checkpoint(tmp_path / "base", stored, config={"quantization_config": config})
+    plain, up = f"{Q}.weight", "model.layers.0.mlp.experts.gate_up_proj"
+    again = dict(stored)
+    again[f"{up}_blocks"] = stored[f"{up}_blocks"].flip(0)
+    again[plain] = (values[plain] + 1).to(values[plain].dtype)
+    tuned = save_checkpoint(tmp_path / "tuned", again, config={"quantization_config": config})
+    merge(asked(folder, tuned, quantization="keep"), tmp_path / "out")
+    got, was = stored_in(tmp_path / "out"), stored_in(folder)
+    assert got.keys() == was.keys()
+    down = "model.layers.0.mlp.experts.down_proj"
+    assert all(torch.equal(got[f"{down}_{part}"], was[f"{down}_{part}"]) for part in ("blocks", "scales"))
+    assert torch.equal(
+        got[plain], (values[plain].float() + 0.5 * (again[plain].float() - values[plain].float())).bfloat16()
+    )
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    written = convert_moe_packed_tensors(got[f"{up}_blocks"], got[f"{up}_scales"], dtype=torch.float32)
+    wanted = (values_in(folder, up) + values_in(tmp_path / "tuned", up)) / 2
+    assert torch.equal(written, values_in(tmp_path / "out", up))
+    assert (written - wanted).norm() < 0.15 * wanted.norm()
+
+
+def test_what_cannot_be_written_as_codes_is_refused_by_name(
+    base: tuple[Path, State], adapter: tuple[Path, State], tmp_path: Path
+) -> None:
+    plain, tuned = (save_checkpoint(tmp_path / str(seed), random_state(seed)) for seed in (0, 1))
+    with (
+        pytest.raises(PaftMergeError, match="keep needs a quantised model"),
+        open_plan(asked(plain, tuned, quantization="keep")),
+    ):
+        pass
+    (folder, _), (source, _) = base, adapter
+    with pytest.raises(PaftMergeError, match="cannot hold NaN"):
+        merge(asked(folder, f"{folder}+{source}", quantization="keep"), tmp_path / "out", allow_nonfinite=True)
+    for more, said in (
+        ({"scales": "keep"}, "scales is a key of quantization: keep"),
+        ({"quantization": "keep", "output": {"kind": "adapter"}}, "the output is of kind adapter"),
+        ({"quantization": "keep", "arithmetic": "mergekit", "dtype": "bfloat16"}, "writes plain weights"),
+    ):
+        with pytest.raises(PaftMergeError, match=said), open_plan(asked(folder, f"{folder}+{source}", **more)):
+            pass
+
+
+def test_a_format_that_is_not_written_keeps_its_bytes_or_is_refused(tmp_path: Path) -> None:
+    """Packed INT4: a merge of the plain layers copies codes, scales and shapes; one of a quantised weight is refused."""
+    golden = Path(__file__).parents[1] / "golden" / "quantized" / "int4_group.safetensors"
+    with safe_open(golden, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    codes, name = load_file(golden), f"{Q}.weight"
+    del codes["values"]
+    weight = next(part for part in codes if part.endswith("weight_packed"))
+    changed = {**codes, weight: codes[weight].flip(0)}
+    base, other = (
+        save_checkpoint(
+            tmp_path / str(at), {**held, name: torch.full((4, 4), float(at))}, config={"quantization_config": config}
+        )
+        for at, held in enumerate((codes, changed))
+    )
+    (base / "quant_config.json").write_text("{}")
+    with pytest.raises(PaftMergeError, match=r"in INT4.*the formats that are written are FP8 and MXFP4"):
+        merge(asked(base, other, quantization="keep"), tmp_path / "out")
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(base)}], "quantization": "keep"}
+    merge(recipe, tmp_path / "out")
+    got = stored_in(tmp_path / "out")
+    assert all(torch.equal(got[part], tensor) for part, tensor in stored_in(base).items())
+    assert got.keys() == stored_in(base).keys()
+    assert (tmp_path / "out" / "quant_config.json").exists()
