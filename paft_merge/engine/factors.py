@@ -170,8 +170,10 @@ def _sum_of_products(delta: PlannedTensor, rule: Any) -> Pair | None:
         return None
     pairs = [inputs.factors(i) for i, _ in added]
     known = [pair for pair in pairs if pair is not None]
-    if len(known) < len(pairs) or not known:
+    if len(known) < len(pairs):
         return None
+    if not known:
+        return np.zeros((delta.shape[0], 0), np.float32), np.zeros((0, delta.numel // delta.shape[0]), np.float32)
     if not all(np.isfinite(factor).all() for pair in known for factor in pair):
         raise not_finite(delta.name)
     return stacked(known, [weight for _, weight in added])

@@ -19,7 +19,16 @@ from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.safetensors_header import join_first, truncate
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.output.shards import plan_shards
-from paft_merge.plan.merged_deltas import is_sum_of_products, is_zero, merged_delta, rank_of, scales_base, summands
+from paft_merge.plan.expert_modules import beside, is_expert
+from paft_merge.plan.merged_deltas import (
+    is_sum_of_products,
+    is_zero,
+    merged_delta,
+    rank_of,
+    scales_base,
+    summands,
+    zero_delta,
+)
 from paft_merge.plan.planned import Factor, MergePlan, PlannedTensor
 from paft_merge.plan.side_files import SideFiles
 from paft_merge.recipe import ModelRef, Recipe
@@ -110,6 +119,8 @@ def check_recipe(plan: MergePlan, problems: Problems) -> None:
 def module_of(tensor: PlannedTensor, architecture: Lazy[Architecture | None]) -> tuple[str, LayerKind]:
     """Return the module of a tensor as PEFT names it, and its kind; the kind is empty if PEFT cannot adapt it."""
     name = tensor.name
+    if is_expert(name) and len(tensor.shape) == 2:
+        return name.removesuffix(".weight"), "expert"
     named = [read.delta for read in tensor.inputs.sources if read.delta and read.delta.module]
     module = next((d.module for d in named if f"{d.module}.weight" == name), named[0].module if named else "")
     layer: LayerKind = next((d.layer for d in named if d.layer), "")
@@ -166,6 +177,7 @@ class _Planner:
                 unfit.setdefault(why, []).append(tensor.name)
             else:
                 found.append(_Delta(*merged, module, layer))
+        found += self._zeros_beside(found)
         selection.check(modules, self.spot, self.problems)
         for why, names in unfit.items():
             if self.output.unfit == "leave_out":
@@ -176,6 +188,12 @@ class _Planner:
             self._check_space(found, saved)
         adapted = {delta.module for delta in found}
         return found, [replace(one, name=f"{_PREFIX}{self._saved_name(one.name, adapted)}") for one in saved]
+
+    def _zeros_beside(self, found: Sequence[_Delta]) -> list[_Delta]:
+        """Deltas of zero for the experts that need factors because of others."""
+        tensors = {tensor.name: tensor for tensor in self.plan.tensors if len(tensor.shape) == 2}
+        needed = (tensors[name] for name in beside({delta.tensor.name for delta in found}, tensors))
+        return [_Delta(*zero_delta(self.plan, one), *module_of(one, self.architecture)) for one in needed]
 
     def _saved_name(self, name: str, adapted: Collection[str]) -> str:
         """The name of a whole tensor in the model that PEFT trains."""
@@ -276,8 +294,9 @@ def _planned(
     plan: MergePlan, deltas: Sequence[_Delta], saved: Sequence[PlannedTensor], ranks: Mapping[str, int]
 ) -> MergePlan:
     uniform = max(1, *ranks.values())
-    if plan.recipe.output.portable:
-        ranks = dict.fromkeys(ranks, uniform)
+    # The ranks of experts are equal, because PEFT stacks their factors.
+    one_rank = [d.tensor.name for d in deltas if plan.recipe.output.portable or d.layer == "expert"]
+    ranks = {**ranks, **dict.fromkeys(one_rank, uniform)}
     dtype = _dtype(plan, deltas, ranks)
     in_space = plan.recipe.space != "weight"
     tensors = [one for delta in deltas for one in _factors(delta, max(1, ranks[delta.tensor.name]), dtype, in_space)]
