@@ -16,6 +16,7 @@ from toys.adapters import (
     Convolutions,
     error,
     gpt2,
+    gpt_oss,
     llama,
     merged_by_peft,
     mixtral,
@@ -72,6 +73,8 @@ CASES = {
     "PiSSA": Case(llama, {**WIDE, "init_lora_weights": "pissa"}, output={"rank": 16}),
     "experts of Mixtral": Case(mixtral, EXPERTS, {"target_parameters": ["mlp.experts.down_proj"]}),
     "experts of Qwen3-MoE": Case(qwen3_moe, EXPERTS, output={"rank": 16}, exact=False, merged={"merge_method": "ties", "parameters": {"density": 0.4}}),
+    "experts of GPT-OSS": Case(gpt_oss, EXPERTS, portable=False),
+    "experts of GPT-OSS, ties": Case(gpt_oss, {**EXPERTS, "target_parameters": EXPERTS["target_parameters"][:1]}, output={"rank": 16}, portable=False, exact=False, merged={"merge_method": "ties", "parameters": {"density": 0.4}}),
     "ties": Case(llama, WIDE, output={"rank": 16}, exact=False, merged={"merge_method": "ties", "parameters": {"density": 0.4}}),
 }  # fmt: skip
 
