@@ -115,9 +115,9 @@ def rank_curve(recipe: Mapping[str, Any], max_rank: int, options: MergeOptions |
             made = Factorization(plan.recipe, blocks, CpuOps(), factors)
 
             def measured(tensor: PlannedTensor) -> tuple[str, Spectrum]:
-                low, shape = made.factors_of(tensor).low, tensor.merged.shape
+                low = made.factors_of(tensor).low
                 assert tensor.factor is not None
-                sides = shape[0] + math.prod(shape[1:])
+                sides = tensor.factor.experts * sum(tensor.factor.matrix)
                 return tensor.factor.module, Spectrum(low.norm, low.singular[:max_rank].copy(), sides)
 
             found = dict(tensors.map(measured, factors))

@@ -25,11 +25,11 @@ from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.engine.spaces import Coordinates
 from paft_merge.engine.streamed_deltas import StreamedDelta, not_finite
 from paft_merge.errors import MergeError
-from paft_merge.inputs.adapters.deltas import Lazy
+from paft_merge.inputs.adapters.deltas import FUSED, Lazy
 from paft_merge.inputs.dtypes import cast, widen
 from paft_merge.inputs.tensor_inputs import RAW
-from paft_merge.lowrank.factors import Array, LowRank, Pair, balanced, stacked, truncate
-from paft_merge.lowrank.range_finder import approximate
+from paft_merge.lowrank.factors import Array, LowRank, Pair, balanced, padded, stacked, truncate
+from paft_merge.lowrank.range_finder import T, approximate
 from paft_merge.methods.rules.measured_weights import MeasuredWeights
 from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.output.folder import Finished
@@ -54,7 +54,7 @@ class MergedFactors(NamedTuple):
 
     def noted(self) -> dict[str, Any]:
         """The entry of the journal: kept rank, norm of the delta, and norm of the difference."""
-        return {"rank": self.low.left.shape[1], "norm": self.low.norm, "error": self.low.error}
+        return {"rank": self.low.left.shape[-1], "norm": self.low.norm, "error": self.low.error}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Factorization:
     def rank_needed(self, tensor: PlannedTensor) -> int:
         """The rank that keeps the recipe's `energy` of the delta of a tensor; at least 1."""
         made = self.factors_of(tensor, energy=self.recipe.output.energy)
-        return max(1, int(made.low.left.shape[1]))
+        return max(1, int(made.low.left.shape[-1]))
 
     def factors_of(self, tensor: PlannedTensor, *, energy: float | None = None) -> MergedFactors:
         """Compute the factors of the delta that a tensor of the adapter is made from; at most of the tensor's rank.
@@ -112,14 +112,23 @@ class Factorization:
                 coordinates = Coordinates.of(tensor, self.recipe)
                 low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
                 return MergedFactors(low, Tally.empty(0), (), weights)
-            if (pair := _sum_of_products(delta, rule)) is not None:
-                return MergedFactors(_within(pair, rank, energy, store), Tally.empty(0), (), weights)
+            if (pairs := _sums_of_products(tensor, rule)) is not None:
+                low = _joined(tensor, [_within(pair, rank, energy, store) for pair in pairs])
+                return MergedFactors(low, Tally.empty(0), (), weights)
             rows = StreamedDelta.of(MergedDelta(delta, tensor.factor.subtracted), rule, self.pool, self.ops)
             limits: dict[str, Any] = (
                 {"rank": rank} if energy is None else {"rank": None, "energy": energy, "max_rank": rank}
             )
             seed = stream_key(self.recipe.seed, "", delta.name, "sketch")
-            low = approximate(rows, **limits, seed=seed, store=store)
+            if tensor.factor.layer in FUSED:
+
+                def of_experts(first: int, chunk: Array) -> list[LowRank]:
+                    matrices = enumerate(chunk.reshape(-1, *tensor.merged.shape[1:]), first)
+                    return [approximate(_Held(one), **limits, seed=seed + at, store=store) for at, one in matrices]
+
+                low = _joined(tensor, [one for part in rows.each(of_experts) for one in part])
+            else:
+                low = approximate(rows, **limits, seed=seed, store=store)
             return MergedFactors(low, rows.tally, delta.inputs.active if delta.inputs.deltas else (), weights)
         finally:
             delta.release()
@@ -128,18 +137,62 @@ class Factorization:
 def rank_of(tensor: PlannedTensor) -> int:
     """The rank of the factors that a tensor of the adapter belongs to."""
     assert tensor.factor is not None
-    return tensor.shape[0 if tensor.factor.part == "A" else 1]
+    return tensor.shape[0 if tensor.factor.part == "A" else 1] // tensor.factor.experts
+
+
+class _Held(NamedTuple):
+    """A matrix in memory: `lowrank.range_finder.Rows`."""
+
+    values: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.values.shape
+        return rows, columns
+
+    def each(self, work: Callable[[int, Array], T]) -> list[T]:
+        return [work(0, self.values)]
+
+
+def _joined(tensor: PlannedTensor, lows: Sequence[LowRank]) -> LowRank:
+    """The factors of one delta from those of its matrices: of experts B `[E, O, K]` and A `[E, K, I]`.
+
+    `singular` then has, for each i, the root of the sum of the squares of the experts' singular values i.
+    """
+    assert tensor.factor is not None
+    if tensor.factor.layer not in FUSED:
+        return lows[0]
+    rank, known = (max(sizes) for sizes in zip(*((one.left.shape[1], len(one.singular)) for one in lows), strict=True))
+    pairs = [padded((one.left, one.right), rank) for one in lows]
+    singular = np.linalg.norm([np.pad(one.singular, (0, known - len(one.singular))) for one in lows], axis=0)
+    error, norm = (
+        math.sqrt(math.fsum(value**2 for value in values))
+        for values in ([one.error for one in lows], [one.norm for one in lows])
+    )
+    return LowRank(np.stack([b for b, _ in pairs]), np.stack([a for _, a in pairs]), error, norm, singular)
 
 
 def as_peft(tensor: PlannedTensor, low: LowRank) -> Array:
     """One factor as PEFT stores it, padded with zeros to the shape of the adapter's tensor."""
     assert tensor.factor is not None
-    pair = (low.right, low.left) if tensor.factor.layer not in TRANSPOSED else (low.left.T, low.right.T)
+    turned = tensor.factor.layer in TRANSPOSED
+    pair = (low.left.swapaxes(-1, -2), low.right.swapaxes(-1, -2)) if turned else (low.right, low.left)
     made = pair[0] if tensor.factor.part == "A" else pair[1]
+    if made.ndim == 3:
+        return _packed(made, tensor)
     rows, columns = tensor.shape[0], int(np.prod(tensor.shape[1:]))
     out = np.zeros((rows, columns), np.float32)
     out[: made.shape[0], : made.shape[1]] = made
     return out.reshape(tensor.shape)
+
+
+def _packed(made: Array, tensor: PlannedTensor) -> Array:
+    """The factors A `[E, K, in]` or B `[E, out, K]` of experts in PEFT's order, padded to the rank R of the tensor."""
+    assert tensor.factor is not None
+    more = rank_of(tensor) - made.shape[1 if tensor.factor.part == "A" else 2]
+    if tensor.factor.part == "A":
+        return np.pad(made, ((0, 0), (0, more), (0, 0))).reshape(tensor.shape)
+    return np.pad(made, ((0, 0), (0, 0), (0, more))).transpose(1, 2, 0).reshape(tensor.shape)
 
 
 def to_stored(values: Array, dtype: str, key: int = 0, index: int = 0) -> Any:
@@ -162,19 +215,23 @@ def rounded(values: Array, dtype: str) -> Array:
     return out.reshape(values.shape)
 
 
-def _sum_of_products(delta: PlannedTensor, rule: Any) -> Pair | None:
-    """A merged delta as one product, if the method adds up low-rank products; else None."""
+def _sums_of_products(tensor: PlannedTensor, rule: Any) -> list[Pair] | None:
+    """Each matrix of a merged delta as one product, if the method adds up low-rank products; else None."""
+    assert tensor.factor is not None
+    delta, count, (outer, inner) = tensor.merged, tensor.factor.experts, tensor.factor.matrix
     inputs = delta.inputs
     added = summands(inputs, rule) if inputs.without_base else None
     if added is None:
         return None
-    pairs = [inputs.factors(i) for i, _ in added]
-    known = [pair for pair in pairs if pair is not None]
-    if len(known) < len(pairs) or not known:
+    found = [inputs.all_factors(i) for i, _ in added]
+    known = [pairs for pairs in found if pairs is not None and len(pairs) == count]
+    if len(known) < len(found):
         return None
-    if not all(np.isfinite(factor).all() for pair in known for factor in pair):
+    if not known:
+        return [(np.zeros((outer, 0), np.float32), np.zeros((0, inner), np.float32))] * count
+    if not all(np.isfinite(factor).all() for pairs in known for pair in pairs for factor in pair):
         raise not_finite(delta.name)
-    return stacked(known, [weight for _, weight in added])
+    return [stacked(pairs, [weight for _, weight in added]) for pairs in zip(*known, strict=True)]
 
 
 def _within(pair: Pair, rank: int, energy: float | None, store: Callable[[Array], Array]) -> LowRank:
@@ -222,22 +279,26 @@ def predicted_loss(plan: MergePlan) -> Loss | None:
 
     With `rank: auto`, the rank that these modules need is found first.
     """
-    output, found = plan.recipe.output, dict[str, tuple[PlannedTensor, Pair]]()
+    output, found = plan.recipe.output, dict[str, tuple[PlannedTensor, list[Pair]]]()
     for tensor in plan.tensors:
         rule = tensor.merged.rule
         known = rule.wants != "whole" and not rule.weighs
         if tensor.factor and tensor.factor.part == "B" and known:
-            pair = _sum_of_products(tensor.merged, rule)
+            pairs = _sums_of_products(tensor, rule)
             tensor.release()
-            if pair is not None:
-                found[tensor.factor.module] = tensor, pair
+            if pairs is not None:
+                found[tensor.factor.module] = tensor, pairs
     ranks = {module: rank_of(tensor) for module, (tensor, _) in found.items()}
     if output.rank == "auto":
-        ranks = {m: len(truncate(*pair, ranks[m], output.energy).right) for m, (_, pair) in found.items()}
+        ranks = {
+            m: max(len(truncate(*pair, ranks[m], output.energy).right) for pair in pairs)
+            for m, (_, pairs) in found.items()
+        }
         ranks = dict.fromkeys(ranks, max(ranks.values(), default=1)) if output.portable else ranks
     noted = {}
-    for module, (tensor, pair) in found.items():
-        low = _within(pair, max(1, ranks[module]), None, partial(rounded, dtype=tensor.dtype))
+    for module, (tensor, pairs) in found.items():
+        store = partial(rounded, dtype=tensor.dtype)
+        low = _joined(tensor, [_within(pair, max(1, ranks[module]), None, store) for pair in pairs])
         noted[module] = MergedFactors(low, Tally.empty(0)).noted()
     return _summed(noted) if noted else None
 

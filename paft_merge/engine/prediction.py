@@ -305,10 +305,10 @@ def _factor(tensor: PlannedTensor, factor: Factor, stored: Mapping[str, float]) 
     own = Work(written=tensor.nbytes, loops=_WRITE * tensor.nbytes, fixed=_TENSOR)
     if factor.part == "A":
         return own
-    delta, rank = factor.delta, tensor.shape[1]
+    delta, rank = factor.delta, tensor.shape[1] // factor.experts
     if is_sum_of_products(delta):
         ranks = sum(read.delta.rank for read in delta.inputs.sources if read.delta)
-        sizes = delta.shape[0] + delta.numel // delta.shape[0]
+        sizes = factor.experts * sum(factor.matrix)
         return Work.total(
             [own, Work(_walk_factors(delta, stored), _walk_factors(delta, stored), products=4.0 * sizes * ranks**2)]
         )

@@ -326,11 +326,16 @@ class Inputs:
 
         None if the delta is not one low-rank product, belongs to a bias, or has rank 0 (a head that is only untied).
         """
+        pairs = self.all_factors(source)
+        return pairs[0] if pairs is not None and len(pairs) == 1 else None
+
+    def all_factors(self, source: int) -> list[tuple[Any, Any]] | None:
+        """Return `factors` for each matrix of a source's delta: several if it is of experts in one tensor."""
         base, read = self.base, self.sources[source]
         if base is None or base.delta or read.delta is None or not read.same_weight(base) or read.delta.kind == "bias":
             return None
         pairs = read.delta.factors()
-        return pairs[0] if pairs is not None and len(pairs) == 1 and pairs[0][0].shape[1] else None
+        return pairs if pairs is not None and pairs[0][0].shape[1] else None
 
     def whole(self, *, baked: bool) -> tuple[Tensor | None, list[Tensor]]:
         """Read the base, if any, and every source as whole tensors (see `Read.tensor`)."""

@@ -1,7 +1,8 @@
 """The plan of an adapter (`output: {kind: adapter}`): two factors of every merged delta in place of the merged tensor.
 
 Shapes: a delta is `[O, I]` as the base stores it, with the kernel of a convolution in I. PEFT stores lora_A `[r, in]` and
-lora_B `[out, r]`; in and out are O and I for an embedding and for HF's `Conv1D`.
+lora_B `[out, r]`; in and out are O and I for an embedding and for HF's `Conv1D`. The delta of E experts in one tensor is
+`[E, O, I]`, with lora_A `[E r, in]`, expert by expert, and lora_B `[out, r E]`, the expert varying fastest.
 """
 
 from __future__ import annotations
@@ -12,22 +13,31 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from paft_merge.errors import Problem, Problems, RecipeError
-from paft_merge.inputs.adapters.deltas import LayerKind, Lazy
+from paft_merge.inputs.adapters.deltas import FUSED, LayerKind, Lazy
 from paft_merge.inputs.adapters.selection import Selection
 from paft_merge.inputs.architecture import Architecture
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.safetensors_header import join_first, truncate
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.output.shards import plan_shards
-from paft_merge.plan.merged_deltas import is_sum_of_products, is_zero, merged_delta, rank_of, scales_base, summands
-from paft_merge.plan.planned import Factor, MergePlan, PlannedTensor
+from paft_merge.plan.expert_modules import beside, is_expert
+from paft_merge.plan.merged_deltas import (
+    is_sum_of_products,
+    is_zero,
+    merged_delta,
+    rank_of,
+    scales_base,
+    summands,
+    zero_delta,
+)
+from paft_merge.plan.planned import Factor, MergePlan, PlannedTensor, matrix_of
 from paft_merge.plan.side_files import SideFiles
 from paft_merge.recipe import ModelRef, Recipe
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _PREFIX = "base_model.model."
-TRANSPOSED = ("conv1d", "embedding")
+TRANSPOSED = ("conv1d", "embedding", "transposed_experts")
 """Layers whose stored weight is the transpose of B A."""
 
 _CLASSES: Mapping[str, LayerKind] = {"Linear": "linear", "Conv1D": "conv1d", "Embedding": "embedding"}
@@ -39,7 +49,10 @@ class _Delta(NamedTuple):
     tensor: PlannedTensor
     subtracted: Read | None
     module: str
+    """As in `Factor`."""
     layer: LayerKind
+    wrapper: str = ""
+    """The name before `lora_A`, if it is not `module`: PEFT wraps a module with experts once for each of its adapted parameters."""
 
 
 def adapter_of(plan: MergePlan) -> MergePlan:
@@ -72,7 +85,7 @@ def with_ranks(plan: MergePlan, ranks: Mapping[str, int]) -> MergePlan:
         ranks: by the name of the delta.
     """
     factors = [tensor.factor for tensor in plan.tensors if tensor.factor and tensor.factor.part == "A"]
-    deltas = [_Delta(factor.delta, factor.subtracted, factor.module, factor.layer) for factor in factors]
+    deltas = [_Delta(f.delta, f.subtracted, f.module, f.layer, f.wrapper) for f in factors]
     return _planned(plan, deltas, [tensor for tensor in plan.tensors if not tensor.factor], ranks)
 
 
@@ -110,16 +123,21 @@ def check_recipe(plan: MergePlan, problems: Problems) -> None:
 def module_of(tensor: PlannedTensor, architecture: Lazy[Architecture | None]) -> tuple[str, LayerKind]:
     """Return the module of a tensor as PEFT names it, and its kind; the kind is empty if PEFT cannot adapt it."""
     name = tensor.name
+    if is_expert(name) and len(tensor.shape) == 2:
+        return name.removesuffix(".weight"), "expert"
     named = [read.delta for read in tensor.inputs.sources if read.delta and read.delta.module]
     module = next((d.module for d in named if f"{d.module}.weight" == name), named[0].module if named else "")
     layer: LayerKind = next((d.layer for d in named if d.layer), "")
     if module and layer:
         return module, layer
-    if any(read.delta and read.delta.kind == "experts" for read in tensor.inputs.sources):
-        return name, "experts"
+    known = architecture.get() if len(tensor.shape) > 1 else None
+    if known is not None and len(tensor.shape) == 3 and (parameter := known.name_of(name)):
+        path = parameter.rpartition(".")[0]
+        declared = known.parameters_of(path)
+        if declared and type(known.module(path)).__name__ != "Conv1d":
+            return parameter, "transposed_experts" if declared[1] else "experts"
     if not name.endswith(".weight") and not module:
         return name, ""
-    known = architecture.get() if len(tensor.shape) > 1 else None
     if known is None:
         layer = "embedding" if "embed" in name else "linear"
         layer = "convolution" if len(tensor.shape) > 3 else "" if len(tensor.shape) == 3 else layer
@@ -166,6 +184,7 @@ class _Planner:
                 unfit.setdefault(why, []).append(tensor.name)
             else:
                 found.append(_Delta(*merged, module, layer))
+        found = [self._wrapped(delta, found) for delta in [*found, *self._zeros_beside(found)]]
         selection.check(modules, self.spot, self.problems)
         for why, names in unfit.items():
             if self.output.unfit == "leave_out":
@@ -176,6 +195,23 @@ class _Planner:
             self._check_space(found, saved)
         adapted = {delta.module for delta in found}
         return found, [replace(one, name=f"{_PREFIX}{self._saved_name(one.name, adapted)}") for one in saved]
+
+    def _zeros_beside(self, found: Sequence[_Delta]) -> list[_Delta]:
+        """Deltas of zero for the experts that need factors because of others."""
+        tensors = {tensor.name: tensor for tensor in self.plan.tensors if len(tensor.shape) == 2}
+        needed = (tensors[name] for name in beside({delta.tensor.name for delta in found}, tensors))
+        return [_Delta(*zero_delta(self.plan, one), *module_of(one, self.architecture)) for one in needed]
+
+    def _wrapped(self, delta: _Delta, found: Sequence[_Delta]) -> _Delta:
+        """A delta with the name of the wrapper that PEFT has for it: the parameter that its module declares first is innermost."""
+        architecture = self.architecture.get() if delta.layer in FUSED else None
+        path, _, parameter = delta.module.rpartition(".")
+        declared = architecture.parameters_of(path) if architecture else None
+        if declared is None:
+            return delta
+        adapted = {one.module for one in found}
+        outside = declared[0][declared[0].index(parameter) + 1 :]
+        return delta._replace(wrapper=path + ".base_layer" * sum(f"{path}.{name}" in adapted for name in outside))
 
     def _saved_name(self, name: str, adapted: Collection[str]) -> str:
         """The name of a whole tensor in the model that PEFT trains."""
@@ -191,6 +227,10 @@ class _Planner:
         dense = dict[str, list[str]]()
         for delta in deltas:
             inputs = delta.tensor.inputs
+            if delta.layer in FUSED:
+                what = f"{delta.tensor.name} holds a matrix of each expert, and space: {self.recipe.space} is one of single matrices"
+                self._refuse(what, "write space: weight")
+                continue
             if not inputs.deltas or delta.tensor.rule.wants == "whole":
                 what = f"{delta.tensor.method} merges values, and space: {self.recipe.space} is one of deltas"
                 self._refuse(what, "write space: weight, or a method that merges deltas, such as ties")
@@ -205,7 +245,7 @@ class _Planner:
 
     def rank(self, delta: _Delta) -> int:
         """The rank of the factors; with `rank: auto`, the largest that is possible."""
-        most = min(*_matrix(delta.tensor), self.output.max_rank or delta.tensor.numel)
+        most = min(*matrix_of(delta.tensor.shape, delta.layer), self.output.max_rank or delta.tensor.numel)
         asked = self.output.rank or "sum"
         if isinstance(asked, int):
             return asked
@@ -232,8 +272,10 @@ class _Planner:
             return "it is tied to another tensor of the base"
         if len(tensor.shape) < 2:
             return _VECTOR
-        if layer == "experts":
-            return "adapters of fused experts are read, and not written"
+        if layer in FUSED and self.output.portable:
+            return _FUSED
+        if layer == "transposed_experts" and tensor.shape[0] == 1:
+            return "it is a single expert stored [in, out], which PEFT does not merge correctly"
         if layer == "embedding" and self._feeds_head(tensor.name):
             return "the output head is tied to it, and an adapter would change the embedding alone"
         if layer == "embedding" and not any(read.delta and read.delta.layer for read in tensor.inputs.sources):
@@ -259,7 +301,12 @@ _VECTOR = "it is a bias or a norm, which LoRA does not change"
 _EMBEDDING = "it is an embedding that changes as a whole"
 
 
+_FUSED = "LoRA on experts in one tensor is not read by every server"
+
+
 def _way_out(why: str) -> str:
+    if why == _FUSED:
+        return "write portable: false in output, and then paft convert --to vllm, or leave these modules out of the sources"
     if "multiplies the base" in why:
         return "write merge_method: task_arithmetic, or weights that add up to 1"
     if "not read by every server" in why or why in (_VECTOR, _EMBEDDING):
@@ -267,17 +314,13 @@ def _way_out(why: str) -> str:
     return "write kind: checkpoint, or leave these tensors out of the sources"
 
 
-def _matrix(tensor: PlannedTensor) -> tuple[int, int]:
-    """`O, I` of a delta."""
-    return tensor.shape[0], math.prod(tensor.shape[1:])
-
-
 def _planned(
     plan: MergePlan, deltas: Sequence[_Delta], saved: Sequence[PlannedTensor], ranks: Mapping[str, int]
 ) -> MergePlan:
     uniform = max(1, *ranks.values())
-    if plan.recipe.output.portable:
-        ranks = dict.fromkeys(ranks, uniform)
+    # The ranks of experts are equal, because PEFT stacks their factors.
+    one_rank = [d.tensor.name for d in deltas if plan.recipe.output.portable or d.layer == "expert"]
+    ranks = {**ranks, **dict.fromkeys(one_rank, uniform)}
     dtype = _dtype(plan, deltas, ranks)
     in_space = plan.recipe.space != "weight"
     tensors = [one for delta in deltas for one in _factors(delta, max(1, ranks[delta.tensor.name]), dtype, in_space)]
@@ -292,21 +335,22 @@ def _planned(
 
 def _factors(delta: _Delta, rank: int, dtype: str, in_space: bool) -> list[PlannedTensor]:
     """Both factors of a delta, as PEFT stores them."""
-    outer, inner = _matrix(delta.tensor)
+    outer, inner = matrix_of(delta.tensor.shape, delta.layer)
     kernel = delta.tensor.shape[2:]
-    shapes: dict[str, tuple[int, ...]] = {"A": (rank, inner), "B": (outer, rank)}
+    rows = rank * delta.tensor.shape[0] if delta.layer in FUSED else rank
+    shapes: dict[str, tuple[int, ...]] = {"A": (rows, inner), "B": (outer, rows)}
     if delta.layer in TRANSPOSED:
-        shapes = {"A": (rank, outer), "B": (inner, rank)}
-    elif kernel:
+        shapes = {"A": (rows, outer), "B": (inner, rows)}
+    elif kernel and delta.layer not in FUSED:
         shapes = {"A": (rank, *delta.tensor.shape[1:]), "B": (outer, rank, *(1 for _ in kernel))}
     name = "lora_embedding_{}" if delta.layer == "embedding" else "lora_{}.weight"
     return [
         replace(
             delta.tensor,
-            name=f"{_PREFIX}{delta.module}.{name.format(part)}",
+            name=f"{_PREFIX}{delta.wrapper or delta.module}.{name.format(part)}",
             shape=shape,
             dtype=dtype,
-            factor=Factor(delta.module, delta.layer, part, delta.tensor, delta.subtracted, in_space),  # type: ignore[arg-type]
+            factor=Factor(delta.module, delta.layer, part, delta.tensor, delta.subtracted, in_space, delta.wrapper),  # type: ignore[arg-type]
         )
         for part, shape in shapes.items()
     ]
@@ -348,7 +392,8 @@ def _config(
         rank: of the modules that are not in `patterns`; alpha is the rank everywhere, so that factors are not scaled.
         patterns: other ranks by module.
     """
-    modules, base = [delta.module for delta in deltas], base_of(plan.recipe)
+    modules, base = [delta.module for delta in deltas if delta.layer not in FUSED], base_of(plan.recipe)
+    parameters = _parameters([delta for delta in deltas if delta.layer in FUSED], plan.config_source.checkpoint)
     wholes = {name.rpartition(".")[0] for name in saved if not name.endswith(".bias")}
     biases = any(name.endswith(".bias") and name.rpartition(".")[0] not in wholes for name in saved)
     checkpoint = plan.config_source.checkpoint
@@ -357,7 +402,7 @@ def _config(
         "auto_mapping": None,
         "base_model_name_or_path": base.path,
         "bias": "all" if biases else "none",
-        "fan_in_fan_out": all(delta.layer == "conv1d" for delta in deltas),
+        "fan_in_fan_out": bool(modules) and all(d.layer == "conv1d" for d in deltas if d.layer not in FUSED),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -373,7 +418,22 @@ def _config(
         "task_type": task_type_of(plan),
         "use_dora": False,
         "use_rslora": False,
+        **(
+            {"target_parameters": parameters, "peft_version": "0.19.1", "lora_B_layout": "rank_major"}
+            if parameters
+            else {}
+        ),
     }
+
+
+def _parameters(experts: Sequence[_Delta], base: Checkpoint) -> list[str]:
+    """`target_parameters`: the ends of the names, or whole names where an end would also match others that have no factors."""
+    adapted, found = {delta.tensor.name for delta in experts}, set[str]()
+    for delta in experts:
+        end = ".".join(delta.module.split(".")[-3:])
+        wide = any(name.endswith(f".{end}") and name not in adapted for name in base.tensors)
+        found.add(delta.module if wide else end)
+    return sorted(found)
 
 
 def targets_of(modules: Sequence[str], base: Checkpoint) -> list[str]:

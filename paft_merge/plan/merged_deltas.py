@@ -45,11 +45,7 @@ def merged_delta(plan: MergePlan, tensor: PlannedTensor) -> MergedDelta | None:
         return None
     if not inputs.sources:  # one tensor, unchanged
         only = inputs.reads[0]
-        if only.same_weight(own) and only.plain:
-            return None
-        alone = Inputs(own, (only,), "deltas", subtract=False, without_base=True)
-        parameters = {"sources": [{"weight": 1.0}]}
-        return MergedDelta(replace(made, inputs=alone, rule=WeightedSum((1.0,), "deltas"), parameters=parameters), None)
+        return None if only.same_weight(own) and only.plain else _difference(plan, made, only)
     adds = rule.wants != "whole" and inputs.deltas and not scales_base(rule)
     if not adds or inputs.base is None or not inputs.base.plain or not inputs.base.same_weight(own):
         return MergedDelta(made, own)
@@ -57,6 +53,21 @@ def merged_delta(plan: MergePlan, tensor: PlannedTensor) -> MergedDelta | None:
         return None
     deltas = replace(inputs, form="deltas", subtract=False, without_base=True)
     return MergedDelta(replace(made, inputs=deltas), None)
+
+
+def zero_delta(plan: MergePlan, tensor: PlannedTensor) -> MergedDelta:
+    """The merged delta of a tensor that no source changes, for a place that needs one."""
+    own = Read(plan.config_source.ref, plan.config_source.checkpoint, tensor.name)
+    return _difference(plan, replace(tensor, dtype="F32", rounding_key=0, is_delta=True), own)
+
+
+def _difference(plan: MergePlan, made: PlannedTensor, only: Read) -> MergedDelta:
+    """One tensor minus the base's."""
+    own = Read(plan.config_source.ref, plan.config_source.checkpoint, only.name)
+    inputs = Inputs(own, (only,), "deltas", subtract=False, without_base=True)
+    rule, parameters = WeightedSum((1.0,), "deltas"), {"sources": [{"weight": 1.0}]}
+    method = plan.recipe.merge_method
+    return MergedDelta(replace(made, inputs=inputs, rule=rule, method=method, parameters=parameters), None)
 
 
 def is_zero(delta: MergedDelta, base: Checkpoint) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from paft_merge.compute.blocks import TILE, Block, tile_bounds
 from paft_merge.errors import CheckpointError, Problem, Problems
-from paft_merge.inputs.adapters.deltas import LayerKind
+from paft_merge.inputs.adapters.deltas import FUSED, LayerKind
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.quantized.weights import QuantizedWeight
@@ -56,6 +56,24 @@ class Factor(NamedTuple):
     """The base's tensor, where the delta is what the method writes minus it; None if the method writes the delta itself."""
     in_space: bool = False
     """Whether the method merges the deltas' coordinates in a space of the adapters, so that no delta is computed."""
+    wrapper: str = ""
+    """PEFT's name of a wrapper of experts, before `lora_A`; empty of other layers."""
+
+    @property
+    def experts(self) -> int:
+        """Number of matrices in the delta: one for each of the experts in one tensor."""
+        return self.delta.shape[0] if self.layer in FUSED else 1
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """O, I of each matrix."""
+        return matrix_of(self.delta.shape, self.layer)
+
+
+def matrix_of(shape: tuple[int, ...], layer: LayerKind) -> tuple[int, int]:
+    """O, I of a delta, or of each of the experts in one."""
+    outer, *inner = shape[1:] if layer in FUSED else shape
+    return outer, math.prod(inner)
 
 
 class StoredBlock(NamedTuple):

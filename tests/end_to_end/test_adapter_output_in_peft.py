@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from toys.adapters import Convolutions, error, gpt2, llama, merged_by_peft, opt, train, trained_by_peft
+from toys.adapters import (
+    Convolutions,
+    error,
+    gpt2,
+    gpt_oss,
+    llama,
+    merged_by_peft,
+    mixtral,
+    opt,
+    qwen3_moe,
+    train,
+    trained_by_peft,
+)
 from toys.merge import on, tensors_of
 
 from paft_merge import merge
@@ -38,6 +50,7 @@ class Case:
 
 
 WIDE = {"target_modules": LAYERS}
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 CASES = {
     "plain": Case(llama, WIDE, {"r": 3}),
     "rsLoRA": Case(llama, {**WIDE, "use_rslora": True, "lora_alpha": 5}),
@@ -58,6 +71,10 @@ CASES = {
     "trained embeddings": Case(llama, {**WIDE, "modules_to_save": ["embed_tokens", "lm_head"]}, output={"rank": 16}, portable=False, exact=False),
     "ranks of modules": Case(llama, {**WIDE, "rank_pattern": {"layers.1.self_attn.q_proj": 2}}, {"target_modules": ["q_proj"]}, output={"portable": False}),
     "PiSSA": Case(llama, {**WIDE, "init_lora_weights": "pissa"}, output={"rank": 16}),
+    "experts of Mixtral": Case(mixtral, EXPERTS, {"target_parameters": ["mlp.experts.down_proj"]}),
+    "experts of Qwen3-MoE": Case(qwen3_moe, EXPERTS, output={"rank": 16}, exact=False, merged={"merge_method": "ties", "parameters": {"density": 0.4}}),
+    "experts of GPT-OSS": Case(gpt_oss, EXPERTS, portable=False),
+    "experts of GPT-OSS, ties": Case(gpt_oss, {**EXPERTS, "target_parameters": EXPERTS["target_parameters"][:1]}, output={"rank": 16}, portable=False, exact=False, merged={"merge_method": "ties", "parameters": {"density": 0.4}}),
     "ties": Case(llama, WIDE, output={"rank": 16}, exact=False, merged={"merge_method": "ties", "parameters": {"density": 0.4}}),
 }  # fmt: skip
 
@@ -105,3 +122,13 @@ def test_base_and_adapter_are_the_merged_checkpoint(name: str, tmp_path: Path) -
         else:
             found, wanted = merged_by_peft(case.make, base, made.path, tmp_path / "found"), tensors_of(dense)
     assert error(found, wanted) < 2e-6
+
+
+def test_one_expert_of_a_layer_does_not_move_the_others(tmp_path: Path) -> None:
+    """PEFT stacks the factors of a layer's experts in their order, and joins those of `w1` and `w3`."""
+    base, one, other = adapters(CASES["experts of Mixtral"], tmp_path)
+    dense, start = tensors_of(merge(recipe_of(base, one, other), tmp_path / "dense")), tensors_of(base)
+    output = {"kind": "adapter", "include": ["layers.*.experts.1.w1"], "portable": False}
+    made = merge(recipe_of(base, one, other, output=output), tmp_path / "out")
+    wanted = {name: dense[name] if ".experts.1.w1." in name else start[name] for name in start}
+    assert error(merged_by_peft(mixtral, base, made.path, tmp_path / "found"), wanted) < 2e-6

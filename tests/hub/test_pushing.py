@@ -47,6 +47,24 @@ def test_a_merge_arrives_whole_in_one_commit(
     assert repository.private
 
 
+def test_a_merged_adapter_arrives_with_a_card_of_its_sources_rank_and_error(
+    hub: HubServer, family: Callable[..., dict[str, Path]], tmp_path: Path
+) -> None:
+    """It replaces an adapter with other factors, of which nothing is left."""
+    f = family()
+    models = [{"model": f"{f['base']}+{f[name]}", "parameters": {"weight": 0.5}} for name in ("sft", "dpo")]
+    recipe = {"merge_method": "ties", "base_model": str(f["base"]), "models": models, "parameters": {"density": 0.5}}
+    paft_merge.merge({**recipe, "output": {"kind": "adapter", "rank": 5}}, tmp_path / "out")
+    made = paft_merge.merge({**recipe, "output": {"kind": "adapter", "rank": 2}}, tmp_path / "out", overwrite=True)
+    push(made.path, "me/adapter")
+    files = hub.files("me/adapter")
+    assert {name: content for name, content in files.items() if name != ".gitattributes"} == files_of(made.path)
+    assert json.loads(files["adapter_config.json"])["r"] == 2
+    card = files["README.md"].decode()
+    for said in ("LoRA of rank 2", f"relative error of {made.error:.3g}", "ties", str(f["sft"]), str(f["dpo"])):
+        assert said in card
+
+
 def test_a_second_push_uploads_and_commits_nothing(hub: HubServer, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "m", random_state(1), shards=3)
     first = push(folder, "me/m")

@@ -22,8 +22,12 @@ from paft_merge.inputs.adapters.rows import Array, Rows
 
 T = TypeVar("T")
 Pair = tuple[Array, Array]
-LayerKind = Literal["linear", "conv1d", "convolution", "embedding", "experts", ""]
-"""`conv1d` is the linear layer of HF's class, which stores its weight `[in, out]`."""
+LayerKind = Literal[
+    "linear", "conv1d", "convolution", "embedding", "expert", "experts", "transposed_experts", ""
+]  # fmt: skip
+"""`conv1d` is the linear layer of HF's class, which stores its weight `[in, out]`. `expert` is one expert's own tensor; `experts` are
+all of a layer in one tensor `[experts, out, in]`, and `transposed_experts` in one `[experts, in, out]`."""
+FUSED = ("experts", "transposed_experts")
 
 
 class Lazy(Generic[T]):
