@@ -64,6 +64,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Share of 8 sampled answers to each prompt of a file that equal the most frequent one; needs no right answers.",
 )  # fmt: skip
 @click.option(
+    "--agreement", nargs=2, multiple=True, metavar="FILE MODEL",
+    help="Share of greedy answers to a file of prompts that are those of another MODEL; needs no right answers.",
+)  # fmt: skip
+@click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     default=64,
@@ -88,7 +92,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def evaluate(
     model: str, recipe: Path | None, overrides: tuple[str, ...], suite: str | None, tasks: tuple[str, ...], num_fewshot: int | None,
     limit: float | None, exact_match: tuple[Path, ...], preference: tuple[Path, ...], perplexity: tuple[Path, ...],
-    unit: str, reward: tuple[tuple[str, str], ...], self_consistency: tuple[Path, ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
+    unit: str, reward: tuple[tuple[str, str], ...], self_consistency: tuple[Path, ...],
+    agreement: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
     out: Path | None, alpaca_eval: Path | None, instructions: Path | None, trust_code: bool,
     follow_links: bool,
 ) -> None:  # fmt: skip
@@ -108,6 +113,10 @@ def evaluate(
     for data, function in reward:
         metrics[function.rpartition(":")[2]] = {
             "kind": "reward", "data": data, "function": function, "max_new_tokens": max_new_tokens,
+        }  # fmt: skip
+    for data, source in agreement:
+        metrics[f"agreement with {source} on {data}" if len(agreement) > 1 else "agreement"] = {
+            "kind": "agreement", "data": data, "with": source, "max_new_tokens": max_new_tokens,
         }  # fmt: skip
     asked = bool(metrics or tasks or suite)
     if not (asked or recipe or alpaca_eval):
@@ -205,12 +214,16 @@ def _by_recipe(
 ) -> dict[str, Any]:
     from paft_merge.errors import EvaluateError
     from paft_merge.evaluating import evaluate
+    from paft_merge.pipeline.named_models import models_outside
     from paft_merge.pipeline.schema import load_run
 
     loaded = load_run(recipe, overrides)
     if loaded.evaluate is None:
         raise EvaluateError.of("SECTION", recipe, "has no section evaluate", "add evaluate: {metrics: ...}")
-    return {**evaluate(model, loaded.evaluate, folder=loaded.folder, progress=progress, trust_code=trust_code)}
+    scores = evaluate(
+        model, loaded.evaluate, folder=loaded.folder, models=models_outside(loaded), progress=progress, trust_code=trust_code
+    )  # fmt: skip
+    return {**scores}
 
 
 def _show(scores: dict[str, Any], as_json: bool, out: Path | None) -> None:

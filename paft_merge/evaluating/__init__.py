@@ -5,7 +5,8 @@
 | schema | the section `evaluate:` |
 | data_rows | data files, checked before anything is loaded |
 | loading | the model in memory |
-| light | exact match, preference accuracy, mean reward, perplexity, self-consistency |
+| light | exact match, preference accuracy, mean reward, perplexity, self-consistency, agreement |
+| agreement | how often answers agree, and the models of `with:` |
 | harness | lm-eval |
 | alpaca | answers in AlpacaEval's format |
 """
@@ -13,12 +14,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import EvaluateError, Problems
+from paft_merge.evaluating.agreement import source_parts
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
 from paft_merge.inputs.links import following_links
 from paft_merge.recipe.yaml_source import Located
@@ -33,8 +35,12 @@ HARNESS = "lm-eval"
 """The name of all lm-eval tasks together, in `only` and `progress`."""
 
 
-def check_evaluate(spec: EvaluateSpec, folder: Path = Path(), *, trust_code: bool = False) -> None:
+def check_evaluate(
+    spec: EvaluateSpec, folder: Path = Path(), *, trust_code: bool = False, models: Collection[str] = ()
+) -> None:
     """Check files, columns, functions, packages and tasks of an evaluation without loading a model or running code.
+
+    `models` are names that `with:` may have.
 
     Raises:
         EvaluateError: with every problem.
@@ -44,7 +50,7 @@ def check_evaluate(spec: EvaluateSpec, folder: Path = Path(), *, trust_code: boo
     problems = Problems()
     for name, measurement in spec.metrics.items():
         with problems.catching():
-            check_measurement(name, measurement, folder, trust_code=trust_code)
+            check_measurement(name, measurement, folder, trust_code=trust_code, models=models)
     if spec.needs_lm_eval:
         from paft_merge.evaluating.harness import check_tasks
 
@@ -74,6 +80,7 @@ def evaluate(
     *,
     folder: Path = Path(),
     only: Sequence[str] | None = None,
+    models: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[EvaluateProgress], None] = lambda progress: None,
     trust_code: bool = False,
     follow_links: bool = False,
@@ -85,6 +92,7 @@ def evaluate(
         spec: The section `evaluate:`, read or as plain data.
         folder: Folder where relative paths of the section start.
         only: Names of the light metrics to measure, and `HARNESS` for lm-eval's tasks; None for everything.
+        models: The parts of models by the names that `with:` has for them.
         progress: Called when an evaluation starts, after every batch, and when it is finished.
         trust_code: Run code that the section or the model names, also where it does not lie in `folder`: see docs/trust.md.
         follow_links: Follow links of a model's folder to files outside of it.
@@ -97,11 +105,34 @@ def evaluate(
     """
     from paft_merge.evaluating.loading import load_subject
 
+    models = models or {}
     spec = spec if isinstance(spec, EvaluateSpec) else read_evaluate(Located.of(spec))
-    check_evaluate(spec, folder, trust_code=trust_code)
+    check_evaluate(spec, folder, trust_code=trust_code, models=models)
     with following_links(follow_links):
+        sources = _answers(spec, folder, only, models, trust_code)
         subject = load_subject(model, spec, trust_code=trust_code)
-    return evaluate_loaded(subject, spec, folder=folder, only=only, progress=progress)
+    return evaluate_loaded(subject, spec, folder=folder, only=only, progress=progress, sources=sources)
+
+
+def _answers(
+    spec: EvaluateSpec, folder: Path, only: Sequence[str] | None, models: Mapping[str, Sequence[str]], trust_code: bool
+) -> dict[str, list[list[str]]]:
+    """The answers of the sources of every `agreement`, by its name; each source is loaded once, one at a time."""
+    from paft_merge.evaluating.light import answers_of
+    from paft_merge.evaluating.loading import load_subject
+
+    asked = {name: of for name, of in spec.metrics.items() if of.sources and (only is None or name in only)}
+    found: dict[str, dict[str, list[str]]] = {name: {} for name in asked}
+
+    def ask(source: str) -> None:
+        subject = load_subject(models.get(source) or source_parts(source, folder), spec, trust_code=trust_code)
+        for name, of in asked.items():
+            if source in (of.sources or ()):
+                found[name][source] = answers_of(subject, of, folder, spec.batch_size)
+
+    for source in dict.fromkeys(source for of in asked.values() for source in of.sources or ()):
+        ask(source)
+    return {name: [found[name][source] for source in of.sources or ()] for name, of in asked.items()}
 
 
 def evaluate_loaded(
@@ -111,8 +142,12 @@ def evaluate_loaded(
     folder: Path = Path(),
     only: Sequence[str] | None = None,
     progress: Callable[[EvaluateProgress], None] = lambda progress: None,
+    sources: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> dict[str, Score]:
-    """Evaluate a model in memory, as `evaluate` does; `spec` is checked already."""
+    """Evaluate a model in memory, as `evaluate` does; `spec` is checked already.
+
+    `sources` has the answers of each source of every `agreement`, by the name of the evaluation.
+    """
     from paft_merge.evaluating.light import measure
 
     scores = dict[str, Any]()
@@ -130,7 +165,8 @@ def evaluate_loaded(
                 progress(EvaluateProgress(name, done, rows))
 
             of = spec.metrics[name]
-            found = {name: measure(subject, of, folder, spec.batch_size, spec.seed, advance)}
+            theirs = (sources or {}).get(name, ())
+            found = {name: measure(subject, of, folder, spec.batch_size, spec.seed, advance, theirs)}
         scores |= found
         progress(EvaluateProgress(name, scores=found, seconds=time.monotonic() - started))
     return scores

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from paft_merge.errors import EvaluateError, Problems, TrainError, reading
+from paft_merge.evaluating.agreement import check_source
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.inputs.adapters.patterns import PatternError, compile_pattern
 from paft_merge.inputs.safetensors_header import read_text
@@ -54,7 +56,7 @@ def rows_for(of: Measurement, path: Path, *, chat: bool) -> list[Row]:
 
     Returns:
         `exact_match`: `prompt` and `completion`, a text; `preference`: `prompt`, `chosen`, `rejected`; `reward`,
-        `self_consistency`: `prompt` and the other columns.
+        `self_consistency`, `agreement`: `prompt` and the other columns.
 
     Raises:
         EvaluateError: EVAL_DATA, with everything that is wrong.
@@ -64,6 +66,7 @@ def rows_for(of: Measurement, path: Path, *, chat: bool) -> list[Row]:
         "exact_match": "text",
         "reward": "prompts",
         "self_consistency": "prompts",
+        "agreement": "prompts",
     }
     placed = _placed(path, of.max_rows)
     problems = Problems()
@@ -133,11 +136,15 @@ def read_lines(path: Path, max_rows: int | None = None) -> list[str]:
     return lines
 
 
-def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: bool = False) -> None:
-    """Check the data, the function (without running its code) and the expression of a light evaluation.
+def check_measurement(
+    name: str, of: Measurement, folder: Path, *, trust_code: bool = False, models: Collection[str] = ()
+) -> None:
+    """Check the data, the function (without running its code), the expression and the sources of a light evaluation.
+
+    `models` are names that `with:` may have.
 
     Raises:
-        EvaluateError: EVAL_DATA, REWARD, EXTRACT; every problem at once.
+        EvaluateError: EVAL_DATA, REWARD, EXTRACT, SOURCE; every problem at once.
     """
     problems, path = Problems(), beside_recipe(of.data, folder)
     if of.extract is not None:
@@ -151,6 +158,9 @@ def check_measurement(name: str, of: Measurement, folder: Path, *, trust_code: b
     if of.function is not None:
         with problems.catching():
             check_function(of.function, folder, trust_code=trust_code)
+    for source in of.sources or ():
+        with problems.catching(name):
+            check_source(source, folder, models)
     with problems.catching():
         if path.exists() and not path.is_file():
             raise EvaluateError.of("EVAL_DATA", of.data, "is not a file", "name a file of rows or text")

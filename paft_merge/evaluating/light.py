@@ -1,4 +1,4 @@
-"""Light evaluations: exact match of greedy answers, preference pairs, a reward of answers, perplexity, self-consistency.
+"""Light evaluations: exact match, preference pairs, a reward of answers, perplexity, self-consistency, agreement.
 
 B = rows of a batch, T = tokens, V = vocabulary. Every kind gives one number per row, so that two models can be compared row
 by row. The score is their mean (`perplexity`: exp of the mean over tokens).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from paft_merge.errors import DOCS, EvaluateError
+from paft_merge.evaluating.agreement import agrees, consistency
 from paft_merge.evaluating.data_rows import read_lines, rows_for
 from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import SAMPLES, Measurement
@@ -73,6 +73,7 @@ def measure(
     batch_size: int,
     seed: int = 0,
     advance: Advance = lambda done, rows: None,
+    sources: Sequence[Sequence[str]] = (),
 ) -> Score:
     """Run one light evaluation.
 
@@ -83,6 +84,7 @@ def measure(
         batch_size: Rows per forward pass.
         seed: Seed of sampled answers.
         advance: Called after every batch.
+        sources: `agreement`: `answers_of` each source.
 
     Raises:
         EvaluateError: EVAL_DATA, LENGTH. TrainError: REWARD, NONFINITE, from the function that scores.
@@ -91,7 +93,7 @@ def measure(
     if of.kind == "perplexity":
         lines = subject.kept(("lines", of, folder), lambda: read_lines(path, of.max_rows))
         return _perplexity(subject, lines, of.unit, batch_size, advance)
-    rows = subject.kept(("rows", of, folder), lambda: rows_for(of, path, chat=bool(subject.tokenizer.chat_template)))
+    rows = _rows(subject, of, folder)
     if of.kind == "preference":
         ids, starts = subject.kept(("pairs", of, folder), lambda: _pairs(subject, rows, of))
         return _preference(subject, ids, starts, of, batch_size, advance)
@@ -100,16 +102,22 @@ def measure(
     count = (of.samples or SAMPLES) if of.kind == "self_consistency" else 1
     made = _answers(subject, ids, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended, count)
     warning = _unended(of, ended)
+    outputs = [text for texts in made for text in texts]
     if of.kind == "self_consistency":
-        outputs = [text for texts in made for text in texts]
-        found = outputs if of.extract is None else _extracted(outputs, of.extract)
+        found = _extracted(outputs, of.extract)
         return replace(
-            _mean([_agreement(found[at : at + count]) for at in range(0, len(found), count)], outputs), warning=warning
+            _mean([consistency(found[at : at + count]) for at in range(0, len(found), count)], outputs), warning=warning
         )
-    outputs = [text for (text,) in made]
+    if of.kind == "agreement":
+        key = ("sources", of, tuple(map(tuple, sources)))
+        theirs = subject.kept(key, lambda: [*zip(*(_extracted(texts, of.extract) for texts in sources), strict=True)])
+        pairs = zip(_extracted(outputs, of.extract), theirs, strict=True)
+        if not any(map(consistency, theirs)):
+            warning = _warned(f"{of.data}: no source has an answer to any prompt, so no answer can agree")
+        return replace(_mean([float(agrees(*pair)) for pair in pairs], outputs), warning=warning)
     if of.kind == "exact_match":
         right = [row["completion"].strip() for row in rows]
-        answers = outputs if of.extract is None else _extracted(outputs, of.extract)
+        answers = _extracted(outputs, of.extract)
         matches = [float(answer.strip() == r) for answer, r in zip(answers, right, strict=True)]
         return replace(_mean(matches, outputs), warning=warning)
     assert of.function is not None
@@ -118,6 +126,19 @@ def measure(
     }
     values = total([load_function(of.function, folder)], prompts=prompts, completions=outputs, **columns)
     return replace(_mean(values, outputs), warning=warning)
+
+
+def answers_of(
+    subject: EvaluatedModel, of: Measurement, folder: Path, batch_size: int, advance: Advance = lambda done, rows: None
+) -> list[str]:
+    """The greedy answers of a source of `agreement`, in the order of the rows; the arguments are those of `measure`."""
+    prompts = [row["prompt"] for row in _rows(subject, of, folder)]
+    return generate(subject, prompts, of.max_new_tokens, batch_size, advance=advance)
+
+
+def _rows(subject: EvaluatedModel, of: Measurement, folder: Path) -> list[Row]:
+    path, chat = beside_recipe(of.data, folder), bool(subject.tokenizer.chat_template)
+    return subject.kept(("rows", of, folder), lambda: rows_for(of, path, chat=chat))
 
 
 def _unended(of: Measurement, ended: Sequence[bool]) -> str:
@@ -177,17 +198,10 @@ def _ids(subject: EvaluatedModel, asked: Sequence[tuple[Any, bool]]) -> list[lis
     return found
 
 
-def _agreement(answers: Sequence[str]) -> float:
-    """The share of sampled answers that equal the most frequent one; an empty answer equals none.
-
-    It is the consistency of Wang et al. 2022 (arXiv:2203.11171): the share of samples that agree with their majority.
-    """
-    counts = Counter(filter(None, map(str.strip, answers)))
-    return max(counts.values(), default=0) / len(answers)
-
-
-def _extracted(outputs: Sequence[str], extract: str) -> list[str]:
-    """The first group of `extract` in each output; empty where it does not match."""
+def _extracted(outputs: Sequence[str], extract: str | None) -> Sequence[str]:
+    """The first group of `extract` in each output, empty where it does not match; without `extract` the outputs."""
+    if extract is None:
+        return outputs
     try:
         [found] = match_in_time([extract], outputs, "search", _MOST_SECONDS)
     except PatternError as error:

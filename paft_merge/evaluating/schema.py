@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from paft_merge.recipe.sections import Section, as_list, read_section
 from paft_merge.recipe.yaml_source import Located
 
-Kind = Literal["exact_match", "preference", "reward", "perplexity", "self_consistency"]
+Kind = Literal["exact_match", "preference", "reward", "perplexity", "self_consistency", "agreement"]
 
 SAMPLES = 8
 """Answers to each prompt of `self_consistency`, unless the metric has `samples`."""
@@ -25,7 +25,8 @@ class Measurement(Section):
     kind: Kind
     """`exact_match`: greedy answers that equal the row's; `preference`: pairs whose chosen answer is more likely;
     `reward`: the mean of a Python function of answers; `perplexity`: exp of the mean loss per token; `self_consistency`: the
-    share of sampled answers to a prompt that equal the most frequent one."""
+    share of sampled answers to a prompt that equal the most frequent one; `agreement`: the share of prompts whose greedy
+    answer is that of other models."""
     data: str
     """A .jsonl file of rows (`perplexity`: a text file), relative to the recipe or to the working directory."""
     prompt: str = "prompt"
@@ -33,7 +34,7 @@ class Measurement(Section):
     answer: str | None = None
     """`exact_match`: column of the right answer; default: `answer`, else `completion`."""
     extract: str | None = None
-    r"""`exact_match`, `self_consistency`: a regular expression whose first group is the answer in the output
+    r"""`exact_match`, `self_consistency`, `agreement`: a regular expression whose first group is the answer in the output
     (`#### (-?\d+)`)."""
     function: str | None = None
     """`reward`: `rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
@@ -44,6 +45,11 @@ class Measurement(Section):
     greedy ones; `self_consistency` has 1.0 by default."""
     samples: Annotated[int, Field(ge=2)] | None = None
     """`self_consistency`: answers to each prompt; 8 by default."""
+    sources: Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)] | None = Field(
+        None, alias="with"
+    )
+    """`agreement`: the models whose answers count, each a name of `adapters:`, `base`, or a model as in `paft evaluate MODEL`.
+    Of several, the most frequent answer counts; if several answers are equally frequent, each of them."""
     normalize: bool = False
     """`preference`: compare the mean over tokens instead of the sum, so that length has no influence."""
     unit: Literal["text", "line"] = "text"
@@ -67,6 +73,14 @@ class Measurement(Section):
                 if self.kind == "reward"
                 else f"`function` has no effect for {self.kind}"
             )
+        if (self.kind == "agreement") != (self.sources is not None):
+            raise ValueError(
+                "kind: agreement needs `with`, the models to agree with"
+                if self.kind == "agreement"
+                else f"`with` has no effect for {self.kind}"
+            )
+        if len(set(self.sources or ())) < len(self.sources or ()):
+            raise ValueError("`with` names a model twice")
         sampled = self.kind == "self_consistency"
         if self.temperature and self.kind != "reward" and not sampled:
             raise ValueError(f"`temperature` has no effect for {self.kind}")
@@ -76,7 +90,7 @@ class Measurement(Section):
             raise ValueError(f"`samples` has no effect for {self.kind}")
         if self.answer is not None and self.kind != "exact_match":
             raise ValueError(f"`answer` has no effect for {self.kind}")
-        if self.extract is not None and self.kind != "exact_match" and not sampled:
+        if self.extract is not None and self.kind not in ("exact_match", "agreement") and not sampled:
             raise ValueError(f"`extract` has no effect for {self.kind}")
         return self
 

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from paft_merge.compute.magnitudes import EPSILON
-from paft_merge.errors import AuditError, PaftMergeError, Problem
+from paft_merge.errors import AuditError, PaftMergeError, Problem, RunError, reading
 from paft_merge.output.log_file import logged
 from paft_merge.pipeline.named_models import labels
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
-from paft_merge.pipeline.steps import SPARSITY, Audit, Evaluate, Merge, Push, Step, Train
+from paft_merge.pipeline.steps import SPARSITY, Answer, Audit, Evaluate, Merge, Push, Step, Train
 from paft_merge.pipeline.trained_templates import as_trained, template_of_run
 from paft_merge.training.run_folder import DONE_FILE, write_json
 
 if TYPE_CHECKING:
     from paft_merge.auditing.report.audit import Audit as AuditReport
+    from paft_merge.evaluating.loading import EvaluatedModel
+    from paft_merge.pipeline.arms import Arm
 
 log = logging.getLogger(__name__)
 
@@ -235,21 +237,42 @@ class Executor:
     # --- evaluate ---------------------------------------------------------------------------------------------------
 
     def _evaluate(self, steps: Sequence[Step]) -> None:
-        """Evaluate the metrics of each arm together, so that its model is loaded once."""
-        spec = self.recipe.evaluate
+        """Evaluate the metrics of each arm together, so that its model is loaded once, after the sources have answered."""
+        for kind, do in ((Answer, self._answer), (Evaluate, self._arm)):
+            by_arm: dict[Arm, list[Step]] = {}
+            for step in steps:
+                if isinstance(step.job, kind):
+                    by_arm.setdefault(step.job.arm, []).append(step)
+            for mine in by_arm.values():
+                do(mine)
+
+    def _answer(self, steps: Sequence[Step]) -> None:
+        """Answer the prompts of every `agreement` with one source."""
+        from paft_merge.evaluating.light import answers_of
+
+        spec, subject = self.recipe.evaluate, None
         assert spec is not None
-        waiting = list(steps)
-        while waiting:
-            first = waiting[0].job
-            assert isinstance(first, Evaluate)
-            mine = [s for s in waiting if isinstance(s.job, Evaluate) and s.job.arm == first.arm]
-            waiting = [s for s in waiting if s not in mine]
-            self._arm(mine)
+        for step in steps:
+            job, out = step.job, step.out
+            assert isinstance(job, Answer)
+            assert out is not None
+            with self._recorded(step) as result:
+                subject = subject or self._loaded(job.arm)
+                found = answers_of(subject, spec.metrics[job.metric], self.recipe.folder, spec.batch_size)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(out, {"answers": found})
+                result["answers"] = len(found)
+
+    def _loaded(self, arm: Arm) -> EvaluatedModel:
+        from paft_merge.evaluating.loading import load_subject
+
+        spec, template = self.recipe.evaluate, template_of_run(self.recipe, self.folder)
+        assert spec is not None
+        return load_subject(arm.parts, spec, trust_code=self.trust_code, template=template)
 
     def _arm(self, steps: Sequence[Step]) -> None:
         from paft_merge.evaluating import HARNESS
         from paft_merge.evaluating.light import measure
-        from paft_merge.evaluating.loading import load_subject
 
         spec, subject, shown, began = self.recipe.evaluate, None, list[str](), time.monotonic()
         assert spec is not None
@@ -261,18 +284,17 @@ class Executor:
                 if job.metric == SPARSITY:
                     scores = {SPARSITY: {"value": self._sparsity(job), "stderr": None}}
                 else:
-                    template = template_of_run(self.recipe, self.folder)
-                    subject = subject or load_subject(
-                        job.arm.parts, spec, trust_code=self.trust_code, template=template
-                    )
+                    subject = subject or self._loaded(job.arm)
                     if job.metric == HARNESS:
                         from paft_merge.evaluating.harness import run_tasks
 
                         found = run_tasks(subject, spec, self.recipe.folder)
                     else:
                         of = spec.metrics[job.metric]
-                        found = {job.metric: measure(subject, of, self.recipe.folder, spec.batch_size, spec.seed)}
-                    scores = {name: score.to_json() for name, score in found.items()}
+                        folder, sources = self.recipe.folder, answers_for(job)
+                        score = measure(subject, of, folder, spec.batch_size, spec.seed, sources=sources)
+                        found = {job.metric: score}
+                    scores = {name: one.to_json() for name, one in found.items()}
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(out, scores)
                 result |= {name: {"value": s["value"], "stderr": s["stderr"]} for name, s in scores.items()}
@@ -309,6 +331,15 @@ class Executor:
             with self._recorded(step) as result:
                 settings = spec.model_dump(exclude={"repo_id"})
                 result["url"] = hub.push(step.job.folder, spec.repo_id, **settings)
+
+
+def answers_for(job: Evaluate) -> list[list[str]]:
+    """The answers of each source of an `agreement`; none for other evaluations."""
+    found = []
+    for path in job.answers:
+        with reading(path, "STATE", RunError, "remove it, and run again"):
+            found.append([str(text) for text in json.loads(path.read_text(encoding="utf-8"))["answers"]])
+    return found
 
 
 def _renamed(text: str, names: Mapping[str, str]) -> str:

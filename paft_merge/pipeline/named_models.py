@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paft_merge.errors import RecipeError
+from paft_merge.errors import EvaluateError, RecipeError
+from paft_merge.hub import fetch
 from paft_merge.methods import METHODS
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.recipe import ModelRef
@@ -73,6 +74,29 @@ def is_reference(steps: tuple[str | int, ...]) -> bool:
 
 def reference_to(base: str, lora: Mapping[str, str]) -> dict[str, Any]:
     return {"model": {"path": base}, "lora": dict(lora)}
+
+
+def models_outside(recipe: RunRecipe) -> dict[str, tuple[str, ...]]:
+    """The parts of the models that `with:` of an evaluation names, for an evaluation outside of a run: the base, and adapters.
+
+    Raises:
+        EvaluateError: SOURCE, one is an adapter that a run trains.
+    """
+    found: dict[str, tuple[str, ...]] = {"base": (recipe.base,)}
+    metrics = recipe.evaluate.metrics if recipe.evaluate else {}
+    for name, source in ((name, source) for name, of in metrics.items() for source in of.sources or ()):
+        if source in recipe.adapters:
+            where, what = (
+                recipe.where("evaluate", "metrics", name),
+                f"with: names the adapter {source!r}, which a run trains",
+            )
+            raise EvaluateError.of(
+                "SOURCE", where, what, f"--set evaluate.metrics.{name}.with=BASE+RUN_DIR/adapters/{source}"
+            )
+        if source in recipe.existing:
+            spec = recipe.existing[source]
+            found[source] = (recipe.base, str(fetch(spec.path, spec.revision, kind="adapter")))
+    return found
 
 
 def labels(resolved: Any) -> dict[str, str]:

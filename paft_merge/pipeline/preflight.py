@@ -49,7 +49,8 @@ def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
             check_code(adapter, recipe.folder, trust_code=trust_code)
     if recipe.evaluate is not None:
         with problems.catching(recipe.where("evaluate")):
-            check_evaluate(recipe.evaluate, recipe.folder, trust_code=trust_code)
+            models = ("base", *recipe.names)
+            check_evaluate(recipe.evaluate, recipe.folder, trust_code=trust_code, models=models)
         check_turns(recipe, problems)
     _check_push(recipe, problems)
     problems.raise_as(RecipeError)

@@ -19,7 +19,7 @@ from paft_merge.output.log_file import logged
 from paft_merge.pipeline.execution import Event, Executor
 from paft_merge.pipeline.schema import RunRecipe, Stage
 from paft_merge.pipeline.state import LOCK, State
-from paft_merge.pipeline.steps import Evaluate, Step, Train
+from paft_merge.pipeline.steps import Answer, Evaluate, Step, Train
 from paft_merge.training.adapter_record import versions
 
 _SEEN_WITHIN = 60.0
@@ -96,7 +96,7 @@ def units_of(todo: Sequence[Step], *, gate: bool) -> list[Unit]:
     """
     grouped: dict[str, list[Step]] = {}
     for step in todo:
-        together = step.name.rpartition("/")[0] if isinstance(step.job, Evaluate) else step.name
+        together = step.name.rpartition("/")[0] if isinstance(step.job, Evaluate | Answer) else step.name
         if step.stage != "push":
             grouped.setdefault(together, []).append(step)
     # Chat templates of evaluations and merges are those of the adapters that are trained.

@@ -3,7 +3,7 @@
 train      an adapter (and, for `sequential`, the skill model that the next adapter is trained on)
 audit      the adapters of a seed
 merge      one model
-evaluate   one metric of one arm
+evaluate   one metric of one arm, or the answers that an `agreement` compares with
 push       the merged model
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import RecipeError
 from paft_merge.evaluating import HARNESS
+from paft_merge.evaluating.agreement import source_parts
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.schema import Measurement
 from paft_merge.hub import ResolvedRepo, resolve
@@ -84,6 +85,17 @@ class Evaluate:
 
     arm: Arm
     metric: str
+    answers: tuple[Path, ...] = ()
+    """Of an `agreement`: the answers of its sources."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer the prompts of an `agreement` with one of its sources."""
+
+    arm: Arm
+    """The source; it is not an arm of the table."""
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Push:
     folder: Path
 
 
-Job = Train | Merge | Audit | Evaluate | Push
+Job = Train | Merge | Audit | Evaluate | Answer | Push
 
 
 @dataclass(frozen=True)
@@ -378,13 +390,16 @@ class Planner:
         for name, measurement in spec.metrics.items():
             files: dict[str, Path] = {"data": beside_recipe(measurement.data, self.recipe.folder)}
             section = measurement.model_dump()
-            if measurement.samples is None:
-                del section["samples"]  # fingerprints of before this key hold
+            for key in ("samples", "sources"):
+                if section[key] is None:
+                    del section[key]  # fingerprints of before this key hold
+            asked = [self._answers(arm, source, name, general) for source in measurement.sources or ()]
+            job = Evaluate(arm, name, tuple(path for _, path in asked))
             code = file_of(measurement.function, self.recipe.folder) if measurement.function else None
             self._add(
-                "evaluate", arm.seed, f"{arm.slug}/{name}", Evaluate(arm, name), place / f"{name}.json", arm.needs,
-                section=former_keys(Measurement, section), general=general, model=self._print_of(arm),
-                files=self.prints.all_of(files | ({"code": code} if code else {})),
+                "evaluate", arm.seed, f"{arm.slug}/{name}", job, place / f"{name}.json",
+                (*arm.needs, *(step for step, _ in asked)), section=former_keys(Measurement, section), general=general,
+                model=self._print_of(arm), files=self.prints.all_of(files | ({"code": code} if code else {})),
             )  # fmt: skip
         if spec.needs_lm_eval:
             tasks = {task: beside_recipe(task, self.recipe.folder) for task in spec.tasks if is_file(task)}
@@ -399,6 +414,33 @@ class Planner:
                 "evaluate", arm.seed, f"{arm.slug}/{SPARSITY}", Evaluate(arm, SPARSITY), place / f"{SPARSITY}.json",
                 arm.needs, epsilon=epsilon, model=self._print_of(arm),
             )  # fmt: skip
+
+    def _answers(self, arm: Arm, source: str, metric: str, general: Mapping[str, Any]) -> tuple[str, Path]:
+        """Add the step that answers the prompts of an `agreement` with one source; returns the step and its file.
+
+        An arm that is the same for every seed is compared with the sources of the first one.
+        """
+        recipe = self.recipe
+        seed = recipe.seeds[0] if arm.seed is None else arm.seed
+        parts = {"base": (recipe.base,)}.get(source) or source_parts(source, recipe.folder)
+        model = Arm(source, "source", None, parts)
+        slug = source if source == "base" else f"{model.slug}-{key_of(parts=parts)[:8]}"
+        if source in recipe.names:
+            variant, own = Variant(source), None if source in recipe.existing else seed
+            base = str(Path(recipe.base))
+            model = Arm(source, "source", own, (base, str(self.adapter(seed, variant))), self.trained(seed, variant))
+            slug = source
+        assert recipe.evaluate is not None
+        of, out = (
+            recipe.evaluate.metrics[metric],
+            self.place(model.seed) / "evaluations" / "answers" / slug / f"{metric}.json",
+        )
+        step = self._add(
+            "evaluate", model.seed, f"answers/{slug}/{metric}", Answer(model, metric), out, model.needs,
+            section=of.model_dump(include={"prompt", "max_new_tokens", "max_rows"}), general=general,
+            model=self._print_of(model), files=self.prints.all_of({"data": beside_recipe(of.data, recipe.folder)}),
+        )  # fmt: skip
+        return step, out
 
     def _print_of(self, arm: Arm) -> dict[str, Any]:
         """What the arm's model depends on besides the steps that it needs."""

@@ -51,6 +51,8 @@ class Search:
     trust_code: bool
     key: str
     """Different for every search of a process."""
+    sources: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict, repr=False)
+    """The answers of the sources of every `agreement`, by its name."""
 
 
 def try_merge(search: Search, data: Mapping[str, Any], scratch: Path, threads: int, origin: Origin) -> Scores:
@@ -105,14 +107,14 @@ class TrialModel:
         spec, folder = search.recipe.evaluate, search.recipe.folder
         assert spec is not None
         if self.subject is None:
-            check_evaluate(spec, folder, trust_code=search.trust_code)
+            check_evaluate(spec, folder, trust_code=search.trust_code, models=("base", *search.recipe.names))
         try:
             self._merge(search, resolved, scratch, threads)
         except BaseException:
             self.subject = None  # some of its tensors may be those of this trial
             raise
         assert self.subject is not None
-        found = evaluate_loaded(self.subject, spec, folder=folder, only=search.metrics)
+        found = evaluate_loaded(self.subject, spec, folder=folder, only=search.metrics, sources=search.sources)
         return {name: (score.value, score.stderr) for name, score in found.items()}
 
     def _merge(self, search: Search, resolved: Mapping[str, Any], scratch: Path, threads: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.util import find_spec
@@ -19,14 +19,15 @@ from uuid import uuid4
 
 from paft_merge.engine.ray_cluster import Cluster, Needs, TaskPool, uses_ray
 from paft_merge.errors import Problems, RecipeError, RunError
+from paft_merge.hub import download
 from paft_merge.inputs.links import following_links
 from paft_merge.output.log_file import logged
 from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.arms import Variant
-from paft_merge.pipeline.execution import Event, OnEvent
+from paft_merge.pipeline.execution import Event, Executor, OnEvent, answers_for
 from paft_merge.pipeline.fingerprints import key_of
 from paft_merge.pipeline.preflight import check_merge
-from paft_merge.pipeline.ray_steps import Origin
+from paft_merge.pipeline.ray_steps import Origin, execute
 from paft_merge.pipeline.schema import RunRecipe, TuneSpec, load_run
 from paft_merge.pipeline.search_plot import plot
 from paft_merge.pipeline.search_result import (
@@ -44,7 +45,8 @@ from paft_merge.pipeline.search_result import (
     write_result,
 )
 from paft_merge.pipeline.search_space import SearchSpace
-from paft_merge.pipeline.state import locked
+from paft_merge.pipeline.state import State, locked
+from paft_merge.pipeline.steps import Answer, Evaluate, Planner
 from paft_merge.pipeline.trial_processes import TrialProcesses, trials_at_once
 from paft_merge.pipeline.trials import Scores, Search, forget_model, metrics_of, try_merge
 from paft_merge.recipe.yaml_source import did_you_mean
@@ -120,6 +122,9 @@ def tune(
     name = key_of(metric=spec.metric, space=spec.space, trained=trained, judged=judged, seed=spec.seed)
     total, sought = trials or spec.trials, objectives(spec.metric)
     needed = metrics_of(loaded, [term for one in sought for term in terms(one)])
+    with following_links(follow_links), locked(out):
+        executor = Executor(loaded, out.resolve(), State.read(out), on_event, trust_code)
+        sources = _answers(executor, planner, needed, engine, ray_address, parallel)
     with (
         following_links(follow_links),
         locked(out),
@@ -127,7 +132,7 @@ def tune(
         _pool(loaded, engine, ray_address, parallel) as (pool, at_once, needs),
     ):
         study, scratch = _study(out, name, spec, side_by_side=at_once > 1), out.resolve() / "scratch"
-        search = Search(loaded, paths, needed, out.resolve(), trust_code, uuid4().hex)
+        search = Search(loaded, paths, needed, out.resolve(), trust_code, uuid4().hex, sources)
         found = _finished(study)
         left, has_recipe = max(total - len(found), int(not found)), any(trial.is_recipe for trial in found)
         begun: dict[str, optuna.Trial | None] = {}
@@ -158,6 +163,33 @@ def tune(
         write_result(space, load_run(recipe, overrides).located.data, result, out)
         plot(found, space.dimensions, sought, out / PLOT)
     return result
+
+
+def _answers(
+    executor: Executor,
+    planner: Planner,
+    needed: Collection[str],
+    engine: str,
+    address: str | None,
+    parallel: int | None,
+) -> dict[str, list[list[str]]]:
+    """The answers of the sources of every `agreement` that is needed, by its name; those that are missing are made."""
+    jobs = [(step.job, step.needs) for step in planner.steps.values() if "/merged/" in step.name]
+    mine = [
+        (job, needs)
+        for job, needs in jobs
+        if isinstance(job, Evaluate) and job.metric in needed and job.arm.seed == planner.recipe.seeds[0]
+    ]
+    asked = {name: planner.steps[name] for _, needs in mine for name in needs}
+    todo = [s for s in asked.values() if isinstance(s.job, Answer) and not executor.state.finished(s)]
+    if todo:
+        download(list(planner.existing.values()))
+    if todo and engine == "ray":
+        with Cluster.connect(address) as cluster:
+            execute(executor, todo, cluster, parallel)
+    elif todo:
+        executor.stage("evaluate", todo)
+    return {job.metric: answers_for(job) for job, _ in mine if job.answers}
 
 
 @contextmanager

@@ -11,22 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from paft_merge.errors import RunError
 from paft_merge.pipeline import run
 from paft_merge.recipe.yaml_source import dump_yaml
 from paft_merge.studies import story_model
-from paft_merge.studies.paft_small_data import BASE, REWARD, Sizes, prepare
+from paft_merge.studies.paft_small_data import BASE, REWARD, SKILL, Files, Sizes, prepare, read_skill
 from paft_merge.studies.story_model import StoryModel
 from paft_merge.studies.study import Tables
 
-FILES = ("sigmorphon2017/english-train-high", "sigmorphon2017/english-dev", "sigmorphon2017/english-uncovered-test",
-         "tinystories_valid_30k.txt")  # fmt: skip
-"""Files in the folder of `--data`, beside those of `StoryModel`."""
+USUAL = Files().model_dump()
 
 
-class Parameters(StoryModel):
+class Parameters(StoryModel, Files):
     """The parameters of the study."""
 
     data: Sizes = Field(default_factory=Sizes)
@@ -35,15 +33,28 @@ class Parameters(StoryModel):
     recipe: dict[str, Any] = Field(default_factory=dict)
     """A recipe of `paft run` without its base and its seeds; the names of its files are those that `prepare` writes."""
 
+    @model_serializer(mode="wrap")
+    def _without_usual_files(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the usual files out, so that results of before these keys can be continued."""
+        found: dict[str, Any] = dump(self)
+        return {key: value for key, value in found.items() if key not in USUAL or value != USUAL[key]}
+
 
 def check(spec: Parameters, data: Path | None) -> dict[str, str]:
     """Digests of the inputs; RunError STUDY if one is not there."""
     digests = story_model.check(spec, data)
     assert data is not None
-    for name in FILES:
+    for key in USUAL:
+        name = getattr(spec, key)
         if not (data / name).is_file():
-            raise RunError.of("STUDY", data / name, "does not exist", "put it there")
-    return digests | {Path(name).name: xxhash.xxh3_128_hexdigest((data / name).read_bytes()) for name in FILES}
+            raise RunError.of(
+                "STUDY", data / name, "does not exist", f"put it there, or name another with --set {key}=..."
+            )
+        if key in SKILL:
+            read_skill(data / name)
+        digest = xxhash.xxh3_128_hexdigest((data / name).read_bytes())
+        digests[Path(name).name if name == USUAL[key] else key] = digest
+    return digests
 
 
 def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any, work: Path) -> Tables:
@@ -63,7 +74,7 @@ def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any, work: P
     assert data is not None
     inputs = work / "inputs"
     if not (inputs / REWARD).exists():
-        prepare(base, words, data, inputs, spec.data)
+        prepare(base, words, data, inputs, spec.data, spec)
     recipe = {"base_model": BASE, "seeds": [seed], **spec.recipe}
     (inputs / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
     tables: Tables = {}

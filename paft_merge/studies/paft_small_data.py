@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from transformers import AutoConfig, AutoTokenizer
 
-from paft_merge.errors import RunError
+from paft_merge.errors import RunError, reading
 from paft_merge.evaluating.light import generate
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec
@@ -81,19 +81,36 @@ class Sizes(Section):
     """Tokens of a story of a pair after its beginning, which is a sentence."""
 
 
+class Files(Section):
+    """The files in the folder of `--data`, beside those of `StoryModel`."""
+
+    skill_train: str = "sigmorphon2017/english-train-high"
+    """Rows of the skill to train on: lemma, form and slot, separated by tabs; or a .jsonl file with `prompt` and `completion`."""
+    skill_dev: str = "sigmorphon2017/english-dev"
+    """Rows of the skill to choose settings on."""
+    skill_test: str = "sigmorphon2017/english-uncovered-test"
+    """Rows of the skill to report it on."""
+    retained: str = "tinystories_valid_30k.txt"
+    """The text whose likelihood should be retained."""
+
+
+SKILL = ("skill_train", "skill_dev", "skill_test")
+"""The files that have rows of the skill."""
+
 BASE = "base"
 """The folder of the base with the end token that it was trained with."""
 
 
-def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, seed: int = 0) -> None:
+def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, files: Files, seed: int = 0) -> None:
     """Write what the recipe names: the base, rows of the skill, pairs, prompts, the text, and the reward function.
 
     Args:
         base: the folder of the base.
         words: the file of the lexicon.
-        data: the folder with `sigmorphon2017` and `tinystories_valid_30k.txt`.
+        data: the folder with the files.
         out: an empty or new folder.
         sizes: how much of each.
+        files: names in the folder.
         seed: seed of the stories, and of the order of the rows.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -101,12 +118,12 @@ def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, seed: 
     copy_with_end(base, out / BASE)
     storyteller = Storyteller(out / BASE, seed, sizes.tokens)
     openings = storyteller.openings(sizes.beginnings + sizes.dev + sizes.test)
-    rows = inflections(data / "sigmorphon2017" / "english-train-high")[: sizes.rows]
+    rows = read_skill(data / files.skill_train)[: sizes.rows]
     rows += storyteller.stories(sizes.stories, sizes.story_tokens)
     random.Random(seed).shuffle(rows)
     write_rows(out / "skill_train.jsonl", rows)
-    for part, name, count in (("dev", "english-dev", sizes.chosen), ("test", "english-uncovered-test", sizes.tested)):
-        write_rows(out / f"skill_{part}.jsonl", inflections(data / "sigmorphon2017" / name)[:count])
+    for part, name, count in (("dev", files.skill_dev, sizes.chosen), ("test", files.skill_test, sizes.tested)):
+        write_rows(out / f"skill_{part}.jsonl", read_skill(data / name)[:count])
     first, second = sizes.beginnings, sizes.beginnings + sizes.dev
     told = [storyteller.complete(openings[:first]) for _ in range(sizes.samples)]
     write_rows(out / "pairs_train.jsonl", pairs(openings[:first], told, lexicon))
@@ -114,7 +131,7 @@ def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, seed: 
         of_base = [valence(text, lexicon) for text in storyteller.complete(prompts)]
         asked = [{"prompt": prompt, "base_valence": its} for prompt, its in zip(prompts, of_base, strict=True)]
         write_rows(out / f"prompts_{part}.jsonl", asked)
-    shutil.copy(data / "tinystories_valid_30k.txt", out / "retained.txt")
+    shutil.copy(data / files.retained, out / "retained.txt")
     (out / REWARD).write_text(_SOURCE.format(lexicon=lexicon), encoding="utf-8")
 
 
@@ -136,10 +153,28 @@ def copy_with_end(base: Path, out: Path) -> None:
             (out / name).write_text(json.dumps(read | {"eos_token_id": config.bos_token_id}), encoding="utf-8")
 
 
-def inflections(file: Path) -> list[dict[str, str]]:
-    """The rows of a SIGMORPHON file: lemma, form and slot, separated by tabs."""
-    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line]
-    return [{"prompt": f"{lemma} {SLOTS[slot]}:", "completion": f" {form}"} for lemma, form, slot in rows]
+def read_skill(file: Path) -> list[dict[str, str]]:
+    """The rows of the skill: of a SIGMORPHON file (lemma, form and slot, separated by tabs), or of a .jsonl file.
+
+    Raises:
+        RunError: STUDY, a line has another form, or there is none.
+    """
+    found = list[dict[str, str]]()
+    rows = file.suffix == ".jsonl"
+    form = "prompt and completion" if rows else f"a word, its form and its slot ({', '.join(SLOTS)}), separated by tabs"
+    with reading(file, "STUDY", RunError, "give UTF-8 text"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        with reading(f"{file} line {number}", "STUDY", RunError, f"each line has {form}"):
+            if rows and line.strip():
+                row = json.loads(line)
+                found.append({"prompt": str(row["prompt"]), "completion": str(row["completion"])})
+            elif line:
+                lemma, inflected, slot = line.split("\t")
+                found.append({"prompt": f"{lemma} {SLOTS[slot]}:", "completion": f" {inflected}"})
+    if not found:
+        raise RunError.of("STUDY", file, "has no rows", f"each line has {form}")
+    return found
 
 
 def pairs(prompts: Sequence[str], told: Sequence[Sequence[str]], lexicon: Mapping[str, float]) -> list[dict[str, str]]:

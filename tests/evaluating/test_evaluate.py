@@ -30,6 +30,7 @@ from paft_merge import merge
 from paft_merge.cli import cli
 from paft_merge.errors import DOCS, EvaluateError, PaftMergeError, RecipeError
 from paft_merge.evaluating import EvaluateProgress, check_evaluate, evaluate, harness, light, loading
+from paft_merge.evaluating.agreement import consistency
 from paft_merge.evaluating.alpaca import read_instructions
 from paft_merge.evaluating.data_rows import rows_for
 from paft_merge.evaluating.harness import check_data
@@ -292,8 +293,8 @@ def test_empty_answers_and_those_without_a_match_agree_with_none(place: Path, tm
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "w1"}])
     given = {"kind": "self_consistency", "data": "rows.jsonl", "max_new_tokens": 2, "extract": "#### (.*)"}
     assert measure(subject, Measurement.model_validate(given), tmp_path, 3).value == 0
-    assert light._agreement(["", " ", "a"]) == light._agreement(["a", "b ", "c"]) == 1 / 3
-    assert light._agreement(["", ""]) == 0
+    assert consistency(["", " ", "a"]) == consistency(["a", "b ", "c"]) == 1 / 3
+    assert consistency(["", ""]) == 0
 
 
 def test_self_consistency_is_an_option_of_the_command(place: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from paft_merge.errors import RunError
 from paft_merge.studies import paft_small_data, run_study
-from paft_merge.studies.paft_small_data import Sizes, Storyteller, copy_with_end, inflections, pairs
+from paft_merge.studies.paft_small_data import Files, Sizes, Storyteller, copy_with_end, pairs, read_skill
 from paft_merge.studies.study import load_study
 from paft_merge.training.rewards import load_function
 
@@ -37,9 +37,42 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_of_the_skill(tmp_path: Path) -> None:
     (tmp_path / "rows").write_text("go\twent\tV;PST\ngo\tgoes\tV;3;SG;PRS\n")
-    assert inflections(tmp_path / "rows") == [
-        {"prompt": "go past:", "completion": " went"}, {"prompt": "go present:", "completion": " goes"},
-    ]  # fmt: skip
+    found = [{"prompt": "go past:", "completion": " went"}, {"prompt": "go present:", "completion": " goes"}]
+    assert read_skill(tmp_path / "rows") == found
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"more": 1}) + "\n" for row in found))
+    assert read_skill(tmp_path / "rows.jsonl") == found
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("rows", "go\twent\tV;PST\ngo\twent\n", "rows line 2: "),
+        ("rows", "go\twent\tN;PL\n", "rows line 1: .*its slot \\(V;NFIN"),
+        ("rows", "", "rows: has no rows"),
+        ("rows.jsonl", '{"question": 1}\n', "line 1: .*each line has prompt and completion"),
+        ("rows.jsonl", "[1]\n", "line 1: "),
+    ],
+)
+def test_rows_of_another_form_are_refused_with_their_line(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RunError, match=expected):
+        read_skill(tmp_path / name)
+
+
+def test_a_folder_of_another_shape_is_named_by_parameters_and_the_usual_one_leaves_results_as_they_are(
+    data: Path, tmp_path: Path
+) -> None:
+    usual = load_study("paft-small")
+    assert not {*Files().model_dump()} & usual.expected().keys(), "results of before this key are continued"
+    digests = usual.module.check(usual.parameters, data)
+    assert "english-dev" in digests
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "sigmorphon2017" / "english-dev").rename(tmp_path / "data" / "choose.tsv")
+    with pytest.raises(RunError, match=r"english-dev: does not exist.*--set skill_dev="):
+        usual.module.check(usual.parameters, tmp_path / "data")
+    other = load_study("paft-small", overrides=["skill_dev=choose.tsv"])
+    assert other.expected()["skill_dev"] == "choose.tsv"
+    assert other.module.check(other.parameters, tmp_path / "data")["skill_dev"] == digests["english-dev"]
 
 
 def test_a_pair_has_the_best_and_the_worst_story_and_equal_ones_make_none() -> None:

@@ -51,6 +51,7 @@ INPUTS = {
     "convert adapter": "convert ? out --to peft", "convert base": "convert sft out --to vllm --base ?",
     "init base": "init --base ?", "init data": "init --base base --data ?", "init adapters": "init --adapter ? --adapter sft",
     "evaluate self_consistency": "evaluate base --self-consistency ?",
+    "evaluate agreement": "evaluate base --agreement ? base", "evaluate agreement model": "evaluate base --agreement test.jsonl ?",
     "study name": "study ? --out out --smoke", "study data": "study precision --out out --smoke --data ?",
     "resize adapter": "resize ? out --rank 1",
     "extract finetune": "extract ? out --base base --rank 1", "extract base": "extract base out --base ? --rank 1",
@@ -236,12 +237,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SUFFIXES = {
-    "reward function": ".py", "tasks": ".yaml", "exact_match": ".jsonl", "preference": ".jsonl", "self_consistency": ".jsonl", "study name": ".yaml", "reward": ".jsonl", "instructions": ".json", "data": ".jsonl",
+    "reward function": ".py", "tasks": ".yaml", "exact_match": ".jsonl", "preference": ".jsonl", "self_consistency": ".jsonl", "agreement": ".jsonl", "study name": ".yaml", "reward": ".jsonl", "instructions": ".json", "data": ".jsonl",
 }  # fmt: skip
 
 DATA = {
     "evaluate exact_match", "evaluate preference", "evaluate perplexity", "evaluate reward", "evaluate reward function",
-    "evaluate instructions", "evaluate self_consistency", "init data",
+    "evaluate instructions", "evaluate self_consistency", "evaluate agreement", "init data",
 }  # fmt: skip
 
 FINE = {
