@@ -7,10 +7,10 @@ taken block by block and added in tile order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import combinations
+from functools import cache, partial
+from itertools import combinations, pairwise
 from threading import Lock
 from typing import Any
 
@@ -23,7 +23,7 @@ from paft_merge.compute import kernels
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, Outcome, Tally, Undecided
 from paft_merge.compute.cpu_ops import CpuOps, undecided
-from paft_merge.compute.histogram import bits_of, value_of
+from paft_merge.compute.histogram import bits_of, exact_sum, value_of
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import AuditError
@@ -117,24 +117,30 @@ def _seen(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule
         {one: [p.undecided[i] for p in parts] for i, one in enumerate(passes)},
     )
     known = {one: one.thresholds(starts, aside) for one, aside in asides.items()}
-    support, survivals = first.no_support(), list[KeepThreshold]()
-    if largest is not None and (thresholds := known[largest]) is not None:
-        support = sum((p.support for p in parts), support)
-        for start, entries in _joined(largest, starts, asides[largest]):
-            first.count_support(entries.held.view(np.uint32)[:-1], 0, entries.within(start, thresholds), support)
-    elif first.combinations:
+    supported = largest is not None and known[largest] is not None
+    survivals = list[KeepThreshold]()
+    if first.combinations and not supported:
         trims = [Trim("density", wanted.density)] * first.n
         survivals = trim_survivals(trims, subject.numel, walker.walk, CpuOps(), full=first.full)
+    support = sum((p.support for p in parts if supported), first.no_support())
+    settled = [
+        later
+        for one, thresholds in known.items()
+        if thresholds is not None
+        for later in walker.pool.map(
+            partial(first.settle, one, thresholds, count=one is largest, merge=one is previewed),
+            *_together(starts, asides[one]),
+        )
+    ]
+    support = sum((s.support for s in settled), support)
     measures = first.measures(parts)
     survived, square = dict[int, Survived](), 0.0
-    if previewed is not None and (thresholds := known[previewed]) is not None:
-        tally, outcome, squares = Tally.empty(first.n), Outcome.empty(first.n), [float(p.merged[0]) for p in parts]
-        for start, entries in _joined(previewed, starts, asides[previewed]):
-            squares.append(_square(previewed.resolved(start, entries, thresholds, outcome, np.uint32)))
-        for one in (outcome, *(p.outcome for p in parts)):
-            tally.add(one.counts, one.sums)
-        survived, square = _survived(tally, [m.square for m in measures], subject.numel), math.fsum(squares)
-        rule = None
+    if previewed is not None and known[previewed] is not None:
+        tally = Tally.empty(first.n)
+        for outcome in (*(s.outcome for s in settled), *(p.outcome for p in parts)):
+            tally.add(outcome.counts, outcome.sums)
+        square = math.fsum([*(float(p.merged[0]) for p in parts), *(s.square for s in settled)])
+        survived, rule = _survived(tally, [m.square for m in measures], subject.numel), None
     if rule is not None or survivals:
         survived_later, square_later, support_later = _second(subject, walker, rule, survivals, wanted, first)
         survived, square, support = survived_later or survived, square_later or square, support + support_later
@@ -159,17 +165,20 @@ def _guesses(
     return plan_one_pass([trim] * len(active), every, subject.numel, each, CpuOps(), factors), previewed
 
 
-_JOINED = 4 << 20
-"""Most bytes of the undecided entries of a tensor that are copied, to be merged at once."""
+_TOGETHER = 4 << 20
+"""Bytes of undecided entries that are settled at once."""
 
 
-def _joined(one: OnePass, starts: Sequence[int], undecided: Sequence[Undecided]) -> Iterator[tuple[int, Undecided]]:
-    """The undecided entries of all blocks as of one that begins at 0, or block by block where they are many."""
-    if one.held_bytes > _JOINED:
-        yield from zip(starts, undecided, strict=True)
-        return
-    places = np.concatenate([start + u.place.astype(np.int64) for start, u in zip(starts, undecided, strict=True)])
-    yield 0, Undecided(places, np.concatenate([u.held for u in undecided], axis=1), [], np.empty(0, np.int64))
+def _together(
+    starts: Sequence[int], undecided: Sequence[Undecided]
+) -> tuple[list[Sequence[int]], list[Sequence[Undecided]]]:
+    """Split the blocks of a tensor, and where each begins, so that each part has `_TOGETHER` bytes of undecided entries or one block."""
+    sizes, cuts = np.cumsum([one.held.nbytes for one in undecided]), [0]
+    while cuts[-1] < len(undecided):
+        before = int(sizes[cuts[-1] - 1]) if cuts[-1] else 0
+        cuts.append(max(int(np.searchsorted(sizes, before + _TOGETHER, side="right")), cuts[-1] + 1))
+    parts = [slice(*two) for two in pairwise(cuts)]
+    return [starts[part] for part in parts], [undecided[part] for part in parts]
 
 
 _NO_MEMORY = np.empty(0, np.uint8)
@@ -204,9 +213,19 @@ class _Part:
     def empty(cls, n: int, edges: int, pairs: int, *, weights: bool) -> _Part:
         known = n if weights else 0
         return cls(
-            np.zeros((n, edges), np.int64), np.zeros(n, np.uint32), np.zeros((n, 3)), np.zeros(known, np.int64), np.zeros(known),
+            np.zeros((n, edges), np.int64), np.zeros(n, np.uint32), np.zeros((n, 2)), np.zeros(known, np.int64), np.zeros(known),
             np.zeros((pairs, 4), np.int64), np.zeros((pairs, 5)), np.zeros((pairs, 4), np.int64), Outcome.empty(n), np.zeros(1), [],
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The counts and sums of undecided entries, once their thresholds are known; zeros for what is not wanted."""
+
+    support: Any
+    outcome: Outcome
+    square: float
+    """Sum of squares of the merged entries."""
 
 
 class _First:
@@ -251,13 +270,9 @@ class _First:
             kernels.NORMALIZE[election.normalize], float(election.factor), part.outcome.counts, part.outcome.sums, part.merged,
             np.empty(n, np.uint32), np.empty(2, np.uint32), np.empty(2, np.int64), kernels.lines(n + 5),
         ))  # fmt: skip
-        for i, row in enumerate(packed):
-            filled = np.flatnonzero(row)
-            with self._lock:  # integers: the order of blocks does not matter
-                self._counts[i, filled] += row[filled] >> kernels.COUNT_SHIFT
-                self._lows[i, filled] += row[filled] & ((1 << kernels.COUNT_SHIFT) - 1)
-        if moved.size:
-            with self._lock:
+        with self._lock:  # integers: the order of blocks does not matter
+            kernels.unpack(packed, self._counts, self._lows)
+            if moved.size:
                 self._counts += moved[0]
                 self._lows += moved[1]
         if part.largest.max() >= INFINITY:
@@ -281,18 +296,46 @@ class _First:
         for k, (a, b) in enumerate(self.combinations):
             kernels.shared_support(deltas[a], deltas[b], index, lows[[a, b]], cuts[[a, b]], support[k])
 
+    def settle(
+        self, one: OnePass, thresholds: Sequence[KeepThreshold], starts: Sequence[int], undecided: Sequence[Undecided],
+        *, count: bool, merge: bool,
+    ) -> _Settled:  # fmt: skip
+        """Count and merge the undecided entries of some blocks, side by side.
+
+        Args:
+            one, thresholds: their brackets, and the threshold of each source.
+            starts: flat index of the first element of each block.
+            undecided: the entries of each block.
+            count: whether to count the supports of the pairs.
+            merge: whether to merge, for the preview.
+        """
+        origin, many = starts[0], sum(u.place.size for u in undecided)
+        place = SCRATCH.array("settled_place", many, np.int64)
+        np.concatenate([u.place for u in undecided], out=place)
+        place += np.repeat(np.array(starts) - origin, [u.place.size for u in undecided])
+        held = SCRATCH.array("settled_held", (self.n + 1, many), np.float32)
+        np.concatenate([u.held for u in undecided], axis=1, out=held)
+        entries = Undecided(place, held, [], np.empty(0, np.int64))
+        support, outcome, square = self.no_support(), Outcome.empty(self.n), 0.0
+        if count:
+            self.count_support(held.view(np.uint32)[:-1], 0, entries.within(origin, thresholds), support)
+        if merge:
+            square = _square(one.resolved(origin, entries, thresholds, outcome, np.uint32))
+        return _Settled(support, outcome, square)
+
     def measures(self, parts: Sequence[_Part]) -> list[Measure]:
         """The measure of every source, from all blocks."""
         found = []
         for i in range(self.n):
-            sums = [math.fsum(p.sums[i, k] for p in parts) for k in range(3)]
+            square, fourth = (math.fsum(p.sums[i, k] for p in parts) for k in range(2))
+            histogram = Histogram.of(self._counts[i], self._lows[i])
             below = np.sum([p.below[i] for p in parts], axis=0) if parts else np.zeros(len(self.edges), np.int64)
             found.append(Measure(
                 entries=self.subject.numel, zeros=int(below[0]),
                 below={e: int(c) for e, c in zip(self.wanted.epsilons, below[1:], strict=True)},
-                l1=sums[0], square=sums[1], fourth=sums[2],
+                l1=exact_sum(histogram.l1), square=square, fourth=fourth,
                 largest=value_of(max((int(p.largest[i]) for p in parts), default=0)),
-                histogram=Histogram.of(self._counts[i], self._lows[i]),
+                histogram=histogram,
                 erased=sum(int(p.erased[i]) for p in parts) if self.wanted.weights else None,
                 weight_square=math.fsum(p.weight_square[i] for p in parts) if self.wanted.weights else None,
             ))  # fmt: skip

@@ -74,7 +74,7 @@ def note(
 
 def _sampled(delta: Any, base: Any) -> dict[str, Any]:
     """Counts and sums over the sampled entries of one source."""
-    packed, sums, weight = np.zeros(kernels.BINS, np.int64), np.zeros(3), np.zeros(1)
+    packed, sums, weight = np.zeros(kernels.BINS, np.int64), np.zeros(2), np.zeros(1)
     none, counts = np.empty(0, np.uint32), np.zeros(kernels.BINS, np.int64)
     for start in range(0, delta.size, kernels.MOST):
         kernels.measure(delta[start : start + kernels.MOST], none, none.view(np.int64), packed, sums)
@@ -85,7 +85,7 @@ def _sampled(delta: Any, base: Any) -> dict[str, Any]:
     index = filled >> (DROPPED - 16)
     coarse = np.bincount(index - index[0], counts[filled]).astype(np.int64)
     bins = {"first": int(index[0]), "counts": coarse.tolist()}
-    square, fourth = float(sums[1]), float(sums[2])
+    square, fourth = map(float, sums)
     return {
         "square": square, "fourth": fourth, "erased": erased, "weight_square": _defined(float(weight[0])),
         "histogram": bins,

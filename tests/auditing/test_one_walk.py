@@ -139,9 +139,12 @@ def test_a_guess_that_misses_is_followed_by_three_walks(made: Sources, monkeypat
     assert_same(audit(made["sft"], made["dpo"], base=made["base"]).to_json(), expected.to_json())
 
 
-def test_many_undecided_entries_are_merged_block_by_block(made: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [0, 20_000])
+def test_many_undecided_entries_are_merged_a_few_blocks_at_a_time(
+    together: int, made: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = audit(made["sft"], made["dpo"], base=made["base"])
-    monkeypatch.setattr(tensor_survey, "_JOINED", 0)
+    monkeypatch.setattr(tensor_survey, "_TOGETHER", together)
     assert_same(audit(made["sft"], made["dpo"], base=made["base"]).to_json(), expected.to_json())
 
 

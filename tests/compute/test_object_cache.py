@@ -221,9 +221,12 @@ def results() -> list[np.ndarray]:
         np.array([low], np.uint32),
         np.zeros(1, np.int64),
         np.zeros(kernels.BINS, np.int64),
-        np.zeros(3),
+        np.zeros(2),
     )
     found += [kernels.measure(sources[1], edges, below, bins, sums), below, bins, sums]
+    counts, lows = np.zeros((2, 1, kernels.BINS), np.int64)
+    kernels.unpack(bins[None].copy(), counts, lows)
+    found += [counts, lows]
     weight, pair, pair_sums, shared, square = (
         np.zeros(1),
         np.zeros(4, np.int64),
@@ -245,7 +248,7 @@ def surveyed(base: np.ndarray, sources: np.ndarray, low: int) -> list[np.ndarray
     """What `kernels.survey` counts and sums in one block of three sources, and its preview."""
     edges, integers, size = np.array([low], np.uint32), np.int64, sources.shape[1]
     one = [np.zeros((3, 1), integers), np.zeros((3, kernels.BINS), integers), *np.zeros((2, 3, kernels.BINS), integers)]
-    one += [np.zeros(3, np.uint32), np.zeros((3, 3)), np.zeros(3, integers), np.zeros(3)]
+    one += [np.zeros(3, np.uint32), np.zeros((3, 2)), np.zeros(3, integers), np.zeros(3)]
     two = [np.zeros((3, 4), integers), np.zeros((3, 5)), np.zeros((3, 4), integers)]
     bounds = np.full((1, 3), low, np.uint32), np.full((1, 3), 1 << 16, np.uint32)
     three = [np.zeros((1, size), np.int32), np.zeros((1, 4, size), np.float32), np.zeros((1, 3, size), np.uint32)]

@@ -113,6 +113,7 @@ survey = Compiled(
     "statistics.survey",
     "bits.1 bits.2 bool i8.1 f4.2 u4.1 i8.2 i8.2 int i8.2 i8.2 u4.1 f8.2 i8.1 f8.1 uint32 i8.2 f8.2 i8.2 u4.2 u4.2 i4.2 f4.3 u4.3 i8.3 f4.1 int bool int float i8.2 f8.2 f8.1 u4.1 u4.1 i8.1 f4.2",
 )
+unpack = Compiled("statistics.unpack", "i8.2 i8.2 i8.2")
 add_squares = Compiled("statistics.add_squares", "u4.1 f8.1")
 
 _multiply = Compiled("low_rank.multiply", "f4.2 f4.3 f4.2 f4.2 f4.2")

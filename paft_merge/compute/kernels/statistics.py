@@ -35,6 +35,8 @@ _HALF = np.uint32(16)
 _LOW, _HIGH, _WORD, _BIN, _BELOW = np.uint64(16), np.uint64(48), np.uint64(32), np.uint64(0x7FFF), np.uint64(0xFFFF)
 """Shifts and masks that split two float32 in a uint64 (see `two_of`) into bin and lower bits."""
 _COUNT = np.int64(1) << COUNT_SHIFT
+_UNPACKED = 64
+"""Bins that are unpacked at once."""
 
 # Sums may be reordered into vector lanes: the last bits of an audit's float64 sums are not reproducible across processors.
 _sums = njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
@@ -90,7 +92,7 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
         edges: `[T]` uint32, thresholds as bits.
         below: `[T]` int64; entries with a magnitude below each threshold are added.
         packed: `[BINS]` int64, the packed histogram, added to.
-        sums: `[3]` float64; the sums of |delta|, delta**2 and delta**4 are added.
+        sums: `[2]` float64; the sums of delta**2 and delta**4 are added.
 
     Returns:
         The largest magnitude, as bits.
@@ -100,18 +102,15 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
         strip, floats = delta[start : start + m], values[start : start + m]
-        first, second, fourth = 0.0, 0.0, 0.0
+        second, fourth = 0.0, 0.0
         for t in range(0, max(edges.size, 1), 5):
             largest = max(largest, _below(strip, edges[t:], below[t:]))
         for j in range(m):
-            size = abs(np.float64(floats[j]))
-            square = size * size
-            first += size
+            square = np.float64(floats[j]) * np.float64(floats[j])
             second += square
             fourth += square * square
-        sums[0] += first
-        sums[1] += second
-        sums[2] += fourth
+        sums[0] += second
+        sums[1] += fourth
         for j in range(0, m - 1, 2):
             two = two_of(strip, j)
             packed[(two >> _LOW) & _BIN] += _COUNT + np.int64(two & _BELOW)
@@ -290,8 +289,7 @@ def survey(
         stop = min(ready, start + CACHED)
         begin, m = start - origin, stop - start
         if stop - packed_from > most:
-            for i in range(n):
-                _unpack(packed[i], counted[i], lows[i])
+            unpack(packed, counted, lows)
             packed_from = start
         for at in range(0, m if subtract else 0, STRIP):
             count = min(STRIP, m - at)
@@ -330,12 +328,19 @@ def survey(
 
 
 @jit
-def _unpack(packed: Any, counts: Any, lows: Any) -> None:
-    """Move a packed histogram to `counts` and `lows` `[BINS]`."""
-    for j in range(packed.size):
-        counts[j] += packed[j] >> COUNT_SHIFT
-        lows[j] += packed[j] & (_COUNT - 1)
-        packed[j] = 0
+def unpack(packed: Any, counts: Any, lows: Any) -> None:
+    """Move packed histograms `[n, BINS]` to `counts` and `lows` `[n, BINS]`, which are added to."""
+    for i in range(packed.shape[0]):
+        for begin in range(0, packed.shape[1], _UNPACKED):
+            group = packed[i, begin : begin + _UNPACKED]
+            any_of = np.int64(0)
+            for j in range(_UNPACKED):
+                any_of |= group[j]
+            if any_of:  # most are empty
+                for j in range(_UNPACKED):
+                    counts[i, begin + j] += group[j] >> COUNT_SHIFT
+                    lows[i, begin + j] += group[j] & (_COUNT - 1)
+                    group[j] = 0
 
 
 @jit
