@@ -155,7 +155,7 @@ def test_init_measures_linked_adapters_with_the_option_only(tmp_path: Path) -> N
     for option, measured in ((), False), (("--follow-links",), True):
         done = paft(*words, *option)
         assert done.exit_code == 0, done.output
-        assert ("the weights balance the deltas" in done.output) == measured
+        assert ("the root mean squares of the deltas are" in done.output) == measured
 
 
 @pytest.mark.parametrize(
