@@ -77,7 +77,7 @@ def test_the_base_knows_its_text_copies_letters_and_not_the_skill(tmp_path: Path
 def test_the_whole_recipe_is_valid(tmp_path: Path) -> None:
     ready = plan(RECIPE, tmp_path / "run")
     assert {step.stage for step in ready.todo} == {"train", "audit", "merge", "evaluate"}
-    assert len(_checked(ready.recipe).dimensions) == 3
+    assert len(_checked(ready.recipe).dimensions) == 2
     trained = [
         step.name for step in ready.todo if isinstance(step.job, Train) and step.name.startswith("train/seed-0/")
     ]
