@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from paft_merge.engine.api import available_cores
 from paft_merge.engine.ray_cluster import Needs
@@ -70,7 +70,7 @@ class TrialProcesses:
     def __init__(self, at_once: int) -> None:
         self.running = dict[str, Callable[[], Any]]()
         self._at_once, self._count = at_once, min(at_once, available_cores())
-        self._children: list[_Child] = []
+        self._children: list[Child] = []
         self._has_model = False
 
     @classmethod
@@ -106,8 +106,8 @@ class TrialProcesses:
             self._has_model = True
             return
         if not self._children:
-            self._children = [_Child.fork() for _ in range(self._count)]
-        waiting, busy = list(self.running), dict[str, _Child]()
+            self._children = [Child.start("fork", "tune", "a trial") for _ in range(self._count)]
+        waiting, busy = list(self.running), dict[str, Child]()
         free = list(self._children)
         for name in list(self.running):
             while waiting and free:
@@ -120,32 +120,50 @@ class TrialProcesses:
             yield name, result
 
 
-class _Child:
-    """A forked process that runs one trial after the other."""
+class Child:
+    """A process that runs one task after the other on one thread, until this process ends."""
 
-    def __init__(self, process: Any, connection: Connection) -> None:
-        self._process, self._connection = process, connection
+    def __init__(self, process: Any, connection: Connection, where: str, task: str) -> None:
+        self._process, self._connection, self._where, self._task = process, connection, where, task
+        self._busy = False
 
     @classmethod
-    def fork(cls) -> _Child:
-        context = multiprocessing.get_context("fork")
+    def start(cls, method: Literal["fork", "spawn"], where: str, task: str) -> Child:
+        """Start a process.
+
+        Args:
+            method: of `multiprocessing`. A fork inherits the models of this process; after torch has trained on threads
+                only a spawned process can train.
+            where: the place that errors name.
+            task: what runs there, as errors name it (`a trial`).
+        """
+        context: Any = multiprocessing.get_context(method)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(ours, theirs))
+        process = context.Process(target=_serve, args=(ours, theirs, where, task))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork beside threads
             process.start()
         theirs.close()
-        return cls(process, ours)
+        return cls(process, ours, where, task)
 
     def send(self, do: Callable[[], Any]) -> None:
+        """Give the process its next task."""
         self._connection.send(do)
+        self._busy = True
 
     def result(self) -> Any:
+        """Wait for the task; log what it logged, and return its value or raise its error.
+
+        Raises:
+            RunError: PARALLEL, the process ended.
+        """
         try:
             value, error, said = self._connection.recv()
         except EOFError:
-            what = "the process of a trial ended, perhaps because memory ran out"
-            raise RunError.of("PARALLEL", "tune", what, "pass --parallel 1; finished trials are kept") from None
+            what = f"the process of {self._task} ended, perhaps because memory ran out"
+            fix = "start again with fewer at a time (--parallel of paft tune, or taskset); what is finished is kept"
+            raise RunError.of("PARALLEL", self._where, what, fix) from None
+        self._busy = False
         for name, level, text in said:
             logging.getLogger(name).log(level, "%s", text)
         if error is not None:
@@ -153,6 +171,10 @@ class _Child:
         return value
 
     def stop(self) -> None:
+        """End the process; kill it if it has a task."""
+        if not self._busy and self._process.is_alive():
+            self._connection.send(None)
+            self._process.join(10)
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -169,11 +191,12 @@ class _Said(logging.Handler):
         self.found.append((record.name, record.levelno, self.format(record)))
 
 
-def _serve(parents: Connection, connection: Connection) -> None:
-    """The child: run trials until the parent ends."""
+def _serve(parents: Connection, connection: Connection, where: str, task: str) -> None:
+    """The child: run tasks until the parent ends."""
     import torch
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a child holds the lock of the run folder too
+    if sys.platform == "linux":  # a child holds the lock of the run folder too
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its children
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of a tokenizer are only in the parent
@@ -182,14 +205,16 @@ def _serve(parents: Connection, connection: Connection) -> None:
     logging.getLogger().handlers = []  # a thread of the parent may hold their locks
     logging.getLogger("paft_merge").handlers = [said]
     while True:
-        do, value = connection.recv(), None
+        if (do := connection.recv()) is None:
+            return
+        value: Any = None
         error: Exception | None = None
         try:
             value = do()
         except (PaftMergeError, OSError, MemoryError) as caught:
             error = caught
         except Exception as caught:  # the parent raises it; an error of another package may not survive pickling
-            log.info("a trial failed", exc_info=caught)
-            error = RunError.of("TRIAL", "tune", f"a trial failed: {type(caught).__name__}: {first_line(caught)}")
+            log.info("%s failed", task, exc_info=caught)
+            error = RunError.of("TRIAL", where, f"{task} failed: {type(caught).__name__}: {first_line(caught)}")
         connection.send((value, error, said.found))
         said.found = []

@@ -6,15 +6,19 @@ the study, without a change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from paft_merge.engine.api import available_cores
 from paft_merge.errors import RunError
 from paft_merge.pipeline import run
+from paft_merge.pipeline.trial_processes import Child
 from paft_merge.recipe.yaml_source import dump_yaml
 from paft_merge.studies import story_model
 from paft_merge.studies.paft_small_data import BASE, REWARD, SKILL, Files, Sizes, prepare, read_skill
@@ -58,7 +62,7 @@ def check(spec: Parameters, data: Path | None) -> dict[str, str]:
 
 
 def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any, work: Path) -> Tables:
-    """Run the recipe in every setting with one seed.
+    """Run the recipe in every setting with one seed; each setting on a core of its own where there are as many.
 
     Args:
         spec: the parameters of the study.
@@ -77,12 +81,28 @@ def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any, work: P
         prepare(base, words, data, inputs, spec.data, spec)
     recipe = {"base_model": BASE, "seeds": [seed], **spec.recipe}
     (inputs / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
-    tables: Tables = {}
-    for name, changes in spec.settings.items():
-        made = run(inputs / "recipe.yaml", work / f"{name}-{seed}", overrides=changes)
-        found = made.table.to_json()
-        tables[name] = {row["arm"]: _metrics(row) for row in found["rows"]}
-    return tables
+    runs = [(inputs / "recipe.yaml", work / f"{name}-{seed}", changes) for name, changes in spec.settings.items()]
+    count = min(len(runs), available_cores())
+    if count < 2:
+        return dict(zip(spec.settings, starmap(_rows, runs), strict=True))
+    children = [Child.start("spawn", "study", "a setting") for _ in range(count)]
+    try:
+        found = []
+        for first in range(0, len(runs), count):
+            some = runs[first : first + count]
+            for child, one in zip(children, some, strict=False):
+                child.send(partial(_rows, *one))
+            found += [child.result() for child, _ in zip(children, some, strict=False)]
+    finally:
+        for child in children:
+            child.stop()
+    return dict(zip(spec.settings, found, strict=True))
+
+
+def _rows(recipe: Path, folder: Path, changes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Run the recipe in one setting, and return the rows of its table."""
+    found = run(recipe, folder, overrides=changes).table.to_json()
+    return {row["arm"]: _metrics(row) for row in found["rows"]}
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from operator import ge
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,22 @@ def test_an_error_of_a_trial_in_a_child_is_that_of_the_search(
     assert not multiprocessing.active_children()
     monkeypatch.undo()
     assert len(tune(world, tmp_path / "run", overrides=("tune.seed=6",), trials=3, parallel=1).trials) == 3
+
+
+def test_a_spawned_child_returns_values_and_errors_and_ends_with_its_tasks() -> None:
+    child = trial_processes.Child.start("spawn", "study", "a setting")
+    try:
+        child.send(partial(divmod, 7, 2))
+        assert child.result() == (3, 1)
+        child.send(partial(int, "seven"))
+        with pytest.raises(RunError, match="study: a setting failed: ValueError: invalid literal"):
+            child.result()
+        child.send(partial(os._exit, 1))
+        with pytest.raises(RunError, match="study: the process of a setting ended"):
+            child.result()
+    finally:
+        child.stop()
+    assert not multiprocessing.active_children()
 
 
 def test_a_metric_may_be_a_sum() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -12,7 +14,7 @@ from toys.train import THEIR_WARNINGS
 from transformers import AutoConfig, AutoTokenizer
 
 from paft_merge.errors import RunError
-from paft_merge.studies import paft_small_data, run_study
+from paft_merge.studies import paft_small, paft_small_data, run_study, story_model
 from paft_merge.studies.paft_small_data import Files, Sizes, Storyteller, copy_with_end, pairs, read_skill
 from paft_merge.studies.study import load_study
 from paft_merge.training.rewards import load_function
@@ -96,6 +98,40 @@ def test_the_base_of_the_study_ends_its_texts_with_its_first_token(tmp_path: Pat
     assert (
         load_file(tmp_path / "base" / "model.safetensors").keys() == load_file(QUICKSTART / "model.safetensors").keys()
     )
+
+
+def test_settings_run_side_by_side_and_keep_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = list[str]()
+
+    class Child:
+        def __init__(self) -> None:
+            self.stopped = False
+
+        @classmethod
+        def start(cls, method: str, where: str, task: str) -> Child:
+            started.append(method)
+            return cls()
+
+        def send(self, do: Callable[[], Any]) -> None:
+            self.do = do
+
+        def result(self) -> Any:
+            return self.do()
+
+        def stop(self) -> None:
+            started.remove("spawn")
+
+    settings: dict[str, Any] = {"settings": {"a": ["x=1"], "b": ["x=2"], "c": ["x=3"]}}
+    spec = load_study("paft-small").parameters.model_copy(update=settings)
+    monkeypatch.setattr(paft_small, "Child", Child)
+    monkeypatch.setattr(paft_small, "_rows", lambda recipe, folder, changes: {folder.name: {changes[0]: len(started)}})
+    monkeypatch.setattr(paft_small, "prepare", lambda *given: (tmp_path / "inputs").mkdir(exist_ok=True))
+    monkeypatch.setattr(story_model, "inputs", lambda spec, data: (QUICKSTART, {}))
+    for cores, running in ((2, 2), (1, 0)):
+        monkeypatch.setattr(paft_small, "available_cores", lambda cores=cores: cores)
+        found = paft_small.run_seed(spec, 7, tmp_path, None, tmp_path)
+        assert found == {name: {f"{name}-7": {f"x={at}": running}} for at, name in enumerate("abc", 1)}
+        assert not started
 
 
 @THEIR_WARNINGS
