@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of pytest-xdist use the cores; more threads wait for them
 os.environ.pop("COLUMNS", None)  # set by pytest-xdist; the width of tables must not depend on it
 
 import pytest
@@ -22,6 +23,12 @@ from paft_merge.compute.kernels import object_cache
 State = dict[str, torch.Tensor]
 
 object_cache._COMPILER.announced = True  # tests compare what commands print, whether or not the cache is cold
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: tests of workers, leases and signals wait for most of their time."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.hookimpl(wrapper=True)
