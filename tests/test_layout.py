@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -60,8 +61,14 @@ def files() -> Iterator[tuple[str, Path]]:
         yield ".".join(part for part in parts if part != "__init__"), path
 
 
-MODULES = {name: ast.parse(path.read_text()) for name, path in files()}
+MODULES = dict(files())
 NAMES = sorted(name for name in MODULES if name)
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    """The syntax tree of a module; parsed on first use, for pytest imports this file in every process."""
+    return ast.parse(MODULES[module].read_text())
 
 
 ROW_OF = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
@@ -72,26 +79,28 @@ def room_of(module: str) -> str:
     return "cli" if module == "__main__" else module.split(".")[0]
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
+@cache
+def imported(module: str) -> list[str]:
     """Dotted names that a module imports anywhere: at the top, inside functions, under `TYPE_CHECKING`."""
-    for node in ast.walk(tree):
+    names: list[str] = []
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += (f"{node.module}.{alias.name}" for alias in node.names)
+    return names
 
 
-def of_ours(names: Iterator[str]) -> Iterator[str]:
-    """The modules of this package among imported names."""
-    for name in names:
+@cache
+def below(module: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    found = set()
+    for name in imported(module):
         if name.startswith("paft_merge."):
             parts = name.split(".")[1:]
             ways = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-            yield next(way for way in ways if way in MODULES)
-
-
-BELOW = {name: set(of_ours(imported(tree))) - {name} for name, tree in MODULES.items()}
-"""The modules that each module imports."""
+            found.add(next(way for way in ways if way in MODULES))
+    return found - {module}
 
 
 def test_every_room_has_a_row_and_says_what_it_holds() -> None:
@@ -101,7 +110,7 @@ def test_every_room_has_a_row_and_says_what_it_holds() -> None:
 @pytest.mark.parametrize("module", NAMES)
 def test_imports_go_down_only(module: str) -> None:
     wrong = {
-        name for name in BELOW[module] if room_of(name) != room_of(module) and ROW_OF[room_of(name)] >= ROW_OF[room_of(module)]
+        name for name in below(module) if room_of(name) != room_of(module) and ROW_OF[room_of(name)] >= ROW_OF[room_of(module)]
     }  # fmt: skip
     assert not wrong, f"{module} in row {ROW_OF[room_of(module)]} imports {wrong}"
 
@@ -112,15 +121,15 @@ def test_the_picture_in_the_documentation_goes_down_too() -> None:
     row = {room: i for i, line in enumerate(picture) for room in re.findall(r"(\w+)(?:\.py|/)(?=\s)", line)}
     assert row.keys() == ROW_OF.keys()
     for module in NAMES:
-        for below in {room_of(name) for name in BELOW[module]} - {room_of(module)}:
-            assert row[below] > row[room_of(module)], f"{module} imports {below}"
+        for room in {room_of(name) for name in below(module)} - {room_of(module)}:
+            assert row[room] > row[room_of(module)], f"{module} imports {room}"
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     def visit(name: str, way: tuple[str, ...]) -> None:
         assert name not in way, " -> ".join((*way, name))
         if name not in done:
-            for other in BELOW[name]:
+            for other in below(name):
                 visit(other, (*way, name))
             done.add(name)
 
@@ -131,7 +140,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 def test_no_module_is_called_like_what_it_exports() -> None:
     for name in set(NAMES) - {"cli"}:  # click's group has its usual name, and nothing imports it from above
-        defined = {node.name for node in MODULES[name].body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined = {node.name for node in tree_of(name).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         assert name.split(".")[-1] not in defined, name
 
 
@@ -150,13 +159,13 @@ SHARED_NAMES = {
 
 
 def test_no_two_files_share_a_name_without_a_reason() -> None:
-    last = [path.stem for _, path in files() if path.stem not in ("__init__", "__main__")]
+    last = [path.stem for path in MODULES.values() if path.stem not in ("__init__", "__main__")]
     assert {name for name in last if last.count(name) > 1} == SHARED_NAMES.keys()
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
 def test_a_foreign_package_stays_in_its_rooms(package: str) -> None:
-    users = {room_of(name) for name in NAMES if package in {i.split(".")[0] for i in imported(MODULES[name])}}
+    users = {room_of(name) for name in NAMES if package in {i.split(".")[0] for i in imported(name)}}
     assert users == ONLY_IN[package]
 
 
@@ -192,17 +201,17 @@ def test_what_the_package_offers_is_there_and_typed() -> None:
 
 @pytest.mark.parametrize("module", NAMES)
 def test_a_file_says_what_it_is_and_is_not_too_long(module: str) -> None:
-    text = ast.get_docstring(MODULES[module]) or ""
+    text = ast.get_docstring(tree_of(module)) or ""
     assert re.match(r"\S.*[.:]$", text.split("\n\n")[0].replace("\n", " ")), text
-    assert len(MODULES[module].body) > 1 or dict(files())[module].name == "__init__.py"
-    assert len(dict(files())[module].read_text().splitlines()) <= 620
+    assert len(tree_of(module).body) > 1 or MODULES[module].name == "__init__.py"
+    assert len(MODULES[module].read_text().splitlines()) <= 620
     assert module.split(".")[-1] not in {"utils", "common", "base", "misc", "helpers"}
 
 
 @pytest.mark.parametrize("module", NAMES)
 def test_the_library_prints_nothing_and_swallows_nothing_without_a_reason(module: str) -> None:
-    lines = dict(files())[module].read_text().splitlines()
-    for node in ast.walk(MODULES[module]):
+    lines = MODULES[module].read_text().splitlines()
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"line {node.lineno}"
         if isinstance(node, ast.Raise) and node.exc is not None:
