@@ -15,10 +15,11 @@ from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.gate import epsilons_of
 from paft_merge.auditing.results import PairAudit, PairTensor, SourceAudit, TensorAudit
 from paft_merge.auditing.tensor_survey import TensorStats, Wanted, survey
-from paft_merge.auditing.walk import Arena, HeldDeltas, working_pool
+from paft_merge.auditing.walk import Arena, HeldDeltas, working_pools
 from paft_merge.compute.magnitudes import EPSILON, EPSILONS
 from paft_merge.errors import AuditError, Problem, Problems
 from paft_merge.inputs.links import following_links
+from paft_merge.methods.rules.rule import Rule
 from paft_merge.stats.pairs import PairMeasure
 
 HELD_BYTES = 512 << 20
@@ -92,21 +93,26 @@ def audit(
     with (
         following_links(follow_links),
         open_sources(sources, base, fetch_base=fetch_base, lazy_unpickle=lazy_unpickle) as opened,
-        working_pool(threads) as pool,
+        working_pools(threads) as (pool, tensors),
     ):
         several = len(opened.headers) > 1
         wanted = Wanted(epsilon, counted, opened.weights, several, density)
-        arena, found = Arena(opened.subjects, held_bytes), list[TensorStats]()
-        total, done = sum(s.numel for s in opened.subjects), 0
+        arena = Arena(opened.subjects, held_bytes)
         rules = rules_for(opened.subjects, proposal if several else None, pool)
         if several and proposal and opened.recipe is None and rules and not any(rules):
             opened = replace(opened, warnings=(*opened.warnings, _no_preview(proposal.method)))
-        for at, (subject, rule) in enumerate(zip(opened.subjects, rules, strict=True), 1):
+
+        def measure(subject: AuditedTensor, rule: Rule | None) -> TensorStats:
             subject = replace(subject, rule=rule or subject.rule)  # its blocks are whole rows of the rule
-            found.append(survey(subject, HeldDeltas(subject, pool, arena), wanted, rule))
-            subject.release()
+            with arena.opened(subject):
+                return survey(subject, HeldDeltas(subject, pool, arena), wanted, rule)
+
+        found, total, done = list[TensorStats](), sum(s.numel for s in opened.subjects), 0
+        # While one tensor waits for its last block, or for its thresholds, the blocks of others are computed.
+        for subject, stats in zip(opened.subjects, tensors.map(measure, opened.subjects, rules), strict=True):
+            found.append(stats)
             done += subject.numel
-            progress(AuditProgress(at, len(opened.subjects), done, total, subject.name))
+            progress(AuditProgress(len(found), len(opened.subjects), done, total, subject.name))
         return _results(opened, found, wanted, proposal)
 
 

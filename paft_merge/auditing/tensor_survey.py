@@ -110,8 +110,17 @@ def _seen(subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule
     first = _First(subject, wanted)
     largest, previewed = _guesses(subject, walker, wanted, rule, first)
     passes = [one for one in dict.fromkeys((largest, previewed)) if one is not None]
-    each = walker.first if rule is not None and previewed is None else BlockWalk([subject.stored], walker.pool)
-    parts = each(lambda block: first.work(block, passes, merge=previewed is not None))
+    with walker.first(passes, store=rule is not None and previewed is None) as each:
+        parts = each(lambda block: first.work(block, passes, merge=previewed is not None))
+        return _decided(subject, walker, wanted, rule, first, parts, largest, previewed)
+
+
+def _decided(
+    subject: AuditedTensor, walker: HeldDeltas, wanted: Wanted, rule: Rule | None, first: _First, parts: Sequence[_Part],
+    largest: OnePass | None, previewed: OnePass | None,
+) -> _Seen:  # fmt: skip
+    """Settle the undecided entries of the first walk's `parts`, and walk again for what was not guessed (see `_guesses`)."""
+    passes = [one for one in dict.fromkeys((largest, previewed)) if one is not None]
     starts, asides = (
         [start for start, _ in subject.bounds],
         {one: [p.undecided[i] for p in parts] for i, one in enumerate(passes)},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,49 +14,94 @@ import numpy as np
 from paft_merge.auditing.opening import AuditedTensor
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block
+from paft_merge.compute.kernels import BINS
+from paft_merge.engine.streaming import FACTOR_BYTES, Budget
+from paft_merge.methods.rules.one_pass import OnePass
 from paft_merge.stats.spectrum import on_one_core
+
+UNDECIDED_BYTES = 256 << 20
+"""Most bytes of undecided entries, of all tensors that are measured at a time."""
 
 
 class Arena:
-    """Memory for the deltas of one tensor after the other, allocated once: fresh memory costs more than the arithmetic."""
+    """Memory that the tensors of an audit share. It is allocated once: fresh memory costs more than the arithmetic.
+
+    Args:
+        subjects: every tensor.
+        limit_bytes: most bytes of stored deltas.
+    """
 
     def __init__(self, subjects: Sequence[AuditedTensor], limit_bytes: int) -> None:
         sizes = [len(s.inputs.active) * s.numel * 4 for s in subjects]
-        self._zeros = np.empty(0, np.uint32)
         self._held = np.empty(max((s for s in sizes if s <= limit_bytes), default=0) // 4, np.uint32)
+        self._turn, self._undecided = Lock(), Budget(UNDECIDED_BYTES)
+        self._inputs = Budget(FACTOR_BYTES)
+        self._zeros = np.zeros(0, np.uint32)
 
     def zeros(self, size: int) -> Any:
-        """At least `[size]` uint32 zeros, which nobody changes."""
-        if self._zeros.size < size:
-            self._zeros = np.zeros(size, np.uint32)
-        return self._zeros
+        """`[size]` uint32 zeros, which nobody changes."""
+        zeros = self._zeros
+        if zeros.size < size:
+            zeros = self._zeros = np.zeros(size, np.uint32)
+        return zeros[:size]
 
-    def hold(self, subject: AuditedTensor) -> Any:
-        """`[n * numel]` uint32 for the deltas of `subject`, or None if they do not fit."""
+    @contextmanager
+    def opened(self, subject: AuditedTensor) -> Iterator[None]:
+        """Wait until a tensor's factors and histograms fit in memory, and free the factors at the end of the block."""
+        nbytes = subject.inputs.factor_bytes + 2 * 8 * BINS * len(subject.inputs.active)
+        with self._inputs.taken(nbytes):
+            try:
+                yield
+            finally:
+                subject.release()
+
+    @contextmanager
+    def lent(self, subject: AuditedTensor, passes: Iterable[OnePass], *, store: bool) -> Iterator[Any]:
+        """Reserve memory for one tensor.
+
+        Args:
+            subject: the tensor.
+            passes: what sets undecided entries aside.
+            store: whether the deltas are stored, which only one tensor at a time can do.
+
+        Yields:
+            `[n * numel]` uint32; None if the deltas do not fit or are not stored.
+        """
         size = len(subject.inputs.active) * subject.numel
-        return self._held[:size] if size <= self._held.size else None
+        with (
+            self._undecided.taken(sum(one.held_bytes for one in passes)),
+            self._turn if store else nullcontext(),
+        ):
+            yield self._held[:size] if store and size <= self._held.size else None
 
 
 class HeldDeltas:
-    """The deltas of a tensor, as `first` stored them; computed again for each block if they do not fit, or were not stored (`TiledTensor`).
+    """The deltas of a tensor, as `first` stored them; computed again for each block if they are not stored (`TiledTensor`).
 
     The base is zero in every block, so that the merged block is the merged delta.
     """
 
     def __init__(self, subject: AuditedTensor, pool: Executor, arena: Arena) -> None:
-        self.subject, self.pool, self._held = subject, pool, arena.hold(subject)
+        self.subject, self.pool, self.arena = subject, pool, arena
+        self._held: Any = None
         self._is_stored = False
         self.bounds, self.row, self.release = subject.bounds, subject.row, subject.release
-        self.zeros = arena.zeros(max((stop - start for start, stop in subject.bounds), default=0))
-        """As many as the largest block has entries."""
-        self.first = BlockWalk([subject], pool, self._store)
-        """The first walk: its blocks have the base's values, and their deltas are stored."""
         self.walk = BlockWalk([self], pool)
-        """A walk over the stored deltas."""
+        """A walk over the deltas."""
+
+    @contextmanager
+    def first(self, passes: Iterable[OnePass], *, store: bool) -> Iterator[BlockWalk]:
+        """The first walk, with the base's values. Within the block, `walk` reads the deltas that it stored; see `Arena.lent`."""
+        with self.arena.lent(self.subject, passes, store=store) as self._held:
+            yield (
+                BlockWalk([self.subject], self.pool, self._store)
+                if store
+                else BlockWalk([self.subject.stored], self.pool)
+            )
 
     def block(self, start: int, stop: int, *, all_sources: bool = False) -> Block:
         """Deltas of the elements `[start, stop)`, which begin a tile."""
-        held, zeros = self._tile(start) if self._is_stored else None, self.zeros[: stop - start]
+        held, zeros = self._tile(start) if self._is_stored else None, self.arena.zeros(stop - start)
         if held is None:
             return Block(start, zeros, self.subject.inputs.block(start, stop).sources, subtract=False)
         return Block(start, zeros, np.ascontiguousarray(held[:, : stop - start]), subtract=False)
@@ -75,14 +121,17 @@ class HeldDeltas:
 
 
 @contextmanager
-def working_pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """A pool of `threads` (all cores by default), with one core for each of torch's products."""
+def working_pools(threads: int | None) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """A pool of `threads` (all cores by default) for blocks, and one for the tensors that they are blocks of.
+
+    Each of torch's products has one core.
+    """
     import torch
 
-    before = torch.get_num_threads()
+    before, count = torch.get_num_threads(), threads or os.cpu_count() or 1
     torch.set_num_threads(1)
     try:
-        with on_one_core(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-            yield pool
+        with on_one_core(), ThreadPoolExecutor(count) as blocks, ThreadPoolExecutor(count + 1) as tensors:
+            yield blocks, tensors
     finally:
         torch.set_num_threads(before)

@@ -103,9 +103,7 @@ def merge_checkpoint(
     ):
         todo = _measured_over_model(plan, todo, blocks, ops or CpuOps())
         made = Factorization(plan.recipe, blocks, ops or CpuOps(), [tensor for tensor in todo if tensor.factor])
-        worker = _Worker(
-            output, blocks, ops or CpuOps(), _Held(hold), _Budget(FACTOR_BYTES), plan.allow_nonfinite, made
-        )
+        worker = _Worker(output, blocks, ops or CpuOps(), _Held(hold), Budget(FACTOR_BYTES), plan.allow_nonfinite, made)
         for at, finished in enumerate(_in_order(tensors, worker.merge, todo, ahead=2 * threads + 2), first):
             output.finish_tensor(finished)
             done += todo[at - first].nbytes
@@ -175,7 +173,7 @@ class _Worker:
     pool: ThreadPoolExecutor
     ops: Ops
     held: _Held
-    factors: _Budget
+    factors: Budget
     allow_nonfinite: bool
     factorization: Factorization
 
@@ -385,7 +383,7 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
-class _Budget:
+class Budget:
     """Bytes that several threads share; one that needs more than all of them takes them all, and no other thread any."""
 
     def __init__(self, nbytes: int) -> None:
@@ -411,7 +409,7 @@ class _Held:
     """Memory for merged tiles that wait for their thresholds. It is reused: fresh memory costs more than the merge."""
 
     def __init__(self, nbytes: int) -> None:
-        self._budget, self._free = _Budget(nbytes), deque[tuple[PageAlignedBuffer, Any]]()
+        self._budget, self._free = Budget(nbytes), deque[tuple[PageAlignedBuffer, Any]]()
 
     @contextmanager
     def tiles(self, count: int, nbytes: int) -> Iterator[list[tuple[PageAlignedBuffer, Any]]]:

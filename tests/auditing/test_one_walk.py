@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Barrier, Semaphore
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from conftest import dense_deltas, near, random_state, save_adapter, save_checkpoint
 from toys.merge import on, recipe, tensors_of
 
-from paft_merge.auditing import Audit, audit, tensor_survey
+from paft_merge.auditing import Audit, audit, run, tensor_survey
 from paft_merge.compute import blocks, kernels
 from paft_merge.compute.kernels import block_source
 from paft_merge.methods.rules.one_pass import OnePass
@@ -214,3 +216,33 @@ def test_a_recipe_is_previewed_in_one_walk(made: Sources, monkeypatch: pytest.Mo
     found: list[Audit] = [audit(asked)]
     in_turn(monkeypatch)
     assert_same(found[0].to_json(), audit(asked).to_json())
+
+
+def test_tensors_are_measured_side_by_side(made: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the first two surveys waits for the other one."""
+    first, both, measured = Semaphore(2), Barrier(2), run.survey
+
+    def survey(*given: Any) -> Any:
+        if first.acquire(blocking=False):
+            both.wait(timeout=30)
+        return measured(*given)
+
+    monkeypatch.setattr(run, "survey", survey)
+    assert audit(made["sft"], made["dpo"], base=made["base"], threads=1).pairs
+
+
+def test_one_tensor_at_a_time_stores_its_deltas(made: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, preview = (made["sft"], made["dpo"]), {"method": "dare_ties", "density": 0.5}
+    expected = audit(*sources, base=made["base"], preview=preview, held_bytes=0)
+    storing, second = Semaphore(1), tensor_survey._second
+
+    def alone(*given: Any) -> Any:
+        assert storing.acquire(blocking=False)
+        try:
+            sleep(0.002)
+            return second(*given)
+        finally:
+            storing.release()
+
+    monkeypatch.setattr(tensor_survey, "_second", alone)
+    assert_same(audit(*sources, base=made["base"], preview=preview, threads=4).to_json(), expected.to_json())
