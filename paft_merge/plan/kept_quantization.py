@@ -21,7 +21,7 @@ from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.plan.planned import COPY, CodedPart, PlannedTensor
 from paft_merge.recipe import Recipe
 
-_WRITTEN = "FP8 and MXFP4"
+_WRITTEN = "FP8, MXFP4, NVFP4 and those of compressed-tensors"
 """The formats that are written."""
 
 
@@ -125,7 +125,7 @@ def _coded(recipe: Recipe, tensor: PlannedTensor, weight: QuantizedWeight, templ
     key = stream_key(recipe.seed, "", tensor.name, "round") if recipe.rounding == "stochastic" else 0
     for place, (part, name) in enumerate(_parts(template.checkpoint, weight, tensor.name)):
         info = held.tensors[part]
-        if place > 1:  # the shape of packed codes, and scales of activations
+        if part not in weight.computed:  # such as the shape of packed codes, and scales of activations
             yield _copy(replace(tensor, why="it belongs to the codes"), Read(template.source, held, part), name)
             continue
         made = CodedPart(merged, weight, template, place)

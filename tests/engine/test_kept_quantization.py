@@ -163,27 +163,36 @@ def test_what_cannot_be_written_as_codes_is_refused_by_name(
             pass
 
 
-def test_a_format_that_is_not_written_keeps_its_bytes_or_is_refused(tmp_path: Path) -> None:
-    """Packed INT4: a merge of the plain layers copies codes, scales and shapes; one of a quantised weight is refused."""
-    golden = Path(__file__).parents[1] / "golden" / "quantized" / "int4_group.safetensors"
+@pytest.mark.parametrize("kind", ["int4_group", "int4_group_zeros", "int8_channel_zeros", "int8_w8a8", "nvfp4"])
+def test_compressed_tensors_are_written_and_what_belongs_to_no_code_is_copied(kind: str, tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "quantized" / f"{kind}.safetensors"
     with safe_open(golden, "pt") as file:
-        config = json.loads(file.metadata()["config"])
+        config = {"quantization_config": json.loads(file.metadata()["config"])}
     codes, name = load_file(golden), f"{Q}.weight"
-    del codes["values"]
-    weight = next(part for part in codes if part.endswith("weight_packed"))
+    values = codes.pop("values")
+    weight = next(part for part in codes if part.endswith(("weight_packed", "weight")))
     changed = {**codes, weight: codes[weight].flip(0)}
     base, other = (
-        save_checkpoint(
-            tmp_path / str(at), {**held, name: torch.full((4, 4), float(at))}, config={"quantization_config": config}
-        )
+        save_checkpoint(tmp_path / str(at), {**held, name: torch.full((4, 4), float(at))}, config=config)
         for at, held in enumerate((codes, changed))
     )
     (base / "quant_config.json").write_text("{}")
-    with pytest.raises(PaftMergeError, match=r"in INT4.*the formats that are written are FP8 and MXFP4"):
-        merge(asked(base, other, quantization="keep"), tmp_path / "out")
+    for rounding in ("nearest", "stochastic"):
+        merge(asked(base, other, quantization="keep", rounding=rounding), tmp_path / rounding)
+        got, was = stored_in(tmp_path / rounding), stored_in(base)
+        assert list(got) == list(was)
+        same = ("weight_shape", "weight_global_scale")
+        assert all(torch.equal(got[part], was[part]) for part in was if part.endswith(same))
+        written, stem = values_in(tmp_path / rounding, weight.removesuffix("_packed")), weight.removesuffix("_packed")
+        wanted = (values + values_in(other, stem)) / 2
+        assert (written - wanted).norm() < 0.2 * wanted.norm()
+        found = record(tmp_path / rounding)["quantization"]
+        assert found["relative_error"] == pytest.approx(
+            ((written - wanted).norm() / (wanted - values).norm()).item(), rel=1e-3
+        )
     recipe = {"merge_method": "passthrough", "models": [{"model": str(base)}], "quantization": "keep"}
-    merge(recipe, tmp_path / "out")
-    got = stored_in(tmp_path / "out")
+    merge(recipe, tmp_path / "copy")
+    got = stored_in(tmp_path / "copy")
     assert all(torch.equal(got[part], tensor) for part, tensor in stored_in(base).items())
     assert got.keys() == stored_in(base).keys()
-    assert (tmp_path / "out" / "quant_config.json").exists()
+    assert (tmp_path / "copy" / "quant_config.json").exists()
