@@ -21,9 +21,6 @@ from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.plan.planned import COPY, CodedPart, PlannedTensor
 from paft_merge.recipe import Recipe
 
-_WRITTEN = "FP8, MXFP4, NVFP4 and those of compressed-tensors"
-"""The formats that are written."""
-
 
 def as_stored(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint with the codes and scales of its files."""
@@ -56,10 +53,6 @@ def kept(recipe: Recipe, source: Model, tensors: Sequence[PlannedTensor], proble
             refused.setdefault(f"of {template.ref}, which is quantised otherwise than {source.ref}", []).append(name)
         elif (only := _unchanged(tensor)) is not None:
             found += _copies(tensor, only)
-        elif not held.weights[name].unit:
-            refused.setdefault(
-                f"in {held.weights[name].format}, and the formats that are written are {_WRITTEN}", []
-            ).append(name)
         elif tensor.shape != held.weights[name].shape:
             refused.setdefault("with another shape than the codes have", []).append(name)
         else:

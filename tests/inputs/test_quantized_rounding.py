@@ -82,7 +82,7 @@ GRIDS: list[tuple[str, CodeGrid, ScaleForm, ZeroPoints | None]] = [
     ("int4 zeros", IntGrid(-8, 7, 8), FloatScales("F16"), ZeroPoints(np.zeros((1, 1), np.float32))),
     ("int8", IntGrid(-127, 127, half=1.0, multiply=127.0, factor=1 / 127), FloatScales("F32"), None),
     ("levels", NF4, FloatScales("F32"), None),
-    ("nested", NF4, CodedScales(np.linspace(-1, 1, 256, dtype=np.float32), np.full((1, 1), 3, np.float32), np.float32(3)), None),
+    ("nested", NF4, CodedScales(np.linspace(-1, 1, 256, dtype=np.float32), np.full(1, 3, np.float32), np.float32(3)), None),
 ]  # fmt: skip
 
 

@@ -51,12 +51,12 @@ def _whole(value: Any, chance: Any, drawn: bool) -> Any:
 
 
 @jit
-def _floats(scaled: Any, chances: Any, drawn: bool, form: Any, table: Any, found: Any, codes: Any) -> None:
+def _floats(scaled: Any, zeros: Any, chances: Any, drawn: bool, form: Any, table: Any, found: Any, codes: Any) -> None:
     """Round to floats of `form`: bits of the mantissa, least exponent, bit of the sign, whether zero has one; `table`: the largest."""
     bits, lowest, sign, signed = np.uint32(form[1]), np.uint32(form[2] + 127), np.uint32(form[3]), form[4] != 0
     most = table[0]
     for j in range(scaled.size):
-        u = bits_of(scaled[j])
+        u = bits_of(scaled[j] - (np.float32(0) - zeros[j]))  # a sum would lose the sign of zero
         magnitude = min(float_of(np.uint32(u & MAGNITUDE)), most)
         exponent = max(np.uint32(bits_of(magnitude) >> _MANTISSA), lowest)
         steps = _whole(
@@ -111,7 +111,7 @@ def _round(
 ) -> None:
     """Round scaled values to values of the grid and their codes; `form[0]` is the kind of grid."""
     if form[0] == 0:
-        _floats(scaled, chances, drawn, form, table, found, codes)
+        _floats(scaled, zeros, chances, drawn, form, table, found, codes)
     elif form[0] == 1:
         _integers(scaled, zeros, chances, drawn, form, found, codes)
     else:

@@ -213,12 +213,13 @@ def _weight(parts: Parts, stem: str, scheme: Scheme) -> ScaledCodes:
     codes, scale = packed or plain, tensors[f"{stem}.weight_scale"]
     if codes is None:
         raise CheckpointError([missing(where, scale.name, f"codes: {quote(f'{stem}.weight')}")])
-    table, wanted, values = _table(scheme, packed is not None)
-    if table is None:
+    found = _table(scheme, packed is not None)
+    if found is None:
         what = f"stores {quote(codes.name)} as {scheme.name}{' packed' if packed else ''}, {scheme.strategy}, which is not read"
         raise CheckpointError.of("DTYPE_UNSUPPORTED", where, what, "dequantise it with the library that wrote it")
-    if codes.dtype not in wanted or len(codes.shape) < 2:
-        raise CheckpointError([wrong_dtype(where, codes, wanted)])
+    table, values, wanted = found
+    if codes.dtype != wanted or len(codes.shape) < 2:
+        raise CheckpointError([wrong_dtype(where, codes, [wanted])])
     shape = (*codes.shape[:-1], _width(parts, stem, scheme, codes, scale, table))
     exponents = scale.dtype == "U8"
     kinds = _scale_types(scheme)
@@ -240,7 +241,8 @@ def _weight(parts: Parts, stem: str, scheme: Scheme) -> ScaledCodes:
     points = _zeros(where, scheme, zeros, codes, grid, packed is not None)
     names = tuple(one.name for one in held if one)
     return ScaledCodes(
-        *(f"{stem}.weight", shape, names, scheme.name, codes, table, grid, points, groups, used, np.divide, values)
+        *(f"{stem}.weight", shape, names, scheme.name, codes, table, values, grid, points, groups, used, np.divide),
+        scheme.symmetric or scheme.kind == "float",
     )
 
 
@@ -252,21 +254,21 @@ def _scale_types(scheme: Scheme) -> tuple[str, ...]:
     return (*FLOATS, *exponents) if scheme.kind == "float" and scheme.strategy == "group" else FLOATS
 
 
-def _table(scheme: Scheme, packed: bool) -> tuple[Values | None, tuple[str, ...], CodeGrid | None]:
-    """The values of a byte of codes, the types of their tensor, and the values of a code; None if the format is not read."""
+def _table(scheme: Scheme, packed: bool) -> tuple[Values, CodeGrid, str] | None:
+    """The values of a byte of codes, those of a code, and the type of their tensor; None if the format is not read."""
     if scheme.sizes((2, 2)) is None:
-        return None, (), None
+        return None
     if scheme.kind == "float" and scheme.bits == 8 and not packed:
-        return byte_values("F8_E4M3"), ("F8_E4M3",), FLOAT8_GRIDS["F8_E4M3"]
+        return byte_values("F8_E4M3"), FLOAT8_GRIDS["F8_E4M3"], "F8_E4M3"
     if scheme.kind == "float" and scheme.bits == 4 and packed and scheme.group in (16, 32):
-        return fp4_pairs(), ("U8",), E2M1
-    half = 1 << (scheme.bits - 1) if scheme.bits in (4, 8) else 0
-    if scheme.kind == "int" and packed and half:
-        values = np.arange(-half, half, dtype=np.float32)
-        return values if half == 128 else pair_values(values), ("I32",), IntGrid(-half, half - 1, half)
-    if scheme.kind == "int" and half:
-        return byte_values("I8"), ("I8",), IntGrid(-half, half - 1)
-    return None, (), None
+        return fp4_pairs(), E2M1, "U8"
+    if scheme.kind != "int" or scheme.bits not in (4, 8):
+        return None
+    half = 1 << (scheme.bits - 1)
+    if not packed:
+        return byte_values("I8"), IntGrid(-half, half - 1), "I8"
+    values = np.arange(-half, half, dtype=np.float32)
+    return values if half == 128 else pair_values(values), IntGrid(-half, half - 1, half), "I32"
 
 
 def _width(parts: Parts, stem: str, scheme: Scheme, codes: TensorInfo, scale: TensorInfo, table: Values) -> int:

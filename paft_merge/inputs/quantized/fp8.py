@@ -60,9 +60,9 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
         if fitting is None:
             problems.found.append(wrong_shape(where, info, grids[0].counts, weight))
         else:
-            table, names = byte_values(weight.dtype), (weight.name, name)
-            grid = FLOAT8_GRIDS[weight.dtype]
-            yield ScaledCodes(weight.name, weight.shape, names, "FP8", weight, table, fitting, grid=grid)
+            table, grid = byte_values(weight.dtype), FLOAT8_GRIDS[weight.dtype]
+            names = weight.name, name
+            yield ScaledCodes(weight.name, weight.shape, names, "FP8", weight, table, grid, fitting)
     lacking = [info for info in tensors.values() if info.dtype in FLOAT8 and info.name not in scaled]
     problems.found += [_without_scales(where, info) for info in lacking if len(info.shape) > 1]
 

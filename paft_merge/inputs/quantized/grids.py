@@ -78,8 +78,8 @@ class FloatGrid:
         return Form(numbers, np.array([self.largest], np.float32))
 
     def reach(self, zeros: Any) -> tuple[Any, Any]:
-        """The least and the greatest value; `zeros` are 0."""
-        return -self.largest, self.largest
+        """The least and the greatest value with these zero points."""
+        return -self.largest - zeros, self.largest - zeros
 
     def wanted(self, low: Values, high: Values, zeros: Values, *, whole: bool) -> Values:
         """The scales of blocks of which the magnitudes reach the largest value; `whole` does not change that."""

@@ -64,7 +64,7 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
             else:
                 parts = codes.name, name, of_all.name
                 table, form = fp4_pairs(), "NVFP4"
-                yield ScaledCodes(codes.name, grid.shape, parts, form, codes, table, grid, of_all=of_all, grid=E2M1)
+                yield ScaledCodes(codes.name, grid.shape, parts, form, codes, table, E2M1, grid, of_all=of_all)
         elif codes.dtype in FLOAT8 and algorithm != "NVFP4":
             yield from _fp8(where, codes, scale, algorithm, problems)
         else:
@@ -88,4 +88,4 @@ def _fp8(
     else:
         parts = codes.name, scale.name
         table = byte_values(codes.dtype)
-        yield ScaledCodes(codes.name, shape, parts, "FP8", codes, table, grid, grid=FLOAT8_GRIDS[codes.dtype])
+        yield ScaledCodes(codes.name, shape, parts, "FP8", codes, table, FLOAT8_GRIDS[codes.dtype], grid)

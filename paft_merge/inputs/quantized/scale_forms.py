@@ -104,7 +104,7 @@ class CodedScales:
 
     Attributes:
         levels: `[256]`, ascending.
-        outer: the scale of each code's block, of the shape of the codes.
+        outer: `[codes]`, the scale of each code's block.
         offset: added to every value.
     """
 
@@ -114,14 +114,15 @@ class CodedScales:
 
     def nearest(self, wanted: Values) -> Bits:
         """See `ScaleForm`."""
-        own = np.divide(wanted - self.offset, self.outer, out=np.zeros_like(wanted), where=self.outer != 0)
+        own = wanted.reshape(-1) - self.offset
+        own = np.divide(own, self.outer, out=np.zeros_like(own), where=self.outer != 0)
         found: Bits = np.searchsorted((self.levels[1:] + self.levels[:-1]) / np.float32(2), own).astype(np.uint8)
-        return found
+        return found.reshape(wanted.shape)
 
     def values(self, bits: Bits) -> Values:
         """See `ScaleForm`."""
-        found: Values = self.levels[bits] * self.outer + self.offset
-        return found
+        found: Values = self.levels[bits.reshape(-1)] * self.outer + self.offset
+        return found.reshape(bits.shape)
 
 
 @cache

@@ -154,8 +154,8 @@ class QuantizedWeight:
 
     @property
     def unit(self) -> int:
-        """Rows of the weight, seen as `[rows, shape[-1]]`, that are written together; 0: the format is not written."""
-        return 0
+        """Rows of the weight, seen as `[rows, shape[-1]]`, that are written together."""
+        raise NotImplementedError
 
     @property
     def computed(self) -> tuple[str, ...]:
@@ -367,22 +367,24 @@ class ScaledCodes(QuantizedWeight):
     Attributes:
         codes: the stored tensor of codes; a row of the weight is a whole number of bytes.
         table: the values of a byte, see `look_up`.
+        grid: the values of a code.
         scale: the scales.
         zeros: the zero points, on the same grid; None: there are none.
         groups: for each column of the weight, the column of the scales; None: the columns are in the order of the grid.
         of_all: a scale of one value for the whole weight; None: there is none.
         combine: computes the scales from those of the grid and `of_all`.
-        grid: the values of a code with the scale 1; None: the format is not written.
+        symmetric: whether zero points stay as they are.
     """
 
     codes: TensorInfo
     table: Values
+    grid: CodeGrid
     scale: Grid
     zeros: Zeros | None = None
     groups: TensorInfo | None = None
     of_all: TensorInfo | None = None
     combine: Callable[..., Any] = np.multiply
-    grid: CodeGrid | None = None
+    symmetric: bool = True
 
     def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
         rows, width = out.shape
@@ -411,8 +413,6 @@ class ScaledCodes(QuantizedWeight):
 
     @property
     def unit(self) -> int:
-        if self.grid is None:
-            return 0
         panel, rows, height = self.shape[-2], prod(self.shape[:-1]), self._height
         if panel not in (rows, height) and panel % height:
             return max(panel, height)
@@ -420,11 +420,10 @@ class ScaledCodes(QuantizedWeight):
 
     @property
     def computed(self) -> tuple[str, ...]:
-        zeros = (self.zeros.info.name,) if self.zeros else ()
+        zeros = (self.zeros.info.name,) if self.zeros and not self.symmetric else ()
         return (self.codes.name, self.scale.info.name, *zeros)
 
     def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
-        assert self.grid is not None
         rows, width = values.shape
         height, across = self._height, self.scale.counts[-1]
         panel = max(self.shape[-2], height)
@@ -437,7 +436,7 @@ class ScaledCodes(QuantizedWeight):
             stored = parts.scales(self.scale.info, at * across, (at + lines) * across, self._scale_form(parts))
             zeros = None
             if self.zeros is not None:
-                zeros = ZeroPoints(self.zeros.lines(parts, at, at + lines))
+                zeros = ZeroPoints(self.zeros.lines(parts, at, at + lines), self.symmetric)
             stored = stored.shaped(lines, across)
             made = round_blocks(some, self.grid, layout, stored, how, zeros=zeros, index=start * width)
             decoded[row : row + whole] = made.values
@@ -446,7 +445,7 @@ class ScaledCodes(QuantizedWeight):
                 Piece.of(self.codes.name, start * wide.shape[1], wide),
                 Piece.of(self.scale.info.name, at * across * made.scales.itemsize, made.scales),
             ]
-            if self.zeros is not None:
+            if self.zeros is not None and not self.symmetric:
                 pieces.append(self.zeros.piece(at, made.zeros))
         return pieces, decoded
 
