@@ -21,9 +21,6 @@ from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.plan.planned import COPY, CodedPart, PlannedTensor
 from paft_merge.recipe import Recipe
 
-_WRITTEN = "FP8 and MXFP4"
-"""The formats that are written."""
-
 
 def as_stored(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint with the codes and scales of its files."""
@@ -56,10 +53,6 @@ def kept(recipe: Recipe, source: Model, tensors: Sequence[PlannedTensor], proble
             refused.setdefault(f"of {template.ref}, which is quantised otherwise than {source.ref}", []).append(name)
         elif (only := _unchanged(tensor)) is not None:
             found += _copies(tensor, only)
-        elif not held.weights[name].unit:
-            refused.setdefault(
-                f"in {held.weights[name].format}, and the formats that are written are {_WRITTEN}", []
-            ).append(name)
         elif tensor.shape != held.weights[name].shape:
             refused.setdefault("with another shape than the codes have", []).append(name)
         else:
@@ -125,7 +118,7 @@ def _coded(recipe: Recipe, tensor: PlannedTensor, weight: QuantizedWeight, templ
     key = stream_key(recipe.seed, "", tensor.name, "round") if recipe.rounding == "stochastic" else 0
     for place, (part, name) in enumerate(_parts(template.checkpoint, weight, tensor.name)):
         info = held.tensors[part]
-        if place > 1:  # the shape of packed codes, and scales of activations
+        if part not in weight.computed:  # such as the shape of packed codes, and scales of activations
             yield _copy(replace(tensor, why="it belongs to the codes"), Read(template.source, held, part), name)
             continue
         made = CodedPart(merged, weight, template, place)

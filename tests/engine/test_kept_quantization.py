@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import random_state, save_checkpoint
-from safetensors import safe_open
 from safetensors.torch import load_file
-from toys.quantized import CONFIG, Q, State, asked, coded, lora, mxfp4_experts
+from toys.quantized import CONFIG, Q, State, asked, coded, four_bit_layer, golden_layer, gptq_layer, lora, mxfp4_experts
 
 from paft_merge import merge, open_plan
+from paft_merge.compute import blocks
 from paft_merge.errors import PaftMergeError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.quantized import dequantized
+
+STEM = "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -163,27 +166,51 @@ def test_what_cannot_be_written_as_codes_is_refused_by_name(
             pass
 
 
-def test_a_format_that_is_not_written_keeps_its_bytes_or_is_refused(tmp_path: Path) -> None:
-    """Packed INT4: a merge of the plain layers copies codes, scales and shapes; one of a quantised weight is refused."""
-    golden = Path(__file__).parents[1] / "golden" / "quantized" / "int4_group.safetensors"
-    with safe_open(golden, "pt") as file:
-        config = json.loads(file.metadata()["config"])
-    codes, name = load_file(golden), f"{Q}.weight"
-    del codes["values"]
-    weight = next(part for part in codes if part.endswith("weight_packed"))
+LAYERS = {
+    **{kind: partial(golden_layer, kind) for kind in ("int4_group", "int4_group_zeros", "int8_channel_zeros", "nvfp4")},
+    "gptq": partial(gptq_layer, STEM, 4, ordered=True),
+    "awq": partial(gptq_layer, STEM, 4, ordered=False, awq=True),
+    "nf4": partial(four_bit_layer, STEM, "nf4", (24, 40), nested=True),
+}
+SAME = ("weight_shape", "weight_global_scale", "g_idx", "quant_map", "nested_absmax", "bitsandbytes__nf4")
+"""The ends of the names of tensors that stay as they are."""
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_each_format_is_written_and_what_belongs_to_no_code_is_copied(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, config, values = LAYERS[kind]()
+    weight = next(part for part in codes if part.endswith(("weight_packed", "qweight", ".weight")))
     changed = {**codes, weight: codes[weight].flip(0)}
     base, other = (
         save_checkpoint(
-            tmp_path / str(at), {**held, name: torch.full((4, 4), float(at))}, config={"quantization_config": config}
+            tmp_path / str(at),
+            {**held, f"{Q}.weight": torch.full((4, 4), float(at))},
+            config={"quantization_config": config},
         )
         for at, held in enumerate((codes, changed))
     )
     (base / "quant_config.json").write_text("{}")
-    with pytest.raises(PaftMergeError, match=r"in INT4.*the formats that are written are FP8 and MXFP4"):
-        merge(asked(base, other, quantization="keep"), tmp_path / "out")
+    wanted = (values + values_in(other, f"{STEM}.weight")) / 2
+    for rounding in ("nearest", "stochastic"):
+        recipe, out = asked(base, other, quantization="keep", rounding=rounding), tmp_path / rounding
+        merge(recipe, out)
+        got, was = stored_in(out), stored_in(base)
+        assert list(got) == list(was)
+        assert all(torch.equal(got[part], was[part]) for part in was if part.endswith(SAME))
+        written = values_in(out, f"{STEM}.weight")
+        assert (written - wanted).norm() < 0.2 * wanted.norm()
+        lost = ((written - wanted).norm() / (wanted - values).norm()).item()
+        assert record(out)["quantization"]["relative_error"] == pytest.approx(lost, rel=1e-3)
+        with monkeypatch.context() as patched:
+            patched.setattr(blocks, "TILE", 1 << 8)
+            merge(recipe, tmp_path / "blocks", threads=2, overwrite=True)
+        again = stored_in(tmp_path / "blocks")
+        assert all(torch.equal(again[part], got[part]) for part in got)
     recipe = {"merge_method": "passthrough", "models": [{"model": str(base)}], "quantization": "keep"}
-    merge(recipe, tmp_path / "out")
-    got = stored_in(tmp_path / "out")
+    merge(recipe, tmp_path / "copy")
+    got = stored_in(tmp_path / "copy")
     assert all(torch.equal(got[part], tensor) for part, tensor in stored_in(base).items())
     assert got.keys() == stored_in(base).keys()
-    assert (tmp_path / "out" / "quant_config.json").exists()
+    assert (tmp_path / "copy" / "quant_config.json").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_checkpoint
-from safetensors import safe_open
-from safetensors.torch import load_file
+from toys.quantized import GOLDEN, four_bit_layer, golden_layer, gptq_layer, random
 
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.checkpoint import Checkpoint
@@ -25,7 +23,6 @@ from paft_merge.inputs.quantized.weights import byte_values
 
 State = dict[str, torch.Tensor]
 STEM = "model.layers.0.mlp.down_proj"
-GOLDEN = Path(__file__).parents[1] / "golden" / "quantized"
 WEIGHT = f"{STEM}.weight"
 PLAIN = {"model.norm.weight": torch.ones(8), "model.embed_tokens.weight": torch.ones(4, 8, dtype=torch.bfloat16)}
 
@@ -45,10 +42,6 @@ class Sample:
         state = {**PLAIN, **self.stored, **changed}
         kept = {name: tensor for name, tensor in state.items() if tensor is not None}
         return save_checkpoint(folder, kept, config={"quantization_config": self.config, **self.more})
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def fp8(shape: tuple[int, ...], scale: torch.Tensor, marker: str, config: dict[str, Any], kind: torch.dtype) -> Sample:
@@ -97,12 +90,7 @@ def gpt_oss() -> Sample:
 
 
 def golden(case: str) -> Sample:
-    """What compressed-tensors stored and read back (see tools/make_quantized_golden.py)."""
-    path = GOLDEN / f"{case}.safetensors"
-    with safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["config"])
-    stored = load_file(path)
-    return Sample(stored, config, stored.pop("values"))
+    return Sample(*golden_layer(case))
 
 
 def ordered_groups() -> Sample:
@@ -115,60 +103,12 @@ def ordered_groups() -> Sample:
     return replace(sample, stored={**sample.stored, **more}, values=codes.round() * scale[:, groups])
 
 
-def words(codes: torch.Tensor, bits: int, order: tuple[int, ...]) -> torch.Tensor:
-    """Pack codes along the last dimension into words of 32 bits: code `i` of a word has the place `order[i]`."""
-    held = codes.reshape(*codes.shape[:-1], -1, 32 // bits).to(torch.int64)
-    packed = sum(held[..., i] << (bits * place) for i, place in enumerate(order))
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
-
-
 def gptq(bits: int, *, ordered: bool, form: str = "gptq", awq: bool = False) -> Sample:
-    """GPTQ (packed along the inputs) and AWQ (along the outputs, interleaved), by the definition of the formats.
-
-    weight[out, in] = scales[group of in, out] * (code - zero point); GPTQ stores zero points less one.
-    """
-    inputs, outputs, size = 64, 40, 16
-    made = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 1 << bits, (inputs, outputs), generator=made)
-    zeros = torch.randint(1, 1 << bits, (inputs // size, outputs), generator=made)
-    scales = (torch.rand(inputs // size, outputs, generator=made) / 100 + 1e-3).half()
-    groups = torch.arange(inputs) // size
-    groups = groups[torch.randperm(inputs, generator=made)] if ordered else groups
-    values = (scales.float()[groups] * (codes - zeros[groups]).float()).T.contiguous()
-    straight = tuple(range(32 // bits))
-    if awq:
-        order = (0, 4, 1, 5, 2, 6, 3, 7)
-        stored = {"qweight": words(codes, 4, order), "qzeros": words(zeros, 4, order), "scales": scales}
-        config = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm"}
-    else:
-        less = zeros - 1 if form == "gptq" else zeros
-        packed = words(codes.T.contiguous(), bits, straight).T.contiguous()
-        stored = {"qweight": packed, "qzeros": words(less, bits, straight), "scales": scales, "g_idx": groups.int()}
-        config = {
-            "quant_method": "gptq",
-            "bits": bits,
-            "group_size": size,
-            "checkpoint_format": form,
-            "desc_act": ordered,
-        }
-    return Sample({f"{STEM}.{part}": tensor for part, tensor in stored.items()}, config, values)
+    return Sample(*gptq_layer(STEM, bits, ordered=ordered, form=form, awq=awq))
 
 
 def four_bits(kind: str, shape: tuple[int, int], *, nested: bool) -> Sample:
-    """What bitsandbytes stored and read back, by its implementation for every device: that of the CPU is wrong (0.50.2)
-    where a row is longer than a block and not a multiple of it."""
-    from bitsandbytes import functional
-    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
-
-    weight = random(*shape) * 0.05
-    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=nested)
-    stored = {WEIGHT: codes, **{f"{WEIGHT}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
-    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
-    absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
-    values = _dequantize_4bit_compute(codes.reshape(-1), absmax, state.code, 64, shape, torch.float32)
-    if shape[1] % 64 == 0:
-        assert torch.equal(values, functional.dequantize_4bit(codes, state))
-    return Sample(stored, config, values)
+    return Sample(*four_bit_layer(STEM, kind, shape, nested=nested))
 
 
 def int8() -> Sample:
@@ -358,11 +298,8 @@ def test_a_method_that_is_not_read_stays_as_it_is(tmp_path: Path) -> None:
         assert checkpoint.stored_format(WEIGHT) == "NF4"
 
 
-WRITTEN = [kind for kind in SAMPLES if kind.startswith(("fp8", "gpt-oss", "mxfp4"))]
-
-
 @pytest.mark.parametrize("how", [Rounding(), Rounding(refit=False), Rounding(key=7)], ids=["refit", "keep", "random"])
-@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("kind", SAMPLES)
 def test_values_of_codes_are_written_as_the_same_bytes(kind: str, how: Rounding, tmp_path: Path) -> None:
     """Values that the codes have are rounded to these codes, in any blocks of rows."""
     sample = SAMPLES[kind]()
@@ -370,22 +307,122 @@ def test_values_of_codes_are_written_as_the_same_bytes(kind: str, how: Rounding,
         assert isinstance(checkpoint, Dequantized)
         weight, values = checkpoint.weights[sample.name], sample.values.flatten(0, -2).numpy()
         assert weight.unit
-        written = {part: np.zeros(checkpoint.inner.tensors[part].nbytes, np.uint8) for part in weight.parts[:2]}
         for row in range(0, len(values), weight.unit):
-            pieces, decoded = weight.encode(checkpoint.parts, row, values[row : row + weight.unit], how)
-            assert np.array_equal(decoded, values[row : row + weight.unit])
-            for piece in pieces:
-                for run, data in enumerate(piece.data):
-                    at = piece.start + run * piece.stride
-                    written[piece.part][at : at + len(data)] = data
-        for part, data in written.items():
+            some = values[row : row + weight.unit]
+            assert np.array_equal(weight.encode(checkpoint.parts, row, some, how)[1], some)
+        for part, data in written(checkpoint, sample, values, how).items():
             wanted = sample.stored[part].reshape(-1).view(torch.uint8).numpy()
             assert np.array_equal(data, wanted)
 
 
-def test_other_formats_are_not_written(tmp_path: Path) -> None:
-    for kind in ("int4_group", "nvfp4", "gptq", "awq", "nf4", "int8", "modelopt", "int8_w8a8"):
-        sample = SAMPLES[kind]()
-        with opened(sample.save(tmp_path / kind)) as checkpoint:
-            assert isinstance(checkpoint, Dequantized)
-            assert checkpoint.weights[sample.name].unit == 0
+def written(
+    checkpoint: Dequantized, sample: Sample, values: np.ndarray[Any, Any], how: Rounding
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The stored tensors of a weight that gets other values, as bytes."""
+    weight = checkpoint.weights[sample.name]
+    found = {part: np.zeros(checkpoint.inner.tensors[part].nbytes, np.uint8) for part in weight.computed}
+    for row in range(0, len(values), weight.unit):
+        for piece in weight.encode(checkpoint.parts, row, values[row : row + weight.unit], how)[0]:
+            for run, data in enumerate(piece.data):
+                at = piece.start + run * piece.stride
+                found[piece.part][at : at + len(data)] = data
+    return found
+
+
+NUMBERS = {
+    "int4_group": 0,
+    "int4_group_zeros": 1,
+    "int4_channel": 2,
+    "int8_channel_zeros": 3,
+    "int8_w8a8": 4,
+    "nvfp4": 8,
+}
+"""Cases of tools/make_quantized_golden.py, with their seeds."""
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_new_scales_zero_points_and_codes_are_those_of_compressed_tensors(kind: str, tmp_path: Path) -> None:
+    """A checkpoint with scales that are far too small gets what compressed-tensors stored for the same weight."""
+    sample = golden(kind)
+    weight = torch.randn(sample.values.shape, generator=torch.Generator().manual_seed(NUMBERS[kind])) * 0.05
+    scale = f"{STEM}.weight_scale"
+    narrow = (sample.stored[scale].float() / 20).to(sample.stored[scale].dtype)
+    with opened(sample.save(tmp_path / "m", **{scale: narrow})) as checkpoint:
+        assert isinstance(checkpoint, Dequantized)
+        found = written(checkpoint, sample, weight.numpy(), Rounding())
+    if kind == "nvfp4":  # its codes there are those of scales that were not rounded yet
+        scales = sample.stored[scale].double() / sample.stored[f"{STEM}.weight_global_scale"]
+        levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
+        codes = ((weight.double() / scales.repeat_interleave(16, 1))[..., None] - levels).abs().argmin(-1)
+        nearest = levels[codes].unflatten(1, (-1, 2))
+        pairs = torch.from_numpy(found.pop(f"{STEM}.weight_packed")).reshape(16, 32)
+        assert torch.equal(levels[torch.stack([pairs & 15, pairs >> 4], -1).long()], nearest)
+    for part, data in found.items():
+        assert np.array_equal(data, sample.stored[part].reshape(-1).view(torch.uint8).numpy()), part
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_new_scales_and_codes_are_those_of_bitsandbytes(kind: str, tmp_path: Path) -> None:
+    from bitsandbytes import functional
+
+    sample = int8() if kind == "int8" else four_bits(kind, (24, 40), nested=False)
+    weight = random(*sample.values.shape, seed=9).half().float()
+    if kind == "int8":
+        codes, scale, _ = functional.int8_vectorwise_quant(weight)
+        wanted, part = {WEIGHT: codes, f"{STEM}.SCB": scale}, f"{STEM}.SCB"
+    else:
+        codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+        wanted, part = {WEIGHT: codes, f"{WEIGHT}.absmax": state.absmax}, f"{WEIGHT}.absmax"
+    with opened(sample.save(tmp_path / "m", **{part: sample.stored[part] / 20})) as checkpoint:
+        assert isinstance(checkpoint, Dequantized)
+        found = written(checkpoint, sample, weight.numpy(), Rounding())
+    for name, tensor in wanted.items():
+        assert np.array_equal(found[name], tensor.reshape(-1).view(torch.uint8).numpy()), name
+
+
+def test_scales_that_are_quantised_get_the_nearest_code(tmp_path: Path) -> None:
+    sample = four_bits("nf4", (130, 160), nested=True)
+    values = sample.values.reshape(-1, 64) * 1.5
+    with opened(sample.save(tmp_path / "m")) as checkpoint:
+        assert isinstance(checkpoint, Dequantized)
+        weight = checkpoint.weights[sample.name]
+        found = written(checkpoint, sample, values.reshape(130, 160).numpy(), Rounding())
+        nested = getattr(weight, "nested")  # noqa: B009
+    levels, outer = (sample.stored[f"{WEIGHT}.nested_{part}"].double() for part in ("quant_map", "absmax"))
+    blocks = torch.arange(len(values)) // nested.size
+    reached = levels * outer[blocks, None] + nested.offset
+    nearest = (reached - values.abs().amax(1, keepdim=True).double()).abs().argmin(1)
+    got = torch.from_numpy(found[f"{WEIGHT}.absmax"]).long()
+    assert (got == nearest).double().mean() > 0.9  # others keep their scale, whose error is smaller
+    kept = got != nearest
+    assert torch.equal(got[kept], sample.stored[f"{WEIGHT}.absmax"].long()[kept])
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq with groups in another order", "gptq 8 bits", "gptq zeros", "awq"])
+def test_new_scales_and_zero_points_are_those_of_gptq_and_awq(kind: str, tmp_path: Path) -> None:
+    """scale = (max - min) / most, zero = round(-min / scale), code = clamp(round(w / scale) + zero, 0, most)."""
+    symmetric = kind not in ("awq", "gptq zeros")
+    sample = gptq(8 if "8" in kind else 4, ordered="order" in kind, awq=kind == "awq")
+    sample.config["sym"] = symmetric
+    weight, most = random(*sample.values.shape, seed=5).double(), 255 if "8" in kind else 15
+    groups = sample.stored.get(f"{STEM}.g_idx", torch.arange(64) // 16).long()
+    held = torch.stack([weight[:, groups == one] for one in range(4)], 1)
+    if symmetric:
+        scale = held.abs().amax(-1) * 2 / most
+    else:
+        scale = (held.amax(-1).clamp(min=0) - held.amin(-1).clamp(max=0)) / most
+    scale = scale.half()
+    with opened(sample.save(tmp_path / "m", **{f"{STEM}.scales": sample.stored[f"{STEM}.scales"] / 16})) as checkpoint:
+        assert isinstance(checkpoint, Dequantized)
+        coded = checkpoint.weights[sample.name]
+        zeros = torch.from_numpy(getattr(coded, "_zeros")(checkpoint.parts, 0, 40)).double()  # noqa: B009
+        found = written(checkpoint, sample, weight.float().numpy(), Rounding())
+        if not symmetric:
+            zeros = (-held.amin(-1).clamp(max=0) / scale.double()).round().clamp(kind != "awq", most)
+        codes = ((weight / scale.double()[:, groups]).round() + zeros[:, groups]).clamp(0, most)
+        again = {name: torch.from_numpy(data).view(sample.stored[name].dtype).reshape(sample.stored[name].shape)
+                 for name, data in found.items()}  # fmt: skip
+    with opened(sample.save(tmp_path / "again", **again)) as checkpoint:
+        got = checkpoint.tensor(sample.name)
+    assert torch.equal(again[f"{STEM}.scales"], scale.T.contiguous())
+    assert torch.equal(got, (scale.float()[:, groups] * (codes - zeros[:, groups]).float()))

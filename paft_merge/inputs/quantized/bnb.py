@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 import numpy as np
 
 from paft_merge.errors import CheckpointError, Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.grids import IntGrid, LevelGrid
+from paft_merge.inputs.quantized.rounding import Layout, Rounding, round_blocks
+from paft_merge.inputs.quantized.scale_forms import CodedScales, FloatScales, ScaleForm
 from paft_merge.inputs.quantized.weights import (
     Grid,
     Parts,
+    Piece,
     QuantizedWeight,
     ScaledCodes,
     Settings,
@@ -35,6 +39,8 @@ from paft_merge.inputs.safetensors_header import quote
 _STATE = ".weight.quant_state.bitsandbytes__"
 _SEVENTH = np.float32(7.874015718698502e-3)
 """1 / 127, as bitsandbytes rounds it."""
+_ROWS = IntGrid(-128, 127, half=1.0, multiply=127.0, factor=float(_SEVENTH))
+"""The values of int8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +100,42 @@ class FourBits(QuantizedWeight):
         out.reshape(-1)[:] = wide[a - start : b - start]
 
     def _scales(self, parts: Parts, first: int, stop: int) -> Values:
+        return parts.scales(self.absmax, first, stop, self._scale_form(parts, first, stop)).values
+
+    @property
+    def unit(self) -> int:
+        return lcm(self.size, self.shape[-1]) // self.shape[-1]  # whole blocks
+
+    def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
+        start, count, size = first * self.shape[-1], values.size, self.size
+        block, blocks = start // size, -(-count // size)
+        levels, held = parts.values(self.quant_map, 0, 16), values.reshape(blocks, -1) if count % size == 0 else None
+        if held is None:  # zeros are exact, so that they change no scale
+            held = np.zeros((blocks, size), np.float32)
+            held.reshape(-1)[:count] = values.reshape(-1)
+        stored = parts.scales(self.absmax, block, block + blocks, self._scale_form(parts, block, block + blocks))
+        layout, grid = Layout(1, np.zeros(size, np.int32)), LevelGrid(levels)
+        made = round_blocks(held, grid, layout, stored.shaped(blocks, 1), how, index=start)
+        nbytes = -(-count // 2)
+        codes = made.codes.reshape(-1)[: 2 * nbytes]
+        was = parts.bytes(self.codes, start // 2, np.empty(nbytes, np.uint8))
+        was = np.stack([was >> np.uint8(4), was & np.uint8(15)], 1).reshape(-1)[: codes.size]
+        codes = np.where(levels[was] == levels[codes], was, codes)  # FP4 has two zeros
+        pairs = (codes[0::2] << np.uint8(4)) | codes[1::2]
+        pieces = [
+            Piece.of(self.codes.name, start // 2, pairs),
+            Piece.of(self.absmax.name, block * made.scales.itemsize, made.scales),
+        ]
+        return pieces, made.values.reshape(-1)[:count].reshape(values.shape)
+
+    def _scale_form(self, parts: Parts, first: int, stop: int) -> ScaleForm:
+        """How the scales of blocks are stored; quantised ones keep the scales of their own."""
         if self.nested is None:
-            return parts.values(self.absmax, first, stop)
-        codes = parts.bytes(self.absmax, first, np.empty(stop - first, np.uint8))
+            return FloatScales(self.absmax.dtype)
         size = self.nested.size
         outer = parts.values(self.nested.absmax, first // size, -(-stop // size))
-        scales = parts.values(self.nested.quant_map, 0, 256)[codes]
-        scales *= outer[np.arange(first, stop) // size - first // size]
-        scales += np.float32(self.nested.offset)
-        return scales
+        outer = outer[np.arange(first, stop) // size - first // size]
+        return CodedScales(parts.values(self.nested.quant_map, 0, 256), outer, np.float32(self.nested.offset))
 
     @property
     def working_bytes(self) -> int:
@@ -156,7 +189,7 @@ def _int8(where: object, checkpoint: Checkpoint, scale: TensorInfo) -> Int8:
         raise CheckpointError.of("DTYPE_UNSUPPORTED", where, what, "save it again with a newer bitsandbytes")
     grid = Grid(scale, codes.shape, (1, codes.shape[1]))
     parts = tuple(one.name for one in (codes, scale, form) if one)
-    return Int8(codes.name, codes.shape, parts, "int8", codes, byte_values("I8"), grid)
+    return Int8(codes.name, codes.shape, parts, "int8", codes, byte_values("I8"), _ROWS, grid)
 
 
 def _four_bits(parts: Parts, name: str) -> FourBits:

@@ -14,11 +14,13 @@ import numpy as np
 
 from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.grids import E2M1, FLOAT8_GRIDS, CodeGrid, IntGrid
 from paft_merge.inputs.quantized.mxfp4 import fp4_pairs
 from paft_merge.inputs.quantized.weights import (
     FLOATS,
     Grid,
     Parts,
+    Piece,
     QuantizedWeight,
     ScaledCodes,
     Settings,
@@ -117,6 +119,22 @@ class PackedZeros:
         codes = words.view(np.uint32).reshape(-1, groups)[at // count - low] >> shifts & np.uint32((1 << self.bits) - 1)
         return codes.astype(np.float32) - np.float32(1 << (self.bits - 1))
 
+    lines = rows  # a block has one row
+
+    @property
+    def unit(self) -> int:
+        """Rows whose zero points share words."""
+        return 32 // self.bits
+
+    def piece(self, first: int, values: Values) -> Piece:
+        """Return the words of the zero points of rows from `first` on, `[rows, groups]`; `first` is a multiple of `unit`."""
+        count, (rows, groups) = self.unit, values.shape
+        codes = np.zeros((-(-rows // count) * count, groups), np.uint32)
+        codes[:rows] = values + np.float32(1 << (self.bits - 1))
+        shifts = (np.arange(count) * self.bits).astype(np.uint32)[:, None]
+        words = np.bitwise_or.reduce(codes.reshape(-1, count, groups) << shifts, axis=1)
+        return Piece.of(self.info.name, first // count * groups * 4, words)
+
 
 def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iterator[QuantizedWeight]:
     """Find the weights of a checkpoint of compressed-tensors.
@@ -195,12 +213,13 @@ def _weight(parts: Parts, stem: str, scheme: Scheme) -> ScaledCodes:
     codes, scale = packed or plain, tensors[f"{stem}.weight_scale"]
     if codes is None:
         raise CheckpointError([missing(where, scale.name, f"codes: {quote(f'{stem}.weight')}")])
-    table, wanted = _table(scheme, packed is not None)
-    if table is None:
+    found = _table(scheme, packed is not None)
+    if found is None:
         what = f"stores {quote(codes.name)} as {scheme.name}{' packed' if packed else ''}, {scheme.strategy}, which is not read"
         raise CheckpointError.of("DTYPE_UNSUPPORTED", where, what, "dequantise it with the library that wrote it")
-    if codes.dtype not in wanted or len(codes.shape) < 2:
-        raise CheckpointError([wrong_dtype(where, codes, wanted)])
+    table, values, wanted = found
+    if codes.dtype != wanted or len(codes.shape) < 2:
+        raise CheckpointError([wrong_dtype(where, codes, [wanted])])
     shape = (*codes.shape[:-1], _width(parts, stem, scheme, codes, scale, table))
     exponents = scale.dtype == "U8"
     kinds = _scale_types(scheme)
@@ -221,7 +240,10 @@ def _weight(parts: Parts, stem: str, scheme: Scheme) -> ScaledCodes:
     used = of_all if scheme.strategy == "tensor_group" or scheme.name == "NVFP4" else None
     points = _zeros(where, scheme, zeros, codes, grid, packed is not None)
     names = tuple(one.name for one in held if one)
-    return ScaledCodes(f"{stem}.weight", shape, names, scheme.name, codes, table, grid, points, groups, used, np.divide)
+    return ScaledCodes(
+        *(f"{stem}.weight", shape, names, scheme.name, codes, table, values, grid, points, groups, used, np.divide),
+        scheme.symmetric or scheme.kind == "float",
+    )
 
 
 def _scale_types(scheme: Scheme) -> tuple[str, ...]:
@@ -232,21 +254,21 @@ def _scale_types(scheme: Scheme) -> tuple[str, ...]:
     return (*FLOATS, *exponents) if scheme.kind == "float" and scheme.strategy == "group" else FLOATS
 
 
-def _table(scheme: Scheme, packed: bool) -> tuple[Values | None, tuple[str, ...]]:
-    """The values of a byte of codes, and the types of their tensor; None if the format is not read."""
+def _table(scheme: Scheme, packed: bool) -> tuple[Values, CodeGrid, str] | None:
+    """The values of a byte of codes, those of a code, and the type of their tensor; None if the format is not read."""
     if scheme.sizes((2, 2)) is None:
-        return None, ()
+        return None
     if scheme.kind == "float" and scheme.bits == 8 and not packed:
-        return byte_values("F8_E4M3"), ("F8_E4M3",)
+        return byte_values("F8_E4M3"), FLOAT8_GRIDS["F8_E4M3"], "F8_E4M3"
     if scheme.kind == "float" and scheme.bits == 4 and packed and scheme.group in (16, 32):
-        return fp4_pairs(), ("U8",)
-    if scheme.kind == "int" and packed and scheme.bits == 8:
-        return np.arange(-128, 128, dtype=np.float32), ("I32",)
-    if scheme.kind == "int" and packed and scheme.bits == 4:
-        return pair_values(np.arange(-8, 8, dtype=np.float32)), ("I32",)
-    if scheme.kind == "int" and not packed and scheme.bits in (4, 8):
-        return byte_values("I8"), ("I8",)
-    return None, ()
+        return fp4_pairs(), E2M1, "U8"
+    if scheme.kind != "int" or scheme.bits not in (4, 8):
+        return None
+    half = 1 << (scheme.bits - 1)
+    if not packed:
+        return byte_values("I8"), IntGrid(-half, half - 1), "I8"
+    values = np.arange(-half, half, dtype=np.float32)
+    return values if half == 128 else pair_values(values), IntGrid(-half, half - 1, half), "I32"
 
 
 def _width(parts: Parts, stem: str, scheme: Scheme, codes: TensorInfo, scale: TensorInfo, table: Values) -> int:

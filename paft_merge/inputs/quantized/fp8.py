@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from paft_merge.errors import Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.grids import FLOAT8_GRIDS
 from paft_merge.inputs.quantized.weights import (
     FLOAT8,
     FLOATS,
@@ -59,9 +60,9 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
         if fitting is None:
             problems.found.append(wrong_shape(where, info, grids[0].counts, weight))
         else:
-            yield ScaledCodes(
-                weight.name, weight.shape, (weight.name, name), "FP8", weight, byte_values(weight.dtype), fitting
-            )
+            table, grid = byte_values(weight.dtype), FLOAT8_GRIDS[weight.dtype]
+            names = weight.name, name
+            yield ScaledCodes(weight.name, weight.shape, names, "FP8", weight, table, grid, fitting)
     lacking = [info for info in tensors.values() if info.dtype in FLOAT8 and info.name not in scaled]
     problems.found += [_without_scales(where, info) for info in lacking if len(info.shape) > 1]
 

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paft_merge.errors import CheckpointError, Problems
+from paft_merge.errors import Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.grids import IntGrid
+from paft_merge.inputs.quantized.rounding import Layout, Rounding, ZeroPoints, round_blocks
+from paft_merge.inputs.quantized.scale_forms import FloatScales, Scales
 from paft_merge.inputs.quantized.weights import (
     FLOATS,
     Parts,
+    Piece,
     QuantizedWeight,
     Settings,
     Values,
     apply,
+    group_of_columns,
     look_up,
     missing,
     pair_values,
@@ -31,6 +37,8 @@ from paft_merge.inputs.safetensors_header import quote
 
 _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """For each output of a word, the number of its code in the word."""
+_OUTPUTS = np.argsort(_AWQ_ORDER)
+"""For each code of a word, the number of its output."""
 _CODES = np.arange(16, dtype=np.float32)
 
 
@@ -47,6 +55,7 @@ class GroupedCodes(QuantizedWeight):
         group: inputs of a group.
         awq: whether codes and zero points are packed as AWQ packs them.
         less_one: whether zero points are stored less one.
+        symmetric: whether zero points stay as they are.
     """
 
     codes: TensorInfo
@@ -57,16 +66,14 @@ class GroupedCodes(QuantizedWeight):
     group: int
     awq: bool
     less_one: bool
+    symmetric: bool
 
     def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
         (self._awq_codes if self.awq else self._gptq_codes)(parts, first, stop, out)
         scales, zeros = self._scales(parts, first, stop), self._zeros(parts, first, stop)
         size = self.group
         if self.groups is not None:
-            at = parts.values(self.groups, 0, self.shape[1]).astype(np.intp)
-            if at.min() < 0 or at.max() >= scales.shape[1]:
-                what = f"group {quote(self.groups.name)} has {at.min()} to {at.max()}, and {scales.shape[1]} groups"
-                raise CheckpointError.of("SHAPE_MISMATCH", parts.checkpoint.folder, what, "download the file again")
+            at = group_of_columns(parts, self.groups, scales.shape[1])
             if not np.array_equal(at, np.arange(len(at)) // self.group):
                 scales, zeros, size = scales[:, at], zeros[:, at], 1
         apply(np.subtract, out, zeros, size)
@@ -111,8 +118,58 @@ class GroupedCodes(QuantizedWeight):
         return np.ascontiguousarray(held[:, first:stop].T)
 
     @property
+    def unit(self) -> int:
+        return 32 // self.bits  # their zero points share words
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        return self.codes.name, self.zeros.name, self.scales.name
+
+    def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
+        stop, width, count = first + len(values), self.shape[1], self.scales.shape[0]
+        nbytes = self.scales.nbytes // self.scales.numel
+        held = parts.columns(self.scales, 0, (count, self.shape[0] * nbytes), first * nbytes, stop * nbytes)
+        form = FloatScales(self.scales.dtype)
+        bits = np.ascontiguousarray(np.ascontiguousarray(held).view(f"u{nbytes}").T)
+        layout = Layout.of(1, self.group, width)
+        if self.groups is not None:
+            layout = Layout(1, group_of_columns(parts, self.groups, count))
+        zeros = ZeroPoints(self._zeros(parts, first, stop), self.symmetric, int(self.less_one))
+        grid = IntGrid(0, (1 << self.bits) - 1, after=True)
+        stored = Scales(bits, form.values(bits), form)
+        made = round_blocks(values, grid, layout, stored, how, zeros=zeros, index=first * width)
+        points = np.ascontiguousarray(made.zeros.T).astype(np.int64) - self.less_one & grid.high
+        codes = self._across(made.codes.T) if self.awq else self._along(np.ascontiguousarray(made.codes)).T
+        word, words = first // self.unit, self.zeros.shape[1]
+        pieces = [
+            _columns(self.codes, codes, word if self.awq else first, self.codes.shape[1]),
+            _columns(self.zeros, self._across(points), word, words),
+            _columns(self.scales, np.ascontiguousarray(made.scales.T), first, self.shape[0]),
+        ]
+        return pieces, made.values
+
+    def _along(self, codes: NDArray[Any]) -> NDArray[np.uint32]:
+        """Words of codes that follow each other in a row, `[rows, columns / codes in a word]`."""
+        if self.bits == 4:
+            codes = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+        return np.ascontiguousarray(codes).view(np.uint32)
+
+    def _across(self, codes: NDArray[Any]) -> NDArray[np.uint32]:
+        """Words of codes that follow each other in a row, in the order of zero points; the last word may be cut."""
+        count = self.unit
+        held = np.zeros((len(codes), -(-codes.shape[1] // count) * count), np.uint8)
+        held[:, : codes.shape[1]] = codes
+        return self._along(held.reshape(len(held), -1, 8)[..., _OUTPUTS].reshape(held.shape) if self.awq else held)
+
+    @property
     def working_bytes(self) -> int:
         return 2 * self.codes.nbytes + 3 * self.scales.nbytes + 8 * (1 << 20)
+
+
+def _columns(info: TensorInfo, held: NDArray[Any], first: int, count: int) -> Piece:
+    """The bytes of some columns of a tensor with `count` columns."""
+    data = np.ascontiguousarray(held)
+    return Piece(info.name, first * data.itemsize, data.view(np.uint8), count * data.itemsize)
 
 
 def find_gptq(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iterator[QuantizedWeight]:
@@ -155,6 +212,7 @@ def _find(
         settings.get("group_size", settings.get("q_group_size", 128)),
     )
     name = "AWQ" if awq else "GPTQ"
+    symmetric = settings.get("zero_point") is False if awq else settings.get("sym") is not False
     if bits not in ((4,) if awq else (4, 8)):
         _unread(checkpoint, f"{name}, {bits} bits", problems)
         return
@@ -190,5 +248,19 @@ def _find(
             continue
         parts = tuple(one.name for one in (codes, zeros, scales, groups) if one)
         yield GroupedCodes(
-            f"{stem}.weight", (outputs, inputs), parts, name, codes, zeros, scales, groups, bits, size, awq, less_one
+            *(
+                f"{stem}.weight",
+                (outputs, inputs),
+                parts,
+                name,
+                codes,
+                zeros,
+                scales,
+                groups,
+                bits,
+                size,
+                awq,
+                less_one,
+            ),
+            symmetric,
         )

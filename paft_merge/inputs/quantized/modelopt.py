@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from paft_merge.errors import Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.grids import E2M1, FLOAT8_GRIDS
 from paft_merge.inputs.quantized.mxfp4 import fp4_pairs
 from paft_merge.inputs.quantized.weights import (
     FLOAT8,
@@ -62,7 +63,8 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
                 problems.found.append(wrong_shape(where, wrong, shape, codes))
             else:
                 parts = codes.name, name, of_all.name
-                yield ScaledCodes(codes.name, grid.shape, parts, "NVFP4", codes, fp4_pairs(), grid, of_all=of_all)
+                table, form = fp4_pairs(), "NVFP4"
+                yield ScaledCodes(codes.name, grid.shape, parts, form, codes, table, E2M1, grid, of_all=of_all)
         elif codes.dtype in FLOAT8 and algorithm != "NVFP4":
             yield from _fp8(where, codes, scale, algorithm, problems)
         else:
@@ -85,4 +87,5 @@ def _fp8(
         problems.found.append(wrong_shape(where, scale, Grid(scale, shape, sizes[0]).counts, codes))
     else:
         parts = codes.name, scale.name
-        yield ScaledCodes(codes.name, shape, parts, "FP8", codes, byte_values(codes.dtype), grid)
+        table = byte_values(codes.dtype)
+        yield ScaledCodes(codes.name, shape, parts, "FP8", codes, table, FLOAT8_GRIDS[codes.dtype], grid)

@@ -15,7 +15,9 @@ import numpy as np
 
 from paft_merge.errors import Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
-from paft_merge.inputs.quantized.rounding import E2M1, Rounding, draws, round_blocks
+from paft_merge.inputs.quantized.grids import E2M1
+from paft_merge.inputs.quantized.rounding import Layout, Rounding, round_blocks
+from paft_merge.inputs.quantized.scale_forms import Exponents, Scales
 from paft_merge.inputs.quantized.weights import (
     Parts,
     Piece,
@@ -93,13 +95,12 @@ class TransposedExperts(QuantizedWeight):
         """Round rows of one expert, which are columns of its codes, and write the values of the codes into `decoded`."""
         _, height, width = self.shape
         a, count, groups = first // GROUP, len(values) // GROUP, height // GROUP
-        blocks = values.reshape(count, GROUP, width, 1)
-        held = parts.scales(self.scales, expert * width * groups, (expert + 1) * width * groups, exponents=True)
-        bits, scales = (one.reshape(width, groups)[:, a : a + count].T for one in (held.bits, held.values))
-        drawn = draws(how, (expert * height + first) * width, values.size)
-        chances = drawn if drawn is None else drawn.reshape(blocks.shape)
-        made = round_blocks(blocks, E2M1, held._replace(bits=bits, values=scales), how, chances)
-        decoded[:] = made.values.reshape(values.shape)
+        held = parts.scales(self.scales, expert * width * groups, (expert + 1) * width * groups, Exponents())
+        held = held.shaped(width, groups)
+        bits, scales = (np.ascontiguousarray(one[:, a : a + count].T) for one in (held.bits, held.values))
+        layout, index = Layout.of(GROUP, 1, width), (expert * height + first) * width
+        made = round_blocks(values, E2M1, layout, Scales(bits, scales, held.form), how, index=index)
+        decoded[:] = made.values
         codes = made.codes.reshape(count, GROUP, width)
         pairs = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
         turned = np.ascontiguousarray(pairs.transpose(2, 0, 1)).reshape(width, -1)

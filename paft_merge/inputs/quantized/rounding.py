@@ -2,83 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paft_merge.inputs.dtypes import uniform
-
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class FloatGrid:
-    """The values of a float of 8 or 4 bits.
-
-    Attributes:
-        bits: bits of the mantissa.
-        lowest: exponent of the smallest normal number.
-        most: the code of the largest magnitude.
-        sign: bit of the sign.
-        signed_zero: whether zero has a sign; else the code of minus zero is NaN.
-    """
-
-    bits: int
-    lowest: int
-    most: int
-    sign: int = 7
-    signed_zero: bool = True
-
-    @cached_property
-    def values(self) -> NDArray[np.float32]:
-        """The value of each code, `[2 << sign]`; of codes past `most` it has no meaning."""
-        codes = np.arange(1 << self.sign)
-        exponent, mantissa = codes >> self.bits, codes & ((1 << self.bits) - 1)
-        normal = exponent > 0
-        found = np.ldexp(mantissa + (normal << self.bits), np.where(normal, exponent - 1, 0) + self.lowest - self.bits)
-        return np.concatenate([found, -found]).astype(np.float32)
-
-    @property
-    def largest(self) -> np.float32:
-        """The largest value."""
-        found: np.float32 = self.values[self.most]
-        return found
-
-    def codes(self, values: NDArray[np.float32], chances: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
-        """Round values to codes; those out of range become the largest magnitude.
-
-        Args:
-            values: `[*shape]`, without NaN.
-            chances: `[*shape]` in [0, 1), which round up or down without bias; None rounds to nearest even.
-        """
-        magnitudes = np.minimum(np.abs(values), self.largest)
-        exponents = (magnitudes.view(np.uint32) >> np.uint32(23)).astype(np.int32) - 127
-        np.maximum(exponents, self.lowest, out=exponents)
-        steps = np.ldexp(magnitudes, self.bits - exponents)
-        if chances is None:
-            np.rint(steps, out=steps)
-        else:
-            down = np.floor(steps)
-            steps = down + (chances < steps - down)
-        found = (((exponents - self.lowest) << self.bits) + steps.astype(np.int32)).astype(np.uint8)
-        negative = np.signbit(values)
-        if not self.signed_zero:
-            negative &= found != 0
-        return found | (negative.astype(np.uint8) << np.uint8(self.sign))
-
-
-FLOAT8_GRIDS = {
-    "F8_E4M3": FloatGrid(3, -6, 0x7E),
-    "F8_E5M2": FloatGrid(2, -14, 0x7B),
-    "F8_E4M3FNUZ": FloatGrid(3, -7, 0x7F, signed_zero=False),
-    "F8_E5M2FNUZ": FloatGrid(2, -15, 0x7F, signed_zero=False),
-}
-"""The grid of each 8-bit float."""
-E2M1 = FloatGrid(1, 0, 7, sign=3)
-"""The 4-bit float of MXFP4."""
+from paft_merge.compute import kernels
+from paft_merge.compute.scratch import SCRATCH
+from paft_merge.inputs.quantized.grids import FLOAT8_GRIDS, CodeGrid, FloatGrid, IntGrid, Values
+from paft_merge.inputs.quantized.scale_forms import Bits, Exponents, Scales
 
 
 class Rounding(NamedTuple):
@@ -93,128 +25,153 @@ class Rounding(NamedTuple):
     key: int = 0
 
 
-class Scales(NamedTuple):
-    """Scales of blocks as they are stored.
+class Layout(NamedTuple):
+    """The blocks of a matrix `[R, W]`, in lines of `A` blocks.
 
     Attributes:
-        bits: `[groups, columns]`, unsigned integers.
-        values: the same as float32.
-        dtype: their storage type.
-        exponents: whether they are bytes that hold exponents of two.
+        height: rows of a block; the last line may be cut.
+        groups: `[W]` int32, the block of each column in its line.
     """
 
-    bits: Array
-    values: NDArray[np.float32]
-    dtype: str
-    exponents: bool
+    height: int
+    groups: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, height: int, size: int, width: int) -> Layout:
+        """Blocks of `height` rows and `size` columns."""
+        return cls(height, (np.arange(width) // size).astype(np.int32))
+
+
+class ZeroPoints(NamedTuple):
+    """Zero points of blocks.
+
+    Attributes:
+        values: `[L, A]`.
+        kept: whether every block keeps its zero point.
+        least: the least one that a block may get; None: that of the grid.
+    """
+
+    values: Values
+    kept: bool = False
+    least: int | None = None
 
 
 class Rounded(NamedTuple):
     """Codes with scales.
 
     Attributes:
-        codes: `[groups, rows, columns, width]`, one byte each.
-        scales: `[groups, columns]`, in the type of `Scales.bits`.
-        values: what the codes mean, `[groups, rows, columns, width]`.
+        codes: `[R, W]`, one byte each.
+        scales: `[L, A]`, bits as in `Scales`.
+        zeros: `[L, A]`, zero points.
+        values: `[R, W]`, what the codes stand for.
     """
 
     codes: NDArray[np.uint8]
-    scales: Array
-    values: NDArray[np.float32]
-
-
-def round_blocks(
-    values: NDArray[np.float32], grid: FloatGrid, stored: Scales, how: Rounding, chances: NDArray[np.float32] | None
-) -> Rounded:
-    """Round blocks of values to codes.
-
-    A block has the stored scale or, with `refit`, the one for its largest magnitude if that makes its squared error smaller.
-    A small change of a block is lost less often with the stored scale: another scale changes the rounding of every entry.
-
-    Args:
-        values: `[groups, rows, columns, width]`; a block is `[rows, width]`.
-        grid: the values of the codes.
-        stored: the scales of the checkpoint.
-        how: which scales to try.
-        chances: as for `FloatGrid.codes`, of the shape of `values`.
-    """
-    with np.errstate(all="ignore"):
-        most = np.abs(values).max(axis=(1, 3))
-        best, error = _with(values, grid, stored.bits, stored.values), None
-        for bits, scale in _fitted(most, grid, stored) if how.refit else ():
-            usable = np.isfinite(scale) & (scale > 0) & ((chances is None) | (most <= grid.largest * scale))
-            if error is None:
-                error = _error(values, best)
-                if chances is not None:
-                    error[most > grid.largest * np.abs(stored.values)] = np.inf  # clipped values have a bias
-            other = _with(values, grid, bits, np.where(usable, scale, 1).astype(np.float32))
-            theirs = np.where(usable, _error(values, other), np.inf)
-            better = theirs < error
-            if better.any():
-                error = np.where(better, theirs, error)
-                at = better[:, None, :, None]
-                best = _Tried(
-                    *(np.where(at if a.ndim == 4 else better, b, a) for a, b in zip(best, other, strict=True))
-                )
-        if chances is not None:
-            exact = best.decoded == values
-            drawn = grid.codes(_divided(values, best.scale), chances)
-            codes = np.where(exact, best.codes, drawn)
-            best = best._replace(codes=codes, decoded=grid.values[codes] * best.scale[:, None, :, None])
-    return Rounded(best.codes, best.bits, best.decoded)
+    scales: Bits
+    zeros: Values
+    values: Values
 
 
 class _Tried(NamedTuple):
-    codes: NDArray[np.uint8]
-    bits: Array
-    scale: NDArray[np.float32]
-    decoded: NDArray[np.float32]
+    """Scales that are tried: bits, values and zero points, `[L, A]` each."""
 
-    def where(self, better: NDArray[np.bool_], other: _Tried) -> _Tried:
-        """These blocks, with those of `other` where they are better; `better`: `[groups, columns]`."""
-        at = better[:, None, :, None]
-        return _Tried(
-            np.where(at, other.codes, self.codes),
-            np.where(better, other.bits, self.bits),
-            np.where(better, other.scale, self.scale),
-            np.where(at, other.decoded, self.decoded),
-        )
+    bits: Bits
+    scales: Values
+    zeros: Values
 
 
-def _with(values: NDArray[np.float32], grid: FloatGrid, bits: Array, scale: NDArray[np.float32]) -> _Tried:
-    codes = grid.codes(_divided(values, scale))
-    return _Tried(codes, bits, scale, grid.values[codes] * scale[:, None, :, None])
+def round_blocks(
+    values: Values,
+    grid: CodeGrid,
+    layout: Layout,
+    stored: Scales,
+    how: Rounding,
+    *,
+    zeros: ZeroPoints | None = None,
+    index: int = 0,
+) -> Rounded:
+    """Round blocks of values to codes.
+
+    A block has the stored scale or, with `refit`, the one for its limits if that makes its squared error smaller. A small
+    change of a block is lost less often with the stored scale: another scale changes the rounding of every entry.
+
+    Args:
+        values: `[R, W]`, contiguous, without NaN.
+        grid: the values of the codes.
+        layout: the blocks.
+        stored: the scales of the checkpoint, `[L, A]`.
+        how: which scales to try, and how codes are rounded.
+        zeros: the zero points of the checkpoint; None: there are none.
+        index: number of the first entry in the stream of `how.key`.
+    """
+    points = zeros or ZeroPoints(np.zeros(stored.values.shape, np.float32), kept=True)
+    limits = np.empty((2, *stored.values.shape), np.float32)
+    tried = [_Tried(stored.bits, stored.values, points.values)]
+    with np.errstate(all="ignore"):
+        if how.refit or how.key:
+            kernels.limits(values, layout.groups, layout.height, limits)
+        if how.refit:
+            tried += _fitted(limits, grid, stored, points, exact=how.key != 0)
+        scales, shifts = (np.stack([getattr(one, part) for one in tried]) for part in ("scales", "zeros"))
+        usable = np.isfinite(scales) & (scales > 0)
+        if how.key:  # values out of range have a bias
+            usable &= _reaches(limits, grid, np.abs(scales), shifts)
+        usable[0] |= not how.key
+        form = grid.form
+        steps = scales
+        if form.multiply:
+            steps = np.where(scales != 0, np.float32(form.multiply) / scales, np.float32(0))
+    codes, decoded = np.empty(values.shape, np.uint8), np.empty(values.shape, np.float32)
+    chosen = np.empty(stored.values.shape, np.int64)
+    kernels.round_codes(
+        *(values, layout.groups, layout.height, steps, scales, shifts, usable.view(np.uint8)),
+        *(bool(form.multiply), float(form.factor), form.numbers, form.table, np.uint64(how.key), index),
+        *(codes, decoded, chosen, np.empty((len(tried), stored.values.shape[-1])), np.empty(kernels.STRIP)),
+        *(kernels.lines(7), SCRATCH.array("spare codes", kernels.STRIP, np.uint8)),
+    )
+    bits = np.choose(chosen, [one.bits for one in tried])
+    return Rounded(codes, bits, np.choose(chosen, [one.zeros for one in tried]), decoded)
 
 
-def _divided(values: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Values over the scale of their block; zero where it is zero."""
-    wide = scale[:, None, :, None]
-    return np.divide(values, wide, out=np.zeros_like(values), where=wide != 0)
-
-
-def _error(values: NDArray[np.float32], tried: _Tried) -> NDArray[np.float64]:
-    """The squared error of each block."""
-    found: NDArray[np.float64] = np.square(tried.decoded - values).sum(axis=(1, 3), dtype=np.float64)
+def _reaches(limits: Values, grid: CodeGrid, scales: Values, zeros: Values) -> NDArray[np.bool_]:
+    """Whether the codes of each block have values from its least to its greatest one."""
+    least, greatest = grid.reach(zeros)
+    found: NDArray[np.bool_] = (limits[0] >= least * scales) & (limits[1] <= greatest * scales)
     return found
 
 
-def _fitted(most: NDArray[np.float32], grid: FloatGrid, stored: Scales) -> list[tuple[Array, NDArray[np.float32]]]:
-    """Scales for blocks with these largest magnitudes, as bits and as values: the least that clips none; of exponents also the next smaller."""
-    wanted = (most / grid.largest).astype(np.float32)
-    if stored.exponents:
-        fraction, exponent = np.frexp(wanted)
-        up = np.clip(exponent - (fraction == 0.5) + 127, 0, 254)
-        tried = [up, np.maximum(up - 1, 0)] if wanted.size else []
-        return [(one.astype(np.uint8), np.ldexp(np.float32(1), one - 127).astype(np.float32)) for one in tried]
-    if stored.dtype == "BF16":
-        bits = ((wanted.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
-        return [(bits, (bits.astype(np.uint32) << np.uint32(16)).view(np.float32))]
-    held: Array = wanted.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[stored.dtype])
-    higher = np.nextafter(held, np.array(np.inf, held.dtype))
-    held = np.where(grid.largest * held.astype(np.float32) < most, higher, held)
-    return [(held.view(stored.bits.dtype), held.astype(np.float32))]
+def _fitted(limits: Values, grid: CodeGrid, stored: Scales, zeros: ZeroPoints, *, exact: bool) -> list[_Tried]:
+    """Scales for blocks with these limits.
+
+    Args:
+        limits: `[2, L, A]`, the least and the greatest value of each block, or zero.
+        grid: the values of the codes.
+        stored: the scales of the checkpoint.
+        zeros: its zero points.
+        exact: whether all values must be in range.
+    """
+    if isinstance(grid, IntGrid) and not zeros.kept:
+        return [_with_zeros(limits, grid, stored, zeros, exact=exact)]
+    wanted = grid.wanted(limits[0], limits[1], zeros.values, whole=exact)
+    bits = stored.form.nearest(wanted)
+    tried = [bits]
+    if isinstance(stored.form, Exponents):
+        tried.append(np.maximum(bits, 1) - np.uint8(1))
+    elif exact or (isinstance(grid, FloatGrid) and grid in FLOAT8_GRIDS.values()):
+        reached = _reaches(limits, grid, stored.form.values(bits), zeros.values)
+        tried = [np.where(reached, bits, bits + bits.dtype.type(1))]
+    return [_Tried(one, stored.form.values(one), zeros.values) for one in tried]
 
 
-def draws(how: Rounding, start: int, count: int) -> NDArray[np.float32] | None:
-    """The numbers that round entries `start` to `start + count` of a tensor; None: they are rounded to nearest."""
-    return uniform(how.key, start, count) if how.key else None
+def _with_zeros(limits: Values, grid: IntGrid, stored: Scales, zeros: ZeroPoints, *, exact: bool) -> _Tried:
+    """Scales and zero points with which all codes are used, or all but one if every value must be in range."""
+    low, high = limits
+    wanted = ((high - low) / np.float32(grid.high - grid.low - exact)).astype(np.float32)
+    bits = stored.form.nearest(wanted)
+    if exact:
+        bits = np.where(stored.form.values(bits) < wanted, bits + bits.dtype.type(1), bits)
+    scales = stored.form.values(bits)
+    points = np.float32(grid.low) - np.divide(low, scales, out=np.zeros_like(low), where=scales > 0)
+    points = np.ceil(points) if exact else np.rint(points)
+    least = grid.low if zeros.least is None else zeros.least
+    return _Tried(bits, scales, np.clip(points, least, grid.high).astype(np.float32))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from math import prod
+from math import lcm, prod
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +18,9 @@ from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import CheckpointError, Problem
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
 from paft_merge.inputs.dtypes import widen
-from paft_merge.inputs.quantized.rounding import E2M1, FLOAT8_GRIDS, FloatGrid, Rounding, Scales, draws, round_blocks
+from paft_merge.inputs.quantized.grids import CodeGrid
+from paft_merge.inputs.quantized.rounding import Layout, Rounding, ZeroPoints, round_blocks
+from paft_merge.inputs.quantized.scale_forms import Exponents, FloatScales, ScaleForm, Scales, powers
 from paft_merge.inputs.safetensors_header import quote
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -95,15 +97,10 @@ class Parts:
         Raises:
             CheckpointError: NONFINITE, which names the tensor.
         """
-        return self.scales(info, first, stop, exponents=exponents).values
-
-    def scales(self, info: TensorInfo, first: int, stop: int, *, exponents: bool = False) -> Scales:
-        """Read the same as `values`, with the stored bits."""
         width = DTYPES[info.dtype].bits // 8
         held = self.bytes(info, first * width, np.empty((stop - first) * width, np.uint8))
-        bits, exponents = held.view(f"u{width}"), exponents or info.dtype == "F8_E8M0"
-        if exponents:
-            values = _powers()[held]
+        if exponents or info.dtype == "F8_E8M0":
+            values = powers()[held]
         elif info.dtype in FLOAT8:
             values = byte_values(info.dtype)[held]
         elif info.dtype in _INTEGERS:
@@ -116,7 +113,13 @@ class Parts:
             what = f"scale {quote(info.name)} is {values[at]} at entry {first + at:,}, so its weight has no values"
             where = self.checkpoint.folder / info.file
             raise CheckpointError.of("NONFINITE", where, what, "download the file again")
-        return Scales(bits, values, info.dtype, exponents)
+        return values
+
+    def scales(self, info: TensorInfo, first: int, stop: int, form: ScaleForm) -> Scales:
+        """Read scales as `values` does, with their bits."""
+        width = DTYPES[info.dtype].bits // 8
+        bits = self.bytes(info, first * width, np.empty((stop - first) * width, np.uint8)).view(f"u{width}")
+        return Scales(bits, form.values(bits), form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +154,13 @@ class QuantizedWeight:
 
     @property
     def unit(self) -> int:
-        """Rows of the weight, seen as `[rows, shape[-1]]`, that are written together; 0: the format is not written."""
-        return 0
+        """Rows of the weight, seen as `[rows, shape[-1]]`, that are written together."""
+        raise NotImplementedError
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The parts that `encode` writes, first the codes; the others stay as they are."""
+        return self.parts[:2]
 
     def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
         """Round rows to codes with scales.
@@ -189,9 +197,29 @@ class Piece(NamedTuple):
     data: Bytes
     stride: int
 
+    @classmethod
+    def of(cls, part: str, start: int, held: NDArray[Any]) -> Piece:
+        """Entries that follow each other."""
+        data = np.ascontiguousarray(held).reshape(1, -1).view(np.uint8)
+        return cls(part, start, data, data.size)
 
-class Blocks(Protocol):
-    """Values for blocks of a weight."""
+
+class Zeros(Protocol):
+    """Zero points of the blocks of a weight."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """The stored tensor."""
+
+    @property
+    def unit(self) -> int:
+        """Rows of the weight whose zero points are written together."""
+
+    def lines(self, parts: Parts, first: int, stop: int) -> Values:
+        """Return those of lines `[first, stop)` of blocks, `[stop - first, blocks in a line]`."""
+
+    def piece(self, first: int, values: Values) -> Piece:
+        """Return the stored bytes of lines from `first` on, `[lines, blocks in a line]`."""
 
     def rows(self, parts: Parts, first: int, stop: int) -> Values:
         """Return the values for rows `[first, stop)` of the weight, `[stop - first, blocks in a row]`."""
@@ -236,6 +264,20 @@ class Grid:
         held = parts.values(self.info, low * count, high * count, exponents=self.exponents)
         return held.reshape(high - low, count)[line - low]
 
+    @property
+    def unit(self) -> int:
+        """Rows whose values are written together."""
+        return 1
+
+    def lines(self, parts: Parts, first: int, stop: int) -> Values:
+        """Return the values of lines `[first, stop)` of blocks, `[stop - first, blocks in a line]`."""
+        count = self.counts[-1]
+        return parts.values(self.info, first * count, stop * count).reshape(-1, count)
+
+    def piece(self, first: int, values: Values) -> Piece:
+        """Return the stored bytes of values for lines of blocks from `first` on; integers of 8 bits."""
+        return Piece.of(self.info.name, first * self.counts[-1], values.astype(np.int8))
+
 
 def apply(operation: Callable[..., Any], out: Values, values: Values, size: int) -> None:
     """Compute `operation(out, values)` in place, each value for the `size` entries of its block.
@@ -252,12 +294,6 @@ def apply(operation: Callable[..., Any], out: Values, values: Values, size: int)
         operation(view, values[:, :whole, None], out=view)
     if out.shape[1] % size:
         operation(out[:, whole * size :], values[:, whole:], out=out[:, whole * size :])
-
-
-@cache
-def _powers() -> Values:
-    """The value of every exponent of E8M0: powers of two, and NaN for 255."""
-    return np.concatenate([np.ldexp(np.float32(1), np.arange(-127, 128)), [np.nan]]).astype(np.float32)
 
 
 _FLOAT8_FORMS = {
@@ -331,20 +367,24 @@ class ScaledCodes(QuantizedWeight):
     Attributes:
         codes: the stored tensor of codes; a row of the weight is a whole number of bytes.
         table: the values of a byte, see `look_up`.
+        grid: the values of a code.
         scale: the scales.
         zeros: the zero points, on the same grid; None: there are none.
         groups: for each column of the weight, the column of the scales; None: the columns are in the order of the grid.
         of_all: a scale of one value for the whole weight; None: there is none.
         combine: computes the scales from those of the grid and `of_all`.
+        symmetric: whether zero points stay as they are.
     """
 
     codes: TensorInfo
     table: Values
+    grid: CodeGrid
     scale: Grid
-    zeros: Blocks | None = None
+    zeros: Zeros | None = None
     groups: TensorInfo | None = None
     of_all: TensorInfo | None = None
     combine: Callable[..., Any] = np.multiply
+    symmetric: bool = True
 
     def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
         rows, width = out.shape
@@ -355,10 +395,7 @@ class ScaledCodes(QuantizedWeight):
             scales = self.combine(scales, parts.values(self.of_all, 0, 1))
         zeros = self.zeros.rows(parts, first, stop) if self.zeros else None
         if self.groups is not None:
-            at, size = parts.values(self.groups, 0, width).astype(np.intp), 1
-            if at.min() < 0 or at.max() >= scales.shape[1]:
-                what = f"group {quote(self.groups.name)} has {at.min()} to {at.max()}, and {scales.shape[1]} groups"
-                raise CheckpointError.of("SHAPE_MISMATCH", parts.checkpoint.folder, what, "download the file again")
+            at, size = group_of_columns(parts, self.groups, scales.shape[1]), 1
             scales, zeros = scales[:, at], zeros[:, at] if zeros is not None else None
         step = max(1, _CACHED // width)
         for row in range(0, rows, step):
@@ -369,16 +406,6 @@ class ScaledCodes(QuantizedWeight):
             apply(np.multiply, out[some], scales[some], size)
 
     @property
-    def _grid(self) -> FloatGrid | None:
-        """The values of the codes; None: the format is not written."""
-        simple = self.zeros is None and self.groups is None and self.of_all is None and type(self) is ScaledCodes
-        if not simple or (self.scale.info.dtype not in (*FLOATS, "F8_E8M0") and not self.scale.exponents):
-            return None
-        if self.codes.dtype == "U8" and np.array_equal(self.table, pair_values(E2M1.values)):
-            return E2M1 if 2 * self.codes.nbytes == prod(self.shape) else None
-        return FLOAT8_GRIDS.get(self.codes.dtype)
-
-    @property
     def _height(self) -> int:
         """Rows of a block of the weight, seen as `[rows, shape[-1]]`."""
         *outer, inner = self.scale.sizes[:-1]
@@ -386,62 +413,66 @@ class ScaledCodes(QuantizedWeight):
 
     @property
     def unit(self) -> int:
-        if self._grid is None:
-            return 0
-        panel, rows = self.shape[-2], prod(self.shape[:-1])
-        return self._height if panel in (rows, self._height) or panel % self._height == 0 else max(panel, self._height)
+        panel, rows, height = self.shape[-2], prod(self.shape[:-1]), self._height
+        if panel not in (rows, height) and panel % height:
+            return max(panel, height)
+        return lcm(height, self.zeros.unit) if self.zeros else height
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        zeros = (self.zeros.info.name,) if self.zeros and not self.symmetric else ()
+        return (self.codes.name, self.scale.info.name, *zeros)
 
     def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
-        assert self._grid is not None
         rows, width = values.shape
-        panel, height = max(self.shape[-2], self._height), self._height
-        count, across = -(-panel // height), self.scale.counts[-1]
-        chances = draws(how, first * width, values.size)
-        whole = panel if panel % height else rows
-        codes, scales, decoded = list[Bytes](), list[NDArray[Any]](), list[Values]()
+        height, across = self._height, self.scale.counts[-1]
+        panel = max(self.shape[-2], height)
+        count, whole = -(-panel // height), panel if panel % height else rows
+        decoded, pieces = np.empty_like(values), list[Piece]()
+        layout = self._layout(parts, height, width, across)
         for row in range(0, rows, whole):
-            some = slice(row, row + whole)
-            at = (first + row) // panel * count + (first + row) % panel // height
-            drawn = None if chances is None else chances.reshape(values.shape)[some]
-            made = self._rounded(parts, at, values[some], self._grid, how, drawn)
-            codes.append(made[0])
-            scales.append(made[1])
-            decoded.append(made[2])
-        wide = np.concatenate(codes)
-        if self._grid is E2M1:
-            wide = wide[:, 0::2] | (wide[:, 1::2] << np.uint8(4))
-        bits = np.concatenate(scales).reshape(1, -1)
-        at = first // panel * count + first % panel // height
-        data = np.ascontiguousarray(wide).reshape(1, -1)
-        pieces = [
-            Piece(self.codes.name, first * wide.shape[1], data, data.size),
-            Piece(self.scale.info.name, at * across * bits.itemsize, bits.view(np.uint8), bits.nbytes),
-        ]
-        return pieces, np.concatenate(decoded)
+            some, start = values[row : row + whole], first + row
+            at, lines = start // panel * count + start % panel // height, -(-len(some) // height)
+            stored = parts.scales(self.scale.info, at * across, (at + lines) * across, self._scale_form(parts))
+            zeros = None
+            if self.zeros is not None:
+                zeros = ZeroPoints(self.zeros.lines(parts, at, at + lines), self.symmetric)
+            stored = stored.shaped(lines, across)
+            made = round_blocks(some, self.grid, layout, stored, how, zeros=zeros, index=start * width)
+            decoded[row : row + whole] = made.values
+            wide = self._packed(made.codes)
+            pieces += [
+                Piece.of(self.codes.name, start * wide.shape[1], wide),
+                Piece.of(self.scale.info.name, at * across * made.scales.itemsize, made.scales),
+            ]
+            if self.zeros is not None and not self.symmetric:
+                pieces.append(self.zeros.piece(at, made.zeros))
+        return pieces, decoded
 
-    def _rounded(
-        self, parts: Parts, at: int, values: Values, grid: FloatGrid, how: Rounding, chances: Values | None
-    ) -> tuple[Bytes, NDArray[Any], Values]:
-        """Codes `[rows, width]`, bits of scales and decoded values of rows in one panel, whose first blocks are in line `at` of the scales."""
-        (rows, width), (height, size), across = (
-            values.shape,
-            (self._height, self.scale.sizes[-1]),
-            self.scale.counts[-1],
-        )
-        lines = -(-rows // height)
+    def _layout(self, parts: Parts, height: int, width: int, across: int) -> Layout:
+        if self.groups is None:
+            return Layout.of(height, self.scale.sizes[-1], width)
+        return Layout(height, group_of_columns(parts, self.groups, across))
 
-        def blocked(flat: Values) -> Values:
-            padded = np.zeros((lines * height, across * size), np.float32)
-            padded[:rows, :width] = flat
-            return padded.reshape(lines, height, across, size)
-
+    def _scale_form(self, parts: Parts) -> ScaleForm:
+        """How the scales are stored."""
         info = self.scale.info
-        kept = parts.scales(info, at * across, (at + lines) * across, exponents=self.scale.exponents)
-        stored = kept._replace(bits=kept.bits.reshape(lines, across), values=kept.values.reshape(lines, across))
-        made = round_blocks(blocked(values), grid, stored, how, None if chances is None else blocked(chances))
-        shape = lines * height, across * size
-        codes, decoded = made.codes.reshape(shape)[:rows, :width], made.values.reshape(shape)[:rows, :width]
-        return codes, made.scales.reshape(-1), decoded
+        if self.scale.exponents or info.dtype == "F8_E8M0":
+            return Exponents()
+        if self.of_all is None:
+            return FloatScales(info.dtype)
+        return FloatScales(info.dtype, parts.values(self.of_all, 0, 1)[0], self.combine is np.divide)
+
+    def _packed(self, codes: Bytes) -> Bytes:
+        """The bytes of the codes of some rows, `[rows, bytes of a row]`."""
+        rows, width = codes.shape
+        nbytes = self.codes.nbytes // prod(self.shape[:-1])
+        two = self.table.ndim == 2
+        if width != nbytes * (1 + two):
+            wide = np.zeros((rows, nbytes * (1 + two)), np.uint8)
+            wide[:, :width] = codes
+            codes = wide
+        return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)) if two else codes
 
     def _values(self, codes: Bytes, out: Values) -> None:
         """Write the values of the codes of some rows, without the codes that fill up a row."""
@@ -452,6 +483,19 @@ class ScaledCodes(QuantizedWeight):
         wide = np.empty((len(out), padded), np.float32)
         look_up(self.table, codes, wide)
         out[:] = wide[:, : out.shape[1]]
+
+
+def group_of_columns(parts: Parts, info: TensorInfo, count: int) -> NDArray[np.int32]:
+    """Read the group of each column of a weight.
+
+    Raises:
+        CheckpointError: SHAPE_MISMATCH, a column is in none of `count` groups.
+    """
+    at = parts.values(info, 0, info.numel)
+    if at.min() < 0 or at.max() >= count:
+        what = f"group {quote(info.name)} has {at.min():.0f} to {at.max():.0f}, and {count} groups"
+        raise CheckpointError.of("SHAPE_MISMATCH", parts.checkpoint.folder, what, "download the file again")
+    return at.astype(np.int32)
 
 
 def wrong_shape(where: object, info: TensorInfo, wanted: Sequence[int | str], weight: TensorInfo) -> Problem:
