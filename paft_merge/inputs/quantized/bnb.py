@@ -15,6 +15,7 @@ import numpy as np
 
 from paft_merge.errors import CheckpointError, Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
 from paft_merge.inputs.quantized.weights import (
     Grid,
     Parts,
@@ -41,8 +42,8 @@ _SEVENTH = np.float32(7.874015718698502e-3)
 class Int8(ScaledCodes):
     """Rows of int8 times the greatest magnitude of the row, over 127."""
 
-    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
-        super().decode(parts, first, stop, out)
+    def decode(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes = as_values) -> None:
+        super().decode(parts, first, stop, out, of)
         out *= _SEVENTH
 
 
@@ -81,7 +82,7 @@ class FourBits(QuantizedWeight):
     size: int
     nested: Nested | None
 
-    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+    def decode(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes = as_values) -> None:
         numel, width = prod(self.shape), self.shape[-1]
         a, b = first * width, stop * width
         block, last = a // self.size, -(-b // self.size)
@@ -89,7 +90,7 @@ class FourBits(QuantizedWeight):
         nbytes = -(-min(last * self.size, numel) // 2) - start // 2
         codes = parts.bytes(self.codes, start // 2, np.empty(nbytes, np.uint8))
         wide = np.empty(2 * nbytes, np.float32)
-        look_up(pair_values(parts.values(self.quant_map, 0, 16), low_first=False), codes, wide)
+        look_up(of(pair_values(parts.values(self.quant_map, 0, 16), low_first=False)), codes, wide)
         apply(np.multiply, wide.reshape(1, -1), self._scales(parts, block, last)[None], self.size)
         out.reshape(-1)[:] = wide[a - start : b - start]
 
