@@ -27,6 +27,8 @@ from paft_merge.compute.histogram import bits_of, exact_sum, value_of
 from paft_merge.compute.magnitudes import INFINITY
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import AuditError
+from paft_merge.inputs.quantized.code_intervals import unmoved
+from paft_merge.inputs.quantized.dequantized import Dequantized
 from paft_merge.methods.rules.one_pass import OnePass, plan_one_pass
 from paft_merge.methods.rules.rule import Rule, TensorPass
 from paft_merge.methods.rules.thresholds import Trim, trim_survivals
@@ -193,6 +195,25 @@ def _together(
 _NO_MEMORY = np.empty(0, np.uint8)
 
 
+def _grid(subject: AuditedTensor) -> tuple[Dequantized, str] | None:
+    """The checkpoint and the name of a base that is stored as codes; None for another base."""
+    base = subject.inputs.base
+    if base is None or base.delta or not isinstance(held := base.checkpoint, Dequantized):
+        return None
+    return (held, base.name) if base.name in held.weights and base.shape == subject.shape else None
+
+
+def _count_same_codes(block: Block, held: Dequantized, name: str, counts: Any) -> None:
+    """Write into `counts` `[n]` how many entries of each source the grid of the base erases."""
+    base, sources = block.base.view(np.float32), block.sources.view(np.float32)
+    low, high = held.intervals(name, block.index, block.index + block.size)
+    for start in range(0, block.size, kernels.CACHED):
+        some = slice(start, start + kernels.CACHED)
+        for i, source in enumerate(sources):
+            values = source[some] if block.subtract else base[some] + source[some]
+            counts[i] += unmoved(values, low[some], high[some])
+
+
 def _square(bits: Any) -> float:
     squares = np.zeros(1)
     kernels.add_squares(bits, squares)
@@ -217,13 +238,16 @@ class _Part:
     """`[1]`: sum of squares of the merged block, whose undecided entries are zero."""
     undecided: list[Undecided]
     """For each pass."""
+    same_codes: Any
+    """`[n]` int64: entries of a quantised weight that its grid erases; `[0]` for another weight."""
 
     @classmethod
-    def empty(cls, n: int, edges: int, pairs: int, *, weights: bool) -> _Part:
+    def empty(cls, n: int, edges: int, pairs: int, *, weights: bool, coded: bool) -> _Part:
         known = n if weights else 0
         return cls(
             np.zeros((n, edges), np.int64), np.zeros(n, np.uint32), np.zeros((n, 2)), np.zeros(known, np.int64), np.zeros(known),
             np.zeros((pairs, 4), np.int64), np.zeros((pairs, 5)), np.zeros((pairs, 4), np.int64), Outcome.empty(n), np.zeros(1), [],
+            np.zeros(n if coded else 0, np.int64),
         )  # fmt: skip
 
 
@@ -247,6 +271,7 @@ class _First:
         self._counts = np.zeros((self.n, kernels.BINS), np.int64)
         self._lows = np.zeros((self.n, kernels.BINS), np.int64)
         self._lock = Lock()
+        self.grid = _grid(subject)
 
     def work(self, block: Block, passes: Sequence[OnePass] = (), *, merge: bool = False) -> _Part:
         """Measure one block.
@@ -257,7 +282,11 @@ class _First:
             merge: whether to preview the last.
         """
         n, size, many = self.n, block.size, len(passes)
-        part = _Part.empty(n, len(self.edges), len(self.combinations), weights=self.wanted.weights)
+        part = _Part.empty(
+            n, len(self.edges), len(self.combinations), weights=self.wanted.weights, coded=self.grid is not None
+        )
+        if self.grid is not None:
+            _count_same_codes(block, *self.grid, part.same_codes)
         edge = np.uint32(max(bits_of(self.wanted.epsilon), 1))
         packed = SCRATCH.array("packed bins", (n, kernels.BINS), np.int64)
         packed[:] = 0
@@ -347,6 +376,8 @@ class _First:
                 histogram=histogram,
                 erased=sum(int(p.erased[i]) for p in parts) if self.wanted.weights else None,
                 weight_square=math.fsum(p.weight_square[i] for p in parts) if self.wanted.weights else None,
+                coded=self.subject.numel if self.grid else 0,
+                same_codes=sum(int(p.same_codes[i]) for p in parts) if self.grid else 0,
             ))  # fmt: skip
         return found
 

@@ -137,6 +137,7 @@ def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
         **{f"below {exponent(e)}": percent(m.sparsity(e)) for e in m.below},
         "exactly zero": percent(m.zero_share),
         "erased by a cast to bfloat16": percent(m.bf16_sparsity),
+        **({"erased by the base's codes": percent(m.quantised_sparsity)} if m.coded else {}),
         "Hoyer, participation": f"{short(m.hoyer)}, {short(m.participation)}",
         "energy in the top 1, 5, 20 %": ", ".join(percent(m.top_energy(k), 0) for k in (0.01, 0.05, 0.2)),
         "rms, largest": f"{short(m.rms)}, {short(m.largest)}",
@@ -146,11 +147,12 @@ def _numbers(source: SourceAudit, epsilon: float) -> dict[str, str]:
 
 
 def _groups(title: str, groups: Sequence[Group], epsilon: float, first: str = "module") -> Table:
-    headings = first, "sparse", "bf16\nerases", "Hoyer", "energy in\ntop 20 %", "rms", "stable\nrank"
-    table = _table(title, headings)
+    coded = any(group.measure.coded for group in groups)
+    erases = ("bf16\nerases", "codes\nerase") if coded else ("bf16\nerases",)
+    table = _table(title, (first, "sparse", *erases, "Hoyer", "energy in\ntop 20 %", "rms", "stable\nrank"))
     for group in groups:
         m = group.measure
-        shares = percent(m.sparsity(epsilon)), percent(m.bf16_sparsity)
+        shares = percent(m.sparsity(epsilon)), *map(percent, (m.bf16_sparsity, m.quantised_sparsity)[: len(erases)])
         rest = short(m.hoyer), percent(m.top_energy(0.2)), short(m.rms), short(group.stable_rank)
         table.add_row(plain(group.key), *shares, *rest)
     return table

@@ -102,6 +102,10 @@ class Measure:
     erased: int | None = None
     """Entries with bf16(weight + delta) == bf16(weight); None where the weights are not available."""
     weight_square: float | None = None
+    coded: int = 0
+    """Entries of quantised weights, where those are available."""
+    same_codes: int = 0
+    """Those of them whose code stays the same when the delta is added and the sum is rounded to the grid of the weight."""
 
     @classmethod
     def total(cls, parts: Sequence[Measure]) -> Measure:
@@ -118,6 +122,8 @@ class Measure:
             histogram=Histogram.total(p.histogram for p in parts),
             erased=sum(p.erased or 0 for p in parts) if known else None,
             weight_square=math.fsum(p.weight_square or 0.0 for p in parts) if known else None,
+            coded=sum(p.coded for p in parts),
+            same_codes=sum(p.same_codes for p in parts),
         )
 
     def sparsity(self, epsilon: float) -> float:
@@ -137,6 +143,11 @@ class Measure:
     def bf16_sparsity(self) -> float | None:
         """Share of entries that a cast of weight + delta to bfloat16 erases, zeros included; None without the weights."""
         return None if self.erased is None else ratio(self.erased, self.entries)
+
+    @property
+    def quantised_sparsity(self) -> float | None:
+        """Share of the entries of quantised weights that their grid erases, zeros included; None where there are none."""
+        return ratio(self.same_codes, self.coded) if self.coded else None
 
     @property
     def norm(self) -> float:
@@ -208,6 +219,7 @@ class Measure:
             "zeros": self.zero_share,
             "sparsity": {f"{e:g}": self.sparsity(e) for e in self.below},
             "bf16_sparsity": self.bf16_sparsity,
+            "quantised_sparsity": self.quantised_sparsity,
             "relative_rms": {"0.01": self.relative_rms(0.01), "0.1": self.relative_rms(0.1)},
             "relative_max": {
                 "0.001": self.relative_max(0.001),

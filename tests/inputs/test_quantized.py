@@ -192,6 +192,32 @@ def test_values_equal_the_reference_bit_for_bit(kind: str, tmp_path: Path) -> No
         assert checkpoint.bytes_read(sample.name) == sum(part.numel() * part.element_size() for part in parts)
 
 
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_value_within_the_interval_of_a_code_is_nearest_to_it(kind: str, tmp_path: Path) -> None:
+    sample = SAMPLES[kind]()
+    with opened(sample.save(tmp_path / "m")) as checkpoint:
+        assert isinstance(checkpoint, Dequantized)
+        weight, width = checkpoint.weights[sample.name], sample.values.shape[-1]
+        low, high = (ends.reshape(2, width) for ends in checkpoint.intervals(sample.name, 0, 2 * width))
+        values = sample.values.reshape(-1, width)[:2].numpy()
+
+        def every(level: float, table: Any) -> Any:
+            return np.full_like(table, level)
+
+        tables: list[Any] = []
+        weight.decode(checkpoint.parts, 0, 2, np.empty((2, width), np.float32), lambda t: tables.append(t) or t)
+        held = np.unique(tables[0][np.isfinite(tables[0])])
+        levels = np.empty((len(held), 2, width), np.float32)
+        for level, out in zip(held, levels, strict=True):
+            weight.decode(checkpoint.parts, 0, 2, out, partial(every, level))
+        step = np.abs(np.diff(levels, axis=0)).min(0)
+        probes = values + random(2, width).numpy() * (0.1 * np.abs(values) + 0.5 * step)
+        nearest = np.take_along_axis(levels, np.abs(levels - probes).argmin(0)[None], 0)[0]
+        inside = (low <= probes) & (probes <= high)
+        assert np.array_equal(inside, nearest == values)
+        assert 0 < inside.sum() < inside.size
+
+
 def refused(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught, opened(folder):
         pass

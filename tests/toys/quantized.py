@@ -29,13 +29,13 @@ def coded(state: State) -> tuple[State, State]:
     return stored, values
 
 
-def lora(folder: Path, base: State, seed: int) -> tuple[Path, State]:
-    """An adapter on two modules, and its deltas."""
+def lora(folder: Path, base: State, seed: int, size: float = 1.0) -> tuple[Path, State]:
+    """An adapter on two modules, and its deltas, which `size` multiplies."""
     folder.mkdir()
     made, factors, deltas = torch.Generator().manual_seed(seed), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for stem in (Q, UP):
         rows, columns = base[f"{stem}.weight"].shape
-        a, b = torch.randn(4, columns, generator=made) * 0.1, torch.randn(rows, 4, generator=made) * 0.1
+        a, b = torch.randn(4, columns, generator=made) * 0.1, torch.randn(rows, 4, generator=made) * (0.1 * size)
         factors |= {f"base_model.model.{stem}.lora_A.weight": a, f"base_model.model.{stem}.lora_B.weight": b}
         deltas[f"{stem}.weight"] = 2 * b @ a
     save_file(factors, folder / "adapter_model.safetensors")

@@ -61,6 +61,13 @@ def _of_source(audit: AuditData, source: SourceAudit) -> Iterator[Advice]:
             "stochastic rounding, or keep it as an adapter."
         )
         yield _advice("warn", text, "bf16_sparsity", erased, "bf16")
+    lost = measure.quantised_sparsity
+    if lost is not None and lost - measure.zero_share >= ERASED:
+        text = (
+            f"{lost:.0%} of the {label} delta is below the resolution of the base's codes: write plain weights, or "
+            "quantization: keep with stochastic rounding."
+        )
+        yield _advice("warn", text, "quantised_sparsity", lost, "quantised")
     factors = source.total.factors
     if factors and factors.zero_components:
         share, counts = (

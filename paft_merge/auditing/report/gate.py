@@ -66,6 +66,7 @@ METRICS: Mapping[str, Metric] = {
     "paft_sparsity": Metric("source", _paft_sparsity, "the same per layer, then the mean over layers (PAFT, Figure 2)", "threshold"),
     "zeros": Metric("source", lambda g, _: g.measure.zero_share, "share of entries that are exactly zero"),
     "bf16_sparsity": Metric("source", lambda g, _: g.measure.bf16_sparsity, "share of entries that a cast to bfloat16 erases"),
+    "quantised_sparsity": Metric("source", lambda g, _: g.measure.quantised_sparsity, "share of entries that the grid of a quantised base erases"),
     "relative_rms": Metric("source", lambda g, x: g.measure.relative_rms(x), "share of |delta| <= x * rms", "multiple"),
     "relative_max": Metric("source", lambda g, x: g.measure.relative_max(x), "share of |delta| <= x * largest", "multiple"),
     "hoyer": Metric("source", lambda g, _: g.measure.hoyer, "Hoyer sparsity, 0 flat to 1 a single entry"),
@@ -201,10 +202,11 @@ def _one(label: str, where: str, metric: Metric, group: Any, wanted: Requirement
         raise _unreadable(wanted.text, f"{wanted.argument:g} was not counted", fix) from None
     if value is None:
         base = "pass base=... (and fetch_base=True where it is on the Hub), or do not require it"
-        fix = (
-            "it is a mean over layers, so name no layer, module or tensor" if wanted.metric == "paft_sparsity" else base
-        )
-        raise _unreadable(wanted.text, f"{wanted.metric} was not measured for {label}", fix)
+        fixes = {
+            "paft_sparsity": "it is a mean over layers, so name no layer, module or tensor",
+            "quantised_sparsity": f"it needs weights that the base stores quantised; {base}",
+        }
+        raise _unreadable(wanted.text, f"{wanted.metric} was not measured for {label}", fixes.get(wanted.metric, base))
     return (f"{label}: {where}" if where else label), value
 
 

@@ -95,6 +95,8 @@ def _card(audit: AuditData, source: SourceAudit) -> dict[str, Any]:
     numbers = [(percent(source.paft_sparsity(audit.epsilon)), f"of the entries below {exponent(audit.epsilon)}")]
     if measure.bf16_sparsity is not None:
         numbers.append((percent(measure.bf16_sparsity), "of the entries erased by bf16"))
+    if measure.coded:
+        numbers.append((percent(measure.quantised_sparsity), "of the entries erased by the base's codes"))
     numbers.append((percent(measure.top_energy(0.2), 0), "of the energy in the top 20 %"))
     if audit.preview and any(source.label in t.sources for t in audit.preview.tensors):
         kept = audit.preview.of(source.label).elected_energy
@@ -149,9 +151,10 @@ def _numbers(audit: AuditData) -> list[tuple[int | None, str, Table]]:
 
 def _groups(groups: list[Group]) -> Table:
     thresholds = list(groups[0].measure.below) if groups else []
+    coded = any(group.measure.coded for group in groups)
     head = [
         ("", []), ("entries", []), ("zeros", []), ("entries below", list(map(exponent, thresholds))), ("bf16 erases", []),
-        ("≤ 0.1 rms", []), ("Hoyer", []), ("participation", []), ("energy in the top", ["1 %", "20 %"]),
+        *([("codes erase", [])] if coded else []), ("≤ 0.1 rms", []), ("Hoyer", []), ("participation", []), ("energy in the top", ["1 %", "20 %"]),
         ("norm / weights", []), ("rank", ["stable", "effective"]),
     ]  # fmt: skip
     rows = []
@@ -159,7 +162,8 @@ def _groups(groups: list[Group]) -> Table:
         m = group.measure
         below = [percent(m.sparsity(e)) for e in thresholds]
         rows.append([
-            group.key, f"{m.entries:,}", percent(m.zero_share), *below, percent(m.bf16_sparsity), percent(m.relative_rms(0.1)),
+            group.key, f"{m.entries:,}", percent(m.zero_share), *below, percent(m.bf16_sparsity),
+            *([percent(m.quantised_sparsity)] if coded else []), percent(m.relative_rms(0.1)),
             short(m.hoyer), short(m.participation), percent(m.top_energy(0.01)), percent(m.top_energy(0.2)),
             short(m.relative_norm), short(group.stable_rank), short(group.effective_rank),
         ])  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 
 from paft_merge.errors import CheckpointError, Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
 from paft_merge.inputs.quantized.grids import IntGrid, LevelGrid
 from paft_merge.inputs.quantized.rounding import Layout, Rounding, round_blocks
 from paft_merge.inputs.quantized.scale_forms import CodedScales, FloatScales, ScaleForm
@@ -47,8 +48,8 @@ _ROWS = IntGrid(-128, 127, half=1.0, multiply=127.0, factor=float(_SEVENTH))
 class Int8(ScaledCodes):
     """Rows of int8 times the greatest magnitude of the row, over 127."""
 
-    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
-        super().decode(parts, first, stop, out)
+    def decode(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes = as_values) -> None:
+        super().decode(parts, first, stop, out, of)
         out *= _SEVENTH
 
 
@@ -87,7 +88,7 @@ class FourBits(QuantizedWeight):
     size: int
     nested: Nested | None
 
-    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+    def decode(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes = as_values) -> None:
         numel, width = prod(self.shape), self.shape[-1]
         a, b = first * width, stop * width
         block, last = a // self.size, -(-b // self.size)
@@ -95,7 +96,7 @@ class FourBits(QuantizedWeight):
         nbytes = -(-min(last * self.size, numel) // 2) - start // 2
         codes = parts.bytes(self.codes, start // 2, np.empty(nbytes, np.uint8))
         wide = np.empty(2 * nbytes, np.float32)
-        look_up(pair_values(parts.values(self.quant_map, 0, 16), low_first=False), codes, wide)
+        look_up(of(pair_values(parts.values(self.quant_map, 0, 16), low_first=False)), codes, wide)
         apply(np.multiply, wide.reshape(1, -1), self._scales(parts, block, last)[None], self.size)
         out.reshape(-1)[:] = wide[a - start : b - start]
 

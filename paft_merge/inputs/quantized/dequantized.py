@@ -12,7 +12,8 @@ import numpy as np
 
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
-from paft_merge.inputs.quantized.weights import Parts, QuantizedWeight
+from paft_merge.inputs.quantized.code_intervals import high_end, low_end
+from paft_merge.inputs.quantized.weights import Parts, QuantizedWeight, Values
 from paft_merge.inputs.safetensors_header import ByteBuffer, as_bytes
 
 
@@ -81,6 +82,26 @@ class Dequantized(Checkpoint):
         held = SCRATCH.array("dequantized", (stop - first, width), np.float32)
         weight.decode(self._parts, first, stop, held)
         view[:] = as_bytes(held.reshape(-1))[start - first * 4 * width :][: len(view)]
+
+    def intervals(self, name: str, start: int, stop: int) -> tuple[Values, Values]:
+        """Return the least and the greatest value that is rounded to the code of each entry, with its scale as it is.
+
+        Args:
+            name: a quantised weight.
+            start, stop: flat indices of its entries.
+
+        Returns:
+            Two arrays `[stop - start]`, which belong to this thread until its next call; NaN for codes without a value.
+        """
+        weight, ends = self._weights[name], list[Values]()
+        width = weight.shape[-1]
+        first, last = start // width, -(-stop // width)
+        for of in (low_end, high_end):
+            held: Values = SCRATCH.array(of.__name__, (last - first, width), np.float32)
+            with np.errstate(invalid="ignore"):
+                weight.decode(self._parts, first, last, held, of)
+            ends.append(held.reshape(-1)[start - first * width :][: stop - start])
+        return ends[0], ends[1]
 
     def location(self, name: str, start: int, nbytes: int) -> tuple[int, int] | None:
         return None if name in self._weights else self._inner.location(name, start, nbytes)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from paft_merge.errors import Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
 from paft_merge.inputs.quantized.grids import IntGrid
 from paft_merge.inputs.quantized.rounding import Layout, Rounding, ZeroPoints, round_blocks
 from paft_merge.inputs.quantized.scale_forms import FloatScales, Scales
@@ -68,8 +69,8 @@ class GroupedCodes(QuantizedWeight):
     less_one: bool
     symmetric: bool
 
-    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
-        (self._awq_codes if self.awq else self._gptq_codes)(parts, first, stop, out)
+    def decode(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes = as_values) -> None:
+        (self._awq_codes if self.awq else self._gptq_codes)(parts, first, stop, out, of)
         scales, zeros = self._scales(parts, first, stop), self._zeros(parts, first, stop)
         size = self.group
         if self.groups is not None:
@@ -79,18 +80,18 @@ class GroupedCodes(QuantizedWeight):
         apply(np.subtract, out, zeros, size)
         apply(np.multiply, out, scales, size)
 
-    def _gptq_codes(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+    def _gptq_codes(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes) -> None:
         words, outputs = self.codes.shape
         held = parts.columns(self.codes, 0, (words, 4 * outputs), 4 * first, 4 * stop)
         turned = np.ascontiguousarray(np.ascontiguousarray(held).view(np.uint32).T)
         table = pair_values(_CODES) if self.bits == 4 else np.arange(256, dtype=np.float32)
-        look_up(table, turned.view(np.uint8), out)
+        look_up(of(table), turned.view(np.uint8), out)
 
-    def _awq_codes(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+    def _awq_codes(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes) -> None:
         inputs, words = self.codes.shape
         a, b = first // 8, -(-stop // 8)
         turned = np.ascontiguousarray(parts.columns(self.codes, 0, (inputs, 4 * words), 4 * a, 4 * b).T)
-        table = pair_values(_CODES)
+        table = of(pair_values(_CODES))
         for row in range(first, stop):
             code = int(_AWQ_ORDER[row % 8])
             line = turned[4 * (row // 8 - a) + code // 2]

@@ -15,6 +15,7 @@ import numpy as np
 
 from paft_merge.errors import Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
+from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
 from paft_merge.inputs.quantized.grids import E2M1
 from paft_merge.inputs.quantized.rounding import Layout, Rounding, round_blocks
 from paft_merge.inputs.quantized.scale_forms import Exponents, Scales
@@ -53,14 +54,14 @@ class TransposedExperts(QuantizedWeight):
     blocks: TensorInfo
     scales: TensorInfo
 
-    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+    def decode(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes = as_values) -> None:
         height = self.shape[1]
         for expert in range(first // height, -(-stop // height)):
             a, b = (min(max(row - expert * height, 0), height) for row in (first, stop))
             row = expert * height + a - first
-            self._decode_expert(parts, expert, a, b, out[row : row + b - a])
+            self._decode_expert(parts, expert, a, b, out[row : row + b - a], of(fp4_pairs()))
 
-    def _decode_expert(self, parts: Parts, expert: int, first: int, stop: int, out: Values) -> None:
+    def _decode_expert(self, parts: Parts, expert: int, first: int, stop: int, out: Values, table: Values) -> None:
         """Dequantise rows `[first, stop)` of one expert, which are columns of its codes."""
         _, height, width = self.shape
         a, b = first // GROUP, -(-stop // GROUP)
@@ -70,7 +71,6 @@ class TransposedExperts(QuantizedWeight):
         groups = height // GROUP
         held = parts.values(self.scales, expert * width * groups, (expert + 1) * width * groups, exponents=True)
         scales = np.ascontiguousarray(held.reshape(width, groups)[:, a:b].T)
-        table = fp4_pairs()
         for row in range(first, stop):
             line = out[row - first]
             np.take(table[:, row % 2], turned[(row - a * GROUP) // 2], out=line, mode="clip")

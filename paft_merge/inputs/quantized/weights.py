@@ -18,6 +18,7 @@ from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import CheckpointError, Problem
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
 from paft_merge.inputs.dtypes import widen
+from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
 from paft_merge.inputs.quantized.grids import CodeGrid
 from paft_merge.inputs.quantized.rounding import Layout, Rounding, ZeroPoints, round_blocks
 from paft_merge.inputs.quantized.scale_forms import Exponents, FloatScales, ScaleForm, Scales, powers
@@ -138,7 +139,7 @@ class QuantizedWeight:
     parts: tuple[str, ...]
     format: str
 
-    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+    def decode(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes = as_values) -> None:
         """Dequantise rows `[first, stop)` of the weight, seen as `[rows, shape[-1]]`.
 
         Args:
@@ -146,6 +147,7 @@ class QuantizedWeight:
             first: first row.
             stop: one past the last row.
             out: `[stop - first, shape[-1]]`, contiguous; overwritten.
+            of: what to write of each code: its value, or an end of the interval of values that are rounded to it.
 
         Raises:
             CheckpointError: NONFINITE, a scale is NaN or infinite; otherwise as `Checkpoint.read_into`.
@@ -386,7 +388,7 @@ class ScaledCodes(QuantizedWeight):
     combine: Callable[..., Any] = np.multiply
     symmetric: bool = True
 
-    def decode(self, parts: Parts, first: int, stop: int, out: Values) -> None:
+    def decode(self, parts: Parts, first: int, stop: int, out: Values, of: OfCodes = as_values) -> None:
         rows, width = out.shape
         nbytes = self.codes.nbytes // prod(self.shape[:-1])
         held = parts.bytes(self.codes, first * nbytes, SCRATCH.array("codes", rows * nbytes, np.uint8))
@@ -400,7 +402,7 @@ class ScaledCodes(QuantizedWeight):
         step = max(1, _CACHED // width)
         for row in range(0, rows, step):
             some = slice(row, row + step)
-            self._values(held[row * nbytes : (row + step) * nbytes], out[some])
+            self._values(of(self.table), held[row * nbytes : (row + step) * nbytes], out[some])
             if zeros is not None:
                 apply(np.subtract, out[some], zeros[some], size)
             apply(np.multiply, out[some], scales[some], size)
@@ -474,14 +476,14 @@ class ScaledCodes(QuantizedWeight):
             codes = wide
         return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)) if two else codes
 
-    def _values(self, codes: Bytes, out: Values) -> None:
+    def _values(self, table: Values, codes: Bytes, out: Values) -> None:
         """Write the values of the codes of some rows, without the codes that fill up a row."""
-        padded = len(codes) // len(out) * (self.table.size // 256)
+        padded = len(codes) // len(out) * (table.size // 256)
         if padded == out.shape[1]:
-            look_up(self.table, codes, out)
+            look_up(table, codes, out)
             return
         wide = np.empty((len(out), padded), np.float32)
-        look_up(self.table, codes, wide)
+        look_up(table, codes, wide)
         out[:] = wide[:, : out.shape[1]]
 
 
