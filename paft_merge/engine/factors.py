@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,20 +100,15 @@ class Factorization:
             tensor: either of the two tensors.
             energy: keep no more than this share of the squared norm needs.
         """
-        delta, dtype, rank = tensor.merged, tensor.dtype, rank_of(tensor)
-        tiles, store = BlockWalk([delta], self.pool), partial(rounded, dtype=dtype)
+        delta, rank, tiles = tensor.merged, rank_of(tensor), BlockWalk([tensor.merged], self.pool)
+        store = partial(rounded, dtype=tensor.dtype)
         rule, weights = delta.rule, tuple[float, ...]()
         try:
             if isinstance(rule, MeasuredWeights):
                 measured = rule.measured(delta, tiles, self.ops)
                 rule, weights = measured.resolved, measured.known or ()
             assert tensor.factor is not None
-            if tensor.factor.in_space:
-                coordinates = Coordinates.of(tensor, self.recipe)
-                low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
-                return MergedFactors(low, Tally.empty(0), (), weights)
-            if (pairs := _sums_of_products(tensor, rule)) is not None:
-                low = _joined(tensor, [_within(pair, rank, energy, store) for pair in pairs])
+            if (low := _from_factors(tensor, rule, self.recipe, rank, energy)) is not None:
                 return MergedFactors(low, Tally.empty(0), (), weights)
             rows = StreamedDelta.of(MergedDelta(delta, tensor.factor.subtracted), rule, self.pool, self.ops)
             limits: dict[str, Any] = (
@@ -215,6 +210,25 @@ def rounded(values: Array, dtype: str) -> Array:
     return out.reshape(values.shape)
 
 
+def _from_factors(tensor: PlannedTensor, rule: Any, recipe: Recipe, rank: int, energy: float | None) -> LowRank | None:
+    """The factors of a merged delta that follow from those of its sources; None if the delta has to be streamed.
+
+    Args:
+        tensor: of the adapter.
+        rule: its rule, with weights and thresholds that are known.
+        recipe: of the merge.
+        rank: the largest rank.
+        energy: as for `truncate`.
+    """
+    assert tensor.factor is not None
+    store = partial(rounded, dtype=tensor.dtype)
+    if tensor.factor.in_space:
+        coordinates = Coordinates.of(tensor, recipe)
+        return coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
+    pairs = _sums_of_products(tensor, rule)
+    return None if pairs is None else _joined(tensor, [_within(pair, rank, energy, store) for pair in pairs])
+
+
 def _sums_of_products(tensor: PlannedTensor, rule: Any) -> list[Pair] | None:
     """Each matrix of a merged delta as one product, if the method adds up low-rank products; else None."""
     assert tensor.factor is not None
@@ -275,31 +289,30 @@ def loss_of(plan: MergePlan, finished: Mapping[str, Finished]) -> Loss | None:
 
 
 def predicted_loss(plan: MergePlan) -> Loss | None:
-    """Return the loss of the modules whose deltas are sums of low-rank products, from their factors; None if there are none.
+    """Return the loss of the modules whose factors follow from those of the sources; None if there are none.
 
     With `rank: auto`, the rank that these modules need is found first.
     """
-    output, found = plan.recipe.output, dict[str, tuple[PlannedTensor, list[Pair]]]()
+    output, found = plan.recipe.output, dict[str, PlannedTensor]()
     for tensor in plan.tensors:
         rule = tensor.merged.rule
-        known = rule.wants != "whole" and not rule.weighs
+        known = rule.wants != "whole" and not rule.weighs and not rule.needs_model
         if tensor.factor and tensor.factor.part == "B" and known:
-            pairs = _sums_of_products(tensor, rule)
+            found[tensor.factor.module] = tensor
+
+    def lows(ranks: Mapping[str, int], energy: float | None) -> Iterator[tuple[str, LowRank]]:
+        for module, rank in ranks.items():
+            tensor = found[module]
+            low = _from_factors(tensor, tensor.merged.rule, plan.recipe, rank, energy)
             tensor.release()
-            if pairs is not None:
-                found[tensor.factor.module] = tensor, pairs
-    ranks = {module: rank_of(tensor) for module, (tensor, _) in found.items()}
+            if low is not None:
+                yield module, low
+
+    ranks = {module: rank_of(tensor) for module, tensor in found.items()}
     if output.rank == "auto":
-        ranks = {
-            m: max(len(truncate(*pair, ranks[m], output.energy).right) for pair in pairs)
-            for m, (_, pairs) in found.items()
-        }
+        ranks = {module: max(1, low.left.shape[-1]) for module, low in lows(ranks, output.energy)}
         ranks = dict.fromkeys(ranks, max(ranks.values(), default=1)) if output.portable else ranks
-    noted = {}
-    for module, (tensor, pairs) in found.items():
-        store = partial(rounded, dtype=tensor.dtype)
-        low = _joined(tensor, [_within(pair, max(1, ranks[module]), None, store) for pair in pairs])
-        noted[module] = MergedFactors(low, Tally.empty(0)).noted()
+    noted = {module: MergedFactors(low, Tally.empty(0)).noted() for module, low in lows(ranks, None)}
     return _summed(noted) if noted else None
 
 

@@ -67,20 +67,35 @@ def test_workers_and_stores_get_the_same_adapter(family: Family, tmp_path: Path)
         merge(asked(f, rank="auto", energy=0.9), tmp_path / "auto", worker="0/2")
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
-def test_a_dry_run_predicts_the_error_of_sums(method: str, family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "space", "output"),
+    [
+        ("task_arithmetic", "weight", {"rank": 3}),
+        ("ties", "weight", {"rank": 3}),
+        ("ties", "core", {"rank": 3}),
+        ("task_arithmetic", "ctm", {"rank": 3}),
+        ("ties", "knots", {"rank": "auto", "energy": 0.7}),
+    ],
+)
+def test_a_dry_run_predicts_the_error_where_it_follows_from_factors(
+    method: str, space: str, output: dict[str, Any], family: Family, tmp_path: Path
+) -> None:
     f = family()
-    one = asked(f, method, rank=3)
+    one = {**asked(f, method, **output), "space": space}
+    measured = (method, space) == ("ties", "weight")
     planned = json.loads(paft("merge", write_recipe(tmp_path / "r.yaml", one), "--dry-run", "--json").stdout)
     made = merge(one, tmp_path / "out").manifest["adapter"]
-    assert planned["adapter"] == (made if method == "task_arithmetic" else None)
-    assert planned["files"] == {
-        "adapter_model.safetensors": (tmp_path / "out/adapter_model.safetensors").stat().st_size
-    }
+    assert planned["adapter"] == (None if measured else made)
+    adapters = sum((f[name] / "adapter_model.safetensors").stat().st_size for name in ("sft", "dpo"))
+    assert planned["bytes_read"] == adapters  # and nothing of the base
+    size = (tmp_path / "out/adapter_model.safetensors").stat().st_size
+    if output["rank"] != "auto":
+        assert planned["files"] == {"adapter_model.safetensors": size}
     shown = paft("merge", tmp_path / "r.yaml", "--dry-run").stdout
-    error = f"with a relative error of {made['relative_error']:.3g}"
-    assert (f"adapter of rank 3 on 6 modules, {error}" in shown) == (method == "task_arithmetic")
-    assert ("adapter of rank 3 on 6 modules; the merge measures its error" in shown) == (method == "ties")
+    exact = made["relative_error"] < 1e-5
+    error = "exact but for rounding" if exact else f"with a relative error of {made['relative_error']:.3g}"
+    assert (f"adapter of rank {made['rank']} on 6 modules, {error}" in shown) != measured
+    assert ("adapter of rank 3 on 6 modules; the merge measures its error" in shown) == measured
 
 
 def test_the_command_and_the_card_name_the_error(family: Family, tmp_path: Path) -> None:
