@@ -71,6 +71,14 @@ def test_an_adapter_holds_the_method_s_result_in_the_space(
         expected = spanned.left @ merged @ (np.eye(a.shape[1]) if spanned.right is None else spanned.right)
         assert np.linalg.norm(b @ a - expected) < 2e-6 * np.linalg.norm(expected)
     assert made.error == pytest.approx(0, abs=1e-6)
+    held, whole = np.zeros(2), np.zeros(2)
+    for module in found:
+        pairs = [source[module] for source in sources]
+        held += [np.square(one).sum() for one in SPACES[space](pairs).coordinates]
+        whole += [np.square(b @ a).sum() for b, a in pairs]
+    outside = made.manifest["adapter"].get("outside", 0.0)
+    assert outside == pytest.approx(1 - held.sum() / whole.sum(), abs=1e-5)
+    assert (outside > 0.1) == (space == "ctm")
     assert f"with the method `{method}` in `space: {space}`." in (tmp_path / "out" / "README.md").read_text()
 
 
