@@ -201,12 +201,11 @@ def merge(
 
 def loss_lines(made: MergeResult) -> Iterator[str]:
     """One line for each adapter among the results: its rank, and what that costs."""
-    from paft_merge.cli.plan_tables import ROUNDING
+    from paft_merge.cli.plan_tables import cost_text
 
     for result in made.results.values() or [made]:
         if loss := result.manifest.get("adapter"):
-            error = loss["relative_error"]
-            cost = "exact but for rounding" if error < ROUNDING else f"relative error {error:.3g}"
+            cost = cost_text(loss["relative_error"], loss.get("outside"))
             yield f"{result.path}: LoRA of rank {loss['rank']} on {loss['modules']} modules, {cost}"
 
 

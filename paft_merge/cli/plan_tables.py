@@ -75,15 +75,25 @@ def adapter_line(planned: MergePlan, loss: Loss | None) -> None:
     if loss is None:
         shown = "the merge measures its error"
     else:
-        error = (
-            "exact but for rounding" if loss.relative < ROUNDING else f"with a relative error of {loss.relative:.3g}"
-        )
+        cost = cost_text(loss.relative, loss.outside)
+        error = cost if cost.startswith("exact") else f"with a {cost}"
         rest = modules - loss.modules
         shown = error + (f" on {loss.modules} of them; the merge measures that of the others" if rest else "")
     terminal().print(f"{text}, {shown}" if loss else f"{text}; {shown}")
 
 
-ROUNDING = 1e-5
+def cost_text(error: float, outside: float | None) -> str:
+    """What an adapter loses of the merged deltas.
+
+    Args:
+        error: relative error of the factors.
+        outside: as `Loss.outside`.
+    """
+    held = "" if outside is None else f", in subspaces that hold {1 - outside:.1%} of the sources' squared norms"
+    return ("exact but for rounding" if error < _ROUNDING else f"relative error of {error:.3g}") + held
+
+
+_ROUNDING = 1e-5
 """Relative error that is due to float32 alone."""
 
 _WORKERS_SHOWN = 16

@@ -24,7 +24,10 @@ _SHOWN = 2
 @click.command(short_help="What vLLM, SGLang, llama.cpp, MLX and PEFT do with an adapter.")
 @click.argument("adapter")
 @click.option(
-    "--for", "readers", metavar="LIST", help="Programs that must read it, e.g. vllm,sglang,peft. Default: show all."
+    "--for",
+    "readers",
+    metavar="LIST",
+    help="Programs that must read it, e.g. vllm,sglang,peft, or all. Default: show all.",
 )
 @click.option("--base", help="The model that it was trained on: a folder or Hub name; checks names and shapes, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema in docs/serving.md) instead of a table.")

@@ -60,22 +60,23 @@ class Verdict:
 
 
 def readers_of(listed: str) -> list[str]:
-    """The readers in a list with commas, each once.
+    """The readers in a list with commas, each once; `all` is every reader.
 
     Raises:
         AdapterError: OPTION, one is not known, or there are none.
     """
-    names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+    given = [name.strip() for name in listed.split(",") if name.strip()]
+    names = list(dict.fromkeys(one for name in given for one in (READERS if name == "all" else [name])))
     for name in names:
         if name not in READERS:
             raise AdapterError.of(
                 "OPTION",
                 "--for",
                 f"{name!r} is not a reader",
-                did_you_mean(name, READERS) or f"give some of {', '.join(READERS)}",
+                did_you_mean(name, READERS) or f"give some of {', '.join(READERS)}, or all",
             )
     if not names:
-        raise AdapterError.of("OPTION", "--for", "names no reader", f"give some of {', '.join(READERS)}")
+        raise AdapterError.of("OPTION", "--for", "names no reader", f"give some of {', '.join(READERS)}, or all")
     return names
 
 

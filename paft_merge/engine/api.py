@@ -167,7 +167,9 @@ def _planned(
             notices += sources.warnings
             if sources.missing_bytes and not options.stream_from_hub:
                 with sources.opened(compute) as models:
-                    before_download(plan(models), sources)
+                    from_headers = plan(models)
+                    sources.headers_only = not from_headers.stored_reads
+                    before_download(from_headers, sources)
                 sources.pull()
             planned = plan(inputs.enter_context(sources.opened(compute)))
         yield planned

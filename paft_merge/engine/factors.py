@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ import numpy as np
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block, Ops, Tally
 from paft_merge.compute.cpu_ops import CpuOps
+from paft_merge.compute.kernels import SUMS
 from paft_merge.engine.spaces import Coordinates
 from paft_merge.engine.streamed_deltas import StreamedDelta, not_finite
 from paft_merge.errors import MergeError
@@ -30,7 +31,7 @@ from paft_merge.inputs.dtypes import cast, widen
 from paft_merge.inputs.tensor_inputs import RAW
 from paft_merge.lowrank.factors import Array, LowRank, Pair, balanced, padded, stacked, truncate
 from paft_merge.lowrank.range_finder import T, approximate
-from paft_merge.methods.rules.measured_weights import MeasuredWeights
+from paft_merge.methods.rules.measured_weights import MeasuredWeights, product_square
 from paft_merge.methods.rules.thresholds import stream_key
 from paft_merge.output.folder import Finished
 from paft_merge.plan import MergePlan, PlannedTensor
@@ -48,13 +49,18 @@ class MergedFactors(NamedTuple):
     low: LowRank
     tally: Tally
     active: Sequence[int] = ()
-    """The planned sources that the rows of `tally` belong to; none where no delta was streamed."""
+    """The planned sources that the rows of `tally` belong to. Without a stream of the deltas, only their squared norms are known."""
     weights: Sequence[float] = ()
     """The weight of each planned source, if they were measured."""
+    outside: float | None = None
+    """Norm of what the sources' deltas have outside the subspaces of `space: ctm`, in which they were merged."""
 
     def noted(self) -> dict[str, Any]:
         """The entry of the journal: kept rank, norm of the delta, and norm of the difference."""
-        return {"rank": self.low.left.shape[-1], "norm": self.low.norm, "error": self.low.error}
+        noted = {"rank": self.low.left.shape[-1], "norm": self.low.norm, "error": self.low.error}
+        if self.outside is not None:
+            noted |= {"outside": self.outside, "sources": math.sqrt(math.fsum(self.tally.total()[:, _SQUARE]))}
+        return noted
 
 
 @dataclass(frozen=True)
@@ -100,21 +106,16 @@ class Factorization:
             tensor: either of the two tensors.
             energy: keep no more than this share of the squared norm needs.
         """
-        delta, dtype, rank = tensor.merged, tensor.dtype, rank_of(tensor)
-        tiles, store = BlockWalk([delta], self.pool), partial(rounded, dtype=dtype)
+        delta, rank, tiles = tensor.merged, rank_of(tensor), BlockWalk([tensor.merged], self.pool)
+        store = partial(rounded, dtype=tensor.dtype)
         rule, weights = delta.rule, tuple[float, ...]()
         try:
             if isinstance(rule, MeasuredWeights):
                 measured = rule.measured(delta, tiles, self.ops)
                 rule, weights = measured.resolved, measured.known or ()
             assert tensor.factor is not None
-            if tensor.factor.in_space:
-                coordinates = Coordinates.of(tensor, self.recipe)
-                low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
-                return MergedFactors(low, Tally.empty(0), (), weights)
-            if (pairs := _sums_of_products(tensor, rule)) is not None:
-                low = _joined(tensor, [_within(pair, rank, energy, store) for pair in pairs])
-                return MergedFactors(low, Tally.empty(0), (), weights)
+            if (made := _from_factors(tensor, rule, self.recipe, rank, energy)) is not None:
+                return made._replace(weights=weights)
             rows = StreamedDelta.of(MergedDelta(delta, tensor.factor.subtracted), rule, self.pool, self.ops)
             limits: dict[str, Any] = (
                 {"rank": rank} if energy is None else {"rank": None, "energy": energy, "max_rank": rank}
@@ -215,6 +216,49 @@ def rounded(values: Array, dtype: str) -> Array:
     return out.reshape(values.shape)
 
 
+def _from_factors(
+    tensor: PlannedTensor, rule: Any, recipe: Recipe, rank: int, energy: float | None
+) -> MergedFactors | None:
+    """The factors of a merged delta that follow from those of its sources; None if the delta has to be streamed.
+
+    Args:
+        tensor: of the adapter.
+        rule: its rule, with weights and thresholds that are known.
+        recipe: of the merge.
+        rank: the largest rank.
+        energy: as for `truncate`.
+    """
+    assert tensor.factor is not None
+    store, outside = partial(rounded, dtype=tensor.dtype), None
+    if tensor.factor.in_space:
+        coordinates = Coordinates.of(tensor, recipe)
+        low = coordinates.space.truncated(coordinates.merged(rule), rank, energy, store)
+        outside = coordinates.space.outside if recipe.space == "ctm" else None
+    elif (pairs := _sums_of_products(tensor, rule)) is not None:
+        low = _joined(tensor, [_within(pair, rank, energy, store) for pair in pairs])
+    else:
+        return None
+    inputs = tensor.merged.inputs
+    tally = Tally.empty(len(inputs.active))
+    sums = np.zeros((len(inputs.active), len(SUMS)))
+    sums[:, _SQUARE] = [math.fsum(product_square(*pair) for pair in inputs.all_factors(i) or ()) for i in inputs.active]
+    tally.sums.append(sums)
+    norms = dict(zip(inputs.active, np.sqrt(sums[:, _SQUARE]), strict=True))
+    if not tensor.factor.in_space and low.norm < _CANCELLED * sum(
+        abs(weight) * norms[i] for i, weight in summands(inputs, rule) or ()
+    ):
+        zero = low.left[..., :0], low.right[..., :0, :]
+        low = LowRank(*zero, 0.0, 0.0, low.singular[:0])
+    return MergedFactors(low, tally, inputs.active, outside=outside)
+
+
+_CANCELLED = 1e-6
+"""A sum this small beside its terms is rounding: they cancel."""
+
+
+_SQUARE = SUMS.index("square")
+
+
 def _sums_of_products(tensor: PlannedTensor, rule: Any) -> list[Pair] | None:
     """Each matrix of a merged delta as one product, if the method adds up low-rank products; else None."""
     assert tensor.factor is not None
@@ -256,6 +300,8 @@ class Loss(NamedTuple):
     """||D - B A||_F of the stored factors together."""
     largest: Mapping[str, float]
     """Relative error of the modules where it is largest."""
+    outside: float | None = None
+    """Share of the squared norms of all sources that is outside the subspaces of `space: ctm`, and is lost before the merge."""
 
     @property
     def relative(self) -> float:
@@ -264,7 +310,8 @@ class Loss(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The entry of the manifest."""
-        return {**self._asdict(), "relative_error": self.relative}
+        found = {**self._asdict(), "relative_error": self.relative}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def loss_of(plan: MergePlan, finished: Mapping[str, Finished]) -> Loss | None:
@@ -275,31 +322,30 @@ def loss_of(plan: MergePlan, finished: Mapping[str, Finished]) -> Loss | None:
 
 
 def predicted_loss(plan: MergePlan) -> Loss | None:
-    """Return the loss of the modules whose deltas are sums of low-rank products, from their factors; None if there are none.
+    """Return the loss of the modules whose factors follow from those of the sources; None if there are none.
 
     With `rank: auto`, the rank that these modules need is found first.
     """
-    output, found = plan.recipe.output, dict[str, tuple[PlannedTensor, list[Pair]]]()
+    output, found = plan.recipe.output, dict[str, PlannedTensor]()
     for tensor in plan.tensors:
         rule = tensor.merged.rule
-        known = rule.wants != "whole" and not rule.weighs
-        if tensor.factor and tensor.factor.part == "B" and known:
-            pairs = _sums_of_products(tensor, rule)
+        is_ready = rule.wants != "whole" and not rule.weighs and not rule.needs_model
+        if tensor.factor and tensor.factor.part == "B" and is_ready:
+            found[tensor.factor.module] = tensor
+
+    def known(ranks: Mapping[str, int], energy: float | None) -> Iterator[tuple[str, MergedFactors]]:
+        for module, rank in ranks.items():
+            tensor = found[module]
+            made = _from_factors(tensor, tensor.merged.rule, plan.recipe, rank, energy)
             tensor.release()
-            if pairs is not None:
-                found[tensor.factor.module] = tensor, pairs
-    ranks = {module: rank_of(tensor) for module, (tensor, _) in found.items()}
+            if made is not None:
+                yield module, made
+
+    ranks = {module: rank_of(tensor) for module, tensor in found.items()}
     if output.rank == "auto":
-        ranks = {
-            m: max(len(truncate(*pair, ranks[m], output.energy).right) for pair in pairs)
-            for m, (_, pairs) in found.items()
-        }
+        ranks = {module: max(1, one.low.left.shape[-1]) for module, one in known(ranks, output.energy)}
         ranks = dict.fromkeys(ranks, max(ranks.values(), default=1)) if output.portable else ranks
-    noted = {}
-    for module, (tensor, pairs) in found.items():
-        store = partial(rounded, dtype=tensor.dtype)
-        low = _joined(tensor, [_within(pair, max(1, ranks[module]), None, store) for pair in pairs])
-        noted[module] = MergedFactors(low, Tally.empty(0)).noted()
+    noted = {module: one.noted() for module, one in known(ranks, None)}
     return _summed(noted) if noted else None
 
 
@@ -308,14 +354,21 @@ def _summed(noted: Mapping[str, Mapping[str, Any]]) -> Loss:
     relative = {module: one["error"] / one["norm"] if one["norm"] else 0.0 for module, one in noted.items()}
     largest = dict(sorted(relative.items(), key=lambda item: -item[1])[:_LARGEST])
     norm, error = (math.sqrt(math.fsum(one[key] ** 2 for one in noted.values())) for key in ("norm", "error"))
-    return Loss(len(noted), max(one["rank"] for one in noted.values()), norm, error, largest)
+    outside = None
+    if any("outside" in one for one in noted.values()):
+        lost, whole = (math.fsum(one[key] ** 2 for one in noted.values()) for key in ("outside", "sources"))
+        outside = lost / whole if whole else 0.0
+    return Loss(len(noted), max(one["rank"] for one in noted.values()), norm, error, largest, outside)
 
 
 def check_loss(loss: Loss | None, most: float | None) -> None:
     """Raise MergeError MAX_ERROR if an adapter differs from the merged deltas by more than `most`, ADAPTER_OUTPUT if these are zero."""
     if loss is not None and not loss.norm:
-        what = "every merged delta is zero: the sources do not differ from the base"
-        raise MergeError.of("ADAPTER_OUTPUT", "", what, "check that the right models are named")
+        what = "every merged delta is zero: the sources do not differ from the base, or cancel each other"
+        raise MergeError.of("ADAPTER_OUTPUT", "", what, "check that the right models are named, and their weights")
+    if loss is not None and loss.relative > 1 - 1e-6:
+        what = "the merged delta is so small that its factors are zero in the type that stores them"
+        raise MergeError.of("ADAPTER_OUTPUT", "", what, "write out_dtype: float32")
     if loss is None or most is None or loss.relative <= most:
         return
     module, error = next(iter(loss.largest.items()))

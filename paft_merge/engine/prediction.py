@@ -265,7 +265,7 @@ def _tensor(tensor: PlannedTensor, stored: Mapping[str, float]) -> Work:
     inputs, numel, active = tensor.inputs, tensor.numel, tensor.inputs.active
     deltas = {id(read.delta): (read, read.delta) for read in inputs.reads if read.delta}
     factors = sum(stored.get(read.source, 4.0) * delta.entries for read, delta in deltas.values())
-    distinct = {read.stored_at: read for read in inputs.reads}
+    distinct = {read.stored_at: read for read in inputs.stored}
     first = factors + sum(read.checkpoint.bytes_read(read.name) for read in distinct.values())
     low_rank = sum(bool(delta.rank) for _, delta in deltas.values())
     written = tensor.nbytes
@@ -306,13 +306,19 @@ def _factor(tensor: PlannedTensor, factor: Factor, stored: Mapping[str, float]) 
     if factor.part == "A":
         return own
     delta, rank = factor.delta, tensor.shape[1] // factor.experts
-    if is_sum_of_products(delta):
+    if factor.in_space or is_sum_of_products(delta):
         ranks = sum(read.delta.rank for read in delta.inputs.sources if read.delta)
         sizes = factor.experts * sum(factor.matrix)
         return Work.total(
             [own, Work(_walk_factors(delta, stored), _walk_factors(delta, stored), products=4.0 * sizes * ranks**2)]
         )
-    passes = _tensor(delta, stored)._replace(written=0.0).times(_PASSES)
+    once, held = _tensor(delta, stored), _walk_factors(delta, stored)  # factors are held from pass to pass
+    passes = once.times(_PASSES)._replace(
+        written=0.0,
+        first=once.first,
+        again=once.again,
+        read=_PASSES * once.read - (_PASSES - 1) * held,
+    )
     return Work.total([own, passes, Work(products=4.0 * _PASSES * delta.numel * (rank + _OVERSAMPLED))])
 
 
@@ -358,7 +364,9 @@ def _walk(inputs: Inputs, numel: int) -> Work:
         for read in active or inputs.reads:
             value(read)
     else:
-        if base.delta is None:
+        if inputs.without_base:
+            pass
+        elif base.delta is None:
             weight(base, bits=base.dtype == "BF16")
         else:
             value(base)

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from paft_merge.dialects.places import adapter_at
 from paft_merge.engine.api import available_cores
 from paft_merge.engine.factors import rounded, to_stored
 from paft_merge.errors import AdapterError, MergeError, OutputError, Problems
-from paft_merge.hub import download, resolve
 from paft_merge.inputs.adapter_places import CONFIG
 from paft_merge.inputs.adapters import open_weights
 from paft_merge.inputs.adapters.config import Settings
@@ -37,7 +37,6 @@ from paft_merge.lowrank.factors import LowRank, balanced, padded, truncate
 from paft_merge.output.card import CARD
 from paft_merge.output.folder import Output, check_place
 from paft_merge.output.shards import plan_shards
-from paft_merge.recipe import ModelRef
 from paft_merge.stats.spectrum import on_one_core
 
 FILE = "adapter_model.safetensors"
@@ -133,7 +132,8 @@ def resize(
         OutputError: `out` cannot be written.
     """
     check_ranks(rank, energy, max_rank)
-    folder, out, selection, problems = _found(adapter, unpickle), Path(out), Selection(include, exclude), Problems()
+    folder, out, problems = adapter_at(str(adapter), unpickle=unpickle), Path(out), Problems()
+    selection = Selection(include, exclude)
     settings = _settings(folder)
     with open_weights(folder, unpickle=unpickle) as file, on_one_core():
         pairs = _pairs(folder, settings, file)
@@ -172,12 +172,6 @@ def resize(
             files = {CONFIG: json.dumps(config, indent=2).encode() + b"\n", CARD: _card(config, resized).encode()}
             output.complete(files, overwrite=overwrite)
     return resized
-
-
-def _found(adapter: Path | str, unpickle: bool) -> Path:
-    """The folder of an adapter; one of the Hub is downloaded."""
-    ref = ModelRef(str(adapter)) if Path(adapter).exists() else ModelRef.parse(str(adapter))
-    return download([resolve(ref.path, ref.revision, unpickle=unpickle)])[0]
 
 
 def check_ranks(rank: int | None, energy: float | None, max_rank: int | None) -> None:

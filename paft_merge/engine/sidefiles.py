@@ -335,9 +335,12 @@ def _tensor_entry(tensor: PlannedTensor, finished: Finished) -> dict[str, Any]:
 
 
 def measured_row(counts: Any, sums: Any, entries: int) -> dict[str, Any]:
-    """Return one row of a tally over `entries` entries for the manifest; {} if there were no deltas to measure."""
+    """Return one row of a tally over `entries` entries for the manifest; {} if there were no deltas to measure.
+
+    Where the squared norm alone is known, from factors, the row has `l2` alone.
+    """
     if not sums[0] and not counts[0]:
-        return {}
+        return {"l2": float(sums[1]) ** 0.5} if sums[1] else {}
     row = {name: int(value) for name, value in zip(kernels.COUNTS, counts, strict=True) if name != "max_bits"}
     largest = float(np.uint32(counts[-1]).view(np.float32))
     l1, square, kept, elected = (float(s) for s in sums)
@@ -352,6 +355,7 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
     """Return the statistics of every source, added up over all tensors that it changes."""
     nothing = np.zeros(len(kernels.COUNTS), np.int64), np.zeros(len(kernels.SUMS)), 0, 0.0
     weights: dict[str, set[float]] = {}
+    normed = set[str]()  # sources of which some deltas have no statistics but the norm
     held = {read.source: nothing for tensor in plan.tensors for read in tensor.inputs.sources}
     square = kernels.SUMS.index("square")
     for tensor in plan.tensors:
@@ -360,6 +364,8 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
             name = tensor.inputs.sources[i].source
             if done.weights:
                 weights.setdefault(name, set()).add(done.weights[i])
+            if measured_row(counted, summed, tensor.merged.numel).keys() == {"l2"}:
+                normed.add(name)
             counts, sums, entries, weighted = held[name]
             largest = max(counts[-1], counted[-1])
             counts = counts + counted
@@ -369,6 +375,7 @@ def totals(plan: MergePlan, finished: Mapping[str, Finished]) -> list[dict[str, 
     found = []
     for name, (counts, sums, entries, weighted) in held.items():
         row = measured_row(counts, sums, entries)
+        row = {"l2": row["l2"]} if name in normed else row
         if row:
             row["weighted_l2"] = weighted**0.5 if math.isfinite(weighted) else None
             row |= {"weights": [min(weights[name]), max(weights[name])]} if name in weights else {}

@@ -40,6 +40,8 @@ class Sources:
         self.errors: dict[_Place, PaftMergeError] = {}
         """Errors of places that were not found; `opened` raises them together with all other problems."""
         self.warnings: list[Problem] = []
+        self.headers_only = False
+        """Whether only headers of models are read, so that `pull` downloads only adapters."""
 
     @classmethod
     def find(
@@ -92,21 +94,26 @@ class Sources:
     @property
     def missing_bytes(self) -> int:
         """Bytes of weights that are only on the Hub; those in object stores are never downloaded."""
-        hub = [one for one in self.repos.values() if one.store is None]
-        files = {(one.commit, file.name): file.size for one in hub for file in one.missing}
+        files = {(one.commit, file.name): file.size for one in self._on_hub.values() for file in one.missing}
         return sum(files.values())
 
     def check_room(self, also: int, beside: Path) -> None:
         """Raise `HubError` DISK if the missing weights, and `also` bytes of output at `beside`, do not fit on the disk."""
-        check_room(self.repos.values(), also, beside)
+        check_room(self._on_hub.values(), also, beside)
+
+    @property
+    def _on_hub(self) -> dict[_Place, ResolvedRepo]:
+        """The repositories of the Hub whose weights are read."""
+        found = {place: one for place, one in self.repos.items() if one.store is None}
+        return {place: one for place, one in found.items() if not self.headers_only or place[2] == "adapter"}
 
     def pull(self) -> None:
-        """Download all missing weights of the Hub.
+        """Download all missing weights of the Hub that are read.
 
         Raises:
             HubError: as for `hub.download`.
         """
-        hub = {place: one for place, one in self.repos.items() if one.store is None}
+        hub = self._on_hub
         download(list(hub.values()))
         self.repos |= {place: replace(one, missing=()) for place, one in hub.items()}
 

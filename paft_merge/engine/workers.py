@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -33,9 +33,10 @@ from paft_merge.output.shared import Counted, SharedOutput, counts
 from paft_merge.plan import MergePlan
 
 if TYPE_CHECKING:
-    from paft_merge.compute.block_walk import BlockWalk
+    from paft_merge.compute.block_walk import BlockWalk, TiledTensor
     from paft_merge.compute.blocks import Ops
     from paft_merge.engine.worker_number import WorkerNumber
+    from paft_merge.methods.rules.measured_weights import SourcedTensor
     from paft_merge.output.folder import Output
 
 log = logging.getLogger(__name__)
@@ -182,6 +183,7 @@ class FileWriter:
         shared: the work folder of the merge.
         warn: receives warnings.
         files: the plan of each file.
+        counts: the file with which each merged tensor is counted, by its name; the first that it is written to.
         share: the files that it begins with.
         order: all files, in the order in which it tries to write or to count them.
         group: adds up counts in place of the folder.
@@ -197,6 +199,10 @@ class FileWriter:
     ) -> None:
         self.plan, self.about, self.shared, self.warn = plan, about, shared, warn
         self.files = by_file(plan)
+        self.counts = dict[str, int]()
+        for number, file in enumerate(self.files):
+            for tensor in file.tensors:
+                self.counts.setdefault(tensor.merged.name, number)
         self.order = [*first, *sorted({*range(len(self.files))} - {*first})]
         self.share = [*first]
         self.group: ProcessGroup | None = None
@@ -254,9 +260,9 @@ class FileWriter:
     def _add_up(self, walk: BlockWalk, count: Callable[[BlockWalk], Counted]) -> Counted:
         """Add up counts over all tensors, which the workers count file by file: in the folder, or in their process group."""
         self._sums += 1
-        walked = {id(tensor) for tensor in walk.tensors}
-        found = {number: [t for t in file.tensors if id(t) in walked] for number, file in enumerate(self.files)}
-        tensors = {number: some for number, some in found.items() if some}
+        tensors: dict[int, list[TiledTensor]] = {}
+        for tensor in cast("Sequence[SourcedTensor]", walk.tensors):
+            tensors.setdefault(self.counts[tensor.name], []).append(tensor)
         if self.group:
             own = [tensor for number in self.share for tensor in tensors.get(number, [])]
             return self.group.add_up(count(replace(walk, tensors=own)))

@@ -199,6 +199,15 @@ class Inputs:
         """The base, if there is one, and every source."""
         return [*([self.base] if self.base else []), *self.sources]
 
+    @property
+    def stored(self) -> list[Read]:
+        """The reads whose stored tensors are read. The deltas of most adapters need none, so without the base there may be none."""
+        if not (self.without_base and self.base):
+            return self.reads
+        active = [self.sources[i] for i in self.active]
+        found = [r for r in active if not r.same_weight(self.base) or (r.delta and r.delta.needs_weight)]
+        return [self.base, *found] if found else []
+
     def row_size(self, shape: Sequence[int], of_rule: int) -> int:
         """Elements per row of the merged tensor; a block is a number of whole rows of adapters and of the rule.
 

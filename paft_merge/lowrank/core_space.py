@@ -23,7 +23,7 @@ NULL = 1e-13
 
 
 class Space(NamedTuple):
-    """The deltas of one tensor as coordinates: D_i = `left @ coordinates[i] @ right`."""
+    """The deltas of one tensor as coordinates: D_i = `left @ coordinates[i] @ right`, or its part that the space holds."""
 
     left: Matrix
     """`[O, K]`, orthonormal columns."""
@@ -31,6 +31,8 @@ class Space(NamedTuple):
     """One a source: `[K, L]`, zeros for a delta that is zero."""
     right: Matrix | None
     """`[L, I]`, orthonormal rows; None stands for the identity."""
+    outside: float = 0.0
+    """Root of the sum of ||D_i - left @ coordinates[i] @ right||^2 over the sources; 0 for a space that holds them."""
 
     def truncated(
         self, merged: NDArray[Any], rank: int | None, energy: float | None = None, store: Store = as_float32

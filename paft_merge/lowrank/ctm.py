@@ -28,10 +28,12 @@ def compressed_of(pairs: Sequence[Pair], rank: int) -> Space:
     left, coordinates, right = cores(pairs)
     norms = [float(np.linalg.norm(one)) for one in coordinates]
     sources = [one / norm for one, norm in zip(coordinates, norms, strict=True) if norm]
-    if sources:
-        u, v = _subspaces(sources, rank)
-        left, coordinates, right = left @ u, [u.T @ one @ v for one in coordinates], v.T @ right
-    return Space(left, coordinates, right)
+    if not sources:
+        return Space(left, coordinates, right)
+    u, v = _subspaces(sources, rank)
+    held = [u.T @ one @ v for one in coordinates]
+    outside = math.hypot(*(float(np.linalg.norm(one - u @ h @ v.T)) for one, h in zip(coordinates, held, strict=True)))
+    return Space(left @ u, held, v.T @ right, outside)
 
 
 def _subspaces(sources: Sequence[Matrix], rank: int) -> tuple[Matrix, Matrix]:

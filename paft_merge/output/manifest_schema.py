@@ -93,6 +93,7 @@ class _Adapter(_Checked):
     error: float
     relative_error: float
     largest: dict[str, float]
+    outside: float | None = None
 
 
 class _Codes(_Checked):

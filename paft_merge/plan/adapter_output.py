@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from paft_merge.dialects.traits import MAX_RANKS
 from paft_merge.errors import Problem, Problems, RecipeError
 from paft_merge.inputs.adapters.deltas import FUSED, LayerKind, Lazy
 from paft_merge.inputs.adapters.selection import Selection
@@ -71,10 +72,19 @@ def adapter_of(plan: MergePlan) -> MergePlan:
     if planner.problems.found:
         raise RecipeError(truncate(planner.problems.found, "the recipe"))
     if not deltas:
-        what = "the merged delta is zero, so there is no module to write an adapter for"
-        raise RecipeError.of("ADAPTER_OUTPUT", plan.recipe.located.spot(("output",)), what, "check weights and sources")
-    plan = replace(plan, warnings=(*plan.warnings, *planner.left_out))
-    return _planned(plan, deltas, saved, ranks)
+        what, fix = (
+            "the merged delta is zero, so there is no module to write an adapter for",
+            "check weights and sources",
+        )
+        if planner.excluded:
+            what, fix = "include and exclude leave no module to write an adapter for", "name fewer modules in exclude"
+        raise RecipeError.of("ADAPTER_OUTPUT", planner.spot, what, fix)
+    made = _planned(plan, deltas, saved, ranks)
+    output, rank, most = plan.recipe.output, made.config["r"], MAX_RANKS[-1]
+    if output.portable and output.rank != "auto" and rank > most:
+        what = f"the adapter has rank {rank:,}, and vLLM reads ranks of at most {most}"
+        planner.left_out.append(Problem("RANK", str(planner.spot), what, f"write rank: {most}, or less"))
+    return replace(made, warnings=(*plan.warnings, *planner.left_out))
 
 
 def with_ranks(plan: MergePlan, ranks: Mapping[str, int]) -> MergePlan:
@@ -151,7 +161,7 @@ class _Planner:
     def __init__(self, plan: MergePlan) -> None:
         self.plan, self.recipe, self.problems = plan, plan.recipe, Problems()
         self.output, self.spot = plan.recipe.output, plan.recipe.located.spot(("output",))
-        self.base, self.left_out = base_of(plan.recipe), list[Problem]()
+        self.base, self.left_out, self.excluded = base_of(plan.recipe), list[Problem](), False
         self.architecture = Lazy(lambda: Architecture.of(plan.config_source.checkpoint))
 
     def deltas(self) -> tuple[list[_Delta], list[PlannedTensor]]:
@@ -174,6 +184,7 @@ class _Planner:
             module, layer = module_of(merged.tensor, self.architecture)
             modules.append(module)
             if module not in selection:
+                self.excluded = True
                 continue
             why = self._unfit(merged.tensor, layer)
             if why and is_zero(merged, self.plan.config_source.checkpoint):

@@ -356,16 +356,23 @@ class MergePlan:
         return sum(shard.size for shard in self.shards)
 
     @property
+    def stored_reads(self) -> list[Read]:
+        """The reads whose stored tensors are read; none where adapters are merged to an adapter."""
+        made_of = [tensor.factor or tensor.sparse for tensor in self.tensors]
+        subtracted = [one.subtracted for one in made_of if one and one.subtracted]
+        return [*(read for tensor in self.tensors for read in tensor.inputs.stored), *subtracted]
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of tensors and adapter files that one pass over all inputs reads."""
-        reads = {r.stored_at: r for t in self.tensors for r in t.inputs.reads}
+        reads = {read.stored_at: read for read in self.stored_reads}
         stored = [r.checkpoint.bytes_read(r.name) for r in reads.values()]
         adapters = {a.folder: a.fingerprint() for m in self.models if m.adapter for a in m.adapter.parts}
         return sum(stored) + sum(int(file["size"]) for files in adapters.values() for file in files.values())
 
     @property
     def bytes_on_hub(self) -> int:
-        """Bytes of input files that are on the Hub and not in its cache."""
+        """Bytes of input files that are read, and are on the Hub and not in its cache."""
         return sum(_files_on_hub(self).values())
 
     def check_inputs_unchanged(self) -> None:
@@ -395,9 +402,10 @@ def bytes_free(out: Path | str | None) -> int | None:
 
 def _files_on_hub(plan: MergePlan) -> dict[tuple[Path, str], int]:
     found: dict[tuple[Path, str], int] = {}
+    is_read = bool(plan.stored_reads)
     for model in plan.models:
         adapters = [part.file for part in model.adapter.parts] if model.adapter else []
-        for checkpoint in (model.checkpoint, *adapters):
+        for checkpoint in [*([model.checkpoint] if is_read else []), *adapters]:
             found |= {(checkpoint.folder, name): size for name, size in checkpoint.far.items()}
         if isinstance(inner := getattr(model.checkpoint, "plan", None), MergePlan):
             found |= _files_on_hub(inner)

@@ -235,7 +235,7 @@ class OutputEntry(Section):
     """`adapter` writes the merged delta as a LoRA of the base; `delta` writes the entries of it that are not zero."""
     rank: Annotated[int | Literal["sum", "auto"] | None, BeforeValidator(_read_rank)] = None
     """Rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least that keeps `energy`."""
-    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     """Share of each delta's squared norm that `rank: auto` keeps."""
     format: Literal["sparse", "shira"] | None = None
     """Of `kind: delta`: the format of paft_merge (default), or SHiRA, which PEFT loads where only linear layers change."""

@@ -55,7 +55,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.mark.parametrize(
     ("made", "programs", "code"),
-    [("plain", "vllm,sglang,llamacpp,peft", 0), ("plain", "mlx", 3), ("rsLoRA", "vllm,peft", 0), ("rsLoRA", "sglang", 3), ("DoRA", "vllm", 3)],
+    [("plain", "vllm,sglang,llamacpp,peft", 0), ("plain", "mlx", 3), ("rsLoRA", "vllm,peft", 0), ("rsLoRA", "sglang", 3), ("DoRA", "vllm", 3), ("plain", "all", 3)],
 )  # fmt: skip
 def test_the_exit_code_is_that_of_a_gate(made: str, programs: str, code: int, tmp_path: Path) -> None:
     folder = MADE[made](tmp_path / "adapter")

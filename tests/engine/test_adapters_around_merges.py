@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import save_checkpoint
-from toys.merge import files_of, on, paft, python, recipe, tensors_of, write_recipe
+from toys.merge import files_of, manifest_of, on, paft, python, recipe, tensors_of, write_recipe
 
 from paft_merge import merge, reproduce
-from paft_merge.errors import PaftMergeError, RecipeError
+from paft_merge.errors import MergeError, PaftMergeError, RecipeError
 from paft_merge.hub.merged_folders import verify_at
 
 Family = Callable[..., dict[str, Path]]
@@ -67,27 +68,42 @@ def test_workers_and_stores_get_the_same_adapter(family: Family, tmp_path: Path)
         merge(asked(f, rank="auto", energy=0.9), tmp_path / "auto", worker="0/2")
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
-def test_a_dry_run_predicts_the_error_of_sums(method: str, family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "space", "output"),
+    [
+        ("task_arithmetic", "weight", {"rank": 3}),
+        ("ties", "weight", {"rank": 3}),
+        ("ties", "core", {"rank": 3}),
+        ("task_arithmetic", "ctm", {"rank": 3}),
+        ("ties", "knots", {"rank": "auto", "energy": 0.7}),
+    ],
+)
+def test_a_dry_run_predicts_the_error_where_it_follows_from_factors(
+    method: str, space: str, output: dict[str, Any], family: Family, tmp_path: Path
+) -> None:
     f = family()
-    one = asked(f, method, rank=3)
+    one = {**asked(f, method, **output), "space": space}
+    measured = (method, space) == ("ties", "weight")
     planned = json.loads(paft("merge", write_recipe(tmp_path / "r.yaml", one), "--dry-run", "--json").stdout)
     made = merge(one, tmp_path / "out").manifest["adapter"]
-    assert planned["adapter"] == (made if method == "task_arithmetic" else None)
-    assert planned["files"] == {
-        "adapter_model.safetensors": (tmp_path / "out/adapter_model.safetensors").stat().st_size
-    }
+    assert planned["adapter"] == (None if measured else made)
+    adapters = sum((f[name] / "adapter_model.safetensors").stat().st_size for name in ("sft", "dpo"))
+    assert planned["bytes_read"] == adapters  # and nothing of the base
+    size = (tmp_path / "out/adapter_model.safetensors").stat().st_size
+    if output["rank"] != "auto":
+        assert planned["files"] == {"adapter_model.safetensors": size}
     shown = paft("merge", tmp_path / "r.yaml", "--dry-run").stdout
-    error = f"with a relative error of {made['relative_error']:.3g}"
-    assert (f"adapter of rank 3 on 6 modules, {error}" in shown) == (method == "task_arithmetic")
-    assert ("adapter of rank 3 on 6 modules; the merge measures its error" in shown) == (method == "ties")
+    exact = made["relative_error"] < 1e-5
+    error = "exact but for rounding" if exact else f"with a relative error of {made['relative_error']:.3g}"
+    assert (f"adapter of rank {made['rank']} on 6 modules, {error}" in shown) != measured
+    assert ("adapter of rank 3 on 6 modules; the merge measures its error" in shown) == measured
 
 
 def test_the_command_and_the_card_name_the_error(family: Family, tmp_path: Path) -> None:
     f = family()
     result = paft("merge", write_recipe(tmp_path / "r.yaml", asked(f, rank=2)), tmp_path / "out")
     error = json.loads((tmp_path / "out/merge_manifest.json").read_text())["adapter"]["relative_error"]
-    assert f"LoRA of rank 2 on 6 modules, relative error {error:.3g}" in result.output
+    assert f"LoRA of rank 2 on 6 modules, relative error of {error:.3g}" in result.output
     card = (tmp_path / "out/README.md").read_text()
     assert (
         f"A LoRA of rank 2 on 6 modules of `{f['base']}`. It holds the merged delta D with a relative error of {error:.3g}"
@@ -99,11 +115,47 @@ def test_the_command_and_the_card_name_the_error(family: Family, tmp_path: Path)
     assert "more than --max-error 0.01" in refused.output
 
 
-def test_an_exact_adapter_says_so(family: Family, tmp_path: Path) -> None:
+def test_an_exact_adapter_says_so_and_records_norms_as_a_checkpoint_does(family: Family, tmp_path: Path) -> None:
     f = family()
     result = paft("merge", write_recipe(tmp_path / "r.yaml", asked(f, "task_arithmetic")), tmp_path / "out")
     assert "LoRA of rank 6 on 6 modules, exact but for rounding" in result.output
-    assert "holds the merged delta D exactly, but for rounding" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "holds the merged delta D exactly, but for rounding" in card
+    dense = merge({k: v for k, v in asked(f, "task_arithmetic").items() if k != "output"}, tmp_path / "dense")
+    ours, theirs = (manifest_of(place)["totals"] for place in (tmp_path / "out", dense))
+    assert [row.keys() for row in ours] == [{"source", "entries", "l2", "weighted_l2"}] * 2
+    for one, other in zip(ours, theirs, strict=True):
+        assert {**one, "l2": 0, "weighted_l2": 0} == {**{key: other[key] for key in one}, "l2": 0, "weighted_l2": 0}
+        assert [one["l2"], one["weighted_l2"]] == pytest.approx([other["l2"], other["weighted_l2"]], rel=1e-5)
+        assert f"| `{Path(one['source']).name}` | {one['l2']:.4g} | {one['weighted_l2']:.4g} |" in card
+    entries = manifest_of(tmp_path / "out")["tensors"]
+    (entry,) = (one for name, one in entries.items() if name.endswith("layers.0.mlp.up_proj.lora_B.weight"))
+    measured = manifest_of(dense)["tensors"]["model.layers.0.mlp.up_proj.weight"]["sources"]
+    for one, other in zip(entry["sources"], measured, strict=True):
+        assert one == {"l2": one["l2"], **{key: other[key] for key in ("source", "delta", "parameters")}}
+        assert one["l2"] == pytest.approx(other["l2"], rel=1e-5)
+
+
+@pytest.mark.parametrize("output", [{}, {"rank": 2}, {"rank": "auto", "energy": 0.9}])
+def test_deltas_that_cancel_are_refused(output: dict[str, Any], family: Family, tmp_path: Path) -> None:
+    f = family()
+    shutil.copytree(f["sft"], tmp_path / "copy")
+    models = [(on(f["base"], f["sft"]), {"weight": 1.0}), (on(f["base"], tmp_path / "copy"), {"weight": -1.0})]
+    one = recipe("task_arithmetic", f["base"], *models, output={"kind": "adapter", **output})
+    with pytest.raises(MergeError, match=r"every merged delta is zero: the sources .* cancel each other"):
+        merge(one, tmp_path / "out")
+
+
+def test_factors_that_a_type_rounds_to_zero_are_refused_and_ranks_above_vllm_s_named(
+    family: Family, tmp_path: Path
+) -> None:
+    f = family()
+    one = {**asked(f, "task_arithmetic", rank=600), "out_dtype": "float16"}
+    made = merge(one, tmp_path / "wide")
+    assert "the adapter has rank 600, and vLLM reads ranks of at most 512; write rank: 512" in str(made.warnings[0])
+    one["parameters"] = {"weight": 1e-20}
+    with pytest.raises(MergeError, match="factors are zero in the type that stores them; write out_dtype: float32"):
+        merge(one, tmp_path / "out")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -117,6 +169,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stochastic rounding": ({"rounding": "stochastic"}, "remove rounding: stochastic"),
     "float64": ({"out_dtype": "float64"}, "write out_dtype: float32"),
     "no delta": ({"parameters": {"weight": 0.0}}, "the merged delta is zero"),
+    "no module": ({"output": {"kind": "adapter", "exclude": ["*"]}}, "include and exclude leave no module"),
+    "an energy that is a word": ({"output": {"kind": "adapter", "rank": "auto", "energy": True}}, "output.energy: must be a number, got true"),
     "a space": ({"output": {"kind": "adapter", "space": "core"}}, "output: space is a key of the recipe, not of output; write space beside merge_method"),
     "a rank of a checkpoint": ({"output": {"rank": 3}}, "output: rank is a key of kind: adapter"),
     "a rank of zero": ({"output": {"kind": "adapter", "rank": 0}}, "output.rank: must be a whole number above 0, sum or auto, got 0"),

@@ -111,7 +111,7 @@ def test_the_command(models: Models, tmp_path: Path) -> None:
     run = paft("extract", models[0], tmp_path / "out", "--base", models[1], "--rank", "4", "--dtype", "bfloat16")
     assert run.exit_code == 0, run.output
     assert run.stdout == f"{tmp_path / 'out'}\n"
-    assert "LoRA of rank 4 on 15 modules, relative error 0.1" in run.stderr
+    assert "LoRA of rank 4 on 15 modules, relative error of 0.1" in run.stderr
     assert "left out: 6 deltas with" in run.stderr
     run = paft("extract", models[0], "--base", models[1], "--curve", "--max-rank", "5", "--plot", tmp_path / "c.svg")
     assert run.exit_code == 0, run.output

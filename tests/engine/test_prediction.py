@@ -70,6 +70,8 @@ CASES = [
     ("ties", "checkpoints", {"weight": "equal_norm"}),
     ("ties", "checkpoints", {"weight": "equal_norm", "parameters": {"weight_scope": "tensor"}}),
     ("ties", "adapters", {"weight": "equal_norm"}),
+    ("ties", "adapters", {"output": {"kind": "adapter", "rank": 8}}),
+    ("ties", "adapters", {"output": {"kind": "adapter", "rank": 8}, "space": "core"}),
 ]  # fmt: skip
 
 
@@ -85,7 +87,9 @@ def test_predicted_bytes_are_those_that_a_merge_reads_and_writes(
     before = bytes_read_so_far()
     merge(data, tmp_path / "out", threads=2)
     read = bytes_read_so_far() - before
-    assert found.bytes_read == pytest.approx(read, rel=0.04 if method == "linear" or kind == "checkpoints" else 0.1)
+    rel = 0.04 if method == "linear" or kind == "checkpoints" else 0.1
+    few = 150_000 if "output" in extra else 0  # headers, and samples for fingerprints
+    assert found.bytes_read == pytest.approx(read, rel=rel, abs=few)
     sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
     assert found.bytes_written == pytest.approx(sum(sizes), abs=5000 * len(sizes))
 

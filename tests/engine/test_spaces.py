@@ -12,15 +12,16 @@ import pytest
 import torch
 from conftest import near, save_checkpoint
 from safetensors.torch import load_file
-from toys.merge import on, recipe, tensors_of
+from toys.merge import files_of, on, recipe, tensors_of
 
-from paft_merge import merge
+from paft_merge import merge, reproduce
 from paft_merge.errors import RecipeError
 from paft_merge.lowrank.core_space import core_of
 from paft_merge.lowrank.ctm import compressed_of
 from paft_merge.lowrank.factors import Pair
 from paft_merge.lowrank.knots import knots_of
 from paft_merge.methods import iso_c, ties, tsv
+from paft_merge.output.folder import Finished, Output
 
 Family = Callable[..., dict[str, Path]]
 SPACES = {"core": core_of, "knots": knots_of, "ctm": lambda pairs: compressed_of(pairs, 3)}
@@ -70,6 +71,14 @@ def test_an_adapter_holds_the_method_s_result_in_the_space(
         expected = spanned.left @ merged @ (np.eye(a.shape[1]) if spanned.right is None else spanned.right)
         assert np.linalg.norm(b @ a - expected) < 2e-6 * np.linalg.norm(expected)
     assert made.error == pytest.approx(0, abs=1e-6)
+    held, whole = np.zeros(2), np.zeros(2)
+    for module in found:
+        pairs = [source[module] for source in sources]
+        held += [np.square(one).sum() for one in SPACES[space](pairs).coordinates]
+        whole += [np.square(b @ a).sum() for b, a in pairs]
+    outside = made.manifest["adapter"].get("outside", 0.0)
+    assert outside == pytest.approx(1 - held.sum() / whole.sum(), abs=1e-5)
+    assert (outside > 0.1) == (space == "ctm")
     assert f"with the method `{method}` in `space: {space}`." in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -113,6 +122,42 @@ def test_random_drops_depend_on_the_seed_alone(family: Family, tmp_path: Path) -
     )
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+OUTPUTS: dict[str, tuple[str, dict[str, Any], float | str]] = {
+    "core": ("ties", {"density": 0.5, "trim_scope": "global"}, 0.5),
+    "knots": ("dare_ties", {"density": 0.5}, "equal_norm"),
+    "ctm": ("task_arithmetic", {}, 0.5),
+    "weight": ("ties", {"density": 0.5, "trim_scope": "global", "normalize": "none"}, "equal_norm"),
+}
+"""By space: a method, its parameters, and the weight of the first source. Two rank magnitudes over the model, two measure norms."""
+
+
+@pytest.mark.parametrize("space", OUTPUTS)
+def test_an_interrupted_merge_a_worker_and_a_reproduction_write_the_same_bytes(
+    space: str, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f, (method, given, weight) = family(), OUTPUTS[space]
+    models = [(on(f["base"], f[name]), {"weight": w}) for name, w in (("sft", weight), ("dpo", 0.4))]
+    output = {"kind": "adapter", "rank": 3}
+    asked = recipe(method, f["base"], *models, parameters=given, space=space, output=output)
+    whole = merge(asked, tmp_path / "whole")
+    assert reproduce(whole.path).identical
+    merge(asked, tmp_path / "worker", worker="0/2")
+    finish, count = Output.finish_tensor, 0
+
+    def interrupted(output: Output, finished: Finished) -> None:
+        nonlocal count
+        finish(output, finished)
+        count += 1
+        if count == 5:  # once, between the two factors of a module
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "finish_tensor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(asked, tmp_path / "resumed", threads=1)
+    merge(asked, tmp_path / "resumed", threads=3, resume=True)
+    assert files_of(tmp_path / "worker") == files_of(tmp_path / "resumed") == files_of(whole.path)
 
 
 @pytest.mark.parametrize(

@@ -360,6 +360,20 @@ def test_room_for_cache_and_output_is_counted_together(
     assert "stream_from_hub=True" in str(caught.value)
 
 
+@pytest.mark.parametrize("output", [{"kind": "adapter", "rank": 3}, {"kind": "delta"}])
+def test_an_adapter_of_adapters_needs_no_weights_of_the_base(
+    output: dict[str, object], models: HubServer, tmp_path: Path
+) -> None:
+    recipe = {**RECIPE, "models": RECIPE["models"][1:], "output": output}
+    out = paft_merge.merge(recipe, tmp_path / "out").path
+    assert [path.name for path in (tmp_path / "home").rglob("*.safetensors")] == ["adapter_model.safetensors"]
+    local = json.loads(json.dumps(recipe).replace("me/", f"{tmp_path}/made/"))
+    assert weights(paft_merge.merge(local, tmp_path / "twin").path) == weights(out)
+    assert paft_merge.reproduce(out).identical
+    with paft_merge.open_plan(recipe, stream_from_hub=True) as plan:
+        assert plan.bytes_on_hub == 0
+
+
 # --- streaming --------------------------------------------------------------------------------------------------------
 
 

@@ -246,10 +246,10 @@ def squares_of(tensor: SourcedTensor, each: BlockWalk, ops: Ops) -> list[float]:
 
 def _of_products(tensor: SourcedTensor) -> list[float] | None:
     pairs = tensor.products
-    return None if pairs is None else [0.0 if pair is None else _product_square(*pair) for pair in pairs]
+    return None if pairs is None else [0.0 if pair is None else product_square(*pair) for pair in pairs]
 
 
-def _product_square(left: Any, right: Any) -> float:
+def product_square(left: Any, right: Any) -> float:
     """||B A||^2 = sum of (B^T B) * (A A^T), in float64, for B `[O, R]` and A `[R, I]`."""
     left, right = left.astype(np.float64), right.astype(np.float64)
     return max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0)

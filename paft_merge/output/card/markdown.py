@@ -110,9 +110,13 @@ def _adapter(manifest: Mapping[str, Any]) -> list[str]:
     named = base if isinstance(base, str) else base.get("model", {}).get("path", "its base")
     error = found["relative_error"]
     exact = "exactly, but for rounding" if error < 1e-5 else f"with a relative error of {error:.3g}"
+    outside = found.get("outside")
+    lost = "" if outside is None else (
+        f" D is merged in subspaces of rank {found['rank']}, which hold {1 - outside:.1%} of the squared norms of the sources."
+    )  # fmt: skip
     text = (
         f"A LoRA of rank {found['rank']} on {found['modules']} modules of {_code(named)}. It holds the merged delta D {exact} "
-        "(norm of D - B A over norm of D, over all modules)."
+        f"(norm of D - B A over norm of D, over all modules).{lost}"
     )
     rows = [f"| {_code(module)} | {value:.3g} |" for module, value in found["largest"].items() if value >= 1e-5]
     table = ["| largest errors | |", "|---|---|", *rows, ""] if rows else []
@@ -125,6 +129,8 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
     notes = [line for text in manifest.get("warnings", ()) for line in (f"Note: {escape_markdown(text)}", "")]
     if not rows:
         return notes
+    if not any("kept" in row for row in rows):
+        return [*_norms(rows), *notes]
     measured = any(row.get("weights") for row in rows)
     head = ["| source | delta entries | below 1e-5 | kept | elected | L2 norm |", "|---|---|---|---|---|---|"]
     head = [f"{line}{more}" for line, more in zip(head, (" weight |", "---|"), strict=True)] if measured else head
@@ -138,6 +144,19 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
         "the method kept, and whose sign was elected."
     )
     return ["## Deltas", "", legend, "", *head, *body, "", *notes]
+
+
+def _norms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The norms of deltas that were merged by their factors, alone and weighted."""
+    whole = sum(row["weighted_l2"] ** 2 for row in rows if row.get("weighted_l2"))
+    weighed = [(row.get("weighted_l2") or 0.0) for row in rows]
+    body = [
+        f"| {_code(label)} | {row['l2']:.4g} | {own:.4g} | {own**2 / whole if whole else 0:.1%} |"
+        for label, row, own in zip(labels_of([row["source"] for row in rows]), rows, weighed, strict=True)
+    ]
+    legend = "L2 norm of each source's delta, also times its weight, and the share of the squares of the latter."
+    head = ["| source | L2 norm | times weight | share |", "|---|---|---|---|"]
+    return ["## Deltas", "", legend, "", *head, *body, ""]
 
 
 def _codes(manifest: Mapping[str, Any]) -> list[str]:
