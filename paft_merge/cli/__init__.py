@@ -19,6 +19,7 @@ from paft_merge.cli.adapter_sizes import extract, resize
 from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
 from paft_merge.cli.dequantizing import dequantize
+from paft_merge.cli.differing import diff
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
 from paft_merge.cli.hub import card, pull, push, reproduce
@@ -157,6 +158,7 @@ for command in (
     explain,
     dequantize,
     audit,
+    diff,
     check,
     convert,
     train,

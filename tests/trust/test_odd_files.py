@@ -47,7 +47,7 @@ INPUTS = {
     "evaluate instructions": "evaluate base --alpaca-eval made.json --instructions ?",
     "evaluate model": "evaluate ? --perplexity text.txt", "evaluate model adapter": "evaluate base+? --perplexity text.txt",
     "audit sources": "audit ? --base base", "audit sources recipe": "audit ?", "audit base": "audit sft --base ?",
-    "check adapter": "check ?", "check base": "check sft --base ?",
+    "diff a": "diff ? base", "diff b": "diff base ?", "check adapter": "check ?", "check base": "check sft --base ?",
     "convert adapter": "convert ? out --to peft", "convert base": "convert sft out --to vllm --base ?",
     "init base": "init --base ?", "init data": "init --base base --data ?", "init adapters": "init --adapter ? --adapter sft",
     "evaluate self_consistency": "evaluate base --self-consistency ?",
@@ -82,7 +82,7 @@ NO_FILES = {
     "reproduce imports", "methods name", "methods imports", "merge mergekit_transformers_cache",
     "merge mergekit_lora_merge_cache", "merge mergekit_lora_merge_dtype", "merge mergekit_write_threads",
     "extract include", "extract exclude", "resize include", "resize exclude", "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
-    "dequantize ray_address",
+    "dequantize ray_address", "diff only",
 }  # fmt: skip
 """Parameters of text that name no file."""
 
