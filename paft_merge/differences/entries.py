@@ -89,7 +89,7 @@ def compare(a: Bytes, b: Bytes, dtypes: tuple[str, str], first: int) -> Counts:
     for start in range(0, count, _PIECE):
         stop = min(start + _PIECE, count)
         one, other = a[start * widths[0] : stop * widths[0]], b[start * widths[1] : stop * widths[1]]
-        found += _piece(one, other, dtypes, first + start)
+        found += _piece(one, other, dtypes, first + start, found.one_step)
     return found
 
 
@@ -99,34 +99,32 @@ def norm_of(a: Bytes, dtype: str) -> float:
     return math.hypot(*(_norm(_finite(_wide(a[start : start + width], dtype))) for start in range(0, len(a), width)))
 
 
-def _piece(a: Bytes, b: Bytes, dtypes: tuple[str, str], first: int) -> Counts:
+def _piece(a: Bytes, b: Bytes, dtypes: tuple[str, str], first: int, steps: tuple[bool, bool]) -> Counts:
+    """Compare one piece. `steps`: `one_step` of the pieces before, which is not looked for again where it is False."""
     if dtypes[0] == dtypes[1] and np.array_equal(a, b):
         return Counts(norm_a=_norm(_finite(_wide(a, dtypes[0]))))
     ours, theirs = _wide(a, dtypes[0]), _wide(b, dtypes[1])
     with np.errstate(invalid="ignore", over="ignore"):
         delta = theirs - ours
-    finite = np.isfinite(delta)
-    unequal = _unequal(a, b, dtypes, ours, theirs)
-    nonfinite = 0
-    if not finite.all():
+    unequal, nonfinite = _unequal(a, b, dtypes, ours, theirs), 0
+    differing = unequal
+    if not (finite := np.isfinite(delta)).all():
         unequal &= ~(np.isnan(ours) & np.isnan(theirs))
-        nonfinite = int(np.count_nonzero(unequal & ~finite))
-        delta = np.where(finite, delta, 0.0)
+        differing = unequal & finite
+        nonfinite = int(np.count_nonzero(unequal)) - int(np.count_nonzero(differing))
+        delta, ours = np.where(finite, delta, 0.0), _finite(ours)
     sizes = np.abs(delta)
     peak = int(sizes.argmax())
-    differing = np.flatnonzero(unequal & finite)
+    within = (_within_one_step(a, b, (ours, theirs), dtypes, i, differing) if steps[i] else False for i in (0, 1))
     return Counts(
         int(np.count_nonzero(unequal)),
         nonfinite,
         _norm(delta),
-        _norm(_finite(ours)),
+        _norm(ours),
         float(sizes[peak]),
-        first + peak if len(differing) else -1,
+        first + peak if differing.any() else -1,
         (float(ours[peak]), float(theirs[peak])),
-        (
-            _within_one_step(a, b, (ours, theirs), dtypes, dtypes[0], differing),
-            _within_one_step(a, b, (ours, theirs), dtypes, dtypes[1], differing),
-        ),
+        (next(within), next(within)),
         other_bits=True,
     )
 
@@ -163,18 +161,18 @@ def _norm(values: NDArray[np.float64]) -> float:
 
 
 def _within_one_step(
-    a: Bytes, b: Bytes, values: tuple[Any, Any], dtypes: tuple[str, str], dtype: str, differing: NDArray[np.intp]
+    a: Bytes, b: Bytes, values: tuple[Any, Any], dtypes: tuple[str, str], side: int, differing: NDArray[np.bool_]
 ) -> bool:
-    """Whether the differing entries, rounded to a type, are equal or neighbours in it. Never of integers."""
-    if not len(differing):
-        return True
+    """Whether the differing entries, rounded to the type of A (0) or B (1), are equal or neighbours in it. Never of integers."""
+    dtype = dtypes[side]
     if not DTYPES[dtype].mergeable:
-        return False
+        return not differing.any()
     places = [
-        _order(stored, dtype)[differing] if own == dtype else _order(_rounded(wide[differing], dtype), dtype)
+        _order(stored if own == dtype else _rounded(wide, dtype), dtype)
         for stored, wide, own in zip((a, b), values, dtypes, strict=True)
     ]
-    return bool((np.abs(places[0] - places[1]) <= 1).all())
+    far = np.abs(places[0] - places[1]) > 1
+    return not (far & differing).any()
 
 
 def _rounded(values: NDArray[np.float64], dtype: str) -> Bytes:
