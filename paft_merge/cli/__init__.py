@@ -22,6 +22,7 @@ from paft_merge.cli.dequantizing import dequantize
 from paft_merge.cli.differing import diff
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
+from paft_merge.cli.exporting import export
 from paft_merge.cli.hub import card, pull, push, reproduce
 from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
@@ -161,6 +162,7 @@ for command in (
     diff,
     check,
     convert,
+    export,
     train,
     pull,
     push,
