@@ -7,6 +7,7 @@ reproduce(folder)           repeat a merge from its manifest and compare the byt
 train(recipe, out)          train the sparse adapters of a recipe
 extract(finetune, ...)      write the difference of a fine-tune from its base as a LoRA
 resize(adapter, out, ...)   write a LoRA with another rank, from its factors alone
+diff(a, b)                  compare two models or adapters tensor by tensor
 audit(source, ...)          measure how sparse deltas are and how they will merge
 evaluate(model, spec)       evaluate a model, or an adapter on its base
 run(recipe, folder)         run one recipe from data to a merged model, resuming finished steps
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from paft_merge import hub as hub
     from paft_merge import methods as methods
     from paft_merge.auditing import audit as audit
+    from paft_merge.differences import diff as diff
     from paft_merge.engine.api import merge as merge
     from paft_merge.engine.api import open_plan as open_plan
     from paft_merge.engine.extraction import extract as extract
@@ -60,6 +62,7 @@ _MODULES = {
     "Progress": "engine.streaming",
     "Recipe": "recipe",
     "audit": "auditing",
+    "diff": "differences",
     "evaluate": "evaluating",
     "explain": "plan.explanation",
     "extract": "engine.extraction",
@@ -87,6 +90,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "audit",
+    "diff",
     "evaluate",
     "explain",
     "extract",

@@ -19,8 +19,10 @@ from paft_merge.cli.adapter_sizes import extract, resize
 from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
 from paft_merge.cli.dequantizing import dequantize
+from paft_merge.cli.differing import diff
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
+from paft_merge.cli.exporting import export
 from paft_merge.cli.hub import card, pull, push, reproduce
 from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
@@ -157,8 +159,10 @@ for command in (
     explain,
     dequantize,
     audit,
+    diff,
     check,
     convert,
+    export,
     train,
     pull,
     push,

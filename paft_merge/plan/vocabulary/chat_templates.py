@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -62,6 +62,20 @@ def check_template(text: str) -> None:
         raise ChatTemplateError(what, f"fix it, or use auto, {', '.join(CHAT_TEMPLATES)}") from error
     except (TemplateError, ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
         raise ChatTemplateError(f"the template is not valid Jinja: {cause_of(error)}", "fix it") from error
+
+
+def render(text: str, messages: Sequence[Mapping[str, str]], special: Mapping[str, str]) -> str | None:
+    """The prompt that a template makes of a conversation, in a sandbox; None if it refuses it. Call it in a child process.
+
+    Args:
+        text: the template.
+        messages: each with `role` and `content`.
+        special: the special tokens by name (`bos_token`).
+    """
+    try:
+        return _ENVIRONMENT.from_string(text).render(messages=messages, add_generation_prompt=True, **special)
+    except Exception:  # a template raises anything, also through `raise_exception`, which is not defined here
+        return None
 
 
 def with_template(files: TokenizerFiles, text: str) -> dict[str, bytes | Path]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
-_SPECIAL = ("eos_token", "bos_token", "pad_token")
+SPECIAL = ("eos_token", "bos_token", "pad_token")
 _DEFAULT = "default"
 
 
@@ -62,7 +62,7 @@ class TrainedTokenizer:
     def special(self) -> dict[str, str]:
         """The tokens of end, begin and padding, by their keys of tokenizer_config.json."""
         config, mapped = (_json(self.files[name]) if name in self.files else {} for name in (_CONFIG, _MAP))
-        found = {key: _text(config.get(key, mapped.get(key))) for key in _SPECIAL}
+        found = {key: _text(config.get(key, mapped.get(key))) for key in SPECIAL}
         return {key: text for key, text in found.items() if text}
 
     @cached_property

@@ -1,0 +1,152 @@
+"""`paft diff`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, warn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paft_merge.differences import ModelDiff, TensorDifference
+
+_ROWS = 40
+_STYLES = {
+    "different": "red",
+    "moved": "red",
+    "shape": "red",
+    "only in A": "red",
+    "only in B": "red",
+    "rounded": "yellow",
+}
+
+
+@click.command(short_help="Compare two models or adapters tensor by tensor.")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--only", default="*", metavar="PATTERN", help="Only tensors whose names match, e.g. '*.0.mlp.*'.")
+@click.option(
+    "--tolerance", default=0.0, metavar="X", type=click.FloatRange(min=0),
+    help="A tensor counts as the same if the norm of its difference is at most X times its norm.",
+)  # fmt: skip
+@click.option("--all", "every", is_flag=True, help="Show every tensor that differs, not only the first 40.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with every tensor instead of a table.")
+@click.option("--lazy-unpickle", is_flag=True, help="Read .bin files through a reader that runs no code of them.")
+@links_option
+@click.option("--threads", type=click.IntRange(1), help="Blocks compared at a time. Default: all cores, at most 8.")
+def diff(
+    a: str, b: str, only: str, tolerance: float, every: bool, as_json: bool, lazy_unpickle: bool, follow_links: bool,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Compare A and B, two models or two adapters: a folder, a file of tensors, a Hub name, or BASE+ADAPTER.
+
+    Each tensor is the same, only renamed, equal in another type, rounded, or different; config, tokenizer and chat template
+    are compared in words. Nothing is loaded whole. See docs/diff.md.
+
+    Exits with 3 if A and B differ in a value, or in a setting that changes what the model does.
+    """
+    from paft_merge import differences
+
+    with sigterm_as_interrupt():
+        found = differences.diff(
+            a,
+            b,
+            only=only,
+            tolerance=tolerance,
+            lazy_unpickle=lazy_unpickle,
+            follow_links=follow_links,
+            threads=threads,
+        )
+    warn(found.warnings)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        _show(found, None if every else _ROWS)
+    if not found.same:
+        raise click.exceptions.Exit(3)
+
+
+def _show(found: ModelDiff, most: int | None) -> None:
+    """Print the summary, the settings, and the tensors that differ."""
+    from paft_merge.differences.kinds import kinds_of
+
+    say(f"A  {found.refs[0]}", err=False)
+    say(f"B  {found.refs[1]}", err=False)
+    _summary("tensors", found.tensors, kinds_of(found.tensors))
+    if found.deltas is not None:
+        _summary("deltas", found.deltas, kinds_of(found.deltas))
+    for change in found.changes:
+        say(f"{change.file}: {change.what}{'' if change.counts else ' (changes nothing)'}", err=False)
+    _table(found.counted, most)
+    if found.same:
+        click.echo("A and B are the same model." if not found.of_adapters else "A and B are the same adapter.")
+    else:
+        click.echo("A and B differ.")
+
+
+def _summary(what: str, tensors: Sequence[TensorDifference], kinds: dict[Any, int]) -> None:
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    say(f"{len(tensors):,} {what}: {counts}", err=False)
+
+
+def _table(tensors: Sequence[TensorDifference], most: int | None) -> None:
+    """Print the tensors that are not the same, by kind and then by size of the difference."""
+    from rich.table import Table
+
+    from paft_merge.differences.kinds import kinds_of
+
+    order = {kind: i for i, kind in enumerate(kinds_of(tuple(tensors)))}
+    rows = [one for one in tensors if one.kind != "same"]
+    rows.sort(key=lambda one: (order[one.kind], -_size(one)))
+    if not rows:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name, right in (
+        ("kind", 0),
+        ("tensor", 0),
+        ("relative", 1),
+        ("norm", 1),
+        ("largest", 1),
+        ("differ", 1),
+        ("where", 0),
+    ):
+        table.add_column(
+            name, no_wrap=name not in ("tensor", "where"), justify="right" if right else "left", overflow="fold"
+        )
+    for one in rows[:most]:
+        style = _STYLES.get(one.kind, "")
+        table.add_row(f"[{style}]{one.kind}[/]" if style else one.kind, _name(one), *_numbers(one))
+    console(highlight=False).print(table)
+    if most is not None and len(rows) > most:
+        click.echo(f"and {len(rows) - most:,} more (--all shows them)")
+
+
+def _size(one: TensorDifference) -> float:
+    if one.norm is None:
+        return 0.0
+    return float("inf") if one.relative is None else one.relative
+
+
+def _name(one: TensorDifference) -> str:
+    return plain(one.name) + (f" [dim]B: {plain(one.other)}[/]" if one.other else "")
+
+
+def _numbers(one: TensorDifference) -> tuple[str, ...]:
+    if one.norm is None or one.unequal is None:
+        return ("", "", "", "", _types(one))
+    relative = "from zero" if one.relative is None else f"{one.relative:.2e}"
+    share = f"{one.unequal / one.entries:.2%}"
+    where = "" if one.at is None or one.pair is None else f"{list(one.at)}: {one.pair[0]:.6g} -> {one.pair[1]:.6g}"
+    odd = f"{one.nonfinite:,} NaN or infinite" if one.nonfinite else ""
+    types = _types(one) if one.dtypes[0] != one.dtypes[1] else ""
+    return relative, f"{one.norm:.3g}", f"{one.largest:.3g}", share, "  ".join(filter(None, (where, odd, types)))
+
+
+def _types(one: TensorDifference) -> str:
+    """Types and shapes, of both where they differ."""
+    sides = [f"{dtype} {list(shape)}" for dtype, shape in zip(one.dtypes, one.shapes, strict=True) if shape is not None]
+    return " -> ".join(dict.fromkeys(sides))

@@ -1,0 +1,155 @@
+"""The kinds of differences, and the result: one entry a tensor, and one a setting."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from paft_merge.errors import Problem
+
+Kind = Literal[
+    "different", "moved", "shape", "only in A", "only in B", "rounded", "close", "same delta", "equal", "renamed", "derived", "same"
+]  # fmt: skip
+"""How two tensors compare, the worst first:
+
+different    values differ by more than one rounding
+moved        both have the name, and the bits of A's are those of another tensor of B
+shape        the shapes differ
+only in A    B has no such tensor, under any name
+only in B    likewise
+rounded      rounded to one of their two types, all entries are equal or neighbours
+close        the relative norm of the difference is at most the tolerance
+same delta   the factors of two adapters differ, and their product does not, up to rounding in float32
+equal        equal values in other bits: another type, -0.0 for 0.0, another NaN
+renamed      the same bits under another name
+derived      only one stores it, and the model computes it itself
+same         the same bits
+"""
+
+HARMLESS: tuple[Kind, ...] = ("close", "same delta", "equal", "renamed", "derived", "same")
+"""The kinds of tensors that count as the same."""
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """The comparison of one tensor.
+
+    Attributes:
+        name: in A; in B where only B has it.
+        kind: see `Kind`.
+        other: the name in B, if it is another one; of a moved tensor the one that has its bits.
+        dtypes: the storage types in A and in B; empty where a model has no such tensor.
+        shapes: likewise; None where a model has no such tensor.
+        unequal: number of entries whose values differ; None where no values were compared.
+        nonfinite: how many of them are NaN or infinite in A or B; they are not in the norms.
+        norm: ||B - A||; None where no values were compared.
+        relative: `norm` / ||A||; None where A is zero.
+        largest: the largest |B - A|.
+        at: index of the first entry that has it.
+        pair: its values in A and in B.
+    """
+
+    name: str
+    kind: Kind
+    other: str = ""
+    dtypes: tuple[str, str] = ("", "")
+    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
+    unequal: int | None = None
+    nonfinite: int = 0
+    norm: float | None = None
+    relative: float | None = None
+    largest: float | None = None
+    at: tuple[int, ...] | None = None
+    pair: tuple[float, float] | None = None
+
+    @property
+    def entries(self) -> int:
+        """Number of entries, in A if it has the tensor."""
+        return math.prod(next(shape for shape in self.shapes if shape is not None))
+
+    @property
+    def harmless(self) -> bool:
+        """Whether it counts as the same."""
+        return self.kind in HARMLESS
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data; what was not measured is null."""
+        return {
+            "name": self.name, "kind": self.kind, "other_name": self.other or None, "dtypes": [d or None for d in self.dtypes],
+            "shapes": [None if shape is None else list(shape) for shape in self.shapes], "unequal": self.unequal,
+            "nonfinite": self.nonfinite, "norm": self.norm, "relative": self.relative, "largest": self.largest,
+            "at": None if self.at is None else list(self.at), "values": None if self.pair is None else list(self.pair),
+        }  # fmt: skip
+
+
+class Change(NamedTuple):
+    """A setting that differs.
+
+    Attributes:
+        file: the file, or `tokens`, `chat template` and the like.
+        what: the difference in words.
+        counts: whether it can change what the model does.
+    """
+
+    file: str
+    what: str
+    counts: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return self._asdict()
+
+
+@dataclass(frozen=True)
+class ModelDiff:
+    """Two models compared.
+
+    Attributes:
+        refs: A and B as they were named.
+        of_adapters: whether they are adapters.
+        tensors: every tensor; of adapters, as their files store them.
+        deltas: of adapters whose files or scales differ: what they add to every tensor of a base. None where it was not
+            computed.
+        changes: settings that differ, in config, tokenizer, chat template and generation.
+        warnings: what was unusual.
+    """
+
+    refs: tuple[str, str]
+    of_adapters: bool
+    tensors: tuple[TensorDifference, ...]
+    deltas: tuple[TensorDifference, ...] | None
+    changes: tuple[Change, ...]
+    warnings: tuple[Problem, ...]
+
+    @property
+    def counted(self) -> tuple[TensorDifference, ...]:
+        """The tensors that decide: the deltas of adapters where they were computed, else the stored ones."""
+        return self.tensors if self.deltas is None else self.deltas
+
+    @property
+    def same(self) -> bool:
+        """Whether no tensor and no setting makes a difference."""
+        return all(one.harmless for one in self.counted) and not any(change.counts for change in self.changes)
+
+    @property
+    def kinds(self) -> Mapping[Kind, int]:
+        """Number of tensors of each kind, in the order of `Kind`."""
+        return kinds_of(self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the comparison as plain data."""
+        deltas = None if self.deltas is None else [one.to_json() for one in self.deltas]
+        return {
+            "a": self.refs[0], "b": self.refs[1], "same": self.same, "adapters": self.of_adapters, "kinds": dict(self.kinds),
+            "tensors": [one.to_json() for one in self.tensors], "deltas": deltas,
+            "changes": [change.to_json() for change in self.changes],
+        }  # fmt: skip
+
+
+def kinds_of(tensors: tuple[TensorDifference, ...]) -> dict[Kind, int]:
+    """Number of tensors of each kind, in the order of `Kind`."""
+    held = Counter(one.kind for one in tensors)
+    return {kind: held[kind] for kind in Kind.__args__ if held[kind]}  # type: ignore[attr-defined]

@@ -1,0 +1,103 @@
+"""The converters of llama.cpp and MLX: found where the person at the keyboard has them, and run in a process of their own.
+
+A recipe cannot name a program: only an option, the environment and the path of the person who runs the command do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from paft_merge.errors import OutputError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "LLAMA_CPP_DIR"
+"""Environment variable that names a checkout of llama.cpp."""
+CONVERT, CONVERT_LORA, QUANTIZE = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "llama-quantize"
+_PLACES = ("", "build/bin", "bin")
+"""Folders of a checkout that hold scripts and programs."""
+_CHECKOUT = (
+    "git clone --depth 1 https://github.com/ggml-org/llama.cpp, pip install gguf>=0.19, and give --llama-cpp DIR"
+)
+_HOW = {
+    CONVERT: _CHECKOUT,
+    CONVERT_LORA: _CHECKOUT,
+    QUANTIZE: "build it in the checkout: cmake -B build && cmake --build build --target llama-quantize; or choose f16, bf16, f32 or q8_0, which need no build",
+}  # fmt: skip
+
+
+def script(name: str, llama_cpp: Path | None) -> list[str]:
+    """The command of a program of llama.cpp: a script with this Python, or an executable file.
+
+    Args:
+        name: its file name.
+        llama_cpp: the checkout; by default that of `LLAMA_CPP_DIR`, else the program on the path.
+
+    Raises:
+        OutputError: EXPORT_TOOL, it is not there.
+    """
+    given = llama_cpp or (Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None)
+    if given is not None:
+        found = next((given / place / name for place in _PLACES if (given / place / name).is_file()), None)
+        where = f"in {given} ({'--llama-cpp' if llama_cpp else FOLDER})"
+    else:
+        on_path = shutil.which(name) or shutil.which(name.removesuffix(".py"))
+        found, where = Path(on_path) if on_path else None, "on the path"
+    if found is None:
+        raise OutputError.of("EXPORT_TOOL", name, f"of llama.cpp is not {where}", _HOW[name])
+    return [sys.executable, str(found.resolve())] if found.suffix == ".py" else [str(found.resolve())]
+
+
+def mlx_convert() -> list[str]:
+    """The command of mlx-lm's converter.
+
+    Raises:
+        OutputError: EXPORT_TOOL, mlx-lm is not installed.
+    """
+    if find_spec("mlx_lm"):
+        return [sys.executable, "-m", "mlx_lm", "convert"]
+    if found := shutil.which("mlx_lm.convert"):
+        return [found]
+    raise OutputError.of("EXPORT_TOOL", "mlx_lm.convert", "is not installed", "pip install mlx-lm (0.30 or newer)")
+
+
+def run(command: Sequence[str], what: str) -> None:
+    """Run a converter to its end; when this process is interrupted, it and its children are killed.
+
+    Args:
+        command: the program and its arguments.
+        what: a name for messages.
+
+    Raises:
+        OutputError: EXPORT, it failed; with the last line that it wrote.
+    """
+    log.info("%s: %s", what, " ".join(command))
+    with tempfile.TemporaryFile() as written:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = child.wait()
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
+        size = written.seek(0, os.SEEK_END)
+        written.seek(max(0, size - (1 << 16)))
+        lines = [line.strip() for line in written.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    for line in lines:
+        log.info("%s: %s", what, line)
+    if code:
+        said = lines[-1][:300] if lines else "it wrote nothing"
+        fix = "run again with `paft -v` to see all that it wrote"
+        how = f"ended with {code}" if code > 0 else f"was killed by signal {-code}"
+        raise OutputError.of("EXPORT", what, f"{how}: {said}", fix)
