@@ -48,10 +48,6 @@ def test_the_table_of_adapters_is_up_to_date() -> None:
     assert docs_adapters.page() == docs_adapters.PAGE.read_text(), "run python tools/docs_adapters.py"
 
 
-def test_every_key_of_the_language_is_described() -> None:
-    assert list(docs_tables.KEYS) == docs_tables.keys()
-
-
 def anchors(page: Path) -> set[str]:
     """The anchors of a page: its headings as GitHub names them, and its own `<a id>`."""
     text = page.read_text()

@@ -25,6 +25,7 @@ from paft_merge.cli.hub import card, pull, push, reproduce
 from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
+from paft_merge.cli.schemas import schema
 from paft_merge.cli.serving import check, convert
 from paft_merge.cli.starting import init
 from paft_merge.cli.studying import study
@@ -167,5 +168,6 @@ for command in (
     methods,
     bench,
     study,
+    schema,
 ):
     cli.add_command(command)
