@@ -19,6 +19,7 @@ from paft_merge.cli.adapter_sizes import extract, resize
 from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
 from paft_merge.cli.dequantizing import dequantize
+from paft_merge.cli.doctoring import completion, doctor
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
 from paft_merge.cli.hub import card, pull, push, reproduce
@@ -29,7 +30,17 @@ from paft_merge.cli.schemas import schema
 from paft_merge.cli.serving import check, convert
 from paft_merge.cli.starting import init
 from paft_merge.cli.studying import study
-from paft_merge.cli.terminal import COMMAND, COMPILER, WORKERS, LineFormatter, StderrHandler, line, say, warn
+from paft_merge.cli.terminal import (
+    AS_JSON,
+    COMMAND,
+    COMPILER,
+    WORKERS,
+    LineFormatter,
+    StderrHandler,
+    print_error_document,
+    print_errors,
+    warn,
+)
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
@@ -51,6 +62,7 @@ class _Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[COMMAND] = shlex.join(["paft", *args])
+        ctx.meta[AS_JSON] = "--json" in args
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -59,8 +71,7 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except PaftMergeError as error:
             warn(error.warnings)
-            for problem in error.problems:
-                click.echo(line("error", problem), err=True)
+            print_errors(error.problems)
             ctx.exit(GATE_FAILED if any(problem.code == "REQUIRED" for problem in error.problems) else REFUSED)
         except ImportError as error:
             name = error.name or ""
@@ -68,22 +79,39 @@ class _Group(click.Group):
                 raise
             log.info("where it came from", exc_info=error)
             fix = "install paft-merge again, in the environment of this command"
-            say(line("error", Problem("MISSING", name, f"cannot be imported: {error}", fix)))
+            print_errors([Problem("MISSING", name, f"cannot be imported: {error}", fix)])
             ctx.exit(REFUSED)
         except (OSError, MemoryError, RuntimeError, UnicodeError) as error:
             if isinstance(error, BrokenPipeError) or (fault := _problem_of(error)) is None:
                 raise  # of a BrokenPipeError, click ends quietly
             log.info("where it came from", exc_info=error)
-            say(line("error", fault))
+            print_errors([fault])
             ctx.exit(REFUSED)
+        except click.ClickException as error:  # click prints it on stderr
+            print_error_document([Problem("USAGE", _usage_of(error), error.format_message(), "")])
+            raise
+        except click.exceptions.Exit as end:
+            if end.exit_code == INTERRUPTED:
+                print_error_document([_INTERRUPTED])
+            raise
         except KeyboardInterrupt:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             resumes = command is not None and any(option.name == "resume" for option in command.params)
             hint = "; finished work is kept, and the same command with --resume continues" if resumes else ""
             click.echo(f"interrupted{hint}", err=True)
+            print_error_document([_INTERRUPTED])
             ctx.exit(INTERRUPTED)
         finally:
             log.info("%s: %.1f s", ctx.invoked_subcommand, time.monotonic() - began)
+
+
+_INTERRUPTED = Problem("INTERRUPTED", "", "the command was interrupted", "give it again; finished work is kept")
+
+
+def _usage_of(error: click.ClickException) -> str:
+    """The command whose usage is wrong."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return context.command_path if context else "paft"
 
 
 def _open_standard_streams() -> None:
@@ -169,5 +197,7 @@ for command in (
     bench,
     study,
     schema,
+    doctor,
+    completion,
 ):
     cli.add_command(command)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 
-from paft_merge.cli.terminal import import_option, say
+from paft_merge.cli.terminal import import_option, json_option, print_document, print_json, say
 
 
 @click.command(short_help="The JSON Schema of recipes, for editors.")
 @click.argument("kind", type=click.Choice(["merge", "run", "train"]), required=False)
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write it to this file.")
 @import_option
-def schema(kind: str | None, out: Path | None, imports: tuple[str, ...]) -> None:
+@json_option("With --out: print the path as JSON. The schema is JSON anyway.")
+def schema(kind: str | None, out: Path | None, imports: tuple[str, ...], as_json: bool) -> None:
     """Print the JSON Schema of recipes for `paft merge`, `paft run` or `paft train`, or one schema for all of them.
 
     Editors with a YAML language server complete keys, methods and parameters with it, and underline mistakes, once the
@@ -25,9 +26,9 @@ def schema(kind: str | None, out: Path | None, imports: tuple[str, ...]) -> None
     from paft_merge.output.report_files import write_file
     from paft_merge.pipeline.recipe_schemas import schema_of
 
-    text = json.dumps(schema_of(kind, import_methods(imports, METHODS)), indent=1) + "\n"  # type: ignore[arg-type]
+    text = json.dumps(schema_of(kind, import_methods(imports, METHODS))) + "\n"  # type: ignore[arg-type]
     if out is None:
-        click.echo(text, nl=False)
+        print_document(text)
     else:
         write_file(out, text)
-        say(out, err=False)
+        print_json({"schema": str(out)}) if as_json else say(out, err=False)

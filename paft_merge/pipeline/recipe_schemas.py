@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 from paft_merge.methods import METHODS, Method
+from paft_merge.output.report_files import write_file
 from paft_merge.pipeline.schema import RunLanguage
 from paft_merge.recipe.json_schema import DIALECT, Json, definitions, merge_schema
 
@@ -29,10 +33,31 @@ def schema_of(kind: Kind | None = None, methods: Mapping[str, Method] = METHODS)
         run["required"] = [*run["required"], "adapters"]
     if kind is not None:
         return {**made, **run, "$defs": defs}
-    merge, more = merge_schema(methods)
-    defs = {**more, **defs, "MergeRecipe": merge, "RunRecipe": run}
+    defs |= {"MergeRecipe": merge_schema(methods)[0], "RunRecipe": run}
     chosen = {"then": {"$ref": "#/$defs/MergeRecipe"}, "else": {"$ref": "#/$defs/RunRecipe"}}
     return {**made, "if": {"required": ["merge_method"]}, **chosen, "$defs": defs}
+
+
+SCHEMA_FILE = "paft.schema.json"
+"""The file that `paft init` writes beside a recipe."""
+
+
+def with_schema(text: str, recipe: Path) -> tuple[str, Path | None]:
+    """The text of a recipe with the line that names its schema to editors, and the schema's file, which is written beside it.
+
+    Without them where another program's file has that name.
+
+    Raises:
+        OutputError: OUTPUT, the file cannot be written.
+    """
+    file = recipe.parent / SCHEMA_FILE
+    schema = schema_of()
+    head = json.dumps({"$schema": schema["$schema"], "title": schema["title"]})[:-1]
+    with suppress(FileNotFoundError), open(file, encoding="utf-8", errors="replace") as former:
+        if former.read(len(head)) != head:
+            return text, None
+    write_file(file, json.dumps(schema) + "\n")
+    return f"# yaml-language-server: $schema={SCHEMA_FILE}\n{text}", file
 
 
 def _run_schema(methods: Mapping[str, Method]) -> tuple[Json, Json]:

@@ -118,14 +118,20 @@ def merge_schema(methods: Mapping[str, Method], *, in_run: bool = False) -> tupl
         "enum": names, "enumDescriptions": [f"{methods[name].title} ({methods[name].paper})" for name in names],
     }  # fmt: skip
     parameters = _Parameters(defs)
-    made["allOf"] = [
-        {
-            "if": {"required": ["merge_method"], "properties": {"merge_method": {"const": name}}},
-            "then": _of_method(methods[name], parameters, in_run),
-        }
-        for name in names
-    ]
+    rules = [
+        {"if": _is_method(name), "then": _of_method(methods[name], parameters)} for name in names
+    ]  # fmt: skip
+    defs["ByMethod"] = {"description": "The parameters of each method.", "allOf": rules}
+    made["allOf"] = [{"$ref": "#/$defs/ByMethod"}]
+    if not in_run:
+        with_base = [name for name in names if methods[name].base == "required"]
+        places = [{"required": [key]} for key in ("base_model", "slices", "modules")]
+        made["allOf"].append({"if": _is_method(*with_base), "then": {"anyOf": places}})
     return made, defs
+
+
+def _is_method(*names: str) -> Json:
+    return {"required": ["merge_method"], "properties": {"merge_method": {"enum": list(names)}}}
 
 
 class _Parameters:
@@ -156,15 +162,13 @@ class _Parameters:
         return {"$ref": f"#/$defs/{name}"}
 
 
-def _of_method(method: Method, parameters: _Parameters, in_run: bool) -> Json:
+def _of_method(method: Method, parameters: _Parameters) -> Json:
     """What a recipe with this method must also fulfil."""
     shared = {"parameters": parameters.level(method, ("source", "shared"), f"{method.name}.parameters")}
     own = {"items": {"properties": {"parameters": parameters.level(method, ("source",), f"{method.name}.source")}}}
     slices = {"items": {"properties": {**shared, "sources": own}}}
     places = {**shared, "models": own, "slices": slices}
     made: Json = {"properties": {**places, "modules": {"additionalProperties": {"properties": places}}}}
-    if method.base == "required" and not in_run:
-        made["anyOf"] = [{"required": ["base_model"]}, {"required": ["slices"]}, {"required": ["modules"]}]
     if method.core_only:
         made["required"] = ["space"]
         made["properties"]["space"] = {"enum": ["core", "ctm"]}

@@ -245,6 +245,25 @@ def test_a_former_key_is_marked() -> None:
     assert take["description"] == "Former name of `max_rows`."
 
 
+def test_init_names_the_schema_that_it_writes_beside_the_recipe(tmp_path: Path) -> None:
+    args = ["init", "--base", "org/base", "--data", "org/rows"]
+    made = CliRunner().invoke(cli, [*args, str(tmp_path / "r.yaml")])
+    assert made.stdout == f"{tmp_path / 'r.yaml'}\n"
+    text = (tmp_path / "r.yaml").read_text()
+    assert text.startswith("# yaml-language-server: $schema=paft.schema.json\n# A PAFT run")
+    written = json.loads((tmp_path / "paft.schema.json").read_text())
+    assert written == schema_of()
+    assert Draft202012Validator(written).is_valid(load_yaml(text).data)
+    assert CliRunner().invoke(cli, [*args, str(tmp_path / "again.yaml")]).exit_code == 0
+
+
+def test_init_leaves_a_file_of_that_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "paft.schema.json").write_text("mine")
+    CliRunner().invoke(cli, ["init", "--base", "org/base", str(tmp_path / "r.yaml")])
+    assert (tmp_path / "r.yaml").read_text().startswith("# A PAFT run")
+    assert (tmp_path / "paft.schema.json").read_text() == "mine"
+
+
 class TestCommand:
     def test_it_prints_or_writes_the_schema(self, tmp_path: Path) -> None:
         printed = CliRunner().invoke(cli, ["schema", "merge"])
