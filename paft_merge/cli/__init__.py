@@ -11,6 +11,7 @@ import platform
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -34,6 +35,7 @@ from paft_merge.cli.terminal import (
     AS_JSON,
     COMMAND,
     COMPILER,
+    NOTE,
     WORKERS,
     LineFormatter,
     StderrHandler,
@@ -160,8 +162,12 @@ _SYSTEM_FIXES = {
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(version_of("paft-merge"), prog_name="paft")
 @click.option("-v", "--verbose", is_flag=True, help="Log versions, steps and times to stderr.")
+@click.option(
+    "--log-file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Append versions, steps, warnings, errors and times to this file, without secrets.",
+)  # fmt: skip
 @click.pass_context
-def cli(ctx: click.Context, verbose: bool) -> None:
+def cli(ctx: click.Context, verbose: bool, log_file: Path | None) -> None:
     """Merge LoRA adapters and checkpoints by streaming tensors, and train the sparse adapters to merge."""
     escape_logs()
     handler = StderrHandler()
@@ -169,6 +175,12 @@ def cli(ctx: click.Context, verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
     for name in (COMPILER, WORKERS):
         logging.getLogger(name).setLevel(logging.INFO)
+    if log_file:
+        from paft_merge.output.log_file import logged
+
+        records = logged(log_file, ctx.meta[COMMAND])
+        ctx.meta[NOTE] = records.__enter__()
+        ctx.call_on_close(lambda: records.__exit__(None, None, None))
     if verbose:
         log.info("paft-merge %s, Python %s: %s", version_of("paft-merge"), platform.python_version(), ctx.meta[COMMAND])
 

@@ -91,8 +91,8 @@ def _rows(facts: Any) -> Iterator[tuple[str, str]]:
 def completion(shell: str, as_json: bool) -> None:
     """Print the script with which SHELL completes commands, options and their values.
 
-    In ~/.bashrc: eval "$(paft completion bash)"; in ~/.zshrc: eval "$(paft completion zsh)"; for fish:
-    paft completion fish > ~/.config/fish/completions/paft.fish
+    In ~/.bashrc write eval "$(paft completion bash)", in ~/.zshrc eval "$(paft completion zsh)"; for fish, redirect it to
+    ~/.config/fish/completions/paft.fish.
     """
     from click.shell_completion import get_completion_class
 

@@ -33,6 +33,19 @@ AS_JSON = "paft_merge.json"
 """Key of `click.Context.meta`: whether stdout is to have a JSON document and has none yet."""
 
 
+NOTE = "paft_merge.note"
+"""Key of `click.Context.meta`: the function that writes to the file of `paft --log-file`."""
+
+
+def _note(level: int, problems: Sequence[Problem]) -> None:
+    """Write problems to the file of `paft --log-file`, if there is one."""
+    context = click.get_current_context(silent=True)
+    if context is None or NOTE not in context.meta:
+        return
+    for problem in problems:
+        context.meta[NOTE](level, f"{problem.code}: {as_flags(str(problem))}")
+
+
 def json_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`--json`, which `text` describes; see `print_json`."""
     return click.option("--json", "as_json", is_flag=True, help=text)
@@ -58,6 +71,7 @@ def print_errors(problems: Sequence[Problem], shown: Callable[[str], str] = str)
     """
     for problem in problems:
         click.echo(shown(line("error", problem)), err=True)
+    _note(logging.ERROR, problems)
     print_error_document(problems)
 
 
@@ -225,6 +239,7 @@ def warn(problems: Sequence[Problem]) -> None:
     """Print warnings on stderr."""
     for problem in problems:
         click.echo(line("warning", problem), err=True)
+    _note(logging.WARNING, problems)
 
 
 COMPILER = "paft_merge.compute.kernels.object_cache"

@@ -136,7 +136,7 @@ def _system(errors: list[Problem], warnings: list[Problem]) -> dict[str, Any]:
     free = _free_memory()
     if free is not None and free < LEAST_FREE:
         what = f"only {free / 1e9:.1f} GB of memory are free"
-        errors.append(Problem("MEMORY", "", what, "end other programs, or lower --memory and --threads"))
+        errors.append(Problem("MEMORY", "", what, "end other programs, or use fewer threads"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"platform": platform.platform(), "processor": platform.machine(), "cores": cores, "free_memory_bytes": free}
 
@@ -167,7 +167,7 @@ def _out(folder: Path, errors: list[Problem]) -> dict[str, Any]:
     place = _nearest(folder)
     free, writable = shutil.disk_usage(place).free, _can_write(place)
     if not writable:
-        errors.append(Problem("OUTPUT", str(place), "cannot be written", "choose another folder with --dir"))
+        errors.append(Problem("OUTPUT", str(place), "cannot be written", "choose another folder"))
     if free < LEAST_FREE:
         what = f"only {free / 1e9:.1f} GB are free"
         errors.append(Problem("DISK_FULL", str(place), what, "free space, or choose another disk"))
