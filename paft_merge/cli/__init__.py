@@ -11,6 +11,7 @@ import platform
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from paft_merge.cli.auditing import audit
 from paft_merge.cli.benching import bench
 from paft_merge.cli.dequantizing import dequantize
 from paft_merge.cli.differing import diff
+from paft_merge.cli.doctoring import completion, doctor
 from paft_merge.cli.evaluating import evaluate
 from paft_merge.cli.explaining import explain
 from paft_merge.cli.exporting import export
@@ -27,10 +29,22 @@ from paft_merge.cli.hub import card, pull, push, reproduce
 from paft_merge.cli.listing import methods
 from paft_merge.cli.merging import merge
 from paft_merge.cli.running import run
+from paft_merge.cli.schemas import schema
 from paft_merge.cli.serving import check, convert
 from paft_merge.cli.starting import init
 from paft_merge.cli.studying import study
-from paft_merge.cli.terminal import COMMAND, COMPILER, WORKERS, LineFormatter, StderrHandler, line, say, warn
+from paft_merge.cli.terminal import (
+    AS_JSON,
+    COMMAND,
+    COMPILER,
+    NOTE,
+    WORKERS,
+    LineFormatter,
+    StderrHandler,
+    print_error_document,
+    print_errors,
+    warn,
+)
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
@@ -52,6 +66,7 @@ class _Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[COMMAND] = shlex.join(["paft", *args])
+        ctx.meta[AS_JSON] = "--json" in args
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -60,8 +75,7 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except PaftMergeError as error:
             warn(error.warnings)
-            for problem in error.problems:
-                click.echo(line("error", problem), err=True)
+            print_errors(error.problems)
             ctx.exit(GATE_FAILED if any(problem.code == "REQUIRED" for problem in error.problems) else REFUSED)
         except ImportError as error:
             name = error.name or ""
@@ -69,22 +83,39 @@ class _Group(click.Group):
                 raise
             log.info("where it came from", exc_info=error)
             fix = "install paft-merge again, in the environment of this command"
-            say(line("error", Problem("MISSING", name, f"cannot be imported: {error}", fix)))
+            print_errors([Problem("MISSING", name, f"cannot be imported: {error}", fix)])
             ctx.exit(REFUSED)
         except (OSError, MemoryError, RuntimeError, UnicodeError) as error:
             if isinstance(error, BrokenPipeError) or (fault := _problem_of(error)) is None:
                 raise  # of a BrokenPipeError, click ends quietly
             log.info("where it came from", exc_info=error)
-            say(line("error", fault))
+            print_errors([fault])
             ctx.exit(REFUSED)
+        except click.ClickException as error:  # click prints it on stderr
+            print_error_document([Problem("USAGE", _usage_of(error), error.format_message(), "")])
+            raise
+        except click.exceptions.Exit as end:
+            if end.exit_code == INTERRUPTED:
+                print_error_document([_INTERRUPTED])
+            raise
         except KeyboardInterrupt:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             resumes = command is not None and any(option.name == "resume" for option in command.params)
             hint = "; finished work is kept, and the same command with --resume continues" if resumes else ""
             click.echo(f"interrupted{hint}", err=True)
+            print_error_document([_INTERRUPTED])
             ctx.exit(INTERRUPTED)
         finally:
             log.info("%s: %.1f s", ctx.invoked_subcommand, time.monotonic() - began)
+
+
+_INTERRUPTED = Problem("INTERRUPTED", "", "the command was interrupted", "give it again; finished work is kept")
+
+
+def _usage_of(error: click.ClickException) -> str:
+    """The command whose usage is wrong."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return context.command_path if context else "paft"
 
 
 def _open_standard_streams() -> None:
@@ -133,8 +164,12 @@ _SYSTEM_FIXES = {
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(version_of("paft-merge"), prog_name="paft")
 @click.option("-v", "--verbose", is_flag=True, help="Log versions, steps and times to stderr.")
+@click.option(
+    "--log-file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Append versions, steps, warnings, errors and times to this file, without secrets.",
+)  # fmt: skip
 @click.pass_context
-def cli(ctx: click.Context, verbose: bool) -> None:
+def cli(ctx: click.Context, verbose: bool, log_file: Path | None) -> None:
     """Merge LoRA adapters and checkpoints by streaming tensors, and train the sparse adapters to merge."""
     escape_logs()
     handler = StderrHandler()
@@ -142,6 +177,12 @@ def cli(ctx: click.Context, verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
     for name in (COMPILER, WORKERS):
         logging.getLogger(name).setLevel(logging.INFO)
+    if log_file:
+        from paft_merge.output.log_file import logged
+
+        records = logged(log_file, ctx.meta[COMMAND])
+        ctx.meta[NOTE] = records.__enter__()
+        ctx.call_on_close(lambda: records.__exit__(None, None, None))
     if verbose:
         log.info("paft-merge %s, Python %s: %s", version_of("paft-merge"), platform.python_version(), ctx.meta[COMMAND])
 
@@ -171,5 +212,8 @@ for command in (
     methods,
     bench,
     study,
+    schema,
+    doctor,
+    completion,
 ):
     cli.add_command(command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.merging import loss_lines, progress_bar
-from paft_merge.cli.terminal import Size, console, links_option, plain, say, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import Size, console, links_option, plain, print_json, say, sigterm_as_interrupt, warn
 from paft_merge.engine.options import MergeOptions
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def extract(
             check_plot(picture)
         output = output_of(max_rank or _MOST, None, None, include, exclude, portable)
         found = rank_curve(recipe_of(finetune, base, **output), max_rank or _MOST, asked)
-        click.echo(json.dumps(found.to_json(), indent=2)) if as_json else _show_curve(found)
+        print_json(found.to_json()) if as_json else _show_curve(found)
         if picture:
             plot(found, picture)
             say(f"{picture} is drawn")
@@ -128,7 +127,7 @@ def extract(
     except ValueError as error:
         raise click.UsageError(f"{error}.") from None
     if as_json:
-        click.echo(json.dumps(made.to_json(), indent=2))
+        print_json(made.to_json())
     else:
         say(out, err=False)
     if not quiet:
@@ -208,7 +207,7 @@ def resize(adapter: str, out: Path, as_json: bool, lazy_unpickle: bool, follow_l
     except ValueError as error:
         raise click.UsageError(f"{error}.") from None
     if as_json:
-        click.echo(json.dumps(made.to_json(), indent=2))
+        print_json(made.to_json())
         return
     _show(made)
     say(out, err=False)

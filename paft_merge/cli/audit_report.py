@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from paft_merge.auditing.from_manifest import recorded
 from paft_merge.auditing.report.audit import Audit
 from paft_merge.auditing.report.csv_file import csv_text
 from paft_merge.cli.audit_tables import audit_table, in_options, labelled, manifest_table
-from paft_merge.cli.terminal import say, warn
+from paft_merge.cli.terminal import print_document, say, warn
 from paft_merge.errors import AuditError
 from paft_merge.output.manifest import ManifestCheck
 from paft_merge.output.report_files import write_file
@@ -38,7 +37,7 @@ def report(audit: Audit, outlets: Outlets, require: Sequence[str]) -> None:
     parts = "where", "what", "fix"
     warn([replace(w, **{p: labelled(getattr(w, p), audit) for p in parts}) for w in audit.warnings])
     if outlets.as_json:
-        sys.stdout.write(in_options(audit.dumps()) + "\n")
+        print_document(in_options(audit.dumps()) + "\n")
     else:
         audit_table(audit, offer_html=outlets.html is None)
     _write_and_check(audit, outlets, require)
@@ -72,7 +71,7 @@ def report_manifest(check: ManifestCheck, outlets: Outlets, require: Sequence[st
     audit = recorded(check.manifest)
     if outlets.as_json:
         document = {**check.to_json(), "audit": audit.to_json() if audit else None}
-        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        print_document(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     else:
         manifest_table(check, audit, offer_html=outlets.html is None)
     if check.problems:

@@ -11,7 +11,15 @@ from typing import Any
 
 import click
 
-from paft_merge.cli.terminal import COMPILER, clock, console, line, links_option, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import (
+    COMPILER,
+    clock,
+    console,
+    links_option,
+    print_errors,
+    sigterm_as_interrupt,
+    warn,
+)
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import AuditError
 
@@ -86,8 +94,7 @@ def _exit_codes() -> Iterator[None]:
         yield
     except AuditError as error:
         warn(error.warnings)
-        for problem in error.problems:
-            click.echo(in_options(line("error", problem)), err=True)
+        print_errors(error.problems, in_options)
         codes = {problem.code for problem in error.problems}
         raise click.exceptions.Exit(
             3 if codes == {"REQUIRED"} else 2 if codes <= {"GATE", "OPTION", "PREVIEW"} else 1

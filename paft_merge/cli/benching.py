@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from paft_merge.cli.terminal import Rate, Size, say, sigterm_as_interrupt
+from paft_merge.cli.terminal import Rate, Size, json_option, print_json, say, sigterm_as_interrupt
 
 
 @click.command(short_help="Measure this machine, for predictions of a merge.")
@@ -26,7 +25,7 @@ from paft_merge.cli.terminal import Rate, Size, say, sigterm_as_interrupt
     show_default=True,
     help="Longest time of each of the five measurements.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the measurement as JSON.")
+@json_option("Print the measurement as JSON.")
 def bench(folder: Path, size: int | None, seconds: float, as_json: bool) -> None:
     """Measure disk, cores and loops of this machine, and store the rates for `paft merge --dry-run`.
 
@@ -37,7 +36,7 @@ def bench(folder: Path, size: int | None, seconds: float, as_json: bool) -> None
     with sigterm_as_interrupt():
         found = benchmark.measure(folder, nbytes=size or benchmark.BYTES, limit=seconds)
     if as_json:
-        click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
+        print_json(found.model_dump(mode="json"))
     else:
         rates = found.rates
         click.echo(f"reads   {rates.read_gbps:.3g} GB/s from the disk of {found.folder}")

@@ -15,7 +15,9 @@ from paft_merge.cli.terminal import (
     Size,
     as_flags,
     engine_options,
+    json_option,
     links_option,
+    print_json,
     say,
     sigterm_as_interrupt,
     warn,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     help="Storage type of all weights. Default: bfloat16 for those that are quantised; the others keep theirs.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan, from headers alone, and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the whole plan as JSON.")
+@json_option("Print the result as JSON; with --dry-run the whole plan.")
 @click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Default: all cores.")
 @click.option("--memory", type=Size(), help="Upper bound of the working memory, e.g. 800M.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted command into OUT; a finished OUT stays.")
@@ -63,8 +65,6 @@ def dequantize(
         asked = MergeOptions(**options, warn=warn)
     except ValueError as error:
         raise click.UsageError(as_flags(str(error))) from None
-    if as_json and not dry_run:
-        raise click.UsageError("--json shows a plan, and needs --dry-run.")
     if out is None and not dry_run:
         raise click.UsageError("Missing argument 'OUT' (it may be left out only with --dry-run).")
     recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": model}]}
@@ -77,10 +77,13 @@ def dequantize(
     if dry_run or out is None:
         return
     with sigterm_as_interrupt(), progress_bar(quiet) as progress, log_of(out) as note:
-        api.merge(recipe, out, asked, progress=noted(progress, note), warn=warned_and_noted(note))
+        made = api.merge(recipe, out, asked, progress=noted(progress, note), warn=warned_and_noted(note))
         note(logging.INFO, f"{out} is done")
-    if not quiet:
+    if as_json:
+        print_json(made.to_json())
+    elif not quiet:
         say(out, err=False)
+    if not quiet:
         say(f"{out} is done: see its README.md and merge_manifest.json")
 
 

@@ -14,7 +14,15 @@ import click
 
 from paft_merge.cli.merging import log_of
 from paft_merge.cli.running import set_option, silence_libraries
-from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import (
+    console,
+    links_option,
+    plain,
+    print_document,
+    say,
+    sigterm_as_interrupt,
+    trust_option,
+)
 from paft_merge.output.report_files import check_file, write_file
 
 if TYPE_CHECKING:
@@ -233,7 +241,7 @@ def _show(scores: dict[str, Any], as_json: bool, out: Path | None) -> None:
     if out is not None:
         write_file(out, text)
     if as_json:
-        sys.stdout.write(text)
+        print_document(text)
     else:
         from paft_merge.cli.run_tables import scores as show
 

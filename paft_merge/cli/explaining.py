@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from paft_merge.cli.merging import planning_options
-from paft_merge.cli.terminal import plain, recipe_place, warn
+from paft_merge.cli.terminal import json_option, plain, print_json, recipe_place, warn
 from paft_merge.engine.options import MergeOptions
 from paft_merge.inputs.source_labels import labels_of
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tensor", "pattern", default="*", metavar="GLOB", help="Only tensors whose names match, e.g. '*.0.mlp.*'."
 )
-@click.option("--json", "as_json", is_flag=True, help="Every tensor, as JSON.")
+@json_option("Every tensor, as JSON.")
 @planning_options
 def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
     """Show the sources of each tensor, and every parameter with the line of RECIPE that set it. Reads only headers."""
@@ -37,7 +36,7 @@ def explain(recipe: str, pattern: str, as_json: bool, **planning: Any) -> None:
         warn(plan.warnings)
         tensors = explanation.explain(plan, pattern)
         if as_json:
-            click.echo(json.dumps([explanation.to_json(tensor) for tensor in tensors], indent=2))
+            print_json([explanation.to_json(tensor) for tensor in tensors])
             return
         refs = [model.ref for model in plan.models]
         labels = dict(zip(refs, labels_of(refs), strict=True))

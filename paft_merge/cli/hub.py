@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 import click
 
 from paft_merge.cli.merging import log_of, noted, progress_bar, warned_and_noted
-from paft_merge.cli.terminal import Folder, import_option, links_option, say, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import (
+    Folder,
+    import_option,
+    json_option,
+    links_option,
+    print_json,
+    say,
+    sigterm_as_interrupt,
+    warn,
+)
 
 
 @click.command(short_help="Download the files that a merge reads from the Hub.")
 @click.argument("reference", metavar="REF")
 @click.option("--lazy-unpickle", is_flag=True, help="Download .bin files too, if a repository has no safetensors.")
-def pull(reference: str, lazy_unpickle: bool) -> None:
+@json_option("Print the folders as JSON.")
+def pull(reference: str, lazy_unpickle: bool, as_json: bool) -> None:
     """Download the files of REF that a merge reads into the Hub's cache, and print the folder.
 
     REF is a repository, `user/name` or `user/name@revision`, BASE+ADAPTER for both, or a file, hf://user/name/recipe.yaml.
@@ -24,8 +33,12 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
     from paft_merge import hub
 
     with sigterm_as_interrupt():
-        for folder in hub.pull(reference, unpickle=lazy_unpickle):
-            say(folder, err=False)
+        folders = hub.pull(reference, unpickle=lazy_unpickle)
+    if as_json:
+        print_json({"folders": list(map(str, folders))})
+        return
+    for folder in folders:
+        say(folder, err=False)
 
 
 @click.command(short_help="Push a model, an adapter or a report to the Hub.")
@@ -38,9 +51,10 @@ def pull(reference: str, lazy_unpickle: bool) -> None:
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--message", metavar="TEXT", help="Commit message.")
 @click.option("--tag", "tags", multiple=True, metavar="NAME", help="Tag the commit; may be repeated.")
+@json_option("Print the address as JSON.")
 def push(
     folder: Path, repo_id: str, private: bool | None, branch: str | None, create_pr: bool, message: str | None,
-    tags: tuple[str, ...],
+    tags: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Push FOLDER (a merged model, an adapter, an audit's report) to the Hub as one commit.
 
@@ -50,13 +64,14 @@ def push(
 
     with sigterm_as_interrupt():
         url = hub.push(folder, repo_id, private=private, branch=branch, create_pr=create_pr, message=message, tags=tags)
-    say(url, err=False)
+    print_json({"url": str(url)}) if as_json else say(url, err=False)
 
 
 @click.command(short_help="Write the model card of a merge again.")
 @click.argument("folder", type=Folder(file_okay=False))
 @click.option("--overwrite", is_flag=True, help="Replace an edited card.")
-def card(folder: Path | str, overwrite: bool) -> None:
+@json_option("Print the path as JSON.")
+def card(folder: Path | str, overwrite: bool, as_json: bool) -> None:
     """Write the model card of the merge in FOLDER again, from its manifest.
 
     Evaluation results in FOLDER (evaluation.json, results*.json) become a table and metadata for the Hub.
@@ -64,13 +79,14 @@ def card(folder: Path | str, overwrite: bool) -> None:
     from paft_merge.hub.merged_folders import write_card_at
 
     warn(write_card_at(folder, overwrite=overwrite))
-    say(f"{folder}/README.md", err=False)
+    place = f"{folder}/README.md"
+    print_json({"card": place}) if as_json else say(place, err=False)
 
 
 @click.command(short_help="Merge again from a manifest and compare the bytes.")
 @click.argument("place", metavar="FOLDER_OR_REPO")
 @click.argument("out", type=Folder(file_okay=False), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option("Print the result as JSON.")
 @click.option("--threads", type=click.IntRange(1), help="Blocks computed at a time. Changes no bit.")
 @click.option("--stream-from-hub", is_flag=True, help="Read inputs over the network without storing them.")
 @import_option
@@ -104,7 +120,7 @@ def reproduce(
         )
         note(logging.INFO, f"{done.tensors} tensors, {'identical' if done.identical else 'not identical'}")
     if as_json:
-        click.echo(json.dumps(done.to_json(), indent=2))
+        print_json(done.to_json())
     else:
         for name, (was, now) in sorted(done.versions.items()):
             say(f"{name}: {was} then, {now} now", err=False)

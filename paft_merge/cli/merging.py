@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.mergekit_options import accepts_mergekit_options
-from paft_merge.cli.terminal import (
+from paft_merge.cli.terminal import (  # fmt: skip
     COMPILER,
     WORKERS,
     Folder,
@@ -29,11 +28,12 @@ from paft_merge.cli.terminal import (
     import_option,
     links_option,
     plain,
+    print_json,
     recipe_place,
     say,
     sigterm_as_interrupt,
     warn,
-)  # fmt: skip
+)
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem, Problems
 
@@ -94,7 +94,10 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("out", type=Folder(), required=False)
 @click.option("--dry-run", is_flag=True, help="Show the plan, from headers alone, and write nothing.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="With --dry-run: the whole plan as JSON, every tensor with its parameters."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result as JSON; with --dry-run the whole plan, every tensor with its parameters.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option(
@@ -183,8 +186,6 @@ def merge(
             warn([*plan.warnings, *problems.found])
             show_plan(plan, out, asked, workers or 1, given, as_json)
         return
-    if as_json:
-        raise click.UsageError("--json shows a plan, and needs --dry-run.")
     if out is None:
         raise click.UsageError("Missing argument 'OUT' (it may be left out only with --dry-run).")
     worker = asked.worker_number
@@ -192,8 +193,11 @@ def merge(
     with sigterm_as_interrupt(), progress_bar(quiet) as progress, log as note:
         made = api.merge(place, out, asked, progress=noted(progress, note), warn=warned_and_noted(note))
         note(logging.INFO, f"{out} is done")
-    if not quiet:
+    if as_json:
+        print_json(made.to_json())
+    elif not quiet:
         say(out, err=False)
+    if not quiet:
         for line in loss_lines(made):
             say(line)
         say(f"{out} is done: see its README.md and merge_manifest.json")
@@ -341,7 +345,7 @@ def show_plan(
         weights: dict[str, Any] = {"expected_weights": expected} if expected else {}
         if is_adapter:
             weights |= {"adapter": loss.to_json() if loss else None}
-        click.echo(json.dumps({**plan.to_json(out), **weights, "prediction": predicted}, indent=2))
+        print_json({**plan.to_json(out), **weights, "prediction": predicted})
     else:
         plan_table(plan, out)
         weights_line(plan, expected)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -188,16 +189,48 @@ def method_details(name: str, methods: Mapping[str, Method]) -> None:
     Raises:
         RecipeError: RECIPE, the method is unknown.
     """
-    if name not in methods:
-        fix = did_you_mean(name, methods) or f"one of {', '.join(methods)}"
-        raise RecipeError.of("RECIPE", name, "is not a method", fix)
-    method, shown = methods[name], terminal()
+    method, shown = method_named(name, methods), terminal()
     shown.print(f"[bold]{name}[/]: {method.title}, {method.paper}; base {method.base}; computed {_computed(method)}")
     table = _table("parameter", "value", "default", "given", "meaning")
     for p in method.parameters:
         default = "required" if p.default is REQUIRED else "-" if p.default is None else show_value(p.default)
         table.add_row(f"[bold]{p.name}[/]", _values(p), default, "per source" if p.scope == "source" else "once", p.doc)
     shown.print(table)
+
+
+def method_named(name: str, methods: Mapping[str, Method]) -> Method:
+    """A method by its name.
+
+    Raises:
+        RecipeError: RECIPE, the method is unknown.
+    """
+    if name not in methods:
+        fix = did_you_mean(name, methods) or f"one of {', '.join(methods)}"
+        raise RecipeError.of("RECIPE", name, "is not a method", fix)
+    return methods[name]
+
+
+def methods_json(methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Methods as plain data, with the bounds, choices and defaults of their parameters."""
+    return {
+        name: {
+            "title": method.title, "paper": method.paper, "base": method.base, "streamed": method.streamed,
+            "min_sources": method.min_sources, "max_sources": method.max_sources,
+            "parameters": {p.name: _parameter_json(p) for p in method.parameters},
+        }
+        for name, method in methods.items()
+    }  # fmt: skip
+
+
+def _parameter_json(parameter: Parameter) -> dict[str, Any]:
+    required = parameter.default is REQUIRED
+    return {
+        "type": parameter.type.__name__, "scope": parameter.scope, "required": required,
+        "default": None if required else parameter.default,
+        "low": parameter.low if isfinite(parameter.low) else None,
+        "high": parameter.high if isfinite(parameter.high) else None,
+        "choices": list(parameter.choices), "words": list(parameter.words), "meaning": parameter.doc,
+    }  # fmt: skip
 
 
 def _values(parameter: Parameter) -> str:

@@ -16,9 +16,11 @@ from paft_merge.cli.terminal import (
     check_engine,
     console,
     engine_options,
+    json_option,
     links_option,
     parallel_option,
     plain,
+    print_json,
     say,
     sigterm_as_interrupt,
     trust_option,
@@ -49,6 +51,7 @@ set_option = click.option(
 @engine_options
 @parallel_option
 @click.option("--quiet", is_flag=True, help="No lines about the steps.")
+@json_option("Print the table as JSON; with --dry-run the steps.")
 def run(
     recipe: Path,
     folder: Path,
@@ -59,6 +62,7 @@ def run(
     trust_code: bool,
     follow_links: bool,
     quiet: bool,
+    as_json: bool,
     **engine: Any,
 ) -> None:
     """Train, audit, merge, evaluate and push as RECIPE says, in RUN_DIR; finished steps that have not changed are skipped.
@@ -80,7 +84,7 @@ def run(
             trust_code=trust_code,
             follow_links=follow_links,
         )
-        steps_table(planned)
+        print_json(planned.to_json()) if as_json else steps_table(planned)
         return
     with resume_hint(), sigterm_as_interrupt(), step_lines(quiet) as on_event:
         done = pipeline.run(
@@ -95,7 +99,9 @@ def run(
             follow_links=follow_links,
             **engine,
         )
-    if done.table.rows:
+    if as_json:
+        print_json({"folder": str(folder), "steps_done": len(done.done), "table": done.table.to_json()})
+    elif done.table.rows:
         table(done.table)
     else:
         say(folder, err=False)

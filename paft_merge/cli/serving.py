@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import (
+    console,
+    json_option,
+    links_option,
+    plain,
+    print_json,
+    say,
+    sigterm_as_interrupt,
+    warn,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +39,7 @@ _SHOWN = 2
     help="Programs that must read it, e.g. vllm,sglang,peft, or all. Default: show all.",
 )
 @click.option("--base", help="The model that it was trained on: a folder or Hub name; checks names and shapes, too.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema in docs/serving.md) instead of a table.")
+@json_option("Print JSON (schema in docs/serving.md) instead of a table.")
 @click.option("--lazy-unpickle", is_flag=True, help="Read .bin files through a reader that runs no code of them.")
 @links_option
 def check(
@@ -56,7 +65,7 @@ def check(
         folder = adapter_at(adapter, unpickle=lazy_unpickle)
         verdicts = checking.check(folder, wanted, opened, lazy_unpickle=lazy_unpickle)
     if as_json:
-        click.echo(json.dumps(checking.to_json(folder, verdicts), indent=2))
+        print_json(checking.to_json(folder, verdicts))
     else:
         _show(verdicts)
     if readers is not None and not all(verdict.passes for verdict in verdicts):
@@ -103,9 +112,11 @@ def _text(finding: Finding) -> str:
 @click.option("--overwrite", is_flag=True, help="Replace an adapter in OUT.")
 @click.option("--lazy-unpickle", is_flag=True, help="Read .bin files through a reader that runs no code of them.")
 @links_option
+@json_option("Print the result and the warnings as JSON.")
 def convert(
-    adapter: str, out: Path, to: Target, base: str | None, overwrite: bool, lazy_unpickle: bool, follow_links: bool
-) -> None:
+    adapter: str, out: Path, to: Target, base: str | None, overwrite: bool, lazy_unpickle: bool, follow_links: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Write ADAPTER, of PEFT, mlx-lm or kohya's scripts, to the folder OUT as another program reads it.
 
     No value changes where that is possible; every other change is a warning. What has no place in the other form is
@@ -119,4 +130,7 @@ def convert(
         folder = adapter_at(adapter, unpickle=lazy_unpickle)
         notes = conversion.convert(folder, out, to, opened, overwrite=overwrite, lazy_unpickle=lazy_unpickle)
     warn(notes)
-    say(out, err=False)
+    if as_json:
+        print_json({"adapter": str(out), "warnings": [asdict(note) for note in notes]})
+    else:
+        say(out, err=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from paft_merge.cli.terminal import links_option, say, warn
+from paft_merge.cli.terminal import json_option, links_option, print_json, say, warn
 from paft_merge.errors import Problem
 
 
@@ -23,20 +23,25 @@ from paft_merge.errors import Problem
 )  # fmt: skip
 @click.option("--gpus", type=click.IntRange(0), default=0, show_default=True, help="Number of GPUs; 0 for a CPU.")
 @links_option
+@json_option("Print the paths of the recipe and its schema as JSON; without OUT, the recipe's text.")
 def init(
-    out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int, follow_links: bool
-) -> None:
+    out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int, follow_links: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Write a commented recipe for `paft run` to OUT, or print it.
 
-    Checks that local files exist and have the columns of their objective. Local paths are written relative to OUT.
+    Checks that local files exist and have the columns of their objective. Local paths are written relative to OUT. Beside OUT,
+    paft.schema.json lets editors complete and check the recipe, as `paft schema` does.
     """
     from paft_merge.inputs.links import following_links
 
     with following_links(follow_links):
-        _init(out, base, data, adapters, gpus)
+        _init(out, base, data, adapters, gpus, as_json)
 
 
-def _init(out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int) -> None:
+def _init(
+    out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int, as_json: bool
+) -> None:
     from paft_merge.inputs.adapter_places import base_of
     from paft_merge.pipeline import starter_recipe as recipes
 
@@ -64,8 +69,13 @@ def _init(out: Path | None, base: str | None, data: tuple[str, ...], adapters: t
     if not Path(base).is_dir() and "/" not in base:
         warn([Problem("BASE", base, "not a local folder; written as a Hub name", "check the path if it is a folder")])
     if out is None:
-        click.echo(text, nl=False)
+        print_json({"recipe": None, "schema": None, "text": text}) if as_json else click.echo(text, nl=False)
     else:
-        recipes.write_starter(out, text)
+        schema = recipes.write_starter(out, text)
+        if schema:
+            say(f"editors complete and check it with {schema}")
         say(f"next: paft run --dry-run {out} runs/first")
-        say(out, err=False)
+        if as_json:
+            print_json({"recipe": str(out), "schema": str(schema) if schema else None, "text": None})
+        else:
+            say(out, err=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from paft_merge.cli.running import resume_hint, silence_libraries
-from paft_merge.cli.terminal import say, sigterm_as_interrupt
+from paft_merge.cli.terminal import json_option, print_json, say, sigterm_as_interrupt
 
 
 @click.command(short_help="Test a claim of a paper in small, with seeds and intervals.")
@@ -33,9 +33,11 @@ from paft_merge.cli.terminal import say, sigterm_as_interrupt
     help="Change a parameter of the study, e.g. learning_rate=0.003.",
 )
 @click.option("--quiet", is_flag=True, help="No lines about the seeds.")
+@json_option("Print the files and the findings as JSON.")
 def study(
-    name: str, out: Path, data: Path | None, seeds: int | None, smoke: bool, overrides: tuple[str, ...], quiet: bool
-) -> None:
+    name: str, out: Path, data: Path | None, seeds: int | None, smoke: bool, overrides: tuple[str, ...], quiet: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Run the study NAME (frozen-lake, on-policy, on-policy-lm, paft-small, precision, or the YAML file of one) and print its findings.
 
     Writes results.json, NAME.md with tables, and plots to the folder of --out. Started again, it continues. A claim holds
@@ -54,4 +56,8 @@ def study(
             say(head.replace("**", ""))
             for verdict in verdicts:
                 say(f"  {verdict.replace('**', '')}")
-    say(found.page, err=False)
+    if as_json:
+        claims = [{"claim": head, "findings": findings} for head, *findings in found.claims]
+        print_json({"page": str(found.page), "results": str(found.results), "seeds_run": found.ran, "claims": claims})
+    else:
+        say(found.page, err=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +27,61 @@ if TYPE_CHECKING:
 
 COMMAND = "paft_merge.command"
 """Key of `click.Context.meta` for the command line as it was given, quoted for a shell."""
+
+
+AS_JSON = "paft_merge.json"
+"""Key of `click.Context.meta`: whether stdout is to have a JSON document and has none yet."""
+
+
+NOTE = "paft_merge.note"
+"""Key of `click.Context.meta`: the function that writes to the file of `paft --log-file`."""
+
+
+def _note(level: int, problems: Sequence[Problem]) -> None:
+    """Write problems to the file of `paft --log-file`, if there is one."""
+    context = click.get_current_context(silent=True)
+    if context is None or NOTE not in context.meta:
+        return
+    for problem in problems:
+        context.meta[NOTE](level, f"{problem.code}: {as_flags(str(problem))}")
+
+
+def json_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--json`, which `text` describes; see `print_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=text)
+
+
+def print_json(value: Any) -> None:
+    """Print the result of a command with `--json`, the only document on stdout."""
+    print_document(json.dumps(value, indent=2) + "\n")
+
+
+def print_document(text: str) -> None:
+    """Print a result that is JSON already."""
+    click.get_current_context().meta[AS_JSON] = False
+    sys.stdout.write(text)
+
+
+def print_errors(problems: Sequence[Problem], shown: Callable[[str], str] = str) -> None:
+    """Print errors on stderr, a line for each; with `--json` also on stdout, unless the result is there.
+
+    Args:
+        problems: at least one; the first is `error` in the document, and all of them are `errors`.
+        shown: changes the lines.
+    """
+    for problem in problems:
+        click.echo(shown(line("error", problem)), err=True)
+    _note(logging.ERROR, problems)
+    print_error_document(problems)
+
+
+def print_error_document(problems: Sequence[Problem]) -> None:
+    """Print errors on stdout if a document is wanted there and none was printed."""
+    if click.get_current_context().meta.get(AS_JSON):
+        errors = [
+            {**asdict(problem), "what": as_flags(problem.what), "fix": as_flags(problem.fix)} for problem in problems
+        ]
+        print_json({"error": errors[0], "errors": errors})
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
@@ -183,6 +239,7 @@ def warn(problems: Sequence[Problem]) -> None:
     """Print warnings on stderr."""
     for problem in problems:
         click.echo(line("warning", problem), err=True)
+    _note(logging.WARNING, problems)
 
 
 COMPILER = "paft_merge.compute.kernels.object_cache"

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paft_merge.cli.running import silence_libraries
-from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, trust_option
+from paft_merge.cli.terminal import (
+    console,
+    json_option,
+    links_option,
+    plain,
+    print_json,
+    say,
+    sigterm_as_interrupt,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from paft_merge.training.train_options import TrainProgress
@@ -37,17 +46,20 @@ if TYPE_CHECKING:
 @trust_option
 @links_option
 @click.option("--quiet", is_flag=True, help="Show no progress.")
+@json_option("Print the folders of the adapters as JSON; with --dry-run what is known of the rows.")
 def train(
     recipe: Path, out: Path | None, adapters: tuple[str, ...], show: int | None, dry_run: bool, resume: bool, schedule: Any,
-    devices: str | None, trust_code: bool, follow_links: bool, quiet: bool,
+    devices: str | None, trust_code: bool, follow_links: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train the adapters of RECIPE, each into OUT/NAME with a log in OUT/NAME.log (extra: paft-merge[train])."""
+    if show and as_json:
+        raise click.UsageError("--show prints rows for reading, and has no --json.")
     if show or dry_run:
         from paft_merge.inputs.links import following_links
 
         silence_libraries()
         with following_links(follow_links):
-            _without_training(recipe, adapters, show, dry_run, trust_code)
+            _without_training(recipe, adapters, show, dry_run, trust_code, as_json)
         return
     if out is None:
         raise click.UsageError("Missing argument 'OUT', the folder of the adapters.")
@@ -63,14 +75,17 @@ def train(
             recipe, out, adapters=adapters or None, resume=resume, schedule=schedule, devices=devices,
             progress=progress, logs=True, trust_code=trust_code, follow_links=follow_links,
         )  # fmt: skip
+    if as_json:
+        print_json({"adapters": {name: str(folder) for name, folder in done.items()}})
     for name, folder in done.items():
-        say(folder, err=False)
+        if not as_json:
+            say(folder, err=False)
         if not quiet and (log := out / f"{name}.log").exists():
             say(f"{name}: {'was finished already, ' if out / name in before else ''}log in {log}")
 
 
 def _without_training(
-    recipe: Path, adapters: tuple[str, ...], show: int | None, dry_run: bool, trust_code: bool
+    recipe: Path, adapters: tuple[str, ...], show: int | None, dry_run: bool, trust_code: bool, as_json: bool
 ) -> None:
     """Print rows as they will be trained, and check all of them."""
     from rich.text import Text
@@ -93,7 +108,10 @@ def _without_training(
             screen.print(text)
         learned = "green" if screen.is_terminal else "[[...]]"
         screen.print(f"({learned}: tokens that are learned)", style="dim", markup=False)
-    if dry_run:
+    if dry_run and as_json:
+        checked = check(recipe, adapters or None, trust_code=trust_code)
+        print_json({"adapters": {name: {**facts, "notes": list(notes)} for name, facts, notes in checked}})
+    elif dry_run:
         for name, facts, notes in check(recipe, adapters or None, trust_code=trust_code):
             say(f"{name}: {facts['rows']} rows are right", err=False)
             for note in notes:

@@ -11,7 +11,9 @@ from paft_merge.cli.running import resume_hint, set_option, silence_libraries, s
 from paft_merge.cli.terminal import (
     check_engine,
     engine_options,
+    json_option,
     links_option,
+    print_json,
     say,
     sigterm_as_interrupt,
     trust_option,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     "GPU, or for each machine without GPUs.",
 )  # fmt: skip
 @click.option("--quiet", is_flag=True, help="No lines about the trials.")
+@json_option("Print the best recipe and all trials as JSON.")
 def tune(
     recipe: Path,
     folder: Path,
@@ -52,6 +55,7 @@ def tune(
     trust_code: bool,
     follow_links: bool,
     quiet: bool,
+    as_json: bool,
     **engine: Any,
 ) -> None:
     """Search weights, densities and other parameters of RECIPE's merge for the highest metric of its `tune:` section.
@@ -77,7 +81,7 @@ def tune(
         )  # fmt: skip
     if not quiet:
         _summary(loaded, found, pick)
-    say(found.recipe, err=False)
+    print_json(found.to_json()) if as_json else say(found.recipe, err=False)
 
 
 def _summary(recipe: RunRecipe, found: TuneResult, pick: int | None) -> None:

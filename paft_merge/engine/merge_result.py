@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import Problem
 from paft_merge.hub.merged_folders import manifest_at
+from paft_merge.output.manifest import MANIFEST
 from paft_merge.plan import MergePlan
 from paft_merge.plan.formatting import html_table, show_bytes
 
@@ -44,6 +45,17 @@ class MergeResult(os.PathLike[str]):
         warnings = dict.fromkeys(problem for one in each for problem in one.warnings)
         seconds, written = sum(one.seconds for one in each), sum(one.bytes_written for one in each)
         return cls(path, (), tuple(warnings), seconds, written, dict(results))
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain data; that of a file with several results has those by name."""
+        return {
+            "out": str(self.path),
+            "manifest": None if self.results else f"{self.path}/{MANIFEST}",
+            "seconds": self.seconds,
+            "bytes_written": self.bytes_written,
+            "warnings": [asdict(problem) for problem in self.warnings],
+            "results": {name: one.to_json() for name, one in self.results.items()},
+        }
 
     @property
     def plan(self) -> MergePlan:

@@ -40,6 +40,7 @@ class Measurement(Section):
     """`reward`: `rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
     `f(prompts=, completions=, **columns) -> list[float]`."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest answer, in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """`reward`, `self_consistency`: sample answers at this temperature, with the section's seed. 0, the default of `reward`:
     greedy ones; `self_consistency` has 1.0 by default."""
@@ -109,6 +110,7 @@ class EvaluateSpec(Section):
     limit: Annotated[float, Field(gt=0)] | None = None
     """lm-eval: number of rows per task, or a share of them if below 1."""
     batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows that the model reads at once."""
     max_length: Annotated[int, Field(ge=8)] | None = None
     """Context length in tokens; default: from the model's config, at most 4096."""
     dtype: str = "auto"
@@ -116,6 +118,7 @@ class EvaluateSpec(Section):
     device: str | None = None
     """`cuda` or `cpu`; default: a GPU if there is one."""
     seed: int = 0
+    """Seed of sampled answers."""
 
     @property
     def needs_lm_eval(self) -> bool:

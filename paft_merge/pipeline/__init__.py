@@ -34,7 +34,7 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from paft_merge.engine.ray_cluster import Cluster, uses_ray
 from paft_merge.errors import RecipeError, RunError, escape
@@ -77,6 +77,14 @@ class Planned:
     def why(self, step: Step) -> str:
         """Why a step is to do; empty if it is not."""
         return (self.state.why(step) or "asked for") if step in self.todo else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The steps as plain data: why each runs (empty: it does not), and what it writes."""
+        steps = [
+            {"step": one.name, "stage": one.stage, "why": self.why(one), "out": str(one.out) if one.out else None}
+            for one in self.steps
+        ]  # fmt: skip
+        return {"steps": steps, "to_do": len(self.todo)}
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,12 @@ def _one_or_more(value: Any) -> Any:
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 Points = Annotated[list[Positive], Field(min_length=1), AfterValidator(_no_value_twice)]
-Shares = Annotated[list[OpenShare], BeforeValidator(_one_or_more), Field(min_length=1), AfterValidator(_no_value_twice)]
+Shares = Annotated[
+    list[OpenShare],
+    BeforeValidator(_one_or_more, json_schema_input_type=OpenShare | list[OpenShare]),
+    Field(min_length=1),
+    AfterValidator(_no_value_twice),
+]
 
 
 class SequentialSpec(Section):
@@ -132,8 +137,11 @@ class CompareSpec(Section):
     order: Annotated[list[str], Field(min_length=2), AfterValidator(_no_value_twice)] | None = None
     """The adapters of all arms, in the order of `sequential`; by default the skill and the preference adapter."""
     sequential: SequentialSpec | None = None
+    """Values of the arm `sequential` that are tried one by one."""
     mixed: MixedSpec | None = None
+    """Settings of the arm `mixed`."""
     polish: PolishSpec | None = None
+    """Settings of the arm `polish`."""
     skill: str | None = None
     """The adapter that is trained first in `sequential`; the first one with objective sft or ift by default."""
     preference: str | None = None
@@ -183,11 +191,17 @@ class PushSpec(Section):
     """The section `push:`."""
 
     repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """`user/name` on the Hub; created if necessary."""
     private: bool = True
+    """Visibility of a new repository."""
     branch: str | None = None
+    """Branch to commit to, created if necessary; default: main."""
     create_pr: bool = False
+    """Open a pull request instead of committing."""
     message: str | None = None
+    """Commit message."""
     tags: list[str] = Field(default_factory=list)
+    """Tags of the commit."""
 
 
 class TuneSpec(Section):
@@ -200,9 +214,38 @@ class TuneSpec(Section):
     `parameters.trim.l1_mass: [0.5, 1.0]`; a gradient (`{range: [0.2, 1.5], layers: 4}`); or a mapping with one of these for
     each kind of module: `models[0].parameters.weight: {attention: [0.2, 1.5], mlp: [0.2, 1.5]}`."""
     trials: Annotated[int, Field(ge=1)] = 40
+    """Number of trials, with the recipe as it is."""
     seed: int = 0
+    """Seed of the sampler."""
     startup_trials: Annotated[int, Field(ge=1)] = 10
     """Random trials before the sampler (TPE) uses the results of earlier ones."""
+
+
+class RunLanguage(Section):
+    """A run recipe as written. `read_run` reads its sections one by one, so that all their problems are found together."""
+
+    base_model: Annotated[str, Field(min_length=1)]
+    """The model that the adapters are for: a folder or a Hub name."""
+    adapters: dict[str, AdapterSpec | ExistingAdapter | str] | Literal[False] = False
+    """The adapters by name: what to train, or the path of an adapter that exists."""
+    merge: dict[str, Any] | Literal[False] = False
+    """A merge recipe in which the names of `adapters` are models. Without `base_model` it has that of the run."""
+    audit: AuditSpec | Literal[False] | None = False
+    """How sparse the adapters must be before anything is merged."""
+    evaluate: EvaluateSpec | Literal[False] = False
+    """The evaluations of the models."""
+    compare: CompareSpec | Literal[False] | None = False
+    """Compare the merge with other ways to combine the adapters, in a table."""
+    push: PushSpec | Literal[False] = False
+    """The repository on the Hub that the merged model is pushed to."""
+    seeds: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_no_value_twice)]
+        | Literal[False]
+        | None
+    ) = None
+    """Seeds with which everything is repeated; the table has means and intervals."""
+    tune: TuneSpec | Literal[False] = False
+    """What `paft tune` searches."""
 
 
 _SECTIONS: Mapping[str, type[Section]] = {
@@ -211,7 +254,7 @@ _SECTIONS: Mapping[str, type[Section]] = {
     "push": PushSpec,
     "tune": TuneSpec,
 }
-KEYS = ("base_model", "adapters", "merge", "audit", "evaluate", "compare", "push", "seeds", "tune")
+KEYS = tuple(RunLanguage.model_fields)
 
 
 @dataclass(frozen=True)

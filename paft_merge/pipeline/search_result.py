@@ -55,6 +55,22 @@ class TuneResult:
     front: tuple[Trial, ...] = field(default=(), repr=False)
     """The trials that no other one beats in every objective, the best in the first objective first."""
 
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain data; values that are not finite are None."""
+        return {
+            "recipe": str(self.recipe),
+            "best": self.best.number,
+            "front": [trial.number for trial in self.front],
+            "trials": [
+                {
+                    "trial": one.number, "is_recipe": one.is_recipe, "parameters": dict(one.parameters),
+                    "values": [value if math.isfinite(value) else None for value in one.values],
+                    "scores": dict(one.scores),
+                }
+                for one in self.trials
+            ],
+        }  # fmt: skip
+
 
 def objectives(metric: str | Sequence[str]) -> tuple[str, ...]:
     """The objectives of `tune: {metric: ...}`, each a sum of evaluations."""

@@ -17,6 +17,7 @@ from paft_merge.errors import DOCS, OutputError, PaftMergeError, Problems, Recip
 from paft_merge.hub import is_repository
 from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.output.report_files import write_file
+from paft_merge.pipeline.recipe_schemas import with_schema
 from paft_merge.training.row_files import SUFFIXES as ROW_SUFFIXES
 from paft_merge.training.row_files import read_rows, suffix_of
 from paft_merge.training.row_forms import Kind, columns_of, form_of
@@ -308,15 +309,20 @@ def _kind(path: str) -> str:
     return "preference" if "chosen" in row or (not row and "pairs" in path) else "exact_match"
 
 
-def write_starter(out: Path, text: str) -> None:
-    """Write a starter recipe to a new file.
+def write_starter(out: Path, text: str) -> Path | None:
+    """Write a starter recipe to a new file, and the schema for editors beside it.
+
+    Returns:
+        The file of the schema; None where another program's file has its name.
 
     Raises:
         OutputError: EXISTS, something is there; OUTPUT, it cannot be written.
     """
     if out.exists():
         raise OutputError.of("EXISTS", out, "the file exists", "name another file, or remove it")
+    text, schema = with_schema(text, out)
     write_file(out, text)
+    return schema
 
 
 def is_small(base: str) -> bool:

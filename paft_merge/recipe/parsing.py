@@ -81,6 +81,8 @@ class _Reader:
         if details["type"] == "too_short" and details["input"]:
             return True  # pydantic does not count faulty items
         around = _at(data, steps[:-1])
+        if type(around) not in (dict, list):
+            return True  # inside a value with an error that is noted, which was replaced or removed
         if details["type"] == "extra_forbidden":
             self.unknown(steps, around)
             around.pop(key, None)
@@ -139,6 +141,10 @@ class _Reader:
 
 
 def _at(data: Any, steps: KeyPath) -> Any:
+    """The value at a key path, or the first one on the way that is not a mapping or list."""
     for step in steps:
-        data = data.get(step) if isinstance(data, dict) else data[step]
+        if isinstance(data, dict):
+            data = data.get(step)
+        elif isinstance(data, list):
+            data = data[int(step)]
     return data

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from pydantic import Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from paft_merge.errors import RecipeError
@@ -90,6 +90,35 @@ class ModelRef:
             handler.generate_schema(_Form),
             serialization=core_schema.plain_serializer_function_ser_schema(ModelRef.written),
         )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        place = {"type": ["string", "object"]}
+        return {
+            "type": ["string", "object"],
+            "minLength": 1,
+            "required": ["model"],
+            "properties": {
+                "model": {**place, "description": "`PATH[@REVISION]`, or `{path, revision}`."},
+                "lora": {
+                    "type": [*place["type"], "array", "null"],
+                    "description": "`PATH[@REVISION]` of an adapter, or a list of them, which are added in their order.",
+                    "default": None,
+                },
+                "override_architecture": {
+                    "type": ["string", "null"],
+                    "description": "The architecture that the model has in place of that of its config.",
+                    "default": None,
+                },
+                "label": {
+                    "type": ["string", "null"],
+                    "minLength": 1,
+                    "description": "A name that seeds random drops in place of the path.",
+                    "default": None,
+                },
+            },
+            "additionalProperties": False,
+        }
 
 
 def _part(path: str, revision: str | None) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     PlainSerializer,
@@ -22,7 +23,7 @@ from pydantic import (
 )
 
 from paft_merge.recipe.reference import ModelRef
-from paft_merge.recipe.sections import Section, as_list, refused
+from paft_merge.recipe.sections import Section, as_list, exactly_one, refused
 from paft_merge.recipe.yaml_source import did_you_mean, show
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -126,9 +127,25 @@ Frozen = Annotated[Mapping[str, T], AfterValidator(_frozen), PlainSerializer(_th
 Parameters = Annotated[
     Mapping[str, Any], BeforeValidator(lambda v: _thawed(v)), AfterValidator(_frozen), PlainSerializer(_thawed)
 ]
-DtypeName = Annotated[Literal["bfloat16", "float16", "float32", "float64"] | None, BeforeValidator(_read_dtype)]
-Layers = Annotated[tuple[int, int], BeforeValidator(_read_layers)]
-ChatTemplate = Annotated[str | None, BeforeValidator(_read_template)]
+DtypeName = Annotated[
+    Literal["bfloat16", "float16", "float32", "float64"] | None,
+    BeforeValidator(
+        _read_dtype,
+        json_schema_input_type=Literal["bfloat16", "float16", "float32", "float64"]
+        | Annotated[str, Field(pattern=r"^torch\.(bfloat16|float16|float32|float64)$")]
+        | None,
+    ),
+]
+_Count = Annotated[int, Field(ge=0)]
+Layers = Annotated[tuple[int, int], BeforeValidator(_read_layers, json_schema_input_type=tuple[_Count, _Count])]
+_TemplateName = Literal["auto", "alpaca", "chatml", "exaone", "llama3", "mistral"]
+ChatTemplate = Annotated[
+    str | None,
+    BeforeValidator(
+        _read_template,
+        json_schema_input_type=_TemplateName | Annotated[str, Field(min_length=20, pattern=r"\{")] | None,
+    ),
+]
 TokenizerSource = Annotated[
     Annotated[Literal["union", "base"], Tag(f"{_TAG}word")] | Annotated[ModelRef, Tag(f"{_TAG}model")],
     _word_or_reference("union", "base"),
@@ -139,37 +156,51 @@ class ModelEntry(Section):
     """An item of `models:`."""
 
     model: ModelRef
+    """`PATH[@REVISION][+ADAPTER[@REVISION]]`; a mapping `{model, lora, override_architecture, label}`; the name of a
+    document; or one `.safetensors` file (`.pt` with `--lazy-unpickle`). Random drops depend on `label`, or without
+    it on the reference as written."""
     last: Annotated[int, Field(gt=0, strict=True)] | None = None
-    """The number of checkpoints that a `*` in `model` stands for, counted from the last; None: all."""
+    """With a `*` in `model`, such as `RUN/checkpoint-*`: only the last so many of the checkpoints. Default: all."""
     parameters: Parameters | None = None
+    """Parameters of this source: a value, a gradient (a list, interpolated over the layers), or a list of conditions
+    `{filter, value}`. A filter is a part of a tensor's name."""
 
 
 class SourceEntry(Section):
     """An item of a slice's `sources:`."""
 
     model: ModelRef
+    """As `models[].model`. An adapter applies to the layers that `layer_range` selects."""
     last: Annotated[int, Field(gt=0, strict=True)] | None = None
-    """The number of checkpoints that a `*` in `model` stands for, counted from the last; None: all."""
+    """As `models[].last`."""
     layer_range: Layers
-    """The first layer, and the layer after the last."""
+    """`[first, end]`, counted from 0; `end` is not included."""
     parameters: Parameters | None = None
+    """Parameters of this source. Filters match the source's tensor names."""
 
 
 class SliceEntry(Section):
     """An item of `slices:`: output layers made of equally many layers of each source."""
 
     sources: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
+    """One entry per model, all with the same number of layers. If the method has a base, list the base too."""
     base_model: ModelRef | None = None
-    """Replaces the recipe's `base_model`."""
+    """Base of this slice, instead of the recipe's."""
     parameters: Parameters | None = None
+    """Parameters of this slice. A gradient starts again in each slice."""
 
 
 class ModuleEntry(Section):
     """A value of `modules:`: a part of a composite model, such as a text decoder."""
 
+    model_config = ConfigDict(json_schema_extra=exactly_one("models", "slices"))
+
     models: tuple[ModelEntry, ...] | None = None
+    """Whole modules to merge."""
     slices: tuple[SliceEntry, ...] | None = None
+    """Layers of this module."""
     parameters: Parameters | None = None
+    """Parameters of this module."""
 
     @model_validator(mode="after")
     def one_form(self) -> ModuleEntry:
@@ -182,15 +213,22 @@ class ZeroRow(Section):
     """The zero embedding."""
 
     kind: Literal["zero"]
+    """`zero`: the zero embedding."""
 
 
 class TokenRow(Section):
     """The embedding of a token of a model."""
 
+    model_config = ConfigDict(json_schema_extra=exactly_one("token", "token_id"))
+
     kind: Annotated[Literal["model_token"], BeforeValidator(_read_kind)]
+    """`model_token`: the embedding of a token of a model."""
     model: ModelRef
+    """The model."""
     token: str | None = None
+    """The token as text; or give `token_id`."""
     token_id: int | None = None
+    """The token's number; or give `token`."""
 
     @model_validator(mode="after")
     def one_token(self) -> TokenRow:
@@ -208,16 +246,20 @@ class TokenEntry(Section):
         | Annotated[ModelRef, Tag(f"{_TAG}model")],
         Discriminator(_kind_of_row),
     ]
+    """A model, `{kind: zero}`, or `{kind: model_token, model, token}` (or `token_id`)."""
     force: bool = False
-    """Whether models that have the token use this embedding too."""
+    """Use this source for every model, also for models that have the token."""
 
 
 class TokenizerEntry(Section):
     """The output's vocabulary."""
 
     source: TokenizerSource = "union"
+    """As `tokenizer_source` (default `union`)."""
     tokens: Frozen[TokenEntry] | None = None
+    """Where the embeddings of single tokens come from."""
     pad_to_multiple_of: Annotated[int, Field(gt=0, le=100_000)] | None = None
+    """Round the number of embedding rows up to a multiple of this."""
 
 
 def _read_rank(value: Any) -> Any:
@@ -232,23 +274,38 @@ class OutputEntry(Section):
     """What the merge writes."""
 
     kind: Literal["checkpoint", "adapter", "delta"] = "checkpoint"
+<<<<<<< HEAD
     """`adapter` writes the merged delta as a LoRA of the base; `delta` writes the entries of it that are not zero."""
     rank: Annotated[int | Literal["sum", "auto"] | None, BeforeValidator(_read_rank)] = None
     """Rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least that keeps `energy`."""
     energy: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     """Share of each delta's squared norm that `rank: auto` keeps."""
+=======
+    """`checkpoint` (default); `adapter`: a LoRA of the base; or `delta`: the entries of the merged delta that are not
+    zero, a [sparse delta](adapters-out.md#sparse-deltas)."""
+    rank: Annotated[
+        int | Literal["sum", "auto"] | None,
+        BeforeValidator(_read_rank, json_schema_input_type=Annotated[int, Field(gt=0)] | Literal["sum", "auto"] | None),
+    ] = None
+    """Rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least rank that
+    keeps `energy`."""
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the squared norm of each delta that `rank: auto` keeps, such as 0.99."""
+>>>>>>> h/sc
     format: Literal["sparse", "shira"] | None = None
-    """Of `kind: delta`: the format of paft_merge (default), or SHiRA, which PEFT loads where only linear layers change."""
+    """Of `kind: delta`: `sparse` (default), which paft_merge reads, or `shira`, which PEFT loads where only linear
+    layers change."""
     max_rank: Annotated[int, Field(gt=0, strict=True)] | None = None
     """Limit of the ranks that `rank: auto` finds."""
     portable: bool = True
-    """Write what vLLM, SGLang, llama.cpp and PEFT all read; false: also what only PEFT reads."""
+    """`true` (default): only what vLLM, SGLang, llama.cpp and PEFT all read; `false`: also what only PEFT reads."""
     include: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
-    """Names of the modules that get factors, with the wildcards of a shell; empty for all. The delta of others is left out."""
+    """Names of the modules that get factors, or ends of names after a dot, such as `q_proj` or `layers.1?.*`; without
+    it all. The delta of other modules is left out."""
     exclude: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
     """Names of modules whose delta is left out."""
     unfit: Literal["refuse", "leave_out"] = "refuse"
-    """What happens to deltas that an adapter cannot hold."""
+    """Deltas that the adapter cannot hold, such as those of norms: `refuse` (default) or `leave_out`, with a warning."""
 
     @model_validator(mode="before")
     @classmethod
@@ -285,43 +342,59 @@ def _read_output(value: Any) -> Any:
 class Language(Section):
     """A merge recipe as written: mergekit's keys, then ours."""
 
+    model_config = ConfigDict(json_schema_extra=exactly_one("models", "slices", "modules"))
+
     merge_method: str
+    """A method of [the table](methods.md), or one that a module registers with mergekit (`--import`)."""
     models: tuple[ModelEntry, ...] | None = None
+    """Whole models to merge; `base_model` is one of them, listed or not."""
     slices: tuple[SliceEntry, ...] | None = None
+    """Layers of the output, slice by slice: repeated, overlapping or reordered. See [Slices](#slices)."""
     modules: Frozen[ModuleEntry] | None = None
+    """Parts of a composite model, each with `models` or `slices`: `text_decoder`, `vision_tower`,
+    `multi_modal_projector`, `encoder`, `decoder`, `shared`, `default`, or a prefix of tensor names. A part that is
+    not listed is not written, as in mergekit; you get a warning."""
     base_model: ModelRef | None = None
-    """The checkpoint to merge into, which also provides config and tokenizer."""
+    """The checkpoint to merge into. The output takes its config, tokenizer and other files from it. Without this key
+    the first model is used (mergekit picks one at random)."""
     parameters: Parameters | None = None
+    """Parameters for all sources. A more specific place wins: source, then slice, then module, then recipe."""
     dtype: DtypeName = None
-    """The output's dtype without an `out_dtype`; with `arithmetic: mergekit` also the dtype of the arithmetic."""
+    """dtype of the output; with `arithmetic: mergekit` also of the arithmetic."""
     out_dtype: DtypeName = None
+    """dtype of the output. Without `dtype` and `out_dtype` the output has the base's dtype."""
     tokenizer_source: TokenizerSource | None = None
-    """The short form of `tokenizer`."""
+    """Vocabulary of the output: `union`, `base` or a model. See [Tokenizers](tokenizers.md)."""
     tokenizer: Annotated[TokenizerEntry | None, BeforeValidator(_read_tokenizer)] = None
+    """The same as a mapping with more options."""
     chat_template: ChatTemplate = None
-    """`auto`, one of `CHAT_TEMPLATES`, or a Jinja template."""
+    """`auto`, `alpaca`, `chatml`, `exaone`, `llama3`, `mistral`, or a Jinja template."""
 
     name: str | None = None
-    """The name by which other documents of the file use the result."""
+    """Name of this document in a file with several. See [Several documents](#several-documents-in-a-file)."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """How float32 results are rounded to the output's dtype."""
+    """`nearest` (default) or `stochastic`. See [Numerics](numerics.md)."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
-    """Seed of random drops and of stochastic rounding."""
+    """Seed of random drops and of stochastic rounding (default 0)."""
     arithmetic: Literal["float32", "mergekit"] = "float32"
-    """`mergekit` computes in `dtype` as mergekit does, for equal results."""
+    """`float32` (default), or `mergekit` for mergekit's results bit for bit."""
 
     router: Literal["base", "average", "merge"] | None = None
-    """How routers of mixtures of experts are merged: the base's, the sources' mean, or (default) as other tensors."""
+    """Routers of mixtures of experts: `base`, `average`, or `merge` (default, as other tensors). See
+    [Routers](#routers)."""
 
     quantization: Literal["keep"] | None = None
-    """`keep`: weights that the base stores as codes with scales are written so again; None: the output has plain weights."""
+    """`keep`: the output is quantised as the base is. Without this key it has plain weights. See [`quantization:
+    keep`](#quantization-keep)."""
     scales: Literal["keep", "refit"] | None = None
-    """Of `quantization: keep`: the base's scales, or (default) new ones where they are nearer to the merged values."""
+    """Of `quantization: keep`: `refit` (default) or `keep`."""
 
     output: Annotated[OutputEntry | None, BeforeValidator(_read_output)] = None
-    """What is written: a checkpoint, or the merged delta as an adapter of the base."""
+    """What is written: a checkpoint (default), or the merged delta as an adapter or a sparse delta. See [Adapters as
+    output](adapters-out.md)."""
     space: Literal["weight", "core", "knots", "ctm"] | None = None
-    """Where the method works: on deltas (`weight`, the default), or in a common space of the adapters' factors."""
+    """Where the method works: on deltas (`weight`, default), or in a common space of the adapters: `core`, `knots` or
+    `ctm`. See [Spaces of adapters](methods.md#spaces-of-adapters)."""
 
     @model_validator(mode="after")
     def one_form(self) -> Language:

@@ -56,6 +56,12 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | Mapping | Section) else value
 
 
+def exactly_one(*keys: str) -> dict[str, Any]:
+    """The rule of a JSON Schema that one of `keys` is given and not empty."""
+    given: dict[str, Any] = {"not": {"enum": [None, [], {}]}}
+    return {"oneOf": [{"required": [key], "properties": {key: given}} for key in keys]}
+
+
 def refused(what: str, fix: str = "") -> PydanticCustomError:
     """The error that a validator raises to choose the user's message itself."""
     return PydanticCustomError("recipe", "{what}", {"what": what, "fix": fix})

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from paft_merge.errors import Problems, RecipeError
-from paft_merge.recipe.sections import Section, as_list, former_keys, read_section, suggestion
+from paft_merge.recipe.sections import Section, as_list, exactly_one, former_keys, read_section, suggestion
 from paft_merge.recipe.yaml_source import Located, refuse_secrets
 
 Objective = Literal["sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo", "mixed"]
@@ -54,7 +54,9 @@ class DataSpec(Section):
     split: str = "train"
     """Split, in the notation of `datasets` (`train_sft[:1000]`)."""
     data_dir: str | None = None
+    """Folder of the data set's repository that has the files."""
     data_files: str | list[str] | None = None
+    """Files of the data set's repository or folder."""
     revision: str | None = None
     """Commit, tag or branch of a Hub data set."""
     rename: dict[str, str] = Field(default_factory=dict)
@@ -77,12 +79,15 @@ class LoraSpec(Section):
     lora_alpha: Positive = 16
     """The delta is scaled by lora_alpha / r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of the factors that is dropped in training."""
     target_modules: str | list[str] = "all-linear"
     """Module names, a regular expression, or `all-linear` (every linear layer but the head)."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
     bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained: none, all, or those of layers with a LoRA."""
     modules_to_save: list[str] | None = None
+    """Modules that are trained whole, such as `lm_head`."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further fields of `peft.LoraConfig`, checked against it."""
 
@@ -150,6 +155,8 @@ class IftSpec(Section):
 class RewardSpec(Section):
     """A reward of completions: exactly one of `function`, `model` and `rule`."""
 
+    model_config = ConfigDict(json_schema_extra=exactly_one("function", "model", "rule"))
+
     function: str | None = None
     """`rewards.py:f` (a file beside the recipe) or `package.module:f`, called as TRL calls reward functions:
     `f(prompts=, completions=, **columns) -> list[float]`."""
@@ -171,6 +178,7 @@ class SamplingSpec(Section):
     """Rounds of generate, score, pair and train, with the parameters of arXiv:2404.14367."""
 
     rounds: Annotated[int, Field(ge=1)] = 4
+    """Rounds of generating and training."""
     samples_per_round: Annotated[int, Field(ge=1)] = 64
     """Prompts per round (B)."""
     completions: Annotated[int, Field(ge=2)] = 4
@@ -186,23 +194,32 @@ class SamplingSpec(Section):
     threshold: Annotated[float, Field(ge=0)] = 0.0
     """A pair is kept only if its rewards differ by more than this."""
     temperature: Positive = 1.0
+    """Temperature of the completions."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the probability from which tokens are sampled."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest completion, in tokens."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Prompts generated at once."""
     rwr_temperature: Positive = 1.0
     """`rwr` only: softmax temperature of the reward weights."""
     seed: int = 0
+    """Seed of the prompts and completions."""
 
 
 class QuantizationSpec(Section):
     """A base in 4 or 8 bits (bitsandbytes); adapters stay float32."""
 
     load_in_4bit: bool = False
+    """Load the weights in 4 bits."""
     load_in_8bit: bool = False
+    """Load the weights in 8 bits."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit type."""
     bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales, too."""
     bnb_4bit_compute_dtype: str = "bfloat16"
+    """torch dtype of the products."""
 
     @model_validator(mode="after")
     def _one(self) -> QuantizationSpec:
@@ -217,36 +234,68 @@ class BaseSpec(Section):
     dtype: str = "auto"
     """torch dtype of the frozen weights (`bfloat16`), or `auto`: as stored."""
     attn_implementation: str | None = None
+    """transformers' name of the attention, such as `sdpa`."""
     revision: str | None = None
+    """Commit, tag or branch of a Hub repository."""
     trust_remote_code: bool = False
+    """Run the model's own code from its repository; needs `--trust-code`."""
     quantization: QuantizationSpec | None = None
+    """Load the base in 4 or 8 bits."""
 
 
 def _named(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in as_list(value)] if value else value
 
 
-DataList = Annotated[list[DataSpec], BeforeValidator(_named), Field(min_length=1)]
+DataList = Annotated[
+    list[DataSpec],
+    BeforeValidator(
+        _named,
+        json_schema_input_type=str | DataSpec | Annotated[list[str | DataSpec], Field(min_length=1)],
+    ),
+    Field(min_length=1),
+]
+
+
+def _mixed_or_own(schema: dict[str, Any]) -> None:
+    """The rule of the JSON Schema of an adapter that a mixed one has parts, and every other one data."""
+    schema["required"].remove("data")
+    own = ("data", "eval_data", "l1", "max_prompt_tokens")
+    schema["if"] = {"properties": {"objective": {"const": "mixed"}}}
+    schema["then"] = {"required": ["parts"], "properties": dict.fromkeys(own, False)}
+    schema["else"] = {"required": ["data"], "properties": {"parts": False, "ratio": False}}
 
 
 class AdapterSpec(Section):
     """One adapter of `adapters:`. docs/training.md has an example of each objective."""
 
+    model_config = ConfigDict(json_schema_extra=_mixed_or_own)
+
     objective: Objective
+    """What is trained: `sft`; `dpo`, `orpo` (preference pairs); `ift`; `on_policy`, `best_of_n`, `rwr`, `rloo`, `grpo`
+    (generated text and a reward); or `mixed`, several of the others in one adapter."""
     data: DataList
     """Training rows; a list is a mixture."""
     eval_data: DataList | None = None
+    """Rows on which the loss is measured during training."""
     lora: LoraSpec = LoraSpec()
+    """The LoRA that is trained."""
     l1: L1Spec | None = None
+    """Sparse training."""
     trim: TrimSpec | None = None
+    """Magnitude pruning after training."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Any field of the objective's TRL config, checked against it."""
     orpo: OrpoSpec = OrpoSpec()
+    """Parameters of objective `orpo`."""
     ift: IftSpec = IftSpec()
+    """Parameters of objective `ift`."""
     sampling: SamplingSpec = SamplingSpec()
+    """Rounds of objectives `on_policy`, `best_of_n` and `rwr`."""
     reward: Annotated[list[RewardSpec], BeforeValidator(as_list)] = Field(default_factory=list)
     """Rewards of completions (`on_policy`, `best_of_n`, `rwr`, `rloo`, `grpo`); several are summed."""
     base: BaseSpec = BaseSpec()
+    """How the base is loaded."""
     chat_template: str | None = None
     """A name (`chatml`, as in `merge:`), a Jinja file, or a model whose template is used. Default: the base's own."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -255,9 +304,21 @@ class AdapterSpec(Section):
     """GPUs, or CPU processes, that train this adapter (through accelerate)."""
     accelerate_config: str | None = None
     """A file for `accelerate launch --config_file` (FSDP and the like)."""
-    parts: dict[str, AdapterSpec] | None = None
+    parts: Annotated[
+        dict[str, AdapterSpec] | None,
+        WithJsonSchema({"type": ["array", "null"], "items": {"type": "string"}, "minItems": 2, "uniqueItems": True}),
+    ] = None
     """`mixed` only: the sections of the adapters whose objectives are trained together, by name. A recipe lists the names."""
-    ratio: dict[str, Annotated[float, Field(ge=0), AfterValidator(_finite)]] | None = None
+    ratio: Annotated[
+        dict[str, Annotated[float, Field(ge=0), AfterValidator(_finite)]] | None,
+        WithJsonSchema(
+            {
+                "type": ["number", "object", "null"],
+                "minimum": 0,
+                "additionalProperties": {"type": "number", "minimum": 0},
+            }
+        ),
+    ] = None
     """`mixed` only: the relative number of optimizer steps of each part, or for two parts one number: steps of the second
     per step of the first. Default: each part has as many steps as alone."""
 

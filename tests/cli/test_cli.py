@@ -226,7 +226,6 @@ def test_exit_codes_are_0_for_done_1_for_a_fault_and_2_for_usage(asked: Path, tm
         [asked, tmp_path / "b", "--threads", "0"],
         [asked, tmp_path / "b", "--memory", "lots"],
         [asked, "b", "--no"],
-        [asked, "b", "--json"],
     ):
         result = paft("merge", *usage)
         assert result.exit_code == 2, usage

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def command_lines() -> list[tuple[str, str]]:
     """Every line of a recipe's comments or of the documentation that starts with a command, and its file."""
     pages = (path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md")  # is made from the commands
-    files = [*(ROOT / "recipes").rglob("*.yaml"), *pages]
+    files = [*(ROOT / "recipes").rglob("*.yaml"), *pages, ROOT / "AGENTS.md"]
     return [
         (path.name, re.split(r"\s{2,}|\s#|: ", line)[0])  # without the explanation behind it
         for path in sorted(files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +44,32 @@ def test_a_merge_has_a_log_beside_its_folder(file: Path, tmp_path: Path) -> None
     assert paft("audit", tmp_path / "out").exit_code == 0
     assert paft("reproduce", tmp_path / "out", tmp_path / "third", "--quiet").exit_code == 0
     assert "paft reproduce" in (tmp_path / "third.log").read_text()
+
+
+def test_any_command_writes_to_the_file_of_log_file(file: Path, tmp_path: Path) -> None:
+    log = tmp_path / "new" / "all.log"
+    done = paft("--log-file", log, "methods")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert paft("--log-file", log, "methods", "tise").exit_code == 1
+    merged = paft("--log-file", log, "merge", file, tmp_path / "out", "--quiet")
+    assert (merged.exit_code, merged.output) == (0, "")
+    assert paft("--log-file", log, "merge", file, tmp_path / "out", "--quiet").exit_code == 1
+    text = log.read_text()
+    assert text.count("\npaft-merge ") == 3
+    assert "paft --log-file" in text.splitlines()[0]
+    assert " ERROR paft_merge: RECIPE: tise: is not a method; did you mean 'ties'?" in text
+    assert re.search(r" INFO paft_merge\.cli: merge: [\d.]+ s\n", text)
+    assert re.search(r" ERROR paft_merge: \w+: .*out: exists and is not empty", text)
+    assert "--overwrite" in text
+    assert (tmp_path / "out.log").exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
+    done = paft("--log-file", tmp_path, "methods")
+    assert done.exit_code == 2  # it is a folder
+    (tmp_path / "file").write_text("")
+    done = paft("--log-file", tmp_path / "file" / "log", "methods", "linear")
+    assert (done.exit_code, done.stderr.count("warning[LOG]")) == (0, 1)
 
 
 def test_the_folders_above_an_output_are_made_for_its_log(file: Path, tmp_path: Path) -> None:

@@ -115,6 +115,11 @@ def seconds_to_compile() -> float:
     return len(_KERNELS) * _SECONDS_EACH if all(kernel.is_missing for kernel in _KERNELS) else 0.0
 
 
+def compiled_kernels() -> tuple[int, int]:
+    """The number of kernels whose machine code is on disk, and of all that were defined, without compiling any."""
+    return sum(not kernel.is_missing for kernel in _KERNELS), len(_KERNELS)
+
+
 class Compiled:
     """A kernel that is called with contiguous arrays and numbers, and compiled at its first call.
 
@@ -184,7 +189,7 @@ class Compiled:
     @property
     def is_missing(self) -> bool:
         """Whether the kernel must be compiled, because no folder has its object file."""
-        return not self._entry and not any((folder / self._file).is_file() for folder in _folders())
+        return not self._entry and not any((folder / self._file).is_file() for folder in folders())
 
     @property
     def _file(self) -> str:
@@ -365,7 +370,7 @@ def _environment() -> str:
     return _ENVIRONMENT[0]
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
     """Folders for object files: `NUMBA_CACHE_DIR` alone, or `__pycache__` beside the sources, then the user's cache."""
     if own := os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(own)]
@@ -376,7 +381,7 @@ def _folders() -> list[Path]:
 
 def _read(name: str) -> bytes | None:
     """An object file with an intact digest; None where there is none."""
-    for folder in _folders():
+    for folder in folders():
         try:
             held = (folder / name).read_bytes()
         except OSError:
@@ -388,7 +393,7 @@ def _read(name: str) -> bytes | None:
 
 def _write(name: str, code: bytes) -> None:
     """Write an object file to the first writable folder and delete stale versions. If none is writable, the next process compiles again."""
-    for folder in _folders():
+    for folder in folders():
         part = folder / f"{name}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,149 @@
+"""The files for other tools agree with the project: names, versions, dependencies, commands and options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from paft_merge.cli import cli
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA_NAMES = {"huggingface_hub": "huggingface-hub", "pytorch": "torch", "python-xxhash": "xxhash"}
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def fake_paft(folder: Path, exit_code: str = "0") -> dict[str, str]:
+    """The environment of a shell whose `paft` writes its arguments, one on a line, to `calls`, and exits with `exit_code`."""
+    program = folder / "paft"
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> "{folder}/calls"\nexit {exit_code}\n')
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+def check_options(command: str, words: list[str]) -> None:
+    """Fail unless a command has the options among some words."""
+    known = {text for one in cli.commands[command].params if isinstance(one, click.Option) for text in one.opts}
+    assert {word for word in words if word.startswith("--") and word != "--"} <= known
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = load("CITATION.cff")
+    assert cited["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= cited.keys()
+    assert (cited["version"], cited["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert cited["repository-code"] == PROJECT["urls"]["Repository"]
+    assert cited["keywords"] == PROJECT["keywords"]
+    assert cited["authors"] == PROJECT["authors"]
+
+
+class TestHook:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    words = shlex.split(hook["entry"])
+
+    def test_its_command_exists(self) -> None:
+        (command, options) = re.search(r"paft (\w+) ((?:--[\w-]+ )+)", self.hook["entry"]).groups()  # type: ignore[union-attr]
+        assert (command, options.split()) == ("merge", ["--dry-run", "--strict"])
+        check_options(command, options.split())
+        assert self.hook["language"] == "system"
+
+    @pytest.mark.parametrize("code", ["0", "1"])
+    def test_every_recipe_is_checked_by_itself(self, code: str, tmp_path: Path) -> None:
+        done = subprocess.run([*self.words, "a b.yaml", "$(x).yaml"], env=fake_paft(tmp_path, code), check=False)
+        assert done.returncode == int(code)
+        assert (tmp_path / "calls").read_text().split("\n") == [
+            "merge", "--dry-run", "--strict", "a b.yaml", "merge", "--dry-run", "--strict", "$(x).yaml", ""
+        ]  # fmt: skip
+
+
+class TestAction:
+    action = yaml.safe_load((ROOT / "action.yml").read_text())
+    install, audit = (step for step in action["runs"]["steps"] if "run" in step)
+
+    def run(self, folder: Path, code: str = "0", **inputs: str) -> tuple[int, list[str]]:
+        """Run the step of the audit; its exit code, and the arguments of `paft`."""
+        given = {"SOURCES": "a", "BASE": "", "REQUIRE": "", "HTML": "r.html", "GITHUB_OUTPUT": str(folder / "output")}
+        environment = fake_paft(folder, code) | given | inputs
+        command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", self.audit["run"]]
+        done = subprocess.run(command, env=environment, cwd=folder, check=False)
+        return done.returncode, (folder / "calls").read_text().splitlines()
+
+    def test_inputs_are_options_of_the_audit(self, tmp_path: Path) -> None:
+        code, words = self.run(
+            tmp_path, SOURCES="a b/c\nd", BASE="my base", REQUIRE="sparsity(1e-5) >= 0.9\n\nx >= 1; $(no)\n"
+        )
+        assert (code, words) == (
+            0,
+            ["audit", "--quiet", "--json", "--html", "r.html", "--base", "my base", "--require", "sparsity(1e-5) >= 0.9",
+             "--require", "x >= 1; $(no)", "--", "a", "b/c", "d"],
+        )  # fmt: skip
+        check_options("audit", words)
+        assert (tmp_path / "output").read_text() == "json=audit.json\n"
+        assert (tmp_path / "audit.json").exists()
+
+    def test_a_failed_requirement_fails_the_step(self, tmp_path: Path) -> None:
+        assert self.run(tmp_path, code="3")[0] == 3
+
+    def test_no_input_is_part_of_a_script(self) -> None:
+        assert "${{" not in self.audit["run"] + self.install["run"]
+        used = set(re.findall(r"inputs\.(\w+)", (ROOT / "action.yml").read_text()))
+        assert used == self.action["inputs"].keys()
+
+    @pytest.mark.parametrize(("version", "package"), [("", "/action"), ("==0.1.0", "paft-merge==0.1.0")])
+    def test_it_installs_itself_or_a_version(self, version: str, package: str, tmp_path: Path) -> None:
+        (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / "pip").chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VERSION": version, "ACTION": "/action"}
+        done = subprocess.run(["bash", "-ec", self.install["run"]], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == ["install", package]
+
+
+def test_the_container_has_what_the_project_has() -> None:
+    lines = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).splitlines()
+    arguments = dict(re.findall(r"^ARG (\w+)=(.*)$", "\n".join(lines), re.MULTILINE))
+    assert f"Programming Language :: Python :: {arguments['PYTHON']}" in PROJECT["classifiers"]
+    assert set(arguments["EXTRAS"].split(",")) <= PROJECT["optional-dependencies"].keys()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "paft_merge", "recipes"} == set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    (module,) = re.findall(r"python -m ([\w.]+)", "\n".join(lines))
+    assert (ROOT / module.replace(".", "/") / "__main__.py").is_file()
+    assert 'ENTRYPOINT ["paft"]' in lines
+    assert "paft" in PROJECT["scripts"]
+    used = {word for line in lines for word in re.findall(r"\$\{?(\w+)", line)}
+    assert used <= arguments.keys() | {"NUMBA_CACHE_DIR"}
+
+
+def test_the_conda_recipe_has_the_dependencies_of_the_project() -> None:
+    recipe = load("conda/recipe.yaml")
+    assert recipe["context"]["version"] == PROJECT["version"]
+    assert recipe["package"]["name"] == PROJECT["name"]
+    assert recipe["about"]["license"] == PROJECT["license"]
+    points = dict(point.split(" = ") for point in recipe["build"]["python"]["entry_points"])
+    assert points == PROJECT["scripts"]
+    needed = [text.split(" ", 1) for text in recipe["requirements"]["run"]]
+    assert needed[0] == ["python", PROJECT["requires-python"]]
+    assert [f"{CONDA_NAMES.get(name, name)}{bounds}" for name, bounds in needed[1:]] == PROJECT["dependencies"]
+    for command in recipe["tests"][0]["script"].split(" && "):
+        program, verb = command.split()[:2]
+        assert program in PROJECT["scripts"]
+        assert verb.startswith("--") or verb in cli.commands
+
+
+def test_the_guide_for_agents_names_files_and_commands_that_exist() -> None:
+    text = (ROOT / "AGENTS.md").read_text()
+    for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text):
+        assert (ROOT / link).exists(), link
+    for command, words in re.findall(r"paft (\w+)([^`\n]*)", text):
+        check_options(command, words.split())
