@@ -25,6 +25,7 @@ ROWS: list[set[str]] = [
     {"plan", "evaluating", "dialects"},
     {"engine", "mergekit_plugin"},
     {"auditing"},
+    {"verifying"},
     {"pipeline"},
     {"studies"},
     {"cli"},
