@@ -165,13 +165,11 @@ def release(model: nn.Module) -> None:
 
 
 @contextmanager
-def saying(where: object) -> Iterator[None]:
-    """Turn what transformers raises into an `EvaluateError` that names the model."""
+def saying(where: object, cannot: str = "be loaded") -> Iterator[None]:
+    """Turn what transformers raises into an `EvaluateError` that says what the model cannot do."""
     try:
         yield
     except PaftMergeError:
         raise
     except Exception as error:  # transformers and torch raise anything on unknown files
-        raise EvaluateError.of(
-            "MODEL", where, f"cannot be loaded: {first_line(error)}", "give a model that transformers loads"
-        ) from error
+        raise EvaluateError.of("MODEL", where, f"cannot {cannot}: {first_line(error)}") from error

@@ -39,30 +39,33 @@ def read_prompts(data: Path, count: int) -> list[Any]:
     return [row["prompt"] for row in rows_for(of, data, chat=True)]
 
 
-def of_data(prompts: Sequence[Any], tokenizer: Any, name: str) -> list[list[int]]:
+def of_data(prompts: Sequence[Any], tokenizer: Any, name: str, longest: int) -> list[list[int]]:
     """Token ids of prompts.
 
     Args:
         prompts: as `read_prompts` returns them.
         tokenizer: the finished model's.
         name: the model, for messages.
+        longest: most tokens of a prompt that the model can read.
 
     Raises:
         EvaluateError: EVAL_DATA, no prompt has a token; TEMPLATE, the tokenizer has no chat template for conversations.
     """
     subject = EvaluatedModel(name, None, tokenizer, torch.device("cpu"), LONGEST)
-    found = [ids[-LONGEST:] for ids in token_ids(subject, [(prompt, True) for prompt in prompts]) if ids]
+    most = max(1, min(LONGEST, longest))
+    found = [ids[-most:] for ids in token_ids(subject, [(prompt, True) for prompt in prompts]) if ids]
     if not found:
         raise EvaluateError.of("EVAL_DATA", name, "its tokenizer finds no token in the prompts", "give other prompts")
     return found
 
 
-def of_tokens(count: int, vocabulary: int, special: Sequence[int], seed: int) -> list[list[int]]:
-    """`count` runs of tokens, drawn from the vocabulary without the special ones."""
-    drawn = torch.randint(0, vocabulary, (count * RUN * 2,), generator=torch.Generator().manual_seed(seed)).tolist()
+def of_tokens(count: int, vocabulary: int, special: Sequence[int], longest: int, seed: int) -> list[list[int]]:
+    """`count` runs of `RUN` tokens, or of `longest`, drawn from the vocabulary without the special ones."""
+    run = max(1, min(RUN, longest))
+    drawn = torch.randint(0, vocabulary, (count * run * 2,), generator=torch.Generator().manual_seed(seed)).tolist()
     avoided = set(special)
     plain = [token for token in drawn if token not in avoided] or drawn
-    return [[plain[(i * RUN + k) % len(plain)] for k in range(RUN)] for i in range(count)]
+    return [[plain[(i * run + k) % len(plain)] for k in range(run)] for i in range(count)]
 
 
 @torch.no_grad()

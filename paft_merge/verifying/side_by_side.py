@@ -20,6 +20,7 @@ from paft_merge.inputs.adapters.sparse_delta import NAME as SPARSE
 from paft_merge.inputs.architecture import Architecture
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.models import Model
+from paft_merge.inputs.quantized.dequantized import Dequantized
 from paft_merge.verifying.behaviour import HELD_BYTES, Answers, Rows, answers_of, difference
 from paft_merge.verifying.loaded_models import class_of, load_whole, release, saying, stream
 from paft_merge.verifying.meaning import Meaning
@@ -61,7 +62,7 @@ def run_beside(
     behaviours, skipped = dict[str, Behaviour](), dict[str, str]()
     try:
         progress("prompts")
-        prompts, source = bench.prompts(data, rows)
+        prompts, source = bench.prompts(data, rows, bench.longest - (NEW_TOKENS if new_tokens is None else new_tokens))
         progress("the finished model")
         model, how = bench.finished_model()
         count = new_tokens if new_tokens is not None else 0 if how == "layer by layer" else NEW_TOKENS
@@ -71,7 +72,8 @@ def run_beside(
             )
         texts = prompts
         if count and bench.continues(model):
-            texts = continued(model, prompts, count, BATCH, bench.device)
+            with saying(where, "be run"):
+                texts = continued(model, prompts, count, BATCH, bench.device)
         tokens = Rows.of(texts, [len(prompt) for prompt in prompts])
         places = tokens.places(max(1, HELD_BYTES // (4 * bench.width)))
         ours = bench.answers(model, how, tokens, places)
@@ -126,25 +128,33 @@ class _Bench:
     @property
     def width(self) -> int:
         """Numbers of an answer at one token: the vocabulary."""
-        model = self.architecture.modules()[0][1] if self.architecture else None
-        text = model.config.get_text_config() if model is not None else None
-        return int(getattr(text, "vocab_size", None) or 1 << 17)
+        return int(getattr(self._text_config, "vocab_size", None) or 1 << 17)
+
+    @property
+    def _text_config(self) -> Any:
+        return self.architecture.modules()[0][1].config.get_text_config() if self.architecture else None
 
     # --- tokens -----------------------------------------------------------------------------------------------------------
 
-    def prompts(self, data: Sequence[Any] | None, rows: int) -> tuple[list[list[int]], str]:
-        """Token ids of the prompts, and where they come from."""
+    @property
+    def longest(self) -> int:
+        """Most tokens that the model reads."""
+        return int(getattr(self._text_config, "max_position_embeddings", None) or 1 << 20)
+
+    def prompts(self, data: Sequence[Any] | None, rows: int, longest: int) -> tuple[list[list[int]], str]:
+        """Token ids of the prompts, at most `longest` of each, and where they come from."""
         tokenizer = self._tokenizer()
         if data is not None:
             if tokenizer is None:
                 raise EvaluateError.of("MODEL", self.where, "has no tokenizer, which data needs", "leave data out")
-            return of_data(data, tokenizer, self.where), "the prompts given"
+            return of_data(data, tokenizer, self.where, longest), "the prompts given"
         special = tokenizer.all_special_ids if tokenizer is not None else []
         most = min(self.width, len(tokenizer) if tokenizer is not None else self.width)
-        runs = of_tokens(rows, most, special, seed=0)
+        runs = of_tokens(rows, most, special, longest, seed=0)
         if rows > 1 and self._can_generate and not self._streams(self.meaning.base, 2):
             model, _ = self.base_model()
-            own = sampled(model, runs[: rows // 2], 0, self.device)
+            with saying(self.meaning.base.ref, "be run"):
+                own = sampled(model, runs[: rows // 2], 0, self.device)
             release(model)
             return [
                 *own,
@@ -181,7 +191,13 @@ class _Bench:
         """The finished model, as a user loads it."""
         if not self.is_adapter:
             if not self._streams(self.finished, 0):
-                return load_whole(self.folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
+                try:
+                    return load_whole(self.folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
+                except EvaluateError:
+                    if not isinstance(self.finished.checkpoint, Dequantized):
+                        raise
+                made, how = self._of(self.finished, self.meaning.folder, torch.bfloat16)
+                return made, f"{how}, its codes as values, because transformers cannot load them here"
             return self._stream(self.finished, self.folder, self._own_dtype)
         sparse = read_config(self.folder / CONFIG).get("peft_type") == SPARSE
         if sparse or self._streams(self.meaning.base, 0):
@@ -261,5 +277,5 @@ class _Bench:
     def answers(self, model: nn.Module, how: str, rows: Rows, places: torch.Tensor) -> Answers:
         """What a model computes; one that is read layer by layer is read once."""
         batch = len(rows.lengths) if how == "layer by layer" else BATCH
-        with saying(self.where):
+        with saying(self.where, "be run"):
             return answers_of(model, rows, places, batch, self.device)
