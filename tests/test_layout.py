@@ -30,6 +30,7 @@ ROWS: list[set[str]] = [
     {"engine", "exporting", "mergekit_plugin"},
     {"auditing"},
     {"differences"},
+    {"verifying"},
     {"pipeline"},
     {"studies"},
     {"cli"},

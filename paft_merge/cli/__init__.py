@@ -48,6 +48,7 @@ from paft_merge.cli.terminal import (
 from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
+from paft_merge.cli.verifying import verify
 from paft_merge.errors import PaftMergeError, Problem, cause_of, escape_logs
 from paft_merge.output.versions import version_of
 
@@ -201,6 +202,7 @@ for command in (
     dequantize,
     audit,
     diff,
+    verify,
     check,
     convert,
     export,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from paft_merge.hub import pinned, resolve
 from paft_merge.hub.merged_folders import manifest_at, verify_at
 from paft_merge.hub.store_folders import named_by_url
 from paft_merge.output.manifest import MANIFEST, read_manifest
+from paft_merge.plan import MergePlan
 from paft_merge.recipe import dump_yaml
 from paft_merge.stores import is_url, place_of
 
@@ -78,12 +79,7 @@ def reproduce(
         PaftMergeError: the manifest cannot be read; and as for `merge`.
     """
     place, given = os.fspath(place), MergeOptions.of(options, overrides)
-    path, _, revision = place.partition("@")
-    if is_url(place) or Path(place).expanduser().exists():
-        path, revision = place, ""
-    found = resolve(path, revision or None, kind="side")
-    with named_by_url(found):
-        manifest = read_manifest(found.folder / MANIFEST)
+    manifest = manifest_of(place)
     asked = _options(manifest, place, given)
     with pinned(_pins(manifest)), _place_for(out) as target:
         recipe = _recipe(manifest)
@@ -98,6 +94,44 @@ def reproduce(
     was, has = manifest.get("versions", {}), made["versions"]
     versions = {n: (was.get(n, "none"), has.get(n, "none")) for n in {**was, **has} if was.get(n) != has.get(n)}
     return Reproduction(place, checked.tensors, checked.nbytes, tuple(differing), tuple(files), versions)
+
+
+def manifest_of(place: str) -> dict[str, Any]:
+    """Return the manifest of a merged folder, of one at a URL, or of a repository on the Hub (`user/name@revision`).
+
+    Raises:
+        AuditError: MANIFEST, it is missing or cannot be read.
+    """
+    path, _, revision = place.partition("@")
+    if is_url(place) or Path(place).expanduser().exists():
+        path, revision = place, ""
+    found = resolve(path, revision or None, kind="side")
+    with named_by_url(found):
+        return read_manifest(found.folder / MANIFEST)
+
+
+@contextmanager
+def open_recorded(
+    manifest: Mapping[str, Any], place: str, options: MergeOptions, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[MergePlan]:
+    """Plan the merge of a manifest with a changed recipe, with every source at its commit and as it was merged.
+
+    Args:
+        manifest: of the merge.
+        place: its folder, for messages.
+        options: as for `reproduce`.
+        change: returns the recipe to plan for the recorded one; the other documents of its file stay.
+
+    Raises:
+        PaftMergeError: as for `reproduce`.
+    """
+    asked = replace(_options(manifest, place, options), stream_from_hub=True)
+    recipe = _recipe({**manifest, "recipe": change(dict(manifest["recipe"]))})
+    with pinned(_pins(manifest)), ExitStack() as opened:
+        with _explaining_paths(manifest):
+            plan = opened.enter_context(open_plan(recipe, asked))
+        _refuse_other_inputs(manifest, identity(plan, asked.device)["inputs"])
+        yield plan
 
 
 @contextmanager

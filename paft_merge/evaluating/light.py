@@ -98,7 +98,7 @@ def measure(
         ids, starts = subject.kept(("pairs", of, folder), lambda: _pairs(subject, rows, of))
         return _preference(subject, ids, starts, of, batch_size, advance)
     prompts, ended = [row["prompt"] for row in rows], list[bool]()
-    ids = subject.kept(("prompts", of, folder), lambda: _ids(subject, [(prompt, True) for prompt in prompts]))
+    ids = subject.kept(("prompts", of, folder), lambda: token_ids(subject, [(prompt, True) for prompt in prompts]))
     count = (of.samples or SAMPLES) if of.kind == "self_consistency" else 1
     made = _answers(subject, ids, of.max_new_tokens, batch_size, of.temperature, seed, advance, ended, count)
     warning = _unended(of, ended)
@@ -156,7 +156,7 @@ def _warned(text: str) -> str:
     return text
 
 
-def _ids(subject: EvaluatedModel, asked: Sequence[tuple[Any, bool]]) -> list[list[int]]:
+def token_ids(subject: EvaluatedModel, asked: Sequence[tuple[Any, bool]]) -> list[list[int]]:
     """Token ids of texts and of conversations.
 
     Conversations are rendered in a child process, because the model's chat template may run forever or fill the memory.
@@ -250,7 +250,7 @@ def generate(
         EvaluateError: LENGTH, when a prompt and its answer are longer than the model's context; TEMPLATE, when the chat
             template refuses a prompt.
     """
-    ids = _ids(subject, [(prompt, True) for prompt in prompts])
+    ids = token_ids(subject, [(prompt, True) for prompt in prompts])
     return [text for (text,) in _answers(subject, ids, max_new_tokens, batch_size, temperature, seed, advance, [])]
 
 
@@ -328,9 +328,9 @@ def _preference(
 
 def _pairs(subject: EvaluatedModel, rows: Sequence[Row], of: Measurement) -> tuple[list[list[int]], list[int]]:
     """Token ids of each prompt with its chosen and with its rejected answer, and where each answer starts."""
-    questions = _ids(subject, [(row["prompt"], True) for row in rows])
+    questions = token_ids(subject, [(row["prompt"], True) for row in rows])
     pairs = [_with_answer(subject, row["prompt"], row[key]) for row in rows for key in ("chosen", "rejected")]
-    ids, starts = _ids(subject, [(pair, False) for pair in pairs]), list[int]()
+    ids, starts = token_ids(subject, [(pair, False) for pair in pairs]), list[int]()
     for at, full in enumerate(ids):
         if len(full) > subject.max_length:
             what = f"a pair takes {len(full)} tokens, the model's limit is {subject.max_length}"

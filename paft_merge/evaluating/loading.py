@@ -107,7 +107,7 @@ def load_subject(
             loaded = _with_weights(folder, weights, dtype, trust_code)
         for place in adapters:
             adapter = fetch(place)
-            loaded, tokenizer = _adapted(loaded, adapter), _trained_tokenizer(adapter, tokenizer)
+            loaded, tokenizer = adapted(loaded, adapter), _trained_tokenizer(adapter, tokenizer)
     except PaftMergeError:
         raise
     except Exception as error:  # transformers and PEFT raise anything on unknown files
@@ -170,7 +170,7 @@ def _trained_tokenizer(adapter: Path, before: Any) -> Any:
     return before
 
 
-def _adapted(model: Any, adapter: Path) -> Any:
+def adapted(model: Any, adapter: Path) -> Any:
     """Put an adapter on a model; an adapter that is already on it is first added to the weights."""
     from peft import PeftConfig, PeftModel
 

@@ -34,7 +34,7 @@ from paft_merge.evaluating.agreement import consistency
 from paft_merge.evaluating.alpaca import read_instructions
 from paft_merge.evaluating.data_rows import rows_for
 from paft_merge.evaluating.harness import check_data
-from paft_merge.evaluating.light import _ids, _with_answer, generate, measure
+from paft_merge.evaluating.light import _with_answer, generate, measure, token_ids
 from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec, Measurement
 from paft_merge.training.child_process import in_child, match_in_time
@@ -710,7 +710,7 @@ def test_rows_in_other_forms_give_the_scores_of_the_same_rows_in_turns(place: Pa
         seen[name] = measure(subject, of, place, 2).rows
     assert len(set(seen.values())) == 1
     ids = subject.tokenizer.apply_chat_template([user("w1"), said(good)], tokenize=True, return_dict=True)["input_ids"]
-    assert _ids(subject, [(_with_answer(subject, [user("w1")], [said(good)]), False)]) == [ids], (
+    assert token_ids(subject, [(_with_answer(subject, [user("w1")], [said(good)]), False)]) == [ids], (
         "the tokens that training has"
     )
     asked = [

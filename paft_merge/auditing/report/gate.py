@@ -106,8 +106,8 @@ class Requirement:
     bound: float
 
     @classmethod
-    def parse(cls, text: str) -> Requirement:
-        """Read `METRIC(ARGUMENT) [SCOPE] OPERATOR NUMBER`.
+    def parse(cls, text: str, metrics: Mapping[str, Metric] = METRICS) -> Requirement:
+        """Read `METRIC(ARGUMENT) [SCOPE] OPERATOR NUMBER`, with one of `metrics`.
 
         Raises:
             AuditError: GATE, with what is wrong.
@@ -116,10 +116,10 @@ class Requirement:
         if not found:
             raise _unreadable(text, "is not a requirement", 'write for example "sparsity(1e-5) [layer=*] >= 0.9"')
         name = found["metric"]
-        if name not in METRICS:
-            near = did_you_mean(name, METRICS)
-            raise _unreadable(text, f"there is no metric {name!r}", near or f"metrics are {', '.join(METRICS)}")
-        wanted = METRICS[name].argument
+        if name not in metrics:
+            near = did_you_mean(name, metrics)
+            raise _unreadable(text, f"there is no metric {name!r}", near or f"metrics are {', '.join(metrics)}")
+        wanted = metrics[name].argument
         if bool(wanted) != (found["argument"] is not None):
             takes = f"a {wanted} in parentheses" if wanted else "nothing in parentheses"
             example = f"{name}({_EXAMPLES[wanted]})" if wanted else name
@@ -131,6 +131,10 @@ class Requirement:
             limits = "of 0 to 1" if wanted == "share" else "of at least 0"
             raise _unreadable(text, f"{name} takes a {wanted} {limits}, got {argument:g}")
         return cls(text, name, argument, _scope(text, found["scope"] or ""), found["operator"], bound)
+
+    def holds(self, value: float) -> bool:
+        """Whether a value meets the bound."""
+        return _OPERATORS[self.operator](value, self.bound)
 
 
 def epsilons_of(requirements: Sequence[str]) -> list[float]:
@@ -160,7 +164,7 @@ def failures(audit: AuditData, requirements: Sequence[str]) -> list[Problem]:
             raise _unreadable(wanted.text, "matches nothing", _known(audit, wanted))
         name = f"{wanted.metric}({exponent(wanted.argument)})" if METRICS[wanted.metric].argument else wanted.metric
         for where, value in values:
-            if not _OPERATORS[wanted.operator](value, wanted.bound):
+            if not wanted.holds(value):
                 shown = "undefined, since the delta is zero there" if math.isnan(value) else f"{value:.4g}"
                 what = f"{name} is {shown}, and {wanted.operator} {wanted.bound:g} is required"
                 found.append(Problem("REQUIRED", where, what))

@@ -1,0 +1,212 @@
+"""What differs between a finished model and what its recipe means, in words, from the evidence of the stored tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paft_merge.inputs.dtypes import DTYPES
+from paft_merge.verifying.evidence import StoredTensor, root
+
+TWICE = 2.01
+"""Most steps of the stored type by which rounding twice moves an element."""
+
+CODES = 0.25
+"""Largest relative error that codes of four bits or more leave."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One difference.
+
+    Attributes:
+        kind: `missing`, `key`, `shape`, `nonfinite`, `constant`, `unmerged`, `scale`, `moved`, `rows`, `dtype`, `twice`, `lost`,
+            `codes`, `value`; of files: `config`, `vocabulary`, `tokenizer`, `template`; of the behaviour: `states`.
+        where: the tensors, or the file.
+        what: the difference.
+        fix: what to do.
+        count: number of tensors.
+        fault: whether the model is not what the recipe means; else it is what rounding does.
+    """
+
+    kind: str
+    where: str
+    what: str
+    fix: str = ""
+    count: int = 1
+    fault: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}{f'; {self.fix}' if self.fix else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding as plain data."""
+        return {
+            "kind": self.kind, "where": self.where, "what": self.what, "fix": self.fix, "tensors": self.count, "fault": self.fault,
+        }  # fmt: skip
+
+
+Said = tuple[str, str, str, bool]
+"""The kind of a difference, its words with `{lost}`, `{scale}` and `{error}` for the numbers of all tensors that have it, the fix, and
+whether it is a fault. The kind is empty for a tensor that is as it should be."""
+
+_FINE: Said = ("", "", "", False)
+
+
+def findings_of(tensors: Sequence[StoredTensor]) -> Iterator[Finding]:
+    """Yield a finding for each kind of difference, with the tensors that have it."""
+    groups: dict[tuple[Said, float], list[StoredTensor]] = {}
+    for tensor in tensors:
+        said = said_of(tensor)
+        if said[0]:
+            groups.setdefault((said, round(tensor.scale, 1) if said[0] == "scale" else 0.0), []).append(tensor)
+    for ((kind, what, fix, fault), _), own in groups.items():
+        error, meant, update = (math.fsum(getattr(t, name) for t in own) for name in ("error", "meant", "update"))
+        scale = math.fsum(t.product for t in own) / update if update else 1.0
+        numbers = {
+            "{lost}": f"{min(1.0, root(error, update)):.0%}",
+            "{scale}": f"{scale:.3g}",
+            "{error}": f"{root(error, meant):.2g}",
+        }
+        for mark, text in numbers.items():
+            what = what.replace(mark, text)
+        yield Finding(kind, names_of([tensor.name for tensor in own]), what, fix, len(own), fault)
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Names for a message, at most three of them."""
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def is_far(tensor: StoredTensor) -> bool:
+    """Whether neither rounding nor a scale explains a tensor, so that its values may be those of another."""
+    return said_of(tensor)[0] in ("value", "scale", "twice") and tensor.relative > 0.02
+
+
+def said_of(t: StoredTensor) -> Said:
+    """The difference of a tensor."""
+    return next(found for rule in _RULES if (found := rule(t)) is not None)
+
+
+def _nonfinite(t: StoredTensor) -> Said | None:
+    if not t.nonfinite:
+        return None
+    return "nonfinite", "has elements that are NaN or infinite, and the recipe's are not", "merge again", True
+
+
+def _narrow(t: StoredTensor) -> Said | None:
+    if t.code or t.wanted == t.dtype or DTYPES[t.dtype].bits >= DTYPES[t.wanted].bits or not t.is_rounding:
+        return None
+    what = f"is stored as {torch_name(t.dtype)}, and the recipe writes {torch_name(t.wanted)}{_share(t)}"
+    return "dtype", what, f"store it as {torch_name(t.wanted)}", True
+
+
+def _rounded(t: StoredTensor) -> Said | None:
+    """A tensor that is rounded once, which may lose a small update."""
+    if not t.is_rounding or t.code:
+        return None
+    if t.lost > 0.2 and t.worst:
+        what = f"rounding to {torch_name(t.dtype)} loses {{lost}} of the update, which is smaller than its steps"
+        return "lost", what, "write out_dtype: float32 in the recipe, or rounding: stochastic", False
+    return _FINE
+
+
+def _codes(t: StoredTensor) -> Said | None:
+    if not t.code or t.relative > CODES or _scaled(t) is not None:
+        return None
+    return ("codes", f"is rounded to codes ({t.code}){_share(t)}", "", False) if t.worst else _FINE
+
+
+def _constant(t: StoredTensor) -> Said | None:
+    if t.constant is None:
+        return None
+    what = f"is lost: every element is {t.constant:g}, as a new module has them, and the recipe's are not"
+    return "constant", what, "store the recipe's values", True
+
+
+def _unmerged(t: StoredTensor) -> Said | None:
+    return (
+        None if t.made or not t.update else ("unmerged", "is the base's: the update is not in it", "merge again", True)
+    )
+
+
+def _moved(t: StoredTensor) -> Said | None:
+    if t.rows:
+        return "rows", t.rows, "check the vocabulary, or the layout that wrote it", True
+    for name in t.likeness:
+        return "moved", f"holds the values of {name}", "check the names of the tensors", True
+    return None
+
+
+def _scaled(t: StoredTensor) -> Said | None:
+    if not t.update or not t.made or t.unscaled > 0.5:
+        return None
+    doubt = 5 * t.unscaled * (t.made / (t.numel * t.update)) ** 0.5
+    if abs(t.scale - 1) <= max(doubt, 0.02):
+        return None
+    return (
+        "scale",
+        "has {scale} times the recipe's update",
+        "check weight, lambda, and lora_alpha / r of the adapter",
+        True,
+    )
+
+
+def _coarse(t: StoredTensor) -> Said | None:
+    if not t.rounded_to:
+        return None
+    what = f"was rounded to {torch_name(t.rounded_to)} before it was stored as {torch_name(t.dtype)}{_share(t)}"
+    return "dtype", what, f"merge in {torch_name(t.dtype)}", True
+
+
+def _twice(t: StoredTensor) -> Said | None:
+    if t.steps > TWICE or t.code:
+        return None
+    what = f"was rounded more than once: elements are more than half a step of {torch_name(t.dtype)} away{_share(t)}"
+    return "twice", what, "round once, from float32", True
+
+
+def _other(t: StoredTensor) -> Said | None:
+    return "value", "differs from the recipe's, with a relative error of {error}", "merge again", True
+
+
+_RULES: tuple[Callable[[StoredTensor], Said | None], ...] = (
+    _nonfinite, _narrow, _rounded, _codes, _constant, _unmerged, _moved, _scaled, _coarse, _twice, _other,
+)  # fmt: skip
+"""In order: the first that applies names the difference."""
+
+
+def _share(t: StoredTensor) -> str:
+    return ", which loses {lost} of the update" if t.update and t.lost >= 0.005 else ""
+
+
+def torch_name(dtype: str) -> str:
+    """A storage type as torch names it."""
+    return DTYPES[dtype].torch or dtype
+
+
+def missing_of(missing: Sequence[str], extra: Sequence[str], renamed: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield what names show.
+
+    Args:
+        missing: the recipe's tensors that the model does not store.
+        extra: the model's tensors that the recipe does not have.
+        renamed: missing tensors whose values the model stores under another name.
+    """
+    for name, other in renamed.items():
+        yield Finding("key", name, f"is stored as {other}, which transformers does not load", f"rename it to {name}")
+    lost = [name for name in missing if name not in renamed]
+    if lost:
+        yield Finding(
+            "missing",
+            names_of(lost),
+            "is missing, so that transformers fills in values of a new model",
+            "merge again",
+            len(lost),
+        )
+    new = [name for name in extra if name not in renamed.values()]
+    if new:
+        yield Finding("key", names_of(new), "is not a tensor of the recipe", "remove it", len(new))

@@ -1,0 +1,257 @@
+"""`paft verify`: a right merge passes, and every planted fault is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from toys.adapters import Tensors, llama, save, train
+from toys.merge import on, paft, recipe
+from toys.vocabulary import save_tokenizer
+
+from paft_merge.engine.api import merge
+from paft_merge.verifying import Verification, verify
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.*"
+)  # PEFT reads a name that transformers renamed
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer and a template, an adapter, and both merged in float32 and in bfloat16."""
+    top = tmp_path_factory.mktemp("world")
+    rows = save_tokenizer(top / "tokenizer", "base", template=TEMPLATE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base, adapter = train(llama(vocab_size=rows), top, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    for file in (top / "tokenizer").iterdir():
+        shutil.copy(file, base / file.name)
+    wanted = recipe("task_arithmetic", base, (on(base, adapter), {"weight": 1.0}))
+    merge({**wanted, "out_dtype": "float32"}, top / "float32", write_model_card=False)
+    merge({**wanted, "out_dtype": "bfloat16"}, top / "bfloat16", write_model_card=False)
+    merge({**wanted, "output": {"kind": "adapter", "rank": 4}}, top / "lora", write_model_card=False)
+    return top
+
+
+def damaged(world: Path, to: Path, change: Callable[[Tensors], Tensors], of: str = "float32") -> Path:
+    """A copy of a merged model with other tensors."""
+    shutil.copytree(world / of, to)
+    save_file(change(load_file(to / "model.safetensors")), to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def tensors_only(place: Path, **more: Any) -> Verification:
+    return verify(place, tensors_only=True, **more)
+
+
+def test_a_right_merge_in_float32_is_exact_and_answers_as_peft_does(world: Path) -> None:
+    found = verify(world / "float32", rows=6, new_tokens=3, require=["kl < 1e-6"])
+    assert found.ok
+    assert found.exact
+    assert not found.findings
+    assert not found.skipped
+    assert found.verdict == "is the model of its recipe, bit for bit"
+    same, peft, base = (found.behaviours[name] for name in ("recipe", "adapter", "base"))
+    assert same.largest == 0
+    assert not same.parted
+    assert set(same.drift) == {0.0}
+    assert same.top1 == 1
+    assert peft.kl is not None
+    assert peft.kl < 1e-6
+    assert peft.largest < 1e-5
+    assert not peft.parted
+    assert base.kl is not None
+    assert base.kl > 1e-6
+    assert base.drift[-1] > 1e-2
+    assert base.continued == 6
+    assert found.failures(["kl < 1e-6", "top1 == 1", "kl [source=adapter] < 1e-6"]) == []
+    (failed,) = found.failures(["drift [source=base] < 1e-6"])
+    assert failed.code == "REQUIRED"
+    assert "drift is" in failed.what
+
+
+def test_read_layer_by_layer_the_result_is_the_same(world: Path) -> None:
+    whole = verify(world / "bfloat16", rows=4, new_tokens=2, memory="1G")
+    parts = verify(world / "bfloat16", rows=4, new_tokens=2, memory="1k")
+    assert "not" not in whole.verdict
+    assert "up to one rounding" in parts.verdict
+    assert parts.behaviours["recipe"].how == parts.behaviours["base"].how == "layer by layer"
+    assert "memory" in parts.skipped["adapter"]
+    for one in (whole, parts):
+        kl = one.behaviours["recipe"].kl
+        assert kl is not None
+        assert 0 < kl < 1e-3
+        assert one.behaviours["recipe"].breaks_at is None
+
+
+def test_a_merged_adapter_is_verified_on_its_base(world: Path) -> None:
+    found = verify(world / "lora", rows=2, new_tokens=2)
+    assert found.ok, found.findings
+    assert found.relative_error < 1e-6
+    assert found.behaviours["recipe"].largest < 1e-4
+
+
+Q, NORM, EMBED = (
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.1.input_layernorm.weight",
+    "model.embed_tokens.weight",
+)
+LAYER = "model.layers.{}.{}"
+
+
+def _swapped(state: Tensors) -> Tensors:
+    def other(name: str) -> str:
+        return (
+            name.replace("layers.0.", "layers.X.").replace("layers.1.", "layers.0.").replace("layers.X.", "layers.1.")
+        )
+
+    return {name: state[other(name)].clone() for name in state}
+
+
+FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str, str]] = {
+    "a tensor rounded before": (lambda s: s | {Q: s[Q].bfloat16().float()}, "dtype", "was rounded to bfloat16 before it was stored as float32"),
+    "swapped layers": (_swapped, "moved", "holds the values of model.layers.0."),
+    "a norm lost": (lambda s: s | {NORM: torch.ones_like(s[NORM])}, "constant", "every element is 1"),
+    "a norm missing": (lambda s: {n: t for n, t in s.items() if n != NORM}, "missing", NORM),
+    "a wrong key": (lambda s: {n.replace("layers.1.self_attn.q_proj", "layers.1.attn.q_proj"): t for n, t in s.items()}, "key", "is stored as model.layers.1.attn.q_proj.weight"),
+    "rows shifted": (lambda s: s | {EMBED: s[EMBED].roll(1, 0)}, "rows", "its rows are shifted by 1"),
+    "rows in another order": (lambda s: s | {EMBED: s[EMBED][torch.randperm(len(s[EMBED]), generator=torch.Generator().manual_seed(0))]}, "rows", "another order"),
+    "transposed": (lambda s: s | {Q: s[Q].T.contiguous()}, "rows", "it is transposed"),
+    "vocabulary resized": (lambda s: s | {EMBED: torch.cat([s[EMBED], s[EMBED][:3]])}, "shape", "its vocabulary was resized"),
+    "NaN": (lambda s: s | {Q: s[Q].clone().fill_(float("nan"))}, "nonfinite", "NaN"),
+    "noise": (lambda s: s | {Q: torch.randn_like(s[Q])}, "value", "relative error"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_named(world: Path, tmp_path: Path, fault: str) -> None:
+    change, kind, words = FAULTS[fault]
+    found = tensors_only(damaged(world, tmp_path / "out", change))
+    assert not found.ok
+    assert kind in found.verdict
+    assert any(one.kind == kind and words in str(one) for one in found.findings if one.fault), found.findings
+
+
+def _of_base(world: Path, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Tensors]:
+    base = load_file(world / "base" / "model.safetensors")
+    changed = ("q_proj.weight", "up_proj.weight")  # the modules of the adapter
+    return lambda state: {
+        n: make(base[n].float(), t.float()).to(t.dtype) if n.endswith(changed) else t for n, t in state.items()
+    }
+
+
+@pytest.mark.parametrize("of", ["float32", "bfloat16"])
+def test_a_doubled_scale_is_named_with_its_factor(world: Path, tmp_path: Path, of: str) -> None:
+    found = tensors_only(damaged(world, tmp_path / "out", _of_base(world, lambda b, t: b + 2 * (t - b)), of))
+    (one,) = [f for f in found.findings if f.fault]
+    assert one.kind == "scale"
+    assert one.what.startswith("has 2 times the recipe's update")
+    assert one.count == 4
+
+
+def test_a_merge_that_was_not_made_is_named(world: Path, tmp_path: Path) -> None:
+    found = tensors_only(damaged(world, tmp_path / "out", _of_base(world, lambda b, _: b)))
+    (one,) = found.findings
+    assert one.kind == "unmerged"
+    assert one.count == 4
+    assert found.lost == pytest.approx(1)
+
+
+def test_rounding_twice_in_bfloat16_is_named(world: Path, tmp_path: Path) -> None:
+    once = load_file(world / "float32" / "model.safetensors")
+    coarse = once[Q] * (1 + 2**-8)  # at most one step more than rounding leaves
+    found = tensors_only(damaged(world, tmp_path / "out", lambda s: s | {Q: coarse.bfloat16()}, "bfloat16"))
+    (one,) = [f for f in found.findings if f.fault]
+    assert one.kind == "twice"
+    assert one.where == Q
+    assert "more than once" in one.what
+
+
+def test_bfloat16_of_an_update_below_its_steps_says_how_much_is_lost(tmp_path: Path) -> None:
+    state = {n: t.bfloat16() for n, t in llama().state_dict().items()}
+    save(llama(), tmp_path / "base")
+    save_file(state, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned")
+    made = torch.Generator().manual_seed(0)
+    moved = {n: t.float() + 1e-5 * torch.randn(t.shape, generator=made) for n, t in state.items()}
+    save_file(moved, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    wanted = recipe("task_arithmetic", tmp_path / "base", (tmp_path / "tuned", {"weight": 1.0}))
+    merge({**wanted, "out_dtype": "bfloat16"}, tmp_path / "narrow", write_model_card=False)
+    rounded = tensors_only(tmp_path / "narrow")
+    assert rounded.ok
+    assert any(f.kind == "lost" and "of the update" in f.what for f in rounded.findings)
+    assert rounded.lost > 0.5
+    assert "loses" in rounded.verdict
+    merge({**wanted, "out_dtype": "float32"}, tmp_path / "wide", write_model_card=False)
+    assert tensors_only(tmp_path / "wide").exact
+    held = {n: t.bfloat16() for n, t in load_file(tmp_path / "wide" / "model.safetensors").items()}
+    save_file(held, tmp_path / "wide" / "model.safetensors", {"format": "pt"})
+    cast = tensors_only(tmp_path / "wide")
+    assert not cast.ok
+    assert any(
+        f.kind == "dtype" and "is stored as bfloat16, and the recipe writes float32" in f.what for f in cast.findings
+    )
+
+
+def _edit(file: Path, change: Callable[[Any], None]) -> None:
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def _shift(data: Any) -> None:
+    data["model"]["vocab"] = {
+        token: (at + 1) % len(data["model"]["vocab"]) for token, at in data["model"]["vocab"].items()
+    }
+
+
+FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "template dropped": (lambda out: (out / "chat_template.jinja").unlink(), "template", "is dropped"),
+    "template changed": (lambda out: (out / "chat_template.jinja").write_text("{{ messages }}"), "template", "is another"),
+    "vocabulary shifted": (lambda out: _edit(out / "tokenizer.json", _shift), "vocabulary", "have other ids"),
+    "config changed": (lambda out: _edit(out / "config.json", lambda c: c.update(rms_norm_eps=1e-2)), "config", "rms_norm_eps"),
+    "tokenizer missing": (lambda out: (out / "tokenizer.json").unlink(), "tokenizer", "is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FILES)
+def test_a_fault_of_the_files_is_named(world: Path, tmp_path: Path, fault: str) -> None:
+    change, kind, words = FILES[fault]
+    shutil.copytree(world / "float32", tmp_path / "out")
+    change(tmp_path / "out")
+    found = tensors_only(tmp_path / "out")
+    assert any(one.kind == kind and words in str(one) for one in found.findings), found.findings
+
+
+def test_the_command_prints_a_row_for_each_model_and_its_gate_decides_the_exit_code(
+    world: Path, tmp_path: Path
+) -> None:
+    done = paft(
+        "verify", world / "bfloat16", "--rows", "2", "--new-tokens", "2", "--out", tmp_path / "v.json", "--quiet"
+    )
+    assert done.exit_code == 0, done.output
+    assert "up to one rounding" in done.output
+    assert "the recipe in float32" in done.output
+    assert "PEFT, not merged" in done.output
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert report["ok"]
+    assert report["behaviour"]["recipe"]["kl"] < 1e-3
+    assert report["tensors"] == 21
+    failed = paft("verify", world / "bfloat16", "--tensors-only", "--require", "relative_error < 1e-9", "--quiet")
+    assert failed.exit_code == 3
+    assert "REQUIRED" in failed.output
+    unread = paft("verify", world / "bfloat16", "--require", "kll < 1")
+    assert unread.exit_code == 2
+    assert "did you mean 'kl'" in unread.output
+    wrong = damaged(world, tmp_path / "out", lambda s: s | {NORM: torch.ones_like(s[NORM])})
+    assert paft("verify", wrong, "--tensors-only").exit_code == 3
