@@ -25,8 +25,6 @@ ROWS: list[set[str]] = [
     {"hub", "training"},
     {"dialects"},
     {"plan", "evaluating"},
-    {"engine", "mergekit_plugin"},
-    {"plan", "evaluating", "dialects"},
     {"engine", "exporting", "mergekit_plugin"},
     {"auditing"},
     {"differences"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paft_merge.auditing.opening import open_sources
 from paft_merge.dialects.places import adapter_at
-from paft_merge.differences import settings
+from paft_merge.differences import side_file_changes
 from paft_merge.differences.kinds import Change, ModelDiff, TensorDifference
 from paft_merge.differences.tensor_walk import TensorWalk
 from paft_merge.errors import AuditError, Problem
@@ -35,11 +35,13 @@ def compare_adapters(refs: tuple[str, str], walk: TensorWalk, *, unpickle: bool)
         sides = [{name: Read(ref, file, name) for name in file.tensors} for ref, file in zip(refs, files, strict=True)]
         tensors = walk.compare(*sides)
     changes, warnings, deltas = list(_changes(folders)), list[Problem](), None
-    differs = any(not one.harmless for one in tensors) or any(c.counts for c in changes if c.file == settings.ADAPTER)
+    differs = any(not one.harmless for one in tensors) or any(
+        c.counts for c in changes if c.file == side_file_changes.ADAPTER
+    )
     if differs and folders[0].resolve() != folders[1].resolve():
         try:
             deltas = _deltas(refs, walk, unpickle=unpickle)
-            changes = [c._replace(counts=False) if c.file == settings.ADAPTER else c for c in changes]
+            changes = [c._replace(counts=False) if c.file == side_file_changes.ADAPTER else c for c in changes]
         except AuditError as error:
             what = f"the deltas are not compared, only the files: {error.problems[0].what}"
             warnings.append(Problem("DELTAS", error.problems[0].where, what, "compare BASE+A with BASE+B"))
@@ -65,5 +67,5 @@ def _deltas(refs: tuple[str, str], walk: TensorWalk, *, unpickle: bool) -> tuple
 
 def _changes(folders: list[Path]) -> Iterator[Change]:
     one, other = (read_settings(folder).raw for folder in folders)
-    yield from settings.of_adapter_configs(one, other)
-    yield from settings.of_tokenizers(*map(files_in, folders))
+    yield from side_file_changes.of_adapter_configs(one, other)
+    yield from side_file_changes.of_tokenizers(*map(files_in, folders))

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from paft_merge.differences import settings
+from paft_merge.differences import side_file_changes
 from paft_merge.differences.kinds import Change, ModelDiff
 from paft_merge.differences.of_adapters import compare_adapters
 from paft_merge.differences.tensor_walk import Progress, TensorWalk
@@ -135,7 +135,7 @@ def _changes(models: list[Model]) -> Iterator[Change]:
     a, b = (model.checkpoint for model in models)
     if a.file or b.file:
         return
-    yield from settings.of_configs(a.config, b.config)
-    yield from settings.of_generation(a.folder, b.folder)
-    yield from settings.of_tokenizers(*((tokenizer_files(model) or {}) for model in models))
-    yield from settings.of_other_files(a.folder, b.folder, (a.listing, b.listing))
+    yield from side_file_changes.of_configs(a.config, b.config)
+    yield from side_file_changes.of_generation(a.folder, b.folder)
+    yield from side_file_changes.of_tokenizers(*((tokenizer_files(model) or {}) for model in models))
+    yield from side_file_changes.of_other_files(a.folder, b.folder, (a.listing, b.listing))

@@ -274,13 +274,6 @@ class OutputEntry(Section):
     """What the merge writes."""
 
     kind: Literal["checkpoint", "adapter", "delta"] = "checkpoint"
-<<<<<<< HEAD
-    """`adapter` writes the merged delta as a LoRA of the base; `delta` writes the entries of it that are not zero."""
-    rank: Annotated[int | Literal["sum", "auto"] | None, BeforeValidator(_read_rank)] = None
-    """Rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least that keeps `energy`."""
-    energy: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
-    """Share of each delta's squared norm that `rank: auto` keeps."""
-=======
     """`checkpoint` (default); `adapter`: a LoRA of the base; or `delta`: the entries of the merged delta that are not
     zero, a [sparse delta](adapters-out.md#sparse-deltas)."""
     rank: Annotated[
@@ -289,9 +282,8 @@ class OutputEntry(Section):
     ] = None
     """Rank of the adapter: a number; `sum` (default), the sum of the sources' ranks; or `auto`, the least rank that
     keeps `energy`."""
-    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     """Share of the squared norm of each delta that `rank: auto` keeps, such as 0.99."""
->>>>>>> h/sc
     format: Literal["sparse", "shira"] | None = None
     """Of `kind: delta`: `sparse` (default), which paft_merge reads, or `shira`, which PEFT loads where only linear
     layers change."""

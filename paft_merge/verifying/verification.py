@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paft_merge.auditing.walk import working_pool
+from paft_merge.auditing.walk import working_pools
 from paft_merge.engine.api import available_cores
 from paft_merge.engine.options import MergeOptions, parse_size
 from paft_merge.engine.reproduction import manifest_of
@@ -110,7 +110,7 @@ def verify(
         meaning = opened.enter_context(open_meaning(where, manifest, recipe, options))
         subject = opened.enter_context(_open_subject(where, folder, meaning, lazy_unpickle))
         count = threads or available_cores()
-        with working_pool(1):  # one core for each of torch's products: threads compare tensors
+        with working_pools(1):  # one core for each of torch's products: threads compare tensors
             tensors, findings = _compare_tensors(subject, meaning, manifest, count, progress)
         findings += compare_files(folder, meaning.folder, adapter=subject.is_adapter)
         if tensors_only:

@@ -47,14 +47,10 @@ INPUTS = {
     "evaluate instructions": "evaluate base --alpaca-eval made.json --instructions ?",
     "evaluate model": "evaluate ? --perplexity text.txt", "evaluate model adapter": "evaluate base+? --perplexity text.txt",
     "audit sources": "audit ? --base base", "audit sources recipe": "audit ?", "audit base": "audit sft --base ?",
-<<<<<<< HEAD
     "export model": "export ? made --to gguf", "export base": "export sft made --to gguf-lora --base ?", "export llama_cpp": "export base made --to gguf --llama-cpp ?",
     "diff a": "diff ? base", "diff b": "diff base ?", "check adapter": "check ?", "check base": "check sft --base ?",
-=======
     "verify out": "verify ? --tensors-only", "verify recipe": "verify merged --tensors-only --recipe ?",
     "verify data": "verify merged --data ?",
-    "check adapter": "check ?", "check base": "check sft --base ?",
->>>>>>> h/vf
     "convert adapter": "convert ? out --to peft", "convert base": "convert sft out --to vllm --base ?",
     "init base": "init --base ?", "init data": "init --base base --data ?", "init adapters": "init --adapter ? --adapter sft",
     "evaluate self_consistency": "evaluate base --self-consistency ?",
@@ -74,12 +70,8 @@ OUTPUTS = {
     "merge mergekit_out_path": "merge recipe.yaml --out-path ?", "audit csv": "audit sft --base base --csv ?",
     "audit html": "audit sft --base base --html ?", "audit png_dir": "audit sft --base base --png-dir ?",
     "audit plots": "audit sft --base base --plots ?", "reproduce out": "reproduce merged ?",
-<<<<<<< HEAD
     "convert out": "convert sft ? --to vllm", "export out": "export quantised ? --to gguf",
-=======
-    "verify file": "verify merged --tensors-only --require kl<1 --out ?",
-    "convert out": "convert sft ? --to vllm",
->>>>>>> h/vf
+    "schema out": "schema merge --out ?", "verify file": "verify merged --tensors-only --require kl<1 --out ?",
     "study out": "study frozen-lake --smoke --seeds 1 --set target_steps=1 --set steps=[1] --out ?",
     "merge scratch": "merge recipe.yaml out --scratch ?", "bench folder": "bench --dir ? --size 9MB --seconds 0.01",
     "resize out": "resize sft ? --rank 1", "extract out": "extract base+sft ? --base base --rank 1",
@@ -94,7 +86,8 @@ NO_FILES = {
     "reproduce imports", "verify require", "verify device", "verify imports", "methods name", "methods imports", "merge mergekit_transformers_cache",
     "merge mergekit_lora_merge_cache", "merge mergekit_lora_merge_dtype", "merge mergekit_write_threads",
     "extract include", "extract exclude", "resize include", "resize exclude", "merge mergekit_intermediate_dir", "merge mergekit_random_seed", "merge ray_address", "run ray_address", "tune ray_address",
-    "dequantize ray_address", "diff only", "export quantize",
+    "dequantize ray_address", "diff only", "export quantize", "schema imports",
+    "doctor folder",  # it reports a faulty folder with exit code 3
 }  # fmt: skip
 """Parameters of text that name no file."""
 
