@@ -123,6 +123,13 @@ def _fifo(place: Path) -> Path:
     return place
 
 
+def _link_out(place: Path) -> Path:
+    """A link to a file outside the folder; a command may write through it, as every program does."""
+    outside = place.parent.parent / "outside"
+    outside.write_text("host\n")
+    return _link(str(outside))(place)
+
+
 def _link(target: str) -> Callable[[Path], Path]:
     def make(place: Path) -> Path:
         place.symlink_to(target)
@@ -172,7 +179,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "aliases": _bytes(BOMB.encode()), "deep YAML": _bytes(b"- " * 3000 + b"\n"), "deep JSON": _bytes(b"[" * 100_000),
     "deep objects": _bytes(b'{"a":' * 50_000), "NUL": _bytes(b"a: \0\n" * 9), "UTF-16": _bytes("a: \u00e9\n".encode("utf-16")),
     "Latin-1": _bytes("a: \u00e9\n".encode("latin-1")), "empty": _bytes(b""), "circle": lambda place: _link(place.name)(place),
-    "dangling": _link("nowhere"), "link out": _link("/etc/hostname"), "control": _named("a\nb\x1b]0;t\x07\u202ec"), "below a file": lambda place: _bytes(b"")(place) / f"x{place.suffix}",
+    "dangling": _link("nowhere"), "link out": _link_out, "control": _named("a\nb\x1b]0;t\x07\u202ec"), "below a file": lambda place: _bytes(b"")(place) / f"x{place.suffix}",
     "long": lambda place: place.with_name("x" * 300 + place.suffix), "long path": lambda place: place / "/".join([*("y" * 100 for _ in range(50)), place.name]), "missing": lambda place: place, "-": lambda _: Path("-"),
 }  # fmt: skip
 
