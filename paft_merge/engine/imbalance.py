@@ -80,11 +80,9 @@ def _apart(sizes: Mapping[str, float], plan: MergePlan) -> list[Problem]:
     each = ", ".join(f"{source} {size:.2g}" for source, size in ordered)
     what = (
         f"weight * delta differs {most / least:.0f}-fold between the sources (root mean square of the changed entries: {each}): "
-        f"{large} decides the sums and the elections nearly alone"
+        f"{large} decides elections nearly alone"
     )
     weight = plan.recipe.method.parameter("weight")
     words = " or weight: equal_norm," if weight and weight.words else ""
-    fix = (
-        f"if that is not meant, give {small} more weight,{words} up to {most / least:.0f} times ({DOCS}/audit.md#scale)"
-    )
+    fix = f"a sum (task_arithmetic) keeps both as they were trained; for an election give {small} more weight,{words} up to {most / least:.0f} times ({DOCS}/audit.md#scale)"
     return [Problem("SCALE", "", what, fix)]

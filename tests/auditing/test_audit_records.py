@@ -45,7 +45,7 @@ def dense_line(adapter: Path) -> str:
 
 
 def test_advice_for_a_dense_delta_follows_from_how_it_was_trained(adapter: Path) -> None:
-    assert "train with l1: {target: 0.9}, which finds the l1.strength, or use l1_ties" in dense_line(adapter)
+    assert "train with l1: {target: 0.9}, which finds the l1.strength, at a price in skill" in dense_line(adapter)
     write_record(adapter)
     assert "it was trained without; add l1: {target: 0.9}" in dense_line(adapter)
     write_record(adapter, {"mode": "penalty", "target": None, "strength": 1e-4})
@@ -74,7 +74,7 @@ def test_sizes_far_apart_are_told_with_both_norms_and_can_be_required(adapter: P
     (advice,) = (a for a in found.advice if a.metric == "size_ratio")
     assert advice.value == pytest.approx(norms[0] / norms[1])
     assert f"norms {norms[0]:.3g} and {norms[1]:.3g}" in advice.text
-    assert "give dpo up to" in advice.text
+    assert "for an election give dpo more weight, at most" in advice.text
     assert found.check("size_ratio <= 100") == []
     assert len(found.check("size_ratio <= 5")) == 1
     near = save_adapter(tmp_path / "near", random_state(0), 5, size=8e-3)

@@ -18,7 +18,8 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.quantized import dequantized
 from paft_merge.inputs.quantized.code_intervals import high_end, low_end, unmoved
 from paft_merge.inputs.quantized.dequantized import Dequantized
-from paft_merge.inputs.quantized.rounding import E2M1, FLOAT8_GRIDS, Rounding
+from paft_merge.inputs.quantized.grids import E2M1, FLOAT8_GRIDS
+from paft_merge.inputs.quantized.rounding import Rounding
 from paft_merge.inputs.quantized.weights import byte_values
 
 

@@ -115,4 +115,5 @@ def test_a_plan_shows_the_weights_that_records_lead_to_expect(pair: dict[str, Pa
     with open_plan(recipe(pair)) as plan:
         assert expected_weights(plan) == {}
         (problem,) = (p for p in plan.warnings if p.code == "SCALE")
-        assert "give dpo more weight, or weight: equal_norm, up to 15 times" in problem.fix
+        assert "a sum (task_arithmetic) keeps both" in problem.fix
+        assert "for an election give dpo more weight, or weight: equal_norm, up to 15 times" in problem.fix

@@ -11,6 +11,7 @@ from paft_merge.engine.imbalance import FOLD
 from paft_merge.errors import DOCS
 
 PAGE = f"{DOCS}/audit.md"
+L1_STUDY = f"{DOCS}/studies/paft-small-l1.md"
 
 DENSE, SPARSE = 0.5, 0.9
 """A delta is dense below the first sparsity and sparse from the second on (PAFT's sparse adapters have over 0.9)."""
@@ -93,7 +94,7 @@ def _density(source: SourceAudit, epsilon: float) -> Advice:
             "note", f"{sparsity:.0%} of the {label} delta is {below}; {drops}.", number, sparsity, "sparsity"
         )
     kind = "dense" if sparsity < DENSE else "half sparse"
-    text = f"The {label} delta is {kind} ({sparsity:.0%} {below}); {drops}: {_train_sparser(source, sparsity)}, or use l1_ties."
+    text = f"The {label} delta is {kind} ({sparsity:.0%} {below}); {drops}, task_arithmetic none, and l1_ties trims by content. For a sparser delta: {_train_sparser(source, sparsity)}, at a price in skill ({L1_STUDY})."
     return _advice("warn", text, number, sparsity, "sparsity")
 
 
@@ -130,7 +131,7 @@ def _of_pair(audit: AuditData, pair: PairAudit, *, leave_out_chance: bool) -> It
         (least, small), (most, large) = ((norm, _name(label)) for norm, label in norms)
         text = (
             f"The {large} delta is {total.size_ratio:.0f} times as large as that of {small} (norms {most:.3g} and {least:.3g}): with "
-            f"equal weights {large} decides the merge nearly alone; give {small} up to {total.size_ratio:.0f} times the weight, or write weight: equal_norm."
+            f"equal weights {large} decides elections nearly alone. A sum (task_arithmetic) keeps both as they were trained; for an election give {small} more weight, at most {total.size_ratio:.0f} times, or write weight: equal_norm."
         )
         yield _advice("warn", text, "size_ratio", total.size_ratio, "scale")
     if not total.both:
