@@ -23,6 +23,9 @@ from paft_merge.compute.kernels import object_cache, primitives
 from paft_merge.compute.kernels.block_source import FULL, BlockSource, packed
 from paft_merge.compute.kernels.object_cache import Compiled
 from paft_merge.errors import MergeError
+from paft_merge.inputs.quantized.grids import E2M1, IntGrid, LevelGrid
+from paft_merge.inputs.quantized.rounding import Layout, Rounding, round_blocks
+from paft_merge.inputs.quantized.scale_forms import FloatScales, Scales
 
 USED = """
 import sys
@@ -241,7 +244,22 @@ def results() -> list[np.ndarray]:
     found += surveyed(base, sources, low)
     product = np.empty((rows, width), np.float32)
     kernels.product(left, right, product)
+    found += coded(sources[0].view(np.float32))
     return [np.array(one) for one in (*found, pair, pair_sums, shared, square, product)]
+
+
+def coded(values: np.ndarray) -> list[np.ndarray]:
+    """Values rounded to codes of each kind, at random too."""
+    found: list[np.ndarray] = []
+    held = np.ascontiguousarray(np.nan_to_num(values[: values.size // 64 * 64]).reshape(-1, 64))
+    bits, form = np.full((len(held), 4), 0x3F80, np.uint16), FloatScales("BF16")
+    for grid in (E2M1, IntGrid(-8, 7, 8), LevelGrid(np.linspace(-1, 1, 16, dtype=np.float32))):
+        for key in (0, 3):
+            made = round_blocks(
+                held, grid, Layout.of(1, 16, 64), Scales(bits, form.values(bits), form), Rounding(key=key)
+            )
+            found += [made.codes, made.scales, made.values]
+    return found
 
 
 def surveyed(base: np.ndarray, sources: np.ndarray, low: int) -> list[np.ndarray]:

@@ -117,10 +117,10 @@ survey = Compiled(
 unpack = Compiled("statistics.unpack", "i8.2 i8.2 i8.2")
 add_squares = Compiled("statistics.add_squares", "u4.1 f8.1")
 
-limits = Compiled("codes.limits", "f4.2 i4.1 int f4.3")
+limits = Compiled("codes.limits", "f4.2 i4.1 int int f4.3 f4.2")
 round_codes = Compiled(
     "codes.round_codes",
-    "f4.2 i4.1 int f4.3 f4.3 f4.3 u1.3 bool float i8.1 f4.1 uint64 int u1.2 f4.2 i8.2 f8.2 f8.1 f4.2 u1.1",
+    "f4.2 i4.1 int int f4.3 f4.3 f4.3 u1.3 bool float i8.1 f4.1 uint64 int u1.2 f4.2 i8.2 f8.2 f4.2 f8.2 f4.2 u1.1",
 )
 
 _multiply = Compiled("low_rank.multiply", "f4.2 f4.3 f4.2 f4.2 f4.2")

@@ -1,6 +1,7 @@
 """Kernels that round values to codes with scales, block by block (see `inputs.quantized.rounding`).
 
 A matrix `[R, W]` has blocks of `height` rows; `groups` `[W]` is the block that each column belongs to, of `A` in a line of blocks.
+Blocks of `size` columns follow each other; 0: the columns of a block may be anywhere.
 Scales are tried: `[K, L, A]` arrays hold K scales for each of the blocks in L lines. A scaled value `v / step` is rounded to a
 value `q` of the grid, and `(q - zero) * scale` is what its code stands for.
 """
@@ -17,21 +18,97 @@ from paft_merge.compute.kernels.primitives import MAGNITUDE, bits_of, float_of, 
 
 _FORCE = np.float32(3 << 22)
 """A magnitude below 2**22 plus this number has steps of one: adding and subtracting it rounds to the nearest even integer."""
+_MOST_HALVINGS = 6
 _SIGN = np.uint32(31)
 _MANTISSA = np.uint32(23)
 
 
+@njit(inline="always")
+def _halvings(size: int) -> int:
+    """How often neighbours can be joined without joining two blocks."""
+    count = 0
+    while size > 0 and size % 2 == 0 and count < _MOST_HALVINGS:
+        size, count = size // 2, count + 1
+    return count
+
+
 @jit
-def limits(values: Any, groups: Any, height: int, found: Any) -> None:
-    """Write the least and the greatest value of each block, and zero where all have one sign, into `found` `[2, L, A]`."""
+def _least(values: Any, other: Any) -> None:
+    """Write the smaller one of each two neighbours of `values` into the first half of `other`."""
+    for j in range(values.size // 2):
+        a, b = values[2 * j], values[2 * j + 1]
+        other[j] = a if a < b else b
+    if values.size % 2:
+        other[values.size // 2] = values[values.size - 1]
+
+
+@jit
+def _greatest(values: Any, other: Any) -> None:
+    """Write the larger one of each two neighbours of `values` into the first half of `other`."""
+    for j in range(values.size // 2):
+        a, b = values[2 * j], values[2 * j + 1]
+        other[j] = a if a > b else b
+    if values.size % 2:
+        other[values.size // 2] = values[values.size - 1]
+
+
+@jit
+def _added(values: Any, other: Any) -> None:
+    """Write the sum of each two neighbours of `values` into the first half of `other`."""
+    for j in range(values.size // 2):
+        other[j] = values[2 * j] + values[2 * j + 1]
+    if values.size % 2:
+        other[values.size // 2] = values[values.size - 1]
+
+
+@jit
+def _widen_limits(values: Any, low: Any, high: Any) -> None:
+    """Lower `low` and raise `high` to the values of a strip."""
+    for j in range(values.size):
+        v = values[j]
+        low[j] = v if v < low[j] else low[j]
+        high[j] = v if v > high[j] else high[j]
+
+
+@jit
+def limits(values: Any, groups: Any, height: int, size: int, found: Any, lines: Any) -> None:
+    """Write the least and the greatest value of each block, and zero where all have one sign, into `found` `[2, L, A]`.
+
+    `lines`: `[4, LINE]` float32, memory.
+    """
     rows, width = values.shape
     found[:] = np.float32(0)
-    for row in range(rows):
-        low, high, line = found[0, row // height], found[1, row // height], values[row]
-        for j in range(width):
-            g, v = groups[j], line[j]
-            low[g] = min(low[g], v)
-            high[g] = max(high[g], v)
+    halvings = _halvings(size)
+    for line in range(found.shape[1]):
+        for start in range(0, width, STRIP):
+            m = min(STRIP, width - start)
+            low, high, other, another = lines[0], lines[1], lines[2], lines[3]
+            low[:m] = np.float32(0)
+            high[:m] = np.float32(0)
+            for row in range(line * height, min(line * height + height, rows)):
+                _widen_limits(values[row, start : start + m], low, high)
+            for _ in range(halvings):
+                _least(low[:m], other)
+                _greatest(high[:m], another)
+                low, other, high, another, m = other, low, another, high, (m + 1) // 2
+            for j in range(m):
+                g = groups[start + (j << halvings)]
+                found[0, line, g] = min(found[0, line, g], low[j])
+                found[1, line, g] = max(found[1, line, g], high[j])
+
+
+@jit
+def _spread(of_blocks: Any, groups: Any, size: int, start: int, out: Any) -> None:
+    """Write the value of its block for each of the columns from `start` on."""
+    count = out.size
+    if size < 2:
+        for j in range(count):
+            out[j] = of_blocks[groups[start + j]]
+        return
+    for g in range(start // size, (start + count - 1) // size + 1):
+        value = of_blocks[g]
+        for j in range(max(g * size - start, 0), min(g * size + size - start, count)):
+            out[j] = value
 
 
 @njit(inline="always")
@@ -86,22 +163,21 @@ def _integers(scaled: Any, zeros: Any, chances: Any, drawn: bool, form: Any, fou
 
 @jit
 def _levels(scaled: Any, chances: Any, drawn: bool, form: Any, table: Any, found: Any, codes: Any, passed: Any) -> None:
-    """Round to the levels of `table`: first the levels in their order, then the middles between them. `form[1:]`: their codes.
+    """Round to the 16 levels of `table`: first the levels in their order, then the middles between them. `form[1:]`: their codes.
 
     A value in the middle gets the smaller level.
     """
-    count = (table.size + 1) // 2
-    passed[: scaled.size] = np.float32(0)
-    for level in range(1, count):
-        bound = table[level] if drawn else table[count + level - 1]
-        for j in range(scaled.size):
-            passed[j] += np.float32(scaled[j] >= bound) if drawn else np.float32(scaled[j] > bound)
+    bounds = table[1:] if drawn else table[16:]
+    for j in range(scaled.size):
+        value, count = scaled[j], np.float32(0)
+        for level in range(15):
+            count += np.float32(value > bounds[level])
+        passed[j] = count
     for j in range(scaled.size):
         at = np.int64(passed[j])
-        if drawn and at < count - 1:
+        if drawn and at < 15:
             low, high = table[at], table[at + 1]
-            if chances[j] * (high - low) < scaled[j] - low:
-                at += 1
+            at += chances[j] * (high - low) < scaled[j] - low
         found[j], codes[j] = table[at], np.uint8(form[1 + at])
 
 
@@ -143,6 +219,7 @@ def round_codes(
     values: Any,
     groups: Any,
     height: int,
+    size: int,
     steps: Any,
     scales: Any,
     zeros: Any,
@@ -157,7 +234,8 @@ def round_codes(
     decoded: Any,
     chosen: Any,
     errors: Any,
-    sums: Any,
+    best_of: Any,
+    memory: Any,
     lines: Any,
     spare: Any,
 ) -> None:
@@ -167,6 +245,7 @@ def round_codes(
         values: `[R, W]` float32.
         groups: `[W]` int32, the block of each column in its line.
         height: rows of a block; the last line may be cut.
+        size: columns of a block, see the module.
         steps, scales, zeros: `[K, L, A]` float32, see the module.
         usable: `[K, L, A]`; a scale that is not usable is not chosen, except the first if none is.
         multiply: multiply by `steps` instead.
@@ -178,7 +257,8 @@ def round_codes(
         decoded: `[R, W]` float32, what the codes stand for; overwritten.
         chosen: `[L, A]` int64, the scale of each block; overwritten.
         errors: `[K, A]` float64, memory.
-        sums: `[STRIP]` float64, memory.
+        best_of: `[3, A]` float32, memory.
+        memory: `[2, LINE]` float64, memory.
         lines: `[7, LINE]` float32, memory.
         spare: `[STRIP]` uint8, memory.
     """
@@ -186,6 +266,7 @@ def round_codes(
     tried, count, across = scales.shape
     scaled, found, step, scale, zero = lines[0], lines[1], lines[2], lines[3], lines[4]
     chances, passed, factor32 = lines[5], lines[6], np.float32(factor)
+    halvings = _halvings(size)
     for line in range(count):
         first, stop = line * height, min(line * height + height, rows)
         if tried > 1:
@@ -193,29 +274,34 @@ def round_codes(
             for t in range(tried):
                 for start in range(0, width, STRIP):
                     m = min(STRIP, width - start)
-                    for j in range(m):
-                        g = groups[start + j]
-                        step[j], scale[j], zero[j] = steps[t, line, g], scales[t, line, g], zeros[t, line, g]
+                    _spread(steps[t, line], groups, size, start, step[:m])
+                    _spread(scales[t, line], groups, size, start, scale[:m])
+                    _spread(zeros[t, line], groups, size, start, zero[:m])
+                    sums, other = memory[0], memory[1]
                     sums[:m] = 0.0
                     for row in range(first, stop):
                         some = values[row, start : start + m]
                         _scale(some, step, multiply, scaled)
                         _round(scaled[:m], zero, chances, False, form, table, found, spare, passed)
                         _errors(some, found, zero, scale, factor32, sums)
+                    for _ in range(halvings):
+                        _added(sums[:m], other)
+                        sums, other, m = other, sums, (m + 1) // 2
                     for j in range(m):
-                        errors[t, groups[start + j]] += sums[j]
+                        errors[t, groups[start + (j << halvings)]] += sums[j]
         for g in range(across):
             best = 0
             for t in range(1, tried):
                 if usable[t, line, g] and (errors[t, g] < errors[best, g] or (best == 0 and not usable[0, line, g])):
                     best = t
             chosen[line, g] = best
+            for k, of_block in enumerate((steps, scales, zeros)):
+                best_of[k, g] = of_block[best, line, g]
         for start in range(0, width, STRIP):
             m = min(STRIP, width - start)
-            for j in range(m):
-                g = groups[start + j]
-                t = chosen[line, g]
-                step[j], scale[j], zero[j] = steps[t, line, g], scales[t, line, g], zeros[t, line, g]
+            _spread(best_of[0], groups, size, start, step[:m])
+            _spread(best_of[1], groups, size, start, scale[:m])
+            _spread(best_of[2], groups, size, start, zero[:m])
             for row in range(first, stop):
                 some, out = values[row, start : start + m], decoded[row, start : start + m]
                 mine = codes[row, start : start + m]

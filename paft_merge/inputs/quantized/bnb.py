@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import lcm, prod
+from math import gcd, lcm, prod
 from typing import Any
 
 import numpy as np
 
+from paft_merge.compute.kernels import STRIP
 from paft_merge.errors import CheckpointError, Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
 from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
@@ -110,18 +111,20 @@ class FourBits(QuantizedWeight):
     def encode(self, parts: Parts, first: int, values: Values, how: Rounding) -> tuple[list[Piece], Values]:
         start, count, size = first * self.shape[-1], values.size, self.size
         block, blocks = start // size, -(-count // size)
-        levels, held = parts.values(self.quant_map, 0, 16), values.reshape(blocks, -1) if count % size == 0 else None
-        if held is None:  # zeros are exact, so that they change no scale
-            held = np.zeros((blocks, size), np.float32)
-            held.reshape(-1)[:count] = values.reshape(-1)
+        levels, held = parts.values(self.quant_map, 0, 16), values
+        if count % size:  # zeros are exact, so that they change no scale
+            held = np.zeros(blocks * size, np.float32)
+            held[:count] = values.reshape(-1)
+        across = gcd(blocks, max(STRIP // size, 1))
         stored = parts.scales(self.absmax, block, block + blocks, self._scale_form(parts, block, block + blocks))
-        layout, grid = Layout(1, np.zeros(size, np.int32)), LevelGrid(levels)
-        made = round_blocks(held, grid, layout, stored.shaped(blocks, 1), how, index=start)
+        stored, layout = stored.shaped(blocks // across, across), Layout.of(1, size, size * across)
+        made = round_blocks(held.reshape(-1, size * across), LevelGrid(levels), layout, stored, how, index=start)
         nbytes = -(-count // 2)
         codes = made.codes.reshape(-1)[: 2 * nbytes]
-        was = parts.bytes(self.codes, start // 2, np.empty(nbytes, np.uint8))
-        was = np.stack([was >> np.uint8(4), was & np.uint8(15)], 1).reshape(-1)[: codes.size]
-        codes = np.where(levels[was] == levels[codes], was, codes)  # FP4 has two zeros
+        if np.unique(levels).size < levels.size:  # FP4 has two zeros
+            was = parts.bytes(self.codes, start // 2, np.empty(nbytes, np.uint8))
+            was = np.stack([was >> np.uint8(4), was & np.uint8(15)], 1).reshape(-1)[: codes.size]
+            codes = np.where(levels[was] == levels[codes], was, codes)
         pairs = (codes[0::2] << np.uint8(4)) | codes[1::2]
         pieces = [
             Piece.of(self.codes.name, start // 2, pairs),

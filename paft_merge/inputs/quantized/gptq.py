@@ -134,7 +134,8 @@ class GroupedCodes(QuantizedWeight):
         bits = np.ascontiguousarray(np.ascontiguousarray(held).view(f"u{nbytes}").T)
         layout = Layout.of(1, self.group, width)
         if self.groups is not None:
-            layout = Layout(1, group_of_columns(parts, self.groups, count))
+            at = group_of_columns(parts, self.groups, count)
+            layout = layout if np.array_equal(at, layout.groups) else Layout(1, at)
         zeros = ZeroPoints(self._zeros(parts, first, stop), self.symmetric, int(self.less_one))
         grid = IntGrid(0, (1 << self.bits) - 1, after=True)
         stored = Scales(bits, form.values(bits), form)

@@ -63,10 +63,10 @@ class FloatGrid:
 
     def codes(self, values: Values) -> NDArray[np.uint8]:
         """Round values to nearest even codes; those out of range become the largest magnitude."""
-        steps = self.values[: self.most + 1]
-        at = np.searchsorted((steps[1:] + steps[:-1]) / 2, np.abs(values))
-        tie = (at < self.most) & (np.abs(values) == (steps[at] + steps[np.minimum(at + 1, self.most)]) / 2)
-        found = (at + (tie & (at % 2 == 1))).astype(np.uint8)
+        magnitudes = np.minimum(np.abs(values), self.largest)
+        exponents = np.maximum((magnitudes.view(np.uint32) >> np.uint32(23)).astype(np.int32) - 127, self.lowest)
+        steps = np.rint(np.ldexp(magnitudes, self.bits - exponents)).astype(np.int32)
+        found = (((exponents - self.lowest) << self.bits) + steps).astype(np.uint8)
         negative = np.signbit(values) & (self.signed_zero | (found != 0))
         signed: NDArray[np.uint8] = found | (negative.astype(np.uint8) << np.uint8(self.sign))
         return signed

@@ -31,15 +31,17 @@ class Layout(NamedTuple):
     Attributes:
         height: rows of a block; the last line may be cut.
         groups: `[W]` int32, the block of each column in its line.
+        size: columns of a block, which follow each other; 0: they may be anywhere.
     """
 
     height: int
     groups: NDArray[np.int32]
+    size: int = 0
 
     @classmethod
     def of(cls, height: int, size: int, width: int) -> Layout:
         """Blocks of `height` rows and `size` columns."""
-        return cls(height, (np.arange(width) // size).astype(np.int32))
+        return cls(height, (np.arange(width) // size).astype(np.int32), size)
 
 
 class ZeroPoints(NamedTuple):
@@ -109,7 +111,7 @@ def round_blocks(
     tried = [_Tried(stored.bits, stored.values, points.values)]
     with np.errstate(all="ignore"):
         if how.refit or how.key:
-            kernels.limits(values, layout.groups, layout.height, limits)
+            kernels.limits(values, layout.groups, layout.height, layout.size, limits, kernels.lines(4))
         if how.refit:
             tried += _fitted(limits, grid, stored, points, exact=how.key != 0)
         scales, shifts = (np.stack([getattr(one, part) for one in tried]) for part in ("scales", "zeros"))
@@ -122,12 +124,12 @@ def round_blocks(
         if form.multiply:
             steps = np.where(scales != 0, np.float32(form.multiply) / scales, np.float32(0))
     codes, decoded = np.empty(values.shape, np.uint8), np.empty(values.shape, np.float32)
-    chosen = np.empty(stored.values.shape, np.int64)
+    chosen, across = np.empty(stored.values.shape, np.int64), stored.values.shape[-1]
     kernels.round_codes(
-        *(values, layout.groups, layout.height, steps, scales, shifts, usable.view(np.uint8)),
+        *(values, layout.groups, layout.height, layout.size, steps, scales, shifts, usable.view(np.uint8)),
         *(bool(form.multiply), float(form.factor), form.numbers, form.table, np.uint64(how.key), index),
-        *(codes, decoded, chosen, np.empty((len(tried), stored.values.shape[-1])), np.empty(kernels.STRIP)),
-        *(kernels.lines(7), SCRATCH.array("spare codes", kernels.STRIP, np.uint8)),
+        *(codes, decoded, chosen, np.empty((len(tried), across)), np.empty((3, across), np.float32)),
+        *(kernels.lines(2, of=np.float64), kernels.lines(7), SCRATCH.array("spare codes", kernels.STRIP, np.uint8)),
     )
     bits = np.choose(chosen, [one.bits for one in tried])
     return Rounded(codes, bits, np.choose(chosen, [one.zeros for one in tried]), decoded)
