@@ -28,10 +28,12 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import MISSING, ParameterSpec
 from pydantic import BeforeValidator, Field, ValidationError
 
+from paft_merge.errors import CheckpointError
 from paft_merge.hub import fetch
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.links import following_links
+from paft_merge.inputs.quantized.recognition import quantised
 from paft_merge.methods import METHODS, REQUIRED, Method, Parameter
 from paft_merge.methods.rules.whole_tensors import merge_tensors
 from paft_merge.plan import Model
@@ -105,13 +107,17 @@ class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
     """Reads a checkpoint as if an adapter had been merged into it.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint; a quantised one is refused.
         adapter: the adapter's folder.
         dtype: of all tensors, as mergekit's `--lora-merge-dtype`; None keeps the checkpoint's own types.
     """
 
     def __init__(self, folder: Path, adapter: Path, dtype: torch.dtype | None) -> None:
         checkpoint = Checkpoint.open(folder, unpickle=True)
+        if found := quantised(checkpoint):
+            checkpoint.close()
+            uses = "mergekit would write its plain weights with a config that says they are codes"
+            raise CheckpointError([found.problem(folder, uses)])
         self.model = Model(f"{folder}+{adapter}", checkpoint, Adapter.open(adapter, checkpoint))
         self.dtype = dtype
         names = [*checkpoint.tensors, *(self.model.adapter.unties if self.model.adapter else ())]

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -232,6 +233,23 @@ def test_the_trial_of_workers_kills_some(tmp_path: Path) -> None:
 def test_layouts_have_the_published_sizes(name: str, billions: float) -> None:
     sizes = [math.prod(shape) for _, _, shape in make_layout.rows(make_layout.LAYOUTS[name])]
     assert sum(sizes) / 1e9 == pytest.approx(billions, rel=1e-4)
+
+
+def test_a_layout_in_fp8_is_planned_with_and_without_its_codes(tmp_path: Path) -> None:
+    """Also quickly: the time of a plan grows with the number of tensors, and not with its square."""
+    base, adapter = tmp_path / "base", tmp_path / "sft"
+    for more in (["deepseek-v3", str(base), "--fp8"], ["deepseek-v3", str(adapter), "--adapter", "16"]):
+        done = CliRunner().invoke(make_layout.main, [*more, "--layers", "5"])
+        assert done.exit_code == 0, done.output
+    models = [{"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}}]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+    start = time.process_time()
+    with open_plan(recipe) as plain, open_plan({**recipe, "quantization": "keep"}) as kept:
+        assert {tensor.dtype for tensor in plain.tensors} == {"BF16"}
+        copied = [tensor for tensor in kept.tensors if tensor.method == "copy" and ".experts." in tensor.name]
+        assert len(copied) == 2 * 2 * 256 * 3
+        assert len([tensor for tensor in kept.tensors if tensor.coded]) == 2 * (5 * 5 + 3 * 3 + 2 * 3)
+    assert time.process_time() - start < 10
 
 
 def test_a_layout_takes_no_disk_and_can_be_planned(tmp_path: Path) -> None:

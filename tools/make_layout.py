@@ -2,9 +2,9 @@
 
     python tools/make_layout.py kimi-k2 runs/kimi                 # a checkpoint of a trillion parameters
     python tools/make_layout.py llama-3-70b runs/tuned/sft --adapter 16
+    python tools/make_layout.py deepseek-v3 runs/deepseek --fp8   # as it is published: FP8 in blocks of 128 x 128
 
-Plans and predictions need no more than that. Shapes are those of the published configurations, in bfloat16; DeepSeek-V3
-and Kimi-K2 are published in 8 bits, and are merged after a conversion.
+Plans and predictions need no more than that. Shapes are those of the published configurations, in bfloat16 without `--fp8`.
 """
 
 from __future__ import annotations
@@ -151,9 +151,19 @@ LAYOUTS: dict[str, Llama | DeepSeek] = {
 }
 
 
-def rows(layout: Llama | DeepSeek) -> list[Row]:
-    """The tensors of a checkpoint."""
-    return [(name, "BF16", shape) for name, shape in layout.tensors().items()]
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""The `quantization_config` of DeepSeek-V3."""
+
+
+def rows(layout: Llama | DeepSeek, *, fp8: bool = False) -> list[Row]:
+    """The tensors of a checkpoint, with `fp8` those of linear layers as codes and a scale for each block."""
+    found = list[Row]()
+    for name, shape in layout.tensors().items():
+        coded = fp8 and "_proj" in name
+        found.append((name, "F8_E4M3" if coded else "BF16", shape))
+        if coded:
+            found.append((f"{name}_scale_inv", "F32", (-(-shape[0] // 128), -(-shape[1] // 128))))
+    return found
 
 
 def factors(layout: Llama | DeepSeek, rank: int) -> Iterator[Row]:
@@ -206,10 +216,14 @@ def shortened(layout: Llama | DeepSeek, layers: int | None) -> Llama | DeepSeek:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--adapter", type=click.IntRange(1), metavar="RANK", help="Write an adapter of this rank instead.")
 @click.option("--layers", type=click.IntRange(1), help="Write only so many layers.")
-def main(name: str, folder: Path, adapter: int | None, layers: int | None) -> None:
+@click.option("--fp8", is_flag=True, help="Store the linear layers as FP8 in blocks of 128 x 128.")
+def main(name: str, folder: Path, adapter: int | None, layers: int | None, fp8: bool) -> None:
     layout = shortened(LAYOUTS[name], layers)
-    made = hollow_adapter(folder, layout, adapter) if adapter else hollow(folder, rows(layout), layout.config())
-    click.echo(made)
+    if adapter:
+        click.echo(hollow_adapter(folder, layout, adapter))
+    else:
+        config = {**layout.config(), **({"quantization_config": FP8} if fp8 else {})}
+        click.echo(hollow(folder, rows(layout, fp8=fp8), config))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from paft_merge.errors import EvaluateError, PaftMergeError, Problems, first_line
+from paft_merge.errors import CheckpointError, EvaluateError, PaftMergeError, Problems, first_line
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
 from paft_merge.inputs.adapter_places import CONFIG, base_of
@@ -28,6 +28,7 @@ from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
 from paft_merge.inputs.models import Model
+from paft_merge.inputs.quantized.recognition import quantised
 from paft_merge.training.child_process import match_in_time
 
 T = TypeVar("T")
@@ -136,6 +137,8 @@ def _with_deltas(folder: Path, deltas: Sequence[Path]) -> dict[str, torch.Tensor
     """The tensors of a base with sparse deltas, as a merged checkpoint holds them."""
     with ExitStack() as opened:
         base = opened.enter_context(Checkpoint.open(folder))
+        if found := quantised(base):
+            raise CheckpointError([found.problem(folder, "a sparse delta is added to its plain weights")])
         adapter = AdapterStack.of([opened.enter_context(Adapter.open(place, base)) for place in deltas])
         if adapter.unties:
             what = f"unties {', '.join(adapter.unties)}, for which the base's config.json has to change"

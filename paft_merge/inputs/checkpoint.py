@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import xxhash
 
+from paft_merge.compute.kernels.block_source import BlockSource
 from paft_merge.errors import CheckpointError, Problem, Problems
 from paft_merge.inputs.dtypes import DTYPES, Dtype
 from paft_merge.inputs.model_config import read_model_config
@@ -243,6 +244,14 @@ class Checkpoint:
     def is_derived(self, name: str) -> bool:
         """Whether the model computes the values of tensor `name` itself, so that this checkpoint does not store it."""
         return False
+
+    def add_to(self, feed: BlockSource, name: str, start: int, row: int) -> bool:
+        """Add the read of the entries of tensor `name` from `start` on to a row of `feed`; False if they cannot be read from a file."""
+        width = DTYPES[self.tensors[name].dtype].bits // 8
+        location = self.location(name, start * width, feed.size * width)
+        if location:
+            feed.read(row, *location)
+        return location is not None
 
     def stored_format(self, name: str) -> str:
         """The format in which tensor `name` is stored quantised; empty if it is not."""

@@ -80,11 +80,7 @@ class Read:
 
     def add_to(self, feed: BlockSource, start: int, row: int) -> bool:
         """Add the read of the stored elements from `start` on, into a row; False if they cannot be read from a file."""
-        width = DTYPES[self.dtype].bits // 8
-        location = self.checkpoint.location(self.name, start * width, feed.size * width)
-        if location:
-            feed.read(row, *location)
-        return location is not None
+        return self.checkpoint.add_to(feed, self.name, start, row)
 
     def weight(self, start: int, stop: int, out: Any) -> None:
         """Read elements `[start, stop)` of the stored tensor as float32 into `out` `[stop - start]`.
@@ -282,7 +278,10 @@ class Inputs:
 
     def _float_block(self, rows: Sequence[Read], feed: BlockSource, start: int) -> Block:
         """A block of float32 values of the base, if any, and float32 deltas or values."""
-        fed = {i for i, read in enumerate(rows) if self._add_product(read, feed, start, i)}
+        base = self.base
+        plain = base is not None and base.plain and base.dtype == "F32" and not self.without_base and not self._extended
+        fed = {-1} if plain and base and base.add_to(feed, start, -1) else set[int]()
+        fed |= {i for i, read in enumerate(rows) if self._add_product(read, feed, start, i)}
         return self._filled(rows, feed, fed, start, base_bits=False)
 
     def _filled(self, rows: Sequence[Read], feed: BlockSource, fed: set[int], start: int, *, base_bits: bool) -> Block:

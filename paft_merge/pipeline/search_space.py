@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paft_merge.errors import PaftMergeError, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.quantized import dequantized
 from paft_merge.methods import METHODS, REQUIRED
 from paft_merge.pipeline.overrides import parse_key_path, put
 from paft_merge.pipeline.preflight import check_merge
@@ -118,7 +119,7 @@ class SearchSpace:
             return self  # on the Hub: every filter is written
         with suppress(PaftMergeError):  # the check of the base reports it
             with Checkpoint.open(Path(self.recipe.base)) as checkpoint:
-                names = list(checkpoint.tensors)
+                names = list(dequantized(checkpoint).tensors)
             kept = {group: tuple(f for f in fs if any(f in n for n in names)) for group, fs in self.filters.items()}
             for group in (group for group, filters in kept.items() if not filters):
                 key = next(one.key for one in self.dimensions if one.group == group)

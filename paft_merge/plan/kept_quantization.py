@@ -128,8 +128,7 @@ def _coded(recipe: Recipe, tensor: PlannedTensor, weight: QuantizedWeight, templ
 def _parts(checkpoint: Dequantized, weight: QuantizedWeight, name: str) -> Iterator[tuple[str, str]]:
     """The stored tensors of a weight, and their names in the output; then those for the activations of its module."""
     stem, new = weight.name.removesuffix(".weight"), name.removesuffix(".weight")
-    mine = [part for part in sorted(checkpoint.hidden - {*weight.parts}) if part.startswith(f"{stem}.")]
-    for part in (*weight.parts, *mine):
+    for part in (*weight.parts, *checkpoint.beside.get(stem, ())):
         yield part, new + part.removeprefix(stem)
 
 

@@ -17,7 +17,7 @@ from paft_merge.compute import blocks
 from paft_merge.compute.blocks import Block, Election, KeepThreshold
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels import block_source, product
-from paft_merge.compute.kernels.block_source import BlockSource, packed, unpacked
+from paft_merge.compute.kernels.block_source import BlockSource, Codes, packed, unpacked
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.tensor_inputs import Read, inputs_for
@@ -90,6 +90,49 @@ def test_filled_on_the_way_or_before_is_the_same(
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("piece", [1 << 9, 1 << 20])
+@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize(("width", "size", "skip"), [(96, 32, 0), (96, 96, 40), (50, 16, 14), (1, 1, 0)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_codes_are_filled_with_their_values(
+    piece: int,
+    each: int,
+    width: int,
+    size: int,
+    skip: int,
+    zeros: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In whole and in pieces, from the middle of a row, with blocks that are cut at the end of a row."""
+    monkeypatch.setattr(block_source, "PIECE", piece)
+    made, count = np.random.default_rng(each), 2998
+    codes = made.integers(0, 256, count // each).astype(np.uint8)
+    table = made.normal(0, 1, (256, each)).astype(np.float32)
+    entry = np.arange(skip, skip + count)
+    shape = int(entry[-1]) // width + 1, -(-width // size)
+    scales, points = (made.normal(0, 1, shape).astype(np.float32) for _ in range(2))
+    at = entry // width, entry % width // size
+    wanted = (table[codes].reshape(-1) - points[at] * zeros) * scales[at]
+    (tmp_path / "codes").write_bytes(b"not this" + codes.tobytes())
+    fd = os.open(tmp_path / "codes", os.O_RDONLY)
+    for held in (0, count):
+        fed = BlockSource(count, width, never)
+        for row in (-1, 0):
+            fed.decode(row, Codes(fd, 8, table, scales, points if zeros else None, width, size, skip))
+        arrays = np.full(held, 7, np.uint32), np.full((1, held), 7, np.uint32)
+        block = Block(0, *arrays, subtract=False, feed=fed)
+        outcome = OPS.blend(block, out := np.empty(count, np.uint32), 1.0, (1.0,), 0, True)
+        np.testing.assert_array_equal(out.view(np.float32), wanted + wanted)
+        np.testing.assert_array_equal(block.sources[0].view(np.float32), wanted)
+        assert outcome.counts[0, 0] == np.count_nonzero(wanted == 0)
+    os.truncate(tmp_path / "codes", 100)
+    block = Block(0, np.empty(0, np.uint32), np.empty((1, 0), np.uint32), subtract=False, feed=fed)
+    with pytest.raises(AssertionError, match="everything could be read"):
+        OPS.blend(block, out, 1.0, (1.0,), 0, True)
+    os.close(fd)
 
 
 @pytest.mark.parametrize("row", [64, 33])

@@ -13,7 +13,7 @@ from conftest import random_state, save_checkpoint
 from safetensors.torch import load_file
 from toys.quantized import CONFIG, Q, State, asked, coded, four_bit_layer, golden_layer, gptq_layer, lora, mxfp4_experts
 
-from paft_merge import merge, open_plan
+from paft_merge import merge, open_plan, reproduce
 from paft_merge.compute import blocks
 from paft_merge.errors import PaftMergeError
 from paft_merge.inputs.checkpoint import Checkpoint
@@ -102,6 +102,7 @@ def test_workers_a_resumed_merge_and_a_reproduction_write_the_same_codes(
         assert len({(tmp_path / out / name).read_bytes() for out in ("whole", "shared", "again")}) == 1
     losses = [record(tmp_path / out)["quantization"] for out in ("whole", "shared", "again")]
     assert losses[0] == losses[1] == losses[2]
+    assert reproduce(tmp_path / "whole").identical
 
 
 def test_kept_scales_are_the_bytes_of_the_base(

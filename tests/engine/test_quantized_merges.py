@@ -89,6 +89,9 @@ def test_audit_measures_an_adapter_against_the_values(base: tuple[Path, State], 
     adapter, _ = lora(tmp_path / "ad", values, 1)
     twin = save_checkpoint(tmp_path / "twin", {name: tensor.float() for name, tensor in values.items()})
     found = [audit(adapter, base=where).sources[0].to_json()["tensors"] for where in (folder, twin)]
+    of_grid = [tensor.pop("quantised_sparsity") for tensor in found[0]]
+    assert None not in of_grid
+    assert {tensor.pop("quantised_sparsity") for tensor in found[1]} == {None}
     assert found[0] == found[1]
 
 

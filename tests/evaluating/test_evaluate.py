@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from toys import train as train_toys
 from toys.merge import python, recipe
+from toys.quantized import CONFIG, coded
 from toys.run import write_rows
 from toys.train import THEIR_WARNINGS
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -227,6 +228,13 @@ def test_a_sparse_delta_is_added_to_the_tensors_of_its_base(place: Path, tmp_pat
     (tmp_path / "lora/adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(EvaluateError, match="write the sparse delta first"):
         evaluate([str(place / "base"), str(tmp_path / "lora"), str(tmp_path / "delta")], section, folder=place)
+    shutil.copytree(place / "base", tmp_path / "coded")
+    fields = json.loads((place / "base/config.json").read_text())
+    (tmp_path / "coded/config.json").write_text(json.dumps({**fields, "quantization_config": CONFIG}))
+    stored, _ = coded(load_file(place / "base/model.safetensors"))
+    save_file(stored, tmp_path / "coded/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PaftMergeError, match=r"is quantised \(FP8.*a sparse delta is added"):
+        evaluate(f"{tmp_path / 'coded'}+{tmp_path / 'delta'}", section, folder=place)
 
 
 def test_an_expression_that_takes_too_long_for_the_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

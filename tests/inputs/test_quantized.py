@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_checkpoint
+from safetensors.torch import save_file
 from toys.quantized import GOLDEN, four_bit_layer, golden_layer, gptq_layer, random
 
 from paft_merge.errors import CheckpointError
@@ -263,6 +264,12 @@ def test_a_scale_without_a_value_is_named(value: float, tmp_path: Path) -> None:
     assert [(one.code, f"{SCALES!r} is {value}" in one.what) for one in caught.value.problems] == [("NONFINITE", True)]
 
 
+def state_with(kind: str, **changed: Any) -> torch.Tensor:
+    """The `quant_state` of a sample of bitsandbytes with other values, as JSON."""
+    held = json.loads(bytes(SAMPLES[kind]().stored[f"{WEIGHT}.quant_state.bitsandbytes__nf4"].tolist()))
+    return torch.tensor(list(json.dumps(held | changed).encode()), dtype=torch.uint8)
+
+
 GROUPS = f"{STEM}.weight_g_idx"
 STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 
@@ -276,7 +283,17 @@ STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
         ("int4_group", {"ignore": ["re:.*down_proj"]}, {}, "are not quantised, and they are stored as codes"),
         ("int4_group", {"transform_config": {"config_groups": {}}}, {}, "rotated"),
         ("int4_group", {"sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "sparse"),
-        ("int4_channel", {}, {f"{STEM}.weight_shape": torch.tensor([16, 3])}, "says 3 columns"),
+        ("int4_channel", {}, {f"{STEM}.weight_shape": torch.tensor([16, 3])}, "says [16, 3]"),
+        ("int4_group", {}, {f"{STEM}.weight_shape": torch.tensor([15, 96])}, "says [15, 96]"),
+        ("int4_group", {}, {WEIGHT: torch.ones(16, 96)}, "twice"),
+        ("nvfp4", {}, {f"{STEM}.weight_packed": torch.ones(16, dtype=torch.uint8)}, "is U8"),
+        ("fp8 blocks", {"weight_block_size": [128]}, {}, "weight_block_size: [128]"),
+        ("fp8 blocks", {"weight_block_size": "128x128"}, {}, "weight_block_size: '128x128'"),
+        ("fp8 blocks", {"weight_block_size": [True, 128]}, {}, "weight_block_size: [True, 128]"),
+        ("fp8 blocks, bfloat16 scales", {}, {SCALES: torch.ones(1, 2)}, "is [1, 2], and"),
+        ("fp8 blocks", {}, {WEIGHT: torch.ones(256).to(E4M3)}, "is [256], and"),
+        ("fp8 rows", {}, {f"{STEM}.weight_scale": torch.ones(1, 16)}, "is [1, 16], and"),
+        ("nf4 nested", {}, {STATE: state_with("nf4 nested", nested_offset=float("nan"))}, "has no valid state"),
         ("int8_channel_zeros", {}, {f"{STEM}.weight_zero_point": None}, "zero points"),
         ("nvfp4", {}, {f"{STEM}.weight_scale": torch.ones(16, 4, dtype=torch.uint8)}, "is U8"),
         ("nvfp4", {}, {f"{STEM}.weight_global_scale": None}, "without weight_global_scale"),
@@ -311,6 +328,37 @@ def test_a_column_of_a_group_that_does_not_exist_is_an_error(kind: str, name: st
     with opened(sample.save(tmp_path / "m", **{name: groups})) as checkpoint:
         with pytest.raises(CheckpointError, match=name):
             checkpoint.tensor(WEIGHT)
+
+
+def test_an_order_of_columns_that_was_never_set_is_that_of_the_columns(tmp_path: Path) -> None:
+    sample = SAMPLES["int4_group"]()
+    unset = torch.full((sample.values.shape[1],), -1, dtype=torch.int32)
+    with opened(sample.save(tmp_path / "m", **{GROUPS: unset})) as checkpoint:
+        assert torch.equal(checkpoint.tensor(WEIGHT), sample.values)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("nvfp4", "weight_global_scale"), ("modelopt", "weight_scale_2")])
+def test_a_scale_of_the_tensor_that_leaves_no_value_is_named(kind: str, part: str, tmp_path: Path) -> None:
+    sample, name = SAMPLES[kind](), f"{STEM}.{part}"
+    value = torch.full_like(sample.stored[name], 0.0 if kind == "nvfp4" else 3e38)
+    with opened(sample.save(tmp_path / "m", **{name: value})) as checkpoint:
+        with pytest.raises(CheckpointError, match=f"scale '{name}' makes scales"):
+            checkpoint.tensor(WEIGHT)
+
+
+def test_codes_and_scales_in_different_files_and_scales_of_zero_or_below_are_read(tmp_path: Path) -> None:
+    sample = SAMPLES["fp8 blocks"]()
+    folder = sample.save(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    scale = sample.stored[SCALES] * torch.tensor([1.0, 0.0, -1.0])
+    files = {"a": {**PLAIN, WEIGHT: sample.stored[WEIGHT]}, "b": {SCALES: scale}}
+    for file, held in files.items():
+        save_file(held, folder / f"{file}.safetensors")
+    where = {name: f"{file}.safetensors" for file, held in files.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    with opened(folder) as checkpoint:
+        signs = torch.tensor([1.0, 0.0, -1.0]).repeat_interleave(128)
+        assert torch.equal(checkpoint.tensor(WEIGHT), sample.values * signs)
 
 
 def test_a_method_that_is_not_read_stays_as_it_is(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import State, save_adapter, save_checkpoint
+from toys import quantized
 from toys.mergekit import CONFIG, llama_family, llama_state, load_state, mergekit_merge
 
 from paft_merge.cli import mergekit_yaml
 from paft_merge.engine import api
+from paft_merge.errors import CheckpointError
 from paft_merge.methods import METHODS
 
 with __import__("warnings").catch_warnings():
@@ -195,6 +197,13 @@ def test_a_loader_looks_for_aliases_and_says_what_is_missing(adapted: dict[str, 
     with pytest.raises(KeyError):
         loader.get_tensor("nowhere")
     loader.model.close()
+
+
+def test_an_adapter_on_a_quantised_base_is_refused_by_name(adapted: dict[str, Path], tmp_path: Path) -> None:
+    stored, _ = quantized.coded(load_state(adapted["base"]))
+    base = save_checkpoint(tmp_path / "coded", stored, config={"quantization_config": quantized.CONFIG})
+    with pytest.raises(CheckpointError, match=r"is quantised \(FP8.*mergekit would write"):
+        mergekit_plugin.AdaptedLoader(base, adapted["sft"], None)
 
 
 def test_the_console_script_is_mergekit_yaml_with_both(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from toys import adapters as toys
 from toys import train as train_toys
+from toys.quantized import CONFIG, coded
 
 from paft_merge.engine.api import open_plan
 from paft_merge.errors import Problems, RecipeError
@@ -102,6 +106,19 @@ def test_conditions_of_the_recipe_hold_for_the_other_tensors(world: Path) -> Non
     found = weights_of(space, {f"{WEIGHT}.attention": 0.3})
     for name, weight in found.items():
         assert weight == (0.3 if ".self_attn." in name else 0.9 if ".mlp." in name else 0.1), name
+
+
+def test_a_quantised_base_has_the_names_of_its_weights(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    base = tmp_path / "world" / "base"
+    stored, _ = coded(load_file(base / "model.safetensors"))
+    save_file(stored, base / "model.safetensors")
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**fields, "quantization_config": CONFIG}))
+    assert any("scale_inv" in name for name in stored)
+    with pytest.raises(RecipeError, match="no tensor of the base belongs to 'scale_inv'"):
+        space_of(tmp_path / "world", {WEIGHT: {"scale_inv": [0.0, 1.0]}})
+    assert space_of(tmp_path / "world", {WEIGHT: {"up_proj.weight": [0.0, 1.0]}}).dimensions
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ Q, UP = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
 
 def coded(state: State) -> tuple[State, State]:
-    """The state with FP8 matrices in blocks of 16 x 16 (cut at 24), and the values that they stand for."""
+    """The state with FP8 matrices in blocks of 16 x 16, cut at their ends, and the values that they stand for."""
     stored, values = dict(state), dict(state)
     for name, tensor in state.items():
         if "_proj" in name:
-            scale = torch.rand(-(-tensor.shape[0] // 16), 2, generator=torch.Generator().manual_seed(3)) / 100 + 1e-3
+            blocks, made = [-(-n // 16) for n in tensor.shape], torch.Generator().manual_seed(3)
+            scale = torch.rand(*blocks, generator=made) / 100 + 1e-3
             spread = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)[: len(tensor), : tensor.shape[1]]
             stored[name] = (tensor.float() / spread).to(torch.float8_e4m3fn)
             stored[f"{name}_scale_inv"] = scale

@@ -9,7 +9,8 @@
 | block_transforms | from one block to another, for the rarer methods |
 | scoring | how entries of deltas compete (PCB-Merging) |
 | low_rank | low-rank product |
-| block_source, fill_loop | fill a block from files and factors, piece by piece |
+| decoding | values of codes with scales |
+| block_source, fill_loop | fill a block from files, codes and factors, piece by piece |
 | statistics | counts and sums over deltas |
 | codes | values to codes with scales |
 
@@ -122,6 +123,8 @@ round_codes = Compiled(
     "codes.round_codes",
     "f4.2 i4.1 int int f4.3 f4.3 f4.3 u1.3 bool float i8.1 f4.1 uint64 int u1.2 f4.2 i8.2 f8.2 f4.2 f8.2 f4.2 u1.1",
 )
+decode = Compiled("decoding.decode", "u1.1 f4.2 f4.2 f4.2 int int int f4.1")
+decode_turned = Compiled("decoding.decode_turned", "u1.2 f4.2 f4.2 int f4.1 f4.2")
 
 _multiply = Compiled("low_rank.multiply", "f4.2 f4.3 f4.2 f4.2 f4.2")
 

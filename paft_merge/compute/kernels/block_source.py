@@ -1,4 +1,4 @@
-"""Fill a block from stored bytes and low-rank products, piece by piece, just before a kernel reads each piece.
+"""Fill a block from stored bytes, codes with scales and low-rank products, piece by piece, just before a kernel reads each piece.
 
 A piece is still in the L2 cache when the kernel reads it, and no thread waits for the interpreter lock between reading and
 computing. A kernel that fills its own block takes the array `source_desc` (see `fill_loop.fill`), which is empty for a full block.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,20 +31,29 @@ _LEAST, _LEAST_READ = 16, 8 * STRIP
 """Least rows of a product in a piece, because every piece reads all panels from a slower cache; least entries of a piece that is
 read only, because every read is a system call."""
 
-ENTRY, READY, STEP, SIZE, KEPT, READS, PRODUCTS, PREAD, ROW, TOTAL, LEFT, HEAD = range(12)
-"""Indices into `source_desc` `[HEAD + 4 * (reads + products)]` int64.
+ENTRY, READY, STEP, SIZE, KEPT, READS, PRODUCTS, CODES, PREAD, ROW, TOTAL, LEFT, BYTES, HEAD = range(14)
+"""Indices into `source_desc` `[HEAD + 4 * (reads + products) + CODED * codes]` int64.
 
 ENTRY       address of `fill`
 READY       entries filled so far; `fill` updates it
 STEP, SIZE  entries of a piece, and of the block
 KEPT        1 where the arrays hold the whole block, 0 where they hold one piece at a time
-READS, PRODUCTS  how many of each follow the head
+READS, PRODUCTS, CODES  how many of each follow the head
 PREAD       address of the C library's pread
 ROW         entries of a row of the products
 TOTAL, LEFT addresses of memory for a product
+BYTES       address of memory for the codes of a piece
 
 A read is an address, bytes of an entry, a file descriptor and an offset. A product is an address, the address of its rows
-of the left factor, the rank, and the address of the right factor's panels."""
+of the left factor, the rank, and the address of the right factor's panels. Codes are an address, a file descriptor, an offset,
+codes in a byte, the addresses of the table, of the scales and of the zero points (0: none), rows and columns of the scales, and `width`,
+`size` and `skip` of `decoding.decode`."""
+
+TURNED = 64
+"""Columns that `decoding.decode_turned` writes at a time."""
+
+CODED = 12
+"""Numbers of the codes of a row."""
 
 FULL = np.empty(0, np.int64)
 """The `source_desc` of a full block."""
@@ -53,8 +62,30 @@ fill = Compiled("fill_loop.fill", "i8.1 int")
 _pread = ctypes.cast(ctypes.CDLL(None).pread, ctypes.c_void_p).value
 
 
+class Codes(NamedTuple):
+    """Codes with scales in a file, for the entries of a block; the arrays and numbers are those of `decoding.decode`.
+
+    Attributes:
+        fd: file descriptor.
+        offset: the byte with the first code.
+        table: `[256, P]` float32.
+        scales: `[rows, blocks]` float32.
+        zeros: of the same shape, or None.
+        width, size, skip: of rows, of blocks, and entries before the block in its first row.
+    """
+
+    fd: int
+    offset: int
+    table: Any
+    scales: Any
+    zeros: Any
+    width: int
+    size: int
+    skip: int
+
+
 class BlockSource:
-    """Reads and products that fill the rows of a block. Row -1 is the base, the others are the sources. For one thread.
+    """Reads, codes and products that fill the rows of a block. Row -1 is the base, the others are the sources. For one thread.
 
     Args:
         size: entries of the block.
@@ -67,15 +98,24 @@ class BlockSource:
         self._again = again
         self._reads: list[tuple[int, int, int]] = []
         self._products: list[tuple[int, Any, Any]] = []
+        self._codes: list[tuple[int, Codes]] = []
+
+    @property
+    def _rows(self) -> set[int]:
+        return {*(one[0] for one in self._reads), *(one[0] for one in self._codes), *(one[0] for one in self._products)}
 
     @property
     def has_base(self) -> bool:
         """Whether the base is filled too."""
-        return any(row < 0 for row, _, _ in self._reads)
+        return -1 in self._rows
 
     def read(self, row: int, fd: int, offset: int) -> None:
         """Fill a row with the bytes of file descriptor `fd` from `offset` on."""
         self._reads.append((row, fd, offset))
+
+    def decode(self, row: int, codes: Codes) -> None:
+        """Fill a row with the values of codes, float32."""
+        self._codes.append((row, codes))
 
     def multiply(self, row: int, left: Any, panels: Any) -> None:
         """Fill a row with the product of `left` `[size / width, R]` float32 and the `panels` of a right factor (see `packed`)."""
@@ -84,7 +124,7 @@ class BlockSource:
     @property
     def piece(self) -> int:
         """Entries of arrays that hold one piece at a time."""
-        sources = len({row for row, *_ in (*self._reads, *self._products) if row >= 0})
+        sources = len(self._rows - {-1})
         return piece_entries(self.size, self.width if self._products else 0, sources)
 
     def descriptor(self, base: Any, sources: Any, only: int | None = None) -> Any:
@@ -98,7 +138,7 @@ class BlockSource:
         rank = max((panels.shape[1] for _, _, panels in self._products), default=0)
         total, rows = memory_for(rank) if self._products else (FULL, FULL)
         kept = sources.shape[1] == self.size
-        reads, products = list[int](), list[int]()
+        reads, products, codes = list[int](), list[int](), list[int]()
         for row, fd, offset in self._reads:
             if only in (None, row) or row < 0:
                 out = sources[row] if row >= 0 else base
@@ -106,11 +146,17 @@ class BlockSource:
         for row, left, panels in self._products:
             if only in (None, row):
                 products += (_address(sources[row]), _address(left), left.shape[1], _address(panels))
+        for row, held in self._codes:
+            if only in (None, row) or row < 0:
+                out, zeros = (sources[row] if row >= 0 else base), 0 if held.zeros is None else _address(held.zeros)
+                codes += (_address(out), held.fd, held.offset, held.table.shape[1], _address(held.table))
+                codes += (_address(held.scales), zeros, *held.scales.shape, held.width, held.size, held.skip)
+        memory = SCRATCH.array("codes of a piece", self.piece if self._codes else 0, np.uint8)
         head = (
-            fill.entry, 0, self.piece, self.size, kept, len(reads) // 4, len(products) // 4, _pread, self.width,
-            _address(total), _address(rows),
+            fill.entry, 0, self.piece, self.size, kept, len(reads) // 4, len(products) // 4, len(codes) // CODED, _pread,
+            self.width, _address(total), _address(rows), _address(memory),
         )  # fmt: skip
-        return np.array((*head, *reads, *products), np.int64)
+        return np.array((*head, *reads, *products, *codes), np.int64)
 
     def fill(self, base: Any, sources: Any) -> None:
         """Fill `base` `[E]` and `sources` `[n, E]` at once.

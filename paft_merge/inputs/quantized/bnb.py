@@ -215,7 +215,9 @@ def _four_bits(parts: Parts, name: str) -> FourBits:
     wanted |= {".nested_absmax": ("F32",), ".nested_quant_map": ("F32",)} if nested else {}
     blocks = -(-prod(shape) // size)
     inner, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    if nested and (type(inner) is not int or inner < 1 or not isinstance(offset, int | float)):
+    if nested and (
+        type(inner) is not int or inner < 1 or not isinstance(offset, int | float) or not abs(offset) < 1e30
+    ):
         raise CheckpointError.of("CONFIG_INVALID", where, f"tensor {quote(name)} has no valid state: {state}")
     counts = {"": -(-prod(shape) // 2), ".absmax": blocks, ".quant_map": 16, ".nested_quant_map": 256}
     counts |= {".nested_absmax": -(-blocks // inner)} if nested and type(inner) is int else {}

@@ -210,6 +210,9 @@ def _weight(parts: Parts, stem: str, scheme: Scheme) -> ScaledCodes:
     """
     tensors, where = parts.checkpoint.tensors, parts.checkpoint.folder
     packed, plain = tensors.get(f"{stem}.weight_packed"), tensors.get(f"{stem}.weight")
+    if packed and plain:
+        what = f"stores {quote(plain.name)} twice: also as {quote(packed.name)}"
+        raise CheckpointError.of("CONFIG_MISMATCH", where, what, "delete one of them, or download it again")
     codes, scale = packed or plain, tensors[f"{stem}.weight_scale"]
     if codes is None:
         raise CheckpointError([missing(where, scale.name, f"codes: {quote(f'{stem}.weight')}")])
@@ -234,6 +237,8 @@ def _weight(parts: Parts, stem: str, scheme: Scheme) -> ScaledCodes:
     held = [codes, scale, zeros, groups, of_all, tensors.get(f"{stem}.weight_shape")]
     if groups is not None and groups.shape != shape[-1:]:
         raise CheckpointError([wrong_shape(where, groups, shape[-1:], codes)])
+    if groups is not None and (parts.values(groups, 0, groups.numel) == -1).any():
+        groups = None  # compressed-tensors takes the columns in order then
     if scheme.name == "NVFP4" and (of_all is None or of_all.numel != 1):
         fault = wrong_shape(where, of_all, [1], codes) if of_all else missing(where, codes.name, "weight_global_scale")
         raise CheckpointError([fault])
@@ -275,15 +280,17 @@ def _width(parts: Parts, stem: str, scheme: Scheme, codes: TensorInfo, scale: Te
     """Columns of a weight: those of the groups, else what `weight_shape` says, else those of the codes."""
     held = codes.shape[-1] * (codes.nbytes // max(codes.numel, 1)) * (table.size // 256)
     stated = parts.checkpoint.tensors.get(f"{stem}.weight_shape")
-    if codes.dtype != "I32" or (scheme.group and scale.shape[-1] * scheme.group == held):
+    certain = codes.dtype != "I32" or (scheme.group > 0 and scale.shape[-1:] == (held // scheme.group,))
+    # Far away, reading a shape is a request for each weight.
+    if certain and (stated is None or codes.dtype != "I32" or parts.checkpoint.location(stated.name, 0, 1) is None):
         return held
     if stated is None or stated.dtype not in ("I64", "I32") or stated.numel != len(codes.shape):
         raise CheckpointError(
             [missing(parts.checkpoint.folder, codes.name, f"its shape: {quote(f'{stem}.weight_shape')}")]
         )
-    width = int(parts.values(stated, 0, stated.numel)[-1])
-    if not held - 32 // scheme.bits < width <= held:
-        what = f"tensor {quote(stated.name)} says {width} columns, and {quote(codes.name)} holds {held}"
+    *rows, width = map(int, parts.values(stated, 0, stated.numel))
+    if (*rows,) != codes.shape[:-1] or not held - 32 // scheme.bits < width <= held:
+        what = f"tensor {quote(stated.name)} says {[*rows, width]}, and {quote(codes.name)} holds {[*codes.shape[:-1], held]}"
         raise CheckpointError.of("SHAPE_MISMATCH", parts.checkpoint.folder, what, "download it again")
     return width
 

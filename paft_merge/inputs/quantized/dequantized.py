@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from paft_merge.compute.kernels.block_source import BlockSource
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
 from paft_merge.inputs.quantized.code_intervals import high_end, low_end
@@ -64,6 +66,17 @@ class Dequantized(Checkpoint):
         """Names of the stored tensors that do not appear: codes, scales, and scales of activations."""
         return self._hidden
 
+    @cached_property
+    def beside(self) -> Mapping[str, list[str]]:
+        """By the module of a quantised weight, the hidden tensors in the module that are not its parts, sorted."""
+        parts = {part for weight in self._weights.values() for part in weight.parts}
+        found: dict[str, list[str]] = {name.removesuffix(".weight"): [] for name in self._weights}
+        for name in sorted(self._hidden - parts):
+            for at in (at for at, letter in enumerate(name) if letter == "."):
+                if name[:at] in found:
+                    found[name[:at]].append(name)
+        return found
+
     def close(self) -> None:
         self._inner.close()
 
@@ -102,6 +115,10 @@ class Dequantized(Checkpoint):
                 weight.decode(self._parts, first, last, held, of)
             ends.append(held.reshape(-1)[start - first * width :][: stop - start])
         return ends[0], ends[1]
+
+    def add_to(self, feed: BlockSource, name: str, start: int, row: int) -> bool:
+        weight = self._weights.get(name)
+        return weight.add_to(feed, self._parts, start, row) if weight else self._inner.add_to(feed, name, start, row)
 
     def location(self, name: str, start: int, nbytes: int) -> tuple[int, int] | None:
         return None if name in self._weights else self._inner.location(name, start, nbytes)

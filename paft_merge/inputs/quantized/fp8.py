@@ -41,6 +41,10 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
         problems: receives codes without scales, scales without codes, and wrong shapes and types.
     """
     where, tensors, scaled = checkpoint.folder, checkpoint.tensors, set[str]()
+    if (blocks := settings.get("weight_block_size")) is not None and not _are_blocks(blocks):
+        what = f"says weight_block_size: {blocks!r} in its quantization_config, which is not two sizes"
+        problems.add("CONFIG_INVALID", where, what, "correct quantization_config, or download it again")
+        return
     for name, info in tensors.items():
         marker = next((one for one in _MARKERS if name.endswith(one)), None)
         if marker is None or (weight := tensors.get(name.removesuffix(marker))) is None:
@@ -52,7 +56,10 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
                 problems.found.append(wrong_dtype(where, weight, FLOAT8))
             continue
         scaled.add(weight.name)
-        if len(weight.shape) < 2 or info.dtype not in _SCALES:
+        if len(weight.shape) < 2:
+            problems.found.append(wrong_shape(where, weight, ["out", "in"], info))
+            continue
+        if info.dtype not in _SCALES:
             problems.found.append(wrong_dtype(where, info, _SCALES))
             continue
         grids = [Grid(info, weight.shape, sizes, info.dtype == "U8") for sizes in _sizes(settings, weight.shape)]
@@ -75,9 +82,11 @@ def _sizes(settings: Settings, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     if method == "fbgemm_fp8":
         return [rows, columns]
     blocks = settings.get("weight_block_size", _BLOCK if method == "fp8" else None)
-    if isinstance(blocks, list | tuple) and len(blocks) == 2 and all(type(n) is int and n > 0 for n in blocks):
-        return [(*lead, *blocks)]
-    return [tensor, expert]
+    return [(*lead, *blocks)] if blocks is not None else [tensor, expert]
+
+
+def _are_blocks(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
 
 
 def _without_scales(where: object, info: TensorInfo) -> Problem:

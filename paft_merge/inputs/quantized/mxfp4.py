@@ -13,6 +13,9 @@ from math import prod
 
 import numpy as np
 
+from paft_merge.compute import kernels
+from paft_merge.compute.kernels.block_source import TURNED
+from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import Problems
 from paft_merge.inputs.checkpoint import Checkpoint, TensorInfo
 from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
@@ -67,14 +70,18 @@ class TransposedExperts(QuantizedWeight):
         a, b = first // GROUP, -(-stop // GROUP)
         panel = width, height // 2
         codes = parts.columns(self.blocks, expert * prod(panel), panel, a * GROUP // 2, b * GROUP // 2)
-        turned = np.ascontiguousarray(codes.T)
         groups = height // GROUP
         held = parts.values(self.scales, expert * width * groups, (expert + 1) * width * groups, exponents=True)
-        scales = np.ascontiguousarray(held.reshape(width, groups)[:, a:b].T)
-        for row in range(first, stop):
-            line = out[row - first]
-            np.take(table[:, row % 2], turned[(row - a * GROUP) // 2], out=line, mode="clip")
-            line *= scales[row // GROUP - a]
+        scales = np.ascontiguousarray(held.reshape(width, groups)[:, a:b])
+        rows = (b - a) * GROUP
+        # Rows of bytes that are not a power of two apart: those would share a few sets of the L1 cache.
+        apart = SCRATCH.array("turned codes", (width, codes.shape[1] + 64), np.uint8)
+        apart[:, : codes.shape[1]] = codes
+        whole = out if rows == stop - first else SCRATCH.array("turned rows", (rows, width), np.float32)
+        line = SCRATCH.array("turned scales", TURNED, np.float32)
+        kernels.decode_turned(apart, table, scales, GROUP, line, whole)
+        if whole is not out:
+            out[:] = whole[first - a * GROUP : stop - a * GROUP]
 
     @property
     def unit(self) -> int:

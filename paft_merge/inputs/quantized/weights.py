@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from paft_merge.compute import kernels
+from paft_merge.compute.kernels.block_source import BlockSource, Codes
 from paft_merge.compute.scratch import SCRATCH
 from paft_merge.errors import CheckpointError, Problem
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
@@ -29,8 +31,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _PANEL_BYTES = 32 << 20
 """A panel that is not larger is read whole, and kept."""
-_CACHED = 1 << 15
-"""Entries that are dequantised together, so that they stay in the CPU's cache."""
 
 Settings = Mapping[str, Any]
 """A `quantization_config`."""
@@ -154,6 +154,10 @@ class QuantizedWeight:
         """
         raise NotImplementedError
 
+    def add_to(self, feed: BlockSource, parts: Parts, start: int, row: int) -> bool:
+        """Add the decoding of entries from `start` on to a row of `feed`; False where `decode` is needed."""
+        return False
+
     @property
     def unit(self) -> int:
         """Rows of the weight, seen as `[rows, shape[-1]]`, that are written together."""
@@ -250,7 +254,9 @@ class Grid:
 
     @property
     def fits(self) -> bool:
-        """Whether the stored tensor has one value for each block; dimensions of one do not count."""
+        """Whether the stored tensor has one value for each block; with fewer dimensions than the weight, those of one do not count."""
+        if len(self.info.shape) == len(self.counts):
+            return self.info.shape == self.counts
         return [n for n in self.info.shape if n != 1] == [n for n in self.counts if n != 1]
 
     def rows(self, parts: Parts, first: int, stop: int) -> Values:
@@ -392,20 +398,53 @@ class ScaledCodes(QuantizedWeight):
         rows, width = out.shape
         nbytes = self.codes.nbytes // prod(self.shape[:-1])
         held = parts.bytes(self.codes, first * nbytes, SCRATCH.array("codes", rows * nbytes, np.uint8))
-        scales, size = self.scale.rows(parts, first, stop), self.scale.sizes[-1]
-        if self.of_all is not None:
-            scales = self.combine(scales, parts.values(self.of_all, 0, 1))
-        zeros = self.zeros.rows(parts, first, stop) if self.zeros else None
+        scales, zeros = self._of_blocks(parts, first, stop)
+        size = self.scale.sizes[-1]
         if self.groups is not None:
             at, size = group_of_columns(parts, self.groups, scales.shape[1]), 1
-            scales, zeros = scales[:, at], zeros[:, at] if zeros is not None else None
-        step = max(1, _CACHED // width)
-        for row in range(0, rows, step):
-            some = slice(row, row + step)
-            self._values(of(self.table), held[row * nbytes : (row + step) * nbytes], out[some])
-            if zeros is not None:
-                apply(np.subtract, out[some], zeros[some], size)
-            apply(np.multiply, out[some], scales[some], size)
+            scales, zeros = np.take(scales, at, 1), None if zeros is None else np.take(zeros, at, 1)
+        table = of(self.table).reshape(256, -1)
+        if not self._is_padded:
+            none = np.empty((0, 0), np.float32)
+            kernels.decode(held, table, scales, none if zeros is None else zeros, width, size, 0, out.reshape(-1))
+            return
+        wide = np.empty((rows, nbytes * table.shape[1]), np.float32)
+        look_up(of(self.table), held, wide)
+        out[:] = wide[:, :width]
+        if zeros is not None:
+            apply(np.subtract, out, zeros, size)
+        apply(np.multiply, out, scales, size)
+
+    def _of_blocks(self, parts: Parts, first: int, stop: int) -> tuple[Values, Values | None]:
+        """The scales and the zero points of rows `[first, stop)`, `[stop - first, blocks in a row]`."""
+        scales = self.scale.rows(parts, first, stop)
+        if self.of_all is not None:
+            with np.errstate(all="ignore"):
+                scales = self.combine(scales, parts.values(self.of_all, 0, 1))
+            if not np.isfinite(scales).all():
+                what = f"scale {quote(self.of_all.name)} makes scales of {quote(self.scale.info.name)} NaN or infinite"
+                where = parts.checkpoint.folder / self.of_all.file
+                raise CheckpointError.of("NONFINITE", where, what, "download the file again")
+        zeros = self.zeros.rows(parts, first, stop) if self.zeros else None
+        return np.ascontiguousarray(scales), None if zeros is None else np.ascontiguousarray(zeros)
+
+    @property
+    def _is_padded(self) -> bool:
+        """Whether codes that have no entry fill up the rows."""
+        return self.codes.nbytes * (self.table.size // 256) != prod(self.shape)
+
+    def add_to(self, feed: BlockSource, parts: Parts, start: int, row: int) -> bool:
+        each, width = self.table.size // 256, self.shape[-1]
+        if self.groups is not None or self._is_padded or start % each or type(self) is not ScaledCodes:
+            return False
+        location = parts.checkpoint.location(self.codes.name, start // each, -(-feed.size // each))
+        if location is None:
+            return False
+        first, stop = start // width, -(-(start + feed.size) // width)
+        scales, zeros = self._of_blocks(parts, first, stop)
+        table, size = self.table.reshape(256, -1), self.scale.sizes[-1]
+        feed.decode(row, Codes(*location, table, scales, zeros, width, size, start - first * width))
+        return True
 
     @property
     def _height(self) -> int:
@@ -475,16 +514,6 @@ class ScaledCodes(QuantizedWeight):
             wide[:, :width] = codes
             codes = wide
         return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)) if two else codes
-
-    def _values(self, table: Values, codes: Bytes, out: Values) -> None:
-        """Write the values of the codes of some rows, without the codes that fill up a row."""
-        padded = len(codes) // len(out) * (table.size // 256)
-        if padded == out.shape[1]:
-            look_up(table, codes, out)
-            return
-        wide = np.empty((len(out), padded), np.float32)
-        look_up(table, codes, wide)
-        out[:] = wide[:, : out.shape[1]]
 
 
 def group_of_columns(parts: Parts, info: TensorInfo, count: int) -> NDArray[np.int32]:
