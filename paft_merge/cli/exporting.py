@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from paft_merge.cli.terminal import say, sigterm_as_interrupt, trust_option, warn
+from paft_merge.cli.terminal import json_option, print_json, say, sigterm_as_interrupt, trust_option, warn
 
 if TYPE_CHECKING:
     from paft_merge.exporting import Target
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a model in OUT.")
 @trust_option
+@json_option("Print the folder and its files as JSON.")
 def export(
     model: Path, out: Path | None, to: Target, quantize: str | None, base: str | None, llama_cpp: Path | None,
-    overwrite: bool, trust_code: bool,
+    overwrite: bool, trust_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write MODEL, a merged model or an adapter, to the folder OUT with the converter of llama.cpp or mlx-lm.
 
@@ -40,5 +41,8 @@ def export(
             model, out, to=to, quantize=quantize, base=base, llama_cpp=llama_cpp, trust_code=trust_code, overwrite=overwrite
         )  # fmt: skip
     warn(done.warnings)
+    if as_json:
+        print_json({"out": str(done.out), "files": list(done.files)})
+        return
     for name in done.files:
         say(done.out / name, err=False)

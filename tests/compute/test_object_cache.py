@@ -20,7 +20,7 @@ from paft_merge.compute import kernels, magnitudes, splitmix64
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, RankedKeep
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels import object_cache, primitives
-from paft_merge.compute.kernels.block_source import FULL, BlockSource, packed
+from paft_merge.compute.kernels.block_source import FULL, TURNED, BlockSource, packed
 from paft_merge.compute.kernels.object_cache import Compiled
 from paft_merge.errors import MergeError
 from paft_merge.inputs.quantized.grids import E2M1, IntGrid, LevelGrid
@@ -259,7 +259,12 @@ def coded(values: np.ndarray) -> list[np.ndarray]:
                 held, grid, Layout.of(1, 16, 64), Scales(bits, form.values(bits), form), Rounding(key=key)
             )
             found += [made.codes, made.scales, made.values]
-    return found
+    codes, table = np.arange(96, dtype=np.uint8), np.linspace(-1, 1, 512, dtype=np.float32).reshape(256, 2)
+    scales, line = np.linspace(0.5, 2, 12, dtype=np.float32).reshape(6, 2), np.empty(TURNED, np.float32)
+    values, turned = np.empty(192, np.float32), np.empty((32, 6), np.float32)
+    kernels.decode(codes, table, scales, np.empty((0, 0), np.float32), 32, 16, 0, values)
+    kernels.decode_turned(codes.reshape(6, 16), table, scales, 16, line, turned)
+    return [*found, values, turned]
 
 
 def surveyed(base: np.ndarray, sources: np.ndarray, low: int) -> list[np.ndarray]:

@@ -88,7 +88,8 @@ def test_predicted_bytes_are_those_that_a_merge_reads_and_writes(
     merge(data, tmp_path / "out", threads=2)
     read = bytes_read_so_far() - before
     rel = 0.04 if method == "linear" or kind == "checkpoints" else 0.1
-    few = 150_000 if "output" in extra else 0  # headers, and samples for fingerprints
+    mapped = len(Path("/proc/self/maps").read_bytes())  # threadpoolctl reads it
+    few = 150_000 + mapped if "output" in extra else 0  # headers, and samples for fingerprints
     assert found.bytes_read == pytest.approx(read, rel=rel, abs=few)
     sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
     assert found.bytes_written == pytest.approx(sum(sizes), abs=5000 * len(sizes))
