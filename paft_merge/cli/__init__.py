@@ -110,7 +110,7 @@ class _Group(click.Group):
             log.info("%s: %.1f s", ctx.invoked_subcommand, time.monotonic() - began)
 
 
-_INTERRUPTED = Problem("INTERRUPTED", "", "the command was interrupted", "give it again; finished work is kept")
+_INTERRUPTED = Problem("INTERRUPTED", "", "the command was interrupted", "give the same command again")
 
 
 def _usage_of(error: click.ClickException) -> str:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from paft_merge.cli.terminal import console, links_option, plain, say, sigterm_as_interrupt, warn
+from paft_merge.cli.terminal import (
+    console,
+    json_option,
+    links_option,
+    plain,
+    print_json,
+    say,
+    sigterm_as_interrupt,
+    warn,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +42,7 @@ _STYLES = {
     help="A tensor counts as the same if the norm of its difference is at most X times its norm.",
 )  # fmt: skip
 @click.option("--all", "every", is_flag=True, help="Show every tensor that differs, not only the first 40.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON with every tensor instead of a table.")
+@json_option("Print JSON with every tensor instead of a table.")
 @click.option("--lazy-unpickle", is_flag=True, help="Read .bin files through a reader that runs no code of them.")
 @links_option
 @click.option("--threads", type=click.IntRange(1), help="Blocks compared at a time. Default: all cores, at most 8.")
@@ -63,7 +71,7 @@ def diff(
         )
     warn(found.warnings)
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
     else:
         _show(found, None if every else _ROWS)
     if not found.same:

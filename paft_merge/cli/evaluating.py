@@ -18,7 +18,7 @@ from paft_merge.cli.terminal import (
     console,
     links_option,
     plain,
-    print_document,
+    print_json,
     say,
     sigterm_as_interrupt,
     trust_option,
@@ -237,11 +237,11 @@ def _by_recipe(
 def _show(scores: dict[str, Any], as_json: bool, out: Path | None) -> None:
     if not scores:
         return
-    text = json.dumps({name: score.to_json() for name, score in scores.items()}, indent=2) + "\n"
+    found = {name: score.to_json() for name, score in scores.items()}
     if out is not None:
-        write_file(out, text)
+        write_file(out, json.dumps(found, indent=2) + "\n")
     if as_json:
-        print_document(text)
+        print_json(found)
     else:
         from paft_merge.cli.run_tables import scores as show
 

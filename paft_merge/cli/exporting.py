@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a model in OUT.")
 @trust_option
-@json_option("Print the folder and its files as JSON.")
+@json_option("Print the files and the warnings as JSON.")
 def export(
     model: Path, out: Path | None, to: Target, quantize: str | None, base: str | None, llama_cpp: Path | None,
     overwrite: bool, trust_code: bool, as_json: bool,
@@ -42,7 +43,8 @@ def export(
         )  # fmt: skip
     warn(done.warnings)
     if as_json:
-        print_json({"out": str(done.out), "files": list(done.files)})
+        warnings = [asdict(problem) for problem in done.warnings]
+        print_json({"out": str(done.out), "files": list(done.files), "warnings": warnings})
         return
     for name in done.files:
         say(done.out / name, err=False)

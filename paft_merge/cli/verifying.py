@@ -17,9 +17,11 @@ from paft_merge.cli.terminal import (
     clock,
     console,
     import_option,
+    json_option,
     links_option,
     plain,
-    say,
+    print_document,
+    print_errors,
     sigterm_as_interrupt,
     trust_option,
 )  # fmt: skip
@@ -58,7 +60,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @import_option
 @trust_option
 @links_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema in docs/verify.md) instead of tables.")
+@json_option("Print JSON (schema in docs/verify.md) instead of tables.")
 @click.option("--out", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON to a file.")
 @click.option("--quiet", is_flag=True, help="Hide the progress bar.")
 def verify(
@@ -90,14 +92,14 @@ def verify(
             failed = found.failures(require)
         except AuditError as error:
             if {problem.code for problem in error.problems} == {"GATE"}:
-                say(f"error[GATE]: {error}")
+                print_errors(error.problems)
                 raise click.exceptions.Exit(2) from error
             raise
     text = json.dumps(found.to_json(), indent=2) + "\n"
     if file is not None:
         write_file(file, text)
     if as_json:
-        sys.stdout.write(text)
+        print_document(text)
     else:
         _show(found)
     if failed:

@@ -20,7 +20,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
 from paft_merge.errors import DOCS
-from paft_merge.methods import REQUIRED, Method, Parameter
+from paft_merge.methods import Method, Parameter
 from paft_merge.recipe.resolution import TRIM_RULES
 from paft_merge.recipe.schema import Language
 from paft_merge.recipe.sections import Section, as_list
@@ -139,14 +139,16 @@ class _Parameters:
 
     def __init__(self, defs: Json) -> None:
         self.defs = defs
-        self.names: dict[Parameter, str] = {}
+        self.names: dict[str, str] = {}
 
     def ref(self, parameter: Parameter) -> Json:
-        if parameter not in self.names:
-            count = sum(one.name == parameter.name for one in self.names)
-            self.names[parameter] = f"parameter.{parameter.name}{f'.{count + 1}' * bool(count)}"
-            self.defs[self.names[parameter]] = setting_schema(parameter)
-        return {"$ref": f"#/$defs/{self.names[parameter]}"}
+        key = repr(parameter)  # a default of another package's method may have no hash
+        if key not in self.names:
+            name = f"parameter.{parameter.name}"
+            count = sum(one.partition(f"{name}.")[2].isdecimal() or one == name for one in self.names.values())
+            self.names[key] = f"{name}.{count + 1}" if count else name
+            self.defs[self.names[key]] = setting_schema(parameter)
+        return {"$ref": f"#/$defs/{self.names[key]}"}
 
     def level(self, method: Method, scopes: tuple[str, ...], name: str) -> Json:
         """A reference to the schema of a `parameters:` mapping."""
@@ -195,7 +197,7 @@ def setting_schema(parameter: Parameter) -> Json:
         "description": parameter.doc,
         "anyOf": [*value["anyOf"], condition, {"type": "array", "items": condition}],
     }
-    return made if parameter.default in (REQUIRED, None) else {**made, "default": parameter.default}
+    return {**made, "default": parameter.default} if type(parameter.default) in _TYPES else made
 
 
 def _scalar(parameter: Parameter) -> Json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import re
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ _QUERY = re.compile(r"(\?|\bsig=|\bX-Amz-[\w-]+=|\bAWSAccessKeyId=)[^\s\"'>)]*",
 def is_of_store(error: BaseException) -> bool:
     """Whether an error comes from a store, its client, the network or the system."""
     module = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | asyncio.TimeoutError | ImportError) or module in _CLIENTS
+    return isinstance(error, OSError | ImportError) or module in _CLIENTS
 
 
 def is_passing(error: BaseException) -> bool:
@@ -33,7 +32,7 @@ def is_passing(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | ImportError):
         return False
     names = " ".join(type(one).__name__ for one in _chain(error))
-    broken = isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError) or _BROKEN.search(names)
+    broken = isinstance(error, ConnectionError | TimeoutError) or _BROKEN.search(names)
     if broken and not _response(error):
         return not _NO_CREDENTIALS.search(names)
     return _status(error) in _AGAIN

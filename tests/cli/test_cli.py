@@ -94,7 +94,7 @@ def test_help_answers_without_torch() -> None:
             cli(["--help"])
         except SystemExit as done:
             assert done.code == 0
-        heavy = {"torch", "numpy", "numba", "transformers", "peft", "mergekit", "rich", "pydantic"} & sys.modules.keys()
+        heavy = {"torch", "numpy", "numba", "transformers", "peft", "mergekit", "rich", "pydantic", "asyncio"} & sys.modules.keys()
         print(heavy or "light", time.process_time(), file=sys.stderr)
     """
     run = python(code)

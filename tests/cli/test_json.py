@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ from toys.merge import manifest_of, paft, recipe, write_recipe
 
 from paft_merge import hub
 from paft_merge.cli import GATE_FAILED, INTERRUPTED, REFUSED, cli
+from paft_merge.cli.terminal import AS_JSON, print_json
 from paft_merge.errors import HubError, Problem
 from paft_merge.methods import METHODS
 from paft_merge.pipeline.recipe_schemas import schema_of
@@ -161,12 +165,17 @@ def test_schema_and_init_are_documents(tmp_path: Path) -> None:
 
 def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     table = (ROOT / "docs" / "cli.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
-    rows = {
-        int(line.split("|")[1])
-        for line in table.splitlines()
-        if line.startswith("| ") and line.split("|")[1].strip().isdecimal()
-    }
-    assert rows == {0, REFUSED, click.UsageError.exit_code, GATE_FAILED, INTERRUPTED}
+    rows = [int(row) for row in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
+    assert rows == [0, REFUSED, click.UsageError.exit_code, GATE_FAILED, INTERRUPTED]
+
+
+def test_numbers_that_are_not_finite_are_null() -> None:
+    values = {"a": float("nan"), "b": [1.5, (float("inf"), -2)], "c": "nan"}
+    context = click.Context(cli)
+    with context, redirect_stdout(io.StringIO()) as printed:
+        print_json(values)
+    assert json.loads(printed.getvalue()) == {"a": None, "b": [1.5, [None, -2]], "c": "nan"}
+    assert context.meta[AS_JSON] is False
 
 
 def test_a_problem_has_the_fields_of_the_document() -> None:
