@@ -31,6 +31,9 @@ from paft_merge.plan import COPY, MergePlan, Model, PlannedTensor
 from paft_merge.plan.vocabulary import is_tokenizer_file
 from paft_merge.stats.record import MOST_PAIRED, Totals, pair_row_of, row_of
 
+_SAID = ("DORA", "LEFT_OUT")
+"""Codes of the warnings of a plan that the manifest and the card repeat."""
+
 TIMES = ("mtime_ns", "ctime_ns")
 """Fields of fingerprints that a copy of a file changes."""
 
@@ -261,6 +264,7 @@ def manifest(
         summed.add(entry)
         entries[tensor.name] = _lines(entry, "    ").encode()
     noted, pairs = summed.result()
+    said = [problem for problem in plan.warnings if problem.code in _SAID]
     document = {
         "format": FORMAT,
         "complete": True,
@@ -282,7 +286,7 @@ def manifest(
         **({"quantization": coded.to_json()} if (coded := loss_of_codes(plan, finished)) else {}),
         "totals": [{**row, **noted.get(row["source"], {})} for row in measured],
         "pairs": pairs,
-        "warnings": [str(problem) for problem in imbalance.measured(measured, plan)],
+        "warnings": [str(problem) for problem in [*imbalance.measured(measured, plan), *said]],
         "tensors": {},
     }
     return document, entries

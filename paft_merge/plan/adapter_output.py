@@ -41,6 +41,9 @@ _PREFIX = "base_model.model."
 TRANSPOSED = ("conv1d", "embedding", "transposed_experts")
 """Layers whose stored weight is the transpose of B A."""
 
+_PARAMETERS = (*FUSED, "parameter")
+"""Layers that PEFT adapts by the names of their parameters (`target_parameters`)."""
+
 _CLASSES: Mapping[str, LayerKind] = {"Linear": "linear", "Conv1D": "conv1d", "Embedding": "embedding"}
 
 
@@ -84,6 +87,12 @@ def adapter_of(plan: MergePlan) -> MergePlan:
     if output.portable and output.rank != "auto" and rank > most:
         what = f"the adapter has rank {rank:,}, and vLLM reads ranks of at most {most}"
         planner.left_out.append(Problem("RANK", str(planner.spot), what, f"write rank: {most}, or less"))
+    reads = [read for delta in deltas for read in delta.tensor.inputs.sources]
+    for source in dict.fromkeys(read.source for read in reads if read.delta and read.delta.kind == "dora"):
+        what = "its delta is that of DoRA, which the base's weights scale, and plain LoRA approximates it"
+        planner.left_out.append(
+            Problem("DORA", source, what, "see the error; paft resize keeps DoRA, and kind: checkpoint is exact")
+        )
     return replace(made, warnings=(*plan.warnings, *planner.left_out))
 
 
@@ -138,7 +147,7 @@ def module_of(tensor: PlannedTensor, architecture: Lazy[Architecture | None]) ->
     named = [read.delta for read in tensor.inputs.sources if read.delta and read.delta.module]
     module = next((d.module for d in named if f"{d.module}.weight" == name), named[0].module if named else "")
     layer: LayerKind = next((d.layer for d in named if d.layer), "")
-    if module and layer:
+    if module and layer and not module.endswith(".router"):
         return module, layer
     known = architecture.get() if len(tensor.shape) > 1 else None
     if known is not None and len(tensor.shape) == 3 and (parameter := known.name_of(name)):
@@ -148,13 +157,21 @@ def module_of(tensor: PlannedTensor, architecture: Lazy[Architecture | None]) ->
             return parameter, "transposed_experts" if declared[1] else "experts"
     if not name.endswith(".weight") and not module:
         return name, ""
+    if known is None and layer:
+        return module, layer
     if known is None:
         layer = "embedding" if "embed" in name else "linear"
         layer = "convolution" if len(tensor.shape) > 3 else "" if len(tensor.shape) == 3 else layer
         return module or name.removesuffix(".weight"), layer
     path = module or (known.name_of(name) or name).removesuffix(".weight")
-    found = type(known.module(path)).__name__
-    return path, _CLASSES.get(found, "convolution" if found in ("Conv1d", "Conv2d", "Conv3d") else "")
+    held = known.module(path)
+    found = type(held).__name__
+    if found in ("Conv1d", "Conv2d", "Conv3d"):
+        return path, "convolution"
+    is_matrix = (
+        len(tensor.shape) == 2 and "weight" in dict(held.named_parameters(recurse=False)) if held is not None else False
+    )
+    return path, _CLASSES.get(found, "parameter" if is_matrix else layer)
 
 
 class _Planner:
@@ -285,6 +302,10 @@ class _Planner:
             return _VECTOR
         if layer in FUSED and self.output.portable:
             return _FUSED
+        if layer == "parameter" and self.output.portable:
+            return "LoRA on a matrix of a module that is not a layer (a router) is not read by every server"
+        if self.output.portable and any(read.delta and read.delta.stored_as for read in tensor.inputs.sources):
+            return "LoRA on a head that the base ties to its embeddings is not read by every server"
         if layer == "transposed_experts" and tensor.shape[0] == 1:
             return "it is a single expert stored [in, out], which PEFT does not merge correctly"
         if layer == "embedding" and self._feeds_head(tensor.name):
@@ -337,7 +358,7 @@ def _planned(
     tensors = [one for delta in deltas for one in _factors(delta, max(1, ranks[delta.tensor.name]), dtype, in_space)]
     tensors = sorted([*tensors, *saved], key=lambda tensor: tensor.name)
     shards = plan_shards({FILE: [(t.name, t.dtype, t.shape) for t in tensors]})
-    patterns = {d.module: ranks[d.tensor.name] for d in deltas if ranks[d.tensor.name] != uniform}
+    patterns = {_target(d): ranks[d.tensor.name] for d in deltas if ranks[d.tensor.name] != uniform}
     config = _config(plan, deltas, [tensor.name.removeprefix(_PREFIX) for tensor in saved], uniform, patterns)
     return replace(
         plan, tensors=tuple(tensors), shards=shards, config=config, vocabulary=None, side_files=SideFiles()
@@ -403,8 +424,8 @@ def _config(
         rank: of the modules that are not in `patterns`; alpha is the rank everywhere, so that factors are not scaled.
         patterns: other ranks by module.
     """
-    modules, base = [delta.module for delta in deltas if delta.layer not in FUSED], base_of(plan.recipe)
-    parameters = _parameters([delta for delta in deltas if delta.layer in FUSED], plan.config_source.checkpoint)
+    modules, base = [delta.module for delta in deltas if delta.layer not in _PARAMETERS], base_of(plan.recipe)
+    parameters = _parameters([delta for delta in deltas if delta.layer in _PARAMETERS], plan.config_source.checkpoint)
     wholes = {name.rpartition(".")[0] for name in saved if not name.endswith(".bias")}
     biases = any(name.endswith(".bias") and name.rpartition(".")[0] not in wholes for name in saved)
     checkpoint = plan.config_source.checkpoint
@@ -413,7 +434,7 @@ def _config(
         "auto_mapping": None,
         "base_model_name_or_path": base.path,
         "bias": "all" if biases else "none",
-        "fan_in_fan_out": bool(modules) and all(d.layer == "conv1d" for d in deltas if d.layer not in FUSED),
+        "fan_in_fan_out": bool(modules) and all(d.layer == "conv1d" for d in deltas if d.layer not in _PARAMETERS),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -437,13 +458,18 @@ def _config(
     }
 
 
+def _target(delta: _Delta) -> str:
+    """The name of what PEFT adapts: a module, or a parameter."""
+    return f"{delta.module}.weight" if delta.layer == "parameter" else delta.module
+
+
 def _parameters(experts: Sequence[_Delta], base: Checkpoint) -> list[str]:
     """`target_parameters`: the ends of the names, or whole names where an end would also match others that have no factors."""
     adapted, found = {delta.tensor.name for delta in experts}, set[str]()
     for delta in experts:
-        end = ".".join(delta.module.split(".")[-3:])
+        end = ".".join(_target(delta).split(".")[-3:])
         wide = any(name.endswith(f".{end}") and name not in adapted for name in base.tensors)
-        found.add(delta.module if wide else end)
+        found.add(_target(delta) if wide else end)
     return sorted(found)
 
 

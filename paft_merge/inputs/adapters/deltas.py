@@ -23,9 +23,10 @@ from paft_merge.inputs.adapters.rows import Array, Rows
 T = TypeVar("T")
 Pair = tuple[Array, Array]
 LayerKind = Literal[
-    "linear", "conv1d", "convolution", "embedding", "expert", "experts", "transposed_experts", ""
+    "linear", "conv1d", "convolution", "embedding", "parameter", "expert", "experts", "transposed_experts", ""
 ]  # fmt: skip
-"""`conv1d` is the linear layer of HF's class, which stores its weight `[in, out]`. `expert` is one expert's own tensor; `experts` are
+"""`conv1d` is the linear layer of HF's class, which stores its weight `[in, out]`. `parameter` is a matrix of a module
+that is not a layer, as routers are in transformers 5. `expert` is one expert's own tensor; `experts` are
 all of a layer in one tensor `[experts, out, in]`, and `transposed_experts` in one `[experts, in, out]`."""
 FUSED = ("experts", "transposed_experts")
 
