@@ -265,12 +265,6 @@ def test_a_scale_without_a_value_is_named(value: float, tmp_path: Path) -> None:
     assert [(one.code, f"{SCALES!r} is {value}" in one.what) for one in caught.value.problems] == [("NONFINITE", True)]
 
 
-def state_with(kind: str, **changed: Any) -> torch.Tensor:
-    """The `quant_state` of a sample of bitsandbytes with other values, as JSON."""
-    held = json.loads(bytes(SAMPLES[kind]().stored[f"{WEIGHT}.quant_state.bitsandbytes__nf4"].tolist()))
-    return torch.tensor(list(json.dumps(held | changed).encode()), dtype=torch.uint8)
-
-
 GROUPS = f"{STEM}.weight_g_idx"
 STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 
@@ -294,7 +288,6 @@ STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
         ("fp8 blocks, bfloat16 scales", {}, {SCALES: torch.ones(1, 2)}, "is [1, 2], and"),
         ("fp8 blocks", {}, {WEIGHT: torch.ones(256).to(E4M3)}, "is [256], and"),
         ("fp8 rows", {}, {f"{STEM}.weight_scale": torch.ones(1, 16)}, "is [1, 16], and"),
-        ("nf4 nested", {}, {STATE: state_with("nf4 nested", nested_offset=float("nan"))}, "has no valid state"),
         ("int8_channel_zeros", {}, {f"{STEM}.weight_zero_point": None}, "zero points"),
         ("nvfp4", {}, {f"{STEM}.weight_scale": torch.ones(16, 4, dtype=torch.uint8)}, "is U8"),
         ("nvfp4", {}, {f"{STEM}.weight_global_scale": None}, "without weight_global_scale"),
@@ -329,6 +322,14 @@ def test_a_column_of_a_group_that_does_not_exist_is_an_error(kind: str, name: st
     with opened(sample.save(tmp_path / "m", **{name: groups})) as checkpoint:
         with pytest.raises(CheckpointError, match=name):
             checkpoint.tensor(WEIGHT)
+
+
+def test_an_offset_of_nested_scales_without_a_value_is_refused(tmp_path: Path) -> None:
+    sample = SAMPLES["nf4 nested"]()
+    held = json.loads(bytes(sample.stored[STATE].tolist()))
+    for offset in (float("nan"), float("inf"), 10**400):
+        state = torch.tensor(list(json.dumps({**held, "nested_offset": offset}).encode()), dtype=torch.uint8)
+        assert "has no valid state" in refused(sample.save(tmp_path / str(offset)[:4], **{STATE: state}))
 
 
 def test_an_order_of_columns_that_was_never_set_is_that_of_the_columns(tmp_path: Path) -> None:
