@@ -18,9 +18,12 @@ from paft_merge.compute.kernels.primitives import (
     advance_block,
     bits_of,
     double_if,
+    float_of,
+    in_range_mask,
     is_wide,
     jit,
     load,
+    ones,
     square_of,
     start_block,
     strip,
@@ -53,37 +56,6 @@ def add_squares(bits: Any, sums: Any) -> None:
 
 
 @_sums
-def _below(strip: Any, edges: Any, below: Any) -> Any:
-    """Add to `below` the entries of a strip below each of the first five `edges`, and return the largest magnitude."""
-    none = np.uint32(0)
-    a, b, c, d, e = none, none, none, none, none
-    many = edges.size
-    if many > 0:
-        a = edges[0]
-    if many > 1:
-        b = edges[1]
-    if many > 2:
-        c = edges[2]
-    if many > 3:
-        d = edges[3]
-    if many > 4:
-        e = edges[4]
-    top, of_a, of_b, of_c, of_d, of_e = none, none, none, none, none, none
-    for j in range(strip.size):  # twice as many 32-bit counters fit a register
-        u = np.uint32(strip[j] & MAGNITUDE)
-        top = u if u > top else top
-        of_a = np.uint32(of_a + double_if(u < a))
-        of_b = np.uint32(of_b + double_if(u < b))
-        of_c = np.uint32(of_c + double_if(u < c))
-        of_d = np.uint32(of_d + double_if(u < d))
-        of_e = np.uint32(of_e + double_if(u < e))
-    for t, twice in enumerate((of_a, of_b, of_c, of_d, of_e)):
-        if t < many:
-            below[t] += twice >> 1
-    return top
-
-
-@_sums
 def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
     """Count and sum one block of a delta.
 
@@ -98,26 +70,52 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
         The largest magnitude, as bits.
     """
     values = delta.view(np.float32)
-    largest = np.uint32(0)
+    largest, none, many = np.uint32(0), np.uint32(0), edges.size
+    a = edges[0] if many > 0 else none
+    b = edges[1] if many > 1 else none
+    c = edges[2] if many > 2 else none
+    d = edges[3] if many > 3 else none
+    e = edges[4] if many > 4 else none
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
         strip, floats = delta[start : start + m], values[start : start + m]
-        second, fourth = 0.0, 0.0
-        for t in range(0, max(edges.size, 1), 5):
-            largest = max(largest, _below(strip, edges[t:], below[t:]))
+        second, fourth, top = 0.0, 0.0, np.uint32(0)
         for j in range(m):
             square = np.float64(floats[j]) * np.float64(floats[j])
             second += square
             fourth += square * square
         sums[0] += second
         sums[1] += fourth
-        for j in range(0, m - 1, 2):
-            two = two_of(strip, j)
-            packed[(two >> _LOW) & _BIN] += _COUNT + np.int64(two & _BELOW)
-            packed[(two >> _HIGH) & _BIN] += _COUNT + np.int64((two >> _WORD) & _BELOW)
-        if m % 2:
-            last = np.uint64(strip[m - 1])
-            packed[(last >> _LOW) & _BIN] += _COUNT + np.int64(last & _BELOW)
+        for j in range(m):
+            u = np.uint32(strip[j] & MAGNITUDE)
+            top = u if u > top else top
+        largest = max(largest, top)
+        of_a, of_b, of_c, of_d, of_e = 0, 0, 0, 0, 0
+        whole = m - m % 64
+        # The stores of a histogram leave the processor time to compare in turn with them.
+        for first in range(0, whole, 64):
+            of_a += ones(in_range_mask(floats, first, none, a))
+            of_b += ones(in_range_mask(floats, first, none, b))
+            of_c += ones(in_range_mask(floats, first, none, c))
+            of_d += ones(in_range_mask(floats, first, none, d))
+            of_e += ones(in_range_mask(floats, first, none, e))
+            for j in range(first, first + 64, 2):
+                two = two_of(strip, j)
+                packed[(two >> _LOW) & _BIN] += _COUNT + np.int64(two & _BELOW)
+                packed[(two >> _HIGH) & _BIN] += _COUNT + np.int64((two >> _WORD) & _BELOW)
+        for t, count in enumerate((of_a, of_b, of_c, of_d, of_e)):
+            if t < many:
+                below[t] += count
+        for j in range(whole, m):
+            u = np.uint32(strip[j] & MAGNITUDE)
+            packed[u >> _HALF] += _COUNT + np.int64(u & np.uint32(0xFFFF))
+            for t in range(min(many, 5)):
+                below[t] += np.int64(u < edges[t])
+        for t in range(5, many):
+            edge, twice = edges[t], np.uint32(0)
+            for j in range(m):  # twice as many 32-bit counters fit a register
+                twice = np.uint32(twice + double_if(np.uint32(strip[j] & MAGNITUDE) < edge))
+            below[t] += twice >> 1
     return largest
 
 
@@ -135,17 +133,27 @@ def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
         The number of erased entries, zeros included.
     """
     values, weight, count = delta.view(np.float32), lines[0], 0
-    for start in range(0, delta.size, STRIP):
+    for start in range(0, delta.size if sums.size else 0, STRIP):
         m = min(STRIP, delta.size - start)
         widen(strip(base, start, m), weight)
-        floats, twice = values[start : start + m], np.uint32(0)
         add_squares(weight[:m].view(np.uint32), sums)
-        for j in range(m):
-            a, b = _bfloat16(weight[j]), _bfloat16(weight[j] + floats[j])
-            zeros = np.uint32(np.uint32(a | b) << np.uint32(17)) == np.uint32(0)
-            twice = np.uint32(twice + double_if((a == b) | zeros))
+    for start in range(0, delta.size, STRIP):
+        m = min(STRIP, delta.size - start)
+        floats, twice = values[start : start + m], np.uint32(0)
+        half, whole = strip(base, start, m)
+        for j in range(half.size):
+            twice = np.uint32(twice + double_if(_equal(np.uint32(half[j]), _bfloat16(float_of(half[j]) + floats[j]))))
+        for j in range(whole.size):
+            value = float_of(whole[j])
+            twice = np.uint32(twice + double_if(_equal(_bfloat16(value), _bfloat16(value + floats[j]))))
         count += twice >> 1
     return count
+
+
+@njit(inline="always")
+def _equal(a: Any, b: Any) -> Any:
+    """Whether two bfloat16 (bits) are equal; zeros are, whatever their signs."""
+    return (a == b) | (np.uint32(np.uint32(a | b) << np.uint32(17)) == np.uint32(0))
 
 
 @njit(inline="always")
