@@ -104,18 +104,17 @@ def test_sparse_sft_keeps_its_gain_beside_magnitude_pruning(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("penalize", "target"), [("product", 0.3), ("factors", 0.6)])
-def test_a_target_is_met_within_two_points_whatever_is_penalised(tmp_path, penalize, target):
+def test_a_target_is_met_within_two_points_by_a_penalty_on_the_factors(tmp_path):
     import datasets
 
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
     training = {**FAST, "per_device_train_batch_size": 16, "max_steps": 200, "lr_scheduler_type": "cosine"}
-    l1 = {"strength": 1e-3, "target": target, "penalize": penalize}
+    l1 = {"strength": 1e-3, "target": 0.6, "penalize": "factors"}
     section = {"objective": "sft", "data": "m", "lora": {"r": 8, "lora_alpha": 8}, "l1": l1, "training": training}
     out = train_adapter(pretrained(), section, tmp_path / "x", rows=texts(1, 512, 24, 5), tokenizer=tokenizer())
     record = json.loads((out / "paft_train.json").read_text())
-    assert abs(record["delta"]["below_epsilon"] - target) <= 0.02
+    assert abs(record["delta"]["below_epsilon"] - 0.6) <= 0.02
     strengths = [line["l1/strength"] for line in record["run"]["log"] if "l1/strength" in line]
     assert len(set(strengths[-5:])) == 1  # frozen
     assert len(set(strengths)) > 50

@@ -252,16 +252,11 @@ def test_a_file_of_accelerate_lies_beside_the_recipe_or_needs_the_flag(world: Pa
         train(world, tmp_path / "out")
 
 
-def test_processes_of_a_training_import_no_module_of_the_working_directory(world: Path, tmp_path: Path) -> None:
+def test_processes_of_a_training_import_no_module_of_the_working_directory_nor_python_files_beside_data(
+    world: Path, tmp_path: Path
+) -> None:
     for name in ("accelerate", "torch", "transformers", "numpy"):
         (tmp_path / "elsewhere" / f"{name}.py").write_text(CODE)
-    adapters = yaml.safe_load(world.read_text())["adapters"]
-    changed(world, adapters={"sft": adapters["sft"]})
-    train(world, tmp_path / "out", devices="cpu:1")
-    assert not ran(world)
-
-
-def test_python_files_beside_data_and_in_the_folders_of_a_run_are_never_imported(world: Path, tmp_path: Path) -> None:
     data = world.parent / "rows"
     data.mkdir()
     (world.parent / "sft.jsonl").rename(data / "train.jsonl")
