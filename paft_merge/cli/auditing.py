@@ -77,7 +77,7 @@ def audit(
             report_manifest(auditing.verify(sources[0]), outlets, require)
             return
         preview = None if no_preview else auditing.Proposal.parse(method, parameters)
-        with _audit_progress(quiet) as progress:
+        with entries_bar(quiet) as progress:
             done = auditing.audit(
                 *sources, base=base, preview=preview, epsilon=epsilon, require=require, fetch_base=fetch_base, lazy_unpickle=lazy_unpickle,
                 follow_links=follow_links, threads=threads, progress=progress,
@@ -102,7 +102,7 @@ def _exit_codes() -> Iterator[None]:
 
 
 @contextmanager
-def _audit_progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
+def entries_bar(quiet: bool) -> Iterator[Callable[[Any], None]]:
     """A progress bar on stderr with the number of tensors and the time left."""
     if quiet:
         logging.getLogger(COMPILER).setLevel(logging.WARNING)

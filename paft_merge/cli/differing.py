@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from paft_merge.cli.auditing import entries_bar
 from paft_merge.cli.terminal import (
     console,
     json_option,
@@ -46,9 +48,10 @@ _STYLES = {
 @click.option("--lazy-unpickle", is_flag=True, help="Read .bin files through a reader that runs no code of them.")
 @links_option
 @click.option("--threads", type=click.IntRange(1), help="Blocks compared at a time. Default: all cores, at most 8.")
+@click.option("--quiet", is_flag=True, help="Hide the progress bar.")
 def diff(
     a: str, b: str, only: str, tolerance: float, every: bool, as_json: bool, lazy_unpickle: bool, follow_links: bool,
-    threads: int | None,
+    threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Compare A and B, two models or two adapters: a folder, a file of tensors, a Hub name, or BASE+ADAPTER.
 
@@ -59,7 +62,9 @@ def diff(
     """
     from paft_merge import differences
 
-    with sigterm_as_interrupt():
+    if not math.isfinite(tolerance):
+        raise click.UsageError(f"--tolerance {tolerance} is not a number.")
+    with sigterm_as_interrupt(), entries_bar(quiet) as progress:
         found = differences.diff(
             a,
             b,
@@ -68,6 +73,7 @@ def diff(
             lazy_unpickle=lazy_unpickle,
             follow_links=follow_links,
             threads=threads,
+            progress=progress,
         )
     warn(found.warnings)
     if as_json:

@@ -29,7 +29,7 @@ from paft_merge.cli.terminal import (
 if TYPE_CHECKING:
     from paft_merge.pipeline import Event, Planned
 
-STAGES = ("train", "audit", "merge", "evaluate", "push")
+STAGES = ("train", "audit", "merge", "evaluate", "export", "push")
 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",

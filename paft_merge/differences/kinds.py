@@ -25,7 +25,7 @@ close        the relative norm of the difference is at most the tolerance
 same delta   the factors of two adapters differ, and their product does not, up to rounding in float32
 equal        equal values in other bits: another type, -0.0 for 0.0, another NaN
 renamed      the same bits under another name
-derived      only one stores it, and the model computes it itself
+derived      only one stores it, and the model computes it itself: a buffer, a copy of a tied weight
 same         the same bits
 """
 
@@ -80,9 +80,14 @@ class TensorDifference:
         return {
             "name": self.name, "kind": self.kind, "other_name": self.other or None, "dtypes": [d or None for d in self.dtypes],
             "shapes": [None if shape is None else list(shape) for shape in self.shapes], "unequal": self.unequal,
-            "nonfinite": self.nonfinite, "norm": self.norm, "relative": self.relative, "largest": self.largest,
+            "nonfinite": self.nonfinite, "norm": _json_number(self.norm), "relative": self.relative, "largest": self.largest,
             "at": None if self.at is None else list(self.at), "values": None if self.pair is None else list(self.pair),
         }  # fmt: skip
+
+
+def _json_number(value: float | None) -> float | None:
+    """A number; None where it is too large for a float, as JSON has no infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class Change(NamedTuple):

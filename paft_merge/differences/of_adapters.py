@@ -11,7 +11,7 @@ from paft_merge.dialects.places import adapter_at
 from paft_merge.differences import side_file_changes
 from paft_merge.differences.kinds import Change, ModelDiff, TensorDifference
 from paft_merge.differences.tensor_walk import TensorWalk
-from paft_merge.errors import AuditError, Problem
+from paft_merge.errors import AuditError, CheckpointError, Problem
 from paft_merge.inputs.adapters import open_weights
 from paft_merge.inputs.adapters.peft_types import read_settings
 from paft_merge.inputs.tensor_inputs import Read
@@ -33,7 +33,10 @@ def compare_adapters(refs: tuple[str, str], walk: TensorWalk, *, unpickle: bool)
     with ExitStack() as stack:
         files = [stack.enter_context(open_weights(folder, unpickle=unpickle)) for folder in folders]
         sides = [{name: Read(ref, file, name) for name in file.tensors} for ref, file in zip(refs, files, strict=True)]
-        tensors = walk.compare(*sides)
+        tensors = walk.compare(*sides, required=False)
+    if not tensors:
+        fix = "give a pattern of names as the files have them, such as '*q_proj*'"
+        raise CheckpointError.of("EMPTY", walk.only, "matches no tensor of either adapter", fix)
     changes, warnings, deltas = list(_changes(folders)), list[Problem](), None
     differs = any(not one.harmless for one in tensors) or any(
         c.counts for c in changes if c.file == side_file_changes.ADAPTER
@@ -62,7 +65,7 @@ def _deltas(refs: tuple[str, str], walk: TensorWalk, *, unpickle: bool) -> tuple
             for side, read in zip(sides, subject.inputs.sources, strict=True):
                 if read.delta:
                     side[subject.name] = read
-        return walk.compare(*sides, rescalable=True)
+        return walk.compare(*sides, rescalable=True, required=False)
 
 
 def _changes(folders: list[Path]) -> Iterator[Change]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from paft_merge.differences import side_file_changes
 from paft_merge.differences.kinds import Change, ModelDiff
 from paft_merge.differences.of_adapters import compare_adapters
-from paft_merge.differences.tensor_walk import Progress, TensorWalk
+from paft_merge.differences.tensor_pairs import equal_bits
+from paft_merge.differences.tensor_walk import OnProgress, TensorWalk
 from paft_merge.engine.sources import Sources
 from paft_merge.errors import CheckpointError, PaftMergeError, Problem
 from paft_merge.inputs.adapter_places import CONFIG, MLX_FILE, PEFT_FILES, base_of
@@ -39,7 +40,7 @@ def diff(
     lazy_unpickle: bool = False,
     follow_links: bool = False,
     threads: int | None = None,
-    progress: Progress = lambda done, of: None,
+    progress: OnProgress = lambda _: None,
 ) -> ModelDiff:
     """Compare two models, or two adapters.
 
@@ -57,7 +58,7 @@ def diff(
         CheckpointError: DIFF_KINDS, one is an adapter and the other is a whole model; EMPTY, no tensor matches `only`.
         PaftMergeError: a model cannot be opened.
     """
-    refs = (str(a), str(b))
+    refs = (_place(a), _place(b))
     count = min(threads or os.cpu_count() or 1, _MOST_THREADS)
     with following_links(follow_links), ThreadPoolExecutor(count) as pool, ExitStack() as stack:
         kinds = [_is_adapter(ref) for ref in refs]
@@ -68,8 +69,16 @@ def diff(
             return compare_adapters(refs, walk, unpickle=lazy_unpickle)
         models, warnings = stack.enter_context(_opened(refs, unpickle=lazy_unpickle))
         tensors = walk.compare(*(_reads(model) for model in models), derived=_derived(models))
-        warnings += [w for model in models for w in model.checkpoint.warnings]
+        warnings += [w for model in models for w in model.checkpoint.warnings if w.code != "NOT_LOADED"]
         return ModelDiff(refs, False, tensors, None, tuple(_changes(models)), tuple(dict.fromkeys(warnings)))
+
+
+def _place(ref: Path | str) -> str:
+    """A reference; the folder of an adapter if its file is named."""
+    path = Path(ref)
+    if path.name in (*PEFT_FILES, MLX_FILE) and path.is_file() and (path.parent / CONFIG).is_file():
+        return str(path.parent)
+    return str(ref)
 
 
 def _is_adapter(ref: str) -> bool:
@@ -100,24 +109,31 @@ def _unlike(refs: tuple[str, str], is_adapter: list[bool]) -> CheckpointError:
 def _opened(refs: tuple[str, str], *, unpickle: bool) -> Iterator[tuple[list[Model], list[Problem]]]:
     """Open two models, B under the tensor names of A where that is possible."""
     named = tuple(map(_reference, refs))
+    refs_once = tuple(dict.fromkeys(named))
     with ExitStack() as stack:
         warnings = list[Problem]()
         try:
-            found = stack.enter_context(Sources.find(named, unpickle=unpickle, template=named[0]).opened())
+            found = stack.enter_context(Sources.find(refs_once, unpickle=unpickle, template=named[0]).opened())
         except PaftMergeError as error:
             if not all(problem.code in _NO_OWN_NAMES for problem in error.problems):
                 raise
             warnings += [replace(problem, fix="its tensors are compared by their names") for problem in error.problems]
-            found = stack.enter_context(Sources.find(named, unpickle=unpickle).opened())
+            found = stack.enter_context(Sources.find(refs_once, unpickle=unpickle).opened())
         yield [found[ref] for ref in named], warnings
 
 
 def _reads(model: Model) -> dict[str, Read]:
-    """Every tensor of a model by name, and those of a quantised checkpoint that belong to activations."""
+    """Every tensor of a model by name, those that loaders pass over, and those of a quantised checkpoint for activations."""
     untied = model.adapter.unties if model.adapter else {}
-    found = {name: model.read(name) for name in [*model.checkpoint.tensors, *untied]}
+    names = [name for name in model.checkpoint.tensors if not model.checkpoint.is_derived(name)]
+    found = {name: model.read(name) for name in [*names, *untied]}
     stored = model.checkpoint
     inner = stored.inner if isinstance(stored, NamedLike) else stored
+    if inner is not stored:
+        used = {part for name in stored.tensors for part in stored.stored_names(name)}
+        found |= {
+            name: Read(model.ref, inner, name) for name in inner.tensors if name not in used and name not in found
+        }
     if isinstance(inner, Dequantized):
         used = {part for weight in inner.weights.values() for part in weight.parts}
         found |= {name: Read(model.ref, inner.inner, name) for name in inner.hidden - used if name not in found}
@@ -125,9 +141,12 @@ def _reads(model: Model) -> dict[str, Read]:
 
 
 def _derived(models: list[Model]) -> set[str]:
-    """Tensors of A that B does not store because the model computes them."""
+    """Tensors that only A or only B stores, and that the model computes: buffers, and copies of tied weights."""
     checkpoint = models[1].checkpoint
-    return {name for name in checkpoint.tensors if checkpoint.is_derived(name)}
+    found, reads = {name for name in checkpoint.tensors if checkpoint.is_derived(name)}, _reads(models[1])
+    extra = {n: r for n, r in reads.items() if n not in checkpoint.tensors and isinstance(checkpoint, NamedLike)}
+    copies = {name for name, _ in equal_bits(extra, {n: r for n, r in reads.items() if n not in extra and r.plain})}
+    return copies | {n for n in {*found, *extra} if n.rpartition(".")[2] not in ("weight", "bias")}
 
 
 def _changes(models: list[Model]) -> Iterator[Change]:

@@ -133,7 +133,7 @@ def _without_vocabulary(held: Any) -> Any:
 
 
 def of_other_files(a: Path, b: Path, listings: tuple[Mapping[str, int], Mapping[str, int]]) -> Iterator[Change]:
-    """Other files of two folders that a model may need: processors, code, voices. Licences and cards do not count."""
+    """Other files of two folders that a model may need: processors, code. Licences and cards do not count."""
     ours, theirs = (other_files(folder, listing) for folder, listing in zip((a, b), listings, strict=True))
     for name in sorted({*ours, *theirs}):
         one, other = ours.get(name), theirs.get(name)
@@ -153,7 +153,7 @@ def _is_of_model(name: str, file: OtherFile | None) -> bool:
 
 def _is_read(name: str) -> bool:
     """Whether a library reads a file when it loads the model."""
-    return name.endswith((".py", ".json")) or name.startswith(("voices/", "speakers/"))
+    return name.endswith((".py", "config.json")) or name in ("modules.json", "configuration.json")
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -45,13 +45,13 @@ class Pair:
         """
         a, b = self.a, self.b
         made = TensorDifference(
-            name, "same", "" if other == name else other, (dtype_of(a), dtype_of(b)), (a.shape, b.shape)
+            name, "same", "" if other == name else other, (_format(a), _format(b)), (a.shape, b.shape)
         )
         if a.shape != b.shape:
             return replace(made, kind="shape")
         if a.same_weight(b) and a.delta is b.delta:
             return _with_kind(made, "same")
-        if not all(map(is_decoded, made.dtypes)):
+        if not all(map(is_decoded, (dtype_of(a), dtype_of(b)))):
             equal = a.checkpoint.same_bytes(a.name, b.checkpoint, b.name)
             return _with_kind(made, "same" if equal else "different")
         counts = self._counts(pool)
@@ -59,7 +59,8 @@ class Pair:
             return _with_kind(
                 replace(made, unequal=0), "equal" if counts.other_bits or dtype_of(a) != dtype_of(b) else "same"
             )
-        relative = counts.norm / counts.norm_a if counts.norm_a else None
+        ratio = counts.norm / counts.norm_a if counts.norm_a else math.inf
+        relative = ratio if math.isfinite(ratio) else None
         held = replace(
             made, unequal=counts.unequal, nonfinite=counts.nonfinite, norm=counts.norm, relative=relative,
             largest=counts.largest, at=_index(counts.at, a.shape), pair=counts.pair if counts.at >= 0 else None,
@@ -110,6 +111,11 @@ _PRODUCTS = 1e-6
 def dtype_of(read: Read) -> str:
     """The storage type of the entries that are compared: float32 where an adapter is added."""
     return read.dtype if read.plain else "F32"
+
+
+def _format(read: Read) -> str:
+    """How a tensor is stored, for reports: its type, or its quantised format."""
+    return (read.checkpoint.stored_format(read.name) if read.plain else "") or dtype_of(read)
 
 
 def _stored(read: Read, start: int, stop: int, key: str) -> Bytes:

@@ -7,14 +7,25 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
-from paft_merge.differences.kinds import TensorDifference
+from paft_merge.differences.kinds import Kind, TensorDifference
 from paft_merge.differences.tensor_pairs import Pair, dtype_of, equal_bits, is_constant
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.tensor_inputs import Read
 
-Progress = Callable[[int, int], None]
-"""Called with the number of entries that are compared and of all."""
+
+class Progress(NamedTuple):
+    """How many tensors and entries are compared, and how many there are."""
+
+    tensors: int
+    tensors_total: int
+    entries_done: int
+    entries_total: int
+
+
+OnProgress = Callable[[Progress], None]
+"""Called after every tensor."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class TensorWalk:
     pool: Executor
     tolerance: float
     only: str
-    progress: Progress
+    progress: OnProgress
 
     def compare(
         self,
@@ -38,38 +49,42 @@ class TensorWalk:
         *,
         derived: set[str] | frozenset[str] = frozenset(),
         rescalable: bool = False,
+        required: bool = True,
     ) -> tuple[TensorDifference, ...]:
         """Every tensor that matches `only`, in the order of A.
 
         Args:
             a, b: tensors by name; those of B by their names in A where these are known.
-            derived: names that B does not store and the model computes.
+            derived: names that only one of the two stores, and the model computes.
             rescalable: as for `Pair`.
+            required: whether a tensor has to match.
 
         Raises:
             CheckpointError: EMPTY.
         """
         names = [n for n in dict.fromkeys((*a, *b)) if self._is_wanted(n, b.get(n))]
-        if not names:
+        if required and not names:
             raise CheckpointError.of("EMPTY", self.only, "matches no tensor of either model", "see `paft explain`")
         found, done = dict[str, TensorDifference](), 0
         entries = sum(_entries(a.get(name) or b[name]) for name in names)
-        for name in names:
+        for number, name in enumerate(names, 1):
             one, other = a.get(name), b.get(name)
             if one and other and name not in derived:
                 found[name] = Pair(one, other, rescalable).compared(
                     name, _stored_name(other, name), self.tolerance, self.pool
                 )
-            elif one and name in derived:
-                found[name] = TensorDifference(name, "derived", dtypes=(dtype_of(one), ""), shapes=(one.shape, None))
             elif one:
-                found[name] = TensorDifference(name, "only in A", dtypes=(dtype_of(one), ""), shapes=(one.shape, None))
+                kind: Kind = "derived" if name in derived else "only in A"
+                found[name] = TensorDifference(name, kind, dtypes=(dtype_of(one), ""), shapes=(one.shape, None))
             elif other:
                 found[name] = TensorDifference(
-                    _stored_name(other, name), "only in B", dtypes=("", dtype_of(other)), shapes=(None, other.shape)
+                    _stored_name(other, name),
+                    "derived" if name in derived else "only in B",
+                    dtypes=("", dtype_of(other)),
+                    shapes=(None, other.shape),
                 )
             done += _entries(one or other)
-            self.progress(done, entries)
+            self.progress(Progress(number, len(names), done, entries))
         return tuple(self._renamed(found, a, b).values())
 
     def _is_wanted(self, name: str, other: Read | None) -> bool:

@@ -8,6 +8,6 @@ gguf_files checks a GGUF file
 
 from __future__ import annotations
 
-from paft_merge.exporting.folders import TARGETS, Exported, Target, export
+from paft_merge.exporting.folders import TARGETS, Exported, Target, check_tools, export
 
-__all__ = ["TARGETS", "Exported", "Target", "export"]
+__all__ = ["TARGETS", "Exported", "Target", "check_tools", "export"]

@@ -12,7 +12,6 @@ from typing import Literal
 from paft_merge.dialects import checking
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.exporting import converters, gguf_files
-from paft_merge.exporting.ollama import modelfile
 from paft_merge.hub import resolve
 from paft_merge.inputs.adapter_places import CONFIG, base_of
 from paft_merge.inputs.adapters import open_weights
@@ -101,7 +100,8 @@ def export(
     folder = Path(model)
     target = Path(out) if out is not None else folder.resolve().with_name(f"{folder.resolve().name}-{to}")
     kind = quantize.lower() if quantize else None
-    _check_kind(folder, to, kind)
+    _check_kind(folder, to)
+    _check_type(to, kind)
     _refuse_code(folder, trust_code)
     job = _Job(folder, kind, _base_folder(folder, base) if to == "gguf-lora" else None, llama_cpp)
     write = {"gguf": _prepared_gguf, "ollama": _prepared_ollama, "gguf-lora": _prepared_lora, "mlx": _prepared_mlx}[to](
@@ -129,11 +129,33 @@ def _unfinished(out: Path) -> Iterator[Path]:
             raise
 
 
+def check_tools(to: Target, quantize: str | None, llama_cpp: Path | None = None) -> None:
+    """Check that the target has a type, and that its programs are on this machine; the arguments are those of `export`.
+
+    Raises:
+        OutputError: OPTION, EXPORT_TOOL.
+    """
+    kind = quantize.lower() if quantize else None
+    _check_type(to, kind)
+    _programs(to, kind, llama_cpp)
+
+
+def _programs(to: Target, quantize: str | None, llama_cpp: Path | None) -> tuple[list[str], list[str]]:
+    """The commands of a target's converter and, if it needs one, quantiser."""
+    if to == "mlx":
+        return converters.mlx_convert(), []
+    if to == "gguf-lora":
+        return converters.script(converters.CONVERT_LORA, llama_cpp), []
+    convert = converters.script(converters.CONVERT, llama_cpp)
+    direct = quantize is None or quantize in _BY_CONVERTER
+    return convert, [] if direct else converters.script(converters.QUANTIZE, llama_cpp)
+
+
 # --- checks before ----------------------------------------------------------------------------------------------------
 
 
-def _check_kind(folder: Path, to: Target, quantize: str | None) -> None:
-    """Refuse a folder that the target is not for, and a type that it does not have."""
+def _check_kind(folder: Path, to: Target) -> None:
+    """Refuse a folder that the target is not for."""
     is_adapter = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
     if not folder.is_dir():
         raise OutputError.of("EXPORT", folder, "is not a folder", "give the folder of a model, or `paft pull` it first")
@@ -142,6 +164,10 @@ def _check_kind(folder: Path, to: Target, quantize: str | None) -> None:
         raise OutputError.of("EXPORT", folder, f"is an adapter, and {to} is a format of whole models", fix)
     if not is_adapter and to == "gguf-lora":
         raise OutputError.of("EXPORT", folder, "is not an adapter", "--to gguf")
+
+
+def _check_type(to: Target, quantize: str | None) -> None:
+    """Refuse a type that a target does not have."""
     if quantize is None:
         return
     if to == "mlx" and quantize not in _BITS:
@@ -203,9 +229,8 @@ _Write = Callable[[Path], list[Problem]]
 
 def _prepared_gguf(job: _Job) -> _Write:
     """Find the programs, and check the model; return the writer."""
-    direct = job.quantize is None or job.quantize in _BY_CONVERTER
-    convert = converters.script(converters.CONVERT, job.llama_cpp)
-    quantize = [] if direct else converters.script(converters.QUANTIZE, job.llama_cpp)
+    convert, quantize = _programs("gguf", job.quantize, job.llama_cpp)
+    direct = not quantize
     entries, config = _opened(job.model)
     layers = config.get("num_hidden_layers")
 
@@ -228,6 +253,8 @@ def _prepared_gguf(job: _Job) -> _Write:
 
 
 def _prepared_ollama(job: _Job) -> _Write:
+    from paft_merge.exporting.ollama import modelfile
+
     write_gguf = _prepared_gguf(job)
 
     def write(part: Path) -> list[Problem]:
@@ -240,7 +267,7 @@ def _prepared_ollama(job: _Job) -> _Write:
 
 
 def _prepared_lora(job: _Job) -> _Write:
-    convert = converters.script(converters.CONVERT_LORA, job.llama_cpp)
+    convert, _ = _programs("gguf-lora", job.quantize, job.llama_cpp)
     (verdict,) = checking.check(job.model, ["llamacpp"])
     if not verdict.passes:
         bad = [finding for finding in verdict.findings if finding.outcome in ("silent", "refuses")]
@@ -257,7 +284,7 @@ def _prepared_lora(job: _Job) -> _Write:
 
 
 def _prepared_mlx(job: _Job) -> _Write:
-    convert = converters.mlx_convert()
+    convert, _ = _programs("mlx", job.quantize, job.llama_cpp)
     entries, _ = _opened(job.model)
 
     def write(part: Path) -> list[Problem]:

@@ -248,7 +248,7 @@ def run(
 
             with Cluster.connect(ray_address) as cluster:
                 execute(executor, ready.todo, cluster, parallel)
-        for stage in ("push",) if on_ray else STAGES:
+        for stage in ("export", "push") if on_ray else STAGES:
             steps = [step for step in ready.todo if step.stage == stage]
             if steps:
                 executor.stage(stage, steps)

@@ -19,7 +19,7 @@ from paft_merge.output.log_file import logged
 from paft_merge.pipeline.named_models import labels
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
-from paft_merge.pipeline.steps import SPARSITY, Answer, Audit, Evaluate, Merge, Push, Step, Train
+from paft_merge.pipeline.steps import SPARSITY, Answer, Audit, Evaluate, Export, Merge, Push, Step, Train
 from paft_merge.pipeline.trained_templates import as_trained, template_of_run
 from paft_merge.training.run_folder import DONE_FILE, write_json
 
@@ -74,6 +74,7 @@ class Executor:
             "audit": self._audit,
             "merge": self._merge,
             "evaluate": self._evaluate,
+            "export": self._export,
             "push": self._push,
         }
         do[stage](steps)
@@ -318,6 +319,24 @@ class Executor:
             raise
         value = done.sources[0].total.measure.sparsity(epsilon)
         return None if math.isnan(value) else value
+
+    # --- export -----------------------------------------------------------------------------------------------------
+
+    def _export(self, steps: Sequence[Step]) -> None:
+        from paft_merge.exporting import export
+
+        spec = self.recipe.export
+        assert spec is not None
+        for step in steps:
+            assert isinstance(step.job, Export)
+            with self._recorded(step) as result:
+                done = export(
+                    step.job.folder, step.out, to=step.job.to, quantize=spec.quantize, base=self.recipe.base,
+                    trust_code=self.trust_code, overwrite=True,
+                )  # fmt: skip
+                for problem in done.warnings:
+                    log.warning("%s", problem)
+                result["files"] = list(done.files)
 
     # --- push -------------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,21 @@ from typing import Any
 
 from paft_merge.errors import Problems, RecipeError, RunError, TrainError, first_line
 from paft_merge.evaluating import HARNESS, check_evaluate
+from paft_merge.exporting import check_tools
 from paft_merge.hub import is_repository, resolve
 from paft_merge.hub.run_checkpoints import expand
 from paft_merge.inputs.architecture import bounded_modules
 from paft_merge.inputs.model_config import refuse_odd_files
 from paft_merge.pipeline.adapter_sections import mixed_section
-from paft_merge.pipeline.arms import arms_wanted, chains, check_compare, merge_before_polish, merges_of, variants_of
+from paft_merge.pipeline.arms import (
+    arms_wanted,
+    chains,
+    check_compare,
+    merge_before_polish,
+    merges_of,
+    variants_of,
+    writes_adapter,
+)
 from paft_merge.pipeline.named_models import is_reference, references, resolved_merge
 from paft_merge.pipeline.schema import RunRecipe
 from paft_merge.pipeline.steps import Evaluate, Step, Train
@@ -52,6 +61,7 @@ def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
             models = ("base", *recipe.names)
             check_evaluate(recipe.evaluate, recipe.folder, trust_code=trust_code, models=models)
         check_turns(recipe, problems)
+    _check_export(recipe, problems)
     _check_push(recipe, problems)
     problems.raise_as(RecipeError)
 
@@ -196,6 +206,20 @@ def _check_audit(recipe: RunRecipe, problems: Problems) -> None:
             if not any(fnmatchcase(name, source) for name in names):
                 fix = did_you_mean(source, names) or f"adapters are {', '.join(names)}"
                 raise RunError.of("GATE", text, f"no adapter is called {source!r}", fix)
+
+
+def _check_export(recipe: RunRecipe, problems: Problems) -> None:
+    """Check that the converters are here, before anything is trained."""
+    if (spec := recipe.export) is None:
+        return
+    adapter = recipe.merge is not None and writes_adapter(recipe.merge.data)
+    for to in spec.to:
+        if (to == "gguf-lora") != adapter:
+            what = f"the merge writes {'an adapter' if adapter else 'a whole model'}, which {to} is not for"
+            problems.add("EXPORT", recipe.where("export"), what, "to: gguf-lora" if adapter else "to: gguf")
+            continue
+        with problems.catching(recipe.where("export")):
+            check_tools(to, spec.quantize)
 
 
 def _check_push(recipe: RunRecipe, problems: Problems) -> None:

@@ -91,13 +91,13 @@ def units_of(todo: Sequence[Step], *, gate: bool) -> list[Unit]:
     """Group steps into units: the metrics of an arm together, so that its model is loaded once; every other step alone.
 
     Args:
-        todo: the steps to do, in the order of the stages. Those to push are left out.
+        todo: the steps to do, in the order of the stages. Those to export and push are left out.
         gate: whether the audit has requirements, without which nothing may be merged or evaluated.
     """
     grouped: dict[str, list[Step]] = {}
     for step in todo:
         together = step.name.rpartition("/")[0] if isinstance(step.job, Evaluate | Answer) else step.name
-        if step.stage != "push":
+        if step.stage not in ("export", "push"):
             grouped.setdefault(together, []).append(step)
     # Chat templates of evaluations and merges are those of the adapters that are trained.
     before = {

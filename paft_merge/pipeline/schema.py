@@ -1,4 +1,4 @@
-"""A recipe of a run as frozen models: `adapters:`, `merge:`, `audit:`, `evaluate:`, `compare:`, `push:`, `seeds:`, `tune:`."""
+"""A recipe of a run as frozen models: `adapters:`, `merge:`, `audit:`, `evaluate:`, `compare:`, `export:`, `push:`, `seeds:`, `tune:`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from paft_merge.compute.magnitudes import EPSILON
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
+from paft_merge.exporting import Target
 from paft_merge.pipeline.overrides import overridden
 from paft_merge.pipeline.sweeps import Weights, check_sweep
 from paft_merge.recipe.sections import Section, as_list, beside_recipe, read_section, refuse_merge_recipe
 from paft_merge.recipe.yaml_source import Located, did_you_mean, load_yaml, show
 from paft_merge.training.schema import AdapterSpec, is_existing, read_adapters
 
-Stage = Literal["train", "audit", "merge", "evaluate", "push"]
-STAGES: tuple[Stage, ...] = ("train", "audit", "merge", "evaluate", "push")
+Stage = Literal["train", "audit", "merge", "evaluate", "export", "push"]
+STAGES: tuple[Stage, ...] = ("train", "audit", "merge", "evaluate", "export", "push")
 
 Arms = Literal["base", "individual", "sequential", "sequential_reversed", "parallel", "mixed", "polish"]
 _ARMS: tuple[Arms, ...] = ("base", "individual", "sequential", "parallel")
@@ -187,6 +188,14 @@ class CompareSpec(Section):
         return given
 
 
+class ExportSpec(Section):
+    """The section `export:`: formats of the merged model of the first seed. A recipe names no program."""
+
+    to: Annotated[list[Target], BeforeValidator(_one_or_more), AfterValidator(_no_value_twice), Field(min_length=1)]
+    quantize: str | None = None
+    """A type of llama.cpp, or of MLX; None keeps 16 bits."""
+
+
 class PushSpec(Section):
     """The section `push:`."""
 
@@ -236,6 +245,8 @@ class RunLanguage(Section):
     """The evaluations of the models."""
     compare: CompareSpec | Literal[False] | None = False
     """Compare the merge with other ways to combine the adapters, in a table."""
+    export: ExportSpec | Literal[False] = False
+    """The formats that the merged model is written in for other programs."""
     push: PushSpec | Literal[False] = False
     """The repository on the Hub that the merged model is pushed to."""
     seeds: (
@@ -251,6 +262,7 @@ class RunLanguage(Section):
 _SECTIONS: Mapping[str, type[Section]] = {
     "audit": AuditSpec,
     "compare": CompareSpec,
+    "export": ExportSpec,
     "push": PushSpec,
     "tune": TuneSpec,
 }
@@ -274,6 +286,7 @@ class RunRecipe:
     audit: AuditSpec | None
     evaluate: EvaluateSpec | None
     compare: CompareSpec | None
+    export: ExportSpec | None
     push: PushSpec | None
     tune: TuneSpec | None
     seeds: tuple[int | None, ...]
@@ -428,6 +441,7 @@ def _check_together(
         if key in data and other not in data:
             problems.add("SECTION", located.spot((key,)), f"{key} needs {other}, {why}", f"add {other}:")
 
+    need("export", "merge", "which makes the model that is exported")
     need("push", "merge", "which makes the model that is pushed")
     need("audit", "adapters", "which it audits")
     need("compare", "adapters", "which it compares")

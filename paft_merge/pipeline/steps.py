@@ -4,6 +4,7 @@ train      an adapter (and, for `sequential`, the skill model that the next adap
 audit      the adapters of a seed
 merge      one model
 evaluate   one metric of one arm, or the answers that an `agreement` compares with
+export     the merged model, in one format
 push       the merged model
 """
 
@@ -22,6 +23,7 @@ from paft_merge.evaluating import HARNESS
 from paft_merge.evaluating.agreement import source_parts
 from paft_merge.evaluating.data_rows import is_file
 from paft_merge.evaluating.schema import Measurement
+from paft_merge.exporting import Target
 from paft_merge.hub import ResolvedRepo, resolve
 from paft_merge.hub.run_checkpoints import expand
 from paft_merge.pipeline.adapter_sections import files_of, mixed_section, placed, section_of
@@ -99,13 +101,21 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a folder in the format of another program."""
+
+    folder: Path
+    to: Target
+
+
+@dataclass(frozen=True)
 class Push:
     """Push a folder to the Hub."""
 
     folder: Path
 
 
-Job = Train | Merge | Audit | Evaluate | Answer | Push
+Job = Train | Merge | Audit | Evaluate | Answer | Export | Push
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,7 @@ class Planner:
             planner._train(seed)
             planner._audit(seed)
             planner._arms(seed)
+        planner._export()
         planner._push()
         return planner
 
@@ -447,13 +458,24 @@ class Planner:
         ours = [p for p in arm.parts if self._is_ours(p) and p not in self._existing_prints]
         return {"outside": self._outside(arm.parts), "inside": [Path(part).name for part in ours]}
 
+    def _export(self) -> None:
+        if (spec := self.recipe.export) is None:
+            return
+        merged, folder = self._merged(), self.place(self.recipe.seeds[0]) / "merged"
+        for to in spec.to:
+            out = self.run / "export" / to
+            self._add("export", None, to, Export(folder, to), out, (merged.name,), to=to, quantize=spec.quantize)
+
+    def _merged(self) -> Step:
+        """The step that makes the merged model of the first seed."""
+        out = self.place(self.recipe.seeds[0]) / "merged"
+        return next(step for step in self.steps.values() if step.stage == "merge" and step.out == out)
+
     def _push(self) -> None:
-        spec, seed = self.recipe.push, self.recipe.seeds[0]
+        spec = self.recipe.push
         if spec is None:
             return
-        merged = next(
-            step for step in self.steps.values() if step.stage == "merge" and step.out == self.place(seed) / "merged"
-        )
+        merged = self._merged()
         assert merged.out is not None
         self._add("push", None, spec.repo_id, Push(merged.out), None, (merged.name,), section=spec.model_dump())
 

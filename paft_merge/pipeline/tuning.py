@@ -102,7 +102,7 @@ def tune(
     """
     if find_spec("optuna") is None:
         raise RunError.of("MISSING", "tune", "optuna not installed", "pip install 'paft-merge[tune]'")
-    alone = (*overrides, "compare=false", "push=false")
+    alone = (*overrides, "compare=false", "export=false", "push=false")
     loaded, out = load_run(recipe, alone), Path(folder)
     space = _checked(loaded)
     spec = loaded.tune

@@ -25,7 +25,7 @@ _SHAPES = {"models", "slices", "modules", "tokenizer", "tokenizer_source", "toke
 
 
 _MERGE_KEYS = {"merge_method", "models", "slices", "modules"}
-_RUN_KEYS = {"adapters", "merge", "audit", "evaluate", "compare", "push", "seeds", "tune"}
+_RUN_KEYS = {"adapters", "merge", "audit", "evaluate", "compare", "export", "push", "seeds", "tune"}
 
 
 def kind_of(document: Any) -> Literal["merge", "run"] | None:

@@ -369,3 +369,64 @@ def test_broken_and_pickled_checkpoints_are_refused(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     with pytest.raises(PaftMergeError):
         differences.diff(tmp_path / "a", tmp_path / "nowhere" / "at" / "all")
+
+
+# --- further forms ----------------------------------------------------------------------------------------------------
+
+
+def test_the_file_of_an_adapter_is_the_adapter(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "one", state(), 0)
+    assert differences.diff(adapter / "adapter_model.safetensors", adapter).of_adapters
+
+
+def test_a_model_and_itself(tmp_path: Path) -> None:
+    base, adapter = save_checkpoint(tmp_path / "base", state()), save_adapter(tmp_path / "one", state(), 0)
+    assert differences.diff(base, base).kinds == {"same": 3}
+    assert differences.diff(on(base, adapter), on(base, adapter)).same
+    found = by_name(differences.diff(base, on(base, adapter)))
+    assert {found[Q].kind, found[UP].kind, found[NORM].kind} == {"different", "same"}
+
+
+def test_a_pattern_that_only_the_files_of_adapters_match(tmp_path: Path) -> None:
+    adapter, other = save_adapter(tmp_path / "one", state(), 0), save_adapter(tmp_path / "two", state(), 1)
+    assert len(differences.diff(adapter, other, only="*q_proj*").tensors) == 2
+    with pytest.raises(CheckpointError, match="matches no tensor"):
+        differences.diff(adapter, other, only="*k_proj*")
+
+
+def test_a_dora_adapter_is_compared_by_its_files(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "one", {Q: state()[Q]}, 0)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    stem = next(iter(factors)).rpartition(".lora_")[0]
+    save_file({**factors, f"{stem}.lora_magnitude_vector": torch.ones(8)}, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    found = differences.diff(adapter, changed(adapter, lambda name, t: t * 2))
+    assert found.deltas is None
+    assert not found.same
+    assert any("DoRA" in warning.what for warning in found.warnings)
+
+
+def test_a_tied_head_that_one_stores_is_not_a_difference(tmp_path: Path) -> None:
+    from toys.mergekit import CONFIG, llama_state
+
+    full = llama_state(0)
+    tied = {name: tensor for name, tensor in full.items() if name != "lm_head.weight"}
+    config = {**CONFIG, "tie_word_embeddings": True}
+    save_checkpoint(tmp_path / "a", tied, config=config)
+    copy = {**tied, "lm_head.weight": tied["model.embed_tokens.weight"].clone()}
+    save_checkpoint(tmp_path / "b", copy, config=config)
+    save_checkpoint(tmp_path / "c", {**tied, "lm_head.weight": full["lm_head.weight"] + 1}, config=config)
+    for pair in (("a", "b"), ("b", "a")):
+        found = differences.diff(*(tmp_path / name for name in pair))
+        assert found.same, found.kinds
+    assert not differences.diff(tmp_path / "a", tmp_path / "c").same
+
+
+def test_layers_that_loaders_pass_over_are_compared(tmp_path: Path) -> None:
+    from toys.mergekit import CONFIG, llama_state
+
+    save_checkpoint(tmp_path / "a", llama_state(0), config=CONFIG)
+    save_checkpoint(tmp_path / "b", {**llama_state(0), "mtp.fc.weight": drawn(4, 4)}, config=CONFIG)
+    for pair, kind in ((("a", "b"), "only in B"), (("b", "a"), "only in A")):
+        assert by_name(differences.diff(*(tmp_path / name for name in pair)))["mtp.fc.weight"].kind == kind

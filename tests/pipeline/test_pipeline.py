@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from toys.converters import checkout
 from toys.hub import UPLOADS, hub
 from toys.hub_server import HubServer
 from toys.run import Killed, dying, make_world, outcome, write_rows
@@ -272,6 +273,26 @@ def test_a_broken_run_json_is_told(world: Path, copied: Path) -> None:
     (copied / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json: cannot be read"):
         run(world, copied)
+
+
+# --- the export -------------------------------------------------------------------------------------------------------
+
+
+def test_the_merged_model_is_exported_once(world: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    wanted = ["export={to: [gguf, ollama], quantize: q4_k_m}"]
+    with pytest.raises(RecipeError, match=r"export: convert_hf_to_gguf.py: of llama.cpp is not on the path; git clone"):
+        run(world, copied, overrides=wanted)
+    with pytest.raises(RecipeError, match=r"export.llama_cpp: unknown key"):  # a recipe names no program
+        run(world, copied, overrides=["export={to: gguf, llama_cpp: /tmp}"])
+    with pytest.raises(RecipeError, match="writes a whole model, which gguf-lora is not for"):
+        run(world, copied, overrides=["export={to: gguf-lora}"])
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(checkout(copied / "llama.cpp")))
+    assert run(world, copied, overrides=wanted).done == ("export/gguf", "export/ollama")
+    assert sorted(file.name for file in (copied / "export" / "ollama").iterdir()) == ["Modelfile", "merged-Q4_K_M.gguf"]
+    assert run(world, copied, overrides=wanted).done == ()
+    assert run(world, copied, overrides=["export={to: gguf, quantize: q5_k_m}"]).done == ("export/gguf",)
+    assert [file.name for file in (copied / "export" / "gguf").iterdir()] == ["merged-Q5_K_M.gguf"]
 
 
 # --- the push ---------------------------------------------------------------------------------------------------------
