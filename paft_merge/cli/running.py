@@ -29,7 +29,7 @@ from paft_merge.cli.terminal import (
 if TYPE_CHECKING:
     from paft_merge.pipeline import Event, Planned
 
-STAGES = ("train", "audit", "merge", "evaluate", "export", "push")
+STAGES = ("train", "audit", "merge", "verify", "evaluate", "export", "push")
 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
@@ -37,7 +37,7 @@ set_option = click.option(
 )  # fmt: skip
 
 
-@click.command(short_help="Train, audit, merge, evaluate and push as a recipe says.")
+@click.command(short_help="Train, audit, merge, verify, evaluate and push as a recipe says.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
 @click.option(

@@ -19,7 +19,7 @@ from paft_merge.output.log_file import logged
 from paft_merge.pipeline.named_models import labels
 from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
-from paft_merge.pipeline.steps import SPARSITY, Answer, Audit, Evaluate, Export, Merge, Push, Step, Train
+from paft_merge.pipeline.steps import SPARSITY, Answer, Audit, Evaluate, Export, Merge, Push, Step, Train, Verify
 from paft_merge.pipeline.trained_templates import as_trained, template_of_run
 from paft_merge.training.run_folder import DONE_FILE, write_json
 
@@ -73,6 +73,7 @@ class Executor:
             "train": self._train,
             "audit": self._audit,
             "merge": self._merge,
+            "verify": self._verify,
             "evaluate": self._evaluate,
             "export": self._export,
             "push": self._push,
@@ -319,6 +320,35 @@ class Executor:
             raise
         value = done.sources[0].total.measure.sparsity(epsilon)
         return None if math.isnan(value) else value
+
+    # --- verify -----------------------------------------------------------------------------------------------------
+
+    def _verify(self, steps: Sequence[Step]) -> None:
+        from paft_merge.output.card import CARD, is_edited, write_card
+        from paft_merge.output.card.verified import REPORT
+        from paft_merge.verifying import verify
+
+        spec = self.recipe.verify
+        assert spec is not None
+        for step in steps:
+            job, out = step.job, step.out
+            assert isinstance(job, Verify)
+            assert out is not None
+            with self._recorded(step) as result:
+                done = verify(
+                    job.folder, data=job.data, rows=spec.rows, new_tokens=spec.new_tokens, tensors_only=spec.tensors_only,
+                    memory=spec.memory, require=spec.require, threads=self.threads, trust_code=self.trust_code,
+                )  # fmt: skip
+                text = json.dumps(done.to_json(), indent=2) + "\n"
+                for place in (out, job.folder / REPORT):
+                    place.write_text(text, encoding="utf-8")
+                card = job.folder / CARD
+                if card.is_file() and not is_edited(card.read_text(encoding="utf-8")):
+                    write_card(job.folder)
+                result |= {"verdict": done.verdict, "findings": [str(finding) for finding in done.findings]}
+                result |= {name: one.kl for name, one in done.behaviours.items()}
+                if failed := [*done.faults(), *done.failures(spec.require)]:
+                    raise AuditError(failed)
 
     # --- export -----------------------------------------------------------------------------------------------------
 

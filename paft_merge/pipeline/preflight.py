@@ -61,6 +61,7 @@ def check_run(recipe: RunRecipe, *, trust_code: bool = False) -> None:
             models = ("base", *recipe.names)
             check_evaluate(recipe.evaluate, recipe.folder, trust_code=trust_code, models=models)
         check_turns(recipe, problems)
+    _check_verify(recipe, problems)
     _check_export(recipe, problems)
     _check_push(recipe, problems)
     problems.raise_as(RecipeError)
@@ -206,6 +207,20 @@ def _check_audit(recipe: RunRecipe, problems: Problems) -> None:
             if not any(fnmatchcase(name, source) for name in names):
                 fix = did_you_mean(source, names) or f"adapters are {', '.join(names)}"
                 raise RunError.of("GATE", text, f"no adapter is called {source!r}", fix)
+
+
+def _check_verify(recipe: RunRecipe, problems: Problems) -> None:
+    if recipe.verify is None:
+        return
+    from paft_merge.verifying.prompts import read_prompts
+    from paft_merge.verifying.report import read_requirement
+
+    for at, text in enumerate(recipe.verify.require):
+        with problems.catching(recipe.where("verify", "require", at)):
+            read_requirement(text)
+    if recipe.verify.data is not None:
+        with problems.catching(recipe.where("verify", "data")):
+            read_prompts(beside_recipe(recipe.verify.data, recipe.folder), recipe.verify.rows)
 
 
 def _check_export(recipe: RunRecipe, problems: Problems) -> None:

@@ -106,6 +106,7 @@ def units_of(todo: Sequence[Step], *, gate: bool) -> list[Unit]:
             "train": (),
             "audit": ("train",),
             "merge": ("train", "audit") if gate else ("train",),
+            "verify": ("train", "audit") if gate else ("train",),
             "evaluate": ("train", "audit") if gate else ("train",),
         }.items()
     }

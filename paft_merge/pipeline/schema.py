@@ -1,4 +1,4 @@
-"""A recipe of a run as frozen models: `adapters:`, `merge:`, `audit:`, `evaluate:`, `compare:`, `export:`, `push:`, `seeds:`, `tune:`."""
+"""A recipe of a run as frozen models: `adapters:`, `merge:`, `audit:`, `verify:`, `evaluate:`, `compare:`, `export:`, `push:`, `seeds:`, `tune:`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from paft_merge.compute.magnitudes import EPSILON
+from paft_merge.engine.options import parse_size
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
 from paft_merge.exporting import Target
@@ -20,8 +21,8 @@ from paft_merge.recipe.sections import Section, as_list, beside_recipe, read_sec
 from paft_merge.recipe.yaml_source import Located, did_you_mean, load_yaml, show
 from paft_merge.training.schema import AdapterSpec, is_existing, read_adapters
 
-Stage = Literal["train", "audit", "merge", "evaluate", "export", "push"]
-STAGES: tuple[Stage, ...] = ("train", "audit", "merge", "evaluate", "export", "push")
+Stage = Literal["train", "audit", "merge", "verify", "evaluate", "export", "push"]
+STAGES: tuple[Stage, ...] = ("train", "audit", "merge", "verify", "evaluate", "export", "push")
 
 Arms = Literal["base", "individual", "sequential", "sequential_reversed", "parallel", "mixed", "polish"]
 _ARMS: tuple[Arms, ...] = ("base", "individual", "sequential", "parallel")
@@ -50,6 +51,30 @@ class AuditSpec(Section):
     """Requirements that must hold before anything is merged, as for `paft audit --require`."""
     html: bool = True
     """Also write the report with figures, `audit.html`."""
+
+
+class VerifySpec(Section):
+    """The section `verify:`, of the merged model."""
+
+    data: str | None = None
+    """Prompts: rows, or a text file. Default: samples of the base, and runs of random tokens."""
+    rows: Annotated[int, Field(ge=1)] = 64
+    """Number of prompts."""
+    new_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens of each greedy continuation."""
+    tensors_only: bool = False
+    """Compare stored tensors and files, and run no model."""
+    memory: str | None = None
+    """Memory for a model (`"8GB"`); a larger one is read layer by layer."""
+    require: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
+    """Requirements that must hold before anything is evaluated or pushed, as for `paft verify --require`."""
+
+    @field_validator("memory")
+    @classmethod
+    def _size(cls, given: str | None) -> str | None:
+        if given is not None:
+            parse_size(given)
+        return given
 
 
 def _no_value_twice(values: list[Any]) -> list[Any]:
@@ -241,6 +266,8 @@ class RunLanguage(Section):
     """A merge recipe in which the names of `adapters` are models. Without `base_model` it has that of the run."""
     audit: AuditSpec | Literal[False] | None = False
     """How sparse the adapters must be before anything is merged."""
+    verify: VerifySpec | Literal[False] | None = False
+    """Whether the merged model is what its recipe means, before it is evaluated or pushed."""
     evaluate: EvaluateSpec | Literal[False] = False
     """The evaluations of the models."""
     compare: CompareSpec | Literal[False] | None = False
@@ -261,6 +288,7 @@ class RunLanguage(Section):
 
 _SECTIONS: Mapping[str, type[Section]] = {
     "audit": AuditSpec,
+    "verify": VerifySpec,
     "compare": CompareSpec,
     "export": ExportSpec,
     "push": PushSpec,
@@ -284,6 +312,7 @@ class RunRecipe:
     merge: Located | None
     """mergekit's language; a name of `adapters` means the base with that adapter."""
     audit: AuditSpec | None
+    verify: VerifySpec | None
     evaluate: EvaluateSpec | None
     compare: CompareSpec | None
     export: ExportSpec | None
@@ -441,6 +470,7 @@ def _check_together(
         if key in data and other not in data:
             problems.add("SECTION", located.spot((key,)), f"{key} needs {other}, {why}", f"add {other}:")
 
+    need("verify", "merge", "which makes the model that is verified")
     need("export", "merge", "which makes the model that is exported")
     need("push", "merge", "which makes the model that is pushed")
     need("audit", "adapters", "which it audits")

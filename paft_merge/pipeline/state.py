@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from paft_merge.errors import RunError, reading
 from paft_merge.inputs.safetensors_header import read_text
+from paft_merge.output.card import CARD
 from paft_merge.pipeline.fingerprints import sizes_below, still_there
 from paft_merge.pipeline.steps import Step
 from paft_merge.recipe.sections import explain
@@ -117,7 +118,9 @@ class State:
         record["state"] = "done"
         record["result"] = dict(result or {})
         if step.out is not None:
-            record["outputs"] = sizes_below(step.out)
+            sizes = sizes_below(step.out)
+            sizes.pop(CARD, None)  # a card that is edited or written again makes no step stale
+            record["outputs"] = sizes
         self.write()
 
     def failed(self, step: Step, error: BaseException) -> None:

@@ -3,6 +3,7 @@
 train      an adapter (and, for `sequential`, the skill model that the next adapter is trained on)
 audit      the adapters of a seed
 merge      one model
+verify     the merged model of a seed
 evaluate   one metric of one arm, or the answers that an `agreement` compares with
 export     the merged model, in one format
 push       the merged model
@@ -101,6 +102,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Compare the merged model with what its recipe means."""
+
+    folder: Path
+    data: Path | None
+
+
+@dataclass(frozen=True)
 class Export:
     """Write a folder in the format of another program."""
 
@@ -115,7 +124,7 @@ class Push:
     folder: Path
 
 
-Job = Train | Merge | Audit | Evaluate | Answer | Export | Push
+Job = Train | Merge | Audit | Verify | Evaluate | Answer | Export | Push
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,7 @@ class Planner:
             planner._train(seed)
             planner._audit(seed)
             planner._arms(seed)
+            planner._verify(seed)
         planner._export()
         planner._push()
         return planner
@@ -458,26 +468,38 @@ class Planner:
         ours = [p for p in arm.parts if self._is_ours(p) and p not in self._existing_prints]
         return {"outside": self._outside(arm.parts), "inside": [Path(part).name for part in ours]}
 
-    def _export(self) -> None:
-        if (spec := self.recipe.export) is None:
+    def _verify(self, seed: int | None) -> None:
+        spec = self.recipe.verify
+        if spec is None:
             return
-        merged, folder = self._merged(), self.place(self.recipe.seeds[0]) / "merged"
-        for to in spec.to:
-            out = self.run / "export" / to
-            self._add("export", None, to, Export(folder, to), out, (merged.name,), to=to, quantize=spec.quantize)
-
-    def _merged(self) -> Step:
-        """The step that makes the merged model of the first seed."""
-        out = self.place(self.recipe.seeds[0]) / "merged"
-        return next(step for step in self.steps.values() if step.stage == "merge" and step.out == out)
+        merged, folder = self._merged(seed)
+        data = beside_recipe(spec.data, self.recipe.folder) if spec.data else None
+        self._add(
+            "verify", seed, "merged", Verify(folder, data), self.place(seed) / "verify.json", (merged,),
+            section=spec.model_dump(exclude={"data", "memory"}), files=self.prints.all_of({"data": data} if data else {}),
+        )  # fmt: skip
 
     def _push(self) -> None:
         spec = self.recipe.push
         if spec is None:
             return
-        merged = self._merged()
-        assert merged.out is not None
-        self._add("push", None, spec.repo_id, Push(merged.out), None, (merged.name,), section=spec.model_dump())
+        seed = self.recipe.seeds[0]
+        merged, folder = self._merged(seed)
+        checks = tuple(s.name for s in self.steps.values() if isinstance(s.job, Verify) and s.job.folder == folder)
+        self._add("push", None, spec.repo_id, Push(folder), None, (merged, *checks), section=spec.model_dump())
+
+    def _merged(self, seed: int | None) -> tuple[str, Path]:
+        """The step that makes the merged model of a seed, and its folder."""
+        folder = self.place(seed) / "merged"
+        return next(s.name for s in self.steps.values() if s.stage == "merge" and s.out == folder), folder
+
+    def _export(self) -> None:
+        if (spec := self.recipe.export) is None:
+            return
+        merged, folder = self._merged(self.recipe.seeds[0])
+        for to in spec.to:
+            out = self.run / "export" / to
+            self._add("export", None, to, Export(folder, to), out, (merged,), to=to, quantize=spec.quantize)
 
 
 def arms_of(planner: Planner, seed: int | None) -> Iterator[Arm]:

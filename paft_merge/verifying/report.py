@@ -143,6 +143,10 @@ class Verification:
             "farthest": [t.to_json() for t in far[:20]],
         }
 
+    def faults(self) -> list[Problem]:
+        """A problem for each finding that is a fault."""
+        return [Problem("REQUIRED", one.where, one.what, one.fix) for one in self.findings if one.fault]
+
     def failures(self, require: Sequence[str]) -> list[Problem]:
         """A problem for each requirement that does not hold.
 

@@ -4,6 +4,7 @@
 |---|---|
 | metadata | metadata for the Hub: base models, licence, tags, data sets, results |
 | markdown | the text: sources with their revisions, statistics, the recipe, how to reproduce the merge |
+| verified | what `paft verify` found |
 | plot | a picture of the sparsity of each source by layer |
 
 A card ends with its digest, so that an edited card is recognised and not overwritten without permission.
@@ -24,6 +25,7 @@ from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.output.card.markdown import page
 from paft_merge.output.card.metadata import about, licence, scores_in
 from paft_merge.output.card.plot import PICTURE, draw
+from paft_merge.output.card.verified import verified_in
 from paft_merge.output.manifest import MANIFEST, read_manifest
 
 __all__ = ["about", "licence", "model_card", "write_card"]
@@ -37,10 +39,11 @@ def model_card(manifest: Mapping[str, Any], folder: Path | None = None) -> str:
 
     Args:
         manifest: the manifest of the merge.
-        folder: the folder of its evaluation results and its picture, if any.
+        folder: the folder of its evaluation results, its verification and its picture, if any.
     """
     picture = folder is not None and (folder / PICTURE).is_file()
-    text = page(manifest, scores_in(folder) if folder else [], PICTURE if picture else None)
+    scores, verified = (scores_in(folder), verified_in(folder)) if folder else ([], {})
+    text = page(manifest, scores, PICTURE if picture else None, verified)
     return f"{text}\n<!-- paft_merge: {_digest(text)} -->\n"
 
 

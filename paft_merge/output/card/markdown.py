@@ -13,16 +13,20 @@ import yaml
 from paft_merge.errors import HOME, escape
 from paft_merge.inputs.source_labels import labels_of
 from paft_merge.output.card.metadata import Score, card_metadata, licence
+from paft_merge.output.card.verified import rows_of
 from paft_merge.output.manifest import MANIFEST
 
 
-def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | None) -> str:
+def page(
+    manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | None, verified: Mapping[str, Any] | None = None
+) -> str:
     """Return the card without the digest at its end.
 
     Args:
         manifest: the manifest of the merge.
         scores: evaluation results.
         picture: file name of the picture, if any.
+        verified: the report of `paft verify`, if any.
     """
     recipe = manifest["recipe"]
     name = recipe.get("name") or "Merged model"
@@ -39,6 +43,7 @@ def page(manifest: Mapping[str, Any], scores: Sequence[Score], picture: str | No
         _codes(manifest),
         [f"![Sparsity of each source, layer by layer]({picture})", ""] if picture else [],
         _scores(scores),
+        _verified(dict(verified or {})),
         ["## Recipe", "", *_fenced((manifest.get("recipe_text") or _yaml(manifest)).strip()), ""],
         _reproduce(manifest),
     ]
@@ -191,6 +196,22 @@ def _scores(scores: Sequence[Score]) -> list[str]:
         for s in scores
     ]
     return ["## Evaluation", "", *head, *body, ""]
+
+
+def _verified(report: dict[str, Any]) -> list[str]:
+    """What `paft verify` found; nothing without its report."""
+    if not report:
+        return []
+    head = ["| compared with | KL of a token, in nats | same next token | drift of a layer |", "|---|---|---|---|"]
+    rows = [f"| {' | '.join(row)} |" for row in rows_of(report)]
+    table = [*head, *rows, ""] if rows else []
+    return [
+        "## Verification",
+        "",
+        f"`paft verify`: this model {escape_markdown(report.get('verdict', ''))}.",
+        "",
+        *table,
+    ]
 
 
 def _reproduce(manifest: Mapping[str, Any]) -> list[str]:

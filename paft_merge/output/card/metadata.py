@@ -130,20 +130,20 @@ def _scores_of(path: Path) -> Iterator[Score]:
     results = data.get("results", data) if isinstance(data, dict) else {}
     shots = data.get("n-shot", {}) if isinstance(data, dict) else {}
     for task, numbers in results.items() if isinstance(results, dict) else ():
-        if _is_number(numbers):
+        if is_number(numbers):
             numbers = {"value": numbers}
         if not isinstance(numbers, dict):
             continue
         for metric, value in numbers.items():
             name = metric.split(",")[0]
-            if _is_number(value) and not name.endswith("stderr") and name not in ("sample_len", "rows"):
+            if is_number(value) and not name.endswith("stderr") and name not in ("sample_len", "rows"):
                 deviation = numbers.get(metric.replace(name, f"{name}_stderr", 1), numbers.get("stderr"))
                 shot = shots.get(task) if isinstance(shots, dict) else None
                 yield Score(
                     task, "score" if name == "value" else name, value,
-                    deviation if _is_number(deviation) else None, shot if isinstance(shot, int) else None,
+                    deviation if is_number(deviation) else None, shot if isinstance(shot, int) else None,
                 )  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
