@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).parent
 REPOSITORY = "https://github.com/paft-merge/paft-merge"
+ELSEWHERE = {"gallery": DOCS.parent / "recipes" / "README.md", "changelog": DOCS.parent / "CHANGELOG.md"}
+"""Pages of the site whose text is a file outside of docs/. The gallery has the recipes, too."""
 REMOTE = re.compile(
     r"""<(?:script|img|iframe|source|video|link(?![^>]*rel="(?:canonical|next|prev)"))\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^>]*>"""
 )
@@ -35,20 +38,38 @@ html_show_copyright = False
 html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
 
 
-def outward(text: str, page: Path) -> str:
-    """The text of a page, with links to files that the site does not have as links to the repository."""
+def relinked(text: str, page: Path, name: str) -> str:
+    """The text of a file as the page `name` of the site: links to files that the site does not have lead to the repository."""
+    pages = {path: DOCS / f"{name}.md" for name, path in ELSEWHERE.items()}
 
     def link(match: re.Match[str]) -> str:
         target = (page.parent / match[1]).resolve()
-        if not target.exists() or (target.is_file() and target.is_relative_to(DOCS)):  # Sphinx checks these
+        if not target.exists():  # Sphinx reports it
             return match[0]
+        if target.suffix == ".yaml" and page == ELSEWHERE["gallery"]:
+            return f"](#{target.name.replace('.', '')})"
+        target = pages.get(target, target)
+        if target.is_file() and target.is_relative_to(DOCS):
+            return f"]({os.path.relpath(target, (DOCS / name).parent)}{_anchor(match[2], target)})"
         return f"]({REPOSITORY}/blob/main/{target.relative_to(DOCS.parent)}{match[2]})"
 
-    return re.sub(r"\]\((?![a-z]+:)([^)#\s]+)(#?[^)\s]*)\)", link, text)
+    return re.sub(r"\]\((?![a-z]+:|#)([^)#\s]+)(#?[^)\s]*)\)", link, text)
+
+
+def _anchor(anchor: str, page: Path) -> str:
+    """The anchor of a heading in place of that of the `<a id>` above it, which MyST does not know."""
+    heading = re.search(rf'<a id="{anchor[1:]}"></a>\n+#+ (.+)', page.read_text(encoding="utf-8")) if anchor else None
+    return "#" + re.sub(r"[^\w\- ]", "", heading[1].lower()).replace(" ", "-") if heading else anchor
 
 
 def _read(app: Sphinx, name: str, source: list[str]) -> None:
-    source[0] = outward(source[0], Path(app.env.doc2path(name)))
+    page = ELSEWHERE.get(name)
+    source[0] = relinked(
+        page.read_text(encoding="utf-8") if page else source[0], page or Path(app.env.doc2path(name)), name
+    )
+    if name == "gallery":
+        for path in sorted((DOCS.parent / "recipes").glob("*.yaml")):
+            source[0] += f"\n## {path.name}\n\n```yaml\n{path.read_text(encoding='utf-8')}```\n"
 
 
 def _docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

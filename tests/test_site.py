@@ -13,20 +13,28 @@ BLOB = "https://github.com/paft-merge/paft-merge/blob/main"
 
 
 @pytest.mark.parametrize(
-    ("link", "expected"),
+    ("page", "link", "expected"),
     [
-        ("../CHANGELOG.md", f"{BLOB}/CHANGELOG.md"),
-        ("../CHANGELOG.md#numerics", f"{BLOB}/CHANGELOG.md#numerics"),
-        ("studies/results", f"{BLOB}/docs/studies/results"),
-        ("../recipes/quickstart/reward.py", f"{BLOB}/recipes/quickstart/reward.py"),
-        ("run.md#search", "run.md#search"),
-        ("#keys", "#keys"),
-        ("https://arxiv.org/abs/2406.17923", "https://arxiv.org/abs/2406.17923"),
-        ("../no/such/file.md", "../no/such/file.md"),  # so that Sphinx reports it
+        ("recipe.md", "../CONTRIBUTING.md", f"{BLOB}/CONTRIBUTING.md"),
+        ("recipe.md", "../CONTRIBUTING.md#style", f"{BLOB}/CONTRIBUTING.md#style"),
+        ("recipe.md", "studies/results", f"{BLOB}/docs/studies/results"),
+        ("recipe.md", "../recipes/quickstart/reward.py", f"{BLOB}/recipes/quickstart/reward.py"),
+        ("recipe.md", "../CHANGELOG.md#numerics", "changelog.md#numerics"),
+        ("how-to/index.md", "../../recipes/README.md", "../gallery.md"),
+        ("how-to/index.md", "publish.md#tags", "publish.md#tags"),
+        ("../recipes/README.md", "dare.yaml", "#dareyaml"),
+        ("../recipes/README.md", "../docs/recipe.md#keys", "recipe.md#keys"),
+        ("../CHANGELOG.md", "docs/run.md", "run.md"),
+        ("run.md", "training.md#mixed", "training.md#one-adapter-on-several-objectives"),  # of its <a id>
+        ("recipe.md", "#keys", "#keys"),
+        ("recipe.md", "https://arxiv.org/abs/2406.17923", "https://arxiv.org/abs/2406.17923"),
+        ("recipe.md", "../no/such/file.md", "../no/such/file.md"),  # so that Sphinx reports it
     ],
 )
-def test_links_to_files_that_the_site_lacks_lead_to_the_repository(link: str, expected: str) -> None:
-    assert CONF["outward"](f"a [b]({link}) c", DOCS / "recipe.md") == f"a [b]({expected}) c"
+def test_links_lead_to_a_page_of_the_site_or_to_the_repository(page: str, link: str, expected: str) -> None:
+    names = {"../recipes/README.md": "gallery", "../CHANGELOG.md": "changelog"}
+    path, name = (DOCS / page).resolve(), names.get(page, page.removesuffix(".md"))
+    assert CONF["relinked"](f"a [b]({link}) c", path, name) == f"a [b]({expected}) c"
 
 
 @pytest.mark.parametrize(
