@@ -31,7 +31,7 @@ NOT_RUN = {
 }
 """Commands that this test does not run, each with the reason."""
 
-GATES = re.compile(r" --require | --for |^paft (doctor|diff|verify)")
+GATES = re.compile(r" --require | --for |^paft (doctor|diff)")
 """Commands that may exit with 3: random adapters are not sparse."""
 
 
