@@ -26,6 +26,7 @@ trial_processes    trials at a time on this machine
 search_result      the best trial, the front, and their files
 search_plot        the plot of a search
 starter_recipe     `paft init`
+shipped_recipes    the recipes that come with the package
 """
 
 from __future__ import annotations
