@@ -13,6 +13,9 @@ from paft_merge.verifying.behaviour import Difference
 from paft_merge.verifying.evidence import StoredTensor, root
 from paft_merge.verifying.findings import Finding
 
+FAR = 0.25
+"""Largest relative difference of logits that rounding of weights and of sums to 16 bits leaves; it is a few per cent at most."""
+
 
 @dataclass(frozen=True)
 class Behaviour:
@@ -58,6 +61,11 @@ class Behaviour:
             float(found.agree.double().mean()), found.largest, found.relative, len(found.parted),
             {row: at for row, at in enumerate(found.parted) if at is not None}, found.drift, how,
         )  # fmt: skip
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it differs by more than the arithmetic of 16 bits explains, or is not a number."""
+        return not self.relative <= FAR
 
     @property
     def breaks_at(self) -> int | None:
@@ -121,7 +129,8 @@ class Verification:
             return f"is not the model of its recipe: {', '.join(kinds)}"
         if self.exact:
             return "is the model of its recipe, bit for bit"
-        how = "the codes" if any(t.code for t in self.tensors) else "one rounding"
+        seen = {finding.kind for finding in self.findings}
+        how = "the rank of its factors" if "rank" in seen else "the codes" if "codes" in seen else "one rounding"
         lost = f", which loses {min(self.lost, 1):.1%} of the update" if self.lost else ""
         return f"is the model of its recipe up to {how}{lost}"
 
