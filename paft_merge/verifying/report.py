@@ -19,6 +19,8 @@ NUMBERS = ("KL mean", "KL p99", "top-1", "largest", "continuations", "drift")
 
 OTHERS = {"recipe": "the recipe in float32", "base": "the base", "adapter": "PEFT, not merged"}
 """The models that a finished model is compared with, in words."""
+FAR = 0.25
+"""Largest relative difference of logits that rounding of weights and of sums to 16 bits leaves; it is a few per cent at most."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Behaviour:
             float(found.agree.double().mean()), found.largest, found.relative, len(found.parted),
             {row: at for row, at in enumerate(found.parted) if at is not None}, found.drift, how,
         )  # fmt: skip
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it differs by more than the arithmetic of 16 bits explains, or is not a number."""
+        return not self.relative <= FAR
 
     @property
     def breaks_at(self) -> int | None:
@@ -140,7 +147,8 @@ class Verification:
             return f"is not the model of its recipe: {', '.join(kinds)}"
         if self.exact:
             return "is the model of its recipe, bit for bit"
-        how = "the codes" if any(t.code for t in self.tensors) else "one rounding"
+        seen = {finding.kind for finding in self.findings}
+        how = "the rank of its factors" if "rank" in seen else "the codes" if "codes" in seen else "one rounding"
         lost = f", which loses {min(self.lost, 1):.1%} of the update" if self.lost else ""
         return f"is the model of its recipe up to {how}{lost}"
 

@@ -22,7 +22,12 @@ SEVEN_B = Llama(4096, 14336, 32, 32, 8, 32000)
 DEEPSEEK = shortened(LAYOUTS["deepseek-v3"], 4)
 LAYOUT_OF = {"fp8-base": DEEPSEEK, "moe-experts": DEEPSEEK}
 
-WARNINGS = {"fp8-base": {"QUANTISED"}, "long-to-short": {"VOCABULARY"}, "safety-repair": {"VOCABULARY"}, "vocabulary-union": {"VOCABULARY"}}
+WARNINGS = {
+    "fp8-base": {"QUANTISED"},
+    "long-to-short": {"VOCABULARY"},
+    "safety-repair": {"VOCABULARY"},
+    "vocabulary-union": {"VOCABULARY"},
+}
 """What a plan warns of: codes of FP8 are rounded again; toy tokenizers have fewer tokens than the layout has rows."""
 
 
