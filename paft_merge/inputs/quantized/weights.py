@@ -21,12 +21,12 @@ from paft_merge.errors import CheckpointError, Problem
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
 from paft_merge.inputs.dtypes import widen
 from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
-from paft_merge.inputs.quantized.grids import CodeGrid
+from paft_merge.inputs.quantized.grids import FLOAT8_GRIDS, CodeGrid
 from paft_merge.inputs.quantized.rounding import Layout, Rounding, ZeroPoints, round_blocks
 from paft_merge.inputs.quantized.scale_forms import Exponents, FloatScales, ScaleForm, Scales, powers
 from paft_merge.inputs.safetensors_header import quote
 
-FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FLOAT8 = tuple(FLOAT8_GRIDS)
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _PANEL_BYTES = 32 << 20
@@ -304,33 +304,12 @@ def apply(operation: Callable[..., Any], out: Values, values: Values, size: int)
         operation(out[:, whole * size :], values[:, whole:], out=out[:, whole * size :])
 
 
-_FLOAT8_FORMS = {
-    "F8_E4M3": (3, 7, 0x7F),
-    "F8_E5M2": (2, 15, 0x7D),
-    "F8_E4M3FNUZ": (3, 8, 0xFF),
-    "F8_E5M2FNUZ": (2, 16, 0xFF),
-}
-"""Of each 8-bit float: bits of the mantissa, bias of the exponent, and the first magnitude that is NaN."""
-
-
 @cache
 def byte_values(dtype: str) -> Values:
     """The float32 value of each of the 256 codes of a type of 8 bits, `[256]`; torch is not imported for it."""
-    codes = np.arange(256, dtype=np.uint8)
     if dtype in _INTEGERS:
-        return codes.view(_INTEGERS[dtype]).astype(np.float32)
-    bits, bias, nan = _FLOAT8_FORMS[dtype]
-    magnitude = (codes & 127).astype(np.int64)
-    exponent, mantissa = magnitude >> bits, magnitude & ((1 << bits) - 1)
-    normal = exponent > 0
-    values: Values = np.ldexp(mantissa + (normal << bits), np.where(normal, exponent, 1) - bias - bits)
-    values[magnitude >= nan] = np.nan
-    if dtype == "F8_E5M2":
-        values[magnitude == 0x7C] = np.inf
-    values = np.where(codes > 127, -values, values).astype(np.float32)
-    if dtype.endswith("FNUZ"):
-        values[128] = np.nan  # the bits of minus zero
-    return values
+        return np.arange(256, dtype=np.uint8).view(_INTEGERS[dtype]).astype(np.float32)
+    return FLOAT8_GRIDS[dtype].values
 
 
 def pair_values(of_code: Values, *, low_first: bool = True) -> Values:
