@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from functools import cache
 from math import lcm, prod
 from threading import Lock
@@ -530,13 +531,26 @@ def texts(value: Any) -> list[str]:
     return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
-def names_module(pattern: str, module: str) -> bool:
-    """Whether a pattern of a config names a module: `re:` and a regular expression, a glob, or a path or a part of it."""
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], module) is not None
-        except re.error:
-            return False
-    if "*" in pattern:
-        return fnmatchcase(module, pattern)
-    return module == pattern or module.startswith(f"{pattern}.") or module.endswith(f".{pattern}")
+class ModulePatterns:
+    """Patterns of a config that name modules: `re:` and a regular expression, a glob, or a path or a part of it.
+
+    Args:
+        patterns: the patterns; regular expressions that are not valid name no module.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._paths, self._expressions = set[str](), dict[str, re.Pattern[str]]()
+        for one in patterns:
+            if not one.startswith("re:") and "*" not in one:
+                self._paths.add(one)
+                continue
+            with suppress(re.error):
+                self._expressions[one] = re.compile(one[3:] if one.startswith("re:") else translate(one))
+
+    def naming(self, module: str) -> set[str]:
+        """Return the patterns that name a module."""
+        parts = module.split(".")
+        ends = {".".join(parts[at:]) for at in range(len(parts))}
+        begins = {".".join(parts[:at]) for at in range(1, len(parts))}
+        expressions = {one for one, expression in self._expressions.items() if expression.match(module)}
+        return (ends | begins) & self._paths | expressions
