@@ -114,6 +114,24 @@ def test_kept_scales_are_the_bytes_of_the_base(
     assert {name for name in was if not torch.equal(got[name], was[name])} == set(deltas)
 
 
+def test_layers_that_the_config_names_by_number_keep_their_numbers(tmp_path: Path) -> None:
+    plain = random_state(0, torch.bfloat16)
+    stored = {name: tensor for name, tensor in coded(plain)[0].items() if "layers.1" not in name}
+    stored |= {name: tensor for name, tensor in plain.items() if "layers.1" in name}
+    for excluded, layers in ((["model.layers.1", "lm_head"], [0, 1]), (["lm_head"], [1, 0])):
+        config = {"num_hidden_layers": 3, "quantization_config": {**CONFIG, "modules_to_not_convert": excluded}}
+        base = str(save_checkpoint(tmp_path / str(layers[0]), stored, config=config))
+        asked = [[{"sources": [{"model": base, "layer_range": [n, n + 1]}]} for n in some] for some in (layers, [1, 0])]
+        recipe = {"merge_method": "passthrough", "quantization": "keep"}
+        merge({**recipe, "slices": asked[0]}, tmp_path / f"{layers[0]}-out")
+        with Checkpoint.open(tmp_path / f"{layers[0]}-out") as made:
+            assert made.tensors[f"model.layers.{layers.index(1)}.self_attn.q_proj.weight"].dtype == "BF16"
+        if len(excluded) > 1:
+            said = "names 'model.layers.0.*, 'model.layers.1.* by number"
+            with pytest.raises(PaftMergeError, match=said), open_plan({**recipe, "slices": asked[1]}):
+                pass
+
+
 def gpt_oss_like() -> tuple[State, State, dict[str, Any]]:
     """Experts as gpt-oss has them, beside a plain layer."""
     made, name = torch.Generator().manual_seed(1), "model.layers.0.mlp.experts"
