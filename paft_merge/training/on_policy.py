@@ -142,7 +142,7 @@ def _sample_by_vllm(job: Job, prompts: Sequence[Any], adapter: Path | None, seed
     job.base.to("cpu")
     gc.collect()
     torch.cuda.empty_cache()
-    source = job.options.base_path or job.base_name
+    source, end = job.options.base_path or job.base_name, job.tokenizer.eos_token_id
     with closing(
         VllmModel.load(
             TrainError, job.name, source, spec.vllm, job.tokenizer, job.base.generation_config,
@@ -152,7 +152,7 @@ def _sample_by_vllm(job: Job, prompts: Sequence[Any], adapter: Path | None, seed
     ) as model:  # fmt: skip
         found = model.complete(
             ids, max_new_tokens=spec.max_new_tokens, temperature=spec.temperature, completions=spec.completions, seed=seed,
-            top_p=spec.top_p, stops=[job.tokenizer.eos_token_id], spaced=spaced,
+            top_p=spec.top_p, stops=[] if end is None else [end], spaced=spaced,
         )  # fmt: skip
     return _joined(prompts, found, spaced)
 

@@ -21,7 +21,7 @@ import torch
 from paft_merge.errors import PaftMergeError, Problem, TrainError, first_line
 from paft_merge.training.engine_schema import MAX_RANKS, VllmSpec
 from paft_merge.training.generation import texts_of
-from paft_merge.training.schema import SAMPLING, AdapterSpec
+from paft_merge.training.schema import SAMPLING, AdapterSpec, LoraSpec
 
 _LACKS: dict[str, Any] = {
     "begin_suppress_tokens": None,
@@ -106,9 +106,11 @@ def unlike(generation: Any, where: str) -> list[Problem]:
 
 def unserved(spec: AdapterSpec) -> str:
     """Why vLLM cannot apply the adapter that a section trains; empty if it can."""
-    lora = spec.lora
-    if spec.trim:
-        return "trim writes a sparse adapter (SHiRA), and vLLM reads LoRA only"
+    trimmed = "trim writes a sparse adapter (SHiRA), and vLLM reads LoRA only"
+    return trimmed if spec.trim else _unserved_lora(spec.lora)
+
+
+def _unserved_lora(lora: LoraSpec) -> str:
     if lora.bias != "none":
         return f"vLLM supports bias: none only, and this is {lora.bias}"
     if lora.modules_to_save:
@@ -149,7 +151,7 @@ def check_rounds(spec: AdapterSpec, source: str | None, name: str) -> None:
     if spec.base.quantization:
         what = "engine: vllm loads the base as it is stored, and training loads it in 4 or 8 bits"
         found.append(Problem("ENGINE", name, what, "remove base.quantization, or use engine: transformers"))
-    if reason := unserved(spec):
+    if reason := _unserved_lora(spec.lora):  # trim comes after the rounds
         found.append(Problem("ENGINE", name, reason, "use engine: transformers"))
     if source is not None:
         found += unlike(generation_of(source, spec.base.revision, trust_code=spec.base.trust_remote_code), str(source))

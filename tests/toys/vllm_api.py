@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from paft_merge.training import vllm_engine
+from paft_merge.training import trainers, vllm_engine
+
+assert trainers  # TRL looks for vLLM and its version when it is imported, so that it comes before the stand-in
 
 
 @dataclass(kw_only=True)
