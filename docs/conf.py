@@ -20,14 +20,14 @@ REMOTE = re.compile(
 """A tag with which a browser loads something from another site."""
 
 project = "paft_merge"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["studies/results"]
 smartquotes = False  # `--option` keeps its dashes
 myst_heading_anchors = 4
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
-napoleon_google_docstring, napoleon_numpy_docstring = True, False
 
 html_theme = "furo"
 html_title = "paft_merge"
@@ -73,9 +73,13 @@ def _read(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def _docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Docstrings have code in single backticks, as Markdown does; the list at the top of a module is this page itself."""
+    """Read a docstring: code in single backticks, as in Markdown, and Google's sections. The list at the top of a module is left out."""
+    from sphinx.ext.napoleon import Config, GoogleDocstring
+
     text = "" if what == "module" else "\n".join(lines)
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)|\|", lambda match: f"``{match[1]}``" if match[1] else r"\|", text)
+    if what not in ("attribute", "property"):  # there a colon does not end a type
+        text = str(GoogleDocstring(text, Config(strip_signature_backslash=True), app, what, name, obj, options))
     lines[:] = text.split("\n")
 
 
@@ -90,5 +94,5 @@ def _check(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", _read)
-    app.connect("autodoc-process-docstring", _docstring, priority=1)  # before napoleon
+    app.connect("autodoc-process-docstring", _docstring)
     app.connect("build-finished", _check)

@@ -15,6 +15,8 @@ from toys.run import write_rows
 from toys.train import THEIR_WARNINGS
 
 from paft_merge.cli import cli
+from paft_merge.pipeline.schema import RunLanguage
+from paft_merge.recipe.schema import Language
 
 pytestmark = THEIR_WARNINGS
 
@@ -30,6 +32,9 @@ NOT_RUN = {
     r"torchrun|#|set ": "another program",
 }
 """Commands that this test does not run, each with the reason."""
+
+KEYS = {*Language.model_fields, *RunLanguage.model_fields}
+"""The keys of a recipe, of which some blocks show a part."""
 
 GATES = re.compile(r" --require | --for |^paft (doctor|diff)")
 """Commands that may exit with 3: random adapters are not sparse."""
@@ -72,10 +77,11 @@ def test_a_page_runs_from_top_to_bottom(
         for indent, kind, text in BLOCK.findall(page.read_text())
     ]
     for _, text in (block for block in blocks if block[0] == "yaml"):
-        assert isinstance(yaml.safe_load(text), dict)
-        name = re.match(r"# ([\w.]+\.ya?ml)\n", text)
-        if name:
+        part = yaml.safe_load(text)
+        if name := re.match(r"# ([\w.-]+\.ya?ml)\n", text):
             Path(name[1]).write_text(text)
+        elif not text.startswith("# .github/"):
+            assert part.keys() <= KEYS
     for kind, text in blocks:
         if kind == "python":
             exec(compile(text, page.name, "exec"), {})
