@@ -44,7 +44,7 @@ def relinked(text: str, page: Path, name: str) -> str:
 
     def link(match: re.Match[str]) -> str:
         target = (page.parent / match[1]).resolve()
-        if not target.exists():  # Sphinx reports it
+        if not target.exists() or not target.is_relative_to(DOCS.parent):  # Sphinx reports it
             return match[0]
         if target.suffix == ".yaml" and page == ELSEWHERE["gallery"]:
             return f"](#{target.name.replace('.', '')})"

@@ -29,6 +29,7 @@ BLOB = "https://github.com/paft-merge/paft-merge/blob/main"
         ("recipe.md", "#keys", "#keys"),
         ("recipe.md", "https://arxiv.org/abs/2406.17923", "https://arxiv.org/abs/2406.17923"),
         ("recipe.md", "../no/such/file.md", "../no/such/file.md"),  # so that Sphinx reports it
+        ("recipe.md", "../" * 20 + "etc/hosts", "../" * 20 + "etc/hosts"),
     ],
 )
 def test_links_lead_to_a_page_of_the_site_or_to_the_repository(page: str, link: str, expected: str) -> None:
