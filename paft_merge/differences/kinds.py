@@ -132,7 +132,7 @@ class Change(NamedTuple):
         return self._asdict()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelDiff:
     """Two models compared.
 
@@ -168,10 +168,15 @@ class ModelDiff:
         """Number of tensors of each kind, in the order of `Kind`."""
         return kinds_of(self.tensors)
 
+    def __repr__(self) -> str:
+        return f"ModelDiff({', '.join(map(repr, self.refs))}, {self._counts()})"
+
+    def _counts(self) -> str:
+        return ", ".join(f"{count:,} {kind}" for kind, count in kinds_of(self.counted).items())
+
     def _repr_html_(self) -> str:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds_of(self.counted).items())
         verdict = "are the same" if self.same else "differ"
-        lines = [f"{' and '.join(self.refs)} {verdict}: {counts}"]
+        lines = [f"{' and '.join(self.refs)} {verdict}: {self._counts()}"]
         lines += [f"{change.file}: {change.what}" for change in self.changes]
         rows = worst_first(self.counted)
         cells = [(one.kind, f"{one.name}{f' (in B: {one.other})' * bool(one.other)}", *one.shown()) for one in rows]

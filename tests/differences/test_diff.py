@@ -360,9 +360,10 @@ def test_a_notebook_shows_the_worst_first_and_escapes_names(tmp_path: Path) -> N
     assert "and 10 more" in html
     assert "&lt;b&gt;" in html
     assert not {"<b>", "<i>"} & set(re.findall(r"<[a-z]+>", html))
-    same = written(tmp_path / "same", state(), state())._repr_html_()
-    assert "are the same: 3 same" in same
-    assert "<table>" not in same
+    same = written(tmp_path / "same", state(), state())
+    assert repr(same).endswith("/same/b', 3 same)")
+    assert "are the same: 3 same" in same._repr_html_()
+    assert "<table>" not in same._repr_html_()
 
 
 def test_broken_and_pickled_checkpoints_are_refused(tmp_path: Path) -> None:
