@@ -109,6 +109,17 @@ class TestAction:
         assert done.stdout.split() == ["install", package]
 
 
+def test_the_page_about_ci_uses_the_action_and_the_hook_as_they_are() -> None:
+    page = (ROOT / "docs" / "how-to" / "audit-in-ci.md").read_text()
+    workflow, hooks = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(# \..*?)```", page, re.DOTALL))
+    action = workflow["jobs"]["audit"]["steps"][-1]
+    assert action["with"].keys() <= TestAction.action["inputs"].keys()
+    (repo,) = hooks["repos"]
+    assert [hook["id"] for hook in repo["hooks"]] == [TestHook.hook["id"]]
+    assert {repo["repo"], f"https://github.com/{action['uses'].partition('@')[0]}"} == {PROJECT["urls"]["Repository"]}
+    assert {repo["rev"], action["uses"].partition("@")[2]} == {f"v{PROJECT['version']}"}
+
+
 def test_the_container_has_what_the_project_has() -> None:
     lines = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).splitlines()
     arguments = dict(re.findall(r"^ARG (\w+)=(.*)$", "\n".join(lines), re.MULTILINE))

@@ -111,56 +111,24 @@ def _table(tensors: Sequence[TensorDifference], most: int | None) -> None:
     """Print the tensors that are not the same, by kind and then by size of the difference."""
     from rich.table import Table
 
-    from paft_merge.differences.kinds import kinds_of
+    from paft_merge.differences.kinds import NUMBERS, worst_first
 
-    order = {kind: i for i, kind in enumerate(kinds_of(tuple(tensors)))}
-    rows = [one for one in tensors if one.kind != "same"]
-    rows.sort(key=lambda one: (order[one.kind], -_size(one)))
+    rows = worst_first(tensors)
     if not rows:
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name, right in (
-        ("kind", 0),
-        ("tensor", 0),
-        ("relative", 1),
-        ("norm", 1),
-        ("largest", 1),
-        ("differ", 1),
-        ("where", 0),
-    ):
+    for name in ("kind", "tensor", *NUMBERS):
+        right = name in NUMBERS and name != "where"
         table.add_column(
             name, no_wrap=name not in ("tensor", "where"), justify="right" if right else "left", overflow="fold"
         )
     for one in rows[:most]:
         style = _STYLES.get(one.kind, "")
-        table.add_row(f"[{style}]{one.kind}[/]" if style else one.kind, _name(one), *_numbers(one))
+        table.add_row(f"[{style}]{one.kind}[/]" if style else one.kind, _name(one), *one.shown())
     console(highlight=False).print(table)
     if most is not None and len(rows) > most:
         click.echo(f"and {len(rows) - most:,} more (--all shows them)")
 
 
-def _size(one: TensorDifference) -> float:
-    if one.norm is None:
-        return 0.0
-    return float("inf") if one.relative is None else one.relative
-
-
 def _name(one: TensorDifference) -> str:
     return plain(one.name) + (f" [dim]B: {plain(one.other)}[/]" if one.other else "")
-
-
-def _numbers(one: TensorDifference) -> tuple[str, ...]:
-    if one.norm is None or one.unequal is None:
-        return ("", "", "", "", _types(one))
-    relative = "from zero" if one.relative is None else f"{one.relative:.2e}"
-    share = f"{one.unequal / one.entries:.2%}"
-    where = "" if one.at is None or one.pair is None else f"{list(one.at)}: {one.pair[0]:.6g} -> {one.pair[1]:.6g}"
-    odd = f"{one.nonfinite:,} NaN or infinite" if one.nonfinite else ""
-    types = _types(one) if one.dtypes[0] != one.dtypes[1] else ""
-    return relative, f"{one.norm:.3g}", f"{one.largest:.3g}", share, "  ".join(filter(None, (where, odd, types)))
-
-
-def _types(one: TensorDifference) -> str:
-    """Types and shapes, of both where they differ."""
-    sides = [f"{dtype} {list(shape)}" for dtype, shape in zip(one.dtypes, one.shapes, strict=True) if shape is not None]
-    return " -> ".join(dict.fromkeys(sides))

@@ -71,4 +71,4 @@ def _deltas(refs: tuple[str, str], walk: TensorWalk, *, unpickle: bool) -> tuple
 def _changes(folders: list[Path]) -> Iterator[Change]:
     one, other = (read_settings(folder).raw for folder in folders)
     yield from side_file_changes.of_adapter_configs(one, other)
-    yield from side_file_changes.of_tokenizers(*map(files_in, folders))
+    yield from side_file_changes.of_tokenizers(files_in(folders[0]), files_in(folders[1]))

@@ -156,5 +156,6 @@ def _changes(models: list[Model]) -> Iterator[Change]:
         return
     yield from side_file_changes.of_configs(a.config, b.config)
     yield from side_file_changes.of_generation(a.folder, b.folder)
-    yield from side_file_changes.of_tokenizers(*((tokenizer_files(model) or {}) for model in models))
+    one, other = ((tokenizer_files(model) or {}) for model in models)
+    yield from side_file_changes.of_tokenizers(one, other)
     yield from side_file_changes.of_other_files(a.folder, b.folder, (a.listing, b.listing))

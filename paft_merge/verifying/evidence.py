@@ -27,12 +27,12 @@ _GRIDS: Mapping[str, tuple[int, int]] = {"F64": (52, -1022), "F32": (23, -126), 
 """Bits after the leading one, and the least exponent of normal numbers."""
 
 COARSER = {
-    "F32": ("BF16", "F16"),
-    "F64": ("BF16", "F16", "F32"),
-    "BF16": ("F8_E4M3", "F8_E5M2"),
-    "F16": ("BF16", "F8_E4M3", "F8_E5M2"),
+    "F32": ("F8_E5M2", "F8_E4M3", "BF16", "F16"),
+    "F64": ("F8_E5M2", "F8_E4M3", "BF16", "F16", "F32"),
+    "BF16": ("F8_E5M2", "F8_E4M3"),
+    "F16": ("F8_E5M2", "F8_E4M3", "BF16"),
 }
-"""Types of fewer bits, to which the values of a stored type may have been rounded before."""
+"""Types of fewer bits, to which the values of a stored type may have been rounded before; the coarsest first."""
 
 
 @dataclass
@@ -49,14 +49,17 @@ class StoredTensor:
         update: sum of d^2; 0 if the base has no tensor of that shape.
         made: sum of e^2.
         product: sum of d e.
+        stored: sum of stored^2.
         steps: the largest |stored - meant|, in steps of the stored type.
         worst: the largest |stored - meant|.
         at: flat index of that element.
         beyond: number of elements that are more than half a step away.
-        nonfinite: number of elements that are NaN or infinite, where the recipe's are not.
+        nonfinite: number of elements that are NaN or infinite in one of the two.
         constant: the value of all elements, if they are equal.
-        rounded_to: a type of fewer bits that holds every stored value, though not every meant one; else empty.
+        rounded_to: a type of fewer bits to which the meant values were rounded first; else empty.
+        is_base: whether every element is the base's, rounded to the stored type.
         code: the format of codes that it is stored in; else empty.
+        by_factors: whether an adapter's factors give it.
     """
 
     name: str
@@ -64,11 +67,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     wanted: str
     code: str = ""
+    by_factors: bool = False
     error: float = 0.0
     meant: float = 0.0
     update: float = 0.0
     made: float = 0.0
     product: float = 0.0
+    stored: float = 0.0
     steps: float = 0.0
     worst: float = 0.0
     at: int = 0
@@ -76,6 +81,7 @@ class StoredTensor:
     nonfinite: int = 0
     constant: float | None = None
     rounded_to: str = ""
+    is_base: bool = False
     likeness: dict[str, float] = field(default_factory=dict)
     """Of a tensor that is not the recipe's: names of other tensors with the cosine to them, best first."""
     rows: str = ""
@@ -108,9 +114,21 @@ class StoredTensor:
         return root(max(rest, 0.0), self.made)
 
     @property
+    def factor(self) -> float:
+        """The factor of the recipe's tensor in the stored one; 0 if the two are not alike."""
+        product = (self.meant + self.stored - self.error) / 2
+        alike = abs(product) > 0.98 * math.sqrt(self.meant) * math.sqrt(self.stored)
+        return product / self.meant if alike and self.meant else 0.0
+
+    @property
     def is_rounding(self) -> bool:
         """Whether no element is farther from the recipe's than half a step of the stored type."""
-        return not self.nonfinite and not self.beyond and not self.rounded_to
+        return not self.nonfinite and not self.beyond
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether e is a projection of d, as the best factors of a rank give it, up to the rounding of factors of 16 bits."""
+        return self.by_factors and abs(self.product - self.made) <= 0.01 * self.made
 
     def to_json(self) -> dict[str, Any]:
         """The tensor as plain data."""
@@ -153,45 +171,68 @@ def _compare(meaning: Meaning, finished: Model, name: str, wanted: str) -> Store
     meant, stored, base = meaning.model.read(name), finished.read(name), _of_base(meaning, name)
     code = stored.checkpoint.stored_format(stored.name)
     dtype = stored.checkpoint.written_dtype(stored.name) if code or stored.plain else "F32"
-    found = StoredTensor(name, dtype, stored.shape, wanted or dtype, code)
+    found = StoredTensor(name, dtype, stored.shape, wanted or dtype, code, bool(stored.delta and stored.delta.rank))
     grids = COARSER.get(dtype, ())
     fitting, half = set(grids), 0.5 if meaning.rounding == "nearest" else 1.0
     first: float | None = None
     same = True
+    found.is_base = base is not None
     for start, _, (m, s, *b) in blocks_of([meant, stored, *([base] if base else [])], meaning.planned(name).row):
-        finite = np.isfinite(s) | ~np.isfinite(m)
-        found.nonfinite += int(s.size - np.count_nonzero(finite))
-        if not finite.all():
-            s = np.where(finite, s, np.float32(0))
-        off = s - m
-        off[~np.isfinite(off)] = 0
+        m, s, odd = _finite(m, s)
+        found.nonfinite += odd
+        off = _minus(s, m)
         size = np.abs(off)
         top = int(size.argmax()) if size.size else 0
         if size.size and size[top] > found.worst:
             found.worst, found.at = float(size[top]), start + top
         if found.worst and size[top]:
-            steps = size / step_of(m, dtype)
+            steps = _in_steps(size, m, dtype)
             found.steps = max(found.steps, float(steps.max()))
             found.beyond += int(np.count_nonzero(steps > half * (1 + 2e-3)))
         found.error += _dot(off, off)
         found.meant += _dot(m, m)
+        found.stored += _dot(s, s)
         if b:
-            d, e = m - b[0], s - b[0]
+            d, e = _minus(m, b[0]), _minus(s, b[0])
             found.update += _dot(d, d)
             found.made += _dot(e, e)
             found.product += _dot(d, e)
+            if found.is_base and e.any():
+                found.is_base = not (_in_steps(np.abs(e), b[0], dtype) > half * (1 + 2e-3)).any()
         first = float(s[0]) if first is None and s.size else first
         same = same and bool((s == first).all())
         for grid in tuple(fitting):
-            if not on_grid(s, grid):
+            if not on_grid(s, grid) or (_in_steps(size, m, grid) > 1.01).any():
                 fitting.discard(grid)
-        if start == 0:
-            fitting -= {grid for grid in grids if on_grid(m, grid)}
     found.constant = first if same and found.numel > 1 else None
-    if found.worst and found.constant is None:
+    if found.beyond and found.constant is None:
         found.rounded_to = next((grid for grid in grids if grid in fitting), "")
     for read in (meant, stored, *([base] if base else [])):
         read.checkpoint.release(read.name)
+    return found
+
+
+def _finite(meant: Array, stored: Array) -> tuple[Array, Array, int]:
+    """Both with 0 where one of them is not finite, and at how many of these elements the other differs."""
+    kept = np.isfinite(meant) & np.isfinite(stored)
+    if kept.all():
+        return meant, stored, 0
+    equal = (meant == stored) | (np.isnan(meant) & np.isnan(stored))
+    zero = np.float32(0)
+    return np.where(kept, meant, zero), np.where(kept, stored, zero), int(np.count_nonzero(~kept & ~equal))
+
+
+def _minus(left: Array, right: Array) -> Array:
+    """The difference; the largest number of the type where it is beyond it, and 0 where `right` is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: Array = left - right
+    return found if np.isfinite(found).all() else np.where(np.isfinite(right), np.nan_to_num(found), np.float32(0))
+
+
+def _in_steps(sizes: Array, values: Array, dtype: str) -> Array:
+    """Sizes in steps of a storage type at each value."""
+    with np.errstate(over="ignore"):
+        found: Array = np.minimum(sizes / step_of(values, dtype), np.finfo(np.float32).max)
     return found
 
 
@@ -239,9 +280,12 @@ def on_grid(values: Array, dtype: str) -> bool:
 
 
 def _dot(left: Array, right: Array) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):
+    """The product of finite values; in float64 where that of float32 overflows or is lost."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         found = float(np.dot(left, right))
-    return found if math.isfinite(found) else 0.0
+    if math.isfinite(found) and (abs(found) > 1e-30 or not (left.any() and right.any())):
+        return found
+    return float(np.dot(left.astype(np.float64), right.astype(np.float64)))
 
 
 def root(part: float, whole: float) -> float:

@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paft_merge.inputs.architecture import Architecture
+from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.dtypes import DTYPES
+from paft_merge.inputs.equivalent_names import NamedLike
+from paft_merge.inputs.safetensors_header import without_wrappers
 from paft_merge.verifying.evidence import StoredTensor, root
 
 TWICE = 2.01
@@ -22,8 +26,8 @@ class Finding:
     """One difference.
 
     Attributes:
-        kind: `missing`, `key`, `shape`, `nonfinite`, `constant`, `unmerged`, `scale`, `moved`, `rows`, `dtype`, `twice`, `lost`,
-            `codes`, `value`; of files: `config`, `vocabulary`, `tokenizer`, `template`; of the behaviour: `states`.
+        kind: `missing`, `key`, `shape`, `nonfinite`, `constant`, `unmerged`, `scale`, `factor`, `moved`, `rows`, `dtype`, `twice`,
+            `lost`, `rank`, `codes`, `value`; of files: `config`, `vocabulary`, `tokenizer`, `template`, `file`; `answers`.
         where: the tensors, or the file.
         what: the difference.
         fix: what to do.
@@ -61,14 +65,19 @@ def findings_of(tensors: Sequence[StoredTensor]) -> Iterator[Finding]:
     for tensor in tensors:
         said = said_of(tensor)
         if said[0]:
-            groups.setdefault((said, round(tensor.scale, 1) if said[0] == "scale" else 0.0), []).append(tensor)
+            scale = {"scale": tensor.scale, "factor": tensor.factor}.get(said[0], 0.0)
+            groups.setdefault((said, round(scale, 1)), []).append(tensor)
     for ((kind, what, fix, fault), _), own in groups.items():
         error, meant, update = (math.fsum(getattr(t, name) for t in own) for name in ("error", "meant", "update"))
         scale = math.fsum(t.product for t in own) / update if update else 1.0
+        beyond, elements = (sum(getattr(t, name) for t in own) for name in ("beyond", "numel"))
         numbers = {
-            "{lost}": f"{min(1.0, root(error, update)):.0%}",
+            "{lost}": f"{min(1.0, root(error, update)):.1%}",
             "{scale}": f"{scale:.3g}",
+            "{factor}": f"{own[0].factor:.3g}",
             "{error}": f"{root(error, meant):.2g}",
+            "{part}": f"{beyond:,} of {elements:,} elements",
+            "{others}": names_of([name for t in own for name in t.likeness]),
         }
         for mark, text in numbers.items():
             what = what.replace(mark, text)
@@ -83,7 +92,7 @@ def names_of(names: Sequence[str]) -> str:
 
 def is_far(tensor: StoredTensor) -> bool:
     """Whether neither rounding nor a scale explains a tensor, so that its values may be those of another."""
-    return said_of(tensor)[0] in ("value", "scale", "twice") and tensor.relative > 0.02
+    return said_of(tensor)[0] in ("value", "scale", "twice", "factor") and tensor.relative > 0.02
 
 
 def said_of(t: StoredTensor) -> Said:
@@ -94,7 +103,27 @@ def said_of(t: StoredTensor) -> Said:
 def _nonfinite(t: StoredTensor) -> Said | None:
     if not t.nonfinite:
         return None
-    return "nonfinite", "has elements that are NaN or infinite, and the recipe's are not", "merge again", True
+    return (
+        "nonfinite",
+        "has elements that are NaN or infinite where the recipe's are not, or the reverse",
+        "merge again",
+        True,
+    )
+
+
+def _factors(t: StoredTensor) -> Said | None:
+    """An update that an adapter's factors approximate: the best ones of a rank give a projection of it."""
+    if not t.update or not t.is_projection:
+        return None
+    if t.lost < 0.005:
+        return _FINE
+    fix = "write a larger rank in output, or kind: checkpoint" if t.lost > 0.2 else ""
+    return (
+        "rank",
+        "has the recipe's update up to the rank and the type of its factors, which loses {lost} of it",
+        fix,
+        False,
+    )
 
 
 def _narrow(t: StoredTensor) -> Said | None:
@@ -123,22 +152,26 @@ def _codes(t: StoredTensor) -> Said | None:
 def _constant(t: StoredTensor) -> Said | None:
     if t.constant is None:
         return None
-    what = f"is lost: every element is {t.constant:g}, as a new module has them, and the recipe's are not"
+    what = f"is lost: every element is {t.constant:g}, and the recipe's are not"
     return "constant", what, "store the recipe's values", True
 
 
 def _unmerged(t: StoredTensor) -> Said | None:
-    return (
-        None if t.made or not t.update else ("unmerged", "is the base's: the update is not in it", "merge again", True)
-    )
+    if not t.update or (t.made and not t.is_base):
+        return None
+    return "unmerged", "is the base's: the update is not in it", "merge again", True
 
 
 def _moved(t: StoredTensor) -> Said | None:
     if t.rows:
         return "rows", t.rows, "check the vocabulary, or the layout that wrote it", True
-    for name in t.likeness:
-        return "moved", f"holds the values of {name}", "check the names of the tensors", True
-    return None
+    return ("moved", "holds the values of {others}", "check the names of the tensors", True) if t.likeness else None
+
+
+def _multiplied(t: StoredTensor) -> Said | None:
+    if not t.factor or abs(t.factor - 1) < 0.02:
+        return None
+    return "factor", "is {factor} times the recipe's", "check weight and normalize in the recipe", True
 
 
 def _scaled(t: StoredTensor) -> Said | None:
@@ -170,11 +203,11 @@ def _twice(t: StoredTensor) -> Said | None:
 
 
 def _other(t: StoredTensor) -> Said | None:
-    return "value", "differs from the recipe's, with a relative error of {error}", "merge again", True
+    return "value", "differs from the recipe's in {part}, with a relative error of {error}", "merge again", True
 
 
 _RULES: tuple[Callable[[StoredTensor], Said | None], ...] = (
-    _nonfinite, _narrow, _rounded, _codes, _constant, _unmerged, _moved, _scaled, _coarse, _twice, _other,
+    _nonfinite, _factors, _narrow, _rounded, _codes, _unmerged, _constant, _moved, _scaled, _multiplied, _coarse, _twice, _other,
 )  # fmt: skip
 """In order: the first that applies names the difference."""
 
@@ -188,25 +221,37 @@ def torch_name(dtype: str) -> str:
     return DTYPES[dtype].torch or dtype
 
 
-def missing_of(missing: Sequence[str], extra: Sequence[str], renamed: Mapping[str, str]) -> Iterator[Finding]:
+def missing_of(
+    missing: Sequence[str], extra: Sequence[str], renamed: Mapping[str, str], copies: Mapping[str, str]
+) -> Iterator[Finding]:
     """Yield what names show.
 
     Args:
         missing: the recipe's tensors that the model does not store.
         extra: the model's tensors that the recipe does not have.
         renamed: missing tensors whose values the model stores under another name.
+        copies: extra tensors with the bits of another tensor.
     """
     for name, other in renamed.items():
         yield Finding("key", name, f"is stored as {other}, which transformers does not load", f"rename it to {name}")
+    for name, other in copies.items():
+        yield Finding("key", name, f"is a copy of {other}, which the recipe stores once", fault=False)
     lost = [name for name in missing if name not in renamed]
     if lost:
-        yield Finding(
-            "missing",
-            names_of(lost),
-            "is missing, so that transformers fills in values of a new model",
-            "merge again",
-            len(lost),
-        )
-    new = [name for name in extra if name not in renamed.values()]
+        what = "is missing, so that transformers fills in values of a new model"
+        yield Finding("missing", names_of(lost), what, "merge again", len(lost))
+    new = [name for name in extra if name not in renamed.values() and name not in copies]
     if new:
         yield Finding("key", names_of(new), "is not a tensor of the recipe", "remove it", len(new))
+
+
+def not_loaded(model: Checkpoint, names: Sequence[str]) -> Iterator[Finding]:
+    """Yield the tensors of `names` that are stored under names which transformers does not load, such as those of a wrapper."""
+    renamed = {stored: name for name in names for stored in model.stored_names(name) if stored != name}
+    if not renamed:
+        return
+    known = Architecture.of(model.inner if isinstance(model, NamedLike) else model)
+    lost = [name for name in renamed if (name in known.unmatched if known else without_wrappers(name) != name)]
+    if lost:
+        what = f"has a name that transformers does not load; it looks for {renamed[lost[0]]}"
+        yield Finding("key", names_of(lost), what, "save the model that is inside of the wrapper", len(lost))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,39 +18,46 @@ MOST_OTHERS = 256
 """Tensors that one is compared with."""
 
 _ROWS, _COLUMNS, _MOST = 48, 64, 1 << 24
-_ALIKE = 0.98
+ALIKE = 0.98
 """Least correlation of samples of the same values, of which one may be a fine-tune of the other."""
 
 
-def explain(found: StoredTensor, meaning: Meaning, finished: Model) -> None:
-    """Fill `likeness` and `rows` of a tensor that is far from the recipe's."""
-    stored = sample(finished, found.name)
-    own = correlation(stored, sample(meaning.model, found.name))
-    if rows := _rows(found, meaning, finished):
-        found.rows = rows
-        return
-    likely = nearest(stored, found.shape, meaning, without=found.name)
-    if likely and likely[1] > max(_ALIKE, own + 0.01):
-        found.likeness = {likely[0]: likely[1]}
+def explain(found: Sequence[StoredTensor], meaning: Meaning, finished: Model) -> None:
+    """Fill `likeness` and `rows` of tensors that are far from the recipe's."""
+    samples = Samples(meaning)
+    for one in found:
+        if rows := _rows(one, meaning, finished):
+            one.rows = rows
+            continue
+        stored = sample(finished, one.name)
+        likely = samples.nearest(stored, one.shape, without=one.name)
+        if likely and likely[1] > max(ALIKE, correlation(stored, samples[one.name]) + 0.01):
+            one.likeness = {likely[0]: likely[1]}
 
 
-def nearest(
-    stored: Array, shape: tuple[int, ...], meaning: Meaning, without: str = "", among: Iterable[str] | None = None
-) -> tuple[str, float] | None:
-    """The tensor of the recipe whose sample is most like `stored`, with the correlation.
+class Samples(dict[str, Array]):
+    """The samples of the recipe's tensors by name; each is computed when it is asked for, and kept."""
 
-    Args:
-        stored: a sample.
-        shape: of its tensor; only tensors of this shape are compared.
-        meaning: the recipe.
-        without: a name that is left out.
-        among: the names to compare; all by default.
-    """
-    names = meaning.model.checkpoint.tensors if among is None else among
-    alike = [name for name in names if name != without and meaning.model.read(name).shape == shape][:MOST_OTHERS]
-    found = [(correlation(stored, sample(meaning.model, name)), name) for name in alike]
-    best = max(found, default=None)
-    return (best[1], best[0]) if best else None
+    def __init__(self, meaning: Meaning) -> None:
+        super().__init__()
+        self._model = meaning.model
+
+    def __missing__(self, name: str) -> Array:
+        self[name] = found = sample(self._model, name)
+        return found
+
+    def nearest(self, stored: Array, shape: tuple[int, ...], without: str = "") -> tuple[str, float] | None:
+        """The tensor whose sample is most like `stored`, with the correlation.
+
+        Args:
+            stored: a sample.
+            shape: of its tensor; only tensors of this shape are compared.
+            without: a name that is left out.
+        """
+        names = self._model.checkpoint.tensors
+        alike = [name for name in names if name != without and self._model.read(name).shape == shape][:MOST_OTHERS]
+        best = max(((correlation(stored, self[name]), name) for name in alike), default=None)
+        return (best[1], best[0]) if best else None
 
 
 def sample(model: Model, name: str) -> Array:
@@ -66,7 +73,7 @@ def correlation(left: Array, right: Array) -> float:
     """Pearson's correlation of two samples; 0 where one is constant."""
     if left.size != right.size or left.size < 2:
         return 0.0
-    a, b = left - left.mean(dtype=np.float64), right - right.mean(dtype=np.float64)
+    a, b = (one.astype(np.float64) - one.mean(dtype=np.float64) for one in (left, right))
     norm = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / norm if norm else 0.0
 
@@ -80,7 +87,7 @@ def _rows(found: StoredTensor, meaning: Meaning, finished: Model) -> str:
     at = np.unique(np.linspace(0, count - 1, min(count, _ROWS)).astype(int))
     cosines = _unit(stored[at]) @ _unit(meant).T
     best = cosines.argmax(1)
-    alike = cosines[np.arange(len(at)), best] > _ALIKE
+    alike = cosines[np.arange(len(at)), best] > ALIKE
     if np.count_nonzero(alike) >= 0.8 * len(at) and found.shape[1] > 3:
         moved = (best - at)[alike]
         shift = int(np.median(moved))
@@ -90,7 +97,7 @@ def _rows(found: StoredTensor, meaning: Meaning, finished: Model) -> str:
             return "it holds the recipe's rows in another order"
     if found.shape[0] == found.shape[1] and found.numel <= _MOST:
         turned = values_of(meaning.model.read(found.name)).T
-        if correlation(values_of(finished.read(found.name)).ravel(), np.ascontiguousarray(turned).ravel()) > _ALIKE:
+        if correlation(values_of(finished.read(found.name)).ravel(), np.ascontiguousarray(turned).ravel()) > ALIKE:
             return "it is transposed"
     return ""
 
@@ -105,6 +112,7 @@ def _heads(model: Model, found: StoredTensor) -> Array:
 
 
 def _unit(rows: Array) -> Array:
-    norms: Array = np.linalg.norm(rows, axis=1, keepdims=True).astype(np.float32)
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     norms[norms == 0] = 1
-    return np.divide(rows, norms, dtype=np.float32)
+    made: Array = (rows / norms).astype(np.float32)
+    return made

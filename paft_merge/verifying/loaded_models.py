@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ def class_of(folder: Path, architecture: Architecture | None, *, trust_code: boo
 
     config = read_model_config(folder)
     if architecture is not None:
-        return type(architecture.modules()[0][1])
+        kind = type(architecture.modules()[0][1])
+        if "input_ids" not in signature(kind.forward).parameters:
+            what = f"reads {kind.main_input_name} and not tokens alone, so only its tensors are compared"
+            raise EvaluateError.of("MODEL", folder, what, "verify it where it is used")
+        return kind
     if auto := config.get("auto_map"):
         if not trust_code:
             what = "needs the Python code of its folder, which is not run unless you allow it"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.auditing.walk import working_pools
+from paft_merge.differences.tensor_pairs import equal_bits
 from paft_merge.engine.api import available_cores
 from paft_merge.engine.options import MergeOptions, parse_size
 from paft_merge.engine.reproduction import manifest_of
@@ -17,17 +18,19 @@ from paft_merge.errors import AuditError, PaftMergeError
 from paft_merge.hub import fetch
 from paft_merge.inputs.adapter_places import CONFIG
 from paft_merge.inputs.adapters import Adapter
+from paft_merge.inputs.adapters.binding import vocabulary_of
 from paft_merge.inputs.adapters.stack import AdapterStack
-from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.checkpoint import DTYPES, Checkpoint
 from paft_merge.inputs.equivalent_names import Names
 from paft_merge.inputs.links import following_links
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.quantized import dequantized
-from paft_merge.output.manifest import is_merged
+from paft_merge.inputs.safetensors_header import join_first
+from paft_merge.output.manifest import MANIFEST, is_merged
 from paft_merge.verifying.accompanying import compare_files
 from paft_merge.verifying.evidence import StoredTensor, compare_stored
-from paft_merge.verifying.findings import Finding, findings_of, is_far, missing_of
-from paft_merge.verifying.likeness import explain, nearest, sample
+from paft_merge.verifying.findings import Finding, findings_of, is_far, missing_of, not_loaded
+from paft_merge.verifying.likeness import ALIKE, correlation, explain, sample
 from paft_merge.verifying.meaning import Meaning, open_meaning
 from paft_merge.verifying.prompts import read_prompts
 from paft_merge.verifying.report import Verification, read_requirement
@@ -102,6 +105,8 @@ def verify(
     with ExitStack() as opened:
         opened.enter_context(following_links(follow_links))
         folder = fetch(where)
+        if not folder.is_dir():
+            raise AuditError.of("VERIFY", where, "is not a folder", "give the folder of the model")
         if recipe is None and not is_merged(folder):
             what = "has no merge_manifest.json, which says what was merged"
             raise AuditError.of("VERIFY", where, what, "give the recipe that it was merged by, as the option recipe")
@@ -112,7 +117,9 @@ def verify(
         count = threads or available_cores()
         with working_pools(1):  # one core for each of torch's products: threads compare tensors
             tensors, findings = _compare_tensors(subject, meaning, manifest, count, progress)
-        findings += compare_files(folder, meaning.folder, adapter=subject.is_adapter)
+        findings += compare_files(
+            folder, meaning.folder, adapter=subject.is_adapter, coded=any(one.code for one in tensors)
+        )
         if tensors_only:
             return Verification(where, tuple(tensors), tuple(findings), {}, {"recipe": "only tensors were compared"})
         from paft_merge.verifying.side_by_side import run_beside
@@ -122,6 +129,12 @@ def verify(
             data=prompts, rows=rows, new_tokens=new_tokens, device=device, memory=limit, trust_code=trust_code,
             progress=lambda stage: progress(VerifyProgress(stage)),
         )  # fmt: skip
+        exact = not any(one.fault or one.kind in ("rank", "codes") for one in findings)
+        if exact and "recipe" in behaviours and behaviours["recipe"].is_far:
+            what = f"differ from the recipe's by {behaviours['recipe'].relative:.0%}, although the tensors do not"
+            findings.append(
+                Finding("answers", where, f"its logits {what}", "see what transformers says when it loads it")
+            )
         return Verification(where, tuple(tensors), tuple(findings), behaviours, skipped, source)
 
 
@@ -157,18 +170,19 @@ def _compare_tensors(
     wanted: Mapping[str, str] = {}
     if not subject.is_adapter and manifest is not None:
         wanted = {name: str(entry["dtype"]) for name, entry in manifest["tensors"].items()}
+        if unknown := {*wanted.values()} - DTYPES.keys():
+            what = f"is damaged: {join_first(sorted(unknown))} is not a type of tensors"
+            raise AuditError.of("MANIFEST", subject.folder / MANIFEST, what, "restore the manifest")
     renamed: dict[str, str] = {}
+    held = {name: sample(subject.model, name) for name in extra} if missing else {}
     for name in missing:
-        held = [
-            one
-            for one in extra
-            if _shape(subject.model, one) == _shape(meaning.model, name) and one not in renamed.values()
-        ]
-        for one in held:
-            found = nearest(sample(subject.model, one), _shape(meaning.model, name), meaning, among=[name])
-            if found and found[1] > 0.98:
-                renamed[name] = one
-                break
+        fits = [one for one in held if _shape(subject.model, one) == _shape(meaning.model, name)]
+        values = sample(meaning.model, name) if fits else None
+        if values is not None and (
+            other := next((one for one in fits if correlation(held[one], values) > ALIKE), None)
+        ):
+            renamed[name] = other
+            del held[other]
     tensors = compare_stored(
         meaning,
         subject.model,
@@ -177,18 +191,16 @@ def _compare_tensors(
         threads,
         lambda done, total: progress(VerifyProgress("tensors", done, total)),
     )
-    for tensor in tensors:
-        if is_far(tensor):
-            explain(tensor, meaning, subject.model)
-    findings = [*missing_of(missing, extra, renamed)]
+    explain([tensor for tensor in tensors if is_far(tensor)], meaning, subject.model)
+    kept = {n: subject.model.read(n) for n in stored if not subject.model.checkpoint.stored_format(n)}
+    copies = dict(equal_bits({n: kept[n] for n in extra if n in kept}, {n: r for n, r in kept.items() if n in meant}))
+    findings = [*missing_of(missing, extra, renamed, copies), *not_loaded(subject.model.checkpoint, same)]
     for name in (name for name in meant if subject.model.has(name) and name not in same):
         what = f"has the shape {list(_shape(subject.model, name))}, and the recipe's has {list(_shape(meaning.model, name))}"
-        vocabulary = _shape(subject.model, name)[1:] == _shape(meaning.model, name)[1:]
-        fix = (
-            "its vocabulary was resized: restore the recipe's, or write tokenizer in the recipe"
-            if vocabulary
-            else "merge again"
-        )
+        rows = vocabulary_of(meaning.model.checkpoint.config)
+        resized = len(_shape(meaning.model, name)) == 2 and _shape(meaning.model, name)[0] == rows
+        fix = "its vocabulary was resized: restore the recipe's, or write tokenizer in the recipe"
+        fix = fix if resized else "merge again"
         findings.append(Finding("shape", name, what, fix))
     return tensors, [*findings, *findings_of(tensors)]
 

@@ -18,7 +18,8 @@ from toys.merge import on, paft, recipe
 from toys.vocabulary import save_tokenizer
 
 from paft_merge.engine.api import merge
-from paft_merge.verifying import Verification, verify
+from paft_merge.verifying import Behaviour, Verification, verification, verify
+from paft_merge.verifying.findings import Finding
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*"
@@ -120,7 +121,16 @@ def _swapped(state: Tensors) -> Tensors:
 
 FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str, str]] = {
     "a tensor rounded before": (lambda s: s | {Q: s[Q].bfloat16().float()}, "dtype", "was rounded to bfloat16 before it was stored as float32"),
-    "swapped layers": (_swapped, "moved", "holds the values of model.layers.0."),
+    "swapped layers": (_swapped, "moved", "holds the values of model.layers.1."),
+    "swapped layers of 16 bits": (lambda s: {n: t.bfloat16().float() for n, t in _swapped(s).items()}, "moved", "holds the values of model.layers.1."),
+    "rounded to 8 bits": (lambda s: s | {Q: s[Q].to(torch.float8_e4m3fn).float()}, "dtype", "was rounded to float8_e4m3fn"),
+    "other values of 16 bits": (lambda s: s | {Q: torch.randn_like(s[Q]).bfloat16().float()}, "value", "relative error"),
+    "values beyond the squares of float32": (lambda s: s | {Q: 1e30 * torch.randn_like(s[Q])}, "value", "relative error of"),
+    "one element": (lambda s: s | {Q: s[Q].index_fill(0, torch.tensor([0]), 9)}, "value", "in 16 of 256 elements"),
+    "negated": (lambda s: s | {NORM: -s[NORM]}, "factor", "is -1 times the recipe's"),
+    "a norm of one element": (lambda s: s | {NORM: s[NORM][:1]}, "shape", "merge again"),
+    "names of a wrapper": (lambda s: {f"_orig_mod.{n}": t for n, t in s.items()}, "key", "a name that transformers does not load"),
+    "names of PEFT": (lambda s: {f"base_model.model.{n}": t for n, t in s.items()}, "key", "it looks for lm_head.weight"),
     "a norm lost": (lambda s: s | {NORM: torch.ones_like(s[NORM])}, "constant", "every element is 1"),
     "a norm missing": (lambda s: {n: t for n, t in s.items() if n != NORM}, "missing", NORM),
     "a wrong key": (lambda s: {n.replace("layers.1.self_attn.q_proj", "layers.1.attn.q_proj"): t for n, t in s.items()}, "key", "is stored as model.layers.1.attn.q_proj.weight"),
@@ -165,6 +175,43 @@ def test_a_merge_that_was_not_made_is_named(world: Path, tmp_path: Path) -> None
     assert one.kind == "unmerged"
     assert one.count == 4
     assert found.lost == pytest.approx(1)
+
+
+def test_a_layer_of_the_base_is_named_after_it_was_rounded(world: Path, tmp_path: Path) -> None:
+    found = tensors_only(damaged(world, tmp_path / "out", _of_base(world, lambda b, _: b), "bfloat16"))
+    assert [one.kind for one in found.findings] == ["unmerged"]
+
+
+def test_names_that_the_class_renames_and_copies_of_tied_weights_are_no_fault(world: Path, tmp_path: Path) -> None:
+    plain = damaged(world, tmp_path / "plain", lambda s: {n.removeprefix("model."): t for n, t in s.items()})
+    assert tensors_only(plain).exact
+    copied = tensors_only(damaged(world, tmp_path / "copied", lambda s: s | {"head.weight": s[EMBED].clone()}))
+    assert copied.ok
+    assert "is a copy of model.embed_tokens.weight" in copied.findings[0].what
+
+
+def test_answers_that_the_tensors_do_not_explain_are_a_fault(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "not_loaded", lambda *_: ())
+    out = damaged(world, tmp_path / "out", lambda s: {f"module.{n}": t for n, t in s.items()})
+    found = verify(out, rows=2, new_tokens=1)
+    assert [one.kind for one in found.findings] == ["answers"]
+    assert "answers" in found.verdict
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(1, "float32"), (4, "bfloat16")])
+def test_an_adapter_is_its_recipe_up_to_its_rank_and_type(world: Path, tmp_path: Path, rank: int, dtype: str) -> None:
+    wanted = recipe("task_arithmetic", world / "base", (on(world / "base", world / "adapter"), {"weight": 1.0}))
+    merge({**wanted, "out_dtype": dtype, "output": {"kind": "adapter", "rank": rank}}, tmp_path / "out")
+    found = tensors_only(tmp_path / "out")
+    assert found.ok, found.findings
+    assert not found.exact
+    assert [one.kind for one in found.findings] == (["rank"] if rank == 1 else [])
+    assert ("up to the rank" in found.verdict) == (rank == 1)
+    config = tmp_path / "out" / "adapter_config.json"
+    _edit(config, lambda c: c.update(lora_alpha=2 * c["lora_alpha"]))
+    assert ("value" if rank == 1 else "scale") in tensors_only(tmp_path / "out").verdict
 
 
 def test_rounding_twice_in_bfloat16_is_named(world: Path, tmp_path: Path) -> None:
@@ -216,11 +263,16 @@ def _shift(data: Any) -> None:
 
 
 FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "template dropped": (lambda out: (out / "chat_template.jinja").unlink(), "template", "is dropped"),
-    "template changed": (lambda out: (out / "chat_template.jinja").write_text("{{ messages }}"), "template", "is another"),
-    "vocabulary shifted": (lambda out: _edit(out / "tokenizer.json", _shift), "vocabulary", "have other ids"),
+    "template dropped": (lambda out: (out / "chat_template.jinja").unlink(), "template", "is only in the recipe"),
+    "template changed": (lambda out: (out / "chat_template.jinja").write_text("{{ messages }}"), "template", "differs from line 1 on"),
+    "vocabulary shifted": (lambda out: _edit(out / "tokenizer.json", _shift), "vocabulary", "another id in OUT"),
     "config changed": (lambda out: _edit(out / "config.json", lambda c: c.update(rms_norm_eps=1e-2)), "config", "rms_norm_eps"),
-    "tokenizer missing": (lambda out: (out / "tokenizer.json").unlink(), "tokenizer", "is missing"),
+    "config missing": (lambda out: (out / "config.json").unlink(), "config", "is only in the recipe"),
+    "codes that are not there": (lambda out: _edit(out / "config.json", lambda c: c.update(quantization_config={"bits": 4})), "config", "quantization_config is only in OUT"),
+    "generation": (lambda out: (out / "generation_config.json").write_text('{"eos_token_id": 7}'), "config", "eos_token_id"),
+    "begin of text": (lambda out: _edit(out / "tokenizer_config.json", lambda c: c.update(add_bos_token=True)), "tokenizer", "add_bos_token is only in OUT"),
+    "code of a stranger": (lambda out: (out / "modeling_x.py").write_text("raise SystemExit"), "file", "modeling_x.py: is only in OUT"),
+    "tokenizer missing": (lambda out: (out / "tokenizer.json").unlink(), "vocabulary", "only the recipe has 277 tokens"),
 }  # fmt: skip
 
 
@@ -231,6 +283,13 @@ def test_a_fault_of_the_files_is_named(world: Path, tmp_path: Path, fault: str) 
     change(tmp_path / "out")
     found = tensors_only(tmp_path / "out")
     assert any(one.kind == kind and words in str(one) for one in found.findings), found.findings
+
+
+def test_settings_that_change_nothing_are_no_fault(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "float32", tmp_path / "out")
+    _edit(tmp_path / "out" / "config.json", lambda c: c.update(attention_dropout=0.5, mlp_bias=False, use_cache=False))
+    (tmp_path / "out" / "verify.json").write_text("{}")
+    assert tensors_only(tmp_path / "out").exact
 
 
 def test_the_command_prints_a_row_for_each_model_and_its_gate_decides_the_exit_code(
@@ -255,3 +314,17 @@ def test_the_command_prints_a_row_for_each_model_and_its_gate_decides_the_exit_c
     assert "did you mean 'kl'" in unread.output
     wrong = damaged(world, tmp_path / "out", lambda s: s | {NORM: torch.ones_like(s[NORM])})
     assert paft("verify", wrong, "--tensors-only").exit_code == 3
+
+
+def test_a_notebook_shows_the_verdict_the_findings_and_a_row_for_each_model() -> None:
+    answers = Behaviour("recipe", 9, 1e-3, None, 2e-3, 0.875, 0.5, 0.1, 4, {2: 0}, (0.01, 0.25))
+    lost = Finding("missing", "<b>.weight", "is missing", "merge again")
+    found = Verification("<i>out", (), (lost,), {"recipe": answers}, {"base": "<u>too large"})
+    html = found._repr_html_()
+    assert "&lt;i&gt;out is not the model of its recipe: missing" in html
+    assert "&lt;b&gt;.weight: is missing; merge again" in html
+    row = "<td>the recipe in float32</td><td>0.001</td><td></td><td>87.5%</td><td>0.5</td><td>1 of 4 differ, first at token 1</td><td>0.25</td>"
+    assert row in html
+    assert "not compared with the base: &lt;u&gt;too large" in html
+    bare = Verification("out", (), (), {}, {})._repr_html_()
+    assert bare == "<p>out is the model of its recipe, bit for bit</p>"
