@@ -9,7 +9,6 @@ import click
 
 from paft_merge.cli.auditing import entries_bar
 from paft_merge.cli.terminal import (
-    console,
     json_option,
     links_option,
     plain,
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
     from paft_merge.differences import ModelDiff, TensorDifference
 
 _ROWS = 40
+_WIDE = 110
+"""Columns of a terminal that shows norms and places too."""
+_LEAST = 24
+"""Columns of a name at least."""
 _STYLES = {
     "different": "red",
     "moved": "red",
@@ -97,7 +100,8 @@ def _show(found: ModelDiff, most: int | None) -> None:
         say(f"{change.file}: {change.what}{'' if change.counts else ' (changes nothing)'}", err=False)
     _table(found.counted, most)
     if found.same:
-        click.echo("A and B are the same model." if not found.of_adapters else "A and B are the same adapter.")
+        renamed = ", under other names" if found.kinds.get("renamed") else ""
+        click.echo(f"A and B are the same {'adapter' if found.of_adapters else 'model'}{renamed}.")
     else:
         click.echo("A and B differ.")
 
@@ -111,24 +115,49 @@ def _table(tensors: Sequence[TensorDifference], most: int | None) -> None:
     """Print the tensors that are not the same, by kind and then by size of the difference."""
     from rich.table import Table
 
-    from paft_merge.differences.kinds import NUMBERS, worst_first
+    from paft_merge.cli.plan_tables import terminal
+    from paft_merge.differences.kinds import worst_first
 
     rows = worst_first(tensors)
     if not rows:
         return
+    out = terminal(highlight=False)
+    wide = out.width >= _WIDE
+    shown = rows[:most]
+    cells = [[one.kind, *_numbers(one, wide=wide)] for one in shown]
+    headings = ["kind", "relative", *(["norm"] if wide else []), "largest", "differ", *(["where"] if wide else [])]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    left = out.width - sum(width + 2 for width in widths) + (widths[-1] if wide else 0)
+    most_wide = max(_LEAST, left * 3 // 5 if wide else left - 2)
+    names = [[shortened(line, most_wide) for line in _lines(one, wide=wide)] for one in shown]
+    named = max(len(line) for lines in names for line in lines)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("kind", "tensor", *NUMBERS):
-        right = name in NUMBERS and name != "where"
-        table.add_column(
-            name, no_wrap=name not in ("tensor", "where"), justify="right" if right else "left", overflow="fold"
-        )
-    for one in rows[:most]:
-        style = _STYLES.get(one.kind, "")
-        table.add_row(f"[{style}]{one.kind}[/]" if style else one.kind, _name(one), *one.shown())
-    console(highlight=False).print(table)
+    table.add_column("kind", no_wrap=True, min_width=widths[0])
+    table.add_column("tensor", no_wrap=True, min_width=named)
+    for heading, width in zip(headings[1:], widths[1:], strict=True):
+        if heading == "where":
+            table.add_column(heading, no_wrap=True, overflow="ellipsis", max_width=max(8, left - named - 4))
+        else:
+            table.add_column(heading, no_wrap=True, min_width=width, justify="right")
+    for lines, (kind, *numbers) in zip(names, cells, strict=True):
+        style = _STYLES.get(kind, "")
+        table.add_row(f"[{style}]{kind}[/]" if style else kind, "\n".join(map(plain, lines)), *map(plain, numbers))
+    out.print(table)
     if most is not None and len(rows) > most:
         click.echo(f"and {len(rows) - most:,} more (--all shows them)")
 
 
-def _name(one: TensorDifference) -> str:
-    return plain(one.name) + (f" [dim]B: {plain(one.other)}[/]" if one.other else "")
+def _lines(one: TensorDifference, *, wide: bool) -> list[str]:
+    """The name, the other name, and in a narrow terminal what its numbers do not show."""
+    more = "" if wide else one.types if one.norm is None else one.odd
+    return list(filter(None, (one.name, f"B: {one.other}" if one.other else "", more)))
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters, without its middle if it has more."""
+    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}"
+
+
+def _numbers(one: TensorDifference, *, wide: bool) -> tuple[str, ...]:
+    relative, norm, largest, share, where = one.shown()
+    return (relative, norm, largest, share, where) if wide else (relative, largest, share)

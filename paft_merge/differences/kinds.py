@@ -85,19 +85,27 @@ class TensorDifference:
     def shown(self) -> tuple[str, ...]:
         """Return a text for each of `NUMBERS`; types and shapes are under `where`."""
         if self.norm is None or self.unequal is None:
-            return ("", "", "", "", self._types())
+            return ("", "", "", "", self.types)
         relative = "from zero" if self.relative is None else f"{self.relative:.2e}"
         share = f"{self.unequal / self.entries:.2%}"
         at, pair = self.at, self.pair
         where = "" if at is None or pair is None else f"{list(at)}: {pair[0]:.6g} -> {pair[1]:.6g}"
-        odd = f"{self.nonfinite:,} NaN or infinite" if self.nonfinite else ""
-        types = self._types() if self.dtypes[0] != self.dtypes[1] else ""
-        return relative, f"{self.norm:.3g}", f"{self.largest:.3g}", share, "  ".join(filter(None, (where, odd, types)))
+        types = self.types if self.dtypes[0] != self.dtypes[1] else ""
+        more = "  ".join(filter(None, (where, self.odd, types)))
+        return relative, f"{self.norm:.3g}", f"{self.largest:.3g}", share, more
 
-    def _types(self) -> str:
+    @property
+    def odd(self) -> str:
+        """How many entries are NaN or infinite, in words; empty if none is."""
+        return f"{self.nonfinite:,} NaN or infinite" if self.nonfinite else ""
+
+    @property
+    def types(self) -> str:
         """Types and shapes, of both where they differ."""
-        pairs = zip(self.dtypes, self.shapes, strict=True)
-        return " -> ".join(dict.fromkeys(f"{dtype} {list(shape)}" for dtype, shape in pairs if shape is not None))
+        (a, b), shapes = self.dtypes, list(dict.fromkeys(shape for shape in self.shapes if shape is not None))
+        if len(shapes) == 1:
+            return f"{' -> '.join(dict.fromkeys(filter(None, (a, b))))} {list(shapes[0])}"
+        return f"{a} {list(shapes[0])} -> {b} {list(shapes[1])}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data; what was not measured is null."""
@@ -132,7 +140,7 @@ class Change(NamedTuple):
         return self._asdict()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelDiff:
     """Two models compared.
 
@@ -168,10 +176,15 @@ class ModelDiff:
         """Number of tensors of each kind, in the order of `Kind`."""
         return kinds_of(self.tensors)
 
+    def __repr__(self) -> str:
+        return f"ModelDiff({', '.join(map(repr, self.refs))}, {self._counts()})"
+
+    def _counts(self) -> str:
+        return ", ".join(f"{count:,} {kind}" for kind, count in kinds_of(self.counted).items())
+
     def _repr_html_(self) -> str:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds_of(self.counted).items())
         verdict = "are the same" if self.same else "differ"
-        lines = [f"{' and '.join(self.refs)} {verdict}: {counts}"]
+        lines = [f"{' and '.join(self.refs)} {verdict}: {self._counts()}"]
         lines += [f"{change.file}: {change.what}" for change in self.changes]
         rows = worst_first(self.counted)
         cells = [(one.kind, f"{one.name}{f' (in B: {one.other})' * bool(one.other)}", *one.shown()) for one in rows]

@@ -44,7 +44,8 @@ def compare_adapters(refs: tuple[str, str], walk: TensorWalk, *, unpickle: bool)
     if differs and folders[0].resolve() != folders[1].resolve():
         try:
             deltas = _deltas(refs, walk, unpickle=unpickle)
-            changes = [c._replace(counts=False) if c.file == side_file_changes.ADAPTER else c for c in changes]
+            if all(one.harmless for one in deltas):
+                changes = [c._replace(counts=False) if c.file == side_file_changes.ADAPTER else c for c in changes]
         except AuditError as error:
             what = f"the deltas are not compared, only the files: {error.problems[0].what}"
             warnings.append(Problem("DELTAS", error.problems[0].where, what, "compare BASE+A with BASE+B"))

@@ -75,6 +75,8 @@ def prepare(source: str | None, spec: AdapterSpec, checkpoints: Path, options: T
     with problems.catching():
         rows = prepare_rows(spec, tokenizer, arguments, options)
     problems.raise_as(TrainError)
+    if samples_by_vllm(spec):
+        rows.notes.append("vLLM generates the completions, which is experimental")
     return Prepared(tokenizer, arguments, rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from paft_merge.auditing.report.gate import Metric, Requirement
@@ -104,12 +104,12 @@ class Behaviour:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """A finished model beside what its recipe means."""
 
     where: str
-    tensors: tuple[StoredTensor, ...] = field(repr=False)
+    tensors: tuple[StoredTensor, ...]
     findings: tuple[Finding, ...]
     behaviours: Mapping[str, Behaviour]
     """By `recipe`, `base`, `adapter`."""
@@ -151,6 +151,9 @@ class Verification:
         how = "the rank of its factors" if "rank" in seen else "the codes" if "codes" in seen else "one rounding"
         lost = f", which loses {min(self.lost, 1):.1%} of the update" if self.lost else ""
         return f"is the model of its recipe up to {how}{lost}"
+
+    def __repr__(self) -> str:
+        return f"Verification({self.where!r}, {self.verdict!r}, {len(self.tensors):,} tensors, {len(self.findings):,} findings)"
 
     def _repr_html_(self) -> str:
         lines = [f"{self.where} {self.verdict}", *map(str, self.findings)]

@@ -250,7 +250,7 @@ def test_another_alpha_is_another_adapter(tmp_path: Path) -> None:
     assert all(one.relative == pytest.approx(1) for one in found.deltas)
     run = paft("diff", adapter, tmp_path / "changed")
     assert run.exit_code == 3
-    assert "lora_alpha: 8 in A, 16 in B" in run.output
+    assert "lora_alpha: 8 in A, 16 in B\n" in run.output
 
 
 def test_a_module_that_one_adapter_lacks(tmp_path: Path) -> None:
@@ -343,6 +343,21 @@ def test_the_command_shows_the_worst_first(tmp_path: Path) -> None:
     assert data["kinds"] == {"different": 1, "rounded": 1, "same": 1}
 
 
+def test_in_80_columns_names_have_a_line_and_lose_their_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = f"model.layers.11.{'mixture.' * 6}up_proj.weight"
+    save_checkpoint(tmp_path / "a", {Q: drawn(8, 8), UP: drawn(8, 8, seed=1), long: drawn(8, 8, seed=2)})
+    save_checkpoint(tmp_path / "b", {Q: drawn(8, 8, seed=1), UP: drawn(8, 8), long: drawn(8, 8) / 0})
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = paft("diff", tmp_path / "a", tmp_path / "b", "--quiet").output.splitlines()
+    assert max(map(len, lines[2:])) <= 80
+    assert any(line.split()[:2] == ["moved", Q] for line in lines)
+    assert any(line.strip() == f"B: {UP}" for line in lines)
+    assert any("model.layers.11" in line and "…" in line and "up_proj.weight" in line for line in lines)
+    assert any(line.strip() == "64 NaN or infinite" for line in lines)
+    monkeypatch.setenv("COLUMNS", "240")
+    assert long in paft("diff", tmp_path / "a", tmp_path / "b", "--quiet").output
+
+
 def test_at_most_forty_rows_without_all(tmp_path: Path) -> None:
     one = {f"model.layers.{i}.bias": drawn(4, seed=i) for i in range(50)}
     written(tmp_path, one, {name: tensor * 2 for name, tensor in one.items()})
@@ -360,9 +375,10 @@ def test_a_notebook_shows_the_worst_first_and_escapes_names(tmp_path: Path) -> N
     assert "and 10 more" in html
     assert "&lt;b&gt;" in html
     assert not {"<b>", "<i>"} & set(re.findall(r"<[a-z]+>", html))
-    same = written(tmp_path / "same", state(), state())._repr_html_()
-    assert "are the same: 3 same" in same
-    assert "<table>" not in same
+    same = written(tmp_path / "same", state(), state())
+    assert repr(same).endswith("/same/b', 3 same)")
+    assert "are the same: 3 same" in same._repr_html_()
+    assert "<table>" not in same._repr_html_()
 
 
 def test_broken_and_pickled_checkpoints_are_refused(tmp_path: Path) -> None:

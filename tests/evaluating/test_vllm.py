@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     model = train_toys.pretrained(20)
     train_toys.saved(folder / "base", model)
-    GenerationConfig(eos_token_id=[model.config.eos_token_id, 9], repetition_penalty=1.3).save_pretrained(
+    GenerationConfig(eos_token_id=[model.config.eos_token_id, *range(8, 10)], repetition_penalty=3.0).save_pretrained(
         folder / "base"
     )
     torch.manual_seed(0)
@@ -89,6 +89,7 @@ def test_both_engines_get_the_same_prompts_and_give_the_same_greedy_metrics(
         assert ours[name].to_json().get("engine") == (None if name == "text" else "vllm")
         assert "engine" not in score.to_json()
     assert any(len(set(score.outputs)) > 2 for score in theirs.values())
+    assert {len(score.warning) > 0 for score in theirs.values()} == {True, False}, "some answers end and some do not"
     asked = [
         SimpleNamespace(ids=tuple(prompt["prompt_token_ids"]), tokens=how.max_tokens, stops=how.stop_token_ids)
         for made in llm.made
@@ -116,9 +117,12 @@ def test_sampled_answers_depend_on_the_seed_and_differ_between_equal_prompts(
     assert found[0].outputs != found[1].outputs
     subject = load_for("vllm", place / "base", spec)
     assert subject.vllm is not None
-    texts = subject.vllm.complete([[5, 6]] * 3, max_new_tokens=6, temperature=1.0, completions=2)
+    texts = subject.vllm.complete([[5, 6]] * 3, max_new_tokens=6, temperature=1.0, stops=[], completions=2)
     assert len({text for pair in texts for text in pair}) == 6
-    assert subject.vllm.complete([[5, 6]] * 2, max_new_tokens=6, temperature=1.0, completions=2) == texts[:2]
+    assert subject.vllm.complete([[5, 6]], max_new_tokens=6, temperature=1.0, stops=[]) == [texts[0][:1]], (
+        "in the order of seeds"
+    )
+    assert subject.vllm.complete([[5, 6]] * 2, max_new_tokens=6, temperature=1.0, stops=[], completions=2) == texts[:2]
 
 
 def test_both_engines_sample_from_the_same_distribution(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from toys.train import FAST, THEIR_WARNINGS, dataset, pretrained, saved, sentences, tokenizer
 from toys.vllm_api import install
 from transformers import GenerationConfig
 
+from paft_merge.cli import cli
 from paft_merge.errors import PaftMergeError, TrainError
 from paft_merge.training import on_policy, train, train_adapter
 from paft_merge.training.schema import SamplingSpec, read_adapter, settings_of
@@ -128,3 +130,20 @@ def test_a_section_without_an_engine_has_the_settings_of_before() -> None:
     with pytest.raises(PaftMergeError, match=r"temperatures from 0\.01 to 2, got 2\.5"):
         read_adapter(section(temperature=2.5))
     assert SamplingSpec(temperature=2.5).engine == "transformers"
+
+
+def test_a_dry_run_names_the_engine_and_rows_are_shown_without_vllm(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"base_model": base, "adapters": {"a": section() | {"data": str(rows)}}}))
+    shown = CliRunner().invoke(cli, ["train", str(recipe), "--show", "1"])
+    assert (shown.exit_code, "a: row 1, prompt" in shown.output) == (0, True), shown.output
+    refused = CliRunner().invoke(cli, ["train", str(recipe), "--dry-run"])
+    assert refused.exit_code == 1
+    assert "vllm is not installed; pip install vllm" in refused.output
+    install(monkeypatch)
+    done = CliRunner().invoke(cli, ["train", str(recipe), "--dry-run"])
+    assert "a: 8 rows are right\n  vLLM generates the completions, which is experimental" in done.stdout

@@ -320,6 +320,7 @@ def test_a_notebook_shows_the_verdict_the_findings_and_a_row_for_each_model() ->
     answers = Behaviour("recipe", 9, 1e-3, None, 2e-3, 0.875, 0.5, 0.1, 4, {2: 0}, (0.01, 0.25))
     lost = Finding("missing", "<b>.weight", "is missing", "merge again")
     found = Verification("<i>out", (), (lost,), {"recipe": answers}, {"base": "<u>too large"})
+    assert repr(found) == "Verification('<i>out', 'is not the model of its recipe: missing', 0 tensors, 1 findings)"
     html = found._repr_html_()
     assert "&lt;i&gt;out is not the model of its recipe: missing" in html
     assert "&lt;b&gt;.weight: is missing; merge again" in html
