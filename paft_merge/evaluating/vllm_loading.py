@@ -69,4 +69,4 @@ def unserved_files(adapter: Path) -> str:
 def _rank(adapter: Path) -> int:
     """The largest rank of an adapter's factors."""
     config = read_config(adapter / CONFIG)
-    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    return max([int(config.get("r", 8)), *map(int, (config.get("rank_pattern") or {}).values())])

@@ -38,11 +38,11 @@ def check_engine(recipe: RunRecipe, steps: Sequence[Step], todo: Sequence[Step])
     mine = [step.job for step in todo if isinstance(step.job, Evaluate | Answer) and engine_of(recipe, step) == "vllm"]
     if not mine:
         return
-    from paft_merge.training.vllm_engine import generation_of, unlike
+    from paft_merge.training.vllm_engine import unlike_stored
 
     trained = {str(step.out): step.job.section for step in steps if isinstance(step.job, Train)}
     problems, where = Problems(), recipe.where("evaluate", "engine")
-    problems.found += unlike(generation_of(recipe.base), recipe.base)
+    problems.found += unlike_stored(recipe.base)
     for parts in dict.fromkeys(job.arm.parts for job in mine):
         _, *adapters = parts
         if len(adapters) > 1:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from paft_merge.errors import PaftMergeError, Problem, TrainError, first_line
+from paft_merge.errors import PaftMergeError, Problem, TrainError
 from paft_merge.training.engine_schema import MAX_RANKS, VllmSpec
 from paft_merge.training.generation import texts_of
 from paft_merge.training.schema import SAMPLING, AdapterSpec, LoraSpec
@@ -104,6 +104,14 @@ def unlike(generation: Any, where: str) -> list[Problem]:
     return [Problem("ENGINE", where, what, "use engine: transformers")]
 
 
+def unlike_stored(source: Path | str, revision: str | None = None, *, trust_code: bool = False) -> list[Problem]:
+    """`unlike` of the generation config of a folder or Hub name; empty if it cannot be read, which loading the model reports."""
+    try:
+        return unlike(generation_of(source, revision, trust_code=trust_code), str(source))
+    except (OSError, ValueError):  # no such model, or one whose code may not run
+        return []
+
+
 def unserved(spec: AdapterSpec) -> str:
     """Why vLLM cannot apply the adapter that a section trains; empty if it can."""
     trimmed = "trim writes a sparse adapter (SHiRA), and vLLM reads LoRA only"
@@ -154,7 +162,7 @@ def check_rounds(spec: AdapterSpec, source: str | None, name: str) -> None:
     if reason := _unserved_lora(spec.lora):  # trim comes after the rounds
         found.append(Problem("ENGINE", name, reason, "use engine: transformers"))
     if source is not None:
-        found += unlike(generation_of(source, spec.base.revision, trust_code=spec.base.trust_remote_code), str(source))
+        found += unlike_stored(source, spec.base.revision, trust_code=spec.base.trust_remote_code)
     if found:
         raise TrainError(found)
 
@@ -218,7 +226,7 @@ class VllmModel:
                 max_model_len=max_length, skip_tokenizer_init=True, generation_config="vllm", **spec.model_dump(), **options,
             )  # fmt: skip
         except Exception as problem:  # vLLM raises anything on models that it does not know, and without memory
-            what = f"vLLM cannot load {Path(source).name}: {first_line(problem)}"
+            what = f"vLLM cannot load {Path(source).name}: {' '.join(str(problem).split())[:300]}"
             fix = "use engine: transformers, or another vllm: {gpu_memory_utilization: ...}"
             raise error.of("ENGINE", where, what, fix) from problem
         return cls(llm, tokenizer, generation, request)

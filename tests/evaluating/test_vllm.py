@@ -207,6 +207,7 @@ def test_generation_settings_that_vllm_does_not_get_are_refused() -> None:
     )
     assert vllm_engine.unlike(kept, "x") == []
     assert vllm_engine.unlike(GenerationConfig(), "x") == []
+    assert vllm_engine.unlike_stored("no/such-model") == [], "loading it says so"
     for name, value in {
         "no_repeat_ngram_size": 3,
         "suppress_tokens": [5],
@@ -221,7 +222,7 @@ def test_an_error_of_vllm_names_the_model_and_what_to_do(place: Path, monkeypatc
     install(monkeypatch)
     spec = spec_of("vllm", "match", vllm={"gpu_memory_utilization": 1.0})
     with pytest.raises(
-        EvaluateError, match=r"vLLM cannot load .*base: Free memory.* utilization.*engine: transformers"
+        EvaluateError, match=r"vLLM cannot load .*base: Free memory.* utilization second line; use engine: transformers"
     ):
         evaluate(str(place / "base"), spec, folder=place)
 
