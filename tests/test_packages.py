@@ -13,6 +13,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from release_notes import notes
 
 from paft_merge.cli import cli
 from paft_merge.recipe import load_recipe
@@ -175,3 +176,12 @@ def test_the_skill_is_in_the_wheel_and_has_a_recipe_that_loads() -> None:
     assert SKILL in {path for one in patterns for path in (ROOT / "paft_merge").glob(one)}
     (recipe,) = re.findall(r"```yaml\n(.*?)```", body, re.DOTALL)
     assert not load_recipe(textwrap.dedent(recipe)).warnings
+
+
+def test_the_notes_of_a_release_are_its_section_of_the_changelog() -> None:
+    found = notes(PROJECT["version"])
+    assert found.startswith("The first release.")
+    assert "### Added" in found
+    assert "\n## " not in found
+    with pytest.raises(SystemExit, match="no section 0"):
+        notes("0")
