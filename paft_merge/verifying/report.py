@@ -9,6 +9,7 @@ from typing import Any
 
 from paft_merge.auditing.report.gate import Metric, Requirement
 from paft_merge.errors import AuditError, Problem
+from paft_merge.stats.json_numbers import finite
 from paft_merge.verifying.behaviour import Difference
 from paft_merge.verifying.evidence import StoredTensor, root
 from paft_merge.verifying.findings import Finding
@@ -135,9 +136,9 @@ class Verification:
         return f"is the model of its recipe up to {how}{lost}"
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data; the fields are in docs/verify.md."""
+        """The report as plain data; the fields are in docs/verify.md. Numbers that are not finite are None."""
         far = sorted((t for t in self.tensors if t.worst), key=lambda t: -t.relative)
-        return {
+        found = {
             "schema": "paft_merge.verify/1",
             "where": self.where,
             "ok": self.ok,
@@ -151,6 +152,7 @@ class Verification:
             "skipped": dict(self.skipped),
             "farthest": [t.to_json() for t in far[:20]],
         }
+        return dict(finite(found))
 
     def faults(self) -> list[Problem]:
         """A problem for each finding that is a fault."""
