@@ -14,7 +14,10 @@ from paft_merge.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "AGENTS.md", "CHANGELOG.md", "recipes/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def test_the_readme_is_short() -> None:

@@ -44,6 +44,7 @@ ONLY_IN = {
     "numba": {"compute"},
     "llvmlite": {"compute"},
     "lm_eval": {"evaluating"},
+    "vllm": {"training"},
     "matplotlib": {"auditing", "output", "pipeline", "studies"},
     "resvg_py": {"auditing"},
     "optuna": {"pipeline"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from paft_merge.cli import cli
+from paft_merge.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -109,6 +111,17 @@ class TestAction:
         assert done.stdout.split() == ["install", package]
 
 
+def test_the_page_about_ci_uses_the_action_and_the_hook_as_they_are() -> None:
+    page = (ROOT / "docs" / "how-to" / "audit-in-ci.md").read_text()
+    workflow, hooks = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(# \..*?)```", page, re.DOTALL))
+    action = workflow["jobs"]["audit"]["steps"][-1]
+    assert action["with"].keys() <= TestAction.action["inputs"].keys()
+    (repo,) = hooks["repos"]
+    assert [hook["id"] for hook in repo["hooks"]] == [TestHook.hook["id"]]
+    assert {repo["repo"], f"https://github.com/{action['uses'].partition('@')[0]}"} == {PROJECT["urls"]["Repository"]}
+    assert {repo["rev"], action["uses"].partition("@")[2]} == {f"v{PROJECT['version']}"}
+
+
 def test_the_container_has_what_the_project_has() -> None:
     lines = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).splitlines()
     arguments = dict(re.findall(r"^ARG (\w+)=(.*)$", "\n".join(lines), re.MULTILINE))
@@ -141,9 +154,24 @@ def test_the_conda_recipe_has_the_dependencies_of_the_project() -> None:
         assert verb.startswith("--") or verb in cli.commands
 
 
-def test_the_guide_for_agents_names_files_and_commands_that_exist() -> None:
-    text = (ROOT / "AGENTS.md").read_text()
+SKILL = ROOT / "paft_merge" / ".agents" / "skills" / "paft-merge" / "SKILL.md"
+
+
+@pytest.mark.parametrize("page", [ROOT / "AGENTS.md", SKILL], ids=lambda path: path.name)
+def test_the_guides_for_agents_name_files_and_commands_that_exist(page: Path) -> None:
+    text = page.read_text()
     for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text):
         assert (ROOT / link).exists(), link
-    for command, words in re.findall(r"paft (\w+)([^`\n]*)", text):
+    for command, words in re.findall(r"paft ([a-z]+) ?([^`\n]*)", text):
         check_options(command, words.split())
+
+
+def test_the_skill_is_in_the_wheel_and_has_a_recipe_that_loads() -> None:
+    _, head, body = SKILL.read_text().split("---\n", 2)
+    described = yaml.safe_load(head)
+    assert described["name"] == SKILL.parent.name == PROJECT["name"]
+    assert 100 < len(described["description"]) < 1024
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["paft_merge"]
+    assert SKILL in {path for one in patterns for path in (ROOT / "paft_merge").glob(one)}
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", body, re.DOTALL)
+    assert not load_recipe(textwrap.dedent(recipe)).warnings

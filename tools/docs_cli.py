@@ -21,7 +21,9 @@ def commands() -> str:
     """Every command: its usage, its help, and a table of its options."""
     parts = []
     for name, command in cli.commands.items():
-        context = click.Context(command, info_name=f"paft {name}")
+        # click keeps the help option that a command is first asked for, so it must be that of the command line.
+        names = cli.context_settings["help_option_names"]
+        context = click.Context(command, info_name=f"paft {name}", help_option_names=names)
         parts += [f"## `paft {name}`", f"```sh\n{command.get_usage(context).removeprefix('Usage: ')}\n```"]
         parts += [inspect.cleandoc(command.help or "")]
         rows = [

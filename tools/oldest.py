@@ -21,7 +21,10 @@ def oldest() -> list[str]:
     pinned = dict(re.findall(r"^([\w.-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     extras = project["optional-dependencies"]
     lines = []
-    for requirement in (*project["dependencies"], *(r for name, rows in extras.items() if name != "dev" for r in rows)):
+    for requirement in (
+        *project["dependencies"],
+        *(r for name, rows in extras.items() if name not in ("dev", "all") for r in rows),
+    ):
         name, lower = re.findall(r"^([\w-]+)(?:>=([\w.]+))?", requirement)[0]
         lines.append(f"{name}=={lower or pinned[name]}")
     tools = [re.split(r"[\[><=]", requirement)[0] for requirement in extras["dev"]]

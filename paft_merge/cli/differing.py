@@ -116,11 +116,9 @@ def _table(tensors: Sequence[TensorDifference], most: int | None) -> None:
     from rich.table import Table
 
     from paft_merge.cli.plan_tables import terminal
-    from paft_merge.differences.kinds import kinds_of
+    from paft_merge.differences.kinds import worst_first
 
-    order = {kind: i for i, kind in enumerate(kinds_of(tuple(tensors)))}
-    rows = [one for one in tensors if one.kind != "same"]
-    rows.sort(key=lambda one: (order[one.kind], -_size(one)))
+    rows = worst_first(tensors)
     if not rows:
         return
     out = terminal(highlight=False)
@@ -149,20 +147,10 @@ def _table(tensors: Sequence[TensorDifference], most: int | None) -> None:
         click.echo(f"and {len(rows) - most:,} more (--all shows them)")
 
 
-def _size(one: TensorDifference) -> float:
-    if one.norm is None:
-        return 0.0
-    return float("inf") if one.relative is None else one.relative
-
-
 def _lines(one: TensorDifference, *, wide: bool) -> list[str]:
     """The name, the other name, and in a narrow terminal what its numbers do not show."""
-    more = "" if wide else _types(one) if one.norm is None else _odd(one)
+    more = "" if wide else one.types if one.norm is None else one.odd
     return list(filter(None, (one.name, f"B: {one.other}" if one.other else "", more)))
-
-
-def _odd(one: TensorDifference) -> str:
-    return f"{one.nonfinite:,} NaN or infinite" if one.nonfinite else ""
 
 
 def shortened(text: str, most: int) -> str:
@@ -171,20 +159,5 @@ def shortened(text: str, most: int) -> str:
 
 
 def _numbers(one: TensorDifference, *, wide: bool) -> tuple[str, ...]:
-    if one.norm is None or one.unequal is None:
-        return ("", "", "", "", _types(one)) if wide else ("", "", "")
-    relative = "from zero" if one.relative is None else f"{one.relative:.2e}"
-    largest, share = f"{one.largest:.3g}", f"{one.unequal / one.entries:.2%}"
-    if not wide:
-        return relative, largest, share
-    where = "" if one.at is None or one.pair is None else f"{list(one.at)}: {one.pair[0]:.6g} -> {one.pair[1]:.6g}"
-    types = _types(one) if one.dtypes[0] != one.dtypes[1] else ""
-    return relative, f"{one.norm:.3g}", largest, share, "  ".join(filter(None, (where, _odd(one), types)))
-
-
-def _types(one: TensorDifference) -> str:
-    """Types and shapes, of both where they differ."""
-    (a, b), shapes = one.dtypes, list(dict.fromkeys(shape for shape in one.shapes if shape is not None))
-    if len(shapes) == 1:
-        return f"{' -> '.join(dict.fromkeys(filter(None, (a, b))))} {list(shapes[0])}"
-    return f"{a} {list(shapes[0])} -> {b} {list(shapes[1])}"
+    relative, norm, largest, share, where = one.shown()
+    return (relative, norm, largest, share, where) if wide else (relative, largest, share)

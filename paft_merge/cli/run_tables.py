@@ -119,6 +119,7 @@ def steps_table(planned: Planned) -> None:
         out = step.out.relative_to(planned.planner.run) if step.out else None
         several = step.stage == "evaluate"
         name = step.name.rpartition("/")[0] if several else step.name
+        name += " (vLLM)" if planned.engine_of(step) == "vllm" else ""
         place = (out.parent if several else out).as_posix() if out else ""
         row = name, planned.why(step), place
         rows[row] = rows.get(row, 0) + 1

@@ -22,11 +22,15 @@ from paft_merge.errors import Problem
     help="An adapter that exists; given twice or more, the recipe compares ways of merging them, without training.",
 )  # fmt: skip
 @click.option("--gpus", type=click.IntRange(0), default=0, show_default=True, help="Number of GPUs; 0 for a CPU.")
+@click.option(
+    "--quickstart", is_flag=True,
+    help="Write the quickstart's recipe to OUT, and its tiny base and its data to the folder quickstart beside it.",
+)  # fmt: skip
 @links_option
 @json_option("Print the paths of the recipe and its schema as JSON; without OUT, the recipe's text.")
 def init(
-    out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int, follow_links: bool,
-    as_json: bool,
+    out: Path | None, base: str | None, data: tuple[str, ...], adapters: tuple[str, ...], gpus: int, quickstart: bool,
+    follow_links: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a commented recipe for `paft run` to OUT, or print it.
 
@@ -35,6 +39,13 @@ def init(
     """
     from paft_merge.inputs.links import following_links
 
+    if quickstart:
+        if out is None or base or data or adapters or gpus:
+            raise click.UsageError("--quickstart is given with OUT and without other options.")
+        from paft_merge.pipeline.shipped_recipes import copy_quickstart
+
+        _report(out, copy_quickstart(out), as_json)
+        return
     with following_links(follow_links):
         _init(out, base, data, adapters, gpus, as_json)
 
@@ -71,11 +82,15 @@ def _init(
     if out is None:
         print_json({"recipe": None, "schema": None, "text": text}) if as_json else click.echo(text, nl=False)
     else:
-        schema = recipes.write_starter(out, text)
-        if schema:
-            say(f"editors complete and check it with {schema}")
-        say(f"next: paft run --dry-run {out} runs/first")
-        if as_json:
-            print_json({"recipe": str(out), "schema": str(schema) if schema else None, "text": None})
-        else:
-            say(out, err=False)
+        _report(out, recipes.write_starter(out, text), as_json)
+
+
+def _report(out: Path, schema: Path | None, as_json: bool) -> None:
+    """Print what was written, and what comes next."""
+    if schema:
+        say(f"editors complete and check it with {schema}")
+    say(f"next: paft run --dry-run {out} runs/first")
+    if as_json:
+        print_json({"recipe": str(out), "schema": str(schema) if schema else None, "text": None})
+    else:
+        say(out, err=False)

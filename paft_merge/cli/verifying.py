@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,7 +29,7 @@ from paft_merge.errors import AuditError
 from paft_merge.output.report_files import check_file, write_file
 
 if TYPE_CHECKING:
-    from paft_merge.verifying import Behaviour, Verification, VerifyProgress
+    from paft_merge.verifying import Verification, VerifyProgress
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -127,14 +127,12 @@ def _progress(quiet: bool) -> Iterator[Callable[[VerifyProgress], None]]:
         yield show
 
 
-_NAMES = {"recipe": "the recipe in float32", "base": "the base", "adapter": "PEFT, not merged"}
-
-
 def _show(found: Verification) -> None:
     """Print the verdict, the differences, and a row for each model that was compared."""
     from rich.table import Table
 
     from paft_merge.cli.plan_tables import terminal
+    from paft_merge.verifying.report import NUMBERS, OTHERS
 
     out = terminal(highlight=False)
     out.print(f"{plain(found.where)} {plain(found.verdict)}", style="bold", soft_wrap=True)
@@ -145,33 +143,17 @@ def _show(found: Verification) -> None:
             title=plain(f"{found.prompts}; {next(iter(found.behaviours.values())).tokens:,} tokens"),
             title_justify="left",
         )
-        for column in ("compared with", "KL mean", "KL p99", "top-1", "largest", "continuations", "drift"):
-            table.add_column(column, justify="left" if column == "compared with" else "right")
+        table.add_column("compared with")
+        for column in NUMBERS:
+            table.add_column(column, justify="right")
         for name, one in found.behaviours.items():
-            table.add_row(_NAMES[name], *_row(one))
+            table.add_row(OTHERS[name], *one.shown())
         out.print(table)
         if (layer := found.behaviours["recipe"].breaks_at if "recipe" in found.behaviours else None) is not None:
             out.print(f"the hidden states part from the recipe's at layer {layer}")
     for name, why in found.skipped.items():
         out.print(
-            plain(f"not compared with {_NAMES[name]}: {why}" if name in _NAMES else f"{name}: {why}"),
+            plain(f"not compared with {OTHERS[name]}: {why}" if name in OTHERS else f"{name}: {why}"),
             style="dim",
             soft_wrap=True,
         )
-
-
-def _row(one: Behaviour) -> list[str]:
-    def number(value: Any) -> str:
-        return "" if value is None else f"{value:.2g}"
-
-    parted = f"{len(one.parted)} of {one.continued} differ" if one.continued else ""
-    if one.parted:
-        parted += f", first at token {min(one.parted.values()) + 1}"
-    return [
-        number(one.kl),
-        number(one.kl_p99),
-        f"{one.top1:.1%}",
-        number(one.largest),
-        parted,
-        number(max(one.drift, default=None)),
-    ]

@@ -17,9 +17,7 @@ from paft_merge.errors import CheckpointError
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.peft_types import NO_DELTA, TYPES
 from paft_merge.inputs.safetensors_header import read_text
-
-MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of vLLM's `--max-lora-rank`; 16 is its default (vllm/config/lora.py)."""
+from paft_merge.training.engine_schema import MAX_RANKS
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 """How SGLang finds the layer of a tensor (sglang/srt/lora/utils.py)."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from paft_merge.errors import Problem
+from paft_merge.plan.formatting import html_lines, html_table
 
 Kind = Literal[
     "different", "moved", "shape", "only in A", "only in B", "rounded", "close", "same delta", "equal", "renamed", "derived", "same"
@@ -31,6 +32,12 @@ same         the same bits
 
 HARMLESS: tuple[Kind, ...] = ("close", "same delta", "equal", "renamed", "derived", "same")
 """The kinds of tensors that count as the same."""
+
+NUMBERS = ("relative", "norm", "largest", "differ", "where")
+"""The columns of `TensorDifference.shown`."""
+
+_ROWS = 40
+"""Tensors in a notebook."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,31 @@ class TensorDifference:
         """Whether it counts as the same."""
         return self.kind in HARMLESS
 
+    def shown(self) -> tuple[str, ...]:
+        """Return a text for each of `NUMBERS`; types and shapes are under `where`."""
+        if self.norm is None or self.unequal is None:
+            return ("", "", "", "", self.types)
+        relative = "from zero" if self.relative is None else f"{self.relative:.2e}"
+        share = f"{self.unequal / self.entries:.2%}"
+        at, pair = self.at, self.pair
+        where = "" if at is None or pair is None else f"{list(at)}: {pair[0]:.6g} -> {pair[1]:.6g}"
+        types = self.types if self.dtypes[0] != self.dtypes[1] else ""
+        more = "  ".join(filter(None, (where, self.odd, types)))
+        return relative, f"{self.norm:.3g}", f"{self.largest:.3g}", share, more
+
+    @property
+    def odd(self) -> str:
+        """How many entries are NaN or infinite, in words; empty if none is."""
+        return f"{self.nonfinite:,} NaN or infinite" if self.nonfinite else ""
+
+    @property
+    def types(self) -> str:
+        """Types and shapes, of both where they differ."""
+        (a, b), shapes = self.dtypes, list(dict.fromkeys(shape for shape in self.shapes if shape is not None))
+        if len(shapes) == 1:
+            return f"{' -> '.join(dict.fromkeys(filter(None, (a, b))))} {list(shapes[0])}"
+        return f"{a} {list(shapes[0])} -> {b} {list(shapes[1])}"
+
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data; what was not measured is null."""
         return {
@@ -108,7 +140,7 @@ class Change(NamedTuple):
         return self._asdict()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelDiff:
     """Two models compared.
 
@@ -144,6 +176,21 @@ class ModelDiff:
         """Number of tensors of each kind, in the order of `Kind`."""
         return kinds_of(self.tensors)
 
+    def __repr__(self) -> str:
+        return f"ModelDiff({', '.join(map(repr, self.refs))}, {self._counts()})"
+
+    def _counts(self) -> str:
+        return ", ".join(f"{count:,} {kind}" for kind, count in kinds_of(self.counted).items())
+
+    def _repr_html_(self) -> str:
+        verdict = "are the same" if self.same else "differ"
+        lines = [f"{' and '.join(self.refs)} {verdict}: {self._counts()}"]
+        lines += [f"{change.file}: {change.what}" for change in self.changes]
+        rows = worst_first(self.counted)
+        cells = [(one.kind, f"{one.name}{f' (in B: {one.other})' * bool(one.other)}", *one.shown()) for one in rows]
+        table = html_table(cells[:_ROWS], ("kind", "tensor", *NUMBERS)) if rows else ""
+        return html_lines(lines) + table + html_lines([f"and {len(rows) - _ROWS:,} more"] * (len(rows) > _ROWS))
+
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as plain data."""
         deltas = None if self.deltas is None else [one.to_json() for one in self.deltas]
@@ -152,6 +199,18 @@ class ModelDiff:
             "tensors": [one.to_json() for one in self.tensors], "deltas": deltas,
             "changes": [change.to_json() for change in self.changes],
         }  # fmt: skip
+
+
+def worst_first(tensors: Iterable[TensorDifference]) -> list[TensorDifference]:
+    """Return the tensors that are not the same, by kind and then by the size of the difference."""
+    order: Mapping[Kind, int] = {kind: i for i, kind in enumerate(Kind.__args__)}  # type: ignore[attr-defined]
+
+    def size(one: TensorDifference) -> float:
+        if one.norm is None:
+            return 0.0
+        return math.inf if one.relative is None else one.relative
+
+    return sorted((one for one in tensors if one.kind != "same"), key=lambda one: (order[one.kind], -size(one)))
 
 
 def kinds_of(tensors: tuple[TensorDifference, ...]) -> dict[Kind, int]:

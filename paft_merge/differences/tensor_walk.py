@@ -15,7 +15,7 @@ from paft_merge.errors import CheckpointError
 from paft_merge.inputs.tensor_inputs import Read
 
 
-class Progress(NamedTuple):
+class DiffProgress(NamedTuple):
     """How many tensors and entries are compared, and how many there are."""
 
     tensors: int
@@ -24,7 +24,7 @@ class Progress(NamedTuple):
     entries_total: int
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[DiffProgress], None]
 """Called after every tensor."""
 
 
@@ -84,7 +84,7 @@ class TensorWalk:
                     shapes=(None, other.shape),
                 )
             done += _entries(one or other)
-            self.progress(Progress(number, len(names), done, entries))
+            self.progress(DiffProgress(number, len(names), done, entries))
         return tuple(self._renamed(found, a, b).values())
 
     def _is_wanted(self, name: str, other: Read | None) -> bool:

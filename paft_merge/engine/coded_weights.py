@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from paft_merge.compute import kernels
 from paft_merge.compute.blocks import Tally
 from paft_merge.engine.streaming import Progress, merge_checkpoint
 from paft_merge.errors import Problem
@@ -92,7 +93,9 @@ def lost(plan: MergePlan, finished: Mapping[str, Finished]) -> list[Problem]:
         f"{shown['unmoved_share']:.1%} of the entries that the merge changes in quantised weights did not move, and the "
         f"relative error of the update is {shown['relative_error']:.3g}, because their codes are coarse"
     )
-    fix = "remove quantization: keep for plain weights, or write rounding: stochastic"
+    fix = "remove quantization: keep for plain weights"
+    if plan.recipe.rounding != "stochastic":
+        fix += ", or write rounding: stochastic"
     return [Problem("QUANTISED", plan.config_source.ref, what, fix)]
 
 
@@ -133,10 +136,9 @@ class _Encoder(Output):
         coded.template.value(start, start + len(values), base)
         rows = np.where(values == base, base, values).reshape(
             -1, width
-        )  # a merge loses the sign of zero, which is a code
-        pieces, decoded = coded.written.encode(
-            held.parts, start // width, rows, Rounding(self.refit, some.rounding_key)
-        )
+        )  # merges lose the sign of zero, which is a code
+        how = Rounding(self.refit, some.rounding_key)
+        pieces, decoded = coded.written.encode(held.parts, start // width, rows, how)
         self.losses[name][start] = _loss(values, base, decoded.reshape(-1))
         for piece in pieces:
             if piece.part in parts:
@@ -192,7 +194,6 @@ def _stored_name(tensor: PlannedTensor) -> str:
 
 
 def _loss(merged: Any, base: Any, written: Any) -> Loss:
-    updated = merged != base
-    update, error = (merged - base).astype(np.float64), (written - merged).astype(np.float64)
-    unmoved = int(np.count_nonzero(updated & (written == base)))
-    return Loss(int(np.count_nonzero(updated)), unmoved, float(np.dot(update, update)), float(np.dot(error, error)))
+    counts, sums = np.empty(2, np.int64), np.empty(2)
+    kernels.lost(merged, base, written, counts, sums, kernels.lines(2, of=np.float64))
+    return Loss(*counts.tolist(), *sums.tolist())

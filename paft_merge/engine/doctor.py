@@ -122,7 +122,7 @@ def _extras(requirements: list[Requirement]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for one in requirements:
         extra = _extra_of(one)
-        if extra and extra != "dev":
+        if extra not in ("", "dev", "all"):
             lacking = found.setdefault(extra, set())
             if _version(one.name) is None:
                 lacking.add(one.name)

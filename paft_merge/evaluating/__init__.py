@@ -5,6 +5,7 @@
 | schema | the section `evaluate:` |
 | data_rows | data files, checked before anything is loaded |
 | loading | the model in memory |
+| vllm_loading | the model in vLLM |
 | light | exact match, preference accuracy, mean reward, perplexity, self-consistency, agreement |
 | agreement | how often answers agree, and the models of `with:` |
 | harness | lm-eval |
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from paft_merge.evaluating.agreement import source_parts
 from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
 from paft_merge.inputs.links import following_links
 from paft_merge.recipe.yaml_source import Located
+from paft_merge.training.engine_schema import ENGINES
 
 if TYPE_CHECKING:
     from paft_merge.evaluating.light import Score
@@ -48,6 +51,10 @@ def check_evaluate(
     from paft_merge.evaluating.data_rows import check_measurement
 
     problems = Problems()
+    if spec.engine == "vllm":
+        from paft_merge.training.vllm_engine import missing_vllm
+
+        problems.found += missing_vllm("evaluate")
     for name, measurement in spec.metrics.items():
         with problems.catching():
             check_measurement(name, measurement, folder, trust_code=trust_code, models=models)
@@ -103,15 +110,27 @@ def evaluate(
     Raises:
         EvaluateError, RecipeError: before the model is loaded where possible.
     """
-    from paft_merge.evaluating.loading import load_subject
+    from paft_merge.evaluating.vllm_loading import load_for
 
     models = models or {}
     spec = spec if isinstance(spec, EvaluateSpec) else read_evaluate(Located.of(spec))
     check_evaluate(spec, folder, trust_code=trust_code, models=models)
     with following_links(follow_links):
         sources = _answers(spec, folder, only, models, trust_code)
-        subject = load_subject(model, spec, trust_code=trust_code)
-    return evaluate_loaded(subject, spec, folder=folder, only=only, progress=progress, sources=sources)
+    names, scores = _names(spec, only), dict[str, Any]()
+    for engine in ENGINES:
+        if mine := [name for name in names if spec.engine_of(name) == engine]:
+            with following_links(follow_links):
+                subject = load_for(engine, model, spec, trust_code=trust_code)
+            with closing(subject):
+                scores |= evaluate_loaded(subject, spec, folder=folder, only=mine, progress=progress, sources=sources)
+    return {name: scores[name] for name in [*spec.metrics, *scores] if name in scores}
+
+
+def _names(spec: EvaluateSpec, only: Collection[str] | None) -> list[str]:
+    """The metrics to measure, in the order of the section, and `HARNESS` last."""
+    names = [*spec.metrics, *([HARNESS] if spec.needs_lm_eval else [])]
+    return [name for name in names if only is None or name in only]
 
 
 def _answers(
@@ -119,16 +138,17 @@ def _answers(
 ) -> dict[str, list[list[str]]]:
     """The answers of the sources of every `agreement`, by its name; each source is loaded once, one at a time."""
     from paft_merge.evaluating.light import answers_of
-    from paft_merge.evaluating.loading import load_subject
+    from paft_merge.evaluating.vllm_loading import load_for
 
     asked = {name: of for name, of in spec.metrics.items() if of.sources and (only is None or name in only)}
     found: dict[str, dict[str, list[str]]] = {name: {} for name in asked}
 
     def ask(source: str) -> None:
-        subject = load_subject(models.get(source) or source_parts(source, folder), spec, trust_code=trust_code)
-        for name, of in asked.items():
-            if source in (of.sources or ()):
-                found[name][source] = answers_of(subject, of, folder, spec.batch_size)
+        parts = models.get(source) or source_parts(source, folder)
+        with closing(load_for(spec.engine, parts, spec, trust_code=trust_code)) as subject:
+            for name, of in asked.items():
+                if source in (of.sources or ()):
+                    found[name][source] = answers_of(subject, of, folder, spec.batch_size)
 
     for source in dict.fromkeys(source for of in asked.values() for source in of.sources or ()):
         ask(source)
@@ -151,8 +171,7 @@ def evaluate_loaded(
     from paft_merge.evaluating.light import measure
 
     scores = dict[str, Any]()
-    names = [*spec.metrics, *([HARNESS] if spec.needs_lm_eval else [])]
-    for name in names if only is None else [name for name in names if name in only]:
+    for name in _names(spec, only):
         started = time.monotonic()
         progress(EvaluateProgress(name))
         if name == HARNESS:

@@ -52,13 +52,16 @@ class Score:
     """What makes the value doubtful."""
     tokens: tuple[int, ...] = field(default=(), repr=False)
     """`perplexity`: predicted tokens by row, which weight the rows' mean losses."""
+    engine: str = ""
+    """What generated `outputs`, if not transformers."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the score as JSON values; `tokens` and `warning` only if there are any."""
+        """Return the score as JSON values; `tokens`, `warning` and `engine` only if there are any."""
         found = {"value": self.value, "stderr": self.stderr, "rows": list(self.rows), "outputs": list(self.outputs)}
         return {
             **found, **({"tokens": list(self.tokens)} if self.tokens else {}),
             **({"warning": self.warning} if self.warning else {}),
+            **({"engine": self.engine} if self.engine else {}),
         }  # fmt: skip
 
 
@@ -89,6 +92,14 @@ def measure(
     Raises:
         EvaluateError: EVAL_DATA, LENGTH. TrainError: REWARD, NONFINITE, from the function that scores.
     """
+    found = _measured(subject, of, folder, batch_size, seed, advance, sources)
+    return replace(found, engine="vllm") if subject.vllm is not None else found
+
+
+def _measured(
+    subject: EvaluatedModel, of: Measurement, folder: Path, batch_size: int, seed: int, advance: Advance,
+    sources: Sequence[Sequence[str]],
+) -> Score:  # fmt: skip
     path = beside_recipe(of.data, folder)
     if of.kind == "perplexity":
         lines = subject.kept(("lines", of, folder), lambda: read_lines(path, of.max_rows))
@@ -235,7 +246,8 @@ def generate(
 ) -> list[str]:
     """Generate an answer to every prompt, without the prompt and special tokens.
 
-    Greedy answers depend on the prompt only; sampled answers also on the seed and the batch size.
+    Greedy answers depend on the prompt only; sampled answers also on the seed and the batch size (with vLLM on the seed and
+    the number of the prompt).
 
     Args:
         subject: The model.
@@ -273,6 +285,12 @@ def _answers(
     if longest > subject.max_length:
         what = f"the longest prompt and its answer take {longest} tokens, the model's limit is {subject.max_length}"
         raise EvaluateError.of("LENGTH", subject.name, what, "lower max_new_tokens, or raise max_length")
+    if subject.vllm is not None:
+        made = subject.vllm.complete(
+            ids, max_new_tokens=max_new_tokens, temperature=temperature, completions=count, seed=seed, ended=ended
+        )
+        advance(len(ids), len(ids))
+        return made
     answers: list[tuple[str, ...]] = [()] * len(ids)
     with _drawing(seed, subject.device):
         for batch in _batches(ids, max(batch_size // count, 1), advance):

@@ -7,11 +7,11 @@ base+sft+dpo           an adapter on another, each with its own scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -30,6 +30,10 @@ from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.quantized.recognition import quantised
 from paft_merge.training.child_process import match_in_time
+from paft_merge.training.engine_schema import Engine
+
+if TYPE_CHECKING:
+    from paft_merge.training.vllm_engine import VllmModel
 
 T = TypeVar("T")
 
@@ -46,8 +50,22 @@ class EvaluatedModel:
     tokenizer: Any
     device: torch.device
     max_length: int
+    vllm: VllmModel | None = None
+    """What generates answers instead of `model`, which is then None."""
     prepared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What depends on the tokenizer and the data alone, such as token ids."""
+
+    @property
+    def engine(self) -> Engine:
+        """What generates answers."""
+        return "transformers" if self.vllm is None else "vllm"
+
+    def close(self) -> None:
+        """Free the memory of the model."""
+        if self.vllm is not None:
+            self.vllm.close()
+        self.model = None
+        torch.cuda.empty_cache()
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return what `prepared` has for a key; made at the first call."""
@@ -82,19 +100,10 @@ def load_subject(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base, *adapters = parts_of(model)
-    name = "+".join((base, *adapters))
+    name, folder, adapters = base_and_adapters(model)
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = fetch(base)
-    if not folder.is_dir():
-        raise EvaluateError.of("MODEL", name, "is a file", "name the folder of the model")
-    if not adapters and (folder / "adapter_config.json").is_file():
-        what = "is an adapter, and an adapter is evaluated on its base"
-        raise EvaluateError.of("MODEL", name, what, f"write {base_of(folder)}+{name}")
-    refuse_odd_files(folder)
-    read_model_config(folder)
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
-    try:
+    with errors_of_loading(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)
         sparse = [place for place in adapters if _is_sparse(fetch(place))]
         if sparse:
@@ -108,7 +117,36 @@ def load_subject(
             loaded = _with_weights(folder, weights, dtype, trust_code)
         for place in adapters:
             adapter = fetch(place)
-            loaded, tokenizer = adapted(loaded, adapter), _trained_tokenizer(adapter, tokenizer)
+            loaded, tokenizer = adapted(loaded, adapter), trained_tokenizer(adapter, tokenizer)
+    loaded = loaded.eval().to(device)
+    complete_tokenizer(tokenizer, template, name)
+    return EvaluatedModel(name, loaded, tokenizer, device, longest(loaded.config, spec))
+
+
+def base_and_adapters(model: Path | str | Sequence[str]) -> tuple[str, Path, list[str]]:
+    """The name of a model, the folder of its base, and its adapters.
+
+    Raises:
+        EvaluateError: MODEL, when the base is a file or an adapter. HubError: when it cannot be fetched.
+    """
+    base, *adapters = parts_of(model)
+    name = "+".join((base, *adapters))
+    folder = fetch(base)
+    if not folder.is_dir():
+        raise EvaluateError.of("MODEL", name, "is a file", "name the folder of the model")
+    if not adapters and (folder / "adapter_config.json").is_file():
+        what = "is an adapter, and an adapter is evaluated on its base"
+        raise EvaluateError.of("MODEL", name, what, f"write {base_of(folder)}+{name}")
+    refuse_odd_files(folder)
+    read_model_config(folder)
+    return name, folder, adapters
+
+
+@contextmanager
+def errors_of_loading(name: str) -> Iterator[None]:
+    """Convert every exception of transformers and PEFT to EvaluateError TRUST or MODEL."""
+    try:
+        yield
     except PaftMergeError:
         raise
     except Exception as error:  # transformers and PEFT raise anything on unknown files
@@ -117,15 +155,26 @@ def load_subject(
             raise EvaluateError.of("TRUST", name, what, "read it, then pass trust_code=True") from error
         what = f"cannot be loaded: {first_line(error)}"
         raise EvaluateError.of("MODEL", name, what, "give a causal language model, or BASE+ADAPTER") from error
-    loaded = loaded.eval().to(device)
+
+
+def complete_tokenizer(tokenizer: Any, template: str | None, name: str) -> None:
+    """Give a tokenizer a pad token, and the chat template if it has none.
+
+    Raises:
+        EvaluateError: MODEL, when it has neither a pad nor an eos token.
+    """
     tokenizer.chat_template = tokenizer.chat_template or template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         what = "its tokenizer has neither a pad nor an eos token"
         raise EvaluateError.of("MODEL", name, what, "use a tokenizer that has one")
-    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
-    return EvaluatedModel(name, loaded, tokenizer, device, spec.max_length or min(int(longest), MOST_TOKENS))
+
+
+def longest(config: Any, spec: EvaluateSpec) -> int:
+    """The longest context in tokens of a model with this config."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
+    return spec.max_length or min(int(most), MOST_TOKENS)
 
 
 def _is_sparse(adapter: Path) -> bool:
@@ -160,7 +209,7 @@ def _with_weights(folder: Path, weights: Mapping[str, torch.Tensor], dtype: str,
     return model
 
 
-def _trained_tokenizer(adapter: Path, before: Any) -> Any:
+def trained_tokenizer(adapter: Path, before: Any) -> Any:
     """The tokenizer or the chat template in an adapter's folder; `before` if it has neither, or more tokens."""
     from transformers import AutoTokenizer
 

@@ -9,8 +9,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from paft_merge.recipe.sections import Section, as_list, read_section
 from paft_merge.recipe.yaml_source import Located
+from paft_merge.training.engine_schema import Engine, EngineSpec, check_temperature
 
 Kind = Literal["exact_match", "preference", "reward", "perplexity", "self_consistency", "agreement"]
+
+GENERATING: tuple[Kind, ...] = ("exact_match", "reward", "self_consistency", "agreement")
+"""Kinds that compare generated answers."""
 
 SAMPLES = 8
 """Answers to each prompt of `self_consistency`, unless the metric has `samples`."""
@@ -96,7 +100,7 @@ class Measurement(Section):
         return self
 
 
-class EvaluateSpec(Section):
+class EvaluateSpec(EngineSpec):
     """The section `evaluate:`."""
 
     metrics: dict[str, Measurement] = Field(default_factory=dict)
@@ -119,6 +123,29 @@ class EvaluateSpec(Section):
     """`cuda` or `cpu`; default: a GPU if there is one."""
     seed: int = 0
     """Seed of sampled answers."""
+
+    @model_validator(mode="after")
+    def _answered_by_vllm(self) -> EvaluateSpec:
+        if self.engine != "vllm":
+            return self
+        asked = [of for of in self.metrics.values() if of.kind in GENERATING]
+        if not asked:
+            raise ValueError(
+                f"`engine: vllm` has no effect: it generates answers for {', '.join(GENERATING)}, and no metric is one; "
+                "perplexity, preference and lm-eval's tasks need logits, which transformers computes"
+            )
+        if self.device not in (None, "cuda"):
+            raise ValueError(
+                f"engine: vllm needs a GPU, and device is {self.device}; choose one by CUDA_VISIBLE_DEVICES"
+            )
+        for of in asked:
+            check_temperature(of.temperature)
+        return self
+
+    def engine_of(self, name: str) -> Engine:
+        """What evaluates a metric, or lm-eval's tasks: vLLM generates, and transformers computes logits."""
+        generates = name in self.metrics and self.metrics[name].kind in GENERATING
+        return self.engine if generates else "transformers"
 
     @property
     def needs_lm_eval(self) -> bool:

@@ -26,6 +26,7 @@ trial_processes    trials at a time on this machine
 search_result      the best trial, the front, and their files
 search_plot        the plot of a search
 starter_recipe     `paft init`
+shipped_recipes    the recipes that come with the package
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from paft_merge.evaluating.data_rows import is_file
 from paft_merge.hub import download
 from paft_merge.inputs.links import following_links
 from paft_merge.output.card.markdown import escape_markdown
+from paft_merge.pipeline.engines import check_engine, engine_of
 from paft_merge.pipeline.execution import Event, Executor, OnEvent
 from paft_merge.pipeline.preflight import check_adapters, check_run, check_task_data, check_training
 from paft_merge.pipeline.results_table import Table
@@ -52,6 +54,7 @@ from paft_merge.pipeline.steps import Evaluate, Planner, Step, Train
 from paft_merge.recipe.sections import beside_recipe
 from paft_merge.recipe.trust import announce, file_of
 from paft_merge.recipe.yaml_source import dump_yaml
+from paft_merge.training.engine_schema import Engine
 
 __all__ = ["STAGES", "Event", "Planned", "Run", "Stage", "load_run", "plan", "run"]
 
@@ -78,10 +81,17 @@ class Planned:
         """Why a step is to do; empty if it is not."""
         return (self.state.why(step) or "asked for") if step in self.todo else ""
 
+    def engine_of(self, step: Step) -> Engine:
+        """What generates text in a step."""
+        return engine_of(self.recipe, step)
+
     def to_json(self) -> dict[str, Any]:
-        """The steps as plain data: why each runs (empty: it does not), and what it writes."""
+        """The steps as plain data: why each runs (empty: it does not), what it writes, and what generates text, if vLLM."""
         steps = [
-            {"step": one.name, "stage": one.stage, "why": self.why(one), "out": str(one.out) if one.out else None}
+            {
+                "step": one.name, "stage": one.stage, "why": self.why(one), "out": str(one.out) if one.out else None,
+                **({"engine": "vllm"} if self.engine_of(one) == "vllm" else {}),
+            }
             for one in self.steps
         ]  # fmt: skip
         return {"steps": steps, "to_do": len(self.todo)}
@@ -157,6 +167,7 @@ def _plan(
     planner, state = Planner.plan(loaded, Path(folder)), State.read(Path(folder))
     todo = _todo(planner, state, start, only)
     check_training(loaded, todo)
+    check_engine(loaded, planner.ordered, todo)
     check_task_data(loaded, todo)
     return Planned(loaded, planner, state, todo)
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from paft_merge.pipeline.schema import STAGES, RunRecipe, Stage
 from paft_merge.pipeline.state import State
 from paft_merge.pipeline.steps import SPARSITY, Answer, Audit, Evaluate, Export, Merge, Push, Step, Train, Verify
 from paft_merge.pipeline.trained_templates import as_trained, template_of_run
+from paft_merge.training.engine_schema import ENGINES, Engine
 from paft_merge.training.run_folder import DONE_FILE, write_json
 
 if TYPE_CHECKING:
@@ -254,23 +255,24 @@ class Executor:
 
         spec, subject = self.recipe.evaluate, None
         assert spec is not None
-        for step in steps:
-            job, out = step.job, step.out
-            assert isinstance(job, Answer)
-            assert out is not None
-            with self._recorded(step) as result:
-                subject = subject or self._loaded(job.arm)
-                found = answers_of(subject, spec.metrics[job.metric], self.recipe.folder, spec.batch_size)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(out, {"answers": found})
-                result["answers"] = len(found)
+        with ExitStack() as loaded:
+            for step in steps:
+                job, out = step.job, step.out
+                assert isinstance(job, Answer)
+                assert out is not None
+                with self._recorded(step) as result:
+                    subject = subject or loaded.enter_context(closing(self._loaded(job.arm, spec.engine)))
+                    found = answers_of(subject, spec.metrics[job.metric], self.recipe.folder, spec.batch_size)
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(out, {"answers": found})
+                    result["answers"] = len(found)
 
-    def _loaded(self, arm: Arm) -> EvaluatedModel:
-        from paft_merge.evaluating.loading import load_subject
+    def _loaded(self, arm: Arm, engine: Engine) -> EvaluatedModel:
+        from paft_merge.evaluating.vllm_loading import load_for
 
         spec, template = self.recipe.evaluate, template_of_run(self.recipe, self.folder)
         assert spec is not None
-        return load_subject(arm.parts, spec, trust_code=self.trust_code, template=template)
+        return load_for(engine, arm.parts, spec, trust_code=self.trust_code, template=template)
 
     def _arm(self, steps: Sequence[Step]) -> None:
         from paft_merge.evaluating import HARNESS
@@ -278,31 +280,43 @@ class Executor:
 
         spec, subject, shown, began = self.recipe.evaluate, None, list[str](), time.monotonic()
         assert spec is not None
-        for step in steps:
-            job, out = step.job, step.out
-            assert isinstance(job, Evaluate)
-            assert out is not None
-            with self._recorded(step, reported=False) as result:
-                if job.metric == SPARSITY:
-                    scores = {SPARSITY: {"value": self._sparsity(job), "stderr": None}}
-                else:
-                    subject = subject or self._loaded(job.arm)
-                    if job.metric == HARNESS:
-                        from paft_merge.evaluating.harness import run_tasks
-
-                        found = run_tasks(subject, spec, self.recipe.folder)
+        with ExitStack() as loaded:
+            for step in sorted(steps, key=self._engine_order):
+                job, out = step.job, step.out
+                assert isinstance(job, Evaluate)
+                assert out is not None
+                with self._recorded(step, reported=False) as result:
+                    if job.metric == SPARSITY:
+                        scores = {SPARSITY: {"value": self._sparsity(job), "stderr": None}}
                     else:
-                        of = spec.metrics[job.metric]
-                        folder, sources = self.recipe.folder, answers_for(job)
-                        score = measure(subject, of, folder, spec.batch_size, spec.seed, sources=sources)
-                        found = {job.metric: score}
-                    scores = {name: one.to_json() for name, one in found.items()}
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(out, scores)
-                result |= {name: {"value": s["value"], "stderr": s["stderr"]} for name, s in scores.items()}
-            shown += [f"{name} {score['value']:.3f}" for name, score in scores.items() if score["value"] is not None]
+                        engine = spec.engine_of(job.metric)
+                        if subject is None or subject.engine != engine:
+                            loaded.close()
+                            subject = loaded.enter_context(closing(self._loaded(job.arm, engine)))
+                        if job.metric == HARNESS:
+                            from paft_merge.evaluating.harness import run_tasks
+
+                            found = run_tasks(subject, spec, self.recipe.folder)
+                        else:
+                            of = spec.metrics[job.metric]
+                            folder, sources = self.recipe.folder, answers_for(job)
+                            score = measure(subject, of, folder, spec.batch_size, spec.seed, sources=sources)
+                            found = {job.metric: score}
+                        scores = {name: one.to_json() for name, one in found.items()}
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(out, scores)
+                    result |= {name: {"value": s["value"], "stderr": s["stderr"]} for name, s in scores.items()}
+                shown += [
+                    f"{name} {score['value']:.3f}" for name, score in scores.items() if score["value"] is not None
+                ]
         seconds = time.monotonic() - began
         self.on_event(Event(steps[0].name.rpartition("/")[0], "done", f"{', '.join(shown)} ({seconds:.1f} s)"))
+
+    def _engine_order(self, step: Step) -> int:
+        """The place of an evaluation among those of its arm: those of one engine follow each other."""
+        assert isinstance(step.job, Evaluate)
+        assert self.recipe.evaluate is not None
+        return ENGINES.index(self.recipe.evaluate.engine_of(step.job.metric))
 
     def _sparsity(self, job: Evaluate) -> float | None:
         """Share of the entries that the arm moves by less than epsilon; None if it changes no tensor."""

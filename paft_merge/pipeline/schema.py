@@ -217,6 +217,7 @@ class ExportSpec(Section):
     """The section `export:`: formats of the merged model of the first seed. A recipe names no program."""
 
     to: Annotated[list[Target], BeforeValidator(_one_or_more), AfterValidator(_no_value_twice), Field(min_length=1)]
+    """One format or several, as `paft export --to` names them."""
     quantize: str | None = None
     """A type of llama.cpp, or of MLX; None keeps 16 bits."""
 

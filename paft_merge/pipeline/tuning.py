@@ -230,6 +230,9 @@ def _checked(recipe: RunRecipe) -> SearchSpace:
             if name not in known and not recipe.evaluate.needs_lm_eval:
                 fix = did_you_mean(name, known) or f"evaluations are {', '.join(known)}"
                 problems.add("TUNE", where, f"there is no evaluation {name!r}", fix)
+    if recipe.evaluate.engine == "vllm":
+        what = "tune merges into a model that stays loaded, and vLLM loads a folder"
+        problems.add("ENGINE", recipe.where("evaluate", "engine"), what, "--set evaluate.engine=transformers")
     check_merge(recipe, recipe.merge.data, ("merge",), problems)
     space = SearchSpace.of(recipe, problems)
     problems.raise_as(RecipeError)

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from paft_merge.dialects.traits import MAX_RANKS
 from paft_merge.errors import Problem, Problems, RecipeError
 from paft_merge.inputs.adapters.deltas import FUSED, LayerKind, Lazy
 from paft_merge.inputs.adapters.selection import Selection
@@ -34,6 +33,7 @@ from paft_merge.plan.merged_deltas import (
 from paft_merge.plan.planned import Factor, MergePlan, PlannedTensor, matrix_of
 from paft_merge.plan.side_files import SideFiles
 from paft_merge.recipe import ModelRef, Recipe
+from paft_merge.training.engine_schema import MAX_RANKS
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -35,6 +35,11 @@ def show_value(value: Any) -> str:
     return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def html_lines(lines: Iterable[str]) -> str:
+    """Return an HTML paragraph for each line; the text is escaped."""
+    return "".join(f"<p>{html.escape(escape(line))}</p>" for line in lines)
+
+
 def html_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     """Return an HTML table; the text of every cell is escaped."""
 

@@ -11,10 +11,10 @@ from typing import Any
 from paft_merge.errors import Problem, Problems
 from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.models import Model
-from paft_merge.inputs.quantized import settings_of
+from paft_merge.inputs.quantized import named_otherwise, settings_of
 from paft_merge.inputs.quantized.dequantized import Dequantized
 from paft_merge.inputs.quantized.weights import QuantizedWeight
-from paft_merge.inputs.safetensors_header import join_first, quote
+from paft_merge.inputs.safetensors_header import join_first
 from paft_merge.inputs.tensor_inputs import Inputs, Read
 from paft_merge.methods.rules.rule import WeightedSum
 from paft_merge.methods.rules.thresholds import stream_key
@@ -57,8 +57,14 @@ def kept(recipe: Recipe, source: Model, tensors: Sequence[PlannedTensor], proble
             refused.setdefault("with another shape than the codes have", []).append(name)
         else:
             found += _coded(recipe, tensor, held.weights[name], Read(template.ref, held, name))
+    moved = [
+        (one.place.template_name, one.name) for one in tensors if one.place and one.place.template_name != one.name
+    ]
+    if other := named_otherwise(settings_of(source.checkpoint.inner.config), moved):
+        what = f"numbers its layers otherwise in the output, and its quantization_config names {join_first(other)} by number"
+        problems.add("CONFIG_MISMATCH", source.ref, what, "remove quantization: keep, which gives plain weights")
     for why, names in refused.items():
-        what = f"the merge changes {join_first([quote(name) for name in names])}, {why}"
+        what = f"the merge changes {join_first(names)}, {why}"
         problems.add("DTYPE_UNSUPPORTED", source.ref, what, "remove quantization: keep, which gives plain weights")
     return _in_order([*found, *_others(source, found, problems)], source.checkpoint.inner)
 
@@ -140,9 +146,7 @@ def _others(source: Model, found: Sequence[PlannedTensor], problems: Problems) -
     left = sorted(checkpoint.hidden - known)
     moved = [tensor for tensor in found if tensor.name not in checkpoint.inner.tensors]
     if left and moved:
-        what = (
-            f"stores {join_first([quote(name) for name in left])}, which belong to no weight, and layers are renumbered"
-        )
+        what = f"stores {join_first(left)}, which belong to no weight, and layers are renumbered"
         problems.add("DTYPE_UNSUPPORTED", source.ref, what, "remove quantization: keep, which gives plain weights")
         return
     for name in left:

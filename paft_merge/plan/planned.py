@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +20,7 @@ from paft_merge.inputs.quantized.weights import QuantizedWeight
 from paft_merge.inputs.tensor_inputs import Inputs, Read
 from paft_merge.methods.rules.rule import Rule, WholeRule
 from paft_merge.output.shards import Shard
-from paft_merge.plan.formatting import html_table, show_bytes, show_value
+from paft_merge.plan.formatting import html_lines, html_table, show_bytes, show_value
 from paft_merge.plan.output_tensors import OutputTensor
 from paft_merge.plan.side_files import SideFiles
 from paft_merge.plan.vocabulary import Vocabulary
@@ -321,7 +320,7 @@ class MergePlan:
     def _repr_html_(self) -> str:
         head = ("tensors", "method", "inputs", "output", "parameters")
         rows = [(f"{count:,}", *kind) for kind, count in self.summary()]
-        return f"<p>{escape(repr(self))}</p>{html_table(rows, head)}"
+        return html_lines([repr(self)]) + html_table(rows, head)
 
     def summary(self, limit: int = 12) -> list[tuple[TensorKind, int]]:
         """Count the tensors of each kind, most frequent first; kinds beyond `limit` are counted together."""

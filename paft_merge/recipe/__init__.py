@@ -206,7 +206,7 @@ def load_recipe(
     """Read and check a merge recipe.
 
     Args:
-        source: a path; YAML text (a str with a line break or `: `, any other is a path); data; or part of a file.
+        source: a path; YAML text (a str with a line break or a colon and a space; any other is a path); data; or part of a file.
         strict: raise for keys that mergekit would ignore, instead of warning.
         methods: the methods that a recipe may name.
 

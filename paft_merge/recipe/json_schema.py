@@ -88,10 +88,11 @@ def _absolute(link: re.Match[str]) -> str:
 
 @cache
 def documentation(model: type[BaseModel]) -> Mapping[str, str]:
-    """The docstring of every field of a model, from its source."""
+    """The docstring of every field of a model, from its source and that of the models that it extends."""
     body = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    above = [one for one in model.__bases__ if issubclass(one, BaseModel) and one.model_fields]
+    found = {name: text for one in above for name, text in documentation(one).items()}
     for field, text in zip(body.body, body.body[1:], strict=False):
         match field, text:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):

@@ -72,6 +72,7 @@ class ModelRef:
         """The string form, or the object form where the string would not parse as an equal reference."""
         places = [self.path, self.revision, *(part for adapter in self.adapters for part in adapter)]
         marked = any(mark in place for place in places if place for mark in "+@") or self.path.startswith("model:")
+        marked |= bool(self.adapters) and any(place != place.strip() for place in places if place)
         if not marked and self.override_architecture is None and self.label is None:
             return str(self)
         form: dict[str, Any] = {"model": {"path": self.path, "revision": self.revision}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,9 +10,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-import paft_merge
 from paft_merge.errors import RunError
 from paft_merge.pipeline.overrides import overridden
+from paft_merge.pipeline.shipped_recipes import shipped_folders
 from paft_merge.recipe.sections import Section, read_section, refused, suggestion
 from paft_merge.recipe.yaml_source import Located, load_yaml
 
@@ -167,8 +166,7 @@ class Study:
 
 def folders() -> Sequence[Path]:
     """The folders of definitions: of the source tree, and of an installed package."""
-    tree = Path(paft_merge.__file__).parents[1]
-    return (tree / "recipes" / "studies", Path(sysconfig.get_path("data")) / "share" / "paft-merge" / "studies")
+    return [folder / "studies" for folder in shipped_folders()]
 
 
 def known_studies() -> list[str]:

@@ -72,8 +72,20 @@ def complete(
         stops = {**how, **options}.get("eos_token_id", model.generation_config.eos_token_id)
         ids = torch.tensor([stops] if isinstance(stops, int) else stops or [], device=made.device, dtype=made.dtype)
         ended += torch.isin(made[:, input_ids.shape[1] :], ids).any(1).tolist()
-    texts = tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
-    if spaced is not None:
-        whole = tokenizer.batch_decode(made, skip_special_tokens=True)
-        spaced += [text != "" and both.endswith(f" {text}") for text, both in zip(texts, whole, strict=True)]
+    width = input_ids.shape[1]
+    texts = texts_of(tokenizer, [(row[:width], row[width:]) for row in made.tolist()], spaced)
     return [tuple(texts[i : i + completions]) for i in range(0, len(texts), completions)]
+
+
+def texts_of(
+    tokenizer: Any, rows: Sequence[tuple[list[int], list[int]]], spaced: list[bool] | None = None
+) -> list[str]:
+    """Texts of completions without special tokens, from the token ids of each prompt and its completion.
+
+    `spaced` is that of `complete`.
+    """
+    texts: list[str] = tokenizer.batch_decode([new for _, new in rows], skip_special_tokens=True)
+    if spaced is not None:
+        whole = tokenizer.batch_decode([ids + new for ids, new in rows], skip_special_tokens=True)
+        spaced += [text != "" and both.endswith(f" {text}") for text, both in zip(texts, whole, strict=True)]
+    return texts

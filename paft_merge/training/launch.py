@@ -23,6 +23,7 @@ from paft_merge.training.processes import Launch, OnStep, command_for, devices_o
 from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import AdapterSpec, read_adapters, settings_of
 from paft_merge.training.train_options import TrainOptions, TrainProgress, need_extras
+from paft_merge.training.vllm_engine import in_memory, samples_by_vllm
 
 if TYPE_CHECKING:
     from paft_merge.training.prepared_rows import Prepared
@@ -75,6 +76,8 @@ def train(
     for function in filter(None, (reward.function for spec in specs.values() for reward in spec.reward)):
         announce(function, file_of(function, folder))
     out = Path(out)
+    if base is not None and (asked := [adapter for adapter, spec in specs.items() if samples_by_vllm(spec)]):
+        raise in_memory(asked[0])
     if base is None:
         with following_links(follow_links):
             refuse_odd_files(Path(_path_of(name, folder)))

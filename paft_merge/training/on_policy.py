@@ -7,11 +7,12 @@ Round `k` writes `<work folder>/rounds/k`: `samples.jsonl` (every completion wit
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from paft_merge.training.losses import rwr_weights
 from paft_merge.training.rewards import reward_functions, total
 from paft_merge.training.run_folder import RunFolder, write_json
 from paft_merge.training.schema import SamplingSpec
+from paft_merge.training.vllm_engine import VllmModel
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpe
     A completion of a text begins with the space that separates it from its prompt, unless the prompt ends with one: rows of
     training join them.
     """
-    was, ids = model.training, [token_ids(tokenizer, prompt) for prompt in prompts]
+    was, ids = model.training, _ids(tokenizer, prompts)
     model.eval()
     try:
         torch.manual_seed(seed)
@@ -117,11 +119,42 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], spec: SamplingSpe
             )
     finally:
         model.train(was)
+    return _joined(prompts, found, spaced)
+
+
+def _ids(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    return [token_ids(tokenizer, prompt) for prompt in prompts]
+
+
+def _joined(prompts: Sequence[Any], found: Sequence[tuple[str, ...]], spaced: Sequence[bool]) -> list[tuple[str, ...]]:
+    """Completions, each with the space before it that its prompt does not have."""
     apart = iter(spaced)
     return [
         tuple(f" {text}" if next(apart) and _needs_space(prompt) else text for text in texts)
         for prompt, texts in zip(prompts, found, strict=True)
     ]
+
+
+def _sample_by_vllm(job: Job, prompts: Sequence[Any], adapter: Path | None, seed: int) -> list[tuple[str, ...]]:
+    """The completions that `sample` makes, by vLLM, which holds the memory of the GPU until they are made."""
+    spec, lora, base = job.spec.sampling, job.spec.lora, job.spec.base
+    ids, spaced = _ids(job.tokenizer, prompts), list[bool]()
+    job.base.to("cpu")
+    gc.collect()
+    torch.cuda.empty_cache()
+    source, end = job.options.base_path or job.base_name, job.tokenizer.eos_token_id
+    with closing(
+        VllmModel.load(
+            TrainError, job.name, source, spec.vllm, job.tokenizer, job.base.generation_config,
+            max_length=max(map(len, ids)) + spec.max_new_tokens, dtype=str(job.base.dtype).removeprefix("torch."),
+            adapter=adapter, rank=lora.r, revision=base.revision, trust_code=base.trust_remote_code,
+        )
+    ) as model:  # fmt: skip
+        found = model.complete(
+            ids, max_new_tokens=spec.max_new_tokens, temperature=spec.temperature, completions=spec.completions, seed=seed,
+            top_p=spec.top_p, stops=[] if end is None else [end], spaced=spaced,
+        )  # fmt: skip
+    return _joined(prompts, found, spaced)
 
 
 def _needs_space(prompt: Any) -> bool:
@@ -270,8 +303,12 @@ def _samples(job: Job, number: int, folder: Path, adapter: Path | None) -> list[
         job.warn(f"the samples of round {number} are damaged; they are generated again")
     columns = _prompts(job, number)
     prompts = columns.pop("prompt")
-    with _policy(job, adapter) as policy:
-        completions = sample(policy, job.tokenizer, prompts, spec, spec.seed * 1_000_003 + number)
+    seed = spec.seed * 1_000_003 + number
+    if spec.engine == "vllm":
+        completions = _sample_by_vllm(job, prompts, adapter, seed)
+    else:
+        with _policy(job, adapter) as policy:
+            completions = sample(policy, job.tokenizer, prompts, spec, seed)
     rewards = _score(job, prompts, completions, columns)
     sampled = [Sampled(*one) for one in zip(prompts, completions, rewards, strict=True)]
     lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) for one in sampled]

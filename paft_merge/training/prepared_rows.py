@@ -17,6 +17,7 @@ from paft_merge.training.row_checks import check_tokens
 from paft_merge.training.row_sources import in_memory
 from paft_merge.training.schema import AdapterSpec, trained_parts
 from paft_merge.training.train_options import TrainOptions, need_extras
+from paft_merge.training.vllm_engine import check_rounds, samples_by_vllm
 
 
 @dataclass
@@ -66,11 +67,16 @@ def prepare(source: str | None, spec: AdapterSpec, checkpoints: Path, options: T
     with problems.catching():
         lora_config(spec)
     with problems.catching():
+        if samples_by_vllm(spec):
+            check_rounds(spec, source, options.name)
+    with problems.catching():
         if tokenizer is None and source is not None:
             tokenizer = load_tokenizer(source, spec, options.folder, trust_code=options.trust_code)
     with problems.catching():
         rows = prepare_rows(spec, tokenizer, arguments, options)
     problems.raise_as(TrainError)
+    if samples_by_vllm(spec):
+        rows.notes.append("vLLM generates the completions, which is experimental")
     return Prepared(tokenizer, arguments, rows)
 
 

@@ -30,6 +30,7 @@ from paft_merge.training.run_folder import RunFolder, is_first
 from paft_merge.training.schema import SAMPLING, AdapterSpec, read_adapter, settings_of, trained_parts
 from paft_merge.training.train_options import TrainOptions
 from paft_merge.training.untrained_tokens import unlearnable
+from paft_merge.training.vllm_engine import in_memory, samples_by_vllm
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,9 @@ def _prepared(base: Any, spec: AdapterSpec, place: RunFolder, options: TrainOpti
     check_code(spec, options.folder, trust_code=options.trust_code)
     _check_processes(spec, name)
     source = (options.base_path or base_name) if loaded else str(base)
+    if loaded and not options.base_path and samples_by_vllm(spec):
+        raise in_memory(name)
+    options = replace(options, base_path=source)
     made = options.prepared or prepare(source, spec, place.checkpoints, options)
     model = base if loaded else load_base(source, spec.base)
     check_targets(spec, model)

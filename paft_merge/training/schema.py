@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJso
 from paft_merge.errors import Problems, RecipeError
 from paft_merge.recipe.sections import Section, as_list, exactly_one, former_keys, read_section, suggestion
 from paft_merge.recipe.yaml_source import Located, refuse_secrets
+from paft_merge.training.engine_schema import EngineSpec, check_temperature
 
 Objective = Literal["sft", "dpo", "orpo", "ift", "on_policy", "best_of_n", "rwr", "rloo", "grpo", "mixed"]
 SAMPLING: tuple[Objective, ...] = ("on_policy", "best_of_n", "rwr")
@@ -174,7 +175,7 @@ class RewardSpec(Section):
         return self
 
 
-class SamplingSpec(Section):
+class SamplingSpec(EngineSpec):
     """Rounds of generate, score, pair and train, with the parameters of arXiv:2404.14367."""
 
     rounds: Annotated[int, Field(ge=1)] = 4
@@ -205,6 +206,12 @@ class SamplingSpec(Section):
     """`rwr` only: softmax temperature of the reward weights."""
     seed: int = 0
     """Seed of the prompts and completions."""
+
+    @model_validator(mode="after")
+    def _sampled_by_vllm(self) -> SamplingSpec:
+        if self.engine == "vllm":
+            check_temperature(self.temperature)
+        return self
 
 
 class QuantizationSpec(Section):

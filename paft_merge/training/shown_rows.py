@@ -71,7 +71,8 @@ def shown(
         looked = max(count, _LOOKED_AT)
         few = spec.model_copy(
             update={"data": [one.model_copy(update={"max_rows": min(one.max_rows or looked, looked)}) for one in spec.data],
-                    "eval_data": None}
+                    "eval_data": None,
+                    "sampling": spec.sampling.model_copy(update={"engine": "transformers"})}
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder, bounded_templates(name):
             made = prepare(source, few, Path(folder), replace(options, name=name))

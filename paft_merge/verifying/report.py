@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from paft_merge.auditing.report.gate import Metric, Requirement
 from paft_merge.errors import AuditError, Problem
+from paft_merge.plan.formatting import html_lines, html_table
 from paft_merge.stats.json_numbers import finite
 from paft_merge.verifying.behaviour import Difference
 from paft_merge.verifying.evidence import StoredTensor, root
 from paft_merge.verifying.findings import Finding
 
+NUMBERS = ("KL mean", "KL p99", "top-1", "largest", "continuations", "drift")
+"""The columns of `Behaviour.shown`."""
+
+OTHERS = {"recipe": "the recipe in float32", "base": "the base", "adapter": "PEFT, not merged"}
+"""The models that a finished model is compared with, in words."""
 FAR = 0.25
 """Largest relative difference of logits that rounding of weights and of sums to 16 bits leaves; it is a few per cent at most."""
 
@@ -78,6 +84,18 @@ class Behaviour:
             before = max(before, drift)
         return None
 
+    def shown(self) -> list[str]:
+        """Return a text for each of `NUMBERS`; empty where there is no number."""
+
+        def number(value: float | None) -> str:
+            return "" if value is None else f"{value:.2g}"
+
+        parted = f"{len(self.parted)} of {self.continued} differ" if self.continued else ""
+        if self.parted:
+            parted += f", first at token {min(self.parted.values()) + 1}"
+        last = number(max(self.drift, default=None))
+        return [number(self.kl), number(self.kl_p99), f"{self.top1:.1%}", number(self.largest), parted, last]
+
     def to_json(self) -> dict[str, Any]:
         """The behaviour as plain data."""
         return {
@@ -87,12 +105,12 @@ class Behaviour:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """A finished model beside what its recipe means."""
 
     where: str
-    tensors: tuple[StoredTensor, ...] = field(repr=False)
+    tensors: tuple[StoredTensor, ...]
     findings: tuple[Finding, ...]
     behaviours: Mapping[str, Behaviour]
     """By `recipe`, `base`, `adapter`."""
@@ -134,6 +152,19 @@ class Verification:
         how = "the rank of its factors" if "rank" in seen else "the codes" if "codes" in seen else "one rounding"
         lost = f", which loses {min(self.lost, 1):.1%} of the update" if self.lost else ""
         return f"is the model of its recipe up to {how}{lost}"
+
+    def __repr__(self) -> str:
+        return f"Verification({self.where!r}, {self.verdict!r}, {len(self.tensors):,} tensors, {len(self.findings):,} findings)"
+
+    def _repr_html_(self) -> str:
+        lines = [f"{self.where} {self.verdict}", *map(str, self.findings)]
+        rows = [(OTHERS[name], *one.shown()) for name, one in self.behaviours.items()]
+        table = html_table(rows, ("compared with", *NUMBERS)) if rows else ""
+        skipped = (
+            f"{f'not compared with {OTHERS[name]}' if name in OTHERS else name}: {why}"
+            for name, why in self.skipped.items()
+        )
+        return html_lines(lines) + table + html_lines(skipped)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data; the fields are in docs/verify.md. Numbers that are not finite are None."""

@@ -116,3 +116,15 @@ def test_a_tally_is_what_numpy_counts() -> None:
     np.testing.assert_array_equal(counts["max_bits"], bits(np.abs(deltas)).max(1))
     expected = [np.abs(wide).sum(1), (wide**2).sum(1), (kept**2).sum(1), (np.where(agrees, kept, 0) ** 2).sum(1)]
     np.testing.assert_allclose(outcome.sums, np.stack(expected, 1), rtol=1e-6)
+
+
+def test_the_loss_of_codes_is_that_of_the_updates_alone() -> None:
+    base, merged = normal(0, SIZE), normal(1, SIZE)
+    merged[:700] = base[:700]
+    written = np.where(np.arange(SIZE) % 3 == 0, base, merged + np.float32(1e-5))
+    counts, sums = np.empty(2, np.int64), np.empty(2)
+    kernels.lost(merged, base, written, counts, sums, kernels.lines(2, of=np.float64))
+    moved = merged != base
+    assert counts.tolist() == [moved.sum(), (moved & (written == base)).sum()]
+    squares = [np.square((one - other).astype(np.float64)).sum() for one, other in ((merged, base), (written, merged))]
+    np.testing.assert_allclose(sums, squares, rtol=1e-12)

@@ -259,12 +259,14 @@ def coded(values: np.ndarray) -> list[np.ndarray]:
                 held, grid, Layout.of(1, 16, 64), Scales(bits, form.values(bits), form), Rounding(key=key)
             )
             found += [made.codes, made.scales, made.values]
+    counts, sums, (merged, base) = np.empty(2, np.int64), np.empty(2), held[: len(held) // 2 * 2].reshape(2, -1)
+    kernels.lost(merged, base, made.values.reshape(-1)[: merged.size], counts, sums, kernels.lines(2, of=np.float64))
     codes, table = np.arange(96, dtype=np.uint8), np.linspace(-1, 1, 512, dtype=np.float32).reshape(256, 2)
     scales, line = np.linspace(0.5, 2, 12, dtype=np.float32).reshape(6, 2), np.empty(TURNED, np.float32)
     values, turned = np.empty(192, np.float32), np.empty((32, 6), np.float32)
     kernels.decode(codes, table, scales, np.empty((0, 0), np.float32), 32, 16, 0, values)
     kernels.decode_turned(codes.reshape(6, 16), table, scales, 16, line, turned)
-    return [*found, values, turned]
+    return [*found, values, turned, counts, sums]
 
 
 def surveyed(base: np.ndarray, sources: np.ndarray, low: int) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,20 @@ def test_at_most_forty_rows_without_all(tmp_path: Path) -> None:
     assert run.output.count("model.layers") == 40
     assert "and 10 more (--all shows them)" in run.output
     assert paft("diff", tmp_path / "a", tmp_path / "b", "--all").output.count("model.layers") == 50
+
+
+def test_a_notebook_shows_the_worst_first_and_escapes_names(tmp_path: Path) -> None:
+    one = {f"model.layers.{i}.<b>": drawn(4, seed=i) for i in range(50)}
+    html = written(tmp_path / "<i>", one, {name: tensor * 2 for name, tensor in one.items()})._repr_html_()
+    assert html.count("<tr>") == 41
+    assert "50 different" in html
+    assert "and 10 more" in html
+    assert "&lt;b&gt;" in html
+    assert not {"<b>", "<i>"} & set(re.findall(r"<[a-z]+>", html))
+    same = written(tmp_path / "same", state(), state())
+    assert repr(same).endswith("/same/b', 3 same)")
+    assert "are the same: 3 same" in same._repr_html_()
+    assert "<table>" not in same._repr_html_()
 
 
 def test_broken_and_pickled_checkpoints_are_refused(tmp_path: Path) -> None:

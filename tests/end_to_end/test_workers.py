@@ -128,6 +128,11 @@ RECIPES = {
     ),
     "slerp": lambda models: recipe("slerp", models["base"], models["x"], parameters={"t": 0.4}),
     "slices": slices,
+    "adapter": lambda models: recipe(
+        "ties", models["base"], (on(models["base"], models["sft"]), {"weight": "equal_norm"}),
+        (on(models["base"], models["dpo"]), {"weight": 0.5}), parameters={"density": 0.4, "trim_scope": "global"},
+        output={"kind": "adapter", "rank": 3},
+    ),
     "documents": several,
     "results": two_results,
 }  # fmt: skip
@@ -141,7 +146,8 @@ def written(models: Models, name: str, folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# Workers that write an adapter are in tests/engine/test_spaces.py.
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "adapter"])
 def test_workers_write_the_files_of_one_process(name: str, models: Models, tmp_path: Path) -> None:
     asked = written(models, name, tmp_path)
     options = {"out_shard_bytes": 20_000} if name in ("slices", "results") else {}

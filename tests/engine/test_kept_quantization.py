@@ -76,7 +76,8 @@ def test_merged_weights_are_codes_and_the_other_tensors_are_copied(
     assert (found["updated"], found["unmoved"]) == (updated, unmoved)
     assert found["relative_error"] == pytest.approx((error / update) ** 0.5, rel=1e-4)
     assert f"{unmoved / updated:.1%} of these did not move" in (tmp_path / "out" / "README.md").read_text()
-    assert any(f"{unmoved / updated:.1%} of the entries" in text for text in noted)
+    said = next(text for text in noted if f"{unmoved / updated:.1%} of the entries" in text)
+    assert "write rounding: stochastic" in said
 
 
 def test_workers_a_resumed_merge_and_a_reproduction_write_the_same_codes(
@@ -85,7 +86,9 @@ def test_workers_a_resumed_merge_and_a_reproduction_write_the_same_codes(
     (folder, _), (source, _) = base, adapter
     recipe = asked(folder, f"{folder}+{source}", quantization="keep", rounding="stochastic")
     small = {"out_shard_bytes": 1200}
-    merge(recipe, tmp_path / "whole", threads=1, **small)
+    noted: list[str] = []
+    merge(recipe, tmp_path / "whole", threads=1, warn=lambda p: noted.extend(map(str, p)), **small)
+    assert not any("write rounding: stochastic" in text for text in noted)
     merge(recipe, tmp_path / "shared", worker="1/2", **small)
     merge(recipe, tmp_path / "shared", worker="0/2", **small)
 
@@ -112,6 +115,24 @@ def test_kept_scales_are_the_bytes_of_the_base(
     merge(asked(folder, f"{folder}+{source}", quantization="keep", scales="keep"), tmp_path / "out")
     got, was = stored_in(tmp_path / "out"), stored_in(folder)
     assert {name for name in was if not torch.equal(got[name], was[name])} == set(deltas)
+
+
+def test_layers_that_the_config_names_by_number_keep_their_numbers(tmp_path: Path) -> None:
+    plain = random_state(0, torch.bfloat16)
+    stored = {name: tensor for name, tensor in coded(plain)[0].items() if "layers.1" not in name}
+    stored |= {name: tensor for name, tensor in plain.items() if "layers.1" in name}
+    for excluded, layers in ((["model.layers.1", "lm_head"], [0, 1]), (["lm_head"], [1, 0])):
+        config = {"num_hidden_layers": 3, "quantization_config": {**CONFIG, "modules_to_not_convert": excluded}}
+        base = str(save_checkpoint(tmp_path / str(layers[0]), stored, config=config))
+        asked = [[{"sources": [{"model": base, "layer_range": [n, n + 1]}]} for n in some] for some in (layers, [1, 0])]
+        recipe = {"merge_method": "passthrough", "quantization": "keep"}
+        merge({**recipe, "slices": asked[0]}, tmp_path / f"{layers[0]}-out")
+        with Checkpoint.open(tmp_path / f"{layers[0]}-out") as made:
+            assert made.tensors[f"model.layers.{layers.index(1)}.self_attn.q_proj.weight"].dtype == "BF16"
+        if len(excluded) > 1:
+            said = "names 'model.layers.0.*, 'model.layers.1.* by number"
+            with pytest.raises(PaftMergeError, match=said), open_plan({**recipe, "slices": asked[1]}):
+                pass
 
 
 def gpt_oss_like() -> tuple[State, State, dict[str, Any]]:

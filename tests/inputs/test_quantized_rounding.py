@@ -162,6 +162,16 @@ def test_random_codes_of_exponents_cut_no_value(most: float, exponent: int) -> N
     assert made.scales[0, 0] == 127 + exponent
 
 
+@pytest.mark.parametrize("kind", FLOAT8_GRIDS)
+def test_values_beyond_the_largest_scale_get_that_scale(kind: str) -> None:
+    """The code after it is NaN or infinite."""
+    most = FLOAT8_GRIDS[kind].most
+    for how in (REFIT, Rounding(key=3)):
+        made = rounded([6.1 * FLOAT8_GRIDS[kind].largest, 0.0], E2M1, 1.0, how, form=FloatScales(kind))
+        assert made.scales.tolist() == [[most]]
+        assert made.values.tolist() == [[6 * FLOAT8_GRIDS[kind].largest, 0.0]]
+
+
 def test_a_block_of_zeros_and_a_scale_of_zero_are_written() -> None:
     for scale in (0.0, 0.5):
         made = rounded(np.zeros((2, 2)), E4M3, scale)

@@ -94,6 +94,9 @@ def test_the_page_shows_every_name_as_text_and_loads_nothing() -> None:
     assert "prefers-color-scheme:dark" in whole
     assert "@media print" in whole
     assert "<!doctype" not in SWEPT._repr_html_()
+    # JupyterLab's dark theme colours tables and their rows itself.
+    assert ".paft tbody tr:nth-child(n),.paft tbody tr:hover{background:none}" in SWEPT._repr_html_()
+    assert re.search(r"\.paft table\{[^}]*color:var\(--ink\)", SWEPT._repr_html_())
     done = Run(Path("<b>"), SWEPT, ())._repr_html_()
     assert done.startswith("<p>&lt;b&gt;: 0 steps done</p>")
 

@@ -307,6 +307,7 @@ class TestReferences:
         )
     )
     @example(ModelRef("model:a"))
+    @example(ModelRef(" ", None, "l"))
     def test_what_is_written_parses_back(self, ref: ModelRef) -> None:
         for again in (ModelRef.parse(ref.written()), ModelRef.parse(ref)):
             assert again == ref

@@ -19,7 +19,8 @@ from toys.merge import on, paft, recipe, write_recipe
 from toys.vocabulary import save_tokenizer
 
 from paft_merge.engine.api import merge
-from paft_merge.verifying import Verification, evidence, verification, verify
+from paft_merge.verifying import Behaviour, Verification, evidence, verification, verify
+from paft_merge.verifying.findings import Finding
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*"
@@ -376,3 +377,18 @@ def test_the_command_prints_a_row_for_each_model_and_its_gate_decides_the_exit_c
     assert "did you mean 'kl'" in unread.output
     wrong = damaged(world, tmp_path / "out", lambda s: s | {NORM: torch.ones_like(s[NORM])})
     assert paft("verify", wrong, "--tensors-only").exit_code == 3
+
+
+def test_a_notebook_shows_the_verdict_the_findings_and_a_row_for_each_model() -> None:
+    answers = Behaviour("recipe", 9, 1e-3, None, 2e-3, 0.875, 0.5, 0.1, 4, {2: 0}, (0.01, 0.25))
+    lost = Finding("missing", "<b>.weight", "is missing", "merge again")
+    found = Verification("<i>out", (), (lost,), {"recipe": answers}, {"base": "<u>too large"})
+    assert repr(found) == "Verification('<i>out', 'is not the model of its recipe: missing', 0 tensors, 1 findings)"
+    html = found._repr_html_()
+    assert "&lt;i&gt;out is not the model of its recipe: missing" in html
+    assert "&lt;b&gt;.weight: is missing; merge again" in html
+    row = "<td>the recipe in float32</td><td>0.001</td><td></td><td>87.5%</td><td>0.5</td><td>1 of 4 differ, first at token 1</td><td>0.25</td>"
+    assert row in html
+    assert "not compared with the base: &lt;u&gt;too large" in html
+    bare = Verification("out", (), (), {}, {})._repr_html_()
+    assert bare == "<p>out is the model of its recipe, bit for bit</p>"

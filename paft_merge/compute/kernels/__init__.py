@@ -123,6 +123,7 @@ round_codes = Compiled(
     "codes.round_codes",
     "f4.2 i4.1 int int f4.3 f4.3 f4.3 u1.3 bool float i8.1 f4.1 uint64 int u1.2 f4.2 i8.2 f8.2 f4.2 f8.2 f4.2 u1.1",
 )
+lost = Compiled("codes.lost", "f4.1 f4.1 f4.1 i8.1 f8.1 f8.2")
 decode = Compiled("decoding.decode", "u1.1 f4.2 f4.2 f4.2 int int int f4.1")
 decode_turned = Compiled("decoding.decode_turned", "u1.2 f4.2 f4.2 int f4.1 f4.2")
 

@@ -319,3 +319,29 @@ def round_codes(
                     if out[j] != some[j]:
                         mine[j] = spare[j]
                         out[j] = ((found[j] - zero[j]) * scale[j]) * factor32
+
+
+@jit
+def lost(merged: Any, base: Any, written: Any, counts: Any, sums: Any, memory: Any) -> None:
+    """Compare merged values with those of their codes; an update is the merged value minus the base's.
+
+    Args:
+        merged, base, written: `[E]` float32.
+        counts: `[2]` int64; receives how many updates are not zero, and of how many of these the written value is the base's.
+        sums: `[2]` float64; receives the sums of the squares of the updates and of the errors.
+        memory: `[2, LINE]` float64, memory.
+    """
+    updates, errors, updated, unmoved = memory[0], memory[1], 0, 0
+    updates[:STRIP] = 0.0
+    errors[:STRIP] = 0.0
+    for start in range(0, merged.size, STRIP):
+        m = min(STRIP, merged.size - start)
+        new, old, coded = merged[start : start + m], base[start : start + m], written[start : start + m]
+        for j in range(m):
+            update, error = np.float64(new[j] - old[j]), np.float64(coded[j] - new[j])
+            updates[j] += update * update
+            errors[j] += error * error
+            updated += new[j] != old[j]
+            unmoved += (new[j] != old[j]) & (coded[j] == old[j])
+    counts[0], counts[1] = updated, unmoved
+    sums[0], sums[1] = updates[:STRIP].sum(), errors[:STRIP].sum()

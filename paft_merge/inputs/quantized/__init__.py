@@ -7,7 +7,7 @@ A file for each format; `FORMATS` says which `quant_method` it reads. A format t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from paft_merge.errors import CheckpointError, Problems
@@ -15,7 +15,7 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.quantized import bnb, compressed, fp8, gptq, modelopt, mxfp4
 from paft_merge.inputs.quantized.dequantized import Dequantized
 from paft_merge.inputs.quantized.recognition import quantised
-from paft_merge.inputs.quantized.weights import QuantizedWeight, Settings, names_module, texts
+from paft_merge.inputs.quantized.weights import ModulePatterns, QuantizedWeight, Settings, texts
 from paft_merge.inputs.safetensors_header import join_first, truncate
 
 Find = Callable[[Checkpoint, Settings, Problems], Iterator[QuantizedWeight]]
@@ -58,7 +58,8 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     if not problems.found and not weights and not found:
         return checkpoint
     if not problems.found:
-        excluded = [name for name in weights if _is_excluded(name, settings)]
+        patterns = ModulePatterns(one for key in _EXCLUDING for one in texts(settings.get(key)))
+        excluded = [name for name in weights if patterns.naming(name.removesuffix(".weight"))]
         if excluded:
             what = f"says in config.json that {join_first(excluded)} are not quantised, and they are stored as codes"
             problems.add(
@@ -95,8 +96,24 @@ def _method(settings: Settings) -> str:
     return str(settings.get("quant_method") or ("bitsandbytes" if bits else "")).lower()
 
 
-def _is_excluded(name: str, settings: Settings) -> bool:
-    """Whether a config says that a module is not quantised; patterns begin with `re:`."""
-    module = name.removesuffix(".weight")
-    patterns = [one for key in _EXCLUDING for one in texts(settings.get(key))]
-    return any(names_module(pattern, module) for pattern in patterns)
+def named_otherwise(settings: Settings, names: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the new names of weights that a text in a config, such as a module that is not quantised, names before or after only.
+
+    Args:
+        settings: a `quantization_config`.
+        names: the old name and the new one of each weight.
+    """
+    patterns = ModulePatterns(_all_texts(settings))
+    return [
+        new
+        for old, new in names
+        if patterns.naming(old.removesuffix(".weight")) != patterns.naming(new.removesuffix(".weight"))
+    ]
+
+
+def _all_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from _all_texts(one)

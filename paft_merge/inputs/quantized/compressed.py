@@ -19,6 +19,7 @@ from paft_merge.inputs.quantized.mxfp4 import fp4_pairs
 from paft_merge.inputs.quantized.weights import (
     FLOATS,
     Grid,
+    ModulePatterns,
     Parts,
     Piece,
     QuantizedWeight,
@@ -27,7 +28,6 @@ from paft_merge.inputs.quantized.weights import (
     Values,
     byte_values,
     missing,
-    names_module,
     pair_values,
     texts,
     wrong_dtype,
@@ -153,6 +153,7 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
     elif settings.get("transform_config"):
         _unread(where, "rotated (transform_config)", problems)
     else:
+        targeted = [(ModulePatterns(texts(group.get("targets"))), group) for group in groups]
         for name in tensors:
             stem = name.removesuffix(".weight_scale")
             if stem == name and name.endswith(".weight_packed"):
@@ -160,7 +161,7 @@ def find(checkpoint: Checkpoint, settings: Settings, problems: Problems) -> Iter
                 if f"{stem}.weight_scale" not in tensors:
                     problems.found.append(missing(where, name, f"scales: {quote(f'{stem}.weight_scale')}"))
             elif stem != name:
-                group = _group_of(stem, groups)
+                group = _group_of(stem, targeted)
                 if group is None:
                     what = f"stores {quote(name)}, and no group of quantization_config has the module {quote(stem)}"
                     problems.add("CONFIG_MISMATCH", where, what, "correct quantization_config, or download it again")
@@ -182,22 +183,21 @@ def _unread(where: object, how: str, problems: Problems) -> None:
     problems.add("DTYPE_UNSUPPORTED", where, what, "dequantise it with the library that wrote it")
 
 
-def _group_of(module: str, groups: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _group_of(module: str, groups: list[tuple[ModulePatterns, Mapping[str, Any]]]) -> Mapping[str, Any] | None:
     """The group that names a module, else the first one that names a class of modules."""
-    named = (g for g in groups if any(names_module(one, module) for one in texts(g.get("targets"))))
-    classes = (g for g in groups if any(one.isidentifier() for one in texts(g.get("targets"))))
+    named = (group for targets, group in groups if targets.naming(module))
+    classes = (group for _, group in groups if any(one.isidentifier() for one in texts(group.get("targets"))))
     return next(named, None) or next(classes, None)
 
 
 def _without_scales(checkpoint: Checkpoint, groups: list[Mapping[str, Any]], settings: Settings) -> list[str]:
     """The first module that a group targets by name, and that is stored as floats."""
-    targets = [one for group in groups for one in texts(group.get("targets")) if not one.isidentifier()]
-    ignored = texts(settings.get("ignore"))
+    targets = ModulePatterns(one for group in groups for one in texts(group.get("targets")) if not one.isidentifier())
+    ignored = ModulePatterns(texts(settings.get("ignore")))
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         plain = module != name and len(info.shape) == 2 and info.dtype in FLOATS
-        targeted, excluded = (any(names_module(one, module) for one in some) for some in (targets, ignored))
-        if plain and targeted and not excluded:
+        if plain and targets.naming(module) and not ignored.naming(module):
             return [module]
     return []
 

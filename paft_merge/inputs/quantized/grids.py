@@ -48,12 +48,17 @@ class FloatGrid:
 
     @cached_property
     def values(self) -> Values:
-        """The value of each code, `[2 << sign]`; of codes past `most` it has no meaning."""
+        """The value of each code, `[2 << sign]`; those past `most` are NaN or infinite."""
         codes = np.arange(1 << self.sign)
         exponent, mantissa = codes >> self.bits, codes & ((1 << self.bits) - 1)
         normal = exponent > 0
         found = np.ldexp(mantissa + (normal << self.bits), np.where(normal, exponent - 1, 0) + self.lowest - self.bits)
-        return np.concatenate([found, -found]).astype(np.float32)
+        found[codes > self.most] = np.nan
+        found[(codes > self.most) & (mantissa == 0)] = np.inf
+        values: Values = np.concatenate([found, -found]).astype(np.float32)
+        if not self.signed_zero:
+            values[codes.size] = np.nan
+        return values
 
     @property
     def largest(self) -> np.float32:

@@ -117,7 +117,8 @@ def round_blocks(
         scales, shifts = (np.stack([getattr(one, part) for one in tried]) for part in ("scales", "zeros"))
         usable = np.isfinite(scales) & (scales > 0)
         if how.key:  # values out of range have a bias
-            usable &= _reaches(limits, grid, np.abs(scales), shifts)
+            reaching = usable & _reaches(limits, grid, np.abs(scales), shifts)
+            usable = np.where(reaching.any(0), reaching, usable)
         usable[0] |= not how.key
         form = grid.form
         steps = scales
@@ -161,7 +162,8 @@ def _fitted(limits: Values, grid: CodeGrid, stored: Scales, zeros: ZeroPoints, *
         tried.append(np.maximum(bits, 1) - np.uint8(1))
     elif exact or (isinstance(grid, FloatGrid) and grid in FLOAT8_GRIDS.values()):
         reached = _reaches(limits, grid, stored.form.values(bits), zeros.values)
-        tried = [np.where(reached, bits, bits + bits.dtype.type(1))]
+        higher = bits + bits.dtype.type(1)
+        tried = [np.where(reached | ~np.isfinite(stored.form.values(higher)), bits, higher)]
     return [_Tried(one, stored.form.values(one), zeros.values) for one in tried]
 
 

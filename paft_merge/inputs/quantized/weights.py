@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from functools import cache
 from math import lcm, prod
 from threading import Lock
@@ -21,12 +22,12 @@ from paft_merge.errors import CheckpointError, Problem
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, TensorInfo
 from paft_merge.inputs.dtypes import widen
 from paft_merge.inputs.quantized.code_intervals import OfCodes, as_values
-from paft_merge.inputs.quantized.grids import CodeGrid
+from paft_merge.inputs.quantized.grids import FLOAT8_GRIDS, CodeGrid
 from paft_merge.inputs.quantized.rounding import Layout, Rounding, ZeroPoints, round_blocks
 from paft_merge.inputs.quantized.scale_forms import Exponents, FloatScales, ScaleForm, Scales, powers
 from paft_merge.inputs.safetensors_header import quote
 
-FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FLOAT8 = tuple(FLOAT8_GRIDS)
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INTEGERS = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _PANEL_BYTES = 32 << 20
@@ -304,33 +305,12 @@ def apply(operation: Callable[..., Any], out: Values, values: Values, size: int)
         operation(out[:, whole * size :], values[:, whole:], out=out[:, whole * size :])
 
 
-_FLOAT8_FORMS = {
-    "F8_E4M3": (3, 7, 0x7F),
-    "F8_E5M2": (2, 15, 0x7D),
-    "F8_E4M3FNUZ": (3, 8, 0xFF),
-    "F8_E5M2FNUZ": (2, 16, 0xFF),
-}
-"""Of each 8-bit float: bits of the mantissa, bias of the exponent, and the first magnitude that is NaN."""
-
-
 @cache
 def byte_values(dtype: str) -> Values:
     """The float32 value of each of the 256 codes of a type of 8 bits, `[256]`; torch is not imported for it."""
-    codes = np.arange(256, dtype=np.uint8)
     if dtype in _INTEGERS:
-        return codes.view(_INTEGERS[dtype]).astype(np.float32)
-    bits, bias, nan = _FLOAT8_FORMS[dtype]
-    magnitude = (codes & 127).astype(np.int64)
-    exponent, mantissa = magnitude >> bits, magnitude & ((1 << bits) - 1)
-    normal = exponent > 0
-    values: Values = np.ldexp(mantissa + (normal << bits), np.where(normal, exponent, 1) - bias - bits)
-    values[magnitude >= nan] = np.nan
-    if dtype == "F8_E5M2":
-        values[magnitude == 0x7C] = np.inf
-    values = np.where(codes > 127, -values, values).astype(np.float32)
-    if dtype.endswith("FNUZ"):
-        values[128] = np.nan  # the bits of minus zero
-    return values
+        return np.arange(256, dtype=np.uint8).view(_INTEGERS[dtype]).astype(np.float32)
+    return FLOAT8_GRIDS[dtype].values
 
 
 def pair_values(of_code: Values, *, low_first: bool = True) -> Values:
@@ -551,13 +531,26 @@ def texts(value: Any) -> list[str]:
     return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
-def names_module(pattern: str, module: str) -> bool:
-    """Whether a pattern of a config names a module: `re:` and a regular expression, a glob, or a path or a part of it."""
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], module) is not None
-        except re.error:
-            return False
-    if "*" in pattern:
-        return fnmatchcase(module, pattern)
-    return module == pattern or module.startswith(f"{pattern}.") or module.endswith(f".{pattern}")
+class ModulePatterns:
+    """Patterns of a config that name modules: `re:` and a regular expression, a glob, or a path or a part of it.
+
+    Args:
+        patterns: the patterns; regular expressions that are not valid name no module.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._paths, self._expressions = set[str](), dict[str, re.Pattern[str]]()
+        for one in patterns:
+            if not one.startswith("re:") and "*" not in one:
+                self._paths.add(one)
+                continue
+            with suppress(re.error):
+                self._expressions[one] = re.compile(one[3:] if one.startswith("re:") else translate(one))
+
+    def naming(self, module: str) -> set[str]:
+        """Return the patterns that name a module."""
+        parts = module.split(".")
+        ends = {".".join(parts[at:]) for at in range(len(parts))}
+        begins = {".".join(parts[:at]) for at in range(1, len(parts))}
+        expressions = {one for one, expression in self._expressions.items() if expression.match(module)}
+        return (ends | begins) & self._paths | expressions
