@@ -19,6 +19,7 @@ from toys.merge import on, paft, recipe, write_recipe
 from toys.vocabulary import save_tokenizer
 
 from paft_merge.engine.api import merge
+from paft_merge.errors import AuditError
 from paft_merge.verifying import Behaviour, Verification, evidence, verification, verify
 from paft_merge.verifying.findings import Finding
 
@@ -375,6 +376,8 @@ def test_the_command_prints_a_row_for_each_model_and_its_gate_decides_the_exit_c
     unread = paft("verify", world / "bfloat16", "--require", "kll < 1")
     assert unread.exit_code == 2
     assert "did you mean 'kl'" in unread.output
+    with pytest.raises(AuditError, match=r'write for example "kl < 0\.001"'):
+        verify(world / "bfloat16", require=["kl"])
     wrong = damaged(world, tmp_path / "out", lambda s: s | {NORM: torch.ones_like(s[NORM])})
     assert paft("verify", wrong, "--tensors-only").exit_code == 3
 
