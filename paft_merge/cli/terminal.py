@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache
@@ -53,15 +53,9 @@ def json_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def print_json(value: Any) -> None:
     """Print the result of a command with `--json`, the only document on stdout. Numbers that are not finite become null."""
-    print_document(json.dumps(_finite(value), indent=2) + "\n")
+    from paft_merge.stats.json_numbers import finite
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print_document(json.dumps(finite(value), indent=2) + "\n")
 
 
 def print_document(text: str) -> None:

@@ -28,6 +28,11 @@ _IDLE_OF_ADAPTERS = frozenset((
     *("init_lora_weights", "runtime_config", "parent_library"),
 ))  # fmt: skip
 _VERSIONS = frozenset(("transformers_version", "_from_model_config", "_commit_hash"))
+_DEFAULTS: Mapping[str, Any] = {
+    **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "num_beams": 1},
+    **{"use_cache": True, "output_attentions": False, "output_hidden_states": False, "max_length": 20},
+}
+"""What generation does without a setting."""
 _OF_A_SAVE = frozenset((
     *("name_or_path", "tokenizer_file", "special_tokens_map_file", "chat_template", "added_tokens_decoder"),
     *("tokenizer_class", "is_local", "local_files_only", "padding_side", "truncation_side", "model_max_length"),
@@ -63,9 +68,12 @@ def _is_texts(value: Any) -> bool:
 
 
 def of_generation(a: Path, b: Path, sides: Sides = AB) -> Iterator[Change]:
-    """Differences of the generation_config.json of two folders."""
-    for key, what in _changed(settings(a / GENERATION), settings(b / GENERATION), sides):
-        yield Change(GENERATION, what, key not in _VERSIONS)
+    """Differences of the generation_config.json of two folders. What a file lacks is that of config.json, or a default."""
+    found = [settings(folder / GENERATION) for folder in (a, b)]
+    used = [{**_DEFAULTS, **settings(folder / "config.json"), **one} for folder, one in zip((a, b), found, strict=True)]
+    for key, what in _changed(found[0], found[1], sides):
+        one, other = (values.get(key.partition(".")[0]) for values in used)
+        yield Change(GENERATION, what, key not in _VERSIONS and one != other)
 
 
 def of_tokenizers(a: TokenizerFiles, b: TokenizerFiles, sides: Sides = AB) -> Iterator[Change]:

@@ -26,7 +26,7 @@ CONVERT, CONVERT_LORA, QUANTIZE = "convert_hf_to_gguf.py", "convert_lora_to_gguf
 _PLACES = ("", "build/bin", "bin")
 """Folders of a checkout that hold scripts and programs."""
 _CHECKOUT = (
-    "git clone --depth 1 https://github.com/ggml-org/llama.cpp, pip install gguf>=0.19, and give --llama-cpp DIR"
+    "git clone --depth 1 https://github.com/ggml-org/llama.cpp, pip install 'gguf>=0.19', and give --llama-cpp DIR"
 )
 _HOW = {
     CONVERT: _CHECKOUT,
@@ -54,7 +54,11 @@ def script(name: str, llama_cpp: Path | None) -> list[str]:
         found, where = Path(on_path) if on_path else None, "on the path"
     if found is None:
         raise OutputError.of("EXPORT_TOOL", name, f"of llama.cpp is not {where}", _HOW[name])
-    return [sys.executable, str(found.resolve())] if found.suffix == ".py" else [str(found.resolve())]
+    if found.suffix == ".py":
+        return [sys.executable, str(found.resolve())]
+    if not os.access(found, os.X_OK):
+        raise OutputError.of("EXPORT_TOOL", found, "is not a program that may be run", f"chmod +x {found}")
+    return [str(found.resolve())]
 
 
 def mlx_convert() -> list[str]:
@@ -82,9 +86,12 @@ def run(command: Sequence[str], what: str) -> None:
     """
     log.info("%s: %s", what, " ".join(command))
     with tempfile.TemporaryFile() as written:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:  # a program of another machine, an interpreter that is missing
+            raise OutputError.of("EXPORT", what, f"cannot be started: {error}", "build it on this machine") from error
         try:
             code = child.wait()
         except BaseException:

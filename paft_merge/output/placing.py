@@ -72,7 +72,7 @@ def _mounts() -> list[str]:
 
 
 def check_place(
-    out: Path, inputs: Sequence[Path], needed: int, *, overwrite: bool, problems: Problems, force: bool = False
+    out: Path, inputs: Sequence[Path], needed: int, *, overwrite: bool, problems: Problems, force: bool | None = None
 ) -> None:
     """Check that a merge can be written to `out`.
 
@@ -82,7 +82,7 @@ def check_place(
         needed: bytes of the output.
         overwrite: whether an existing model in `out` may be replaced.
         problems: receives OUTPUT and DISK faults.
-        force: whether an existing folder that is not a model may be replaced too.
+        force: whether an existing folder that is not a model may be replaced too; None: never, and no message offers it.
     """
     real = out.resolve()
     for folder in dict.fromkeys(path.resolve() for path in inputs):
@@ -101,7 +101,8 @@ def check_place(
             problems.add("OUTPUT", out, "exists and is not empty", fix)
         elif not force and not any(fnmatch(name, pattern) for name in entries for pattern in _MODEL):
             what = f"holds {', '.join(entries[:3])}{', ...' if len(entries) > 3 else ''}, and no weights of a model"
-            problems.add("OUTPUT", out, what, "choose another folder, or pass force=True too to delete all of it")
+            more = "" if force is None else ", or pass force=True too to delete all of it"
+            problems.add("OUTPUT", out, what, f"choose another folder{more}")
         elif mount := next((place for place in _mounts() if real in Path(place).parents), None):
             problems.add("OUTPUT", out, f"contains the mount point {mount}", "choose another folder, or unmount it")
         elif _is_foreign_replaced(part, real):

@@ -7,4 +7,5 @@
 | spectrum | singular values, subspaces and inner products from low-rank factors |
 | sample | the entries of a tensor that a merge examines more closely |
 | record | the statistics of a merged tensor as JSON, and the metrics computed from that JSON |
+| json_numbers | plain data without NaN and infinities |
 """

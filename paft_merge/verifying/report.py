@@ -10,6 +10,7 @@ from typing import Any
 from paft_merge.auditing.report.gate import Metric, Requirement
 from paft_merge.errors import AuditError, Problem
 from paft_merge.plan.formatting import html_lines, html_table
+from paft_merge.stats.json_numbers import finite
 from paft_merge.verifying.behaviour import Difference
 from paft_merge.verifying.evidence import StoredTensor, root
 from paft_merge.verifying.findings import Finding
@@ -166,9 +167,9 @@ class Verification:
         return html_lines(lines) + table + html_lines(skipped)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data; the fields are in docs/verify.md."""
+        """The report as plain data; the fields are in docs/verify.md. Numbers that are not finite are None."""
         far = sorted((t for t in self.tensors if t.worst), key=lambda t: -t.relative)
-        return {
+        found = {
             "schema": "paft_merge.verify/1",
             "where": self.where,
             "ok": self.ok,
@@ -182,6 +183,7 @@ class Verification:
             "skipped": dict(self.skipped),
             "farthest": [t.to_json() for t in far[:20]],
         }
+        return dict(finite(found))
 
     def faults(self) -> list[Problem]:
         """A problem for each finding that is a fault."""

@@ -15,6 +15,7 @@ from paft_merge.pipeline import plan, run
 from paft_merge.pipeline.results_page import frontier_figure
 from paft_merge.pipeline.steps import Train
 from paft_merge.pipeline.tuning import _checked
+from paft_merge.verifying import verify
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -97,6 +98,9 @@ def test_a_shortened_quickstart_runs_to_its_table_and_the_page_shows_it(tmp_path
     assert list(rows) == ["base", "sft", "dpo", "sequential", "sequential shrink=0.6", *merges]
     assert all(set(cells) >= {"skill", "happy", "text"} for cells in rows.values())
     assert run(RECIPE, tmp_path / "run", overrides=SHORT).done == ()
+    found = verify(tmp_path / "run" / "seed-0" / "merged", rows=2, new_tokens=1)
+    assert found.ok, found.findings
+    assert found.behaviours["recipe"].top1 > 0.9
     results = json.loads(json.dumps(docs_quickstart.results_of(tmp_path / "run")))
     assert (tmp_path / "run/table.md").read_text().rstrip() in docs_quickstart.made(results)
     again, figure = docs_quickstart.Stored.read(results["table"]), frontier_figure(done.table)

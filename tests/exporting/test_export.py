@@ -86,6 +86,12 @@ def test_a_missing_converter_is_refused_with_the_way_to_get_it(tmp_path: Path) -
     (place / "build" / "bin" / "llama-quantize").unlink()
     with pytest.raises(OutputError, match="cmake"):
         exporting.export(tmp_path / "merged", to="gguf", quantize="q4_k_m", llama_cpp=place)
+    for mode, words in ((0o644, "may be run.*chmod"), (0o755, "cannot be started")):
+        program = place / "build" / "bin" / "llama-quantize"
+        program.write_bytes(b"\x7fELF of another machine")
+        program.chmod(mode)
+        with pytest.raises(OutputError, match=words):
+            exporting.export(tmp_path / "merged", to="gguf", quantize="q4_k_m", llama_cpp=place)
     assert left(tmp_path) == []
 
 
@@ -157,7 +163,11 @@ def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists and is not empty"):
         exporting.export(tmp_path / "merged", to="gguf", llama_cpp=place)
     exporting.export(tmp_path / "merged", to="gguf", llama_cpp=place, overwrite=True)
-    assert left(tmp_path) == ["merged-gguf"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"no weights of a model; choose another folder$"):
+        exporting.export(tmp_path / "merged", tmp_path / "mine", to="gguf", llama_cpp=place, overwrite=True)
+    assert left(tmp_path) == ["merged-gguf", "mine"]
 
 
 def test_code_of_a_model_needs_trust(tmp_path: Path) -> None:

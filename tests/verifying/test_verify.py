@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,11 +15,12 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from toys.adapters import Tensors, llama, save, train
-from toys.merge import on, paft, recipe
+from toys.merge import on, paft, recipe, write_recipe
 from toys.vocabulary import save_tokenizer
 
 from paft_merge.engine.api import merge
-from paft_merge.verifying import Behaviour, Verification, verification, verify
+from paft_merge.errors import AuditError
+from paft_merge.verifying import Behaviour, Verification, evidence, verification, verify
 from paft_merge.verifying.findings import Finding
 
 pytestmark = pytest.mark.filterwarnings(
@@ -285,6 +287,68 @@ def test_a_fault_of_the_files_is_named(world: Path, tmp_path: Path, fault: str) 
     assert any(one.kind == kind and words in str(one) for one in found.findings), found.findings
 
 
+def test_the_report_has_no_number_that_is_not_one() -> None:
+    odd = evidence.StoredTensor("x", "F32", (1,), "F32", error=1.0, worst=1.0, steps=math.inf)
+    found = Verification("out", (odd,), (), {}, {}).to_json()
+    assert json.loads(json.dumps(found, allow_nan=False))["farthest"][0]["relative_error"] is None
+
+
+def test_the_recipe_of_the_readme_is_verified(world: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    text = readme[readme.index("# recipe.yaml") :].partition("```")[0]
+    for name, place in {
+        "mistralai/Mistral-7B-v0.1": "base",
+        "me/sft-adapter": "adapter",
+        "me/dpo-adapter": "lora",
+    }.items():
+        text = text.replace(name, str(world / place))
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert paft("merge", tmp_path / "recipe.yaml", tmp_path / "merged", "--quiet").exit_code == 0
+    found = verify(tmp_path / "merged", rows=2, new_tokens=1, require=["kl < 1e-3"])
+    assert found.ok, found.findings
+    assert not found.failures(["kl < 1e-3"])
+
+
+def test_a_model_of_another_tool_is_verified_by_its_recipe_and_on_given_prompts(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "my merge").mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(world / "bfloat16" / name, tmp_path / "my merge" / name)
+    wanted = recipe("task_arithmetic", world / "base", (on(world / "base", world / "adapter"), {"weight": 1.0}))
+    file = write_recipe(tmp_path / "a recipe.json", {**wanted, "out_dtype": "bfloat16"})
+    rows = tmp_path / "the prompts.jsonl"
+    rows.write_text(
+        '{"messages": [{"role": "user", "content": "the quick fox"}, {"role": "assistant", "content": "ok"}]}\n'
+    )
+    refused = paft("verify", tmp_path / "my merge", "--tensors-only")
+    assert refused.exit_code == 1
+    assert "give the recipe" in refused.output
+    (tmp_path / "lines.txt").write_text("the quick brown fox\n\nreads rows\n")
+    given = ("verify", tmp_path / "my merge", "--recipe", file, "--new-tokens", "1", "--quiet", "--json", "--data")
+    for data in (rows, tmp_path / "lines.txt"):
+        done = paft(*given, data)
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert found["prompts"] == "the prompts given"
+        assert found["behaviour"]["recipe"]["kl"] < 1e-3
+    other = write_recipe(
+        tmp_path / "other.json", {**wanted, "models": [{**wanted["models"][0], "parameters": {"weight": 0.5}}]}
+    )
+    wrong = paft("verify", tmp_path / "my merge", "--recipe", other, "--tensors-only")
+    assert wrong.exit_code == 3
+    assert "has 2 times the recipe's update" in wrong.output
+
+
+def test_a_space_whose_result_is_only_an_adapter_is_refused(world: Path, tmp_path: Path) -> None:
+    wanted = recipe(
+        "task_arithmetic", world / "base", (on(world / "base", world / "adapter"), {"weight": 1.0}),
+        space="core", output={"kind": "adapter", "rank": 4},
+    )  # fmt: skip
+    merge(wanted, tmp_path / "out", write_model_card=False)
+    run = paft("verify", tmp_path / "out")
+    assert run.exit_code == 1
+    assert "was merged with space: core, whose result exists only as an adapter" in run.output
+
+
 def test_settings_that_change_nothing_are_no_fault(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "float32", tmp_path / "out")
     _edit(tmp_path / "out" / "config.json", lambda c: c.update(attention_dropout=0.5, mlp_bias=False, use_cache=False))
@@ -312,6 +376,8 @@ def test_the_command_prints_a_row_for_each_model_and_its_gate_decides_the_exit_c
     unread = paft("verify", world / "bfloat16", "--require", "kll < 1")
     assert unread.exit_code == 2
     assert "did you mean 'kl'" in unread.output
+    with pytest.raises(AuditError, match=r'write for example "kl < 0\.001"'):
+        verify(world / "bfloat16", require=["kl"])
     wrong = damaged(world, tmp_path / "out", lambda s: s | {NORM: torch.ones_like(s[NORM])})
     assert paft("verify", wrong, "--tensors-only").exit_code == 3
 

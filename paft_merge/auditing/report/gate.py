@@ -114,7 +114,8 @@ class Requirement:
         """
         found = _TEXT.fullmatch(text)
         if not found:
-            raise _unreadable(text, "is not a requirement", 'write for example "sparsity(1e-5) [layer=*] >= 0.9"')
+            example = "sparsity(1e-5) [layer=*] >= 0.9" if metrics is METRICS else f"{next(iter(metrics))} < 0.001"
+            raise _unreadable(text, "is not a requirement", f'write for example "{example}"')
         name = found["metric"]
         if name not in metrics:
             near = did_you_mean(name, metrics)
