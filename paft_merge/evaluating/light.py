@@ -52,7 +52,7 @@ class Score:
     """What makes the value doubtful."""
     tokens: tuple[int, ...] = field(default=(), repr=False)
     """`perplexity`: predicted tokens by row, which weight the rows' mean losses."""
-    engine: str = ""
+    engine: str = field(default="", repr=False)
     """What generated `outputs`, if not transformers."""
 
     def to_json(self) -> dict[str, Any]:
