@@ -62,6 +62,7 @@ SOURCES: dict[str, tuple[str, str]] = {
     "llamacpp loader": ("ggml-org/llama.cpp: src/llama-adapter.cpp", "0650ea8c"),
     "mlx": ("ml-explore/mlx-lm: mlx_lm/tuner/utils.py, load_adapters", "d78bf58e"),
     "peft": ("huggingface/peft: src/peft/utils/save_and_load.py, peft_model.py", "0.21.2"),
+    "peft experts": ("huggingface/peft: src/peft/utils/transformers_weight_conversion.py", "0.21.2"),
     "peft init": ("huggingface/peft: src/peft/tuners/lora/layer.py", "0.21.2"),
     "unsloth": ("unslothai/unsloth-zoo#1232, #1269", "2026-09-17"),
 }
@@ -205,6 +206,7 @@ PEFT_ITSELF = (
     Rule("malformed factors", "refuses", "needs factors that can be multiplied", "peft", _HALF),
     Rule("rank not of the configuration", "refuses", "makes parameters of the rank in adapter_config.json, which these tensors do not fit", "peft", _RANK),
     Rule("packing of experts", "silent", "reads the experts in its own order, and they are {}", "unsloth", "set lora_B_layout in adapter_config.json, then paft convert"),
+    Rule("experts not joined", "silent", "has no module for single experts of {} with transformers 5, and ignores their factors", "peft experts", "merge the adapter, or write it with portable: false"),
     Rule("start from the base", "loads", "computes the start of {} again; where that is random (pissa_niter, lora_ga), the base differs", "peft init", _START),
 )  # fmt: skip
 

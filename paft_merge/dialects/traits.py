@@ -16,8 +16,17 @@ from paft_merge.dialects.held import KOHYA, MLX, PEFT, Held, Pair, is_copy
 from paft_merge.errors import CheckpointError
 from paft_merge.inputs.adapters.config import Settings
 from paft_merge.inputs.adapters.peft_types import NO_DELTA, TYPES
+from paft_merge.inputs.architecture import Architecture
 from paft_merge.inputs.safetensors_header import read_text
 from paft_merge.training.engine_schema import MAX_RANKS
+
+JOINED_BY_PEFT = frozenset({
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+    "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral",
+    "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "solar_open",
+})  # fmt: skip
+"""Values of `model_type` for which PEFT 0.21.2 with transformers 5.23 joins the factors of single experts
+(peft/utils/transformers_weight_conversion.py). A test compares them with the installed PEFT."""
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 """How SGLang finds the layer of a tensor (sglang/srt/lora/utils.py)."""
@@ -333,6 +342,17 @@ def _some_experts(held: Held) -> Trait | None:
     return _found(path for path, found in layers.items() if len(found) != counts[path])
 
 
+def _not_joined(held: Held) -> Trait | None:
+    """Single experts that the model of transformers holds in one tensor, and that PEFT does not join."""
+    single = [pair.path for pair in _lora(held) if _EXPERT.fullmatch(pair.path)]
+    kind = str(held.base.config.get("model_type")) if held.base is not None else ""
+    if held.base is None or not single or kind in JOINED_BY_PEFT:
+        return None
+    architecture = Architecture.of(held.base)
+    named = {path: architecture.name_of(f"{path}.weight") or "" for path in single} if architecture else {}
+    return _found((path for path, name in named.items() if name and not name.endswith(".weight")), kind)
+
+
 def _towers(held: Held) -> Trait | None:
     """Modules of the parts of a multimodal model that read images or sound."""
     return _found(pair.path for pair in _lora(held) if re.search(_TOWER, pair.path))
@@ -442,6 +462,7 @@ TRAITS: dict[str, Callable[[Held], Trait | None]] = {
     "half of the fused": _half_fused,
     "packing of experts": _packing,
     "some experts": _some_experts,
+    "experts not joined": _not_joined,
     "towers": _towers,
     "convolutions": _convolutions,
     "embeddings": _embeddings,

@@ -93,7 +93,31 @@ def adapter_of(plan: MergePlan) -> MergePlan:
         planner.left_out.append(
             Problem("DORA", source, what, "see the error; paft resize keeps DoRA, and kind: checkpoint is exact")
         )
+    planner.left_out += _not_joined(plan, planner.architecture.get(), deltas)
     return replace(made, warnings=(*plan.warnings, *planner.left_out))
+
+
+def _not_joined(plan: MergePlan, architecture: Architecture | None, deltas: Sequence[_Delta]) -> list[Problem]:
+    """A warning about single experts that transformers holds in one tensor, and whose factors PEFT does not join."""
+    from paft_merge.dialects.traits import JOINED_BY_PEFT
+
+    kind = str(plan.config_source.checkpoint.config.get("model_type"))
+    names = [delta.tensor.name for delta in deltas if is_expert(delta.tensor.name)]
+    if architecture is None or kind in JOINED_BY_PEFT:
+        return []
+    if all((architecture.name_of(name) or name).endswith(".weight") for name in names):
+        return []
+    what = (
+        f"PEFT has no module for single experts of {kind} with transformers 5, and ignores their factors without a word"
+    )
+    return [
+        Problem(
+            "EXPERTS",
+            plan.config_source.ref,
+            what,
+            "for PEFT write kind: checkpoint; paft check says what other programs do",
+        )
+    ]
 
 
 def with_ranks(plan: MergePlan, ranks: Mapping[str, int]) -> MergePlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from toys.served import MADE, PREFIX, Q, State, V, base_state, draw, plain, same
 from paft_merge.cli import cli
 from paft_merge.dialects.checking import check
 from paft_merge.dialects.rules import READERS, SOURCES, WORST
-from paft_merge.dialects.traits import TRAITS
+from paft_merge.dialects.traits import JOINED_BY_PEFT, TRAITS
+from paft_merge.engine.api import open_plan
 from paft_merge.inputs.checkpoint import Checkpoint
 
 
@@ -138,6 +140,37 @@ def test_the_base_decides_about_copies_and_fused_experts(tmp_path: Path) -> None
         assert "fused experts unlike the base" not in {
             f.trait for v in check(fused, ["vllm"], base) for f in v.findings
         }
+
+
+@pytest.mark.parametrize(("kind", "outcome"), [("qwen2_moe", "silent"), ("qwen3_moe", "loads")])
+def test_peft_does_not_join_the_experts_of_every_model(kind: str, outcome: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 4, "shared_expert_intermediate_size": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "num_hidden_layers": 1, "vocab_size": 8}
+    config = AutoConfig.for_model(kind, num_experts=2, num_experts_per_tok=1, decoder_sparse_step=1, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    path = f"{PREFIX}model.layers.0.mlp.experts.{{}}.down_proj"
+    halves = (("A", (4, 4)), ("B", (8, 4)))
+    state = {f"{path.format(n)}.lora_{half}.weight": draw(*shape) for n in (0, 1) for half, shape in halves}
+    folder = write(tmp_path / "a", state, target_modules=["down_proj"])
+    with Checkpoint.open(tmp_path / "base") as base:
+        (verdict,) = check(folder, ["peft"], base)
+    silent = outcome == "silent"
+    assert verdict.outcome == outcome
+    assert [f.trait for f in verdict.findings] == ["experts not joined"] * silent
+    one = {"model": f"{tmp_path / 'base'}+{folder}", "parameters": {"weight": 0.5}}
+    asked = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": [one]}
+    with open_plan({**asked, "output": {"kind": "adapter"}}) as plan:
+        assert [w.code for w in plan.warnings if w.code == "EXPERTS"] == ["EXPERTS"] * silent
+
+
+def test_the_models_whose_experts_peft_joins_are_those_of_the_installed_peft() -> None:
+    if (version("peft"), version("transformers")) != ("0.21.2", "5.23.0"):
+        pytest.skip("the list is of other versions")
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    patterns, joined = conversion._MODEL_TO_CONVERSION_PATTERN, conversion._MOE_TARGET_MODULE_MAPPING
+    assert {kind for kind, pattern in patterns.items() if pattern in joined and kind == kind.lower()} == JOINED_BY_PEFT
 
 
 def test_another_base_is_refused_with_its_reason(tmp_path: Path) -> None:
