@@ -78,11 +78,13 @@ def _apart(sizes: Mapping[str, float], plan: MergePlan) -> list[Problem]:
     ordered = sorted(short, key=lambda item: -item[1])
     (large, most), (small, least) = ordered[0], ordered[-1]
     each = ", ".join(f"{source} {size:.2g}" for source, size in ordered)
+    ratio = most / least
+    fold = f"{ratio:.0f}" if ratio < 1e6 else f"{ratio:.0e}"
     what = (
-        f"weight * delta differs {most / least:.0f}-fold between the sources (root mean square of the changed entries: {each}): "
+        f"weight * delta differs {fold}-fold between the sources (root mean square of the changed entries: {each}): "
         f"{large} decides elections nearly alone"
     )
     weight = plan.recipe.method.parameter("weight")
     words = " or weight: equal_norm," if weight and weight.words else ""
-    fix = f"a sum (task_arithmetic) keeps both as they were trained; for an election give {small} more weight,{words} up to {most / least:.0f} times ({DOCS}/audit.md#scale)"
+    fix = f"a sum (task_arithmetic) keeps both as they were trained; for an election give {small} more weight,{words} up to {fold} times ({DOCS}/audit.md#scale)"
     return [Problem("SCALE", "", what, fix)]

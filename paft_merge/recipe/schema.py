@@ -382,7 +382,7 @@ class Language(Section):
     """Of `quantization: keep`: `refit` (default) or `keep`."""
 
     output: Annotated[OutputEntry | None, BeforeValidator(_read_output)] = None
-    """What is written: a checkpoint (default), or the merged delta as an adapter or a sparse delta. See [Adapters as
+    """The output: a checkpoint (default), or the merged delta as an adapter or a sparse delta. See [Adapters as
     output](adapters-out.md)."""
     space: Literal["weight", "core", "knots", "ctm"] | None = None
     """Where the method works: on deltas (`weight`, default), or in a common space of the adapters: `core`, `knots` or

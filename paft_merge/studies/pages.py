@@ -105,7 +105,8 @@ def _verdict(metric: Metric, plus: Sequence[Sequence[float]], minus: Sequence[Se
 
 
 def _signed(value: float, metric: Metric) -> str:
-    return f"{'+' if value > 0 else ''}{number(value, metric)}"
+    """A difference; that of two percentages is in points."""
+    return f"{'+' if value > 0 else ''}{number(value, metric).replace(' %', ' points')}"
 
 
 Pictures: TypeAlias = Sequence[tuple[str, str]]

@@ -279,7 +279,7 @@ class AdapterSpec(Section):
     model_config = ConfigDict(json_schema_extra=_mixed_or_own)
 
     objective: Objective
-    """What is trained: `sft`; `dpo`, `orpo` (preference pairs); `ift`; `on_policy`, `best_of_n`, `rwr`, `rloo`, `grpo`
+    """The objective: `sft`; `dpo`, `orpo` (preference pairs); `ift`; `on_policy`, `best_of_n`, `rwr`, `rloo`, `grpo`
     (generated text and a reward); or `mixed`, several of the others in one adapter."""
     data: DataList
     """Training rows; a list is a mixture."""

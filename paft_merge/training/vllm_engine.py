@@ -84,7 +84,7 @@ def has_gpu() -> bool:
 
 
 def generation_of(source: Path | str, revision: str | None = None, *, trust_code: bool = False) -> Any:
-    """The generation config of a model, as transformers loads it with the model; OSError if there is no model."""
+    """Return the generation config of a model, as transformers loads it; raises OSError if there is no model."""
     from transformers import AutoConfig, GenerationConfig
 
     try:

@@ -117,3 +117,7 @@ def test_a_plan_shows_the_weights_that_records_lead_to_expect(pair: dict[str, Pa
         (problem,) = (p for p in plan.warnings if p.code == "SCALE")
         assert "a sum (task_arithmetic) keeps both" in problem.fix
         assert "for an election give dpo more weight, or weight: equal_norm, up to 15 times" in problem.fix
+    record(pair["sft"], norm=1e40)
+    with open_plan(recipe(pair)) as plan:
+        (problem,) = (p for p in plan.warnings if p.code == "SCALE")
+        assert "differs 1e+40-fold" in problem.what
