@@ -311,7 +311,7 @@ class _Member(FileWriter):
 
     @property
     def _right(self) -> str:
-        return f"worker-{self.worker.index}"
+        return f"worker-{self.worker.name}"
 
     def _advance(self, complete: Collection[int], done: Progress) -> None:
         """Report the progress of the whole merge, from that of one file and the files that are complete."""

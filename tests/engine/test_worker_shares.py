@@ -88,6 +88,19 @@ def test_the_folder_of_a_worker_that_came_late_and_was_killed_is_removed(
         assert part_of(out).exists() == stays
 
 
+def test_a_job_of_an_array_of_slurm_that_is_submitted_alone_joins_those_at_work(
+    family: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, out, options = family(shards=3), tmp_path / "out", MergeOptions(lease_seconds=1)
+    asked = recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    for end in ("MIN", "MAX"):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{end}", "3")
+    with open_plan(asked) as plan, SharedOutput.join(out, plan.shards, identity_of(plan, options), "0", 1) as first:
+        assert first.leases.take("worker-0")  # another job of the array is at work
+        assert merge(asked, out, distributed=True, lease_seconds=1).bytes_written > 0
+
+
 def test_an_output_that_is_completed_while_a_worker_looks_at_it(
     family: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
