@@ -189,7 +189,7 @@ def merge(
     if out is None:
         raise click.UsageError("Missing argument 'OUT' (it may be left out only with --dry-run).")
     worker = asked.worker_number
-    log = log_of(out, worker.index if worker else None)
+    log = log_of(out, worker.name if worker else None)
     with sigterm_as_interrupt(), progress_bar(quiet) as progress, log as note:
         made = api.merge(place, out, asked, progress=noted(progress, note), warn=warned_and_noted(note))
         note(logging.INFO, f"{out} is done")
@@ -222,7 +222,7 @@ _NOTED = 30.0
 
 
 @contextmanager
-def log_of(out: Path | str | None, worker: int | None = None) -> Iterator[Note]:
+def log_of(out: Path | str | None, worker: str | None = None) -> Iterator[Note]:
     """Write the log of a command beside what it writes (see `log_beside`); nothing if it writes nothing, or to a URL."""
     from paft_merge.output.log_file import log_beside, logged
 

@@ -34,7 +34,7 @@ class ProcessGroup:
         if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return False
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return (rank, size) == (worker.index, worker.count)
+        return (rank, size) == (worker.index, worker.count) and worker.name == str(rank)
 
     def add_up(self, counted: Counted) -> Counted:
         """Add up the integers that all workers counted.

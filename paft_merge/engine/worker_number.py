@@ -17,9 +17,17 @@ class WorkerNumber:
     """Number among the workers on this machine, where the launcher gives it."""
     local_count: int = 1
     """Workers on this machine that share its cores."""
+    array_task: str | None = None
+    """Number of a job in the array of Slurm, and that of its task if it has several: the same if the job is submitted alone."""
 
     def __str__(self) -> str:
-        return f"worker {self.index} of {self.count}"
+        task = f" (task {self.array_task} of an array)" if self.array_task else ""
+        return f"worker {self.index} of {self.count}{task}"
+
+    @property
+    def name(self) -> str:
+        """Identifies the worker among those of one merge, also where a part of them was started again with another count."""
+        return self.array_task or str(self.index)
 
     @classmethod
     def parse(cls, text: str) -> WorkerNumber:
@@ -52,12 +60,15 @@ class WorkerNumber:
             return cls(rank, size, *read.pair("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         in_array = read.has("SLURM_ARRAY_TASK_ID")
         if in_array or read.has("SLURM_PROCID"):
-            # Without srun, a script of sbatch runs once, and has no number of tasks where none was asked for.
-            tasks = (0, 1) if in_array and not read.has("SLURM_NTASKS") else read.pair("SLURM_PROCID", "SLURM_NTASKS")
+            # Without srun, a script of sbatch runs once, as task 0, and has no number of tasks where none was asked for.
+            once = not read.has("SLURM_NTASKS") and (in_array or environment["SLURM_PROCID"].strip() == "0")
+            tasks = (0, 1) if once else read.pair("SLURM_PROCID", "SLURM_NTASKS")
             job, jobs = read.array() if in_array else (0, 1)
+            name = environment["SLURM_ARRAY_TASK_ID"].strip() if in_array else None
+            name = f"{name}.{tasks[0]}" if name and tasks[1] > 1 else name
             # Slurm gives each task cores and perhaps GPUs of its own, so a machine's cores are not divided again.
             local = read.number("SLURM_LOCALID", "SLURM_LOCALID") if read.has("SLURM_LOCALID") else None
-            return cls(job * tasks[1] + tasks[0], jobs * tasks[1], local)
+            return cls(job * tasks[1] + tasks[0], jobs * tasks[1], local, array_task=name)
         if read.has("JOB_COMPLETION_INDEX"):
             return cls(*read.pair("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"))
         raise ValueError(

@@ -164,8 +164,10 @@ def _complete(shared: SharedOutput, complete: Callable[[Output], None], about: s
                 with shared.gathered() as output:
                     complete(output)
                     return
-            except OutputError as error:
-                if error.problems[0].code != "BUSY":  # a worker that was taken for dead is still at it
+            except (OutputError, OSError) as error:
+                # BUSY: a worker that was taken for dead is still at it. Without the right, it is this one that was taken for dead.
+                busy = isinstance(error, OutputError) and error.problems[0].code == "BUSY"
+                if not busy and shared.leases.holds(_COMPLETE):
                     raise
         holder = shared.leases.holder(_COMPLETE)
         if holder and holder.who != waits_for:
@@ -311,7 +313,7 @@ class _Member(FileWriter):
 
     @property
     def _right(self) -> str:
-        return f"worker-{self.worker.index}"
+        return f"worker-{self.worker.name}"
 
     def _advance(self, complete: Collection[int], done: Progress) -> None:
         """Report the progress of the whole merge, from that of one file and the files that are complete."""

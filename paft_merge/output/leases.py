@@ -106,6 +106,11 @@ class Leases:
             time.sleep(self.seconds / _BEATS / 4)
         return True
 
+    def holds(self, right: str) -> bool:
+        """Whether this process has a right, which no other one took over."""
+        holder = self.holder(right)
+        return holder is not None and holder.state == "here"
+
     def holder(self, right: str) -> Holder | None:
         """Return who has a right, or had it last; None if nobody ever had."""
         known = self._newest.get(right)

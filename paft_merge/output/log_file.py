@@ -21,7 +21,7 @@ Note = Callable[[int, str], None]
 _LIBRARIES = ("transformers", "trl", "peft", "datasets")
 
 
-def log_beside(out: Path, worker: int | None = None) -> Path:
+def log_beside(out: Path, worker: str | None = None) -> Path:
     """The log of what writes the folder `out`: `out.log` beside it, and of one of several workers `out.worker-0.log`.
 
     It is not in the folder, which is compared with its manifest, replaced and pushed as a whole.

@@ -122,8 +122,7 @@ class SharedOutput:
 
     def holds(self, kind: str, number: int) -> bool:
         """Whether no other worker took over a part that `each` yielded."""
-        holder = self.leases.holder(_right(kind, number))
-        return holder is not None and holder.state == "here"
+        return self.leases.holds(_right(kind, number))
 
     def pause(self, seconds: float) -> float:
         """Wait, and return how long to wait next.

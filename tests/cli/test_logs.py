@@ -156,7 +156,7 @@ def test_names_of_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".", f"../{tmp_path.name}.log"),
     ):
         assert log_beside(Path(given)) == Path(os.path.abspath(log))
-    assert log_beside(Path("o"), 3).name == "o.worker-3.log"
+    assert log_beside(Path("o"), "3").name == "o.worker-3.log"
     assert log_beside(Path("/")) == Path("/root.log")
 
 

@@ -53,6 +53,25 @@ def test_an_array_of_slurm_with_steps_or_gaps() -> None:
     assert numbers(SLURM_ARRAY_TASK_ID="7", **gaps) == (6, 7)
 
 
+def array(task: int, low: int, high: int, **tasks: str) -> WorkerNumber:
+    limits = {"SLURM_ARRAY_TASK_MIN": str(low), "SLURM_ARRAY_TASK_MAX": str(high)}
+    return WorkerNumber.from_environment({"SLURM_ARRAY_TASK_ID": str(task), **limits, "SLURM_PROCID": "0", **tasks})
+
+
+def test_a_job_of_an_array_that_is_submitted_alone_keeps_its_name() -> None:
+    # Slurm gives `sbatch --array=3` an array of one job, so that every such job is worker 0 of 1.
+    again = array(3, 3, 3)
+    assert (again.index, again.count, str(again)) == (0, 1, "worker 0 of 1 (task 3 of an array)")
+    assert again.name == array(3, 0, 3).name
+    assert len({again.name, array(2, 2, 2).name, array(0, 0, 3).name, WorkerNumber(0, 1).name}) == 3
+    both = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    assert array(3, 3, 3, **both).name == array(3, 0, 3, **both).name != again.name
+
+
+def test_a_script_of_sbatch_without_tasks_runs_once() -> None:
+    assert numbers(SLURM_PROCID="0") == (0, 1)
+
+
 def test_kubernetes() -> None:
     assert numbers(JOB_COMPLETION_INDEX="0", JOB_COMPLETIONS="3") == (0, 3)
 

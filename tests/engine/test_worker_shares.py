@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from paft_merge.engine.api import check_output
 from paft_merge.engine.balancing import by_file, shares
 from paft_merge.engine.workers import identity_of
 from paft_merge.errors import OutputError
+from paft_merge.output.leases import Leases, create_once
 from paft_merge.output.placing import WORKERS, part_of
 from paft_merge.output.shards import plan_shards
 from paft_merge.output.shared import SharedOutput
@@ -86,6 +88,37 @@ def test_the_folder_of_a_worker_that_came_late_and_was_killed_is_removed(
             pass
         merge(asked, out, worker="1/2")
         assert part_of(out).exists() == stays
+
+
+def test_a_job_of_an_array_of_slurm_that_is_submitted_alone_joins_those_at_work(
+    family: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, out, options = family(shards=3), tmp_path / "out", MergeOptions(lease_seconds=1)
+    asked = recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    for end in ("MIN", "MAX"):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{end}", "3")
+    with open_plan(asked) as plan, SharedOutput.join(out, plan.shards, identity_of(plan, options), "0", 1) as first:
+        assert first.leases.take("worker-0")  # another job of the array is at work
+        assert merge(asked, out, distributed=True, lease_seconds=1).bytes_written > 0
+
+
+def test_a_worker_that_is_taken_for_dead_while_it_completes_the_output_goes_on(
+    family: Callable[..., dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, out, gathered, fails = family(shards=3), tmp_path / "out", SharedOutput.gathered, [True]
+    asked = recipe("slerp", paths["base"], paths["x"], parameters={"t": 0.5})
+
+    def taken_over(shared: SharedOutput) -> Any:
+        if fails.pop():
+            fails.append(False)
+            with Leases.open(shared.leases.folder, 9, "another worker") as other:
+                create_once(other.folder / "complete.1", json.dumps({"id": other.id, "who": other.who}), other.id)
+            raise OutputError.of("OUTPUT", shared.part, "the other worker has moved a file")
+        return gathered(shared)
+
+    monkeypatch.setattr(SharedOutput, "gathered", taken_over)
+    assert merge(asked, out, worker="0/1").bytes_written > 0
 
 
 def test_an_output_that_is_completed_while_a_worker_looks_at_it(
