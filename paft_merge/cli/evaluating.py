@@ -27,6 +27,7 @@ from paft_merge.output.report_files import check_file, write_file
 
 if TYPE_CHECKING:
     from paft_merge.evaluating import EvaluateProgress
+    from paft_merge.training.engine_schema import Engine
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -84,6 +85,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows per batch.")
 @click.option("--device", help="cuda or cpu. Default: a GPU if there is one.")
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True,
+    help="What generates answers; vllm (experimental) needs a GPU and pip install vllm.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON with the value of every row instead of a table.")
 @click.option(
     "--out",
@@ -101,8 +106,8 @@ def evaluate(
     model: str, recipe: Path | None, overrides: tuple[str, ...], suite: str | None, tasks: tuple[str, ...], num_fewshot: int | None,
     limit: float | None, exact_match: tuple[Path, ...], preference: tuple[Path, ...], perplexity: tuple[Path, ...],
     unit: str, reward: tuple[tuple[str, str], ...], self_consistency: tuple[Path, ...],
-    agreement: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, as_json: bool,
-    out: Path | None, alpaca_eval: Path | None, instructions: Path | None, trust_code: bool,
+    agreement: tuple[tuple[str, str], ...], max_new_tokens: int, batch_size: int, device: str | None, engine: Engine,
+    as_json: bool, out: Path | None, alpaca_eval: Path | None, instructions: Path | None, trust_code: bool,
     follow_links: bool,
 ) -> None:  # fmt: skip
     """Evaluate MODEL: a folder, a Hub name, or BASE+ADAPTER, without writing a merged model."""
@@ -143,7 +148,7 @@ def evaluate(
 
     given = {
         "metrics": metrics, "suite": suite, "tasks": list(tasks), "num_fewshot": num_fewshot, "limit": limit,
-        "batch_size": batch_size, "device": device,
+        "batch_size": batch_size, "device": device, "engine": engine,
     }  # fmt: skip
     with sigterm_as_interrupt(), following_links(follow_links), log_of(out or alpaca_eval) as note:
         scores: dict[str, Any] = {}
@@ -155,13 +160,14 @@ def evaluate(
                     note(logging.INFO, text)
 
             if recipe is not None:
-                scores |= _by_recipe(model, recipe, overrides, progress, trust_code)
+                changes = (*([f"evaluate.engine={engine}"] if engine == "vllm" else []), *overrides)
+                scores |= _by_recipe(model, recipe, changes, progress, trust_code)
             if asked:
                 scores |= evaluate_model(model, given, progress=progress, trust_code=trust_code)
             if alpaca_eval is not None and instructions is not None:
                 count = write_alpaca(
                     model, instructions, alpaca_eval, EvaluateSpec(batch_size=batch_size, device=device),
-                    max_new_tokens=max_new_tokens, trust_code=trust_code,
+                    engine=engine, max_new_tokens=max_new_tokens, trust_code=trust_code,
                     advance=lambda done, rows: progress(EvaluateProgress("alpaca-eval", done, rows)),
                 )  # fmt: skip
         if alpaca_eval is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from paft_merge.errors import EvaluateError
 from paft_merge.evaluating.data_rows import read_rows
 from paft_merge.evaluating.light import Advance, generate
-from paft_merge.evaluating.loading import load_subject
 from paft_merge.evaluating.schema import EvaluateSpec
+from paft_merge.evaluating.vllm_loading import load_for
 from paft_merge.output.report_files import check_file, write_file
+from paft_merge.training.engine_schema import Engine
 
 
 def read_instructions(path: Path) -> list[dict[str, Any]]:
@@ -34,6 +36,7 @@ def write_alpaca(
     out: Path,
     spec: EvaluateSpec,
     *,
+    engine: Engine = "transformers",
     name: str | None = None,
     max_new_tokens: int = 512,
     advance: Advance = lambda done, rows: None,
@@ -46,6 +49,7 @@ def write_alpaca(
         instructions: A file for `read_instructions`.
         out: JSON file to write.
         spec: Batch size, device and dtype.
+        engine: What generates the answers.
         name: The model's name in AlpacaEval's table; the last part of its path by default.
         max_new_tokens: Longest answer, in tokens.
         advance: Called after every batch.
@@ -53,11 +57,11 @@ def write_alpaca(
     """
     check_file(out)
     rows = read_instructions(instructions)
-    subject = load_subject(model, spec, trust_code=trust_code)
-    chat = bool(subject.tokenizer.chat_template)
-    texts = [str(row["instruction"]) for row in rows]
-    prompts: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if chat else texts
-    outputs = generate(subject, prompts, max_new_tokens, spec.batch_size, advance=advance)
+    with closing(load_for(engine, model, spec, trust_code=trust_code)) as subject:
+        chat = bool(subject.tokenizer.chat_template)
+        texts = [str(row["instruction"]) for row in rows]
+        prompts: Sequence[Any] = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+        outputs = generate(subject, prompts, max_new_tokens, spec.batch_size, advance=advance)
     written = [
         {
             "dataset": row.get("dataset", instructions.stem),

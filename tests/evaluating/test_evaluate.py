@@ -646,7 +646,7 @@ def test_a_place_that_cannot_be_written_is_reported_before_the_evaluation(
     (tmp_path / "file").write_text("")
     (tmp_path / "set.jsonl").write_text('{"instruction": "w1"}\n')
     monkeypatch.setattr("paft_merge.evaluating.loading.load_subject", None)  # no model is loaded
-    monkeypatch.setattr("paft_merge.evaluating.alpaca.load_subject", None)
+    monkeypatch.setattr("paft_merge.evaluating.alpaca.load_for", None)
     args = (
         ["--perplexity", str(place / "text.txt")]
         if option == "--out"

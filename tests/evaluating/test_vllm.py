@@ -227,6 +227,31 @@ def test_an_error_of_vllm_names_the_model_and_what_to_do(place: Path, monkeypatc
         evaluate(str(place / "base"), spec, folder=place)
 
 
+def test_the_command_has_an_option_for_the_engine(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*options: Any) -> Any:
+        return CliRunner().invoke(cli, ["evaluate", str(place / "base"), "--engine", "vllm", *map(str, options)])
+
+    rows = ("--exact-match", place / "rows.jsonl", "--max-new-tokens", 5, "--json")
+    refused = asked(*rows)
+    assert refused.exit_code == 1
+    assert "vllm is not installed; pip install vllm" in refused.output
+    llm = install(monkeypatch)
+    refused = asked("--perplexity", place / "text.txt")
+    assert "has no effect" in refused.output
+    done = asked(*rows)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["exact_match"]["engine"] == "vllm"
+    (place / "asked.json").write_text('[{"instruction": "w1 w2"}]')
+    done = asked("--alpaca-eval", place / "answers.json", "--instructions", place / "asked.json")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads((place / "answers.json").read_text())) == 1
+    recipe = {"base_model": str(place / "base"), "evaluate": {"metrics": {"match": METRICS["match"]}, "max_length": 64}}
+    (place / "recipe.yaml").write_text(json.dumps(recipe | {"adapters": {"it": str(place / "lora")}}))
+    done = asked("--recipe", place / "recipe.yaml", "--json")
+    assert json.loads(done.stdout)["match"]["engine"] == "vllm"
+    assert len(llm.made) == 3
+
+
 def test_the_command_takes_the_engine_of_a_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = install(monkeypatch)
     recipe = {"base_model": str(place / "base"), "evaluate": {"metrics": {"match": METRICS["match"]}, "max_length": 64}}
