@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
 REPOSITORY = "https://github.com/paft-merge/paft-merge"
-ELSEWHERE = {"gallery": DOCS.parent / "recipes" / "README.md", "changelog": DOCS.parent / "CHANGELOG.md"}
-"""Pages of the site whose text is a file outside of docs/. The gallery has the recipes, too."""
+ELSEWHERE = {
+    "gallery": DOCS.parent / "recipes" / "README.md",
+    "changelog": DOCS.parent / "CHANGELOG.md",
+    "notebook": DOCS / "notebooks" / "paft.ipynb",
+}
+"""Pages of the site whose text is another file. The gallery has the recipes, too."""
 REMOTE = re.compile(
     r"""<(?:script|img|iframe|source|video|link(?![^>]*rel="(?:canonical|next|prev)"))\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^>]*>"""
 )
@@ -62,11 +67,26 @@ def _anchor(anchor: str, page: Path) -> str:
     return "#" + re.sub(r"[^\w\- ]", "", heading[1].lower()).replace(" ", "-") if heading else anchor
 
 
+def notebook_page(book: dict[str, Any]) -> str:
+    """A Jupyter notebook as Markdown: its texts, its code, and of each output the richest form."""
+    parts = []
+    for cell in book["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            html, plain = data.get("text/html"), "".join(data["text/plain"])
+            fence, kind, shown = (
+                ("~~~~", "{raw} html", f'<div class="output">{"".join(html)}</div>') if html else ("```", "text", plain)
+            )
+            parts.append(f"{fence}{kind}\n{shown}\n{fence}")
+    return "\n\n".join(parts) + "\n"
+
+
 def _read(app: Sphinx, name: str, source: list[str]) -> None:
-    page = ELSEWHERE.get(name)
-    source[0] = relinked(
-        page.read_text(encoding="utf-8") if page else source[0], page or Path(app.env.doc2path(name)), name
-    )
+    page = ELSEWHERE.get(name, Path(app.env.doc2path(name)))
+    text = page.read_text(encoding="utf-8") if name in ELSEWHERE else source[0]
+    source[0] = relinked(notebook_page(json.loads(text)) if page.suffix == ".ipynb" else text, page, name)
     if name == "gallery":
         for path in sorted((DOCS.parent / "recipes").glob("*.yaml")):
             source[0] += f"\n## {path.name}\n\n```yaml\n{path.read_text(encoding='utf-8')}```\n"

@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import docs_adapters
+import docs_methods
 import docs_tables
 import pytest
 import yaml
 
+from paft_merge.methods import METHODS
 from paft_merge.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,29 @@ def test_generated_tables_are_up_to_date(page: str) -> None:
 
 def test_the_table_of_adapters_is_up_to_date() -> None:
     assert docs_adapters.page() == docs_adapters.PAGE.read_text(), "run python tools/docs_adapters.py"
+
+
+NUMBER = re.compile(r"-?\d+\.\d+")
+
+
+@pytest.mark.parametrize("name", docs_methods.PICTURES)
+def test_the_pictures_of_methods_are_results_of_the_methods(name: str) -> None:
+    drawn, kept = docs_methods.picture(name), (docs_methods.FOLDER / f"{name}.svg").read_text()
+    assert NUMBER.sub("", drawn) == NUMBER.sub("", kept), "run python tools/docs_methods.py"
+    assert [float(one) for one in NUMBER.findall(kept)] == pytest.approx(
+        [float(one) for one in NUMBER.findall(drawn)], abs=0.11
+    )  # of a pixel: the last digit of another processor
+
+
+def test_every_method_has_a_picture_and_a_formula() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text().partition("## Pictures and formulas")[2]
+    names = re.findall(r"!\[[^\]]{40,}\]\(methods/(\w+)\.svg\)", page)
+    assert names == list(docs_methods.PICTURES)
+    assert {path.stem for path in docs_methods.FOLDER.iterdir()} == set(names)
+    shown = "".join((docs_methods.FOLDER / f"{name}.svg").read_text() for name in names)
+    for method in METHODS:
+        assert f">{method}<" in shown, method
+        assert f"\n| `{method}` |" in page or method in ("tsv", "iso_c"), method
 
 
 def anchors(page: Path) -> set[str]:

@@ -25,6 +25,7 @@ BLOB = "https://github.com/paft-merge/paft-merge/blob/main"
         ("../recipes/README.md", "dare.yaml", "#dareyaml"),
         ("../recipes/README.md", "../docs/recipe.md#keys", "recipe.md#keys"),
         ("../CHANGELOG.md", "docs/run.md", "run.md"),
+        ("index.md", "notebooks/paft.ipynb", "notebook.md"),
         ("run.md", "training.md#mixed", "training.md#one-adapter-on-several-objectives"),  # of its <a id>
         ("recipe.md", "#keys", "#keys"),
         ("recipe.md", "https://arxiv.org/abs/2406.17923", "https://arxiv.org/abs/2406.17923"),
@@ -36,6 +37,23 @@ def test_links_lead_to_a_page_of_the_site_or_to_the_repository(page: str, link: 
     names = {"../recipes/README.md": "gallery", "../CHANGELOG.md": "changelog"}
     path, name = (DOCS / page).resolve(), names.get(page, page.removesuffix(".md"))
     assert CONF["relinked"](f"a [b]({link}) c", path, name) == f"a [b]({expected}) c"
+
+
+def test_a_notebook_is_a_page_with_its_outputs() -> None:
+    stream = {"output_type": "stream", "text": ["a\n", "b"]}
+    table = {"output_type": "execute_result", "data": {"text/html": ["<b>", "x</b>"], "text/plain": "x"}}
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "[a](../run.md)"]},
+        {"cell_type": "code", "source": ["print(1)"], "outputs": [stream, table]},
+    ]
+    page = CONF["notebook_page"]({"cells": cells})
+    assert page.split("\n\n") == [
+        "# Title\n[a](../run.md)",
+        "```python\nprint(1)\n```",
+        "```text\na\nb\n```",
+        '~~~~{raw} html\n<div class="output"><b>x</b></div>\n~~~~\n',
+    ]
+    assert CONF["relinked"]("[a](../run.md)", CONF["ELSEWHERE"]["notebook"], "notebook") == "[a](run.md)"
 
 
 @pytest.mark.parametrize(

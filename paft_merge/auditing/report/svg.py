@@ -105,7 +105,7 @@ def draw(figure: Figure) -> str:
 
 
 def standalone(figure: Figure) -> str:
-    """A figure as an SVG document in light colours, with its title and caption."""
+    """A figure as an SVG document in light colours on a light page, which a dark site can show, with its title and caption."""
     width, height, parts = _parts(figure)
     texts = [("title", 19, line) for line in textwrap.wrap(printable(figure.title), 54)]
     texts += [("caption", 16, line) for line in textwrap.wrap(figure.caption, 84)]
@@ -116,7 +116,8 @@ def standalone(figure: Figure) -> str:
     y += 10
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="paft" width="{width + 16:g}" height="{height + y + 6:g}" font-family="sans-serif">'
-        f'<style>{stylesheet(LIGHT)}</style>{"".join(head)}<g transform="translate(8 {y:g})">{parts}</g></svg>'
+        f'<style>{stylesheet(LIGHT)}</style><rect width="100%" height="100%" fill="{LIGHT.named["paper"]}"/>'
+        f'{"".join(head)}<g transform="translate(8 {y:g})">{parts}</g></svg>'
     )
 
 
