@@ -25,6 +25,7 @@ from paft_merge.evaluating.loading import EvaluatedModel
 from paft_merge.evaluating.schema import SAMPLES, Measurement
 from paft_merge.inputs.adapters.patterns import PatternError
 from paft_merge.recipe.sections import beside_recipe
+from paft_merge.training.base_model import without_row
 from paft_merge.training.child_process import in_child, match_in_time
 from paft_merge.training.generation import complete, padded
 from paft_merge.training.rendering import attempted, within_limits
@@ -281,6 +282,7 @@ def _answers(
 
     `ended` receives for each answer, in the order of generation, whether it ended with an end token.
     """
+    ids = [row or _start(subject) for row in ids]
     longest = max(map(len, ids)) + max_new_tokens
     if longest > subject.max_length:
         what = f"the longest prompt and its answer take {longest} tokens, the model's limit is {subject.max_length}"
@@ -291,6 +293,7 @@ def _answers(
         )
         advance(len(ids), len(ids))
         return made
+    _check_tokens(subject, ids)
     answers: list[tuple[str, ...]] = [()] * len(ids)
     with _drawing(seed, subject.device):
         for batch in _batches(ids, max(batch_size // count, 1), advance):
@@ -308,6 +311,23 @@ def _answers(
     return answers
 
 
+def _check_tokens(subject: EvaluatedModel, ids: Sequence[Sequence[int]]) -> None:
+    """Raise EvaluateError TOKENS for tokens that the model does not know: its tokenizer is that of another model."""
+    if missing := without_row({token for row in ids for token in row}, subject.model):
+        shown = ", ".join(repr(subject.tokenizer.convert_ids_to_tokens(i)) for i in missing[:5])
+        what = f"its embedding has no row for {len(missing)} of the data's tokens: {shown}"
+        raise EvaluateError.of("TOKENS", subject.name, what, "use the model's own tokenizer")
+
+
+def _start(subject: EvaluatedModel) -> list[int]:
+    """What an answer to an empty prompt begins after: the token that begins a text, or else the one that ends it, as in lm-eval."""
+    known = (subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id)
+    if found := [token for token in known if token is not None][:1]:
+        return found
+    what = "a prompt is empty, and the tokenizer has no token that begins or ends a text"
+    raise EvaluateError.of("EVAL_DATA", subject.name, what, "give a text")
+
+
 def _batches(ids: Sequence[Sequence[int]], size: int, advance: Advance) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, longest first, so that memory runs out at once or never."""
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
@@ -321,6 +341,7 @@ def _logps(
     subject: EvaluatedModel, ids: Sequence[list[int]], starts: Sequence[int], batch_size: int, advance: Advance
 ) -> list[tuple[float, int]]:
     """Summed log probability of the tokens from each row's start on, and the number of these tokens."""
+    _check_tokens(subject, ids)
     found = [(0.0, 0)] * len(ids)
     for batch in _batches(ids, batch_size, advance):
         rows_BT, mask_BT = padded([ids[i] for i in batch], subject.tokenizer.pad_token_id, subject.device, left=False)

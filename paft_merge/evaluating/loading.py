@@ -29,6 +29,7 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.model_config import read_model_config, refuse_odd_files
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.quantized.recognition import quantised
+from paft_merge.training.base_model import without_row
 from paft_merge.training.child_process import match_in_time
 from paft_merge.training.engine_schema import Engine
 
@@ -120,6 +121,8 @@ def load_subject(
             loaded, tokenizer = adapted(loaded, adapter), trained_tokenizer(adapter, tokenizer)
     loaded = loaded.eval().to(device)
     complete_tokenizer(tokenizer, template, name)
+    if without_row([tokenizer.pad_token_id], loaded) and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # what is padded is masked
     return EvaluatedModel(name, loaded, tokenizer, device, longest(loaded.config, spec))
 
 

@@ -190,7 +190,7 @@ def tune(spec: Parameters) -> Iterator[tuple[str, list[list[float]]]]:
         runs = [train(cell, where, rates, strengths, 1_000_000 + s, spec) for s in range(spec.tuning_seeds)]
         paid = rewards_of(where)
         mean = torch.stack([(policy * paid).sum(-1) for policy in runs]).mean(0).reshape(len(peaks), len(known))
-        yield cell.name, [list(known[int(best)]) for best in mean.argmax(-1)]
+        yield cell.name, [list(known[int(best)]) for best in mean.nan_to_num(-math.inf).argmax(-1)]
 
 
 def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Mapping[str, Any], work: Path) -> Tables:

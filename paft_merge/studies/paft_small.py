@@ -6,24 +6,38 @@ the study, without a change.
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from paft_merge.engine.api import available_cores
 from paft_merge.errors import RunError
 from paft_merge.pipeline import run
+from paft_merge.pipeline.fingerprints import file_print, key_of
 from paft_merge.pipeline.trial_processes import Child
 from paft_merge.recipe.yaml_source import dump_yaml
 from paft_merge.studies import story_model
-from paft_merge.studies.paft_small_data import BASE, REWARD, SKILL, Files, Sizes, prepare, read_skill
+from paft_merge.studies.paft_small_data import (
+    BASE,
+    FILES,
+    REWARD,
+    SKILL,
+    Files,
+    Sizes,
+    preference_of,
+    prepare,
+    read_skill,
+)
 from paft_merge.studies.story_model import StoryModel
 from paft_merge.studies.study import Tables
+
+log = logging.getLogger(__name__)
 
 USUAL = Files().model_dump()
 
@@ -45,19 +59,31 @@ class Parameters(StoryModel, Files):
 
 
 def check(spec: Parameters, data: Path | None) -> dict[str, str]:
-    """Digests of the inputs; RunError STUDY if one is not there."""
-    digests = story_model.check(spec, data)
+    """Digests of the inputs; RunError STUDY if one is not there, or has lines of another form."""
+    digests = _digests(spec, data)
     assert data is not None
-    for key in USUAL:
-        name = getattr(spec, key)
-        if not (data / name).is_file():
-            raise RunError.of(
-                "STUDY", data / name, "does not exist", f"put it there, or name another with --set {key}=..."
-            )
-        if key in SKILL:
-            read_skill(data / name)
-        digest = xxhash.xxh3_128_hexdigest((data / name).read_bytes())
-        digests[Path(name).name if name == USUAL[key] else key] = digest
+    asked = {"skill_train": spec.data.rows, "skill_dev": spec.data.chosen, "skill_test": spec.data.tested}
+    prompts = {key: [row["prompt"] for row in read_skill(data / getattr(spec, key))] for key in SKILL}
+    trained = {*prompts["skill_train"][: spec.data.rows]}
+    for key, count in asked.items():
+        file = data / getattr(spec, key)
+        if len(prompts[key]) < count:
+            log.warning("%s: has %d rows, and the study asks for %d", file, len(prompts[key]), count)
+        if key != "skill_train" and (seen := sum(prompt in trained for prompt in prompts[key][:count])):
+            log.warning("%s: %d of its rows have a prompt that is trained on (%s)", file, seen, spec.skill_train)
+    return digests
+
+
+def _digests(spec: Parameters, data: Path | None) -> dict[str, str]:
+    digests = story_model.check(spec, data, lexicon=not spec.preference)
+    assert data is not None
+    if ":" in preference_of(spec, data):
+        digests["preference"] = file_print(data / spec.preference.rpartition(":")[0])
+    for key in FILES:
+        file = data / getattr(spec, key)
+        if not file.is_file():
+            raise RunError.of("STUDY", file, "does not exist", f"put it there, or name another with --set {key}=...")
+        digests[file.name if getattr(spec, key) == USUAL[key] else key] = file_print(file)
     return digests
 
 
@@ -74,11 +100,18 @@ def run_seed(spec: Parameters, seed: int, data: Path | None, tuned: Any, work: P
     Returns:
         A table for each setting: the rows and columns of the run's table, and the cost of each arm.
     """
-    base, words = story_model.inputs(spec, data)
+    base, words = story_model.inputs(spec, data, lexicon=not spec.preference)
     assert data is not None
     inputs = work / "inputs"
+    made = inputs / "made_of"  # an interrupted run may have had other parameters or other data
+    key = key_of(
+        sizes=spec.data.model_dump(), files={one: getattr(spec, one) for one in USUAL}, digests=_digests(spec, data)
+    )
+    if made.exists() and made.read_text(encoding="utf-8") != key:
+        shutil.rmtree(inputs)
     if not (inputs / REWARD).exists():
         prepare(base, words, data, inputs, spec.data, spec)
+        made.write_text(key, encoding="utf-8")
     recipe = {"base_model": BASE, "seeds": [seed], **spec.recipe}
     (inputs / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
     runs = [(inputs / "recipe.yaml", work / f"{name}-{seed}", changes) for name, changes in spec.settings.items()]

@@ -46,13 +46,19 @@ def label(definition: Definition, row: str) -> str:
 
 def table(definition: Definition, spec: TableSpec, results: Results) -> str:
     """A table in Markdown: the mean over seeds and the half width of its interval; one column for each table and metric."""
-    columns = [(one, name) for one in spec.tables for name in spec.metrics]
+    rows = [*_rows(spec, results)]
+    columns = [
+        (one, name)
+        for one in spec.tables
+        for name in spec.metrics
+        if any(results.has((one, row), name) for row in rows)
+    ]
     heads = [
         ", ".join(part for part in (one if len(spec.tables) > 1 else "", definition.metrics[name].title) if part)
         for one, name in columns
     ]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for row in _rows(spec, results):
+    for row in rows:
         if not any(results.has((one, row), name) for one, name in columns):
             continue
         cells = [_cell(definition, results, one, row, name) for one, name in columns]
@@ -75,11 +81,12 @@ def _cell(definition: Definition, results: Results, table: str, row: str, name: 
 
 def claims(definition: Definition, results: Results) -> list[list[str]]:
     """The claims and the verdicts on each: a claim holds, or the opposite does, only where an interval excludes zero."""
-    found = []
+    found, more = [], _other_tables(definition, results)
     for claim in definition.claims:
         metric = definition.metrics[claim.metric]
         lines = [f"**{claim.says}** ({metric.title}). {claim.note}".rstrip()]
-        for each in claim.each:
+        of_tables = all(table == "{each}" for table, _ in (*claim.plus, *claim.minus))
+        for each in [*claim.each, *(more if of_tables else [])]:
             plus, minus = claim.cells("plus", each), claim.cells("minus", each)
             if all(results.has(cell, claim.metric) for cell in (*plus, *minus)):
                 verdict = _verdict(metric, *([results.values(c, claim.metric) for c in side] for side in (plus, minus)))
@@ -88,9 +95,17 @@ def claims(definition: Definition, results: Results) -> list[list[str]]:
     return found
 
 
+def _other_tables(definition: Definition, results: Results) -> list[str]:
+    """The tables of the results that the definition does not name: those of parameters of the user."""
+    named = {table for spec in definition.tables for table in spec.tables}
+    return [table for table in results.data["tables"] if table not in named]
+
+
 def _verdict(metric: Metric, plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]]) -> str:
     """A verdict, the means, and the difference with its interval, paired within each seed; a row of values for each cell."""
-    difference = interval_of((np.sum(plus, axis=0) - np.sum(minus, axis=0)).tolist())
+    found = np.sum(plus, axis=0) - np.sum(minus, axis=0)
+    rounding = 1e-12 * np.abs([*plus, *minus]).max()
+    difference = interval_of(np.where(np.abs(found) <= rounding, 0.0, found).tolist())
     means = [float(np.mean(values)) for values in (*plus, *minus)]
     if len(means) == 2:
         shown = f"{number(means[0], metric)} against {number(means[1], metric)}"
@@ -100,6 +115,8 @@ def _verdict(metric: Metric, plus: Sequence[Sequence[float]], minus: Sequence[Se
     shown += f", difference {_signed(difference.mean, metric)}"
     if not difference.known:
         return f"**fewer than {LEAST} seeds show nothing**; {shown}"
+    if difference.mean and difference.half <= rounding:
+        return f"**the same in every seed, which gives no interval**; {shown}"
     bounds = f"{_signed(difference.low, metric)} to {_signed(difference.high, metric)}"
     return f"**{difference.verdict(metric.better)}**; {shown}, 95 % interval {bounds}"
 
@@ -125,13 +142,18 @@ def body(definition: Definition, results: Results, plots: Pictures = (), frontie
         "only where the interval of the difference within a seed excludes zero; of "
         f"{sum(len(one) - 1 for one in found)} such verdicts about one in twenty would by chance, if nothing differed."
     )
-    parts = [f"{head} {rules}"]
+    few = f"Fewer than {LEAST} seeds have no interval, so nothing here is a finding."
+    parts = [f"{head} {rules if count >= LEAST else few}"]
     if frontiers:
         parts += ["### Frontiers", _FRONTIER, *(f"![{title}]({file})" for title, file in frontiers)]
-    parts.append("### Claims")
+    parts += ["### Claims"] * bool(found)
     for says, *verdicts in found:
         parts.append("\n".join([says, "", *(f"- {one}" for one in verdicts)]))
-    for spec in definition.tables:
+    others = [
+        TableSpec(title=name, tables=[name], metrics=[*definition.metrics])
+        for name in _other_tables(definition, results)
+    ]
+    for spec in (*definition.tables, *others):
         if any(
             results.has((one, row), name)
             for one in spec.tables
@@ -144,7 +166,7 @@ def body(definition: Definition, results: Results, plots: Pictures = (), frontie
 
 
 _FRONTIER = (
-    "Each mark is a model; the points of a sweep are joined, and the shade is the third number. Whiskers are intervals over seeds. "
+    "Each mark is a model; the points of a sweep are joined, and the shade is the third number. Whiskers are intervals over seeds, from 3 on. "
     "A ring: no other model has better means on both axes."
 )
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from paft_merge.errors import RunError, reading
 from paft_merge.inputs.safetensors_header import read_text
@@ -28,8 +29,25 @@ from paft_merge.training.adapter_record import versions
 from paft_merge.training.run_folder import write_json
 
 FORMAT = 1
+_AGAIN = "remove it; that part is then run again"
+
 DIGITS = 5
 """Significant digits of a number in the files."""
+
+
+class _Tuned(BaseModel):
+    """Settings that were chosen before."""
+
+    seconds: FiniteFloat
+    settings: dict[str, Any]
+
+
+class _Seed(BaseModel):
+    """The numbers of a seed."""
+
+    seed: int
+    seconds: FiniteFloat
+    tables: dict[str, dict[str, dict[str, Annotated[FiniteFloat, Field(strict=True)]]]]
 
 
 @dataclass(frozen=True)
@@ -77,16 +95,18 @@ def run_study(
     ran = 0
     with locked(folder), _one_thread():
         began = _processor_seconds()
-        tuned = _kept(folder / "tuned.json", expected)
+        tuned = _kept(folder / "tuned.json", expected, _Tuned)
         if tuned is None and hasattr(study.module, "tune"):
             progress("choosing settings")
             found = _rounded(dict(study.module.tune(study.parameters)))
             tuned = expected | {"seconds": round(_processor_seconds() - began, 1), "settings": found}
             write_json(folder / "tuned.json", tuned)
-        done = []
+        done = list[dict[str, Any]]()
         for seed in range(study.seeds):
             path = folder / "seeds" / f"{seed}.json"
-            record = _kept(path, expected)
+            record = _kept(path, expected, _Seed)
+            if record is not None and (other := _odd(record, seed, done)):
+                raise RunError.of("STUDY", path, other, _AGAIN)
             if record is None:
                 began = _processor_seconds()
                 settings = tuned["settings"] if tuned else None
@@ -127,22 +147,48 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _kept(path: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+def _kept(path: Path, expected: Mapping[str, Any], more: type[BaseModel]) -> dict[str, Any] | None:
     """The record of a finished part; None if there is none.
+
+    Args:
+        path: its file.
+        expected: the keys and values that all records of the study have.
+        more: its further keys.
 
     Raises:
         RunError: STUDY, it was made with other parameters, or is damaged.
     """
     if not path.exists():
         return None
-    with reading(path, "STUDY", RunError, "remove it; that part is then run again"):
+    with reading(path, "STUDY", RunError, _AGAIN):
         found: dict[str, Any] = json.loads(read_text(path, "STUDY"))
         known = {key: found[key] for key in expected}
+        try:
+            more.model_validate(found)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise RunError.of("STUDY", path, f"is damaged at {where}: {error.errors()[0]['msg']}", _AGAIN) from error
     for key, value in expected.items():
-        if known[key] != value:
-            what = f"has results with {_difference(key, known[key], value)}"
+        # Results of before the configs and the tokenizer of a base had digests are continued.
+        wanted = {name: value[name] for name in value if name in known[key]} if key == "data" else value
+        if known[key] != wanted:
+            what = f"has results with {_difference(key, known[key], wanted)}"
             raise RunError.of("STUDY", path.parent, what, "choose another folder for --out")
     return found
+
+
+def _odd(record: Mapping[str, Any], seed: int, before: Sequence[Mapping[str, Any]]) -> str:
+    """Why a finished seed cannot be put together with those before it; empty if it can."""
+    if record["seed"] != seed:
+        return f"has the numbers of seed {record['seed']}"
+    for one in before[:1]:
+        cells, its = (
+            {(t, row, m) for t, rows in x["tables"].items() for row, of in rows.items() for m in of}
+            for x in (one, record)
+        )
+        if missing := sorted(cells ^ its):
+            return f"has {'no' if missing[0] in cells else 'a'} number for {': '.join(missing[0])}, unlike seed {one['seed']}"
+    return ""
 
 
 def _difference(key: str, had: Any, wants: Any) -> str:

@@ -9,13 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from paft_merge.errors import RunError, reading
+from paft_merge.pipeline.fingerprints import file_print
 from paft_merge.recipe.sections import Section
 from paft_merge.training.base_model import load_base, load_tokenizer
 from paft_merge.training.generation import complete
 from paft_merge.training.schema import AdapterSpec, BaseSpec
+
+_OF_A_BASE = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
+"""The files of a base that decide what it computes: weights, configs, the tokenizer and its template."""
 
 
 class StoryModel(Section):
@@ -27,26 +29,35 @@ class StoryModel(Section):
     """File in the folder of `--data` with a word, a tab and its valence in each line."""
 
 
-def inputs(spec: StoryModel, data: Path | None) -> tuple[Path, Path]:
+def inputs(spec: StoryModel, data: Path | None, *, lexicon: bool = True) -> tuple[Path, Path]:
     """The folder of the base and the file of the lexicon.
+
+    Args:
+        spec: their names.
+        data: the folder of `--data`.
+        lexicon: the study reads the lexicon.
 
     Raises:
         RunError: STUDY, one of them is not there.
     """
     if data is None:
-        raise RunError.of("STUDY", "--data", "this study needs a base and a lexicon", "give the folder that has them")
-    base, lexicon = data / spec.base, data / spec.lexicon
-    for key, path in (("base", base), ("lexicon", lexicon)):
-        if not path.exists():
-            raise RunError.of("STUDY", path, "does not exist", f"put it there, or name another with --set {key}=...")
-    return base, lexicon
+        what = f"this study needs a base{' and a lexicon' * lexicon}"
+        raise RunError.of("STUDY", "--data", what, "give the folder that has them" if lexicon else "give its folder")
+    base, words = data / spec.base, data / spec.lexicon
+    for key, path, there in (("base", base, base.is_dir()), ("lexicon", words, words.is_file() or not lexicon)):
+        if not there:
+            what = f"is not a {'folder' if key == 'base' else 'file'}" if path.exists() else "does not exist"
+            raise RunError.of("STUDY", path, what, f"put it there, or name another with --set {key}=...")
+    return base, words
 
 
-def check(spec: StoryModel, data: Path | None) -> dict[str, str]:
-    """Digests of the inputs: results of other inputs are not mixed."""
-    base, lexicon = inputs(spec, data)
-    files = [*sorted(base.glob("*.safetensors")), lexicon]
-    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
+def check(spec: StoryModel, data: Path | None, *, lexicon: bool = True) -> dict[str, str]:
+    """Digests of the inputs, as for `inputs`: results of other inputs are not mixed."""
+    base, words = inputs(spec, data, lexicon=lexicon)
+    files = [path for path in sorted(base.iterdir()) if path.is_file() and path.suffix in _OF_A_BASE]
+    if lexicon:
+        read_lexicon(words)
+    return {path.name: file_print(path) for path in (*files, *([words] if lexicon else []))}
 
 
 def read_lexicon(path: Path) -> dict[str, float]:

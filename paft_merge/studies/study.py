@@ -203,6 +203,7 @@ def load_study(name: str, *, smoke: bool = False, seeds: int | None = None, over
         )
     module = import_module(f"paft_merge.studies.{MODULES[definition.study]}")
     special, count = (definition.smoke, definition.smoke_seeds) if smoke else ({}, definition.seeds)
-    given = overridden(Located({**definition.parameters, **special}, str(path)), overrides)
+    usual = module.Parameters().model_dump(mode="json", by_alias=True)  # an override may change a part of a default
+    given = overridden(Located({**usual, **definition.parameters, **special}, str(path)), overrides)
     parameters = read_section(module.Parameters, given)
     return Study(definition, module, parameters, seeds or count, smoke)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,12 @@ def check_tokenizer(name: str, revision: str | None = None) -> None:
         found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         if found is not None:
             refuse_outside_files(Path(found).parent)
+
+
+def without_row(tokens: Iterable[int | None], model: Any) -> list[int]:
+    """The token ids for which a model's embedding has no row."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return sorted({token for token in tokens if token is not None and token >= rows})
 
 
 def _template(source: str, folder: Path) -> str:

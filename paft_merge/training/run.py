@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paft_merge.errors import TrainError
 from paft_merge.training.arguments import check_targets
-from paft_merge.training.base_model import digest_of, load_base, restoring_base
+from paft_merge.training.base_model import digest_of, load_base, restoring_base, without_row
 from paft_merge.training.consent import check_code
 from paft_merge.training.job import (
     Job,
@@ -146,10 +148,17 @@ def warn_of_settings(job: Job, rows: PreparedRows) -> None:
     spec, tokenizer = job.spec, job.tokenizer
     if tokenizer.pad_token is None:
         job.warn(f"the tokenizer has no pad token; its eos token {tokenizer.eos_token!r} is used")
+    elif without_row([tokenizer.pad_token_id], job.base):
+        job.warn(f"the base's embedding has no row for the pad token {tokenizer.pad_token!r}; the eos token is used")
+        tokenizer.pad_token = tokenizer.eos_token
     if spec.l1 and str(getattr(job.arguments.lr_scheduler_type, "value", "")).startswith("constant"):
         job.warn("L1 with a constant learning rate leaves noise instead of zeros; use cosine or linear")
     if rows.labels is None or spec.objective in ("rloo", "grpo"):
         return
+    if missing := without_row(np.flatnonzero(rows.labels).tolist(), job.base):
+        shown = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in missing[:5])
+        what = f"{len(missing)} of their tokens have no row in the base's embedding: {shown}"
+        raise TrainError.of("TOKENS", f"the rows of {job.name}", what, "use the base's own tokenizer")
     if tokens := unlearnable(rows.labels, job.base, tokenizer, spec):
         shown = ", ".join(tokens[:5]) + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
         job.warn(

@@ -86,6 +86,35 @@ def test_greedy_answers_do_not_depend_on_the_batch(place: Path) -> None:
         assert generate(subject, prompts, 5, size) == expected
 
 
+def test_an_empty_prompt_begins_after_the_end_token_where_no_token_begins_a_text(place: Path) -> None:
+    subject = load_subject(place / "base", EvaluateSpec())
+    assert subject.tokenizer.bos_token_id is None
+    assert generate(subject, [""], 5, 1) == generate(subject, ["</s>"], 5, 1)
+    subject.tokenizer.eos_token = None
+    with pytest.raises(EvaluateError, match="a prompt is empty, and the tokenizer has no token that begins or ends"):
+        generate(subject, [""], 5, 1)
+
+
+def test_tokens_without_a_row_of_the_embedding_are_refused_and_a_pad_token_is_replaced(
+    place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    words = train_toys.tokenizer()
+    words.add_tokens(["w99"])
+    words.add_special_tokens({"pad_token": "<more>"})
+    words.save_pretrained(tmp_path / "base")
+    subject, before = (load_subject(folder / "base", EvaluateSpec()) for folder in (tmp_path, place))
+    prompts = ["w1", "w2 w3 w4"]
+    assert generate(subject, prompts, 5, 2) == generate(before, prompts, 5, 2)
+    with pytest.raises(
+        EvaluateError, match="embedding has no row for 1 of the data's tokens: 'w99'; use the model's own"
+    ):
+        generate(subject, ["w1 w99"], 5, 2)
+    (tmp_path / "text.txt").write_text("w1 w99\n")
+    with pytest.raises(EvaluateError, match="no row for 1 of the data's tokens"):
+        evaluate(tmp_path / "base", spec_of(text={"kind": "perplexity", "data": "text.txt"}), folder=tmp_path)
+
+
 def test_exact_match_is_the_share_of_right_answers(place: Path) -> None:
     subject = load_subject(place / "base", EvaluateSpec())
     prompts = ["w1 w2", "w3", "w4 w5 w6", "w7"]

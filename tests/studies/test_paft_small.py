@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -9,17 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from toys.train import THEIR_WARNINGS
 from transformers import AutoConfig, AutoTokenizer
 
-from paft_merge.errors import RunError
+from paft_merge.errors import RunError, TrainError
 from paft_merge.studies import paft_small, paft_small_data, run_study, story_model
-from paft_merge.studies.paft_small_data import Files, Sizes, Storyteller, copy_with_end, pairs, read_skill
+from paft_merge.studies.paft_small_data import (
+    Files,
+    Sizes,
+    Storyteller,
+    copy_with_end,
+    pairs,
+    preference_of,
+    prepare,
+    read_skill,
+    scorer,
+)
 from paft_merge.studies.study import load_study
 from paft_merge.training.rewards import load_function
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
+FILES_HERE = Files(first="mira", sentence_end=" .")
 SIZES = Sizes(rows=30, tested=4, chosen=4, stories=4, story_tokens=12, beginnings=8, dev=3, test=3, tokens=24)
 
 
@@ -77,27 +90,117 @@ def test_a_folder_of_another_shape_is_named_by_parameters_and_the_usual_one_leav
     assert other.module.check(other.parameters, tmp_path / "data")["skill_dev"] == digests["english-dev"]
 
 
+def test_rows_that_are_missing_or_trained_on_are_named(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paft_small.check(load_study("paft-small", smoke=True).parameters, data)
+    assert "english-dev: 4 of its rows have a prompt that is trained on" in caplog.text
+    caplog.clear()
+    study = load_study("paft-small", smoke=True, overrides=["data.rows=1", "data.tested=73"])
+    paft_small.check(study.parameters, data)
+    assert "english-uncovered-test: has 72 rows, and the study asks for 73" in caplog.text
+    assert "english-dev: 1 of its rows" in caplog.text
+
+
+def test_another_preference_needs_no_lexicon(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "vader")
+    (tmp_path / "data" / "own.py").write_text(
+        "def rivers(completions, **columns):\n    return [float('river' in c) for c in completions]\n"
+    )
+    for given, expected in (("short", [-2.0, -1.0]), ("length", [2.0, 1.0]), ("own.py:rivers", [1.0, 0.0])):
+        files = Files(preference=given)
+        score = scorer(preference_of(files, tmp_path / "data"), None)
+        assert score(["a", "b"], ["the river", "sky"]) == expected
+        study = load_study("paft-small", smoke=True, overrides=[f"preference={given}"])
+        digests = paft_small.check(study.parameters, tmp_path / "data")
+        assert ("preference" in digests, "vader_lexicon.txt" in digests) == (":" in given, False)
+    with pytest.raises(
+        RunError, match=r"there is no preference 'shorter'; write short, length, or rewards\.py:function"
+    ):
+        preference_of(Files(preference="shorter"), data)
+    with pytest.raises(TrainError, match="has no function 'river'; did you mean 'rivers'"):
+        preference_of(Files(preference="own.py:river"), tmp_path / "data")
+
+
+def test_a_preference_that_scores_all_texts_alike_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("absent\t1\n")
+    with pytest.raises(RunError, match=r"words: scores all texts that the base wrote from 8 beginnings alike"):
+        prepare(data / "stories260K_hf", tmp_path / "words", data, tmp_path / "inputs", SIZES, FILES_HERE)
+
+
+def test_inputs_of_an_interrupted_run_with_other_parameters_are_made_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[int]()
+
+    def prepare(base: Path, words: Path, data: Path, out: Path, sizes: Sizes, files: Files) -> None:
+        made.append(sizes.rows)
+        out.mkdir()
+        (out / paft_small_data.REWARD).write_text("")
+
+    monkeypatch.setattr(paft_small, "prepare", prepare)
+    for rows in (5, 5, 6):
+        spec = load_study("paft-small", overrides=["settings={}", f"data.rows={rows}"]).parameters
+        assert paft_small.run_seed(spec, 0, data, None, tmp_path) == {}
+    assert made == [5, 6]
+
+
 def test_a_pair_has_the_best_and_the_worst_story_and_equal_ones_make_none() -> None:
     told = [["good day", "plain"], ["bad day", "plain"], [" ", "bland"]]
-    found = pairs(["one", "two"], told, {"good": 2.0, "bad": -1.0})
+    found = pairs(["one", "two"], told, [[2.0, 0.0], [-1.0, 0.0], [9.0, 0.0]])
     assert found == [{"prompt": "one", "chosen": "good day", "rejected": "bad day"}]
 
 
 def test_a_base_without_sentences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     teller = Storyteller(QUICKSTART, 0, 4)
     monkeypatch.setattr(paft_small_data, "generate", lambda subject, prompts, **drawn: ["no end"] * len(prompts))
-    with pytest.raises(RunError, match="wrote 0 different first sentences in 10 rounds, and 5 are needed"):
-        teller.openings(5)
+    with pytest.raises(RunError, match="wrote 0 different first sentences in 10 rounds, and 5 are needed; set first"):
+        teller.openings(5, "Once", ".")
 
 
-def test_the_base_of_the_study_ends_its_texts_with_its_first_token(tmp_path: Path) -> None:
-    copy_with_end(QUICKSTART, tmp_path / "base")
+@pytest.mark.parametrize(
+    ("keeps", "told", "expected"), [(False, ["a", " b", ", c"], [" a", " b", ", c"]), (True, ["a", " b"], ["a", " b"])]
+)
+def test_a_space_is_put_before_texts_of_tokenizers_that_leave_it_out(
+    monkeypatch: pytest.MonkeyPatch, keeps: bool, told: list[str], expected: list[str]
+) -> None:
+    teller = Storyteller(QUICKSTART, 0, 4)
+    teller._keeps_spaces = keeps
+    monkeypatch.setattr(paft_small_data, "generate", lambda subject, prompts, **drawn: told)
+    assert teller.complete(["x"] * len(told)) == expected
+
+
+def test_beginnings_have_the_first_words_and_the_end_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    teller, told = Storyteller(QUICKSTART, 0, 4), itertools.cycle(["猫买水。狗", " 我吃鱼。", "no end"])
+    monkeypatch.setattr(paft_small_data, "generate", lambda subject, prompts, **drawn: [next(told) for _ in prompts])
+    assert teller.openings(2, "", "。") == ["猫买水。", "我吃鱼。"]
+
+
+@pytest.mark.parametrize("untrained", [True, False])
+def test_a_base_whose_end_token_is_not_trained_ends_its_texts_with_its_first_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: bool
+) -> None:
+    def logits(subject: Any, ids: list[int]) -> torch.Tensor:
+        found = torch.zeros(subject.model.config.vocab_size)
+        found[2 - untrained] = 1.0
+        return found
+
+    monkeypatch.setattr(paft_small_data, "_after", logits)
+    (tmp_path / "text").write_text("mira walked to the river .\n")
+    copy_with_end(QUICKSTART, tmp_path / "base", tmp_path / "text")
     tokenizer, config = AutoTokenizer.from_pretrained(tmp_path / "base"), AutoConfig.from_pretrained(tmp_path / "base")
-    assert tokenizer.eos_token_id == config.eos_token_id == config.bos_token_id
-    assert AutoConfig.from_pretrained(QUICKSTART).eos_token_id != config.bos_token_id
+    assert tokenizer.eos_token_id == config.eos_token_id == 2 - untrained
+    assert (
+        AutoConfig.from_pretrained(QUICKSTART).bos_token_id,
+        AutoConfig.from_pretrained(QUICKSTART).eos_token_id,
+    ) == (1, 2)
     assert (
         load_file(tmp_path / "base" / "model.safetensors").keys() == load_file(QUICKSTART / "model.safetensors").keys()
     )
+
+
+def test_the_quickstarts_base_was_trained_to_end_its_texts(data: Path, tmp_path: Path) -> None:
+    copy_with_end(QUICKSTART, tmp_path / "base", data / "tinystories_valid_30k.txt")
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").eos_token_id == 2
 
 
 def test_settings_run_side_by_side_and_keep_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -126,7 +229,8 @@ def test_settings_run_side_by_side_and_keep_their_order(monkeypatch: pytest.Monk
     monkeypatch.setattr(paft_small, "Child", Child)
     monkeypatch.setattr(paft_small, "_rows", lambda recipe, folder, changes: {folder.name: {changes[0]: len(started)}})
     monkeypatch.setattr(paft_small, "prepare", lambda *given: (tmp_path / "inputs").mkdir(exist_ok=True))
-    monkeypatch.setattr(story_model, "inputs", lambda spec, data: (QUICKSTART, {}))
+    monkeypatch.setattr(paft_small, "_digests", lambda spec, data: {})
+    monkeypatch.setattr(story_model, "inputs", lambda spec, data, lexicon: (QUICKSTART, {}))
     for cores, running in ((2, 2), (1, 0)):
         monkeypatch.setattr(paft_small, "available_cores", lambda cores=cores: cores)
         found = paft_small.run_seed(spec, 7, tmp_path, None, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import docs_studies
@@ -21,10 +22,11 @@ from paft_merge.pipeline.steps import Planner
 from paft_merge.recipe.yaml_source import dump_yaml
 from paft_merge.studies import frozen_lake, run_study
 from paft_merge.studies.frontiers import draw_frontiers, frontiers_of
-from paft_merge.studies.pages import Results, body, claims
+from paft_merge.studies.pages import Results, _verdict, body, claims
 from paft_merge.studies.plots import draw, plots_of
 from paft_merge.studies.seed_intervals import Interval, interval_of
-from paft_merge.studies.study import folders, known_studies, load_study
+from paft_merge.studies.seeds import _kept, _Tuned
+from paft_merge.studies.study import Metric, folders, known_studies, load_study
 
 FAST = ("starts={untrained: 0}", "target_steps=3", "steps=[1, 2]", "variants={IFT: {lambda: 0.2}}")
 
@@ -66,11 +68,48 @@ def test_results_of_other_parameters_are_not_mixed_in(done):
         lake(done[0], 2, "learning_rate=0.02")
 
 
-def test_a_damaged_seed_is_refused(tmp_path):
-    lake(tmp_path, 1)
-    (tmp_path / "seeds" / "0.json").write_text("{")
-    with pytest.raises(RunError, match=r"0\.json: .*; remove it; that part is then run again"):
-        lake(tmp_path, 1)
+def edited(text: str, change: str) -> str:
+    """The record of a seed with a fault."""
+    record = json.loads(text)
+    rows = record["tables"]["solid ice, untrained start"]
+    if change == "cut":
+        return text[: len(text) // 2]
+    if change in record:
+        del record[change]
+    elif change == "other seed":
+        record["seed"] = 0
+    elif change == "row":
+        del rows["start"]
+    elif change == "metric":
+        rows["start"]["more"] = 1.0
+    else:
+        rows["start"]["mse"] = json.loads(change)
+    return json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("cut", "1\\.json: "), ("seconds", "is damaged at seconds: Field required"), ("tables", "is damaged at tables"),
+        ("other seed", "has the numbers of seed 0"), ("row", "has no number for solid ice, untrained start: start: kl, unlike seed 0"),
+        ("metric", "has a number for solid ice, untrained start: start: more, unlike seed 0"),
+        ("NaN", "is damaged at tables.*start.mse: Input should be a finite number"), ('"0.1"', "is damaged at tables"),
+        ("null", "is damaged at tables"), ("[1.0]", "is damaged at tables"),
+    ],
+)  # fmt: skip
+def test_a_damaged_seed_is_refused(done, tmp_path, change, expected):
+    shutil.copytree(done[0], tmp_path / "out")
+    seed = tmp_path / "out" / "seeds" / "1.json"
+    seed.write_text(edited(seed.read_text(), change))
+    with pytest.raises(RunError, match=f"{expected}.*; remove it; that part is then run again"):
+        lake(tmp_path / "out")
+
+
+def test_results_of_before_a_file_had_a_digest_are_continued(tmp_path):
+    (tmp_path / "0.json").write_text(json.dumps({"data": {"model.safetensors": "a"}, "seconds": 1.0, "settings": {}}))
+    assert _kept(tmp_path / "0.json", {"data": {"model.safetensors": "a", "config.json": "b"}}, _Tuned) is not None
+    with pytest.raises(RunError, match=r"has results with data\.model\.safetensors 'a' instead of 'c'"):
+        _kept(tmp_path / "0.json", {"data": {"model.safetensors": "c", "config.json": "b"}}, _Tuned)
 
 
 @pytest.mark.parametrize("override", ["learning_rat=0.1", "hidden=many", "ice=[wet]", "steps=[]", "hidden=0"])
@@ -165,7 +204,7 @@ def test_verdicts_are_paired_within_seeds_and_worded_by_the_interval():
     noise = [0.001, -0.001, 0.002, 0.0, -0.002, 0.001]
     results = planted(
         unlikely__on=[a + 0.05 + b for a, b in zip(offline, noise, strict=True)], unlikely__off=offline,
-        likely__on=[a + b for a, b in zip(offline, noise, strict=True)], likely__off=offline,
+        likely__on=[a + b for a, b in zip(offline, reversed(noise), strict=True)], likely__off=offline,
     )  # fmt: skip
     found = {head.split("**")[1]: verdicts for head, *verdicts in claims(load_study("on-policy").definition, results)}
     assert len(found) == 3  # claims about rows that are not there are left out
@@ -176,6 +215,40 @@ def test_verdicts_are_paired_within_seeds_and_worded_by_the_interval():
     assert found[f"{first}likely"][0].startswith("DPO: **no difference is shown**; 0.483 against 0.483")
     gain = found["On-policy samples help more where the peak is unlikely than where it is likely"]
     assert gain[0].startswith("DPO: **holds**; a change of +0.050 against one of +0.000, difference +0.050")
+
+
+def test_a_difference_without_spread_has_no_interval():
+    same = planted(unlikely__on=[0.5] * 3, unlikely__off=[0.25] * 3, likely__on=[0.5] * 3, likely__off=[0.5] * 3)
+    found = [verdict for _, *verdicts in claims(load_study("on-policy").definition, same) for verdict in verdicts]
+    assert (
+        found[0] == "DPO: **the same in every seed, which gives no interval**; 0.500 against 0.250, difference +0.250"
+    )
+    assert found[1].startswith("DPO: **no difference is shown**; 0.500 against 0.500, difference 0.000")
+    added = _verdict(Metric(title="x", better="higher"), [[0.1] * 3, [0.2] * 3], [[0.3] * 3, [0.0] * 3])
+    assert added.startswith("**no difference is shown**"), "0.1 + 0.2 is more than 0.3 only by rounding"
+
+
+def test_tables_that_the_definition_does_not_name_have_claims_and_a_table():
+    rows = {
+        name: {"skill": [v, v + 0.1, v + 0.05], "text": [5.0, 5.1, 5.2]}
+        for name, v in (("sft (dense)", 0.5), ("sequential (dense)", 0.1))
+    }
+    given = {"seeds": [0, 1, 2], "seconds": 1, "smoke": False, "versions": {"torch": "x"}}
+    shown = body(load_study("paft-small").definition, Results({**given, "tables": {"weak": rows, "mine": rows}}))
+    [claim] = [part for part in shown.split("\n\n**") if part.startswith("The sequence forgets skill")]
+    assert [line[: len("- weak: **the same")] for line in claim.splitlines()[2:4]] == [
+        "- weak: **the same",
+        "- mine: **the same",
+    ]
+    assert "### mine\n\n| | skill | perplexity of the retained text |\n" in shown
+    assert "win rate" not in shown, "columns without a number are left out"
+
+
+def test_a_page_of_two_seeds_says_that_it_has_no_finding(done):
+    definition = load_study("frozen-lake").definition
+    shown = body(definition, Results(json.loads((done[0] / "results.json").read_text())))
+    assert "Fewer than 3 seeds have no interval, so nothing here is a finding." in shown
+    assert "The ± of a number" not in shown
 
 
 # --- definitions and pages ----------------------------------------------------------------------------------------------

@@ -204,6 +204,21 @@ def test_cut_rows_and_a_missing_pad_token_are_warnings_in_the_record(tmp_path):
     assert any("no pad token" in w for w in record["run"]["warnings"])
 
 
+def test_a_pad_token_without_a_row_is_replaced_and_other_tokens_without_one_are_refused(tmp_path):
+    words = tokenizer()
+    words.add_special_tokens({"pad_token": "<more>"})
+    section = {"objective": "sft", "data": "m", "training": {**FAST, "max_steps": 1}}
+    options = {"tokenizer": words, "base_name": "toy"}
+    out = train_adapter(tiny_llama(), section, tmp_path / "x", rows=texts(), **options)
+    warnings = json.loads((out / "paft_train.json").read_text())["run"]["warnings"]
+    assert any("no row for the pad token '<more>'; the eos token is used" in one for one in warnings)
+    words.add_tokens(["w99"])
+    with pytest.raises(
+        TrainError, match=r"1 of their tokens have no row in the base's embedding: 'w99'; use the base's"
+    ):
+        train_adapter(tiny_llama(), section, tmp_path / "y", rows=dataset([{"text": "w1 w99 w2"}] * 8), **options)
+
+
 def test_an_unknown_target_a_training_typo_and_a_bad_loss_are_refused_before_training(tmp_path):
     def start(eval_rows=None, **section):
         options = {"eval_rows": eval_rows, "tokenizer": tokenizer(), "base_name": "toy"}
