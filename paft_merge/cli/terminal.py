@@ -147,7 +147,7 @@ def as_flags(text: str) -> str:
 
 
 _OPTION = re.compile(
-    rf"\b({'|'.join(['trust_code', *(field.name for field in fields(MergeOptions))])})=(?:(True)\b|\[?'([^']*)'\]?|(\d+))"
+    rf"\b({'|'.join(['trust_code', 'recipe', 'new_tokens', *(field.name for field in fields(MergeOptions))])})=(?:(True)\b|\[?'([^']*)'\]?|(\d+))"
 )
 
 

@@ -14,6 +14,7 @@ import click
 from paft_merge.cli.running import silence_libraries
 from paft_merge.cli.terminal import (
     Size,
+    as_flags,
     clock,
     console,
     import_option,
@@ -153,7 +154,7 @@ def _show(found: Verification) -> None:
             out.print(f"the hidden states part from the recipe's at layer {layer}")
     for name, why in found.skipped.items():
         out.print(
-            plain(f"not compared with {OTHERS[name]}: {why}" if name in OTHERS else f"{name}: {why}"),
+            plain(as_flags(f"not compared with {OTHERS[name]}: {why}" if name in OTHERS else f"{name}: {why}")),
             style="dim",
             soft_wrap=True,
         )

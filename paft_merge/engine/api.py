@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Source = Path | str | Mapping[str, Any] | Recipe
+Source = Path | str | Mapping[str, Any] | Recipe | Documents
 
 
 def open_plan(
@@ -85,7 +85,7 @@ def merge(
     """
     asked, out = MergeOptions.of(options, overrides), place_of(out)
     with _with_place(out, asked, Problems()):
-        documents = _documents(recipe, asked)
+        documents = read_documents(recipe, asked)
     if asked.output_name is not None or len(documents.finals) == 1:
         return _merge(documents, out, asked)
     names = [str(result.name) for result in documents.finals]
@@ -95,8 +95,10 @@ def merge(
         )
 
 
-def _documents(recipe: Source, options: MergeOptions) -> Documents:
+def read_documents(recipe: Source, options: MergeOptions) -> Documents:
     """Read and check the recipe, from the Hub or an object store if it is there."""
+    if isinstance(recipe, Documents):
+        return recipe
     here, url = recipe, None
     if isinstance(recipe, str) and recipe.startswith(HF):
         here = fetch_file(recipe)
@@ -109,7 +111,7 @@ def _documents(recipe: Source, options: MergeOptions) -> Documents:
 
 @contextmanager
 def _open_plan(recipe: Source, options: MergeOptions) -> Iterator[MergePlan]:
-    with _planned(_documents(recipe, options), options) as plan:
+    with _planned(read_documents(recipe, options), options) as plan:
         yield plan
 
 

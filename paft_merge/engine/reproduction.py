@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-_NOT_FOUND = ("NOT_FOUND", "HUB_OFFLINE", "HUB_NOT_FOUND")
+NOT_FOUND = ("NOT_FOUND", "HUB_OFFLINE", "HUBNOT_FOUND")
 """Codes of a source that is not where its reference says."""
 
 
@@ -82,7 +82,7 @@ def reproduce(
     manifest = manifest_of(place)
     asked = _options(manifest, place, given)
     with pinned(_pins(manifest)), _place_for(out) as target:
-        recipe = _recipe(manifest)
+        recipe = recorded_recipe(manifest)
         with _explaining_paths(manifest), open_plan(recipe, replace(asked, stream_from_hub=True)) as plan:
             _refuse_other_inputs(manifest, identity(plan, asked.device)["inputs"])
         merge(recipe, target, asked)
@@ -126,7 +126,7 @@ def open_recorded(
         PaftMergeError: as for `reproduce`.
     """
     asked = replace(_options(manifest, place, options), stream_from_hub=True)
-    recipe = _recipe({**manifest, "recipe": change(dict(manifest["recipe"]))})
+    recipe = recorded_recipe({**manifest, "recipe": change(dict(manifest["recipe"]))})
     with pinned(_pins(manifest)), ExitStack() as opened:
         with _explaining_paths(manifest):
             plan = opened.enter_context(open_plan(recipe, asked))
@@ -144,7 +144,7 @@ def _explaining_paths(manifest: Mapping[str, Any]) -> Iterator[None]:
     except PaftMergeError as error:
         fix = "a relative path starts beside the recipe, or where the merge ran: give this command there"
         found = [
-            replace(problem, fix=fix) if problem.code in _NOT_FOUND and problem.where in relative else problem
+            replace(problem, fix=fix) if problem.code in NOT_FOUND and problem.where in relative else problem
             for problem in error.problems
         ]
         raise type(error)(found, error.warnings) from error
@@ -175,7 +175,7 @@ def _pins(manifest: Mapping[str, Any]) -> dict[tuple[str, str | None], str]:
     return {(s["path"], s["revision"]): s["commit"] for s in manifest.get("sources", ()) if s.get("commit")}
 
 
-def _recipe(manifest: Mapping[str, Any]) -> str | dict[str, Any]:
+def recorded_recipe(manifest: Mapping[str, Any]) -> str | dict[str, Any]:
     """Return the recipe after the other documents of its file. Model names stay, because random masks depend on them."""
     before = manifest.get("documents", ())
     if not before:

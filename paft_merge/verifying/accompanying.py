@@ -7,7 +7,9 @@ from pathlib import Path
 
 from paft_merge.differences import side_file_changes as changes
 from paft_merge.differences.kinds import Change
+from paft_merge.inputs.adapters.binding import vocabulary_of
 from paft_merge.plan.vocabulary.tokenizers import files_in
+from paft_merge.plan.vocabulary.trained_tokenizers import TrainedTokenizer
 from paft_merge.verifying.findings import Finding
 
 _SIDES = ("the recipe", "OUT")
@@ -34,6 +36,13 @@ def compare_files(folder: Path, meant: Path, *, adapter: bool, coded: bool) -> I
         if change.counts:
             fix = "restore that of the recipe, or write what you mean in the recipe"
             yield Finding(_KINDS.get(change.file, "file"), change.file, change.what, fix)
+    rows = vocabulary_of(changes.settings(folder / "config.json"))
+    last = max(TrainedTokenizer(files_in(folder)).ids.values(), default=0)
+    if rows and last >= rows:
+        what = f"has ids up to {last:,}, and the embeddings have {rows:,} rows: a text with such tokens cannot be read"
+        yield Finding(
+            "vocabulary", "tokenizer", what, "resize the embeddings, or use the tokenizer of the base", fault=False
+        )
 
 
 def _changes(folder: Path, meant: Path, *, adapter: bool, coded: bool) -> Iterator[Change]:

@@ -57,9 +57,11 @@ class StoredTensor:
         nonfinite: number of elements that are NaN or infinite in one of the two.
         constant: the value of all elements, if they are equal.
         rounded_to: a type of fewer bits to which the meant values were rounded first; else empty.
+        held_in: a type of fewer bits that holds every stored value; else empty.
         is_base: whether every element is the base's, rounded to the stored type.
         code: the format of codes that it is stored in; else empty.
         by_factors: whether an adapter's factors give it.
+        stochastic: whether the recipe rounds it up or down at random.
     """
 
     name: str
@@ -68,6 +70,7 @@ class StoredTensor:
     wanted: str
     code: str = ""
     by_factors: bool = False
+    stochastic: bool = False
     error: float = 0.0
     meant: float = 0.0
     update: float = 0.0
@@ -81,11 +84,12 @@ class StoredTensor:
     nonfinite: int = 0
     constant: float | None = None
     rounded_to: str = ""
+    held_in: str = ""
     is_base: bool = False
     likeness: dict[str, float] = field(default_factory=dict)
     """Of a tensor that is not the recipe's: names of other tensors with the cosine to them, best first."""
     rows: str = ""
-    """How its rows are ordered, if it holds the recipe's rows at other places."""
+    """How its rows or columns are ordered, if it holds those of the recipe at other places."""
 
     @property
     def numel(self) -> int:
@@ -171,13 +175,16 @@ def _compare(meaning: Meaning, finished: Model, name: str, wanted: str) -> Store
     meant, stored, base = meaning.model.read(name), finished.read(name), _of_base(meaning, name)
     code = stored.checkpoint.stored_format(stored.name)
     dtype = stored.checkpoint.written_dtype(stored.name) if code or stored.plain else "F32"
-    found = StoredTensor(name, dtype, stored.shape, wanted or dtype, code, bool(stored.delta and stored.delta.rank))
+    stochastic = meaning.rounding == "stochastic"
+    found = StoredTensor(
+        name, dtype, stored.shape, wanted or dtype, code, bool(stored.delta and stored.delta.rank), stochastic
+    )
     grids = COARSER.get(dtype, ())
-    fitting, half = set(grids), 0.5 if meaning.rounding == "nearest" else 1.0
+    fitting, held, half = set(grids), set(grids), 1.0 if stochastic else 0.5
     first: float | None = None
     same = True
     found.is_base = base is not None
-    for start, _, (m, s, *b) in blocks_of([meant, stored, *([base] if base else [])], meaning.planned(name).row):
+    for start, _, (m, s, *b) in blocks_of([meant, stored, *([base] if base else [])], meaning.row(name)):
         m, s, odd = _finite(m, s)
         found.nonfinite += odd
         off = _minus(s, m)
@@ -201,12 +208,12 @@ def _compare(meaning: Meaning, finished: Model, name: str, wanted: str) -> Store
                 found.is_base = not (_in_steps(np.abs(e), b[0], dtype) > half * (1 + 2e-3)).any()
         first = float(s[0]) if first is None and s.size else first
         same = same and bool((s == first).all())
-        for grid in tuple(fitting):
-            if not on_grid(s, grid) or (_in_steps(size, m, grid) > 1.01).any():
-                fitting.discard(grid)
+        held = {grid for grid in held if on_grid(s, grid)}
+        fitting = {grid for grid in fitting & held if not (_in_steps(size, m, grid) > 1.01).any()}
     found.constant = first if same and found.numel > 1 else None
     if found.beyond and found.constant is None:
         found.rounded_to = next((grid for grid in grids if grid in fitting), "")
+        found.held_in = next((grid for grid in grids if grid in held), "")
     for read in (meant, stored, *([base] if base else [])):
         read.checkpoint.release(read.name)
     return found

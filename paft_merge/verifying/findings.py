@@ -53,7 +53,7 @@ class Finding:
 
 
 Said = tuple[str, str, str, bool]
-"""The kind of a difference, its words with `{lost}`, `{scale}` and `{error}` for the numbers of all tensors that have it, the fix, and
+"""The kind of a difference, its words with `{lost}`, `{scale}`, `{error}` and the like for the numbers of all tensors that have it, the fix, and
 whether it is a fault. The kind is empty for a tensor that is as it should be."""
 
 _FINE: Said = ("", "", "", False)
@@ -73,6 +73,7 @@ def findings_of(tensors: Sequence[StoredTensor]) -> Iterator[Finding]:
         beyond, elements = (sum(getattr(t, name) for t in own) for name in ("beyond", "numel"))
         numbers = {
             "{lost}": f"{min(1.0, root(error, update)):.1%}",
+            "{noise}": f"{root(error, update):.1%}",
             "{scale}": f"{scale:.3g}",
             "{factor}": f"{own[0].factor:.3g}",
             "{error}": f"{root(error, meant):.2g}",
@@ -91,8 +92,9 @@ def names_of(names: Sequence[str]) -> str:
 
 
 def is_far(tensor: StoredTensor) -> bool:
-    """Whether neither rounding nor a scale explains a tensor, so that its values may be those of another."""
-    return said_of(tensor)[0] in ("value", "scale", "twice", "factor") and tensor.relative > 0.02
+    """Whether neither rounding nor a scale explains a tensor, so that its values may be from another place."""
+    kind, few = said_of(tensor)[0], tensor.beyond < 0.05 * tensor.numel
+    return kind in ("value", "scale", "twice", "factor") and (tensor.relative > 0.02 or (kind == "value" and few))
 
 
 def said_of(t: StoredTensor) -> Said:
@@ -138,6 +140,9 @@ def _rounded(t: StoredTensor) -> Said | None:
     if not t.is_rounding or t.code:
         return None
     if t.lost > 0.2 and t.worst:
+        if t.stochastic:
+            what = f"stochastic rounding to {torch_name(t.dtype)} adds noise of {{noise}} of the update's norm"
+            return "lost", what, "write out_dtype: float32 in the recipe", False
         what = f"rounding to {torch_name(t.dtype)} loses {{lost}} of the update, which is smaller than its steps"
         return "lost", what, "write out_dtype: float32 in the recipe, or rounding: stochastic", False
     return _FINE
@@ -180,12 +185,9 @@ def _scaled(t: StoredTensor) -> Said | None:
     doubt = 5 * t.unscaled * (t.made / (t.numel * t.update)) ** 0.5
     if abs(t.scale - 1) <= max(doubt, 0.02):
         return None
-    return (
-        "scale",
-        "has {scale} times the recipe's update",
-        "check weight, lambda, and lora_alpha / r of the adapter",
-        True,
-    )
+    rounded = f", rounded to {torch_name(t.held_in)} before it was stored as {torch_name(t.dtype)}" if t.held_in else ""
+    fix = "check weight, lambda, and lora_alpha / r of the adapter"
+    return "scale", f"has {{scale}} times the recipe's update{rounded}", fix, True
 
 
 def _coarse(t: StoredTensor) -> Said | None:

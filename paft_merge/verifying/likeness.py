@@ -1,4 +1,4 @@
-"""Where the values of a tensor come from that is not the recipe's: another tensor, other rows, or its transpose."""
+"""Where the values of a tensor come from that is not the recipe's: another tensor, other rows or columns, or its transpose."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paft_merge.inputs.models import Model
+from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.verifying.evidence import Array, StoredTensor, blocks_of, values_of
 from paft_merge.verifying.meaning import Meaning
 
@@ -17,7 +19,12 @@ SAMPLE = 8192
 MOST_OTHERS = 256
 """Tensors that one is compared with."""
 
-_ROWS, _COLUMNS, _MOST = 48, 64, 1 << 24
+_ROWS = 48
+"""Rows of a matrix that are looked for in the recipe's."""
+_HEAD = 64
+"""Elements at the beginning of a row that are compared; fewer than 8 are not enough to know a row."""
+_MOST = 1 << 30
+"""Elements of a matrix whose rows are compared."""
 ALIKE = 0.98
 """Least correlation of samples of the same values, of which one may be a fine-tune of the other."""
 
@@ -26,12 +33,12 @@ def explain(found: Sequence[StoredTensor], meaning: Meaning, finished: Model) ->
     """Fill `likeness` and `rows` of tensors that are far from the recipe's."""
     samples = Samples(meaning)
     for one in found:
-        if rows := _rows(one, meaning, finished):
-            one.rows = rows
+        one.rows = _order(one.shape, finished.read(one.name), meaning.model.read(one.name))
+        own = samples[one.name]
+        if one.rows or correlation(stored := sample(finished, one.name), own) > ALIKE:
             continue
-        stored = sample(finished, one.name)
         likely = samples.nearest(stored, one.shape, without=one.name)
-        if likely and likely[1] > max(ALIKE, correlation(stored, samples[one.name]) + 0.01):
+        if likely and likely[1] > ALIKE:
             one.likeness = {likely[0]: likely[1]}
 
 
@@ -78,37 +85,90 @@ def correlation(left: Array, right: Array) -> float:
     return float(a @ b) / norm if norm else 0.0
 
 
-def _rows(found: StoredTensor, meaning: Meaning, finished: Model) -> str:
-    """How the recipe's rows are ordered in a matrix, in words; empty if they are not in it."""
-    if len(found.shape) != 2 or found.numel > _MOST * 64 or min(found.shape) < 2:
+def _order(shape: tuple[int, ...], stored: Read, meant: Read) -> str:
+    """How the recipe's rows, columns or entries are ordered in a tensor, in words; empty if they are not in it."""
+    if math.prod(shape) > _MOST or max(shape, default=0) < 8:
         return ""
-    stored, meant = _heads(finished, found), _heads(meaning.model, found)
-    count = len(stored)
-    at = np.unique(np.linspace(0, count - 1, min(count, _ROWS)).astype(int))
-    cosines = _unit(stored[at]) @ _unit(meant).T
-    best = cosines.argmax(1)
-    alike = cosines[np.arange(len(at)), best] > ALIKE
-    if np.count_nonzero(alike) >= 0.8 * len(at) and found.shape[1] > 3:
-        moved = (best - at)[alike]
-        shift = int(np.median(moved))
-        if shift and np.count_nonzero(moved == shift) > 0.8 * len(moved):
-            return f"its rows are shifted by {abs(shift)}: row {max(0, -shift)} is the recipe's row {max(0, shift)}"
-        if np.count_nonzero(moved) > 0.2 * len(moved):
-            return "it holds the recipe's rows in another order"
-    if found.shape[0] == found.shape[1] and found.numel <= _MOST:
-        turned = values_of(meaning.model.read(found.name)).T
-        if correlation(values_of(finished.read(found.name)).ravel(), np.ascontiguousarray(turned).ravel()) > ALIKE:
-            return "it is transposed"
+    if len(shape) == 1:
+        return "it holds the recipe's values in another order" if _is_reordered(stored, meant) else ""
+    ours, theirs = _heads(stored), _heads(meant)
+    if ours.shape[1] >= 8 and (found := _moved_rows(ours, theirs)):
+        return _in_words(*found, len(ours), shape)
+    if is_transposed(stored, meant):
+        return "it is transposed"
+    ours, theirs = _corner(stored).T, _corner(meant).T
+    if ours.shape[1] >= 8 and (found := _moved_rows(ours, theirs)):
+        return _in_words(*found, len(ours), shape, "columns")
     return ""
 
 
-def _heads(model: Model, found: StoredTensor) -> Array:
-    """`[O, c]`: the first columns of every row."""
-    width = found.shape[1]
-    read = model.read(found.name)
-    parts = [held[0].reshape(-1, width)[:, :_COLUMNS].copy() for _, _, held in blocks_of([read], width)]
+def _in_words(count: int, moved: NDArray[np.int64], rows: int, shape: tuple[int, ...], noun: str = "rows") -> str:
+    """Say where rows are.
+
+    Args:
+        count: rows that are at other places.
+        moved: of some of them, how far behind it the recipe has them.
+        rows: the number of all.
+        shape: of the tensor.
+        noun: what they are called.
+    """
+    shift = int(np.median(moved))
+    if len(shape) == 3 and noun == "rows" and not (moved % shape[1]).any():
+        return "it holds the recipe's matrices in another order"
+    if 2 * count <= rows:
+        return f"{count:,} of its {rows:,} {noun} are in another order"
+    if np.count_nonzero(moved == shift) > 0.8 * len(moved):
+        one = noun.removesuffix("s")
+        return f"its {noun} are shifted by {abs(shift)}: {one} {max(0, -shift)} is the recipe's {one} {max(0, shift)}"
+    return f"it holds the recipe's {noun} in another order"
+
+
+def _moved_rows(ours: Array, theirs: Array) -> tuple[int, NDArray[np.int64]] | None:
+    """How many rows of `[R, c]` differ, and how far some of them have moved; None if they are not rows of `theirs`."""
+    a, b = _unit(ours), _unit(theirs)
+    off = np.flatnonzero((np.einsum("rc,rc->r", a, b) <= ALIKE) & (ours != theirs).any(1))
+    if not len(off):
+        return None
+    at = off[np.unique(np.linspace(0, len(off) - 1, min(len(off), _ROWS)).astype(int))]
+    cosines = a[at] @ b.T
+    best = cosines.argmax(1)
+    alike = cosines[np.arange(len(at)), best] > ALIKE
+    return (len(off), (best - at)[alike]) if np.count_nonzero(alike) >= 0.8 * len(at) else None
+
+
+def is_transposed(stored: Read, meant: Read) -> bool:
+    """Whether the matrices of one tensor are the transposes of the other's, by their corners."""
+    if len(stored.shape) < 2 or stored.shape[-1] != meant.shape[-2] or stored.shape[-2] != meant.shape[-1]:
+        return False
+    ours, theirs = _corner(stored), _corner(meant)
+    side = min(*ours.shape, *theirs.shape)
+    turned = np.ascontiguousarray(theirs[:side, :side].T)
+    return side > 3 and correlation(ours[:side, :side].ravel(), turned.ravel()) > ALIKE
+
+
+def _is_reordered(stored: Read, meant: Read) -> bool:
+    """Whether a vector has the recipe's values at other places, up to rounding."""
+    ours, theirs = values_of(stored), values_of(meant)
+    varied = len(np.unique(theirs)) > len(theirs) // 2
+    return varied and np.allclose(np.sort(ours), np.sort(theirs), rtol=2**-7, atol=0)
+
+
+def _heads(read: Read) -> Array:
+    """`[R, c]`: the first columns of every row."""
+    width = read.shape[-1]
+    parts = [held[0].reshape(-1, width)[:, :_HEAD].copy() for _, _, held in blocks_of([read], width)]
     read.checkpoint.release(read.name)
     return np.concatenate(parts)
+
+
+def _corner(read: Read) -> Array:
+    """`[r, C]`: the first rows of the first matrix."""
+    width = read.shape[-1]
+    rows = next(
+        held[0].reshape(-1, width)[: min(_HEAD, read.shape[-2])].copy() for _, _, held in blocks_of([read], width)
+    )
+    read.checkpoint.release(read.name)
+    return rows
 
 
 def _unit(rows: Array) -> Array:

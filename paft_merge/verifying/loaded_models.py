@@ -177,4 +177,6 @@ def saying(where: object, cannot: str = "be loaded") -> Iterator[None]:
     except PaftMergeError:
         raise
     except Exception as error:  # transformers and torch raise anything on unknown files
-        raise EvaluateError.of("MODEL", where, f"cannot {cannot}: {first_line(error)}") from error
+        why = first_line(error)
+        why = "its tensors do not have the shapes of its config" if "ignore_mismatched_sizes" in why else why
+        raise EvaluateError.of("MODEL", where, f"cannot {cannot}: {why}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -9,15 +10,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from paft_merge.engine.api import open_plan
+from paft_merge.engine.api import Source, merge, open_plan, read_documents
 from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.options import MergeOptions
-from paft_merge.engine.reproduction import open_recorded
+from paft_merge.engine.reproduction import open_recorded, recorded_recipe
 from paft_merge.engine.sidefiles import model_files
-from paft_merge.errors import AuditError
+from paft_merge.inputs.adapters import Adapter
+from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.models import Model
-from paft_merge.plan import MergePlan, PlannedTensor
+from paft_merge.methods import METHODS
+from paft_merge.methods.mergekit_methods import import_methods
+from paft_merge.plan import MergePlan
+from paft_merge.plan.vocabulary.tokenizers import tokenizer_files
 from paft_merge.recipe import load_recipe
+from paft_merge.recipe.documents import Documents
+
+_OF_WRITING = ("quantization", "rounding", "name")
+"""Keys that say how results are written."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +44,16 @@ class Meaning:
     rounding: str
     """`nearest` or `stochastic`, as the recipe writes it."""
 
-    def planned(self, name: str) -> PlannedTensor:
-        """The plan of a tensor."""
+    def row(self, name: str) -> int:
+        """Elements of a row of a tensor, of which blocks have whole ones."""
         made = self.model.checkpoint
-        assert isinstance(made, Intermediate)
-        return made.planned(name)
+        return made.planned(name).row if isinstance(made, Intermediate) else 1
 
     @property
     def adapter(self) -> tuple[Path, Path] | None:
-        """The folders of the base and of the adapter, if the merge adds one adapter with weight 1 to the base."""
+        """The folders of the base and of an adapter, if the recipe means the base with that one adapter of weight 1."""
+        if self.model.adapter is not None:
+            return self.base.checkpoint.folder, self.model.adapter.parts[0].folder
         sources = [model for model in self.plan.models if model.adapter is not None]
         if len(sources) != 1 or sources[0].adapter is None or len(sources[0].adapter.parts) != 1:
             return None
@@ -79,33 +89,58 @@ def open_meaning(
         options: as for `reproduce`.
 
     Raises:
-        AuditError: VERIFY, the recipe has no meaning as a model.
         PaftMergeError: a source is missing or has changed; the recipe is invalid.
     """
-    rounding = "nearest"
-
-    def in_float32(written: dict[str, Any]) -> dict[str, Any]:
-        nonlocal rounding
-        if (space := written.get("space") or "weight") != "weight":
-            what = f"was merged with space: {space}, whose result exists only as an adapter"
-            raise AuditError.of("VERIFY", place, what, "evaluate it, or compare it with another model by paft diff")
-        rounding = written.get("rounding") or rounding
-        dropped = ("output", "quantization", "rounding", "name")
-        return {key: value for key, value in written.items() if key not in dropped} | {"out_dtype": "float32"}
-
+    source: Source
     with ExitStack() as opened:
+        folder = Path(opened.enter_context(TemporaryDirectory(prefix="paft-verify-")))
+        asked = replace(options, stream_from_hub=True, write_model_card=False)
         if recipe is not None:
-            loaded = load_recipe(recipe)
-            changed = load_recipe(replace(loaded.located, data=in_float32(loaded.resolved()), text=""))
-            plan = opened.enter_context(open_plan(changed, replace(options, stream_from_hub=True)))
+            source, written = _of_file(recipe, place, asked)
+            plan = opened.enter_context(open_plan(source, asked))
         else:
             assert manifest is not None
-            plan = opened.enter_context(open_recorded(manifest, place, options, in_float32))
-        made = Intermediate("the recipe", plan, rounded=False)
-        folder = Path(opened.enter_context(TemporaryDirectory(prefix="paft-verify-")))
-        for name, content in model_files(plan, replace(options, write_model_card=False)).items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        made.folder = folder
+            written, trusted = manifest["recipe"], manifest.get("options", {}).get("trust_remote_code", False)
+            asked = replace(asked, trust_remote_code=asked.trust_remote_code and bool(trusted))
+            plan = opened.enter_context(open_recorded(manifest, place, options, _in_float32))
+            source = recorded_recipe({**manifest, "recipe": _in_float32(written)})
         base = next((model for model in plan.models if model.ref == str(plan.recipe.base_model)), plan.config_source)
-        yield Meaning(plan, Model("the recipe", made), replace(base, adapter=None), folder, rounding)
+        base, rounding = replace(base, adapter=None), written.get("rounding") or "nearest"
+        if plan.recipe.space == "weight":
+            made = Intermediate("the recipe", plan, rounded=False)
+            made.folder = _written(model_files(plan, asked), folder)
+            yield Meaning(plan, Model("the recipe", made), base, folder, rounding)
+            return
+        merge(source, folder / "adapter", asked)
+        adapter = opened.enter_context(Adapter.open(folder / "adapter", base.checkpoint))
+        config = json.dumps(base.checkpoint.config).encode()
+        _written({**(tokenizer_files(base) or {}), **model_files(plan, asked), "config.json": config}, folder)
+        yield Meaning(plan, Model("the recipe", base.checkpoint, AdapterStack.of([adapter])), base, folder, rounding)
+
+
+def _in_float32(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with a result in float32: a checkpoint, and of a space of adapters the adapter, which is all that it gives."""
+    space = written.get("space") or "weight"
+    dropped = _OF_WRITING if space != "weight" else ("output", *_OF_WRITING)
+    return {key: value for key, value in written.items() if key not in dropped} | {"out_dtype": "float32"}
+
+
+def _of_file(recipe: Path | str, place: str, options: MergeOptions) -> tuple[Documents, dict[str, Any]]:
+    """The recipe of a file in float32, and as it is written; of several results that with the name of the model's folder.
+
+    Raises:
+        RecipeError: it is invalid, or has several results of other names.
+    """
+    documents, name = read_documents(recipe, options), Path(place).name
+    results = [one.name for one in documents.finals]
+    final = documents.only(name if len(results) > 1 and name in results else None)
+    changed = replace(final.located, data=_in_float32(final.resolved()), text="")
+    made = load_recipe(changed, methods=import_methods(options.imports, METHODS))
+    return Documents((*documents.parts_of(final)[:-1], made)), final.resolved()
+
+
+def _written(files: Mapping[str, bytes | Path], folder: Path) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return folder

@@ -150,8 +150,11 @@ class Verification:
             return "is the model of its recipe, bit for bit"
         seen = {finding.kind for finding in self.findings}
         how = "the rank of its factors" if "rank" in seen else "the codes" if "codes" in seen else "one rounding"
-        lost = f", which loses {min(self.lost, 1):.1%} of the update" if self.lost else ""
-        return f"is the model of its recipe up to {how}{lost}"
+        if self.lost < 0.0005:
+            return f"is the model of its recipe up to {how}"
+        if how == "one rounding" and any(t.stochastic for t in self.tensors):
+            return f"is the model of its recipe up to {how}, whose noise is {self.lost:.1%} of the update"
+        return f"is the model of its recipe up to {how}, which loses {min(self.lost, 1):.1%} of the update"
 
     def __repr__(self) -> str:
         return f"Verification({self.where!r}, {self.verdict!r}, {len(self.tensors):,} tensors, {len(self.findings):,} findings)"

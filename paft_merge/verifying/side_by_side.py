@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from torch import nn
 from paft_merge.errors import EvaluateError, PaftMergeError
 from paft_merge.evaluating.loading import adapted
 from paft_merge.inputs.adapter_places import CONFIG
+from paft_merge.inputs.adapters.binding import vocabulary_of
 from paft_merge.inputs.adapters.config import read_config
 from paft_merge.inputs.adapters.sparse_delta import NAME as SPARSE
 from paft_merge.inputs.architecture import Architecture
 from paft_merge.inputs.checkpoint import DTYPES
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.quantized.dequantized import Dequantized
+from paft_merge.plan.vocabulary.tokenizers import files_in, tokenizer_files
+from paft_merge.plan.vocabulary.trained_tokenizers import TrainedTokenizer
 from paft_merge.verifying.behaviour import HELD_BYTES, Answers, Rows, answers_of, difference
 from paft_merge.verifying.loaded_models import class_of, load_whole, release, saying, stream
 from paft_merge.verifying.meaning import Meaning
@@ -58,7 +62,8 @@ def run_beside(
     try:
         bench = _Bench.of(where, folder, finished, is_adapter, meaning, device, memory, trust_code)
     except EvaluateError as error:
-        return {}, {"recipe": error.problems[0].what}, ""
+        problem = error.problems[0]
+        return {}, {"recipe": f"{problem.what}; {problem.fix}" if problem.code == "TRUST" else problem.what}, ""
     behaviours, skipped = dict[str, Behaviour](), dict[str, str]()
     try:
         progress("prompts")
@@ -85,6 +90,8 @@ def run_beside(
     for name, load in (("recipe", bench.recipe_model), ("base", bench.base_model), ("adapter", bench.adapter_model)):
         progress({"recipe": "the recipe in float32", "base": "the base", "adapter": "PEFT's adapter"}[name])
         try:
+            if name != "recipe":
+                bench.check_tokens(tokens)
             made, how = load()
             behaviours[name] = Behaviour.of(
                 name, difference(ours, bench.answers(made, how, tokens, places), tokens), how
@@ -128,7 +135,7 @@ class _Bench:
     @property
     def width(self) -> int:
         """Numbers of an answer at one token: the vocabulary."""
-        return int(getattr(self._text_config, "vocab_size", None) or 1 << 17)
+        return int(getattr(self._text_config, "vocab_size", None) or vocabulary_of(self.config) or 1 << 17)
 
     @property
     def _text_config(self) -> Any:
@@ -146,12 +153,21 @@ class _Bench:
         tokenizer = self._tokenizer()
         if data is not None:
             if tokenizer is None:
-                raise EvaluateError.of("MODEL", self.where, "has no tokenizer, which data needs", "leave data out")
-            return of_data(data, tokenizer, self.where, longest), "the prompts given"
+                raise EvaluateError.of("EVAL_DATA", self.where, "has no tokenizer, which data needs", "leave data out")
+            given = of_data(data, tokenizer, self.where, longest)
+            known = [ids for ids in given if max(ids) < self.width]
+            if not known:
+                what = f"the prompts have tokens that its vocabulary of {self.width:,} does not have"
+                raise EvaluateError.of("MODEL", self.where, what, "leave data out")
+            left = len(given) - len(known)
+            more = f", without {left} that have tokens beyond its vocabulary of {self.width:,}" if left else ""
+            return known, f"the prompts given{more}"
         special = tokenizer.all_special_ids if tokenizer is not None else []
         most = min(self.width, len(tokenizer) if tokenizer is not None else self.width)
+        shared = not self._other_tokens
+        most = min(most, vocabulary_of(self.meaning.base.checkpoint.config) or most) if shared else most
         runs = of_tokens(rows, most, special, longest, seed=0)
-        if rows > 1 and self._can_generate and not self._streams(self.meaning.base, 2):
+        if rows > 1 and shared and self._can_generate and not self._streams(self.meaning.base, 2):
             model, _ = self.base_model()
             with saying(self.meaning.base.ref, "be run"):
                 own = sampled(model, runs[: rows // 2], 0, self.device)
@@ -161,6 +177,24 @@ class _Bench:
                 *runs[rows // 2 :],
             ], f"{len(own)} samples of the base, {rows - len(own)} runs of random tokens"
         return runs, f"{rows} runs of random tokens"
+
+    def check_tokens(self, rows: Rows) -> None:
+        """Raise EvaluateError if the base would read the tokens as another text, or cannot read them."""
+        if moved := self._other_tokens:
+            what = f"its tokenizer gives other ids to {moved:,} tokens, so it would answer to other texts"
+            raise EvaluateError.of("MODEL", self.where, what)
+        size = vocabulary_of(self.meaning.base.checkpoint.config)
+        if size is not None and int(rows.ids.max()) >= size:
+            raise EvaluateError.of("MODEL", self.where, f"the texts have tokens beyond its vocabulary of {size:,}")
+
+    @cached_property
+    def _other_tokens(self) -> int:
+        """Number of the base's tokens that have another id in the recipe's tokenizer."""
+        if self.meaning.plan.vocabulary is None:
+            return 0
+        base, made = tokenizer_files(self.meaning.base) or {}, files_in(self.meaning.folder)
+        ids = TrainedTokenizer(made).ids
+        return sum(ids.get(token) != number for token, number in TrainedTokenizer(base).ids.items())
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -198,10 +232,10 @@ class _Bench:
                         raise
                 made, how = self._of(self.finished, self.meaning.folder, torch.bfloat16)
                 return made, f"{how}, its codes as values, because transformers cannot load them here"
-            return self._stream(self.finished, self.folder, self._own_dtype)
+            return self._stream(self.finished, self.folder, _dtype_of(self.finished))
         sparse = read_config(self.folder / CONFIG).get("peft_type") == SPARSE
         if sparse or self._streams(self.meaning.base, 0):
-            return self._of(self.finished, self.meaning.folder, self._own_dtype)
+            return self._of(self.finished, self.meaning.folder, _dtype_of(self.finished))
         base, how = self.base_model()
         return self._with_adapter(base, self.folder), how
 
@@ -215,7 +249,7 @@ class _Bench:
         folder = base.checkpoint.folder
         if not self._streams(base, 0) and (folder / "config.json").is_file() and base.checkpoint.named_like is None:
             return load_whole(folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
-        return self._of(base, folder, self._own_dtype)
+        return self._of(base, folder, _dtype_of(base))
 
     def adapter_model(self) -> tuple[nn.Module, str]:
         """The base in float32 with the one adapter of the recipe, by PEFT, not merged."""
@@ -260,22 +294,20 @@ class _Bench:
         infos = model.checkpoint.tensors.values()
         return sum(math.prod(one.shape) * width if width else one.nbytes for one in infos) > self.memory
 
-    @property
-    def _own_dtype(self) -> torch.dtype:
-        """The type that most elements of the finished model are stored in."""
-        sizes: dict[str, int] = {}
-        for name, info in self.finished.checkpoint.tensors.items():
-            dtype = self.finished.checkpoint.written_dtype(name)
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(info.shape)
-        found = getattr(torch, str(DTYPES[max(sizes, key=lambda one: sizes[one])].torch), None)
-        return (
-            found
-            if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2
-            else torch.bfloat16
-        )
-
     def answers(self, model: nn.Module, how: str, rows: Rows, places: torch.Tensor) -> Answers:
         """What a model computes; one that is read layer by layer is read once."""
         batch = len(rows.lengths) if how == "layer by layer" else BATCH
         with saying(self.where, "be run"):
             return answers_of(model, rows, places, batch, self.device)
+
+
+def _dtype_of(model: Model) -> torch.dtype:
+    """The type that most elements of a model are stored in; bfloat16 for codes."""
+    sizes: dict[str, int] = {}
+    for name, info in model.checkpoint.tensors.items():
+        dtype = model.checkpoint.written_dtype(name)
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(info.shape)
+    found = getattr(torch, str(DTYPES[max(sizes, key=lambda one: sizes[one])].torch), None)
+    return (
+        found if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2 else torch.bfloat16
+    )

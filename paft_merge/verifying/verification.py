@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from paft_merge.auditing.walk import working_pools
 from paft_merge.differences.tensor_pairs import equal_bits
 from paft_merge.engine.api import available_cores
 from paft_merge.engine.options import MergeOptions, parse_size
-from paft_merge.engine.reproduction import manifest_of
+from paft_merge.engine.reproduction import NOT_FOUND, manifest_of
 from paft_merge.errors import AuditError, PaftMergeError
 from paft_merge.hub import fetch
 from paft_merge.inputs.adapter_places import CONFIG
@@ -26,11 +26,12 @@ from paft_merge.inputs.links import following_links
 from paft_merge.inputs.models import Model
 from paft_merge.inputs.quantized import dequantized
 from paft_merge.inputs.safetensors_header import join_first
+from paft_merge.output.folder import part_of
 from paft_merge.output.manifest import MANIFEST, is_merged
 from paft_merge.verifying.accompanying import compare_files
 from paft_merge.verifying.evidence import StoredTensor, compare_stored
 from paft_merge.verifying.findings import Finding, findings_of, is_far, missing_of, not_loaded
-from paft_merge.verifying.likeness import ALIKE, correlation, explain, sample
+from paft_merge.verifying.likeness import ALIKE, correlation, explain, is_transposed, sample
 from paft_merge.verifying.meaning import Meaning, open_meaning
 from paft_merge.verifying.prompts import read_prompts
 from paft_merge.verifying.report import Verification, read_requirement
@@ -104,15 +105,23 @@ def verify(
     )
     with ExitStack() as opened:
         opened.enter_context(following_links(follow_links))
+        if (part := part_of(Path(where))).is_dir() and not Path(where).exists():
+            raise AuditError.of(
+                "VERIFY", where, f"its merge did not finish: {part} is there", "finish it with resume=True"
+            )
         folder = fetch(where)
         if not folder.is_dir():
             raise AuditError.of("VERIFY", where, "is not a folder", "give the folder of the model")
         if recipe is None and not is_merged(folder):
+            if results := sorted(one.name for one in folder.iterdir() if is_merged(one)):
+                what = f"holds several results: {join_first(results)}"
+                raise AuditError.of("VERIFY", where, what, f"verify each, as {folder / results[0]}")
             what = "has no merge_manifest.json, which says what was merged"
-            raise AuditError.of("VERIFY", where, what, "give the recipe that it was merged by, as the option recipe")
+            raise AuditError.of("VERIFY", where, what, "pass the recipe that it was merged by, as recipe='recipe.yaml'")
         manifest = None if recipe is not None else manifest_of(where)
         progress(VerifyProgress("the recipe"))
-        meaning = opened.enter_context(open_meaning(where, manifest, recipe, options))
+        with _explaining_sources(recipe is None):
+            meaning = opened.enter_context(open_meaning(where, manifest, recipe, options))
         subject = opened.enter_context(_open_subject(where, folder, meaning, lazy_unpickle))
         count = threads or available_cores()
         with working_pools(1):  # one core for each of torch's products: threads compare tensors
@@ -136,6 +145,22 @@ def verify(
                 Finding("answers", where, f"its logits {what}", "see what transformers says when it loads it")
             )
         return Verification(where, tuple(tensors), tuple(findings), behaviours, skipped, source)
+
+
+@contextmanager
+def _explaining_sources(by_manifest: bool) -> Iterator[None]:
+    """Say of a source of a manifest that is not where or what it was how to give another."""
+    try:
+        yield
+    except PaftMergeError as error:
+        fix = "or write a recipe with the sources of now, and pass recipe='recipe.yaml'"
+        found = [
+            replace(one, fix=f"{one.fix}, {fix}")
+            if by_manifest and one.code in (*NOT_FOUND, "REPRODUCE_INPUT")
+            else one
+            for one in error.problems
+        ]
+        raise type(error)(found, error.warnings) from error
 
 
 @contextmanager
@@ -200,6 +225,8 @@ def _compare_tensors(
         rows = vocabulary_of(meaning.model.checkpoint.config)
         resized = len(_shape(meaning.model, name)) == 2 and _shape(meaning.model, name)[0] == rows
         fix = "its vocabulary was resized: restore the recipe's, or write tokenizer in the recipe"
+        if is_transposed(subject.model.read(name), meaning.model.read(name)):
+            what, resized = f"{what}: it is transposed", False
         fix = fix if resized else "merge again"
         findings.append(Finding("shape", name, what, fix))
     return tensors, [*findings, *findings_of(tensors)]

@@ -1,0 +1,224 @@
+"""`paft verify` of outputs of every kind: spaces of adapters, several documents, other vocabularies, and what cannot be verified."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_checkpoint
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from toys.adapters import edit_config, llama, train
+from toys.merge import on, paft, recipe, write_recipe
+from toys.vocabulary import save_tokenizer, vocabulary_family
+
+from paft_merge.engine.api import merge
+from paft_merge.errors import EvaluateError, PaftMergeError
+from paft_merge.inputs.checkpoint import Checkpoint
+from paft_merge.inputs.tensor_inputs import Read
+from paft_merge.verifying import Verification, likeness, verify
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.*"
+)  # PEFT reads a name that transformers renamed
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two adapters on it, and the first merged."""
+    top = tmp_path_factory.mktemp("world")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, adapter = train(llama(), top, LoraConfig(r=2, target_modules=["q_proj"]))
+    shutil.copytree(adapter, top / "other")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    save_file({n: t.flip(0).contiguous() for n, t in factors.items()}, top / "other" / "adapter_model.safetensors")
+    merge(of_one(top), top / "merged", write_model_card=False)
+    return top
+
+
+def of_one(top: Path, **more: Any) -> dict[str, Any]:
+    return recipe("task_arithmetic", top / "base", (on(top / "base", top / "adapter"), {"weight": 1.0}), **more)
+
+
+def tensors_only(place: Path, **more: Any) -> Verification:
+    return verify(place, tensors_only=True, **more)
+
+
+@pytest.mark.parametrize(("space", "rank"), [("core", None), ("knots", None), ("ctm", 2)])
+def test_an_adapter_of_a_space_is_compared_with_the_adapter_of_its_recipe(
+    world: Path, tmp_path: Path, space: str, rank: int | None
+) -> None:
+    wanted = recipe(
+        "task_arithmetic", world / "base", *((on(world / "base", world / a), {"weight": 0.6}) for a in ("adapter", "other")),
+        space=space, output={"kind": "adapter", **({"rank": rank} if rank else {})},
+    )  # fmt: skip
+    merge(wanted, tmp_path / "out", write_model_card=False)
+    if space == "core":
+        found = verify(tmp_path / "out", rows=2, new_tokens=1)
+        assert found.ok, found.findings
+        assert found.behaviours["recipe"].largest < 1e-5
+        assert found.behaviours["adapter"].largest < 1e-5
+        assert found.behaviours["base"].largest > 1e-3
+        file = write_recipe(tmp_path / "recipe.json", wanted)
+        assert tensors_only(tmp_path / "out", recipe=file).ok
+    found = tensors_only(tmp_path / "out")
+    assert found.ok, found.findings
+    assert found.relative_error < 1e-6
+    edit_config(
+        tmp_path / "out",
+        lora_alpha=2 * json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"],
+    )
+    (one,) = tensors_only(tmp_path / "out").findings
+    assert (one.kind, one.what.split(",")[0]) == ("scale", "has 2 times the recipe's update")
+
+
+def test_a_result_of_several_documents_is_verified_by_their_file(world: Path, tmp_path: Path) -> None:
+    base = world / "base"
+    first = {**of_one(world), "name": "first"}
+    half = recipe("linear", None, ("first", {"weight": 0.5}), (base, {"weight": 0.5}))
+    whole = recipe("linear", None, (base, {"weight": 1.0}))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "\n---\n".join(json.dumps(one) for one in (first, {**half, "name": "half"}, {**whole, "name": "whole"}))
+    )
+    merge(file, tmp_path / "out", write_model_card=False)
+    for name in ("half", "whole"):
+        assert tensors_only(tmp_path / "out" / name).exact
+        assert tensors_only(tmp_path / "out" / name, recipe=file).exact
+    run = paft("verify", tmp_path / "out", "--tensors-only")
+    assert run.exit_code == 1
+    assert "holds several results: 'half', 'whole'; verify each" in run.output
+    shutil.copytree(tmp_path / "out" / "half", tmp_path / "third")
+    with pytest.raises(PaftMergeError, match="several results: half, whole; choose one"):
+        tensors_only(tmp_path / "third", recipe=file)
+
+
+def test_what_is_not_there_is_said_with_the_way_on(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.part").mkdir()
+    run = paft("verify", tmp_path / "out")
+    assert run.exit_code == 1
+    assert "its merge did not finish" in run.output
+    assert "--resume" in run.output
+    for name in ("base", "adapter"):
+        shutil.copytree(world / name, tmp_path / name)
+    merge(of_one(tmp_path), tmp_path / "merged", write_model_card=False)
+    shutil.move(tmp_path / "adapter", tmp_path / "elsewhere")
+    run = paft("verify", tmp_path / "merged", "--tensors-only")
+    assert run.exit_code == 1
+    assert "or write a recipe with the sources of now, and pass --recipe recipe.yaml" in run.output
+
+
+def test_stochastic_rounding_is_noise_and_no_loss(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", tmp_path / "tuned")
+    state = load_file(world / "base" / "model.safetensors")
+    tuned = {n: t + 1e-4 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) for n, t in state.items()}
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    wanted = recipe("task_arithmetic", world / "base", (tmp_path / "tuned", {"weight": 1.0}))
+    merge({**wanted, "out_dtype": "bfloat16", "rounding": "stochastic"}, tmp_path / "out", write_model_card=False)
+    found = tensors_only(tmp_path / "out")
+    assert found.ok
+    assert "whose noise is" in found.verdict
+    (one,) = found.findings
+    assert "adds noise of" in one.what
+    assert one.fix == "write out_dtype: float32 in the recipe"
+
+
+def test_a_doubled_scale_that_was_rounded_before_is_named_with_both(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "merged", tmp_path / "out")
+    base, state = (load_file(world / name / "model.safetensors") for name in ("base", "merged"))
+    twice = {n: (2 * t - base[n]).bfloat16().float() if n.endswith("q_proj.weight") else t for n, t in state.items()}
+    save_file(twice, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    (one,) = tensors_only(tmp_path / "out").findings
+    assert one.kind == "scale"
+    assert "has 2 times the recipe's update, rounded to bfloat16 before it was stored as float32" in one.what
+
+
+def test_the_base_has_its_own_type_when_it_is_read_layer_by_layer(world: Path, tmp_path: Path) -> None:
+    merge({**of_one(world), "out_dtype": "bfloat16"}, tmp_path / "out", write_model_card=False)
+    kl = [
+        verify(tmp_path / "out", rows=1, new_tokens=1, memory=memory).behaviours["base"].kl for memory in ("1G", "1k")
+    ]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-9)
+
+
+def test_matrices_of_experts_in_another_order_are_named(tmp_path: Path) -> None:
+    made = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
+    folders = [
+        save_checkpoint(tmp_path / f"{i}", {"e": one})
+        for i, one in enumerate((made, made[[1, 0, 3, 2]], made.roll(1, 2)))
+    ]
+    with Checkpoint.open(folders[0]) as a, Checkpoint.open(folders[1]) as b, Checkpoint.open(folders[2]) as c:
+        reads = [Read("x", checkpoint, "e") for checkpoint in (a, b, c)]
+        assert likeness._order((4, 12, 16), reads[1], reads[0]) == "it holds the recipe's matrices in another order"
+        assert "columns are shifted by 1: column 1 is the recipe's column 0" in likeness._order(
+            (4, 12, 16), reads[2], reads[0]
+        )
+        assert likeness._order((4, 12, 16), reads[0], reads[0]) == ""
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_with_other_ids_is_not_compared(tmp_path: Path) -> None:
+    made = vocabulary_family(tmp_path)
+    wanted = recipe("task_arithmetic", made["base"], (made["x"], {"weight": 0.5}), tokenizer_source=str(made["x"]))
+    merge(wanted, tmp_path / "out", write_model_card=False)
+    found = verify(tmp_path / "out", rows=2, new_tokens=1)
+    assert found.exact
+    assert found.behaviours["recipe"].largest == 0
+    assert "its tokenizer gives other ids to" in found.skipped["base"]
+    assert found.prompts == "2 runs of random tokens"
+
+
+def test_tokens_beyond_the_embeddings_are_said(world: Path, tmp_path: Path) -> None:
+    for name in ("base", "adapter"):
+        shutil.copytree(world / name, tmp_path / name)
+    save_tokenizer(tmp_path / "tokenizer", "base")
+    for file in (tmp_path / "tokenizer").iterdir():
+        shutil.copy(file, tmp_path / "base" / file.name)
+    merge(of_one(tmp_path), tmp_path / "out", write_model_card=False)
+    (tmp_path / "lines.txt").write_text("the quick brown fox\n")
+    found = verify(tmp_path / "out", rows=2, new_tokens=1, data=tmp_path / "lines.txt")
+    assert found.ok
+    assert [one.kind for one in found.findings] == ["vocabulary"]
+    assert "has ids up to 276, and the embeddings have 40 rows" in found.findings[0].what
+    assert "its vocabulary of 40 does not have" in found.skipped["recipe"]
+    with pytest.raises(EvaluateError, match="has no tokenizer, which data needs"):
+        verify(world / "merged", data=tmp_path / "lines.txt")
+
+
+# --- code ---------------------------------------------------------------------------------------------------------------
+
+
+def test_code_of_a_folder_runs_only_when_it_is_allowed(world: Path, tmp_path: Path) -> None:
+    for name in ("base", "adapter"):
+        shutil.copytree(world / name, tmp_path / name)
+    ran = tmp_path / "ran"
+    code = (
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (tmp_path / "base" / "modeling_own.py").write_text(code)
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": auto}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    merge(of_one(tmp_path), tmp_path / "without", write_model_card=False)
+    merge(of_one(tmp_path), tmp_path / "out", write_model_card=False, trust_remote_code=True)
+    refused = paft("verify", tmp_path / "without", "--quiet")
+    assert refused.exit_code == 0, refused.output
+    assert "pass --trust-code" in refused.output
+    assert not ran.exists()
+    assert tensors_only(tmp_path / "without", trust_code=True).exact, "its recipe does not copy the code"
+    found = verify(tmp_path / "out", rows=2, new_tokens=1, trust_code=True)
+    assert ran.exists()
+    assert found.exact
+    assert found.behaviours["recipe"].largest == 0
