@@ -12,6 +12,7 @@ from paft_merge.methods import METHODS, Method
 from paft_merge.output.report_files import write_file
 from paft_merge.pipeline.schema import RunLanguage
 from paft_merge.recipe.json_schema import DIALECT, Json, definitions, merge_schema
+from paft_merge.training.trl_configs import BASE, CONFIG_OF, ConfigField, config_fields
 
 Kind = Literal["merge", "run", "train"]
 KINDS: tuple[Kind, ...] = ("merge", "run", "train")
@@ -27,15 +28,31 @@ def schema_of(kind: Kind | None = None, methods: Mapping[str, Method] = METHODS)
     made: Json = {"$schema": DIALECT, "title": f"{kind or 'any'} recipe of paft_merge"}
     if kind == "merge":
         schema, defs = merge_schema(methods)
-        return {**made, **schema, "$defs": defs}
+        return _with_defaults({**made, **schema, "$defs": defs})
     run, defs = _run_schema(methods)
     if kind == "train":
         run["required"] = [*run["required"], "adapters"]
     if kind is not None:
-        return {**made, **run, "$defs": defs}
+        return _with_defaults({**made, **run, "$defs": defs})
     defs |= {"MergeRecipe": merge_schema(methods)[0], "RunRecipe": run}
     chosen = {"then": {"$ref": "#/$defs/MergeRecipe"}, "else": {"$ref": "#/$defs/RunRecipe"}}
-    return {**made, "if": {"required": ["merge_method"]}, **chosen, "$defs": defs}
+    return _with_defaults({**made, "if": {"required": ["merge_method"]}, **chosen, "$defs": defs})
+
+
+def _with_defaults(schema: Json) -> Json:
+    """Add the default of every key to its description, because editors show no other place of it."""
+    seen, waiting = set[int](), [schema]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # sections share parts
+            continue
+        seen.add(id(node))
+        default = node.get("default")
+        if isinstance(node.get("description"), str) and default not in (None, "", [], {}):
+            node["description"] += f" Default: {json.dumps(default)}."
+        for one in node.values():
+            waiting += [item for item in (one if isinstance(one, list) else [one]) if isinstance(item, dict)]
+    return schema
 
 
 SCHEMA_FILE = "paft.schema.json"
@@ -83,7 +100,44 @@ def _run_schema(methods: Mapping[str, Method]) -> tuple[Json, Json]:
     one = {"if": {"type": "string"}, "then": named, "else": {"$ref": "#/$defs/Arm"}}
     methods_key["anyOf"] = [named, {"$ref": "#/$defs/Arm"}, {"type": "array", "items": one}]
     _replace(defs["PolishSpec"]["properties"]["merge"], {"$ref": "#/$defs/Arm"})
+    _add_training(defs)
     return run, defs
+
+
+_TYPES = {
+    "bool": ["boolean"], "int": ["integer"], "float": ["number"], "str": ["string"], "dict": ["object"],
+    "list": ["array", "string"], "None": ["null"],
+}  # fmt: skip
+"""Types of JSON by the names in annotations; a list may be written as its only text, and other classes are written as text."""
+
+
+def _add_training(defs: Json) -> None:
+    """Describe `training:` by the TRL that is installed; without TRL it is any mapping."""
+    shared: dict[str, list[ConfigField]] = {}  # equal fields of several configs are one definition
+
+    def ref(name: str, field: ConfigField) -> Json:
+        known = shared.setdefault(name, [])
+        if field not in known:
+            known.append(field)
+        number = known.index(field)
+        place = f"training.{name}.{number + 1}" if number else f"training.{name}"
+        types = sorted({kind for one in field.types for kind in _TYPES.get(one, ["string"])})
+        defs[place] = {"type": types, "description": field.text or "A field of TRL's config.", "default": field.default}
+        return {"$ref": f"#/$defs/{place}"}
+
+    rules = []
+    for config in dict.fromkeys(CONFIG_OF.values()):
+        if fields := config_fields(config):
+            properties = {name: ref(name, field) for name, field in fields.items()}
+            about = f"The fields of {config} of the TRL that wrote this schema."
+            defs[config] = {"description": about, "properties": properties, "additionalProperties": False}
+            objectives = [objective for objective, name in CONFIG_OF.items() if name == config]
+            condition = {"required": ["objective"], "properties": {"objective": {"enum": objectives}}}
+            rules.append({"if": condition, "then": {"properties": {"training": {"$ref": f"#/$defs/{config}"}}}})
+    if rules:
+        defs["AdapterSpec"]["allOf"] = [*defs["AdapterSpec"].get("allOf", ()), *rules]
+        of_all = {name: ref(name, field) for name, field in config_fields(BASE).items()}
+        defs["MixedSpec"]["properties"]["training"]["properties"] = of_all
 
 
 def _replace(place: Json, schema: Json) -> None:

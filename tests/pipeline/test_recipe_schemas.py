@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
 from paft_merge.cli import cli
-from paft_merge.errors import PaftMergeError, RecipeError
+from paft_merge.errors import DOCS, PaftMergeError, RecipeError
 from paft_merge.methods import METHODS, REQUIRED
 from paft_merge.pipeline.recipe_schemas import KINDS, schema_of
 from paft_merge.pipeline.schema import RunLanguage, read_run
@@ -109,10 +109,21 @@ def test_every_key_has_a_description_and_a_default_or_is_required() -> None:
             assert re.search(r"[.)]$", one["description"]), (name, key)
 
 
+def test_descriptions_say_the_default_once() -> None:
+    for kind in (*KINDS, None):
+        text = json.dumps(schema_of(kind))
+        assert not re.search(r"Default: [^ ]+ Default:", text)
+        assert "in each tensor. Default: 1.0." in text  # density
+    assert "Default" not in schema_of("merge")["properties"]["name"]["description"]
+
+
 def test_links_of_descriptions_are_whole() -> None:
     found = re.findall(r"\]\((.*?)\)", json.dumps(schema_of()))
     assert len(found) > 5
     for link in found:
+        if not link.startswith(DOCS.partition("/blob/")[0]):  # of TRL's help texts
+            assert link.startswith("https://")
+            continue
         _, _, page = link.partition("/blob/main/")
         assert (ROOT / page.partition("#")[0]).is_file(), link
 
@@ -120,7 +131,7 @@ def test_links_of_descriptions_are_whole() -> None:
 def test_it_accepts_every_recipe_in_the_tree_that_the_parser_accepts(tmp_path: Path) -> None:
     accepted = 0
     for name, text in texts():
-        if not re.search(r"^(merge_method|base_model):", text, re.MULTILINE):
+        if not re.search(r"^(merge_method|base_model):", text, re.MULTILINE) or "{line}" in text:  # a template
             continue
         try:
             documents = [one.data for one in load_documents(text)]
@@ -237,6 +248,43 @@ def test_parameters_have_the_types_bounds_and_words_of_the_table(name: str) -> N
                 assert not check.is_valid({one.name: value}), (one.name, value)
                 assert not check.is_valid({one.name: [{"value": value}]})
         assert not check.is_valid({"no_such": 1})
+
+
+@pytest.mark.parametrize(
+    ("objective", "training", "known"),
+    [
+        ("sft", {"learning_rate": 1e-4, "packing": True, "report_to": ["none"], "max_length": None}, True),
+        ("ift", {"learning_rat": 1e-4}, False),
+        ("sft", {"learning_rate": "high"}, False),
+        ("sft", {"beta": 0.1}, False),  # of DPO
+        ("dpo", {"beta": 0.1, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, True),
+        ("dpo", {"num_generations": 8}, False),
+        ("grpo", {"num_generations": 8, "beta": 0.0}, True),
+        ("sft", {"output_dir": "x"}, False),  # may not be set
+    ],
+)
+def test_training_has_the_fields_of_the_objectives_config(
+    objective: str, training: dict[str, Any], known: bool
+) -> None:
+    adapter = {"objective": objective, "data": "rows.jsonl", "training": training}
+    found = faults({"base_model": "b", "adapters": {"a": adapter}}, "train")
+    assert (not found) is known, found
+
+
+def test_fields_of_training_have_a_description_and_a_default() -> None:
+    defs = schema_of("train")["$defs"]
+    field = defs[defs["SFTConfig"]["properties"]["warmup_steps"]["$ref"].removeprefix("#/$defs/")]
+    assert field["type"] == ["number"]
+    assert field["default"] == 0
+    assert field["description"].startswith("Number of steps for a linear warmup")
+    assert field["description"].endswith(" Default: 0.")
+    assert "warmup_steps" in defs["MixedSpec"]["properties"]["training"]["properties"]
+
+
+def test_without_trl_training_is_any_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paft_merge.training.trl_configs.find_spec", lambda name: None)
+    adapter = {"objective": "sft", "data": "x", "training": {"anything": 1}}
+    assert Draft202012Validator(schema_of("train")).is_valid({"base_model": "b", "adapters": {"a": adapter}})
 
 
 def test_a_former_key_is_marked() -> None:
