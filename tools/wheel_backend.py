@@ -66,7 +66,7 @@ def _is_usual() -> bool:
 
 def _compile() -> None:
     levels = runpy.run_path(str(Path(__file__).parents[1] / PLACE.parent / "processors.py"))["LEVELS"]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")} | {"PYTHONPATH": "."}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     command = [sys.executable, "-m", "paft_merge.compute.kernels", str(PLACE)]
     print(f"compiling the kernels for {', '.join(levels)} (about a minute)", file=sys.stderr)
     running = [
