@@ -12,11 +12,13 @@ ARG EXTRAS=train,tune,plots
 
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY tools/wheel_backend.py ./tools/
 COPY paft_merge ./paft_merge
 COPY recipes ./recipes
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[$EXTRAS]"
 
-# Kernels are compiled ahead for the processor of the machine that builds the image; another processor compiles them once more.
+# The kernels for x86-64 processors with AVX2 or AVX-512 are in the package. For another processor, that of the machine that builds
+# the image, they are compiled here.
 ENV NUMBA_CACHE_DIR=/opt/paft-kernels
 RUN python -m paft_merge.compute.kernels && chmod -R a+rwX "$NUMBA_CACHE_DIR"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import pytest
+import wheel_backend
 import yaml
 from release_notes import notes
 
@@ -129,7 +130,10 @@ def test_the_container_has_what_the_project_has() -> None:
     assert f"Programming Language :: Python :: {arguments['PYTHON']}" in PROJECT["classifiers"]
     assert set(arguments["EXTRAS"].split(",")) <= PROJECT["optional-dependencies"].keys()
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
-    assert {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "paft_merge", "recipes"} == set(copied)
+    backend = "tools/wheel_backend.py"
+    assert {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "paft_merge", "recipes", backend} == set(
+        copied
+    )
     assert all((ROOT / name).exists() for name in copied)
     (module,) = re.findall(r"python -m ([\w.]+)", "\n".join(lines))
     assert (ROOT / module.replace(".", "/") / "__main__.py").is_file()
@@ -146,6 +150,8 @@ def test_the_conda_recipe_has_the_dependencies_of_the_project() -> None:
     assert recipe["about"]["license"] == PROJECT["license"]
     points = dict(point.split(" = ") for point in recipe["build"]["python"]["entry_points"])
     assert points == PROJECT["scripts"]
+    at_build = {re.match(r"[\w-]+", text)[0] for text in recipe["requirements"]["host"]}  # type: ignore[index]
+    assert {CONDA_NAMES.get(name, name) for name in at_build} >= {"pip", "setuptools", *wheel_backend.COMPILER}
     needed = [text.split(" ", 1) for text in recipe["requirements"]["run"]]
     assert needed[0] == ["python", PROJECT["requires-python"]]
     assert [f"{CONDA_NAMES.get(name, name)}{bounds}" for name, bounds in needed[1:]] == PROJECT["dependencies"]
@@ -185,3 +191,72 @@ def test_the_notes_of_a_release_are_its_section_of_the_changelog() -> None:
     assert "\n## " not in found
     with pytest.raises(SystemExit, match="no section 0"):
         notes("0")
+
+
+class TestWheel:
+    def test_the_compiler_is_required_in_the_versions_of_the_project(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(wheel_backend.build_meta, "get_requires_for_build_wheel", lambda _: ["setuptools"])
+        needed = wheel_backend.get_requires_for_build_wheel()
+        assert {re.match(r"[\w-]+", text)[0] for text in needed} == {"setuptools", *wheel_backend.COMPILER}  # type: ignore[index]
+        assert set(needed[1:]) <= set(PROJECT["dependencies"])
+        monkeypatch.setattr(wheel_backend.platform, "machine", lambda: "arm64")
+        assert wheel_backend.get_requires_for_build_wheel() == ["setuptools"]
+
+    @pytest.fixture
+    def tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder with a kernel of an earlier build."""
+        monkeypatch.chdir(tmp_path)
+        wheel_backend.PLACE.mkdir(parents=True)
+        (wheel_backend.PLACE / "old.o").touch()
+        return wheel_backend.PLACE
+
+    def test_kernels_are_in_the_tree_only_while_a_wheel_is_built(
+        self, tree: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commands = list[tuple[list[str], str, str]]()
+
+        class Compiler:
+            def __init__(self, command: list[str], env: dict[str, str]) -> None:
+                commands.append((command[1:], env["NUMBA_CPU_NAME"], env["NUMBA_CPU_FEATURES"]))
+                assert "NUMBA_CACHE_DIR" not in env
+
+            def wait(self) -> int:
+                tree.mkdir(parents=True, exist_ok=True)
+                (tree / "new.o").touch()
+                return self.code
+
+            code = 0
+
+        def packaged(*_: object) -> str:
+            return " ".join(path.name for path in tree.iterdir())
+
+        monkeypatch.setenv("NUMBA_CACHE_DIR", "somewhere")
+        monkeypatch.setattr(wheel_backend.subprocess, "Popen", Compiler)
+        monkeypatch.setattr(wheel_backend.build_meta, "build_wheel", packaged)
+        assert wheel_backend.build_wheel("dist") == "new.o"
+        assert not tree.exists()
+        command = ["-m", "paft_merge.compute.kernels", str(tree)]
+        assert commands == [(command, "x86-64-v4", "-prefer-256-bit"), (command, "x86-64-v3", "")]
+        Compiler.code = 1
+        with pytest.raises(subprocess.CalledProcessError):
+            wheel_backend.build_wheel("dist")
+        assert not tree.exists()
+
+    @pytest.mark.parametrize("lacks", ["numba", "x86_64"])
+    def test_a_wheel_without_the_compiler_says_so(
+        self, tree: Path, lacks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(wheel_backend, "find_spec", lambda name: None if name == lacks else name)
+        monkeypatch.setattr(wheel_backend.platform, "machine", lambda: "arm64" if lacks == "x86_64" else "x86_64")
+        monkeypatch.setattr(wheel_backend.build_meta, "build_wheel", lambda *_: str(tree.exists()))
+        assert wheel_backend.build_wheel("dist") == "False"
+        assert "the wheel has no compiled kernels: " in capsys.readouterr().err
+
+    def test_the_files_of_the_build_are_packaged(self) -> None:
+        tables = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        assert tables["build-system"] == {
+            "requires": ["setuptools>=77"], "build-backend": "wheel_backend", "backend-path": ["tools"],
+        }  # fmt: skip
+        assert "compute/kernels/packaged/*.o" in tables["tool"]["setuptools"]["package-data"]["paft_merge"]
+        assert "tools/wheel_backend.py" in (ROOT / "MANIFEST.in").read_text()

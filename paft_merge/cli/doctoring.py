@@ -69,7 +69,8 @@ def _rows(facts: Any) -> Iterator[tuple[str, str]]:
     places = ", ".join(
         one["path"] + "" if one["writable"] else f"{one['path']} (read-only)" for one in kernels["folders"]
     )
-    yield "kernels", f"{kernels['compiled']} of {kernels['all']} compiled, in {places}"
+    packaged = f" ({kernels['packaged']} came with the package)" if kernels["packaged"] else ""
+    yield "kernels", f"{kernels['compiled']} of {kernels['all']} compiled{packaged}, in {places}"
     yield "output", f"{out['folder']}: {out['free_bytes'] / 1e9:.1f} GB free{'' if out['writable'] else ', read-only'}"
     yield "rates", f"reads {rates['read_gbps']:.3g} GB/s, writes {rates['write_gbps']:.3g} GB/s: {rates['origin']}"
     gpus = [f"{gpu['name']} ({gpu['memory_mib'] or '?'} MiB)" for gpu in facts["gpus"]]

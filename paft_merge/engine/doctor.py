@@ -160,7 +160,7 @@ def _kernels(warnings: list[Problem]) -> dict[str, Any]:
     elif compiled == 0:
         what = f"the first merge compiles them, in about {object_cache.seconds_to_compile():.0f} s"
         warnings.append(Problem("KERNELS", "", what, "compile them before with python -m paft_merge.compute.kernels"))
-    return {"folders": folders, "compiled": compiled, "all": number}
+    return {"folders": folders, "compiled": compiled, "packaged": object_cache.packaged_kernels(), "all": number}
 
 
 def _out(folder: Path, errors: list[Problem]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 | module | contents |
 |---|---|
 | object_cache | machine code of the kernels, kept on disk |
+| processors | processors that kernels are compiled for |
 | primitives | steps on a strip, of which the kernels are made |
 | merging | weighted sum, consensus and Gram matrix of a block |
 | thresholds | histograms of magnitudes, and entries within an interval |
@@ -30,6 +31,7 @@ an inlined one, and either keeps LLVM from making vector loops of some steps, or
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,9 +134,19 @@ _multiply = Compiled("low_rank.multiply", "f4.2 f4.3 f4.2 f4.2 f4.2")
 
 def prepare() -> None:
     """Compile every kernel that is not cached yet, for example into a container image whose file system is read-only later."""
-    for loop in tuple(globals().values()):  # a copy: compiling imports modules, which adds their names
-        if isinstance(loop, Compiled):
-            loop.prepare()
+    for kernel in _every():
+        kernel.prepare()
+
+
+def ship(folder: Path) -> None:
+    """Compile every kernel for the level that `NUMBA_CPU_NAME` names, into a folder of a wheel."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kernel in _every():
+        kernel.ship(folder)
+
+
+def _every() -> list[Compiled]:
+    return [value for value in globals().values() if isinstance(value, Compiled)]
 
 
 def lines(count: int, *, of: Any = np.float32) -> Any:

@@ -4,6 +4,9 @@ numba compiles a kernel when it is first called. Importing numba and loading its
 of a small model; loading the same code as an object file through LLVM takes milliseconds. The name of an object file is
 a digest of the kernels' sources, the versions of numba and llvmlite, and the processor; the file begins with a digest of itself.
 
+A wheel has object files for the levels of x86-64 that usual processors have (see `processors`), so that a first merge compiles
+nothing. They are machine code without calls into numba: the versions that made them need not be installed.
+
 Where object files cannot be made or loaded (another llvmlite, a call that LLVM adds), numba compiles and caches the kernel
 itself: the same bits from a slower start. One warning is logged.
 """
@@ -15,9 +18,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +32,7 @@ import numpy as np
 import xxhash
 
 from paft_merge.compute import magnitudes, splitmix64
+from paft_merge.compute.kernels import processors
 from paft_merge.errors import MergeError, PaftMergeError
 
 T = TypeVar("T")
@@ -120,6 +125,11 @@ def compiled_kernels() -> tuple[int, int]:
     return sum(not kernel.is_missing for kernel in _KERNELS), len(_KERNELS)
 
 
+def packaged_kernels() -> int:
+    """The number of kernels whose machine code came with the package, for this processor."""
+    return sum(kernel.is_packaged for kernel in _KERNELS)
+
+
 class Compiled:
     """A kernel that is called with contiguous arrays and numbers, and compiled at its first call.
 
@@ -189,20 +199,39 @@ class Compiled:
     @property
     def is_missing(self) -> bool:
         """Whether the kernel must be compiled, because no folder has its object file."""
-        return not self._entry and not any((folder / self._file).is_file() for folder in folders())
+        return not self._entry and not any(place.is_file() for place in self._places())
 
     @property
-    def _file(self) -> str:
+    def is_packaged(self) -> bool:
+        """Whether its object file for this processor came with the package."""
+        first = next(self._places())
+        return first.parent == PACKAGED and first.is_file()
+
+    def ship(self, folder: Path) -> None:
+        """Compile the kernel for the level that `NUMBA_CPU_NAME` names into a folder, unless it has the object file."""
+        place = folder / self._file(os.environ["NUMBA_CPU_NAME"])
+        if _read(iter([place])) is None:
+            made = _compile(self)
+            place.write_bytes(xxhash.xxh3_128_digest(made) + made)
+
+    def _file(self, level: str | None) -> str:
+        """Name of the object file for a level of x86-64, or for this machine and the installed versions."""
         takes = " ".join(taken.word for taken in self.takes)
         signature = xxhash.xxh3_64_hexdigest(f"{self.module} {takes}".encode())
-        return f"{self.name}-{signature}-{xxhash.xxh3_64_hexdigest(_environment().encode())}.o"
+        return f"{self.name}-{signature}-{xxhash.xxh3_64_hexdigest(_environment(level).encode())}.o"
+
+    def _places(self) -> Iterator[Path]:
+        """Where its object file may be, best first."""
+        if level := processors.level():
+            yield PACKAGED / self._file(level)
+        for folder in folders():
+            yield folder / self._file(None)
 
     def _from_object_file(self) -> int:
-        name = self._file
-        code = _read(name)
+        code = _read(self._places())
         if code is None:
             code = _COMPILER.run(self, _compile)
-            _write(name, code)
+            _write(self._file(None), code)
         symbol, _, machine = code.partition(b"\0")
         return _load(symbol.decode(), machine)
 
@@ -322,14 +351,14 @@ def _compile(kernel: Compiled) -> bytes:
 
 
 def _machine() -> Any:
-    """LLVM's description of this processor."""
+    """LLVM's description of the processor to compile for."""
     from llvmlite import binding
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     target = binding.Target.from_default_triple()
-    features = binding.get_host_cpu_features().flatten()
-    return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3, jit=True)
+    name, features = processors.processor()
+    return target.create_target_machine(cpu=name, features=features, opt=3, jit=True)
 
 
 _LOADED: list[Any] = []
@@ -348,9 +377,6 @@ def _load(symbol: str, machine: bytes) -> int:
     return int(engine.get_function_address(symbol))
 
 
-_ENVIRONMENT: list[str] = []
-
-
 def _sources() -> str:
     """Digest of the source files that the machine code of a kernel depends on."""
     digest = xxhash.xxh3_128()
@@ -360,14 +386,15 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _environment() -> str:
-    """Everything that the machine code of a kernel depends on, except the types of its arguments."""
-    if not _ENVIRONMENT:
-        from llvmlite import binding
+@cache
+def _environment(level: str | None) -> str:
+    """Everything that the machine code of a kernel for a level, or for this machine, depends on, except the types of its arguments."""
+    made_by = (level,) if level else (version("numba"), version("llvmlite"), *processors.processor())
+    return "|".join((_sources(), *made_by, sys.platform))
 
-        processor = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), sys.platform
-        _ENVIRONMENT.append("|".join((_sources(), version("numba"), version("llvmlite"), *processor)))
-    return _ENVIRONMENT[0]
+
+PACKAGED = Path(__file__).parent / "packaged"
+"""The object files of a wheel."""
 
 
 def folders() -> list[Path]:
@@ -379,11 +406,11 @@ def folders() -> list[Path]:
     return [Path(__file__).parent / "__pycache__", *([Path(users, "paft_merge")] if os.path.isabs(users) else [])]
 
 
-def _read(name: str) -> bytes | None:
-    """An object file with an intact digest; None where there is none."""
-    for folder in folders():
+def _read(places: Iterator[Path]) -> bytes | None:
+    """The first object file with an intact digest; None where there is none."""
+    for place in places:
         try:
-            held = (folder / name).read_bytes()
+            held = place.read_bytes()
         except OSError:
             continue
         if xxhash.xxh3_128_digest(held[16:]) == held[:16]:

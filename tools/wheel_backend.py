@@ -1,0 +1,77 @@
+"""The build backend: setuptools, which also compiles the kernels for the usual x86-64 processors and puts them into the wheel.
+
+A wheel that is built on another system, or without the compiler (`pip wheel --no-build-isolation` in an environment without
+numba), has no compiled kernels: they are compiled when they are first used, as in a checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403 (the hooks that are not defined here)
+
+COMPILER = ("llvmlite", "numba", "numpy", "xxhash")
+"""The dependencies of the package that its kernels import."""
+
+PLACE = Path("paft_merge", "compute", "kernels", "packaged")
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    """What setuptools needs, and the compiler."""
+    dependencies = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    compiler = [text for text in dependencies if re.match(r"[\w-]+", text)[0] in COMPILER]  # type: ignore[index]
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *(compiler if _is_usual() else ())]
+
+
+def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+    """Build a wheel with compiled kernels, where they can be compiled."""
+    with packaged_kernels():
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+@contextmanager
+def packaged_kernels() -> Iterator[None]:
+    """Compile the kernels, a process for each level, into the tree to be packaged; delete them afterwards."""
+    shutil.rmtree(PLACE, ignore_errors=True)
+    missing = [name for name in COMPILER if find_spec(name) is None]
+    if missing or not _is_usual():
+        reason = f"{', '.join(missing)} not installed" if missing else f"{sys.platform} on {platform.machine()}"
+        print(f"the wheel has no compiled kernels: {reason}", file=sys.stderr)
+        yield
+        return
+    try:
+        _compile()
+        yield
+    finally:
+        shutil.rmtree(PLACE, ignore_errors=True)
+
+
+def _is_usual() -> bool:
+    """Whether this machine makes object files for Linux on x86-64."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+def _compile() -> None:
+    levels = runpy.run_path(str(Path(__file__).parents[1] / PLACE.parent / "processors.py"))["LEVELS"]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    command = [sys.executable, "-m", "paft_merge.compute.kernels", str(PLACE)]
+    print(f"compiling the kernels for {', '.join(levels)} (about a minute)", file=sys.stderr)
+    running = [
+        subprocess.Popen(command, env=ours | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": level.tuning})
+        for name, level in levels.items()
+    ]
+    if code := max([process.wait() for process in running], key=abs):
+        raise subprocess.CalledProcessError(code, command)
