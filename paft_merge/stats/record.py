@@ -74,20 +74,22 @@ def note(
 
 def _sampled(delta: Any, base: Any) -> dict[str, Any]:
     """Counts and sums over the sampled entries of one source."""
-    packed, sums, weight = np.zeros(kernels.BINS, np.int64), np.zeros(2), np.zeros(1)
-    none, counts = np.empty(0, np.uint32), np.zeros(kernels.BINS, np.int64)
+    packed, (counts, lows) = np.zeros((1, kernels.BINS), np.int64), np.zeros((2, 1, kernels.BINS), np.int64)
+    sums, erased, weight, none = np.zeros(2), np.zeros(1, np.int64), np.zeros(1), np.empty(0, np.uint32)
     for start in range(0, delta.size, kernels.MOST):
-        kernels.measure(delta[start : start + kernels.MOST], none, none.view(np.int64), packed, sums)
-        counts += packed >> kernels.COUNT_SHIFT
-        packed[:] = 0
-    erased = kernels.erased(delta, base, weight, kernels.lines(1))
+        some = slice(start, start + kernels.MOST)
+        kernels.measure(
+            delta[some], base[some], none, none.view(np.int64), packed[0], sums, erased, weight, kernels.lines(1)
+        )
+        kernels.unpack(packed, counts, lows)
+    counts = counts[0]
     filled = np.flatnonzero(counts)
     index = filled >> (DROPPED - 16)
     coarse = np.bincount(index - index[0], counts[filled]).astype(np.int64)
     bins = {"first": int(index[0]), "counts": coarse.tolist()}
     square, fourth = map(float, sums)
     return {
-        "square": square, "fourth": fourth, "erased": erased, "weight_square": _defined(float(weight[0])),
+        "square": square, "fourth": fourth, "erased": int(erased[0]), "weight_square": _defined(float(weight[0])),
         "histogram": bins,
     }  # fmt: skip
 

@@ -174,18 +174,18 @@ def results() -> list[np.ndarray]:
         np.zeros(kernels.BINS, np.int64),
         np.zeros(2),
     )
-    found += [kernels.measure(sources[1], edges, below, bins, sums), below, bins, sums]
+    gone, weight = np.zeros(1, np.int64), np.zeros(1)
+    found += [kernels.measure(sources[1], base, edges, below, bins, sums, gone, weight, kernels.lines(1))]
+    found += [below, bins.copy(), sums, gone, weight]
     counts, lows = np.zeros((2, 1, kernels.BINS), np.int64)
     kernels.unpack(bins[None].copy(), counts, lows)
     found += [counts, lows]
-    weight, pair, pair_sums, shared, square = (
-        np.zeros(1),
+    pair, pair_sums, shared, square = (
         np.zeros(4, np.int64),
         np.zeros(5),
         np.zeros(4, np.int64),
         np.zeros(1),
     )
-    found += [kernels.erased(sources[1], base, weight, kernels.lines(1)), weight]
     kernels.compare(sources[0], sources[1], np.uint32(low), pair, pair_sums)
     kernels.shared_support(sources[0], sources[1], 0, np.full(2, low, np.uint32), np.zeros(2, np.int64), shared)
     kernels.add_squares(sources[1], square)

@@ -26,20 +26,41 @@ def drawn(size: int, seed: int = 0) -> np.ndarray:
 def test_a_delta_is_measured_as_numpy_measures_it(size: int) -> None:
     values = drawn(size)
     bits, wide = values.view(np.uint32), np.abs(values).astype(np.float64)
-    below, packed, sums = np.zeros(len(EDGES), np.int64), np.zeros(kernels.BINS, np.int64), np.zeros(2)
-    largest = kernels.measure(bits, EDGES, below, packed, sums)
+    below, packed, sums = np.zeros(len(EDGES), np.int64), np.zeros((2, kernels.BINS), np.int64), np.zeros(2)
+    gone, weight, none = np.zeros(1, np.int64), np.zeros(1), np.empty(0, np.uint16)
+    largest = kernels.measure(bits, none, EDGES, below, packed[0], sums, gone, weight, kernels.lines(1))
     magnitudes = bits & MAGNITUDE
     assert largest == magnitudes.max()
     assert below.tolist() == [int((magnitudes < edge).sum()) for edge in EDGES]
     np.testing.assert_allclose(sums, [(wide**2).sum(), (wide**4).sum()], rtol=1e-12)
-    assert (packed >> kernels.COUNT_SHIFT).tolist() == np.bincount(magnitudes >> 16, minlength=kernels.BINS).tolist()
-    lows = np.bincount(magnitudes >> 16, magnitudes & 0xFFFF, kernels.BINS)
-    assert (packed & ((1 << kernels.COUNT_SHIFT) - 1)).tolist() == lows.astype(np.int64).tolist()
-    rows, into = np.stack([packed, packed[::-1]]), np.ones((2, 2, kernels.BINS), np.int64)
-    kernels.unpack(rows, *into)
+    assert (gone[0], weight[0]) == (0, 0.0)
+    into = np.ones((2, 2, kernels.BINS), np.int64)
+    kernels.unpack(packed, *into)
     counts = np.bincount(magnitudes >> 16, minlength=kernels.BINS)
-    np.testing.assert_array_equal(into - 1, [[counts, counts[::-1]], [lows, lows[::-1]]])
-    assert not rows.any()
+    lows = np.bincount(magnitudes >> 16, magnitudes & 0xFFFF, kernels.BINS)
+    none_there = np.zeros(kernels.BINS)
+    np.testing.assert_array_equal(into - 1, [[counts, none_there], [lows, none_there]])
+    assert not packed.any()
+
+
+@pytest.mark.parametrize(("bits", "count"), [(0x7F7FFFFF, kernels.MOST), (0x3F80FFFF, kernels.MOST), (0xFFFF, 70_000)])
+def test_a_bin_holds_as_many_entries_as_a_block_has(bits: int, count: int) -> None:
+    delta, packed = np.full(count, bits, np.uint32), np.zeros((1, kernels.BINS), np.int64)
+    none, into = np.empty(0, np.uint32), np.zeros((2, 1, kernels.BINS), np.int64)
+    kernels.measure(
+        delta,
+        none,
+        none,
+        none.view(np.int64),
+        packed[0],
+        np.zeros(2),
+        np.zeros(1, np.int64),
+        np.zeros(0),
+        kernels.lines(1),
+    )
+    kernels.unpack(packed, *into)
+    assert into[:, 0, bits >> 16].tolist() == [count, count * (bits & 0xFFFF)]
+    assert np.count_nonzero(into) == 2
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1025, 5001])
@@ -71,9 +92,10 @@ def test_the_difference_of_any_two_bfloat16_is_erased_where_it_is_zero() -> None
     base, source = base[fine], source[None, fine]
     erased, squares = surveyed(base, source, subtract=True)
     wide, value = ((one.astype(np.uint32) << 16).view(np.float32) for one in (base, source[0]))
-    weight = np.zeros(1)
-    deltas = (value - wide).view(np.uint32)
-    assert erased == kernels.erased(deltas, base, weight, kernels.lines(1)) == int((value == wide).sum())
+    weight, gone, none = np.zeros(1), np.zeros(1, np.int64), np.empty(0, np.uint32)
+    deltas, bins = (value - wide).view(np.uint32), np.zeros(kernels.BINS, np.int64)
+    kernels.measure(deltas, base, none, none.view(np.int64), bins, np.zeros(2), gone, weight, kernels.lines(1))
+    assert erased == gone[0] == int((value == wide).sum())
     assert 0 < erased < base.size
     np.testing.assert_allclose([squares, weight[0]], (wide.astype(np.float64) ** 2).sum(), rtol=1e-12)
     again = surveyed(wide.view(np.uint32), deltas[None], subtract=False)

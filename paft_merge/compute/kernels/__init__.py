@@ -5,6 +5,7 @@
 | object_cache | machine code of the kernels, kept on disk |
 | processors | processors that kernels are compiled for |
 | primitives | steps on a strip, of which the kernels are made |
+| vectors | sums and counts in vector registers, between scalar steps |
 | merging | weighted sum, consensus and Gram matrix of a block |
 | thresholds | histograms of magnitudes, and entries within an interval |
 | block_transforms | from one block to another, for the rarer methods |
@@ -66,7 +67,7 @@ SUMS = ("abs", "square", "kept_square", "elected_square")
 """The float64 columns of a tally, one row per source: sums over the delta, and over the entries that trimming and election keep."""
 
 COUNT_SHIFT = 40
-"""Lower bits of a packed bin of `measure`, which hold the sum. At most 2**23 entries fit; see `MOST`."""
+"""An entry adds `1 << COUNT_SHIFT` to its packed bin, more than the sum of the lower bits of at most 2**23 entries; see `MOST`."""
 
 MOST = 1 << 22
 """Largest number of entries in one packed histogram."""
@@ -109,8 +110,7 @@ exponential_sums = Compiled("scoring.exponential_sums", "bits.1 bits.2 bool f8.2
 scores = Compiled("scoring.scores", "bits.1 bits.2 bool f8.2 f8.2 f8.2 int f4.2 f4.2 f8.2")
 compete = Compiled("scoring.compete", "bits.1 bits.2 bool int u4.2 u4.1 i8.1 f4.1 f4.1 f4.1 i8.1 f8.1 f4.2 f8.2")
 
-measure = Compiled("statistics.measure", "u4.1 u4.1 i8.1 i8.1 f8.1")
-erased = Compiled("statistics.erased", "u4.1 bits.1 f8.1 f4.2")
+measure = Compiled("statistics.measure", "u4.1 bits.1 u4.1 i8.1 i8.1 f8.1 i8.1 f8.1 f4.2")
 compare = Compiled("statistics.compare", "u4.1 u4.1 uint32 i8.1 f8.1")
 shared_support = Compiled("statistics.shared_support", "u4.1 u4.1 int u4.1 i8.1 i8.1")
 survey = Compiled(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from paft_merge.compute.kernels.block_source import COLUMNS, ROWS
 from paft_merge.compute.kernels.primitives import jit
+from paft_merge.compute.kernels.processors import has_avx512
 
-_LANES, _VECTORS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
-"""Lanes of a vector, and vectors of a tile of ROWS rows, that fit the registers of this processor. No bit depends on them."""
+_LANES, _VECTORS = (16, 4) if has_avx512() else (8, 2)
+"""Lanes of a vector, and vectors of a tile of ROWS rows, that fit the registers of the processor. No bit depends on them."""
 
 
 @intrinsic

@@ -51,3 +51,9 @@ def processor() -> tuple[str, str]:
         binding.get_host_cpu_name() if name is None else name,
         binding.get_host_cpu_features().flatten() if features is None else features,
     )
+
+
+def has_avx512() -> bool:
+    """Whether the processor to compile for has vector registers of 512 bits."""
+    name, features = processor()
+    return name == "x86-64-v4" or "+avx512f" in features.split(",")

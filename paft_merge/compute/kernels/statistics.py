@@ -1,7 +1,8 @@
 """Kernels of an audit over one block of deltas: exact counts, and sums in float64.
 
-A delta is its float32 bits, `[E]` uint32. A packed histogram holds the count of a bin and the sum of its entries' lower 16 bits
-in one int64 (`COUNT_SHIFT`), so that counting costs one update per entry.
+A delta is its float32 bits, `[E]` uint32. A packed histogram counts and sums the entries of a bin in one int64, so that counting costs one
+update per entry: of each, its magnitude (bits) and `1 << COUNT_SHIFT` are added. As the magnitudes of a bin share their upper bits, a
+division gives the count, and its remainder is the sum of the lower 16 bits.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ from paft_merge.compute.kernels.primitives import (
     bits_of,
     double_if,
     float_of,
-    in_range_mask,
     is_wide,
     jit,
     load,
-    ones,
     square_of,
     start_block,
     strip,
@@ -31,12 +30,24 @@ from paft_merge.compute.kernels.primitives import (
     two_of,
     widen,
 )
+from paft_merge.compute.kernels.vectors import (
+    LANES,
+    count_below,
+    count_erased,
+    no_counts,
+    no_sums,
+    plus,
+    squares_of,
+    sum_of,
+    times,
+    total,
+)
 
 _ROUND = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _HALF = np.uint32(16)
-_LOW, _HIGH, _WORD, _BIN, _BELOW = np.uint64(16), np.uint64(48), np.uint64(32), np.uint64(0x7FFF), np.uint64(0xFFFF)
-"""Shifts and masks that split two float32 in a uint64 (see `two_of`) into bin and lower bits."""
+_WORD, _LOWER, _UPPER_BIN = np.uint64(32), np.uint64(0xFFFFFFFF), np.uint64(48)
+"""Shifts and a mask that split two magnitudes in a uint64 (see `two_of`), and give the bin of the upper one."""
 _COUNT = np.int64(1) << COUNT_SHIFT
 _UNPACKED = 64
 """Bins that are unpacked at once."""
@@ -56,15 +67,21 @@ def add_squares(bits: Any, sums: Any) -> None:
 
 
 @_sums
-def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
+def measure(
+    delta: Any, base: Any, edges: Any, below: Any, packed: Any, sums: Any, erased: Any, weight: Any, lines: Any
+) -> int:  # fmt: skip
     """Count and sum one block of a delta.
 
     Args:
         delta: `[E]` uint32, at most MOST entries.
+        base: `[E]` bits of the weight, bfloat16 (uint16) or float32 (uint32); `[0]` where it is not known.
         edges: `[T]` uint32, thresholds as bits.
         below: `[T]` int64; entries with a magnitude below each threshold are added.
         packed: `[BINS]` int64, the packed histogram, added to.
         sums: `[2]` float64; the sums of delta**2 and delta**4 are added.
+        erased: `[1]` int64; the entries that the cast to bfloat16 erases are added: `bf16(weight + delta) == bf16(weight)`, zeros included.
+        weight: `[1]` float64; the sum of the weights' squares is added. `[0]` where it is not wanted.
+        lines: `[1, LINE]` float32, memory.
 
     Returns:
         The largest magnitude, as bits.
@@ -78,76 +95,102 @@ def measure(delta: Any, edges: Any, below: Any, packed: Any, sums: Any) -> int:
     e = edges[4] if many > 4 else none
     for start in range(0, delta.size, STRIP):
         m = min(STRIP, delta.size - start)
-        strip, floats = delta[start : start + m], values[start : start + m]
-        second, fourth, top = 0.0, 0.0, np.uint32(0)
+        part, floats, (half, whole) = delta[start : start + m], values[start : start + m], strip(base, start, m)
+        magnitudes, top = lines[0].view(np.uint32), np.uint32(0)
         for j in range(m):
-            square = np.float64(floats[j]) * np.float64(floats[j])
-            second += square
-            fourth += square * square
-        sums[0] += second
-        sums[1] += fourth
-        for j in range(m):
-            u = np.uint32(strip[j] & MAGNITUDE)
+            u = np.uint32(part[j] & MAGNITUDE)
+            magnitudes[j] = u
             top = u if u > top else top
         largest = max(largest, top)
-        of_a, of_b, of_c, of_d, of_e = 0, 0, 0, 0, 0
-        whole = m - m % 64
-        # The stores of a histogram leave the processor time to compare in turn with them.
-        for first in range(0, whole, 64):
-            of_a += ones(in_range_mask(floats, first, none, a))
-            of_b += ones(in_range_mask(floats, first, none, b))
-            of_c += ones(in_range_mask(floats, first, none, c))
-            of_d += ones(in_range_mask(floats, first, none, d))
-            of_e += ones(in_range_mask(floats, first, none, e))
-            for j in range(first, first + 64, 2):
-                two = two_of(strip, j)
-                packed[(two >> _LOW) & _BIN] += _COUNT + np.int64(two & _BELOW)
-                packed[(two >> _HIGH) & _BIN] += _COUNT + np.int64((two >> _WORD) & _BELOW)
-        for t, count in enumerate((of_a, of_b, of_c, of_d, of_e)):
-            if t < many:
-                below[t] += count
-        for j in range(whole, m):
-            u = np.uint32(strip[j] & MAGNITUDE)
-            packed[u >> _HALF] += _COUNT + np.int64(u & np.uint32(0xFFFF))
+        steps = m - m % (2 * LANES)
+        if half.size:
+            found = _steps(packed, magnitudes[:steps], floats, half, weight.size > 0, a, b, c, d, e)
+        elif whole.size:
+            found = _steps(packed, magnitudes[:steps], floats, whole, weight.size > 0, a, b, c, d, e)
+        else:
+            found = _steps(packed, magnitudes[:steps], floats, None, False, a, b, c, d, e)
+        counts, (second, fourth, squared) = found
+        for t in range(min(many, 5)):
+            below[t] += counts[t]
+        erased[0] += counts[5]
+        if m == STRIP:
+            sums[0] += second
+            sums[1] += fourth
+            if weight.size:
+                weight[0] += squared
+        else:
+            _add_powers(floats, sums)
+        for j in range(steps, m):
+            u = magnitudes[j]
+            packed[u >> _HALF] += _COUNT + np.int64(u)
             for t in range(min(many, 5)):
                 below[t] += np.int64(u < edges[t])
+            if half.size:
+                erased[0] += np.int64(_equal(np.uint32(half[j]), _bfloat16(float_of(half[j]) + floats[j])))
+            if whole.size:
+                value = float_of(whole[j])
+                erased[0] += np.int64(_equal(_bfloat16(value), _bfloat16(value + floats[j])))
         for t in range(5, many):
             edge, twice = edges[t], np.uint32(0)
             for j in range(m):  # twice as many 32-bit counters fit a register
-                twice = np.uint32(twice + double_if(np.uint32(strip[j] & MAGNITUDE) < edge))
+                twice = np.uint32(twice + double_if(magnitudes[j] < edge))
             below[t] += twice >> 1
+        if m < STRIP:
+            widen((half, whole), lines[0])
+            add_squares(lines[0, : half.size + whole.size].view(np.uint32), weight)
     return largest
 
 
 @_sums
-def erased(delta: Any, base: Any, sums: Any, lines: Any) -> int:
-    """Count the entries that the cast to bfloat16 erases: `bf16(weight + delta) == bf16(weight)`.
+def _steps(
+    packed: Any, magnitudes: Any, floats: Any, weights: Any, squares: bool, a: Any, b: Any, c: Any, d: Any, e: Any
+) -> Any:  # fmt: skip
+    """Count and sum a strip, a whole number of double steps; what LLVM cannot vectorise, between vectors.
 
     Args:
-        delta: `[E]` uint32.
-        base: `[E]` bits of the weight, bfloat16 (uint16) or float32 (uint32).
-        sums: `[1]` float64; the sum of the weights' squares is added. `[0]` where it is not wanted.
-        lines: `[1, LINE]` float32, memory.
+        packed: as in `measure`.
+        magnitudes: `[m]` uint32.
+        floats: the deltas.
+        weights: bits of bfloat16 or of float32; None where they are not known.
+        squares: whether to square the weights.
+        a, b, c, d, e: thresholds as bits.
 
     Returns:
-        The number of erased entries, zeros included.
+        The numbers of entries below each threshold and of erased ones; and the sums of delta**2, of delta**4, and of weight**2.
     """
-    values, weight, count = delta.view(np.float32), lines[0], 0
-    for start in range(0, delta.size if sums.size else 0, STRIP):
-        m = min(STRIP, delta.size - start)
-        widen(strip(base, start, m), weight)
-        add_squares(weight[:m].view(np.uint32), sums)
-    for start in range(0, delta.size, STRIP):
-        m = min(STRIP, delta.size - start)
-        floats, twice = values[start : start + m], np.uint32(0)
-        half, whole = strip(base, start, m)
-        for j in range(half.size):
-            twice = np.uint32(twice + double_if(_equal(np.uint32(half[j]), _bfloat16(float_of(half[j]) + floats[j]))))
-        for j in range(whole.size):
-            value = float_of(whole[j])
-            twice = np.uint32(twice + double_if(_equal(_bfloat16(value), _bfloat16(value + floats[j]))))
-        count += twice >> 1
-    return count
+    of_a, of_b, of_c, of_d, of_e, same = no_counts(), no_counts(), no_counts(), no_counts(), no_counts(), no_counts()
+    second, second_2, fourth, fourth_2 = no_sums(), no_sums(), no_sums(), no_sums()
+    squared, squared_2 = no_sums(), no_sums()
+    # The stores of the histogram leave the processor time for all else.
+    for at in range(0, magnitudes.size, LANES):
+        for j in range(at, at + LANES, 2):
+            two = two_of(magnitudes, j)
+            packed[np.uint64(np.uint32(two) >> _HALF)] += _COUNT + np.int64(two & _LOWER)
+            packed[two >> _UPPER_BIN] += _COUNT + np.int64(two >> _WORD)
+        of_a, of_b = count_below(of_a, magnitudes, at, a), count_below(of_b, magnitudes, at, b)
+        of_c, of_d = count_below(of_c, magnitudes, at, c), count_below(of_d, magnitudes, at, d)
+        of_e = count_below(of_e, magnitudes, at, e)
+        square = squares_of(floats, at)
+        second, second_2 = second_2, plus(second, square)
+        fourth, fourth_2 = fourth_2, plus(fourth, times(square, square))
+        if weights is not None:
+            same = count_erased(same, weights, floats, at)
+        if weights is not None and squares:
+            squared, squared_2 = squared_2, plus(squared, squares_of(weights, at))
+    counts = sum_of(of_a), sum_of(of_b), sum_of(of_c), sum_of(of_d), sum_of(of_e), sum_of(same)
+    return counts, (total(second, second_2), total(fourth, fourth_2), total(squared, squared_2))
+
+
+@_sums
+def _add_powers(floats: Any, sums: Any) -> None:
+    """Add the squares and the fourth powers of `[E]` float32 to `sums` `[2]` float64."""
+    second, fourth = 0.0, 0.0
+    for j in range(floats.size):
+        square = np.float64(floats[j]) * np.float64(floats[j])
+        second += square
+        fourth += square * square
+    sums[0] += second
+    sums[1] += fourth
 
 
 @njit(inline="always")
@@ -267,7 +310,7 @@ def survey(
         most: entries that a packed histogram can hold. Before there are more, it is moved to
         counted, lows: `[n, BINS]` int64, as `counts` and `lows` of `thresholds.histogram`; `[n, 0]` where E is at most `most`.
         largest: `[n]` uint32, receives the largest magnitudes.
-        gone, weight: `[n]` int64 and float64, receive the results of `erased`; `[0]` where the base's values are not known.
+        gone, weight: `[n]` int64 and float64, receive `erased` and `weight` of `measure`; `[0]` where the base's values are not known.
         edge: as in `compare`.
         pair_counts, pair_sums: as in `compare`, one row a pair (0, 1), (0, 2), ...; `[0, 4]` and `[0, 5]` to compare nothing.
         support: `[pairs, 4]` int64, as `counts` in `shared_support`, of the entries outside the first intervals that are above them.
@@ -310,10 +353,12 @@ def survey(
         first = 0 if subtract else begin
         for i in range(n):
             one = deltas[i, first : first + m]
-            tops[i] = measure(one, edges, below[i], packed[i], sums[i])
+            known = m if gone.size and not exact else 0
+            tops[i] = measure(
+                one, strip(base, begin, known), edges, below[i], packed[i], sums[i], gone[i : i + 1],
+                weight[: int(i == 0 and known > 0)], lines,
+            )  # fmt: skip
             largest[i] = max(largest[i], tops[i])
-            if gone.size and not exact:
-                gone[i] += erased(one, strip(base, begin, m), weight[i : i + int(i == 0)], lines)
         pair = 0
         for i in range(n if pair_counts.size else 0):
             for k in range(i + 1, n):
@@ -346,8 +391,10 @@ def unpack(packed: Any, counts: Any, lows: Any) -> None:
                 any_of |= group[j]
             if any_of:  # most are empty
                 for j in range(_UNPACKED):
-                    counts[i, begin + j] += group[j] >> COUNT_SHIFT
-                    lows[i, begin + j] += group[j] & (_COUNT - 1)
+                    held, each = np.uint64(group[j]), np.uint64(_COUNT + ((begin + j) << 16))
+                    many = held // each
+                    counts[i, begin + j] += np.int64(many)
+                    lows[i, begin + j] += np.int64(held - many * each)
                     group[j] = 0
 
 
