@@ -133,17 +133,7 @@ def _planned(
     notices: list[Problem] = documents.unused([recipe]) if options.output_name is None else []
 
     def plan(models: Mapping[ModelRef, Model], of: Recipe = recipe) -> MergePlan:
-        made = plan_merge(
-            of,
-            {ref: models[ref] for ref in of.references},
-            out_shard_bytes=options.shard_bytes,
-            allow_crimes=options.allow_crimes,
-            allow_nonfinite=options.allow_nonfinite,
-            tensor_names=options.tensor_names,
-            truncate_embeddings=options.unsafe_truncate_embeddings,
-        )
-        warnings = dict.fromkeys((*notices, *made.warnings, *imbalance.recorded(made)))
-        return replace(made, warnings=tuple(warnings)) if of is recipe else made
+        return _plan(of, models, options, notices if of is recipe else None)
 
     def compute(name: str, models: Mapping[ModelRef, Model]) -> Checkpoint:
         inner = documents.named[name]
@@ -181,6 +171,42 @@ def _planned_in_task(documents: Documents, options: MergeOptions) -> AbstractCon
     """As `_planned`, in a process that has not read the recipe and so has not imported its methods."""
     import_methods(options.imports, METHODS)
     return _planned(documents, options)
+
+
+def _plan(
+    recipe: Recipe, models: Mapping[ModelRef, Model], options: MergeOptions, notices: Sequence[Problem] | None
+) -> MergePlan:
+    """Plan a merge of models that are open; `notices` are further warnings of the result, None for one that another uses."""
+    made = plan_merge(
+        recipe,
+        {ref: models[ref] for ref in recipe.references},
+        out_shard_bytes=options.shard_bytes,
+        allow_crimes=options.allow_crimes,
+        allow_nonfinite=options.allow_nonfinite,
+        tensor_names=options.tensor_names,
+        truncate_embeddings=options.unsafe_truncate_embeddings,
+    )
+    if notices is None:
+        return made
+    return replace(made, warnings=tuple(dict.fromkeys((*notices, *made.warnings, *imbalance.recorded(made)))))
+
+
+def planned_again(plan: MergePlan, recipe: Source) -> MergePlan | None:
+    """Plan a merge of the open models of a plan with other parameters.
+
+    Args:
+        plan: a plan of `open_plan` without options.
+        recipe: as for `open_plan`.
+
+    Returns:
+        None if the recipe may need other models, or the same ones opened otherwise.
+    """
+    documents, before = _documents(recipe, MergeOptions()), plan.recipe
+    found = documents.only(None)
+    known = not documents.named and found.references == before.references
+    if not known or _template(found, documents) != _template(before, documents):
+        return None
+    return _plan(found, dict(zip(before.references, plan.models, strict=True)), MergeOptions(), ())
 
 
 def _template(recipe: Recipe, documents: Documents) -> ModelRef:

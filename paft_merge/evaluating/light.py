@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -295,18 +295,19 @@ def _answers(
         return made
     _check_tokens(subject, ids)
     answers: list[tuple[str, ...]] = [()] * len(ids)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "completions": count}
+    batches = _batches(ids, max(batch_size // count, 1), advance)
+    model, tokenizer = subject.model, subject.tokenizer
     with _drawing(seed, subject.device):
-        for batch in _batches(ids, max(batch_size // count, 1), advance):
-            found = complete(
-                subject.model,
-                subject.tokenizer,
-                [ids[i] for i in batch],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                completions=count,
-                ended=ended,
-            )
-            for i, texts in zip(batch, found, strict=True):
+        pairs: Iterable[tuple[list[int], list[tuple[str, ...]]]]
+        if subject.decoder is None:
+            pairs = ((rows, complete(model, tokenizer, [ids[i] for i in rows], ended=ended, **how)) for rows in batches)
+        else:
+            every = [*batches]
+            asked = [[ids[i] for i in rows] for rows in every]
+            pairs = zip(every, subject.decoder.complete(model, tokenizer, asked, ended=ended, **how), strict=True)
+        for rows, found in pairs:
+            for i, texts in zip(rows, found, strict=True):
                 answers[i] = texts
     return answers
 

@@ -34,6 +34,7 @@ from paft_merge.training.child_process import match_in_time
 from paft_merge.training.engine_schema import Engine
 
 if TYPE_CHECKING:
+    from paft_merge.evaluating.decoding import Decoder
     from paft_merge.training.vllm_engine import VllmModel
 
 T = TypeVar("T")
@@ -55,6 +56,8 @@ class EvaluatedModel:
     """What generates answers instead of `model`, which is then None."""
     prepared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What depends on the tokenizer and the data alone, such as token ids."""
+    decoder: Decoder | None = field(default=None, repr=False)
+    """What generates answers instead of transformers' loop, for models that are evaluated one after another."""
 
     @property
     def engine(self) -> Engine:

@@ -7,18 +7,22 @@ them, without weights, and loads the model from them and the merged tensors. Lat
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paft_merge.engine.api import merge, open_plan
+from paft_merge.engine.api import merge, open_plan, planned_again
 from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.sidefiles import model_files
 from paft_merge.errors import EvaluateError, Problem
 from paft_merge.evaluating import HARNESS, check_evaluate, evaluate_loaded
+from paft_merge.evaluating.decoding import Decoder
 from paft_merge.pipeline.arms import writes_adapter
 from paft_merge.pipeline.named_models import resolved_merge
 from paft_merge.pipeline.ray_steps import Origin
@@ -99,8 +103,17 @@ class TrialModel:
     """The parameters of the model by tensor name; None if a tensor is not one parameter as it is."""
     copied: Mapping[str, Any] = field(default_factory=dict)
     """The tensors of the model that are copies of a source, each with its origin."""
+    plan: MergePlan | None = None
+    """A plan whose models are open."""
+    inputs: ExitStack = field(default_factory=ExitStack)
+    """Closes the models of `plan`."""
+    process: int = 0
+    """The process that opened them: a fork would share the places in their files."""
     written: bool = False
     """Every trial writes its checkpoint, because transformers cannot load this model from memory."""
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.inputs.close)
 
     def scores(self, search: Search, resolved: Mapping[str, Any], scratch: Path, threads: int) -> Scores:
         """Merge a resolved recipe and evaluate the result; see `try_merge`."""
@@ -119,24 +132,32 @@ class TrialModel:
 
     def _merge(self, search: Search, resolved: Mapping[str, Any], scratch: Path, threads: int) -> None:
         if not self.written and not writes_adapter(resolved):
-            with open_plan(dict(resolved)) as plan:
-                _log(plan.warnings)
-                files = model_files(plan, MergeOptions())
-                if self.subject is not None and self.places is not None and files == self.files:
-                    self._put(plan, threads)
-                    return
-                try:
-                    self._load(search, plan, files, scratch, threads)
-                    return
-                except EvaluateError as error:
-                    log.info(
-                        "each trial writes its checkpoint, because the model cannot be loaded from memory: %s", error
-                    )
-                    self.written = True
+            plan = self._plan(resolved)
+            _log(plan.warnings)
+            files = model_files(plan, MergeOptions())
+            if self.subject is not None and self.places is not None and files == self.files:
+                self._put(plan, threads)
+                return
+            try:
+                self._load(search, plan, files, scratch, threads)
+                return
+            except EvaluateError as error:
+                log.info("each trial writes its checkpoint, because the model cannot be loaded from memory: %s", error)
+                self.written = True
         out = scratch / "written"
         merge(dict(resolved), out, overwrite=True, write_model_card=False, threads=threads, warn=_log)
         base = resolved.get("base_model", search.recipe.base)
         self.subject = _loaded(search, (str(base), str(out)) if writes_adapter(resolved) else out)
+
+    def _plan(self, resolved: Mapping[str, Any]) -> MergePlan:
+        """Plan the merge of a trial; the models of the plan stay open for the next trial of this process."""
+        again = planned_again(self.plan, dict(resolved)) if self.plan and self.process == os.getpid() else None
+        if again is None:
+            self.inputs.close()
+            self.plan = None
+            self.plan = again = self.inputs.enter_context(open_plan(dict(resolved)))
+            self.process = os.getpid()
+        return again
 
     def _put(self, plan: MergePlan, threads: int) -> None:
         """Merge into the parameters of the loaded model; tensors that stay copies of the same source are left out."""
@@ -168,8 +189,9 @@ class TrialModel:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         self.subject = _loaded(search, folder, tensors)
+        self.subject.decoder = Decoder()
         if before is not None:
-            self.subject.prepared = before.prepared
+            self.subject.prepared, self.subject.decoder = before.prepared, before.decoder
         self.files, self.copied, self.places = files, _copied(plan.tensors), _places(self.subject.model, tensors)
 
 

@@ -131,7 +131,8 @@ def tune(
         logged(out / "logs" / "tune.log"),
         _pool(loaded, engine, ray_address, parallel) as (pool, at_once, needs),
     ):
-        study, scratch = _study(out, name, spec, side_by_side=at_once > 1), out.resolve() / "scratch"
+        study, stored = _studies(out, name, spec, side_by_side=at_once > 1)
+        scratch = out.resolve() / "scratch"
         search = Search(loaded, paths, needed, out.resolve(), trust_code, uuid4().hex, sources)
         found = _finished(study)
         left, has_recipe = max(total - len(found), int(not found)), any(trial.is_recipe for trial in found)
@@ -148,7 +149,7 @@ def tune(
                     data = space.merge_with(asked.params if asked else {})
                     pool.start(label, try_merge, (search, data, scratch / label, int(needs.cpus), origin), needs)
                 for label, scores in pool.ended():
-                    _tell(study, space, begun[label], scores)
+                    stored.add_trial(_tell(study, space, begun[label], scores))
                     found = _finished(study)
                     values = ", ".join(f"{value:.4f}" for value in found[-1].values)
                     log.info("trial %d of %d: %s, %s", len(found), total, values, found[-1].parameters)
@@ -239,7 +240,11 @@ def _checked(recipe: RunRecipe) -> SearchSpace:
     return space
 
 
-def _study(folder: Path, name: str, spec: TuneSpec, *, side_by_side: bool) -> optuna.Study:
+def _studies(folder: Path, name: str, spec: TuneSpec, *, side_by_side: bool) -> tuple[optuna.Study, optuna.Study]:
+    """The study in memory, which chooses parameters, and the stored one, which receives every trial that has ended.
+
+    Optuna commits each change of a trial to the file by itself; that takes as long as a small merge.
+    """
     import optuna
 
     def sampler(seed: int) -> optuna.samplers.TPESampler:
@@ -252,14 +257,11 @@ def _study(folder: Path, name: str, spec: TuneSpec, *, side_by_side: bool) -> op
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = f"sqlite:///{folder / STORAGE}"
     directions = ["maximize"] * len(objectives(spec.metric))
+    stored = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
     # The seed depends on the number of trials, so that a resumed search does not repeat its first ones.
-    study = optuna.create_study(
-        storage=storage, study_name=name, directions=directions, load_if_exists=True, sampler=sampler(spec.seed)
-    )
-    study.sampler = sampler(spec.seed + len(study.trials))
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # left by a search that was killed
-    return study
+    study = optuna.create_study(directions=directions, sampler=sampler(spec.seed + len(stored.trials)))
+    study.add_trials(stored.get_trials(states=(optuna.trial.TrialState.COMPLETE,)))
+    return study, stored
 
 
 def _finished(study: optuna.Study) -> list[Trial]:
@@ -275,8 +277,10 @@ def _finished(study: optuna.Study) -> list[Trial]:
     return found
 
 
-def _tell(study: optuna.Study, space: SearchSpace, asked: optuna.Trial | None, scores: Scores) -> None:
-    """Add a trial to the study: one that it asked for, or the recipe as it is (None)."""
+def _tell(
+    study: optuna.Study, space: SearchSpace, asked: optuna.Trial | None, scores: Scores
+) -> optuna.trial.FrozenTrial:
+    """Add a trial to the study: one that it asked for, or the recipe as it is (None); returns the trial."""
     import optuna
 
     recipe, flat = space.recipe, {name: value for name, (value, _) in scores.items()}
@@ -288,8 +292,7 @@ def _tell(study: optuna.Study, space: SearchSpace, asked: optuna.Trial | None, s
     if asked:
         for key, value in noted.items():
             asked.set_user_attr(key, value)
-        study.tell(asked, values)
-        return
+        return study.tell(asked, values)
     known, distributions = {}, space.distributions()
     for key, given in parameters.items():  # the sampler learns from the values that are in the space
         with suppress(ValueError, TypeError):
@@ -301,3 +304,4 @@ def _tell(study: optuna.Study, space: SearchSpace, asked: optuna.Trial | None, s
             user_attrs={"recipe": True, **noted},
         )
     )  # fmt: skip
+    return study.trials[-1]
