@@ -21,16 +21,19 @@ from paft_merge.cli.terminal import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
+
     from paft_merge.differences import ModelDiff, TensorDifference
 
 _ROWS = 40
 _WIDE = 110
 """Columns of a terminal that shows norms and places too."""
-_LEAST = 24
-"""Columns of a name at least."""
+_NARROW = 70
+"""Columns of a terminal in which each tensor is a sentence."""
 _STYLES = {
     "different": "red",
     "moved": "red",
+    "permuted": "red",
     "shape": "red",
     "only in A": "red",
     "only in B": "red",
@@ -113,8 +116,6 @@ def _summary(what: str, tensors: Sequence[TensorDifference], kinds: dict[Any, in
 
 def _table(tensors: Sequence[TensorDifference], most: int | None) -> None:
     """Print the tensors that are not the same, by kind and then by size of the difference."""
-    from rich.table import Table
-
     from paft_merge.cli.plan_tables import terminal
     from paft_merge.differences.kinds import worst_first
 
@@ -122,13 +123,40 @@ def _table(tensors: Sequence[TensorDifference], most: int | None) -> None:
     if not rows:
         return
     out = terminal(highlight=False)
-    wide = out.width >= _WIDE
     shown = rows[:most]
+    if out.width < _NARROW:
+        for one in shown:
+            out.print(f"{_kind(one.kind)} {plain(_paragraph(one))}")
+    else:
+        _columns(out, shown)
+    if most is not None and len(rows) > most:
+        click.echo(f"and {len(rows) - most:,} more (--all shows them)")
+
+
+def _kind(kind: str) -> str:
+    """A kind in its colour."""
+    style = _STYLES.get(kind, "")
+    return f"[{style}]{kind}[/]" if style else kind
+
+
+def _paragraph(one: TensorDifference) -> str:
+    """A tensor in one sentence."""
+    relative, norm, largest, share, where = one.shown()
+    numbers = (f"relative {relative}", f"norm {norm}", f"largest {largest}") if relative else ()
+    parts = (f"in B {one.other}" if one.other else "", *numbers, f"{share} differ" if share else "", where)
+    return f"{one.name}: {', '.join(filter(None, parts))}"
+
+
+def _columns(out: Console, shown: Sequence[TensorDifference]) -> None:
+    """Print tensors as a table."""
+    from rich.table import Table
+
+    wide = out.width >= _WIDE
     cells = [[one.kind, *_numbers(one, wide=wide)] for one in shown]
     headings = ["kind", "relative", *(["norm"] if wide else []), "largest", "differ", *(["where"] if wide else [])]
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     left = out.width - sum(width + 2 for width in widths) + (widths[-1] if wide else 0)
-    most_wide = max(_LEAST, left * 3 // 5 if wide else left - 2)
+    most_wide = max(left * 3 // 5, left - widths[-1] - 4) if wide else left - 2
     names = [[shortened(line, most_wide) for line in _lines(one, wide=wide)] for one in shown]
     named = max(len(line) for lines in names for line in lines)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -140,17 +168,14 @@ def _table(tensors: Sequence[TensorDifference], most: int | None) -> None:
         else:
             table.add_column(heading, no_wrap=True, min_width=width, justify="right")
     for lines, (kind, *numbers) in zip(names, cells, strict=True):
-        style = _STYLES.get(kind, "")
-        table.add_row(f"[{style}]{kind}[/]" if style else kind, "\n".join(map(plain, lines)), *map(plain, numbers))
+        table.add_row(_kind(kind), "\n".join(map(plain, lines)), *map(plain, numbers))
     out.print(table)
-    if most is not None and len(rows) > most:
-        click.echo(f"and {len(rows) - most:,} more (--all shows them)")
 
 
 def _lines(one: TensorDifference, *, wide: bool) -> list[str]:
     """The name, the other name, and in a narrow terminal what its numbers do not show."""
-    more = "" if wide else one.types if one.norm is None else one.odd
-    return list(filter(None, (one.name, f"B: {one.other}" if one.other else "", more)))
+    more = () if wide else (one.order, one.types if one.norm is None else one.odd)
+    return list(filter(None, (one.name, f"B: {one.other}" if one.other else "", *more)))
 
 
 def shortened(text: str, most: int) -> str:

@@ -129,7 +129,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[VerifyProgress], None]]:
 
 
 def _show(found: Verification) -> None:
-    """Print the verdict, the differences, and a row for each model that was compared."""
+    """Print the verdict, the differences, and a row for each model that was compared; a paragraph where a row does not fit."""
     from rich.table import Table
 
     from paft_merge.cli.plan_tables import terminal
@@ -149,7 +149,13 @@ def _show(found: Verification) -> None:
             table.add_column(column, justify="right")
         for name, one in found.behaviours.items():
             table.add_row(OTHERS[name], *one.shown())
-        out.print(table)
+        if out.measure(table, options=out.options.update(max_width=1000)).maximum <= out.width:
+            out.print(table)
+        else:
+            out.print(plain(table.title))
+            for name, one in found.behaviours.items():
+                numbers = (f"{column} {text}" for column, text in zip(NUMBERS, one.shown(), strict=True) if text)
+                out.print(f"[bold]{OTHERS[name]}[/]: {plain(', '.join(numbers))}")
         if (layer := found.behaviours["recipe"].breaks_at if "recipe" in found.behaviours else None) is not None:
             out.print(f"the hidden states part from the recipe's at layer {layer}")
     for name, why in found.skipped.items():

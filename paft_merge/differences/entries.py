@@ -48,6 +48,7 @@ class Counts:
         pair: its values in A and in B.
         one_step: for the type of A and that of B, whether all entries, rounded to it, are equal or neighbours.
         other_bits: whether the bits of an entry differ, or its types.
+        excess: sum of B's entries less that of A's, as integers of their bits, modulo 2**64: 0 for the same entries in another order.
     """
 
     unequal: int = 0
@@ -59,6 +60,7 @@ class Counts:
     pair: tuple[float, float] = (0.0, 0.0)
     one_step: tuple[bool, bool] = (True, True)
     other_bits: bool = False
+    excess: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         """The comparison of these entries and of later ones."""
@@ -73,6 +75,7 @@ class Counts:
             peak.pair,
             (self.one_step[0] and other.one_step[0], self.one_step[1] and other.one_step[1]),
             self.other_bits or other.other_bits,
+            (self.excess + other.excess) % 2**64,
         )
 
 
@@ -126,7 +129,12 @@ def _piece(a: Bytes, b: Bytes, dtypes: tuple[str, str], first: int, steps: tuple
         (float(ours[peak]), float(theirs[peak])),
         (next(within), next(within)),
         other_bits=True,
+        excess=(_bit_sum(b, dtypes[1]) - _bit_sum(a, dtypes[0])) % 2**64,
     )
+
+
+def _bit_sum(stored: Bytes, dtype: str) -> int:
+    return int(stored.view(f"u{width_of(dtype)}").sum(dtype=np.uint64))
 
 
 def _wide(stored: Bytes, dtype: str) -> NDArray[np.float64]:

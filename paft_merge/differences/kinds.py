@@ -12,12 +12,13 @@ from paft_merge.errors import Problem
 from paft_merge.plan.formatting import html_lines, html_table
 
 Kind = Literal[
-    "different", "moved", "shape", "only in A", "only in B", "rounded", "close", "same delta", "equal", "renamed", "derived", "same"
+    "different", "moved", "permuted", "shape", "only in A", "only in B", "rounded", "close", "same delta", "equal", "renamed", "derived", "same"
 ]  # fmt: skip
 """How two tensors compare, the worst first:
 
 different    values differ by more than one rounding
 moved        both have the name, and the bits of A's are those of another tensor of B
+permuted     the rows or columns of A's tensor are in another order in B, or it is transposed
 shape        the shapes differ
 only in A    B has no such tensor, under any name
 only in B    likewise
@@ -57,6 +58,7 @@ class TensorDifference:
         largest: the largest |B - A|.
         at: index of the first entry that has it.
         pair: its values in A and in B.
+        order: of a permuted tensor, in words, how.
     """
 
     name: str
@@ -71,6 +73,7 @@ class TensorDifference:
     largest: float | None = None
     at: tuple[int, ...] | None = None
     pair: tuple[float, float] | None = None
+    order: str = ""
 
     @property
     def entries(self) -> int:
@@ -85,13 +88,15 @@ class TensorDifference:
     def shown(self) -> tuple[str, ...]:
         """Return a text for each of `NUMBERS`; types and shapes are under `where`."""
         if self.norm is None or self.unequal is None:
-            return ("", "", "", "", self.types)
-        relative = "from zero" if self.relative is None else f"{self.relative:.2e}"
+            return ("", "", "", "", "  ".join(filter(None, (self.order, self.types))))
         share = f"{self.unequal / self.entries:.2%}"
+        if self.nonfinite == self.unequal:
+            return "", "", "", share, self.odd
+        relative = "from zero" if self.relative is None else f"{self.relative:.2e}"
         at, pair = self.at, self.pair
         where = "" if at is None or pair is None else f"{list(at)}: {pair[0]:.6g} -> {pair[1]:.6g}"
         types = self.types if self.dtypes[0] != self.dtypes[1] else ""
-        more = "  ".join(filter(None, (where, self.odd, types)))
+        more = "  ".join(filter(None, (self.order or where, self.odd, types)))
         return relative, f"{self.norm:.3g}", f"{self.largest:.3g}", share, more
 
     @property
@@ -114,6 +119,7 @@ class TensorDifference:
             "shapes": [None if shape is None else list(shape) for shape in self.shapes], "unequal": self.unequal,
             "nonfinite": self.nonfinite, "norm": _json_number(self.norm), "relative": self.relative, "largest": self.largest,
             "at": None if self.at is None else list(self.at), "values": None if self.pair is None else list(self.pair),
+            "order": self.order or None,
         }  # fmt: skip
 
 
@@ -206,8 +212,8 @@ def worst_first(tensors: Iterable[TensorDifference]) -> list[TensorDifference]:
     order: Mapping[Kind, int] = {kind: i for i, kind in enumerate(Kind.__args__)}  # type: ignore[attr-defined]
 
     def size(one: TensorDifference) -> float:
-        if one.norm is None:
-            return 0.0
+        if one.norm is None or one.nonfinite:
+            return math.inf if one.nonfinite else 0.0
         return math.inf if one.relative is None else one.relative
 
     return sorted((one for one in tensors if one.kind != "same"), key=lambda one: (order[one.kind], -size(one)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from paft_merge.compute.blocks import tile_bounds
 from paft_merge.compute.scratch import SCRATCH
@@ -48,7 +49,8 @@ class Pair:
             name, "same", "" if other == name else other, (_format(a), _format(b)), (a.shape, b.shape)
         )
         if a.shape != b.shape:
-            return replace(made, kind="shape")
+            order = _order(a, b) if len(a.shape) == 2 and a.shape == b.shape[::-1] else ""
+            return replace(made, kind="permuted" if order else "shape", order=order)
         if a.same_weight(b) and a.delta is b.delta:
             return _with_kind(made, "same")
         if not all(map(is_decoded, (dtype_of(a), dtype_of(b)))):
@@ -65,7 +67,9 @@ class Pair:
             made, unequal=counts.unequal, nonfinite=counts.nonfinite, norm=counts.norm, relative=relative,
             largest=counts.largest, at=_index(counts.at, a.shape), pair=counts.pair if counts.at >= 0 else None,
         )  # fmt: skip
-        return replace(held, kind=self._kind(held, counts, tolerance))
+        kind = self._kind(held, counts, tolerance)
+        order = _order(a, b) if kind == "different" and not counts.excess else ""
+        return replace(held, kind="permuted" if order else kind, order=order)
 
     def _kind(self, found: TensorDifference, counts: Counts, tolerance: float) -> Kind:
         if counts.nonfinite:
@@ -134,6 +138,35 @@ def _with_kind(found: TensorDifference, kind: Kind) -> TensorDifference:
 
 def _index(at: int, shape: Sequence[int]) -> tuple[int, ...] | None:
     return tuple(int(i) for i in np.unravel_index(at, tuple(shape))) if at >= 0 else None
+
+
+def _order(a: Read, b: Read) -> str:
+    """How B orders the rows, columns or entries of A, in words; empty if they are not the same bits."""
+    if not (a.plain and b.plain and a.dtype == b.dtype and a.shape):
+        return ""
+    ours, theirs = _line_sums(a), _line_sums(b)
+    for noun, one, other in zip(("rows", "columns"), ours, theirs, strict=True):
+        if len(one) == len(other) and np.array_equal(np.sort(one), np.sort(other)):
+            noun = "entries" if len(a.shape) == 1 else noun
+            return f"{int(np.count_nonzero(one != other)):,} of {len(one):,} {noun} moved"
+    return "transposed" if np.array_equal(ours[0], theirs[1]) and np.array_equal(ours[1], theirs[0]) else ""
+
+
+def _line_sums(read: Read) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """A hash of every row and of every column: the sum of their bits with fixed random weights, modulo 2**64.
+
+    The rows of a tensor of more than two dimensions are along its last one.
+    """
+    width = read.shape[-1] if len(read.shape) > 1 else 1
+    height, bits = math.prod(read.shape) // width, f"u{width_of(read.dtype)}"
+    weights = np.random.default_rng(0).integers(1, 2**64, max(height, width), np.uint64, endpoint=False)
+    rows, columns = list[NDArray[np.uint64]](), np.zeros(width, np.uint64)
+    for start, stop in tile_bounds(height * width, width):
+        lines = _stored(read, start, stop, "diff_a").view(bits).reshape(-1, width).astype(np.uint64)
+        rows.append(lines @ weights[:width])
+        columns += weights[start // width : stop // width] @ lines
+    read.checkpoint.release(read.name)
+    return np.concatenate(rows), columns
 
 
 def equal_bits(ours: Mapping[str, Read], theirs: Mapping[str, Read]) -> Iterator[tuple[str, str]]:

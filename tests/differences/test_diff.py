@@ -193,6 +193,60 @@ def test_zeros_that_changed_places_with_values_are_not_called_moved(tmp_path: Pa
     assert found["a.bias"].kind == "different"
 
 
+ORDERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "rows": (lambda t: t.flip(-2), "12 of 12 rows moved"),
+    "two rows": (lambda t: t[[1, 0, *range(2, 12)]], "2 of 12 rows moved"),
+    "columns": (lambda t: t[:, [0, 2, 1, *range(3, 8)]], "2 of 8 columns moved"),
+    "transposed": (lambda t: t.T, "transposed"),
+    "entries": (lambda t: t.flatten().flip(0).reshape(t.shape), ""),
+    "one entry": (lambda t: t.index_fill(0, torch.tensor([0]), 9.0), ""),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_rows_and_columns_in_another_order_are_named(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "TILE", 32)  # several blocks a tensor
+    one = {name: drawn(12, 8, seed=i) for i, name in enumerate(ORDERS)} | {
+        "vector": drawn(9),
+        "experts": drawn(3, 4, 8),
+    }
+    other = {name: ORDERS[name][0](one[name]) for name in ORDERS}
+    other |= {"vector": one["vector"].flip(0), "experts": one["experts"][[2, 0, 1]]}
+    found = by_name(written(tmp_path, *({n: t.to(dtype).contiguous() for n, t in s.items()} for s in (one, other))))
+    wanted = {name: order for name, (_, order) in ORDERS.items()}
+    wanted |= {"vector": "8 of 9 entries moved", "experts": "12 of 12 rows moved"}
+    assert {name: got.order for name, got in found.items()} == wanted
+    assert {name: got.kind for name, got in found.items()} == {
+        name: "permuted" if order else "different" for name, order in wanted.items()
+    }
+    assert not any(got.harmless for got in found.values())
+
+
+@pytest.mark.parametrize(
+    ("width", "words"), [(40, "largest"), (69, "2 of 12 rows moved"), (80, "2 of 12 rows moved"), (120, "rows moved")]
+)
+def test_no_width_of_a_terminal_crops_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, words: str
+) -> None:
+    name = "model.layers.11.mlp.experts.7.down_proj.weight"
+    one, other = (
+        {name: drawn(12, 8), NORM: torch.ones(3)},
+        {name: ORDERS["two rows"][0](drawn(12, 8)), NORM: torch.full((3,), NAN)},
+    )
+    save_checkpoint(tmp_path / "a", one)
+    save_checkpoint(tmp_path / "b", other)
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = paft("diff", tmp_path / "a", tmp_path / "b").output
+    assert words in shown
+    assert "16.67%" in shown
+    assert "3 NaN or infinite" in " ".join(shown.split())
+    assert "0.00e+00" not in shown, "no finite entry differs"
+    assert all(len(line) <= width for line in shown.splitlines()[4:])
+    assert (name in shown) == (width != 80) or width == 40
+
+
 def test_another_shape_is_no_comparison_of_values(tmp_path: Path) -> None:
     found = by_name(written(tmp_path, state(), {**state(), Q: drawn(8, 9)}))
     assert found[Q].kind == "shape"

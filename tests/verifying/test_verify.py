@@ -376,6 +376,13 @@ def test_the_command_prints_a_row_for_each_model_and_its_gate_decides_the_exit_c
     assert paft("verify", wrong, "--tensors-only").exit_code == 3
 
 
+def test_a_narrow_terminal_has_a_sentence_for_each_model(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    done = paft("verify", world / "float32", "--rows", "1", "--new-tokens", "1", "--quiet").output
+    assert "the recipe in float32: KL mean 0, KL p99 0, top-1 100.0%" in done
+    assert "…" not in done
+
+
 def test_a_notebook_shows_the_verdict_the_findings_and_a_row_for_each_model() -> None:
     answers = Behaviour("recipe", 9, 1e-3, None, 2e-3, 0.875, 0.5, 0.1, 4, {2: 0}, (0.01, 0.25))
     lost = Finding("missing", "<b>.weight", "is missing", "merge again")
