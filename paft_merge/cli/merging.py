@@ -26,6 +26,7 @@ from paft_merge.cli.terminal import (  # fmt: skip
     console,
     engine_options,
     import_option,
+    importing,
     links_option,
     plain,
     print_json,
@@ -161,8 +162,9 @@ def merge(
     """
     # Read when NumPy is imported. A merge calls BLAS from every thread; further threads of BLAS would only spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from paft_merge.engine import api
-    from paft_merge.output.manifest import is_merged
+    with importing():
+        from paft_merge.engine import api
+        from paft_merge.output.manifest import is_merged
 
     warn(notes)
     try:
@@ -205,10 +207,10 @@ def merge(
 
 def loss_lines(made: MergeResult) -> Iterator[str]:
     """One line for each adapter among the results: its rank, and what that costs."""
-    from paft_merge.cli.plan_tables import cost_text
-
     for result in made.results.values() or [made]:
         if loss := result.manifest.get("adapter"):
+            from paft_merge.cli.plan_tables import cost_text
+
             cost = cost_text(loss["relative_error"], loss.get("outside"))
             yield f"{result.path}: LoRA of rank {loss['rank']} on {loss['modules']} modules, {cost}"
 

@@ -14,7 +14,6 @@ from paft_merge.errors import AuditError, CheckpointError, Problem, Problems, re
 from paft_merge.inputs.adapter_places import PEFT_FILES
 from paft_merge.inputs.checkpoint import Checkpoint, FarFile
 from paft_merge.inputs.safetensors_header import read_text
-from paft_merge.output.manifest_schema import fault_of
 from paft_merge.stores import Store, is_url
 
 MANIFEST = "merge_manifest.json"
@@ -137,6 +136,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(manifest, dict) or found != FORMAT:
         raise AuditError.of("MANIFEST", path, f"has the format {found!r}, but this version reads {FORMAT!r}")
+    from paft_merge.output.manifest_schema import fault_of  # a merge reads no manifest
+
     if fault := fault_of(manifest):
         raise AuditError.of("MANIFEST", path, f"is damaged: {fault}", fix)
     return manifest
