@@ -201,7 +201,7 @@ def planned_again(plan: MergePlan, recipe: Source) -> MergePlan | None:
     Returns:
         None if the recipe may need other models, or the same ones opened otherwise.
     """
-    documents, before = _documents(recipe, MergeOptions()), plan.recipe
+    documents, before = read_documents(recipe, MergeOptions()), plan.recipe
     found = documents.only(None)
     known = not documents.named and found.references == before.references
     if not known or _template(found, documents) != _template(before, documents):
