@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from toys import adapters as toys
 from toys import train as train_toys
 from toys.merge import bits_equal
+from toys.run import write_rows
 from transformers import AutoModelForCausalLM
 
-from paft_merge import merge
+from paft_merge import merge, open_plan
 from paft_merge.evaluating import evaluate, loading
 from paft_merge.pipeline import trials
 from paft_merge.pipeline.named_models import resolved_merge
@@ -94,6 +95,65 @@ def test_a_trial_in_memory_has_the_bits_of_the_written_checkpoint(
     assert not list((tmp_path / "scratch").rglob("*.safetensors"))
     if "experts" not in kind:
         assert all(one is kept[0] for one in kept), "the model stays loaded"
+
+
+METRICS = {
+    "right": {"kind": "exact_match", "data": "rows.jsonl"},
+    "extracted": {"kind": "exact_match", "data": "rows.jsonl", "extract": "(w[0-9]+)"},
+    "chat": {"kind": "exact_match", "data": "chat.jsonl"},
+    "sampled": {"kind": "reward", "data": "rows.jsonl", "function": "reward.py:length", "temperature": 0.8},
+    "agrees": {"kind": "self_consistency", "data": "rows.jsonl", "samples": 3},
+    "pairs": {"kind": "preference", "data": "pairs.jsonl"},
+}
+
+
+def test_every_metric_has_the_value_of_the_written_checkpoint(tmp_path: Path) -> None:
+    make_search(tmp_path, toys.llama)
+    rows = [{"prompt": f"w{i} " * (i % 3 + 1), "completion": f"w{i + 1}"} for i in range(9)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    turns = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "w3"}] for row in rows]
+    write_rows(tmp_path / "chat.jsonl", [{"messages": one} for one in turns])
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "w1 ", "chosen": "w2", "rejected": "w3 w4"}])
+    (tmp_path / "reward.py").write_text("def length(completions, **_):\n    return [len(t) % 7 for t in completions]\n")
+    metrics = {
+        name: {**of, **({"max_new_tokens": 6} if of["kind"] != "preference" else {})} for name, of in METRICS.items()
+    }
+    made = load_run(
+        tmp_path / "recipe.yaml",
+        (f"evaluate.metrics={metrics}", "tune.metric=right", "evaluate.batch_size=4", "evaluate.max_length=64"),
+    )
+    search, model = Search(made, {}, tuple(METRICS), tmp_path, False, "metrics"), TrialModel()
+    assert made.evaluate is not None
+    for weight in (1.0, 0.3):
+        resolved = resolved_merge(merged(weight), {}, made)
+        found = model.scores(search, resolved, tmp_path / "scratch", 1)
+        merge(resolved, tmp_path / "written", overwrite=True)
+        assert model.subject is not None
+        assert model.subject.decoder is not None
+        assert all(model.subject.decoder.exact.values())
+        expected = evaluate(tmp_path / "written", made.evaluate, folder=tmp_path)
+        assert found == {name: (score.value, score.stderr) for name, score in expected.items()}
+
+
+def test_the_models_stay_open_and_another_process_opens_them_again(tmp_path: Path) -> None:
+    search, model = make_search(tmp_path, toys.llama), TrialModel()
+
+    def planned(data: dict[str, Any]) -> Any:
+        resolved = resolved_merge(data, {}, search.recipe)
+        found = model._plan(resolved)
+        with open_plan(dict(resolved)) as expected:
+            assert found.to_json() == expected.to_json()
+        return found.models
+
+    first = planned(merged(1.0))
+    assert planned(merged([{"filter": "attn", "value": 0.7}, {"value": 0.1}])) == first
+    model.process += 1
+    second = planned(merged(0.2))
+    assert second != first
+    slerp = {"merge_method": "slerp", "models": [{"model": "x"}], "parameters": {"t": 0.5}}
+    assert len(planned(slerp)) == 2
+    assert planned(merged(0.2)) != second
+    model.inputs.close()
 
 
 def adapted(search: Search, target: str) -> dict[str, Any]:
