@@ -93,7 +93,7 @@ def audit(
     with (
         following_links(follow_links),
         open_sources(sources, base, fetch_base=fetch_base, lazy_unpickle=lazy_unpickle) as opened,
-        working_pools(threads) as (pool, tensors),
+        working_pools(threads, torch_too=_uses_torch(opened.subjects)) as (pool, tensors),
     ):
         several = len(opened.headers) > 1
         wanted = Wanted(epsilon, counted, opened.weights, several, density)
@@ -114,6 +114,12 @@ def audit(
             done += subject.numel
             progress(AuditProgress(len(found), len(opened.subjects), done, total, subject.name))
         return _results(opened, found, wanted, proposal)
+
+
+def _uses_torch(subjects: Sequence[AuditedTensor]) -> bool:
+    """Whether torch may compute a delta: it decomposes the weights of PiSSA and OLoRA, and PEFT's own layers need it."""
+    deltas = [read.delta for subject in subjects for read in subject.inputs.reads if read.delta]
+    return any(delta.needs_weight or {"pissa", "olora"} & {*delta.kind.split("+")} for delta in deltas)
 
 
 def _proposal(preview: Proposal | str | Mapping[str, Any] | None) -> Proposal | None:

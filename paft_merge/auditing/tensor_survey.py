@@ -288,7 +288,9 @@ class _First:
         if self.grid is not None:
             _count_same_codes(block, *self.grid, part.same_codes)
         edge = np.uint32(max(bits_of(self.wanted.epsilon), 1))
-        packed = SCRATCH.array("packed bins", (n, kernels.BINS), np.int64, sparse=True)  # zeros, which `unpack` leaves
+        packed = SCRATCH.array(
+            "packed bins", (n, kernels.BINS), np.int64, sparse=True
+        )  # zeros at first, and after `unpack`
         moved = np.zeros((2, n, kernels.BINS if size > kernels.MOST else 0), np.int64)
         made = SCRATCH.array("audit_deltas", (n, kernels.CACHED if block.subtract else 0), np.float32)
         bounds = np.array([one.bounds(block.index, block.index + size) for one in passes], np.uint32).reshape(
@@ -299,20 +301,17 @@ class _First:
         found = SCRATCH.array("open_found", (many, n, size), np.uint32, sparse=True)
         tally = np.zeros((many, n + 1, 2), np.int64)
         election = passes[-1].election if merge else Election((1.0,) * n)
-        try:
-            block.filled(kernels.survey(
-                *block.unfilled(), made, self.edges, part.below, packed, kernels.MOST, *moved, part.largest, part.sums,
-                part.erased, part.weight_square, edge, part.pair_counts, part.pair_sums, part.support,
-                *np.ascontiguousarray(bounds.transpose(2, 0, 1)), place, held, found, tally,
-                np.array(election.weights, np.float32), kernels.ELECT[election.elect] if merge else -1, election.tie_positive,
-                kernels.NORMALIZE[election.normalize], float(election.factor), part.outcome.counts, part.outcome.sums, part.merged,
-                np.empty(n, np.uint32), np.empty(2, np.uint32), np.empty(2, np.int64), kernels.lines(n + 5),
-            ))  # fmt: skip
-        finally:
-            with self._lock:  # integers: the order of blocks does not matter
-                kernels.unpack(packed, self._counts, self._lows)
-        if moved.size:
-            with self._lock:
+        block.filled(kernels.survey(
+            *block.unfilled(), made, self.edges, part.below, packed, kernels.MOST, *moved, part.largest, part.sums,
+            part.erased, part.weight_square, edge, part.pair_counts, part.pair_sums, part.support,
+            *np.ascontiguousarray(bounds.transpose(2, 0, 1)), place, held, found, tally,
+            np.array(election.weights, np.float32), kernels.ELECT[election.elect] if merge else -1, election.tie_positive,
+            kernels.NORMALIZE[election.normalize], float(election.factor), part.outcome.counts, part.outcome.sums, part.merged,
+            np.empty(n, np.uint32), np.empty(2, np.uint32), np.empty(2, np.int64), kernels.lines(n + 5),
+        ))  # fmt: skip
+        with self._lock:  # integers: the order of blocks does not matter
+            kernels.unpack(packed, self._counts, self._lows)
+            if moved.size:
                 self._counts += moved[0]
                 self._lows += moved[1]
         if part.largest.max() >= INFINITY:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from threading import Lock
 from typing import Any
 
@@ -121,17 +123,20 @@ class HeldDeltas:
 
 
 @contextmanager
-def working_pools(threads: int | None) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+def working_pools(
+    threads: int | None, *, torch_too: bool = True
+) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
     """A pool of `threads` (all cores by default) for blocks, and one for the tensors that they are blocks of.
 
-    Each of torch's products has one core.
+    Each product and decomposition has one core. `torch_too`: import torch for this; it takes as long as auditing a small model.
     """
-    import torch
-
-    before, count = torch.get_num_threads(), threads or os.cpu_count() or 1
-    torch.set_num_threads(1)
-    try:
-        with on_one_core(), ThreadPoolExecutor(count) as blocks, ThreadPoolExecutor(count + 1) as tensors:
+    torch, count = import_module("torch") if torch_too else sys.modules.get("torch"), threads or os.cpu_count() or 1
+    before = torch.get_num_threads() if torch else 0
+    with on_one_core(), ThreadPoolExecutor(count) as blocks, ThreadPoolExecutor(count + 1) as tensors:
+        try:
+            if torch:
+                torch.set_num_threads(1)
             yield blocks, tensors
-    finally:
-        torch.set_num_threads(before)
+        finally:
+            if torch:
+                torch.set_num_threads(before)

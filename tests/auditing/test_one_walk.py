@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier, Semaphore
 from time import sleep
@@ -246,3 +248,29 @@ def test_one_tensor_at_a_time_stores_its_deltas(made: Sources, monkeypatch: pyte
 
     monkeypatch.setattr(tensor_survey, "_second", alone)
     assert_same(audit(*sources, base=made["base"], preview=preview, threads=4).to_json(), expected.to_json())
+
+
+@pytest.mark.parametrize(("stacked", "needed"), [("sft", False), ("pissa", True), ("pissa+sft", True)])
+def test_torch_is_loaded_and_has_one_core_where_it_decomposes_weights(
+    made: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stacked: str, needed: bool
+) -> None:
+    config = json.loads((made["sft"] / "adapter_config.json").read_text())
+    (tmp_path / "pissa").mkdir()
+    (tmp_path / "pissa" / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+    (tmp_path / "pissa" / "adapter_model.safetensors").hardlink_to(made["sft"] / "adapter_model.safetensors")
+    before, seen, pools = torch.get_num_threads(), list[tuple[bool, int]](), run.working_pools
+
+    @contextmanager
+    def watched(threads: int | None, *, torch_too: bool) -> Iterator[Any]:
+        with pools(threads, torch_too=torch_too) as found:
+            seen.append((torch_too, torch.get_num_threads()))
+            yield found
+
+    monkeypatch.setattr(run, "working_pools", watched)
+    torch.set_num_threads(2)
+    try:
+        folders = [(tmp_path if name == "pissa" else made["sft"].parent) / name for name in stacked.split("+")]
+        audit("+".join(map(str, (made["base"], *folders))))
+        assert (seen, torch.get_num_threads()) == ([(needed, 1)], 2)
+    finally:
+        torch.set_num_threads(before)

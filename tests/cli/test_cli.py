@@ -104,22 +104,23 @@ def test_help_answers_without_torch() -> None:
     assert float(seconds) < 0.5
 
 
-def test_a_merge_of_checkpoints_and_the_list_of_methods_do_without_torch(asked: Path, tmp_path: Path) -> None:
+def test_a_merge_of_checkpoints_an_audit_and_the_list_of_methods_do_without_torch(asked: Path, tmp_path: Path) -> None:
     data = json.loads(asked.read_text())
-    del data["models"][1]
+    adapter = data["models"].pop()["model"]
     code = """if True:
         import sys
         from paft_merge.cli import cli
-        for arguments in (["methods"], ["merge", *sys.argv[1:], "--quiet"]):
+        for arguments in (["methods"], ["merge", *sys.argv[1:3], "--quiet"], ["audit", sys.argv[3]]):
             try:
                 cli(arguments)
             except SystemExit as done:
                 assert done.code == 0, done.code
         assert "torch" not in sys.modules
     """
-    run = python(code, write_recipe(tmp_path / "plain.yaml", data), tmp_path / "out")
+    run = python(code, write_recipe(tmp_path / "plain.yaml", data), tmp_path / "out", adapter)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "config.json").exists()
+    assert "sparsity" in run.stdout
 
 
 def test_the_version_is_told() -> None:

@@ -32,15 +32,23 @@ from paft_merge.compute.kernels.primitives import (
 )
 from paft_merge.compute.kernels.vectors import (
     LANES,
+    at_least,
+    bits_at,
     count_below,
     count_erased,
+    count_where,
+    lesser,
     no_counts,
     no_sums,
+    opposed,
     plus,
+    plus_where,
     squares_of,
     sum_of,
     times,
     total,
+    where_both,
+    widened,
 )
 
 _ROUND = np.uint32(0x7FFF)
@@ -223,6 +231,9 @@ def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any) -> N
         m = min(STRIP, left.size - start)
         a_u, b_u = left[start : start + m], right[start : start + m]
         a_f, b_f = a_values[start : start + m], b_values[start : start + m]
+        if m == STRIP:
+            _compare_strip(a_u, b_u, edge, counts, sums)
+            continue
         both, against, above, above_against = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
         for j in range(m):
             a_bits, b_bits = np.uint32(a_u[j]), np.uint32(b_u[j])
@@ -251,6 +262,29 @@ def compare(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any) -> N
         sums[2] += smaller_against
         sums[3] += left_square
         sums[4] += right_square
+
+
+@_sums
+def _compare_strip(left: Any, right: Any, edge: np.uint32, counts: Any, sums: Any) -> None:
+    """`compare` a strip of a whole number of steps."""
+    here, against, above, above_against = no_counts(), no_counts(), no_counts(), no_counts()
+    product, smaller, smaller_against, left_square, right_square = no_sums(), no_sums(), no_sums(), no_sums(), no_sums()
+    for at in range(0, left.size, LANES):
+        a, b = bits_at(left, at), bits_at(right, at)
+        least = lesser(a, b)
+        filled, over, differ = at_least(least, _ONE), at_least(least, edge), opposed(a, b)
+        differ = where_both(filled, differ)
+        here, against = count_where(here, filled), count_where(against, differ)
+        above, above_against = count_where(above, over), count_where(above_against, where_both(over, differ))
+        one, two, size = widened(a), widened(b), widened(least)
+        product, smaller = plus(product, times(one, two)), plus(smaller, size)
+        smaller_against = plus_where(smaller_against, size, differ)
+        left_square = plus_where(left_square, times(one, one), differ)
+        right_square = plus_where(right_square, times(two, two), differ)
+    for k, count in enumerate((here, against, above, above_against)):
+        counts[k] += sum_of(count)
+    for k, found in enumerate((product, smaller, smaller_against, left_square, right_square)):
+        sums[k] += total(found, no_sums())
 
 
 @_sums
@@ -461,6 +495,6 @@ def _preview(
             for j in range(m):
                 d = divisor[j]
                 result[j] = result[j] / (d if d != zero else one)
-        for j in range(m):
+        for j in range(m if lam != one else 0):
             result[j] = lam * result[j]
         add_squares(result[:m].view(np.uint32), merged)

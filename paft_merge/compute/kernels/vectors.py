@@ -33,7 +33,10 @@ class _VectorModel(PrimitiveModel):
         super().__init__(manager, kind, kind.kind)
 
 
-_SUMS, _COUNTS = _Vector("Sums", ir.DoubleType()), _Vector("Counts", ir.IntType(32))
+_SUMS, _COUNTS, _MASK = (
+    _Vector(name, kind)
+    for name, kind in (("Sums", ir.DoubleType()), ("Counts", ir.IntType(32)), ("Mask", ir.IntType(1)))
+)
 _WHOLE, _HALF, _REAL = (ir.VectorType(kind, LANES) for kind in (ir.IntType(32), ir.IntType(16), ir.FloatType()))
 
 
@@ -47,6 +50,19 @@ def _bits(context: Any, builder: Any, array: types.Array, held: Any, first: Any)
     begin = builder.gep(context.make_array(array)(context, builder, held).data, [first])
     bits = builder.load(builder.bitcast(begin, kind.as_pointer()), align=size)
     return bits if size == 4 else builder.shl(builder.zext(bits, _WHOLE), _all(16))
+
+
+def _each(builder: Any, value: Any) -> Any:
+    """A vector of one int32."""
+    nowhere, zeros = ir.Constant(_WHOLE, ir.Undefined), ir.Constant(_WHOLE, None)
+    return builder.shuffle_vector(
+        builder.insert_element(nowhere, value, ir.Constant(ir.IntType(32), 0)), nowhere, zeros
+    )
+
+
+def _counted(builder: Any, counts: Any, where: Any) -> Any:
+    """Counts with two more where a mask is set, as LLVM makes more instructions of ones; see `sum_of`."""
+    return builder.add(counts, builder.select(where, _all(2), _all(0)))
 
 
 @intrinsic
@@ -77,6 +93,76 @@ def times(_: Any, left: Any, right: Any) -> Any:
 def plus(_: Any, left: Any, right: Any) -> Any:
     """The sums of two vectors. A product that is added is not rounded before, if the processor can do so."""
     return _SUMS(_SUMS, _SUMS), lambda _, builder, __, arguments: builder.fadd(*arguments, flags=("contract",))
+
+
+@intrinsic
+def plus_where(_: Any, left: Any, right: Any, where: Any) -> Any:
+    """`plus`, but the numbers of `left` alone where `where` is not set."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        left, right, where = arguments
+        return builder.select(where, builder.fadd(left, right, flags=("contract",)), left)
+
+    return _SUMS(_SUMS, _SUMS, _MASK), generate
+
+
+@intrinsic
+def bits_at(_: Any, values: Any, first: Any) -> Any:
+    """The bits from `values[first]` on, uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _bits(context, builder, signature.args[0], *arguments)
+
+    return _COUNTS(values, types.int64), generate
+
+
+@intrinsic
+def widened(_: Any, bits: Any) -> Any:
+    """Float32 with these bits as float64."""
+    return _SUMS(_COUNTS), lambda _, builder, __, arguments: builder.fpext(
+        builder.bitcast(arguments[0], _REAL), _SUMS.kind
+    )
+
+
+@intrinsic
+def lesser(_: Any, left: Any, right: Any) -> Any:
+    """The smaller magnitude (bits) of each two float32."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        left, right = (builder.and_(one, _all(0x7FFFFFFF)) for one in arguments)
+        return builder.select(builder.icmp_unsigned("<", left, right), left, right)
+
+    return _COUNTS(_COUNTS, _COUNTS), generate
+
+
+@intrinsic
+def opposed(_: Any, left: Any, right: Any) -> Any:
+    """Where the signs of two float32 differ."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.icmp_signed("<", builder.xor(*arguments), _all(0))
+
+    return _MASK(_COUNTS, _COUNTS), generate
+
+
+@intrinsic
+def at_least(_: Any, magnitudes: Any, edge: Any) -> Any:
+    """Where magnitudes are at least `edge` (bits)."""
+    return _MASK(_COUNTS, types.uint32), lambda _, builder, __, arguments: builder.icmp_unsigned(
+        ">=", arguments[0], _each(builder, arguments[1])
+    )
+
+
+@intrinsic
+def where_both(_: Any, left: Any, right: Any) -> Any:
+    """Where both are set."""
+    return _MASK(_MASK, _MASK), lambda _, builder, __, arguments: builder.and_(*arguments)
+
+
+@intrinsic
+def count_where(_: Any, counts: Any, where: Any) -> Any:
+    """The counts, and one more where `where` is set."""
+    return _COUNTS(_COUNTS, _MASK), lambda _, builder, __, arguments: _counted(builder, *arguments)
 
 
 @intrinsic
@@ -113,10 +199,8 @@ def count_below(_: Any, counts: Any, magnitudes: Any, first: Any, edge: Any) -> 
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         counts, held, at, edge = arguments
-        one, zeros = ir.Constant(_WHOLE, ir.Undefined), ir.Constant(_WHOLE, None)
-        edges = builder.shuffle_vector(builder.insert_element(one, edge, ir.Constant(ir.IntType(32), 0)), one, zeros)
-        below = builder.icmp_unsigned("<", _bits(context, builder, signature.args[1], held, at), edges)
-        return builder.add(counts, builder.select(below, _all(2), _all(0)))
+        bits = _bits(context, builder, signature.args[1], held, at)
+        return _counted(builder, counts, builder.icmp_unsigned("<", bits, _each(builder, edge)))
 
     return _COUNTS(_COUNTS, magnitudes, types.int64, types.uint32), generate
 
@@ -142,7 +226,7 @@ def count_erased(_: Any, counts: Any, weights: Any, values: Any, first: Any) -> 
         after = rounded(builder.bitcast(added, _WHOLE))
         zeros = builder.icmp_unsigned("==", builder.shl(builder.or_(before, after), _all(17)), _all(0))
         same = builder.or_(builder.icmp_unsigned("==", before, after), zeros)
-        return builder.add(counts, builder.select(same, _all(2), _all(0)))
+        return _counted(builder, counts, same)
 
     return _COUNTS(_COUNTS, weights, values, types.int64), generate
 
