@@ -5,19 +5,23 @@
 Writes random adapters (r x 7 modules x layers, Llama-2-7B's shapes) into a temporary folder, audits them without a base (or
 with one, bfloat16, 0.4 GB a layer on that disk), checks the counts of one tensor against NumPy, and measures private memory
 (Private_Clean + Private_Dirty) on the way.
-With --merge it then merges the sources by TIES into a bfloat16 checkpoint, which takes another 0.4 GB a layer, to compare the processor seconds.
-Kernels are compiled before the clock starts: a first use pays about ten seconds more, once an installation.
+With --merge it then merges the sources by TIES into a bfloat16 checkpoint, which takes another 0.4 GB a layer, to compare time and memory.
+Before the clock starts, kernels are compiled (a first use pays about ten seconds more, once an installation), and the inputs are written to the
+disk and read once, so that the audit does not pay for what the merge then finds in the disk cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +30,8 @@ from safetensors.torch import load_file, save_file
 import paft_merge
 from paft_merge.auditing import Audit, audit
 from paft_merge.compute import kernels
+
+T = TypeVar("T")
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096), "self_attn.o_proj": (4096, 4096),
@@ -87,16 +93,38 @@ def private_bytes() -> int:
 
 
 class Peak(threading.Thread):
-    """Looks at the private memory ten times a second; `cpu` is what that costs, 8 ms each time."""
+    """Looks at the private memory five times a second; `cpu` is what that costs, 8 ms each time."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.bytes, self.over, self.cpu = private_bytes(), threading.Event(), 0.0
 
     def run(self) -> None:
-        while not self.over.wait(0.1):
+        while not self.over.wait(0.2):
             self.bytes = max(self.bytes, private_bytes())
             self.cpu = time.thread_time()
+
+
+def settle(folders: list[Path]) -> None:
+    """Wait until files are on the disk, and read them: the first reader of pages that were just written pays for moving them in the cache."""
+    os.sync()
+    for folder in folders:
+        for file in folder.iterdir():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(1 << 24):
+                    pass
+
+
+def measured(run: Callable[[], T]) -> tuple[T, float, float, int]:
+    """What `run` returns, its seconds, its processor seconds, and the bytes of private memory at its peak."""
+    peak = Peak()
+    peak.start()
+    began, cpu = time.perf_counter(), time.process_time()
+    found = run()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    peak.over.set()
+    peak.join()
+    return found, seconds, cpu - peak.cpu, peak.bytes
 
 
 def check(folder: Path, base: Path | None, found: Audit) -> None:
@@ -137,14 +165,8 @@ def main() -> None:
             write_adapter(place / f"adapter{i}", i, options.rank, options.layers, dtype, SHAPES)
             for i in range(options.sources)
         ]
-        peak = Peak()
-        peak.start()
-        began, cpu = time.perf_counter(), time.process_time()
-        found = audit(*folders, base=base, threads=options.threads)
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        peak.over.set()
-        peak.join()
-        cpu -= peak.cpu
+        settle([*folders, *([base] if base else [])])
+        found, seconds, cpu, peak = measured(lambda: audit(*folders, base=base, threads=options.threads))
         began = time.perf_counter()
         size = len(found.to_html())
         drawn = time.perf_counter() - began
@@ -155,16 +177,18 @@ def main() -> None:
                 {"model": f"{base}+{folder}", "parameters": {"weight": 1.0, "density": 0.2}} for folder in folders
             ]
             recipe = {"merge_method": "ties", "base_model": str(base), "models": models, "out_dtype": "bfloat16"}
-            began, merge_cpu = time.perf_counter(), time.process_time()
-            paft_merge.merge(recipe, place / "merged", threads=options.threads)
+            _, merge_s, merge_cpu, merge_peak = measured(
+                lambda: paft_merge.merge(recipe, place / "merged", threads=options.threads)
+            )
             merged = {
-                "merge_s": round(time.perf_counter() - began, 1),
-                "merge_cpu_s": round(time.process_time() - merge_cpu, 1),
+                "merge_s": round(merge_s, 1),
+                "merge_cpu_s": round(merge_cpu, 1),
+                "merge_private_peak_mb": round(merge_peak / 1e6),
             }
     entries = sum(s.total.measure.entries for s in found.sources)
     print(json.dumps({
         **vars(options), **merged, "audit_s": round(seconds, 1), "audit_cpu_s": round(cpu, 1), "page_s": round(drawn, 1), "page_bytes": size, "entries": entries,
-        "ns_per_entry": round(seconds / entries * 1e9, 2), "private_peak_mb": round(peak.bytes / 1e6), "torch": torch.__version__,
+        "ns_per_entry": round(seconds / entries * 1e9, 2), "private_peak_mb": round(peak / 1e6), "torch": torch.__version__,
         "machine": platform.machine(),
     }))  # fmt: skip
 

@@ -97,12 +97,6 @@ def two_of(_: Any, bits: Any, first: Any) -> Any:
 
 
 @intrinsic
-def ones(_: Any, bits: Any) -> Any:
-    """The number of set bits."""
-    return types.int64(types.uint64), lambda _, builder, __, arguments: builder.ctpop(arguments[0])
-
-
-@intrinsic
 def lowest(_: Any, bits: Any) -> Any:
     """Position of the lowest set bit. At least one bit must be set."""
 

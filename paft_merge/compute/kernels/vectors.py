@@ -15,8 +15,8 @@ from numba.extending import intrinsic, register_model
 from paft_merge.compute.kernels.processors import has_avx512
 
 LANES = 16 if has_avx512() else 8
-"""Entries of a step: two registers of float64, one of int32. LLVM's own loops sum float64 in four registers, and so do two vectors of sums:
-the last bits of a sum do not depend on the kind of loop."""
+"""Entries of a step: two registers of float64, one of int32. Sums are added in the order of the loops that LLVM makes with AVX-512, so that
+the last bits are the same for whole strips and in `add_squares`."""
 
 
 class _Vector(types.Type):
