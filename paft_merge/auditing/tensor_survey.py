@@ -288,9 +288,8 @@ class _First:
         if self.grid is not None:
             _count_same_codes(block, *self.grid, part.same_codes)
         edge = np.uint32(max(bits_of(self.wanted.epsilon), 1))
-        packed = SCRATCH.array(
-            "packed bins", (n, kernels.BINS), np.int64, sparse=True
-        )  # zeros at first, and after `unpack`
+        # Zeros at first and after `unpack`. A block that fails leaves others, and ends the audit.
+        packed = SCRATCH.array("packed bins", (n, kernels.BINS), np.int64, sparse=True)
         moved = np.zeros((2, n, kernels.BINS if size > kernels.MOST else 0), np.int64)
         made = SCRATCH.array("audit_deltas", (n, kernels.CACHED if block.subtract else 0), np.float32)
         bounds = np.array([one.bounds(block.index, block.index + size) for one in passes], np.uint32).reshape(
