@@ -178,6 +178,8 @@ def cli(ctx: click.Context, verbose: bool, log_file: Path | None) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
     for name in (COMPILER, WORKERS):
         logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("azure", "gcsfs"):  # they log requests that are repeated, with tracebacks; our error says how it ended
+        logging.getLogger(name).setLevel(logging.NOTSET if verbose else logging.CRITICAL)
     if log_file:
         from paft_merge.output.log_file import logged
 

@@ -15,6 +15,8 @@ _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "g
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _NO_CREDENTIALS = re.compile(r"Credential|ProfileNotFound|TokenRetrieval|SSO|ClientAuthentication|RefreshError")
+_NO_ACCOUNT = re.compile("connect to account")
+"""In the message of adlfs without an account, or with an invalid connection string."""
 _BROKEN = re.compile(
     r"Connect|Timeout|Disconnected|Payload|IncompleteRead|HTTPClientError|ResponseParser|Streaming|Transport|Service(Request|Response)Error"
 )
@@ -24,7 +26,8 @@ _QUERY = re.compile(r"(\?|\bsig=|\bX-Amz-[\w-]+=|\bAWSAccessKeyId=)[^\s\"'>)]*",
 def is_of_store(error: BaseException) -> bool:
     """Whether an error comes from a store, its client, the network or the system."""
     module = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | ImportError) or module in _CLIENTS
+    # gcsfs and adlfs raise ValueError and RuntimeError for some answers, and for a connection without credentials.
+    return isinstance(error, OSError | ImportError | ValueError | RuntimeError) or module in _CLIENTS
 
 
 def is_passing(error: BaseException) -> bool:
@@ -52,16 +55,17 @@ def problem_of(error: BaseException, where: str, extra: str) -> StoreError:
         return StoreError.of("STORE_PACKAGE", where, f"a package for this store is missing ({said})", fix)
     if isinstance(error, OSError) and error.errno in _FULL:
         return StoreError.of("DISK", error.filename or where, error.strerror or said, "free some space and run again")
-    if any(_NO_CREDENTIALS.search(type(one).__name__) for one in _chain(error)):
+    unnamed = isinstance(error, ValueError) and _NO_ACCOUNT.search(said)
+    if unnamed or any(_NO_CREDENTIALS.search(type(one).__name__) for one in _chain(error)):
         fix = "log in with the store's own tool, or set its variables of the environment"
         return StoreError.of("STORE_CREDENTIALS", where, f"there are no valid credentials for it: {said}", fix)
-    if code == "NoSuchBucket" or "bucket does not exist" in said.lower():
+    if code in ("NoSuchBucket", "ContainerNotFound") or "bucket does not exist" in said.lower():
         return StoreError.of("STORE_NOT_FOUND", where, "the bucket does not exist", "check its name and the endpoint")
     if isinstance(error, FileNotFoundError) or status == 404:
-        return StoreError.of("STORE_NOT_FOUND", where, "does not exist", "check the path")
+        return StoreError.of("STORE_NOT_FOUND", where, "does not exist", "check the path and the bucket")
     if isinstance(error, FileExistsError) or status == 412:
         return StoreError.of("STORE_EXISTS", where, "exists already", "choose another folder")
-    if isinstance(error, PermissionError) or status in (401, 403):
+    if isinstance(error, PermissionError) or status in (401, 403) or said.startswith("Forbidden:"):  # gcsfs
         fix = "use credentials that may do this; a merge lists, reads, writes and deletes files below its folder"
         return StoreError.of("STORE_DENIED", where, f"the store refuses access: {said}", fix)
     if code == "NotImplemented" or status == 501:
@@ -99,11 +103,13 @@ def _status(error: BaseException) -> int:
     numbers = [found, *(getattr(one, name, None) for one in _chain(error) for name in ("status_code", "status"))]
     # gcsfs has a `code`; aiohttp's is deprecated
     numbers += [getattr(one, "code", None) for one in _chain(error) if type(one).__module__.startswith("gcsfs")]
+    numbers += [502 for one in _chain(error) if type(one).__name__ == "ProxyError"]  # what gcsfs raises for it
     return next((int(n) for n in numbers if isinstance(n, int) or (isinstance(n, str) and n.isdigit())), 0)
 
 
 def _code(error: BaseException) -> str:
-    return str(_response(error).get("Error", {}).get("Code", ""))
+    of_azure = (getattr(one, "error_code", None) for one in _chain(error))
+    return str(_response(error).get("Error", {}).get("Code") or next(filter(None, of_azure), "") or "")
 
 
 def _said(error: BaseException) -> str:

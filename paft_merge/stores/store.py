@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ATTEMPTS = 5
+_REPEATING = {"gs": 2, "az": 2}
+"""Attempts where the client itself repeats a request for half a minute (gcsfs) or a whole one (Azure's)."""
 _PIECE_BYTES = 32 * 2**20
 _PART_BYTES = 16 * 2**20
 """Size of a part of an upload; the MD5 of an upload depends on it."""
@@ -83,6 +85,8 @@ class Store:
         try:
             fs, path = url_to_fs(self.url, use_listings_cache=False, **(timeouts if self._is_s3 else {}))
         except ValueError as error:  # fsspec knows some schemes only when the package that reads them is installed
+            if "Protocol not known" not in str(error):
+                raise
             raise ImportError(str(error)) from error
         return fs, path.rstrip("/")
 
@@ -213,14 +217,15 @@ class Store:
 
     def _asked(self, where: str, call: Callable[[], T]) -> T:
         """Make a request, again after passing failures, with errors as `StoreError`."""
-        for attempt in range(_ATTEMPTS):
+        attempts = _REPEATING.get(self._extra, _ATTEMPTS)
+        for attempt in range(attempts):
             try:
                 return call()
             except Exception as error:
                 if not is_of_store(error):
                     raise
                 problem = problem_of(error, where, self._extra)
-                if attempt == _ATTEMPTS - 1 or not is_passing(error):
+                if attempt == attempts - 1 or not is_passing(error):
                     raise problem from error
                 log.info("%s", problem)
             time.sleep(pause(attempt) * random.uniform(0.75, 1.25))
