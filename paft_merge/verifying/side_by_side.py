@@ -225,19 +225,23 @@ class _Bench:
         """The finished model, as a user loads it."""
         if not self.is_adapter:
             if not self._streams(self.finished, 0):
-                try:
-                    return load_whole(self.folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
-                except EvaluateError:
-                    if not isinstance(self.finished.checkpoint, Dequantized):
-                        raise
-                made, how = self._of(self.finished, self.meaning.folder, torch.bfloat16)
-                return made, f"{how}, its codes as values, because transformers cannot load them here"
+                return self._as_stored(self.finished, self.folder)
             return self._stream(self.finished, self.folder, _dtype_of(self.finished))
         sparse = read_config(self.folder / CONFIG).get("peft_type") == SPARSE
         if sparse or self._streams(self.meaning.base, 0):
             return self._of(self.finished, self.meaning.folder, _dtype_of(self.finished))
         base, how = self.base_model()
         return self._with_adapter(base, self.folder), how
+
+    def _as_stored(self, model: Model, folder: Path) -> tuple[nn.Module, str]:
+        """A whole model as transformers loads it from its folder; codes that it cannot load here as their values."""
+        try:
+            return load_whole(folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
+        except EvaluateError:
+            if not isinstance(model.checkpoint, Dequantized):
+                raise
+        made, how = self._of(model, folder, torch.bfloat16)
+        return made, f"{how}, its codes as values, because transformers cannot load them here"
 
     def recipe_model(self) -> tuple[nn.Module, str]:
         """The recipe's model in float32."""
@@ -246,23 +250,22 @@ class _Bench:
     def base_model(self) -> tuple[nn.Module, str]:
         """The base in its own type."""
         base = self.meaning.base
-        folder = base.checkpoint.folder
-        if not self._streams(base, 0) and (folder / "config.json").is_file() and base.checkpoint.named_like is None:
-            return load_whole(folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
-        return self._of(base, folder, _dtype_of(base))
+        if not self._streams(base, 0) and _is_local(base):
+            return self._as_stored(base, base.checkpoint.folder)
+        return self._of(base, base.checkpoint.folder, _dtype_of(base))
 
     def adapter_model(self) -> tuple[nn.Module, str]:
         """The base in float32 with the one adapter of the recipe, by PEFT, not merged."""
         found = self.meaning.adapter
         if found is None:
             raise EvaluateError.of("MODEL", self.where, "the recipe is not one adapter with weight 1 on its base")
-        if self._streams(self.meaning.base, 4):
+        base, adapter = found
+        if self._streams(base, 4):
             raise EvaluateError.of(
                 "MODEL", self.where, "the base in float32 does not fit in the memory that it may take"
             )
-        folder, adapter = found
-        base = load_whole(folder, self.kind, torch.float32, self.device, trust_code=self.trust_code)
-        return self._with_adapter(base, adapter), "whole"
+        made, how = self._of(base, base.checkpoint.folder, torch.float32)
+        return self._with_adapter(made, adapter), how
 
     def _with_adapter(self, base: nn.Module, adapter: Path) -> nn.Module:
         with saying(adapter):
@@ -299,6 +302,13 @@ class _Bench:
         batch = len(rows.lengths) if how == "layer by layer" else BATCH
         with saying(self.where, "be run"):
             return answers_of(model, rows, places, batch, self.device)
+
+
+def _is_local(model: Model) -> bool:
+    """Whether transformers can load a model from its folder: its files are there, under the names of its class."""
+    made, folder = model.checkpoint, model.checkpoint.folder
+    here = (folder / "config.json", *(folder / one.name for one in made.files))
+    return not made.computed and made.named_like is None and all(path.is_file() for path in here)
 
 
 def _dtype_of(model: Model) -> torch.dtype:

@@ -28,6 +28,7 @@ from paft_merge.inputs.quantized import dequantized
 from paft_merge.inputs.safetensors_header import join_first
 from paft_merge.output.folder import part_of
 from paft_merge.output.manifest import MANIFEST, is_merged
+from paft_merge.stores import is_url
 from paft_merge.verifying.accompanying import compare_files
 from paft_merge.verifying.evidence import StoredTensor, compare_stored
 from paft_merge.verifying.findings import Finding, findings_of, is_far, missing_of, not_loaded
@@ -105,11 +106,17 @@ def verify(
     )
     with ExitStack() as opened:
         opened.enter_context(following_links(follow_links))
-        if (part := part_of(Path(where))).is_dir() and not Path(where).exists():
+        if (
+            recipe is None
+            and not is_url(where)
+            and (part := part_of(Path(where).absolute())).is_dir()
+            and not is_merged(where)
+        ):
             raise AuditError.of(
                 "VERIFY", where, f"its merge did not finish: {part} is there", "finish it with resume=True"
             )
-        folder = fetch(where)
+        path, _, revision = (where, "", "") if is_url(where) or Path(where).exists() else where.partition("@")
+        folder = fetch(path, revision or None)
         if not folder.is_dir():
             raise AuditError.of("VERIFY", where, "is not a folder", "give the folder of the model")
         if recipe is None and not is_merged(folder):

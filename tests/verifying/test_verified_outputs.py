@@ -14,7 +14,11 @@ from conftest import save_checkpoint
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from toys.adapters import edit_config, llama, train
+from toys.hub import files_of, hub
+from toys.hub_server import HubServer
 from toys.merge import on, paft, recipe, write_recipe
+from toys.object_store import S3, s3, server
+from toys.quantized import CONFIG, coded
 from toys.vocabulary import save_tokenizer, vocabulary_family
 
 from paft_merge.engine.api import merge
@@ -23,6 +27,7 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.verifying import Verification, likeness, verify
 
+__all__ = ["hub", "s3", "server"]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*"
 )  # PEFT reads a name that transformers renamed
@@ -160,6 +165,62 @@ def test_matrices_of_experts_in_another_order_are_named(tmp_path: Path) -> None:
             (4, 12, 16), reads[2], reads[0]
         )
         assert likeness._order((4, 12, 16), reads[0], reads[0]) == ""
+
+
+def test_sources_in_a_store_are_run_from_what_is_read(world: Path, s3: S3, tmp_path: Path) -> None:
+    for name in ("base", "adapter"):
+        s3.put("bkt", world / name, f"m/{name}/")
+    place = "s3://bkt/m"
+    wanted = recipe("task_arithmetic", f"{place}/base", (on(f"{place}/base", f"{place}/adapter"), {"weight": 1.0}))
+    merge(wanted, tmp_path / "out", write_model_card=False)
+    s3.put("bkt", tmp_path / "out", "m/out/")
+    found = verify(f"{place}/out", rows=2, new_tokens=1)
+    assert found.exact
+    assert not found.skipped
+    assert found.behaviours["recipe"].largest == 0
+    assert found.behaviours["adapter"].largest < 1e-5
+    assert found.behaviours["base"].largest > 1e-3
+
+
+def test_a_model_on_the_hub_is_verified_at_its_revision(world: Path, hub: HubServer, tmp_path: Path) -> None:
+    hub.add("me/merged", files_of(world / "merged"))
+    assert tensors_only("me/merged@main").exact  # type: ignore[arg-type]
+    missing = paft("verify", "me/merged@none")
+    assert missing.exit_code == 1
+    assert "none" in missing.output
+
+
+def test_a_base_that_another_document_makes_is_that_model(world: Path, tmp_path: Path) -> None:
+    first = {**of_one(world), "name": "first"}
+    nothing = recipe("task_arithmetic", "first", (world / "merged", {"weight": 0.5}))
+    (tmp_path / "recipe.yaml").write_text(f"{json.dumps(first)}\n---\n{json.dumps(nothing)}")
+    merge(tmp_path / "recipe.yaml", tmp_path / "out", write_model_card=False)
+    found = verify(tmp_path / "out", rows=2, new_tokens=1)
+    assert found.exact
+    assert found.behaviours["base"].largest < 1e-5, "the merge adds nothing to its base"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_quantised_base_is_run_by_its_values(tmp_path: Path, kept: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base, _ = train(
+            llama(hidden_size=32, intermediate_size=48, head_dim=16),
+            tmp_path,
+            LoraConfig(r=2, target_modules=["q_proj"]),
+        )
+    stored, _ = coded({n: t.bfloat16() for n, t in load_file(base / "model.safetensors").items()})
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": CONFIG, "dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    merge(of_one(tmp_path, **({"quantization": "keep"} if kept else {})), tmp_path / "out", write_model_card=False)
+    found = verify(tmp_path / "out", rows=2, new_tokens=1)
+    assert found.ok
+    assert ("up to the codes" in found.verdict) == kept
+    assert not found.skipped
+    kl = {name: one.kl or 0 for name, one in found.behaviours.items()}
+    assert kl["recipe"] == pytest.approx(kl["adapter"], rel=1e-3)
+    assert kl["recipe"] < kl["base"]
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------------
