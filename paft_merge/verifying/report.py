@@ -230,6 +230,9 @@ METRICS: Mapping[str, Metric] = {
 }  # fmt: skip
 """What `--require` can ask for; `[source=base]` asks for the comparison with the base."""
 
+OF_TENSORS = ("relative_error", "update_lost", "faults")
+"""Those of `METRICS` for which no model runs."""
+
 _SOURCES = ("recipe", "base", "adapter")
 
 

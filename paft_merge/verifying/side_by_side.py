@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paft_merge.compute.devices import torch_device
 from paft_merge.errors import EvaluateError, PaftMergeError
 from paft_merge.evaluating.loading import adapted
 from paft_merge.inputs.adapter_places import CONFIG
@@ -126,7 +127,7 @@ class _Bench:
         """Find the class of the models."""
         architecture = Architecture.of(meaning.model.checkpoint)
         kind = class_of(meaning.folder, architecture, trust_code=trust_code)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch_device(device)
         return cls(
             where, folder, finished, is_adapter, meaning, place, memory or free_memory(), trust_code, kind, architecture,
             meaning.model.checkpoint.config,
