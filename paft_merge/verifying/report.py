@@ -76,10 +76,10 @@ class Behaviour:
 
     @property
     def breaks_at(self) -> int | None:
-        """The first layer whose hidden states are much farther apart than those of the layer before; None if there is none."""
+        """The first layer whose hidden states are NaN or much farther apart than those before; None if there is none."""
         before = 2.0**-9
         for number, drift in enumerate(self.drift):
-            if drift > 5 * max(before, 2.0**-9) and drift > 0.05:
+            if not drift <= max(5 * before, 0.05):  # NaN is far, too
                 return number
             before = max(before, drift)
         return None

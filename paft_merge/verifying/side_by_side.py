@@ -313,12 +313,14 @@ def _is_local(model: Model) -> bool:
 
 
 def _dtype_of(model: Model) -> torch.dtype:
-    """The type that most elements of a model are stored in; bfloat16 for codes."""
+    """The type in which transformers loads a model: that of its config, else that of most elements; bfloat16 for codes."""
     sizes: dict[str, int] = {}
     for name, info in model.checkpoint.tensors.items():
-        dtype = model.checkpoint.written_dtype(name)
+        dtype = str(DTYPES[model.checkpoint.written_dtype(name)].torch)
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(info.shape)
-    found = getattr(torch, str(DTYPES[max(sizes, key=lambda one: sizes[one])].torch), None)
-    return (
-        found if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2 else torch.bfloat16
-    )
+    config = model.checkpoint.config
+    named = config.get("dtype") or config.get("torch_dtype") or max(sizes, key=lambda one: sizes[one])
+    found = getattr(torch, str(named).removeprefix("torch."), None)
+    if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
+        return found
+    return torch.bfloat16

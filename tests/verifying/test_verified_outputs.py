@@ -152,6 +152,18 @@ def test_the_base_has_its_own_type_when_it_is_read_layer_by_layer(world: Path, t
     assert kl[0] == pytest.approx(kl[1], rel=1e-9)
 
 
+def test_a_config_says_in_which_type_a_model_is_run(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "merged", tmp_path / "out")
+    state = {n: t.bfloat16() for n, t in load_file(world / "merged" / "model.safetensors").items()}
+    save_file(state, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    found = [verify(tmp_path / "out", rows=1, new_tokens=1, memory=memory) for memory in ("1G", "1k")]
+    kl = [one.behaviours["recipe"].kl for one in found]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-6)
+    broken = {n: t.fill_(float("nan")) if n.startswith("model.layers.1.mlp.up") else t for n, t in state.items()}
+    save_file(broken, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert verify(tmp_path / "out", rows=1, new_tokens=1).behaviours["recipe"].breaks_at == 1
+
+
 def test_matrices_of_experts_in_another_order_are_named(tmp_path: Path) -> None:
     made = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
     folders = [
