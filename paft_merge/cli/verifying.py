@@ -152,16 +152,18 @@ def _show(found: Verification) -> None:
             title_justify="left",
         )
         table.add_column("compared with")
-        for column in NUMBERS:
-            table.add_column(column, justify="right")
-        for name, one in found.behaviours.items():
-            table.add_row(OTHERS[name], *one.shown())
+        shown = {name: one.shown() for name, one in found.behaviours.items()}
+        measured = [at for at in range(len(NUMBERS)) if any(texts[at] for texts in shown.values())]
+        for at in measured:
+            table.add_column(NUMBERS[at], justify="right")
+        for name, texts in shown.items():
+            table.add_row(OTHERS[name], *(texts[at] for at in measured))
         if out.measure(table, options=out.options.update(max_width=1000)).maximum <= out.width:
             out.print(table)
         else:
             out.print(plain(table.title))
-            for name, one in found.behaviours.items():
-                numbers = (f"{column} {text}" for column, text in zip(NUMBERS, one.shown(), strict=True) if text)
+            for name, texts in shown.items():
+                numbers = (f"{NUMBERS[at]} {texts[at]}" for at in measured if texts[at])
                 out.print(f"[bold]{OTHERS[name]}[/]: {plain(', '.join(numbers))}")
         if (layer := found.behaviours["recipe"].breaks_at if "recipe" in found.behaviours else None) is not None:
             out.print(f"the hidden states part from the recipe's at layer {layer}")

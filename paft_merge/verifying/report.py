@@ -34,7 +34,7 @@ class Behaviour:
         kl: mean KL divergence at a token, in nats; None of a model without logits.
         kl_p99: its 99th percentile.
         kl_largest: the largest.
-        top1: share of the tokens at which both have the same most likely next token.
+        top1: share of the tokens at which both have the same most likely next token; None of a model without logits.
         largest: largest difference of two logits; of a model without a head, of two features.
         relative: norm of the difference over the norm of the other's logits.
         continued: number of greedy continuations.
@@ -48,7 +48,7 @@ class Behaviour:
     kl: float | None
     kl_p99: float | None
     kl_largest: float | None
-    top1: float
+    top1: float | None
     largest: float
     relative: float
     continued: int
@@ -65,7 +65,7 @@ class Behaviour:
         )
         return cls(
             other, len(found.agree), mean, p99, top,
-            float(found.agree.double().mean()), found.largest, found.relative, len(found.parted),
+            None if kl is None else float(found.agree.double().mean()), found.largest, found.relative, len(found.parted),
             {row: at for row, at in enumerate(found.parted) if at is not None}, found.drift, how,
         )  # fmt: skip
 
@@ -94,7 +94,8 @@ class Behaviour:
         if self.parted:
             parted += f", first at token {min(self.parted.values()) + 1}"
         last = number(max(self.drift, default=None))
-        return [number(self.kl), number(self.kl_p99), f"{self.top1:.1%}", number(self.largest), parted, last]
+        top1 = "" if self.top1 is None else f"{self.top1:.1%}"
+        return [number(self.kl), number(self.kl_p99), top1, number(self.largest), parted, last]
 
     def to_json(self) -> dict[str, Any]:
         """The behaviour as plain data."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,11 @@ class _Bench:
     def width(self) -> int:
         """Numbers of an answer at one token: the vocabulary."""
         return int(getattr(self._text_config, "vocab_size", None) or vocabulary_of(self.config) or 1 << 17)
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """The arguments of the class that runs."""
+        return signature(self.kind.forward).parameters if hasattr(self.kind, "forward") else {}
 
     @property
     def _text_config(self) -> Any:
@@ -301,8 +307,15 @@ class _Bench:
     def answers(self, model: nn.Module, how: str, rows: Rows, places: torch.Tensor) -> Answers:
         """What a model computes; one that is read layer by layer is read once."""
         batch = len(rows.lengths) if how == "layer by layer" else BATCH
-        with saying(self.where, "be run"):
-            return answers_of(model, rows, places, batch, self.device)
+        try:
+            with saying(self.where, "be run"):
+                return answers_of(model, rows, places, batch, self.device)
+        except EvaluateError as error:
+            also = [name for name in ("pixel_values", "input_features", "input_values") if name in self.inputs]
+            if also and "NoneType" in error.problems[0].what:
+                what = f"reads {also[0]} beside tokens, so only its tensors are compared"
+                raise EvaluateError.of("MODEL", self.where, what, "verify it where it is used") from error
+            raise
 
 
 def _is_local(model: Model) -> bool:

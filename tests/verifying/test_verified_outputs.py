@@ -235,6 +235,39 @@ def test_a_quantised_base_is_run_by_its_values(tmp_path: Path, kept: bool) -> No
     assert kl["recipe"] < kl["base"]
 
 
+def tuned(model: Any, top: Path) -> Path:
+    """A model, a fine-tune of it, and their merge."""
+    model.save_pretrained(top / "base")
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(top / "tuned")
+    merge(
+        recipe("task_arithmetic", top / "base", (top / "tuned", {"weight": 0.5})), top / "out", write_model_card=False
+    )
+    return top / "out"
+
+
+def test_models_without_logits_and_with_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
+
+    monkeypatch.setenv("COLUMNS", "100")
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name in ("text", "pictures"):
+        (tmp_path / name).mkdir()
+    out = tuned(BertModel(BertConfig(vocab_size=40, max_position_embeddings=32, **small)), tmp_path / "text")
+    shown = paft("verify", out, "--rows", "2", "--quiet", "--require", "top1 > 0.5")
+    assert shown.exit_code == 2
+    assert "there is no top1" in shown.output
+    assert "largest" in shown.output
+    assert "KL mean" not in shown.output
+    text = {**small, "vocab_size": 40, "max_position_embeddings": 8}
+    vision = {**small, "image_size": 8, "patch_size": 4}
+    out = tuned(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)), tmp_path / "pictures")
+    found = verify(out, rows=2)
+    assert found.exact
+    assert "reads pixel_values beside tokens" in found.skipped["recipe"]
+
+
 # --- tokens -------------------------------------------------------------------------------------------------------------
 
 
