@@ -76,37 +76,44 @@ def verify(
     rounding, a scale, a tensor of another place, a lost norm, another vocabulary.
 
     Exits with 3 when OUT is not what its recipe means up to rounding or a --require fails, and with 2 when a requirement cannot be
-    read.
+    read or measured.
     """
     if file is not None:
         check_file(file)
     silence_libraries()
     from paft_merge.verifying import verify as verified
 
-    with sigterm_as_interrupt(), _progress(quiet) as progress:
-        try:
+    with _gate_as_usage():
+        with sigterm_as_interrupt(), _progress(quiet) as progress:
             found = verified(
                 out, recipe=recipe, data=data, rows=rows, new_tokens=new_tokens, tensors_only=tensors_only, require=require,
                 device=device, memory=memory, threads=threads, trust_code=trust_code, follow_links=follow_links,
                 lazy_unpickle=lazy_unpickle, imports=imports, progress=progress,
             )  # fmt: skip
-            failed = found.failures(require)
-        except AuditError as error:
-            if {problem.code for problem in error.problems} == {"GATE"}:
-                print_errors(error.problems)
-                raise click.exceptions.Exit(2) from error
-            raise
-    text = json.dumps(found.to_json(), indent=2) + "\n"
-    if file is not None:
-        write_file(file, text)
-    if as_json:
-        print_document(text)
-    else:
-        _show(found)
+        text = json.dumps(found.to_json(), indent=2) + "\n"
+        if file is not None:
+            write_file(file, text)
+        if as_json:
+            print_document(text)
+        else:
+            _show(found)
+        failed = found.failures(require)
     if failed:
         raise AuditError(failed)
     if not found.ok:
         raise click.exceptions.Exit(3)
+
+
+@contextmanager
+def _gate_as_usage() -> Iterator[None]:
+    """Exit with 2 if a requirement cannot be read or was not measured."""
+    try:
+        yield
+    except AuditError as error:
+        if {problem.code for problem in error.problems} != {"GATE"}:
+            raise
+        print_errors(error.problems)
+        raise click.exceptions.Exit(2) from error
 
 
 @contextmanager
@@ -145,16 +152,18 @@ def _show(found: Verification) -> None:
             title_justify="left",
         )
         table.add_column("compared with")
-        for column in NUMBERS:
-            table.add_column(column, justify="right")
-        for name, one in found.behaviours.items():
-            table.add_row(OTHERS[name], *one.shown())
+        shown = {name: one.shown() for name, one in found.behaviours.items()}
+        measured = [at for at in range(len(NUMBERS)) if any(texts[at] for texts in shown.values())]
+        for at in measured:
+            table.add_column(NUMBERS[at], justify="right")
+        for name, texts in shown.items():
+            table.add_row(OTHERS[name], *(texts[at] for at in measured))
         if out.measure(table, options=out.options.update(max_width=1000)).maximum <= out.width:
             out.print(table)
         else:
             out.print(plain(table.title))
-            for name, one in found.behaviours.items():
-                numbers = (f"{column} {text}" for column, text in zip(NUMBERS, one.shown(), strict=True) if text)
+            for name, texts in shown.items():
+                numbers = (f"{NUMBERS[at]} {texts[at]}" for at in measured if texts[at])
                 out.print(f"[bold]{OTHERS[name]}[/]: {plain(', '.join(numbers))}")
         if (layer := found.behaviours["recipe"].breaks_at if "recipe" in found.behaviours else None) is not None:
             out.print(f"the hidden states part from the recipe's at layer {layer}")

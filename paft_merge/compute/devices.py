@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from paft_merge.compute.blocks import Ops
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.errors import MergeError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def ops_for(device: str, process: int | None = None) -> Ops:
@@ -23,17 +28,40 @@ def ops_for(device: str, process: int | None = None) -> Ops:
 
     from paft_merge.compute.torch_ops import TorchOps
 
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise MergeError.of("DEVICE", device, "is not a device", "use cpu, cuda or cuda:1") from error
+    wanted = _read(device)
     if wanted.type != "cuda":
         what = "merges run on the CPU and on CUDA devices only"
         raise MergeError.of("DEVICE", device, what, "use cpu, cuda or cuda:1")
     count = torch.cuda.device_count()
     if wanted == torch.device("cuda") and process is not None and count:
         wanted = torch.device("cuda", process % count)
-    if (wanted.index or 0) >= count:
+    return TorchOps(_present(wanted))
+
+
+def torch_device(device: str | None) -> torch.device:
+    """The device that a model runs on; None: a GPU if there is one.
+
+    Raises:
+        MergeError: DEVICE, the device is unknown or not available.
+    """
+    import torch
+
+    return _present(_read(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def _read(device: str) -> torch.device:
+    import torch
+
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise MergeError.of("DEVICE", device, "is not a device", "use cpu, cuda or cuda:1") from error
+
+
+def _present(device: torch.device) -> torch.device:
+    import torch
+
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         what = "CUDA device not found, or torch is built without CUDA"
-        raise MergeError.of("DEVICE", device, what, "use device='cpu'")
-    return TorchOps(wanted)
+        raise MergeError.of("DEVICE", str(device), what, "use device='cpu'")
+    return device

@@ -101,7 +101,7 @@ def _unlike(refs: tuple[str, str], is_adapter: list[bool]) -> CheckpointError:
     adapter, model = refs if is_adapter[0] else refs[::-1]
     what = f"is an adapter, and {model} is a whole model"
     base = base_of(Path(adapter))
-    fix = f"compare the model that it makes, `{base}+{adapter}`, with {model}"
+    fix = f"compare the model that it makes, `{base}+{adapter}`, with {'it' if _reference(model).lora else model}"
     return CheckpointError.of("DIFF_KINDS", adapter, what, fix)
 
 

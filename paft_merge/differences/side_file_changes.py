@@ -123,7 +123,7 @@ def _of_tokenizer_file(name: str, a: TokenizerFiles, b: TokenizerFiles, sides: S
     if one == other:
         return
     if name == "tokenizer.json":
-        ours, theirs = _object(one, name), _object(other, name)
+        ours, theirs = (_object(held, f"{name} of {side}") for held, side in zip((one, other), sides, strict=True))
         for part in dict.fromkeys((*ours, *theirs)):
             if part in ("added_tokens", "version", "truncation", "padding"):
                 continue
@@ -138,15 +138,24 @@ def _of_tokenizer_file(name: str, a: TokenizerFiles, b: TokenizerFiles, sides: S
                     "tokenizer", f"tokenizer.json: {part} differs" + (f" ({join_first(keys)})" if keys else "")
                 )
     elif name == "tokenizer_config.json":
-        for key, what in _changed(_object(one, name), _object(other, name), sides):
+        ours, theirs = (_object(held, f"{name} of {side}") for held, side in zip((one, other), sides, strict=True))
+        for key, what in _changed(ours, theirs, sides):
             if key.partition(".")[0] not in {*_OF_A_SAVE, *SPECIAL}:
-                yield Change("tokenizer", f"tokenizer_config.json: {what}", counts=key != "transformers_version")
+                only = key not in ours or key not in theirs
+                idle = key == "transformers_version" or (only and {**ours, **theirs}.get(key, 1) in (None, [], {}))
+                yield Change("tokenizer", f"tokenizer_config.json: {what}", counts=not idle)
     elif name.endswith((".model", ".txt")):
         yield Change("tokenizer", f"{name} differs")
 
 
 def _without_vocabulary(held: Any) -> Any:
-    return {key: value for key, value in held.items() if key != "vocab"} if isinstance(held, dict) else held
+    """A part of a tokenizer.json; merges are pairs, which older versions write as a text with a blank."""
+    if not isinstance(held, dict):
+        return held
+    kept, merges = {key: value for key, value in held.items() if key != "vocab"}, held.get("merges")
+    if isinstance(merges, list):
+        kept["merges"] = [one.split(" ", 1) if isinstance(one, str) else one for one in merges]
+    return kept
 
 
 def of_other_files(

@@ -54,6 +54,9 @@ def locate(path: Path, unpickle: bool, far: Sequence[str] = ()) -> tuple[Path, l
             fix = f"convert it to safetensors, or read it, without running its code, with {LAZY}"
             raise CheckpointError.of("PICKLE_REFUSED", path, "is a pickle, which can run code when it is loaded", fix)
         return path.parent, [path.name], None, True
+    if path.is_file():
+        fix = "give the folder of the model, or a .safetensors file"
+        raise CheckpointError.of("CHECKPOINT_MISSING", path, "is not a file of tensors that is read here", fix)
     try:
         present = sorted({*os.listdir(path), *far})
     except OSError as error:

@@ -113,6 +113,7 @@ def load_whole(
             model = kind.from_pretrained(folder, dtype=dtype, **trusted)
         else:
             config = AutoConfig.from_pretrained(folder, **trusted)
+            vars(config).pop("quantization_config", None)  # the weights are values
             if kind.__name__.startswith("AutoModel"):
                 with torch.device("meta"):
                     kind = type(kind.from_config(config, **trusted))

@@ -15,6 +15,8 @@ from paft_merge.engine.intermediate import Intermediate
 from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.reproduction import open_recorded, recorded_recipe
 from paft_merge.engine.sidefiles import model_files
+from paft_merge.hub import fetch
+from paft_merge.inputs.adapter_places import PEFT_FILES
 from paft_merge.inputs.adapters import Adapter
 from paft_merge.inputs.adapters.stack import AdapterStack
 from paft_merge.inputs.models import Model
@@ -50,10 +52,14 @@ class Meaning:
         return made.planned(name).row if isinstance(made, Intermediate) else 1
 
     @property
-    def adapter(self) -> tuple[Path, Path] | None:
-        """The folders of the base and of an adapter, if the recipe means the base with that one adapter of weight 1."""
+    def adapter(self) -> tuple[Model, Path] | None:
+        """The base and the folder of an adapter, if the recipe means the base with that one adapter of weight 1.
+
+        Raises:
+            PaftMergeError: the adapter cannot be fetched.
+        """
         if self.model.adapter is not None:
-            return self.base.checkpoint.folder, self.model.adapter.parts[0].folder
+            return self.base, self.model.adapter.parts[0].folder
         sources = [model for model in self.plan.models if model.adapter is not None]
         if len(sources) != 1 or sources[0].adapter is None or len(sources[0].adapter.parts) != 1:
             return None
@@ -73,7 +79,11 @@ class Meaning:
             or method not in ("linear", "task_arithmetic", "passthrough")
         ):
             return None
-        return sources[0].checkpoint.folder, sources[0].adapter.parts[0].folder
+        folder = sources[0].adapter.parts[0].folder
+        if not any((folder / name).is_file() for name in PEFT_FILES):  # it is read from afar
+            ((path, revision),) = next(r for r in self.plan.recipe.references if str(r) == sources[0].ref).adapters
+            folder = fetch(path, revision)
+        return replace(sources[0], adapter=None), folder
 
 
 @contextmanager

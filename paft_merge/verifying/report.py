@@ -34,7 +34,7 @@ class Behaviour:
         kl: mean KL divergence at a token, in nats; None of a model without logits.
         kl_p99: its 99th percentile.
         kl_largest: the largest.
-        top1: share of the tokens at which both have the same most likely next token.
+        top1: share of the tokens at which both have the same most likely next token; None of a model without logits.
         largest: largest difference of two logits; of a model without a head, of two features.
         relative: norm of the difference over the norm of the other's logits.
         continued: number of greedy continuations.
@@ -48,7 +48,7 @@ class Behaviour:
     kl: float | None
     kl_p99: float | None
     kl_largest: float | None
-    top1: float
+    top1: float | None
     largest: float
     relative: float
     continued: int
@@ -65,7 +65,7 @@ class Behaviour:
         )
         return cls(
             other, len(found.agree), mean, p99, top,
-            float(found.agree.double().mean()), found.largest, found.relative, len(found.parted),
+            None if kl is None else float(found.agree.double().mean()), found.largest, found.relative, len(found.parted),
             {row: at for row, at in enumerate(found.parted) if at is not None}, found.drift, how,
         )  # fmt: skip
 
@@ -76,10 +76,10 @@ class Behaviour:
 
     @property
     def breaks_at(self) -> int | None:
-        """The first layer whose hidden states are much farther apart than those of the layer before; None if there is none."""
+        """The first layer whose hidden states are NaN or much farther apart than those before; None if there is none."""
         before = 2.0**-9
         for number, drift in enumerate(self.drift):
-            if drift > 5 * max(before, 2.0**-9) and drift > 0.05:
+            if not drift <= max(5 * before, 0.05):  # NaN is far, too
                 return number
             before = max(before, drift)
         return None
@@ -94,7 +94,8 @@ class Behaviour:
         if self.parted:
             parted += f", first at token {min(self.parted.values()) + 1}"
         last = number(max(self.drift, default=None))
-        return [number(self.kl), number(self.kl_p99), f"{self.top1:.1%}", number(self.largest), parted, last]
+        top1 = "" if self.top1 is None else f"{self.top1:.1%}"
+        return [number(self.kl), number(self.kl_p99), top1, number(self.largest), parted, last]
 
     def to_json(self) -> dict[str, Any]:
         """The behaviour as plain data."""
@@ -229,6 +230,9 @@ METRICS: Mapping[str, Metric] = {
     "faults": Metric("source", lambda p, _: float(sum(f.fault for f in p[0].findings)), "number of differences that rounding does not explain"),
 }  # fmt: skip
 """What `--require` can ask for; `[source=base]` asks for the comparison with the base."""
+
+OF_TENSORS = ("relative_error", "update_lost", "faults")
+"""Those of `METRICS` for which no model runs."""
 
 _SOURCES = ("recipe", "base", "adapter")
 

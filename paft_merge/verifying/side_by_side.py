@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from paft_merge.compute.devices import torch_device
 from paft_merge.errors import EvaluateError, PaftMergeError
 from paft_merge.evaluating.loading import adapted
 from paft_merge.inputs.adapter_places import CONFIG
@@ -126,7 +128,7 @@ class _Bench:
         """Find the class of the models."""
         architecture = Architecture.of(meaning.model.checkpoint)
         kind = class_of(meaning.folder, architecture, trust_code=trust_code)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch_device(device)
         return cls(
             where, folder, finished, is_adapter, meaning, place, memory or free_memory(), trust_code, kind, architecture,
             meaning.model.checkpoint.config,
@@ -136,6 +138,11 @@ class _Bench:
     def width(self) -> int:
         """Numbers of an answer at one token: the vocabulary."""
         return int(getattr(self._text_config, "vocab_size", None) or vocabulary_of(self.config) or 1 << 17)
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """The arguments of the class that runs."""
+        return signature(self.kind.forward).parameters if hasattr(self.kind, "forward") else {}
 
     @property
     def _text_config(self) -> Any:
@@ -225,19 +232,23 @@ class _Bench:
         """The finished model, as a user loads it."""
         if not self.is_adapter:
             if not self._streams(self.finished, 0):
-                try:
-                    return load_whole(self.folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
-                except EvaluateError:
-                    if not isinstance(self.finished.checkpoint, Dequantized):
-                        raise
-                made, how = self._of(self.finished, self.meaning.folder, torch.bfloat16)
-                return made, f"{how}, its codes as values, because transformers cannot load them here"
+                return self._as_stored(self.finished, self.folder)
             return self._stream(self.finished, self.folder, _dtype_of(self.finished))
         sparse = read_config(self.folder / CONFIG).get("peft_type") == SPARSE
         if sparse or self._streams(self.meaning.base, 0):
             return self._of(self.finished, self.meaning.folder, _dtype_of(self.finished))
         base, how = self.base_model()
         return self._with_adapter(base, self.folder), how
+
+    def _as_stored(self, model: Model, folder: Path) -> tuple[nn.Module, str]:
+        """A whole model as transformers loads it from its folder; codes that it cannot load here as their values."""
+        try:
+            return load_whole(folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
+        except EvaluateError:
+            if not isinstance(model.checkpoint, Dequantized):
+                raise
+        made, how = self._of(model, folder, torch.bfloat16)
+        return made, f"{how}, its codes as values, because transformers cannot load them here"
 
     def recipe_model(self) -> tuple[nn.Module, str]:
         """The recipe's model in float32."""
@@ -246,23 +257,22 @@ class _Bench:
     def base_model(self) -> tuple[nn.Module, str]:
         """The base in its own type."""
         base = self.meaning.base
-        folder = base.checkpoint.folder
-        if not self._streams(base, 0) and (folder / "config.json").is_file() and base.checkpoint.named_like is None:
-            return load_whole(folder, self.kind, "auto", self.device, trust_code=self.trust_code), "whole"
-        return self._of(base, folder, _dtype_of(base))
+        if not self._streams(base, 0) and _is_local(base):
+            return self._as_stored(base, base.checkpoint.folder)
+        return self._of(base, base.checkpoint.folder, _dtype_of(base))
 
     def adapter_model(self) -> tuple[nn.Module, str]:
         """The base in float32 with the one adapter of the recipe, by PEFT, not merged."""
         found = self.meaning.adapter
         if found is None:
             raise EvaluateError.of("MODEL", self.where, "the recipe is not one adapter with weight 1 on its base")
-        if self._streams(self.meaning.base, 4):
+        base, adapter = found
+        if self._streams(base, 4):
             raise EvaluateError.of(
                 "MODEL", self.where, "the base in float32 does not fit in the memory that it may take"
             )
-        folder, adapter = found
-        base = load_whole(folder, self.kind, torch.float32, self.device, trust_code=self.trust_code)
-        return self._with_adapter(base, adapter), "whole"
+        made, how = self._of(base, base.checkpoint.folder, torch.float32)
+        return self._with_adapter(made, adapter), how
 
     def _with_adapter(self, base: nn.Module, adapter: Path) -> nn.Module:
         with saying(adapter):
@@ -297,17 +307,33 @@ class _Bench:
     def answers(self, model: nn.Module, how: str, rows: Rows, places: torch.Tensor) -> Answers:
         """What a model computes; one that is read layer by layer is read once."""
         batch = len(rows.lengths) if how == "layer by layer" else BATCH
-        with saying(self.where, "be run"):
-            return answers_of(model, rows, places, batch, self.device)
+        try:
+            with saying(self.where, "be run"):
+                return answers_of(model, rows, places, batch, self.device)
+        except EvaluateError as error:
+            also = [name for name in ("pixel_values", "input_features", "input_values") if name in self.inputs]
+            if also and "NoneType" in error.problems[0].what:
+                what = f"reads {also[0]} beside tokens, so only its tensors are compared"
+                raise EvaluateError.of("MODEL", self.where, what, "verify it where it is used") from error
+            raise
+
+
+def _is_local(model: Model) -> bool:
+    """Whether transformers can load a model from its folder: its files are there, under the names of its class."""
+    made, folder = model.checkpoint, model.checkpoint.folder
+    here = (folder / "config.json", *(folder / one.name for one in made.files))
+    return not made.computed and made.named_like is None and all(path.is_file() for path in here)
 
 
 def _dtype_of(model: Model) -> torch.dtype:
-    """The type that most elements of a model are stored in; bfloat16 for codes."""
+    """The type in which transformers loads a model: that of its config, else that of most elements; bfloat16 for codes."""
     sizes: dict[str, int] = {}
     for name, info in model.checkpoint.tensors.items():
-        dtype = model.checkpoint.written_dtype(name)
+        dtype = str(DTYPES[model.checkpoint.written_dtype(name)].torch)
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(info.shape)
-    found = getattr(torch, str(DTYPES[max(sizes, key=lambda one: sizes[one])].torch), None)
-    return (
-        found if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2 else torch.bfloat16
-    )
+    config = model.checkpoint.config
+    named = config.get("dtype") or config.get("torch_dtype") or max(sizes, key=lambda one: sizes[one])
+    found = getattr(torch, str(named).removeprefix("torch."), None)
+    if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
+        return found
+    return torch.bfloat16

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.auditing.walk import working_pools
+from paft_merge.compute.devices import torch_device
 from paft_merge.differences.tensor_pairs import equal_bits
 from paft_merge.engine.api import available_cores
 from paft_merge.engine.options import MergeOptions, parse_size
@@ -28,13 +29,14 @@ from paft_merge.inputs.quantized import dequantized
 from paft_merge.inputs.safetensors_header import join_first
 from paft_merge.output.folder import part_of
 from paft_merge.output.manifest import MANIFEST, is_merged
+from paft_merge.stores import is_url
 from paft_merge.verifying.accompanying import compare_files
 from paft_merge.verifying.evidence import StoredTensor, compare_stored
 from paft_merge.verifying.findings import Finding, findings_of, is_far, missing_of, not_loaded
 from paft_merge.verifying.likeness import ALIKE, correlation, explain, is_transposed, sample
 from paft_merge.verifying.meaning import Meaning, open_meaning
 from paft_merge.verifying.prompts import read_prompts
-from paft_merge.verifying.report import Verification, read_requirement
+from paft_merge.verifying.report import OF_TENSORS, Verification, read_requirement
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,15 @@ def verify(
         progress: called when a stage begins and while it goes on.
 
     Raises:
-        AuditError: GATE, a requirement cannot be read; VERIFY, the model has no manifest or no meaning as a model.
+        AuditError: GATE, a requirement cannot be read or will not be measured; VERIFY, the model has no manifest or no meaning as a model.
         PaftMergeError: a source is missing or has changed; a file is broken.
     """
-    for text in require:
-        read_requirement(text)
+    for wanted in map(read_requirement, require):
+        if tensors_only and wanted.metric not in OF_TENSORS:
+            what = f"{wanted.metric} is a number of models that run, and only tensors are compared"
+            raise AuditError.of("GATE", wanted.text, what, f"require one of {', '.join(OF_TENSORS)}")
+    if not tensors_only:
+        torch_device(device)
     prompts = read_prompts(data, rows) if data is not None else None
     limit = parse_size(memory) if isinstance(memory, str) else memory
     where = os.fspath(place)
@@ -105,11 +111,17 @@ def verify(
     )
     with ExitStack() as opened:
         opened.enter_context(following_links(follow_links))
-        if (part := part_of(Path(where))).is_dir() and not Path(where).exists():
+        if (
+            recipe is None
+            and not is_url(where)
+            and (part := part_of(Path(where).absolute())).is_dir()
+            and not is_merged(where)
+        ):
             raise AuditError.of(
                 "VERIFY", where, f"its merge did not finish: {part} is there", "finish it with resume=True"
             )
-        folder = fetch(where)
+        path, _, revision = (where, "", "") if is_url(where) or Path(where).exists() else where.partition("@")
+        folder = fetch(path, revision or None)
         if not folder.is_dir():
             raise AuditError.of("VERIFY", where, "is not a folder", "give the folder of the model")
         if recipe is None and not is_merged(folder):

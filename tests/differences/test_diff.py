@@ -320,6 +320,8 @@ def test_an_adapter_and_a_model_are_refused_with_the_way_out(tmp_path: Path) -> 
     for pair in ((adapter, model), (model, adapter)):
         with pytest.raises(CheckpointError, match=r"compare the model that it makes, `BASE\+"):
             differences.diff(*pair)
+    with pytest.raises(PaftMergeError, match="is not a file of tensors that is read here; give the folder"):
+        differences.diff(model / "config.json", model)
 
 
 def test_a_base_with_an_adapter_is_the_merge_but_for_one_rounding(tmp_path: Path) -> None:
@@ -377,6 +379,28 @@ def test_tokenizers_are_compared_in_words(tmp_path: Path) -> None:
         "generation_config.json: temperature is only in B: 0.6",
     ):  # fmt: skip
         assert words in text, text
+
+
+def test_other_forms_of_one_tokenizer_are_the_same(tmp_path: Path) -> None:
+    for name, merges, more in (
+        ("a", [["x", "y"], ["xy", "z"]], {}),
+        ("b", ["x y", "xy z"], {"extra_special_tokens": {}}),
+    ):
+        save_checkpoint(tmp_path / name, state())
+        tokenizer(tmp_path / name, {"x": 0, "y": 1}, "one")
+        held = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        held["model"]["merges"] = merges
+        (tmp_path / name / "tokenizer.json").write_text(
+            json.dumps(dict(sorted(held.items(), reverse=name == "a")), indent=3)
+        )
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
+    found = differences.diff(tmp_path / "a", tmp_path / "b")
+    assert found.same
+    assert [change.counts for change in found.changes] == [False]
+    (tmp_path / "b" / "tokenizer.json").write_text("{")
+    with pytest.raises(PaftMergeError, match=r"tokenizer.json of B: is not JSON"):
+        differences.diff(tmp_path / "a", tmp_path / "b")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

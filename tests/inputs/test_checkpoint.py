@@ -387,7 +387,7 @@ def test_a_folder_that_is_none_is_named(tmp_path):
         f"{tmp_path / 'none'}: cannot be opened: No such file or directory",
     )
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in only_fault_of(tmp_path / "file")[1]
+    assert "is not a file of tensors that is read here" in only_fault_of(tmp_path / "file")[1]
 
 
 def test_the_output_of_an_unfinished_merge_is_refused(tmp_path):

@@ -14,7 +14,11 @@ from conftest import save_checkpoint
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from toys.adapters import edit_config, llama, train
+from toys.hub import files_of, hub
+from toys.hub_server import HubServer
 from toys.merge import on, paft, recipe, write_recipe
+from toys.object_store import S3, s3, server
+from toys.quantized import CONFIG, coded
 from toys.vocabulary import save_tokenizer, vocabulary_family
 
 from paft_merge.engine.api import merge
@@ -23,6 +27,7 @@ from paft_merge.inputs.checkpoint import Checkpoint
 from paft_merge.inputs.tensor_inputs import Read
 from paft_merge.verifying import Verification, likeness, verify
 
+__all__ = ["hub", "s3", "server"]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*"
 )  # PEFT reads a name that transformers renamed
@@ -147,6 +152,18 @@ def test_the_base_has_its_own_type_when_it_is_read_layer_by_layer(world: Path, t
     assert kl[0] == pytest.approx(kl[1], rel=1e-9)
 
 
+def test_a_config_says_in_which_type_a_model_is_run(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "merged", tmp_path / "out")
+    state = {n: t.bfloat16() for n, t in load_file(world / "merged" / "model.safetensors").items()}
+    save_file(state, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    found = [verify(tmp_path / "out", rows=1, new_tokens=1, memory=memory) for memory in ("1G", "1k")]
+    kl = [one.behaviours["recipe"].kl for one in found]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-6)
+    broken = {n: t.fill_(float("nan")) if n.startswith("model.layers.1.mlp.up") else t for n, t in state.items()}
+    save_file(broken, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert verify(tmp_path / "out", rows=1, new_tokens=1).behaviours["recipe"].breaks_at == 1
+
+
 def test_matrices_of_experts_in_another_order_are_named(tmp_path: Path) -> None:
     made = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
     folders = [
@@ -160,6 +177,95 @@ def test_matrices_of_experts_in_another_order_are_named(tmp_path: Path) -> None:
             (4, 12, 16), reads[2], reads[0]
         )
         assert likeness._order((4, 12, 16), reads[0], reads[0]) == ""
+
+
+def test_sources_in_a_store_are_run_from_what_is_read(world: Path, s3: S3, tmp_path: Path) -> None:
+    for name in ("base", "adapter"):
+        s3.put("bkt", world / name, f"m/{name}/")
+    place = "s3://bkt/m"
+    wanted = recipe("task_arithmetic", f"{place}/base", (on(f"{place}/base", f"{place}/adapter"), {"weight": 1.0}))
+    merge(wanted, tmp_path / "out", write_model_card=False)
+    s3.put("bkt", tmp_path / "out", "m/out/")
+    found = verify(f"{place}/out", rows=2, new_tokens=1)
+    assert found.exact
+    assert not found.skipped
+    assert found.behaviours["recipe"].largest == 0
+    assert found.behaviours["adapter"].largest < 1e-5
+    assert found.behaviours["base"].largest > 1e-3
+
+
+def test_a_model_on_the_hub_is_verified_at_its_revision(world: Path, hub: HubServer, tmp_path: Path) -> None:
+    hub.add("me/merged", files_of(world / "merged"))
+    assert tensors_only("me/merged@main").exact  # type: ignore[arg-type]
+    missing = paft("verify", "me/merged@none")
+    assert missing.exit_code == 1
+    assert "none" in missing.output
+
+
+def test_a_base_that_another_document_makes_is_that_model(world: Path, tmp_path: Path) -> None:
+    first = {**of_one(world), "name": "first"}
+    nothing = recipe("task_arithmetic", "first", (world / "merged", {"weight": 0.5}))
+    (tmp_path / "recipe.yaml").write_text(f"{json.dumps(first)}\n---\n{json.dumps(nothing)}")
+    merge(tmp_path / "recipe.yaml", tmp_path / "out", write_model_card=False)
+    found = verify(tmp_path / "out", rows=2, new_tokens=1)
+    assert found.exact
+    assert found.behaviours["base"].largest < 1e-5, "the merge adds nothing to its base"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_quantised_base_is_run_by_its_values(tmp_path: Path, kept: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base, _ = train(
+            llama(hidden_size=32, intermediate_size=48, head_dim=16),
+            tmp_path,
+            LoraConfig(r=2, target_modules=["q_proj"]),
+        )
+    stored, _ = coded({n: t.bfloat16() for n, t in load_file(base / "model.safetensors").items()})
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": CONFIG, "dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    merge(of_one(tmp_path, **({"quantization": "keep"} if kept else {})), tmp_path / "out", write_model_card=False)
+    found = verify(tmp_path / "out", rows=2, new_tokens=1)
+    assert found.ok
+    assert ("up to the codes" in found.verdict) == kept
+    assert not found.skipped
+    kl = {name: one.kl or 0 for name, one in found.behaviours.items()}
+    assert kl["recipe"] == pytest.approx(kl["adapter"], rel=1e-3)
+    assert kl["recipe"] < kl["base"]
+
+
+def tuned(model: Any, top: Path) -> Path:
+    """A model, a fine-tune of it, and their merge."""
+    model.save_pretrained(top / "base")
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(top / "tuned")
+    merge(
+        recipe("task_arithmetic", top / "base", (top / "tuned", {"weight": 0.5})), top / "out", write_model_card=False
+    )
+    return top / "out"
+
+
+def test_models_without_logits_and_with_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
+
+    monkeypatch.setenv("COLUMNS", "100")
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name in ("text", "pictures"):
+        (tmp_path / name).mkdir()
+    out = tuned(BertModel(BertConfig(vocab_size=40, max_position_embeddings=32, **small)), tmp_path / "text")
+    shown = paft("verify", out, "--rows", "2", "--quiet", "--require", "top1 > 0.5")
+    assert shown.exit_code == 2
+    assert "there is no top1" in shown.output
+    assert "largest" in shown.output
+    assert "KL mean" not in shown.output
+    text = {**small, "vocab_size": 40, "max_position_embeddings": 8}
+    vision = {**small, "image_size": 8, "patch_size": 4}
+    out = tuned(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)), tmp_path / "pictures")
+    found = verify(out, rows=2)
+    assert found.exact
+    assert "reads pixel_values beside tokens" in found.skipped["recipe"]
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------------

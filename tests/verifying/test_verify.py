@@ -370,6 +370,18 @@ def test_the_command_prints_a_row_for_each_model_and_its_gate_decides_the_exit_c
     unread = paft("verify", world / "bfloat16", "--require", "kll < 1")
     assert unread.exit_code == 2
     assert "did you mean 'kl'" in unread.output
+    unmeasured = paft("verify", world / "bfloat16", "--tensors-only", "--require", "top1 > 0.9")
+    assert unmeasured.exit_code == 2
+    assert "require one of relative_error, update_lost, faults" in unmeasured.output
+    given = ("--rows", "1", "--new-tokens", "0", "--require", "parted == 0", "--json", "--out", tmp_path / "u.json")
+    unmeasured = paft("verify", world / "bfloat16", "--quiet", *given)
+    assert unmeasured.exit_code == 2
+    assert "there is no parted" in unmeasured.stderr
+    assert json.loads(unmeasured.stdout) == json.loads((tmp_path / "u.json").read_text()), "the result is not lost"
+    for device in ("tpu", "cuda:99"):
+        refused = paft("verify", world / "bfloat16", "--device", device)
+        assert refused.exit_code == 1
+        assert f"error[DEVICE]: {device}" in refused.output
     with pytest.raises(AuditError, match=r'write for example "kl < 0\.001"'):
         verify(world / "bfloat16", require=["kl"])
     wrong = damaged(world, tmp_path / "out", lambda s: s | {NORM: torch.ones_like(s[NORM])})
