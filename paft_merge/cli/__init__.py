@@ -41,6 +41,7 @@ from paft_merge.cli.terminal import (
     WORKERS,
     LineFormatter,
     StderrHandler,
+    complete_files,
     print_error_document,
     print_errors,
     warn,
@@ -221,3 +222,6 @@ for command in (
     completion,
 ):
     cli.add_command(command)
+    for parameter in command.params:
+        if parameter.type is click.STRING and parameter.name != "name":
+            parameter.shell_complete = complete_files  # type: ignore[method-assign]

@@ -7,8 +7,14 @@ import click
 from paft_merge.cli.terminal import import_option, json_option, print_json
 
 
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from paft_merge.methods import METHODS
+
+    return [name for name in METHODS if name.startswith(incomplete)]
+
+
 @click.command(short_help="The merge methods, or one with its parameters.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete)
 @import_option
 @json_option("Print the methods with all their parameters as JSON.")
 def methods(name: str | None, imports: tuple[str, ...], as_json: bool) -> None:

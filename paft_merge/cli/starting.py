@@ -59,7 +59,8 @@ def _init(
     base = base or next(filter(None, (base_of(Path(adapter), "") for adapter in adapters)), None)
     if base is None:
         why = " (the adapters do not name their base)" if adapters else ""
-        raise click.UsageError(f"Missing option '--base'{why}.")
+        ways = "--base and --data for training, two --adapter for a comparison, or --quickstart and OUT for an example"
+        raise click.UsageError(f"Missing option '--base'{why}. Give {ways}.")
     if len(adapters) == 1:
         raise click.UsageError("--adapter is given at least twice: the recipe compares ways of merging them.")
     if len(data) > 2 and not adapters:

@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from paft_merge.cli.running import resume_hint, silence_libraries
-from paft_merge.cli.terminal import json_option, print_json, say, sigterm_as_interrupt
+from paft_merge.cli.terminal import complete_files, json_option, print_json, say, sigterm_as_interrupt
+
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str | CompletionItem]:
+    from paft_merge.studies.study import known_studies
+
+    found: list[str | CompletionItem] = [name for name in known_studies() if name.startswith(incomplete)]
+    return found or [*complete_files(ctx, incomplete)]
 
 
 @click.command(short_help="Test a claim of a paper in small, with seeds and intervals.")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", shell_complete=_complete)
 @click.option(
     "--out",
     required=True,

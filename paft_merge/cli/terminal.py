@@ -24,6 +24,7 @@ from paft_merge.errors import Problem, escape
 from paft_merge.stores import has_scheme
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Console
 
 
@@ -129,6 +130,13 @@ class Rate(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a positive number.", param, ctx)
         return number
+
+
+def complete_files(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete a text as the name of a file or folder: most texts are a model, an adapter or a recipe."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
 
 
 def recipe_place(text: str) -> Path | str:

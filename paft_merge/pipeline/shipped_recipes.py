@@ -41,7 +41,8 @@ def copy_quickstart(out: Path) -> Path | None:
     if source is None:
         what, fix = "is not part of this installation", "install the wheel of paft-merge by pip, or use the source tree"
         raise RunError.of("QUICKSTART", "the quickstart", what, fix)
-    text, schema = with_schema((source / f"{_QUICKSTART}.yaml").read_text(encoding="utf-8"), out)
+    text = (source / f"{_QUICKSTART}.yaml").read_text(encoding="utf-8").replace(f"recipes/{_QUICKSTART}.yaml", out.name)
+    text, schema = with_schema(text, out)
     try:
         shutil.copytree(source / _QUICKSTART, folder, ignore=shutil.ignore_patterns("__pycache__"))
     except OSError as error:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from toys.merge import paft, python
 
+from paft_merge.cli import cli
 from paft_merge.compute.kernels import object_cache
 from paft_merge.engine import doctor
 from paft_merge.errors import Problem
@@ -165,12 +167,22 @@ class TestCompletion:
         lines = "import sys", f"sys.path.insert(0, {str(root)!r})", "from paft_merge.cli import cli", "cli()"
         program.write_text("\n".join([f"#!{sys.executable}", *lines]))
         program.chmod(0o755)
-        typed = [["au"], ["merge", "--dry"], ["schema", "m"]]
+        typed = [["au"], ["merge", "--dry"], ["schema", "m"], ["methods", "breadcrumbs_"], ["study", "froz"]]
         script = f'PATH="{tmp_path}:$PATH"\neval "$(paft completion bash)"\n'
         for words in typed:
             script += f"COMP_WORDS=(paft {' '.join(words)}); COMP_CWORD={len(words)}; COMPREPLY=(); _paft_completion paft; echo ${{COMPREPLY[@]}}\n"
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines() == ["audit", "--dry-run", "merge"]
+        assert done.stdout.splitlines() == ["audit", "--dry-run", "merge", "breadcrumbs_ties", "frozen-lake"]
+
+    @pytest.mark.parametrize("typed", ["merge rec", "audit a", "init --adapter a", "merge -p --clone a", "study my-st"])
+    def test_texts_that_may_be_files_are_completed_as_files(self, typed: str) -> None:
+        words = {
+            "COMP_WORDS": f"paft {typed}",
+            "COMP_CWORD": str(len(typed.split())),
+            "_PAFT_COMPLETE": "bash_complete",
+        }
+        done = CliRunner().invoke(cli, [], prog_name="paft", env=words)
+        assert done.stdout.startswith("file,")
 
     @pytest.mark.parametrize("shell", SHELLS)
     def test_each_shell_has_a_script_for_paft(self, shell: str) -> None:

@@ -28,6 +28,7 @@ def test_the_quickstart_is_copied_and_its_paths_hold(tmp_path: Path) -> None:
     code, text = init("--quickstart", recipe)
     assert code == 0, text
     assert recipe.read_text().startswith("# yaml-language-server: ")
+    assert "#   paft run q.yaml runs/quickstart\n" in recipe.read_text()
     copied = {path.relative_to(recipe.parent) for path in recipe.parent.rglob("*") if path.is_file()}
     source = {path.relative_to(RECIPES) for path in (RECIPES / "quickstart").rglob("*") if path.is_file()}
     assert copied - {Path("q.yaml"), Path("paft.schema.json")} == {p for p in source if p.suffix != ".pyc"}
@@ -41,6 +42,13 @@ def test_nothing_is_overwritten(there: str, tmp_path: Path) -> None:
     assert code != 0
     assert "exists" in text or "is a directory" in text
     assert [path.name for path in tmp_path.iterdir()] == [there]
+
+
+def test_init_without_words_names_the_ways_to_call_it() -> None:
+    code, text = init()
+    assert code == 2
+    assert "Missing option '--base'. Give --base and --data" in text
+    assert "--quickstart" in text
 
 
 @pytest.mark.parametrize("words", [(), ("q.yaml", "--base", "b"), ("q.yaml", "--gpus", 1)])
