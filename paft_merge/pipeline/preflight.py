@@ -217,7 +217,7 @@ def _check_verify(recipe: RunRecipe, problems: Problems) -> None:
 
     for at, text in enumerate(recipe.verify.require):
         with problems.catching(recipe.where("verify", "require", at)):
-            read_requirement(text)
+            read_requirement(text, tensors_only=recipe.verify.tensors_only)
     if recipe.verify.data is not None:
         with problems.catching(recipe.where("verify", "data")):
             read_prompts(beside_recipe(recipe.verify.data, recipe.folder), recipe.verify.rows)

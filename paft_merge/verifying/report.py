@@ -231,21 +231,28 @@ METRICS: Mapping[str, Metric] = {
 }  # fmt: skip
 """What `--require` can ask for; `[source=base]` asks for the comparison with the base."""
 
-OF_TENSORS = ("relative_error", "update_lost", "faults")
+_OF_TENSORS = ("relative_error", "update_lost", "faults")
 """Those of `METRICS` for which no model runs."""
 
 _SOURCES = ("recipe", "base", "adapter")
 
 
-def read_requirement(text: str) -> Requirement:
+def read_requirement(text: str, *, tensors_only: bool = False) -> Requirement:
     """Read `METRIC [source=recipe|base|adapter] OPERATOR NUMBER`.
 
+    Args:
+        text: the requirement.
+        tensors_only: whether no model runs.
+
     Raises:
-        AuditError: GATE, with what is wrong.
+        AuditError: GATE, with what is wrong, or because its number will not be measured.
     """
     wanted = Requirement.parse(text, METRICS)
     if wanted.scope.keys() - {"source"} or wanted.scope.get("source", "recipe") not in _SOURCES:
         raise AuditError.of(
             "GATE", text, "has a scope that verify does not know", f"write [source=X] with one of {', '.join(_SOURCES)}"
         )
+    if tensors_only and wanted.metric not in _OF_TENSORS:
+        what = f"{wanted.metric} is a number of models that run, and only tensors are compared"
+        raise AuditError.of("GATE", wanted.text, what, f"require one of {', '.join(_OF_TENSORS)}")
     return wanted

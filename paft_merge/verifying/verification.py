@@ -36,7 +36,7 @@ from paft_merge.verifying.findings import Finding, findings_of, is_far, missing_
 from paft_merge.verifying.likeness import ALIKE, correlation, explain, is_transposed, sample
 from paft_merge.verifying.meaning import Meaning, open_meaning
 from paft_merge.verifying.prompts import read_prompts
-from paft_merge.verifying.report import OF_TENSORS, Verification, read_requirement
+from paft_merge.verifying.report import Verification, read_requirement
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,8 @@ def verify(
         AuditError: GATE, a requirement cannot be read or will not be measured; VERIFY, the model has no manifest or no meaning as a model.
         PaftMergeError: a source is missing or has changed; a file is broken.
     """
-    for wanted in map(read_requirement, require):
-        if tensors_only and wanted.metric not in OF_TENSORS:
-            what = f"{wanted.metric} is a number of models that run, and only tensors are compared"
-            raise AuditError.of("GATE", wanted.text, what, f"require one of {', '.join(OF_TENSORS)}")
+    for text in require:
+        read_requirement(text, tensors_only=tensors_only)
     if not tensors_only:
         torch_device(device)
     prompts = read_prompts(data, rows) if data is not None else None

@@ -81,3 +81,7 @@ def test_faults_of_the_section_have_their_lines(top: Path) -> None:
     refused = paft("run", recipe(top, "odd.yaml", require=["kll < 1"], data="none.txt"), top / "odd", "--quiet")
     assert "did you mean 'kl'" in refused.output
     assert "none.txt" in refused.output
+    unmeasured = recipe(top, "odd.yaml", require="kl < 1", tensors_only=True)
+    refused = paft("run", unmeasured, top / "odd", "--dry-run")
+    assert refused.exit_code == 1
+    assert "require one of relative_error" in refused.output
