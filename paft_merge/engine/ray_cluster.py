@@ -114,12 +114,15 @@ class Cluster:
         started = address is None
         own = {"include_dashboard": False, "object_store_memory": 80 << 20} if started else {}
         before = signal.getsignal(signal.SIGTERM)
+        answers = False
         with redirect_stdout(_WithoutRay(sys.stdout)):
             try:
-                _check_answers(address)
+                answers = _check_answers(address)
                 ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
             except (OSError, RuntimeError, ValueError) as error:
                 fix = "start one with `ray start --head`, or leave ray_address out to use this machine"
+                if answers:
+                    fix = "use Ray in the version of the cluster, with its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
                 raise RunError.of("RAY", address or "ray", f"no cluster: {first_line(error)}", fix) from error
             finally:
                 if threading.current_thread() is threading.main_thread():
@@ -220,11 +223,17 @@ def until_seen(seen: Callable[[], bool], place: Path, kind: type[PaftMergeError]
         pause = min(2 * pause, 2.0)
 
 
-def _check_answers(address: str | None) -> None:
-    """Raise OSError if nothing listens at `host:port`: Ray would wait for a minute, and then end the process."""
+def _check_answers(address: str | None) -> bool:
+    """Whether something listens at `host:port`; False for other addresses.
+
+    Raises:
+        OSError: nothing does. Ray would wait for a minute, and then end the process.
+    """
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        return True
+    return False
 
 
 class _WithoutRay:

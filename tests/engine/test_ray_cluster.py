@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,6 +78,19 @@ def test_an_address_without_a_cluster(address: str) -> None:
     assert (problem.code, problem.where) == ("RAY", address)
     assert "\n" not in str(problem)
     assert problem.what.startswith("no cluster: ")
+
+
+def test_a_cluster_that_refuses_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(address: str, **_: Any) -> None:
+        raise ConnectionError(f"Failed to connect to Ray cluster at {address}")
+
+    monkeypatch.setattr(pytest.importorskip("ray"), "init", refuses)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(
+            RunError, match=r"Failed to connect.*; use Ray in the version of the cluster, with its token in"
+        ):
+            Cluster.connect(address).__enter__()
 
 
 def test_errors_pass_between_processes() -> None:
