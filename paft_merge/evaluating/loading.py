@@ -34,7 +34,7 @@ from paft_merge.training.child_process import match_in_time
 from paft_merge.training.engine_schema import Engine
 
 if TYPE_CHECKING:
-    from paft_merge.evaluating.decoding import Decoder
+    from paft_merge.evaluating.joint_decoding import Decoder
     from paft_merge.training.vllm_engine import VllmModel
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from toys import adapters as toys
 from toys.train import THEIR_WARNINGS, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from paft_merge.evaluating import decoding
-from paft_merge.evaluating.decoding import Decoder
+from paft_merge.evaluating import joint_decoding as decoding
+from paft_merge.evaluating.joint_decoding import Decoder
 from paft_merge.training.generation import complete
 
 pytestmark = THEIR_WARNINGS
