@@ -50,7 +50,7 @@ from paft_merge.cli.terminal import Size as Size
 from paft_merge.cli.training import train
 from paft_merge.cli.tuning import tune
 from paft_merge.cli.verifying import verify
-from paft_merge.errors import PaftMergeError, Problem, cause_of, escape_logs
+from paft_merge.errors import PaftMergeError, Problem, cause_of, escape, escape_logs
 from paft_merge.output.versions import version_of
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,11 @@ class _Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[COMMAND] = shlex.join(["paft", *args])
         ctx.meta[AS_JSON] = "--json" in args
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.ClickException as error:
+            error.message = escape(error.message)  # type: ignore[misc]
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         began = time.monotonic()
@@ -94,6 +98,7 @@ class _Group(click.Group):
             print_errors([fault])
             ctx.exit(REFUSED)
         except click.ClickException as error:  # click prints it on stderr
+            error.message = escape(error.message)  # type: ignore[misc]
             print_error_document([Problem("USAGE", _usage_of(error), error.format_message(), "")])
             raise
         except click.exceptions.Exit as end:

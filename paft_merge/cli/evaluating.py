@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,24 +114,27 @@ def evaluate(
     """Evaluate MODEL: a folder, a Hub name, or BASE+ADAPTER, without writing a merged model."""
     if alpaca_eval is not None and instructions is None:
         raise click.UsageError("--alpaca-eval needs --instructions.")
-    metrics = {
-        path.stem if len(files) > 1 else kind: {"kind": kind, "data": str(path), **more}
-        for kind, files, more in (
-            ("exact_match", exact_match, {"max_new_tokens": max_new_tokens}),
-            ("preference", preference, {}),
-            ("perplexity", perplexity, {"unit": unit}),
-            ("self_consistency", self_consistency, {"max_new_tokens": max_new_tokens}),
-        )
-        for path in files
-    }
-    for data, function in reward:
-        metrics[function.rpartition(":")[2]] = {
-            "kind": "reward", "data": data, "function": function, "max_new_tokens": max_new_tokens,
-        }  # fmt: skip
-    for data, source in agreement:
-        metrics[f"agreement with {source} on {data}" if len(agreement) > 1 else "agreement"] = {
-            "kind": "agreement", "data": data, "with": source, "max_new_tokens": max_new_tokens,
-        }  # fmt: skip
+    answer = {"max_new_tokens": max_new_tokens}
+    metrics = _named(
+        [
+            (path.stem if len(files) > 1 else kind, {"kind": kind, "data": str(path), **more})
+            for kind, files, more in (
+                ("exact_match", exact_match, answer),
+                ("preference", preference, {}),
+                ("perplexity", perplexity, {"unit": unit}),
+                ("self_consistency", self_consistency, answer),
+            )
+            for path in files
+        ]
+        + [(of.rpartition(":")[2], {"kind": "reward", "data": data, "function": of, **answer}) for data, of in reward]
+        + [
+            (
+                f"agreement with {source} on {data}" if len(agreement) > 1 else "agreement",
+                {"kind": "agreement", "data": data, "with": source, **answer},
+            )
+            for data, source in agreement
+        ]
+    )
     asked = bool(metrics or tasks or suite)
     if not (asked or recipe or alpaca_eval):
         raise click.UsageError(
@@ -161,7 +165,7 @@ def evaluate(
 
             if recipe is not None:
                 changes = (*([f"evaluate.engine={engine}"] if engine == "vllm" else []), *overrides)
-                scores |= _by_recipe(model, recipe, changes, progress, trust_code)
+                scores |= _by_recipe(model, recipe, changes, progress, trust_code, metrics)
             if asked:
                 scores |= evaluate_model(model, given, progress=progress, trust_code=trust_code)
             if alpaca_eval is not None and instructions is not None:
@@ -173,6 +177,17 @@ def evaluate(
         if alpaca_eval is not None:
             say(f"{count} answers in {alpaca_eval}")
     _show(scores, as_json, out)
+
+
+def _named(asked: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
+    """Metrics by name: a short one, or its kind (of `reward` the function) and its file where two have the same short one."""
+    short, found = Counter(name for name, _ in asked), dict[str, Mapping[str, Any]]()
+    for name, metric in asked:
+        whole = name if short[name] == 1 else f"{metric.get('function') or metric['kind']} on {metric['data']}"
+        if whole in found:
+            raise click.UsageError(f"{whole} is asked twice.")
+        found[whole] = metric
+    return found
 
 
 @contextmanager
@@ -225,7 +240,9 @@ def _by_recipe(
     overrides: tuple[str, ...],
     progress: Callable[[EvaluateProgress], None],
     trust_code: bool,
+    also: Collection[str],
 ) -> dict[str, Any]:
+    """The scores of a recipe's section; `also` are the names of further metrics."""
     from paft_merge.errors import EvaluateError
     from paft_merge.evaluating import evaluate
     from paft_merge.pipeline.named_models import models_outside
@@ -234,6 +251,8 @@ def _by_recipe(
     loaded = load_run(recipe, overrides)
     if loaded.evaluate is None:
         raise EvaluateError.of("SECTION", recipe, "has no section evaluate", "add evaluate: {metrics: ...}")
+    if twice := [name for name in also if name in loaded.evaluate.metrics]:
+        raise click.UsageError(f"{', '.join(twice)}: a metric of {recipe} and one of the options have this name.")
     scores = evaluate(
         model, loaded.evaluate, folder=loaded.folder, models=models_outside(loaded), progress=progress, trust_code=trust_code
     )  # fmt: skip

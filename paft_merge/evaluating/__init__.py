@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from paft_merge.errors import EvaluateError, Problems
 from paft_merge.evaluating.agreement import source_parts
-from paft_merge.evaluating.schema import EvaluateSpec, read_evaluate
+from paft_merge.evaluating.schema import HARNESS, EvaluateSpec, read_evaluate
 from paft_merge.inputs.links import following_links
 from paft_merge.recipe.yaml_source import Located
 from paft_merge.training.engine_schema import ENGINES
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from paft_merge.evaluating.loading import EvaluatedModel
 
 __all__ = ["HARNESS", "EvaluateProgress", "EvaluateSpec", "check_evaluate", "evaluate", "read_evaluate"]
-
-HARNESS = "lm-eval"
-"""The name of all lm-eval tasks together, in `only` and `progress`."""
 
 
 def check_evaluate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,14 @@ def check_tasks(spec: EvaluateSpec, folder: Path, *, trust_code: bool = False) -
         if name not in known:
             fix = did_you_mean(name, known) or "`lm-eval ls tasks` lists the names; give your own task as a .yaml file"
             problems.add("TASK", "evaluate", f"lm-eval has no task {name!r}", fix)
+    named = {task: _name_of(beside_recipe(task, folder)) if is_file(task) else task for task in spec.tasks}
+    for name, count in Counter(named.values()).items():
+        if count > 1:
+            problems.add("TASK", "evaluate", f"{count} of the tasks have the name {name!r}", "give each its own")
+    for name in dict.fromkeys((*named.values(), *filter(None, [spec.suite]))):
+        if name in spec.metrics:
+            what = f"a metric and lm-eval's tasks have the same name {name!r}"
+            problems.add("TASK", "evaluate", what, "rename the metric")
     problems.raise_as(EvaluateError)
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from paft_merge.compute.devices import torch_device
 from paft_merge.errors import CheckpointError, EvaluateError, PaftMergeError, Problems, first_line
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.hub import fetch
@@ -35,7 +34,7 @@ from paft_merge.training.child_process import match_in_time
 from paft_merge.training.engine_schema import Engine
 
 if TYPE_CHECKING:
-    from paft_merge.evaluating.batched_decoding import Decoder
+    from paft_merge.evaluating.joint_decoding import Decoder
     from paft_merge.training.vllm_engine import VllmModel
 
 T = TypeVar("T")
@@ -101,12 +100,12 @@ def load_subject(
         weights: the tensors of the checkpoint by name, for a folder without files of weights.
 
     Raises:
-        EvaluateError: MODEL, when a part cannot be loaded. HubError: when a part cannot be fetched. MergeError: DEVICE.
+        EvaluateError: MODEL, when a part cannot be loaded. HubError: when a part cannot be fetched.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, folder, adapters = base_and_adapters(model)
-    device = torch_device(spec.device)
+    device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = spec.dtype if spec.dtype != "auto" or device.type != "cpu" else "float32"
     with errors_of_loading(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_code)

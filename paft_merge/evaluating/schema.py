@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from paft_merge.recipe.sections import Section, as_list, read_section
 from paft_merge.recipe.yaml_source import Located
@@ -15,6 +15,12 @@ Kind = Literal["exact_match", "preference", "reward", "perplexity", "self_consis
 
 GENERATING: tuple[Kind, ...] = ("exact_match", "reward", "self_consistency", "agreement")
 """Kinds that compare generated answers."""
+
+HARNESS = "lm-eval"
+"""The name of all lm-eval tasks together, in `only` and `progress`."""
+
+SPARSITY = "sparsity"
+"""The column of a run's table with the share of entries that a model did not change."""
 
 SAMPLES = 8
 """Answers to each prompt of `self_consistency`, unless the metric has `samples`."""
@@ -123,6 +129,14 @@ class EvaluateSpec(EngineSpec):
     """`cuda` or `cpu`; default: a GPU if there is one."""
     seed: int = 0
     """Seed of sampled answers."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _not_reserved(cls, given: dict[str, Measurement]) -> dict[str, Measurement]:
+        for name, of in ((HARNESS, "all lm-eval tasks together"), (SPARSITY, "a column of a run's table")):
+            if name in given:
+                raise ValueError(f"{name!r} is the name of {of}; give the metric another one")
+        return given
 
     @model_validator(mode="after")
     def _answered_by_vllm(self) -> EvaluateSpec:

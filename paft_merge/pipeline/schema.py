@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -400,6 +401,11 @@ def read_run(recipe: Path | str, overrides: Sequence[str] = ()) -> tuple[RunReci
     if "evaluate" in data:
         with problems.catching():
             evaluate = read_evaluate(located.sub("evaluate"))
+            for name in evaluate.metrics:
+                if not re.fullmatch(r"[^./\\][^/\\]{,99}", name) or not name.isprintable():
+                    what = f"{name!r} cannot be the name of a metric: its results are in a file of that name"
+                    fix = "write 1 to 100 characters, no slash, and no dot at the beginning"
+                    problems.add("VALUE", located.spot(("evaluate", "metrics", name)), what, fix)
     seeds = _seeds(data.get("seeds"), located, problems)
     if not problems.found:
         _check_together(data, adapters, evaluate, found["tune"], located, problems)

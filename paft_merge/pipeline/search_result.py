@@ -92,10 +92,14 @@ def terms(objective: str) -> dict[str, float]:
         if not star and name.strip().startswith("-"):
             sign, name = -1.0, name.strip()[1:]
         try:
-            found[name.strip()] = sign * (float(factor.replace(" ", "")) if star else 1.0)
+            weight = sign * (float(factor.replace(" ", "")) if star else 1.0)
         except ValueError:
             fix = "write for example skill, or skill + 0.1 * happy"
             raise RecipeError.of("TUNE", "tune.metric", f"{objective!r} is not a sum of evaluations", fix) from None
+        if name.strip() in found:
+            what = f"{objective!r} has {name.strip()!r} twice"
+            raise RecipeError.of("TUNE", "tune.metric", what, "write it once, with the sum of its weights")
+        found[name.strip()] = weight
     return found
 
 

@@ -22,7 +22,7 @@ from paft_merge.engine.options import MergeOptions
 from paft_merge.engine.sidefiles import model_files
 from paft_merge.errors import EvaluateError, Problem
 from paft_merge.evaluating import HARNESS, check_evaluate, evaluate_loaded
-from paft_merge.evaluating.batched_decoding import Decoder
+from paft_merge.evaluating.joint_decoding import Decoder
 from paft_merge.pipeline.arms import writes_adapter
 from paft_merge.pipeline.named_models import resolved_merge
 from paft_merge.pipeline.ray_steps import Origin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from paft_merge.compute.scratch import uncollected
 from paft_merge.errors import PaftMergeError, Problems, RecipeError, TrainError, escape_logs
 from paft_merge.inputs.links import following_links
 from paft_merge.inputs.model_config import refuse_odd_files
@@ -176,8 +178,12 @@ def _wants_processes(specs: dict[str, AdapterSpec], schedule: Schedule, devices:
 def _one_after_another(
     specs: dict[str, AdapterSpec], base: Any, out: Path, options: TrainOptions, logs: bool
 ) -> dict[str, Path]:
-    from paft_merge.training.base_model import digest_of, is_sharded, load_base
-    from paft_merge.training.run import train_adapter
+    need_extras()
+    with uncollected():  # the search for reference cycles took a quarter of the time of importing TRL
+        from paft_merge.training.base_model import digest_of, is_sharded, load_base
+        from paft_merge.training.run import train_adapter
+
+        importlib.import_module("paft_merge.training.trainers")
 
     done: dict[str, Path] = {}
     model, loaded, digest = base, None, None

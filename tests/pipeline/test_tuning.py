@@ -340,6 +340,9 @@ def test_a_metric_may_be_a_sum() -> None:
     assert terms("skill - text") == {"skill": 1.0, "text": -1.0}
     with pytest.raises(RecipeError, match="is not a sum of evaluations"):
         terms("skill + x * happy")
+    for twice in ("skill + skill", "0.5 * skill - 0.1*happy + 2 * skill"):
+        with pytest.raises(RecipeError, match="has 'skill' twice"):
+            terms(twice)
 
 
 def test_choices_and_logarithms_are_drawn(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,10 @@ import yaml
 from toys.train import FAST, THEIR_WARNINGS, preferences, pretrained, saved, texts
 
 from paft_merge.errors import RecipeError, TrainError
-from paft_merge.training import train
+from paft_merge.training import launch, train
 from paft_merge.training.processes import Launch, command_for, devices_of, free_ports, run_all
 from paft_merge.training.schema import read_adapter
+from paft_merge.training.train_options import TrainOptions
 
 pytestmark = THEIR_WARNINGS
 
@@ -308,3 +312,22 @@ def test_the_command_writes_a_log_of_every_adapter_and_names_it(tmp_path):
     assert kept.exit_code == 0, kept.output
     assert f"sft: was finished already, log in {out / 'sft'}.log" in kept.stderr
     assert "TrainError: " in (out / "sft.log").read_text()
+
+
+def test_trl_is_imported_without_the_search_for_reference_cycles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, searched = "paft_merge.training.trainers", list[bool]()
+
+    class Finder:
+        def find_spec(self, module: str, *_: Any) -> None:
+            if module == name:
+                searched.append(gc.isenabled())
+
+    importlib.import_module(name)
+    monkeypatch.setattr(name, sys.modules[name])  # so that the attribute of the package is restored, too
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    launch._one_after_another({}, None, tmp_path, TrainOptions(base_path="x"), False)
+    assert searched == [False]
+    assert gc.isenabled()

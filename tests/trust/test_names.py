@@ -178,3 +178,20 @@ def test_a_bug_is_not_taken_for_an_error_of_the_system(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("paft_merge.hub.merged_folders.write_card", fail)
     assert isinstance(CliRunner().invoke(cli, ["card", str(tmp_path)]).exception, RuntimeError)
+
+
+ARGV = "\x1b]0;x\x07\x1b[31m\u202e\nz"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [ARGV], [f"--{ARGV}"], [f"-{ARGV}"], ["merge", f"--{ARGV}"], ["merge", "x", "o", ARGV], ["merge", "x", "o", "--threads", ARGV],
+        ["evaluate", "m", "--suite", ARGV], ["evaluate", "m", "--exact-match", ARGV], ["tune", ARGV, "o"], ["run", "x", "--only", ARGV],
+        ["completion", ARGV], ["merge", "x", "o", "--memory", ARGV], ["--log-file", "/", ARGV], ["doctor", f"--quiet={ARGV}"],
+    ],
+)  # fmt: skip
+def test_errors_of_usage_escape_the_arguments(args: list[str]) -> None:
+    done = CliRunner().invoke(cli, args, color=True)
+    assert done.exit_code == 2
+    assert not {"\x1b", "\x07", "\u202e"} & {*done.output}

@@ -11,8 +11,8 @@ from toys import adapters as toys
 from toys.train import THEIR_WARNINGS, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from paft_merge.evaluating import batched_decoding
-from paft_merge.evaluating.batched_decoding import Decoder
+from paft_merge.evaluating import joint_decoding as decoding
+from paft_merge.evaluating.joint_decoding import Decoder
 from paft_merge.training.generation import complete
 
 pytestmark = THEIR_WARNINGS
@@ -69,7 +69,7 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append("custom_generate" in named)
         return complete(*given, **named)
 
-    monkeypatch.setattr(batched_decoding, "complete", counted)
+    monkeypatch.setattr(decoding, "complete", counted)
     return found
 
 
@@ -102,7 +102,7 @@ def test_positions_that_are_learned_are_those_of_the_row() -> None:
 def test_batches_that_do_not_fit_are_generated_one_after_another(
     temperature: float, monkeypatch: Any, loops: list[bool]
 ) -> None:
-    monkeypatch.setattr(batched_decoding, "_BYTES", 1)
+    monkeypatch.setattr(decoding, "_BYTES", 1)
     decoder, how = Decoder(), settings(temperature)
     for seed in range(2):
         model = llama(seed)
@@ -116,7 +116,7 @@ def test_a_batch_with_two_tokens_that_are_about_equal_is_generated_by_transforme
 ) -> None:
     decoder, how = Decoder(), settings(temperature)
     answers(by(decoder), llama(), **how)
-    monkeypatch.setattr(batched_decoding, "_MARGIN", 1e3)
+    monkeypatch.setattr(decoding, "_MARGIN", 1e3)
     expected = answers(plain, llama(1), **how)
     del loops[:]
     assert answers(by(decoder), llama(1), **how) == expected
@@ -127,14 +127,14 @@ def test_equal_logits_are_close(monkeypatch: Any) -> None:
     model, found = llama(), list[set[int]]()
     with torch.no_grad():
         model.lm_head.weight[8:] = model.lm_head.weight[7]  # most tokens have the same logit
-    call = batched_decoding._Decoding.__call__
+    call = decoding._Decoding.__call__
 
     def noted(self: Any, *given: Any, **named: Any) -> Any:
         made = call(self, *given, **named)
         found.append(self.close)
         return made
 
-    monkeypatch.setattr(batched_decoding._Decoding, "__call__", noted)
+    monkeypatch.setattr(decoding._Decoding, "__call__", noted)
     decoder = Decoder()
     assert answers(by(decoder), model, **settings(0)) == answers(plain, model, **settings(0))
     assert any(found)
@@ -170,8 +170,8 @@ def test_other_models_and_settings_are_generated_by_transformers(kind: str, temp
 
 
 def test_a_loop_that_gives_other_tokens_is_not_used(monkeypatch: Any, loops: list[bool]) -> None:
-    draw = batched_decoding._Noise.at
-    monkeypatch.setattr(batched_decoding._Noise, "at", lambda self, step: -draw(self, step))
+    draw = decoding._Noise.at
+    monkeypatch.setattr(decoding._Noise, "at", lambda self, step: -draw(self, step))
     decoder, how = Decoder(), settings(1.0)
     for seed in range(2):
         model = llama(seed)
@@ -184,12 +184,12 @@ def test_a_loop_that_gives_other_tokens_is_not_used(monkeypatch: Any, loops: lis
 
 def test_much_noise_is_not_kept(monkeypatch: Any) -> None:
     how = settings(1.0)
-    monkeypatch.setattr(batched_decoding, "_NOISE_BYTES", 4 * 40 * 12 * 8)  # of one part
+    monkeypatch.setattr(decoding, "_NOISE_BYTES", 4 * 40 * 12 * 8)  # of one part
     decoder = Decoder()
     for seed in range(3):
         assert answers(by(decoder), llama(seed), **how) == answers(plain, llama(seed), **how)
-        assert sum(one.log_SBV.nbytes for one in decoder.noise.values()) <= batched_decoding._NOISE_BYTES
-    monkeypatch.setattr(batched_decoding, "_NOISE_BYTES", 100)
+        assert sum(one.log_SBV.nbytes for one in decoder.noise.values()) <= decoding._NOISE_BYTES
+    monkeypatch.setattr(decoding, "_NOISE_BYTES", 100)
     decoder = Decoder()
     assert answers(by(decoder), llama(), **how) == answers(plain, llama(), **how)
     assert not decoder.noise
