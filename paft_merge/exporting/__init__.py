@@ -4,6 +4,8 @@ folders    checks the model, runs the converter, checks its file, and renames th
 converters finds the converters on this machine, and runs them
 ollama     the Modelfile of Ollama, with the chat template where it is certain
 gguf_files checks a GGUF file
+gguf_tokens compares the tokens that llama.cpp makes with those of the model's tokenizer
+older_configs the config as MLX reads it
 """
 
 from __future__ import annotations

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from paft_merge.dialects import checking
+from paft_merge.dialects.places import base_at
 from paft_merge.errors import OutputError, PaftMergeError, Problem, Problems
 from paft_merge.exporting import converters, gguf_files
+from paft_merge.exporting.gguf_tokens import check_tokens
+from paft_merge.exporting.older_configs import readable
 from paft_merge.hub import resolve
 from paft_merge.inputs.adapter_places import CONFIG, base_of
 from paft_merge.inputs.adapters import open_weights
@@ -66,8 +70,9 @@ class _Job:
 
     @property
     def name(self) -> str:
-        """The name of the GGUF file."""
-        return f"{self.model.resolve().name}{f'-{self.quantize.upper()}' if self.quantize else ''}.gguf"
+        """The name of the GGUF file: of letters, digits and `._-`, since llama.cpp fills in braces and Ollama reads quotes."""
+        stem = re.sub(r"[^\w.-]", "_", self.model.resolve().name).lstrip("-") or "model"
+        return f"{stem}{f'-{self.quantize.upper()}' if self.quantize else ''}.gguf"
 
 
 def export(
@@ -192,15 +197,17 @@ def _refuse_code(folder: Path, trust_code: bool) -> None:
         raise OutputError.of("TRUST", folder, what, "read it, then pass trust_code=True")
 
 
-def _opened(folder: Path) -> tuple[int, dict[str, object]]:
-    """The number of entries of a model's tensors, and its config.
+def _opened(folder: Path) -> tuple[Set[int], dict[str, object]]:
+    """The numbers of entries that a converted model may have, and the config.
 
     Raises:
         CheckpointError: its files are incomplete.
         OutputError: EXPORT, a converter cannot read it.
     """
     with Checkpoint.open(folder) as checkpoint:
-        config, entries = checkpoint.config, sum(info.numel for info in checkpoint.tensors.values())
+        config, sizes = checkpoint.config, {name: info.numel for name, info in checkpoint.tensors.items()}
+    copied = sizes.get("lm_head.weight", 0) if config.get("tie_word_embeddings") and len(sizes) > 1 else 0
+    entries = {total := sum(sizes.values()), total - copied}  # mlx-lm leaves out a copy of the embeddings
     if not config.get("architectures"):
         fix = "save it with transformers, or add architectures to config.json"
         raise OutputError.of("EXPORT", folder, "has no architectures in config.json, by which converters choose", fix)
@@ -210,6 +217,16 @@ def _opened(folder: Path) -> tuple[int, dict[str, object]]:
         raise OutputError.of("EXPORT", folder, what, f"paft dequantize {folder} OUT")
     if not is_tokenizer(files_in(folder)):
         raise OutputError.of("EXPORT", folder, "has no tokenizer, which the converter writes too", "copy the base's")
+    ids, rows = TrainedTokenizer(files_in(folder)).ids, config.get("vocab_size")
+    if (
+        isinstance(rows, int)
+        and (last := max(ids, key=ids.__getitem__, default=None)) is not None
+        and ids[last] >= rows
+    ):
+        what = f"has the token {last} with the id {ids[last]:,}, and vocab_size is {rows:,}: the embeddings have no row for it"
+        raise OutputError.of(
+            "EXPORT", folder, what, "copy the tokenizer that fits the weights, or resize the embeddings"
+        )
     return entries, config
 
 
@@ -247,7 +264,7 @@ def _prepared_gguf(job: _Job) -> _Write:
                 [*quantize, str(first), str(part / job.name), str(job.quantize).upper()], converters.QUANTIZE
             )
             first.unlink()
-        return gguf_files.check(part / job.name, expected)
+        return [*gguf_files.check(part / job.name, expected), *check_tokens(part / job.name, job.model, job.llama_cpp)]
 
     return write
 
@@ -268,7 +285,9 @@ def _prepared_ollama(job: _Job) -> _Write:
 
 def _prepared_lora(job: _Job) -> _Write:
     convert, _ = _programs("gguf-lora", job.quantize, job.llama_cpp)
-    (verdict,) = checking.check(job.model, ["llamacpp"])
+    is_whole = job.base is not None and any(job.base.glob("*.safetensors"))
+    with base_at(str(job.base)) if is_whole else nullcontext() as base:
+        (verdict,) = checking.check(job.model, ["llamacpp"], base)
     if not verdict.passes:
         bad = [finding for finding in verdict.findings if finding.outcome in ("silent", "refuses")]
         raise OutputError([Problem("EXPORT", str(job.model), f"llama.cpp {one.what}", one.fix) for one in bad])
@@ -290,16 +309,15 @@ def _prepared_mlx(job: _Job) -> _Write:
     def write(part: Path) -> list[Problem]:
         made = part / "made"
         bits = ["-q", "--q-bits", str(_BITS[job.quantize])] if job.quantize else []
-        converters.run(
-            [*convert, "--hf-path", str(job.model.resolve()), "--mlx-path", str(made), *bits], "mlx_lm.convert"
-        )
+        with readable(job.model, part) as source:
+            converters.run([*convert, "--hf-path", str(source), "--mlx-path", str(made), *bits], "mlx_lm.convert")
         try:
             with Checkpoint.open(made) as checkpoint:
                 found = sum(info.numel for info in checkpoint.tensors.values())
         except PaftMergeError as error:
             raise OutputError.of("EXPORT_CHECK", "mlx", f"the converter's folder cannot be read: {error}") from error
-        if not job.quantize and found != entries:
-            what = f"has {found:,} entries in its tensors, and the model has {entries:,}"
+        if not job.quantize and found not in entries:
+            what = f"has {found:,} entries in its tensors, and the model has {max(entries):,}"
             raise OutputError.of("EXPORT_CHECK", "mlx", what, "update mlx-lm, and run it again")
         for file in made.iterdir():
             file.rename(part / file.name)

@@ -132,6 +132,26 @@ def test_a_lost_layer_and_a_lost_template_are_found(tmp_path: Path) -> None:
     assert any("has no chat template" in problem.what for problem in done.warnings)
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("ModuleNotFoundError: No module named 'gguf'", "pip install gguf"),
+        ("NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()", "tokenizer: base"),
+        ("convert: error: unrecognized arguments: --outtype", "of a version with other options"),
+        ("OSError: [Errno 28] No space left on device", "free some space"),
+        (
+            "\\033[31mERROR\\033[0m: no idea \\033]0;title\\007",
+            r"ended with 1: ERROR: no idea \\x1b\]0;title\\x07; see all",
+        ),
+    ],
+)
+def test_the_last_line_of_a_converter_and_what_to_do(said: str, words: str) -> None:
+    from paft_merge.exporting.converters import run
+
+    with pytest.raises(OutputError, match=words):
+        run(["sh", "-c", f"printf '%b\\n' \"{said}\"; exit 1"], "converter")
+
+
 def test_an_interrupt_kills_the_converter_and_leaves_nothing(tmp_path: Path) -> None:
     place = checkout(tmp_path / "llama", stand_ins.SLOW)
     command = [
@@ -194,6 +214,30 @@ def test_models_that_no_converter_reads_are_refused_before(tmp_path: Path) -> No
         exporting.export(bare, to="gguf", llama_cpp=place)
 
 
+def test_a_token_without_a_row_is_refused_before(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"token <\|im_end\|> with the id 2, and vocab_size is 2"):
+        exporting.export(model(tmp_path, vocab_size=2), to="gguf", llama_cpp=checkout(tmp_path / "llama"))
+
+
+@needs_gguf
+@pytest.mark.parametrize("change", ["tensors.pop('lm_head.weight')", "pass"])
+def test_a_stored_copy_of_a_tied_head_is_kept_or_left_out(tmp_path: Path, change: str) -> None:
+    import torch
+
+    text = stand_ins.CONVERT.replace("write(given.outfile", f"{change}\nwrite(given.outfile")
+    made = model(tmp_path, tie_word_embeddings=True)
+    rows = {name: torch.ones(4, 8) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_checkpoint(made, rows, config=json.loads((made / "config.json").read_text()))
+    exporting.export(made, to="gguf", llama_cpp=checkout(tmp_path / "llama", text))
+
+
+def test_odd_names_of_a_folder_are_not_those_of_the_file(tmp_path: Path) -> None:
+    made = model(tmp_path).rename(tmp_path / "--o'd \"d{x}")
+    done = exporting.export(made, tmp_path / "out", to="ollama", llama_cpp=checkout(tmp_path / "llama"))
+    assert done.files == ("Modelfile", "o_d__d_x_.gguf")
+    assert (done.out / "Modelfile").read_text().startswith("FROM ./o_d__d_x_.gguf\n")
+
+
 # --- Ollama -----------------------------------------------------------------------------------------------------------
 
 
@@ -233,8 +277,7 @@ def test_a_lora_is_checked_by_the_rules_and_written(tmp_path: Path) -> None:
     import torch
 
     base, place = model(tmp_path), checkout(tmp_path / "llama")
-    state = {f"model.layers.0.self_attn.{name}_proj.weight": torch.ones(8, 8) for name in "qv"}
-    adapter = save_adapter(tmp_path / "adapter", state, 0)
+    adapter = save_adapter(tmp_path / "adapter", {"model.layers.0.self_attn.q_proj.weight": torch.ones(8, 8)}, 0)
     run = paft("export", adapter, "--to", "gguf-lora", "--base", base, "--llama-cpp", place)
     assert run.exit_code == 0, run.output
     assert asked(tmp_path)["base"] == str(base)
@@ -245,6 +288,15 @@ def test_a_lora_is_checked_by_the_rules_and_written(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
     with pytest.raises(OutputError, match=r"llama.cpp reads lora_alpha alone"):
         exporting.export(adapter, tmp_path / "two", to="gguf-lora", base=str(base), llama_cpp=place)
+
+
+def test_a_lora_is_compared_with_its_base(tmp_path: Path) -> None:
+    import torch
+
+    base, place = model(tmp_path), checkout(tmp_path / "llama")
+    adapter = save_adapter(tmp_path / "adapter", {"model.layers.0.self_attn.v_proj.weight": torch.ones(8, 8)}, 0)
+    with pytest.raises(OutputError, match=r"llama\.cpp cannot load it on this base.*v_proj"):
+        exporting.export(adapter, to="gguf-lora", base=str(base), llama_cpp=place)
 
 
 def test_adapters_and_models_are_not_mixed_up(tmp_path: Path) -> None:
@@ -266,6 +318,67 @@ def test_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program.write_text(f"#!{sys.executable}\n{stand_ins.MLX}")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    done = exporting.export(model(tmp_path), to="mlx", quantize="q4")
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    done = exporting.export(model(tmp_path, rope_parameters=rope), to="mlx", quantize="q4")
     assert {"config.json", "model.safetensors"} <= {*done.files}
+    config = json.loads((done.out / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]["factor"], config["rope_parameters"]) == (5e5, 8.0, rope)
     assert left(tmp_path) == ["merged-mlx"]
+
+
+@pytest.mark.parametrize(
+    ("config", "added"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, {}),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        ),
+        ({"model_type": "qwen3_moe", "num_local_experts": 4}, {"num_experts": 4}),
+        ({"model_type": "unheard_of", "rope_parameters": None}, {}),
+    ],
+)  # fmt: skip
+def test_a_config_has_the_older_names_too(config: dict[str, Any], added: dict[str, Any]) -> None:
+    from paft_merge.exporting.older_configs import with_older_names
+
+    assert with_older_names(config) == {**config, **added}
+    assert with_older_names({"text_config": config})["text_config"] == {**config, **added}
+
+
+TOKENIZE = """#!/bin/sh
+echo '{said}'; exit {code}
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "words"),
+    [
+        ("[1, 2, 3]", 0, "makes other tokens of a test text than tokenizer.json"),
+        ("no ids", 0, "it printed no ids"),
+        ("unknown argument: --ids", 1, "could not compare tokens"),
+        ("error: could not load model from file", 1, "llama.cpp cannot load it"),
+        (None, 0, ""),
+    ],
+)
+def test_the_tokens_of_llama_cpp_are_compared(tmp_path: Path, said: str | None, code: int, words: str) -> None:
+    from tokenizers import Tokenizer, models
+
+    from paft_merge.exporting.gguf_tokens import _TEXT
+
+    place, made = checkout(tmp_path / "llama"), model(tmp_path)
+    ours = Tokenizer(models.BPE({one: i for i, one in enumerate(sorted({*_TEXT}))}, []))
+    ours.save(str(made / "tokenizer.json"))
+    program = place / "build" / "bin" / "llama-tokenize"
+    ids = ours.encode(_TEXT, add_special_tokens=False).ids
+    program.write_text(TOKENIZE.format(said=said or ids, code=code))
+    program.chmod(0o755)
+    if "cannot load" in words:
+        with pytest.raises(OutputError, match=words):
+            exporting.export(made, to="gguf", llama_cpp=place)
+        return
+    done = exporting.export(made, to="gguf", llama_cpp=place)
+    assert done.files == ("merged.gguf",)
+    found = [str(one) for one in done.warnings if "token" in one.what or "ids" in one.what]
+    assert [words in one for one in found] == [True] * bool(words)
