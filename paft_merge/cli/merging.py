@@ -162,8 +162,6 @@ def merge(
     """
     # Read when NumPy is imported. A merge calls BLAS from every thread; further threads of BLAS would only spin.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Read when a model is defined: pydantic would look for plugins in the metadata of all installed packages.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     with importing():
         from paft_merge.engine import api
         from paft_merge.output.manifest import is_merged

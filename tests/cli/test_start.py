@@ -23,8 +23,7 @@ HEAVY = {
 """Modules that a merge of LoRA adapters does not need."""
 
 SHOW = f"""
-import atexit, importlib.metadata, json, sys
-importlib.metadata.entry_points = None  # a search for plugins fails
+import atexit, json, sys
 atexit.register(lambda: print(json.dumps(sorted(sys.modules.keys() & {HEAVY!r}))))
 """
 
