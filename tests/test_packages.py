@@ -209,10 +209,11 @@ class TestWheel:
 
     @pytest.fixture
     def tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A folder with a kernel of an earlier build."""
+        """The folder of compiled kernels, where an earlier build left one, as in setuptools' copy."""
         monkeypatch.chdir(tmp_path)
-        wheel_backend.PLACE.mkdir(parents=True)
-        (wheel_backend.PLACE / "old.o").touch()
+        for place in (wheel_backend.PLACE, "build/lib" / wheel_backend.PLACE):
+            place.mkdir(parents=True)
+            (place / "old.o").touch()
         return wheel_backend.PLACE
 
     def test_kernels_are_in_the_tree_only_while_a_wheel_is_built(
@@ -233,7 +234,7 @@ class TestWheel:
             code = 0
 
         def packaged(*_: object) -> str:
-            return " ".join(path.name for path in tree.iterdir())
+            return " ".join(path.name for path in Path().rglob("*.o"))
 
         monkeypatch.setenv("NUMBA_CACHE_DIR", "somewhere")
         monkeypatch.setattr(wheel_backend.subprocess, "Popen", Compiler)
@@ -253,7 +254,7 @@ class TestWheel:
     ) -> None:
         monkeypatch.setattr(wheel_backend, "find_spec", lambda name: None if name == lacks else name)
         monkeypatch.setattr(wheel_backend.platform, "machine", lambda: "arm64" if lacks == "x86_64" else "x86_64")
-        monkeypatch.setattr(wheel_backend.build_meta, "build_wheel", lambda *_: str(tree.exists()))
+        monkeypatch.setattr(wheel_backend.build_meta, "build_wheel", lambda *_: str(any(Path().rglob("*.o"))))
         assert wheel_backend.build_wheel("dist", dict([lacks.split("=")]) if "=" in lacks else None) == "False"
         assert "the wheel has no compiled kernels: " in capsys.readouterr().err
 

@@ -48,7 +48,8 @@ def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_dire
 @contextmanager
 def packaged_kernels(config_settings: Any = None) -> Iterator[None]:
     """Compile the kernels, a process for each level, into the tree to be packaged; delete them afterwards."""
-    shutil.rmtree(PLACE, ignore_errors=True)
+    for old in (PLACE, Path("build", "lib", PLACE)):  # setuptools packages what an earlier build left there
+        shutil.rmtree(old, ignore_errors=True)
     missing = [name for name in COMPILER if find_spec(name) is None]
     try:
         if reason := _hindrance(config_settings) or (f"{', '.join(missing)} not installed" if missing else ""):
