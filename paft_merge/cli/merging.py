@@ -208,7 +208,7 @@ def merge(
 def loss_lines(made: MergeResult) -> Iterator[str]:
     """One line for each adapter among the results: its rank, and what that costs."""
     for result in made.results.values() or [made]:
-        if loss := result.manifest.get("adapter"):
+        if result.plan.recipe.output.kind != "checkpoint" and (loss := result.manifest.get("adapter")):
             from paft_merge.cli.plan_tables import cost_text
 
             cost = cost_text(loss["relative_error"], loss.get("outside"))

@@ -136,7 +136,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(manifest, dict) or found != FORMAT:
         raise AuditError.of("MANIFEST", path, f"has the format {found!r}, but this version reads {FORMAT!r}")
-    from paft_merge.output.manifest_schema import fault_of  # a merge reads no manifest
+    from paft_merge.output.manifest_schema import fault_of  # a merge only writes a manifest
 
     if fault := fault_of(manifest):
         raise AuditError.of("MANIFEST", path, f"is damaged: {fault}", fix)

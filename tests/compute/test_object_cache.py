@@ -94,6 +94,11 @@ def test_where_nothing_can_be_kept_a_loop_still_runs(tmp_path: Path) -> None:
     assert used(USED, tmp_path / "file" / "folder") == "120.0 True"
 
 
+def forget_digests() -> None:
+    object_cache._sources.cache_clear()
+    object_cache._environment.cache_clear()
+
+
 def test_an_object_file_belongs_to_the_sources_of_the_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "kernels"
     shutil.copytree(Path(object_cache.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -103,11 +108,11 @@ def test_an_object_file_belongs_to_the_sources_of_the_loops(tmp_path: Path, monk
         monkeypatch.setattr(module, "__file__", str(tmp_path / Path(str(module.__file__)).name))
     names = set()
     for changed in (None, copy / "primitives.py", tmp_path / "magnitudes.py", tmp_path / "splitmix64.py"):
-        object_cache._environment.cache_clear()
+        forget_digests()
         if changed:
             changed.write_text(changed.read_text() + "\n# changed\n")
         names |= {object_cache._environment(level) for level in (None, "x86-64-v3", "x86-64-v4")}
-    object_cache._environment.cache_clear()
+    forget_digests()
     assert len(names) == 12
 
 

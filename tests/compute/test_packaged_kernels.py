@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llvmlite import binding
 
 from paft_merge.compute import kernels, magnitudes
 from paft_merge.compute.blocks import Block, Election, KeepThreshold, RankedKeep
@@ -22,24 +23,40 @@ from paft_merge.inputs.quantized.rounding import Layout, Rounding, round_blocks
 from paft_merge.inputs.quantized.scale_forms import FloatScales, Scales
 
 EVERY = [value for value in vars(kernels).values() if isinstance(value, Compiled)]
-AVX2 = dict.fromkeys(processors.LEVELS["x86-64-v3"].needs, True)
-AVX512 = dict.fromkeys(processors.LEVELS["x86-64-v4"].needs, True)
+AVX2, AVX512 = (processors.LEVELS[name].needs for name in ("x86-64-v3", "x86-64-v4"))
 
 
 @pytest.mark.parametrize(
-    ("features", "level"),
+    ("flags", "level"),
     [
         (AVX512, "x86-64-v4"),
-        (AVX512 | {"avx512vbmi": False}, "x86-64-v4"),
-        (AVX512 | {"avx512vl": False}, "x86-64-v3"),
+        (AVX512 | {"avx512_vbmi2", "amx_tile"}, "x86-64-v4"),
+        (AVX512 - {"avx512vl"}, "x86-64-v3"),
         (AVX2, "x86-64-v3"),
-        (AVX2 | {"avx2": False}, None),
-        ({"neon": True, "fp-armv8": True}, None),
-        ({}, None),
+        (AVX2 - {"avx2"}, None),
+        ({"asimd", "fp"}, None),
+        (set(), None),
     ],
 )
-def test_the_level_of_a_processor_has_only_what_it_can_run(features: dict[str, bool], level: str | None) -> None:
-    assert processors.level_of(features) == level
+def test_the_level_of_a_processor_has_only_what_it_can_run(flags: set[str], level: str | None) -> None:
+    assert processors.level_of(flags) == level
+
+
+def test_the_kernel_s_names_of_features_are_those_of_llvm() -> None:
+    names = {"abm": "lzcnt", "bmi1": "bmi", "lahf_lm": "sahf", "sse4_2": "sse4.2"}
+    has = {name for name, present in binding.get_host_cpu_features().items() if present}
+    for level in processors.LEVELS.values():
+        if level.needs <= set(processors._listed().get("flags", "").split()):
+            assert {names.get(name, name) for name in level.needs} <= has
+
+
+@pytest.mark.parametrize("name", ["NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"])
+def test_another_processor_can_be_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = processors.identity()
+    assert here != "|".join(processors.processor())
+    monkeypatch.setenv(name, "")
+    assert processors.identity.__wrapped__() == "|".join(processors.processor()) != here
+    assert processors.level.__wrapped__() == (None if name == "NUMBA_CPU_NAME" else processors.level())
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +109,56 @@ def test_every_packaged_kernel_gives_the_same_bits(
             assert ours.tobytes() == theirs.tobytes()
 
 
+def test_our_loader_and_that_of_llvm_give_the_same_bits(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(packaged, monkeypatch)
+    expected = results()
+    forget(monkeypatch)
+    loaded = list[str]()
+
+    def by_llvm(machine: bytes, symbol: str) -> None:
+        loaded.append(symbol)
+        raise ValueError
+
+    monkeypatch.setattr(object_cache.elf, "load", by_llvm)
+    assert [one.tobytes() for one in results()] == [one.tobytes() for one in expected]
+    assert len(loaded) == len(EVERY)
+
+
+def test_every_kernel_is_loaded_without_llvm(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(packaged, monkeypatch)
+    monkeypatch.setattr(object_cache, "_load_by_llvm", refusing)
+    kernels.prepare()
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "what"),
+    [(0, b"\xcf\xfa", "not an object file"), (4, b"\1", "not an object file"), (18, b"\xb7\0", "not an object file")],
+)
+def test_an_object_file_of_another_system_is_left_to_llvm(packaged: Path, at: int, value: bytes, what: str) -> None:
+    held = (packaged / kernels.add_squares._file("x86-64-v3")).read_bytes()
+    symbol, _, machine = held[16:].partition(b"\0")
+    with pytest.raises(ValueError, match=what):
+        object_cache.elf.load(machine[:at] + value + machine[at + len(value) :], symbol.decode())
+
+
+def test_unknown_relocations_and_variables_are_refused(packaged: Path) -> None:
+    elf = object_cache.elf
+    held = (packaged / kernels.blend._file("x86-64-v3")).read_bytes()
+    symbol, _, machine = held[16:].partition(b"\0")
+    start, count = elf._HEADER.unpack_from(machine)[7], elf._HEADER.unpack_from(machine)[-2]
+    changed = {"a relocation of kind 10": bytearray(machine), "has variables": bytearray(machine)}
+    for i in range(count):
+        at = start + i * elf._SECTION.size
+        one = elf._Section(*elf._SECTION.unpack_from(machine, at))
+        if one.kind == 4:
+            changed["a relocation of kind 10"][one.offset + 8] = 10
+        elif one.flags & 2 and one.size:
+            changed["has variables"][at + 8] |= 1
+    for what, text in changed.items():
+        with pytest.raises(ValueError, match=what):
+            elf.load(bytes(text), symbol.decode())
+
+
 def test_a_broken_packaged_kernel_is_not_loaded(
     packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -112,12 +179,8 @@ def test_another_level_or_source_has_another_file(packaged: Path, monkeypatch: p
     assert not kernels.add_squares.is_packaged
     use(packaged, monkeypatch)
     assert kernels.add_squares.is_packaged
-    monkeypatch.setattr(object_cache, "_sources", lambda: "other sources")
-    object_cache._environment.cache_clear()
-    try:
-        assert not kernels.add_squares.is_packaged
-    finally:
-        object_cache._environment.cache_clear()
+    monkeypatch.setattr(object_cache, "_environment", lambda level: f"other sources|{level}")
+    assert not kernels.add_squares.is_packaged
 
 
 def results() -> list[np.ndarray]:

@@ -4,6 +4,7 @@
 |---|---|
 | object_cache | machine code of the kernels, kept on disk |
 | processors | processors that kernels are compiled for |
+| elf | loads object files |
 | primitives | steps on a strip, of which the kernels are made |
 | vectors | sums and counts in vector registers, between scalar steps |
 | merging | weighted sum, consensus and Gram matrix of a block |

@@ -1,8 +1,8 @@
 """Machine code of the kernels, kept on disk as object files, so that a merge starts without importing numba.
 
 numba compiles a kernel when it is first called. Importing numba and loading its own cache takes a second, as long as the merge
-of a small model; loading the same code as an object file through LLVM takes milliseconds. The name of an object file is
-a digest of the kernels' sources, the versions of numba and llvmlite, and the processor; the file begins with a digest of itself.
+of a small model; loading the same code as an object file takes a millisecond. The name of an object file is a digest of the kernels'
+sources, the versions of numba and llvmlite, and the processor; the file begins with a digest of itself.
 
 A wheel has object files for the levels of x86-64 that usual processors have (see `processors`), so that a first merge compiles
 nothing. They are machine code without calls into numba: the versions that made them need not be installed.
@@ -23,7 +23,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, TypeVar
@@ -32,7 +31,7 @@ import numpy as np
 import xxhash
 
 from paft_merge.compute import magnitudes, splitmix64
-from paft_merge.compute.kernels import processors
+from paft_merge.compute.kernels import elf, processors
 from paft_merge.errors import MergeError, PaftMergeError
 
 T = TypeVar("T")
@@ -189,6 +188,8 @@ class Compiled:
                 raise
             except Exception as error:  # llvmlite has no stable interface, and numba can still compile
                 if not _FALLEN_BACK:
+                    from importlib.metadata import version
+
                     text = "object files of kernels cannot be used with llvmlite %s (%s: %s); numba's cache is used instead"
                     log.warning(text, version("llvmlite"), type(error).__name__, error)
                     _FALLEN_BACK.append(self)
@@ -367,16 +368,24 @@ _LOADED: list[Any] = []
 
 def _load(symbol: str, machine: bytes) -> int:
     """Load an object file: the address of `symbol` in it."""
+    try:
+        entry, owner = elf.load(machine, symbol)
+    except (ValueError, OSError):  # of another system or processor
+        entry, owner = _load_by_llvm(symbol, machine)
+    _LOADED.append(owner)
+    return entry
+
+
+def _load_by_llvm(symbol: str, machine: bytes) -> tuple[int, Any]:
     from llvmlite import binding
 
-    target = _machine()
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(machine))
     engine.finalize_object()
-    _LOADED.append(engine)
-    return int(engine.get_function_address(symbol))
+    return int(engine.get_function_address(symbol)), engine
 
 
+@cache
 def _sources() -> str:
     """Digest of the source files that the machine code of a kernel depends on."""
     digest = xxhash.xxh3_128()
@@ -389,8 +398,11 @@ def _sources() -> str:
 @cache
 def _environment(level: str | None) -> str:
     """Everything that the machine code of a kernel for a level, or for this machine, depends on, except the types of its arguments."""
-    made_by = (level,) if level else (version("numba"), version("llvmlite"), *processors.processor())
-    return "|".join((_sources(), *made_by, sys.platform))
+    if level:
+        return "|".join((_sources(), level, sys.platform))
+    from importlib.metadata import version
+
+    return "|".join((_sources(), version("numba"), version("llvmlite"), processors.identity(), sys.platform))
 
 
 PACKAGED = Path(__file__).parent / "packaged"
