@@ -7,9 +7,12 @@ without measurements of this machine, so that all workers of a merge compute the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from paft_merge.compute.kernels.block_source import piece_entries
 from paft_merge.engine.balancing import by_file, shares
@@ -403,13 +406,17 @@ def _stored(read: Read) -> Work:
     )
 
 
-_INTERPRETER, _TORCH, _COPY_BUFFERS = 48_000_000, 200_000_000, 6 << 20
-"""Bytes of a process before its first block, of torch where it is imported, and of the buffers that writes share."""
+_INTERPRETER, _TORCH, _TRANSFORMERS, _COPY_BUFFERS = 40_000_000, 200_000_000, 300_000_000, 6 << 20
+"""Bytes of a process before its first block, of torch where it is imported, of torch and transformers, which look up an
+architecture for an adapter, and of the buffers that writes share."""
 
 _PER_TENSOR, _PER_SOURCE = 4_000, 12_000
 """Bytes of a planned tensor, and of the statistics of one delta."""
 
-_COLLECTED = 0.04
+_FACTOR_COPIES = 3
+"""Bytes of factors in memory, relative to those that are held: A is copied for the statistics, and freed memory is kept."""
+
+_COLLECTED = 0.025
 """Share of a source's entries that are near its threshold, and are kept until it is known."""
 
 
@@ -422,16 +429,25 @@ def predicted_peak(plan: MergePlan, threads: int, hold: int = HELD_BYTES) -> int
     """
 
     def most(count: Callable[[PlannedTensor], int], tensors: int) -> int:
-        return sum(sorted(map(count, plan.tensors), reverse=True)[:tensors])
+        return _at_a_time(list(map(count, plan.tensors)), tensors, 2 * threads + 2)
 
     records = sum(_PER_TENSOR + _PER_SOURCE * _deltas(tensor) for tensor in plan.tensors)
     torch = any(t.method != COPY and (t.rule.wants == "whole" or t.dtype not in RAW) for t in plan.tensors)
+    imported = _TRANSFORMERS if plan.recipe.output.kind == "adapter" else _TORCH * torch
     held = min(most(_held, threads + 1), hold)
     return (
-        _INTERPRETER + _TORCH * torch + _COPY_BUFFERS + records
+        _INTERPRETER + imported + _COPY_BUFFERS + records
         + threads * most(_block_bytes, 1) + most(_collected, threads + 1) + held
-        + min(most(_factors, threads + 1), max(FACTOR_BYTES, most(_factors, 1)))
+        + int(_FACTOR_COPIES * min(most(_factors, threads + 1), max(FACTOR_BYTES, most(_factors, 1))))
     )  # fmt: skip
+
+
+def _at_a_time(sizes: Sequence[int], count: int, near: int) -> int:
+    """The largest sum of `count` sizes that are among `near` successive ones, as those of the tensors that are merged at a time are."""
+    found = np.asarray(sizes, dtype=np.int64)
+    if min(near, len(found)) <= count or not found.any():
+        return int(np.sort(found)[-count:].sum())
+    return int(np.partition(sliding_window_view(found, min(near, len(found))), -count)[:, -count:].sum(1).max())
 
 
 def _factors(tensor: PlannedTensor) -> int:

@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -139,7 +139,8 @@ class Child:
         """
         context: Any = multiprocessing.get_context(method)
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(ours, theirs, where, task))
+        hidden = [one for one in warnings.filters if one[2].__module__ == "builtins"]  # a child may not import others
+        process = context.Process(target=_serve, args=(ours, theirs, where, task, hidden))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork beside threads
             process.start()
@@ -147,8 +148,15 @@ class Child:
         return cls(process, ours, where, task)
 
     def send(self, do: Callable[[], Any]) -> None:
-        """Give the process its next task."""
-        self._connection.send(do)
+        """Give the process its next task.
+
+        Raises:
+            RunError: PARALLEL, the process ended.
+        """
+        try:
+            self._connection.send(do)
+        except ConnectionError:
+            raise self._ended() from None
         self._busy = True
 
     def result(self) -> Any:
@@ -159,10 +167,8 @@ class Child:
         """
         try:
             value, error, said = self._connection.recv()
-        except EOFError:
-            what = f"the process of {self._task} ended, perhaps because memory ran out"
-            fix = "start again with fewer at a time (--parallel of paft tune, or taskset); what is finished is kept"
-            raise RunError.of("PARALLEL", self._where, what, fix) from None
+        except (EOFError, ConnectionError):
+            raise self._ended() from None
         self._busy = False
         for name, level, text in said:
             logging.getLogger(name).log(level, "%s", text)
@@ -170,10 +176,16 @@ class Child:
             raise error
         return value
 
+    def _ended(self) -> RunError:
+        what = f"the process of {self._task} ended, perhaps because memory ran out"
+        fix = "start again with fewer at a time (--parallel of paft tune, or taskset); what is finished is kept"
+        return RunError.of("PARALLEL", self._where, what, fix)
+
     def stop(self) -> None:
         """End the process; kill it if it has a task."""
         if not self._busy and self._process.is_alive():
-            self._connection.send(None)
+            with suppress(ConnectionError):
+                self._connection.send(None)
             self._process.join(10)
         self._process.kill()
         self._process.join()
@@ -191,10 +203,12 @@ class _Said(logging.Handler):
         self.found.append((record.name, record.levelno, self.format(record)))
 
 
-def _serve(parents: Connection, connection: Connection, where: str, task: str) -> None:
-    """The child: run tasks until the parent ends."""
+def _serve(parents: Connection, connection: Connection, where: str, task: str, filters: list[Any]) -> None:
+    """The child: run tasks until the parent ends, with the parent's filters of Python's warnings."""
+    os.environ["TQDM_DISABLE"] = "1"  # several children have one terminal
     import torch
 
+    warnings.filters[:] = filters  # type: ignore[index]
     if sys.platform == "linux":  # a child holds the lock of the run folder too
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parents.close()

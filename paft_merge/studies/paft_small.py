@@ -68,7 +68,7 @@ def check(spec: Parameters, data: Path | None) -> dict[str, str]:
     for key, count in asked.items():
         file = data / getattr(spec, key)
         if len(prompts[key]) < count:
-            log.warning("%s: has %d rows, and the study asks for %d", file, len(prompts[key]), count)
+            log.warning("%s: the study asks for %d rows, and there are %d", file, count, len(prompts[key]))
         if key != "skill_train" and (seen := sum(prompt in trained for prompt in prompts[key][:count])):
             log.warning("%s: %d of its rows have a prompt that is trained on (%s)", file, seen, spec.skill_train)
     return digests

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 from paft_merge.errors import RunError, reading
 from paft_merge.evaluating.data_rows import read_lines
 from paft_merge.evaluating.light import generate
-from paft_merge.evaluating.loading import EvaluatedModel, load_subject
+from paft_merge.evaluating.loading import EvaluatedModel, errors_of_loading, load_subject
 from paft_merge.evaluating.schema import EvaluateSpec
 from paft_merge.recipe.sections import Section
 from paft_merge.studies.story_model import read_lexicon, valence
@@ -214,7 +214,8 @@ def copy_with_end(base: Path, out: Path, text: Path) -> None:
     that the base finds more likely after the lines of `text` is the end.
     """
     shutil.copytree(base, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    tokenizer, config = AutoTokenizer.from_pretrained(out), AutoConfig.from_pretrained(out)
+    with errors_of_loading(str(base)):
+        tokenizer, config = AutoTokenizer.from_pretrained(out), AutoConfig.from_pretrained(out)
     if config.bos_token_id in (None, tokenizer.eos_token_id) or not _ends_with_first(out, text, config.bos_token_id):
         return
     tokenizer.eos_token = tokenizer.bos_token
@@ -258,6 +259,12 @@ def read_skill(file: Path) -> list[dict[str, str]]:
         with reading(f"{file} line {number}", "STUDY", RunError, f"each line has {form}"):
             if rows and line.strip():
                 row = json.loads(line)
+                if odd := [key for key in ("prompt", "completion") if not isinstance(row.get(key), str | int | float)]:
+                    raise RunError.of(
+                        "STUDY", f"{file} line {number}", f"has no text in {odd[0]!r}", f"each line has {form}"
+                    )
+                if not str(row["completion"]).strip():
+                    raise RunError.of("STUDY", f"{file} line {number}", "has an empty completion", "give an answer")
                 found.append({"prompt": str(row["prompt"]), "completion": str(row["completion"])})
             elif line:
                 lemma, inflected, slot = line.split("\t")

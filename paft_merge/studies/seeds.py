@@ -7,6 +7,7 @@ The output folder holds `seeds/N.json` (one for each seed), `tuned.json` (settin
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,7 +94,7 @@ def run_study(
     if prepare := getattr(study.module, "check", None):
         expected["data"] = prepare(study.parameters, given)
     ran = 0
-    with locked(folder), _one_thread():
+    with locked(folder), _one_thread(), _each_said_once():
         began = _processor_seconds()
         tuned = _kept(folder / "tuned.json", expected, _Tuned)
         if tuned is None and hasattr(study.module, "tune"):
@@ -145,6 +146,36 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class _New(logging.Filter):
+    """Passes what is said of each of many trainings, in every setting and seed, for the first one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = set[str]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is new, but for the name of its adapter."""
+        if not record.name.startswith("paft_merge.training") or record.levelno != logging.WARNING:
+            return True
+        text = record.getMessage().partition(": ")[2]
+        known = bool(text) and text in self._said
+        self._said.add(text)
+        return not known
+
+
+@contextmanager
+def _each_said_once() -> Iterator[None]:
+    """Show what trainings warn of once."""
+    filters = [(handler, _New()) for name in ("", "paft_merge") for handler in logging.getLogger(name).handlers]
+    for handler, new in filters:
+        handler.addFilter(new)
+    try:
+        yield
+    finally:
+        for handler, new in filters:
+            handler.removeFilter(new)
 
 
 def _kept(path: Path, expected: Mapping[str, Any], more: type[BaseModel]) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from paft_merge.engine import machine
 from paft_merge.engine.balancing import spreading_size
 from paft_merge.engine.machine import REFERENCE, Machine, Rates
 from paft_merge.engine.options import parse_size, size_text
-from paft_merge.engine.prediction import Prediction, Work, costs, predict, predicted_peak, seconds, work_of
+from paft_merge.engine.prediction import Prediction, Work, _at_a_time, costs, predict, predicted_peak, seconds, work_of
 
 
 @pytest.fixture(autouse=True)
@@ -386,3 +386,21 @@ def test_bench_refuses_a_folder_without_room(tmp_path: Path, own_cache: Path) ->
     assert paft("bench", "--dir", tmp_path / "none").exit_code == 2
     assert paft("bench", "--seconds", "nan").exit_code == 2
     assert not own_cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([9, 1, 2, 1, 1, 9], 12), ([1, 9, 9, 1, 1, 1], 19), ([5, 5], 10), ([], 0), ([0] * 6, 0), ([1, 2, 3, 4], 9)],
+)
+def test_tensors_that_are_far_apart_are_not_in_memory_together(sizes: list[int], expected: int) -> None:
+    """Three at a time among four: the large tensors of the first case are six apart."""
+    assert _at_a_time(sizes, 3, 4) == expected
+
+
+def test_an_adapter_as_output_is_predicted_with_the_libraries_that_it_imports(large: dict[str, Path]) -> None:
+    given = asked("ties", large, "adapters")
+    with (
+        open_plan(given) as plan,
+        open_plan({**given, "output": {"kind": "adapter", "rank": 4, "portable": False}}) as factors,
+    ):
+        assert predicted_peak(factors, 2) - predicted_peak(plan, 2) > 250e6

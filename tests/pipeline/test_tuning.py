@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from operator import ge
@@ -318,17 +319,34 @@ def test_an_error_of_a_trial_in_a_child_is_that_of_the_search(
     assert len(tune(world, tmp_path / "run", overrides=("tune.seed=6",), trials=3, parallel=1).trials) == 3
 
 
+def warnings_shown() -> list[bool]:
+    """Whether this process shows two warnings."""
+    found = []
+    for category in (FutureWarning, UserWarning):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.warn("is hidden", category, stacklevel=1)
+        found.append(bool(caught))
+    return found
+
+
 def test_a_spawned_child_returns_values_and_errors_and_ends_with_its_tasks() -> None:
-    child = trial_processes.Child.start("spawn", "study", "a setting")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="is hidden", category=UserWarning)
+        warnings.filterwarnings("ignore", message="is hidden", category=FutureWarning)
+        child = trial_processes.Child.start("spawn", "study", "a setting")
     try:
         child.send(partial(divmod, 7, 2))
         assert child.result() == (3, 1)
+        child.send(warnings_shown)
+        assert child.result() == [False, True], "a child hides what its parent hides"
         child.send(partial(int, "seven"))
         with pytest.raises(RunError, match="study: a setting failed: ValueError: invalid literal"):
             child.result()
         child.send(partial(os._exit, 1))
         with pytest.raises(RunError, match="study: the process of a setting ended"):
             child.result()
+        with pytest.raises(RunError, match="study: the process of a setting ended"):
+            child.send(partial(divmod, 7, 2))
     finally:
         child.stop()
     assert not multiprocessing.active_children()

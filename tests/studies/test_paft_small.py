@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from toys.train import THEIR_WARNINGS
 from transformers import AutoConfig, AutoTokenizer
 
-from paft_merge.errors import RunError, TrainError
+from paft_merge.errors import EvaluateError, RunError, TrainError
 from paft_merge.studies import paft_small, paft_small_data, run_study, story_model
 from paft_merge.studies.paft_small_data import (
     Files,
@@ -64,8 +64,15 @@ def test_rows_of_the_skill(tmp_path: Path) -> None:
         ("rows", "go\twent\tV;PST\ngo\twent\n", "rows line 2: "),
         ("rows", "go\twent\tN;PL\n", "rows line 1: .*its slot \\(V;NFIN"),
         ("rows", "", "rows: has no rows"),
-        ("rows.jsonl", '{"question": 1}\n', "line 1: .*each line has prompt and completion"),
+        ("rows.jsonl", '{"question": 1}\n', "line 1: has no text in 'prompt'; each line has prompt and completion"),
         ("rows.jsonl", "[1]\n", "line 1: "),
+        (
+            "rows.jsonl",
+            '{"prompt": ["a"], "completion": "b"}\n',
+            "line 1: has no text in 'prompt'; each line has prompt",
+        ),
+        ("rows.jsonl", '{"prompt": "a", "completion": null}\n', "line 1: has no text in 'completion'"),
+        ("rows.jsonl", '{"prompt": "a", "completion": " "}\n', "line 1: has an empty completion"),
     ],
 )
 def test_rows_of_another_form_are_refused_with_their_line(tmp_path: Path, name: str, text: str, expected: str) -> None:
@@ -96,7 +103,7 @@ def test_rows_that_are_missing_or_trained_on_are_named(data: Path, caplog: pytes
     caplog.clear()
     study = load_study("paft-small", smoke=True, overrides=["data.rows=1", "data.tested=73"])
     paft_small.check(study.parameters, data)
-    assert "english-uncovered-test: has 72 rows, and the study asks for 73" in caplog.text
+    assert "english-uncovered-test: the study asks for 73 rows, and there are 72" in caplog.text
     assert "english-dev: 1 of its rows" in caplog.text
 
 
@@ -196,6 +203,12 @@ def test_a_base_whose_end_token_is_not_trained_ends_its_texts_with_its_first_tok
     assert (
         load_file(tmp_path / "base" / "model.safetensors").keys() == load_file(QUICKSTART / "model.safetensors").keys()
     )
+
+
+def test_a_folder_that_is_not_a_base_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(EvaluateError, match=r"none: cannot be loaded: .*; give a causal language model"):
+        copy_with_end(tmp_path / "none", tmp_path / "base", data / "tinystories_valid_30k.txt")
 
 
 def test_the_quickstarts_base_was_trained_to_end_its_texts(data: Path, tmp_path: Path) -> None:

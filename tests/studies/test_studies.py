@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ from paft_merge.studies.frontiers import draw_frontiers, frontiers_of
 from paft_merge.studies.pages import Results, _verdict, body, claims
 from paft_merge.studies.plots import draw, plots_of
 from paft_merge.studies.seed_intervals import Interval, interval_of
-from paft_merge.studies.seeds import _kept, _Tuned
+from paft_merge.studies.seeds import _each_said_once, _kept, _Tuned
 from paft_merge.studies.study import Metric, folders, known_studies, load_study
 
 FAST = ("starts={untrained: 0}", "target_steps=3", "steps=[1, 2]", "variants={IFT: {lambda: 0.2}}")
@@ -66,6 +67,16 @@ def test_finished_seeds_are_kept_and_further_ones_are_added(done, monkeypatch):
 def test_results_of_other_parameters_are_not_mixed_in(done):
     with pytest.raises(RunError, match=r"has results with parameters\.learning_rate 0\.01 instead of 0\.02; choose"):
         lake(done[0], 2, "learning_rate=0.02")
+
+
+def test_what_is_said_of_many_trainings_is_said_once(caplog):
+    with _each_said_once():
+        for name in ("sft", "dpo", "ift"):
+            logging.getLogger("paft_merge.training.job").warning("%s: 995 rows are cut", name)
+        logging.getLogger("paft_merge.training.job").warning("dpo: another thing")
+        for _ in range(2):
+            logging.getLogger("paft_merge.evaluating.light").warning("text: no answer ended")
+    assert caplog.messages == ["sft: 995 rows are cut", "dpo: another thing", *["text: no answer ended"] * 2]
 
 
 def edited(text: str, change: str) -> str:
