@@ -245,7 +245,7 @@ def test_an_array_of_slurm(models: Models, tmp_path: Path) -> None:
         for i in range(2)
     ]
     said = ends(*jobs)
-    assert re.search(r"worker [01] of 2: writes 3 of 6 files", said), said
+    assert re.search(r"worker ([01]) of 2 \(task \1 of an array\): writes 3 of 6 files", said), said
 
 
 def test_an_indexed_job_of_kubernetes(models: Models, tmp_path: Path) -> None:
