@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from paft_merge.compute.cores import available_cores
 from paft_merge.compute.cpu_ops import CpuOps
-from paft_merge.engine.api import available_cores, open_plan
+from paft_merge.engine.api import open_plan
 from paft_merge.engine.factors import Factorization
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import AuditError

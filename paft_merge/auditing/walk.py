@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 from paft_merge.auditing.opening import AuditedTensor
 from paft_merge.compute.block_walk import BlockWalk
 from paft_merge.compute.blocks import Block
+from paft_merge.compute.cores import available_cores
 from paft_merge.compute.kernels import BINS
 from paft_merge.engine.streaming import FACTOR_BYTES, Budget
 from paft_merge.methods.rules.one_pass import OnePass
@@ -130,7 +130,7 @@ def working_pools(
 
     Each product and decomposition has one core. `torch_too`: import torch for this; it takes as long as auditing a small model.
     """
-    torch, count = import_module("torch") if torch_too else sys.modules.get("torch"), threads or os.cpu_count() or 1
+    torch, count = import_module("torch") if torch_too else sys.modules.get("torch"), threads or available_cores()
     before = torch.get_num_threads() if torch else 0
     with on_one_core(), ThreadPoolExecutor(count) as blocks, ThreadPoolExecutor(count + 1) as tensors:
         try:

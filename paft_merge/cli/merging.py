@@ -35,6 +35,7 @@ from paft_merge.cli.terminal import (  # fmt: skip
     sigterm_as_interrupt,
     warn,
 )
+from paft_merge.compute.cores import available_cores
 from paft_merge.engine.options import MergeOptions
 from paft_merge.errors import Problem, Problems
 
@@ -327,7 +328,7 @@ def show_plan(
     known, faults = machine.stored()
     warn(faults)
     rates = (known.rates if known else machine.REFERENCE).model_copy(update=given)
-    threads = api.threads_within(plan, options.threads or api.available_cores(), options.memory_bytes, Problems())
+    threads = api.threads_within(plan, options.threads or available_cores(), options.memory_bytes, Problems())
     in_stores = any("://" in model.ref for model in plan.models)  # these are read by ranges
     downloaded = 0 if options.stream_from_hub or in_stores else plan.bytes_on_hub
     # An output file is uploaded from scratch while the next one is written.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from paft_merge.compute.cores import available_cores
 from paft_merge.differences import side_file_changes
 from paft_merge.differences.kinds import Change, ModelDiff
 from paft_merge.differences.of_adapters import compare_adapters
@@ -59,7 +59,7 @@ def diff(
         PaftMergeError: a model cannot be opened.
     """
     refs = (_place(a), _place(b))
-    count = min(threads or os.cpu_count() or 1, _MOST_THREADS)
+    count = min(threads or available_cores(), _MOST_THREADS)
     with following_links(follow_links), ThreadPoolExecutor(count) as pool, ExitStack() as stack:
         kinds = [_is_adapter(ref) for ref in refs]
         if kinds[0] != kinds[1]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from paft_merge.compute.cores import available_cores
 from paft_merge.engine import imbalance
 from paft_merge.engine.factors import check_loss, loss_of
 from paft_merge.engine.finished import is_finished
@@ -418,11 +418,6 @@ def _with_warnings(warnings: Sequence[Problem]) -> Iterator[None]:
     except PaftMergeError as error:
         error.warnings = (*warnings, *error.warnings)
         raise
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _log(problems: Sequence[Problem]) -> None:

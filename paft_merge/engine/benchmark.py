@@ -17,10 +17,10 @@ from time import perf_counter, thread_time
 import numpy as np
 
 from paft_merge.compute.blocks import Block, Election, KeepThreshold
+from paft_merge.compute.cores import available_cores
 from paft_merge.compute.cpu_ops import CpuOps
 from paft_merge.compute.kernels import multiply
 from paft_merge.compute.kernels.block_source import PIECE, packed
-from paft_merge.engine.api import available_cores
 from paft_merge.engine.machine import Machine, Rates
 from paft_merge.errors import OutputError
 from paft_merge.output.direct_io import PageAlignedBuffer

@@ -18,6 +18,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from paft_merge.compute.cores import available_cores
 from paft_merge.compute.kernels import object_cache
 from paft_merge.engine import machine
 from paft_merge.errors import Problem
@@ -137,8 +138,12 @@ def _system(errors: list[Problem], warnings: list[Problem]) -> dict[str, Any]:
     if free is not None and free < LEAST_FREE:
         what = f"only {free / 1e9:.1f} GB of memory are free"
         errors.append(Problem("MEMORY", "", what, "end other programs, or use fewer threads"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"platform": platform.platform(), "processor": platform.machine(), "cores": cores, "free_memory_bytes": free}
+    return {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": available_cores(),
+        "free_memory_bytes": free,
+    }
 
 
 def _free_memory() -> int | None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paft_merge.compute.cores import available_cores
 from paft_merge.compute.cpu_ops import CpuOps
-from paft_merge.engine.api import available_cores, merge, open_plan
+from paft_merge.engine.api import merge, open_plan
 from paft_merge.engine.merge_result import MergeResult
 from paft_merge.engine.options import MergeKeywords, MergeOptions
 from paft_merge.engine.resizing import check_ranks

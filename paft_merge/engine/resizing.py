@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from paft_merge.compute.cores import available_cores
 from paft_merge.dialects.places import adapter_at
-from paft_merge.engine.api import available_cores
 from paft_merge.engine.factors import rounded, to_stored
 from paft_merge.errors import AdapterError, MergeError, OutputError, Problems
 from paft_merge.inputs.adapter_places import CONFIG

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from paft_merge.engine.api import available_cores
+from paft_merge.compute.cores import available_cores
 from paft_merge.engine.streaming import merge_checkpoint
 from paft_merge.errors import CheckpointError, Problems
 from paft_merge.inputs.checkpoint import DTYPES, Checkpoint, CheckpointFile, TensorInfo

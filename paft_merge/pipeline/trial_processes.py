@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from paft_merge.engine.api import available_cores
+from paft_merge.compute.cores import available_cores
 from paft_merge.engine.ray_cluster import Needs
 from paft_merge.errors import PaftMergeError, RunError, first_line
 from paft_merge.pipeline.schema import RunRecipe

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from paft_merge.engine.api import available_cores
+from paft_merge.compute.cores import available_cores
 from paft_merge.errors import RunError
 from paft_merge.pipeline import run
 from paft_merge.pipeline.fingerprints import file_print, key_of

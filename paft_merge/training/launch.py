@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from paft_merge.compute.cores import available_cores
 from paft_merge.compute.scratch import uncollected
 from paft_merge.errors import PaftMergeError, Problems, RecipeError, TrainError, escape_logs
 from paft_merge.inputs.links import following_links
@@ -272,7 +273,7 @@ def _in_processes(
     ports = dict(zip(wanted, free_ports(len(wanted)), strict=True))
     commands = {name: command_for(name, spec, recipe, out, resume, ports[name]) for name, spec in wanted.items()}
     out.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // len(given))
+    threads = max(1, available_cores() // len(given))
 
     def launch(name: str, mine: tuple[str, ...]) -> Launch:
         return Launch(name, commands[name], mine, out / f"{name}.log", threads)

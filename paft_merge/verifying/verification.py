@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from paft_merge.auditing.walk import working_pools
+from paft_merge.compute.cores import available_cores
 from paft_merge.compute.devices import torch_device
 from paft_merge.differences.tensor_pairs import equal_bits
-from paft_merge.engine.api import available_cores
 from paft_merge.engine.options import MergeOptions, parse_size
 from paft_merge.engine.reproduction import NOT_FOUND, manifest_of
 from paft_merge.errors import AuditError, PaftMergeError
