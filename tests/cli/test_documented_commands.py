@@ -21,7 +21,9 @@ def command_lines() -> list[tuple[str, str]]:
     return [
         (path.name, re.split(r"\s{2,}|\s#|: ", line)[0])  # without the explanation behind it
         for path in sorted(files)
-        for line in re.findall(r"^(?:.*# +| +)?((?:paft|python tools/\S+) .*)$", path.read_text(), re.MULTILINE)
+        for line in re.findall(
+            r"^(?:.*# +| +)?((?:paft|python tools/\S+) .*)$", path.read_text().replace("\\\n", " "), re.MULTILINE
+        )
     ]
 
 
