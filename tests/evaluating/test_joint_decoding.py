@@ -193,3 +193,15 @@ def test_much_noise_is_not_kept(monkeypatch: Any) -> None:
     decoder = Decoder()
     assert answers(by(decoder), llama(), **how) == answers(plain, llama(), **how)
     assert not decoder.noise
+
+
+def test_linear_layers_are_changed_only_within_the_block() -> None:
+    model, ids = llama(), torch.tensor([[7, 8, 9]])
+    before = model(ids).logits
+    with decoding._products_by_onednn(model):
+        changed = [layer for layer in model.modules() if "forward" in layer.__dict__]
+        assert len(changed) == (2 * 7 + 1 if torch.backends.mkldnn.is_available() else 0)
+        assert torch.allclose(model(ids).logits, before, atol=1e-5)
+    assert not [layer for layer in model.modules() if "forward" in layer.__dict__]
+    with decoding._products_by_onednn(model.bfloat16()):
+        assert not [layer for layer in model.modules() if "forward" in layer.__dict__]
