@@ -179,6 +179,7 @@ LLAMACPP = (
     Rule("towers", "refuses", "finds no tensor of GGUF for the name", "llamacpp converter", _MERGE),
     Rule("replicated layers", "refuses", "finds no tensor of GGUF for the added layers", "llamacpp converter", "use it with PEFT"),
     Rule("tied head", "refuses", "has no lm_head of its own where the base ties it to the embeddings", "llamacpp converter", _MERGE),
+    Rule("tied embeddings", "refuses", "aborts at the first text: it multiplies the tied head by the factors of the embeddings too", "llamacpp loader", _MERGE),
 )  # fmt: skip
 
 MLX_LM = (

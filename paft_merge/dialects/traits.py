@@ -372,6 +372,11 @@ def _tied_head(held: Held) -> Trait | None:
     return _found(pair.path for pair in _lora(held) if tied and pair.path.endswith("lm_head"))
 
 
+def _tied_embeddings(held: Held) -> Trait | None:
+    tied = held.base is not None and held.base.config.get("tie_word_embeddings")
+    return _found(pair.path for pair in _lora(held) if tied and pair.is_embedding)
+
+
 # --- target_modules ---------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +472,7 @@ TRAITS: dict[str, Callable[[Held], Trait | None]] = {
     "convolutions": _convolutions,
     "embeddings": _embeddings,
     "tied head": _tied_head,
+    "tied embeddings": _tied_embeddings,
     "no target_modules": _no_targets,
     "target_modules: null": _null_targets,
     "target_modules: pattern": _pattern_targets,

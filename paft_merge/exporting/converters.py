@@ -36,7 +36,7 @@ _HOW = {
     QUANTIZE: "build it in the checkout: cmake -B build && cmake --build build --target llama-quantize; or choose f16, bf16, f32 or q8_0, which need no build",
 }  # fmt: skip
 _CAUSES = (
-    (r"pre-tokenizer was not recognized", "llama.cpp knows a BPE tokenizer by the ids of a test text, and not this one: update llama.cpp, or merge with `tokenizer: base` to keep the base's"),
+    (r"pre-tokenizer was not recognized", "llama.cpp knows a BPE tokenizer by the ids of a test text, and not this one: update llama.cpp, or merge with `tokenizer_source: base` to keep the base's"),
     (r"No module named '(\w+)'", r"install it for the Python that runs paft: pip install \1"),
     (r"Model \S+ is not supported|Model type \S+ not supported", "update the converter; it may not have this architecture yet"),
     (r"unrecognized arguments|invalid choice", "it is of a version with other options: update it"),

@@ -250,6 +250,9 @@ def test_further_traits(tensors: State, config: dict[str, object], outcomes: str
 def test_a_base_with_tied_embeddings_or_a_small_vocabulary(tmp_path: Path) -> None:
     state = {**base_state(), "model.embed_tokens.weight": draw(32, 24)}
     head = write(tmp_path / "head", plain("lm_head"), target_modules=["lm_head"])
+    factors = {"lora_embedding_A": draw(2, 32), "lora_embedding_B": draw(24, 2)}
+    named = {f"base_model.model.model.embed_tokens.{part}": one for part, one in factors.items()}
+    rows = write(tmp_path / "rows", named, target_modules=["embed_tokens"])
     tokens = MADE["plain"](tmp_path / "tokens")
     (tokens / "added_tokens.json").write_text('{"<a>": 31, "<b>": 32}')
     for tied, vocabulary, outcomes in ((True, 33, "refuses loads"), (False, 32, "loads refuses")):
@@ -257,6 +260,8 @@ def test_a_base_with_tied_embeddings_or_a_small_vocabulary(tmp_path: Path) -> No
         extra = {} if tied else {"lm_head.weight": draw(24, 24)}
         with Checkpoint.open(save_checkpoint(tmp_path / f"base {tied}", state | extra, config=fields)) as base:
             found = [*check(head, ["llamacpp"], base), *check(tokens, ["sglang"], base)]
+            traits = {one.trait for one in check(rows, ["llamacpp"], base)[0].findings}
+            assert ("tied embeddings" in traits) is tied
         assert " ".join(verdict.outcome for verdict in found) == outcomes, found
     assert [v.outcome for v in check(tokens, ["sglang"])] == ["refuses"]
     assert [f.names for v in check(tokens, ["sglang"]) for f in v.findings if f.trait == "added tokens"] == [

@@ -136,7 +136,10 @@ def test_a_lost_layer_and_a_lost_template_are_found(tmp_path: Path) -> None:
     ("said", "words"),
     [
         ("ModuleNotFoundError: No module named 'gguf'", "pip install gguf"),
-        ("NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()", "tokenizer: base"),
+        (
+            "NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()",
+            "tokenizer_source: base",
+        ),
         ("convert: error: unrecognized arguments: --outtype", "of a version with other options"),
         ("OSError: [Errno 28] No space left on device", "free some space"),
         (
