@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from paft_merge.errors import RunError, reading
 from paft_merge.pipeline.fingerprints import file_print
 from paft_merge.recipe.sections import Section
@@ -75,12 +77,18 @@ def valence(text: str, lexicon: Mapping[str, float]) -> float:
 def beginnings(model: Any, tokenizer: Any, count: int, tokens: int) -> list[str]:
     """Up to `count` different beginnings of the model's own texts, of at most `tokens` tokens; whole words."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        what = "has no token that begins or ends a text"
+        raise RunError.of("STUDY", tokenizer.name_or_path, what, "take another base")
     found: dict[str, None] = {}
     for _ in range(20):
         groups = complete(model, tokenizer, [[first]], max_new_tokens=tokens, temperature=1.0, completions=count)
         found |= dict.fromkeys(start for text in groups[0] if (start := text.strip().rpartition(" ")[0]))  # whole words
         if len(found) >= count:
             break
+    if not found:
+        what, fix = "writes no text of two words that a space separates", "take another base, or raise prompt_tokens"
+        raise RunError.of("STUDY", tokenizer.name_or_path, what, fix)
     return list(found)[:count]
 
 
@@ -97,7 +105,9 @@ def _cached_lexicon(path: str) -> dict[str, float]:
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a base, with a pad token."""
     tokenizer = load_tokenizer(str(folder), AdapterSpec.model_validate({"objective": "dpo", "data": "memory"}))
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

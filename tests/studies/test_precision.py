@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toys.train import THEIR_WARNINGS, WORDS, pretrained, saved
 
 from paft_merge.errors import RunError
-from paft_merge.studies import on_policy_lm, precision, run_study
+from paft_merge.studies import on_policy_lm, precision, run_study, story_model
 from paft_merge.studies.precision import kept
 from paft_merge.studies.story_model import read_lexicon, valence
 
@@ -77,6 +78,20 @@ def test_a_small_delta_is_lost_to_nearest_and_a_large_one_is_not(data, tmp_path)
     (data / "words.txt").write_text((data / "words.txt").read_text() + "other\t1\n")
     with pytest.raises(RunError, match=r"has results with data\.words\.txt '.*' instead of"):
         run("first")
+
+
+@pytest.mark.parametrize(
+    ("texts", "ids", "message"),
+    [
+        (["one"], (1, 2), "writes no text of two words that a space separates"),
+        (["a b c"], (None, None), "has no token that begins"),
+    ],
+)
+def test_a_base_that_gives_no_beginnings_is_refused(monkeypatch, texts, ids, message):
+    words = SimpleNamespace(bos_token_id=ids[0], eos_token_id=ids[1], name_or_path="base")
+    monkeypatch.setattr(story_model, "complete", lambda *given, **options: [texts])
+    with pytest.raises(RunError, match=f"base: {message}"):
+        story_model.beginnings(None, words, 2, 4)
 
 
 def test_data_that_is_not_there_is_named(tmp_path):
