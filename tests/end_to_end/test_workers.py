@@ -504,7 +504,7 @@ def test_a_merge_by_one_process_leaves_the_folder_of_workers_alone(models: Model
 
 def test_workers_leave_the_folder_of_a_merge_by_one_process_alone(models: Models, tmp_path: Path) -> None:
     asked, out = written(models, "ties", tmp_path), tmp_path / "out"
-    killed = start(asked, out, slow=0.3)
+    killed = start(asked, out, slow=10)
     until(lambda: (part_of(out) / "merge_state.json").exists())
     said = ends(start(asked, out, "--worker", "0/2"), code=1)
     assert "error[BUSY]" in said

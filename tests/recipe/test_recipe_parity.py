@@ -70,6 +70,7 @@ def ours_reads(raw: Any) -> Level | None:
     return None if report.errors else Level("recipe", {"p": setting}, setting.spot)
 
 
+@settings(deadline=None)
 @given(SETTINGS | ODD)
 @example([{"value": 1}, 0.5])
 @example([[1]])
@@ -79,7 +80,7 @@ def test_the_same_settings_can_be_read(raw: Any) -> None:
     assert (ours_reads(raw) is not None) == theirs_reads(raw)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.sampled_from([bool, int, float, str]), SETTINGS, NAMES, PLACES)
 @example(int, [1, 4], "w", 1 / 3)
 @example(int, [1, 4], "w", 0.5)
@@ -102,6 +103,7 @@ def test_a_setting_has_the_same_value(kind: type, raw: Any, name: str, t: float)
     assert (type(ours), ours) == (type(theirs), theirs)
 
 
+@settings(deadline=None)
 @given(st.text("ab/@+.: -", max_size=12))
 @example("org/x@main+org/l@v2")
 def test_a_model_reference_is_read_alike(text: str) -> None:
@@ -260,7 +262,7 @@ def _all(recipe: Recipe, where: Any, scope: str, name: str, t: float) -> dict[st
     return {p.name: resolve(where, p, name, t).value for p in recipe.method.parameters if p.scope == scope}
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(recipes(), NAMES, PLACES)
 def test_every_form_resolves_to_the_same_parameters(
     monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any], name: str, t: float
