@@ -20,7 +20,7 @@ RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} 
 # The kernels for x86-64 processors with AVX2 or AVX-512 are in the package. For another processor, that of the machine that builds
 # the image, they are compiled here.
 ENV NUMBA_CACHE_DIR=/opt/paft-kernels
-RUN python -m paft_merge.compute.kernels && chmod -R a+rwX "$NUMBA_CACHE_DIR"
+RUN python -m paft_merge.compute.kernels && mkdir -p "$NUMBA_CACHE_DIR" && chmod -R a+rwX "$NUMBA_CACHE_DIR"
 
 WORKDIR /data
 ENTRYPOINT ["paft"]

@@ -145,6 +145,15 @@ def test_the_container_has_what_the_project_has() -> None:
     assert used <= arguments.keys() | {"NUMBA_CACHE_DIR"}
 
 
+def test_the_container_is_built_where_no_kernel_is_left_to_compile(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^RUN (python .*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    given = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    subprocess.run(["sh", "-c", command], env=given, check=True)
+    assert (tmp_path / "kernels").is_dir()
+
+
 def test_the_conda_recipe_has_the_dependencies_of_the_project() -> None:
     recipe = load("conda/recipe.yaml")
     assert recipe["context"]["version"] == PROJECT["version"]
